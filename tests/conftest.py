@@ -1,0 +1,47 @@
+"""Markers, the device that a test runs on, and a hypothesis profile that never varies.
+
+The `device` fixture repeats a test on the CPU and, where there is one, on a CUDA GPU; the
+repetition carries the marker `gpu`.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+MARKERS = {
+    "gpu": "needs a CUDA device",
+    "slow": "takes more than a few seconds; not part of the everyday run",
+    "browser": "drives a web browser",
+    "guard": "watches a rule of the repository rather than a result",
+}
+
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+needs_cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that every tensor of the test lives on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests on tiny tensors, where a second thread only waits, and long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,222 @@
+"""What the tests believe: the specification in plain Python loops.
+
+Every function takes lists and returns lists. There is no tensor, no broadcasting and no
+cleverness here; a reader checks each function against its sentence. Index b is a row of the
+batch, p or j a position in it, n an anchor or its block, k a slot of a block.
+"""
+
+import math
+
+
+def supervised(loss_mask):
+    """A token is supervised where its loss mask is greater than one half."""
+    return [[value > 0.5 for value in row] for row in loss_mask]
+
+
+def candidate_mask(loss_mask, doc_remaining=None):
+    """p is a candidate where p and p + 1 are both supervised, and p + 1 is p's document's."""
+    out = []
+    for b, row in enumerate(supervised(loss_mask)):
+        flags = []
+        for p in range(len(row) - 1):
+            flag = row[p] and row[p + 1]
+            if doc_remaining is not None and doc_remaining[b][p] < 1:
+                flag = False
+            flags.append(flag)
+        out.append(flags)
+    return out
+
+
+def sampled_anchors(draw, candidates, num_anchors):
+    """The candidates with the smallest draws, ties to the lower position, then ascending."""
+    anchors, keep = [], []
+    for row_draw, row_candidates in zip(draw, candidates, strict=True):
+        positions = [p for p, flag in enumerate(row_candidates) if flag]
+        by_draw = sorted(positions, key=lambda p: (row_draw[p], p))
+        kept = sorted(by_draw[:num_anchors])
+        dummies = num_anchors - len(kept)
+        anchors.append(kept + [0] * dummies)
+        keep.append([True] * len(kept) + [False] * dummies)
+    return anchors, keep
+
+
+def labels(anchors, block_size):
+    """Slot k of the block at anchor a predicts token a + k + 1."""
+    return [[[a + k + 1 for k in range(block_size)] for a in row] for row in anchors]
+
+
+def safe_labels(anchors, keep, block_size, seq_len):
+    """The labels clamped into the row; 0 for dummy anchors."""
+    out = []
+    for row, row_keep in zip(labels(anchors, block_size), keep, strict=True):
+        blocks = []
+        for block, kept in zip(row, row_keep, strict=True):
+            blocks.append([max(min(label, seq_len - 1), 0) if kept else 0 for label in block])
+        out.append(blocks)
+    return out
+
+
+def eval_mask(seq_len, loss_mask, anchors, keep, block_size, doc_remaining=None):
+    """Walk each kept block from its anchor; stop at the first token that is not supervised.
+
+    The end of the row stops a block, and so does the end of the anchor's document.
+    """
+    tokens = supervised(loss_mask)
+    out = []
+    for b, row in enumerate(anchors):
+        blocks = []
+        for n, anchor in enumerate(row):
+            block = [False] * block_size
+            for k in range(block_size):
+                label = anchor + k + 1
+                if not keep[b][n] or label >= seq_len or not tokens[b][label]:
+                    break
+                if doc_remaining is not None and k + 1 > doc_remaining[b][anchor]:
+                    break
+                block[k] = True
+            blocks.append(block)
+        out.append(blocks)
+    return out
+
+
+def position_ids(anchors, block_size, context_positions=None):
+    """Block after block: the anchor's position, and one more for each slot."""
+    out = []
+    for b, row in enumerate(anchors):
+        ids = []
+        for anchor in row:
+            base = anchor if context_positions is None else context_positions[b][anchor]
+            ids.extend(base + k for k in range(block_size))
+        out.append(ids)
+    return out
+
+
+def noise_ids(input_ids, anchors, keep, mask_token_id, block_size):
+    """The mask token everywhere, except the anchor's own token in slot 0 of kept blocks."""
+    out = []
+    for b, row in enumerate(anchors):
+        ids = []
+        for n, anchor in enumerate(row):
+            for k in range(block_size):
+                ids.append(input_ids[b][anchor] if k == 0 and keep[b][n] else mask_token_id)
+        out.append(ids)
+    return out
+
+
+def doc_ids(seq_lens, seq_len):
+    """How many document ends lie at or before each position."""
+    out = []
+    for row in seq_lens:
+        ends = [sum(row[: i + 1]) for i in range(len(row))]
+        out.append([sum(end <= p for end in ends) for p in range(seq_len)])
+    return out
+
+
+def packed_rows(seq_lens, seq_len):
+    """(tokens left in the document after each one, position in the document); 0 in the tail."""
+    remaining, positions = [], []
+    for row in seq_lens:
+        row_remaining, row_positions = [], []
+        for length in row:
+            row_remaining.extend(range(length - 1, -1, -1))
+            row_positions.extend(range(length))
+        tail = seq_len - len(row_remaining)
+        remaining.append(row_remaining + [0] * tail)
+        positions.append(row_positions + [0] * tail)
+    return remaining, positions
+
+
+def visible(query, key, anchors, keep, seq_len, block_size, docs=None):
+    """May this query see this key, in one row of the batch?
+
+    A context position: iff the block is kept, the position is before its anchor, and both are
+    of one document. A block slot: iff it is of the query's own block.
+    """
+    block = query // block_size
+    if key >= seq_len:
+        return (key - seq_len) // block_size == block
+    if not keep[block]:
+        return False
+    if docs is not None and docs[key] != docs[anchors[block]]:
+        return False
+    return key < anchors[block]
+
+
+def dense_mask(anchors, keep, seq_len, block_size, docs=None):
+    """The training mask, [batch][query][key]."""
+    out = []
+    for b, row in enumerate(anchors):
+        queries = len(row) * block_size
+        row_docs = None if docs is None else docs[b]
+        out.append(
+            [
+                [
+                    visible(query, key, row, keep[b], seq_len, block_size, row_docs)
+                    for key in range(seq_len + queries)
+                ]
+                for query in range(queries)
+            ]
+        )
+    return out
+
+
+def tile_kinds(mask, tile_size):
+    """[query tile][key tile]: "empty", "partial" or "full", for one row's [query][key] mask.
+
+    A tile is full where all tile_size x tile_size pairs exist and are visible; a tile that
+    hangs over the edge of the mask is never full.
+    """
+    queries, keys = len(mask), len(mask[0])
+    out = []
+    for top in range(0, queries, tile_size):
+        kinds = []
+        for left in range(0, keys, tile_size):
+            count = sum(sum(row[left : left + tile_size]) for row in mask[top : top + tile_size])
+            full = count == tile_size * tile_size
+            kinds.append("full" if full else "partial" if count else "empty")
+        out.append(kinds)
+    return out
+
+
+def tile_lists(kinds, kind):
+    """For each row of tiles, the columns of this kind, ascending."""
+    return [[j for j, value in enumerate(row) if value == kind] for row in kinds]
+
+
+def transposed(rows):
+    """Columns as rows."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def attention(q, k, v, mask, scale):
+    """Softmax attention of one head: q [query][dim], k and v [key][dim], mask [query][key]."""
+    out = []
+    for i, query in enumerate(q):
+        seen = [j for j in range(len(k)) if mask[i][j]]
+        scores = [scale * sum(a * b for a, b in zip(query, k[j], strict=True)) for j in seen]
+        top = max(scores)
+        weights = [math.exp(score - top) for score in scores]
+        total = sum(weights)
+        dims = range(len(v[0]))
+        out.append(
+            [sum(w * v[j][d] for w, j in zip(weights, seen, strict=True)) / total for d in dims]
+        )
+    return out
+
+
+def chi_square(counts, expected):
+    """Pearson's statistic for counts against one expected count."""
+    return sum((count - expected) ** 2 / expected for count in counts)
+
+
+def chi_square_tail(statistic, degrees):
+    """P(chi-square with an even number of degrees of freedom > statistic), exactly.
+
+    For 2m degrees it is a Poisson sum: exp(-x/2) * sum over i < m of (x/2)^i / i!.
+    """
+    assert degrees % 2 == 0
+    half, term, total = statistic / 2, 1.0, 0.0
+    for i in range(degrees // 2):
+        total += term
+        term *= half / (i + 1)
+    return math.exp(-half) * total

@@ -1,0 +1,404 @@
+"""`block_attention`: every back end against one reference, forward and gradient.
+
+The reference is softmax attention in float64 under the oracle's mask; it is itself compared
+with the oracle's loops. On the CPU FlexAttention has no backward pass, so there it is compared
+forward only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import oracle
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dspark_lab.attention import block_attention, training_block_mask
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),
+]
+
+BACKENDS = ["auto", "dense", "flex", "blockwise"]
+WITH_GRADIENT = ["auto", "dense", "blockwise"]
+
+
+@pytest.fixture(autouse=True)
+def skip_what_the_device_lacks(request):
+    """The blockwise back end is for the CPU alone."""
+    chosen = getattr(request.node, "callspec", None)
+    chosen = chosen.params if chosen else {}
+    if chosen.get("backend") == "blockwise" and chosen.get("device") == "cuda":
+        pytest.skip("blockwise is for the CPU")
+
+
+@dataclass
+class Problem:
+    """Shapes of one attention call."""
+
+    name: str
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    seq_len: int = 37
+    num_anchors: int = 5
+    block_size: int = 3
+    dim: int = 16
+    packed: bool = False
+    dummies: str = "some"
+    order: str = "sorted"
+    scale: float | None = None
+    loudness: float = 1.0
+
+    def tensors(self, device, dtype=torch.float32):
+        """q, k, v; anchors, keep; the keyword arguments; the oracle's mask as a tensor."""
+        rng = torch.Generator().manual_seed(sum(map(ord, self.name)))
+        queries = self.num_anchors * self.block_size
+        keys = self.seq_len + queries
+
+        def normal(heads, length):
+            shape = (self.batch, heads, length, self.dim)
+            return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+        q = normal(self.heads, queries) * self.loudness
+        k, v = normal(self.kv_heads, keys), normal(self.kv_heads, keys)
+        shape = (self.batch, self.num_anchors)
+        anchors = torch.randint(max(self.seq_len, 1), shape, generator=rng)
+        if self.order == "sorted":
+            anchors = anchors.sort(dim=1).values
+        keep = (
+            torch.rand(shape, generator=rng) < {"none": 1.1, "some": 0.6, "all": 0.0}[self.dummies]
+        )
+        docs = None
+        if self.packed:
+            starts = torch.rand(self.batch, self.seq_len, generator=rng) < 0.15
+            docs = starts.long().cumsum(1)
+        mask = torch.tensor(
+            oracle.dense_mask(
+                anchors.tolist(),
+                keep.tolist(),
+                self.seq_len,
+                self.block_size,
+                None if docs is None else docs.tolist(),
+            ),
+            device=device,
+        )
+        q, k, v = (t.to(device, dtype) for t in (q, k, v))
+        options = {
+            "seq_len": self.seq_len,
+            "block_size": self.block_size,
+            "doc_ids": None if docs is None else docs.to(device),
+            "scale": self.scale,
+        }
+        return (q, k, v), (anchors.to(device), keep.to(device)), options, mask
+
+
+PROBLEMS = [
+    Problem("plain", dummies="none"),
+    Problem("dummies"),
+    Problem("only dummies", dummies="all"),
+    Problem("packed", packed=True, seq_len=60),
+    Problem("unsorted", order="any", packed=True),
+    Problem("grouped heads", heads=6, kv_heads=2),
+    Problem("one kv head", heads=3, kv_heads=1),
+    Problem("no context", seq_len=0, dummies="all"),
+    Problem("one token", seq_len=1),
+    Problem("one anchor", num_anchors=1),
+    Problem("one slot", block_size=1),
+    Problem("one of all", batch=1, heads=1, kv_heads=1, num_anchors=1, block_size=1),
+    Problem("a block longer than the row", seq_len=4, block_size=11),
+    Problem("a given scale", scale=0.7),
+    Problem("loud scores", loudness=60.0),
+    Problem("long", batch=1, seq_len=300, num_anchors=40, block_size=7, packed=True),
+]
+NAMES = [p.name for p in PROBLEMS]
+
+
+def reference(q, k, v, mask, scale):
+    """Softmax attention in float64; key head h serves a group of query heads."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    return scores.masked_fill(~mask[:, None], -math.inf).softmax(3) @ v
+
+
+def with_gradients(function, q, k, v, weight):
+    """The output, and the gradients of a weighted sum of it."""
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    out = function(*leaves)
+    grads = torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)
+    return out.detach(), *grads
+
+
+def close(got, expected, tolerance):
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_the_reference_matches_the_loops():
+    problem = Problem("loops", heads=4, kv_heads=2, seq_len=9, num_anchors=3, dim=5, packed=True)
+    (q, k, v), _, _, mask = problem.tensors("cpu", torch.float64)
+    got = reference(q, k, v, mask, 0.4)
+    for b in range(2):
+        for head in range(4):
+            rows = q[b, head].tolist(), k[b, head // 2].tolist(), v[b, head // 2].tolist()
+            expected = torch.tensor(oracle.attention(*rows, mask[b].tolist(), 0.4))
+            close(got[b, head], expected, 1e-6)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_agrees_to_fp32_rounding(backend, problem, device):
+    qkv, where, options, mask = problem.tensors(device)
+    with torch.no_grad():
+        got = block_attention(*qkv, *where, **options, backend=backend)
+    assert got.shape == qkv[0].shape
+    assert got.dtype == torch.float32
+    assert got.device.type == device.type
+    close(got, reference(*qkv, mask, problem.scale), 2e-5 if problem.loudness > 1 else 3e-6)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
+@pytest.mark.parametrize("backend", [*WITH_GRADIENT, "flex"])
+def test_every_gradient_agrees_to_fp32_rounding(backend, problem, device):
+    if backend == "flex" and device.type == "cpu":
+        pytest.skip("FlexAttention has no backward pass on the CPU")
+    qkv, where, options, mask = problem.tensors(device)
+    torch.manual_seed(0)
+    weight = torch.randn(qkv[0].shape, dtype=torch.float64).to(device)
+    got = with_gradients(
+        lambda q, k, v: block_attention(q, k, v, *where, **options, backend=backend), *qkv, weight
+    )
+    expected = with_gradients(
+        lambda q, k, v: reference(q, k, v, mask, problem.scale),
+        *(t.double() for t in qkv),
+        weight,
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        close(a, b, 3e-4 if problem.loudness > 1 else 2e-5)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_in_double_precision_they_agree_to_double_rounding(backend, problem, device):
+    """Nothing is rounded to a narrower type on the way, and no small term is left out."""
+    qkv, where, options, mask = problem.tensors(device, torch.float64)
+    weight = torch.randn(qkv[0].shape, dtype=torch.float64, device=device)
+    got = with_gradients(
+        lambda q, k, v: block_attention(q, k, v, *where, **options, backend=backend), *qkv, weight
+    )
+    expected = with_gradients(lambda q, k, v: reference(q, k, v, mask, problem.scale), *qkv, weight)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float64
+        close(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", WITH_GRADIENT)
+def test_half_precision_stays_half_and_close(backend, dtype, device):
+    problem = Problem("half", packed=True)
+    qkv, where, options, mask = problem.tensors(device, dtype)
+    got = block_attention(*qkv, *where, **options, backend=backend)
+    assert got.dtype == dtype
+    close(got, reference(*qkv, mask, None), 2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_and_positions_may_lie_the_other_way_round_in_memory(backend, device):
+    problem = Problem("strided", heads=4, kv_heads=2)
+    qkv, where, options, mask = problem.tensors(device)
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]
+    assert not any(t.is_contiguous() for t in strided)
+    got = block_attention(*strided, *where, **options, backend=backend)
+    close(got, reference(*qkv, mask, None), 3e-6)
+
+
+@pytest.mark.parametrize("backend", WITH_GRADIENT)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_gradient_for_one_input_alone_is_the_same(backend, which, device):
+    problem = Problem("one gradient", heads=4, kv_heads=2, packed=True)
+    qkv, where, options, mask = problem.tensors(device)
+    grads = []
+    for function in (
+        lambda *t: block_attention(*t, *where, **options, backend=backend),
+        lambda *t: reference(*t, mask, None),
+    ):
+        leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate(qkv)]
+        function(*leaves).square().sum().backward()
+        assert [t.grad is not None for t in leaves] == [i == which for i in range(3)]
+        grads.append(leaves[which].grad)
+    close(*grads, 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_block_may_not_see_cannot_change_it(backend, device):
+    """Block 1 at anchor 4 of document 1: not the anchor's position, nor what follows, nor the
+    other document, nor the other block."""
+    torch.manual_seed(0)
+    seq_len, block_size = 8, 2
+    q = torch.randn(1, 1, 4, 16, device=device)
+    k, v = (torch.randn(1, 1, 12, 16, device=device) for _ in range(2))
+    anchors = torch.tensor([[1, 4]], device=device)
+    keep = torch.ones(1, 2, dtype=torch.bool, device=device)
+    docs = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]], device=device)
+    options = {"seq_len": seq_len, "block_size": block_size, "doc_ids": docs, "backend": backend}
+    before = block_attention(q, k, v, anchors, keep, **options)[0, 0, 2:]
+    visible = {2, 3, 10, 11}
+    for key in range(12):
+        changed_k, changed_v = k.clone(), v.clone()
+        changed_k[0, 0, key] += 3
+        changed_v[0, 0, key] -= 5
+        after = block_attention(q, changed_k, changed_v, anchors, keep, **options)[0, 0, 2:]
+        if key in visible:
+            assert (after - before).abs().max() > 1e-3, key
+        else:
+            torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dummy_block_attends_to_itself_and_is_never_nan(backend, device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 16, device=device) for n in (3, 8, 8))
+    where = torch.tensor([[0]], device=device), torch.tensor([[False]], device=device)
+    got = block_attention(q, k, v, *where, seq_len=5, block_size=3, backend=backend)
+    own = (q @ k[:, :, 5:].transpose(2, 3) / 4).softmax(3) @ v[:, :, 5:]
+    close(got, own, 3e-6)
+
+
+@pytest.mark.parametrize("backend", WITH_GRADIENT)
+def test_an_unseen_key_has_no_gradient_at_all(backend, device):
+    problem = Problem("unseen", packed=True)
+    qkv, where, options, mask = problem.tensors(device)
+    weight = torch.ones_like(qkv[0])
+    _, _, k_grad, v_grad = with_gradients(
+        lambda q, k, v: block_attention(q, k, v, *where, **options, backend=backend), *qkv, weight
+    )
+    unseen = ~mask.any(dim=1)
+    assert unseen.any()
+    for grad in (k_grad, v_grad):
+        assert (grad.movedim(1, 2)[unseen] == 0).all()
+
+
+def test_auto_is_the_default(device):
+    qkv, where, options, _ = Problem("default").tensors(device)
+    with torch.no_grad():
+        got = block_attention(*qkv, *where, **options)
+        assert torch.equal(got, block_attention(*qkv, *where, **options, backend="auto"))
+
+
+def test_flex_says_that_it_has_no_gradient_on_the_cpu():
+    qkv, where, options, _ = Problem("no gradient").tensors("cpu")
+    for which in range(3):
+        leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate(qkv)]
+        with pytest.raises((ValueError, NotImplementedError), match="(?i)flex") as caught:
+            block_attention(*leaves, *where, **options, backend="flex")
+        assert "dense" in str(caught.value) or "blockwise" in str(caught.value)
+
+
+class Devices(TorchDispatchMode):
+    """The devices of every tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen.update(t.device.type for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+def on_meta(problem):
+    """The problem's tensors without their values."""
+    qkv, where, options, _ = problem.tensors("cpu")
+    if options["doc_ids"] is not None:
+        options["doc_ids"] = options["doc_ids"].to("meta")
+    return [t.to("meta") for t in qkv], [t.to("meta") for t in where], options
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_tensor_is_made_on_the_device_of_the_input(packed):
+    """On the meta device, which also has no values to ask for."""
+    qkv, where, options = on_meta(Problem("meta", packed=packed))
+    with Devices() as devices:
+        got = block_attention(*qkv, *where, **options, backend="dense")
+    assert devices.seen == {"meta"}
+    assert got.shape == qkv[0].shape
+
+
+def test_blockwise_refuses_a_device_that_is_not_the_cpu():
+    qkv, where, options = on_meta(Problem("meta"))
+    with pytest.raises(ValueError, match="(?s)(?=.*blockwise)(?=.*(?i:cpu))(?=.*meta)"):
+        block_attention(*qkv, *where, **options, backend="blockwise")
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_compiled_whole_it_gives_the_same_with_gradients(backend, device):
+    torch._dynamo.reset()
+    qkv, where, options, _ = Problem("compiled", heads=4, packed=True).tensors(device)
+    weight = torch.randn_like(qkv[0])
+
+    def attend(q, k, v):
+        return block_attention(q, k, v, *where, **options, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    got = with_gradients(compiled, *qkv, weight)
+    for a, b in zip(got, with_gradients(attend, *qkv, weight), strict=True):
+        close(a, b, 1e-6)
+
+
+def tiles(device):
+    """Several tiles of each kind, and a last one that hangs over the edge."""
+    problem = Problem("tiles", heads=4, seq_len=700, num_anchors=50, block_size=7, dummies="none")
+    qkv, where, options, mask = problem.tensors(device)
+    return qkv, where, options, reference(*qkv, mask, None)
+
+
+def test_the_compiled_kernel_reads_the_tiles(device):
+    """Not compiled, FlexAttention asks the mask function about every pair; the kernel does not."""
+    torch._dynamo.reset()
+    qkv, where, options, expected = tiles(device)
+    del options["scale"]
+    block_mask = training_block_mask(*where, **options)
+    kinds = [block_mask.kv_num_blocks, block_mask.full_kv_num_blocks]
+    assert all(numbers.any() for numbers in kinds)
+    with torch.no_grad():
+        got = torch.compile(flex_attention)(*qkv, block_mask=block_mask, enable_gqa=True)
+    close(got, expected, 3e-6)
+
+
+@pytest.mark.slow
+def test_flex_compiles_whole_with_its_tiles(device):
+    torch._dynamo.reset()
+    qkv, where, options, expected = tiles(device)
+
+    def attend(q, k, v, anchors, keep, docs):
+        kwargs = {**options, "doc_ids": docs, "backend": "flex"}
+        return block_attention(q, k, v, anchors, keep, **kwargs)
+
+    with torch.no_grad():
+        got = torch.compile(attend, fullgraph=True)(*qkv, *where, options["doc_ids"])
+    close(got, expected, 3e-6)
+
+
+def test_the_number_of_threads_does_not_matter():
+    qkv, where, options, _ = Problem("long", num_anchors=60, block_size=7).tensors("cpu")
+    weight = torch.ones_like(qkv[0])
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(
+            with_gradients(
+                lambda q, k, v: block_attention(q, k, v, *where, **options, backend="blockwise"),
+                *qkv,
+                weight,
+            )
+        )
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            close(a, b, 1e-5)

@@ -1,0 +1,292 @@
+"""`dspark_lab.common` under torch.compile, without host synchronisation, on one device.
+
+Synchronisation is shown with fake tensors: they have shapes and no values, so a function that
+asks for a value (.item(), a branch on a tensor, a shape that depends on data) raises. Stray
+devices are shown with the meta device: a tensor that is made anywhere else is recorded.
+Both detectors are first shown to detect.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dspark_lab import common
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),
+]
+
+Size = tuple[int, int, int, int]
+VOCAB = 13
+
+
+def labels(anchors, keep, block_size, seq_len):
+    label = anchors[:, :, None] + 1 + torch.arange(block_size, device=anchors.device)
+    return label, label.clamp(max=seq_len - 1).clamp(min=0) * keep[:, :, None]
+
+
+def arguments(device, size: Size) -> dict[str, tuple]:
+    """Name -> (function, arguments): one call or more of every function."""
+    batch, seq_len, num_anchors, block_size = size
+    if device != "meta":
+        torch.manual_seed(0)
+    mask = torch.rand(batch, seq_len, device=device) < 0.8
+    anchors = torch.randint(max(seq_len, 1), (batch, num_anchors), device=device)
+    keep = torch.rand(batch, num_anchors, device=device) < 0.7
+    remaining = torch.randint(4, (batch, seq_len), device=device)
+    positions = torch.randint(99, (batch, seq_len), device=device)
+    ids = torch.randint(VOCAB, (batch, seq_len), device=device)
+    lens = torch.randint(3, (batch, 4), device=device)
+    label, safe = labels(anchors, keep, block_size, seq_len)
+    with torch.device(device):
+        embed, head = nn.Embedding(VOCAB, 6), common.AcceptRatePredictor(6)
+    hidden = [torch.rand(batch, seq_len, 6, device=device) for _ in range(4)]
+    candidates, sample = common.build_anchor_candidate_mask, common.sample_anchor_positions
+    supervise, place = common.build_eval_mask, common.create_position_ids
+    calls = {
+        "candidates": (candidates, seq_len, mask),
+        "candidates, float mask": (candidates, seq_len, mask.to(torch.bfloat16)),
+        "candidates, packed": (candidates, seq_len, mask, remaining),
+        "sample": (sample, seq_len, mask, num_anchors, device),
+        "sample, packed": (sample, seq_len, mask, num_anchors, device, remaining),
+        "supervise": (supervise, seq_len, mask, label, safe, keep),
+        "supervise, packed": (supervise, seq_len, mask, label, safe, keep, remaining, anchors),
+        "positions": (place, anchors, block_size),
+        "positions, packed": (place, anchors, block_size, positions),
+        "noise": (common.create_noise_embed, embed, ids, anchors, keep, VOCAB - 1, block_size),
+        "features": (common.extract_context_feature, hidden, [-1, 0, 2]),
+        "documents": (common.context_doc_ids, lens, seq_len, device),
+        "accept rate": (head, torch.rand(batch, num_anchors, block_size, 6, device=device)),
+    }
+    if seq_len == 0:
+        del calls["positions, packed"]
+    return calls
+
+
+NAMES = list(arguments("cpu", (1, 3, 1, 1)))
+SIZE = (2, 9, 3, 4)
+SIZES = [SIZE, (3, 12, 4, 3), (2, 40, 7, 5)]
+CORNERS = [(1, 0, 2, 3), (1, 1, 1, 1), (2, 5, 9, 2)]
+
+
+def tensors(result) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def outcome(function, *args):
+    """Tensors of the result, from a fixed seed."""
+    torch.manual_seed(42)
+    with torch.no_grad():
+        return tensors(function(*args))
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected) > 0
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.device == b.device
+        assert torch.equal(a, b)
+
+
+# No host synchronisation
+
+
+def asks_item(x):
+    return x.sum().item()
+
+
+def asks_branch(x):
+    return x + 1 if x.any() else x
+
+
+def asks_nonzero(x):
+    return x.nonzero()
+
+
+def asks_selection(x):
+    return x[x > 0]
+
+
+def asks_list(x):
+    return x.tolist()
+
+
+@pytest.mark.parametrize("ask", [asks_item, asks_branch, asks_nonzero, asks_selection, asks_list])
+def test_fake_tensors_detect_a_question_to_the_host(ask):
+    refused = (DataDependentOutputException, DynamicOutputShapeException)
+    with FakeTensorMode(), pytest.raises(refused):
+        ask(torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_function_asks_a_tensor_for_its_values(name):
+    with FakeTensorMode():
+        function, *args = arguments("cpu", SIZE)[name]
+        fake = tensors(function(*args))
+    expected = outcome(*arguments("cpu", SIZE)[name])
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_no_function_synchronises_with_the_gpu(name):
+    device = torch.device("cuda")
+    function, *args = arguments(device, SIZE)[name]
+    function(*args)
+    torch.cuda.synchronize()
+    previous = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = function(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
+    assert {t.device.type for t in tensors(result)} == {"cuda"}
+
+
+# One device
+
+
+class Devices(TorchDispatchMode):
+    """Records the devices of every tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen.update(t.device.type for t in tensors(out))
+        return out
+
+
+def test_the_device_recorder_sees_a_stray_range():
+    x = torch.zeros(3, device="meta")
+    with Devices() as devices:
+        x[torch.arange(2)]
+    assert devices.seen == {"cpu", "meta"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_made_on_the_device_of_the_input(name):
+    function, *args = arguments("meta", SIZE)[name]
+    with Devices() as devices:
+        result = function(*args)
+    assert devices.seen <= {"meta"}
+    assert {t.device.type for t in tensors(result)} == {"meta"}
+
+
+# Compiled
+
+
+@contextmanager
+def no_recompilation():
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_whole_and_dynamic_it_gives_the_same(name, device, fresh_compiler):
+    function = arguments(device, SIZE)[name][0]
+    if isinstance(function, nn.Module):
+        function = functional_head
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, size in enumerate(SIZES):
+        _, *args = adapt(arguments(device, size)[name])
+        expected = outcome(function, *args)
+        if i == 0:
+            assert_same(outcome(compiled, *args), expected)
+        else:
+            with no_recompilation():
+                assert_same(outcome(compiled, *args), expected)
+    for size in CORNERS:
+        calls = arguments(device, size)
+        if name in calls:
+            _, *args = adapt(calls[name])
+            assert_same(outcome(compiled, *args), outcome(function, *args))
+
+
+def functional_head(head, features):
+    return head(features)
+
+
+def adapt(call):
+    """A module is compiled as the argument of a function, so that one compilation serves all."""
+    return (functional_head, *call) if isinstance(call[0], nn.Module) else call
+
+
+def test_layer_ids_are_checked_inside_a_compiled_function(fresh_compiler):
+    def pick(x, layer_ids):
+        return x[:, common.validate_target_layer_ids(layer_ids, 6)]
+
+    x = torch.arange(12).reshape(2, 6)
+    compiled = torch.compile(pick, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, [0, 2, 4]), pick(x, [0, 2, 4]))
+
+
+def test_the_output_is_built_inside_a_compiled_function(fresh_compiler):
+    def build(x):
+        return common.DSparkForwardOutput(x, x + 1, eval_mask=x > 0, block_keep_mask=x < 0)
+
+    x = torch.tensor([-1.0, 1.0])
+    got = torch.compile(build, fullgraph=True, backend="aot_eager")(x)
+    assert isinstance(got, common.DSparkForwardOutput)
+    assert torch.equal(got.target_ids, x + 1)
+    assert got.confidence_pred is None
+
+
+def everything(seq_len, loss_mask, num_anchors, block_size, embed, ids, lens, positions):
+    """A training step's use of the module, packed, in one graph."""
+    docs = common.context_doc_ids(lens, seq_len, loss_mask.device)
+    last = torch.cumsum(lens, 1).gather(1, docs.clamp(max=lens.shape[1] - 1))
+    remaining = (last - 1 - torch.arange(seq_len, device=docs.device)).clamp(min=0)
+    anchors, keep = common.sample_anchor_positions(
+        seq_len, loss_mask, num_anchors, loss_mask.device, remaining
+    )
+    label, safe = labels(anchors, keep, block_size, seq_len)
+    supervised = common.build_eval_mask(seq_len, loss_mask, label, safe, keep, remaining, anchors)
+    noise = common.create_noise_embed(embed, ids, anchors, keep, VOCAB - 1, block_size)
+    place = common.create_position_ids(anchors, block_size, positions)
+    features = common.extract_context_feature([noise, noise * 2, noise * 3], [-1, 1])
+    return docs, anchors, keep, supervised, noise, place, features
+
+
+def test_the_default_compiler_draws_the_same_anchors(device, fresh_compiler):
+    """Inductor has a random stream of its own; the anchors still come from torch.rand's."""
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True)
+    embed = nn.Embedding(VOCAB, 4, device=device)
+    for batch, seq_len, num_anchors, block_size in SIZES[:2]:
+        torch.manual_seed(seq_len)
+        args = (
+            seq_len,
+            (torch.rand(batch, seq_len) < 0.9).to(device),
+            num_anchors,
+            block_size,
+            embed,
+            torch.randint(VOCAB, (batch, seq_len)).to(device),
+            torch.tensor([[4, 3, 0]] * batch).to(device),
+            torch.randint(99, (batch, seq_len)).to(device),
+        )
+        expected = outcome(everything, *args)
+        got = outcome(compiled, *args)
+        after_compiled = torch.rand(3, device=device)
+        assert_same(got, expected)
+        outcome(everything, *args)
+        assert torch.equal(torch.rand(3, device=device), after_compiled)

@@ -1,0 +1,207 @@
+"""Making conversations: the file that grows, and the sampling. No real model is needed."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dspark_lab import generate as lab
+from dspark_lab.generate import Message, Prompt
+
+PROMPTS = lab.make_prompts(30, seed=3)
+
+
+def echo(conversations: list[list[Message]], seed: int) -> list[tuple[str, bool]]:
+    """Answers that depend on the seed and on the whole batch, as real samples do."""
+    rng = random.Random(seed)
+    return [(f"{len(c)} {c[-1]['content']} {rng.random()}", True) for c in conversations]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_after(calls: int) -> lab.Answer:
+    def answer(conversations: list[list[Message]], seed: int) -> list[tuple[str, bool]]:
+        nonlocal calls
+        if calls == 0:
+            raise Interrupted
+        calls -= 1
+        return echo(conversations, seed)
+
+    return answer
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    """What one run without interruption writes."""
+    out = tmp_path / "whole.jsonl"
+    lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
+    return out.read_bytes()
+
+
+def test_every_prompt_is_answered_in_order(whole: bytes) -> None:
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [record["id"] for record in records] == [prompt.id for prompt in PROMPTS]
+    for record, prompt in zip(records, PROMPTS, strict=True):
+        users = [m["content"] for m in record["messages"] if m["role"] == "user"]
+        assert users == list(prompt.users)
+        assert record["messages"][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3, 7])
+def test_interrupted_run_ends_with_the_same_file(calls: int, whole: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(Interrupted):
+        lab.generate(out, PROMPTS, interrupted_after(calls), seed=3, batch_size=4)
+    lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
+    assert out.read_bytes() == whole
+
+
+def test_torn_last_line_is_dropped_and_made_again(whole: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for length in (1, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        out.write_bytes(whole[:length])
+        lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
+        assert out.read_bytes() == whole
+
+
+def test_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_bytes('{"id": "math-0001"}\n{"id": "é'.encode()[:-1])
+    assert lab.read_records(out) == [{"id": "math-0001"}]
+    assert out.read_bytes() == b'{"id": "math-0001"}\n'
+
+
+def test_written_lines_are_kept(whole: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    first, *_ = whole.splitlines(keepends=True)
+    changed = first.replace(
+        b'"role": "assistant", "content": "', b'"role": "assistant", "content": "kept '
+    )
+    out.write_bytes(changed)
+    lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
+    assert out.read_bytes() == whole.replace(first, changed)
+
+
+def test_complete_file_asks_the_model_nothing(whole: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(whole)
+    lab.generate(out, PROMPTS, interrupted_after(0), seed=3, batch_size=4)
+    assert out.read_bytes() == whole
+
+
+def test_file_of_another_seed_is_refused(whole: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(whole)
+    with pytest.raises(ValueError, match="was started with other settings"):
+        lab.generate(out, lab.make_prompts(30, seed=4), echo, seed=4, batch_size=4)
+
+
+def test_answer_that_was_cut_off_is_tried_again() -> None:
+    texts = iter(["cut", "whole"])
+
+    def answer(conversations: list[list[Message]], seed: int) -> list[tuple[str, bool]]:
+        assert [m["role"] for m in conversations[0]] == ["system", "user"]
+        text = next(texts)
+        return [(text, text == "whole")]
+
+    (record,) = lab.converse([Prompt("chat-0001", "chat", 0, "Be kind.", ("Hello.",))], answer, 0)
+    assert record["messages"][-1] == {"role": "assistant", "content": "whole"}
+    assert record["finished"] is True
+
+
+def test_conversation_ends_at_an_answer_that_never_ended() -> None:
+    prompts = [
+        Prompt("chat-0001", "chat", 0, None, ("Endless?", "More?")),
+        Prompt("chat-0002", "chat", 0, None, ("Short?", "More?")),
+    ]
+
+    def answer(conversations: list[list[Message]], seed: int) -> list[tuple[str, bool]]:
+        return [("text", c[0]["content"] != "Endless?") for c in conversations]
+
+    endless, short = lab.converse(prompts, answer, 0)
+    assert [m["content"] for m in endless["messages"]] == ["Endless?", "text"]
+    assert [m["content"] for m in short["messages"]] == ["Short?", "text", "More?", "text"]
+    assert (endless["finished"], short["finished"]) == (False, True)
+
+
+def test_prompts_are_distinct_and_follow_from_the_seed() -> None:
+    prompts = lab.make_prompts(720, seed=0)
+    assert prompts == lab.make_prompts(720, seed=0)
+    assert prompts[:90] == lab.make_prompts(90, seed=0)
+    assert len({prompt.users[0] for prompt in prompts}) == len({p.id for p in prompts}) == 720
+    assert not any("{" in user and "}" in user for p in prompts for user in p.users)
+
+
+def test_batches_hold_every_prompt_once_and_one_kind_each() -> None:
+    batches = lab.make_batches(PROMPTS, batch_size=4)
+    assert sorted(p.id for batch in batches for p in batch) == sorted(p.id for p in PROMPTS)
+    assert all(len({(p.domain, len(p.users)) for p in batch}) == 1 for batch in batches)
+    assert max(len(batch) for batch in batches) <= 4
+
+
+def test_sampling_a_batch_gives_what_each_row_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "TOP_K", 1)
+    monkeypatch.setattr(lab, "MAX_NEW_TOKENS", 12)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=5,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=1.0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    lengths = [3, 8, 1, 5, 6, 2]
+    rows = [torch.randint(2, 5, (length,)) for length in lengths]
+    ids = torch.stack([torch.cat([torch.zeros(8 - len(r), dtype=torch.long), r]) for r in rows])
+    mask = torch.stack([torch.tensor([0] * (8 - n) + [1] * n) for n in lengths])
+    rules = dict(end=1, never=[0], never_first=[0, 1], generator=torch.Generator())
+    together = lab.sample(model, ids, mask, **rules)
+    alone = [lab.sample(model, r[None], torch.ones_like(r)[None], **rules)[0] for r in rows]
+    assert together == alone
+    assert len({len(tokens) for tokens in together}) > 2
+    assert all(tokens[0] > 1 and 0 not in tokens for tokens in together)
+
+
+def test_draw_keeps_to_the_tokens_that_hold_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "TOP_K", 4)
+    monkeypatch.setattr(lab, "TOP_P", 0.7)
+    monkeypatch.setattr(lab, "TEMPERATURE", 1.0)
+    logits = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05]).log().repeat(2000, 1)
+    drawn = lab._draw(logits, torch.Generator().manual_seed(0))[:, 0]
+    shares = drawn.bincount(minlength=5) / 2000
+    torch.testing.assert_close(shares, torch.tensor([0, 0.625, 0, 0.375, 0]), atol=0.05, rtol=0)
+
+
+def test_card_and_checksums_describe_the_folder(whole: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_bytes(b"abc")
+    (folder / "SHA256SUMS").write_text("old")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert lab.checksums(folder) == f"{abc}  sub/a.txt\n"
+
+    def words(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
+        return {"input_ids": [text.split() for text in texts]}
+
+    records = [
+        {
+            "domain": "math",
+            "finished": index > 0,
+            "messages": [
+                {"role": "user", "content": "one?"},
+                {"role": "assistant", "content": "one two three"},
+            ],
+        }
+        for index in range(4)
+    ]
+    numbers = lab.card_numbers(records, words)
+    assert "| math | 4 | 0 | 0 | 4 | 12 | 75.0% |" in numbers
+    assert "| code | 0 | 0 | 0 | 0 | 0 | 0.0% |" in numbers
+    assert "| all | 4 | 0 | 0 | 4 | 12 | 75.0% |" in numbers
