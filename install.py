@@ -46,8 +46,8 @@ def main():
     try:
         make_environment()
         install(torch_folder)
-    except subprocess.CalledProcessError:
-        sys.exit("the environment .venv could not be made, for the reason above: call make again")
+    except (subprocess.CalledProcessError, KeyboardInterrupt):
+        sys.exit("the environment .venv is not complete, for the reason above: call make again")
     STAMP.write_text(fingerprint())
 
 
@@ -100,8 +100,12 @@ def make_environment():
 def pip_of_debian(folder):
     """Debian keeps Python's pip in a package of its own, which apt fetches for any user."""
     (folder / "lists" / "partial").mkdir(parents=True)
-    private = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}"]
-    apt = ["apt-get", "--quiet=2", *private]
+    options = [
+        f"Dir::State::Lists={folder}/lists",
+        f"Dir::Cache={folder}",
+        "APT::Sandbox::User=root",
+    ]
+    apt = ["apt-get", "--quiet=2", *(f"-o{option}" for option in options)]
     run(*apt, "update")
     run(*apt, "download", "python3-pip-whl", cwd=folder)
     run("dpkg-deb", "--extract", next(folder.glob("*.deb")), folder)

@@ -13,30 +13,9 @@ SEQ_LEN, ANCHORS, BLOCK = 4096, 512, 7
 
 
 def run() -> Iterator[str]:
-    for device in ("cpu", "cuda"):
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
-        anchors, keep = _anchors(SEQ_LEN, ANCHORS, device)
-        sizes = {"seq_len": SEQ_LEN, "block_size": BLOCK}
-        queries = ANCHORS * BLOCK
-
-        def ours(anchors=anchors, keep=keep, sizes=sizes):
-            return training_block_mask(anchors, keep, **sizes)
-
-        def theirs(make, anchors=anchors, keep=keep, sizes=sizes, device=device, queries=queries):
-            rule = training_mask_mod(anchors, keep, **sizes)
-            return make(rule, 1, None, queries, SEQ_LEN + queries, device=device)
-
-        shape = f"S {SEQ_LEN}, N {ANCHORS}, K {BLOCK}"
-        yield compare(
-            f"{device}: {shape}, against create_block_mask", ours, lambda: theirs(create_block_mask)
-        )
-        compiled = torch.compile(create_block_mask)
-        yield compare(
-            f"{device}: {shape}, both compiled",
-            lambda: torch.compile(training_block_mask)(anchors, keep, **sizes),
-            lambda: theirs(compiled),
-        )
+    yield from _against_create_block_mask("cpu")
+    if torch.cuda.is_available():
+        yield from _against_create_block_mask("cuda")
     for scale in (1, 2, 4, 8):
         anchors, keep = _anchors(1024 * scale, 128 * scale, "cpu")
 
@@ -49,6 +28,24 @@ def run() -> Iterator[str]:
             f"S {1024 * scale:>5}, N {128 * scale:>4}: {tiles:>6} tiles {milliseconds:7.2f} ms, "
             f"{milliseconds * 1e6 / tiles:7.0f} ns per tile"
         )
+
+
+def _against_create_block_mask(device: str) -> Iterator[str]:
+    anchors, keep = _anchors(SEQ_LEN, ANCHORS, device)
+    sizes = {"seq_len": SEQ_LEN, "block_size": BLOCK}
+    queries = ANCHORS * BLOCK
+
+    def closed_form(make=training_block_mask):
+        return make(anchors, keep, **sizes)
+
+    def from_rule(make=create_block_mask):
+        rule = training_mask_mod(anchors, keep, **sizes)
+        return make(rule, 1, None, queries, SEQ_LEN + queries, device=device)
+
+    shape = f"{device}: S {SEQ_LEN}, N {ANCHORS}, K {BLOCK}"
+    yield compare(f"{shape}, against create_block_mask", closed_form, from_rule)
+    ours, theirs = torch.compile(training_block_mask), torch.compile(create_block_mask)
+    yield compare(f"{shape}, both compiled", lambda: closed_form(ours), lambda: from_rule(theirs))
 
 
 def _anchors(seq_len: int, num_anchors: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

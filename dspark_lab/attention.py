@@ -10,15 +10,16 @@ The rule (DSpark, section 3.1, after DFlash). A slot of block b sees exactly
     own block:      all slots of block b, earlier and later ones.
 
 The anchor's token is not part of the context prefix: it enters through slot 0. A dummy block
-(``block_keep_mask`` False) has an empty prefix and sees only itself, so no row of the mask is empty.
+(``block_keep_mask`` False) has an empty prefix and sees only itself, so that no row of the mask is
+empty.
 
-The rule is written once, in :func:`context_range` and :func:`training_mask_mod`. The dense mask asks
-the latter at every pair; the tiles follow from the former in closed form.
+The rule is written once, in :func:`context_range` and :func:`training_mask_mod`. The dense mask
+asks the latter at every pair; the tiles follow from the former in closed form.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -127,10 +128,10 @@ def training_dense_mask(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
 ) -> Bool[Tensor, "batch query key"]:
-    """The rule at every pair: ``[batch, anchor * slot, seq_len + anchor * slot]``, True where visible.
+    """The rule at every pair: True where a query sees a key.
 
-    Its size grows with queries times keys; it is for looking and for checking. Arguments and errors
-    as :func:`training_mask_mod`.
+    The shape is ``[batch, anchor * slot, seq_len + anchor * slot]``. It grows with queries times
+    keys: it is for looking and for checking. Arguments and errors as :func:`training_mask_mod`.
     """
     visible = training_mask_mod(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
@@ -155,8 +156,8 @@ def training_block_mask(
 ) -> BlockMask:
     """The rule as FlexAttention's ``BlockMask``, the same as ``create_block_mask`` makes of it.
 
-    ``create_block_mask`` asks the rule at every pair of query and key and then counts what each tile
-    of ``tile_size`` x ``tile_size`` pairs holds. Here each tile's state (empty, partial, full)
+    ``create_block_mask`` asks the rule at every pair of query and key and then counts what each
+    tile of ``tile_size`` x ``tile_size`` pairs holds. Here each tile's state (empty, partial, full)
     follows from the context ranges of the few blocks that its queries belong to, so time and memory
     grow with the number of tiles. Both directions of the tile lists are made: the backward pass
     reads the transposed one.
@@ -261,7 +262,7 @@ def _classify_tiles(
 def _list_tiles(
     tiles: Bool[Tensor, "2 batch 1 row column"],
 ) -> tuple[Int[Tensor, "2 batch 1 row"], Int[Tensor, "2 batch 1 row column"]]:
-    """How many tiles of each row are set, and the columns: the set ones first, both parts ascending."""
+    """How many tiles of each row are set, and the columns: set ones first, both parts ascending."""
     column = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
     set_so_far = tiles.cumsum(-1, dtype=torch.int32)
     count = tiles.sum(-1, dtype=torch.int32)
@@ -282,54 +283,61 @@ def block_attention(
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    block_mask: BlockMask | None = None,
 ) -> Float[Tensor, "batch heads query head_dim"]:
     """Attention of every slot to what the training mask lets it see.
 
     Three back ends give the same result and the same gradients, up to rounding:
 
     - ``dense``: torch's SDPA with the dense mask, on any device;
-    - ``flex``: FlexAttention with the closed-form block mask; the choice for GPUs. Compile the model
-      around it; on CPU it runs forward only, for inputs that need no gradient;
-    - ``blockwise``: for the CPU; each group of blocks meets only its own context prefix and itself,
-      and no mask of size queries times keys is ever formed. Computes in fp32 at least.
+    - ``flex``: FlexAttention with the closed-form block mask; the choice for GPUs. Compile the
+      model around it; on the CPU it runs forward only, for inputs that need no gradient;
+    - ``blockwise``: for the CPU; each group of blocks meets only its own context prefix and
+      itself, and no mask of size queries times keys is ever formed. Computes in fp32 at least.
 
     Args:
         q: queries, the slots of all blocks, block after block.
-        k, v: the context's ``seq_len`` keys and values, followed by those of the slots. Their number
-            of heads divides that of ``q`` (grouped-query attention).
+        k, v: the context's ``seq_len`` keys and values, followed by those of the slots. Their
+            number of heads divides that of ``q`` (grouped-query attention).
         anchor_positions, block_keep_mask, seq_len, doc_ids: see :func:`context_range`.
         block_size: slots per block.
         scale: factor on the scores; 1 / sqrt(head_dim) where None.
         backend: ``auto`` takes ``flex`` on CUDA and ``blockwise`` on the CPU.
+        block_mask: for ``flex``, what :func:`training_block_mask` made of the same blocks, so that
+            several layers share one; made here where None.
 
     Raises:
-        TypeError, ValueError: as :func:`training_mask_mod`; ``q``, ``k``, ``v`` that do not fit each
-            other or the blocks; an unknown back end, or one that cannot do what is asked.
+        TypeError, ValueError: as :func:`training_mask_mod`; ``q``, ``k``, ``v`` that do not fit
+            each other or the blocks; an unknown back end, or one that cannot do what is asked.
     """
     require_int("block_size", block_size, 1)
     start, end = context_range(anchor_positions, block_keep_mask, seq_len=seq_len, doc_ids=doc_ids)
     _require_heads(q, k, v, start, seq_len, block_size)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    blocks: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "doc_ids": doc_ids}
+    chosen: str = backend
     if backend == "auto":
-        backend = {"cuda": "flex", "cpu": "blockwise"}.get(q.device.type, "dense")
-    blocks = {"seq_len": seq_len, "block_size": block_size, "doc_ids": doc_ids}
+        chosen = {"cuda": "flex", "cpu": "blockwise"}.get(q.device.type, "dense")
 
-    if backend == "dense":
+    if chosen == "dense":
         mask = training_dense_mask(anchor_positions, block_keep_mask, **blocks).unsqueeze(1)
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    if backend == "flex":
+    if chosen == "flex":
         if q.device.type == "cpu" and torch.is_grad_enabled() and _needs_grad(q, k, v):
             raise ValueError(
                 "backend 'flex' has no backward pass on the CPU; use 'blockwise' or 'dense' there"
             )
-        block_mask = training_block_mask(anchor_positions, block_keep_mask, **blocks)
+        if block_mask is None:
+            block_mask = training_block_mask(anchor_positions, block_keep_mask, **blocks)
         return flex_attention(
             q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    if backend == "blockwise":
+    if chosen == "blockwise":
         if q.device.type != "cpu":
             raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
         return blockwise_attention(q, k, v, start, end, seq_len, block_size, scale)

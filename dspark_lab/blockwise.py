@@ -13,6 +13,7 @@ the ranges decide the sizes of the products and are read on the host.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ HEADS = 5
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive blocks, their queries, and the context ``lo`` to ``hi - 1`` that any of them sees.
+    """Consecutive blocks' queries, and the context ``lo`` to ``hi - 1`` that any of them sees.
 
     ``hidden`` marks, for the last ``hidden.shape[1]`` tokens of that context, what a query does not
     see; the tokens before them are seen by all. The context is never empty, but may be all hidden.
@@ -120,8 +121,8 @@ def _backward(
         d_k[row, heads, context].baddbmm_(d_scores.mT, piece.query * share)
         d_v[row, heads, context].baddbmm_(piece.weights.mT, grad * share)
 
-        def blocks(x: Tensor, query=query) -> Tensor:
-            return _blocks(x.unflatten(1, query.shape[1:3]), block_size)
+        def blocks(x: Tensor, rows: torch.Size = query.shape[1:3]) -> Tensor:
+            return _blocks(x.unflatten(1, rows), block_size)
 
         own_key, own_value = (
             _blocks(_working(x[row, heads, own]).unsqueeze(1), block_size) for x in (k, v)
@@ -197,7 +198,7 @@ def _piece(
 
 
 def _by_kv_head(x: Tensor, k: Tensor) -> Tensor:
-    """``[batch, heads, query, ...]`` with the heads that share a key head on an axis of their own."""
+    """``[batch, heads, ...]`` with an axis of its own for the heads that share a key head."""
     return x.unflatten(1, (k.shape[1], -1))
 
 
@@ -224,12 +225,12 @@ def _(d_out, out, q, k, v, start, end, seq_len, block_size, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output, *inputs[:5])
     ctx.sizes = inputs[5:]
 
 
-def _differentiate(ctx, d_out: Tensor):
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple:
     gradients = _backward(d_out, *ctx.saved_tensors, *ctx.sizes)
     return (*gradients, None, None, None, None, None)
 

@@ -134,6 +134,16 @@ class Batch:
         """The same batch with every tensor on ``device``."""
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
+    def row(self, index: int) -> "Batch":
+        """The batch of one row alone. Raises ValueError where there is no such row."""
+        require_int("row", index, 0)
+        rows = len(self.input_ids)
+        if index >= rows:
+            raise ValueError(f"row must lie in [0, {rows - 1}], got {index}")
+        return Batch(
+            **{field.name: getattr(self, field.name)[index : index + 1] for field in fields(self)}
+        )
+
 
 def load_chats(path: str | os.PathLike[str] | None = None) -> list[Chat]:
     """Reads a JSONL file, one conversation a line; without a path, the shipped conversations.

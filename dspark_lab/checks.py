@@ -53,8 +53,12 @@ def require_bool(name: str, value: Tensor) -> None:
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
-    """Refuse tensors that live on more than one device."""
-    devices = {name: value.device for name, value in tensors.items() if value is not None}
+    """Refuse what is no tensor, and tensors that live on more than one device."""
+    given = {name: value for name, value in tensors.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    devices = {name: value.device for name, value in given.items()}
     if len(set(devices.values())) > 1:
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"all tensors must be on one device, got {found}")

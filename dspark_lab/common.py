@@ -17,7 +17,7 @@ values are always checked; the contents of tensors only with ``DSPARK_LAB_DEBUG=
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +53,9 @@ class DSparkForwardOutput:
     """What one training forward of a drafter returns (DSpark, section 3).
 
     ``draft_logits`` are the drafter's, Markov bias included; ``target_ids`` are the tokens that the
-    slots should predict; ``eval_mask`` says which slots are supervised and ``block_keep_mask`` which
-    blocks stand on a real anchor. ``confidence_pred`` are logits whose sigmoid predicts the accept
-    rate. ``aligned_target_logits`` are the target's own logits for the same tokens.
+    slots should predict; ``eval_mask`` says which slots are supervised and ``block_keep_mask``
+    which blocks stand on a real anchor. ``confidence_pred`` are logits whose sigmoid predicts the
+    accept rate. ``aligned_target_logits`` are the target's own logits for the same tokens.
     """
 
     draft_logits: Float[Tensor, "batch anchor slot vocab"]
@@ -82,7 +82,16 @@ class AcceptRatePredictor(nn.Module):
         self.proj = nn.Linear(int(input_dim), 1)
 
     def forward(self, features: Float[Tensor, "*axes features"]) -> Float[Tensor, "*axes"]:
-        """One logit, not a probability, for each vector along the last axis."""
+        """One logit, not a probability, for each vector along the last axis.
+
+        Raises:
+            TypeError, ValueError: not a tensor, or a last axis that is not ``input_dim`` long.
+        """
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features must be a tensor, got {type(features).__name__}")
+        width = self.proj.in_features
+        if features.dim() == 0 or features.shape[-1] != width:
+            raise ValueError(f"features must be [..., {width}], got shape {tuple(features.shape)}")
         return self.proj(features).squeeze(-1)
 
 
@@ -128,8 +137,8 @@ def sample_anchor_positions(
 
     One ``torch.rand(batch, seq_len - 1)`` on ``device`` gives every position a number; the
     candidates with the smallest numbers become anchors, of equal numbers the earlier position, just
-    as if all had been sorted. So one seed gives here the very anchors that it gives in the published
-    trainers, compiled or not.
+    as if all had been sorted. So one seed gives here the very anchors that it gives in the
+    published trainers, compiled or not.
 
     Args:
         seq_len: tokens in a row.
@@ -152,6 +161,9 @@ def sample_anchor_positions(
     candidates = build_anchor_candidate_mask(seq_len, loss_mask, doc_remaining)
     _require_device("device", device, candidates.device)
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            kind = type(generator).__name__
+            raise TypeError(f"generator must be a torch.Generator or None, got {kind}")
         _require_device("generator", generator.device, candidates.device)
 
     width = candidates.shape[1]
@@ -186,8 +198,8 @@ def build_eval_mask(
     """Which slots are supervised.
 
     A slot is supervised where its block is kept, its label lies inside the row, its label is
-    supervised, in a packed row its label belongs to the anchor's document, and all of this holds for
-    every earlier slot of the block: supervision is a contiguous prefix.
+    supervised, in a packed row its label belongs to the anchor's document, and all of this holds
+    for every earlier slot of the block: supervision is a contiguous prefix.
 
     Args:
         seq_len: tokens in a row.
@@ -199,8 +211,8 @@ def build_eval_mask(
         anchor_positions: the blocks' anchors; read only together with ``doc_remaining``.
 
     Raises:
-        TypeError, ValueError: wrong kind, rank, shape or device, or only one of ``doc_remaining`` and
-            ``anchor_positions``.
+        TypeError, ValueError: wrong kind, rank, shape or device, or only one of ``doc_remaining``
+            and ``anchor_positions``.
     """
     _require_row("loss_mask", loss_mask, seq_len)
     require_tensor("label_indices", label_indices, ("batch", "anchor", "slot"))
@@ -232,7 +244,7 @@ def build_eval_mask(
 
     label_supervised = _take(_supervised(loss_mask), safe_label_indices)
     supervised = block_keep_mask.unsqueeze(-1) & (label_indices < seq_len) & label_supervised
-    if doc_remaining is not None:
+    if doc_remaining is not None and anchor_positions is not None:
         _require_doc_remaining(doc_remaining, loss_mask)
         _require_anchors(anchor_positions, (batch, anchors), seq_len)
         require_same_device(loss_mask=loss_mask, anchor_positions=anchor_positions)
@@ -270,7 +282,8 @@ def create_position_ids(
         _require_same_batch("position_ids", position_ids, "anchor_positions", anchor_positions)
         require_same_device(anchor_positions=anchor_positions, position_ids=position_ids)
         debug_range("anchor_positions", anchor_positions, 0, position_ids.shape[1])
-        base = _take(position_ids.long(), base)
+        if position_ids.shape[1] > 0:
+            base = _take(position_ids.long(), base)
     offset = torch.arange(block_size, device=base.device)
     return (base.unsqueeze(-1) + offset).flatten(1)
 
@@ -346,13 +359,10 @@ def extract_context_feature(
         ``[batch, seq, len(layer_ids) * hidden]``.
 
     Raises:
-        TypeError, ValueError: ids that are not ints, none at all, or one that ``hidden_states`` does
-            not reach; states whose shapes differ.
+        TypeError, ValueError: ids that are not ints, none at all, or one that ``hidden_states``
+            does not reach; states whose shapes differ.
     """
-    if len(layer_ids) == 0:
-        raise ValueError("layer_ids must not be empty")
-    for layer_id in layer_ids:
-        require_int("each of layer_ids", layer_id, -1)
+    for layer_id in _layer_ids(layer_ids):
         if layer_id + 1 >= len(hidden_states):
             raise ValueError(
                 f"layer id {layer_id} needs {layer_id + 2} hidden states, "
@@ -366,7 +376,10 @@ def extract_context_feature(
                 f"hidden_states must have one shape, got {tuple(states[0].shape)} "
                 f"and {tuple(state.shape)}"
             )
-        require_same_device(first_state=states[0], other_state=state)
+        if state.device != states[0].device:
+            raise ValueError(
+                f"hidden_states must be on one device, got {states[0].device} and {state.device}"
+            )
     return torch.cat(states, dim=-1)
 
 
@@ -374,31 +387,27 @@ def validate_target_layer_ids(layer_ids: Sequence[int], num_target_layers: int) 
     """The ids as a list, if a target of ``num_target_layers`` layers has them all.
 
     Each must be -1 (the embedding's output) or a layer, 0 to ``num_target_layers - 1``, in strictly
-    increasing order. Ids -1 and ``num_target_layers - 1`` are allowed with a warning: common serving
-    engines cannot capture the embedding's output or the state after the last layer.
+    increasing order. Ids -1 and ``num_target_layers - 1`` are allowed with a warning: common
+    serving engines cannot capture the embedding's output or the state after the last layer.
 
     Raises:
         TypeError, ValueError: not ints, none at all, unsorted, repeated or out of range.
     """
     require_int("num_target_layers", num_target_layers, 1)
-    ids = list(layer_ids)
-    if not ids:
-        raise ValueError("layer_ids must not be empty")
+    ids = _layer_ids(layer_ids)
     last = num_target_layers - 1
-    for layer_id in ids:
-        require_int("each of layer_ids", layer_id, -1)
-        if layer_id > last:
-            raise ValueError(f"each of layer_ids must lie in [-1, {last}], got {ids}")
+    if max(ids) > last:
+        raise ValueError(f"each of layer_ids must lie in [-1, {last}], got {ids}")
     if any(later <= earlier for earlier, later in zip(ids, ids[1:], strict=False)):
         raise ValueError(f"layer_ids must be strictly increasing, got {ids}")
     uncapturable = [layer_id for layer_id in ids if layer_id in (-1, last)]
     if uncapturable and not torch.compiler.is_compiling():
         warnings.warn(
-            f"layer_ids {uncapturable} are the embedding's output or the last layer's, which common "
-            f"serving engines cannot capture; ids from 0 to {last - 1} serve everywhere",
+            f"layer_ids {uncapturable} are the embedding's output or the last layer's, which "
+            f"common serving engines cannot capture; ids from 0 to {last - 1} serve everywhere",
             stacklevel=2,
         )
-    return [int(layer_id) for layer_id in ids]
+    return ids
 
 
 def context_doc_ids(
@@ -467,6 +476,18 @@ def _(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 
+def _layer_ids(layer_ids: Sequence[int]) -> list[int]:
+    """The ids as a list of ints of at least -1, and at least one of them."""
+    if not isinstance(layer_ids, Iterable):
+        raise TypeError(f"layer_ids must be a sequence of ints, got {layer_ids!r}")
+    ids = list(layer_ids)
+    if not ids:
+        raise ValueError("layer_ids must not be empty")
+    for layer_id in ids:
+        require_int("each of layer_ids", layer_id, -1)
+    return [int(layer_id) for layer_id in ids]
+
+
 def _require_row(name: str, value: Tensor, seq_len: int) -> None:
     require_int("seq_len", seq_len, 0)
     require_tensor(name, value, ("batch", "seq"))
@@ -489,7 +510,7 @@ def _require_blocks(block_keep_mask: Tensor, shape: tuple[int, int]) -> None:
     require_bool("block_keep_mask", block_keep_mask)
 
 
-def _require_anchors(anchor_positions: Tensor | None, shape: tuple[int, int], seq_len: int) -> None:
+def _require_anchors(anchor_positions: Tensor, shape: tuple[int, int], seq_len: int) -> None:
     require_shape("anchor_positions", anchor_positions, ("batch", "anchor"), shape)
     require_integers("anchor_positions", anchor_positions)
     debug_range("anchor_positions", anchor_positions, 0, max(seq_len, 1))
@@ -504,6 +525,8 @@ def _require_same_batch(name: str, value: Tensor, other_name: str, other: Tensor
 
 def _require_device(name: str, given: torch.device | str, wanted: torch.device) -> None:
     """Refuse a device that is not ``wanted``; one without an index means any of its type."""
+    if not isinstance(given, (str, torch.device)):
+        raise TypeError(f"{name} must be a torch.device or its name, got {given!r}")
     given = torch.device(given)
     if given.type != wanted.type or given.index not in (None, wanted.index):
         raise ValueError(f"{name} must be on the device of loss_mask, {wanted}, got {given}")

@@ -9,6 +9,7 @@ import html
 import io
 from collections.abc import Sequence
 from itertools import cycle
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,7 +51,7 @@ TILE_COLOURS = {"partial": ORANGE, "full": BLUE}
 LINE_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
-MOST_NAMED_CELLS = 48
+MOST_NAMED_CELLS = 64
 MOST_PIXELS = 480
 
 
@@ -166,8 +167,7 @@ def plot_mask(
     named = max(queries, keys) <= MOST_NAMED_CELLS
     if ax is None:
         width, height = (0.24 * keys + 1.6, 0.24 * queries + 1.9) if named else (8.0, 4.6)
-        figure, ax = new_figure(width, height)
-    figure = ax.figure
+        _, ax = new_figure(width, height)
     present = set(regions.unique().tolist())
     colours = {
         REGIONS.index(region): colour
@@ -183,7 +183,7 @@ def plot_mask(
         ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
     _legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
-    return figure
+    return cast(Figure, ax.figure)
 
 
 def plot_tiles(
@@ -218,7 +218,7 @@ def plot_tiles(
         for state, count in counts
     ]
     _legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
-    return ax.figure
+    return cast(Figure, ax.figure)
 
 
 def mask_and_tiles(
@@ -261,7 +261,9 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
         table: from :func:`dspark_lab.tables.sorting_table`.
     """
     figure, ax = new_figure(7, 0.34 * len(table) + 1.3)
-    labels = [f"{size} · {order}" for size, order in zip(table["tile_size"], table["order"])]
+    labels = [
+        f"{size} · {order}" for size, order in zip(table["tile_size"], table["order"], strict=True)
+    ]
     total = table[list(TILE_STATES)].sum(axis=1)
     left = np.zeros(len(table))
     for state in ("full", "partial", "empty"):
@@ -278,7 +280,7 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     return figure
 
 
-# What the marks of the token text mean; the colours carry an alpha so that both themes show through.
+# How the token text marks its tokens; half transparent colours let either theme show through.
 _TOKEN_STYLE = """<style>
 .dspark-text{font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;
  word-break:break-word;color:var(--jp-content-font-color1,inherit);max-height:26em;overflow-y:auto;
@@ -323,7 +325,7 @@ def token_legend(table: pd.DataFrame) -> str:
     return f'{_TOKEN_STYLE}<div class="dspark-key">{"".join(spans)}</div>'
 
 
-def _token_span(token) -> str:
+def _token_span(token: Any) -> str:
     kinds = [f"dspark-{token.state.replace(' ', '-')}"]
     facts = [f"position {token.position}", f"id {token.token_id}", token.state]
     if token.candidate:
@@ -367,9 +369,8 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
 def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> None:
     """Lines above the given rows and left of the given columns of cells."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    style = {"color": INK, "linewidth": linewidth}
-    ax.hlines(rows - 0.5, left, right, **style)
-    ax.vlines(columns - 0.5, bottom, top, **style)
+    ax.hlines(rows - 0.5, left, right, color=INK, linewidth=linewidth)
+    ax.vlines(columns - 0.5, bottom, top, color=INK, linewidth=linewidth)
 
 
 def _name_cells(
@@ -386,7 +387,7 @@ def _name_cells(
     slots = [f"{i // block_size}.{i % block_size} {_visible(slot[i])}" for i in range(queries)]
     ax.set_xticks(range(keys), [_visible(text) for text in context] + slots, rotation=90)
     ax.set_yticks(range(queries), slots)
-    ax.tick_params(labelsize=7, length=0)
+    ax.tick_params(labelsize=7 if keys <= 40 else 6, length=0)
     _rule(ax, np.arange(queries), np.arange(keys), linewidth=0.3)
     edges = np.arange(block_size, queries, block_size)
     _rule(ax, edges, seq_len + edges, linewidth=1)
@@ -407,5 +408,5 @@ def _share_axis(ax: Axes, label: str) -> None:
     ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
 
 
-def _legend(ax: Axes, **options) -> None:
+def _legend(ax: Axes, **options: Any) -> None:
     ax.legend(frameon=False, labelcolor=INK, fontsize=8, **options)

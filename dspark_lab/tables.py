@@ -1,11 +1,12 @@
 """Everything that the pictures show, as tables.
 
-Each function returns a pandas DataFrame whose numbers a plot, a widget or a test reads; there is no
-other place where what is shown is worked out. This file knows tokenizers only as things that turn an
-id into text.
+Each function returns a pandas DataFrame, or the small tensor that one is counted from; a plot, a
+widget or a test reads its numbers. There is no other place where what is shown is worked out. This
+file knows tokenizers only as things that turn an id into text.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from dspark_lab.attention import context_range, training_block_mask, training_dense_mask
 from dspark_lab.blocks import Blocks, times_supervised
 from dspark_lab.chats import Batch
-from dspark_lab.checks import require_int
 from dspark_lab.common import build_anchor_candidate_mask, context_doc_ids
 from dspark_lab.tune import token_coverage
 
@@ -55,17 +55,14 @@ def token_table(
         one line per token: ``position`` in the row, ``document`` (-1 on padding), ``token_id``,
         ``text``, ``supervised``, ``candidate``, ``anchor``, ``times_supervised`` by this draw,
         ``p_covered`` (probability that a draw of as many anchors covers it) and ``state``, one of
-        ``TOKEN_STATES``: *never a label* is supervised but first of its run, so no anchor reaches it.
+        ``TOKEN_STATES``; *never a label* is supervised but first of its run: no anchor reaches it.
 
     Raises:
         TypeError, ValueError: ``row`` is not one of the batch's rows.
     """
-    require_int("row", row, 0)
-    rows, seq_len = batch.input_ids.shape
-    if row >= rows:
-        raise ValueError(f"row must lie in [0, {rows - 1}], got {row}")
+    one = batch.row(row)
+    seq_len = one.input_ids.shape[1]
     num_anchors, block_size = blocks.eval_mask.shape[1:]
-    one = Batch(**{name: value[row : row + 1] for name, value in vars(batch).items()})
     candidates = build_anchor_candidate_mask(seq_len, one.loss_mask, one.doc_remaining)[0]
     candidate = torch.nn.functional.pad(candidates, (0, 1))
     anchors = blocks.anchor_positions[row][blocks.block_keep_mask[row]]
@@ -103,23 +100,22 @@ def block_table(
     """What each slot of one row's blocks reads, where it stands, and what it should predict.
 
     Returns:
-        one line per slot: ``block``, ``kept``, ``slot``, ``position_id``, ``input`` (text of the
-        noise token, ``[mask]`` for the mask token), ``context`` (how many context tokens it sees), ``label_position``, ``label``
-        (text; empty where the label lies past the row or the block is a dummy) and ``supervised``.
+        one line per slot: ``block``, ``kept``, ``slot``, ``position_id``, ``input`` (see
+        :func:`slot_inputs`), ``context`` (how many context tokens it sees), ``label_position``,
+        ``label`` (text; empty where the label lies past the row or the block is a dummy) and
+        ``supervised``.
 
     Raises:
         TypeError, ValueError: ``row`` is not one of the batch's rows.
     """
-    require_int("row", row, 0)
-    if row >= len(batch.input_ids):
-        raise ValueError(f"row must lie in [0, {len(batch.input_ids) - 1}], got {row}")
-    seq_len = batch.input_ids.shape[1]
+    one = batch.row(row)
+    seq_len = one.input_ids.shape[1]
     num_anchors, block_size = blocks.eval_mask.shape[1:]
     start, end = context_range(
         blocks.anchor_positions[row : row + 1],
         blocks.block_keep_mask[row : row + 1],
         seq_len=seq_len,
-        doc_ids=context_doc_ids(batch.seq_lens[row : row + 1], seq_len, batch.seq_lens.device),
+        doc_ids=context_doc_ids(one.seq_lens, seq_len, one.seq_lens.device),
     )
     kept = blocks.block_keep_mask[row].repeat_interleave(block_size).tolist()
     labels = blocks.label_indices[row].flatten().tolist()
@@ -179,9 +175,12 @@ def mask_table(regions: Int[Tensor, "query key"]) -> pd.DataFrame:
 
 def tile_states(block_mask: BlockMask, *, row: int = 0) -> Int[Tensor, "query_tile key_tile"]:
     """Each tile of one row of a block mask as an index into ``TILE_STATES``, int8."""
-    state = _listed(block_mask.kv_num_blocks[row, 0], block_mask.kv_indices[row, 0])
-    full = _listed(block_mask.full_kv_num_blocks[row, 0], block_mask.full_kv_indices[row, 0])
-    return state.to(torch.int8) + 2 * full.to(torch.int8)
+    states = _listed(block_mask.kv_num_blocks[row, 0], block_mask.kv_indices[row, 0])
+    states = states.to(torch.int8) * TILE_STATES.index("partial")
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
+        full = _listed(block_mask.full_kv_num_blocks[row, 0], block_mask.full_kv_indices[row, 0])
+        states = states.masked_fill(full, TILE_STATES.index("full"))
+    return states
 
 
 def tile_table(states: Int[Tensor, "query_tile key_tile"]) -> pd.DataFrame:
@@ -210,7 +209,7 @@ def sorting_table(
     block_size = blocks.eval_mask.shape[2]
     anchors, keep = blocks.anchor_positions, blocks.block_keep_mask
     order = torch.randperm(anchors.shape[1], generator=torch.Generator().manual_seed(seed))
-    sizes = {"seq_len": seq_len, "block_size": block_size, "doc_ids": doc_ids}
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "doc_ids": doc_ids}
     start, end = context_range(anchors, keep, seq_len=seq_len, doc_ids=doc_ids)
     visible = int((end - start).sum() * block_size + keep.numel() * block_size**2)
     rows = []

@@ -19,6 +19,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -96,9 +97,9 @@ def _read_gguf_model(gguf: Path) -> LlamaForCausalLM:
     read = LlamaForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )
-    config = read.config
-    del config.quantization_config
-    model = LlamaForCausalLM(config)
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(read.state_dict())
     return model
 
@@ -109,14 +110,18 @@ def _read_gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     # SmolLM2 cuts every digit off before anything else. The conversion leaves that rule out, which
     # matters where spaces or newlines precede a digit: "\n\n1" is one newline token, not two.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=read.bos_token,
-        eos_token=read.eos_token,
-        unk_token=read.unk_token,
-        pad_token=read.pad_token,
+        # Said here because transformers 4 reads them wrongly.
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
         chat_template=read.chat_template,
         model_max_length=8192,
         clean_up_tokenization_spaces=False,

@@ -41,10 +41,22 @@ SETTLE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Frame:
-    """What an explorer shows for one setting of its controls: HTML, and the tables behind it."""
+    """What an explorer shows for one setting of its controls, and the tables behind it.
 
-    html: str
+    The show is HTML, or a picture: a PNG file and what it is in words.
+    """
+
     tables: dict[str, pd.DataFrame]
+    html: str = ""
+    png: bytes = b""
+    alt: str = ""
+
+    def as_html(self) -> str:
+        """The show as HTML, a picture included."""
+        if not self.png:
+            return self.html
+        source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
+        return f'<img alt="{escape(self.alt)}" style="max-width:100%" src="{source}">'
 
 
 class Explorer(ipywidgets.VBox):
@@ -68,7 +80,7 @@ class Explorer(ipywidgets.VBox):
         self.name, self.controls, self._draw = name, controls, draw
         self._picture = ipywidgets.HTML(layout={"width": "100%"})
         self._stale, self._scheduled = True, False
-        self._frame = Frame("", {})
+        self._frame = Frame({})
         self.frames_drawn = 0
         for control in controls.values():
             control.observe(self._changed, names="value")
@@ -106,8 +118,8 @@ class Explorer(ipywidgets.VBox):
         try:
             self._frame = self._draw(**self.settings)
         except (ValueError, TypeError) as problem:
-            self._frame = Frame(f'<p role="alert">{escape(str(problem))}</p>', {})
-        self._picture.value = self._frame.html
+            self._frame = Frame({}, html=f'<p role="alert">{escape(str(problem))}</p>')
+        self._picture.value = self._frame.as_html()
         self.frames_drawn += 1
 
     def _changed(self, _change: object) -> None:
@@ -132,8 +144,10 @@ class Explorer(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its present picture for readers that run no widgets."""
-        bundle = super()._repr_mimebundle_(**options)
-        return {**bundle, "text/plain": repr(self), "text/html": self._frame.html}
+        bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+        if self._frame.png:
+            return bundle | {"image/png": b64encode(self._frame.png).decode("ascii")}
+        return bundle | {"text/html": self._frame.html}
 
 
 def explore_anchors(
@@ -177,8 +191,8 @@ def explore_anchors(
         blocks = draw_blocks(batch, num_anchors, block_size, seed=seed)
         tokens = token_table(batch, blocks, rows.to_text)
         return Frame(
-            token_legend(tokens) + token_text(tokens),
             {"tokens": tokens, "blocks": block_table(batch, blocks, rows.to_text)},
+            html=token_legend(tokens) + token_text(tokens),
         )
 
     return Explorer("explore_anchors", controls, draw)
@@ -259,12 +273,13 @@ def explore_masks(
             slot_text=slot_inputs(blocks, rows.to_text),
         )
         return Frame(
-            _image(png(figure), "attention mask and its tiles"),
             {
                 "mask": mask_table(regions),
                 "tiles": tile_table(tiles),
                 "blocks": block_table(batch, blocks, rows.to_text),
             },
+            png=png(figure),
+            alt="the attention mask with its regions, and its tiles",
         )
 
     return Explorer("explore_masks", controls, draw)
@@ -350,11 +365,3 @@ def _slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywid
     """A slider that reaches from ``low`` to ``high``, and further if it starts further out."""
     high = max(high, value)
     return ipywidgets.IntSlider(value, low, high, step, description=name, **_WIDE)
-
-
-def _image(data: bytes, description: str) -> str:
-    encoded = b64encode(data).decode("ascii")
-    return (
-        f'<img alt="{escape(description)}" style="max-width:100%" '
-        f'src="data:image/png;base64,{encoded}">'
-    )

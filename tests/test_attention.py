@@ -373,16 +373,18 @@ def test_the_compiled_kernel_reads_the_tiles(device):
 
 
 @pytest.mark.slow
-def test_flex_compiles_whole_with_its_tiles(device):
+def test_flex_compiles_whole_with_tiles_made_before(device):
     torch._dynamo.reset()
     qkv, where, options, expected = tiles(device)
+    del options["scale"]
+    block_mask = training_block_mask(*where, **options)
 
-    def attend(q, k, v, anchors, keep, docs):
-        kwargs = {**options, "doc_ids": docs, "backend": "flex"}
+    def attend(q, k, v, anchors, keep, docs, mask):
+        kwargs = {**options, "doc_ids": docs, "backend": "flex", "block_mask": mask}
         return block_attention(q, k, v, anchors, keep, **kwargs)
 
     with torch.no_grad():
-        got = torch.compile(attend, fullgraph=True)(*qkv, *where, options["doc_ids"])
+        got = torch.compile(attend, fullgraph=True)(*qkv, *where, options["doc_ids"], block_mask)
     close(got, expected, 3e-6)
 
 

@@ -147,7 +147,7 @@ def test_batches_hold_every_prompt_once_and_one_kind_each() -> None:
 def test_sampling_a_batch_gives_what_each_row_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "TOP_K", 1)
     monkeypatch.setattr(lab, "MAX_NEW_TOKENS", 12)
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=5,
         hidden_size=16,
