@@ -70,13 +70,9 @@ def usable_torch():
     except Exception:
         return None
     folder = Path(torch.__file__).resolve().parents[1]
-    if VENV in folder.parents or numbers(torch.__version__) < numbers(lowest_torch()):
-        return None
-    return folder
-
-
-def lowest_torch():
-    return re.search(r'"torch>=([\d.]+)"', PROJECT.read_text())[1]
+    lowest = re.search(r'"torch>=([\d.]+)"', PROJECT.read_text())[1]
+    in_range = numbers(torch.__version__) >= numbers(lowest)
+    return folder if in_range and VENV not in folder.parents else None
 
 
 def numbers(version):
@@ -100,12 +96,8 @@ def make_environment():
 def pip_of_debian(folder):
     """Debian keeps Python's pip in a package of its own, which apt fetches for any user."""
     (folder / "lists" / "partial").mkdir(parents=True)
-    options = [
-        f"Dir::State::Lists={folder}/lists",
-        f"Dir::Cache={folder}",
-        "APT::Sandbox::User=root",
-    ]
-    apt = ["apt-get", "--quiet=2", *(f"-o{option}" for option in options)]
+    options = f"Dir::State::Lists={folder}/lists Dir::Cache={folder} APT::Sandbox::User=root"
+    apt = ["apt-get", "--quiet=2", *(f"-o{option}" for option in options.split())]
     run(*apt, "update")
     run(*apt, "download", "python3-pip-whl", cwd=folder)
     run("dpkg-deb", "--extract", next(folder.glob("*.deb")), folder)

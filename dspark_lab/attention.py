@@ -340,7 +340,7 @@ def block_attention(
     if chosen == "blockwise":
         if q.device.type != "cpu":
             raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
-        return blockwise_attention(q, k, v, start, end, seq_len, block_size, scale)
+        return blockwise_attention(q, k, v, start, end, seq_len, block_size, float(scale))[0]
     raise ValueError(f"backend must be 'auto', 'dense', 'flex' or 'blockwise', got {backend!r}")
 
 

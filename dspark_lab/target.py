@@ -39,7 +39,9 @@ def load_smollm2(
     folder = smollm2_cache()
     if not folder.exists():
         _convert(find_gguf(), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), tokenizer
@@ -105,7 +107,9 @@ def _read_gguf_model(gguf: Path) -> LlamaForCausalLM:
 
 
 def _read_gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    read = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+    )
     backend = read.backend_tokenizer
     # SmolLM2 cuts every digit off before anything else. The conversion leaves that rule out, which
     # matters where spaces or newlines precede a digit: "\n\n1" is one newline token, not two.

@@ -6,6 +6,7 @@ batch, p or j a position in it, n an anchor or its block, k a slot of a block.
 """
 
 import math
+from itertools import combinations
 
 
 def supervised(loss_mask):
@@ -186,6 +187,90 @@ def tile_lists(kinds, kind):
 def transposed(rows):
     """Columns as rows."""
     return [list(column) for column in zip(*rows, strict=True)]
+
+
+def times_supervised(seq_len, anchors, slots):
+    """How many supervised slots have each position as their label; slots is an eval mask."""
+    out = []
+    for row, row_slots in zip(anchors, slots, strict=True):
+        times = [0] * seq_len
+        for anchor, block in zip(row, row_slots, strict=True):
+            for k, flag in enumerate(block):
+                if flag:
+                    times[anchor + k + 1] += 1
+        out.append(times)
+    return out
+
+
+def all_draws(loss_mask, num_anchors, block_size, doc_remaining=None):
+    """For each row, what every possible draw supervises: [batch][draw][position] times.
+
+    A draw is a set of num_anchors candidates, or of all where there are fewer; all sets are
+    equally likely.
+    """
+    out = []
+    for b, row in enumerate(candidate_mask(loss_mask, doc_remaining)):
+        candidates = [p for p, flag in enumerate(row) if flag]
+        mask = [loss_mask[b]]
+        remaining = None if doc_remaining is None else [doc_remaining[b]]
+        draws = []
+        for anchors in combinations(candidates, min(num_anchors, len(candidates))):
+            keep = [[True] * len(anchors)]
+            slots = eval_mask(len(mask[0]), mask, [anchors], keep, block_size, remaining)
+            draws += times_supervised(len(mask[0]), [anchors], slots)
+        out.append(draws)
+    return out
+
+
+def coverage(loss_mask, num_anchors, block_size, doc_remaining=None):
+    """The share of all possible draws that supervise each token at least once."""
+    return [
+        [sum(times > 0 for times in token) / len(draws) for token in transposed(draws)]
+        for draws in all_draws(loss_mask, num_anchors, block_size, doc_remaining)
+    ]
+
+
+def reaching_anchors(loss_mask, block_size, doc_remaining=None):
+    """From how many candidates a block supervises each token: times with all of them drawn."""
+    everything = len(loss_mask[0])
+    return [draws[0] for draws in all_draws(loss_mask, everything, block_size, doc_remaining)]
+
+
+def token_states(loss_mask, attention_mask, times, reach):
+    """What each token is, from how often this draw, and any draw at all, supervises it."""
+    out = []
+    for b, row in enumerate(supervised(loss_mask)):
+        states = []
+        for p, flag in enumerate(row):
+            if not attention_mask[b][p]:
+                states.append("padding")
+            elif not flag:
+                states.append("prompt")
+            elif times[b][p] > 0:
+                states.append("covered")
+            elif reach[b][p] == 0:
+                states.append("never a label")
+            else:
+                states.append("not covered")
+        out.append(states)
+    return out
+
+
+def regions(anchors, keep, seq_len, block_size, docs=None):
+    """The name of each pair's region, [batch][query][key]."""
+    out = []
+    for b, mask in enumerate(dense_mask(anchors, keep, seq_len, block_size, docs)):
+        rows = []
+        for query, row in enumerate(mask):
+            own = "own block" if keep[b][query // block_size] else "dummy block"
+            rows.append(
+                [
+                    ("context prefix" if key < seq_len else own) if seen else "hidden"
+                    for key, seen in enumerate(row)
+                ]
+            )
+        out.append(rows)
+    return out
 
 
 def attention(q, k, v, mask, scale):

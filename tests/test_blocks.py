@@ -1,0 +1,274 @@
+"""`dspark_lab.blocks`: a draw of blocks is the oracle's loop over anchors and slots."""
+
+from dataclasses import dataclass, fields
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, label_positions, times_supervised
+from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
+from dspark_lab.common import sample_anchor_positions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHAT = Chat(({"role": "assistant", "content": ""},), id="hand-made")
+PAD = 1000
+
+
+def documents(*marks: str) -> list[Encoded]:
+    """Documents of as many tokens as there are characters, supervised where they are ``a``.
+
+    No two tokens have the same id, so that a token tells where it comes from.
+    """
+    encoded, first = [], 0
+    for mark in marks:
+        ids = torch.arange(first, first + len(mark))
+        encoded.append(Encoded(ids, torch.tensor([c == "a" for c in mark]), CHAT))
+        first += len(mark)
+    return encoded
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """A few short documents, one a row or several, with padding or without."""
+    marks = draw(st.lists(st.text("aaa.", min_size=1, max_size=9), min_size=1, max_size=4))
+    longest = max(len(mark) for mark in marks)
+    spare = draw(st.integers(0, 12))
+    if draw(st.booleans()):
+        return pack(documents(*marks), longest + spare, PAD)
+    return collate(documents(*marks), PAD, longest + min(spare, 3))
+
+
+@dataclass
+class Cut:
+    """Blocks at some anchors of a batch, and what they were made from."""
+
+    batch: Batch
+    anchors: list[list[int]]
+    keep: list[list[bool]]
+    block_size: int
+    mask_token_id: int
+    blocks: Blocks
+
+    @property
+    def seq_len(self) -> int:
+        return self.batch.input_ids.shape[1]
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> Cut:
+    """Blocks at any anchors: in any order, repeated, kept or dummy, candidates or not."""
+    batch = draw(batches())
+    rows, seq_len = batch.input_ids.shape
+    count = draw(st.integers(1, 5))
+    anchors, keep = [], []
+    for _ in range(rows):
+        flags = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+        positions = [draw(st.integers(0, seq_len - 1)) if flag else 0 for flag in flags]
+        anchors.append(positions)
+        keep.append(flags)
+    block_size = draw(st.integers(1, 6))
+    mask_token_id = draw(st.integers(0, 9))
+    blocks = cut_blocks(
+        batch,
+        torch.tensor(anchors),
+        torch.tensor(keep),
+        block_size,
+        mask_token_id=mask_token_id,
+    )
+    return Cut(batch, anchors, keep, block_size, mask_token_id, blocks)
+
+
+def in_blocks(rows: list[list[int]], block_size: int) -> list[list[list[int]]]:
+    return [[row[i : i + block_size] for i in range(0, len(row), block_size)] for row in rows]
+
+
+def eval_mask(cut: Cut) -> list[list[list[bool]]]:
+    return oracle.eval_mask(
+        cut.seq_len,
+        cut.batch.loss_mask.tolist(),
+        cut.anchors,
+        cut.keep,
+        cut.block_size,
+        cut.batch.doc_remaining.tolist(),
+    )
+
+
+@given(cuts())
+def test_slot_k_stands_k_tokens_after_its_anchor_in_the_anchors_document(cut):
+    expected = oracle.position_ids(cut.anchors, cut.block_size, cut.batch.position_ids.tolist())
+    assert cut.blocks.position_ids.tolist() == in_blocks(expected, cut.block_size)
+
+
+@given(cuts())
+def test_slot_0_of_a_kept_block_reads_the_anchors_token_and_every_other_slot_the_mask_token(cut):
+    expected = oracle.noise_ids(
+        cut.batch.input_ids.tolist(), cut.anchors, cut.keep, cut.mask_token_id, cut.block_size
+    )
+    assert cut.blocks.noise_ids.tolist() == in_blocks(expected, cut.block_size)
+
+
+@given(cuts())
+def test_slot_k_predicts_the_token_k_plus_1_after_its_anchor(cut):
+    labels = oracle.labels(cut.anchors, cut.block_size)
+    safe = oracle.safe_labels(cut.anchors, cut.keep, cut.block_size, cut.seq_len)
+    assert cut.blocks.label_indices.tolist() == labels
+    assert cut.blocks.safe_label_indices.tolist() == safe
+    ids = cut.batch.input_ids.tolist()
+    assert cut.blocks.target_ids.tolist() == [
+        [[row_ids[label] for label in block] for block in row]
+        for row_ids, row in zip(ids, safe, strict=True)
+    ]
+
+
+@given(cuts())
+def test_supervision_stops_at_the_first_token_that_is_not_the_answers_or_the_documents(cut):
+    assert cut.blocks.eval_mask.tolist() == eval_mask(cut)
+
+
+@given(cuts())
+def test_times_supervised_counts_the_supervised_slots_of_each_token(cut):
+    expected = oracle.times_supervised(cut.seq_len, cut.anchors, eval_mask(cut))
+    assert times_supervised(cut.blocks, cut.seq_len).tolist() == expected
+
+
+@given(cuts())
+def test_blocks_remember_their_anchors_and_their_mask_token(cut):
+    assert cut.blocks.anchor_positions.tolist() == cut.anchors
+    assert cut.blocks.block_keep_mask.tolist() == cut.keep
+    assert cut.blocks.mask_token_id == cut.mask_token_id
+
+
+@settings(max_examples=60)
+@given(batches(), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
+def test_a_draw_is_a_cut_at_the_candidates_with_the_smallest_numbers(
+    batch, num_anchors, block_size, seed
+):
+    rows, seq_len = batch.input_ids.shape
+    numbers = torch.rand(rows, seq_len - 1, generator=torch.Generator().manual_seed(seed))
+    candidates = oracle.candidate_mask(batch.loss_mask.tolist(), batch.doc_remaining.tolist())
+    anchors, keep = oracle.sampled_anchors(numbers.tolist(), candidates, num_anchors)
+
+    drawn = draw_blocks(batch, num_anchors, block_size, mask_token_id=3, seed=seed)
+
+    cut = cut_blocks(batch, torch.tensor(anchors), torch.tensor(keep), block_size, mask_token_id=3)
+    for field in fields(Blocks):
+        expected, got = getattr(cut, field.name), getattr(drawn, field.name)
+        assert got == expected if field.name == "mask_token_id" else got.equal(expected)
+
+
+def long_row() -> Batch:
+    return pack(documents("..aaaaaaaaaaaaaaaa", "...aaaaaaaaaaaaa.aaaaa"), 48, PAD)
+
+
+def test_one_seed_gives_one_draw_and_another_seed_another():
+    once, again = (
+        [draw_blocks(long_row(), 5, 4, seed=seed).anchor_positions.tolist() for seed in range(4)]
+        for _ in range(2)
+    )
+    assert once == again
+    assert all(once.count(anchors) == 1 for anchors in once)
+
+
+def test_without_a_seed_a_draw_is_the_next_of_torchs_own_stream():
+    batch = long_row()
+    torch.manual_seed(3)
+    first, second = (draw_blocks(batch, 5, 4).anchor_positions for _ in range(2))
+    torch.manual_seed(3)
+    for drawn in (first, second):
+        anchors, _ = sample_anchor_positions(
+            48, batch.loss_mask, 5, "cpu", doc_remaining=batch.doc_remaining
+        )
+        assert drawn.equal(anchors)
+    assert not first.equal(second)
+
+
+def test_a_seeded_draw_leaves_torchs_own_stream_alone():
+    before = torch.get_rng_state()
+    draw_blocks(long_row(), 5, 4, seed=7)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_row_without_candidates_holds_dummy_blocks_alone():
+    blocks = draw_blocks(collate(documents("...a", "aa.."), PAD), 3, 2, mask_token_id=9, seed=0)
+    assert blocks.block_keep_mask.tolist() == [[False] * 3, [True, False, False]]
+    assert blocks.noise_ids.tolist() == [[[9, 9]] * 3, [[4, 9], [9, 9], [9, 9]]]
+    assert blocks.eval_mask.tolist() == [
+        [[False, False]] * 3,
+        [[True, False], [False, False], [False, False]],
+    ]
+
+
+def test_a_block_ends_with_its_document_though_the_next_one_begins_with_an_answer():
+    batch = pack(documents("aaaa", "aaa"), 8, PAD)
+    blocks = cut_blocks(batch, torch.tensor([[2, 4]]), torch.tensor([[True, True]]), 3)
+    assert blocks.eval_mask.tolist() == [[[True, False, False], [True, True, False]]]
+    assert blocks.position_ids.tolist() == [[[2, 3, 4], [0, 1, 2]]]
+
+
+def test_the_mask_token_is_number_0_unless_told():
+    blocks = draw_blocks(long_row(), 2, 3, seed=0)
+    assert blocks.mask_token_id == 0
+    assert blocks.noise_ids[..., 1:].eq(0).all()
+
+
+def test_everything_but_the_masks_is_long():
+    blocks = draw_blocks(long_row(), 2, 3, seed=0)
+    kinds = {
+        field.name: getattr(blocks, field.name).dtype
+        for field in fields(Blocks)
+        if field.name != "mask_token_id"
+    }
+    masks = {"block_keep_mask": torch.bool, "eval_mask": torch.bool}
+    assert kinds == dict.fromkeys(kinds, torch.int64) | masks
+    short = torch.tensor([[4, 2]], dtype=torch.int32)
+    labels, safe = label_positions(short, torch.tensor([[True, True]]), seq_len=6, block_size=2)
+    assert labels.dtype == safe.dtype == torch.int64
+    assert labels.tolist() == [[[5, 6], [3, 4]]]
+    assert safe.tolist() == [[[5, 5], [3, 4]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"num_anchors": 0}, ValueError, "num_anchors must be >= 1, got 0"),
+        ({"num_anchors": 1.5}, TypeError, "num_anchors must be an int, got 1.5"),
+        ({"num_anchors": True}, TypeError, "num_anchors must be an int, got True"),
+        ({"block_size": 0}, ValueError, "block_size must be >= 1, got 0"),
+        ({"block_size": "7"}, TypeError, "block_size must be an int, got '7'"),
+        ({"mask_token_id": -1}, ValueError, "mask_token_id must be >= 0, got -1"),
+    ],
+)
+def test_an_impossible_draw_says_what_is_wrong(arguments, error, sentence):
+    with pytest.raises(error, match=sentence):
+        draw_blocks(long_row(), **({"num_anchors": 2, "block_size": 2} | arguments))
+
+
+ANCHORS, KEEP = torch.tensor([[1, 2, 3]]), torch.tensor([[True, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"anchor_positions": [[1, 2, 3]]}, TypeError, "anchor_positions"),
+        ({"anchor_positions": torch.tensor([1, 2, 3])}, ValueError, "anchor_positions"),
+        ({"anchor_positions": ANCHORS.double()}, TypeError, "anchor_positions"),
+        ({"block_keep_mask": [[True] * 3]}, TypeError, "block_keep_mask"),
+        ({"block_keep_mask": KEEP[0]}, ValueError, "block_keep_mask"),
+        ({"block_keep_mask": KEEP[:, :2]}, ValueError, "block_keep_mask"),
+        ({"block_keep_mask": KEEP.expand(2, 3)}, ValueError, "block_keep_mask"),
+        ({"block_keep_mask": 2 * KEEP}, TypeError, "block_keep_mask"),
+        ({"seq_len": 0}, ValueError, "seq_len"),
+        ({"seq_len": 10.0}, TypeError, "seq_len"),
+        ({"block_size": 0}, ValueError, "block_size"),
+        ({"block_size": False}, TypeError, "block_size"),
+    ],
+)
+def test_labels_of_nonsense_are_refused_by_name(arguments, error, name):
+    given = {"anchor_positions": ANCHORS, "block_keep_mask": KEEP, "seq_len": 10, "block_size": 2}
+    label_positions(**given)
+    with pytest.raises(error, match=name):
+        label_positions(**(given | arguments))

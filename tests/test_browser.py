@@ -1,0 +1,188 @@
+"""The notebooks in a browser: JupyterLab as `make lab` starts it, every cell run, a slider dragged.
+
+Drives Chromium through Playwright and keeps screenshots in test-output/, one for each notebook and
+theme. Knows JupyterLab's page and the explorers' controls; what a picture should show is tested
+elsewhere, here it must follow its slider.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+SCREENSHOTS = ROOT / "test-output"
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+SECONDS = 1000  # Playwright counts in milliseconds.
+LOADED = 60 * SECONDS
+SETTLED = 5 * SECONDS
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def page():
+    """An empty page of a headless browser; the test is skipped where there is none, but not in CI."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        sentence = "no Chromium or Chrome is installed, so the notebooks are not seen in a browser"
+        if os.environ.get("CI"):
+            pytest.fail(sentence)
+        pytest.skip(sentence)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page.set_default_timeout(LOADED)
+            yield page
+        finally:
+            browser.close()
+
+
+@pytest.fixture
+def lab(tmp_path, theme):
+    """JupyterLab in one theme on a copy of the notebooks without outputs: its address and token."""
+    (tmp_path / "notebooks").mkdir()
+    for file in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(file, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.update(outputs=[], execution_count=None)
+        nbformat.write(notebook, tmp_path / "notebooks" / file.name)
+    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    chosen = json.dumps({"theme": f"JupyterLab {theme.title()}"})
+    (settings / "themes.jupyterlab-settings").write_text(chosen)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+    }
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            lab_command(), cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            yield wait_for_address(server, tmp_path)
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def lab_command():
+    """The command of `make lab` on a machine without a display, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hidden = {"DISPLAY", "WAYLAND_DISPLAY", "MAKEFLAGS", "MAKELEVEL"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    make = ["make", "--dry-run", "--no-print-directory", "lab", f"PORT={port}"]
+    lines = subprocess.check_output(make, cwd=ROOT, env=environment, text=True).splitlines()
+    command = shlex.split(lines[-1])
+    assert command[1:3] == ["-m", "jupyterlab"]
+    if "--no-browser" not in command:  # macOS always has a display
+        command.append("--no-browser")
+    return [sys.executable, *command[1:]]
+
+
+def wait_for_address(server, folder):
+    deadline = time.monotonic() + LOADED / SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        for file in (folder / "runtime").glob("jpserver-*.json"):
+            try:
+                info = json.loads(file.read_text())
+            except json.JSONDecodeError:  # still being written
+                continue
+            assert info["token"] and info["hostname"] == "127.0.0.1"
+            return info["url"], info["token"]
+        time.sleep(0.1)
+    raise AssertionError("JupyterLab did not start:\n" + (folder / "log").read_text())
+
+
+def run_all_cells(page, lab, notebook):
+    """Open a notebook and run it; every cell must have run, and none failed."""
+    url, token = lab
+    content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
+    cells = sum(cell.cell_type == "code" for cell in content.cells)
+    page.goto(f"{url}lab/tree/{notebook}?token={token}")
+    prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
+    idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    expect(prompts).to_have_text(["[ ]:"] * cells, timeout=LOADED)
+    expect(idle).to_be_visible(timeout=LOADED)
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+    page.locator("[data-command='runmenu:run-all']").click()
+    expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=LOADED)
+    expect(idle).to_be_visible(timeout=LOADED)
+    nothing_went_wrong(page)
+
+
+def nothing_went_wrong(page):
+    """No traceback, no red box of warnings, no sentence in place of a picture, no dialog."""
+    for trouble in (
+        "[data-mime-type='application/vnd.jupyter.error']",
+        "[data-mime-type='application/vnd.jupyter.stderr']",
+        ".jupyter-widgets [role=alert]",
+        ".jupyter-widgets-error-widget",
+        ".jp-Dialog",
+    ):
+        expect(page.locator(trouble)).to_have_count(0)
+
+
+def drag(page, slider, share):
+    """Pull a slider's handle in many quick steps to a share of its track."""
+    slider.scroll_into_view_if_needed()
+    handle = slider.locator("[role=slider]").bounding_box()
+    track = slider.locator(".noUi-target").bounding_box()
+    height = handle["y"] + handle["height"] / 2
+    page.mouse.move(handle["x"] + handle["width"] / 2, height)
+    page.mouse.down()
+    page.mouse.move(track["x"] + track["width"], height, steps=30)
+    page.mouse.move(track["x"] + track["width"] * share, height, steps=30)
+    page.mouse.up()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    "notebook, control, share",
+    [("01_anchors.ipynb", "num_anchors", 0.1), ("02_block_masks.ipynb", "block_size", 0.2)],
+    ids=["anchors", "masks"],
+)
+def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, control, share):
+    run_all_cells(page, lab, notebook)
+    explorer = page.locator(".jp-OutputArea-output:has(.widget-hslider)").first
+    picture = explorer.locator(".widget-html-content")
+    slider = explorer.locator(".widget-hslider", has_text=control)
+    before, value = picture.inner_html(), slider.locator(".widget-readout").inner_text()
+    drag(page, slider, share)
+    expect(slider.locator(".widget-readout")).not_to_have_text(value)

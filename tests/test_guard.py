@@ -1,0 +1,176 @@
+"""The notebooks guard the library: with a fault planted in it, running them fails.
+
+Each fault is planted in a copy of the package, and the notebooks run on the copy as `make test`
+runs them: a cell whose output is no longer the stored one is a failure. No fault makes anything
+crash, so it is the output alone that tells. Knows one piece of source per fault, and nothing about
+what the notebooks show.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("dspark_lab", "notebooks", "data", "pyproject.toml")
+MINUTES = 60
+
+pytestmark = pytest.mark.guard
+
+
+class Fault(NamedTuple):
+    """A replacement in one file of the package."""
+
+    file: str
+    right: str
+    wrong: str
+
+
+FAULTS = {
+    "labels are off by one": Fault(
+        "blocks.py", "torch.arange(1, block_size + 1, device", "torch.arange(block_size, device"
+    ),
+    "supervision jumps over gaps": Fault(
+        "common.py", "return supervised.cumprod(dim=-1).bool()", "return supervised"
+    ),
+    "supervision ignores the keep mask": Fault(
+        "common.py",
+        "supervised = block_keep_mask.unsqueeze(-1) & (label_indices",
+        "supervised = (label_indices",
+    ),
+    "supervision ignores the end of the document": Fault(
+        "common.py",
+        "distance <= _take(doc_remaining, anchor_positions).unsqueeze(-1)",
+        "distance > 0",
+    ),
+    "candidates need no second token": Fault(
+        "common.py", "supervised[:, :-1] & supervised[:, 1:]", "supervised[:, :-1].clone()"
+    ),
+    "candidates ignore the end of the document": Fault(
+        "common.py", "candidates & (doc_remaining[:, :-1] >= 1)", "candidates"
+    ),
+    "the largest random numbers become anchors": Fault(
+        "common.py", "noise = _uniform(candidates", "noise = 1 - _uniform(candidates"
+    ),
+    "dummy anchors are kept": Fault(
+        "common.py",
+        "return anchors * block_keep_mask, block_keep_mask",
+        "return anchors * block_keep_mask, torch.ones_like(block_keep_mask)",
+    ),
+    "positions are off by one": Fault(
+        "common.py",
+        "offset = torch.arange(block_size, device",
+        "offset = torch.arange(1, block_size + 1, device",
+    ),
+    "positions do not restart in a document": Fault(
+        "common.py", "base = _take(position_ids.long(), base)", "base = base + 0"
+    ),
+    "the anchor's token is in the last slot": Fault(
+        "common.py", "noise_ids[:, :, 0] =", "noise_ids[:, :, -1] ="
+    ),
+    "dummy blocks read a token": Fault(
+        "common.py", "torch.where(block_keep_mask, anchor_ids, mask_token_id)", "anchor_ids"
+    ),
+    "the context includes the anchor": Fault(
+        "attention.py", "(key < end[batch, block])", "(key <= end[batch, block])"
+    ),
+    "the context leaves the document": Fault(
+        "attention.py",
+        "start = torch.searchsorted(doc_ids.contiguous(), anchor_doc)",
+        "start = torch.zeros_like(anchor_doc)",
+    ),
+    "blocks see each other": Fault(
+        "attention.py", "(key - seq_len) // block_size == block", "(key - seq_len) >= 0"
+    ),
+    "a block is causal": Fault(
+        "attention.py",
+        "own_block = (key >= seq_len)",
+        "own_block = (key <= seq_len + query) & (key >= seq_len)",
+    ),
+    "dummy blocks do not see themselves": Fault(
+        "attention.py",
+        "own_block = (key >= seq_len)",
+        "own_block = (end[batch, block] > 0) & (key >= seq_len)",
+    ),
+    "a tile is full where it is partial": Fault(
+        "attention.py",
+        "-(-end // tile_size), end // tile_size]",
+        "-(-end // tile_size), -(-end // tile_size)]",
+    ),
+    "a tile is empty where it is partial": Fault(
+        "attention.py",
+        "-(-end // tile_size), end // tile_size]",
+        "end // tile_size, end // tile_size]",
+    ),
+    "coverage forgets that anchors differ": Fault(
+        "tune.py",
+        "(total - drawn - already) / (total - already)",
+        "(total - drawn - 0 * already) / (total)",
+    ),
+}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The package, its notebooks and its data in a folder of their own."""
+    folder = tmp_path.resolve()
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            skipped = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            shutil.copytree(source, target, ignore=skipped)
+        else:
+            shutil.copy(source, target)
+    return folder
+
+
+def run_notebooks(folder):
+    """Run every notebook of a copy up to the first failure."""
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--exitfirst"]
+    command += ["-p", "no:cacheprovider", "--color=no", "notebooks"]
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=10 * MINUTES,
+    )
+
+
+def plant(folder, fault):
+    file = folder / "dspark_lab" / fault.file
+    source = file.read_text()
+    found = source.count(fault.right)
+    assert found == 1, (
+        f"{fault.file} holds {fault.right!r} {found} times, not once: the source has changed, so "
+        "this test must plant its fault elsewhere"
+    )
+    file.write_text(source.replace(fault.right, fault.wrong))
+
+
+def test_without_a_fault_the_notebooks_run_on_the_copy_and_pass(copy):
+    cell = nbformat.v4.new_code_cell("import dspark_lab\n\nprint(dspark_lab.__file__)")
+    where = f"{copy / 'dspark_lab' / '__init__.py'}\n"
+    cell.execution_count = 1
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=where)]
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbformat.write(notebook, copy / "notebooks" / "00_which_package.ipynb")
+    run = run_notebooks(copy)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_with_a_fault_the_notebooks_show_another_output(name, copy):
+    plant(copy, FAULTS[name])
+    run = run_notebooks(copy)
+    assert run.returncode != 0, f"no notebook notices that {name}"
+    assert "Cell outputs differ" in run.stdout and "1 failed" in run.stdout, run.stdout
