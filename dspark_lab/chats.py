@@ -75,12 +75,15 @@ class Chat:
 
     Each message is ``{"role": ..., "content": ...}`` and nothing else; ``role`` is one of
     ``ROLES``, ``content`` is text, perhaps empty. At least one message is the assistant's. ``id``
-    names the conversation in errors. Raises ValueError where any of this does not hold.
+    names the conversation in errors. ``finished`` is False where the last answer was cut off, so
+    that the end-of-turn which a template writes behind it is not the assistant's. Raises ValueError
+    where any of this does not hold.
     """
 
     messages: tuple[dict[str, str], ...]
     id: str
     domain: str | None = None
+    finished: bool = True
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -156,9 +159,10 @@ def load_chats(path: str | os.PathLike[str] | None = None) -> list[Chat]:
     - ``prompt`` and ``response``: two strings.
 
     ``id`` (a string or an integer) defaults to ``"<file stem>:<line>"``; ``domain`` is a string or
-    absent. Other keys are metadata and not read, except those whose content would be lost, which
-    are refused unless empty: tools, tool calls, reasoning beside the content, a message ``weight``
-    other than 1. Blank lines may end the file and stand nowhere else; a byte order mark is fine.
+    absent; ``finished`` is true, false or absent (true). Other keys are metadata and not read,
+    except those whose content would be lost, which are refused unless empty: tools, tool calls,
+    reasoning beside the content, a message ``weight`` other than 1. Blank lines may end the file
+    and stand nowhere else; a byte order mark is fine.
 
     Raises ValueError ``"path:line: what was wrong, what is allowed"`` for the first line that is
     anything else, or that repeats an id; ValueError for a file without conversations; OSError
@@ -190,15 +194,15 @@ def load_tokenizer(
     """A fast tokenizer with a chat template; without a name, the shipped one of SmolLM2.
 
     Never runs code that comes with a tokenizer. Raises ValueError for a slow tokenizer or one
-    without a chat template, FileNotFoundError where the shipped folder is missing, and whatever
+    without a chat template, FileNotFoundError where a folder is missing, and whatever
     ``AutoTokenizer.from_pretrained`` raises for a name that it cannot load.
     """
     from transformers import AutoTokenizer
 
     if name_or_path is None:
         name_or_path = SHIPPED_TOKENIZER
-        if not name_or_path.is_dir():
-            raise FileNotFoundError(f"the shipped tokenizer is missing: no folder {name_or_path}")
+    if str(name_or_path).startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"there is no folder {name_or_path} with a tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     _check_tokenizer(tokenizer)
     return tokenizer
@@ -219,7 +223,8 @@ def encode(
     answer that the template shortens (white space, the thinking of earlier turns) is supervised as
     the template writes it. The end-of-turn is the special token right behind an answer, or the
     tokenizer's eos token behind white space; an empty answer has one too. Markers that already
-    enclose the end-of-turn are taken as they are.
+    enclose the end-of-turn are taken as they are. Behind an answer that was cut off (a chat that is
+    not ``finished``) the end-of-turn is not supervised.
 
     Raises ValueError where the tokenizer is slow or has no chat template, where the template
     refuses the conversation, or where it rewrites an answer beyond recognition.
@@ -231,7 +236,7 @@ def encode(
     _check_tokenizer(tokenizer)
     try:
         rendered = _render_and_locate(tokenizer, list(chat.messages))
-        input_ids, loss_mask = _tokenize_and_mask(tokenizer, rendered)
+        input_ids, loss_mask = _tokenize_and_mask(tokenizer, rendered, chat.finished)
     except ValueError as error:
         raise ValueError(f"conversation {chat.id!r}: {error}") from error
     return Encoded(input_ids[:max_length], loss_mask[:max_length], chat)
@@ -334,7 +339,10 @@ def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
         raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
     if domain is not None:
         _string("domain", domain)
-    return Chat(messages=tuple(messages), id=str(name), domain=domain)
+    finished = record.get("finished", True)
+    if not isinstance(finished, bool):
+        raise ValueError(f"finished must be true or false, got {_kind(finished)}")
+    return Chat(messages=tuple(messages), id=str(name), domain=domain, finished=finished)
 
 
 def _message(where: str, raw: Any) -> dict[str, str]:
@@ -604,7 +612,7 @@ def _render_marked(
 
 
 def _tokenize_and_mask(
-    tokenizer: "transformers.PreTrainedTokenizerBase", rendered: _Rendered
+    tokenizer: "transformers.PreTrainedTokenizerBase", rendered: _Rendered, finished: bool
 ) -> tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]:
     text = rendered.text
     encoding = tokenizer(
@@ -630,6 +638,9 @@ def _tokenize_and_mask(
                 loss_mask[closer] = True
                 end = edges[closer][1]
         loss_mask |= (starts >= first) & (ends > start) & (ends <= end)
+    last = int(loss_mask.nonzero()[0][-1]) if loss_mask.any() else None
+    if not finished and any(index == last for index, _ in closers):
+        loss_mask[last] = False
     return torch.tensor(ids, dtype=torch.long), torch.from_numpy(loss_mask)
 
 

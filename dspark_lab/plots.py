@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -179,6 +179,8 @@ def plot_mask(
     if named:
         _name_cells(ax, regions, seq_len, block_size, context_text, slot_text)
     else:
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
         ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
@@ -350,11 +352,10 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
     rows, columns = cells.shape
     high, wide = -(-rows // MOST_PIXELS), -(-columns // (2 * MOST_PIXELS))
     padded = torch.nn.functional.pad(cells, (0, -columns % wide, 0, -rows % high), value=-1)
-    pixels = padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
-    inside = (pixels >= 0).sum(dim=(1, 3)).numpy()
+    inside = _count(padded >= 0, high, wide)
     image = np.zeros((*inside.shape, 4))
     for value, colour in colours.items():
-        share = (pixels == value).sum(dim=(1, 3)).numpy() / inside
+        share = _count(padded == value, high, wide) / inside
         image[..., :3] += share[..., None] * to_rgb(colour)
         image[..., 3] += share
     image[..., :3] /= np.maximum(image[..., 3:], 1e-9)
@@ -364,6 +365,13 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
     ax.set_ylim(rows - 0.5, -0.5)
     for spine in ax.spines.values():
         spine.set_visible(True)
+
+
+def _count(cells: Bool[Tensor, "row column"], high: int, wide: int) -> np.ndarray:
+    """How many of the cells under each pixel of ``high`` x ``wide`` cells are set."""
+    numbers = cells.numpy().astype(np.int32)
+    lines = np.add.reduce([numbers[line::high] for line in range(high)])
+    return np.add.reduce([lines[:, column::wide] for column in range(wide)])
 
 
 def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> None:

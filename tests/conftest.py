@@ -1,4 +1,4 @@
-"""Markers, the device that a test runs on, and a hypothesis profile that never varies.
+"""The device that a test runs on, and a hypothesis profile that never varies.
 
 The `device` fixture repeats a test on the CPU and, where there is one, on a CUDA GPU; the
 repetition carries the marker `gpu`.
@@ -10,20 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-MARKERS = {
-    "gpu": "needs a CUDA device",
-    "slow": "takes more than a few seconds; not part of the everyday run",
-    "browser": "drives a web browser",
-    "guard": "watches a rule of the repository rather than a result",
-}
-
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
 needs_cuda = [

@@ -20,6 +20,8 @@ import nbformat
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from dspark_lab.widgets import Explorer
+
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "test-output"
 BROWSERS = (
@@ -76,8 +78,11 @@ def lab(tmp_path, theme):
         nbformat.write(notebook, tmp_path / "notebooks" / file.name)
     settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    chosen = json.dumps({"theme": f"JupyterLab {theme.title()}"})
-    (settings / "themes.jupyterlab-settings").write_text(chosen)
+    for plugin, chosen in (
+        ("themes", {"theme": f"JupyterLab {theme.title()}"}),
+        ("notification", {"fetchNews": "false"}),
+    ):
+        (settings / f"{plugin}.jupyterlab-settings").write_text(json.dumps(chosen))
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
@@ -172,17 +177,60 @@ def drag(page, slider, share):
     page.mouse.up()
 
 
+def wait_for_html(element, html):
+    """Wait until an element's content is this HTML, as the browser reads it."""
+    element.page.wait_for_function(
+        """([element, html]) => {
+            const wanted = document.createElement("div");
+            wanted.innerHTML = html;
+            return element.innerHTML === wanted.innerHTML;
+        }""",
+        arg=[element.element_handle(), html],
+        timeout=SETTLED,
+    )
+
+
+def shown(explorer):
+    """The HTML under an explorer's controls."""
+    explorer.redraw()
+    _, picture = explorer.children
+    return picture.value
+
+
+def first_explorer(notebook):
+    """The notebook's first explorer, made here as its cells make it."""
+    names = {}
+    for cell in nbformat.read(ROOT / "notebooks" / notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            for value in names.values():
+                if isinstance(value, Explorer):
+                    return value
+    raise AssertionError(f"{notebook} has no explorer")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(
     "notebook, control, share",
-    [("01_anchors.ipynb", "num_anchors", 0.1), ("02_block_masks.ipynb", "block_size", 0.2)],
+    [("01_anchors.ipynb", "num_anchors", 0.05), ("02_block_masks.ipynb", "block_size", 0.25)],
     ids=["anchors", "masks"],
 )
 def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, control, share):
     run_all_cells(page, lab, notebook)
-    explorer = page.locator(".jp-OutputArea-output:has(.widget-hslider)").first
-    picture = explorer.locator(".widget-html-content")
-    slider = explorer.locator(".widget-hslider", has_text=control)
-    before, value = picture.inner_html(), slider.locator(".widget-readout").inner_text()
+    output = page.locator(".jp-OutputArea-output:has(.widget-hslider)").first
+    slider = output.locator(".widget-hslider", has_text=control)
+    picture = output.locator(".widget-html-content").last
+    explorer = first_explorer(notebook)
+    before = explorer.settings[control]
+    wait_for_html(picture, shown(explorer))
+
     drag(page, slider, share)
-    expect(slider.locator(".widget-readout")).not_to_have_text(value)
+    value = int(slider.locator(".widget-readout").inner_text())
+    assert value != before
+    explorer.controls[control].value = value
+    wait_for_html(picture, shown(explorer))
+    nothing_went_wrong(page)
+
+    output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{Path(notebook).stem}-{theme}.png")

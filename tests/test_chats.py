@@ -30,8 +30,6 @@ from tokenizers import (
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dspark_lab.chats import (
-    SHIPPED_CHATS,
-    SHIPPED_TOKENIZER,
     Chat,
     Encoded,
     collate,
@@ -709,8 +707,6 @@ def test_a_tokenizer_is_loaded_from_a_folder_and_checked(tmp_path):
         load_tokenizer(tmp_path / "bad")
 
 
-@pytest.mark.skipif(not SHIPPED_TOKENIZER.is_dir(), reason="no shipped tokenizer")
-@pytest.mark.skipif(not SHIPPED_CHATS.is_file(), reason="no shipped conversations")
 def test_the_shipped_conversations_are_supervised_answer_by_answer():
     tokenizer = load_tokenizer()
     for chat in load_chats():
@@ -720,7 +716,20 @@ def test_the_shipped_conversations_are_supervised_answer_by_answer():
         if chat.messages[0]["role"] != "system":
             default = tokenizer.apply_chat_template([USER], tokenize=False).split("<|im_end|>\n")[0]
             pieces.insert(0, (default + "<|im_end|>\n", PROMPT))
-        assert encoded.loss_mask.tolist() == expected_mask(tokenizer, ids, pieces)
+        expected = expected_mask(tokenizer, ids, pieces)
+        if not chat.finished:
+            expected[max(index for index, here in enumerate(expected) if here)] = False
+        assert encoded.loss_mask.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "llama3 marked, end inside"])
+def test_an_answer_that_was_cut_off_does_not_end_its_turn(name):
+    tokenizer = with_template(byte_level("words"), TEMPLATES[name].jinja)
+    whole = chat("hello", "is 42.", "world", "the 🎉")
+    cut = Chat(whole.messages, id="cut", finished=False)
+    end = supervised_text(encode(whole, tokenizer), tokenizer).removeprefix("is 42.")
+    end = end[: end.index("the")]
+    assert supervised_text(encode(cut, tokenizer), tokenizer) == f"is 42.{end}the 🎉"
 
 
 def numbered(lengths: list[int], domains: list[str | None] | None = None) -> list[Encoded]:

@@ -237,7 +237,7 @@ def test_a_goal_that_is_no_share_is_refused(goal):
 
 
 def test_per_document_anchors_cover_what_they_cover_unpacked():
-    table = packing_table(documents(*MARKS), (40, 70, 200), (2, 9), block_size=4)
+    table = packing_table(documents(*MARKS), (40, 55, 200), (2, 9), block_size=4)
     (row,) = table[table["anchors per"] == "document"]["row"].unique()
     line = table[table["row"] == row]
     expected = [mean_token_coverage(unpacked(), n, 4) for n in (2, 9)]
@@ -247,7 +247,7 @@ def test_per_document_anchors_cover_what_they_cover_unpacked():
 
 
 def test_per_row_anchors_cover_what_a_packed_batch_says():
-    lengths = (40, 70, 200)
+    lengths = (40, 55, 200)
     table = packing_table(documents(*MARKS), lengths, (2, 9), block_size=4)
     lines = table[table["anchors per"] == "row"]
     batches = [pack(documents(*MARKS), length, 0) for length in lengths]
