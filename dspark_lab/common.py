@@ -6,7 +6,8 @@ trainers (module ``nemo_automodel.components.speculative.dspark.common``), so co
 runs here unchanged. The method is DSpark, arXiv 2607.05147, on top of DFlash, arXiv 2602.06036.
 
 Axes, everywhere: ``batch`` rows, ``seq`` tokens in a row, ``anchor`` blocks in a row
-(``num_anchors``), ``slot`` predictions in a block (``block_size``), ``hidden`` model width.
+(``num_anchors``), ``slot`` predictions in a block (``block_size``), ``query`` the slots of all blocks one after the
+other, ``hidden`` model width.
 
 A row may hold several documents one after the other (*packing*). ``doc_remaining`` then says how
 many tokens of its document follow each token, and every function that needs to know takes it as an
@@ -257,7 +258,7 @@ def create_position_ids(
     anchor_positions: Int[Tensor, "batch anchor"],
     block_size: int,
     position_ids: Int[Tensor, "batch seq"] | None = None,
-) -> Int[Tensor, "batch anchor*slot"]:
+) -> Int[Tensor, "batch query"]:
     """Positions of the blocks' slots: anchor + 0 to anchor + block_size - 1, block after block.
 
     Args:
@@ -295,7 +296,7 @@ def create_noise_embed(
     block_keep_mask: Bool[Tensor, "batch anchor"],
     mask_token_id: int,
     block_size: int,
-) -> Float[Tensor, "batch anchor*slot hidden"]:
+) -> Shaped[Tensor, "batch query hidden"]:
     """The drafter's input: the anchor's own token in slot 0 of kept blocks, mask tokens elsewhere.
 
     Args:

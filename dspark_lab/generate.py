@@ -3,10 +3,10 @@
     python -m dspark_lab.generate          writes data/conversations.jsonl, goes on where it stopped
     python -m dspark_lab.generate --card   only what goes with it: tokenizer, card, checksums
 
-This file knows how templates are filled, sampling and the file format. It does not know how conversations become
-batches or what is trained on them. Everything follows from the seed: a prompt from its index, an
-answer from its batch, so that an interrupted run ends with the file that an uninterrupted one
-writes.
+This file knows how templates are filled, sampling and the file format. It does not know how
+conversations become batches or what is trained on them. Everything follows from the seed: a prompt
+from its index, an answer from its batch, so that an interrupted run ends with the file that an
+uninterrupted one writes.
 """
 
 from __future__ import annotations
