@@ -14,7 +14,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import require_int, require_integers, require_tensor
+from dspark_lab.checks import (
+    require_bool,
+    require_int,
+    require_integers,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
 from dspark_lab.common import (
     build_eval_mask,
     create_noise_embed,
@@ -136,10 +143,16 @@ def label_positions(
         the positions as they are, and clamped into the row (0 for dummy anchors), both long.
 
     Raises:
-        TypeError, ValueError: wrong kind or rank, or ``seq_len`` or ``block_size`` below 1.
+        TypeError, ValueError: wrong kind, rank, shape or device, or ``seq_len`` or ``block_size``
+            below 1.
     """
     require_tensor("anchor_positions", anchor_positions, ("batch", "anchor"))
     require_integers("anchor_positions", anchor_positions)
+    require_shape(
+        "block_keep_mask", block_keep_mask, ("batch", "anchor"), tuple(anchor_positions.shape)
+    )
+    require_bool("block_keep_mask", block_keep_mask)
+    require_same_device(anchor_positions=anchor_positions, block_keep_mask=block_keep_mask)
     require_int("seq_len", seq_len, 1)
     require_int("block_size", block_size, 1)
     distance = torch.arange(1, block_size + 1, device=anchor_positions.device)

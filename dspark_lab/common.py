@@ -6,8 +6,8 @@ trainers (module ``nemo_automodel.components.speculative.dspark.common``), so co
 runs here unchanged. The method is DSpark, arXiv 2607.05147, on top of DFlash, arXiv 2602.06036.
 
 Axes, everywhere: ``batch`` rows, ``seq`` tokens in a row, ``anchor`` blocks in a row
-(``num_anchors``), ``slot`` predictions in a block (``block_size``), ``query`` the slots of all blocks one after the
-other, ``hidden`` model width.
+(``num_anchors``), ``slot`` predictions in a block (``block_size``), ``query`` the slots of all
+blocks one after the other, ``hidden`` model width.
 
 A row may hold several documents one after the other (*packing*). ``doc_remaining`` then says how
 many tokens of its document follow each token, and every function that needs to know takes it as an

@@ -51,8 +51,9 @@ TILE_COLOURS = {"partial": ORANGE, "full": BLUE}
 LINE_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
-MOST_NAMED_CELLS = 64
-MOST_PIXELS = 480
+MOST_NAMED_CELLS = 48
+# A larger one has as many rows and columns as its axes surely have pixels, so that none is lost.
+MOST_ROWS, MOST_COLUMNS = 240, 480
 
 
 def new_figure(
@@ -210,8 +211,8 @@ def plot_tiles(
     ax.axvline(seq_len / tile_size - 0.5, color=INK, linewidth=1)
     if rows * columns <= 4000:
         _rule(ax, np.arange(rows), np.arange(columns), linewidth=0.3)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(6, integer=True))
+    for axis, tiles in ((ax.xaxis, columns), (ax.yaxis, rows)):
+        axis.set_ticks(range(0, tiles, -(-tiles // 6)))
     ax.set_xlabel(f"key tiles of {tile_size}")
     ax.set_ylabel(f"query tiles of {tile_size}")
     counts = [(state, int((states == i).sum())) for i, state in enumerate(TILE_STATES)]
@@ -235,14 +236,14 @@ def mask_and_tiles(
 ) -> Figure:
     """:func:`plot_mask` and :func:`plot_tiles` side by side."""
     named = max(regions.shape) <= MOST_NAMED_CELLS
-    height = max(3.6, 0.2 * regions.shape[0] + 1.6) if named else 3.6
+    width, height = 9.5, min(max(3.6, 0.15 * regions.shape[0] + 1.9), 6.5) if named else 3.6
     figure, (mask_ax, tile_ax) = new_figure(
-        11, height, columns=2, layout="none", width_ratios=(3, 2), wspace=0.15
+        width, height, columns=2, layout="none", width_ratios=(3, 2), wspace=0.25
     )
     # Fixed margins, in inches: finding the best ones would take longer than all the drawing.
     left, bottom = (1.35, 1.35) if named else (0.65, 0.55)
     figure.subplots_adjust(
-        left=left / 11, right=0.99, bottom=bottom / height, top=1 - 0.35 / height
+        left=left / width, right=0.99, bottom=bottom / height, top=1 - 0.35 / height
     )
     plot_mask(
         regions,
@@ -350,7 +351,7 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
     colour, and mixes their colours.
     """
     rows, columns = cells.shape
-    high, wide = -(-rows // MOST_PIXELS), -(-columns // (2 * MOST_PIXELS))
+    high, wide = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
     padded = torch.nn.functional.pad(cells, (0, -columns % wide, 0, -rows % high), value=-1)
     inside = _count(padded >= 0, high, wide)
     image = np.zeros((*inside.shape, 4))
@@ -405,8 +406,11 @@ def _name_cells(
 
 def _visible(text: str, longest: int = 12) -> str:
     """A token's text as an axis label: white space made visible, maths markup defused."""
-    text = text.replace("\n", "⏎").replace(" ", "␣").replace("$", r"\$")
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    text = "".join(character if character.isprintable() else "·" for character in text)
+    if len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 def _share_axis(ax: Axes, label: str) -> None:

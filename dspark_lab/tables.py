@@ -139,10 +139,18 @@ def block_table(
 
 
 def slot_inputs(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> list[str]:
-    """What each slot of one row's blocks reads, as text: ``[mask]`` for the mask token."""
+    """What each slot of one row's blocks reads, as text: ``[mask]`` for the mask token.
+
+    Slot 0 of a kept block reads a token of the conversation, whatever its id.
+    """
     return [
-        "[mask]" if token_id == blocks.mask_token_id else to_text(token_id)
-        for token_id in blocks.noise_ids[row].flatten().tolist()
+        "[mask]"
+        if token_id == blocks.mask_token_id and not (keep and slot == 0)
+        else to_text(token_id)
+        for keep, block in zip(
+            blocks.block_keep_mask[row].tolist(), blocks.noise_ids[row].tolist(), strict=True
+        )
+        for slot, token_id in enumerate(block)
     ]
 
 
@@ -238,4 +246,5 @@ def _listed(
 ) -> Bool[Tensor, "row column"]:
     """Which columns each row lists: the first ``count`` of its entries."""
     listed = torch.arange(columns.shape[1], device=columns.device) < count.unsqueeze(1)
-    return torch.zeros_like(listed).scatter(1, columns.long(), listed)
+    # Adding up, since what stands behind the count may name a listed column again.
+    return torch.zeros_like(columns).scatter_add(1, columns.long(), listed.to(columns.dtype)) > 0

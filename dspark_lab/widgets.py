@@ -37,6 +37,7 @@ __all__ = ["Explorer", "Frame", "explore_anchors", "explore_masks"]
 
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
+TILE_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ class Explorer(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its present picture for readers that run no widgets."""
+        if self._stale:
+            self.redraw()
         bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
         if self._frame.png:
             return bundle | {"image/png": b64encode(self._frame.png).decode("ascii")}
@@ -226,14 +229,16 @@ def explore_masks(
     Raises:
         ValueError, TypeError, OSError: conversations or a tokenizer that cannot be read.
     """
+    if tile_size not in TILE_SIZES:
+        raise ValueError(f"tile_size must be one of {TILE_SIZES}, got {tile_size}")
     rows = _Rows(chats, tokenizer)
     controls = rows.controls(conversation, packed, row_length)
     controls["context"] = _slider("context", context, 8, 1024)
     controls |= _draw_controls(num_anchors, block_size, seed)
     controls["tile_size"] = ipywidgets.SelectionSlider(
-        description="tile_size", options=[16, 32, 64, 128, 256], value=tile_size, **_WIDE
+        description="tile_size", options=TILE_SIZES, value=tile_size, **_WIDE
     )
-    controls["shuffled"] = ipywidgets.Checkbox(False, description="shuffle anchors", indent=False)
+    controls["shuffled"] = _checkbox("shuffled", False)
 
     def draw(
         conversation: int,
@@ -303,9 +308,11 @@ class _Rows:
 
     def controls(self, conversation: int, packed: bool, row_length: int) -> dict[str, Any]:
         last = len(self.chats) - 1
+        if not 0 <= conversation <= last:
+            raise ValueError(f"conversation must lie in [0, {last}], got {conversation}")
         return {
             "conversation": _slider("conversation", conversation, 0, last),
-            "packed": ipywidgets.Checkbox(packed, description="packed", indent=False),
+            "packed": _checkbox("packed", packed),
             "row_length": _slider("row_length", row_length, 64, 4096, step=64),
         }
 
@@ -350,7 +357,7 @@ def _shuffle(batch: Batch, blocks: Blocks, seed: int) -> Blocks:
     )
 
 
-_WIDE = {"style": {"description_width": "6.5em"}, "layout": {"width": "21em"}}
+_WIDE = {"style": {"description_width": "8em"}, "layout": {"width": "23em"}}
 
 
 def _draw_controls(num_anchors: int, block_size: int, seed: int) -> dict[str, Any]:
@@ -359,6 +366,10 @@ def _draw_controls(num_anchors: int, block_size: int, seed: int) -> dict[str, An
         "block_size": _slider("block_size", block_size, 1, 32),
         "seed": _slider("seed", seed, 0, 99),
     }
+
+
+def _checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
+    return ipywidgets.Checkbox(value, description=name, **_WIDE)
 
 
 def _slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:

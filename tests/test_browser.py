@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import TimeoutError, expect, sync_playwright
 
 from dspark_lab.widgets import Explorer
 
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def page():
-    """An empty page of a headless browser; the test is skipped where there is none, but not in CI."""
+    """An empty page of a headless browser; without one the test is skipped, in CI it fails."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         sentence = "no Chromium or Chrome is installed, so the notebooks are not seen in a browser"
@@ -103,6 +103,7 @@ def lab(tmp_path, theme):
                 server.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 server.kill()
+                server.wait()
 
 
 def lab_command():
@@ -179,15 +180,18 @@ def drag(page, slider, share):
 
 def wait_for_html(element, html):
     """Wait until an element's content is this HTML, as the browser reads it."""
-    element.page.wait_for_function(
-        """([element, html]) => {
-            const wanted = document.createElement("div");
-            wanted.innerHTML = html;
-            return element.innerHTML === wanted.innerHTML;
-        }""",
-        arg=[element.element_handle(), html],
-        timeout=SETTLED,
-    )
+    try:
+        element.page.wait_for_function(
+            """([element, html]) => {
+                const wanted = document.createElement("div");
+                wanted.innerHTML = html;
+                return element.innerHTML === wanted.innerHTML;
+            }""",
+            arg=[element.element_handle(), html],
+            timeout=SETTLED,
+        )
+    except TimeoutError:
+        pytest.fail("the picture on the page is not the one that the controls' values make")
 
 
 def shown(explorer):

@@ -158,6 +158,11 @@ def test_every_colour_of_a_picture_is_in_its_png(picture):
         assert is_colour(pixels_of(picture), colour).sum() > 20, colour
 
 
+@pytest.mark.parametrize("colours", [REGION_COLOURS, TILE_COLOURS], ids=["regions", "tiles"])
+def test_no_two_kinds_in_a_picture_share_a_colour(colours):
+    assert len({to_hex(colour) for colour in colours.values()}) == len(colours)
+
+
 @pictures
 def test_a_picture_has_no_background(picture):
     alpha = pixels_of(picture)[..., 3]

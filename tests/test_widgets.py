@@ -552,7 +552,7 @@ def test_the_same_settings_give_the_same_picture(one_mask):
 def test_every_control_has_a_name_that_is_its_arguments(make):
     explorer = make()
     for name, control in explorer.controls.items():
-        shown = "shuffle anchors" if name == "shuffled" else name
+        shown = name
         assert control.description == shown
 
 
