@@ -4,6 +4,7 @@ The `device` fixture repeats a test on the CPU and, where there is one, on a CUD
 repetition carries the marker `gpu`.
 """
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +25,13 @@ needs_cuda = [
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device that every tensor of the test lives on."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cpp_compiler() -> None:
+    """For tests that compile for the CPU: a bare machine has nothing to compile with."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
 
 
 @pytest.fixture

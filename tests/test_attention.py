@@ -359,7 +359,7 @@ def tiles(device):
     return qkv, where, options, reference(*qkv, mask, None)
 
 
-def test_the_compiled_kernel_reads_the_tiles(device):
+def test_the_compiled_kernel_reads_the_tiles(device, cpp_compiler):
     """Not compiled, FlexAttention asks the mask function about every pair; the kernel does not."""
     torch._dynamo.reset()
     qkv, where, options, expected = tiles(device)
@@ -373,7 +373,7 @@ def test_the_compiled_kernel_reads_the_tiles(device):
 
 
 @pytest.mark.slow
-def test_flex_compiles_whole_with_tiles_made_before(device):
+def test_flex_compiles_whole_with_tiles_made_before(device, cpp_compiler):
     torch._dynamo.reset()
     qkv, where, options, expected = tiles(device)
     del options["scale"]

@@ -69,13 +69,14 @@ def page():
 @pytest.fixture
 def lab(tmp_path, theme):
     """JupyterLab in one theme on a copy of the notebooks without outputs: its address and token."""
-    (tmp_path / "notebooks").mkdir()
-    for file in (ROOT / "notebooks").glob("*.ipynb"):
+    notebooks = tmp_path / "notebooks"
+    shutil.copytree(ROOT / "notebooks", notebooks, ignore=shutil.ignore_patterns(".*"))
+    for file in notebooks.glob("*.ipynb"):
         notebook = nbformat.read(file, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.update(outputs=[], execution_count=None)
-        nbformat.write(notebook, tmp_path / "notebooks" / file.name)
+        nbformat.write(notebook, file)
     settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     for plugin, chosen in (

@@ -268,7 +268,7 @@ def everything(seq_len, loss_mask, num_anchors, block_size, embed, ids, lens, po
     return docs, anchors, keep, supervised, noise, place, features
 
 
-def test_the_default_compiler_draws_the_same_anchors(device, fresh_compiler):
+def test_the_default_compiler_draws_the_same_anchors(device, fresh_compiler, cpp_compiler):
     """Inductor has a random stream of its own; the anchors still come from torch.rand's."""
     compiled = torch.compile(everything, fullgraph=True, dynamic=True)
     embed = nn.Embedding(VOCAB, 4, device=device)
