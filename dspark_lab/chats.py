@@ -48,6 +48,7 @@ __all__ = [
     "encode",
     "load_chats",
     "load_tokenizer",
+    "one_row",
     "pack",
 ]
 
@@ -272,6 +273,19 @@ def pack(encoded: Sequence[Encoded], length: int, pad_token_id: int) -> Batch:
         rows[row].append(index)
         room[row] -= len(encoded[index])
     return _fill(rows, encoded, pad_token_id, length)
+
+
+def one_row(encoded: Sequence[Encoded], length: int, pad_token_id: int) -> Batch:
+    """The given conversations in a single row of ``length`` tokens, in the given order.
+
+    Raises ValueError where together they are longer than ``length``.
+    """
+    require_int("length", length, 1)
+    _check_encoded(encoded, length)
+    tokens = sum(len(item) for item in encoded)
+    if tokens > length:
+        raise ValueError(f"length must hold all conversations, {tokens} tokens, got {length}")
+    return _fill([list(range(len(encoded)))], encoded, pad_token_id, length)
 
 
 def describe(encoded: Sequence[Encoded]) -> "pandas.DataFrame":

@@ -292,6 +292,7 @@ _TOKEN_STYLE = """<style>
 .dspark-text span:hover{outline:2px solid #767676}
 .dspark-key{font-size:12px;line-height:2;color:var(--jp-content-font-color1,inherit)}
 .dspark-key span{padding:2px 6px;margin-right:8px;white-space:nowrap}
+.dspark-document{border-top:1px solid #767676;margin-top:.6em;font-size:11px;opacity:.7}
 .dspark-prompt{opacity:.55}.dspark-padding{opacity:.3}
 .dspark-not-covered{background:rgba(230,159,0,.30)}
 .dspark-covered{background:rgba(86,180,233,.38)}
@@ -310,7 +311,13 @@ def token_text(table: pd.DataFrame) -> str:
         table: from :func:`dspark_lab.tables.token_table`.
     """
     shown = table[table["state"] != "padding"]
-    spans = [_token_span(token) for token in shown.itertuples(index=False)]
+    spans = []
+    document = 0
+    for token in shown.itertuples(index=False):
+        if token.document != document:
+            document = token.document
+            spans.append(f'<div class="dspark-document">document {document}</div>')
+        spans.append(_token_span(token))
     return f'{_TOKEN_STYLE}<div class="dspark-text">{"".join(spans)}</div>'
 
 
@@ -325,7 +332,7 @@ def token_legend(table: pd.DataFrame) -> str:
     entries.append(("dspark-candidate", f"candidate {int(table['candidate'].sum())}"))
     entries.append(("dspark-anchor", f"anchor {int(table['anchor'].sum())}"))
     spans = [f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in entries]
-    return f'{_TOKEN_STYLE}<div class="dspark-key">{"".join(spans)}</div>'
+    return f'{_TOKEN_STYLE}<div class="dspark-key">{" ".join(spans)}</div>'
 
 
 def _token_span(token: Any) -> str:

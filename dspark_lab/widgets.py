@@ -20,7 +20,7 @@ import torch
 
 from dspark_lab.attention import training_block_mask
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, pack
+from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
 from dspark_lab.common import context_doc_ids
 from dspark_lab.plots import mask_and_tiles, png, token_legend, token_text
 from dspark_lab.tables import (
@@ -332,7 +332,7 @@ class _Rows:
                 break
             chosen.append(following)
         length = row_length if packed else len(chosen[0])
-        return pack(chosen, length, self.pad_token_id)
+        return one_row(chosen, length, self.pad_token_id)
 
 
 def _around_answer(encoded: Encoded, context: int | None) -> Encoded:
@@ -357,12 +357,12 @@ def _shuffle(batch: Batch, blocks: Blocks, seed: int) -> Blocks:
     )
 
 
-_WIDE = {"style": {"description_width": "8em"}, "layout": {"width": "23em"}}
+_WIDE = {"style": {"description_width": "8em"}, "layout": {"width": "27em"}}
 
 
 def _draw_controls(num_anchors: int, block_size: int, seed: int) -> dict[str, Any]:
     return {
-        "num_anchors": _slider("num_anchors", num_anchors, 1, 512),
+        "num_anchors": _slider("num_anchors", num_anchors, 1, 128),
         "block_size": _slider("block_size", block_size, 1, 32),
         "seed": _slider("seed", seed, 0, 99),
     }

@@ -37,6 +37,7 @@ from dspark_lab.chats import (
     encode,
     load_chats,
     load_tokenizer,
+    one_row,
     pack,
 )
 
@@ -730,6 +731,15 @@ def test_an_answer_that_was_cut_off_does_not_end_its_turn(name):
     end = supervised_text(encode(whole, tokenizer), tokenizer).removeprefix("is 42.")
     end = end[: end.index("the")]
     assert supervised_text(encode(cut, tokenizer), tokenizer) == f"is 42.{end}the 🎉"
+
+
+def test_one_row_keeps_the_order_and_refuses_what_does_not_fit():
+    encoded = numbered([3, 7, 2])
+    batch = one_row(encoded, 14, pad_token_id=0)
+    assert batch.input_ids.tolist() == [[*range(1, 13), 0, 0]]
+    assert batch.chat_index.tolist() == [[0, 1, 2]] and batch.seq_lens.tolist() == [[3, 7, 2]]
+    with pytest.raises(ValueError, match="12 tokens, got 11"):
+        one_row(encoded, 11, pad_token_id=0)
 
 
 def numbered(lengths: list[int], domains: list[str | None] | None = None) -> list[Encoded]:

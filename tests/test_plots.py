@@ -361,7 +361,7 @@ def test_a_token_is_named_on_the_axes_as_it_is_written_and_never_as_maths(text):
         assert label.count("$") == label.count("\\$")
 
 
-@pytest.mark.parametrize("text", ["\n", " ", " a b\n", "\t", "\r\n"])
+@pytest.mark.parametrize("text", ["\n", " ", " a b\n", "\t", "\r\n", "\u00a0"])
 def test_white_space_is_visible_on_the_axes(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -450,9 +450,11 @@ def test_the_token_text_is_every_token_and_no_markup_of_its_own():
     assert set(page.attributes) == {"class", "title"}
 
 
-@given(
-    st.lists(st.text(st.characters(exclude_characters="⏎\r"), max_size=6), min_size=2, max_size=6)
-)
+MARKUP = st.lists(st.sampled_from(["&", "lt", "quot", ";", "<", ">", "/", "b", '"', "'", "\n"]))
+ANY_TEXT = MARKUP.map("".join) | st.text(st.characters(exclude_characters="⏎\r"), max_size=6)
+
+
+@given(st.lists(ANY_TEXT, min_size=2, max_size=6))
 def test_any_text_can_be_read_back_from_the_token_text(texts):
     page = Page(token_text(tokens(*texts)))
     assert page.text.replace("⏎", "") == "".join(texts)
@@ -501,7 +503,13 @@ def test_the_legend_counts_the_tokens_of_each_kind():
         "candidate 6",
         "anchor 2",
     }
-    assert set(Page(token_legend(table)).words) == expected
+    assert {word for word in Page(token_legend(table)).words if word.strip()} == expected
+
+
+def test_a_packed_document_begins_under_its_number():
+    batch = pack(documents("..aa", ".a", ".a"), 9, 99)
+    table = token_table(batch, draw_blocks(batch, 2, 2, seed=0), lambda i: f"[{i}]")
+    assert Page(token_text(table)).text == "[0][1][2][3]document 1[0][1]document 2[0][1]"
 
 
 def test_padding_is_not_part_of_the_token_text():

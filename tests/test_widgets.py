@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dspark_lab import widgets
 from dspark_lab.blocks import draw_blocks
-from dspark_lab.chats import Chat, encode, pack
+from dspark_lab.chats import Chat, encode, one_row
 from dspark_lab.common import context_doc_ids
 from dspark_lab.plots import token_legend, token_text
 from dspark_lab.tables import block_table, mask_regions, mask_table, token_table
@@ -263,7 +263,7 @@ def tables_by_hand(
     conversations: list[int], length: int, num_anchors: int, block_size: int, seed: int
 ) -> dict[str, pd.DataFrame]:
     """What both explorers' tables say for conversations in a row of ``length``."""
-    batch = pack(
+    batch = one_row(
         [encode(CHATS[i], TOKENIZER) for i in conversations], length, TOKENIZER.eos_token_id
     )
     blocks = draw_blocks(batch, num_anchors, block_size, seed=seed)
@@ -348,6 +348,12 @@ def test_packed_documents_see_their_own_document_alone():
     assert (kept["context"] == kept["position_id"]).all()
     starts = kept["label_position"] - 1 - kept["position_id"]
     assert starts.nunique() == 2
+
+
+def test_the_chosen_conversation_stands_first_in_its_packed_row():
+    explorer = anchors(conversation=1, packed=True, row_length=128)
+    documents = explorer.table["document"].tolist()
+    assert documents == [0] * LENGTHS[1] + [1] * LENGTHS[2] + [-1] * (128 - LENGTHS[1] - LENGTHS[2])
 
 
 def test_tile_size_cuts_the_same_mask_into_other_tiles():
