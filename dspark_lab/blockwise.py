@@ -20,7 +20,7 @@ from torch import Tensor
 
 # The most queries and keys of a piece. Forward it has few queries, so that their anchors lie close
 # together and little of its keys is hidden from some; backward, the keys are cut instead.
-FORWARD_QUERIES, FORWARD_KEYS = 64, 2048
+FORWARD_QUERIES, FORWARD_KEYS = 96, 2048
 BACKWARD_QUERIES, BACKWARD_KEYS = 128, 128
 # Of blocks among themselves a piece shows 1 / blocks, so it has few.
 OWN_QUERIES = 48
@@ -51,25 +51,25 @@ def blockwise_attention(
         the attention's output, and ``[batch, heads, anchor * slot]``, the logarithm of the sum that
         each query's softmax divides by.
     """
-    query, key, value = (_working(x) for x in (q, k, v))
+    query, key, value = _split(q, k), _share(k, q), _share(v, q)
     out = torch.zeros(q.shape, dtype=query.dtype)
     log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=query.dtype)
+    results, sums = _split(out, k), _split(log_sum, k)
     for row in range(q.shape[0]):
         most = FORWARD_QUERIES, FORWARD_KEYS
         pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
         for slots, keys, bias in pieces:
-            at = row, slice(None), slots
             seen, seen_sum = _kernel(
-                _split(query[at], k),
-                _share(key[row, :, keys], q),
-                _share(value[row, :, keys], q),
+                query[row, :, :, slots],
+                key[row, :, :, keys],
+                value[row, :, :, keys],
                 attn_mask=bias,
                 scale=scale,
             )
-            seen_sum = seen_sum.flatten(0, 1)
-            joined_sum = torch.logaddexp(log_sum[at], seen_sum)
-            out[at].lerp_(seen.flatten(0, 1), (seen_sum - joined_sum).exp_().unsqueeze(-1))
-            log_sum[at] = joined_sum
+            joined_sum = torch.logaddexp(sums[row, :, :, slots], seen_sum)
+            share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
+            results[row, :, :, slots].lerp_(seen, share)
+            sums[row, :, :, slots] = joined_sum
     return out.to(q.dtype), log_sum
 
 
@@ -90,31 +90,33 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for ``q``, ``k`` and ``v``; weights are computed again, not kept."""
-    query, key, value, result, d_result = (_working(x) for x in (q, k, v, out, d_out))
+    query, key, value = _split(q, k), _share(k, q), _share(v, q)
+    # The kernel wants its sums as it returns them, heads next to each other in memory.
+    sums = _split(log_sum.transpose(1, 2).contiguous().transpose(1, 2), k)
+    result, d_result = _split(out, k), _split(d_out, k)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
+    of_queries = _split(d_query, k)
     for row in range(q.shape[0]):
         most = BACKWARD_QUERIES, BACKWARD_KEYS
         pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
         for slots, keys, bias in pieces:
-            at = row, slice(None), slots
-            # The kernel wants its sums as it returns them, heads next to each other in memory.
-            sums = _split(log_sum[at], k).transpose(1, 2).contiguous().transpose(1, 2)
             of_query, of_key, of_value = _kernel_backward(
-                _split(d_result[at], k),
-                _split(query[at], k),
-                _share(key[row, :, keys], q),
-                _share(value[row, :, keys], q),
-                _split(result[at], k),
-                sums,
+                d_result[row, :, :, slots],
+                query[row, :, :, slots],
+                key[row, :, :, keys],
+                value[row, :, :, keys],
+                result[row, :, :, slots],
+                sums[row, :, :, slots],
                 0.0,
                 False,
                 attn_mask=bias,
                 scale=scale,
             )
-            d_query[at] += of_query.flatten(0, 1)
-            d_key[row, :, keys] += of_key.sum(1)
-            d_value[row, :, keys] += of_value.sum(1)
-            del of_query, of_key, of_value  # before the next piece makes its own
+            of_queries[row, :, :, slots] += of_query
+            for gradient, of_heads in ((d_key, of_key), (d_value, of_value)):
+                for of_head in of_heads.unbind(1):
+                    gradient[row, :, keys] += of_head
+            del of_query, of_key, of_value, of_heads, of_head  # before the next piece makes its own
     return d_query.to(q.dtype), d_key.to(k.dtype), d_value.to(v.dtype)
 
 
@@ -134,13 +136,14 @@ def _pieces(
     a result there, of no weight.
     """
     starts, ends = start.tolist(), end.tolist()
-    for blocks in _runs(len(starts), OWN_QUERIES // block_size):
+    per_run = max(1, OWN_QUERIES // block_size)
+    apart = _bias(~torch.eye(per_run, dtype=torch.bool), block_size, dtype)
+    apart = apart.repeat_interleave(block_size, dim=-1)
+    for blocks in _runs(len(starts), per_run):
         slots = _slots(blocks, block_size)
-        block = torch.arange(blocks.start, blocks.stop).repeat_interleave(block_size)
-        bias = None
-        if blocks.stop - blocks.start > 1:
-            bias = _bias(block.unsqueeze(1) != block, dtype)
-        yield slots, slice(seq_len + slots.start, seq_len + slots.stop), bias
+        size = slots.stop - slots.start
+        keys = slice(seq_len + slots.start, seq_len + slots.stop)
+        yield slots, keys, apart[..., :size, :size].contiguous() if size > block_size else None
 
     for blocks in _runs(len(starts), most_queries // block_size):
         lo, hi = min(starts[blocks]), max(ends[blocks])
@@ -158,7 +161,7 @@ def _pieces(
             if max(starts[some]) > first or min(ends[some]) < past:
                 token = torch.arange(first, past)
                 hidden = (token < start[some].unsqueeze(1)) | (token >= end[some].unsqueeze(1))
-                bias = _bias(hidden.repeat_interleave(block_size, dim=0), dtype)
+                bias = _bias(hidden, block_size, dtype)
             yield _slots(some, block_size), slice(first, past), bias
 
 
@@ -173,25 +176,26 @@ def _slots(blocks: slice, block_size: int) -> slice:
     return slice(blocks.start * block_size, blocks.stop * block_size)
 
 
-def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    bias = torch.zeros(hidden.shape, dtype=dtype)
-    return bias.masked_fill_(hidden, torch.finfo(dtype).min / 2)[None, None]
+def _bias(hidden: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """What is hidden from a block, ``[anchor, key]``, as a number for each of its slots."""
+    bias = hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)
+    return bias.repeat_interleave(block_size, dim=0)[None, None]
 
 
 def _split(x: Tensor, k: Tensor) -> Tensor:
-    """``[heads, ...]`` as the kernel gets it, ``[kv_head, query heads that share it, ...]``."""
-    return x.unflatten(0, (k.shape[1], -1))
+    """``[batch, heads, ...]`` as the kernel gets it, ``[batch, kv_head, repeat, ...]``."""
+    return _working(x).unflatten(1, (k.shape[1], -1))
 
 
 def _share(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values, ``[kv_head, key, head_dim]``, with an axis for the heads that share them."""
-    return x.unsqueeze(1).expand(-1, q.shape[1] // x.shape[0], -1, -1)
+    """Keys or values with an axis, ``repeat``, for the query heads that share them."""
+    return _working(x).unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1)
 
 
 def _working(x: Tensor) -> Tensor:
     """In fp32, or in fp64 where it is, with neighbouring features next to each other in memory."""
     x = x if x.dtype == torch.float64 else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
 
 
 @blockwise_attention.register_fake

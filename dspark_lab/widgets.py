@@ -21,6 +21,7 @@ import torch
 from dspark_lab.attention import training_block_mask
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
+from dspark_lab.checks import require_int
 from dspark_lab.common import context_doc_ids
 from dspark_lab.plots import mask_and_tiles, png, token_legend, token_text
 from dspark_lab.tables import (
@@ -44,13 +45,15 @@ TILE_SIZES = (16, 32, 64, 128, 256)
 class Frame:
     """What an explorer shows for one setting of its controls, and the tables behind it.
 
-    The show is HTML, or a picture: a PNG file and what it is in words.
+    The show is HTML, or a picture: a PNG file and what it is in words; or, without tables, the
+    problem with the setting.
     """
 
     tables: dict[str, pd.DataFrame]
     html: str = ""
     png: bytes = b""
     alt: str = ""
+    problem: str = ""
 
     def as_html(self) -> str:
         """The show as HTML, a picture included."""
@@ -110,16 +113,17 @@ class Explorer(ipywidgets.VBox):
         """
         tables = self.tables
         if not tables:
-            raise ValueError(f"{self.name} has nothing to show for {self.settings}")
+            raise ValueError(f"{self.name} has nothing to show: {self._frame.problem}")
         return next(iter(tables.values()))
 
     def redraw(self) -> None:
         """Draw the controls' present values now."""
-        self._stale = False
         try:
             self._frame = self._draw(**self.settings)
         except (ValueError, TypeError) as problem:
-            self._frame = Frame({}, html=f'<p role="alert">{escape(str(problem))}</p>')
+            text = str(problem)
+            self._frame = Frame({}, html=f'<p role="alert">{escape(text)}</p>', problem=text)
+        self._stale = False
         self._picture.value = self._frame.as_html()
         self.frames_drawn += 1
 
@@ -374,5 +378,6 @@ def _checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
 
 def _slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
     """A slider that reaches from ``low`` to ``high``, and further if it starts further out."""
+    require_int(name, value, low)
     high = max(high, value)
     return ipywidgets.IntSlider(value, low, high, step, description=name, **_WIDE)
