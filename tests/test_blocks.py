@@ -7,28 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import documents
 
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, label_positions, times_supervised
-from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
+from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import sample_anchor_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CHAT = Chat(({"role": "assistant", "content": ""},), id="hand-made")
 PAD = 1000
-
-
-def documents(*marks: str) -> list[Encoded]:
-    """Documents of as many tokens as there are characters, supervised where they are ``a``.
-
-    No two tokens have the same id, so that a token tells where it comes from.
-    """
-    encoded, first = [], 0
-    for mark in marks:
-        ids = torch.arange(first, first + len(mark))
-        encoded.append(Encoded(ids, torch.tensor([c == "a" for c in mark]), CHAT))
-        first += len(mark)
-    return encoded
 
 
 @st.composite

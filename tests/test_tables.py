@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import documents
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dspark_lab.attention import training_block_mask, training_mask_mod
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
+from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import context_doc_ids
 from dspark_lab.tables import (
     REGIONS,
@@ -32,22 +33,11 @@ from dspark_lab.tables import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CHAT = Chat(({"role": "assistant", "content": ""},), id="hand-made")
 PAD, MASK = 1000, 2000
 
 
 def to_text(token_id: int) -> str:
     return f"<{token_id}>"
-
-
-def documents(*marks: str) -> list[Encoded]:
-    """Documents of as many tokens as there are characters, supervised where they are ``a``."""
-    encoded, first = [], 0
-    for mark in marks:
-        ids = torch.arange(first, first + len(mark))
-        encoded.append(Encoded(ids, torch.tensor([c == "a" for c in mark]), CHAT))
-        first += len(mark)
-    return encoded
 
 
 @dataclass
