@@ -36,17 +36,23 @@ Record = dict[str, Any]
 # From conversations that end with a user turn, and a seed, to (answer, ended by itself) of each.
 Answer = Callable[[list[list[Message]], int], list[tuple[str, bool]]]
 
-MULTI_TURN_SHARE = 0.25
+FOLLOW_UP_SHARE = 0.25
 SYSTEM_SHARE = 0.1
 BATCH_SIZE = 96
-TEMPERATURE = 0.7
-TOP_K = 256
-TOP_P = 0.9
-MAX_NEW_TOKENS = 320
 ATTEMPTS = 2
 
 CARD_START = "<!-- numbers: written by python -m dspark_lab.generate --card -->"
 CARD_END = "<!-- end of numbers -->"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer's tokens are drawn: temperature, top-k, then top-p, up to a limit."""
+
+    temperature: float = 0.7
+    top_k: int = 256
+    top_p: float = 0.9
+    max_new_tokens: int = 320
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Prompt:
     users: tuple[str, ...]
 
 
-def make_prompts(count: int, seed: int) -> list[Prompt]:
+def make_prompts(count: int, seed: int, follow_up_share: float = FOLLOW_UP_SHARE) -> list[Prompt]:
     """`count` distinct prompts, the domains taking turns: math-0001, code-0001, chat-0001, ..."""
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
@@ -76,7 +82,7 @@ def make_prompts(count: int, seed: int) -> list[Prompt]:
             question = _fill(TEMPLATES[domain][template], rng)
         seen.add(question)
         users = [question]
-        if rng.random() < MULTI_TURN_SHARE:
+        if rng.random() < follow_up_share:
             users.append(_fill(rng.choice(FOLLOW_UPS[domain]), rng))
         system = rng.choice(SYSTEM_MESSAGES[domain]) if rng.random() < SYSTEM_SHARE else None
         prompts.append(Prompt(f"{domain}-{index + 1:04d}", domain, template, system, tuple(users)))
@@ -101,6 +107,7 @@ def generate(
     answer: Answer,
     seed: int,
     batch_size: int = BATCH_SIZE,
+    attempts: int = ATTEMPTS,
 ) -> None:
     """Answers every prompt that `out` does not hold yet, then puts the lines in prompt order."""
     records = {record["id"]: record for record in read_records(out)}
@@ -112,7 +119,8 @@ def generate(
             if not missing:
                 continue
             # The whole batch is sampled again even if a part is there: one seed, one batch.
-            new = [record for record in converse(batch, answer, seed) if record["id"] in missing]
+            played = converse(batch, answer, seed, attempts)
+            new = [record for record in played if record["id"] in missing]
             with out.open("a", encoding="utf-8") as file:
                 file.write(_lines(new))
             records |= {record["id"]: record for record in new}
@@ -122,7 +130,9 @@ def generate(
     os.replace(ordered, out)
 
 
-def converse(batch: Sequence[Prompt], answer: Answer, seed: int) -> list[Record]:
+def converse(
+    batch: Sequence[Prompt], answer: Answer, seed: int, attempts: int = ATTEMPTS
+) -> list[Record]:
     """Plays the batch turn by turn.
 
     An answer that was cut off is tried again; if no attempt ends, the conversation does, there.
@@ -140,7 +150,7 @@ def converse(batch: Sequence[Prompt], answer: Answer, seed: int) -> list[Record]
                 record["messages"].append({"role": "user", "content": prompt.users[turn]})
                 going.append(record)
         replies: dict[str, tuple[str, bool]] = {}
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             pending = [r for r in going if not (r["id"] in replies and replies[r["id"]][1])]
             if pending:
                 rng = random.Random(f"{seed}/{batch[0].id}/{turn}/{attempt}")
@@ -183,9 +193,10 @@ def complete_folder(conversations: Path) -> None:
 
 def card_numbers(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> str:
     """Markdown: the sampling settings, and what each domain counts."""
+    how = Sampling()
     lines = [
-        f"Temperature {TEMPERATURE}, top-k {TOP_K}, top-p {TOP_P}, at most {MAX_NEW_TOKENS} tokens "
-        f"an answer, at most {ATTEMPTS} attempts to end before that.",
+        f"Temperature {how.temperature}, top-k {how.top_k}, top-p {how.top_p}, at most "
+        f"{how.max_new_tokens} tokens an answer, at most {ATTEMPTS} attempts to end before that.",
         "",
         "| domain | conversations | with a second question | with a system message | answers "
         "| assistant tokens | finished |",
@@ -216,11 +227,17 @@ def checksums(folder: Path) -> str:
     )
 
 
-def smollm2_answer() -> Answer:
-    """SmolLM2 as an `Answer`: the chat template, then batched sampling."""
+def smollm2_answer(dtype: torch.dtype = torch.float32) -> Answer:
+    """SmolLM2 as an `Answer`; bfloat16 is faster where the CPU has it."""
     from dspark_lab.target import load_smollm2
 
-    model, tokenizer = load_smollm2()
+    return model_answer(*load_smollm2(dtype=dtype), Sampling())
+
+
+def model_answer(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> Answer:
+    """A model with a ChatML template as an `Answer`: the chat template, then batched sampling."""
     tokenizer.padding_side = "left"
     end = tokenizer.get_vocab()["<|im_end|>"]
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
@@ -240,6 +257,7 @@ def smollm2_answer() -> Answer:
             model,
             inputs["input_ids"],
             inputs["attention_mask"],
+            sampling,
             end=end,
             never=markers,
             never_first=[*markers, *blank, end],
@@ -257,20 +275,21 @@ def sample(
     model: torch.nn.Module,
     ids: Int[Tensor, "batch seq"],
     mask: Int[Tensor, "batch seq"],
+    sampling: Sampling,
     *,
     end: int,
     never: list[int],
     never_first: list[int],
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """The tokens that follow each left-padded row, up to and with `end` or MAX_NEW_TOKENS of them.
+    """The tokens that follow each left-padded row, up to and with `end` or as many as allowed.
 
     Rows leave the batch as soon as they end, which halves the time of the batch.
     """
     answers: list[list[int]] = [[] for _ in ids]
     going = list(range(len(ids)))
     cache = DynamicCache()
-    for step in range(MAX_NEW_TOKENS):
+    for step in range(sampling.max_new_tokens):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(
             ids,
@@ -280,7 +299,7 @@ def sample(
             logits_to_keep=1,
         ).logits[:, -1]
         logits[:, never if step else never_first] = -torch.inf
-        ids = _draw(logits, generator)
+        ids = _draw(logits.float(), sampling, generator)
         for row, token in zip(going, ids[:, 0].tolist(), strict=True):
             answers[row].append(token)
         keep = (ids[:, 0] != end).nonzero()[:, 0]
@@ -294,12 +313,12 @@ def sample(
 
 
 def _draw(
-    logits: Float[Tensor, "batch vocab"], generator: torch.Generator
+    logits: Float[Tensor, "batch vocab"], sampling: Sampling, generator: torch.Generator
 ) -> Int[Tensor, "batch 1"]:
-    """One token per row: top-k, then the smallest set of them that holds TOP_P of the mass."""
-    values, tokens = (logits / TEMPERATURE).topk(TOP_K)
+    """One token per row: top-k, then the smallest set of them that holds top-p of the mass."""
+    values, tokens = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]))
     probs = values.softmax(dim=-1)
-    probs[probs.cumsum(dim=-1) - probs >= TOP_P] = 0
+    probs[probs.cumsum(dim=-1) - probs >= sampling.top_p] = 0
     return tokens.gather(1, probs.multinomial(1, generator=generator))
 
 

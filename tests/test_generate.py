@@ -144,9 +144,8 @@ def test_batches_hold_every_prompt_once_and_one_kind_each() -> None:
     assert max(len(batch) for batch in batches) <= 4
 
 
-def test_sampling_a_batch_gives_what_each_row_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab, "TOP_K", 1)
-    monkeypatch.setattr(lab, "MAX_NEW_TOKENS", 12)
+def test_sampling_a_batch_gives_what_each_row_gives_alone() -> None:
+    greedy = lab.Sampling(top_k=1, max_new_tokens=12)
     torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=5,
@@ -162,19 +161,19 @@ def test_sampling_a_batch_gives_what_each_row_gives_alone(monkeypatch: pytest.Mo
     ids = torch.stack([torch.cat([torch.zeros(8 - len(r), dtype=torch.long), r]) for r in rows])
     mask = torch.stack([torch.tensor([0] * (8 - n) + [1] * n) for n in lengths])
     rules = dict(end=1, never=[0], never_first=[0, 1], generator=torch.Generator())
-    together = lab.sample(model, ids, mask, **rules)
-    alone = [lab.sample(model, r[None], torch.ones_like(r)[None], **rules)[0] for r in rows]
+    together = lab.sample(model, ids, mask, greedy, **rules)
+    alone = [
+        lab.sample(model, row[None], torch.ones_like(row)[None], greedy, **rules)[0] for row in rows
+    ]
     assert together == alone
     assert len({len(tokens) for tokens in together}) > 2
     assert all(tokens[0] > 1 and 0 not in tokens for tokens in together)
 
 
-def test_draw_keeps_to_the_tokens_that_hold_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab, "TOP_K", 4)
-    monkeypatch.setattr(lab, "TOP_P", 0.7)
-    monkeypatch.setattr(lab, "TEMPERATURE", 1.0)
+def test_draw_keeps_to_the_tokens_that_hold_the_mass() -> None:
+    how = lab.Sampling(temperature=1.0, top_k=4, top_p=0.7)
     logits = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05]).log().repeat(2000, 1)
-    drawn = lab._draw(logits, torch.Generator().manual_seed(0))[:, 0]
+    drawn = lab._draw(logits, how, torch.Generator().manual_seed(0))[:, 0]
     shares = drawn.bincount(minlength=5) / 2000
     torch.testing.assert_close(shares, torch.tensor([0, 0.625, 0, 0.375, 0]), atol=0.05, rtol=0)
 

@@ -1,0 +1,153 @@
+"""Markov heads: what the previous token says about the next one, as a bias on a slot's logits.
+
+The backbone predicts the slots of a block side by side, none knowing what the others hold. A Markov
+head adds to each slot's logits a bias of rank r that depends on the token before it (DSpark,
+section 3.2):
+
+    bias = markov_w2(latent),   latent of width r, made from e = markov_w1[previous token]
+
+and the three kinds differ in the latent alone, where h is the slot's hidden state:
+
+    vanilla: e;
+    gated:   sigmoid(gate_proj [h; e]) * e;
+    rnn:     tanh(o), with a state s over the block, zero at its first slot:
+             g, c, o = joint_proj [s; e; h], and the next slot's s is
+             sigmoid(g) * s + (1 - sigmoid(g)) * tanh(c).
+
+This file knows previous tokens and hidden states; it knows nothing about attention or losses. The
+latent is kept apart from the bias so that an objective can form the bias for a few slots at a time.
+"""
+
+from typing import Literal, cast, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dspark_lab.checks import require_int
+
+__all__ = [
+    "GatedMarkovHead",
+    "MarkovHead",
+    "MarkovKind",
+    "RNNMarkovHead",
+    "VanillaMarkovHead",
+    "build_markov_head",
+]
+
+MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
+
+
+class VanillaMarkovHead(nn.Module):
+    """The bias depends on the previous token alone. See :func:`build_markov_head`."""
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+
+    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
+        """The previous token's embedding, which the confidence head reads too."""
+        return self.markov_w1(prev_ids)
+
+    def latent(
+        self,
+        prev_ids: Int[Tensor, "batch anchor slot"],
+        hidden: Float[Tensor, "batch anchor slot hidden"],
+    ) -> Float[Tensor, "batch anchor slot rank"]:
+        """What ``markov_w2`` maps to the bias."""
+        return self.embed(prev_ids)
+
+
+class GatedMarkovHead(nn.Module):
+    """The hidden state decides how much of the embedding counts. See :func:`build_markov_head`."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size + rank, rank)
+
+    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
+        """The previous token's embedding, which the confidence head reads too."""
+        return self.markov_w1(prev_ids)
+
+    def latent(
+        self,
+        prev_ids: Int[Tensor, "batch anchor slot"],
+        hidden: Float[Tensor, "batch anchor slot hidden"],
+    ) -> Float[Tensor, "batch anchor slot rank"]:
+        """What ``markov_w2`` maps to the bias."""
+        embedding = self.embed(prev_ids)
+        gate = self.gate_proj(torch.cat([hidden, embedding.to(hidden.dtype)], dim=-1)).sigmoid()
+        return gate * embedding
+
+
+class RNNMarkovHead(nn.Module):
+    """A state carries what all earlier slots held. See :func:`build_markov_head`."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
+
+    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
+        """The previous token's embedding, which the confidence head reads too."""
+        return self.markov_w1(prev_ids)
+
+    def latent(
+        self,
+        prev_ids: Int[Tensor, "batch anchor slot"],
+        hidden: Float[Tensor, "batch anchor slot hidden"],
+    ) -> Float[Tensor, "batch anchor slot rank"]:
+        """What ``markov_w2`` maps to the bias."""
+        embeddings = self.embed(prev_ids).to(hidden.dtype)
+        state = torch.zeros_like(embeddings[..., 0, :])
+        outputs = []
+        for embedding, h in zip(embeddings.unbind(-2), hidden.unbind(-2), strict=True):
+            state, output = self.step(state, embedding, h)
+            outputs.append(output)
+        return torch.stack(outputs, dim=-2)
+
+    def step(
+        self,
+        state: Float[Tensor, "*axes rank"],
+        embedding: Float[Tensor, "*axes rank"],
+        hidden: Float[Tensor, "*axes hidden"],
+    ) -> tuple[Float[Tensor, "*axes rank"], Float[Tensor, "*axes rank"]]:
+        """One slot: the next slot's state, and this slot's latent."""
+        joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
+        gate, candidate, output = joint.chunk(3, dim=-1)
+        keep = gate.sigmoid()
+        return keep * state + (1 - keep) * candidate.tanh(), output.tanh()
+
+
+MarkovHead = VanillaMarkovHead | GatedMarkovHead | RNNMarkovHead
+
+
+def build_markov_head(
+    kind: MarkovKind, vocab_size: int, rank: int, hidden_size: int
+) -> MarkovHead | None:
+    """The head of a kind, or None for ``none`` or rank 0, which leaves the drafter of DFlash.
+
+    Args:
+        kind: ``vanilla``, ``gated``, ``rnn`` or ``none``.
+        vocab_size: tokens, both those that are read and those that get a bias.
+        rank: width of the latent.
+        hidden_size: width of the slots' hidden states.
+
+    Raises:
+        TypeError, ValueError: an unknown kind, a negative rank, or a size below 1.
+    """
+    if kind not in get_args(MarkovKind):
+        raise ValueError(f"markov_head_type must be one of {get_args(MarkovKind)}, got {kind!r}")
+    require_int("markov_rank", rank, 0)
+    require_int("vocab_size", vocab_size, 1)
+    require_int("hidden_size", hidden_size, 1)
+    if kind == "none" or rank == 0:
+        return None
+    if kind == "vanilla":
+        return VanillaMarkovHead(vocab_size, rank)
+    head = {"gated": GatedMarkovHead, "rnn": RNNMarkovHead}[kind]
+    return cast(MarkovHead, head(vocab_size, rank, hidden_size))
