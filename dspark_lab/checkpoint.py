@@ -1,9 +1,9 @@
 """Drafters on disk, in the layout of the published checkpoints.
 
-    config.json          the drafter's shape, see DrafterConfig.to_dict, and the dtype of its tensors
-    model.safetensors    every parameter under its name in the drafter; or several files
-                         model-00001-of-0000N.safetensors, and model.safetensors.index.json, which
-                         says what tensor is in what file
+    config.json         the drafter's shape, see DrafterConfig.to_dict, and the dtype of its tensors
+    model.safetensors   every parameter under its name in the drafter; or several files
+                        model-00001-of-0000N.safetensors, and model.safetensors.index.json, which
+                        says what tensor is in what file
 
 Embedding and LM head are the target's own, so a checkpoint may leave them out and take them from
 the target again. A pickle is never opened: it can run any code. This file knows folders, files and
@@ -26,19 +26,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dspark_lab.checks import require_int
-from dspark_lab.drafter import Drafter, DrafterConfig
+from dspark_lab.drafter import ARCHITECTURE, Drafter, DrafterConfig
 
 if TYPE_CHECKING:
-    from dspark_lab.target import Target
+    import dspark_lab.target
 
 __all__ = ["load_drafter", "save_drafter"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ARCHITECTURE = "Qwen3DSparkModel"
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _DTYPES = {
@@ -59,6 +59,16 @@ class _Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves parameters unset: on the meta device ``normal_`` imports torch's compiler, for 1 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def save_drafter(
@@ -95,7 +105,9 @@ def save_drafter(
         require_int("max_shard_bytes", max_shard_bytes, 1)
     folder = Path(folder).expanduser().resolve()
     partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
-    _finish_interrupted(folder, previous)
+    if previous.is_dir() and not folder.exists():
+        # A save was killed as it replaced the checkpoint.
+        previous.rename(folder)
     _require_replaceable(folder)
     tensors = _tensors_to_save(drafter, include_embeddings, dtype)
     values = drafter.config.to_dict()
@@ -116,7 +128,7 @@ def save_drafter(
 def load_drafter(
     folder: str | os.PathLike[str],
     *,
-    target: "Target | None" = None,
+    target: "dspark_lab.target.Target | None" = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Drafter:
@@ -144,32 +156,34 @@ def load_drafter(
     values = _read_json(path / CONFIG)
     try:
         config = DrafterConfig.from_dict(values)
-        with torch.device("meta"):
+        with torch.device("meta"), _NoRandomNumbers():
             drafter = Drafter(config)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path / CONFIG}: {error}") from None
     stored = _read_headers(path)
     tied = bool(values.get("tie_word_embeddings"))
     absent = [name for name in (_EMBEDDING, _HEAD) if name not in stored]
-    take_from_target = bool(absent) and not (tied and len(absent) == 1)
     _require_tensors(path, stored, drafter)
     if target is not None:
         _require_fitting_target(path, config, target)
-    elif take_from_target:
+    elif absent and not (tied and len(absent) == 1):
         raise ValueError(
             f"{path}: the checkpoint leaves out {' and '.join(absent)}; pass target= to take them "
             "from the target that the drafter was trained for"
         )
     state = _read_tensors(stored, device, dtype or _common_dtype(path, stored, values))
     drafter.load_state_dict(state, strict=False, assign=True)
-    embedding, head = state.get(_EMBEDDING), state.get(_HEAD)
-    if take_from_target and target is not None:
-        embedding = target.embed_weight if embedding is None else embedding
-        head = target.head_weight if head is None else head
-    elif tied:
-        embedding, head = _tie(path, embedding, head)
-    if embedding is not None and head is not None:
-        drafter.use_target_embeddings(embedding, head)
+    if tied and len(absent) == 1:
+        (shared,) = (state[name] for name in (_EMBEDDING, _HEAD) if name in state)
+        drafter.use_target_embeddings(shared, shared)
+    elif absent and target is not None:
+        drafter.use_target_embeddings(
+            state.get(_EMBEDDING, target.embed_weight), state.get(_HEAD, target.head_weight)
+        )
+    elif tied and not absent and not torch.equal(state[_EMBEDDING], state[_HEAD]):
+        raise ValueError(
+            f"{path}: {CONFIG} says tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
+        )
     return drafter.eval()
 
 
@@ -183,14 +197,6 @@ def _require_dtype(dtype: torch.dtype | None) -> None:
 
 def _beside(folder: Path, what: str) -> Path:
     return folder.with_name(f".{folder.name}.{what}")
-
-
-def _finish_interrupted(folder: Path, previous: Path) -> None:
-    """Cleans up after a save that was killed as it replaced a checkpoint."""
-    if previous.is_dir() and folder.exists():
-        shutil.rmtree(previous)
-    elif previous.is_dir():
-        previous.rename(folder)
 
 
 def _require_replaceable(folder: Path) -> None:
@@ -273,10 +279,11 @@ def _split(tensors: dict[str, Tensor], max_bytes: int | None) -> list[dict[str, 
 
 
 def _replace(folder: Path, partial: Path, previous: Path) -> None:
-    """Puts ``partial`` in the place of ``folder``; after a kill one of both stands complete."""
+    """Puts ``partial`` in the place of ``folder``; a kill leaves the old one, perhaps moved."""
     if not folder.exists():
         partial.rename(folder)
         return
+    shutil.rmtree(previous, ignore_errors=True)
     folder.rename(previous)
     try:
         partial.rename(folder)
@@ -300,8 +307,8 @@ def _find_folder(folder: str | os.PathLike[str]) -> Path:
             stacklevel=3,
         )
         return previous
-    if _HUB_ID.fullmatch(str(folder)):
-        return _download(str(folder))
+    if isinstance(folder, str) and _HUB_ID.fullmatch(folder):
+        return _download(folder)
     raise FileNotFoundError(f"there is no folder {path} with a drafter")
 
 
@@ -319,7 +326,7 @@ def _download(name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} must hold {path.name}, which it does not")
+        raise FileNotFoundError(f"the folder {path.parent} must hold {path.name}, got none")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -334,12 +341,16 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_headers(folder: Path) -> dict[str, _Stored]:
-    if (folder / WEIGHTS).exists():
+    if (folder / WEIGHTS).is_file():
         return _read_header(folder / WEIGHTS)
-    if not (folder / INDEX).exists():
+    if not (folder / INDEX).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-        got = f"{_listed(pickles)}, a pickle, which is never loaded" if pickles else "neither"
-        raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, got {got}")
+        if pickles:
+            raise ValueError(
+                f"{folder} must hold {WEIGHTS} or {INDEX}, got a pickle, which is never loaded: "
+                f"{_listed(pickles)}"
+            )
+        raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, got neither")
     file_of = _read_index(folder)
     stored: dict[str, _Stored] = {}
     for file in sorted(set(file_of.values())):
@@ -415,7 +426,9 @@ def _require_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Draft
         )
 
 
-def _require_fitting_target(folder: Path, config: DrafterConfig, target: "Target") -> None:
+def _require_fitting_target(
+    folder: Path, config: DrafterConfig, target: "dspark_lab.target.Target"
+) -> None:
     wanted = (config.vocab_size, config.target_hidden_size or config.hidden_size)
     found = (target.vocab_size, target.hidden_size)
     if found != wanted:
@@ -457,17 +470,6 @@ def _read_tensors(
                 # What safetensors gives is mapped from the file, and would change with it.
                 state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
     return state
-
-
-def _tie(folder: Path, embedding: Tensor | None, head: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The one tensor that is embedding and LM head, twice."""
-    if embedding is not None and head is not None and not torch.equal(embedding, head):
-        raise ValueError(
-            f"{folder}: {CONFIG} says tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
-        )
-    shared = embedding if embedding is not None else head
-    assert shared is not None
-    return shared, shared
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:

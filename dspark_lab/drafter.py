@@ -47,7 +47,19 @@ from dspark_lab.common import (
 )
 from dspark_lab.heads import MarkovKind, build_markov_head
 
-__all__ = ["Drafter", "DrafterConfig", "Slots"]
+__all__ = ["ARCHITECTURE", "Drafter", "DrafterConfig", "Slots"]
+
+# What a config.json calls this drafter, and what of it Qwen3's names would allow but it is not.
+ARCHITECTURE = "Qwen3DSparkModel"
+_FIXED = {
+    "architectures": [ARCHITECTURE],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1,
+    "quantization_config": None,
+}
+_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
 @dataclass(frozen=True)
@@ -146,26 +158,40 @@ class DrafterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of a published ``config.json``."""
         values: dict[str, Any] = {
-            "architectures": ["Qwen3DSparkModel"],
+            "architectures": [ARCHITECTURE],
             "model_type": "qwen3",
             "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
+            "use_sliding_window": False,
             "tie_word_embeddings": False,
+            # Where transformers looks for it from version 5 on; before, it is a field of its own.
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
         values |= {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["target_layer_ids"] = list(self.target_layer_ids)
         if self.target_hidden_size is None:
             del values["target_hidden_size"]
+        if not self.has_markov_head:
+            # Rank 0 is how published checkpoints say so.
+            values["markov_rank"] = 0
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DrafterConfig:
         """Reads the content of a ``config.json``; unknown keys are metadata.
 
+        ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. What
+        concerns training alone, as ``attention_dropout``, is not read.
+
         Raises:
             TypeError, ValueError: a field that is missing or of the wrong kind, or one that asks
-                for what this drafter does not do.
+                for what this drafter does not do: another architecture or activation, sliding
+                windows, scaled or partial RoPE, quantised weights.
         """
+        _refuse_unsupported(values)
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        known["rope_theta"] = _read_rope_theta(values)
         missing = [
             name
             for name, field in cls.__dataclass_fields__.items()
@@ -173,6 +199,14 @@ class DrafterConfig:
         ]
         if missing:
             raise ValueError(f"config must hold {', '.join(missing)}, which it does not")
+        for name in ("attention_bias", "enable_confidence_head", "confidence_head_with_markov"):
+            if not isinstance(known.get(name, False), bool):
+                raise TypeError(f"{name} must be true or false, got {known[name]!r}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if name in known:
+                _require_positive(name, known[name])
+        if not isinstance(known["target_layer_ids"], (list, tuple)):
+            raise TypeError(f"target_layer_ids must be a list, got {known['target_layer_ids']!r}")
         known["target_layer_ids"] = tuple(known["target_layer_ids"])
         return cls(**known)
 
@@ -550,3 +584,39 @@ def _require_together(**given: Tensor | None) -> None:
     if len({value is None for value in given.values()}) > 1:
         missing = [name for name, value in given.items() if value is None]
         raise ValueError(f"{', '.join(given)} go together, got no {', '.join(missing)}")
+
+
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    for name, allowed in _FIXED.items():
+        if values.get(name) not in (None, allowed):
+            raise ValueError(f"{name} must be {allowed!r} or absent, got {values[name]!r}")
+    kinds = values.get("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"layer_types must all be 'full_attention', got {kinds!r}")
+
+
+def _read_rope_theta(values: Mapping[str, Any]) -> float:
+    found: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = values.get(name) or {}
+        if not isinstance(rope, Mapping):
+            raise TypeError(f"{name} must be an object, got {rope!r}")
+        for key, value in rope.items():
+            if key != "rope_theta" and value not in (None, _PLAIN_ROPE.get(key)):
+                raise ValueError(f"{name} must be of rope_type 'default' alone, got {dict(rope)!r}")
+        found[f"{name}.rope_theta"] = rope.get("rope_theta")
+    found = {name: value for name, value in found.items() if value is not None}
+    if not found:
+        raise ValueError("config must hold rope_theta, by itself or in rope_parameters")
+    for name, value in found.items():
+        _require_positive(name, value)
+    if len(set(found.values())) > 1:
+        raise ValueError(f"rope_theta must be one number, got {found}")
+    return float(next(iter(found.values())))
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")

@@ -25,6 +25,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark_lab.chats import Chat, Encoded, collate
+from dspark_lab.generate import Prompt, Record, Sampling, converse, make_batches, model_answer
+
+# What a server at temperature 1 would draw, nothing cut off.
+POCKET_SAMPLING = Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=256)
 
 START, END, PAD, MASK = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|mask|>"
 TEMPLATE = (
@@ -169,3 +173,31 @@ def _rows(encoded: Sequence[Encoded], config: PocketConfig) -> Iterator[Int[Tens
         while len(kept) >= size:
             yield kept[:size].view(config.rows, config.row_length)
             kept = kept[size:]
+
+
+def answer_again(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    sampling: Sampling = POCKET_SAMPLING,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> list[Chat]:
+    """The prompts with the target's own answers, in the order of the prompts."""
+    answer = model_answer(model, tokenizer, sampling)
+    records: dict[str, Record] = {}
+    with tqdm(total=len(prompts), desc="answers", disable=not progress) as bar:
+        for batch in make_batches(prompts, batch_size):
+            records |= {record["id"]: record for record in converse(batch, answer, seed, 1)}
+            bar.update(len(batch))
+    return [
+        Chat(
+            tuple(records[prompt.id]["messages"]),
+            prompt.id,
+            prompt.domain,
+            records[prompt.id]["finished"],
+        )
+        for prompt in prompts
+    ]

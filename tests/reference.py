@@ -1,0 +1,345 @@
+"""What the tests believe of the model: training forward and objective, one block at a time.
+
+The method of DSpark (arXiv 2607.05147) in float64, in loops over rows, blocks, layers, heads, slots
+and keys: every tensor here is one vector, or one matrix that multiplies one vector. A block is
+computed from its anchor's document alone, cut out of the row and counted from its own first token,
+so there is no mask, no padding and no packing to get wrong. Parameters come from a state dict with
+the published names, so the gradient of the loss in each of them is autograd's, through the loops.
+Nothing of ``dspark_lab`` is used. Index b is a row, n a block of it, k a slot of the block.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@dataclass
+class Slot:
+    """One slot; what needs a token beyond the document's end is None, and None if not asked for."""
+
+    logits: Tensor | None = None
+    confidence: Tensor | None = None
+    teacher: Tensor | None = None
+    label: int | None = None
+    supervised: bool = False
+
+
+def forward(
+    state: State,
+    config: Mapping,
+    input_ids: Sequence[Sequence[int]],
+    features: Tensor,
+    loss_mask: Sequence[Sequence[bool]],
+    last: Tensor | None,
+    anchors: Sequence[Sequence[int]],
+    keep: Sequence[Sequence[bool]],
+    seq_lens: Sequence[Sequence[int]] | None = None,
+) -> list[list[list[Slot] | None]]:
+    """Every slot, [batch][anchor][slot]; a dummy block is None.
+
+    ``features`` and ``last`` are [batch, seq, size]: the target's context features and its final
+    hidden states. ``seq_lens`` are the lengths of each row's documents; None: a row is one.
+    """
+    out = []
+    for b, row in enumerate(anchors):
+        lengths = [len(input_ids[b])] if seq_lens is None else seq_lens[b]
+        blocks = []
+        for anchor, kept in zip(row, keep[b], strict=True):
+            if not kept:
+                blocks.append(None)
+                continue
+            first, past = document_of(anchor, lengths)
+            blocks.append(
+                block(
+                    state,
+                    config,
+                    input_ids[b][first:past],
+                    features[b][first:past],
+                    loss_mask[b][first:past],
+                    None if last is None else last[b][first:past],
+                    anchor - first,
+                )
+            )
+        out.append(blocks)
+    return out
+
+
+def document_of(position: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """Where the document that holds this position of the row begins, and where it is over."""
+    first = 0
+    for length in lengths:
+        if position < first + length:
+            return first, first + length
+        first += length
+    raise ValueError(f"position {position} is in no document")
+
+
+def block(
+    state: State,
+    config: Mapping,
+    tokens: Sequence[int],
+    features: Tensor,
+    supervised: Sequence[bool],
+    last: Tensor | None,
+    anchor: int,
+) -> list[Slot]:
+    """The slots of the block at ``anchor``; everything given is one document."""
+    known = [k for k in range(config["block_size"]) if anchor + k < len(tokens)]
+    hidden = backbone(state, config, tokens[anchor], features[:anchor])
+    previous = [tokens[anchor + k] for k in known]
+    bias = markov_bias(state, config, previous, hidden)
+
+    slots = [Slot() for _ in range(config["block_size"])]
+    unbroken = True
+    for k in known:
+        slot = slots[k]
+        slot.logits = linear(state, "lm_head", hidden[k])
+        if bias is not None:
+            slot.logits = slot.logits + bias[k]
+        if config["enable_confidence_head"]:
+            read = hidden[k]
+            if config["confidence_head_with_markov"]:
+                embedded = state["markov_head.markov_w1.weight"][previous[k]]
+                read = torch.cat([hidden[k], embedded])
+            slot.confidence = linear(state, "confidence_head.proj", read)[0]
+        if last is not None:
+            slot.teacher = linear(state, "lm_head", last[anchor + k])
+        label = anchor + k + 1
+        if label < len(tokens):
+            slot.label = tokens[label]
+        unbroken = unbroken and label < len(tokens) and supervised[label]
+        slot.supervised = unbroken
+    return slots
+
+
+def backbone(state: State, config: Mapping, anchor_token: int, before: Tensor) -> list[Tensor]:
+    """The final hidden vector of each slot; ``before`` are the features before the anchor."""
+    eps = config["rms_norm_eps"]
+    anchor = len(before)
+    context = [rms_norm(state, "hidden_norm", linear(state, "fc", f), eps) for f in before]
+    slots = range(config["block_size"])
+    inputs = [anchor_token if k == 0 else config["mask_token_id"] for k in slots]
+    x = [state["embed_tokens.weight"][token] for token in inputs]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layers.{i}"
+        h = [rms_norm(state, f"{layer}.input_layernorm", v, eps) for v in x]
+        attended = attention(state, config, f"{layer}.self_attn", context, h, anchor)
+        x = [v + a for v, a in zip(x, attended, strict=True)]
+        h = [rms_norm(state, f"{layer}.post_attention_layernorm", v, eps) for v in x]
+        x = [v + mlp(state, f"{layer}.mlp", u) for v, u in zip(x, h, strict=True)]
+    return [rms_norm(state, "norm", v, eps) for v in x]
+
+
+def attention(
+    state: State,
+    config: Mapping,
+    name: str,
+    context: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    anchor: int,
+) -> list[Tensor]:
+    """Each slot looks at all of the context before its anchor and at all slots of its block."""
+    size, theta, eps = config["head_dim"], config["rope_theta"], config["rms_norm_eps"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+
+    def project(kind: str, vector: Tensor, head: int) -> Tensor:
+        return linear(state, f"{name}.{kind}_proj", vector)[head * size : (head + 1) * size]
+
+    def placed(kind: str, vector: Tensor, head: int, position: int) -> Tensor:
+        normed = rms_norm(state, f"{name}.{kind}_norm", project(kind, vector, head), eps)
+        return rotation(position, size, theta) @ normed
+
+    seen = list(enumerate(context)) + [(anchor + k, vector) for k, vector in enumerate(slots)]
+    keys, values = [], []
+    for head in range(kv_heads):
+        keys.append([placed("k", vector, head, position) for position, vector in seen])
+        values.append([project("v", vector, head) for _, vector in seen])
+
+    out = []
+    for k, slot in enumerate(slots):
+        outputs = []
+        for head in range(heads):
+            shared = head // (heads // kv_heads)
+            query = placed("q", slot, head, anchor + k)
+            scores = [query @ key / math.sqrt(size) for key in keys[shared]]
+            weights = torch.softmax(torch.stack(scores), 0)
+            outputs.append(sum(w * v for w, v in zip(weights, values[shared], strict=True)))
+        out.append(linear(state, f"{name}.o_proj", torch.cat(outputs)))
+    return out
+
+
+@cache
+def rotation(position: int, size: int, theta: float) -> Tensor:
+    """RoPE's matrix: coordinates i and i + size / 2 turn by position / theta^(2i / size)."""
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    half = size // 2
+    for i in range(half):
+        angle = position / theta ** (2 * i / size)
+        matrix[i, i] = matrix[i + half, i + half] = math.cos(angle)
+        matrix[i, i + half] = -math.sin(angle)
+        matrix[i + half, i] = math.sin(angle)
+    return matrix
+
+
+def mlp(state: State, name: str, x: Tensor) -> Tensor:
+    """SwiGLU: the gate's SiLU times the other half, projected back."""
+    gate = linear(state, f"{name}.gate_proj", x)
+    return linear(
+        state, f"{name}.down_proj", gate * torch.sigmoid(gate) * linear(state, f"{name}.up_proj", x)
+    )
+
+
+def markov_bias(
+    state: State, config: Mapping, previous: Sequence[int], hidden: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """What the token before each slot adds to its logits."""
+    kind, name = config["markov_head_type"], "markov_head"
+    if kind == "none" or config["markov_rank"] == 0:
+        return None
+    out = []
+    rank = config["markov_rank"]
+    memory = torch.zeros(rank, dtype=torch.float64)
+    for token, h in zip(previous, hidden, strict=False):
+        e = state[f"{name}.markov_w1.weight"][token]
+        if kind == "vanilla":
+            latent = e
+        elif kind == "gated":
+            latent = torch.sigmoid(linear(state, f"{name}.gate_proj", torch.cat([h, e]))) * e
+        else:
+            z = linear(state, f"{name}.joint_proj", torch.cat([memory, e, h]))
+            gate = torch.sigmoid(z[:rank])
+            memory = gate * memory + (1 - gate) * torch.tanh(z[rank : 2 * rank])
+            latent = torch.tanh(z[2 * rank :])
+        out.append(linear(state, f"{name}.markov_w2", latent))
+    return out
+
+
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    """weight @ x, and the bias where the state has one."""
+    y = state[f"{name}.weight"] @ x
+    return y + state[f"{name}.bias"] if f"{name}.bias" in state else y
+
+
+def rms_norm(state: State, name: str, x: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean of squares + eps)."""
+    return state[f"{name}.weight"] * x / torch.sqrt((x * x).sum() / len(x) + eps)
+
+
+def accept_rate(slot: Slot) -> Tensor:
+    """The probability mass that draft and target share: the sum over tokens of the smaller one."""
+    return torch.minimum(torch.softmax(slot.logits, 0), torch.softmax(slot.teacher, 0)).sum()
+
+
+@dataclass
+class Objective:
+    """The loss, its three terms and the figures; None where there is no teacher or no head.
+
+    ``accept`` is [batch][anchor][slot], with None where a slot has no logits. ``sums`` has a list
+    with an entry for each slot of a block under each name, and the number of ``blocks``.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    l1: Tensor | None
+    confidence: Tensor | None
+    accept: list
+    accept_mean: float | None
+    tau: float | None
+    confidence_error: float | None
+    confidence_bias: float | None
+    sums: dict
+
+
+SUMS = ["count", "weight", "ce", "l1", "confidence", "accept", "confidence_error"]
+SUMS += ["confidence_bias", "survival", "cumulative_bias"]
+
+
+def objective(
+    rows: list[list[list[Slot] | None]],
+    block_size: int,
+    ce_weight: float = 0.1,
+    l1_weight: float = 0.9,
+    confidence_weight: float = 1.0,
+    gamma: float = 4.0,
+) -> Objective:
+    """The three terms over supervised slots, weighted exp(-k / gamma); needs at least one slot."""
+    sums = {name: [0.0] * block_size for name in SUMS}
+    blocks = 0
+    weights, ce, l1, confidence = 0.0, 0.0, 0.0, 0.0
+    slots = [slot for row in rows for block in row if block is not None for slot in block]
+    some = next(slot for slot in slots if slot.supervised)
+    taught, confident = some.teacher is not None, some.confidence is not None
+
+    for row in rows:
+        for block in row:
+            if block is None:
+                continue
+            blocks += block[0].supervised
+            survives = believed = 1.0
+            for k, slot in enumerate(block):
+                if not slot.supervised:
+                    break
+                weight = math.exp(-k / gamma)
+                draft = torch.softmax(slot.logits, 0)
+                surprise = -torch.log(draft[slot.label])
+                weights += weight
+                ce = ce + weight * surprise
+                sums["count"][k] += 1
+                sums["weight"][k] += weight
+                sums["ce"][k] += weight * surprise.item()
+                if not taught:
+                    continue
+                distance = (draft - torch.softmax(slot.teacher, 0)).abs().sum()
+                rate = accept_rate(slot).item()
+                survives *= rate
+                l1 = l1 + weight * distance
+                sums["l1"][k] += weight * distance.item()
+                sums["accept"][k] += rate
+                sums["survival"][k] += survives
+                if not confident:
+                    continue
+                belief = torch.sigmoid(slot.confidence)
+                bce = -rate * torch.log(belief) - (1 - rate) * torch.log(1 - belief)
+                believed *= belief.item()
+                confidence = confidence + weight * bce
+                sums["confidence"][k] += weight * bce.item()
+                sums["confidence_error"][k] += abs(belief.item() - rate)
+                sums["confidence_bias"][k] += belief.item() - rate
+                sums["cumulative_bias"][k] += believed - survives
+
+    count = sum(sums["count"])
+    both = taught and confident
+    loss = ce_weight * ce / weights
+    if taught:
+        loss = loss + l1_weight * l1 / weights
+    if both:
+        loss = loss + confidence_weight * confidence / weights
+    return Objective(
+        loss=loss,
+        ce=ce / weights,
+        l1=l1 / weights if taught else None,
+        confidence=confidence / weights if both else None,
+        accept=[
+            [
+                None
+                if block is None
+                else [
+                    None if s.logits is None or s.teacher is None else accept_rate(s).item()
+                    for s in block
+                ]
+                for block in row
+            ]
+            for row in rows
+        ],
+        accept_mean=sum(sums["accept"]) / count if taught else None,
+        tau=1 + sum(sums["survival"]) / blocks if taught else None,
+        confidence_error=sum(sums["confidence_error"]) / count if both else None,
+        confidence_bias=sum(sums["confidence_bias"]) / count if both else None,
+        sums={**sums, "blocks": blocks},
+    )

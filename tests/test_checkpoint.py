@@ -1,0 +1,1027 @@
+"""Checkpoints: what stands in the files, what comes back, and what is refused, by name.
+
+The layout is written out by hand here, names, shapes and fields, as published checkpoints have it.
+"""
+
+import errno
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from dspark_lab import checkpoint
+from dspark_lab.checkpoint import load_drafter, save_drafter
+from dspark_lab.drafter import Drafter, DrafterConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pickle")
+
+ROOT = Path(__file__).resolve().parents[1]
+V, D, RANK, LAYER_IDS = 20, 8, 5, (0, 2, 3)
+CONFIG = DrafterConfig(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    target_layer_ids=LAYER_IDS,
+    block_size=3,
+    mask_token_id=19,
+    num_anchors=4,
+    markov_rank=RANK,
+    rope_theta=5e5,
+)
+BACKBONE = {
+    "fc.weight": (8, 24),
+    "hidden_norm.weight": (8,),
+    "layers.0.input_layernorm.weight": (8,),
+    "layers.0.mlp.down_proj.weight": (8, 12),
+    "layers.0.mlp.gate_proj.weight": (12, 8),
+    "layers.0.mlp.up_proj.weight": (12, 8),
+    "layers.0.post_attention_layernorm.weight": (8,),
+    "layers.0.self_attn.k_norm.weight": (6,),
+    "layers.0.self_attn.k_proj.weight": (12, 8),
+    "layers.0.self_attn.o_proj.weight": (8, 24),
+    "layers.0.self_attn.q_norm.weight": (6,),
+    "layers.0.self_attn.q_proj.weight": (24, 8),
+    "layers.0.self_attn.v_proj.weight": (12, 8),
+    "layers.1.input_layernorm.weight": (8,),
+    "layers.1.mlp.down_proj.weight": (8, 12),
+    "layers.1.mlp.gate_proj.weight": (12, 8),
+    "layers.1.mlp.up_proj.weight": (12, 8),
+    "layers.1.post_attention_layernorm.weight": (8,),
+    "layers.1.self_attn.k_norm.weight": (6,),
+    "layers.1.self_attn.k_proj.weight": (12, 8),
+    "layers.1.self_attn.o_proj.weight": (8, 24),
+    "layers.1.self_attn.q_norm.weight": (6,),
+    "layers.1.self_attn.q_proj.weight": (24, 8),
+    "layers.1.self_attn.v_proj.weight": (12, 8),
+    "norm.weight": (8,),
+}
+EMBEDDINGS = {"embed_tokens.weight": (20, 8), "lm_head.weight": (20, 8)}
+MARKOV = {"markov_head.markov_w1.weight": (20, 5), "markov_head.markov_w2.weight": (20, 5)}
+HEADS = {
+    "none": {},
+    "vanilla": MARKOV,
+    "gated": MARKOV | {"markov_head.gate_proj.weight": (5, 13), "markov_head.gate_proj.bias": (5,)},
+    "rnn": MARKOV
+    | {"markov_head.joint_proj.weight": (15, 18), "markov_head.joint_proj.bias": (15,)},
+}
+CONFIDENCE = {
+    "off": {},
+    "plain": {"confidence_head.proj.weight": (1, 8), "confidence_head.proj.bias": (1,)},
+    "markov": {"confidence_head.proj.weight": (1, 13), "confidence_head.proj.bias": (1,)},
+}
+KINDS = [(h, c) for h in HEADS for c in CONFIDENCE if (h, c) != ("none", "markov")]
+
+# As a trainer of its own would have written it: a field more, another order, another dtype.
+PUBLISHED_CONFIG = """{
+  "architectures": ["Qwen3DSparkModel"],
+  "attention_bias": false,
+  "attention_dropout": 0.0,
+  "block_size": 3,
+  "bos_token_id": 1,
+  "confidence_head_with_markov": true,
+  "dtype": "bfloat16",
+  "enable_confidence_head": true,
+  "eos_token_id": 2,
+  "head_dim": 6,
+  "hidden_act": "silu",
+  "hidden_size": 8,
+  "initializer_range": 0.02,
+  "intermediate_size": 12,
+  "layer_types": ["full_attention", "full_attention"],
+  "markov_head_type": "gated",
+  "markov_rank": 5,
+  "mask_token_id": 19,
+  "max_position_embeddings": 40960,
+  "max_window_layers": 36,
+  "model_type": "qwen3",
+  "num_anchors": 512,
+  "num_attention_heads": 4,
+  "num_hidden_layers": 2,
+  "num_key_value_heads": 2,
+  "num_target_layers": 4,
+  "rms_norm_eps": 1e-06,
+  "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+  "sliding_window": null,
+  "target_layer_ids": [0, 2, 3],
+  "tie_word_embeddings": false,
+  "transformers_version": "5.2.0",
+  "use_cache": true,
+  "use_sliding_window": false,
+  "vocab_size": 20
+}"""
+
+
+@dataclass
+class FrozenTarget:
+    """What of a target a checkpoint looks at."""
+
+    embed_weight: torch.Tensor
+    head_weight: torch.Tensor
+    num_layers: int = 4
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embed_weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embed_weight.shape[1]
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    def refuse(*args, **kwargs):
+        pytest.fail("a pickle was opened")
+
+    for module in (torch, pickle):
+        monkeypatch.setattr(module, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(pickle, "Unpickler", type("Unpickler", (), {"__init__": refuse}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "drafter"
+
+
+@pytest.fixture
+def whole(folder):
+    """The folder of a checkpoint with embeddings."""
+    save_drafter(make_drafter(), folder, include_embeddings=True)
+    return folder
+
+
+def config_of(head="vanilla", confidence="markov"):
+    return replace(
+        CONFIG,
+        markov_head_type=head,
+        markov_rank=0 if head == "none" else RANK,
+        enable_confidence_head=confidence != "off",
+        confidence_head_with_markov=confidence == "markov",
+    )
+
+
+def make_drafter(config=CONFIG, seed=0, dtype=torch.float32):
+    """A drafter in which every parameter matters."""
+    drafter = Drafter(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return drafter.to(dtype).eval()
+
+
+def target_of(drafter):
+    weights = drafter.embed_tokens.weight, drafter.lm_head.weight
+    return FrozenTarget(*(weight.detach().clone() for weight in weights))
+
+
+def outputs(drafter):
+    generator = torch.Generator().manual_seed(1)
+    device, dtype = drafter.fc.weight.device, drafter.fc.weight.dtype
+    features = torch.randn(1, 11, drafter.config.context_size, generator=generator)
+    last = torch.randn(1, 11, D, generator=generator)
+    with torch.no_grad():
+        output = drafter(
+            torch.randint(0, V, (1, 11), generator=generator).to(device),
+            features.to(device, dtype),
+            torch.ones(1, 11, device=device),
+            last.to(device, dtype),
+            anchor_positions=torch.tensor([[2, 7]], device=device),
+            block_keep_mask=torch.tensor([[True, True]], device=device),
+        )
+    logits = [output.draft_logits, output.aligned_target_logits, output.confidence_pred]
+    return [value for value in logits if value is not None]
+
+
+def assert_same(one, other):
+    assert one.config == other.config
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
+    computed = list(zip(outputs(one), outputs(other), strict=True))
+    assert all(torch.equal(*pair) for pair in computed)
+    assert all(value.isfinite().all() for pair in computed for value in pair)
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def change_config(folder, **changes):
+    values = {**read_config(folder), **changes}
+    values = {name: value for name, value in values.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def change_tensors(folder, **changes):
+    """Replaces tensors (dots written as __), and leaves out those that are None."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {n.replace("__", "."): value for n, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def shapes(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def refused(folder, kind=ValueError, match="", **arguments):
+    """The message with which loading is refused; it names the folder."""
+    with pytest.raises(kind) as caught:
+        load_drafter(folder, **arguments)
+    assert caught.type is kind
+    assert str(folder) in str(caught.value)
+    assert re.search(match, str(caught.value)), str(caught.value)
+
+
+# What stands in the files.
+
+
+@pytest.mark.parametrize(("head", "confidence"), KINDS)
+@pytest.mark.parametrize("include", [False, True])
+def test_the_file_holds_the_published_names_and_shapes(folder, head, confidence, include):
+    save_drafter(make_drafter(config_of(head, confidence)), folder, include_embeddings=include)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    expected = BACKBONE | HEADS[head] | CONFIDENCE[confidence] | (EMBEDDINGS if include else {})
+    assert shapes(folder / "model.safetensors") == expected
+
+
+def test_the_config_holds_the_published_fields(folder):
+    save_drafter(make_drafter(), folder)
+    assert read_config(folder) == {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_size": 3,
+        "confidence_head_with_markov": True,
+        "dtype": "float32",
+        "enable_confidence_head": True,
+        "head_dim": 6,
+        "hidden_size": 8,
+        "initializer_range": 0.02,
+        "intermediate_size": 12,
+        "layer_types": ["full_attention", "full_attention"],
+        "markov_head_type": "vanilla",
+        "markov_rank": 5,
+        "mask_token_id": 19,
+        "max_position_embeddings": 32768,
+        "num_anchors": 4,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+        "rope_theta": 5e5,
+        "target_layer_ids": [0, 2, 3],
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 20,
+    }
+
+
+def test_a_drafter_without_markov_head_has_rank_zero():
+    config = replace(CONFIG, markov_head_type="none", confidence_head_with_markov=False)
+    assert config.markov_rank == 5
+    assert config.to_dict()["markov_rank"] == 0
+    without_type = {k: v for k, v in config.to_dict().items() if k != "markov_head_type"}
+    assert not DrafterConfig.from_dict(without_type).has_markov_head
+
+
+def test_transformers_reads_the_same_backbone_from_the_config(whole):
+    from transformers import Qwen3Config
+
+    config = Qwen3Config.from_pretrained(whole)
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+    assert rope["rope_theta"] == 5e5
+    assert config.head_dim == 6 and config.num_key_value_heads == 2
+    assert list(config.layer_types) == ["full_attention", "full_attention"]
+    assert config.block_size == 3 and list(config.target_layer_ids) == [0, 2, 3]
+
+
+def test_the_weights_are_as_readable_as_the_config(whole):
+    modes = {path.name: path.stat().st_mode for path in whole.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_the_weights_are_marked_as_of_torch(whole):
+    with safe_open(whole / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+# What comes back.
+
+
+@pytest.mark.parametrize(("head", "confidence"), KINDS)
+@pytest.mark.parametrize("include", [False, True])
+def test_a_round_trip_keeps_every_bit(folder, head, confidence, include):
+    drafter = make_drafter(config_of(head, confidence))
+    save_drafter(drafter, folder, include_embeddings=include)
+    assert_same(load_drafter(folder, target=None if include else target_of(drafter)), drafter)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_bias": True}, {"target_hidden_size": 10}, {"rms_norm_eps": 1e-3}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_round_trip_keeps_what_is_not_the_default(folder, changes):
+    drafter = make_drafter(replace(CONFIG, **changes))
+    save_drafter(drafter, folder, include_embeddings=True)
+    assert_same(load_drafter(folder), drafter)
+
+
+def test_a_loaded_drafter_is_in_eval_mode_and_its_embeddings_are_frozen(folder):
+    drafter = make_drafter().train()
+    for include in (False, True):
+        save_drafter(drafter, folder, include_embeddings=include)
+        assert drafter.training
+        loaded = load_drafter(folder, target=target_of(drafter))
+        assert not any(module.training for module in loaded.modules())
+        frozen = [n for n, value in loaded.named_parameters() if not value.requires_grad]
+        assert sorted(frozen) == ["embed_tokens.weight", "lm_head.weight"]
+        assert all(value.is_leaf for value in loaded.parameters())
+
+
+def test_a_loaded_drafter_trains_and_saves_again(whole):
+    drafter = load_drafter(whole).train()
+    trained = [value for value in drafter.parameters() if value.requires_grad]
+    optimiser = torch.optim.SGD(trained, lr=0.1)
+    sum(value.square().sum() for value in trained).backward()
+    optimiser.step()
+    save_drafter(drafter, whole, include_embeddings=True)
+    assert_same(load_drafter(whole), drafter.eval())
+
+
+def test_the_target_shares_its_embeddings_with_the_drafter(folder):
+    drafter = make_drafter()
+    save_drafter(drafter, folder)
+    target = target_of(drafter)
+    loaded = load_drafter(folder, target=target)
+    assert loaded.embed_tokens.weight.data_ptr() == target.embed_weight.data_ptr()
+    assert loaded.lm_head.weight.data_ptr() == target.head_weight.data_ptr()
+
+
+def test_the_embeddings_of_the_checkpoint_come_before_those_of_the_target(whole):
+    other = target_of(make_drafter(seed=5))
+    assert_same(load_drafter(whole, target=other), make_drafter())
+
+
+@pytest.mark.parametrize("left_out", ["embed_tokens.weight", "lm_head.weight"])
+def test_only_what_is_left_out_comes_from_the_target(whole, left_out):
+    change_tensors(whole, **{left_out.replace(".", "__"): None})
+    other = make_drafter(seed=5)
+    state = load_drafter(whole, target=target_of(other)).state_dict()
+    for name in EMBEDDINGS:
+        source = other if name == left_out else make_drafter()
+        assert torch.equal(state[name], source.state_dict()[name])
+    refused(whole, match=f"leaves out {left_out}; pass target=")
+
+
+def test_a_tied_target_is_saved_under_both_names(folder):
+    drafter = make_drafter()
+    drafter.use_target_embeddings(*[target_of(drafter).embed_weight] * 2)
+    save_drafter(drafter, folder, include_embeddings=True)
+    assert shapes(folder / "model.safetensors").keys() > EMBEDDINGS.keys()
+    assert_same(load_drafter(folder), drafter)
+
+
+@pytest.mark.parametrize("kept", ["embed_tokens.weight", "lm_head.weight"])
+def test_one_tensor_of_a_tied_checkpoint_stands_for_both(whole, kept):
+    (left_out,) = EMBEDDINGS.keys() - {kept}
+    change_tensors(whole, **{left_out.replace(".", "__"): None})
+    change_config(whole, tie_word_embeddings=True)
+    loaded = load_drafter(whole, target=target_of(make_drafter(seed=5)))
+    expected = make_drafter().state_dict()[kept]
+    assert torch.equal(loaded.embed_tokens.weight, expected)
+    assert loaded.embed_tokens.weight.data_ptr() == loaded.lm_head.weight.data_ptr()
+    assert not loaded.lm_head.weight.requires_grad and not loaded.embed_tokens.weight.requires_grad
+
+
+def test_a_tied_checkpoint_may_hold_both_where_they_are_equal(whole):
+    change_config(whole, tie_word_embeddings=True)
+    refused(whole, match="tie_word_embeddings, but embed_tokens.weight and lm_head.weight differ")
+    embedding = make_drafter().embed_tokens.weight.detach()
+    change_tensors(whole, lm_head__weight=embedding.clone())
+    assert torch.equal(load_drafter(whole).lm_head.weight, embedding)
+
+
+def test_a_published_checkpoint_loads(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text(PUBLISHED_CONFIG)
+    names = BACKBONE | HEADS["gated"] | CONFIDENCE["markov"] | EMBEDDINGS
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in names.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    # What a trainer leaves beside its weights is never looked at.
+    torch.save({"step": 3}, folder / "optimizer.pt")
+    drafter = load_drafter(folder)
+    assert drafter.config == replace(
+        CONFIG,
+        markov_head_type="gated",
+        num_anchors=512,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+    )
+    state = drafter.state_dict()
+    assert state.keys() == tensors.keys()
+    assert all(value.dtype == torch.bfloat16 for value in state.values())
+    assert all(torch.equal(state[name], value) for name, value in tensors.items())
+    assert all(value.isfinite().all() for value in outputs(drafter))
+
+
+def test_a_rope_base_is_read_wherever_it_stands(whole):
+    for place in (
+        {"rope_theta": 7e5},
+        {"rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}},
+        {"rope_theta": 7e5, "rope_scaling": {"type": "default", "factor": None}},
+        {"rope_theta": 7e5, "rope_scaling": None, "partial_rotary_factor": 1.0},
+        {"rope_theta": 700_000, "rope_parameters": {"rope_theta": 7e5}},
+    ):
+        change_config(whole, **({"rope_theta": ..., "rope_parameters": ...} | place))
+        assert load_drafter(whole).config.rope_theta == 7e5
+
+
+def test_what_concerns_training_alone_is_not_read(whole):
+    change_config(whole, attention_dropout=0.1, use_cache=False, sliding_window=4096)
+    assert_same(load_drafter(whole), make_drafter())
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_of_another_dtype_comes_back_in_it_or_as_asked(folder, stored):
+    drafter = make_drafter()
+    save_drafter(drafter, folder, include_embeddings=True, dtype=stored)
+    assert read_config(folder)["dtype"] == str(stored).removeprefix("torch.")
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {stored}
+    assert drafter.fc.weight.dtype == torch.float32
+    assert_same(load_drafter(folder), make_drafter(dtype=stored))
+    wide = load_drafter(folder, dtype=torch.float32)
+    assert_same(wide, make_drafter(dtype=stored).float())
+
+
+def test_embeddings_of_the_target_come_in_the_dtype_of_the_drafter(folder):
+    drafter = make_drafter(dtype=torch.bfloat16)
+    save_drafter(drafter, folder)
+    target = target_of(make_drafter())
+    assert_same(load_drafter(folder, target=target), drafter)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_of_several_dtypes_the_config_names_one(whole, key):
+    change_tensors(whole, norm__weight=torch.ones(D, dtype=torch.bfloat16))
+    change_config(whole, **({"dtype": ...} | {key: "bfloat16"}))
+    assert {value.dtype for value in load_drafter(whole).parameters()} == {torch.bfloat16}
+    assert load_drafter(whole, dtype=torch.float64).norm.weight.dtype == torch.float64
+    change_config(whole, **{key: "auto"})
+    refused(whole, match="BF16 and F32, and config.json names none .* got auto; pass dtype=")
+
+
+def test_a_file_overwritten_later_does_not_change_the_drafter(whole):
+    drafter = load_drafter(whole)
+    path = whole / "model.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    assert_same(drafter, make_drafter())
+
+
+def test_a_drafter_loads_on_its_device(folder, device):
+    drafter = make_drafter().to(device)
+    save_drafter(drafter, folder)
+    loaded = load_drafter(folder, target=target_of(make_drafter()), device=device)
+    assert {value.device.type for value in loaded.parameters()} == {device.type}
+    assert_same(loaded, drafter)
+
+
+# Several files.
+
+
+def test_a_sharded_checkpoint_is_indexed_and_comes_back(folder):
+    drafter = make_drafter()
+    limit = 1000
+    save_drafter(drafter, folder, include_embeddings=True, max_shard_bytes=limit)
+    files = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    count = len(files)
+    assert count > 4
+    expected = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    assert files == expected
+    sizes = [sum(t.nbytes for t in load_file(folder / file).values()) for file in files]
+    assert max(sizes) <= limit
+    # None could have taken the first tensor of the next.
+    assert all(a + b > limit for a, b in zip(sizes, sizes[1:], strict=False))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(v.nbytes for v in drafter.state_dict().values())}
+    assert index["weight_map"] == {name: file for file in files for name in shapes(folder / file)}
+    assert index["weight_map"].keys() == drafter.state_dict().keys()
+    assert_same(load_drafter(folder), drafter)
+
+
+def test_a_tensor_above_the_limit_has_a_file_of_its_own(folder):
+    drafter = make_drafter()
+    save_drafter(drafter, folder, include_embeddings=True, max_shard_bytes=1)
+    files = list(folder.glob("model-*.safetensors"))
+    assert len(files) == len(drafter.state_dict())
+    assert_same(load_drafter(folder), drafter)
+
+
+def test_one_file_needs_no_index(folder):
+    save_drafter(make_drafter(), folder, include_embeddings=True, max_shard_bytes=10**6)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.fixture
+def sharded(folder):
+    save_drafter(make_drafter(), folder, include_embeddings=True, max_shard_bytes=2000)
+    return folder
+
+
+def test_an_index_that_names_a_missing_file_is_refused(sharded):
+    (sharded / "model-00002-of-00006.safetensors").unlink()
+    refused(sharded, FileNotFoundError, "index.json names model-00002-of-00006.safetensors")
+
+
+def test_an_index_that_puts_a_tensor_in_the_wrong_file_is_refused(sharded):
+    change_index(sharded, norm__weight="model-00001-of-00006.safetensors")
+    refused(sharded, match="model-00001-of-00006.safetensors must hold norm.weight")
+    change_index(sharded, norm__weight=..., other__weight="model-00001-of-00006.safetensors")
+    refused(sharded, match="model-00001-of-00006.safetensors must hold other.weight")
+
+
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/model.safetensors", "pytorch_model.bin", 3]
+)
+def test_an_index_that_names_anything_but_a_safetensors_file_beside_is_refused(sharded, file):
+    torch.save({}, sharded / "pytorch_model.bin")
+    save_file({"norm.weight": torch.ones(D)}, sharded.parent / "model.safetensors")
+    change_index(sharded, norm__weight=file)
+    refused(sharded, match=f"index.json: norm.weight must .* beside, got {file!r}")
+
+
+def test_an_index_without_a_map_is_refused(sharded):
+    path = sharded / "model.safetensors.index.json"
+    path.write_text("{}")
+    refused(sharded, match="index.json must hold a weight_map")
+    path.write_text("{")
+    refused(sharded, match="index.json must be JSON")
+
+
+def test_a_damaged_shard_is_named(sharded):
+    path = sharded / "model-00002-of-00006.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(sharded, match="model-00002-of-00006.safetensors must .* truncated or damaged")
+
+
+def change_index(folder, **changes):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {name.replace("__", "."): file for name, file in changes.items()}
+    index["weight_map"] = {n: file for n, file in index["weight_map"].items() if file is not ...}
+    path.write_text(json.dumps(index))
+
+
+# What is refused.
+
+
+def test_missing_tensors_are_named(whole):
+    change_tensors(whole, layers__1__self_attn__q_norm__weight=None, norm__weight=None)
+    refused(whole, match=r"misses layers\.1\.self_attn\.q_norm\.weight, norm\.weight$")
+
+
+def test_of_many_missing_tensors_some_are_named_and_all_counted(whole):
+    change_config(whole, num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    refused(whole, match=r"misses layers\.2\..*, and 14 more$")
+
+
+def test_surplus_tensors_are_named(whole):
+    change_tensors(whole, model__extra=torch.ones(1), rotary__inv_freq=torch.ones(2))
+    refused(whole, match=r"has no model\.extra, rotary\.inv_freq$")
+
+
+def test_the_tensors_of_a_head_that_the_config_lacks_are_surplus(whole):
+    change_config(whole, enable_confidence_head=False)
+    refused(whole, match=r"has no confidence_head\.proj\.bias, confidence_head\.proj\.weight$")
+
+
+def test_misshapen_tensors_are_named_with_both_shapes(whole):
+    change_tensors(whole, fc__weight=torch.ones(8, 16), lm_head__weight=torch.ones(21, 8))
+    refused(whole, match=r"fc\.weight must be \[8, 24\], got \[8, 16\]")
+    refused(whole, match=r"lm_head\.weight must be \[20, 8\], got \[21, 8\]")
+
+
+def test_quantised_tensors_are_named(whole):
+    change_tensors(whole, fc__weight=torch.ones(8, 24, dtype=torch.int8))
+    refused(whole, match=r"must be of BF16, F16, F32, F64, got I8 of fc\.weight")
+
+
+def test_a_checkpoint_without_embeddings_asks_for_the_target(folder):
+    save_drafter(make_drafter(), folder)
+    refused(folder, match="leaves out embed_tokens.weight and lm_head.weight; pass target=")
+    change_config(folder, tie_word_embeddings=True)
+    refused(folder, match="leaves out embed_tokens.weight and lm_head.weight; pass target=")
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("vocab", "hidden", "layers", "match"),
+    [
+        (21, 8, 4, "vocab_size 20 and hidden_size 8, .* got 21 and 8"),
+        (20, 16, 4, "vocab_size 20 and hidden_size 8, .* got 20 and 16"),
+        (20, 8, 3, r"layers \[0, 2, 3\], got one of 3 layers"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_refused(folder, include, vocab, hidden, layers, match):
+    save_drafter(make_drafter(), folder, include_embeddings=include)
+    weight = torch.zeros(vocab, hidden)
+    refused(folder, match=match, target=FrozenTarget(weight, weight, layers))
+
+
+def test_a_target_as_wide_as_the_features_fits(folder):
+    drafter = make_drafter(replace(CONFIG, target_hidden_size=10))
+    save_drafter(drafter, folder, include_embeddings=True)
+    weight = torch.zeros(V, 10)
+    assert_same(load_drafter(folder, target=FrozenTarget(weight, weight)), drafter)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_a_truncated_file_is_named(whole, keep):
+    path = whole / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(whole, match="model.safetensors must be a safetensors file, .* truncated or damaged")
+
+
+def test_a_truncated_file_whose_first_byte_is_that_of_a_pickle_is_no_pickle(whole):
+    path = whole / "model.safetensors"
+    path.write_bytes(b"\x80\x02" + bytes(6) + b'{"norm.weight":')
+    refused(whole, match="truncated or damaged")
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(whole):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
+    (whole / "model.safetensors").write_text(text)
+    refused(whole, match="model.safetensors must .* git-lfs")
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", 2, 3, 4, 5])
+def test_a_pickle_under_another_name_is_never_loaded(whole, tmp_path, form):
+    path = whole / "model.safetensors"
+    content = {"fc.weight": Trap(tmp_path / "sprung")}
+    if isinstance(form, int):
+        path.write_bytes(pickle.dumps(content, protocol=form))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    refused(whole, match="model.safetensors must be a safetensors file, got a pickle, which is")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_a_folder_of_pickles_is_refused_by_name(whole, name):
+    (whole / "model.safetensors").rename(whole / name)
+    refused(whole, match=f"got a pickle, which is never loaded: {name}")
+    refused(whole / name, match="got a pickle, which is never loaded")
+
+
+def test_a_folder_without_weights_or_config_is_refused(whole):
+    (whole / "model.safetensors").unlink()
+    match = "must hold model.safetensors or model.safetensors.index.json, got neither"
+    refused(whole, FileNotFoundError, match)
+    (whole / "config.json").unlink()
+    refused(whole, FileNotFoundError, "must hold config.json")
+    (whole / "config.json").mkdir()
+    refused(whole, FileNotFoundError, "must hold config.json")
+
+
+def test_a_path_that_is_no_folder_is_refused(whole, tmp_path):
+    refused(whole / "config.json", match="must be a folder .*, got a file")
+    refused(tmp_path / "elsewhere", FileNotFoundError, "there is no folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "must be JSON"),
+        ("", "must be JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        (b"\xff\xfe", "must be JSON"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_refused(whole, text, match):
+    (whole / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(whole, match=f"config.json {match}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "match"),
+    [
+        ({"block_size": ...}, ValueError, "must hold block_size,"),
+        ({"head_dim": ..., "mask_token_id": ...}, ValueError, "hold head_dim, mask_token_id,"),
+        ({"target_layer_ids": ...}, ValueError, "must hold target_layer_ids,"),
+        ({"head_dim": None}, TypeError, "head_dim must be an int, got None"),
+        ({"hidden_size": "8"}, TypeError, "hidden_size must be an int, got '8'"),
+        ({"target_layer_ids": 3}, TypeError, "target_layer_ids must be a list, got 3"),
+        ({"target_layer_ids": [2, 0]}, ValueError, r"strictly increasing, got \(2, 0\)"),
+        ({"markov_head_type": "lstm"}, ValueError, "markov_head_type must be .*, got 'lstm'"),
+        ({"enable_confidence_head": "no"}, TypeError, "enable_confidence_head .*, got 'no'"),
+        ({"confidence_head_with_markov": 1}, TypeError, "confidence_head_with_markov .* got 1"),
+        ({"attention_bias": "no"}, TypeError, "attention_bias must be true or false, got 'no'"),
+        ({"rms_norm_eps": 0}, ValueError, "rms_norm_eps must be a finite number > 0, got 0"),
+        ({"rms_norm_eps": "1e-6"}, TypeError, "rms_norm_eps must be a number, got '1e-6'"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ValueError, "architectures .*Qwen3ForCausalLM"),
+        ({"model_type": "llama"}, ValueError, "model_type must be 'qwen3' .*, got 'llama'"),
+        ({"hidden_act": "gelu"}, ValueError, "hidden_act must be 'silu' .*, got 'gelu'"),
+        ({"use_sliding_window": True}, ValueError, "use_sliding_window .*, got True"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ValueError,
+            "layer_types must all be 'full_attention', got .*sliding_attention",
+        ),
+        ({"quantization_config": {"bits": 4}}, ValueError, "quantization_config .*'bits': 4"),
+        ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor .*, got 0.5"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            ValueError,
+            "rope_scaling must be of rope_type 'default' alone, got .*yarn",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling .*linear"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 2.0}},
+            ValueError,
+            "rope_parameters must be of rope_type 'default' alone, got .*factor",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+            ValueError,
+            "rope_parameters .*partial_rotary_factor",
+        ),
+        ({"rope_parameters": "default"}, TypeError, "rope_parameters must be an object"),
+        ({"rope_theta": ..., "rope_parameters": ...}, ValueError, "must hold rope_theta"),
+        ({"rope_theta": 1e6}, ValueError, "rope_theta must be one number, got .*1000000.*500000"),
+        ({"rope_theta": -1.0}, ValueError, "rope_theta must be a finite number > 0, got -1"),
+        ({"rope_theta": [1e6]}, TypeError, "rope_theta must be a number"),
+    ],
+)
+def test_a_config_that_this_drafter_does_not_follow_is_refused(whole, changes, kind, match):
+    change_config(whole, **changes)
+    refused(whole, kind, f"config.json: .*{match}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.int8, ValueError), ("float32", TypeError), (16, TypeError)]
+)
+def test_a_dtype_that_is_none_is_refused(whole, dtype, kind):
+    with pytest.raises(kind, match=r"dtype must be one of torch.bfloat16, .*, got "):
+        load_drafter(whole, dtype=dtype)
+    with pytest.raises(kind, match=r"dtype must be one of torch.bfloat16, .*, got "):
+        save_drafter(make_drafter(), whole, dtype=dtype)
+
+
+def test_what_is_no_drafter_is_not_saved(folder):
+    with pytest.raises(TypeError, match="drafter must be a Drafter, got Linear"):
+        save_drafter(torch.nn.Linear(1, 1), folder)
+    for limit, kind in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(kind, match="max_shard_bytes"):
+            save_drafter(make_drafter(), folder, max_shard_bytes=limit)
+    assert not folder.exists()
+
+
+# Replacing what is there.
+
+
+def test_a_checkpoint_is_replaced_as_a_whole(folder, tmp_path):
+    save_drafter(make_drafter(seed=1), folder, max_shard_bytes=1000)
+    save_drafter(make_drafter(), folder, include_embeddings=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert_same(load_drafter(folder), make_drafter())
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_parents_are_made_and_an_empty_folder_is_filled(tmp_path):
+    folder = tmp_path / "a" / "b"
+    save_drafter(make_drafter(), folder, include_embeddings=True)
+    other = tmp_path / "empty"
+    other.mkdir()
+    save_drafter(make_drafter(), str(other), include_embeddings=True)
+    assert contents(folder) == contents(other)
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(whole, tmp_path):
+    link = tmp_path / "latest"
+    link.symlink_to(whole, target_is_directory=True)
+    save_drafter(make_drafter(seed=2), link, include_embeddings=True)
+    assert link.is_symlink()
+    assert_same(load_drafter(whole), make_drafter(seed=2))
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_drafter(make_drafter(), "~/drafter", include_embeddings=True)
+    assert (tmp_path / "drafter" / "config.json").is_file()
+    assert_same(load_drafter("~/drafter"), make_drafter())
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "optimizer.pt", "pytorch_model.bin", "sub"])
+def test_a_folder_with_other_files_is_not_replaced(whole, foreign):
+    (whole / foreign).mkdir() if foreign == "sub" else (whole / foreign).write_text("precious")
+    before = sorted(path.name for path in whole.iterdir())
+    with pytest.raises(ValueError, match=f"{whole} must be empty or hold a drafter.*{foreign}"):
+        save_drafter(make_drafter(seed=1), whole)
+    assert sorted(path.name for path in whole.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ['{"architectures": ["LlamaForCausalLM"]}', "{}", "{", "[]"])
+def test_the_folder_of_another_model_is_not_replaced(whole, text):
+    (whole / "config.json").write_text(text)
+    before = contents(whole)
+    with pytest.raises(ValueError, match="without a config.json of architecture Qwen3DSpark"):
+        save_drafter(make_drafter(seed=1), whole)
+    assert contents(whole) == before
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match=f"{path} must be a folder .*, got a file"):
+        save_drafter(make_drafter(), path)
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (SafetensorError("I/O error: No space left on device"), OSError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch, error, seen, old):
+    if old:
+        save_drafter(make_drafter(), folder, include_embeddings=True)
+        before = contents(folder)
+    written = []
+
+    def fill_the_disk(tensors, path, metadata):
+        if written:
+            raise error
+        written.append(path)
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", fill_the_disk)
+    with pytest.raises(seen) as caught:
+        save_drafter(make_drafter(seed=1), folder, max_shard_bytes=1000)
+    assert written
+    if seen is OSError:
+        assert "No space left on device" in str(caught.value)
+    if isinstance(error, SafetensorError):
+        assert str(folder) in str(caught.value)
+    assert list(folder.parent.iterdir()) == ([folder] if old else [])
+    if old:
+        assert contents(folder) == before
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system(whole):
+    before = contents(whole)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=f"could not write a drafter to {whole}"):
+            save_drafter(make_drafter(seed=1), whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(whole) == before
+    assert list(whole.parent.iterdir()) == [whole]
+
+
+def test_a_replacement_that_fails_halfway_puts_the_old_one_back(whole, monkeypatch):
+    before = contents(whole)
+    rename = Path.rename
+
+    def fail_for_the_new_one(self, other):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_drafter(make_drafter(seed=1), whole)
+    assert contents(whole) == before
+    assert list(whole.parent.iterdir()) == [whole]
+
+
+def test_what_a_killed_save_left_unfinished_is_cleared_by_the_next(whole):
+    partial = whole.parent / ".drafter.partial"
+    shutil.copytree(whole, partial)
+    (partial / "half").write_text("half")
+    assert_same(load_drafter(whole), make_drafter())
+    save_drafter(make_drafter(seed=2), whole, include_embeddings=True)
+    assert_same(load_drafter(whole), make_drafter(seed=2))
+    assert list(whole.parent.iterdir()) == [whole]
+
+
+def test_a_save_killed_between_old_and_new_leaves_the_old_to_load_and_to_replace(whole):
+    program = f"""
+import os, signal
+from pathlib import Path
+from dspark_lab.checkpoint import load_drafter, save_drafter
+drafter = load_drafter({str(whole)!r})
+rename = Path.rename
+def last_rename(self, other):
+    rename(self, other)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = last_rename
+save_drafter(drafter, {str(whole)!r})
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    assert not whole.exists()
+    with pytest.warns(UserWarning, match=f"a save to {whole} was interrupted; loading"):
+        assert_same(load_drafter(whole), make_drafter())
+    save_drafter(make_drafter(seed=2), whole, include_embeddings=True)
+    assert_same(load_drafter(whole), make_drafter(seed=2))
+    assert list(whole.parent.iterdir()) == [whole]
+
+
+def test_a_save_that_is_refused_after_a_kill_keeps_what_was_left(whole):
+    moved = whole.rename(whole.parent / ".drafter.previous")
+    whole.mkdir()
+    (whole / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="notes.txt"):
+        save_drafter(make_drafter(seed=1), whole)
+    assert (whole / "notes.txt").read_text() == "precious"
+    assert_same(load_drafter(moved), make_drafter())
+
+
+# The hub.
+
+
+def test_a_name_of_the_hub_is_fetched_without_code_or_pickles(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(name, **arguments):
+        asked.append((name, arguments))
+        return str(whole)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(load_drafter("owner/a-drafter_0.5"), make_drafter())
+    assert asked == [("owner/a-drafter_0.5", {"allow_patterns": ["*.json", "*.safetensors"]})]
+    shutil.copytree(whole, tmp_path / "owner" / "drafter")
+    load_drafter("owner/drafter")
+    for path in ("no-owner", "./owner/other", "a/b/c", "/a/b", "other/", Path("owner/other")):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            load_drafter(path)
+    assert len(asked) == 1
+
+
+def test_a_name_that_the_hub_cannot_give_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def snapshot_download(name, **arguments):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    match = "no folder runs/drafter with a drafter, and none .* from the Hugging Face hub: offline"
+    with pytest.raises(FileNotFoundError, match=match):
+        load_drafter("runs/drafter")
+
+
+def test_importing_brings_neither_transformers_nor_the_hub():
+    program = "import json, sys, dspark_lab.checkpoint; print(json.dumps(list(sys.modules)))"
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
+    assert "safetensors" in loaded
+    assert not {"transformers", "huggingface_hub"} & set(loaded)

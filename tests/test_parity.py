@@ -1,0 +1,341 @@
+"""Drafter and objective agree with the unvectorised reference, in values and in every gradient.
+
+Random small models over every combination of heads, each packed and not; sizes, layers, groups of
+query heads and blocks differ from case to case, and all parameters are random: a fresh drafter's
+Markov bias and confidence are zero, which would hide mistakes.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import oracle
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.drafter import Drafter, DrafterConfig
+from dspark_lab.objective import Objective, accept_rates, dspark_objective, output_objective
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BACKENDS = ["blockwise", "dense"]
+HEADS = ["none", "vanilla", "gated", "rnn"]
+CONFIDENCE = ["off", "hidden", "hidden and token"]
+COMBINATIONS = [
+    (head, confidence, packed)
+    for head in HEADS
+    for confidence in CONFIDENCE
+    for packed in (False, True)
+    if not (head == "none" and confidence == "hidden and token")
+]
+LENGTHS = [[[3, 2, 4], [9]], [[1, 6], [5, 3]], [[4, 4, 2]]]
+NUM_ANCHORS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random drafter and its inputs, all exact in fp32, and the weights of the objective."""
+
+    config: dict
+    state: dict[str, Tensor]
+    input_ids: Tensor
+    features: Tensor
+    loss_mask: Tensor
+    last: Tensor
+    anchors: Tensor
+    keep: Tensor
+    seq_lens: Tensor | None
+    weights: dict[str, float]
+
+
+@cache
+def case(index: int) -> Case:
+    """Sizes cycle with the index, so that all of them occur; the rest is random."""
+    head, confidence, packed = COMBINATIONS[index]
+    torch.manual_seed(index)
+    rng = random.Random(index)
+    kv_heads = rng.choice([1, 2])
+    vocab = rng.randrange(9, 17)
+    config = {
+        "vocab_size": vocab,
+        "hidden_size": rng.choice([6, 7, 10]),
+        "intermediate_size": rng.choice([5, 12]),
+        "num_hidden_layers": [1, 2, 1, 3, 2][index % 5],
+        "num_attention_heads": kv_heads * [1, 2, 4][index % 3],
+        "num_key_value_heads": kv_heads,
+        "head_dim": rng.choice([2, 4, 6]),
+        "target_layer_ids": (0, 2, 5)[: rng.choice([1, 2, 3])],
+        "block_size": [8, 3, 5, 1, 7, 2, 6, 4, 3][index % 9],
+        "mask_token_id": rng.randrange(vocab),
+        "markov_rank": 0 if head == "none" else rng.choice([3, 5]),
+        "markov_head_type": head,
+        "enable_confidence_head": confidence != "off",
+        "confidence_head_with_markov": confidence == "hidden and token",
+        "rms_norm_eps": rng.choice([1e-6, 1e-2]),
+        "rope_theta": rng.choice([1e6, 100.0]),
+        "target_hidden_size": rng.choice([None, 4, 8]),
+        "attention_bias": rng.random() < 0.3,
+    }
+    state = {}
+    for name, value in Drafter(DrafterConfig(**config)).state_dict().items():
+        norm = name.endswith(("norm.weight", "layernorm.weight"))
+        scale = 1.0 if name in ("embed_tokens.weight", "lm_head.weight") else 0.5
+        state[name] = norm + scale * torch.randn(value.shape)
+
+    lengths = LENGTHS[index % 3] if packed else [[10], [10]]
+    seq_len = max(map(sum, lengths)) + (1 if packed else 0)
+    anchors, keep = [], []
+    for b, row in enumerate(lengths):
+        kept = NUM_ANCHORS if b == 0 else rng.choice([1, NUM_ANCHORS - 1])
+        dummies = NUM_ANCHORS - kept
+        anchors.append(sorted(rng.sample(range(sum(row)), kept)) + [0] * dummies)
+        keep.append([True] * kept + [False] * dummies)
+    features = len(config["target_layer_ids"])
+    features *= config["target_hidden_size"] or config["hidden_size"]
+    documents = max(map(len, lengths))
+    padded = [row + [0] * (documents - len(row)) for row in lengths]
+    return Case(
+        config=config,
+        state=state,
+        input_ids=torch.randint(vocab, (len(lengths), seq_len)),
+        features=torch.randn(len(lengths), seq_len, features),
+        loss_mask=torch.rand(len(lengths), seq_len) < 0.9,
+        last=torch.randn(len(lengths), seq_len, config["hidden_size"]),
+        anchors=torch.tensor(anchors),
+        keep=torch.tensor(keep),
+        seq_lens=torch.tensor(padded) if packed else None,
+        weights={
+            "ce_weight": rng.choice([0.1, 0.7]),
+            "l1_weight": rng.choice([0.9, 0.3]),
+            "confidence_weight": rng.choice([1.0, 0.4]),
+            "loss_decay_gamma": rng.choice([4.0, 1.5]),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the reference says: slots, objective, and the loss's gradient by parameter name."""
+
+    slots: list
+    objective: reference.Objective
+    gradients: dict[str, Tensor]
+
+
+@cache
+def truth(index: int, teacher: bool = True) -> Truth:
+    given = case(index)
+    frozen = ("embed_tokens.weight", "lm_head.weight")
+    state = {name: value.double() for name, value in given.state.items()}
+    trained = {name: value.requires_grad_() for name, value in state.items() if name not in frozen}
+    slots = reference.forward(
+        state,
+        given.config,
+        given.input_ids.tolist(),
+        given.features.double(),
+        given.loss_mask.tolist(),
+        given.last.double() if teacher else None,
+        given.anchors.tolist(),
+        given.keep.tolist(),
+        None if given.seq_lens is None else given.seq_lens.tolist(),
+    )
+    weights = {**given.weights, "gamma": given.weights["loss_decay_gamma"]}
+    del weights["loss_decay_gamma"]
+    objective = reference.objective(slots, given.config["block_size"], **weights)
+    gradients = torch.autograd.grad(objective.loss, list(trained.values()), materialize_grads=True)
+    return Truth(slots, objective, dict(zip(trained, gradients, strict=True)))
+
+
+def model(given: Case, dtype: torch.dtype) -> Drafter:
+    drafter = Drafter(DrafterConfig(**given.config)).to(dtype)
+    drafter.load_state_dict(given.state)
+    return drafter
+
+
+def inputs(given: Case, dtype: torch.dtype, teacher: bool = True) -> dict:
+    arguments = {
+        "input_ids": given.input_ids,
+        "target_hidden_states": given.features.to(dtype),
+        "loss_mask": given.loss_mask,
+        "target_last_hidden_states": given.last.to(dtype) if teacher else None,
+        "anchor_positions": given.anchors,
+        "block_keep_mask": given.keep,
+    }
+    if given.seq_lens is not None:
+        remaining, positions = oracle.packed_rows(given.seq_lens.tolist(), given.input_ids.shape[1])
+        arguments["doc_remaining"] = torch.tensor(remaining)
+        arguments["position_ids"] = torch.tensor(positions)
+        arguments["seq_lens"] = given.seq_lens
+    return arguments
+
+
+def assert_near(got, expected, bound: float, what: str, scale: float = 1.0) -> None:
+    """No difference exceeds the bound times the largest expected number, or times ``scale``."""
+    got, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, expected))
+    assert got.shape == expected.shape, what
+    assert got.isfinite().all(), what
+    error = float((got - expected).abs().max())
+    allowed = bound * max(scale, float(expected.abs().max()))
+    assert error <= allowed, f"{what}: off by {error:.1e}, allowed {allowed:.1e}"
+
+
+def assert_slots(output: DSparkForwardOutput, expected: list, bound: float) -> None:
+    """All that a forward returns, slot by slot. Dummy blocks: finite and unsupervised."""
+    for b, row in enumerate(expected):
+        for n, block in enumerate(row):
+            assert bool(output.block_keep_mask[b, n]) == (block is not None)
+            if block is None:
+                assert output.draft_logits[b, n].isfinite().all()
+                assert not output.eval_mask[b, n].any()
+                if output.confidence_pred is not None:
+                    assert output.confidence_pred[b, n].isfinite().all()
+                continue
+            for k, slot in enumerate(block):
+                where = b, n, k
+                assert bool(output.eval_mask[where]) == slot.supervised, where
+                if slot.label is not None:
+                    assert int(output.target_ids[where]) == slot.label, where
+                if slot.logits is None:
+                    continue
+                assert_near(output.draft_logits[where], slot.logits, bound, f"logits {where}")
+                if slot.confidence is None:
+                    assert output.confidence_pred is None
+                else:
+                    got = output.confidence_pred[where]
+                    assert_near(got, slot.confidence, bound, f"confidence {where}")
+                if slot.teacher is None:
+                    assert output.aligned_target_logits is None
+                else:
+                    got = output.aligned_target_logits[where]
+                    assert_near(got, slot.teacher, bound, f"teacher {where}")
+
+
+def assert_objective(got: Objective, expected: reference.Objective, bound: float) -> None:
+    """The loss, its terms, every figure and every sum, which are NaN where they have no value."""
+    assert_near(got.loss, expected.loss, bound, "loss")
+    summary = got.sums.summary()
+    for name, value in {
+        "ce": expected.ce,
+        "l1": expected.l1,
+        "confidence": expected.confidence,
+        "accept_rate": expected.accept_mean,
+        "tau": expected.tau,
+        "confidence_error": expected.confidence_error,
+        "confidence_bias": expected.confidence_bias,
+    }.items():
+        if value is None:
+            assert math.isnan(summary[name]), name
+        else:
+            assert_near(summary[name], value, bound, name)
+    for name in reference.SUMS:
+        term = {"accept": "l1", "survival": "l1", "count": "ce", "weight": "ce"}.get(name, name)
+        term = "confidence" if "_" in term else term
+        if getattr(expected, term) is None:
+            some = torch.tensor(expected.sums["count"]) > 0
+            assert torch.equal(getattr(got.sums, name).isnan(), some), name
+        else:
+            assert_near(getattr(got.sums, name), expected.sums[name], bound, name)
+    assert int(got.sums.blocks) == expected.sums["blocks"]
+
+
+def assert_gradients(drafter: Drafter, truth: Truth, bound: float) -> None:
+    for name, parameter in drafter.named_parameters():
+        if name not in truth.gradients:
+            assert not parameter.requires_grad and parameter.grad is None, name
+            continue
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_near(got, truth.gradients[name], bound, f"gradient of {name}", scale=1e-2)
+
+
+def fused(drafter: Drafter, arguments: dict, weights: dict, chunk: int = 128) -> Objective:
+    """The objective from hidden states, some slots at a time."""
+    slots = drafter.slots(**arguments)
+    markov = None if drafter.markov_head is None else drafter.markov_head.markov_w2.weight
+    return dspark_objective(slots, drafter.lm_head.weight, markov, chunk=chunk, **weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index", range(len(COMBINATIONS)), ids=map(str, COMBINATIONS))
+def test_float64_agrees_in_values_and_gradients(index: int, backend: str) -> None:
+    given, expected = case(index), truth(index)
+    drafter = model(given, torch.float64)
+    arguments = {**inputs(given, torch.float64), "backend": backend}
+    output = drafter(**arguments)
+    assert_slots(output, expected.slots, 1e-9)
+    accept = accept_rates(output)
+    for b, row in enumerate(expected.objective.accept):
+        for n, block in enumerate(row):
+            for k, rate in enumerate(block or []):
+                if rate is not None:
+                    assert_near(accept[b, n, k], rate, 1e-9, f"accept rate {b, n, k}")
+
+    assert_objective(output_objective(output, **given.weights), expected.objective, 1e-9)
+    objective = fused(drafter, arguments, given.weights, chunk=[1, 5, 7, 128][index % 4])
+    assert_objective(objective, expected.objective, 1e-9)
+    objective.loss.backward()
+    assert_gradients(drafter, expected, 1e-9)
+
+
+@pytest.mark.parametrize("index", range(len(COMBINATIONS)), ids=map(str, COMBINATIONS))
+def test_fp32_agrees_in_values_and_gradients(index: int) -> None:
+    given, expected = case(index), truth(index)
+    drafter = model(given, torch.float32)
+    arguments = inputs(given, torch.float32)
+    assert_slots(drafter(**arguments), expected.slots, 1e-5)
+    objective = fused(drafter, arguments, given.weights)
+    assert_objective(objective, expected.objective, 1e-5)
+    objective.loss.backward()
+    assert_gradients(drafter, expected, 1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 9, 17])
+def test_without_a_teacher_cross_entropy_alone_agrees(index: int) -> None:
+    given = case(index)
+    expected = truth(index, teacher=False)
+    drafter = model(given, torch.float64)
+    arguments = inputs(given, torch.float64, teacher=False)
+    assert_slots(drafter(**arguments), expected.slots, 1e-9)
+    weights = {**given.weights, "l1_weight": 0.0, "confidence_weight": 0.0}
+    objective = fused(drafter, arguments, weights)
+    assert_objective(objective, expected.objective, 1e-9)
+    objective.loss.backward()
+    assert_gradients(drafter, expected, 1e-9)
+
+
+def test_the_textbook_objective_has_the_same_gradients() -> None:
+    for index in (3, 12, 21):
+        given = case(index)
+        drafter = model(given, torch.float64)
+        output_objective(drafter(**inputs(given, torch.float64)), **given.weights).loss.backward()
+        assert_gradients(drafter, truth(index), 1e-9)
+
+
+def test_the_cases_reach_everything() -> None:
+    """Sizes of every kind occur, dummies and idle blocks too, and every parameter matters."""
+    cases = [case(index) for index in range(len(COMBINATIONS))]
+    configs = [given.config for given in cases]
+    groups = {c["num_attention_heads"] // c["num_key_value_heads"] for c in configs}
+    assert groups == {1, 2, 4}
+    assert {c["num_key_value_heads"] for c in configs} == {1, 2}
+    assert {c["num_hidden_layers"] for c in configs} == {1, 2, 3}
+    assert {c["block_size"] for c in configs} == set(range(1, 9))
+    assert {c["attention_bias"] for c in configs} == {True, False}
+    assert {c["target_hidden_size"] in (None, c["hidden_size"]) for c in configs} == {True, False}
+    assert not all(bool(given.keep.all()) for given in cases)
+    for index, given in enumerate(cases):
+        slots = [slot for row in truth(index).slots for block in row for slot in block or []]
+        assert sum(slot.supervised for slot in slots) >= 4, given.config
+        for name, gradient in truth(index).gradients.items():
+            assert gradient.abs().max() > 1e-4, (given.config, name)
+    unsupervised = [
+        block
+        for index in range(len(cases))
+        for row in truth(index).slots
+        for block in row
+        if block is not None and not block[0].supervised
+    ]
+    assert unsupervised
