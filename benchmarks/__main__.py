@@ -9,12 +9,13 @@ import sys
 
 import torch
 
-from benchmarks import attention, explorers, mask, sampling
+from benchmarks import attention, explorers, mask, sampling, training_step
 
 SECTIONS = {
     "mask": mask.run,
     "sampling": sampling.run,
     "attention": attention.run,
+    "training_step": training_step.run,
     "explorers": explorers.run,
 }
 

@@ -206,7 +206,9 @@ def _require_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} must be a folder to save a drafter in, got a file")
     names = sorted(entry.name for entry in folder.iterdir())
     foreign = [
-        name for name in names if name not in (CONFIG, WEIGHTS, INDEX) and not _SHARD.match(name)
+        name
+        for name in names
+        if name not in (CONFIG, WEIGHTS, INDEX) and not _SHARD.fullmatch(name)
     ]
     if foreign:
         raise ValueError(
@@ -407,10 +409,12 @@ def _require_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Draft
     expected = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
     missing = [name for name in expected if name not in stored and name not in (_EMBEDDING, _HEAD)]
     if missing:
-        raise ValueError(f"{folder}: the drafter of {CONFIG} misses {_listed(missing)}")
+        raise ValueError(f"{folder} must hold {_listed(missing)}, as {CONFIG} says; it does not")
     surplus = [name for name in stored if name not in expected]
     if surplus:
-        raise ValueError(f"{folder}: the drafter of {CONFIG} has no {_listed(sorted(surplus))}")
+        raise ValueError(
+            f"{folder} must hold the tensors of {CONFIG} alone, got {_listed(sorted(surplus))} too"
+        )
     misshapen = [
         f"{name} must be {list(expected[name])}, got {list(tensor.shape)}"
         for name, tensor in stored.items()
@@ -429,6 +433,11 @@ def _require_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Draft
 def _require_fitting_target(
     folder: Path, config: DrafterConfig, target: "dspark_lab.target.Target"
 ) -> None:
+    if not hasattr(target, "embed_weight"):
+        raise TypeError(
+            f"{folder}: target must be a Target, see dspark_lab.target.load_target, got "
+            f"{type(target).__name__}"
+        )
     wanted = (config.vocab_size, config.target_hidden_size or config.hidden_size)
     found = (target.vocab_size, target.hidden_size)
     if found != wanted:

@@ -436,10 +436,10 @@ def _finish(
     lived = survival(accept, eval_mask)
     if confidence_pred is not None:
         logit = confidence_pred.to(share.dtype)
+        bce = F.binary_cross_entropy_with_logits(logit, accept, reduction="none")
+        confidence = bce.detach()
         if confidence_weight != 0:
-            bce = F.binary_cross_entropy_with_logits(logit, accept, reduction="none")
             loss = loss + confidence_weight * (share * bce).sum()
-            confidence = bce.detach()
         predicted = logit.detach().sigmoid()
         bias = predicted - accept
         error = bias.abs()

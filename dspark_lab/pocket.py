@@ -110,7 +110,6 @@ def train_target(
             num_key_value_heads=config.num_key_value_heads,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
-            rope_theta=10000.0,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,

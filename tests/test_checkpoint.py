@@ -211,12 +211,16 @@ def outputs(drafter):
     return [value for value in logits if value is not None]
 
 
-def assert_same(one, other):
+def assert_same_parameters(one, other):
     assert one.config == other.config
     first, second = one.state_dict(), other.state_dict()
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
+
+
+def assert_same(one, other):
+    assert_same_parameters(one, other)
     computed = list(zip(outputs(one), outputs(other), strict=True))
     assert all(torch.equal(*pair) for pair in computed)
     assert all(value.isfinite().all() for pair in computed for value in pair)
@@ -516,7 +520,7 @@ def test_a_drafter_loads_on_its_device(folder, device):
     save_drafter(drafter, folder)
     loaded = load_drafter(folder, target=target_of(make_drafter()), device=device)
     assert {value.device.type for value in loaded.parameters()} == {device.type}
-    assert_same(loaded, drafter)
+    assert_same_parameters(loaded, drafter)
 
 
 # Several files.
@@ -610,22 +614,27 @@ def change_index(folder, **changes):
 
 def test_missing_tensors_are_named(whole):
     change_tensors(whole, layers__1__self_attn__q_norm__weight=None, norm__weight=None)
-    refused(whole, match=r"misses layers\.1\.self_attn\.q_norm\.weight, norm\.weight$")
+    refused(
+        whole,
+        match=r"must hold layers\.1\.self_attn\.q_norm\.weight, norm\.weight, as config\.json",
+    )
 
 
 def test_of_many_missing_tensors_some_are_named_and_all_counted(whole):
     change_config(whole, num_hidden_layers=4, layer_types=["full_attention"] * 4)
-    refused(whole, match=r"misses layers\.2\..*, and 14 more$")
+    refused(whole, match=r"must hold layers\.2\..*, and 14 more, as config\.json")
 
 
 def test_surplus_tensors_are_named(whole):
     change_tensors(whole, model__extra=torch.ones(1), rotary__inv_freq=torch.ones(2))
-    refused(whole, match=r"has no model\.extra, rotary\.inv_freq$")
+    refused(whole, match=r"alone, got model\.extra, rotary\.inv_freq too$")
 
 
 def test_the_tensors_of_a_head_that_the_config_lacks_are_surplus(whole):
     change_config(whole, enable_confidence_head=False)
-    refused(whole, match=r"has no confidence_head\.proj\.bias, confidence_head\.proj\.weight$")
+    refused(
+        whole, match=r"alone, got confidence_head\.proj\.bias, confidence_head\.proj\.weight too$"
+    )
 
 
 def test_misshapen_tensors_are_named_with_both_shapes(whole):
@@ -659,6 +668,12 @@ def test_a_target_that_does_not_fit_is_refused(folder, include, vocab, hidden, l
     save_drafter(make_drafter(), folder, include_embeddings=include)
     weight = torch.zeros(vocab, hidden)
     refused(folder, match=match, target=FrozenTarget(weight, weight, layers))
+
+
+def test_a_model_in_the_place_of_a_target_is_refused(whole):
+    refused(
+        whole, TypeError, "target must be a Target, .* got Linear", target=torch.nn.Linear(1, 1)
+    )
 
 
 def test_a_target_as_wide_as_the_features_fits(folder):
@@ -854,7 +869,16 @@ def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     assert_same(load_drafter("~/drafter"), make_drafter())
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "optimizer.pt", "pytorch_model.bin", "sub"])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "notes.txt",
+        "optimizer.pt",
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors.bak",
+        "sub",
+    ],
+)
 def test_a_folder_with_other_files_is_not_replaced(whole, foreign):
     (whole / foreign).mkdir() if foreign == "sub" else (whole / foreign).write_text("precious")
     before = sorted(path.name for path in whole.iterdir())

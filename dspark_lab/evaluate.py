@@ -1,0 +1,169 @@
+"""How good a drafter is on conversations it has not seen, and how sure that is.
+
+The measure is tau, teacher-forced at temperature 1: 1 + the expected number of a block's slots that
+survive verification, from the analytic accept rates, averaged over the blocks of a conversation.
+Intervals are bootstrapped over conversations: the blocks of one conversation resemble each other,
+so slots are no independent sample.
+
+This file knows tables of conversations; it does not know how the drafter was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dspark_lab.blocks import cut_blocks
+from dspark_lab.chats import Encoded, collate
+from dspark_lab.checks import require_int
+from dspark_lab.common import build_anchor_candidate_mask
+from dspark_lab.drafter import Drafter
+from dspark_lab.features import FeatureSource, live_features
+from dspark_lab.objective import dspark_objective, survival
+from dspark_lab.target import Target
+
+__all__ = ["bootstrap", "compare_drafters", "evaluate"]
+
+
+@torch.no_grad()
+def evaluate(
+    drafter: Drafter,
+    target: Target,
+    encoded: Sequence[Encoded],
+    *,
+    num_anchors: int | None = None,
+    seed: int = 0,
+    features: FeatureSource | None = None,
+) -> pd.DataFrame:
+    """One row for each conversation in which a whole block fits into an answer.
+
+    Blocks that an answer's end cuts are left out: their expected length says less of the drafter
+    than of where the answer ends. The anchors follow from ``seed`` and the conversation alone, not
+    from the drafter, so drafters of one block size meet the same blocks.
+
+    Args:
+        drafter: in eval or training mode, which makes no difference.
+        target: whose distributions are the teacher's.
+        encoded: conversations.
+        num_anchors: at most so many blocks a conversation, drawn at random; all where None.
+        seed: of that draw.
+        features: where the target's features come from; computed where None.
+
+    Returns:
+        a table with ``conversation``, ``domain``, ``blocks``, ``tau`` (mean of the blocks), and for
+        each slot k ``accept_k`` (mean accept rate) and ``survival_k`` (mean of their product up to
+        it).
+
+    Raises:
+        TypeError, ValueError: ``num_anchors`` is not an int of at least 1, or no conversation holds
+            a whole block.
+    """
+    if num_anchors is not None:
+        require_int("num_anchors", num_anchors, 1)
+    source = features or live_features(target, drafter.config.target_layer_ids)
+    head = drafter.lm_head.weight
+    w2 = None if drafter.markov_head is None else drafter.markov_head.markov_w2.weight
+    rows = []
+    for index, item in enumerate(encoded):
+        anchors = _whole_block_anchors(item, drafter.config.block_size)
+        if num_anchors is not None and len(anchors) > num_anchors:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            drawn = torch.randperm(len(anchors), generator=generator)[:num_anchors]
+            anchors = anchors[drawn.sort().values]
+        if len(anchors) == 0:
+            continue
+        batch = collate([item], pad_token_id=0)
+        batch.chat_index.fill_(index)
+        batch = batch.to(target.device)
+        given = source(batch)
+        keep = torch.ones(1, len(anchors), dtype=torch.bool, device=target.device)
+        slots = drafter.slots(
+            batch.input_ids,
+            given.context,
+            batch.loss_mask,
+            given.last,
+            anchor_positions=anchors.unsqueeze(0).to(target.device),
+            block_keep_mask=keep,
+        )
+        accept = dspark_objective(slots, head, w2).accept[0]
+        lived = survival(accept, torch.ones_like(accept, dtype=torch.bool))
+        rows.append(
+            {
+                "conversation": item.chat.id,
+                "domain": item.chat.domain or "none",
+                "blocks": len(anchors),
+                "tau": 1 + lived.sum(dim=-1).mean().item(),
+                **{f"accept_{k}": rate for k, rate in enumerate(accept.mean(dim=0).tolist())},
+                **{f"survival_{k}": rate for k, rate in enumerate(lived.mean(dim=0).tolist())},
+            }
+        )
+    if not rows:
+        raise ValueError(
+            f"no conversation holds {drafter.config.block_size + 1} supervised tokens in a row, "
+            "which a whole block needs"
+        )
+    return pd.DataFrame(rows)
+
+
+def bootstrap(
+    values: Sequence[float] | pd.Series | np.ndarray,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of the values, and its 95 % interval by resampling them (percentile bootstrap)."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or len(sample) == 0:
+        raise ValueError(f"values must be one or more numbers, got shape {sample.shape}")
+    rng = np.random.default_rng(seed)
+    means = sample[rng.integers(0, len(sample), (resamples, len(sample)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sample.mean()), float(low), float(high)
+
+
+def compare_drafters(
+    ours: pd.DataFrame,
+    baseline: pd.DataFrame,
+    *,
+    by: str = "tau",
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> pd.Series:
+    """How much larger the mean of ``by`` is than the baseline's, in percent, with a 95 % interval.
+
+    Both tables must come from :func:`evaluate` on the same conversations, which are resampled
+    together.
+
+    Raises:
+        ValueError: the tables are of different conversations.
+    """
+    if ours["conversation"].tolist() != baseline["conversation"].tolist():
+        raise ValueError("both tables must be of the same conversations, in the same order")
+    own, theirs = ours[by].to_numpy(), baseline[by].to_numpy()
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(own), (resamples, len(own)))
+    gains = 100 * (own[drawn].mean(axis=1) / theirs[drawn].mean(axis=1) - 1)
+    low, high = np.quantile(gains, [0.025, 0.975])
+    return pd.Series(
+        {
+            "ours": own.mean(),
+            "baseline": theirs.mean(),
+            "gain_percent": 100 * (own.mean() / theirs.mean() - 1),
+            "low": low,
+            "high": high,
+        }
+    )
+
+
+def _whole_block_anchors(item: Encoded, block_size: int) -> torch.Tensor:
+    """Candidates whose block is supervised to its last slot."""
+    batch = collate([item], pad_token_id=0)
+    candidates = build_anchor_candidate_mask(len(item), batch.loss_mask)[0].nonzero()[:, 0]
+    if len(candidates) == 0:
+        return candidates
+    keep = torch.ones(1, len(candidates), dtype=torch.bool)
+    blocks = cut_blocks(batch, candidates.unsqueeze(0), keep, block_size)
+    return candidates[blocks.eval_mask[0].all(dim=-1)]

