@@ -40,8 +40,10 @@ __all__ = [
     "survival",
 ]
 
-# Rows of a chunk that are taken through softmax and gradient together.
-_ROWS = 16
+# Logits of a chunk: enough slots for fast matrix products. Fewer on a CPU are taken through softmax
+# and gradient together: they stay in its cache.
+_CHUNK = 192 * 49152
+_TILE = 16 * 49152
 
 
 @dataclass
@@ -200,7 +202,7 @@ def dspark_objective(
     confidence_weight: float = 1.0,
     loss_decay_gamma: float = 4.0,
     normaliser: Float[Tensor, ""] | None = None,
-    chunk: int = 192,
+    chunk: int | None = None,
 ) -> Objective:
     """The objective from hidden states, ``chunk`` slots at a time.
 
@@ -225,7 +227,8 @@ def dspark_objective(
     """
     _require_weights(ce_weight, l1_weight, confidence_weight)
     _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
-    require_int("chunk", chunk, 1)
+    if chunk is not None:
+        require_int("chunk", chunk, 1)
     _require_slots(slots, lm_head_weight, markov_w2_weight)
     wide = _at_least_fp32(slots.hidden.dtype)
     weights = slot_weights(slots.eval_mask, loss_decay_gamma, wide)
@@ -239,13 +242,14 @@ def dspark_objective(
             slots.hidden.flatten(0, 2).to(dtype),
             None if slots.latent is None else slots.latent.flatten(0, 2).to(dtype),
             None if slots.target_hidden is None else slots.target_hidden.flatten(0, 2).to(dtype),
-            slots.target_ids.flatten(),
+            slots.target_ids.flatten().long(),
+            slots.eval_mask.flatten(),
             share.flatten(),
             lm_head_weight.to(dtype),
             None if markov_w2_weight is None else markov_w2_weight.to(dtype),
             float(ce_weight),
             float(l1_weight),
-            chunk,
+            max(1, _CHUNK // lm_head_weight.shape[0]) if chunk is None else chunk,
             asks,
             torch.is_grad_enabled() and lm_head_weight.requires_grad,
         )
@@ -262,6 +266,7 @@ def _chunked(
     latent: Tensor | None,
     teacher: Tensor | None,
     labels: Tensor,
+    supervised: Tensor,
     share: Tensor,
     head: Tensor,
     w2: Tensor | None,
@@ -273,93 +278,110 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of ce and l1, both per slot, and the loss's gradients, in one pass.
 
-    With s = sign(p - q) the gradient of a slot's logits is
-    ``ce_weight (p - onehot) + l1_weight p (s - sum(p s))``, times its share.
-
     Returns:
         loss ``[]``, ce ``[n]``, l1 ``[n]``, and the gradients of hidden, latent, w2 and head, each
         empty where nobody asks.
     """
-    count, wide = len(hidden), share.dtype
+    count, vocab, on_cpu = hidden.shape[0], head.shape[0], hidden.device.type == "cpu"
     ce, l1 = share.new_zeros(count), share.new_zeros(count)
     d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
-    chosen = torch.arange(count, device=hidden.device)
-    if hidden.device.type == "cpu":
-        # Slots without a share cost nothing; on a GPU, counting them would stop it.
-        chosen = share.nonzero().squeeze(1)
-    rows = min(chunk, len(chosen))
-    size = (rows, len(head))
-    products = hidden.new_empty(size)
-    ours = products if hidden.dtype == wide else share.new_empty(size)
-    theirs = share.new_empty(size if teacher is not None else (rows, 0))
-    for part in chosen.split(chunk):
-        n = len(part)
-        x, label, scale = hidden[part], labels[part].unsqueeze(1), share[part].unsqueeze(1)
-        z = latent[part] if latent is not None else None
-        logits, probs, diff = products[:n], ours[:n], theirs[:n]
-        if teacher is not None:
-            torch.mm(teacher[part], head.T, out=logits)
-            diff.copy_(logits)
-        torch.mm(x, head.T, out=logits)
+    # On the CPU slots without supervision cost nothing; a GPU would have to stop to count them.
+    chosen = supervised.nonzero().squeeze(1) if on_cpu else torch.arange(count, device=head.device)
+    parts = chosen.tensor_split(max(1, math.ceil(len(chosen) / chunk)))
+    most = len(parts[0])
+    logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
+    # A few rows at a time stay in the cache from the first step to the last.
+    few = max(1, _TILE // vocab) if on_cpu else max(1, most)
+    narrow = hidden.dtype != share.dtype
+    spare = share.new_empty(3 if narrow else 1, min(few, most), vocab)
+    # The gradients of logits are divided by the weight of l1, or of ce where there is no l1.
+    unit = l1_weight if teacher is not None and l1_weight != 0 else ce_weight
+
+    for part in parts:
+        idle = ~supervised[part].unsqueeze(1)
+
+        def rows(x: Tensor, part: Tensor = part, idle: Tensor = idle) -> Tensor:
+            """The part's rows; whatever unsupervised slots hold, it does not matter."""
+            return x[part].masked_fill_(idle, 0)
+
+        n, x, label = len(part), rows(hidden), rows(labels.unsqueeze(1))
+        z = rows(latent) if latent is not None else None
+        draft, target = logits[:n], None
+        if teacher is None:
+            torch.mm(x, head.T, out=draft)
+        else:
+            # One product for both reads the head once.
+            target = logits[n : 2 * n]
+            torch.mm(torch.cat([x, rows(teacher)]), head.T, out=logits[: 2 * n])
         if z is not None and w2 is not None:
-            logits.addmm_(z, w2.T)
-        if probs is not logits:
-            probs.copy_(logits)
-        # A few rows at a time stay in the cache from the first step to the last.
-        few = zip(*(x.split(_ROWS) for x in (probs, diff, label)), strict=True)
-        losses = [_losses_(*rows, ce_weight, l1_weight, teacher is not None, asks) for rows in few]
+            draft.addmm_(z, w2.T)
+        losses = []
+        for first in range(0, max(n, 1), few):
+            some = slice(first, min(first + few, n))
+            p, q = draft[some], None if target is None else target[some]
+            scratch = spare[:, : len(p)]
+            if narrow:
+                p = scratch[1].copy_(p)
+                q = None if q is None else scratch[2].copy_(q)
+            losses.append(_losses_(p, q, scratch[0], label[some], ce_weight, l1_weight, asks))
+            if narrow and asks:
+                draft[some] = p
         ce[part], l1[part] = (torch.cat(x) for x in zip(*losses, strict=True))
         if not asks:
             continue
-        if probs is not logits:
-            logits.copy_(probs)
-        scaled = scale.to(hidden.dtype)
-        d_hidden[part] = (logits @ head) * scaled
+        scale = share[part].unsqueeze(1) * unit
+        d_hidden[part] = (scale * (draft @ head)).to(hidden.dtype)
         if z is not None and w2 is not None:
-            d_latent[part] = (logits @ w2) * scaled
-            d_w2 += logits.T @ (z * scaled)
+            d_latent[part] = (scale * (draft @ w2)).to(hidden.dtype)
+            _add_product_(d_w2, draft, (scale * z).to(z.dtype))
         if head_asks:
-            d_head += logits.T @ (x * scaled)
+            _add_product_(d_head, draft, (scale * x).to(x.dtype))
     loss = (share * (ce_weight * ce + l1_weight * l1)).sum()
     return loss, ce, l1, d_hidden, d_latent, d_w2, d_head
 
 
 def _losses_(
     draft: Tensor,
-    target: Tensor,
+    target: Tensor | None,
+    scratch: Tensor,
     label: Tensor,
     ce_weight: float,
     l1_weight: float,
-    taught: bool,
     asks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """ce and l1 of some rows of logits, which become the gradient where that is asked for.
+    """ce and l1 of some rows of logits, which become their own gradients where asked for.
 
-    ``draft`` ends as the gradient's row without its share, ``target`` is overwritten.
+    With s = sign(p - q) the gradient of a slot's logits is
+    ``ce_weight (p - onehot) + l1_weight p (s - sum(p s))``; ``draft`` ends as that divided by
+    l1_weight, or by ce_weight where there is no l1. ``target`` is overwritten.
     """
-    # Summing is by far fastest as a product with ones.
-    ones = draft.new_ones(draft.shape[1])
     top = draft.amax(dim=-1)
     of_label = draft.gather(1, label).squeeze(1)
     torch.softmax(draft, dim=-1, out=draft)
     # The largest probability is at least 1 / vocab, so its logarithm is safe where p[label] is 0.
     ce = top - draft.amax(dim=-1).log_() - of_label
     l1 = torch.zeros_like(ce)
-    if taught:
+    if target is not None:
         torch.softmax(target, dim=-1, out=target)
         torch.sub(draft, target, out=target)
-        l1 = target.abs() @ ones
+        l1 = torch.abs(target, out=scratch).sum(dim=-1)
     if asks:
-        if taught and l1_weight != 0:
+        pull = 1.0
+        if target is not None and l1_weight != 0:
+            pull = ce_weight / l1_weight
             signed = target.sign_().mul_(draft)
-            mean = (signed @ ones).unsqueeze(1)
-            torch.addcmul(signed, draft, ce_weight / l1_weight - mean, out=draft)
-            draft.scatter_add_(1, label, torch.full_like(mean, -ce_weight / l1_weight))
-            draft.mul_(l1_weight)
-        else:
-            draft.scatter_add_(1, label, torch.full_like(label, -1, dtype=draft.dtype))
-            draft.mul_(ce_weight)
+            mean = signed.sum(dim=-1, keepdim=True)
+            torch.addcmul(signed, draft, pull - mean, out=draft)
+        draft.scatter_add_(1, label, draft.new_full(label.shape, -pull))
     return ce, l1
+
+
+def _add_product_(total: Tensor, draft: Tensor, x: Tensor) -> None:
+    """Adds draft.T @ x, in place where the dtypes are the same."""
+    if total.dtype == x.dtype:
+        total.addmm_(draft.T, x)
+    else:
+        total += draft.T @ x
 
 
 def _gradients(
@@ -386,30 +408,26 @@ def _gradients(
 
 
 @_chunked.register_fake
-def _(
-    hidden, latent, teacher, labels, share, head, w2, ce_weight, l1_weight, chunk, asks, head_asks
-):
-    gradients = _gradients(hidden, latent, head, w2, asks, head_asks)
-    per_slot = share.new_empty(len(hidden))
+def _(hidden, latent, teacher, labels, supervised, share, head, w2, *settings):
+    gradients = _gradients(hidden, latent, head, w2, *settings[-2:])
+    per_slot = share.new_empty(hidden.shape[0])
     return (share.new_empty(()), per_slot, torch.empty_like(per_slot), *gradients)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[3:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:7]]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[6:8]]
 
 
 def _differentiate(ctx: Any, d_loss: Tensor, *_: Any) -> tuple:
     d_hidden, d_latent, d_w2, d_head = (
         (d_loss * x).to(x.dtype) if x.numel() else None for x in ctx.saved_tensors
     )
-    of_head, of_w2 = ctx.dtypes[5], ctx.dtypes[6]
+    of_head, of_w2 = ctx.dtypes
     return (
         d_hidden,
         d_latent,
-        None,
-        None,
-        None,
+        *(None,) * 4,
         None if d_head is None else d_head.to(of_head),
         None if d_w2 is None else d_w2.to(of_w2),
         *(None,) * 5,
