@@ -49,7 +49,7 @@ from dspark_lab.heads import MarkovKind, build_markov_head
 
 __all__ = ["ARCHITECTURE", "Drafter", "DrafterConfig", "Slots"]
 
-# What a config.json calls this drafter, and what of it Qwen3's names would allow but it is not.
+# What a config.json may say of this drafter, or leave out; anything else is another model's.
 ARCHITECTURE = "Qwen3DSparkModel"
 _FIXED = {
     "architectures": [ARCHITECTURE],

@@ -10,7 +10,7 @@ This file knows tables of conversations; it does not know how the drafter was tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from dspark_lab.features import FeatureSource, live_features
 from dspark_lab.objective import dspark_objective, survival
 from dspark_lab.target import Target
 
-__all__ = ["bootstrap", "compare_drafters", "evaluate"]
+__all__ = ["bootstrap", "compare_drafters", "drafter_table", "evaluate", "slot_table"]
 
 
 @torch.no_grad()
@@ -156,6 +156,63 @@ def compare_drafters(
             "high": high,
         }
     )
+
+
+def slot_table(
+    evaluations: Mapping[str, pd.DataFrame], *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Acceptance along the block: one row for each drafter and slot, slots counted from 0.
+
+    ``accept``: the mean accept rate of the slot, wherever it is reached or not. ``survival``: the
+    chance that the slot and all before it survive. ``conditional``: the chance that it survives
+    given that all before it did, which is survival divided by the survival of the slot before.
+    ``low`` and ``high``: the 95 % interval of ``conditional`` over conversations.
+    """
+    rows = []
+    for drafter, table in evaluations.items():
+        slots = sum(name.startswith("accept_") for name in table.columns)
+        lived = table[[f"survival_{k}" for k in range(slots)]].to_numpy()
+        lived = np.concatenate([np.ones((len(lived), 1)), lived], axis=1)
+        rng = np.random.default_rng(seed)
+        drawn = lived[rng.integers(0, len(lived), (resamples, len(lived)))].mean(axis=1)
+        low, high = np.quantile(drawn[:, 1:] / drawn[:, :-1], [0.025, 0.975], axis=0)
+        mean = lived.mean(axis=0)
+        for k in range(slots):
+            rows.append(
+                {
+                    "drafter": drafter,
+                    "slot": k,
+                    "accept": table[f"accept_{k}"].mean(),
+                    "survival": mean[k + 1],
+                    "conditional": mean[k + 1] / mean[k],
+                    "low": low[k],
+                    "high": high[k],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def drafter_table(
+    evaluations: Mapping[str, pd.DataFrame], *, resamples: int = 10_000, seed: int = 0
+) -> pd.DataFrame:
+    """Tau of each drafter with its 95 % interval over conversations, over all and by domain."""
+    rows = []
+    for drafter, table in evaluations.items():
+        parts = {"all": table, **dict(tuple(table.groupby("domain", sort=False)))}
+        for domain, part in parts.items():
+            tau, low, high = bootstrap(part["tau"], resamples=resamples, seed=seed)
+            rows.append(
+                {
+                    "drafter": drafter,
+                    "domain": domain,
+                    "conversations": len(part),
+                    "blocks": int(part["blocks"].sum()),
+                    "tau": tau,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def _whole_block_anchors(item: Encoded, block_size: int) -> torch.Tensor:

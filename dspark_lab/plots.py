@@ -27,6 +27,7 @@ from dspark_lab.tables import REGIONS, TILE_STATES
 
 __all__ = [
     "mask_and_tiles",
+    "plot_acceptance",
     "plot_coverage",
     "plot_mask",
     "plot_packing",
@@ -138,6 +139,27 @@ def plot_packing(table: pd.DataFrame) -> Figure:
     ax.minorticks_off()
     ax.set_xlabel("anchors (num_anchors)")
     _share_axis(ax, "supervised tokens covered")
+    _legend(ax)
+    return figure
+
+
+def plot_acceptance(table: pd.DataFrame) -> Figure:
+    """Acceptance along the block, given that all slots before survived, with its 95 % interval.
+
+    Args:
+        table: from :func:`dspark_lab.evaluate.slot_table`.
+    """
+    figure, ax = new_figure(7, 3.4)
+    styles = cycle(zip(LINE_COLOURS, MARKERS, strict=True))
+    for (drafter, part), (colour, marker) in zip(
+        table.groupby("drafter", sort=False), styles, strict=False
+    ):
+        ax.fill_between(part["slot"], part["low"], part["high"], color=colour, alpha=0.2, lw=0)
+        ax.plot(part["slot"], part["conditional"], "-" + marker, color=colour, label=drafter)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("slot of the block")
+    ax.set_ylabel("accept rate, given all before")
+    ax.yaxis.set_major_formatter("{x:.2f}")
     _legend(ax)
     return figure
 

@@ -1,0 +1,136 @@
+"""Held-out evaluation: which blocks count, what tau is, and how sure it is."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dspark_lab.chats import Encoded, collate
+from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.evaluate import bootstrap, compare_drafters, drafter_table, evaluate, slot_table
+from dspark_lab.objective import accept_rates
+from tests.samples import CHAT, documents, random_chats, tiny_drafter, tiny_target
+
+
+def with_target(**options):
+    target, drafter = tiny_target(), tiny_drafter(1, **options)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    return target, drafter.eval()
+
+
+def by_hand(target, drafter, item: Encoded) -> list[list[float]]:
+    """The accept rates of every whole block, one block at a time, from full logits."""
+    batch = collate([item], 0)
+    features = target.batch_features(batch, drafter.config.target_layer_ids)
+    rates = []
+    for anchor in range(len(item) - drafter.config.block_size):
+        block = item.loss_mask[anchor : anchor + drafter.config.block_size + 1]
+        if not bool(block.all()):
+            continue
+        output: DSparkForwardOutput = drafter(
+            batch.input_ids,
+            features.context,
+            batch.loss_mask,
+            features.last,
+            anchor_positions=torch.tensor([[anchor]]),
+            block_keep_mask=torch.tensor([[True]]),
+        )
+        rates.append(accept_rates(output)[0, 0].tolist())
+    return rates
+
+
+@torch.no_grad()
+def test_tau_is_one_plus_the_products_of_whole_blocks() -> None:
+    target, drafter = with_target()
+    chats = random_chats(3)
+    table = evaluate(drafter, target, chats)
+    for item, row in zip(chats, table.itertuples(), strict=True):
+        rates = by_hand(target, drafter, item)
+        taus = [1 + a + a * b + a * b * c for a, b, c in rates]
+        assert row.blocks == len(rates)
+        assert row.tau == pytest.approx(sum(taus) / len(taus), rel=1e-5)
+        assert row.accept_1 == pytest.approx(np.mean([b for _, b, _ in rates]), rel=1e-5)
+        assert row.survival_1 == pytest.approx(np.mean([a * b for a, b, _ in rates]), rel=1e-5)
+
+
+def test_a_block_that_an_answers_end_cuts_does_not_count() -> None:
+    target, drafter = with_target()
+    # Of the answer's five tokens only the first two have three more behind them.
+    [item] = documents("uuaaaaau")
+    assert evaluate(drafter, target, [item])["blocks"].tolist() == [2]
+    short = Encoded(item.input_ids[:5], item.loss_mask[:5], CHAT)
+    table = evaluate(drafter, target, [short, item])
+    assert table["blocks"].tolist() == [2]
+    with pytest.raises(ValueError, match="4 supervised tokens in a row"):
+        evaluate(drafter, target, [short])
+
+
+def test_a_draw_of_anchors_follows_from_seed_and_conversation_alone() -> None:
+    target, drafter = with_target()
+    _, other = with_target(markov_rank=0, confidence_head_with_markov=False)
+    chats = random_chats(4, low=30)
+    drawn = evaluate(drafter, target, chats, num_anchors=4)
+    assert drawn["blocks"].tolist() == [4] * 4
+    pd.testing.assert_frame_equal(drawn, evaluate(drafter, target, chats, num_anchors=4))
+    assert not drawn["tau"].equals(evaluate(drafter, target, chats, num_anchors=4, seed=1)["tau"])
+    assert evaluate(other, target, chats, num_anchors=4)["blocks"].tolist() == [4] * 4
+    with pytest.raises(ValueError, match="num_anchors must be >= 1"):
+        evaluate(drafter, target, chats, num_anchors=0)
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """400 samples of 100 cover 94 to 95 %; leaving [0.90, 0.98] has a chance below 1e-3."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        _, low, high = bootstrap(rng.normal(3.0, 1.0, 100), resamples=600)
+        inside += low <= 3.0 <= high
+    assert 0.90 <= inside / 400 <= 0.98
+
+
+def test_bootstrap_of_equal_values_has_no_width() -> None:
+    assert bootstrap([2.5] * 7) == (2.5, 2.5, 2.5)
+    with pytest.raises(ValueError, match="one or more numbers"):
+        bootstrap([])
+
+
+def frame(taus: list[float], names: list[str] | None = None) -> pd.DataFrame:
+    names = names or [f"c{i}" for i in range(len(taus))]
+    return pd.DataFrame({"conversation": names, "tau": taus})
+
+
+def test_gain_is_paired_by_conversation() -> None:
+    base = np.linspace(1.0, 9.0, 50)
+    gain = compare_drafters(frame(list(1.1 * base)), frame(list(base)))
+    # Conversations differ by a factor of nine, the gain by nothing: its interval has no width.
+    assert gain["gain_percent"] == pytest.approx(10)
+    assert gain["low"] == pytest.approx(10) and gain["high"] == pytest.approx(10)
+    with pytest.raises(ValueError, match="same conversations"):
+        compare_drafters(frame([1.0, 2.0]), frame([1.0, 2.0], ["c1", "c0"]))
+
+
+def test_conditional_rate_is_the_ratio_of_survivals() -> None:
+    table = pd.DataFrame(
+        {
+            "accept_0": [0.5, 1.0],
+            "accept_1": [0.4, 0.6],
+            "survival_0": [0.5, 1.0],
+            "survival_1": [0.2, 0.6],
+        }
+    )
+    slots = slot_table({"mine": table})
+    assert slots["accept"].tolist() == pytest.approx([0.75, 0.5])
+    assert slots["survival"].tolist() == pytest.approx([0.75, 0.4])
+    assert slots["conditional"].tolist() == pytest.approx([0.75, 0.4 / 0.75])
+    assert (slots["low"] <= slots["conditional"]).all()
+    assert (slots["high"] >= slots["conditional"]).all()
+
+
+def test_drafter_table_has_all_and_each_domain() -> None:
+    evaluation = pd.DataFrame(
+        {"domain": ["a", "b", "a"], "blocks": [1, 2, 3], "tau": [1.0, 2.0, 4.0]}
+    )
+    table = drafter_table({"mine": evaluation})
+    assert table["domain"].tolist() == ["all", "a", "b"]
+    assert table["tau"].tolist() == pytest.approx([7 / 3, 2.5, 2.0])
+    assert table["blocks"].tolist() == [6, 4, 2]
