@@ -72,7 +72,7 @@ def cached_features(
     folder.mkdir(parents=True, exist_ok=True)
     stored = target.dtype if dtype is None else dtype
     what: list[object] = [_fingerprint(target), list(layer_ids), str(stored)]
-    files = []
+    files: list[Path] = []
     # Conversations of similar length go together, so that little is padding.
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     groups = [order[i : i + _PER_FILE] for i in range(0, len(order), _PER_FILE)]

@@ -22,7 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from dspark_lab.chats import Chat, Encoded, collate
 from dspark_lab.generate import Prompt, Record, Sampling, converse, make_batches, model_answer
@@ -176,7 +181,7 @@ def _rows(encoded: Sequence[Encoded], config: PocketConfig) -> Iterator[Int[Tens
 
 def answer_again(
     model: Any,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
     seed: int,

@@ -9,6 +9,7 @@ are there already. This file knows the recipes' settings; what a stage does is k
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from dspark_lab.chats import Chat, encode, load_chats
+from dspark_lab.chats import SHIPPED_CHATS, Chat, encode, load_chats
 from dspark_lab.checkpoint import save_drafter
 from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.generate import Sampling, generate, make_prompts, model_answer
+from dspark_lab.generate import Prompt, Sampling, generate, make_prompts, model_answer
 from dspark_lab.heads import MarkovKind
 from dspark_lab.pocket import (
     PocketConfig,
@@ -31,7 +32,7 @@ from dspark_lab.pocket import (
     train_target,
     train_tokenizer,
 )
-from dspark_lab.target import Target, load_smollm2
+from dspark_lab.target import Target, load_smollm2, load_target, save_tokenizer
 from dspark_lab.train import TrainConfig, init_from_target, train
 
 # The shipped conversations of each domain from this number on are held out, and so is whoever asks
@@ -94,8 +95,11 @@ def make_pocket_target(
     tokenizer = train_tokenizer(train, config.vocab_size)
     encoded = [encode(chat, tokenizer) for chat in train]
     others = [encode(chat, tokenizer) for chat in held_out]
-    model = train_target(encoded, config)
+    begin = time.perf_counter()
+    # Rounded to what ships, before anything is measured or answered with it.
+    model = train_target(encoded, config).bfloat16().float()
     facts = {
+        "seconds": round(time.perf_counter() - begin),
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "conversations": len(train),
@@ -107,8 +111,8 @@ def make_pocket_target(
     }
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
     (partial / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder)
 
@@ -124,7 +128,7 @@ def make_answers(
     seen = {_question(chat) for chat in taken}
     for name, count, seed in (("held_out", held_out, 1000), ("train", train, 1001)):
         path = folder / f"{name}.jsonl"
-        prompts = []
+        prompts: list[Prompt] = []
         for prompt in make_prompts(2 * count, seed):
             if prompt.users[0] not in seen and len(prompts) < count:
                 seen.add(prompt.users[0])
@@ -193,6 +197,20 @@ POCKET_DRAFTERS = {
 }
 
 
+POCKET_TARGET = PocketConfig(steps=1200, learning_rate=3e-3)
+POCKET_TRAINING = TrainConfig(
+    steps=400,
+    batch_size=16,
+    max_length=512,
+    learning_rate=2e-3,
+    warmup_steps=40,
+    weight_decay=0.01,
+    precision="bf16",
+    checkpoint_every=100,
+    keep_checkpoints=1,
+)
+
+
 def make_pocket_drafter(
     target: Target, folder: Path, name: str, config: TrainConfig, *, progress: bool = True
 ) -> None:
@@ -214,9 +232,172 @@ def make_pocket_drafter(
     save_drafter(drafter, folder / name, dtype=torch.bfloat16)
 
 
+SMOLLM2_LAYER_IDS = (1, 8, 15, 22, 28)
+# A token of SmolLM2's vocabulary that no conversation contains.
+SMOLLM2_MASK = "<empty_output>"
+
+
+def smollm2_drafter(target: Target) -> Drafter:
+    """A fresh drafter for SmolLM2: two layers of the target's own shape, 15 million weights."""
+    assert target.tokenizer is not None
+    c = target.model.config
+    config = DrafterConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=target.hidden_size // c.num_attention_heads,
+        target_layer_ids=SMOLLM2_LAYER_IDS,
+        block_size=7,
+        mask_token_id=target.tokenizer.get_vocab()[SMOLLM2_MASK],
+        num_anchors=32,
+        markov_rank=64,
+        rope_theta=100000.0,
+        max_position_embeddings=8192,
+    )
+    drafter = Drafter(config)
+    init_from_target(drafter, target)
+    return drafter
+
+
+# First over the tokens that occur in the conversations, a fifth of the vocabulary and so much
+# faster, then over all of it.
+SMOLLM2_SEEN = TrainConfig(
+    steps=1800,
+    batch_size=8,
+    num_anchors=32,
+    max_length=512,
+    learning_rate=1e-3,
+    warmup_steps=60,
+    final_lr_ratio=0.1,
+    weight_decay=0.01,
+    precision="bf16",
+    vocabulary="seen",
+    checkpoint_every=100,
+)
+SMOLLM2_FULL = replace(
+    SMOLLM2_SEEN, steps=100, learning_rate=1e-4, warmup_steps=0, vocabulary="full", seed=1
+)
+
+
+def make_smollm2_drafter(
+    work: Path,
+    chats: Sequence[Chat],
+    phases: Sequence[TrainConfig] = (SMOLLM2_SEEN, SMOLLM2_FULL),
+    *,
+    progress: bool = True,
+) -> None:
+    """Trains the drafter of SmolLM2 into ``work/dspark-k7``, phase after phase."""
+    if (work / "dspark-k7").exists():
+        return
+    target = load_target("smollm2", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    drafter = smollm2_drafter(target)
+    for number, config in enumerate(phases):
+        train(
+            drafter,
+            target,
+            chats,
+            config,
+            out=work / "runs" / f"phase-{number}",
+            features="cached",
+            cache=work / "features",
+            progress=progress,
+        )
+    save_drafter(drafter, work / "dspark-k7", dtype=torch.bfloat16)
+
+
+def answer_prompts(
+    target: Target, prompts: Path, sampling: Sampling, *, limit: int, seed: int = 0
+) -> list[Chat]:
+    """The target's own answers to a JSONL file of ``{"turns": [question, ...]}``, first turns only.
+
+    The first ``limit`` prompts of at most 512 tokens; their domain is the file's name.
+    """
+    assert target.tokenizer is not None
+    chosen: list[Prompt] = []
+    for number, line in enumerate(prompts.read_text(encoding="utf-8").splitlines(), start=1):
+        question = json.loads(line)["turns"][0]
+        if len(chosen) < limit and len(target.tokenizer(question)["input_ids"]) <= 512:
+            chosen.append(Prompt(f"{prompts.stem}-{number}", prompts.stem, 0, None, (question,)))
+    return answer_again(target.model, target.tokenizer, chosen, seed=seed, sampling=sampling)
+
+
 def _number(chat: Chat) -> int:
     return int(chat.id.rsplit("-", 1)[1])
 
 
 def _question(chat: Chat) -> str:
     return next(m["content"] for m in chat.messages if m["role"] == "user")
+
+
+@dataclass(frozen=True)
+class PocketRecipe:
+    """How much of everything; the reduced one shows in a minute or two that all stages run."""
+
+    corpora: tuple[Corpus, ...] = CORPORA
+    target: PocketConfig = POCKET_TARGET
+    train_answers: int = 4000
+    held_out_answers: int = 240
+    drafter: TrainConfig = POCKET_TRAINING
+    drafters: tuple[str, ...] = tuple(POCKET_DRAFTERS)
+    shipped_train: int = 600
+
+
+REDUCED_POCKET = PocketRecipe(
+    corpora=(),
+    target=PocketConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        steps=20,
+        rows=4,
+        row_length=128,
+        warmup_steps=5,
+    ),
+    train_answers=24,
+    held_out_answers=6,
+    drafter=replace(POCKET_TRAINING, steps=4, batch_size=4, max_length=128),
+    drafters=("dspark-k7", "dflash-k7"),
+    shipped_train=12,
+)
+
+
+def make_pocket_pair(
+    work: Path, out: Path, recipe: PocketRecipe = PocketRecipe(), *, progress: bool = True
+) -> None:
+    """All stages, and what ships of them into ``out``, with its card."""
+    train_chats, held_out = split_chats(make_corpora(work, recipe.corpora))
+    make_pocket_target(train_chats, held_out, work / "target", recipe.target)
+    target = load_target(work / "target", local_files_only=True)
+    counts = {"train": recipe.train_answers, "held_out": recipe.held_out_answers}
+    make_answers(target, train_chats, work, **counts)
+    for name in recipe.drafters:
+        make_pocket_drafter(target, work, name, recipe.drafter, progress=progress)
+    for name in ("target", *recipe.drafters):
+        shutil.copytree(work / name, out / name, dirs_exist_ok=True)
+    write_chats(load_chats(work / "train.jsonl")[: recipe.shipped_train], out / "train.jsonl")
+    shutil.copy(work / "held_out.jsonl", out / "held_out.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pair", choices=("pocket", "smollm2"))
+    parser.add_argument("--work", type=Path, help="default: build/<pair>")
+    parser.add_argument("--out", type=Path, help="default: data/<pair>")
+    options = parser.parse_args()
+    work = options.work or Path("build") / options.pair
+    out = options.out or SHIPPED_CHATS.parent / options.pair
+    if options.pair == "pocket":
+        make_pocket_pair(work, out)
+    else:
+        chats, _ = split_chats(make_corpora(work))
+        make_smollm2_drafter(work, chats)
+        shutil.copytree(work / "dspark-k7", out / "dspark-k7", dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -206,7 +206,8 @@ def load_target(
         )
     except (OSError, ValueError):
         found = None
-    return Target(loaded.to(device), found, str(name_or_path))
+    loaded.to(device)  # type: ignore[arg-type]
+    return Target(loaded, found, str(name_or_path))
 
 
 def _layers(model: Any) -> torch.nn.ModuleList:
