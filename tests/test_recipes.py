@@ -1,0 +1,117 @@
+"""The recipes, in a reduced form from end to end, and the rules that keep training data apart."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspark_lab.chats import Chat, encode, load_chats
+from dspark_lab.checkpoint import load_drafter
+from dspark_lab.evaluate import evaluate
+from dspark_lab.pocket import perplexity, train_tokenizer
+from dspark_lab.recipes import (
+    POCKET_DRAFTERS,
+    REDUCED_POCKET,
+    make_pocket_pair,
+    pocket_drafter,
+    split_chats,
+    write_chats,
+)
+from dspark_lab.target import load_target
+from tests.samples import random_chats, tiny_target
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The reduced recipe's work folder and what would ship."""
+    work = tmp_path_factory.mktemp("work")
+    make_pocket_pair(work, work / "out", REDUCED_POCKET, progress=False)
+    return work, work / "out"
+
+
+def question(chat: Chat) -> str:
+    return next(m["content"] for m in chat.messages if m["role"] == "user")
+
+
+def test_every_stage_runs_and_its_results_load(made: tuple[Path, Path]) -> None:
+    _, out = made
+    target = load_target(out / "target", local_files_only=True)
+    assert target.tokenizer is not None
+    held_out = [encode(chat, target.tokenizer) for chat in load_chats(out / "held_out.jsonl")]
+    for name in REDUCED_POCKET.drafters:
+        drafter = load_drafter(out / name, target=target, dtype=torch.float32)
+        assert drafter.config.markov_rank == (0 if name.startswith("dflash") else 64)
+        assert (evaluate(drafter, target, held_out)["tau"] >= 1).all()
+
+
+def test_no_question_is_trained_on_and_held_out(made: tuple[Path, Path]) -> None:
+    work, _ = made
+    of_target, held_out_of_target = split_chats([])
+    answers, held_out = (load_chats(work / f"{name}.jsonl") for name in ("train", "held_out"))
+    parts = [of_target, held_out_of_target, answers, held_out]
+    questions = [{question(chat) for chat in part} for part in parts]
+    assert len(questions[0] | questions[1]) == len(questions[0]) + len(questions[1])
+    assert not questions[3] & (questions[0] | questions[2])
+    assert len(answers) == REDUCED_POCKET.train_answers
+    assert len(held_out) == REDUCED_POCKET.held_out_answers
+
+
+def test_a_second_call_makes_nothing_anew(made: tuple[Path, Path]) -> None:
+    work, _ = made
+    kept = [p for p in work.rglob("*") if p.is_file() and "out" not in p.relative_to(work).parts]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    make_pocket_pair(work, work / "again", REDUCED_POCKET, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_drafters_of_a_block_size_differ_in_the_markov_head_alone() -> None:
+    target = tiny_target()
+    shapes = []
+    for kind in ("vanilla", "none", "gated", "rnn"):
+        drafter = pocket_drafter(target, kind, 7)
+        shapes.append(
+            {
+                name: tuple(p.shape)
+                for name, p in drafter.named_parameters()
+                if not name.startswith(("markov_head", "confidence_head"))
+            }
+        )
+    assert all(shape == shapes[0] for shape in shapes)
+    assert {r.num_anchors * r.block_size for r in POCKET_DRAFTERS.values()} <= {224, 225}
+
+
+def test_written_chats_are_read_back(tmp_path: Path) -> None:
+    chats = [
+        Chat(({"role": "user", "content": "ä\n"}, {"role": "assistant", "content": ""}), "a", "x"),
+        Chat(({"role": "assistant", "content": "hé"},), "b", None, finished=False),
+    ]
+    write_chats(chats, tmp_path / "some" / "chats.jsonl")
+    assert load_chats(tmp_path / "some" / "chats.jsonl") == chats
+
+
+def test_the_pocket_tokenizer_keeps_text_and_marks_answers() -> None:
+    chats = load_chats()[:60]
+    tokenizer = train_tokenizer(chats, 600)
+    assert len(tokenizer) == 600
+    for chat in chats[:20]:
+        encoded = encode(chat, tokenizer)
+        supervised = tokenizer.decode(encoded.input_ids[encoded.loss_mask])
+        answers = [m["content"] for m in chat.messages if m["role"] == "assistant"]
+        ends = ["<|im_end|>"] * (len(answers) - 1) + ["<|im_end|>" if chat.finished else ""]
+        expected = "".join(a + end for a, end in zip(answers, ends, strict=True))
+        assert supervised == expected
+        assert tokenizer.mask_token_id not in encoded.input_ids
+
+
+@torch.no_grad()
+def test_perplexity_is_of_the_answers_alone() -> None:
+    target, chats = tiny_target(), random_chats(5)
+    losses = []
+    for item in chats:
+        log_probs = target.model(item.input_ids[None]).logits[0].log_softmax(dim=-1)
+        for place in range(1, len(item)):
+            if item.loss_mask[place]:
+                losses.append(-log_probs[place - 1, item.input_ids[place]].item())
+    expected = math.exp(sum(losses) / len(losses))
+    assert perplexity(target.model, chats, batch_size=2) == pytest.approx(expected, rel=1e-4)
