@@ -46,7 +46,12 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class PocketConfig:
-    """The target's shape and training; ``steps`` of ``rows`` x ``row_length`` tokens."""
+    """The target's shape and training; ``steps`` of ``rows`` x ``row_length`` tokens.
+
+    The trained model's logits are divided by ``temperature``: sampled at 1 the target then talks as
+    the trained model does at ``temperature``. So small a model spreads its probability far more
+    widely than chat models of usual size do, and at 1 its answers would not read as text.
+    """
 
     vocab_size: int = 2048
     hidden_size: int = 256
@@ -60,6 +65,7 @@ class PocketConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
+    temperature: float = 0.6
     seed: int = 0
 
 
@@ -148,7 +154,14 @@ def train_target(
         optimizer.zero_grad()
         if step % 20 == 0:
             steps.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval().requires_grad_(False)
+    return sharpen_(model.eval().requires_grad_(False), config.temperature)
+
+
+@torch.no_grad()
+def sharpen_(model: LlamaForCausalLM, temperature: float) -> LlamaForCausalLM:
+    """Divides the model's logits for good, in its last norm, and returns it."""
+    model.model.norm.weight.div_(temperature)
+    return model
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ are there already. This file knows the recipes' settings; what a stage does is k
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -17,18 +18,30 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
+from dspark_lab.cards import pocket_card, smollm2_card
 from dspark_lab.chats import SHIPPED_CHATS, Chat, encode, load_chats
-from dspark_lab.checkpoint import save_drafter
+from dspark_lab.checkpoint import load_drafter, save_drafter
 from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.generate import Prompt, Sampling, generate, make_prompts, model_answer
+from dspark_lab.evaluate import evaluate
+from dspark_lab.generate import (
+    Prompt,
+    Sampling,
+    complete_folder,
+    generate,
+    make_prompts,
+    model_answer,
+)
 from dspark_lab.heads import MarkovKind
 from dspark_lab.pocket import (
     PocketConfig,
     answer_again,
     perplexity,
+    sharpen_,
     train_target,
     train_tokenizer,
 )
@@ -98,16 +111,20 @@ def make_pocket_target(
     begin = time.perf_counter()
     # Rounded to what ships, before anything is measured or answered with it.
     model = train_target(encoded, config).bfloat16().float()
+    seconds = time.perf_counter() - begin
+    sharp = perplexity(model, others)
+    trained = perplexity(sharpen_(copy.deepcopy(model), 1 / config.temperature), others)
     facts = {
-        "seconds": round(time.perf_counter() - begin),
+        "seconds": round(seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "conversations": len(train),
         "tokens": sum(map(len, encoded)),
         "tokens_seen": config.steps * config.rows * config.row_length,
+        "temperature": config.temperature,
         "held_out_conversations": len(held_out),
-        "held_out_perplexity": round(perplexity(model, others), 3),
-        "train_perplexity": round(perplexity(model, encoded[: len(others)]), 3),
+        "held_out_perplexity": round(sharp, 2),
+        "trained_perplexity": round(trained, 2),
     }
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -293,19 +310,37 @@ def make_smollm2_drafter(
     if (work / "dspark-k7").exists():
         return
     target = load_target("smollm2", dtype=torch.bfloat16)
+    assert target.tokenizer is not None
     torch.manual_seed(0)
     drafter = smollm2_drafter(target)
-    for number, config in enumerate(phases):
+    begin = time.perf_counter()
+    encoded = [encode(chat, target.tokenizer, phases[0].max_length) for chat in chats]
+    histories = [
         train(
             drafter,
             target,
-            chats,
+            encoded,
             config,
             out=work / "runs" / f"phase-{number}",
             features="cached",
             cache=work / "features",
             progress=progress,
         )
+        for number, config in enumerate(phases)
+    ]
+    steps = pd.concat([history.table() for history in histories])
+    facts = {
+        "parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
+        "conversations": len(encoded),
+        "supervised_tokens": sum(int(item.loss_mask.sum()) for item in encoded),
+        "seen_tokens": len(torch.cat([item.input_ids for item in encoded]).unique()),
+        "steps": len(steps),
+        "full_steps": phases[-1].steps,
+        "slots": int(steps["slots"].sum()),
+        "training_seconds": round(float(steps["seconds"].sum())),
+        "seconds": round(time.perf_counter() - begin),
+    }
+    (work / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     save_drafter(drafter, work / "dspark-k7", dtype=torch.bfloat16)
 
 
@@ -381,6 +416,53 @@ def make_pocket_pair(
         shutil.copytree(work / name, out / name, dirs_exist_ok=True)
     write_chats(load_chats(work / "train.jsonl")[: recipe.shipped_train], out / "train.jsonl")
     shutil.copy(work / "held_out.jsonl", out / "held_out.jsonl")
+    card_pocket_pair(work, out, recipe)
+
+
+def card_pocket_pair(work: Path, out: Path, recipe: PocketRecipe) -> None:
+    """Evaluates what ships and writes its card."""
+    target = load_target(out / "target", local_files_only=True)
+    assert target.tokenizer is not None
+    held_out = [encode(chat, target.tokenizer, 512) for chat in load_chats(out / "held_out.jsonl")]
+    evaluations, runs = {}, {}
+    for name in recipe.drafters:
+        drafter = load_drafter(out / name, target=target, dtype=torch.float32)
+        evaluations[name] = evaluate(drafter, target, held_out, num_anchors=32)
+        runs[name] = _facts(work / "runs" / name)
+    text = pocket_card(_facts(work / "target"), runs, evaluations)
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int = 40) -> None:
+    """Evaluates what ships on the target's own answers, and writes the card.
+
+    The answers stay in the work folder: the prompts are not the project's.
+    """
+    target = load_target("smollm2")
+    assert target.tokenizer is not None
+    drafter = load_drafter(out / "dspark-k7", target=target, dtype=torch.float32)
+    evaluations = {}
+    for how, sampling in (
+        ("temperature 1", Sampling(temperature=1.0, top_k=target.vocab_size, top_p=1.0)),
+        ("temperature 0.7, top-k 256 and top-p 0.9, as in training", Sampling()),
+        ("temperature 0", Sampling(top_k=1)),
+    ):
+        path = work / f"answers-{sampling.temperature}-{sampling.top_k}.jsonl"
+        if not path.exists():
+            answers = [
+                chat
+                for file in prompts
+                for chat in answer_prompts(target, file, sampling, limit=limit)
+            ]
+            write_chats(answers, path)
+        encoded = [encode(chat, target.tokenizer, 1024) for chat in load_chats(path)]
+        evaluations[how] = {"dspark-k7": evaluate(drafter, target, encoded, num_anchors=16)}
+    text = smollm2_card(_facts(work), evaluations)
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -388,6 +470,9 @@ def main() -> None:
     parser.add_argument("pair", choices=("pocket", "smollm2"))
     parser.add_argument("--work", type=Path, help="default: build/<pair>")
     parser.add_argument("--out", type=Path, help="default: data/<pair>")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="*", default=[], help="smollm2: JSONL files to evaluate on"
+    )
     options = parser.parse_args()
     work = options.work or Path("build") / options.pair
     out = options.out or SHIPPED_CHATS.parent / options.pair
@@ -397,6 +482,9 @@ def main() -> None:
         chats, _ = split_chats(make_corpora(work))
         make_smollm2_drafter(work, chats)
         shutil.copytree(work / "dspark-k7", out / "dspark-k7", dirs_exist_ok=True)
+        if options.prompts:
+            card_smollm2_pair(work, out, options.prompts)
+    complete_folder(SHIPPED_CHATS)
 
 
 if __name__ == "__main__":

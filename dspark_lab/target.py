@@ -364,7 +364,7 @@ def load_target(
         _check_folder(Path(name))
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
@@ -375,6 +375,7 @@ def load_target(
         )
     except SafetensorError as error:
         raise ValueError(f"{name}: a file of weights is damaged or cut off: {error}") from error
+    loaded, report = result
     # transformers would fill these with random numbers, and a target is not trained any more.
     if report["missing_keys"]:
         raise ValueError(f"{name}: weights are missing: {sorted(report['missing_keys'])}")

@@ -122,20 +122,20 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, low, high in (
-            ("learning_rate", 0, math.inf),
-            ("final_lr_ratio", 0, 1),
-            ("weight_decay", 0, math.inf),
-            ("beta1", 0, 1),
-            ("beta2", 0, 1),
-            ("clip_norm", 0, math.inf),
-            ("ce_only_fraction", 0, 1),
+        for name in ("final_lr_ratio", "ce_only_fraction"):
+            _require_number(name, getattr(self, name), 0, 1)
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "clip_norm",
+            "ce_weight",
+            "l1_weight",
+            "confidence_weight",
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+            _require_number(name, getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            _require_number(name, getattr(self, name), 0, math.nextafter(1, 0))
+        _require_number("loss_decay_gamma", self.loss_decay_gamma, sys.float_info.min)
 
     def learning_rate_at(self, step: int) -> float:
         """Of a step, counted from 0."""

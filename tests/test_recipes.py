@@ -43,6 +43,8 @@ def test_every_stage_runs_and_its_results_load(made: tuple[Path, Path]) -> None:
         drafter = load_drafter(out / name, target=target, dtype=torch.float32)
         assert drafter.config.markov_rank == (0 if name.startswith("dflash") else 64)
         assert (evaluate(drafter, target, held_out)["tau"] >= 1).all()
+    card = (out / "README.md").read_text()
+    assert "| dspark-k7 |" in card and "vanilla Markov head, K 7" in card and "nan" not in card
 
 
 def test_no_question_is_trained_on_and_held_out(made: tuple[Path, Path]) -> None:
