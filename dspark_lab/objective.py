@@ -18,6 +18,7 @@ over batches and processes. This file knows slots; it knows nothing about attent
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +27,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from dspark_lab.checks import require_int, require_same_device, require_shape, require_tensor
+from dspark_lab.checks import (
+    debug_range,
+    require_bool,
+    require_int,
+    require_integers,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.drafter import Slots
 
@@ -71,6 +80,7 @@ class Sums:
     blocks: Float[Tensor, ""]
 
     def __add__(self, other: Sums) -> Sums:
+        """The sums of both together."""
         return Sums.from_stacked(self.stacked() + other.stacked())
 
     def stacked(self) -> Float[Tensor, "field slot"]:
@@ -123,7 +133,7 @@ class Sums:
 class Objective:
     """The loss, a scalar to call ``backward`` on, the accept rates, and the sums (no gradient).
 
-    ``accept`` is ``[batch, anchor, slot]``, NaN throughout where there was no teacher.
+    ``accept`` is c*; NaN on slots that are not supervised, and throughout without a teacher.
     """
 
     loss: Float[Tensor, ""]
@@ -137,9 +147,12 @@ def slot_weights(
     """w_k = exp(-k / gamma) on supervised slots, 0 elsewhere (DSpark, section 3.4).
 
     Raises:
-        TypeError, ValueError: ``eval_mask`` is not ``[batch, anchor, slot]``, or gamma is not > 0.
+        TypeError, ValueError: ``eval_mask`` is not bool ``[batch, anchor, slot]``, or gamma is not
+            a number > 0.
     """
     require_tensor("eval_mask", eval_mask, ("batch", "anchor", "slot"))
+    require_bool("eval_mask", eval_mask)
+    _require_number("loss_decay_gamma", loss_decay_gamma)
     if not loss_decay_gamma > 0:
         raise ValueError(f"loss_decay_gamma must be > 0, got {loss_decay_gamma}")
     slot = torch.arange(eval_mask.shape[-1], device=eval_mask.device, dtype=dtype)
@@ -161,7 +174,7 @@ def accept_rates(output: DSparkForwardOutput) -> Float[Tensor, "batch anchor slo
     """
     if output.aligned_target_logits is None:
         raise ValueError("accept rates need aligned_target_logits, which the output does not have")
-    return 1 - _distance(output.draft_logits, output.aligned_target_logits) / 2
+    return _accept(_distance(output.draft_logits, output.aligned_target_logits))
 
 
 def output_objective(
@@ -173,19 +186,23 @@ def output_objective(
     loss_decay_gamma: float = 4.0,
     normaliser: Float[Tensor, ""] | None = None,
 ) -> Objective:
-    """The objective by its definition, from full logits. Arguments as :func:`dspark_objective`."""
+    """The objective by its definition, from full logits, with the gradient left to autograd.
+
+    The target's logits are constants. Arguments and errors as :func:`dspark_objective`.
+    """
     _require_weights(ce_weight, l1_weight, confidence_weight)
     _require_teacher(output.aligned_target_logits, l1_weight, confidence_weight)
     wide = _at_least_fp32(output.draft_logits.dtype)
     weights = slot_weights(output.eval_mask, loss_decay_gamma, wide)
+    _require_ids("target_ids", output.target_ids, output.draft_logits.shape[-1])
     share = _share(weights, normaliser)
     log_probs = output.draft_logits.to(wide).log_softmax(dim=-1)
-    ce = -log_probs.gather(-1, output.target_ids.unsqueeze(-1)).squeeze(-1)
+    ce = -log_probs.gather(-1, output.target_ids.long().unsqueeze(-1)).squeeze(-1)
     ce = torch.where(output.eval_mask, ce, 0)
     l1 = torch.full_like(ce, torch.nan)
     loss = ce_weight * (share * ce).sum()
     if output.aligned_target_logits is not None:
-        l1 = _distance(output.draft_logits, output.aligned_target_logits)
+        l1 = _distance(output.draft_logits, output.aligned_target_logits.detach())
         loss = loss + l1_weight * (share * l1).sum()
     return _finish(
         loss, share, weights, ce, l1, output.confidence_pred, output.eval_mask, confidence_weight
@@ -208,18 +225,20 @@ def dspark_objective(
 
     Softmaxes and sums are in fp32 at least. The matrix products are in the dtype of
     ``slots.hidden``, or in autocast's where that is on; weights of another dtype are converted once
-    a call.
+    a call. What slots hold that are not supervised has no influence, NaN and labels outside the
+    vocabulary included. Compiles with ``fullgraph=True``; gradients of gradients are not available.
 
     Args:
         slots: of :meth:`dspark_lab.drafter.Drafter.slots`.
-        lm_head_weight: of drafter and target; gets a gradient if it asks for one.
+        lm_head_weight: of drafter and target; gets the drafter's gradient if it asks for one.
         markov_w2_weight: given iff ``slots.latent`` is.
         ce_weight, l1_weight, confidence_weight: of the three terms. Without a teacher
             (``slots.target_hidden`` None) the last two must be 0.
         loss_decay_gamma: in slots; the larger, the more late slots count.
         normaliser: what to divide by instead of this batch's summed weights: over several batches
             or processes, theirs together.
-        chunk: slots whose logits exist at one time.
+        chunk: most slots whose logits exist at one time; where None, as many as keep the matrix
+            products fast: 192 with 49,152 words, more with fewer.
 
     Raises:
         TypeError, ValueError: shapes or devices that do not fit, or weights that are not numbers of
@@ -298,21 +317,20 @@ def _chunked(
     unit = l1_weight if teacher is not None and l1_weight != 0 else ce_weight
 
     for part in parts:
+        n = len(part)
+        # Nothing that an unsupervised slot holds reaches a sum.
         idle = ~supervised[part].unsqueeze(1)
-
-        def rows(x: Tensor, part: Tensor = part, idle: Tensor = idle) -> Tensor:
-            """The part's rows; whatever unsupervised slots hold, it does not matter."""
-            return x[part].masked_fill_(idle, 0)
-
-        n, x, label = len(part), rows(hidden), rows(labels.unsqueeze(1))
-        z = rows(latent) if latent is not None else None
+        x, label = hidden[part].masked_fill_(idle, 0), labels[part].unsqueeze(1)
+        label.masked_fill_(idle, 0)
+        z = None if latent is None else latent[part].masked_fill_(idle, 0)
         draft, target = logits[:n], None
         if teacher is None:
             torch.mm(x, head.T, out=draft)
         else:
             # One product for both reads the head once.
             target = logits[n : 2 * n]
-            torch.mm(torch.cat([x, rows(teacher)]), head.T, out=logits[: 2 * n])
+            both = torch.cat([x, teacher[part].masked_fill_(idle, 0)])
+            torch.mm(both, head.T, out=logits[: 2 * n])
         if z is not None and w2 is not None:
             draft.addmm_(z, w2.T)
         losses = []
@@ -448,16 +466,17 @@ def _finish(
     confidence_weight: float,
 ) -> Objective:
     """Adds the confidence term and forms the sums."""
-    accept = 1 - l1.detach() / 2
+    accept = torch.where(eval_mask, _accept(l1.detach()), torch.nan)
     nothing = torch.full_like(accept, torch.nan)
     confidence = error = bias = cumulative = nothing
     lived = survival(accept, eval_mask)
     if confidence_pred is not None:
-        logit = confidence_pred.to(share.dtype)
-        bce = F.binary_cross_entropy_with_logits(logit, accept, reduction="none")
-        confidence = bce.detach()
+        logit = torch.where(eval_mask, confidence_pred.to(share.dtype), 0)
         if confidence_weight != 0:
+            soft = torch.where(eval_mask, accept, 0)
+            bce = F.binary_cross_entropy_with_logits(logit, soft, reduction="none")
             loss = loss + confidence_weight * (share * bce).sum()
+            confidence = bce
         predicted = logit.detach().sigmoid()
         bias = predicted - accept
         error = bias.abs()
@@ -488,9 +507,19 @@ def _distance(draft: Tensor, target: Tensor) -> Tensor:
     return (ours - theirs).abs().sum(dim=-1)
 
 
+def _accept(l1: Tensor) -> Tensor:
+    """c*; rounding may take l1 a little above 2."""
+    return (1 - l1 / 2).clamp(min=0)
+
+
 def _share(weights: Tensor, normaliser: Tensor | None) -> Tensor:
     """The weights, divided; all zero stays zero."""
-    total = weights.sum() if normaliser is None else normaliser.to(weights.dtype)
+    if normaliser is None:
+        total = weights.sum()
+    else:
+        require_shape("normaliser", normaliser, (), ())
+        require_same_device(normaliser=normaliser, eval_mask=weights)
+        total = normaliser.to(weights.dtype)
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
@@ -504,10 +533,14 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _require_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _require_weights(*weights: float) -> None:
     for name, weight in zip(("ce_weight", "l1_weight", "confidence_weight"), weights, strict=True):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"{name} must be a number, got {weight!r}")
+        _require_number(name, weight)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"{name} must be finite and >= 0, got {weight}")
 
@@ -520,23 +553,41 @@ def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight
         )
 
 
+def _require_ids(name: str, ids: Tensor, vocab: int) -> None:
+    require_integers(name, ids)
+    debug_range(name, ids, 0, vocab)
+
+
 def _require_slots(slots: Slots, head: Tensor, w2: Tensor | None) -> None:
     axes = ("batch", "anchor", "slot")
     require_tensor("slots.hidden", slots.hidden, (*axes, "hidden"))
+    if not slots.hidden.is_floating_point():
+        raise TypeError(f"slots.hidden must hold floats, got {slots.hidden.dtype}")
     shape = tuple(slots.hidden.shape)
     require_tensor("lm_head_weight", head, ("vocab", "hidden"))
     require_shape("lm_head_weight", head, ("vocab", "hidden"), (head.shape[0], shape[3]))
     require_shape("slots.eval_mask", slots.eval_mask, axes, shape[:3])
     require_shape("slots.target_ids", slots.target_ids, axes, shape[:3])
+    require_integers("slots.target_ids", slots.target_ids)
     if slots.target_hidden is not None:
         require_shape("slots.target_hidden", slots.target_hidden, (*axes, "hidden"), shape)
+    if slots.confidence_pred is not None:
+        require_shape("slots.confidence_pred", slots.confidence_pred, axes, shape[:3])
     if (slots.latent is None) != (w2 is None):
         given = "markov_w2_weight" if slots.latent is None else "slots.latent"
         raise ValueError(f"slots.latent and markov_w2_weight go together, got {given} alone")
     if slots.latent is not None and w2 is not None:
         require_tensor("slots.latent", slots.latent, (*axes, "rank"))
         rank = slots.latent.shape[3]
+        require_shape("slots.latent", slots.latent, (*axes, "rank"), (*shape[:3], rank))
         require_shape("markov_w2_weight", w2, ("vocab", "rank"), (head.shape[0], rank))
     require_same_device(
-        hidden=slots.hidden, eval_mask=slots.eval_mask, lm_head_weight=head, markov_w2_weight=w2
+        hidden=slots.hidden,
+        latent=slots.latent,
+        target_hidden=slots.target_hidden,
+        confidence_pred=slots.confidence_pred,
+        target_ids=slots.target_ids,
+        eval_mask=slots.eval_mask,
+        lm_head_weight=head,
+        markov_w2_weight=w2,
     )

@@ -9,6 +9,7 @@ This file knows which folders ship; it does not know how they were made (``dspar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,12 @@ from dspark_lab.target import Target, fetch_smollm2, load_target
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["PAIRS", "Pair", "drafter_names", "load_pair"]
+__all__ = ["PAIRS", "Pair", "drafter_names", "load_pair", "question", "split_chats"]
 
 _DATA = SHIPPED_CHATS.parent
+# The shipped conversations of each domain from this number on are held out, and so is whoever asks
+# the same question.
+FIRST_HELD_OUT = 201
 PAIRS = ("pocket", "smollm2")
 
 
@@ -85,15 +89,48 @@ def load_pair(
     if pair == "smollm2":
         fetch_smollm2()
         target = load_target("smollm2", **options)
+        chats, held_out = split_chats()
     else:
         target = load_target(folder / "target", local_files_only=True, **options)
+        chats, held_out = (load_chats(folder / f"{name}.jsonl") for name in ("train", "held_out"))
     return Pair(
         name=pair,
         target=target,
         drafter=load_drafter(folder / drafter, target=target, **options),
-        chats=load_chats(folder / "train.jsonl"),
-        held_out=load_chats(folder / "held_out.jsonl"),
+        chats=chats,
+        held_out=held_out,
     )
+
+
+def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
+    """SmolLM2's conversations to learn from, those in ``paths`` among them, and the held-out ones.
+
+    No question is in both, nor twice among the first.
+    """
+    shipped = load_chats()
+    held_out = [chat for chat in shipped if _number(chat) >= FIRST_HELD_OUT]
+    train = [chat for chat in shipped if _number(chat) < FIRST_HELD_OUT]
+    for path in paths:
+        train += [
+            Chat(chat.messages, f"{path.stem}/{chat.id}", chat.domain, chat.finished)
+            for chat in load_chats(path)
+        ]
+    seen = {question(chat) for chat in held_out}
+    kept = []
+    for chat in train:
+        if question(chat) not in seen:
+            seen.add(question(chat))
+            kept.append(chat)
+    return kept, held_out
+
+
+def question(chat: Chat) -> str:
+    """What the user asks first."""
+    return next(m["content"] for m in chat.messages if m["role"] == "user")
+
+
+def _number(chat: Chat) -> int:
+    return int(chat.id.rsplit("-", 1)[1])
 
 
 def _folder(pair: str) -> Path:

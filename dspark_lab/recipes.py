@@ -37,6 +37,7 @@ from dspark_lab.generate import (
     model_answer,
 )
 from dspark_lab.heads import MarkovKind
+from dspark_lab.pairs import question, split_chats
 from dspark_lab.pocket import (
     PocketConfig,
     answer_again,
@@ -47,10 +48,6 @@ from dspark_lab.pocket import (
 )
 from dspark_lab.target import Target, load_smollm2, load_target, save_tokenizer
 from dspark_lab.train import TrainConfig, init_from_target, train
-
-# The shipped conversations of each domain from this number on are held out, and so is whoever asks
-# the same question.
-FIRST_HELD_OUT = 201
 
 
 @dataclass(frozen=True)
@@ -78,25 +75,6 @@ def make_corpora(work: Path, corpora: Sequence[Corpus] = CORPORA) -> list[Path]:
         prompts = make_prompts(corpus.count, corpus.seed, follow_up_share=0.0)
         generate(path, prompts, answer, corpus.seed, batch_size=192, attempts=1)
     return paths
-
-
-def split_chats(paths: Sequence[Path]) -> tuple[list[Chat], list[Chat]]:
-    """Conversations to train on, and the held-out ones; no question is in both."""
-    shipped = load_chats()
-    held_out = [chat for chat in shipped if _number(chat) >= FIRST_HELD_OUT]
-    train = [chat for chat in shipped if _number(chat) < FIRST_HELD_OUT]
-    for path in paths:
-        train += [
-            Chat(chat.messages, f"{path.stem}/{chat.id}", chat.domain, chat.finished)
-            for chat in load_chats(path)
-        ]
-    seen = {_question(chat) for chat in held_out}
-    kept = []
-    for chat in train:
-        if _question(chat) not in seen:
-            seen.add(_question(chat))
-            kept.append(chat)
-    return kept, held_out
 
 
 def make_pocket_target(
@@ -142,7 +120,7 @@ def make_answers(
     No question is in both, nor in ``taken``, what the target was trained on.
     """
     assert target.tokenizer is not None
-    seen = {_question(chat) for chat in taken}
+    seen = {question(chat) for chat in taken}
     for name, count, seed in (("held_out", held_out, 1000), ("train", train, 1001)):
         path = folder / f"{name}.jsonl"
         prompts: list[Prompt] = []
@@ -358,14 +336,6 @@ def answer_prompts(
         if len(chosen) < limit and len(target.tokenizer(question)["input_ids"]) <= 512:
             chosen.append(Prompt(f"{prompts.stem}-{number}", prompts.stem, 0, None, (question,)))
     return answer_again(target.model, target.tokenizer, chosen, seed=seed, sampling=sampling)
-
-
-def _number(chat: Chat) -> int:
-    return int(chat.id.rsplit("-", 1)[1])
-
-
-def _question(chat: Chat) -> str:
-    return next(m["content"] for m in chat.messages if m["role"] == "user")
 
 
 @dataclass(frozen=True)

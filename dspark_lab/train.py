@@ -15,40 +15,46 @@ or a checkpoint is, is known elsewhere.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
-from dspark_lab.checkpoint import save_drafter
+from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, load_chats, pack
+from dspark_lab.checkpoint import load_drafter, save_drafter
 from dspark_lab.checks import require_int
-from dspark_lab.drafter import Drafter
+from dspark_lab.drafter import Drafter, DrafterConfig
 from dspark_lab.evaluate import bootstrap, evaluate
 from dspark_lab.features import FeatureSource, cached_features, live_features
+from dspark_lab.heads import MarkovKind
 from dspark_lab.objective import Sums, dspark_objective, slot_weights
-from dspark_lab.target import Target
+from dspark_lab.target import Target, load_target
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["History", "TrainConfig", "init_from_target", "train"]
+__all__ = ["History", "TrainConfig", "checkpoints", "init_from_target", "new_drafter", "train"]
 
 Parallel = Literal["none", "ddp", "fsdp2"]
 METRICS = "metrics.jsonl"
@@ -68,7 +74,7 @@ class TrainConfig:
     the tokens that occur in the conversations alone, which is an approximation, and as much faster
     as they are fewer; evaluations are always over all. ``evaluate_anchors`` blocks are evaluated of
     each held-out conversation. 0 for ``checkpoint_every`` or ``evaluate_every`` means at the end
-    alone.
+    alone, 0 for ``clip_norm`` no clipping.
 
     Raises TypeError or ValueError for a value that cannot be.
     """
@@ -194,30 +200,34 @@ def train(
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
 ) -> History:
-    """Trains ``drafter`` in place, on the target's device.
+    """Trains ``drafter`` in place, on the target's device, in fp32 at least.
 
     Embedding and LM head become the target's own. ``out`` receives ``metrics.jsonl`` and
     ``checkpoint-<step>`` folders, each a drafter that :func:`dspark_lab.checkpoint.load_drafter`
     reads, with the optimiser's state beside it. Ctrl-C ends the run after the step it is in, with a
-    checkpoint.
+    checkpoint; the same call goes on from there.
 
     Args:
-        drafter: its weights are the start, unless there is a checkpoint to resume from.
+        drafter: its weights are the start, unless there is a checkpoint to resume from. With
+            "fsdp2" it is left in shards, and the last checkpoint holds it whole.
         target: frozen.
         chats: conversations, encoded already or with the target's tokenizer here.
         config: the settings.
-        out: made where it does not exist.
+        out: made where it does not exist; all processes must see it.
         held_out: conversations to evaluate on.
-        features: ask the target for every batch, or read them from ``cache``.
+        features: ask the target for every batch, or read them from ``cache``, where they lie in
+            bfloat16 unless the target is float64.
         cache: folder for cached features, ``out/features`` where None.
-        parallel: over the processes of ``torch.distributed``, which must be initialised.
+        parallel: over the processes of ``torch.distributed``, which must be initialised; each calls
+            this function with the same arguments.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
         progress: whether to show a bar.
-        on_metrics: called with each line of the metrics, in the main process.
+        on_metrics: called with each new line of the metrics, in the main process.
 
     Raises:
-        TypeError, ValueError: settings that cannot be, a checkpoint of other settings, or no
-            conversation to train on.
+        TypeError, ValueError: settings that cannot be, a checkpoint of other settings or data, or
+            no conversation to train on or to evaluate.
+        FloatingPointError: a gradient that is not finite; the weights are those before it.
         OSError: ``out`` cannot be written or the disk is full; earlier checkpoints are intact.
     """
     out = Path(out)
@@ -228,45 +238,50 @@ def train(
             f"batch_size must be at most the number of conversations, {len(tokens)}, "
             f"got {config.batch_size}"
         )
-    drafter.to(target.device)
+    if others:
+        _require_whole_block(others, drafter.config.block_size)
+    drafter.to(target.device, torch.promote_types(drafter.fc.weight.dtype, torch.float32))
     drafter.use_target_embeddings(target.embed_weight, target.head_weight)
     drafter.train()
     world = _World(parallel)
-    source = _source(target, tokens, drafter, features, cache or out / "features", progress)
     run = _Run(drafter, config, tokens, out, world)
     rows = run.start(resume)
+    source = _source(target, tokens, drafter, features, cache or out / "features", progress)
     order = _Order(tokens, config, world, _pad_token_id(target))
     every = config.checkpoint_every or config.steps
     look = config.evaluate_every or config.steps
-    bar = tqdm(
-        total=config.steps, initial=run.step, desc="train", disable=not (progress and world.main)
-    )
+    stopped = False
     with (
-        (out / METRICS).open("a", encoding="utf-8") if world.main else nullcontext() as file,
-        _interrupts() as interrupted,
+        _Lines(out / METRICS if world.main else None) as lines,
+        _interrupts() as interrupts,
+        tqdm(
+            total=config.steps,
+            initial=run.step,
+            desc="train",
+            disable=not (progress and world.main),
+        ) as bar,
     ):
 
         def record(row: dict[str, Any]) -> None:
             rows.append(row)
-            if file is not None:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+            lines.write(row)
             if on_metrics is not None and world.main:
                 on_metrics(row)
 
-        while run.step < config.steps and not interrupted:
-            row = run.advance(order, source)
+        while run.step < config.steps and not stopped:
+            row, stopped = run.advance(order, source, interrupts)
             record(row)
+            bar.set_postfix(
+                {name: f"{row[name]:.3f}" for name in ("loss", "accept_rate", "tau")}, refresh=False
+            )
             bar.update()
-            bar.set_postfix({name: row[name] for name in ("loss", "accept_rate", "tau")})
             done = run.step == config.steps
-            if others and (run.step % look == 0 or done):
+            if others and (done or run.step % look == 0):
                 record(_evaluation(run, target, others))
-            if interrupted or run.step % every == 0 or done:
+            if done or stopped or run.step % every == 0:
                 run.save()
-    bar.close()
     drafter.eval()
-    return History(out, rows, bool(interrupted))
+    return History(out, rows, run.step < config.steps)
 
 
 @torch.no_grad()
@@ -293,6 +308,60 @@ def init_from_target(drafter: Drafter, target: Target) -> None:
         drafter.fc.weight.copy_(torch.eye(hidden).repeat(1, depth) / depth)
 
 
+def new_drafter(
+    target: Target,
+    *,
+    mask_token_id: int,
+    num_hidden_layers: int = 2,
+    block_size: int = 7,
+    markov_rank: int = 64,
+    markov_head_type: MarkovKind = "vanilla",
+    target_layer_ids: Sequence[int] | None = None,
+    num_anchors: int = 64,
+) -> Drafter:
+    """A fresh drafter of the target's own shape, started with :func:`init_from_target`.
+
+    ``target_layer_ids`` None spreads up to five layers evenly over the target's, the last left out.
+    """
+    c = target.model.config
+    heads = c.num_attention_heads
+    rope = getattr(c, "rope_parameters", None) or {}
+    has_markov_head = markov_rank > 0 and markov_head_type != "none"
+    drafter = Drafter(
+        DrafterConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=getattr(c, "intermediate_size", None) or 4 * target.hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(c, "num_key_value_heads", None) or heads,
+            head_dim=getattr(c, "head_dim", None) or target.hidden_size // heads,
+            target_layer_ids=tuple(target_layer_ids or _spread(target.num_layers)),
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            num_anchors=num_anchors,
+            markov_rank=markov_rank if has_markov_head else 0,
+            markov_head_type=markov_head_type,
+            confidence_head_with_markov=has_markov_head,
+            rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or getattr(c, "rope_theta", None) or 10000),
+            max_position_embeddings=c.max_position_embeddings,
+        )
+    )
+    init_from_target(drafter, target)
+    return drafter
+
+
+def _spread(num_layers: int) -> list[int]:
+    """Up to five layers between the first and the last but one."""
+    last = num_layers - 2
+    count = min(5, num_layers - 1)
+    if count <= 1:
+        return [last]
+    first = min(1, last - count + 1)
+    return [round(first + (last - first) * i / (count - 1)) for i in range(count)]
+
+
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """A list that Ctrl-C makes longer, so that a step is never torn; a second one is as always."""
@@ -313,12 +382,53 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says what could not be written; safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"could not write {path}, what was saved before is intact: {reason}"
+        number = getattr(error, "errno", None)
+        raise (OSError(number, message) if number else OSError(message)) from error
+
+
+class _Lines:
+    """Metrics as JSON lines, each on disk at once. JSON has no NaN: it is null there."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __enter__(self) -> _Lines:
+        self.file = self.path and self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.path and self.file:
+            with _writing(self.path):
+                self.file.write(_to_json(row) + "\n")
+                self.file.flush()
+
+
+def _to_json(row: dict[str, Any]) -> str:
+    return json.dumps({name: None if value != value else value for name, value in row.items()})
+
+
+def _from_json(line: bytes) -> dict[str, Any]:
+    return {k: math.nan if value is None else value for k, value in json.loads(line).items()}
+
+
 class _World:
     """The processes of the run."""
 
     def __init__(self, parallel: Parallel) -> None:
-        if parallel not in ("none", "ddp", "fsdp2"):
-            raise ValueError(f"parallel must be 'none', 'ddp' or 'fsdp2', got {parallel!r}")
+        if parallel not in get_args(Parallel):
+            raise ValueError(f"parallel must be one of {get_args(Parallel)}, got {parallel!r}")
         if parallel != "none" and not torch.distributed.is_initialized():
             raise ValueError(f"parallel {parallel!r} needs torch.distributed to be initialised")
         self.parallel = parallel
@@ -326,20 +436,31 @@ class _World:
         self.rank = 0 if parallel == "none" else torch.distributed.get_rank()
         self.main = self.rank == 0
 
-    def wrap(self, step: nn.Module, drafter: Drafter, config: TrainConfig) -> nn.Module:
+    def wrap(self, step: _Forward, config: TrainConfig) -> nn.Module:
+        """The module whose gradients are means over the processes, all begun as the main one's."""
         if self.parallel == "ddp":
-            return nn.parallel.DistributedDataParallel(
-                step, find_unused_parameters=config.ce_only_fraction > 0
-            )
+            # What a term without weight alone would reach has no gradient.
+            idle = config.ce_only_fraction > 0 or config.confidence_weight == 0
+            return nn.parallel.DistributedDataParallel(step, find_unused_parameters=idle)
         if self.parallel == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
-            for layer in drafter.layers:
+            for parameter in step.drafter.parameters():
+                if parameter.requires_grad:
+                    torch.distributed.broadcast(parameter.detach(), 0)
+            for layer in step.drafter.layers:
                 fully_shard(layer)
             fully_shard(step)
         return step
 
+    def alone(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Where gradients may wait for a later backward to be shared."""
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return module.no_sync()
+        return nullcontext()
+
     def total(self, x: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(x)
         return x
@@ -371,7 +492,7 @@ class _Order:
                 batch = pack(some, config.pack_length, self.pad)
             places = torch.tensor([*group, -1])
             batch.chat_index.copy_(places[batch.chat_index])
-            yield batch, (config.seed << 40) + place
+            yield batch, ((config.seed << 40) + place) % 2**63
 
     def _group(self, place: int) -> list[int]:
         per_epoch = len(self.tokens) // self.config.batch_size
@@ -468,12 +589,14 @@ class _Run:
         world: _World,
     ) -> None:
         self.drafter, self.config, self.out, self.world = drafter, config, out, world
-        self.forward = world.wrap(_Forward(drafter, config, tokens), drafter, config)
-        trained = {n: p for n, p in drafter.named_parameters() if p.requires_grad}
-        self.names = list(trained)
+        self.forward = world.wrap(_Forward(drafter, config, tokens), config)
+        frozen = {id(drafter.embed_tokens.weight), id(drafter.lm_head.weight)}
+        named = dict(drafter.named_parameters())
+        self.weights = {name: p for name, p in named.items() if id(p) not in frozen}
+        self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained.values() if p.dim() > 1]},
-            {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self.trained.values() if p.dim() > 1]},
+            {"params": [p for p in self.trained.values() if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             groups,
@@ -482,17 +605,23 @@ class _Run:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.trained = trained
         self.step = 0
+        # What a checkpoint must agree with, beside the configuration.
+        self.facts = {"data": _digest(tokens), "processes": world.size}
 
-    def advance(self, order: _Order, source: FeatureSource) -> dict[str, Any]:
-        """One step; the weights change at its very end, so an interrupt before leaves them."""
-        begin = time.perf_counter()
+    def backward(
+        self, order: _Order, source: FeatureSource
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "field slot"], int]:
+        """The gradients of the step to come, all micro-batches of all processes as one batch.
+
+        Returns this process's part of the loss and of the stacked sums, and its tokens.
+        """
         config, world = self.config, self.world
-        device = self.drafter.fc.weight.device
-        micro = []
-        total = torch.zeros((), device=device)
+        device, dtype = self.drafter.fc.weight.device, self.drafter.fc.weight.dtype
+        micro, tokens = [], 0
+        total = torch.zeros((), device=device, dtype=dtype)
         for batch, seed in order.micro_batches(self.step):
+            tokens += int(batch.seq_lens.sum())
             batch = batch.to(device)
             blocks = draw_blocks(
                 batch,
@@ -501,55 +630,66 @@ class _Run:
                 mask_token_id=self.drafter.config.mask_token_id,
                 seed=seed,
             )
-            total += slot_weights(blocks.eval_mask, config.loss_decay_gamma, total.dtype).sum()
+            total += slot_weights(blocks.eval_mask, config.loss_decay_gamma, dtype).sum()
             micro.append((batch, blocks))
-        total = world.total(total)
+        world.total(total)
         terms = config.term_weights_at(self.step)
-        loss = torch.zeros((), device=device)
-        stacked = None
-        tokens = 0
-        for batch, blocks in micro:
+        losses, sums = [], []
+        for number, (batch, blocks) in enumerate(micro, start=1):
             given = source(batch)
-            one, sums = self.forward(batch, given.context, given.last, blocks, total, terms)
-            # The parallel wrappers average over processes what has to be summed.
-            (one * world.size).backward()
-            loss += one.detach()
-            stacked = sums if stacked is None else stacked + sums
-            tokens += int(batch.seq_lens.sum())
-        assert stacked is not None
-        norm = nn.utils.clip_grad_norm_(
-            self.trained.values(), config.clip_norm if config.clip_norm > 0 else math.inf
-        )
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            last = number == len(micro)
+            with nullcontext() if last else world.alone(self.forward):
+                loss, stacked = self.forward(batch, given.context, given.last, blocks, total, terms)
+                # The parallel wrappers average over processes what has to be summed.
+                (loss * world.size).backward()
+            losses.append(loss.detach())
+            sums.append(stacked)
+        return torch.stack(losses).sum(), torch.stack(sums).sum(dim=0), tokens
+
+    def advance(
+        self, order: _Order, source: FeatureSource, interrupts: Sequence[int] = ()
+    ) -> tuple[dict[str, Any], bool]:
+        """One step: its line of the metrics, and whether any process was asked to stop by then."""
+        begin = time.perf_counter()
+        config = self.config
+        loss, stacked, tokens = self.backward(order, source)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), config.clip_norm or math.inf)
+        # Everything that is reported crosses to the host at once.
+        figures = torch.cat([loss.new_tensor([tokens, len(interrupts)]), loss.view(1)])
+        figures = self.world.total(torch.cat([figures, stacked.flatten()]))
+        figures = torch.cat([figures, _whole(norm).view(1)]).double().cpu()
+        all_tokens, asked, all_loss = figures[:3].tolist()
+        size = float(figures[-1])
+        if not math.isfinite(size):
+            raise FloatingPointError(
+                f"the gradient of step {self.step + 1} is not finite (loss {all_loss}): the weights "
+                "are as before it; start from an earlier checkpoint with a lower learning_rate"
+            )
         rate = config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # Everything that is reported crosses to the host at once.
-        figures = torch.cat(
-            [world.total(torch.cat([loss.view(1), stacked.flatten()])), norm.view(1)]
-        )
-        figures = figures.cpu()
-        summary = Sums.from_stacked(figures[1:-1].view_as(stacked)).summary()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return {
+        summary = Sums.from_stacked(figures[3:-1].view_as(stacked)).summary()
+        row = {
             "step": self.step,
-            "loss": round(float(figures[0]), 5),
+            "loss": round(all_loss, 5),
             **{k: round(summary[k], 5) for k in ("ce", "l1", "confidence", "accept_rate", "tau")},
             "slots": summary["slots"],
-            "tokens": tokens,
+            "tokens": int(all_tokens),
             "lr": rate,
-            "grad_norm": round(float(figures[-1]), 5),
+            "grad_norm": round(size, 5),
             "seconds": round(time.perf_counter() - begin, 4),
         }
+        return row, asked > 0
 
     def start(self, resume: bool) -> list[dict[str, Any]]:
         """Makes the folder, reads the last checkpoint, and returns the metrics up to it."""
-        try:
+        if self.out.exists() and not self.out.is_dir():
+            raise NotADirectoryError(f"out must be a folder, got the file {self.out}")
+        with _writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise NotADirectoryError(f"out must be a folder, {self.out} is not: {error}") from None
         found = checkpoints(self.out)
         if found and not resume:
             raise ValueError(f"{self.out} holds a run already; resume it or choose another folder")
@@ -558,92 +698,95 @@ class _Run:
         metrics = self.out / METRICS
         rows: list[dict[str, Any]] = []
         if metrics.exists():
-            for line in metrics.read_bytes().split(b"\n")[:-1]:
-                row = json.loads(line)
-                if row["step"] > self.step:
-                    break
-                rows.append(row)
+            # A line that was not finished is of a step that is not in the checkpoint either.
+            rows = [_from_json(line) for line in metrics.read_bytes().split(b"\n")[:-1]]
+            rows = [row for row in rows if row["step"] <= self.step]
         self.world.wait()
         if self.world.main:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            partial = metrics.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, metrics)
-            for left in self.out.glob("*.partial*"):
-                shutil.rmtree(left, ignore_errors=True)
+            with _writing(metrics):
+                partial = metrics.with_suffix(".partial")
+                text = "".join(_to_json(row) + "\n" for row in rows)
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, metrics)
+            for left in self.out.glob("*.partial"):
+                shutil.rmtree(left)
         return rows
 
     def save(self) -> None:
         """``checkpoint-<step>``, complete or not there at all; old ones beyond the limit go."""
         folder = self.out / f"{_CHECKPOINT}{self.step:06d}"
-        weights = {name: _whole(p.detach()) for name, p in self.trained.items()}
+        whole = self.whole()
         state = {}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"{name}/{key}"] = _whole(value).cpu().contiguous()
+                state[f"{name}/{key}"] = _whole(value)
         if self.world.main and not folder.exists():
-            partial = folder.with_name(folder.name + ".partial")
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                save_drafter(self._plain(weights), partial)
-                save_file(state, partial / "optimizer.safetensors")
-                saved = {"step": self.step, "config": asdict(self.config)}
-                (partial / "state.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
-                os.replace(partial, folder)
-            except Exception as error:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(f"could not write the checkpoint {folder}: {error}") from error
+            self._write(folder, whole, state)
             for old in checkpoints(self.out)[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
+                # Renamed first, so that what looks like a checkpoint is always whole.
+                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
         self.world.wait()
 
-    def _plain(self, weights: dict[str, Tensor]) -> Drafter:
-        """The drafter itself, or, where its parameters are shards, a whole one of the weights."""
+    def whole(self) -> Drafter:
+        """The drafter itself, or, where its parameters are shards, a copy that has them whole."""
         if self.world.parallel != "fsdp2":
             return self.drafter
-        whole = Drafter(self.drafter.config)
-        whole.load_state_dict(weights, strict=False)
-        return whole
+        copy = Drafter(self.drafter.config).to(self.drafter.fc.weight.device)
+        named = {name: _whole(p.detach()) for name, p in self.drafter.named_parameters()}
+        copy.load_state_dict(named)
+        return copy
+
+    def _write(self, folder: Path, whole: Drafter, state: dict[str, Tensor]) -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        saved = {"step": self.step, "config": asdict(self.config), **self.facts}
+        try:
+            with _writing(folder):
+                save_drafter(whole, partial)
+                save_file(state, partial / "optimizer.safetensors")
+                (partial / "state.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
+                # The name must not reach the disk before the contents do.
+                for path in (*partial.iterdir(), partial):
+                    _settle(path)
+                os.replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _load(self, folder: Path) -> None:
         saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name, value in asdict(self.config).items():
-            if saved["config"].get(name) != value:
-                raise ValueError(
-                    f"{name} must be as in the run that {folder} is of, "
-                    f"{saved['config'].get(name)!r}, got {value!r}"
-                )
-        weights = load_file(folder / "model.safetensors")
-        state = load_file(folder / "optimizer.safetensors")
-        if set(weights) != set(self.trained):
-            raise ValueError(f"{folder} is of a drafter of another shape than the one given")
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _require_same(folder, asdict(self.config), saved["config"])
+        _require_same(folder, self.drafter.config.to_dict(), shape)
+        _require_same(folder, self.facts, saved)
+        weights = _read(folder / "model.safetensors")
+        state = _read(folder / "optimizer.safetensors")
         with torch.no_grad():
-            for name, parameter in self.trained.items():
+            for name, parameter in self.weights.items():
                 _fill(parameter, weights[name])
+            for name, parameter in self.trained.items():
+                # A parameter that has had no gradient yet has no state.
+                if f"{name}/step" not in state:
+                    continue
                 mine = self.optimizer.state[parameter]
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = state.get(f"{name}/{key}")
-                    if value is None:
-                        continue
-                    mine[key] = value if key == "step" else torch.zeros_like(parameter)
-                    if key != "step":
-                        _fill(mine[key], value)
-                if not mine:
-                    del self.optimizer.state[parameter]
+                mine["step"] = state[f"{name}/step"].to(parameter.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    mine[key] = torch.zeros_like(parameter)
+                    _fill(mine[key], state[f"{name}/{key}"])
         self.step = saved["step"]
 
 
 def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(
-        path
+    found = {
+        int(number): path
         for path in Path(out).glob(f"{_CHECKPOINT}*")
-        if path.name.removeprefix(_CHECKPOINT).isdigit()
-    )
+        if (number := path.name.removeprefix(_CHECKPOINT)).isdigit()
+    }
+    return [found[number] for number in sorted(found)]
 
 
 def _evaluation(run: _Run, target: Target, others: Sequence[Encoded]) -> dict[str, Any]:
-    table = evaluate(run.drafter, target, others, num_anchors=run.config.evaluate_anchors)
+    table = evaluate(run.whole(), target, others, num_anchors=run.config.evaluate_anchors)
     tau, low, high = bootstrap(table["tau"])
     slots = range(run.drafter.config.block_size)
     return {
@@ -677,6 +820,8 @@ def _encoded(chat: Chat | Encoded, target: Target, config: TrainConfig) -> Encod
         if target.tokenizer is None:
             raise ValueError("the target has no tokenizer: pass encoded conversations")
         return encode(chat, target.tokenizer, config.max_length)
+    if not isinstance(chat, Encoded):
+        raise TypeError(f"conversations must be Chat or Encoded, got {type(chat).__name__}")
     return Encoded(
         chat.input_ids[: config.max_length], chat.loss_mask[: config.max_length], chat.chat
     )
@@ -684,6 +829,15 @@ def _encoded(chat: Chat | Encoded, target: Target, config: TrainConfig) -> Encod
 
 def _pad_token_id(target: Target) -> int:
     return getattr(target.tokenizer, "pad_token_id", None) or 0
+
+
+def _digest(tokens: Sequence[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for item in tokens:
+        digest.update(len(item).to_bytes(8, "little"))
+        digest.update(item.input_ids.numpy().tobytes())
+        digest.update(item.loss_mask.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -694,3 +848,169 @@ def _fill(x: Tensor, value: Tensor) -> None:
     if isinstance(x, DTensor):
         value = distribute_tensor(value.to(x.device), x.device_mesh, x.placements)
     x.copy_(value)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+
+
+def _settle(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _require_number(name: str, value: Any, low: float, high: float = sys.float_info.max) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= high:
+        allowed = f"finite and >= {low}" if high == sys.float_info.max else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _require_whole_block(others: Sequence[Encoded], block_size: int) -> None:
+    length = block_size + 1
+    for item in others:
+        if len(item) >= length and bool(item.loss_mask.unfold(0, length, 1).all(dim=1).any()):
+            return
+    raise ValueError(
+        f"held_out must have a conversation with {length} supervised tokens in a row, which a "
+        "whole block needs"
+    )
+
+
+def _require_same(folder: Path, given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{name} must be as in the run that {folder} is of, {saved.get(name)!r}, "
+                f"got {value!r}"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; under torchrun one process of many."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    parallel: Parallel = options.parallel or ("ddp" if "LOCAL_RANK" in os.environ else "none")
+    if parallel != "none":
+        _join(options.device)
+    try:
+        history = _train_as_asked(options, parser, parallel)
+    except (FloatingPointError, OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    finally:
+        if parallel != "none":
+            torch.distributed.destroy_process_group()
+    if history.interrupted:
+        sys.exit(f"stopped, with {checkpoints(history.out)[-1]}; the same command goes on")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dspark_lab.train",
+        description=str(__doc__).splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--target", default="smollm2", help="a folder, a hub id, or smollm2")
+    parser.add_argument("--data", type=Path, help="JSONL of conversations; the shipped ones")
+    parser.add_argument("--held-out", type=Path, help="JSONL of conversations to evaluate on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run, to go on with")
+    parser.add_argument("--features", choices=("live", "cached"), default="live")
+    parser.add_argument("--cache", type=Path, help="folder of cached features; OUT/features")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--target-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), help="under torchrun; ddp")
+    shape = parser.add_argument_group("the drafter")
+    shape.add_argument("--drafter", help="a checkpoint to start from, instead of a fresh one")
+    shape.add_argument("--layers", type=int, default=2)
+    shape.add_argument("--block-size", type=int, default=7)
+    shape.add_argument("--markov-rank", type=int, default=64)
+    shape.add_argument("--markov-head", choices=get_args(MarkovKind), default="vanilla")
+    shape.add_argument("--layer-ids", type=_layer_ids, help="of the target, as 1,8,15; spread")
+    shape.add_argument("--mask-token", help="one that no conversation has; the tokenizer's or last")
+    training = parser.add_argument_group("training, see TrainConfig")
+    kinds = get_type_hints(TrainConfig)
+    for field in fields(TrainConfig):
+        kind, default = kinds[field.name], field.default
+        options: dict[str, Any] = {"type": int if kind == int | None else kind}
+        if get_args(kind) and kind != int | None:
+            options = {"choices": get_args(kind)}
+        if default is MISSING:
+            options |= {"required": True, "help": "optimiser steps"}
+        else:
+            options |= {"default": default, "help": " "}
+        training.add_argument(f"--{field.name.replace('_', '-')}", **options)
+    return parser
+
+
+def _layer_ids(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _join(device: str) -> None:
+    backend = "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    torch.distributed.init_process_group(backend)
+
+
+def _train_as_asked(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, parallel: Parallel
+) -> History:
+    config = TrainConfig(**{f.name: getattr(options, f.name) for f in fields(TrainConfig)})
+    dtype = getattr(torch, options.target_dtype)
+    target = load_target(options.target, device=options.device, dtype=dtype)
+    chats = [_encoded(chat, target, config) for chat in load_chats(options.data)]
+    held_out = load_chats(options.held_out) if options.held_out else []
+    torch.manual_seed(config.seed)
+    if options.drafter:
+        drafter = load_drafter(options.drafter, target=target, dtype=torch.float32)
+    else:
+        drafter = new_drafter(
+            target,
+            mask_token_id=_mask_token_id(options.mask_token, target, chats),
+            num_hidden_layers=options.layers,
+            block_size=options.block_size,
+            markov_rank=options.markov_rank,
+            markov_head_type=options.markov_head,
+            target_layer_ids=options.layer_ids,
+            num_anchors=config.num_anchors,
+        )
+    return train(
+        drafter,
+        target,
+        chats,
+        config,
+        out=options.out,
+        held_out=held_out,
+        features=options.features,
+        cache=options.cache,
+        parallel=parallel,
+    )
+
+
+def _mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) -> int:
+    vocabulary = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
+    if name is not None:
+        if name not in vocabulary:
+            raise ValueError(f"mask_token must be a token of the target's vocabulary, got {name!r}")
+        return vocabulary[name]
+    own = getattr(target.tokenizer, "mask_token_id", None)
+    if own is not None:
+        return own
+    used = set(torch.cat([item.input_ids for item in chats]).tolist())
+    unused = set(range(target.vocab_size)) - used
+    if not unused:
+        raise ValueError("the conversations contain every token: mask_token must name one")
+    return max(unused)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,13 +9,13 @@ import torch
 from dspark_lab.chats import Chat, encode, load_chats
 from dspark_lab.checkpoint import load_drafter
 from dspark_lab.evaluate import evaluate
+from dspark_lab.pairs import question, split_chats
 from dspark_lab.pocket import perplexity, train_tokenizer
 from dspark_lab.recipes import (
     POCKET_DRAFTERS,
     REDUCED_POCKET,
     make_pocket_pair,
     pocket_drafter,
-    split_chats,
     write_chats,
 )
 from dspark_lab.target import load_target
@@ -28,10 +28,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     work = tmp_path_factory.mktemp("work")
     make_pocket_pair(work, work / "out", REDUCED_POCKET, progress=False)
     return work, work / "out"
-
-
-def question(chat: Chat) -> str:
-    return next(m["content"] for m in chat.messages if m["role"] == "user")
 
 
 def test_every_stage_runs_and_its_results_load(made: tuple[Path, Path]) -> None:
