@@ -17,7 +17,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,21 @@ def make_prompts(count: int, seed: int, follow_up_share: float = FOLLOW_UP_SHARE
             users.append(_fill(rng.choice(FOLLOW_UPS[domain]), rng))
         system = rng.choice(SYSTEM_MESSAGES[domain]) if rng.random() < SYSTEM_SHARE else None
         prompts.append(Prompt(f"{domain}-{index + 1:04d}", domain, template, system, tuple(users)))
+    return prompts
+
+
+def distinct_prompts(templates: Mapping[str, Sequence[int]], most: int, seed: int) -> list[Prompt]:
+    """Up to `most` distinct questions of each of some templates, by domain and number."""
+    prompts = []
+    for domain, numbers in templates.items():
+        for number in numbers:
+            rng = random.Random(f"{seed}/{domain}/{number}")
+            template = TEMPLATES[domain][number]
+            drawn = dict.fromkeys(_fill(template, rng) for _ in range(8 * most))
+            for index, question in enumerate(list(drawn)[:most]):
+                prompts.append(
+                    Prompt(f"{domain}-{number}-{index}", domain, number, None, (question,))
+                )
     return prompts
 
 

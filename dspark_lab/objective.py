@@ -344,10 +344,10 @@ def _chunked(
             losses.append(_losses_(p, q, scratch[0], label[some], ce_weight, l1_weight, asks))
             if narrow and asks:
                 draft[some] = p
-        ce[part], l1[part] = (torch.cat(x) for x in zip(*losses, strict=True))
+        ce[part], l1[part], size = (torch.cat(x) for x in zip(*losses, strict=True))
         if not asks:
             continue
-        scale = share[part].unsqueeze(1) * unit
+        scale = (share[part] * unit / size).unsqueeze(1)
         d_hidden[part] = (scale * (draft @ head)).to(hidden.dtype)
         if z is not None and w2 is not None:
             d_latent[part] = (scale * (draft @ w2)).to(hidden.dtype)
@@ -366,32 +366,37 @@ def _losses_(
     ce_weight: float,
     l1_weight: float,
     asks: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """ce and l1 of some rows of logits, which become their own gradients where asked for.
 
     With s = sign(p - q) the gradient of a slot's logits is
     ``ce_weight (p - onehot) + l1_weight p (s - sum(p s))``; ``draft`` ends as that divided by
-    l1_weight, or by ce_weight where there is no l1. ``target`` is overwritten.
+    l1_weight, or by ce_weight where there is no l1, and times the third thing returned.
+    ``target`` is overwritten.
     """
     top = draft.amax(dim=-1)
     of_label = draft.gather(1, label).squeeze(1)
     torch.softmax(draft, dim=-1, out=draft)
+    # Over a large vocabulary fp32 softmax divides by a sum that is off by some millionths. By how
+    # much, a better sum tells; to divide by that as well waits until it concerns few numbers.
+    size = draft.sum(dim=-1)
     # The largest probability is at least 1 / vocab, so its logarithm is safe where p[label] is 0.
-    ce = top - draft.amax(dim=-1).log_() - of_label
+    ce = top - (draft.amax(dim=-1) / size).log_() - of_label
     l1 = torch.zeros_like(ce)
     if target is not None:
         torch.softmax(target, dim=-1, out=target)
-        torch.sub(draft, target, out=target)
-        l1 = torch.abs(target, out=scratch).sum(dim=-1)
+        ratio = (size / target.sum(dim=-1)).neg_().unsqueeze(1)
+        torch.addcmul(draft, target, ratio, out=target)
+        l1 = torch.abs(target, out=scratch).sum(dim=-1) / size
     if asks:
         pull = 1.0
         if target is not None and l1_weight != 0:
             pull = ce_weight / l1_weight
             signed = target.sign_().mul_(draft)
-            mean = signed.sum(dim=-1, keepdim=True)
-            torch.addcmul(signed, draft, pull - mean, out=draft)
-        draft.scatter_add_(1, label, draft.new_full(label.shape, -pull))
-    return ce, l1
+            mean = signed.sum(dim=-1) / size
+            torch.addcmul(signed, draft, (pull - mean).unsqueeze(1), out=draft)
+        draft.scatter_add_(1, label, (size * -pull).unsqueeze(1))
+    return ce, l1, size
 
 
 def _add_product_(total: Tensor, draft: Tensor, x: Tensor) -> None:
@@ -541,7 +546,7 @@ def _require_number(name: str, value: float) -> None:
 def _require_weights(*weights: float) -> None:
     for name, weight in zip(("ce_weight", "l1_weight", "confidence_weight"), weights, strict=True):
         _require_number(name, weight)
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, got {weight}")
 
 

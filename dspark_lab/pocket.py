@@ -33,7 +33,7 @@ from dspark_lab.chats import Chat, Encoded, collate
 from dspark_lab.generate import Prompt, Record, Sampling, converse, make_batches, model_answer
 
 # What a server at temperature 1 would draw, nothing cut off.
-POCKET_SAMPLING = Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=256)
+POCKET_SAMPLING = Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=160)
 
 START, END, PAD, MASK = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|mask|>"
 TEMPLATE = (

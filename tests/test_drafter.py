@@ -5,12 +5,15 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
+from samples import documents
 from torch import Tensor
 
 import dspark_lab.drafter
+from dspark_lab.chats import collate, pack
 from dspark_lab.common import sample_anchor_positions
 from dspark_lab.drafter import Drafter, DrafterConfig
 from dspark_lab.heads import build_markov_head
+from dspark_lab.objective import accept_rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,7 +191,7 @@ def test_one_packed_document_before_padding_is_the_same_as_unpacked():
 @pytest.mark.parametrize("head", HEADS)
 def test_a_document_among_others_is_the_same_as_alone(head, backend):
     """Up to the document's end: later slots have no meaning, and none of them is supervised."""
-    model, given = drafter(markov_head_type=head), row(17) | {}
+    model, given = drafter(markov_head_type=head), row(17)
     together = model(
         **given, **blocks(1, 3, 6, 9, 13), **packing(5, 6, 4, seq_len=17), backend=backend
     )
@@ -205,6 +208,39 @@ def test_a_document_among_others_is_the_same_as_alone(head, backend):
                 got = getattr(together, name)[0, n, :known]
                 torch.testing.assert_close(got, getattr(alone, name)[0, own, :known])
             n += 1
+
+
+def test_a_packed_batch_goes_straight_in():
+    """Two conversations in one row give the accept rates that they give in rows of their own.
+
+    There are anchors enough for every candidate, so both ways have the same blocks.
+    """
+    encoded = documents("paaaa", "ppaaaaa")
+    torch.manual_seed(3)
+    features, last = torch.randn(12, 24).double(), torch.randn(12, 12).double()
+    model = drafter(num_anchors=7)
+    outputs = []
+    for batch in (collate(encoded, 22), pack(encoded, 14, 22)):
+        # No two tokens are alike, so each finds its own features.
+        place = batch.input_ids.clamp(max=11)
+        packed = {name: getattr(batch, name) for name in ("doc_remaining", "position_ids")}
+        outputs.append(
+            model(
+                batch.input_ids,
+                features[place],
+                batch.loss_mask,
+                last[place],
+                seq_lens=batch.seq_lens,
+                **packed,
+            )
+        )
+    rates = []
+    for output in outputs:
+        supervised = output.eval_mask
+        labels, values = output.target_ids[supervised], accept_rates(output)[supervised]
+        rates.append(sorted(zip(labels.tolist(), values.tolist(), strict=True)))
+    assert len(rates[0]) == (3 + 2 + 1) + (4 + 3 + 2 + 1)
+    torch.testing.assert_close(*(torch.tensor(pairs) for pairs in rates))
 
 
 def test_anchors_of_packed_rows_leave_room_in_their_document():
@@ -580,8 +616,8 @@ def test_what_a_slots_latent_depends_on(kind, changing):
             assert torch.equal(got[1], expected[1])
 
 
-def test_the_rnn_forgets_nothing_with_its_gate_open_and_everything_with_it_shut():
-    """A gate of one keeps the zero state; then a slot's latent is that of a first slot."""
+def test_an_rnn_whose_gate_stays_open_keeps_its_zero_state():
+    """Each slot's latent is then that of a first slot."""
     head, previous, hidden = head_and_inputs("rnn")
     with torch.no_grad():
         head.joint_proj.bias[:3] = 1e4
@@ -589,6 +625,16 @@ def test_the_rnn_forgets_nothing_with_its_gate_open_and_everything_with_it_shut(
     for k in range(5):
         first = head.latent(previous[:, :, k : k + 1], hidden[:, :, k : k + 1])
         torch.testing.assert_close(latent[:, :, k : k + 1], first)
+
+
+def test_the_rnn_steps_as_it_reads_a_whole_block():
+    """Decoding goes one slot at a time, from a state of zeros."""
+    head, previous, hidden = head_and_inputs("rnn")
+    state = torch.zeros(2, 3, 3, dtype=torch.float64)
+    expected = head.latent(previous, hidden)
+    for k in range(5):
+        state, latent = head.step(state, head.embed(previous[:, :, k]), hidden[:, :, k])
+        torch.testing.assert_close(latent, expected[:, :, k])
 
 
 @pytest.mark.parametrize("kind", ["none", "vanilla"])

