@@ -26,7 +26,7 @@ import torch
 from dspark_lab.cards import pocket_card, smollm2_card
 from dspark_lab.chats import SHIPPED_CHATS, Chat, encode, load_chats
 from dspark_lab.checkpoint import load_drafter, save_drafter
-from dspark_lab.drafter import Drafter, DrafterConfig
+from dspark_lab.drafter import Drafter
 from dspark_lab.evaluate import evaluate
 from dspark_lab.generate import (
     Prompt,
@@ -40,6 +40,7 @@ from dspark_lab.generate import (
 from dspark_lab.heads import MarkovKind
 from dspark_lab.pairs import question, split_chats
 from dspark_lab.pocket import (
+    MASK,
     PocketConfig,
     answer_again,
     perplexity,
@@ -48,7 +49,7 @@ from dspark_lab.pocket import (
     train_tokenizer,
 )
 from dspark_lab.target import Target, load_smollm2, load_target, save_tokenizer
-from dspark_lab.train import History, TrainConfig, init_from_target, train
+from dspark_lab.train import History, TrainConfig, new_drafter, train
 
 
 @dataclass(frozen=True)
@@ -166,32 +167,16 @@ def write_chats(chats: Sequence[Chat], path: Path) -> None:
     os.replace(partial, path)
 
 
-def pocket_drafter(
-    target: Target, kind: MarkovKind, block_size: int, markov_rank: int = 64
-) -> Drafter:
-    """A fresh drafter for the pocket target: two layers of the target's own shape."""
-    c = target.model.config
-    config = DrafterConfig(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=target.hidden_size // c.num_attention_heads,
-        target_layer_ids=tuple(range(target.num_layers - 1)),
+def pocket_drafter(target: Target, kind: MarkovKind, block_size: int) -> Drafter:
+    """A fresh drafter for the pocket target."""
+    assert target.tokenizer is not None
+    return new_drafter(
+        target,
+        mask_token_id=target.tokenizer.get_vocab()[MASK],
         block_size=block_size,
-        mask_token_id=target.tokenizer.mask_token_id if target.tokenizer else 0,
-        num_anchors=32,
-        markov_rank=0 if kind == "none" else markov_rank,
         markov_head_type=kind,
-        confidence_head_with_markov=kind != "none",
-        rope_theta=10000.0,
-        max_position_embeddings=2048,
+        num_anchors=32,
     )
-    drafter = Drafter(config)
-    init_from_target(drafter, target)
-    return drafter
 
 
 @dataclass(frozen=True)
@@ -255,28 +240,14 @@ SMOLLM2_MASK = "<empty_output>"
 
 
 def smollm2_drafter(target: Target) -> Drafter:
-    """A fresh drafter for SmolLM2: two layers of the target's own shape, 15 million weights."""
+    """A fresh drafter for SmolLM2, 15 million weights."""
     assert target.tokenizer is not None
-    c = target.model.config
-    config = DrafterConfig(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=target.hidden_size // c.num_attention_heads,
-        target_layer_ids=SMOLLM2_LAYER_IDS,
-        block_size=7,
+    return new_drafter(
+        target,
         mask_token_id=target.tokenizer.get_vocab()[SMOLLM2_MASK],
+        target_layer_ids=SMOLLM2_LAYER_IDS,
         num_anchors=32,
-        markov_rank=64,
-        rope_theta=100000.0,
-        max_position_embeddings=8192,
     )
-    drafter = Drafter(config)
-    init_from_target(drafter, target)
-    return drafter
 
 
 # First over the tokens that occur in the conversations, a fifth of the vocabulary and so much

@@ -977,6 +977,13 @@ def test_what_a_killed_save_left_unfinished_is_cleared_by_the_next(whole):
     assert list(whole.parent.iterdir()) == [whole]
 
 
+def test_a_replaced_checkpoint_that_a_kill_kept_is_cleared_by_the_next_save(whole):
+    shutil.copytree(whole, whole.parent / ".drafter.previous")
+    save_drafter(make_drafter(seed=1), whole, include_embeddings=True)
+    assert_same(load_drafter(whole), make_drafter(seed=1))
+    assert list(whole.parent.iterdir()) == [whole]
+
+
 def test_a_save_killed_between_old_and_new_leaves_the_old_to_load_and_to_replace(whole):
     program = f"""
 import os, signal
