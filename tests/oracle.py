@@ -312,13 +312,13 @@ def slot_terms(draft, target, label, confidence):
     return -math.log(p[label]), l1, accept, bce
 
 
-def training_loss(blocks, ce_weight, l1_weight, confidence_weight, gamma):
+def training_loss(blocks, ce_weight, l1_weight, confidence_weight, loss_decay_gamma):
     """The weighted mean of the three terms; blocks hold what slot_terms takes, slot by slot."""
     total = weights = 0.0
     for block in blocks:
         for k, slot in enumerate(block):
             ce, l1, _, bce = slot_terms(*slot)
-            weight = math.exp(-k / gamma)
+            weight = math.exp(-k / loss_decay_gamma)
             weights += weight
             total += weight * (ce_weight * ce + l1_weight * l1 + confidence_weight * bce)
     return total / weights

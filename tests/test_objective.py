@@ -131,23 +131,26 @@ def gradients(given: Case, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(values, found, strict=True))
 
 
-def assert_near(got: Tensor, expected: Tensor, bound: float, what: str) -> None:
-    """The norm of the difference is at most the bound times the norm of what is expected."""
+def assert_near(got: Tensor, expected: Tensor, bound: float, what: str, scale=1e-3) -> None:
+    """The norm of the difference is at most the bound times the expected norm, or the scale."""
     got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
     assert got.shape == expected.shape, what
     assert torch.equal(got.isnan(), expected.isnan()), what
     got, expected = got.nan_to_num(0), expected.nan_to_num(0)
     error, size = float((got - expected).norm()), float(expected.norm())
-    assert error <= bound * max(size, 1e-3), f"{what}: off by {error:.2e} of {size:.2e}"
+    assert error <= bound * max(size, scale), f"{what}: off by {error:.2e} of {size:.2e}"
 
 
 def assert_same(got: Objective, expected: Objective, bound: float) -> None:
+    """Accept rates are 1 - l1 / 2, so they and what follows from them are exact relative to 1."""
     assert_near(got.loss, expected.loss, bound, "loss")
-    assert_near(got.accept + 1, expected.accept + 1, bound, "accept")
+    assert_near(got.accept, expected.accept, bound, "accept", float(expected.sums.count.norm()))
     for field in fields(Sums):
         one, other = (getattr(x.sums, field.name) for x in (got, expected))
         assert not one.requires_grad
-        assert_near(one, other, bound, field.name)
+        terms = ("weight", "ce", "l1", "confidence")
+        scale = 1e-3 if field.name in terms else float(expected.sums.count.norm())
+        assert_near(one, other, bound, field.name, scale)
 
 
 def assert_same_gradients(got: dict, expected: dict, bound: float) -> None:
@@ -199,7 +202,7 @@ def test_loss_and_tau_are_what_plain_loops_say(form, given, terms) -> None:
     blocks = plain_blocks(given)
     assume(blocks)
     got = form(given, **terms)
-    expected = oracle.training_loss(blocks, *terms.values())
+    expected = oracle.training_loss(blocks, **terms)
     assert got.loss.item() == pytest.approx(expected, rel=1e-10)
     summary = got.sums.summary()
     assert summary["tau"] == pytest.approx(oracle.tau(blocks), rel=1e-10)
@@ -293,16 +296,19 @@ def test_fp32_is_the_float64_textbook_to_a_millionth(device) -> None:
 
 
 def test_sums_over_a_large_vocabulary_stay_exact(device) -> None:
-    """Softmax and its sums over 50,000 words, in tiles, are as exact as over a few."""
-    given = case(size=(1, 4, 5), vocab=50_000, width=8, supervised=1.0)
+    """A millionth still, where fp32 softmax itself is off by several."""
+    given = case(size=(1, 4, 4), vocab=49_152, width=64, rank=16, supervised=1.0)
+    given = replace(given, head=given.head * 0.35, w2=given.w2 * 0.35)
     truth = given.to(torch.float64)
-    expected, given = textbook(truth), given.to(device)
-    got = chunked(given, chunk=17)
+    output = full_logits(truth)
+    p, q = output.draft_logits.softmax(-1), output.aligned_target_logits.softmax(-1)
+    assert ((p / q).log().abs() > 1e-6).all()
+    off = output.draft_logits.float().softmax(-1).double() / p - 1
+    assert float(off.mean().abs()) > 1e-6
+    expected, given = output_objective(output), given.to(device)
+    got = chunked(given, chunk=11)
     assert_same(got, expected, 1e-6)
-    found, true = gradients(given, got.loss), gradients(truth, expected.loss)
-    assert_near(found["confidence_pred"], true["confidence_pred"], 1e-6, "confidence")
-    # A word or two of a million has p and q so near that fp32 cannot tell which is larger.
-    assert_same_gradients(found, true, 2e-5)
+    assert_same_gradients(gradients(given, got.loss), gradients(truth, expected.loss), 1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
@@ -550,12 +556,12 @@ def test_autocast_means_bf16_products_and_nothing_else(device) -> None:
 
 def test_bf16_does_not_round_the_weights_of_slots() -> None:
     """A power of two would pass through bf16 unharmed, a third would not."""
-    given = case(size=(1, 6, 1), vocab=30, width=8, supervised=1.0).to(torch.bfloat16)
+    given = case(size=(4, 16, 1), vocab=30, width=32, supervised=1.0).to(torch.bfloat16)
     found = []
     for normaliser in (1.0, 3.0):
         loss = chunked(given, normaliser=torch.tensor(normaliser)).loss
         found.append(gradients(given, loss)["hidden"].double())
-    lost = (3 * found[1] - found[0]).mean() / found[0].abs().mean()
+    lost = ((3 * found[1] - found[0]) * found[0].sign()).sum() / found[0].abs().sum()
     assert abs(float(lost)) < 4e-4
 
 
@@ -579,15 +585,13 @@ def test_memory_does_not_grow_with_the_number_of_anchors() -> None:
         given = given.to(torch.float32)
         return peak_bytes(lambda: gradients(given, form(given).loss))
 
+    def in_chunks(given: Case) -> Objective:
+        return chunked(given, chunk=16)
+
     slots = 4 * (96 - 24)
-    few = replace_chunk(peak, 24), replace_chunk(peak, 96)
     inputs = slots * (width + rank) * 4
-    assert few[1] - few[0] < 10 * inputs
+    assert peak(in_chunks, 96) - peak(in_chunks, 24) < 10 * inputs
     assert peak(textbook, 96) - peak(textbook, 24) > 3 * slots * vocab * 4
-
-
-def replace_chunk(peak, anchors: int) -> int:
-    return peak(lambda given: chunked(given, chunk=16), anchors)
 
 
 def test_the_gradient_is_formed_only_where_it_is_asked_for() -> None:

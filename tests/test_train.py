@@ -1,0 +1,896 @@
+"""The loop in one process: its order, its gradient, its files, and every way in which it can end."""
+
+import json
+import math
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dspark_lab import train as lab
+from dspark_lab.chats import Encoded, load_tokenizer
+from dspark_lab.checkpoint import load_drafter, save_drafter
+from dspark_lab.evaluate import evaluate
+from dspark_lab.target import Target
+from dspark_lab.train import TrainConfig, train
+from tests import runs
+from tests.runs import CONFIG, STEPS, ending, in_processes, small_run
+from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
+
+ONE = SimpleNamespace(size=1, rank=0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_here():
+    """Tiny tensors; and bits depend on how a sum is shared among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    small_run(out)
+    return out
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """The folder of a run that was stopped after its fourth step, with a checkpoint."""
+    out = tmp_path / "begun"
+    small_run(out, on_metrics=interrupt_at(4))
+    return out
+
+
+def interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """Presses Ctrl-C when the step before has just been reported."""
+
+    def press(row: dict[str, Any]) -> None:
+        if row["step"] == step - 1 and "loss" in row:
+            signal.raise_signal(signal.SIGINT)
+
+    return press
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "message"),
+    [
+        ("steps", 0, ValueError, "steps must be >= 1, got 0"),
+        ("batch_size", 2.0, TypeError, "batch_size must be an int, got 2.0"),
+        ("accumulate", True, TypeError, "accumulate must be an int"),
+        ("seed", -1, ValueError, "seed must be >= 0"),
+        ("pack_length", 100, ValueError, "pack_length must be >= 2048, got 100"),
+        ("schedule", "step", ValueError, "schedule must be one of .*'linear'.* got 'step'"),
+        ("precision", "fp16", ValueError, "precision must be one of"),
+        ("learning_rate", math.nan, ValueError, "learning_rate must be finite and >= 0, got nan"),
+        ("learning_rate", math.inf, ValueError, "learning_rate must be finite"),
+        ("clip_norm", -1, ValueError, "clip_norm must be finite and >= 0, got -1"),
+        ("beta2", 1, ValueError, r"beta2 must be in \[0, 0.99"),
+        ("ce_only_fraction", 1.5, ValueError, r"ce_only_fraction must be in \[0, 1\], got 1.5"),
+        ("l1_weight", "0.9", TypeError, "l1_weight must be a number, got '0.9'"),
+        ("loss_decay_gamma", 0, ValueError, "loss_decay_gamma must be finite and >= "),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(
+    name: str, value: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        TrainConfig(**({"steps": 1} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 1, 1, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)]),
+    ],
+)
+def test_learning_rate_rises_and_falls(schedule: Any, rates: list[float]) -> None:
+    config = TrainConfig(
+        6, schedule=schedule, warmup_steps=2, learning_rate=3.0, final_lr_ratio=0.2
+    )
+    found = [config.learning_rate_at(step) / 3 for step in range(6)]
+    assert found == pytest.approx(rates)
+
+
+def test_terms_move_from_cross_entropy_to_the_given_weights() -> None:
+    config = TrainConfig(10, ce_only_fraction=0.4)
+    found = [list(config.term_weights_at(step).values()) for step in (0, 1, 4, 9)]
+    expected = [[1, 0, 0], [0.775, 0.225, 0.25], [0.1, 0.9, 1], [0.1, 0.9, 1]]
+    assert found == [pytest.approx(weights) for weights in expected]
+    assert list(TrainConfig(10).term_weights_at(0).values()) == [0.1, 0.9, 1.0]
+
+
+# The order of the data
+
+
+def batches(config: TrainConfig, step: int, world: Any = ONE) -> list[tuple[list[int], int]]:
+    """For each micro-batch of a step the conversations in it and the seed of its blocks."""
+    order = lab._Order(random_chats(20), config, world, 0)
+    found = order.micro_batches(step)
+    return [(sorted(batch.chat_index.flatten().tolist()), seed) for batch, seed in found]
+
+
+def test_an_epoch_holds_every_conversation_once_in_an_order_of_its_own() -> None:
+    config = TrainConfig(8, batch_size=5)
+    epochs = [[batches(config, step)[0][0] for step in range(4 * e, 4 * e + 4)] for e in (0, 1)]
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == list(range(20))
+    assert epochs[0] != epochs[1]
+    other = replace(config, seed=1)
+    assert [batches(other, step)[0][0] for step in range(4)] != epochs[0]
+
+
+def test_a_batch_holds_conversations_of_similar_length() -> None:
+    lengths = [len(item) for item in random_chats(20)]
+    rank = {index: place for place, index in enumerate(sorted(range(20), key=lengths.__getitem__))}
+    for step in range(4):
+        [(batch, _)] = batches(TrainConfig(4, batch_size=5), step)
+        assert len({lengths[index] for index in batch}) <= 5
+        assert max(rank[i] for i in batch) - min(rank[i] for i in batch) <= 9
+
+
+def test_a_step_follows_from_seed_and_number_alone() -> None:
+    config = TrainConfig(9, batch_size=3, accumulate=2)
+    order = lab._Order(random_chats(20), config, ONE, 0)
+    for step in (7, 0, 3, 8, 1):
+        again = [
+            (sorted(b.chat_index.flatten().tolist()), seed) for b, seed in order.micro_batches(step)
+        ]
+        assert again == batches(config, step)
+    seeds = [seed for step in range(9) for _, seed in batches(config, step)]
+    assert len(set(seeds)) == 18
+
+
+def test_processes_share_what_one_would_accumulate() -> None:
+    config = TrainConfig(9, batch_size=2)
+    for step in range(9):
+        alone = batches(replace(config, accumulate=4), step)
+        shared = [
+            batches(replace(config, accumulate=2), step, SimpleNamespace(size=2, rank=rank))
+            for rank in (0, 1)
+        ]
+        assert sorted(alone) == sorted(shared[0] + shared[1])
+
+
+# The gradient of a step
+
+
+def uneven_chats() -> list[Encoded]:
+    """Answers of very different length, one without any."""
+    chats = random_chats(8, low=8, high=40)
+    nothing = Encoded(chats[3].input_ids, torch.zeros(len(chats[3]), dtype=torch.bool), CHAT)
+    return [*chats[:3], nothing, *chats[4:]]
+
+
+def double_run(
+    config: TrainConfig, out: Path, chats: list[Encoded], **shape: Any
+) -> tuple[Any, Target, Any]:
+    """A run that has not taken a step, in float64, and its target and order."""
+    target, drafter = tiny_target(), tiny_drafter(1, **shape)
+    target.model.double(), drafter.double()
+    # A Markov bias of zero would hide half of its gradients.
+    if drafter.markov_head is not None:
+        torch.nn.init.normal_(drafter.markov_head.markov_w2.weight, std=0.3)
+    torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.3)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    run = lab._Run(drafter, config, chats, out, lab._World("none"))
+    return run, target, lab._Order(chats, config, lab._World("none"), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"accumulate": 3}, {}),
+        ({"accumulate": 2, "pack_length": 60, "max_length": 60}, {"markov_head_type": "rnn"}),
+        ({"accumulate": 4, "batch_size": 1, "ce_only_fraction": 1.0}, {}),
+    ],
+)
+def test_gradient_of_an_accumulated_step_is_that_of_the_joined_batch(
+    settings: dict[str, Any], shape: dict[str, Any], tmp_path: Path
+) -> None:
+    config = TrainConfig(4, **({"batch_size": 2, "num_anchors": 5} | settings))
+    chats = uneven_chats()
+    run, target, order = double_run(config, tmp_path, chats, **shape)
+    slots: list[int] = []
+    for step in range(2):
+        run.step = step
+        loss, stacked, tokens = run.backward(order, lab.live_features(target, (0, 1)))
+        found = runs.gradients(run.drafter)
+        run.drafter.zero_grad()
+        parts = runs.parts_of_step(chats, config, run.drafter, step)
+        joined = runs.joined_objective(
+            run.drafter, target, parts, **config.term_weights_at(step), loss_decay_gamma=4.0
+        )
+        joined.loss.backward()
+        expected = runs.gradients(run.drafter)
+        run.drafter.zero_grad()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(loss, joined.loss.detach(), rtol=1e-9, atol=1e-12)
+        counted = torch.tensor([0, 1, 8])  # count, weight, survival
+        torch.testing.assert_close(stacked[counted], joined.sums.stacked()[counted])
+        assert tokens == sum(int(batch.seq_lens.sum()) for batch, _ in parts)
+        slots += [int(blocks.eval_mask.sum()) for _, blocks in parts]
+    assert len(set(slots)) > 1
+    if config.batch_size == 1:
+        assert 0 in slots
+
+
+def test_a_step_without_any_supervised_slot_changes_no_weight(tmp_path: Path) -> None:
+    silent = [Encoded(c.input_ids, torch.zeros_like(c.loss_mask), CHAT) for c in random_chats(2)]
+    drafter, config = tiny_drafter(), TrainConfig(1, batch_size=2)
+    before = {name: p.clone() for name, p in drafter.named_parameters() if p.requires_grad}
+    history = train(drafter, tiny_target(), silent, config, out=tmp_path, progress=False)
+    assert history.rows[0]["loss"] == 0 and math.isnan(history.rows[0]["tau"])
+    for name, p in drafter.named_parameters():
+        assert name not in before or torch.equal(p, before[name])
+
+
+def test_vocabulary_of_seen_tokens_is_a_softmax_over_them(tmp_path: Path) -> None:
+    config = TrainConfig(1, batch_size=2, num_anchors=5, vocabulary="seen")
+    chats = [Encoded(c.input_ids % 17 + 2, c.loss_mask, CHAT) for c in random_chats(2)]
+    run, target, order = double_run(config, tmp_path, chats)
+    loss, *_ = run.backward(order, lab.live_features(target, (0, 1)))
+    found = runs.gradients(run.drafter)
+    run.drafter.zero_grad()
+    seen = torch.cat([c.input_ids for c in chats]).unique()
+    [(batch, blocks)] = runs.parts_of_step(chats, config, run.drafter, 0)
+    features = target.batch_features(batch, (0, 1))
+    output = run.drafter(
+        batch.input_ids,
+        features.context,
+        batch.loss_mask,
+        features.last,
+        anchor_positions=blocks.anchor_positions,
+        block_keep_mask=blocks.block_keep_mask,
+    )
+    restricted = replace(
+        output,
+        draft_logits=output.draft_logits[..., seen],
+        aligned_target_logits=output.aligned_target_logits[..., seen],
+        target_ids=torch.searchsorted(seen, output.target_ids),
+    )
+    expected = lab_objective(restricted)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found, runs.gradients(run.drafter))
+
+
+def lab_objective(output: Any) -> torch.Tensor:
+    return runs.output_objective(output).loss
+
+
+# What a step does with it
+
+
+def test_weight_decay_is_for_matrices_alone(tmp_path: Path) -> None:
+    after = {}
+    for decay in (0.0, 0.5):
+        drafter = tiny_drafter(4)
+        config = replace(CONFIG, steps=1, weight_decay=decay, warmup_steps=0)
+        small_run(tmp_path / str(decay), config, drafter=drafter, held_out=())
+        after[decay] = {n: p.detach() for n, p in drafter.named_parameters() if p.requires_grad}
+    for name, start in tiny_drafter(4).named_parameters():
+        if name in after[0.0]:
+            shrunk = 0.5 * config.learning_rate * start.detach() * (start.dim() > 1)
+            torch.testing.assert_close(after[0.5][name], after[0.0][name] - shrunk)
+    assert any(p.dim() == 1 for p in after[0.0].values())
+
+
+def test_clipping_bounds_the_gradient_that_the_optimiser_sees(tmp_path: Path) -> None:
+    seen: dict[float, float] = {}
+    for clip in (0.0, 0.01):
+        config = TrainConfig(1, batch_size=2, clip_norm=clip)
+        run, target, order = double_run(config, tmp_path, random_chats(4))
+
+        def look(*_: Any, run: Any = run, clip: float = clip) -> None:
+            grads = [p.grad.flatten() for p in run.trained.values() if p.grad is not None]
+            seen[clip] = float(torch.cat(grads).norm())
+
+        run.optimizer.register_step_pre_hook(look)
+        row, _ = run.advance(order, lab.live_features(target, (0, 1)))
+        # The norm that is reported is that before clipping.
+        assert row["grad_norm"] == pytest.approx(seen[0.0], abs=1e-5)
+    assert seen[0.0] > 0.05
+    assert seen[0.01] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_run_learns(tmp_path: Path) -> None:
+    """Every conversation repeats its first token, which a drafter can hardly fail to find out."""
+    chats = [
+        Encoded(torch.full((24,), 7 * i % 60), torch.arange(24) > 3, CHAT) for i in range(1, 9)
+    ]
+    target = tiny_target()
+    config = TrainConfig(24, batch_size=4, learning_rate=2e-2, warmup_steps=2, num_anchors=8)
+    history = train(tiny_drafter(), target, chats, config, out=tmp_path, progress=False)
+    table = history.table()
+    assert table["ce"].iloc[-1] < 0.7 * table["ce"].iloc[0]
+    assert table["tau"].iloc[-1] > table["tau"].iloc[0]
+
+
+def test_target_and_its_embeddings_stay_as_they_are(tmp_path: Path) -> None:
+    target, drafter = tiny_target(), tiny_drafter()
+    before = {name: p.clone() for name, p in target.model.named_parameters()}
+    train(drafter, target, random_chats(4), TrainConfig(2, batch_size=2), out=tmp_path)
+    assert drafter.embed_tokens.weight.data_ptr() == target.embed_weight.data_ptr()
+    assert drafter.lm_head.weight.data_ptr() == target.head_weight.data_ptr()
+    for name, p in target.model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_bfloat16_is_for_products_and_weights_stay_wide(tmp_path: Path) -> None:
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        drafter = tiny_drafter(4).bfloat16()
+        config = replace(CONFIG, steps=2, precision=precision)
+        history = small_run(tmp_path / precision, config, drafter=drafter, held_out=())
+        trained = [p for p in drafter.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        # A step of 1e-2 x warm-up moves weights by less than bfloat16 could tell.
+        assert any(not torch.equal(p, p.bfloat16().float()) for p in trained)
+        rows[precision] = history.rows
+    assert rows["bf16"][1]["loss"] == pytest.approx(rows["fp32"][1]["loss"], rel=0.02)
+    assert rows["bf16"][1]["loss"] != rows["fp32"][1]["loss"]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_used(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = lab.live_features
+
+    def broken(target: Target, ids: Any) -> Any:
+        source = live(target, ids)
+        return runs.on_call(
+            4, source, lambda b: SimpleNamespace(context=source(b).context / 0, last=source(b).last)
+        )
+
+    monkeypatch.setattr(lab, "live_features", broken)
+    drafter = tiny_drafter(4)
+    with pytest.raises(FloatingPointError, match="step 4 is not finite .*lower learning_rate"):
+        small_run(tmp_path, drafter=drafter)
+    assert all(bool(p.isfinite().all()) for p in drafter.parameters())
+    monkeypatch.setattr(lab, "live_features", live)
+    small_run(tmp_path)
+    assert ending(tmp_path) == ending(whole)
+
+
+@pytest.mark.parametrize("pack_length", [None, 80])
+def test_cached_features_make_the_same_run(pack_length: int | None, tmp_path: Path) -> None:
+    target = tiny_target()
+    target.model.double()
+    config = replace(CONFIG, steps=3, max_length=40, pack_length=pack_length)
+    losses = {}
+    for features in ("live", "cached"):
+        history = train(
+            tiny_drafter(4).double(),
+            target,
+            random_chats(11),
+            config,
+            out=tmp_path / features,
+            features=features,
+            progress=False,
+        )
+        losses[features] = history.table()["loss"].tolist()
+    assert losses["live"] == pytest.approx(losses["cached"], abs=2e-5)
+    assert len(set(losses["live"])) == 3
+    assert list((tmp_path / "cached" / "features").glob("*.safetensors"))
+
+
+# Metrics
+
+
+def test_every_step_has_a_line_that_any_json_reader_reads(whole: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    names = "step loss ce l1 confidence accept_rate tau slots tokens lr grad_norm seconds"
+    assert all(list(row) == names.split() for row in steps)
+    evaluations = [row for row in rows if "loss" not in row]
+    assert [row["step"] for row in evaluations] == [3, 6, 7]
+    assert all(row["low"] <= row["held_out_tau"] <= row["high"] for row in evaluations)
+
+
+def test_metrics_are_those_of_the_joined_batch(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=1, accumulate=2)
+    history = small_run(tmp_path, config, held_out=())
+    drafter, target, chats = tiny_drafter(4), tiny_target(), random_chats(11)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    parts = runs.parts_of_step(chats, config, drafter, 0)
+    joined = runs.joined_objective(drafter, target, parts)
+    expected = joined.sums.summary() | {"loss": joined.loss.item()}
+    [row] = history.rows
+    for name in ("loss", "ce", "l1", "confidence", "accept_rate", "tau"):
+        assert row[name] == pytest.approx(expected[name], abs=2e-5), name
+    assert row["slots"] == expected["slots"]
+    assert row["lr"] == pytest.approx(config.learning_rate / 2)
+
+
+def test_what_has_no_value_is_null_on_disk_and_nan_in_the_table(tmp_path: Path) -> None:
+    plain = {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    config = replace(CONFIG, steps=2)
+    options: dict[str, Any] = {"held_out": ()}
+    small_run(tmp_path, config, drafter=tiny_drafter(**plain), **options)
+    assert '"confidence": null' in (tmp_path / "metrics.jsonl").read_text()
+    again = small_run(tmp_path, config, drafter=tiny_drafter(**plain), **options)
+    assert again.table()["confidence"].isna().all()
+    assert again.table()["confidence"].dtype == float
+
+
+def test_history_and_callback_have_every_line(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    history = small_run(tmp_path, replace(CONFIG, steps=3), on_metrics=seen.append)
+    assert seen == history.rows and not history.interrupted
+    assert history.table()["step"].tolist() == [1, 2, 3]
+    assert history.evaluations()["held_out_tau"].tolist() == [seen[-1]["held_out_tau"]]
+
+
+def test_evaluation_line_is_that_of_the_checkpoint(whole: Path) -> None:
+    target = tiny_target()
+    drafter = load_drafter(lab.checkpoints(whole)[-1], target=target)
+    table = evaluate(drafter, target, random_chats(3, seed=9), num_anchors=4)
+    last = ending(whole)[2][-1]
+    assert last["held_out_tau"] == pytest.approx(table["tau"].mean(), abs=1e-4)
+    rates = [table[f"accept_{k}"].mean() for k in range(3)]
+    assert last["accept_by_slot"] == pytest.approx(rates, abs=1e-4)
+
+
+# Killed
+
+
+@pytest.mark.parametrize("moment", runs.MOMENTS)
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
+    moment: str, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    died = in_processes(1, runs.killed_run, out, moment, folder=tmp_path)
+    assert died == [-signal.SIGKILL]
+    assert lab.checkpoints(out)
+    target = tiny_target()
+    for checkpoint in lab.checkpoints(out):
+        load_drafter(checkpoint, target=target)
+    small_run(out)
+    assert ending(out) == ending(whole)
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"checkpoint-{STEPS:06d}",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_run_killed_at_any_time_and_again_ends_with_the_same_bits(
+    whole: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    out = tmp_path / "killed"
+    for lines in (1, 3, 6):
+        process = runs.start(small_run, out, CONFIG)
+        while process.is_alive() and count_lines(out) < lines:
+            time.sleep(0.002)
+        time.sleep(0.03 * rng.random())
+        process.kill()
+        process.join()
+        assert count_lines(out) >= lines
+    small_run(out)
+    assert ending(out) == ending(whole)
+
+
+def count_lines(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# Interrupted
+
+
+def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(
+    whole: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    history = small_run(tmp_path, on_metrics=interrupt_at(4))
+    assert history.interrupted and history.rows[-1]["step"] == 4
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in lab.checkpoints(tmp_path)] == ["checkpoint-000004"]
+    load_drafter(tmp_path / "checkpoint-000004", target=tiny_target())
+    again = small_run(tmp_path)
+    assert not again.interrupted
+    assert ending(tmp_path) == ending(whole)
+
+
+def test_an_interrupt_off_the_beat_of_checkpoints_loses_nothing(
+    whole: Path, tmp_path: Path
+) -> None:
+    small_run(tmp_path, on_metrics=interrupt_at(3))
+    assert [path.name for path in lab.checkpoints(tmp_path)] == ["checkpoint-000003"]
+    small_run(tmp_path)
+    assert ending(tmp_path) == ending(whole)
+
+
+def test_a_second_interrupt_is_as_always(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = lab.save_file
+
+    def impatient(*given: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(lab, "save_file", runs.on_call(2, save, impatient))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-000002"]
+    small_run(tmp_path)
+    assert ending(tmp_path) == ending(whole)
+
+
+# Where nothing can be written
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("what", ["save_drafter", "save_file"])
+def test_a_full_disk_is_said_and_the_earlier_checkpoint_goes_on(
+    what: str, error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = getattr(lab, what)
+
+    def full(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lab, what, runs.on_call(2, write, full))
+    with pytest.raises(OSError, match=r"checkpoint-000004, .* intact: .*No space left on device"):
+        small_run(tmp_path)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-000002"]
+    monkeypatch.setattr(lab, what, write)
+    small_run(tmp_path)
+    assert ending(tmp_path) == ending(whole)
+
+
+def run_with_small_files(rank: int, out: Path, most: int) -> str:
+    """Under a limit that the kernel sets to the size of files, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    try:
+        small_run(out)
+    except OSError as error:
+        return str(error)
+    return "all was written"
+
+
+def test_a_limit_of_the_kernel_is_a_clear_error_too(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small_run(out, on_metrics=interrupt_at(2))
+    most = (out / "checkpoint-000002" / "optimizer.safetensors").stat().st_size - 1000
+    [said] = in_processes(1, run_with_small_files, out, most, folder=tmp_path)
+    assert f"could not write {out}/checkpoint-000004" in said
+    assert "what was saved before is intact: " in said
+    small_run(out)
+    assert ending(out) == ending(whole)
+
+
+def test_metrics_that_cannot_be_written_are_named(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    def torn(lines: Any, row: dict[str, Any]) -> None:
+        lines.file.write('{"step": 4, "lo')
+        lines.file.close()
+        lines.file = Full()
+        write(lines, row)
+
+    write = lab._Lines.write
+    monkeypatch.setattr(lab._Lines, "write", runs.on_call(5, write, torn))
+    with pytest.raises(OSError, match=r"could not write .*metrics.jsonl, .*: No space left"):
+        small_run(tmp_path)
+    monkeypatch.setattr(lab._Lines, "write", write)
+    small_run(tmp_path)
+    assert ending(tmp_path) == ending(whole)
+
+
+def test_a_place_that_is_no_folder_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(NotADirectoryError, match=f"out must be a folder, got the file {file}"):
+        small_run(file)
+    with pytest.raises(OSError, match=f"could not write {file}/run.*Not a directory"):
+        small_run(file / "run")
+    assert file.read_text() == "mine"
+    with pytest.raises(OSError, match="could not write /proc/nowhere/run"):
+        small_run(Path("/proc/nowhere/run"))
+
+
+# Resuming
+
+
+def test_a_finished_run_is_read_and_not_repeated(whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    drafter = tiny_drafter(8)
+    history = small_run(whole, drafter=drafter)
+    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert len(history.rows) == STEPS + 3
+    stored = load_drafter(lab.checkpoints(whole)[-1], target=tiny_target())
+    for name, p in drafter.named_parameters():
+        assert torch.equal(p, stored.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": replace(CONFIG, seed=1)}, "seed must be as in the run .*, 0, got 1"),
+        ({"config": replace(CONFIG, steps=9)}, "steps must be as in the run .*, 7, got 9"),
+        ({"config": replace(CONFIG, max_length=20)}, "max_length must be as in the run"),
+        ({"config": replace(CONFIG, beta2=0.99)}, "beta2 must be as in .*, 0.95, got 0.99"),
+        ({"drafter": tiny_drafter(block_size=4)}, "block_size must be as in .*, 3, got 4"),
+        ({"drafter": tiny_drafter(markov_head_type="rnn")}, "markov_head_type must be as in"),
+    ],
+)
+def test_other_settings_than_the_checkpoints_are_named(
+    change: dict[str, Any], message: str, whole: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_run(whole, **change)
+
+
+def test_other_conversations_than_the_checkpoints_are_noticed(whole: Path) -> None:
+    chats = random_chats(11)
+    chats[4].input_ids[3] += 1
+    with pytest.raises(ValueError, match="data must be as in the run"):
+        train(tiny_drafter(4), tiny_target(), chats, CONFIG, out=whole, progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(begun: Path) -> None:
+    path = begun / "checkpoint-000004" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{path} must be a whole safetensors file"):
+        small_run(begun)
+
+
+def test_a_run_is_not_overwritten(whole: Path) -> None:
+    before = ending(whole)
+    with pytest.raises(ValueError, match="holds a run already"):
+        small_run(whole, resume=False)
+    assert ending(whole) == before
+
+
+def test_lines_beyond_the_checkpoint_are_cut_off(whole: Path, begun: Path) -> None:
+    with (begun / "metrics.jsonl").open("a") as file:
+        for step in (5, 6):
+            file.write(json.dumps({"step": step, "loss": -1.0}) + "\n")
+        file.write('{"step": 7, "lo')
+    small_run(begun)
+    assert ending(begun) == ending(whole)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    config = replace(CONFIG, checkpoint_every=1, keep_checkpoints=3, steps=5)
+    small_run(tmp_path, config, held_out=())
+    names = [path.name for path in lab.checkpoints(tmp_path)]
+    assert names == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000005"]
+    (tmp_path / "checkpoint-1000000").mkdir()
+    assert lab.checkpoints(tmp_path)[-1].name == "checkpoint-1000000"
+
+
+def test_a_checkpoint_holds_the_published_layout_and_no_pickle(whole: Path) -> None:
+    [folder] = lab.checkpoints(whole)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    stored = lab.load_file(folder / "model.safetensors")
+    expected = {n for n, p in tiny_drafter().named_parameters() if p.requires_grad}
+    assert set(stored) == expected
+    assert json.loads((folder / "state.json").read_text())["config"] == asdict(CONFIG)
+
+
+def test_what_the_caller_has_frozen_stays_so_and_comes_back(tmp_path: Path) -> None:
+    def partly_frozen() -> Any:
+        drafter = tiny_drafter(4)
+        drafter.layers.requires_grad_(False)
+        return drafter
+
+    ended = {}
+    for name, stop in (("whole", 0), ("stopped", 3)):
+        drafter = partly_frozen()
+        small_run(tmp_path / name, drafter=drafter, on_metrics=interrupt_at(stop))
+        small_run(tmp_path / name, drafter=(drafter := partly_frozen()))
+        ended[name] = drafter.state_dict()
+        start = partly_frozen().layers.state_dict()
+        torch.testing.assert_close(drafter.layers.state_dict(), start, rtol=0, atol=0)
+    torch.testing.assert_close(ended["whole"], ended["stopped"], rtol=0, atol=0)
+
+
+# What is refused before it begins
+
+
+def test_conversations_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at most .*, 2, got 3"):
+        train(tiny_drafter(), tiny_target(), random_chats(2), TrainConfig(1, 3), out=tmp_path)
+    with pytest.raises(TypeError, match="conversations must be Chat or Encoded, got str"):
+        train(tiny_drafter(), tiny_target(), ["hello"], TrainConfig(1, 1), out=tmp_path)
+    with pytest.raises(ValueError, match="target has no tokenizer"):
+        train(tiny_drafter(), tiny_target(), [CHAT], TrainConfig(1, 1), out=tmp_path)
+    short = Encoded(torch.arange(9), torch.arange(9) > 5, CHAT)
+    with pytest.raises(ValueError, match="held_out must have .* 4 supervised tokens in a row"):
+        small_run(tmp_path, held_out=[short])
+    with pytest.raises(ValueError, match="features must be 'live' or 'cached', got 'disk'"):
+        small_run(tmp_path, features="disk")
+    with pytest.raises(ValueError, match="'ddp' needs torch.distributed to be initialised"):
+        small_run(tmp_path, parallel="ddp")
+    with pytest.raises(ValueError, match="parallel must be one of .*'fsdp2'.*, got 'dp'"):
+        small_run(tmp_path, parallel="dp")
+
+
+# Where a drafter starts
+
+
+def test_a_drafter_starts_from_the_targets_last_layers() -> None:
+    target, drafter = tiny_target(), tiny_drafter()
+    queries = drafter.layers[0].self_attn.q_norm.weight.clone()
+    lab.init_from_target(drafter, target)
+    layers = target.model.model.layers
+    for own, theirs in zip(drafter.layers, layers[-2:], strict=True):
+        for name, weight in theirs.named_parameters():
+            assert torch.equal(own.get_parameter(name), weight), name
+    assert torch.equal(drafter.norm.weight, target.model.model.norm.weight)
+    features = torch.randn(5, 2, 32)
+    torch.testing.assert_close(drafter.fc(features.flatten(1)), features.mean(dim=1))
+    assert torch.equal(drafter.layers[0].self_attn.q_norm.weight, queries)
+
+
+def test_what_does_not_fit_the_target_stays_random() -> None:
+    drafter = tiny_drafter(intermediate_size=40, num_hidden_layers=4, target_hidden_size=16)
+    before = {name: p.clone() for name, p in drafter.named_parameters()}
+    lab.init_from_target(drafter, tiny_target())
+    for name, p in drafter.named_parameters():
+        taken = ".self_attn." in name and "_norm" not in name and ".layers.0." not in f".{name}"
+        taken = taken or name == "norm.weight" or "_layernorm" in name and "layers.0." not in name
+        # Norm weights of an untrained target are ones, as a fresh drafter's.
+        if not taken or "norm" in name:
+            assert torch.equal(p, before[name]), name
+        else:
+            assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("count", range(1, 41))
+def test_layers_to_read_are_spread_and_leave_the_last_out(count: int) -> None:
+    ids = lab._spread(count)
+    assert ids == sorted(set(ids)) and len(ids) == max(1, min(5, count - 1))
+    assert -1 <= ids[0] and ids[-1] == count - 2
+    gaps = {b - a for a, b in zip(ids, ids[1:], strict=False)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target on disk, with the shipped tokenizer."""
+    folder = tmp_path_factory.mktemp("target")
+    tokenizer = load_tokenizer()
+    shape: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlamaConfig(len(tokenizer), hidden_size=8, intermediate_size=16, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    lines = [
+        json.dumps({"prompt": f"Say {word}.", "response": f"{word} " * 6})
+        for word in ("yes", "no", "green", "hello")
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
+    target_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--target", str(target_folder), "--data", str(chats_file), "--device", "cpu"]
+    command = [*data, "--out", str(tmp_path / "a"), "--held-out", str(chats_file), "--steps", "2"]
+    command += "--batch-size 2 --num-anchors 2 --layers 1 --block-size 3 --markov-rank 4".split()
+    command += "--markov-head gated --layer-ids 0,1 --l1-weight 0.8 --schedule linear".split()
+    lab.main(command)
+    [folder] = lab.checkpoints(tmp_path / "a")
+    shape = json.loads((folder / "config.json").read_text())
+    expected = {"num_hidden_layers": 1, "block_size": 3, "markov_rank": 4}
+    expected |= {"markov_head_type": "gated", "target_layer_ids": [0, 1], "rope_theta": 10000.0}
+    assert {name: shape[name] for name in expected} == expected
+    state = json.loads((folder / "state.json").read_text())
+    assert state["config"]["l1_weight"] == 0.8 and state["config"]["schedule"] == "linear"
+    ended = ending(tmp_path / "a")
+    assert "held_out_tau" in ended[2][-1]
+    lab.main(command)
+    assert ending(tmp_path / "a") == ended
+
+    further = [*data, "--out", str(tmp_path / "b"), "--drafter", str(folder), "--steps", "1"]
+    further += "--batch-size 2 --num-anchors 2 --learning-rate 0".split()
+    lab.main(further)
+    assert ending(tmp_path / "b")[0] == ended[0]
+    with pytest.raises(SystemExit) as refused:
+        lab.main([*command, "--seed", "3"])
+    assert "python -m dspark_lab.train: seed must be as in the run" in str(refused.value)
+
+
+def test_the_command_line_says_what_is_wrong(
+    target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--out", str(tmp_path), "--target", str(target_folder), "--steps", "1"]
+    for more, message in (
+        (["--data", str(tmp_path / "none.jsonl")], "No such file"),
+        (["--target", "/none/there"], "no folder /none/there"),
+        (["--learning-rate", "-1"], "learning_rate must be finite and >= 0"),
+        (["--mask-token", "<nothing>"], "mask_token must be a token .*'<nothing>'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            lab.main([*base, *more])
+    for more, message in (
+        (["--schedule", "up"], "invalid choice: 'up'"),
+        (["--layer-ids", "a"], "invalid _layer_ids value"),
+    ):
+        with pytest.raises(SystemExit):
+            lab.main([*base, *more])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        lab.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in shown for name in asdict(CONFIG))
+
+
+def test_a_mask_token_is_one_that_no_conversation_has(target_folder: Path) -> None:
+    target = lab.load_target(target_folder, local_files_only=True)
+    count = target.vocab_size
+    chats = [Encoded(torch.tensor([5, count - 1, count - 2]), torch.ones(3) > 0, CHAT)]
+    assert lab._mask_token_id(None, target, chats) == count - 3
+    assert lab._mask_token_id("<|im_start|>", target, chats) == 1
+    every = [Encoded(torch.arange(count), torch.ones(count) > 0, CHAT)]
+    with pytest.raises(ValueError, match="mask_token must name one"):
+        lab._mask_token_id(None, target, every)
+
+
+def test_a_trained_drafter_may_be_saved_and_trained_again_in_bfloat16(
+    whole: Path, tmp_path: Path
+) -> None:
+    target = tiny_target()
+    drafter = load_drafter(lab.checkpoints(whole)[-1], target=target)
+    save_drafter(drafter, tmp_path / "small", dtype=torch.bfloat16)
+    small = load_drafter(tmp_path / "small", target=target)
+    history = small_run(tmp_path / "run", replace(CONFIG, steps=1), drafter=small)
+    assert small.fc.weight.dtype == torch.float32
+    assert len(history.table()) == 1
