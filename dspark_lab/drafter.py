@@ -268,7 +268,7 @@ class Drafter(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         if self.markov_head is not None:
-            self.markov_head.markov_w1.weight.normal_(std=self.config.markov_rank**-0.5)
+            self.markov_head.markov_w1.weight.normal_()
             self.markov_head.markov_w2.weight.zero_()
         if self.confidence_head is not None:
             self.confidence_head.proj.weight.zero_()

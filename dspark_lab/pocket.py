@@ -65,7 +65,7 @@ class PocketConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
-    temperature: float = 0.6
+    temperature: float = 0.5
     seed: int = 0
 
 

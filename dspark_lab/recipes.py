@@ -189,21 +189,22 @@ class Recipe:
 
 
 POCKET_DRAFTERS = {
-    "dspark-k7": Recipe("vanilla", 7, 32),
-    "dflash-k7": Recipe("none", 7, 32),
-    "dspark-k15": Recipe("vanilla", 15, 15),
-    "dflash-k15": Recipe("none", 15, 15),
-    "gated-k7": Recipe("gated", 7, 32),
-    "rnn-k7": Recipe("rnn", 7, 32),
+    "dspark-k7": Recipe("vanilla", 7, 16),
+    "dflash-k7": Recipe("none", 7, 16),
+    "dspark-k15": Recipe("vanilla", 15, 8),
+    "dflash-k15": Recipe("none", 15, 8),
+    "gated-k7": Recipe("gated", 7, 16),
+    "rnn-k7": Recipe("rnn", 7, 16),
 }
 
 
-POCKET_TARGET = PocketConfig(steps=1200, rows=4, learning_rate=3e-3)
+POCKET_TARGET = PocketConfig(steps=1000, rows=4, learning_rate=3e-3)
 POCKET_TRAINING = TrainConfig(
-    steps=400,
+    steps=1000,
     batch_size=16,
+    num_anchors=16,
     max_length=512,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     warmup_steps=40,
     weight_decay=0.01,
     precision="bf16",
@@ -225,7 +226,14 @@ def make_pocket_drafter(
     run = folder / "runs" / name
     begin = time.perf_counter()
     history = train(
-        drafter, target, load_chats(folder / "train.jsonl"), config, out=run, progress=progress
+        drafter,
+        target,
+        load_chats(folder / "train.jsonl"),
+        config,
+        out=run,
+        features="cached",
+        cache=folder / "features",
+        progress=progress,
     )
     _require_whole(history)
     facts = {"seconds": round(time.perf_counter() - begin), **asdict(config)}
@@ -338,7 +346,7 @@ class PocketRecipe:
     """How much of everything; the reduced one shows in seconds that all stages run."""
 
     target: PocketConfig = POCKET_TARGET
-    samples: int = 3
+    samples: int = 2
     drafter: TrainConfig = POCKET_TRAINING
     drafters: tuple[str, ...] = tuple(POCKET_DRAFTERS)
 

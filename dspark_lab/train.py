@@ -157,7 +157,7 @@ class TrainConfig:
         turn = self.ce_only_fraction * self.steps
         share = 1.0 if turn == 0 else min(1.0, step / turn)
         return {
-            "ce_weight": 1 + (self.ce_weight - 1) * share,
+            "ce_weight": 1 - share + self.ce_weight * share,
             "l1_weight": self.l1_weight * share,
             "confidence_weight": self.confidence_weight * share,
         }

@@ -1,4 +1,4 @@
-"""The loop in one process: its order, its gradient, its files, and every way in which it can end."""
+"""The loop in one process: its order, its gradient, its files, and the ways in which it ends."""
 
 import json
 import math
