@@ -502,14 +502,19 @@ class _Order:
         return self.groups[number]
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
-        """Conversations of similar length go together, so that little of a batch is padding."""
+        """Conversations of similar length go together, so that little of a batch is padding.
+
+        Each pool of conversations is sorted by itself: batches differ from epoch to epoch, since
+        there are several pools, of sixteen batches at most.
+        """
         size = self.config.batch_size
         rng = random.Random(f"{self.config.seed}/{epoch}")
         order = list(range(len(self.tokens)))
         rng.shuffle(order)
         groups = []
-        for first in range(0, len(order), 16 * size):
-            pool = order[first : first + 16 * size]
+        batches = min(16, max(1, len(order) // (4 * size)))
+        for first in range(0, len(order), batches * size):
+            pool = order[first : first + batches * size]
             pool.sort(key=lambda index: len(self.tokens[index]))
             groups += [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
         # A last, smaller pool may leave a few over; they have their turn in another epoch.
