@@ -9,12 +9,13 @@ import sys
 
 import torch
 
-from benchmarks import attention, explorers, mask, sampling, training_step
+from benchmarks import attention, explorers, mask, objective, sampling, training_step
 
 SECTIONS = {
     "mask": mask.run,
     "sampling": sampling.run,
     "attention": attention.run,
+    "objective": objective.run,
     "training_step": training_step.run,
     "explorers": explorers.run,
 }

@@ -150,7 +150,7 @@ def smollm2_card(
 
 ## Training
 
-On {facts["conversations"]:,} conversations with the target's own answers ({facts["supervised_tokens"]:,} answer tokens), {facts["slots"]:,} slots in {facts["steps"]} steps, {round(facts["seconds"] / 60)} minutes beside other work on {MACHINE}. It began with the weights of the target's last two layers. All but the last {facts["full_steps"]} steps took both softmaxes over the {facts["seen_tokens"]:,} tokens alone that occur in the conversations; the evaluation is over all 49,152.
+On {facts["conversations"]:,} conversations with the target's own answers ({facts["supervised_tokens"]:,} answer tokens), {facts["slots"]:,} slots in {facts["steps"]} steps, {round(facts["seconds"] / 60)} minutes beside other work on {MACHINE}. It began with the weights of the target's last two layers. Both softmaxes were over the {facts["seen_tokens"]:,} tokens alone that occur in the conversations; the evaluation is over all 49,152.
 
 ## Results
 

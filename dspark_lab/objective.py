@@ -49,10 +49,10 @@ __all__ = [
     "survival",
 ]
 
-# Logits of a chunk: enough slots for fast matrix products. Fewer on a CPU are taken through softmax
-# and gradient together: they stay in its cache.
-_CHUNK = 192 * 49152
-_TILE = 16 * 49152
+# Logits of a chunk: enough slots for fast matrix products. And those of it that are taken through
+# softmax and gradient together, few enough to stay in the cache. Each on a CPU and on a GPU.
+_CHUNK = 192 * 49152, 448 * 151936
+_TILE = 16 * 49152, 2**23
 
 
 @dataclass
@@ -238,7 +238,7 @@ def dspark_objective(
         normaliser: what to divide by instead of this batch's summed weights: over several batches
             or processes, theirs together.
         chunk: most slots whose logits exist at one time; where None, as many as keep the matrix
-            products fast: 192 with 49,152 words, more with fewer.
+            products fast: on a CPU 192 with 49,152 words, more with fewer.
 
     Raises:
         TypeError, ValueError: shapes or devices that do not fit, or weights that are not numbers of
@@ -268,7 +268,7 @@ def dspark_objective(
             None if markov_w2_weight is None else markov_w2_weight.to(dtype),
             float(ce_weight),
             float(l1_weight),
-            max(1, _CHUNK // lm_head_weight.shape[0]) if chunk is None else chunk,
+            _rows(_CHUNK, lm_head_weight) if chunk is None else chunk,
             asks,
             torch.is_grad_enabled() and lm_head_weight.requires_grad,
         )
@@ -301,16 +301,14 @@ def _chunked(
         loss ``[]``, ce ``[n]``, l1 ``[n]``, and the gradients of hidden, latent, w2 and head, each
         empty where nobody asks.
     """
-    count, vocab, on_cpu = hidden.shape[0], head.shape[0], hidden.device.type == "cpu"
+    count, vocab = hidden.shape[0], head.shape[0]
     ce, l1 = share.new_zeros(count), share.new_zeros(count)
     d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
-    # On the CPU slots without supervision cost nothing; a GPU would have to stop to count them.
-    chosen = supervised.nonzero().squeeze(1) if on_cpu else torch.arange(count, device=head.device)
+    chosen = _chosen(supervised)
     parts = chosen.tensor_split(max(1, math.ceil(len(chosen) / chunk)))
     most = len(parts[0])
     logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
-    # A few rows at a time stay in the cache from the first step to the last.
-    few = max(1, _TILE // vocab) if on_cpu else max(1, most)
+    few = _rows(_TILE, head)
     narrow = hidden.dtype != share.dtype
     spare = share.new_empty(3 if narrow else 1, min(few, most), vocab)
     # The gradients of logits are divided by the weight of l1, or of ce where there is no l1.
@@ -356,6 +354,18 @@ def _chunked(
             _add_product_(d_head, draft, (scale * x).to(x.dtype))
     loss = (share * (ce_weight * ce + l1_weight * l1)).sum()
     return loss, ce, l1, d_hidden, d_latent, d_w2, d_head
+
+
+def _chosen(supervised: Tensor) -> Tensor:
+    """Which slots to compute: on a CPU the supervised ones; a GPU would have to stop to count."""
+    if supervised.device.type == "cpu":
+        return supervised.nonzero().squeeze(1)
+    return torch.arange(len(supervised), device=supervised.device)
+
+
+def _rows(logits: tuple[int, int], head: Tensor) -> int:
+    """How many slots have so many logits, on the head's device."""
+    return max(1, logits[head.device.type != "cpu"] // head.shape[0])
 
 
 def _losses_(

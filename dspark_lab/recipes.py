@@ -16,11 +16,10 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from dspark_lab.cards import pocket_card, smollm2_card
@@ -224,7 +223,6 @@ def make_pocket_drafter(
     drafter = pocket_drafter(target, recipe.kind, recipe.block_size)
     config = replace(config, num_anchors=recipe.num_anchors)
     run = folder / "runs" / name
-    begin = time.perf_counter()
     history = train(
         drafter,
         target,
@@ -236,8 +234,12 @@ def make_pocket_drafter(
         progress=progress,
     )
     _require_whole(history)
-    facts = {"seconds": round(time.perf_counter() - begin), **asdict(config)}
-    facts["slots"] = int(history.table()["slots"].sum())
+    steps = history.table()
+    facts = {
+        "steps": len(steps),
+        "slots": int(steps["slots"].sum()),
+        "seconds": round(float(steps["seconds"].sum())),
+    }
     (run / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     save_drafter(drafter, folder / name, dtype=torch.bfloat16)
 
@@ -258,9 +260,9 @@ def smollm2_drafter(target: Target) -> Drafter:
     )
 
 
-# First over the tokens that occur in the conversations, a fifth of the vocabulary and so much
-# faster, then over all of it.
-SMOLLM2_SEEN = TrainConfig(
+# Both softmaxes over the tokens that occur in the conversations alone, a fifth of the vocabulary,
+# are three times as fast as over all of it.
+SMOLLM2_TRAINING = TrainConfig(
     steps=1800,
     batch_size=8,
     num_anchors=32,
@@ -273,53 +275,43 @@ SMOLLM2_SEEN = TrainConfig(
     vocabulary="seen",
     checkpoint_every=100,
 )
-SMOLLM2_FULL = replace(
-    SMOLLM2_SEEN, steps=100, learning_rate=1e-4, warmup_steps=0, vocabulary="full", seed=1
-)
 
 
 def make_smollm2_drafter(
     work: Path,
     chats: Sequence[Chat],
-    phases: Sequence[TrainConfig] = (SMOLLM2_SEEN, SMOLLM2_FULL),
+    config: TrainConfig = SMOLLM2_TRAINING,
     *,
     progress: bool = True,
 ) -> None:
-    """Trains the drafter of SmolLM2 into ``work/dspark-k7``, phase after phase."""
+    """Trains the drafter of SmolLM2 into ``work/dspark-k7``."""
     if (work / "dspark-k7").exists():
         return
     target = load_target("smollm2", dtype=torch.bfloat16)
     assert target.tokenizer is not None
-    torch.manual_seed(0)
+    torch.manual_seed(config.seed)
     drafter = smollm2_drafter(target)
-    begin = time.perf_counter()
-    encoded = [encode(chat, target.tokenizer, phases[0].max_length) for chat in chats]
-    histories = [
-        train(
-            drafter,
-            target,
-            encoded,
-            config,
-            out=work / "runs" / f"phase-{number}",
-            features="cached",
-            cache=work / "features",
-            progress=progress,
-        )
-        for number, config in enumerate(phases)
-    ]
-    for history in histories:
-        _require_whole(history)
-    steps = pd.concat([history.table() for history in histories])
+    encoded = [encode(chat, target.tokenizer, config.max_length) for chat in chats]
+    history = train(
+        drafter,
+        target,
+        encoded,
+        config,
+        out=work / "run",
+        features="cached",
+        cache=work / "features",
+        progress=progress,
+    )
+    _require_whole(history)
+    steps = history.table()
     facts = {
         "parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
         "conversations": len(encoded),
         "supervised_tokens": sum(int(item.loss_mask.sum()) for item in encoded),
         "seen_tokens": len(torch.cat([item.input_ids for item in encoded]).unique()),
         "steps": len(steps),
-        "full_steps": phases[-1].steps,
         "slots": int(steps["slots"].sum()),
-        "training_seconds": round(float(steps["seconds"].sum())),
-        "seconds": round(time.perf_counter() - begin),
+        "seconds": round(float(steps["seconds"].sum())),
     }
     (work / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     save_drafter(drafter, work / "dspark-k7", dtype=torch.bfloat16)
@@ -400,7 +392,7 @@ def card_pocket_pair(work: Path, out: Path, recipe: PocketRecipe) -> None:
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
-def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int = 40) -> None:
+def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int = 24) -> None:
     """Evaluates what ships on the target's own answers, and writes the card.
 
     The answers stay in the work folder: the prompts are not the project's.
@@ -411,7 +403,6 @@ def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int
     evaluations = {}
     for how, sampling in (
         ("temperature 1", Sampling(temperature=1.0, top_k=target.vocab_size, top_p=1.0)),
-        ("temperature 0.7, top-k 256 and top-p 0.9, as in training", Sampling()),
         ("temperature 0", Sampling(top_k=1)),
     ):
         path = work / f"answers-{sampling.temperature}-{sampling.top_k}.jsonl"

@@ -11,8 +11,7 @@ from dspark_lab.evaluate import compare_drafters, evaluate
 from dspark_lab.pairs import drafter_names, load_pair
 from dspark_lab.recipes import (
     POCKET_DRAFTERS,
-    SMOLLM2_FULL,
-    SMOLLM2_SEEN,
+    SMOLLM2_TRAINING,
     make_smollm2_drafter,
 )
 
@@ -74,9 +73,10 @@ def test_the_drafter_of_smollm2_predicts_its_answers() -> None:
 
 @pytest.mark.slow
 def test_the_recipe_of_smollm2_runs_in_a_reduced_form(tmp_path: Path) -> None:
-    small = {"batch_size": 2, "num_anchors": 4, "max_length": 96, "checkpoint_every": 0}
-    phases = (replace(SMOLLM2_SEEN, steps=2, **small), replace(SMOLLM2_FULL, steps=1, **small))
-    make_smollm2_drafter(tmp_path, load_chats()[:6], phases, progress=False)
+    config = replace(
+        SMOLLM2_TRAINING, steps=2, batch_size=2, num_anchors=4, max_length=96, checkpoint_every=0
+    )
+    make_smollm2_drafter(tmp_path, load_chats()[:6], config, progress=False)
     assert (tmp_path / "dspark-k7" / "model.safetensors").exists()
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert (facts["steps"], facts["full_steps"], facts["conversations"]) == (3, 1, 6)
+    assert (facts["steps"], facts["conversations"]) == (2, 6)
