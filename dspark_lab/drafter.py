@@ -329,7 +329,9 @@ class Drafter(nn.Module):
                 together.
         """
         c = self.config
-        self._require_inputs(input_ids, target_hidden_states, target_last_hidden_states)
+        self._require_inputs(
+            input_ids, target_hidden_states, loss_mask, target_last_hidden_states, seq_lens
+        )
         _require_together(doc_remaining=doc_remaining, position_ids=position_ids, seq_lens=seq_lens)
         _require_together(anchor_positions=anchor_positions, block_keep_mask=block_keep_mask)
         seq_len = input_ids.shape[1]
@@ -468,12 +470,23 @@ class Drafter(nn.Module):
             hidden = torch.cat([hidden, cast(Tensor, embedding).to(hidden.dtype)], dim=-1)
         return self.confidence_head(hidden)
 
-    def _require_inputs(self, input_ids: Tensor, features: Tensor, last: Tensor | None) -> None:
+    def _require_inputs(
+        self,
+        input_ids: Tensor,
+        features: Tensor,
+        loss_mask: Tensor,
+        last: Tensor | None,
+        seq_lens: Tensor | None,
+    ) -> None:
         require_tensor("input_ids", input_ids, ("batch", "seq"))
         require_integers("input_ids", input_ids)
         rows = tuple(input_ids.shape)
         if rows[1] == 0:
             raise ValueError(f"input_ids must hold at least one token a row, got shape {rows}")
+        require_shape("loss_mask", loss_mask, ("batch", "seq"), rows)
+        if seq_lens is not None:
+            require_tensor("seq_lens", seq_lens, ("batch", "docs"))
+            require_shape("seq_lens", seq_lens, ("batch", "docs"), (rows[0], seq_lens.shape[1]))
         size = self.config.context_size
         axes = ("batch", "seq", "features")
         require_shape("target_hidden_states", features, axes, (*rows, size))

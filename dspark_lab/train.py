@@ -975,10 +975,11 @@ def _train_as_asked(
     options: argparse.Namespace, parser: argparse.ArgumentParser, parallel: Parallel
 ) -> History:
     config = TrainConfig(**{f.name: getattr(options, f.name) for f in fields(TrainConfig)})
+    texts = load_chats(options.data)
+    held_out = load_chats(options.held_out) if options.held_out else []
     dtype = getattr(torch, options.target_dtype)
     target = load_target(options.target, device=options.device, dtype=dtype)
-    chats = [_encoded(chat, target, config) for chat in load_chats(options.data)]
-    held_out = load_chats(options.held_out) if options.held_out else []
+    chats = [_encoded(chat, target, config) for chat in texts]
     torch.manual_seed(config.seed)
     if options.drafter:
         drafter = load_drafter(options.drafter, target=target, dtype=torch.float32)

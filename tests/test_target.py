@@ -505,7 +505,7 @@ def test_tokenizer_that_is_there_but_broken_is_an_error(folder):
     small_tokenizer().save_pretrained(folder)
     path = folder / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(Exception, match="line 4. column|EOF|expected"):
+    with pytest.raises(Exception, match="line \\d+ column|EOF|expected"):
         load_target(folder)
 
 

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_lab import train as lab
-from dspark_lab.chats import Encoded, load_tokenizer
+from dspark_lab.chats import Encoded, load_chats
 from dspark_lab.checkpoint import load_drafter, save_drafter
 from dspark_lab.evaluate import evaluate
+from dspark_lab.pocket import train_tokenizer
 from dspark_lab.target import Target
 from dspark_lab.train import TrainConfig, train
 from tests import runs
@@ -801,19 +802,6 @@ def test_layers_to_read_are_spread_and_leave_the_last_out(count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny target on disk, with the shipped tokenizer."""
-    folder = tmp_path_factory.mktemp("target")
-    tokenizer = load_tokenizer()
-    shape: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2}
-    shape |= {"vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 16}
-    config = LlamaConfig(**shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def chats_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     lines = [
@@ -822,6 +810,18 @@ def chats_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.fixture(scope="module")
+def target_folder(chats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target on disk, with a tokenizer of little more than bytes."""
+    folder = tmp_path_factory.mktemp("target")
+    tokenizer = train_tokenizer(load_chats(chats_file), 300)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, num_hidden_layers=3, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
@@ -879,14 +879,16 @@ def test_the_command_line_says_what_is_wrong(
 
 
 def test_a_mask_token_is_one_that_no_conversation_has(target_folder: Path) -> None:
+    def holding(*tokens: int) -> list[Encoded]:
+        return [Encoded(torch.tensor(tokens), torch.ones(len(tokens)) > 0, CHAT)]
+
     target = lab.load_target(target_folder, local_files_only=True)
-    count = target.vocab_size
-    chats = [Encoded(torch.tensor([5, count - 1, count - 2]), torch.ones(3) > 0, CHAT)]
-    assert lab._mask_token_id(None, target, chats) == count - 3
-    assert lab._mask_token_id("<|im_start|>", target, chats) == 1
-    every = [Encoded(torch.arange(count), torch.ones(count) > 0, CHAT)]
+    vocabulary = target.tokenizer.get_vocab()
+    assert lab._mask_token_id("<|im_start|>", target, []) == vocabulary["<|im_start|>"]
+    assert lab._mask_token_id(None, target, []) == target.tokenizer.mask_token_id
+    assert lab._mask_token_id(None, tiny_target(), holding(5, 63, 62)) == 61
     with pytest.raises(ValueError, match="mask_token must name one"):
-        lab._mask_token_id(None, target, every)
+        lab._mask_token_id(None, tiny_target(), holding(*range(64)))
 
 
 def test_a_trained_drafter_may_be_saved_and_trained_again_in_bfloat16(
