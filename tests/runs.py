@@ -5,8 +5,10 @@ The processes are forked from a server that has imported everything once, which 
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from dspark_lab import train as lab
 from dspark_lab.blocks import Blocks, draw_blocks
@@ -28,7 +31,7 @@ from dspark_lab.target import Target
 from tests.samples import random_chats, tiny_drafter, tiny_target
 
 _PROCESSES = get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.runs"])
+_PROCESSES.set_forkserver_preload(["tests.runs", "torch.distributed.fsdp"])
 
 
 def in_processes(count: int, function: Callable[..., Any], *given: Any, folder: Path) -> list[Any]:
@@ -47,7 +50,7 @@ def in_processes(count: int, function: Callable[..., Any], *given: Any, folder: 
     results = []
     for process, ours in started:
         try:
-            kind, value = ours.recv() if ours.poll(120) else ("hung", None)
+            kind, value = pickle.loads(ours.recv_bytes()) if ours.poll(120) else ("hung", None)
         except EOFError:
             process.join(10)
             kind, value = "died", process.exitcode
@@ -60,7 +63,7 @@ def in_processes(count: int, function: Callable[..., Any], *given: Any, folder: 
 def _child(
     rank: int, count: int, store: str, pipe: Connection, function: Callable, given: tuple
 ) -> None:
-    torch.set_num_threads(1)
+    _settle_in()
     try:
         if count > 1:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -70,7 +73,8 @@ def _child(
         result = ("returned", function(rank, *given))
     except BaseException:
         result = ("raised", traceback.format_exc())
-    pipe.send(result)
+    # Not send(), which hands tensors over as memory of this process, which ends here.
+    pipe.send_bytes(pickle.dumps(result))
 
 
 def joined_objective(
@@ -135,7 +139,7 @@ CONFIG = lab.TrainConfig(
     weight_decay=0.1,
     checkpoint_every=2,
     keep_checkpoints=1,
-    evaluate_every=3,
+    evaluate_every=2,
     evaluate_anchors=4,
 )
 
@@ -198,7 +202,7 @@ def _half_a_line(lines: Any, row: dict[str, Any]) -> None:
 
 
 def _half_a_folder(folder: Path) -> None:
-    next(folder.glob("*.json")).unlink()
+    (folder / "config.json").unlink()
     kill()
 
 
@@ -249,5 +253,11 @@ def start(function: Callable, *given: Any) -> Any:
 
 
 def _alone(function: Callable, given: tuple) -> None:
-    torch.set_num_threads(1)
+    _settle_in()
     function(*given)
+
+
+def _settle_in() -> None:
+    torch.set_num_threads(1)
+    # tqdm's own lock is one between processes, which a killed process would leave behind.
+    tqdm.set_lock(threading.RLock())

@@ -450,6 +450,7 @@ def test_a_published_checkpoint_loads(folder):
         CONFIG,
         markov_head_type="gated",
         num_anchors=512,
+        num_target_layers=4,
         rope_theta=1e6,
         max_position_embeddings=40960,
     )

@@ -34,7 +34,9 @@ def test_checksums_hold_for_every_file() -> None:
 
 
 def test_files_are_small() -> None:
-    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 12_000_000
+    sizes = [path.stat().st_size for path in DATA.rglob("*") if path.is_file()]
+    assert sum(sizes) < 96_000_000
+    assert max(sizes) < 40_000_000
 
 
 def test_there_are_enough_conversations_of_three_domains(records: list[dict[str, Any]]) -> None:

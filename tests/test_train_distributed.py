@@ -1,0 +1,254 @@
+"""Two processes over gloo, on this machine's loopback: what they do together is what one would."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dspark_lab import train as lab
+from dspark_lab.chats import Encoded, load_chats
+from dspark_lab.checkpoint import load_drafter
+from dspark_lab.pocket import train_tokenizer
+from tests import runs
+from tests.runs import CONFIG, ending, in_processes, small_run
+from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
+
+PARALLEL = ("ddp", "fsdp2")
+GRADIENT = lab.TrainConfig(4, batch_size=1, accumulate=2, num_anchors=5, ce_only_fraction=0.5)
+TOGETHER = replace(CONFIG, steps=4, checkpoint_every=2, evaluate_every=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_here():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(seed: int = 1) -> tuple[Any, Any]:
+    """Target and drafter in float64, with no weight at zero that would hide a gradient."""
+    target, drafter = tiny_target(), tiny_drafter(seed)
+    target.model.double(), drafter.double()
+    torch.nn.init.normal_(drafter.markov_head.markov_w2.weight, std=0.3)
+    torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.3)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    return target, drafter
+
+
+def uneven_chats() -> list[Encoded]:
+    """Sixteen of very different length; half of them have no answer."""
+    chats = random_chats(16, low=8, high=40)
+    silent = [Encoded(c.input_ids, torch.zeros_like(c.loss_mask), CHAT) for c in chats[::2]]
+    return [*silent, *chats[1::2]]
+
+
+def gradients_of_steps(rank: int, out: Path, parallel: Any) -> list[tuple[Any, ...]]:
+    """Of four steps, with the same weights: gradients, and what this process had of them."""
+    target, drafter = pair()
+    if parallel == "fsdp2" and rank == 1:
+        # The main process's weights are those that count.
+        for p in drafter.parameters():
+            if p.requires_grad:
+                torch.nn.init.zeros_(p)
+    world = lab._World(parallel)
+    run = lab._Run(drafter, GRADIENT, uneven_chats(), out, world)
+    order = lab._Order(uneven_chats(), GRADIENT, world, 0)
+    found = []
+    for step in range(4):
+        run.step = step
+        loss, stacked, _ = run.backward(order, lab.live_features(target, (0, 1)))
+        found.append((runs.gradients(drafter), loss, stacked))
+        run.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_gradient_of_two_processes_is_that_of_the_joined_batch(
+    parallel: str, tmp_path: Path
+) -> None:
+    of_ranks = in_processes(2, gradients_of_steps, tmp_path, parallel, folder=tmp_path)
+    target, drafter = pair()
+    slots = set()
+    for step in range(4):
+        parts = runs.parts_of_step(uneven_chats(), GRADIENT, drafter, step, processes=2)
+        terms = GRADIENT.term_weights_at(step)
+        joined = runs.joined_objective(drafter, target, parts, **terms)
+        drafter.zero_grad()
+        joined.loss.backward()
+        expected = runs.gradients(drafter)
+        for of_steps in of_ranks:
+            gradients = of_steps[step][0]
+            assert set(gradients) == set(expected)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+        loss = sum(of_steps[step][1] for of_steps in of_ranks)
+        torch.testing.assert_close(loss, joined.loss.detach(), rtol=1e-9, atol=1e-12)
+        slots.add(tuple(int(of_steps[step][2][0].sum()) for of_steps in of_ranks))
+    # Unequal numbers of supervised slots, none at all in one process among them.
+    assert any(a != b and a and b for a, b in slots)
+    assert any((a == 0) != (b == 0) for a, b in slots)
+
+
+def trained(rank: int, out: Path, parallel: Any, config: lab.TrainConfig) -> dict[str, Any]:
+    """A run of two processes: its rows, and the weights that this one has at the end."""
+    drafter = tiny_drafter(4 if rank == 0 else 5)
+    history = small_run(out, config, drafter=drafter, parallel=parallel)
+    weights = {n: lab._whole(p.detach()) for n, p in drafter.named_parameters() if p.requires_grad}
+    return {"rows": history.rows, "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Any]]]:
+    """For "ddp" and "fsdp2" the folder of a run of two processes, and what each returned."""
+    found = {}
+    for parallel in PARALLEL:
+        folder = tmp_path_factory.mktemp(parallel)
+        results = in_processes(2, trained, folder / "run", parallel, TOGETHER, folder=folder)
+        found[parallel] = (folder / "run", results)
+    return found
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_run_of_two_processes_is_that_of_one_which_accumulates(
+    parallel: str, together: dict[str, Any], tmp_path: Path
+) -> None:
+    out, results = together[parallel]
+    drafter = tiny_drafter(4)
+    alone = small_run(tmp_path, replace(TOGETHER, accumulate=2), drafter=drafter)
+    for result in results:
+        for name, weight in result["weights"].items():
+            torch.testing.assert_close(
+                weight, drafter.get_parameter(name).detach(), rtol=1e-3, atol=2e-4
+            )
+        assert len(result["rows"]) == len(alone.rows)
+        for row, expected in zip(result["rows"], alone.rows, strict=True):
+            assert list(row) == list(expected)
+            for name in set(row) - {"seconds"}:
+                assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), name
+    # One line for each, though two processes were at work; and weights that are the same bits.
+    assert len(ending(out)[2]) == len(alone.rows) == 5
+    for name, weight in results[0]["weights"].items():
+        assert torch.equal(weight, results[1]["weights"][name]), name
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_the_checkpoint_of_two_processes_is_a_whole_drafter(
+    parallel: str, together: dict[str, Any]
+) -> None:
+    out, results = together[parallel]
+    assert [path.name for path in lab.checkpoints(out)] == ["checkpoint-000004"]
+    stored = load_drafter(lab.checkpoints(out)[-1], target=tiny_target())
+    for name, weight in results[0]["weights"].items():
+        assert torch.equal(stored.get_parameter(name), weight), name
+
+
+def killed_together(rank: int, out: Path, parallel: Any) -> None:
+    """Both processes die at once in the third step, after a checkpoint at the second."""
+    source = lab.live_features
+
+    def deadly(target: Any, ids: Any) -> Any:
+        return runs.on_call(3, source(target, ids), lambda batch: runs.kill())
+
+    lab.live_features = deadly
+    trained(rank, out, parallel, TOGETHER)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
+    parallel: str, together: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    died = in_processes(2, killed_together, out, parallel, folder=tmp_path)
+    assert -signal.SIGKILL in died
+    assert [path.name for path in lab.checkpoints(out)] == ["checkpoint-000002"]
+    in_processes(2, trained, out, parallel, TOGETHER, folder=tmp_path)
+    assert ending(out) == ending(together[parallel][0])
+
+
+def test_another_number_of_processes_is_refused(together: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="processes must be as in the run .*, 2, got 1"):
+        small_run(together["ddp"][0], TOGETHER)
+
+
+def interrupted_in_one(rank: int, out: Path) -> tuple[bool, int]:
+    def press(batch: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return source(batch)
+
+    live, config = lab.live_features, replace(TOGETHER, steps=9, evaluate_every=9)
+    if rank == 1:
+
+        def asked(target: Any, ids: Any) -> Any:
+            nonlocal source
+            source = live(target, ids)
+            return runs.on_call(3, source, press)
+
+        source: Any = None
+        lab.live_features = asked
+    history = small_run(out, config, drafter=tiny_drafter(4), parallel="ddp", held_out=())
+    return history.interrupted, history.rows[-1]["step"]
+
+
+def test_an_interrupt_of_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert in_processes(2, interrupted_in_one, out, folder=tmp_path) == [(True, 3), (True, 3)]
+    assert lab.checkpoints(out)[-1].name == "checkpoint-000003"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_torchrun_trains_stops_and_goes_on(parallel: str, tmp_path: Path) -> None:
+    data, target = tmp_path / "chats.jsonl", tmp_path / "target"
+    words = ("yes", "no", "green", "hello", "one", "two")
+    lines = [{"prompt": f"Say {word}.", "response": f"{word} " * 6} for word in words]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = train_tokenizer(load_chats(data), 300)
+    tokenizer.save_pretrained(target)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, num_hidden_layers=3, **shape)
+    LlamaForCausalLM(config).save_pretrained(target)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    command += ["-m", "dspark_lab.train", "--parallel", parallel, "--device", "cpu"]
+    command += ["--target", str(target), "--data", str(data), "--out", str(tmp_path / "run")]
+    command += "--steps 2000 --batch-size 2 --num-anchors 2 --layers 1 --markov-rank 4".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    reached = []
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wanted = 3 + sum(reached)
+        while process.poll() is None and not (metrics.exists() and count(metrics) > wanted):
+            process_wait(process, 0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=300)[1]
+        assert "the same command goes on" in said, said[-3000:]
+        last = lab.checkpoints(tmp_path / "run")[-1]
+        reached.append(count(metrics))
+        assert int(last.name.removeprefix("checkpoint-")) == reached[-1]
+        load_drafter(last, target=lab.load_target(target, local_files_only=True))
+    assert reached[1] > reached[0] > 3
+
+
+def count(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
+
+
+def process_wait(process: Any, seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
