@@ -76,8 +76,8 @@ def test_a_second_call_makes_nothing_anew(made: tuple[Path, Path]) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
-def test_drafters_of_a_block_size_differ_in_the_markov_head_alone() -> None:
-    target = tiny_target()
+def test_drafters_of_a_block_size_differ_in_the_markov_head_alone(made: tuple[Path, Path]) -> None:
+    target = load_target(made[1] / "target", local_files_only=True)
     shapes = []
     for kind in ("vanilla", "none", "gated", "rnn"):
         drafter = pocket_drafter(target, kind, 7)
