@@ -29,10 +29,8 @@ class Fault(NamedTuple):
     file: str
     right: str
     wrong: str
-    notebooks: str = "notebooks"
 
 
-TRAINING = "notebooks/03_train_a_drafter.ipynb"
 FAULTS = {
     "labels are off by one": Fault(
         "blocks.py", "torch.arange(1, block_size + 1, device", "torch.arange(block_size, device"
@@ -114,45 +112,6 @@ FAULTS = {
         "(total - drawn - already) / (total - already)",
         "(total - drawn - 0 * already) / (total)",
     ),
-    "an accept rate counts too little of the distance": Fault(
-        "objective.py", "return (1 - l1 / 2).clamp", "return (1 - l1 / 3).clamp", TRAINING
-    ),
-    "survival forgets the slots before": Fault(
-        "objective.py",
-        "return torch.where(eval_mask, rates, 0).cumprod(dim=-1)",
-        "return torch.where(eval_mask, rates, 0)",
-        TRAINING,
-    ),
-    "previous token and teacher are one late": Fault(
-        "drafter.py",
-        "previous = (labels - 1).clamp(max=seq_len - 1)",
-        "previous = labels.clamp(max=seq_len - 1)",
-        TRAINING,
-    ),
-    "a norm is left out": Fault(
-        "drafter.py",
-        "return x + self.mlp(self.post_attention_layernorm(x))",
-        "return x + self.mlp(x)",
-        TRAINING,
-    ),
-    "the gate is always open": Fault(
-        "heads.py", "return gate * embedding", "return embedding + 0 * gate", TRAINING
-    ),
-    "the recurrent state never changes": Fault(
-        "heads.py",
-        "return keep * state + (1 - keep) * candidate.tanh(), output.tanh()",
-        "return state, output.tanh()",
-        TRAINING,
-    ),
-    "blocks that an answer's end cuts are evaluated": Fault(
-        "evaluate.py",
-        "return candidates[blocks.eval_mask[0].all(dim=-1)]",
-        "return candidates",
-        TRAINING,
-    ),
-    "there is no warm-up": Fault(
-        "train.py", "if step < self.warmup_steps:", "if step < 0:", TRAINING
-    ),
 }
 
 
@@ -170,10 +129,10 @@ def copy(tmp_path):
     return folder
 
 
-def run_notebooks(folder, notebooks="notebooks"):
-    """Run notebooks of a copy up to the first failure."""
+def run_notebooks(folder):
+    """Run every notebook of a copy up to the first failure."""
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--exitfirst"]
-    command += ["-p", "no:cacheprovider", "--color=no", notebooks]
+    command += ["-p", "no:cacheprovider", "--color=no", "notebooks"]
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     return subprocess.run(
@@ -212,6 +171,6 @@ def test_without_a_fault_the_notebooks_run_on_the_copy_and_pass(copy):
 @pytest.mark.parametrize("name", FAULTS)
 def test_with_a_fault_the_notebooks_show_another_output(name, copy):
     plant(copy, FAULTS[name])
-    run = run_notebooks(copy, FAULTS[name].notebooks)
+    run = run_notebooks(copy)
     assert run.returncode != 0, f"no notebook notices that {name}"
     assert "Cell outputs differ" in run.stdout and "1 failed" in run.stdout, run.stdout
