@@ -763,7 +763,7 @@ class _Run:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _require_same(folder, asdict(self.config), saved["config"])
         _require_same(folder, self.drafter.config.to_dict(), shape)
-        _require_same(folder, self.facts, self.facts | saved)
+        _require_same(folder, self.facts, saved)
         weights = _read(folder / "model.safetensors")
         state = _read(folder / "optimizer.safetensors")
         with torch.no_grad():
@@ -923,39 +923,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dspark_lab.train",
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m dspark_lab.train", description=str(__doc__).splitlines()[0]
     )
-    parser.add_argument("--target", default="smollm2", help="a folder, a hub id, or smollm2")
-    parser.add_argument("--data", type=Path, help="JSONL of conversations; the shipped ones")
-    parser.add_argument("--held-out", type=Path, help="JSONL of conversations to evaluate on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run, to go on with")
-    parser.add_argument("--features", choices=("live", "cached"), default="live")
-    parser.add_argument("--cache", type=Path, help="folder of cached features; OUT/features")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--target-dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), help="under torchrun; ddp")
-    shape = parser.add_argument_group("the drafter")
-    shape.add_argument("--drafter", help="a checkpoint to start from, instead of a fresh one")
-    shape.add_argument("--layers", type=int, default=2)
-    shape.add_argument("--block-size", type=int, default=7)
-    shape.add_argument("--markov-rank", type=int, default=64)
-    shape.add_argument("--markov-head", choices=get_args(MarkovKind), default="vanilla")
-    shape.add_argument("--layer-ids", type=_layer_ids, help="of the target, as 1,8,15; spread")
-    shape.add_argument("--mask-token", help="one that no conversation has; the tokenizer's or last")
-    training = parser.add_argument_group("training, see TrainConfig")
+    add, given = parser.add_argument, "default: %(default)s"
+    add("--target", default="smollm2", help=f"a folder or a hub id, {given}")
+    add("--data", type=Path, help="JSONL of conversations, default: the shipped ones")
+    add("--held-out", type=Path, help="JSONL of conversations to evaluate on")
+    add("--out", type=Path, required=True, help="folder of the run, new or to go on with")
+    add("--features", choices=("live", "cached"), default="live", help=given)
+    add("--cache", type=Path, help="folder of cached features, default: OUT/features")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=given)
+    add("--target-dtype", choices=("float32", "bfloat16"), default="float32", help=given)
+    add("--parallel", choices=("ddp", "fsdp2"), help="under torchrun, default: ddp")
+    add = parser.add_argument_group("the drafter").add_argument
+    add("--drafter", help="a checkpoint to start from; its shape stands instead of what follows")
+    add("--layers", type=int, default=2, help=given)
+    add("--block-size", type=int, default=7, help=given)
+    add("--markov-rank", type=int, default=64, help=given)
+    add("--markov-head", choices=get_args(MarkovKind), default="vanilla", help=given)
+    add("--layer-ids", type=_layer_ids, help="of the target, as 1,8,15; default: spread evenly")
+    add("--mask-token", help="default: the tokenizer's, or the last that no conversation has")
+    add = parser.add_argument_group("training, see TrainConfig").add_argument
     kinds = get_type_hints(TrainConfig)
     for field in fields(TrainConfig):
-        kind, default = kinds[field.name], field.default
-        options: dict[str, Any] = {"type": int if kind == int | None else kind}
-        if get_args(kind) and kind != int | None:
-            options = {"choices": get_args(kind)}
-        if default is MISSING:
-            options |= {"required": True, "help": "optimiser steps"}
+        kind = int if kinds[field.name] == int | None else kinds[field.name]
+        options: dict[str, Any] = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
+        if field.default is MISSING:
+            options["required"] = True
         else:
-            options |= {"default": default, "help": " "}
-        training.add_argument(f"--{field.name.replace('_', '-')}", **options)
+            options |= {"default": field.default, "help": given}
+        add(f"--{field.name.replace('_', '-')}", **options)
     return parser
 
 
