@@ -569,7 +569,7 @@ def test_autocast_means_bf16_products_and_nothing_else(device) -> None:
     expected = textbook(truth)
     assert_same(got, expected, 2e-2)
     assert_same_gradients(found, gradients(truth, expected.loss), 5e-2)
-    assert float((got.loss - chunked(given).loss).abs()) > 1e-6
+    assert (got.loss - chunked(given).loss).abs().item() > 1e-6
 
 
 def test_bf16_does_not_round_the_weights_of_slots() -> None:

@@ -738,3 +738,15 @@ def test_smollm2_keeps_packed_conversations_apart():
         torch.testing.assert_close(
             found.context[row, tokens], alone.context[0], rtol=1e-4, atol=1e-2
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(target._installed_gguf() is None, reason=f"{target.WHEEL} is not installed")
+def test_wheel_becomes_a_model_that_knows_its_capitals(tmp_path, monkeypatch):
+    monkeypatch.setenv(target.CACHE_VARIABLE, str(tmp_path))
+    lab = load_target("smollm2")
+    names = {path.name for path in (tmp_path / "smollm2").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    ids = torch.tensor([lab.tokenizer("The capital of France is")["input_ids"]])
+    likely = (lab.features(ids, [0]).last[0, -1] @ lab.head_weight.T).argmax()
+    assert lab.tokenizer.decode([int(likely)]) == " Paris"
