@@ -38,8 +38,6 @@ def smollm2_drafter() -> Drafter:
 def run() -> Iterator[str]:
     torch.manual_seed(0)
     drafter = smollm2_drafter()
-    assert drafter.markov_head is not None
-    w2 = drafter.markov_head.markov_w2.weight
     trained = [p for p in drafter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     ids = torch.randint(0, 49152, (BATCH, SEQ_LEN))
@@ -52,7 +50,7 @@ def run() -> Iterator[str]:
     def lab(bf16: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             slots = drafter.slots(*inputs, **blocks)
-            loss = dspark_objective(slots, drafter.lm_head.weight, w2).loss
+            loss = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).loss
         update(loss)
 
     def plain(bf16: bool) -> None:

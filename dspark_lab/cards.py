@@ -94,7 +94,7 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 | `dspark-k7/`, `dspark-k15/` | DSpark with a vanilla Markov head, blocks of 7 and 15 |
 | `dflash-k7/`, `dflash-k15/` | the same without Markov head |
 | `gated-k7/`, `rnn-k7/` | gated and RNN Markov head, blocks of 7 |
-| `train.jsonl` | some of the conversations that the drafters learned from |
+| `train.jsonl` | the conversations that the drafters learned from |
 | `held_out.jsonl` | conversations whose questions neither target nor drafters have seen |
 
 ## Target

@@ -23,6 +23,12 @@ def require_int(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} must be >= {minimum}, got {value}")
 
 
+def require_number(name: str, value: float) -> None:
+    """Refuse anything but an int or a float (a bool is not a number here)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def require_tensor(name: str, value: Tensor, axes: tuple[str, ...]) -> None:
     """Refuse anything but a tensor with one axis for each name in ``axes``."""
     if not isinstance(value, Tensor):

@@ -32,6 +32,7 @@ from dspark_lab.blocks import label_positions
 from dspark_lab.checks import (
     require_int,
     require_integers,
+    require_number,
     require_same_device,
     require_shape,
     require_tensor,
@@ -294,6 +295,11 @@ class Drafter(nn.Module):
             require_shape(name, weight, ("vocab", "hidden"), shape)
             shared = weight.detach().to(device=like.device, dtype=like.dtype)
             module.weight = nn.Parameter(shared, requires_grad=False)
+
+    @property
+    def markov_w2_weight(self) -> Float[Tensor, "vocab rank"] | None:
+        """What maps the slots' ``latent`` to the Markov bias; None without a Markov head."""
+        return None if self.markov_head is None else self.markov_head.markov_w2.weight
 
     def slots(
         self,
@@ -633,7 +639,6 @@ def _read_rope_theta(values: Mapping[str, Any]) -> float:
 
 
 def _require_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    require_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a finite number > 0, got {value}")

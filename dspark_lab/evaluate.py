@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from dspark_lab.blocks import cut_blocks
-from dspark_lab.chats import Encoded, collate
+from dspark_lab.chats import Batch, Encoded, collate
 from dspark_lab.checks import require_int
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.drafter import Drafter
@@ -25,7 +27,14 @@ from dspark_lab.features import FeatureSource, live_features
 from dspark_lab.objective import dspark_objective, survival
 from dspark_lab.target import Target
 
-__all__ = ["bootstrap", "compare_drafters", "drafter_table", "evaluate", "slot_table"]
+__all__ = [
+    "bootstrap",
+    "compare_drafters",
+    "drafter_table",
+    "evaluate",
+    "slot_table",
+    "whole_block_anchors",
+]
 
 
 @torch.no_grad()
@@ -65,17 +74,16 @@ def evaluate(
         require_int("num_anchors", num_anchors, 1)
     source = features or live_features(target, drafter.config.target_layer_ids)
     head = drafter.lm_head.weight
-    w2 = None if drafter.markov_head is None else drafter.markov_head.markov_w2.weight
     rows = []
     for index, item in enumerate(encoded):
-        anchors = _whole_block_anchors(item, drafter.config.block_size)
+        batch = collate([item], pad_token_id=0)
+        anchors = whole_block_anchors(batch, drafter.config.block_size)
         if num_anchors is not None and len(anchors) > num_anchors:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             drawn = torch.randperm(len(anchors), generator=generator)[:num_anchors]
             anchors = anchors[drawn.sort().values]
         if len(anchors) == 0:
             continue
-        batch = collate([item], pad_token_id=0)
         batch.chat_index.fill_(index)
         batch = batch.to(target.device)
         given = source(batch)
@@ -88,7 +96,7 @@ def evaluate(
             anchor_positions=anchors.unsqueeze(0).to(target.device),
             block_keep_mask=keep,
         )
-        accept = dspark_objective(slots, head, w2).accept[0]
+        accept = dspark_objective(slots, head, drafter.markov_w2_weight).accept[0]
         lived = survival(accept, torch.ones_like(accept, dtype=torch.bool))
         rows.append(
             {
@@ -215,10 +223,10 @@ def drafter_table(
     return pd.DataFrame(rows)
 
 
-def _whole_block_anchors(item: Encoded, block_size: int) -> torch.Tensor:
-    """Candidates whose block is supervised to its last slot."""
-    batch = collate([item], pad_token_id=0)
-    candidates = build_anchor_candidate_mask(len(item), batch.loss_mask)[0].nonzero()[:, 0]
+def whole_block_anchors(batch: Batch, block_size: int) -> Int[Tensor, " anchor"]:
+    """Of a batch of one document, the candidates whose block is supervised to its last slot."""
+    seq_len = batch.input_ids.shape[1]
+    candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask)[0].nonzero()[:, 0]
     if len(candidates) == 0:
         return candidates
     keep = torch.ones(1, len(candidates), dtype=torch.bool)

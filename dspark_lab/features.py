@@ -132,7 +132,7 @@ def _write(
 
 
 def _fingerprint(target: Target) -> str:
-    """Changes with the target's weights, without reading every byte of them."""
+    """Changes with the target's weights."""
     sums = {name: p.double().sum().item() for name, p in target.model.named_parameters()}
     return hashlib.sha256(json.dumps([str(target.dtype), sums]).encode()).hexdigest()
 

@@ -140,9 +140,7 @@ def generate(
                 file.write(_lines(new))
             records |= {record["id"]: record for record in new}
             progress.update(len(new))
-    ordered = out.with_suffix(".tmp")
-    ordered.write_text(_lines(records[prompt.id] for prompt in prompts), encoding="utf-8")
-    os.replace(ordered, out)
+    write_records((records[prompt.id] for prompt in prompts), out)
 
 
 def converse(
@@ -186,6 +184,13 @@ def read_records(path: Path) -> list[Record]:
     if end < len(data):
         os.truncate(path, end)
     return [json.loads(line) for line in data[:end].splitlines()]
+
+
+def write_records(records: Iterable[Record], path: Path) -> None:
+    """One a line, all or none of them."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(_lines(records), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def complete_folder(conversations: Path) -> None:
@@ -242,11 +247,11 @@ def checksums(folder: Path) -> str:
     )
 
 
-def smollm2_answer(dtype: torch.dtype = torch.float32) -> Answer:
-    """SmolLM2 as an `Answer`; bfloat16 is faster where the CPU has it."""
+def smollm2_answer() -> Answer:
+    """SmolLM2 as an `Answer`."""
     from dspark_lab.target import load_smollm2
 
-    return model_answer(*load_smollm2(dtype=dtype), Sampling())
+    return model_answer(*load_smollm2(), Sampling())
 
 
 def model_answer(

@@ -18,7 +18,7 @@ This file knows previous tokens and hidden states; it knows nothing about attent
 latent is kept apart from the bias so that an objective can form the bias for a few slots at a time.
 """
 
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -26,25 +26,26 @@ from torch import Tensor, nn
 
 from dspark_lab.checks import require_int
 
-__all__ = [
-    "GatedMarkovHead",
-    "MarkovHead",
-    "MarkovKind",
-    "RNNMarkovHead",
-    "VanillaMarkovHead",
-    "build_markov_head",
-]
+__all__ = ["MarkovHead", "MarkovKind", "build_markov_head"]
 
 MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
 
 
-class VanillaMarkovHead(nn.Module):
-    """The bias depends on the previous token alone. See :func:`build_markov_head`."""
+class MarkovHead(nn.Module):
+    """A head of one of the three kinds. See :func:`build_markov_head`, which checks the arguments.
 
-    def __init__(self, vocab_size: int, rank: int) -> None:
+    ``gate_proj`` is there for ``gated`` alone, ``joint_proj`` for ``rnn`` alone.
+    """
+
+    def __init__(self, kind: MarkovKind, vocab_size: int, rank: int, hidden_size: int) -> None:
         super().__init__()
+        self.kind = kind
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        if kind == "gated":
+            self.gate_proj = nn.Linear(hidden_size + rank, rank)
+        if kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
         """The previous token's embedding, which the confidence head reads too."""
@@ -56,53 +57,13 @@ class VanillaMarkovHead(nn.Module):
         hidden: Float[Tensor, "batch anchor slot hidden"],
     ) -> Float[Tensor, "batch anchor slot rank"]:
         """What ``markov_w2`` maps to the bias."""
-        return self.embed(prev_ids)
-
-
-class GatedMarkovHead(nn.Module):
-    """The hidden state decides how much of the embedding counts. See :func:`build_markov_head`."""
-
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
-        self.gate_proj = nn.Linear(hidden_size + rank, rank)
-
-    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
-        """The previous token's embedding, which the confidence head reads too."""
-        return self.markov_w1(prev_ids)
-
-    def latent(
-        self,
-        prev_ids: Int[Tensor, "batch anchor slot"],
-        hidden: Float[Tensor, "batch anchor slot hidden"],
-    ) -> Float[Tensor, "batch anchor slot rank"]:
-        """What ``markov_w2`` maps to the bias."""
-        embedding = self.embed(prev_ids)
-        gate = self.gate_proj(torch.cat([hidden, embedding.to(hidden.dtype)], dim=-1)).sigmoid()
-        return gate * embedding
-
-
-class RNNMarkovHead(nn.Module):
-    """A state carries what all earlier slots held. See :func:`build_markov_head`."""
-
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
-        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
-
-    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
-        """The previous token's embedding, which the confidence head reads too."""
-        return self.markov_w1(prev_ids)
-
-    def latent(
-        self,
-        prev_ids: Int[Tensor, "batch anchor slot"],
-        hidden: Float[Tensor, "batch anchor slot hidden"],
-    ) -> Float[Tensor, "batch anchor slot rank"]:
-        """What ``markov_w2`` maps to the bias."""
-        embeddings = self.embed(prev_ids).to(hidden.dtype)
+        embeddings = self.embed(prev_ids)
+        if self.kind == "vanilla":
+            return embeddings
+        if self.kind == "gated":
+            joint = torch.cat([hidden, embeddings.to(hidden.dtype)], dim=-1)
+            return self.gate_proj(joint).sigmoid() * embeddings
+        embeddings = embeddings.to(hidden.dtype)
         state = torch.zeros_like(embeddings[..., 0, :])
         outputs = []
         for embedding, h in zip(embeddings.unbind(-2), hidden.unbind(-2), strict=True):
@@ -116,14 +77,11 @@ class RNNMarkovHead(nn.Module):
         embedding: Float[Tensor, "*axes rank"],
         hidden: Float[Tensor, "*axes hidden"],
     ) -> tuple[Float[Tensor, "*axes rank"], Float[Tensor, "*axes rank"]]:
-        """One slot: the next slot's state, and this slot's latent."""
+        """One slot of kind ``rnn``: the next slot's state, and this slot's latent."""
         joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
         gate, candidate, output = joint.chunk(3, dim=-1)
         keep = gate.sigmoid()
         return keep * state + (1 - keep) * candidate.tanh(), output.tanh()
-
-
-MarkovHead = VanillaMarkovHead | GatedMarkovHead | RNNMarkovHead
 
 
 def build_markov_head(
@@ -147,7 +105,4 @@ def build_markov_head(
     require_int("hidden_size", hidden_size, 1)
     if kind == "none" or rank == 0:
         return None
-    if kind == "vanilla":
-        return VanillaMarkovHead(vocab_size, rank)
-    head = {"gated": GatedMarkovHead, "rnn": RNNMarkovHead}[kind]
-    return cast(MarkovHead, head(vocab_size, rank, hidden_size))
+    return MarkovHead(kind, vocab_size, rank, hidden_size)

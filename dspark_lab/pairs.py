@@ -9,7 +9,8 @@ This file knows which folders ship; it does not know how they were made (``dspar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,15 @@ class Pair:
         assert self.target.tokenizer is not None
         return self.target.tokenizer
 
+    def load_drafter(self, name: str) -> Drafter:
+        """Another drafter that ships with the pair, for the same target, as the first one is.
+
+        Raises:
+            ValueError: the pair has no such drafter.
+        """
+        weight = self.drafter.fc.weight
+        return _load_drafter(self.name, name, self.target, weight.device, weight.dtype)
+
 
 def drafter_names(pair: str = "pocket") -> list[str]:
     """The drafters that ship with a pair, the default one first.
@@ -82,21 +92,20 @@ def load_pair(
         ValueError: there is no such pair, or it has no such drafter.
     """
     folder = _folder(pair)
-    names = drafter_names(pair)
-    if drafter not in names:
-        raise ValueError(f"drafter must be one of {names}, got {drafter!r}")
+    _require_drafter(pair, drafter)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     if pair == "smollm2":
         fetch_smollm2()
         target = load_target("smollm2", **options)
         chats, held_out = split_chats()
     else:
-        target = load_target(folder / "target", local_files_only=True, **options)
+        with _quietly():
+            target = load_target(folder / "target", local_files_only=True, **options)
         chats, held_out = (load_chats(folder / f"{name}.jsonl") for name in ("train", "held_out"))
     return Pair(
         name=pair,
         target=target,
-        drafter=load_drafter(folder / drafter, target=target, **options),
+        drafter=_load_drafter(pair, drafter, target, **options),
         chats=chats,
         held_out=held_out,
     )
@@ -127,6 +136,33 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
 def question(chat: Chat) -> str:
     """What the user asks first."""
     return next(m["content"] for m in chat.messages if m["role"] == "user")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar, which for a file of a few megabytes is noise."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load_drafter(
+    pair: str, name: str, target: Target, device: str | torch.device, dtype: torch.dtype
+) -> Drafter:
+    _require_drafter(pair, name)
+    return load_drafter(_folder(pair) / name, target=target, device=device, dtype=dtype)
+
+
+def _require_drafter(pair: str, name: str) -> None:
+    names = drafter_names(pair)
+    if name not in names:
+        raise ValueError(f"drafter must be one of {names}, got {name!r}")
 
 
 def _number(chat: Chat) -> int:

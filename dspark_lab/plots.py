@@ -160,6 +160,8 @@ def plot_acceptance(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("slot of the block")
     ax.set_ylabel("accept rate, given all before")
+    # Steps that two decimals can name.
+    ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter("{x:.2f}")
     _legend(ax)
     return figure

@@ -31,6 +31,7 @@ from transformers import (
 
 from dspark_lab.chats import Chat, Encoded, collate
 from dspark_lab.generate import Prompt, Record, Sampling, converse, make_batches, model_answer
+from dspark_lab.target import split_digits
 
 # What a server at temperature 1 would draw, nothing cut off.
 POCKET_SAMPLING = Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=160)
@@ -76,12 +77,7 @@ def train_tokenizer(chats: Iterable[Chat], vocab_size: int) -> PreTrainedTokeniz
     contains it.
     """
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    backend.pre_tokenizer = split_digits()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

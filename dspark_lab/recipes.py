@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from dspark_lab.cards import pocket_card, smollm2_card
-from dspark_lab.chats import SHIPPED_CHATS, Chat, encode, load_chats
+from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats
 from dspark_lab.checkpoint import load_drafter, save_drafter
 from dspark_lab.drafter import Drafter
 from dspark_lab.evaluate import evaluate
@@ -35,6 +35,7 @@ from dspark_lab.generate import (
     generate,
     make_prompts,
     model_answer,
+    write_records,
 )
 from dspark_lab.heads import MarkovKind
 from dspark_lab.pairs import question, split_chats
@@ -48,7 +49,7 @@ from dspark_lab.pocket import (
     train_tokenizer,
 )
 from dspark_lab.target import Target, load_smollm2, load_target, save_tokenizer
-from dspark_lab.train import History, TrainConfig, new_drafter, train
+from dspark_lab.train import TrainConfig, new_drafter, train
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ def make_pocket_corpus(work: Path, most: int = 60) -> Path:
 def split_questions(path: Path) -> tuple[list[Chat], list[Chat]]:
     """Conversations to train on, and every eighth, which is held out."""
     chats = load_chats(path)
-    held_out = chats[7::8]
-    return [chat for chat in chats if chat not in held_out], held_out
+    return [chat for number, chat in enumerate(chats) if number % 8 != 7], chats[7::8]
 
 
 def make_pocket_target(
@@ -137,7 +137,7 @@ def make_pocket_target(
     shutil.rmtree(partial, ignore_errors=True)
     model.bfloat16().save_pretrained(partial)
     save_tokenizer(tokenizer, partial)
-    (partial / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _write_facts(partial, facts)
     os.replace(partial, folder)
 
 
@@ -157,25 +157,16 @@ def make_answers(target: Target, chats: Sequence[Chat], path: Path, *, samples: 
 def write_chats(chats: Sequence[Chat], path: Path) -> None:
     """As :func:`dspark_lab.chats.load_chats` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for chat in chats:
-            record = {"id": chat.id, "domain": chat.domain, "messages": list(chat.messages)}
-            line = json.dumps(record | {"finished": chat.finished}, ensure_ascii=False)
-            file.write(line + "\n")
-    os.replace(partial, path)
-
-
-def pocket_drafter(target: Target, kind: MarkovKind, block_size: int) -> Drafter:
-    """A fresh drafter for the pocket target."""
-    assert target.tokenizer is not None
-    return new_drafter(
-        target,
-        mask_token_id=target.tokenizer.get_vocab()[MASK],
-        block_size=block_size,
-        markov_head_type=kind,
-        num_anchors=32,
+    records = (
+        {
+            "id": chat.id,
+            "domain": chat.domain,
+            "messages": list(chat.messages),
+            "finished": chat.finished,
+        }
+        for chat in chats
     )
+    write_records(records, path)
 
 
 @dataclass(frozen=True)
@@ -195,6 +186,18 @@ POCKET_DRAFTERS = {
     "gated-k7": Recipe("gated", 7, 16),
     "rnn-k7": Recipe("rnn", 7, 16),
 }
+
+
+def pocket_drafter(target: Target, recipe: Recipe) -> Drafter:
+    """A fresh drafter for the pocket target."""
+    assert target.tokenizer is not None
+    return new_drafter(
+        target,
+        mask_token_id=target.tokenizer.get_vocab()[MASK],
+        block_size=recipe.block_size,
+        markov_head_type=recipe.kind,
+        num_anchors=recipe.num_anchors,
+    )
 
 
 POCKET_TARGET = PocketConfig(steps=1000, rows=4, learning_rate=3e-3)
@@ -220,27 +223,12 @@ def make_pocket_drafter(
         return
     recipe = POCKET_DRAFTERS[name]
     torch.manual_seed(config.seed)
-    drafter = pocket_drafter(target, recipe.kind, recipe.block_size)
+    drafter = pocket_drafter(target, recipe)
     config = replace(config, num_anchors=recipe.num_anchors)
+    chats = load_chats(folder / "train.jsonl")
     run = folder / "runs" / name
-    history = train(
-        drafter,
-        target,
-        load_chats(folder / "train.jsonl"),
-        config,
-        out=run,
-        features="cached",
-        cache=folder / "features",
-        progress=progress,
-    )
-    _require_whole(history)
-    steps = history.table()
-    facts = {
-        "steps": len(steps),
-        "slots": int(steps["slots"].sum()),
-        "seconds": round(float(steps["seconds"].sum())),
-    }
-    (run / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    facts = _train(drafter, target, chats, config, run, folder / "features", progress)
+    _write_facts(run, facts)
     save_drafter(drafter, folder / name, dtype=torch.bfloat16)
 
 
@@ -292,28 +280,14 @@ def make_smollm2_drafter(
     torch.manual_seed(config.seed)
     drafter = smollm2_drafter(target)
     encoded = [encode(chat, target.tokenizer, config.max_length) for chat in chats]
-    history = train(
-        drafter,
-        target,
-        encoded,
-        config,
-        out=work / "run",
-        features="cached",
-        cache=work / "features",
-        progress=progress,
-    )
-    _require_whole(history)
-    steps = history.table()
-    facts = {
+    facts = _train(drafter, target, encoded, config, work / "run", work / "features", progress)
+    facts |= {
         "parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
         "conversations": len(encoded),
         "supervised_tokens": sum(int(item.loss_mask.sum()) for item in encoded),
         "seen_tokens": len(torch.cat([item.input_ids for item in encoded]).unique()),
-        "steps": len(steps),
-        "slots": int(steps["slots"].sum()),
-        "seconds": round(float(steps["seconds"].sum())),
     }
-    (work / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _write_facts(work, facts)
     save_drafter(drafter, work / "dspark-k7", dtype=torch.bfloat16)
 
 
@@ -413,9 +387,38 @@ def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
-def _require_whole(history: History) -> None:
+def _train(
+    drafter: Drafter,
+    target: Target,
+    chats: Sequence[Chat | Encoded],
+    config: TrainConfig,
+    run: Path,
+    cache: Path,
+    progress: bool,
+) -> dict[str, Any]:
+    """A run to its end, and what the cards say of it."""
+    history = train(
+        drafter,
+        target,
+        chats,
+        config,
+        out=run,
+        features="cached",
+        cache=cache,
+        progress=progress,
+    )
     if history.interrupted:
         raise KeyboardInterrupt
+    steps = history.table()
+    return {
+        "steps": len(steps),
+        "slots": int(steps["slots"].sum()),
+        "seconds": round(float(steps["seconds"].sum())),
+    }
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _facts(folder: Path) -> dict[str, Any]:

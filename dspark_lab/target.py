@@ -570,6 +570,16 @@ def _installed_gguf() -> Path | None:
     return files[0] if files else None
 
 
+def split_digits() -> pre_tokenizers.PreTokenizer:
+    """Bytes, after every digit is cut off, as SmolLM2's tokenizer has it."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """`save_pretrained`, readable by transformers 4 as well, which lacks the class of 5."""
     tokenizer.save_pretrained(folder)
@@ -619,12 +629,7 @@ def _read_gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     backend = read.backend_tokenizer
     # SmolLM2 cuts every digit off before anything else. The conversion leaves that rule out, which
     # matters where spaces or newlines precede a digit: "\n\n1" is one newline token, not two.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    backend.pre_tokenizer = split_digits()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         # Said here because transformers 4 reads them wrongly.

@@ -42,9 +42,9 @@ from tqdm import tqdm
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, load_chats, pack
 from dspark_lab.checkpoint import load_drafter, save_drafter
-from dspark_lab.checks import require_int
+from dspark_lab.checks import require_int, require_number
 from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.evaluate import bootstrap, evaluate
+from dspark_lab.evaluate import bootstrap, evaluate, whole_block_anchors
 from dspark_lab.features import FeatureSource, cached_features, live_features
 from dspark_lab.heads import MarkovKind
 from dspark_lab.objective import Sums, dspark_objective, slot_weights
@@ -182,6 +182,23 @@ class History:
         import pandas as pd
 
         return pd.DataFrame([row for row in self.rows if "held_out_tau" in row])
+
+    def signs(self) -> dict[str, bool]:
+        """Whether the run learns: its last tenth of steps, on average, against its first.
+
+        Raises:
+            ValueError: there are fewer than two steps.
+        """
+        steps = self.table()
+        if len(steps) < 2:
+            raise ValueError(f"signs need at least 2 steps, got {len(steps)}")
+        tenth = max(1, len(steps) // 10)
+        change = steps[-tenth:].mean() - steps[:tenth].mean()
+        return {
+            "loss fell": bool(change["loss"] < 0),
+            "accept rate rose": bool(change["accept_rate"] > 0),
+            "tau rose": bool(change["tau"] > 0),
+        }
 
 
 def train(
@@ -565,9 +582,7 @@ class _Forward(nn.Module):
                 anchor_positions=blocks.anchor_positions,
                 block_keep_mask=blocks.block_keep_mask,
             )
-            w2 = None
-            if self.drafter.markov_head is not None:
-                w2 = self.drafter.markov_head.markov_w2.weight
+            w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
                 w2 = None if w2 is None else w2[self.seen]
@@ -876,21 +891,18 @@ def _settle(path: Path) -> None:
 
 
 def _require_number(name: str, value: Any, low: float, high: float = sys.float_info.max) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    require_number(name, value)
     if not low <= value <= high:
         allowed = f"finite and >= {low}" if high == sys.float_info.max else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 def _require_whole_block(others: Sequence[Encoded], block_size: int) -> None:
-    length = block_size + 1
-    for item in others:
-        if len(item) >= length and bool(item.loss_mask.unfold(0, length, 1).all(dim=1).any()):
-            return
+    if any(len(whole_block_anchors(collate([item], 0), block_size)) for item in others):
+        return
     raise ValueError(
-        f"held_out must have a conversation with {length} supervised tokens in a row, which a "
-        "whole block needs"
+        f"held_out must have a conversation with {block_size + 1} supervised tokens in a row, "
+        "which a whole block needs"
     )
 
 

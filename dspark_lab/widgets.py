@@ -207,9 +207,11 @@ class LiveCurve(ipywidgets.VBox):
         return "LiveCurve()"
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
-        """The widget, and its present picture for readers that run no widgets."""
+        """The widget, and its picture, once there is one, for readers that run no widgets."""
         self.redraw()
         bundle = super()._repr_mimebundle_(**options)
+        if not self._rows:
+            return bundle | {"text/plain": repr(self)}
         picture = b64encode(self._png).decode("ascii")
         return bundle | {"text/plain": repr(self), "image/png": picture}
 

@@ -30,11 +30,13 @@ from dspark_lab.plots import (
     REGION_COLOURS,
     TILE_COLOURS,
     mask_and_tiles,
+    plot_acceptance,
     plot_coverage,
     plot_mask,
     plot_packing,
     plot_sorting,
     plot_tiles,
+    plot_training,
     png,
     token_legend,
     token_text,
@@ -516,3 +518,44 @@ def test_padding_is_not_part_of_the_token_text():
     batch = collate(documents(".aa"), 7, 6)
     table = token_table(batch, draw_blocks(batch, 1, 1, seed=0), lambda i: f"[{i}]")
     assert Page(token_text(table)).text == "[0][1][2]"
+
+
+def acceptance(drafters: dict[str, list[float]]) -> pd.DataFrame:
+    rows = [
+        {"drafter": name, "slot": k, "conditional": rate, "low": rate - 0.03, "high": rate + 0.02}
+        for name, rates in drafters.items()
+        for k, rate in enumerate(rates)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_acceptance_has_a_line_and_a_band_for_each_drafter() -> None:
+    rates = {"one": [0.8, 0.7, 0.65], "two": [0.75, 0.6, 0.7]}
+    [ax] = plot_acceptance(acceptance(rates)).axes
+    assert [list(line.get_ydata()) for line in ax.lines] == list(rates.values())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(rates)
+    edges = [band.get_paths()[0].vertices[:, 1] for band in ax.collections]
+    assert [min(edge) for edge in edges] == pytest.approx([0.62, 0.57])
+    assert [max(edge) for edge in edges] == pytest.approx([0.82, 0.77])
+
+
+@pytest.mark.parametrize("low", [0.651, 0.5, 0.05])
+def test_acceptance_ticks_are_what_their_labels_say(low: float) -> None:
+    figure = plot_acceptance(acceptance({"one": [low, 0.831]}))
+    figure.draw_without_rendering()
+    [ax] = figure.axes
+    for place, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True):
+        assert float(label.get_text().replace("\N{MINUS SIGN}", "-")) == pytest.approx(place)
+
+
+def test_training_shows_every_step_and_can_be_empty() -> None:
+    table = pd.DataFrame(
+        {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "accept_rate": [0.1, 0.2, 0.4]}
+    )
+    table["tau"] = 1 + table["accept_rate"]
+    axes = plot_training(table).axes
+    for ax, name in zip(axes, ("loss", "accept_rate", "tau"), strict=True):
+        dots, course = ax.lines
+        assert list(dots.get_ydata()) == list(table[name]) and list(dots.get_xdata()) == [1, 2, 3]
+        assert len(course.get_ydata()) == 3
+    assert all(len(ax.lines) == 0 for ax in plot_training(table.iloc[:0]).axes)

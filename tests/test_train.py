@@ -355,6 +355,26 @@ def test_a_run_learns(tmp_path: Path) -> None:
     assert table["tau"].iloc[-1] > table["tau"].iloc[0]
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_the_signs_of_a_run_weigh_its_ends(better: bool) -> None:
+    # Of 20 steps the first and last two count; what lies between pulls the other way.
+    ends = [0.0, 1.0], [1.0, 2.0]
+    first, last = ends if better else ends[::-1]
+    values = first + ([3.0] * 8 + [0.0] * 8 if better else [0.0] * 8 + [3.0] * 8) + last
+    rows = [
+        {"step": step, "loss": -value, "accept_rate": value, "tau": value}
+        for step, value in enumerate(values, start=1)
+    ]
+    history = lab.History(Path("run"), [*rows, {"step": 20, "held_out_tau": 0.0}])
+    assert history.signs() == dict.fromkeys(("loss fell", "accept rate rose", "tau rose"), better)
+
+
+def test_one_step_has_no_signs() -> None:
+    row = {"step": 1, "loss": 1.0, "accept_rate": 0.5, "tau": 2.0}
+    with pytest.raises(ValueError, match="at least 2 steps, got 1"):
+        lab.History(Path("run"), [row]).signs()
+
+
 def test_target_and_its_embeddings_stay_as_they_are(tmp_path: Path) -> None:
     target, drafter = tiny_target(), tiny_drafter()
     before = {name: p.clone() for name, p in target.model.named_parameters()}

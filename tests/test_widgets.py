@@ -10,6 +10,7 @@ import re
 import time
 from base64 import b64decode
 from pathlib import Path
+from typing import Any
 
 import ipywidgets
 import pandas as pd
@@ -577,3 +578,32 @@ def test_a_fast_drag_of_the_real_explorer_is_one_redraw():
     asyncio.run(drag())
     assert explorer.frames_drawn == 2
     assert explorer.tables["blocks"]["block"].nunique() == 79
+
+
+def step_row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 3.0 / step, "accept_rate": 0.1 * step, "tau": 1 + 0.1 * step}
+
+
+def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, drawn = [0.0], []
+    monkeypatch.setattr(widgets.time, "monotonic", lambda: now[0])
+    curve = widgets.LiveCurve()
+    redraw = curve.redraw
+    monkeypatch.setattr(curve, "redraw", lambda: (drawn.append(now[0]), redraw()))
+    for step in range(1, 11):
+        curve(step_row(step))
+        now[0] += 0.2
+    curve({"step": 10, "held_out_tau": 2.0})
+    assert curve.table["step"].tolist() == list(range(1, 11))
+    assert len(drawn) == 4 and all(b - a > 0.5 for a, b in zip(drawn, drawn[1:], strict=False))
+
+
+def test_live_curve_has_a_picture_once_there_are_steps() -> None:
+    curve = widgets.LiveCurve()
+    assert "image/png" not in curve._repr_mimebundle_()
+    curve(step_row(2))
+    bundle = curve._repr_mimebundle_()
+    assert b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    assert "step 2: loss 1.500, accept rate 0.200, tau 1.20" in curve._line.value
