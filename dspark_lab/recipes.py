@@ -57,11 +57,17 @@ class Corpus:
     """More conversations of SmolLM2: prompts of a seed, without second questions."""
 
     seed: int
-    temperature: float
+    sampling: Sampling
     count: int = 576
 
 
-CORPORA = (Corpus(1, 0.7), Corpus(2, 0.7), Corpus(3, 0.7), Corpus(4, 0.3))
+# At temperature 1 with nothing cut off, as in a teacher-forced evaluation at temperature 1.
+UNCUT = Sampling(temperature=1.0, top_k=49152, top_p=1.0, max_new_tokens=256)
+CORPORA = (
+    *(Corpus(seed, Sampling()) for seed in (1, 2, 3)),
+    Corpus(4, Sampling(temperature=0.3)),
+    *(Corpus(seed, UNCUT, count=384) for seed in (5, 6)),
+)
 
 
 def make_corpora(work: Path, corpora: Sequence[Corpus] = CORPORA) -> list[Path]:
@@ -73,7 +79,7 @@ def make_corpora(work: Path, corpora: Sequence[Corpus] = CORPORA) -> list[Path]:
         if path.exists() and len(load_chats(path)) == corpus.count:
             continue
         model, tokenizer = load_smollm2(dtype=torch.bfloat16)
-        answer = model_answer(model, tokenizer, Sampling(temperature=corpus.temperature))
+        answer = model_answer(model, tokenizer, corpus.sampling)
         prompts = make_prompts(corpus.count, corpus.seed, follow_up_share=0.0)
         generate(path, prompts, answer, corpus.seed, batch_size=192, attempts=1)
     return paths
