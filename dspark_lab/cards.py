@@ -27,11 +27,11 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def tau_lines(evaluations: Mapping[str, pd.DataFrame]) -> str:
-    """Tau of each drafter, over all and by domain, with its 95 % interval."""
-    table = drafter_table(evaluations)
+def tau_lines(evaluations: Mapping[str, pd.DataFrame], what: str = "drafter") -> str:
+    """Tau of each drafter, or of ``what`` else, over all and by domain, with its 95 % interval."""
+    table = drafter_table(evaluations).rename(columns={"drafter": what})
     table["tau (95 %)"] = [_with_interval(*row) for row in table[["tau", "low", "high"]].to_numpy()]
-    wide = table.pivot(index="drafter", columns="domain", values="tau (95 %)")
+    wide = table.pivot(index=what, columns="domain", values="tau (95 %)")
     order = list(dict.fromkeys(table["domain"]))
     return markdown_table(wide.loc[list(evaluations), order].reset_index())
 
@@ -136,7 +136,7 @@ def smollm2_card(facts: Mapping[str, Any], evaluations: Mapping[str, pd.DataFram
 
     Args:
         facts: of the run.
-        evaluations: by drafter, from :func:`dspark_lab.evaluate.evaluate`.
+        evaluations: by how the answers were drawn, from :func:`dspark_lab.evaluate.evaluate`.
     """
     first = next(iter(evaluations.values()))
     return f"""# The drafter of SmolLM2-135M-Instruct
@@ -145,13 +145,13 @@ def smollm2_card(facts: Mapping[str, Any], evaluations: Mapping[str, pd.DataFram
 
 ## Training
 
-On {facts["conversations"]:,} conversations with the target's own answers ({facts["supervised_tokens"]:,} answer tokens), {facts["slots"]:,} slots in {facts["steps"]} steps, {round(facts["seconds"] / 60)} minutes beside other work on {MACHINE}. It began with the weights of the target's last two layers. Both softmaxes were over the {facts["seen_tokens"]:,} tokens alone that occur in the conversations; the evaluation is over all 49,152.
+On {facts["conversations"]:,} conversations with the target's own answers, drawn at temperatures of 0.3 to 1 ({facts["supervised_tokens"]:,} answer tokens), {facts["slots"]:,} slots in {facts["steps"]} steps, {round(facts["seconds"] / 60)} minutes beside other work on {MACHINE}. It began with the weights of the target's last two layers. Both softmaxes were over the {facts["seen_tokens"]:,} tokens alone that occur in the conversations; the evaluation is over all 49,152.
 
 ## Results
 
-Tau, teacher-forced at temperature 1, on the target's own answers, drawn at temperature 1 with nothing cut off, to {len(first)} prompts of public benchmarks that were never trained on ({int(first["blocks"].sum()):,} blocks); in brackets the 95 % interval over conversations.
+Tau, teacher-forced at temperature 1, on the target's own answers to {len(first)} prompts of public benchmarks that were never trained on, by how those answers were drawn (about {int(first["blocks"].sum()):,} blocks each); in brackets the 95 % interval over conversations.
 
-{tau_lines(evaluations)}
+{tau_lines(evaluations, "answers")}
 
 For comparison: published trainer code reached 1.35 after 400 steps of two conversations on the same kind of machine.
 
