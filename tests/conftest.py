@@ -34,9 +34,9 @@ def cpp_compiler() -> None:
         pytest.skip("torch.compile needs a C++ compiler")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For tests on tiny tensors, where a second thread only waits, and long on a busy machine."""
+    """For tests on tiny tensors, where a second thread only waits and changes a sum's bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

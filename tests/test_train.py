@@ -30,14 +30,7 @@ from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
 
 ONE = SimpleNamespace(size=1, rank=0)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_here():
-    """Tiny tensors; and bits depend on how a sum is shared among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,7 @@ PARALLEL = ("ddp", "fsdp2")
 GRADIENT = lab.TrainConfig(4, batch_size=1, accumulate=2, num_anchors=5, ce_only_fraction=0.5)
 TOGETHER = replace(CONFIG, steps=4, checkpoint_every=2, evaluate_every=4)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_here():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(seed: int = 1) -> tuple[Any, Any]:
