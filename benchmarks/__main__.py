@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from benchmarks import attention, explorers, mask, objective, sampling, training_step
+from benchmarks import attention, decoding, explorers, mask, objective, sampling, training_step
 
 SECTIONS = {
     "mask": mask.run,
@@ -17,6 +17,7 @@ SECTIONS = {
     "attention": attention.run,
     "objective": objective.run,
     "training_step": training_step.run,
+    "decoding": decoding.run,
     "explorers": explorers.run,
 }
 

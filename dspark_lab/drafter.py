@@ -18,7 +18,7 @@ it knows nothing about text, about where features come from, about losses or abo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,6 +47,7 @@ from dspark_lab.common import (
     sample_anchor_positions,
 )
 from dspark_lab.heads import MarkovKind, build_markov_head
+from dspark_lab.rows import Rows, take
 
 __all__ = ["ARCHITECTURE", "Drafter", "DrafterConfig", "Slots"]
 
@@ -236,6 +237,20 @@ class Slots:
     block_keep_mask: Bool[Tensor, "batch anchor"]
 
 
+@dataclass(frozen=True, eq=False)
+class DraftCache:
+    """The keys and values that each layer made of the context of each row."""
+
+    states: list[tuple[Tensor, Tensor]]
+    rows: Rows
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The other rows leave."""
+        cut = self.rows.commit([0] * len(self.rows.lengths), rows)
+        for index, (keys, values) in enumerate(self.states):
+            self.states[index] = take(keys, cut), take(values, cut)
+
+
 class Drafter(nn.Module):
     """A DSpark drafter; its parameters have the names of the published checkpoints.
 
@@ -377,7 +392,7 @@ class Drafter(nn.Module):
         return Slots(
             hidden=hidden,
             latent=latent,
-            confidence_pred=self._confidence(hidden, embedding),
+            confidence_pred=self.confidence(hidden, embedding),
             target_hidden=(
                 None
                 if target_last_hidden_states is None
@@ -417,6 +432,61 @@ class Drafter(nn.Module):
             confidence_pred=slots.confidence_pred,
             aligned_target_logits=target_logits,
         )
+
+    def start_cache(self, batch: int) -> DraftCache:
+        """An empty cache of the context's keys and values, for :meth:`read` and :meth:`draft`."""
+        c, like = self.config, self.fc.weight
+        empty = like.new_empty(batch, c.num_key_value_heads, 0, c.head_dim)
+        states = [(empty, empty) for _ in self.layers]
+        return DraftCache(states, Rows([0] * batch, like.device))
+
+    def read(
+        self,
+        context: Float[Tensor, "batch new features"],
+        cache: DraftCache,
+        counts: Sequence[int],
+    ) -> None:
+        """Takes further context into ``cache``: of row r the first ``counts[r]`` features.
+
+        They stand right behind those that the row has there already.
+        """
+        new = context.shape[1]
+        states = self.hidden_norm(self.fc(context.to(self.fc.weight.dtype)))
+        angles = _rope(cache.rows.positions(new), self.config, states.dtype)
+        cut = cache.rows.commit(counts)
+        for index, layer in enumerate(self.layers):
+            old = cache.states[index]
+            more = layer.self_attn.keys_values(states, angles)
+            k, v = (torch.cat(pair, dim=2) for pair in zip(old, more, strict=True))
+            cache.states[index] = take(k, cut), take(v, cut)
+
+    def draft(
+        self, anchor_ids: Int[Tensor, " batch"], cache: DraftCache
+    ) -> Float[Tensor, "batch slot hidden"]:
+        """The backbone's states of one block a row, its anchor right behind the row's context.
+
+        The same as in a training forward, for one anchor, up to rounding. What a slot's token is
+        drawn from follows with :meth:`logits` and the Markov head, slot after slot.
+        """
+        c = self.config
+        ids = anchor_ids.new_full((len(anchor_ids), c.block_size), c.mask_token_id)
+        ids[:, 0] = anchor_ids
+        x = self.embed_tokens(ids)
+        angles = _rope(cache.rows.positions(c.block_size), c, x.dtype)
+        mask = None
+        if not cache.rows.even:
+            mask = cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
+        for layer, old in zip(self.layers, cache.states, strict=True):
+            normed = layer.input_layernorm(x)
+            q = layer.self_attn.queries(normed, angles)
+            own = layer.self_attn.keys_values(normed, angles)
+            k, v = (torch.cat(pair, dim=2) for pair in zip(old, own, strict=True))
+            seen = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            x = x + layer.self_attn.o_proj(seen.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.norm(x)
 
     def logits(
         self,
@@ -469,7 +539,15 @@ class Drafter(nn.Module):
             x = layer(x, context, angles, backend=backend, block_mask=mask, **blocks)
         return self.norm(x)
 
-    def _confidence(self, hidden: Tensor, embedding: Tensor | None) -> Tensor | None:
+    def confidence(
+        self,
+        hidden: Float[Tensor, "*axes hidden"],
+        embedding: Float[Tensor, "*axes rank"] | None,
+    ) -> Float[Tensor, "*axes"] | None:
+        """The confidence head's logits; None without such a head.
+
+        ``embedding`` is the Markov head's, of the previous token, or None where there is none.
+        """
         if self.confidence_head is None:
             return None
         if self.config.reads_markov:
@@ -554,14 +632,18 @@ class _Attention(nn.Module):
         self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor], **blocks: Any
     ) -> Tensor:
         # Under autocast the two come in different dtypes.
-        seen = torch.cat([context.to(x.dtype), x], dim=1)
-        q = self._heads(self.q_proj(x))
-        k = self._heads(self.k_proj(seen))
-        v = self._heads(self.v_proj(seen))
+        k, v = self.keys_values(torch.cat([context.to(x.dtype), x], dim=1), angles)
         of_slots = (angles[0][:, :, -x.shape[1] :], angles[1][:, :, -x.shape[1] :])
-        q = _rotate(self.q_norm(q), of_slots).to(v.dtype)
-        k = _rotate(self.k_norm(k), angles).to(v.dtype)
+        q = self.queries(x, of_slots)
         return self.o_proj(block_attention(q, k, v, **blocks).transpose(1, 2).flatten(2))
+
+    def queries(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        q = self._heads(self.q_proj(x))
+        return _rotate(self.q_norm(q), angles).to(q.dtype)
+
+    def keys_values(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        return _rotate(self.k_norm(k), angles).to(v.dtype), v
 
     def _heads(self, x: Tensor) -> Float[Tensor, "batch heads seq head_dim"]:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

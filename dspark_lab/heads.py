@@ -58,14 +58,9 @@ class MarkovHead(nn.Module):
     ) -> Float[Tensor, "batch anchor slot rank"]:
         """What ``markov_w2`` maps to the bias."""
         embeddings = self.embed(prev_ids)
-        if self.kind == "vanilla":
-            return embeddings
-        if self.kind == "gated":
-            joint = torch.cat([hidden, embeddings.to(hidden.dtype)], dim=-1)
-            return self.gate_proj(joint).sigmoid() * embeddings
-        embeddings = embeddings.to(hidden.dtype)
-        state = torch.zeros_like(embeddings[..., 0, :])
-        outputs = []
+        if self.kind != "rnn":
+            return self.step(None, embeddings, hidden)[1]
+        state, outputs = None, []
         for embedding, h in zip(embeddings.unbind(-2), hidden.unbind(-2), strict=True):
             state, output = self.step(state, embedding, h)
             outputs.append(output)
@@ -73,11 +68,19 @@ class MarkovHead(nn.Module):
 
     def step(
         self,
-        state: Float[Tensor, "*axes rank"],
+        state: Float[Tensor, "*axes rank"] | None,
         embedding: Float[Tensor, "*axes rank"],
         hidden: Float[Tensor, "*axes hidden"],
-    ) -> tuple[Float[Tensor, "*axes rank"], Float[Tensor, "*axes rank"]]:
-        """One slot of kind ``rnn``: the next slot's state, and this slot's latent."""
+    ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
+        """One slot: the next slot's state, and this slot's latent. A block begins with None."""
+        if self.kind == "vanilla":
+            return None, embedding
+        embedding = embedding.to(hidden.dtype)
+        if self.kind == "gated":
+            gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1))
+            return None, gate.sigmoid() * embedding
+        if state is None:
+            state = torch.zeros_like(embedding)
         joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
         gate, candidate, output = joint.chunk(3, dim=-1)
         keep = gate.sigmoid()

