@@ -19,11 +19,9 @@ and caches that are cut back; it does not know what the traces are good for.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,6 +32,7 @@ from torch import Tensor
 from dspark_lab.checks import require_int, require_number
 from dspark_lab.drafter import Drafter
 from dspark_lab.target import Target
+from dspark_lab.trace import TRACE_COLUMNS
 
 if TYPE_CHECKING:
     import pandas
@@ -48,9 +47,7 @@ __all__ = [
     "distribution",
     "encode_prompt",
     "greedy_differences",
-    "load_trace",
     "residual",
-    "save_trace",
 ]
 
 # How many slots of each row to verify, from the confidences of them all.
@@ -343,75 +340,6 @@ def greedy_differences(
     return pd.DataFrame(rows, columns=["prompt", "position", "margin"])
 
 
-_SUFFIXES = (".parquet", ".csv")
-
-
-def save_trace(trace: pandas.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Writes a trace as Parquet or CSV, by the name's suffix, whole or not at all.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = _trace_path(path)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".csv":
-        trace.to_csv(partial, index=False)
-    else:
-        trace.to_parquet(partial, index=False)
-    os.replace(partial, path)
-
-
-def load_trace(path: str | os.PathLike[str]) -> pandas.DataFrame:
-    """A trace that :func:`save_trace` wrote, its columns of the same types.
-
-    Raises:
-        ValueError: another suffix, or a file with other columns.
-    """
-    import pandas as pd
-
-    path = _trace_path(path)
-    if path.suffix == ".csv":
-        # A domain may be called "NA" or "7"; only an empty number is missing.
-        empty = {name: [""] for name in _TRACE if name != "domain"}
-        table = pd.read_csv(
-            path,
-            dtype={"domain": "object"},
-            keep_default_na=False,
-            na_values=empty,
-        )
-    else:
-        table = pd.read_parquet(path)
-    missing = [name for name in _TRACE if name not in table]
-    if missing:
-        raise ValueError(f"{path} must hold a trace, but it has no {', '.join(missing)}")
-    return table.astype(_TRACE)
-
-
-def _trace_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"a trace is saved as one of {_SUFFIXES}, got {path.name!r}")
-    return path
-
-
-_TRACE = {
-    "prompt": "int64",
-    "domain": "object",
-    "round": "int64",
-    "slot": "int64",
-    "position": "int64",
-    "token": "int64",
-    "draft_prob": "float64",
-    "target_prob": "float64",
-    "accept_prob": "float64",
-    "accept_rate": "float64",
-    "confidence": "float64",
-    "verified": "bool",
-    "accepted": "bool",
-    "resampled": "Int64",
-}
-
-
 @dataclass
 class _Draft:
     """A block of each row: tokens ``[batch, slot]``, q ``[batch, slot, vocab]``, confidences."""
@@ -483,12 +411,14 @@ class _Run:
         """The trace and the rounds, by prompt and round."""
         import pandas as pd
 
-        columns = ("prompt", "round", "drafted", "verified", "accepted", "tokens")
-        rounds = pd.DataFrame(self._round_rows, columns=columns)
-        trace = pd.DataFrame(self._rows, columns=[name for name in _TRACE if name != "domain"])
+        counts = ["prompt", "round", "drafted", "verified", "accepted", "tokens"]
+        rounds = pd.DataFrame(self._round_rows, columns=counts)
+        columns = [name for name in TRACE_COLUMNS if name != "domain"]
+        trace = pd.DataFrame(self._rows, columns=columns)
         for table in (rounds, trace):
             table.insert(1, "domain", table["prompt"].map(dict(enumerate(domains))))
-        trace = trace.astype(_TRACE).sort_values(["prompt", "round", "slot"], ignore_index=True)
+        trace = trace.astype(TRACE_COLUMNS)
+        trace = trace.sort_values(["prompt", "round", "slot"], ignore_index=True)
         return trace, rounds.sort_values(["prompt", "round"], ignore_index=True)
 
     def _read_prompts(self) -> None:

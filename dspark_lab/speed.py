@@ -2,7 +2,8 @@
 
 A round costs what drafting, verifying and the rest of it cost, and yields tau tokens; a plain step
 costs one pass of the target and yields one. So the gain is tau * plain / round, and a drafter
-breaks even where tau is round / plain. This file knows times and counts; it knows nothing about models.
+breaks even where tau is round / plain. This file knows times and counts; it knows nothing about
+models.
 """
 
 from __future__ import annotations

@@ -34,12 +34,11 @@ from dspark_lab.decode import (
     decode_rounds,
     encode_prompt,
     greedy_differences,
-    load_trace,
-    save_trace,
 )
 from dspark_lab.drafter import Drafter
 from dspark_lab.pairs import Pair, load_pair, question
 from dspark_lab.target import Target
+from dspark_lab.trace import load_trace, save_trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
