@@ -39,6 +39,8 @@ __all__ = ["load_drafter", "save_drafter"]
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# How a drafter's confidences are scaled (dspark_lab.calibration); of these very weights.
+CALIBRATION = "calibration.json"
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _DTYPES = {
@@ -95,7 +97,7 @@ def save_drafter(
 
     Raises:
         TypeError, ValueError: a drafter, dtype or size that is none; or ``folder`` holds anything
-            but a drafter's checkpoint, which would be lost.
+            but a drafter's checkpoint, which would be lost (its calibration goes with it).
         OSError: ``folder`` cannot be written, or the disk is full.
     """
     if not isinstance(drafter, Drafter):
@@ -208,7 +210,7 @@ def _require_replaceable(folder: Path) -> None:
     foreign = [
         name
         for name in names
-        if name not in (CONFIG, WEIGHTS, INDEX) and not _SHARD.fullmatch(name)
+        if name not in (CONFIG, WEIGHTS, INDEX, CALIBRATION) and not _SHARD.fullmatch(name)
     ]
     if foreign:
         raise ValueError(

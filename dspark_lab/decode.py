@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chance",
     "Decoded",
+    "Decoding",
     "Round",
     "Scheduler",
     "decode",
@@ -179,7 +180,6 @@ def decode(
     drafter: Drafter | None,
     prompts: Sequence[Prompt],
     *,
-    domains: Sequence[str] | None = None,
     on_round: Callable[[Round], None] | None = None,
     **options: Any,
 ) -> Decoded:
@@ -197,37 +197,33 @@ def decode(
         target: what decides.
         drafter: what proposes; None for plain decoding with a cache.
         prompts: user messages, or token ids.
-        domains: of the prompts, for the tables.
         on_round: called with each round as soon as it is over, for text that streams.
         options: see :func:`decode_rounds`.
 
     Raises:
-        TypeError, ValueError: as :func:`decode_rounds`, or ``domains`` of another length.
+        TypeError, ValueError: as :func:`decode_rounds`.
     """
-    if domains is not None and len(domains) != len(prompts):
-        raise ValueError(
-            f"domains must be one for each of {len(prompts)} prompts, got {len(domains)}"
-        )
-    run = _Run(target, drafter, prompts, **options)
-    for round_ in run:
+    decoding = decode_rounds(target, drafter, prompts, **options)
+    for round_ in decoding:
         if on_round is not None:
             on_round(round_)
-    names = ["none"] * len(prompts) if domains is None else list(domains)
-    trace, rounds = run.tables(names)
-    texts = [run.text(answer) for answer in run.answers]
-    return Decoded(run.answers, texts, trace, rounds, run.seconds())
+    return decoding.result()
 
 
 def decode_rounds(
     target: Target, drafter: Drafter | None, prompts: Sequence[Prompt], **options: Any
-) -> Iterator[Round]:
+) -> Decoding:
     """The rounds of :func:`decode`, one after the other, as they happen.
+
+    An iterator of :class:`Round` whose ``result()`` is what there is so far; to stop, ask for no
+    more.
 
     The first token of an answer is the target's own and belongs to no round: it stands before the
     first round's tokens.
 
     Args:
         target, drafter, prompts: see :func:`decode`.
+        domains: of the prompts, for the tables.
         temperature: 0 (the default) takes the likeliest token.
         top_p: draw from the smallest set of likeliest tokens that holds so much probability.
         max_new_tokens: of each answer.
@@ -237,6 +233,11 @@ def decode_rounds(
             from what is known before x_k is drawn: the confidences up to slot k, of any row, and
             smaller ones alone later.
         draft_length: draft at most so many slots of a block.
+        temperatures: of the confidences, one for each slot, as calibration finds them
+            (``SequentialTemperatures.temperatures``); threshold, scheduler and trace get what they
+            give.
+        batch_size: prompts decoded together; by default all, or one where the target's attention
+            cannot tell rows of unequal length apart.
         end_ids: tokens that end an answer; by default the tokenizer's and the model's own.
         seed: of the draws; those of a prompt do not depend on the other prompts.
         chance: where draws come from instead.
@@ -244,9 +245,10 @@ def decode_rounds(
     Raises:
         TypeError, ValueError: a drafter of another vocabulary or other context than the target's,
             a setting out of range, an empty prompt, or one that with its answer is too long for the
-            model, a threshold or scheduler for a drafter without a confidence head.
+            model, ``domains`` of another length, a threshold or scheduler without a drafter that
+            has a confidence head.
     """
-    return iter(_Run(target, drafter, prompts, **options))
+    return Decoding(target, drafter, prompts, **options)
 
 
 def distribution(
@@ -292,13 +294,14 @@ def encode_prompt(target: Target, prompt: Prompt) -> list[int]:
         if target.tokenizer is None:
             raise ValueError(f"{target.name} has no tokenizer: a prompt must be token ids")
         if target.tokenizer.chat_template is None:
-            ids = target.tokenizer(prompt)["input_ids"]
+            encoding: Any = target.tokenizer(prompt)
         else:
-            ids = target.tokenizer.apply_chat_template(
+            encoding = target.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}],
                 add_generation_prompt=True,
                 return_dict=True,
-            )["input_ids"]
+            )
+        ids = list(encoding["input_ids"])
     elif isinstance(prompt, Tensor):
         ids = prompt.tolist()
     elif isinstance(prompt, Sequence):
@@ -349,13 +352,17 @@ class _Draft:
     confidence: Tensor | None
 
 
-@dataclass
-class _Run:
-    """The state between rounds. Row r of every tensor is the prompt ``self.going[r]``."""
+@dataclass(eq=False)
+class Decoding(Iterator[Round]):
+    """A run of :func:`decode_rounds` and its state between rounds.
+
+    Row r of every tensor is the prompt ``_going[r]``.
+    """
 
     target: Target
     drafter: Drafter | None
     prompts: Sequence[Prompt]
+    domains: Sequence[str] | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 256
@@ -363,51 +370,61 @@ class _Run:
     scheduler: Scheduler | None = None
     draft_length: int | None = None
     end_ids: Sequence[int] | None = None
+    temperatures: Sequence[float] | None = None
+    batch_size: int | None = None
     seed: int = 0
     chance: Chance | None = None
-    answers: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._ids = self._check()
         count = len(self._ids)
-        self.answers = [[] for _ in range(count)]
+        self._answers: list[list[int]] = [[] for _ in range(count)]
         self._shown = [""] * count
         self._numbers = [0] * count
-        self.going = list(range(count))
         self._ends = _end_ids(self.target) if self.end_ids is None else set(self.end_ids)
         block_size = 0 if self.drafter is None else self.drafter.config.block_size
         self._chance: Chance = self.chance or Streams(count, self.seed, block_size)
         self._layers = [] if self.drafter is None else list(self.drafter.config.target_layer_ids)
-        self._cache = self.target.start_cache(count)
-        self._context = None if self.drafter is None else self.drafter.start_cache(count)
-        self._anchors = torch.zeros(count, dtype=torch.long)
         self._rows: list[dict[str, Any]] = []
         self._round_rows: list[dict[str, int]] = []
         self._clock = {"prompt": 0.0, "draft": 0.0, "verify": 0.0, "total": 0.0}
+        self._rounds = self._decode()
 
-    def __iter__(self) -> Iterator[Round]:
-        with torch.inference_mode():
-            begin = self._now()
-            self._read_prompts()
-            self._clock["prompt"] = self._now() - begin
-        while self.going:
+    def __next__(self) -> Round:
+        return next(self._rounds)
+
+    def result(self) -> Decoded:
+        """The answers, the trace and the rounds so far."""
+        trace, rounds = self._tables()
+        answers = [list(answer) for answer in self._answers]
+        return Decoded(answers, list(map(self._text, answers)), trace, rounds, self._seconds())
+
+    def _decode(self) -> Iterator[Round]:
+        count = len(self._ids)
+        step = self.batch_size or (count if self.target.decodes_batches else 1)
+        for first in range(0, count, step):
             with torch.inference_mode():
                 begin = self._now()
-                rounds = self._round()
-                self._clock["total"] += self._now() - begin
-            yield from rounds
+                self._read_prompts(list(range(first, min(first + step, count))))
+                self._clock["prompt"] += self._now() - begin
+            while self._going:
+                with torch.inference_mode():
+                    begin = self._now()
+                    rounds = self._round()
+                    self._clock["total"] += self._now() - begin
+                yield from rounds
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def _text(self, tokens: Sequence[int]) -> str:
         if self.target.tokenizer is None:
             return ""
         return str(self.target.tokenizer.decode([t for t in tokens if t not in self._ends]))
 
-    def seconds(self) -> dict[str, float]:
+    def _seconds(self) -> dict[str, float]:
         clock = self._clock
         parts = {name: clock[name] for name in ("prompt", "draft", "verify")}
         return parts | {"rest": clock["total"] - clock["draft"] - clock["verify"]}
 
-    def tables(self, domains: Sequence[str]) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    def _tables(self) -> tuple[pandas.DataFrame, pandas.DataFrame]:
         """The trace and the rounds, by prompt and round."""
         import pandas as pd
 
@@ -415,38 +432,43 @@ class _Run:
         rounds = pd.DataFrame(self._round_rows, columns=counts)
         columns = [name for name in TRACE_COLUMNS if name != "domain"]
         trace = pd.DataFrame(self._rows, columns=columns)
+        domains = ["none"] * len(self._ids) if self.domains is None else self.domains
         for table in (rounds, trace):
             table.insert(1, "domain", table["prompt"].map(dict(enumerate(domains))))
         trace = trace.astype(TRACE_COLUMNS)
         trace = trace.sort_values(["prompt", "round", "slot"], ignore_index=True)
         return trace, rounds.sort_values(["prompt", "round"], ignore_index=True)
 
-    def _read_prompts(self) -> None:
-        lengths = [len(ids) for ids in self._ids]
+    def _read_prompts(self, prompts: list[int]) -> None:
+        """The target and the drafter read a batch of prompts, and the target draws a token."""
+        self._going = prompts
+        self._cache = self.target.start_cache(len(prompts))
+        self._context = None if self.drafter is None else self.drafter.start_cache(len(prompts))
+        lengths = [len(self._ids[prompt]) for prompt in prompts]
         rows = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        for row, ids in enumerate(self._ids):
-            rows[row, : len(ids)] = torch.tensor(ids)
+        for row, prompt in enumerate(prompts):
+            rows[row, : lengths[row]] = torch.tensor(self._ids[prompt])
         features = self.target.advance(rows.to(self.target.device), self._cache, self._layers)
         self._cache.commit(lengths)
         if self.drafter is not None and self._context is not None:
             self.drafter.read(self._to_drafter(features.context), self._context, lengths)
         last = torch.tensor(lengths, device=self.target.device) - 1
         states = features.last[torch.arange(len(lengths), device=last.device), last]
-        self._anchors = self._chance.owns(self._target_probs(states), self.going)
+        self._anchors = self._chance.owns(self._target_probs(states), self._going)
         ended = []
-        for row, token in enumerate(self._anchors.tolist()):
-            self.answers[row].append(token)
-            ended.append(self._over(self.answers[row]))
+        for prompt, token in zip(prompts, self._anchors.tolist(), strict=True):
+            self._answers[prompt].append(token)
+            ended.append(self._over(self._answers[prompt]))
         if any(ended):
             kept = [row for row, over in enumerate(ended) if not over]
             self._cache.commit([0] * len(lengths), kept)
             if self._context is not None:
                 self._context.keep(kept)
-            self.going, self._anchors = kept, self._anchors[kept]
+            self._going, self._anchors = [prompts[row] for row in kept], self._anchors[kept]
 
     def _round(self) -> list[Round]:
         # A round yields one token at least beside the accepted ones.
-        limits = [self.max_new_tokens - len(self.answers[prompt]) - 1 for prompt in self.going]
+        limits = [self.max_new_tokens - len(self._answers[prompt]) - 1 for prompt in self._going]
         begin = self._now()
         draft = self._draft(max(limits))
         slots = draft.tokens.shape[1]
@@ -465,16 +487,17 @@ class _Run:
         draft_prob = draft.probs.gather(2, draft.tokens.unsqueeze(2)).squeeze(2)
         target_prob = p[:, :most].gather(2, tokens).squeeze(2)
         accept_prob = (target_prob / draft_prob[:, :most]).clamp(max=1)
-        accept_rate = torch.minimum(p[:, :most], q).sum(dim=2)
+        # A sum of probabilities may end a rounding above 1.
+        accept_rate = torch.minimum(p[:, :most], q).sum(dim=2).clamp(max=1)
         length = torch.tensor(lengths, device=p.device)
         asked_about = torch.arange(most, device=p.device) < length.unsqueeze(1)
-        lucky = self._chance.accepts(accept_prob, self.going) & asked_about
+        lucky = self._chance.accepts(accept_prob, self._going) & asked_about
         accepted = lucky.cumprod(dim=1).sum(dim=1)
         row = torch.arange(len(p), device=p.device)
         # A slot that the target was not asked about is not taken off what comes in its place.
         refused = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)[row, accepted]
         refused = refused * (accepted < length).unsqueeze(1)
-        own = self._chance.owns(residual(p[row, accepted], refused), self.going)
+        own = self._chance.owns(residual(p[row, accepted], refused), self._going)
         return self._settle(
             draft,
             drafted,
@@ -506,8 +529,8 @@ class _Run:
         rounds, kept = [], []
         block = draft.tokens.tolist()
         confidence = None if draft.confidence is None else draft.confidence.tolist()
-        for row, (prompt, token) in enumerate(zip(self.going, own.tolist(), strict=True)):
-            answer, count = self.answers[prompt], accepted[row]
+        for row, (prompt, token) in enumerate(zip(self._going, own.tolist(), strict=True)):
+            answer, count = self._answers[prompt], accepted[row]
             new = [*block[row][:count], token]
             end = next((i for i, t in enumerate(new) if t in self._ends), len(new) - 1)
             new = new[: end + 1]
@@ -565,7 +588,7 @@ class _Run:
         # The anchor was read, and so was every accepted token; the target's own comes next.
         counts = [count + 1 for count in accepted]
         self._cache.commit(counts, kept)
-        self.going = [self.going[row] for row in kept]
+        self._going = [self._going[row] for row in kept]
         self._anchors = own[kept]
         if self.drafter is not None and self._context is not None and kept:
             self._context.keep(kept)
@@ -577,16 +600,16 @@ class _Run:
     def _draft(self, limit: int) -> _Draft:
         anchors = self._anchors
         if self.drafter is None or self._context is None or limit == 0:
-            empty = anchors.new_empty(len(anchors), 0)
-            probs = self.target.head_weight.new_empty(len(anchors), 0, self.target.vocab_size)
-            wide = torch.promote_types(probs.dtype, torch.float32)
-            return _Draft(empty, probs.to(wide), None)
+            nothing = anchors.new_empty(len(anchors), 0)
+            none = self.target.head_weight.new_empty(len(anchors), 0, self.target.vocab_size)
+            return _Draft(nothing, none.to(torch.promote_types(none.dtype, torch.float32)), None)
         drafter, markov = self.drafter, self.drafter.markov_head
         previous = anchors.to(drafter.fc.weight.device)
         states = drafter.draft(previous, self._context)
         count = self.draft_length or states.shape[1]
         state = None
         tokens, probs, confidence = [], [], []
+        scales = [1.0] * count if self.temperatures is None else self.temperatures
         base = drafter.lm_head(states[:, :count])
         for slot in range(count):
             hidden, logits, embedding = states[:, slot], base[:, slot], None
@@ -594,17 +617,18 @@ class _Run:
                 embedding = markov.embed(previous)
                 state, latent = markov.step(state, embedding, hidden)
                 logits = logits + markov.markov_w2(latent)
-            confidence.append(drafter.confidence(hidden, embedding))
+            logit = drafter.confidence(hidden, embedding)
+            if logit is not None:
+                confidence.append((logit.float() / scales[slot]).sigmoid())
             q = distribution(logits, self.temperature, self.top_p).to(self.target.device)
-            token = self._chance.drafts(q, self.going)
+            token = self._chance.drafts(q, self._going)
             previous = token.to(previous.device)
             tokens.append(token)
             probs.append(q)
-        values = [c.float().sigmoid() for c in confidence if c is not None]
         return _Draft(
             torch.stack(tokens, dim=1),
             torch.stack(probs, dim=1),
-            torch.stack(values, dim=1).to(self.target.device) if values else None,
+            torch.stack(confidence, dim=1).to(self.target.device) if confidence else None,
         )
 
     def _lengths(self, draft: _Draft, drafted: list[int]) -> list[int]:
@@ -615,9 +639,9 @@ class _Run:
             chosen = [min(a, b) for a, b in zip(chosen, sure.tolist(), strict=True)]
         if draft.confidence is not None and self.scheduler is not None:
             wanted = torch.as_tensor(self.scheduler(draft.confidence))
-            if wanted.shape != (len(chosen),) or (wanted < 0).any():
+            if wanted.shape != (len(chosen),) or wanted.is_floating_point() or (wanted < 0).any():
                 raise ValueError(
-                    f"scheduler must return {len(chosen)} lengths of at least 0, "
+                    f"scheduler must return {len(chosen)} whole numbers of slots, at least 0, "
                     f"got {wanted.tolist()}"
                 )
             chosen = [min(a, int(b)) for a, b in zip(chosen, wanted.tolist(), strict=True)]
@@ -636,8 +660,8 @@ class _Run:
 
     def _new_text(self, prompt: int) -> str:
         """The text since the last call, up to the last whole character."""
-        text = self.text(self.answers[prompt])
-        if text.endswith("\ufffd") and not self._over(self.answers[prompt]):
+        text = self._text(self._answers[prompt])
+        if text.endswith("\ufffd") and not self._over(self._answers[prompt]):
             return ""
         shown, self._shown[prompt] = self._shown[prompt], text
         return text[len(shown) :]
@@ -653,6 +677,11 @@ class _Run:
         require_int("seed", self.seed, 0)
         if isinstance(self.prompts, str) or len(self.prompts) == 0:
             raise ValueError(f"prompts must be a list with at least one, got {self.prompts!r}")
+        if self.domains is not None and len(self.domains) != len(self.prompts):
+            raise ValueError(
+                f"domains must be one for each of {len(self.prompts)} prompts, "
+                f"got {len(self.domains)}"
+            )
         ids = [encode_prompt(self.target, prompt) for prompt in self.prompts]
         limit = self.target.model.config.get_text_config().max_position_embeddings
         longest = max(map(len, ids)) + self.max_new_tokens
@@ -661,7 +690,12 @@ class _Run:
                 f"a prompt and its answer must have at most {limit} tokens "
                 f"(max_position_embeddings), got up to {longest}"
             )
+        if self.batch_size is not None:
+            require_int("batch_size", self.batch_size, 1)
         if self.drafter is None:
+            for name in ("threshold", "scheduler", "draft_length", "temperatures"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a drafter, got none")
             return ids
         c = self.drafter.config
         if self.draft_length is not None:
@@ -682,8 +716,12 @@ class _Run:
                 f"drafter must read layers {list(c.target_layer_ids)} as {c.context_size} numbers, "
                 f"got a target with {self.target.num_layers} layers of {self.target.hidden_size}"
             )
-        if not c.enable_confidence_head and (self.threshold, self.scheduler) != (None, None):
-            raise ValueError("threshold and scheduler need a drafter with a confidence head")
+        asked = (self.threshold, self.scheduler, self.temperatures)
+        if not c.enable_confidence_head and asked != (None, None, None):
+            raise ValueError(
+                "threshold, scheduler and temperatures need a drafter with a confidence head"
+            )
+        _require_temperatures(self.temperatures, self.draft_length or c.block_size)
         return ids
 
 
@@ -698,6 +736,19 @@ def _require_numbers(temperature: float, top_p: float, threshold: float | None) 
         require_number("threshold", threshold)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+
+
+def _require_temperatures(temperatures: Sequence[float] | None, slots: int) -> None:
+    if temperatures is None:
+        return
+    if len(temperatures) < slots:
+        raise ValueError(
+            f"temperatures must be one for each of {slots} slots, got {len(temperatures)}"
+        )
+    for value in temperatures:
+        require_number("each of temperatures", value)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"each of temperatures must be a finite number > 0, got {value}")
 
 
 def _end_ids(target: Target) -> set[int]:

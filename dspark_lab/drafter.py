@@ -454,7 +454,7 @@ class Drafter(nn.Module):
         states = self.hidden_norm(self.fc(context.to(self.fc.weight.dtype)))
         angles = _rope(cache.rows.positions(new), self.config, states.dtype)
         cut = cache.rows.commit(counts)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast("list[_Layer]", self.layers)):
             old = cache.states[index]
             more = layer.self_attn.keys_values(states, angles)
             k, v = (torch.cat(pair, dim=2) for pair in zip(old, more, strict=True))
@@ -476,7 +476,7 @@ class Drafter(nn.Module):
         mask = None
         if not cache.rows.even:
             mask = cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
-        for layer, old in zip(self.layers, cache.states, strict=True):
+        for layer, old in zip(cast("list[_Layer]", self.layers), cache.states, strict=True):
             normed = layer.input_layernorm(x)
             q = layer.self_attn.queries(normed, angles)
             own = layer.self_attn.keys_values(normed, angles)

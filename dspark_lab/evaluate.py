@@ -10,7 +10,8 @@ This file knows tables of conversations; it does not know how the drafter was tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dspark_lab.acceptance import teacher_forced_sums
 from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import Batch, Encoded, collate
 from dspark_lab.checks import require_int
@@ -33,6 +35,7 @@ __all__ = [
     "drafter_table",
     "evaluate",
     "slot_table",
+    "teacher_forced",
     "whole_block_anchors",
 ]
 
@@ -70,50 +73,54 @@ def evaluate(
         TypeError, ValueError: ``num_anchors`` is not an int of at least 1, or no conversation holds
             a whole block.
     """
-    if num_anchors is not None:
-        require_int("num_anchors", num_anchors, 1)
-    source = features or live_features(target, drafter.config.target_layer_ids)
-    head = drafter.lm_head.weight
     rows = []
-    for index, item in enumerate(encoded):
-        batch = collate([item], pad_token_id=0)
-        anchors = whole_block_anchors(batch, drafter.config.block_size)
-        if num_anchors is not None and len(anchors) > num_anchors:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            drawn = torch.randperm(len(anchors), generator=generator)[:num_anchors]
-            anchors = anchors[drawn.sort().values]
-        if len(anchors) == 0:
-            continue
-        batch.chat_index.fill_(index)
-        batch = batch.to(target.device)
-        given = source(batch)
-        keep = torch.ones(1, len(anchors), dtype=torch.bool, device=target.device)
-        slots = drafter.slots(
-            batch.input_ids,
-            given.context,
-            batch.loss_mask,
-            given.last,
-            anchor_positions=anchors.unsqueeze(0).to(target.device),
-            block_keep_mask=keep,
-        )
-        accept = dspark_objective(slots, head, drafter.markov_w2_weight).accept[0]
+    for index, blocks in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
+        slots, chat = drafter.slots(**blocks), encoded[index].chat
+        accept = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).accept[0]
         lived = survival(accept, torch.ones_like(accept, dtype=torch.bool))
         rows.append(
             {
-                "conversation": item.chat.id,
-                "domain": item.chat.domain or "none",
-                "blocks": len(anchors),
+                "conversation": chat.id,
+                "domain": chat.domain or "none",
+                "blocks": len(accept),
                 "tau": 1 + lived.sum(dim=-1).mean().item(),
                 **{f"accept_{k}": rate for k, rate in enumerate(accept.mean(dim=0).tolist())},
                 **{f"survival_{k}": rate for k, rate in enumerate(lived.mean(dim=0).tolist())},
             }
         )
-    if not rows:
-        raise ValueError(
-            f"no conversation holds {drafter.config.block_size + 1} supervised tokens in a row, "
-            "which a whole block needs"
-        )
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def teacher_forced(
+    drafter: Drafter,
+    target: Target,
+    encoded: Sequence[Encoded],
+    *,
+    num_anchors: int | None = None,
+    seed: int = 0,
+    features: FeatureSource | None = None,
+) -> pd.DataFrame:
+    """The sums of the same blocks for :func:`dspark_lab.acceptance.rate_table`, confidence too.
+
+    Where :func:`evaluate` averages over the blocks of a conversation first, these sums weigh each
+    block alike.
+
+    Args:
+        drafter, target, encoded, num_anchors, seed, features: see :func:`evaluate`.
+
+    Returns:
+        as :func:`dspark_lab.acceptance.teacher_forced_sums`, a conversation's label its place in
+        ``encoded``.
+
+    Raises:
+        TypeError, ValueError: see :func:`evaluate`.
+    """
+    tables = []
+    for index, blocks in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
+        domain = encoded[index].chat.domain or "none"
+        tables.append(teacher_forced_sums(drafter(**blocks), [index], [domain]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def bootstrap(
@@ -232,3 +239,48 @@ def whole_block_anchors(batch: Batch, block_size: int) -> Int[Tensor, " anchor"]
     keep = torch.ones(1, len(candidates), dtype=torch.bool)
     blocks = cut_blocks(batch, candidates.unsqueeze(0), keep, block_size)
     return candidates[blocks.eval_mask[0].all(dim=-1)]
+
+
+def _whole_blocks(
+    drafter: Drafter,
+    target: Target,
+    encoded: Sequence[Encoded],
+    num_anchors: int | None,
+    seed: int,
+    features: FeatureSource | None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each conversation that holds any, and the arguments of a drafter's forward."""
+    if num_anchors is not None:
+        require_int("num_anchors", num_anchors, 1)
+    source = features or live_features(target, drafter.config.target_layer_ids)
+    found = False
+    for index, item in enumerate(encoded):
+        batch = collate([item], pad_token_id=0)
+        anchors = whole_block_anchors(batch, drafter.config.block_size)
+        if num_anchors is not None and len(anchors) > num_anchors:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            drawn = torch.randperm(len(anchors), generator=generator)[:num_anchors]
+            anchors = anchors[drawn.sort().values]
+        if len(anchors) == 0:
+            continue
+        found = True
+        batch.chat_index.fill_(index)
+        batch = batch.to(target.device)
+        given = source(batch)
+        keep = torch.ones(1, len(anchors), dtype=torch.bool, device=target.device)
+        yield (
+            index,
+            {
+                "input_ids": batch.input_ids,
+                "target_hidden_states": given.context,
+                "loss_mask": batch.loss_mask,
+                "target_last_hidden_states": given.last,
+                "anchor_positions": anchors.unsqueeze(0).to(target.device),
+                "block_keep_mask": keep,
+            },
+        )
+    if not found:
+        raise ValueError(
+            f"no conversation holds {drafter.config.block_size + 1} supervised tokens in a row, "
+            "which a whole block needs"
+        )

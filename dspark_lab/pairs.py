@@ -21,17 +21,29 @@ from dspark_lab.chats import SHIPPED_CHATS, Chat, load_chats
 from dspark_lab.checkpoint import load_drafter
 from dspark_lab.drafter import Drafter
 from dspark_lab.target import Target, fetch_smollm2, load_target
+from dspark_lab.trace import load_trace
 
 if TYPE_CHECKING:
+    import pandas
     import transformers
 
-__all__ = ["PAIRS", "Pair", "drafter_names", "load_pair", "question", "split_chats"]
+__all__ = [
+    "PAIRS",
+    "TRACES",
+    "Pair",
+    "drafter_names",
+    "load_pair",
+    "load_traces",
+    "question",
+    "split_chats",
+]
 
 _DATA = SHIPPED_CHATS.parent
 # The shipped conversations of each domain from this number on are held out, and so is whoever asks
 # the same question.
 FIRST_HELD_OUT = 201
 PAIRS = ("pocket", "smollm2")
+TRACES = "traces.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +121,18 @@ def load_pair(
         chats=chats,
         held_out=held_out,
     )
+
+
+def load_traces(pair: str = "pocket") -> pandas.DataFrame:
+    """What each drafter of a pair drafted for held-out questions, at several temperatures.
+
+    A trace as :func:`dspark_lab.decode.decode` returns it, with two more columns: ``drafter`` and
+    ``temperature``. A prompt number means the same question throughout.
+
+    Raises:
+        ValueError: there is no such pair.
+    """
+    return load_trace(_folder(pair) / TRACES)
 
 
 def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:

@@ -2,6 +2,7 @@
 
     python -m dspark_lab.recipes pocket       the pocket target and its six drafters
     python -m dspark_lab.recipes smollm2      the drafter of SmolLM2-135M-Instruct
+    python -m dspark_lab.recipes pocket --traces    their traces alone
 
 A recipe is a row of stages; each writes its files into the work folder and is skipped where they
 are there already. This file knows the recipes' settings; what a stage does is known elsewhere.
@@ -20,11 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from dspark_lab.cards import pocket_card, smollm2_card
 from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats
 from dspark_lab.checkpoint import load_drafter, save_drafter
+from dspark_lab.decode import decode
 from dspark_lab.drafter import Drafter
 from dspark_lab.evaluate import evaluate
 from dspark_lab.generate import (
@@ -38,7 +41,7 @@ from dspark_lab.generate import (
     write_records,
 )
 from dspark_lab.heads import MarkovKind
-from dspark_lab.pairs import question, split_chats
+from dspark_lab.pairs import TRACES, drafter_names, load_pair, question, split_chats
 from dspark_lab.pocket import (
     MASK,
     PocketConfig,
@@ -49,6 +52,7 @@ from dspark_lab.pocket import (
     train_tokenizer,
 )
 from dspark_lab.target import Target, load_smollm2, load_target, save_tokenizer
+from dspark_lab.trace import save_trace
 from dspark_lab.train import TrainConfig, new_drafter, train
 
 
@@ -404,6 +408,43 @@ def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
+# Decoding temperatures of the shipped traces.
+TRACED = {"pocket": (0.0, 1.0), "smollm2": (0.0, 0.7, 1.0)}
+
+
+def trace_pair(
+    name: str, path: Path, temperatures: Sequence[float], *, most: int = 120, tokens: int = 64
+) -> None:
+    """Decodes held-out questions with each drafter of a pair, and keeps the traces in one file.
+
+    It has two more columns, ``drafter`` and ``temperature``; probabilities are in float32. A
+    question has the same number as a prompt in each of them; domains take turns.
+    """
+    pair = load_pair(name)
+    by_domain: dict[str | None, list[Chat]] = {}
+    for chat in pair.held_out:
+        by_domain.setdefault(chat.domain, []).append(chat)
+    chats = [chat for turn in zip(*by_domain.values(), strict=False) for chat in turn][:most]
+    traces = []
+    for drafter_name in drafter_names(name):
+        drafter = pair.load_drafter(drafter_name)
+        for temperature in temperatures:
+            decoded = decode(
+                pair.target,
+                drafter,
+                [question(chat) for chat in chats],
+                domains=[chat.domain for chat in chats],
+                temperature=temperature,
+                max_new_tokens=tokens,
+                batch_size=40,
+            )
+            trace = decoded.trace.assign(drafter=drafter_name, temperature=temperature)
+            traces.append(trace)
+    trace = pd.concat(traces, ignore_index=True)
+    wide = trace.columns[trace.dtypes == "float64"].drop("temperature")
+    save_trace(trace.astype(dict.fromkeys(wide, "float32")), path)
+
+
 def _train(
     drafter: Drafter,
     target: Target,
@@ -450,10 +491,13 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=Path, nargs="*", default=[], help="smollm2: JSONL files to evaluate on"
     )
+    parser.add_argument("--traces", action="store_true", help="trace what ships, and no more")
     options = parser.parse_args()
     work = options.work or Path("build") / options.pair
     out = options.out or SHIPPED_CHATS.parent / options.pair
-    if options.pair == "pocket":
+    if options.traces:
+        pass
+    elif options.pair == "pocket":
         make_pocket_pair(work, out)
     else:
         chats, _ = split_chats(make_corpora(work))
@@ -461,6 +505,7 @@ def main() -> None:
         shutil.copytree(work / "dspark-k7", out / "dspark-k7", dirs_exist_ok=True)
         if options.prompts:
             card_smollm2_pair(work, out, options.prompts)
+    trace_pair(options.pair, out / TRACES, TRACED[options.pair])
     complete_folder(SHIPPED_CHATS)
 
 

@@ -92,7 +92,8 @@ class TargetCache:
     def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
         """Row r keeps the first ``counts[r]`` of its new tokens; rows not in ``kept`` leave."""
         cut = self.rows.commit(counts, kept)
-        for layer in self.states.layers:
+        layers: list[Any] = list(self.states.layers)
+        for layer in layers:
             layer.keys, layer.values = take(layer.keys, cut), take(layer.values, cut)
 
 
@@ -237,6 +238,11 @@ class Target:
             batch.input_ids, layer_ids, seq_lens=batch.seq_lens if packed else None
         )
 
+    @property
+    def decodes_batches(self) -> bool:
+        """Whether its attention obeys a mask that tells rows of unequal length apart."""
+        return _obeys_mask(self.model)
+
     def start_cache(self, batch: int) -> TargetCache:
         """An empty cache of keys and values, for :meth:`advance`.
 
@@ -250,7 +256,7 @@ class Target:
             raise ValueError(
                 f"{self.name}: decoding needs layers of attention alone, got {sorted(kinds)}"
             )
-        if batch > 1 and not _obeys_mask(self.model):
+        if batch > 1 and not self.decodes_batches:
             raise ValueError(
                 f"{self.name}: a {type(self.model).__name__} decodes one row at a time, got {batch}"
             )

@@ -5,15 +5,12 @@ their values; it works nothing out itself. Each takes the shipped conversations,
 file and tokenizer. ``explorer.table`` is the table behind the picture, ``explorer.tables`` has all.
 """
 
-import asyncio
 import math
 import os
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from html import escape
 from typing import Any
 
 import ipywidgets
@@ -23,8 +20,8 @@ import torch
 from dspark_lab.attention import training_block_mask
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
-from dspark_lab.checks import require_int
 from dspark_lab.common import context_doc_ids
+from dspark_lab.explorer import WIDE, Explorer, Frame, checkbox, slider
 from dspark_lab.plots import mask_and_tiles, plot_training, png, token_legend, token_text
 from dspark_lab.tables import (
     block_table,
@@ -38,127 +35,9 @@ from dspark_lab.tables import (
 
 __all__ = ["Explorer", "Frame", "LiveCurve", "explore_anchors", "explore_masks"]
 
-# Changes that arrive within this time become one redraw, of the newest values only.
-SETTLE_SECONDS = 0.01
 # A training curve is drawn again when it is at least so old.
 REDRAW_SECONDS = 0.5
 TILE_SIZES = (16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What an explorer shows for one setting of its controls, and the tables behind it.
-
-    The show is HTML, or a picture: a PNG file and what it is in words; or, without tables, the
-    problem with the setting.
-    """
-
-    tables: dict[str, pd.DataFrame]
-    html: str = ""
-    png: bytes = b""
-    alt: str = ""
-    problem: str = ""
-
-    def as_html(self) -> str:
-        """The show as HTML, a picture included."""
-        if not self.png:
-            return self.html
-        source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
-        return f'<img alt="{escape(self.alt)}" style="max-width:100%" src="{source}">'
-
-
-class Explorer(ipywidgets.VBox):
-    """Controls above a picture. The picture is replaced in place when a control moves.
-
-    While changes keep coming, as in a fast drag, only the newest values are drawn. A setting that
-    cannot be drawn shows a sentence that says why, and leaves no table.
-
-    Args:
-        name: how the explorer is called in text.
-        controls: widgets with a ``value``, by the name of the argument they feed.
-        draw: makes a frame from the controls' values, or raises ValueError with a sentence.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        controls: dict[str, ipywidgets.ValueWidget],
-        draw: Callable[..., Frame],
-    ) -> None:
-        self.name, self.controls, self._draw = name, controls, draw
-        self._picture = ipywidgets.HTML(layout={"width": "100%"})
-        self._stale, self._scheduled = True, False
-        self._frame = Frame({})
-        self.frames_drawn = 0
-        for control in controls.values():
-            control.observe(self._changed, names="value")
-        box = ipywidgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
-        super().__init__([box, self._picture])
-        self.redraw()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The controls' values by name."""
-        return {name: control.value for name, control in self.controls.items()}
-
-    @property
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables behind the picture, by name; empty where the setting cannot be drawn."""
-        if self._stale:
-            self.redraw()
-        return self._frame.tables
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The first of :attr:`tables`.
-
-        Raises:
-            ValueError: the setting cannot be drawn.
-        """
-        tables = self.tables
-        if not tables:
-            raise ValueError(f"{self.name} has nothing to show: {self._frame.problem}")
-        return next(iter(tables.values()))
-
-    def redraw(self) -> None:
-        """Draw the controls' present values now."""
-        try:
-            self._frame = self._draw(**self.settings)
-        except (ValueError, TypeError) as problem:
-            text = str(problem)
-            self._frame = Frame({}, html=f'<p role="alert">{escape(text)}</p>', problem=text)
-        self._stale = False
-        self._picture.value = self._frame.as_html()
-        self.frames_drawn += 1
-
-    def _changed(self, _change: object) -> None:
-        self._stale = True
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.redraw()
-            return
-        if not self._scheduled:
-            self._scheduled = True
-            loop.call_later(SETTLE_SECONDS, self._redraw_if_stale)
-
-    def _redraw_if_stale(self) -> None:
-        self._scheduled = False
-        if self._stale:
-            self.redraw()
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-        return f"{self.name}({settings})"
-
-    def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
-        """The widget, and its present picture for readers that run no widgets."""
-        if self._stale:
-            self.redraw()
-        bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
-        if self._frame.png:
-            return bundle | {"image/png": b64encode(self._frame.png).decode("ascii")}
-        return bundle | {"text/html": self._frame.html}
 
 
 class LiveCurve(ipywidgets.VBox):
@@ -296,12 +175,12 @@ def explore_masks(
         raise ValueError(f"tile_size must be one of {TILE_SIZES}, got {tile_size}")
     rows = _Rows(chats, tokenizer)
     controls = rows.controls(conversation, packed, row_length)
-    controls["context"] = _slider("context", context, 8, 1024)
+    controls["context"] = slider("context", context, 8, 1024)
     controls |= _draw_controls(num_anchors, block_size, seed)
     controls["tile_size"] = ipywidgets.SelectionSlider(
-        description="tile_size", options=TILE_SIZES, value=tile_size, **_WIDE
+        description="tile_size", options=TILE_SIZES, value=tile_size, **WIDE
     )
-    controls["shuffled"] = _checkbox("shuffled", False)
+    controls["shuffled"] = checkbox("shuffled", False)
 
     def draw(
         conversation: int,
@@ -374,9 +253,9 @@ class _Rows:
         if not 0 <= conversation <= last:
             raise ValueError(f"conversation must lie in [0, {last}], got {conversation}")
         return {
-            "conversation": _slider("conversation", conversation, 0, last),
-            "packed": _checkbox("packed", packed),
-            "row_length": _slider("row_length", row_length, 64, 4096, step=64),
+            "conversation": slider("conversation", conversation, 0, last),
+            "packed": checkbox("packed", packed),
+            "row_length": slider("row_length", row_length, 64, 4096, step=64),
         }
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
@@ -420,23 +299,9 @@ def _shuffle(batch: Batch, blocks: Blocks, seed: int) -> Blocks:
     )
 
 
-_WIDE = {"style": {"description_width": "8em"}, "layout": {"width": "27em"}}
-
-
 def _draw_controls(num_anchors: int, block_size: int, seed: int) -> dict[str, Any]:
     return {
-        "num_anchors": _slider("num_anchors", num_anchors, 1, 128),
-        "block_size": _slider("block_size", block_size, 1, 32),
-        "seed": _slider("seed", seed, 0, 99),
+        "num_anchors": slider("num_anchors", num_anchors, 1, 128),
+        "block_size": slider("block_size", block_size, 1, 32),
+        "seed": slider("seed", seed, 0, 99),
     }
-
-
-def _checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
-    return ipywidgets.Checkbox(value, description=name, **_WIDE)
-
-
-def _slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
-    """A slider that reaches from ``low`` to ``high``, and further if it starts further out."""
-    require_int(name, value, low)
-    high = max(high, value)
-    return ipywidgets.IntSlider(value, low, high, step, description=name, **_WIDE)

@@ -178,10 +178,40 @@ def test_greedy_answers_are_right_for_other_families_of_models(family):
     assert accepted > 0 and len(said) > 2
 
 
-def test_several_rows_of_a_model_with_windows_are_refused():
+def test_a_model_with_windows_decodes_its_prompts_one_by_one():
     target = random_target("windows", torch.float64, vocab_size=VOCAB)
+    drafter = exact_drafter(VOCAB)
+    assert not target.decodes_batches
+    decoded = decode(target, drafter, PROMPTS, **SAMPLED)
+    assert decoded.tokens == decode(target, drafter, PROMPTS, batch_size=1, **SAMPLED).tokens
+    assert decoded.trace["prompt"].nunique() > 1
     with pytest.raises(ValueError, match="decodes one row at a time, got 2"):
-        decode(target, exact_drafter(VOCAB), [[1], [2]])
+        decode(target, drafter, PROMPTS, batch_size=2, **SAMPLED)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_prompts_decoded_a_few_at_a_time_give_the_same(batch_size):
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    together = decode(target, drafter, PROMPTS, **SAMPLED)
+    apart = decode(target, drafter, PROMPTS, batch_size=batch_size, **SAMPLED)
+    assert apart.tokens == together.tokens
+    pd.testing.assert_frame_equal(apart.trace, together.trace)
+    pd.testing.assert_frame_equal(apart.rounds, together.rounds)
+
+
+def test_temperatures_scale_the_confidences_that_threshold_and_trace_see():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    scales = [0.5, 3.0, 1.0, 2.0][: drafter.config.block_size]
+    raw = decode(target, drafter, PROMPTS, **SAMPLED).trace
+    scaled = decode(target, drafter, PROMPTS, temperatures=scales, **SAMPLED).trace
+    assert scaled["token"].tolist() == raw["token"].tolist()
+    rows = zip(raw["slot"], raw["confidence"], scaled["confidence"], strict=True)
+    for slot, before, after in rows:
+        logit = math.log(before / (1 - before)) / scales[slot]
+        assert after == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
+    cut = decode(target, drafter, PROMPTS, temperatures=scales, threshold=0.5, **SAMPLED).trace
+    sure = (cut["confidence"] >= 0.5).groupby([cut["prompt"], cut["round"]]).cummin()
+    assert not cut["verified"][~sure].any() and cut["verified"].any()
 
 
 def test_greedy_answers_of_the_pocket_pair_are_the_targets_own(pocket):
@@ -672,9 +702,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_length": 3}, ValueError, "draft_length must be at most block_size, 2, got 3"),
     ({"draft_length": 1.0}, TypeError, "draft_length must be an int, got 1.0"),
     ({"domains": ["a"]}, ValueError, "domains must be one for each of 4 prompts, got 1"),
-    ({"scheduler": lambda c: c[:1, 0]}, ValueError, r"must return 4 lengths of at least 0"),
-    ({"scheduler": lambda c: torch.full((4,), -1)}, ValueError, r"of at least 0, got \[-1, -1"),
-    ({"scheduler": lambda c: 2}, ValueError, r"must return 4 lengths of at least 0, got 2"),
+    ({"scheduler": lambda c: torch.ones(1).int()}, ValueError, "must return 4 whole numbers"),
+    ({"scheduler": lambda c: torch.full((4,), -1)}, ValueError, r"at least 0, got \[-1, -1"),
+    ({"scheduler": lambda c: torch.ones(4)}, ValueError, r"whole numbers .*, got \[1.0, 1.0"),
+    ({"scheduler": lambda c: 2}, ValueError, "must return 4 whole numbers .*, got 2"),
+    ({"temperatures": [1.0]}, ValueError, "temperatures must be one for each of 2 slots, got 1"),
+    ({"temperatures": [1.0, 0]}, ValueError, "each of temperatures must be a finite .*, got 0"),
+    ({"temperatures": [1.0, "1"]}, TypeError, "each of temperatures must be a number, got '1'"),
+    ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
     ({"prompts": []}, ValueError, r"prompts must be a list with at least one, got \[\]"),
     ({"prompts": "Hello"}, ValueError, "prompts must be a list with at least one, got 'Hello'"),
     ({"prompts": ["Hello"]}, ValueError, "in memory has no tokenizer: a prompt must be token ids"),
@@ -710,7 +745,16 @@ def test_drafter_of_another_target_is_refused(drafter: Callable[[], Drafter], ma
         decode(exact_target(VOCAB), drafter(), PROMPTS)
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"scheduler": early_stopping}], ids=str)
+BY_CONFIDENCE = [{"threshold": 0.5}, {"scheduler": early_stopping}, {"temperatures": [1.0, 1.0]}]
+
+
+@pytest.mark.parametrize("options", [*BY_CONFIDENCE, {"draft_length": 1}], ids=str)
+def test_settings_of_drafting_need_a_drafter(options):
+    with pytest.raises(ValueError, match="needs a drafter, got none"):
+        decode(exact_target(VOCAB), None, PROMPTS, **options)
+
+
+@pytest.mark.parametrize("options", BY_CONFIDENCE, ids=str)
 def test_choosing_by_confidence_needs_a_confidence_head(options):
     changes = {"enable_confidence_head": False, "confidence_head_with_markov": False}
     with pytest.raises(ValueError, match="need a drafter with a confidence head"):

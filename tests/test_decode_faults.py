@@ -33,8 +33,8 @@ Decode = Callable[..., Decoded]
 # What decode.py says, and what it says with the fault.
 FAULTS = {
     "what is rejected is drawn from p": (
-        "own = self._chance.owns(residual(p[row, accepted], refused), self.going)",
-        "own = self._chance.owns(p[row, accepted], self.going)",
+        "own = self._chance.owns(residual(p[row, accepted], refused), self._going)",
+        "own = self._chance.owns(p[row, accepted], self._going)",
     ),
     "the residual is that of the next slot": (
         "residual(p[row, accepted], refused)",
@@ -65,8 +65,8 @@ FAULTS = {
         "refused = torch.cat([draft.probs, torch.zeros_like(p[:, :1])], dim=1)[row, accepted]",
     ),
     "what was not verified is accepted": (
-        "lucky = self._chance.accepts(accept_prob, self.going) & asked_about",
-        "lucky = self._chance.accepts(accept_prob, self.going)",
+        "lucky = self._chance.accepts(accept_prob, self._going) & asked_about",
+        "lucky = self._chance.accepts(accept_prob, self._going)",
     ),
     "the threshold reads the confidence behind the token": (
         "sure = (draft.confidence >= self.threshold)",

@@ -5,9 +5,17 @@ import pandas as pd
 import pytest
 import torch
 
+from dspark_lab.acceptance import rate_table, tau_table
 from dspark_lab.chats import Encoded, collate
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.evaluate import bootstrap, compare_drafters, drafter_table, evaluate, slot_table
+from dspark_lab.evaluate import (
+    bootstrap,
+    compare_drafters,
+    drafter_table,
+    evaluate,
+    slot_table,
+    teacher_forced,
+)
 from dspark_lab.objective import accept_rates
 from tests.samples import CHAT, documents, random_chats, tiny_drafter, tiny_target
 
@@ -53,6 +61,25 @@ def test_tau_is_one_plus_the_products_of_whole_blocks() -> None:
         assert row.survival_1 == pytest.approx(np.mean([a * b for a, b, _ in rates]), rel=1e-5)
 
 
+def test_sums_of_the_same_blocks_give_the_same_rates() -> None:
+    target, drafter = with_target()
+    chats = random_chats(3)
+    table = evaluate(drafter, target, chats, num_anchors=5)
+    sums = teacher_forced(drafter, target, chats, num_anchors=5)
+    assert set(sums["kind"]) == {"teacher-forced", "predicted, teacher-forced"}
+    kind = "teacher-forced"
+    tau = tau_table(sums, resamples=10).set_index("kind").loc[kind]
+    assert tau["rounds"] == table["blocks"].sum()
+    assert tau["tau"] == pytest.approx(np.average(table["tau"], weights=table["blocks"]), rel=1e-5)
+    each = tau_table(sums, "conversation", resamples=10)
+    each = each[each["kind"] == kind]
+    assert each["conversation"].tolist() == [0, 1, 2]
+    assert each["tau"].tolist() == pytest.approx(table["tau"].tolist(), rel=1e-5)
+    first = rate_table(sums, "conversation", resamples=10)
+    first = first[(first["kind"] == kind) & (first["slot"] == 0)]
+    assert first["conditional"].tolist() == pytest.approx(table["accept_0"].tolist(), rel=1e-5)
+
+
 def test_a_block_that_an_answers_end_cuts_does_not_count() -> None:
     target, drafter = with_target()
     # Of the answer's five tokens only the first two have three more behind them.
@@ -63,6 +90,8 @@ def test_a_block_that_an_answers_end_cuts_does_not_count() -> None:
     assert table["blocks"].tolist() == [2]
     with pytest.raises(ValueError, match="4 supervised tokens in a row"):
         evaluate(drafter, target, [short])
+    with pytest.raises(ValueError, match="4 supervised tokens in a row"):
+        teacher_forced(drafter, target, [short])
 
 
 def test_a_draw_of_anchors_follows_from_seed_and_conversation_alone() -> None:
