@@ -174,6 +174,25 @@ class Decoded:
         """Tokens that a round yields on average, the target's own among them."""
         return float(self.rounds["tokens"].mean())
 
+    @property
+    def summary(self) -> pandas.Series:
+        """``tokens`` of all answers, ``rounds``, ``tau``, slots ``verified`` and ``accepted`` a
+        round, and ``acceptance_rate``, accepted over verified ones; NaN where there were none.
+        """
+        import pandas as pd
+
+        verified, accepted = self.rounds["verified"], self.rounds["accepted"]
+        return pd.Series(
+            {
+                "tokens": sum(map(len, self.tokens)),
+                "rounds": len(self.rounds),
+                "tau": self.tau,
+                "verified": verified.mean(),
+                "accepted": accepted.mean(),
+                "acceptance_rate": accepted.sum() / (verified.sum() or float("nan")),
+            }
+        )
+
 
 def decode(
     target: Target,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import ipywidgets
 import pandas as pd
@@ -122,7 +122,7 @@ def explore_acceptance(
     return Explorer("explore_acceptance", controls, draw)
 
 
-def _show_rates(value: str) -> Callable[[Decoded, _Models], Frame]:
+def _show_rates(value: Literal["conditional", "survival"]) -> Callable[[Decoded, _Models], Frame]:
     def show(run: Decoded, _models: _Models) -> Frame:
         table = rate_table(trace_sums(run.trace))
         return _picture("rates", table, plot_rates(table, value), f"{value} by slot")

@@ -24,6 +24,7 @@ from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import Batch, Encoded, collate
 from dspark_lab.checks import require_int
 from dspark_lab.common import build_anchor_candidate_mask
+from dspark_lab.decode import Decoded, Prompt, encode_prompt
 from dspark_lab.drafter import Drafter
 from dspark_lab.features import FeatureSource, live_features
 from dspark_lab.objective import dspark_objective, survival
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "slot_table",
     "teacher_forced",
+    "teacher_forced_answers",
     "whole_block_anchors",
 ]
 
@@ -120,6 +122,54 @@ def teacher_forced(
     for index, blocks in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
         domain = encoded[index].chat.domain or "none"
         tables.append(teacher_forced_sums(drafter(**blocks), [index], [domain]))
+    return pd.concat(tables, ignore_index=True)
+
+
+@torch.no_grad()
+def teacher_forced_answers(
+    drafter: Drafter, target: Target, decoded: Decoded, prompts: Sequence[Prompt]
+) -> pd.DataFrame:
+    """The sums of texts that were decoded: from every token of an answer, and from real rounds.
+
+    A teacher-forced rate lets a block begin at every token alike. When decoding, a round begins
+    where the one before ended, most often at a token that was hard to guess, and hard tokens come
+    together: easy stretches are crossed in few rounds, hard ones in many. At slot 0 the rate where
+    rounds began is the rate on policy; the further slots differ, because there the text and the
+    draft may have parted.
+
+    Args:
+        drafter, target, prompts: that the answers were decoded with, at temperature 1.
+        decoded: from :func:`dspark_lab.decode.decode`.
+
+    Returns:
+        as :func:`dspark_lab.acceptance.teacher_forced_sums`, with one more column, ``anchors``:
+        ``"every token"`` or ``"where rounds began"``. A conversation's label is its prompt.
+    """
+    first = decoded.trace[decoded.trace["slot"] == 0]
+    tables = []
+    for index, part in first.groupby("prompt"):
+        ids = encode_prompt(target, prompts[index])
+        answer = decoded.tokens[index]
+        rows = torch.tensor([ids + answer], device=target.device)
+        loss_mask = torch.zeros_like(rows, dtype=torch.bool)
+        loss_mask[:, len(ids) :] = True
+        features = target.features(rows, drafter.config.target_layer_ids)
+        places = {
+            "every token": range(len(answer) - 1),
+            "where rounds began": part["position"] - 1,
+        }
+        for name, anchors in places.items():
+            positions = torch.tensor([list(anchors)], device=target.device) + len(ids)
+            output = drafter(
+                rows,
+                features.context,
+                loss_mask,
+                features.last,
+                anchor_positions=positions,
+                block_keep_mask=torch.ones_like(positions, dtype=torch.bool),
+            )
+            sums = teacher_forced_sums(output, [index], [part["domain"].iloc[0]])
+            tables.append(sums.assign(anchors=name))
     return pd.concat(tables, ignore_index=True)
 
 

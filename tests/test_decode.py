@@ -199,6 +199,24 @@ def test_prompts_decoded_a_few_at_a_time_give_the_same(batch_size):
     pd.testing.assert_frame_equal(apart.rounds, together.rounds)
 
 
+def test_the_summary_counts_all_rounds():
+    decoded = decode(exact_target(VOCAB), exact_drafter(VOCAB), PROMPTS, **SAMPLED)
+    rows = decoded.rounds.to_dict("records")
+    verified, accepted = (sum(row[name] for row in rows) for name in ("verified", "accepted"))
+    assert decoded.summary.to_dict() == pytest.approx(
+        {
+            "tokens": sum(map(len, decoded.tokens)),
+            "rounds": len(rows),
+            "tau": sum(row["tokens"] for row in rows) / len(rows),
+            "verified": verified / len(rows),
+            "accepted": accepted / len(rows),
+            "acceptance_rate": accepted / verified,
+        }
+    )
+    plain = decode(exact_target(VOCAB), None, PROMPTS, **SAMPLED).summary
+    assert plain["verified"] == 0 and math.isnan(plain["acceptance_rate"]) and plain["tau"] == 1
+
+
 def test_temperatures_scale_the_confidences_that_threshold_and_trace_see():
     target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
     scales = [0.5, 3.0, 1.0, 2.0][: drafter.config.block_size]

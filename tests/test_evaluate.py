@@ -8,6 +8,7 @@ import torch
 from dspark_lab.acceptance import rate_table, tau_table
 from dspark_lab.chats import Encoded, collate
 from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.decode import decode
 from dspark_lab.evaluate import (
     bootstrap,
     compare_drafters,
@@ -15,6 +16,7 @@ from dspark_lab.evaluate import (
     evaluate,
     slot_table,
     teacher_forced,
+    teacher_forced_answers,
 )
 from dspark_lab.objective import accept_rates
 from tests.samples import CHAT, documents, random_chats, tiny_drafter, tiny_target
@@ -28,23 +30,27 @@ def with_target(**options):
 
 def by_hand(target, drafter, item: Encoded) -> list[list[float]]:
     """The accept rates of every whole block, one block at a time, from full logits."""
-    batch = collate([item], 0)
-    features = target.batch_features(batch, drafter.config.target_layer_ids)
     rates = []
     for anchor in range(len(item) - drafter.config.block_size):
         block = item.loss_mask[anchor : anchor + drafter.config.block_size + 1]
-        if not bool(block.all()):
-            continue
-        output: DSparkForwardOutput = drafter(
-            batch.input_ids,
-            features.context,
-            batch.loss_mask,
-            features.last,
-            anchor_positions=torch.tensor([[anchor]]),
-            block_keep_mask=torch.tensor([[True]]),
-        )
-        rates.append(accept_rates(output)[0, 0].tolist())
+        if bool(block.all()):
+            rates.append(of_block(target, drafter, item, anchor))
     return rates
+
+
+def of_block(target, drafter, item: Encoded, anchor: int) -> list[float]:
+    """The accept rates of one block."""
+    batch = collate([item], 0)
+    features = target.batch_features(batch, drafter.config.target_layer_ids)
+    output: DSparkForwardOutput = drafter(
+        batch.input_ids,
+        features.context,
+        batch.loss_mask,
+        features.last,
+        anchor_positions=torch.tensor([[anchor]]),
+        block_keep_mask=torch.tensor([[True]]),
+    )
+    return accept_rates(output)[0, 0].tolist()
 
 
 @torch.no_grad()
@@ -78,6 +84,31 @@ def test_sums_of_the_same_blocks_give_the_same_rates() -> None:
     first = rate_table(sums, "conversation", resamples=10)
     first = first[(first["kind"] == kind) & (first["slot"] == 0)]
     assert first["conditional"].tolist() == pytest.approx(table["accept_0"].tolist(), rel=1e-5)
+
+
+def test_where_rounds_began_slot_0_has_the_rate_on_policy() -> None:
+    target, drafter = with_target()
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    decoded = decode(target, drafter, prompts, temperature=1.0, max_new_tokens=12, end_ids=[])
+    sums = teacher_forced_answers(drafter, target, decoded, prompts)
+    rates = rate_table(sums, ["anchors", "conversation"], resamples=10)
+    rates = rates[(rates["kind"] == "teacher-forced") & (rates["slot"] == 0)]
+    rates = rates.set_index(["anchors", "conversation"])["conditional"]
+    first = decoded.trace[decoded.trace["slot"] == 0]
+    on_policy = first.groupby("prompt")["accept_rate"].mean()
+    for prompt, ids in enumerate(prompts):
+        began = rates["where rounds began", prompt]
+        assert began == pytest.approx(on_policy[prompt], rel=1e-5)
+        every = rates["every token", prompt]
+        text = ids + decoded.tokens[prompt]
+        answered = torch.arange(len(text)) >= len(ids)
+        item = Encoded(torch.tensor(text), answered, CHAT)
+        # Blocks that the answer's end cuts have a slot 0 too.
+        by_anchor = [
+            of_block(target, drafter, item, anchor)[0] for anchor in range(len(ids), len(text) - 1)
+        ]
+        assert every == pytest.approx(np.mean(by_anchor), rel=1e-5)
+        assert every != pytest.approx(began, rel=1e-3)
 
 
 def test_a_block_that_an_answers_end_cuts_does_not_count() -> None:

@@ -22,6 +22,7 @@ from dspark_lab import widgets
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
 from dspark_lab.common import context_doc_ids
+from dspark_lab.explorer import SETTLE_SECONDS
 from dspark_lab.plots import token_legend, token_text
 from dspark_lab.tables import block_table, mask_regions, mask_table, token_table
 from dspark_lab.widgets import Explorer, Frame, explore_anchors, explore_masks
@@ -176,7 +177,7 @@ def test_a_drag_without_a_pause_is_seen_while_it_goes_on():
 
     async def drag() -> int:
         start = time.monotonic()
-        while time.monotonic() < start + 20 * widgets.SETTLE_SECONDS:
+        while time.monotonic() < start + 20 * SETTLE_SECONDS:
             explorer.controls["number"].value += 1
             await asyncio.sleep(0)
         return len(drawn)
