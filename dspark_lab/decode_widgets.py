@@ -38,7 +38,7 @@ from dspark_lab.decode_plots import (
     plot_thresholds,
 )
 from dspark_lab.drafter import Drafter
-from dspark_lab.explorer import WIDE, Explorer, Frame, slider
+from dspark_lab.explorer import WIDE, Explorer, Frame, checkbox, slider
 from dspark_lab.outcomes import distribution_table, outcome_table, token_kinds
 from dspark_lab.pairs import drafter_names, load_pair, question
 from dspark_lab.plots import png
@@ -243,9 +243,11 @@ class DecodingExplorer(ipywidgets.VBox):
         self._take_example()
         self.run_button = ipywidgets.Button(description="Run", button_style="primary", icon="play")
         self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
+        self.drafts = checkbox("drafts in vain", True)
         self.run_button.on_click(self._clicked)
         self.stop_button.on_click(self._stop)
         self._status, self._text = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
+        self.drafts.observe(self._show_again, names="value")
         self.step = {"round": slider("round", 0, 0, 0), "slot": slider("slot", 0, 0, 0)}
         self.step["round"].observe(self._choose_round, names="value")
         self.step["slot"].observe(self._show_step, names="value")
@@ -254,7 +256,8 @@ class DecodingExplorer(ipywidgets.VBox):
         super().__init__(
             [
                 ipywidgets.Box(list(self.controls.values()), layout=row),
-                ipywidgets.HBox([self.run_button, self.stop_button, self._status]),
+                ipywidgets.HBox([self.run_button, self.stop_button, self.drafts]),
+                self._status,
                 self._text,
                 ipywidgets.Box(list(self.step.values()), layout=row),
                 self._step_picture,
@@ -343,6 +346,7 @@ class DecodingExplorer(ipywidgets.VBox):
         decoding = decode_rounds(
             self._models.target, drafter, [chosen], threshold=threshold, **options
         )
+        self._status.value = "reading the prompt"
         shown = -math.inf
         for round_ in self._until_stopped(decoding):
             draft, target = round_.draft_probs.cpu(), round_.target_probs.cpu()
@@ -372,7 +376,11 @@ class DecodingExplorer(ipywidgets.VBox):
 
     def _show_answer(self, decoded: Decoded) -> None:
         table = outcome_table(decoded, self._models.to_text)
-        self._text.value = outcome_legend(table) + outcome_text(table)
+        self._text.value = outcome_legend(table) + outcome_text(table, drafts=self.drafts.value)
+
+    def _show_again(self, _change: object) -> None:
+        if self.decoded is not None:
+            self._show_answer(self.decoded)
 
     def _speed(self) -> str:
         assert self.decoded is not None

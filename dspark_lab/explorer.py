@@ -22,7 +22,7 @@ __all__ = ["WIDE", "Explorer", "Frame", "checkbox", "slider"]
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
 
-WIDE = {"style": {"description_width": "8em"}, "layout": {"width": "27em"}}
+WIDE = {"style": {"description_width": "9em"}, "layout": {"width": "27em"}}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import nbformat
 import pytest
 from playwright.sync_api import TimeoutError, expect, sync_playwright
 
+from dspark_lab.decode_widgets import explore_decoding
 from dspark_lab.widgets import Explorer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,3 +240,38 @@ def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, contro
     output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{Path(notebook).stem}-{theme}.png")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_tokens_appear_when_a_typed_prompt_is_run(page, lab, theme):
+    run_all_cells(page, lab, "05_decode.ipynb")
+    output = page.locator(".jp-OutputArea-output:has(textarea)").first
+    output.scroll_into_view_if_needed()
+    text = output.locator(".dspark-answer").first
+    expect(text).to_be_visible()
+    box = output.locator(".widget-html-content:has(.dspark-answer)").first
+    # What the reader sees of the answer, each time that it changes.
+    box.evaluate(
+        """box => {
+            window.seen = [];
+            new MutationObserver(() => window.seen.push(box.innerText.length))
+                .observe(box, {childList: true, subtree: true, characterData: true});
+        }"""
+    )
+    explorer = explore_decoding(temperature=1.0, max_new_tokens=64, run=False)
+    explorer.controls["prompt"].value = "Why is the sky blue?"
+    explorer.run()
+    tokens, rounds = len(explorer.decoded.tokens[0]), len(explorer.rounds)
+
+    output.locator("textarea").fill("Why is the sky blue?")
+    output.get_by_role("button", name="Run").click()
+    expect(output).to_contain_text(f"{tokens} tokens in {rounds} rounds, tau", timeout=LOADED)
+    *_, shown_text, _, _ = explorer.children
+    wait_for_html(box, shown_text.value)
+    lengths = page.evaluate("window.seen")
+    assert len(set(lengths)) > 2, f"the answer did not grow before the reader's eyes: {lengths}"
+    nothing_went_wrong(page)
+
+    output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"05_decode-{theme}.png")
