@@ -96,6 +96,7 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 | `gated-k7/`, `rnn-k7/` | gated and RNN Markov head, blocks of 7 |
 | `train.jsonl` | the conversations that the drafters learned from |
 | `held_out.jsonl` | conversations whose questions neither target nor drafters have seen |
+| `traces.parquet` | what each drafter drafted for 120 held-out questions, greedy and at temperature 1, slot by slot |
 
 ## Target
 
@@ -142,6 +143,8 @@ def smollm2_card(facts: Mapping[str, Any], evaluations: Mapping[str, pd.DataFram
     return f"""# The drafter of SmolLM2-135M-Instruct
 
 `dspark-k7/`: two layers of the target's own shape, {facts["parameters"] / 1e6:.1f} million weights in bfloat16, blocks of 7, vanilla Markov head of rank 64, confidence head. Embedding and LM head are the target's: `load_pair("smollm2")` fetches and converts it on first use.
+
+`traces.parquet`: what it drafted for 120 held-out questions of the shipped conversations, greedy and at temperatures 0.7 and 1, slot by slot, answers of up to 64 tokens; `load_traces("smollm2")` reads it.
 
 ## Training
 
