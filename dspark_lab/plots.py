@@ -116,7 +116,7 @@ def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
     ax.set_xlabel("anchors per row (num_anchors)")
     _share_axis(ax, "supervised tokens covered in one pass")
     ax.set_title("line: expected (closed form)   mark: sampled", loc="left", color=INK, fontsize=9)
-    _legend(ax, loc="lower right")
+    add_legend(ax, loc="lower right")
     return figure
 
 
@@ -140,7 +140,7 @@ def plot_packing(table: pd.DataFrame) -> Figure:
     ax.minorticks_off()
     ax.set_xlabel("anchors (num_anchors)")
     _share_axis(ax, "supervised tokens covered")
-    _legend(ax)
+    add_legend(ax)
     return figure
 
 
@@ -163,7 +163,7 @@ def plot_acceptance(table: pd.DataFrame) -> Figure:
     # Steps that two decimals can name.
     ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter("{x:.2f}")
-    _legend(ax)
+    add_legend(ax)
     return figure
 
 
@@ -234,7 +234,7 @@ def plot_mask(
         ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
         ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
-    _legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
+    add_legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
     return cast(Figure, ax.figure)
 
 
@@ -269,7 +269,7 @@ def plot_tiles(
         Patch(facecolor=TILE_COLOURS.get(state, "none"), edgecolor=INK, label=f"{state} {count}")
         for state, count in counts
     ]
-    _legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
+    add_legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
     return cast(Figure, ax.figure)
 
 
@@ -328,7 +328,7 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_xlabel("share of tiles")
     ax.set_ylabel("tile size · anchors")
-    _legend(ax, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
+    add_legend(ax, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
     return figure
 
 
@@ -449,8 +449,8 @@ def _name_cells(
     queries, keys = regions.shape
     context = context_text or [str(position) for position in range(seq_len)]
     slot = slot_text or [""] * queries
-    slots = [f"{i // block_size}.{i % block_size} {_visible(slot[i])}" for i in range(queries)]
-    ax.set_xticks(range(keys), [_visible(text) for text in context] + slots, rotation=90)
+    slots = [f"{i // block_size}.{i % block_size} {visible_text(slot[i])}" for i in range(queries)]
+    ax.set_xticks(range(keys), [visible_text(text) for text in context] + slots, rotation=90)
     ax.set_yticks(range(queries), slots)
     ax.tick_params(labelsize=7 if keys <= 40 else 6, length=0)
     _rule(ax, np.arange(queries), np.arange(keys), linewidth=0.3)
@@ -460,7 +460,7 @@ def _name_cells(
     ax.set_ylabel("queries: slots (block.slot input)")
 
 
-def _visible(text: str, longest: int = 12) -> str:
+def visible_text(text: str, longest: int = 12) -> str:
     """A token's text as an axis label: white space made visible, maths markup defused."""
     text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     text = "".join(character if character.isprintable() else "·" for character in text)
@@ -476,5 +476,5 @@ def _share_axis(ax: Axes, label: str) -> None:
     ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
 
 
-def _legend(ax: Axes, **options: Any) -> None:
+def add_legend(ax: Axes, **options: Any) -> None:
     ax.legend(frameon=False, labelcolor=INK, fontsize=8, **options)

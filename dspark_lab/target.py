@@ -20,7 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Target:
                     f"{self.name}: a target's {what} must be [vocab, hidden] = {wanted}, "
                     f"got shape {tuple(weight.shape)}"
                 )
-        _layers(self.model)
+        _ = self._layers  # refuses a model that has none
         if not self.embed_weight.is_meta:
             self._check_logits()
 
@@ -171,7 +171,11 @@ class Target:
 
     @property
     def num_layers(self) -> int:
-        return len(_layers(self.model))
+        return len(self._layers)
+
+    @cached_property
+    def _layers(self) -> torch.nn.ModuleList:
+        return _layers(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -281,7 +285,7 @@ class Target:
         return self._forward(input_ids, list(layer_ids), **inputs)
 
     def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Any) -> Features:
-        layers = _layers(self.model)
+        layers = self._layers
         context = torch.empty(
             (*input_ids.shape, len(layer_ids), self.hidden_size),
             dtype=self.dtype,
