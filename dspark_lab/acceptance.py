@@ -27,18 +27,18 @@ knows traces, forward outputs and sums; it does not know how a trace came about.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from dspark_lab.checks import require_bool, require_int, require_shape
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.objective import accept_rates, survival
+from dspark_lab.trace import integers, one_domain_each, probabilities, read_trace
 
 __all__ = [
     "rate_table",
@@ -51,8 +51,6 @@ __all__ = [
 
 _SUMS = ["rounds", "reached", "passed", "survived"]
 _KEYS = ["kind", "conversation", "domain", "slot"]
-# How far from [0, 1] a sum of a vocabulary's fp32 probabilities may end; it is clipped.
-_ROUNDING = 1e-5
 # Most numbers in one piece of work of the bootstrap.
 _PIECE = 2**22
 # Conversations from which on a token gets an interval: most tokens occur in one or two.
@@ -63,14 +61,14 @@ def reached(trace: pd.DataFrame) -> Bool[np.ndarray, " row"]:
     """Which rows verification reached: verified, and all slots before them in the round accepted.
 
     Args:
-        trace: of :mod:`dspark_lab.decode`, its rows in any order.
+        trace: as of :func:`dspark_lab.trace.read_trace`.
 
     Raises:
-        TypeError, ValueError: as :func:`trace_sums`.
+        TypeError, ValueError: as :func:`dspark_lab.trace.read_trace`.
     """
-    rows = _read(trace)
-    result = np.empty(len(trace), dtype=bool)
-    result[rows.order] = rows.reached
+    rounds, row = read_trace(trace)
+    result = np.zeros(len(trace), dtype=bool)
+    result[row[rounds.reached]] = True
     return result
 
 
@@ -84,9 +82,7 @@ def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
     conditional rates are those on policy.
 
     Args:
-        trace: of :mod:`dspark_lab.decode`, one row for each drafted slot, in any order. Read are
-            ``prompt``, ``domain``, ``round``, ``slot``, ``accept_rate`` (a probability where
-            verified), ``confidence`` (a probability, or NaN), ``verified`` and ``accepted``.
+        trace: as of :func:`dspark_lab.trace.read_trace`.
 
     Returns:
         a row for each ``kind``, ``conversation`` (the prompt) and ``slot``, with its ``domain`` and
@@ -94,37 +90,32 @@ def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
         ``survived``. Tables of traces whose prompts have different labels can be concatenated.
 
     Raises:
-        TypeError: not a DataFrame, or a column of another kind.
-        ValueError: no rows, a column or a value missing, a prompt of two domains, a round whose
-            slots are not 0, 1, 2, ..., a slot that is verified after one that was not or accepted
-            without being reached, or a number that is no probability.
+        TypeError, ValueError: as :func:`dspark_lab.trace.read_trace`.
     """
-    rows = _read(trace)
-    rate = rows.probabilities("accept_rate", everywhere=True)
-    confidence = rows.probabilities("confidence")
-    slots = int(rows.slot.max()) + 1
-    shape = len(rows.prompts), slots
-    cell = rows.prompt * slots + rows.slot
+    rounds, _ = read_trace(trace)
+    conversation = rounds.conversation
+    first = np.unique(conversation, return_index=True)[1]
 
-    def total(which: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.bincount(cell[which], values[which], minlength=shape[0] * slots).reshape(shape)
+    def total(
+        values: Shaped[np.ndarray, "round slot"], where: Bool[np.ndarray, "round slot"]
+    ) -> Float[np.ndarray, "conversation slot"]:
+        counted = np.where(where, values, 0).T
+        return np.stack([np.bincount(conversation, slot) for slot in counted], axis=1)
 
-    one = np.ones(len(cell))
-    rounds = np.broadcast_to(total(rows.slot == 0, one)[:, :1], shape)
-    # Each round's confidences side by side.
-    number = np.cumsum(rows.slot == 0) - 1
-    drafted = np.ones((number[-1] + 1, slots))
-    drafted[number, rows.slot] = confidence
-    product = drafted.cumprod(axis=1)[number, rows.slot]
-
-    chance, taken = total(rows.reached, rate), total(rows.accepted, one)
+    reached, confidence = rounds.reached, rounds.confidence
+    one = np.ones_like(confidence)
+    chance, taken = total(rounds.accept_rate, reached), total(one, rounds.accepted)
     kinds = {
         "on policy": (chance, chance),
         "empirical": (taken, taken),
-        "predicted": (total(rows.reached, confidence), total(rows.verified, product)),
+        "predicted": (
+            total(confidence, reached),
+            total(confidence.cumprod(axis=1), rounds.verified),
+        ),
     }
-    count = total(rows.reached, one)
-    return _sums(rows.prompts, rows.domains, rounds, count, kinds)
+    count = total(one, reached)
+    each = np.bincount(conversation).astype(float)[:, None].repeat(count.shape[1], axis=1)
+    return _sums(pd.Index(rounds.prompt[first]), pd.Index(rounds.domain[first]), each, count, kinds)
 
 
 @torch.no_grad()
@@ -168,7 +159,7 @@ def teacher_forced_sums(
     labels = _labels("conversations", rows if conversations is None else conversations, shape[0])
     topics = _labels("domains", ["none"] * shape[0] if domains is None else domains, shape[0])
     code, names = pd.factorize(labels)
-    domain = _domains(code, names, topics).take(code)
+    domain = one_domain_each(code, names, topics).take(code)
 
     def total(values: Float[Tensor, "batch anchor slot"]) -> Float[np.ndarray, "batch slot"]:
         return torch.where(mask, values, 0).sum(dim=1).cpu().numpy()
@@ -269,8 +260,8 @@ def token_rate_table(
     converges to. *Predicted* compares with *on policy*.
 
     Args:
-        trace: as of :func:`trace_sums`, with the columns ``token`` and ``accept_prob`` (a
-            probability where verified).
+        trace: as of :func:`dspark_lab.trace.read_trace`, with the columns ``token`` and
+            ``accept_prob`` (a probability where verified).
         by: ``"slot"``, ``"domain"`` or both, to keep them apart.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -281,28 +272,29 @@ def token_rate_table(
         its interval ``low`` to ``high``, as in :func:`rate_table`.
 
     Raises:
-        TypeError, ValueError: as :func:`trace_sums` and :func:`rate_table`.
+        TypeError, ValueError: as :func:`dspark_lab.trace.read_trace` and :func:`rate_table`.
     """
     keys = [*_columns_named(by, ["slot", "domain"]), "token"]
-    rows = _read(trace)
+    rounds, row = read_trace(trace)
+    token, prob = integers(trace, "token"), probabilities(trace, "accept_prob", "where verified")
+    reached = rounds.reached
+    number, slot = np.nonzero(reached)
     passed = {
-        "on policy": rows.probabilities("accept_rate", everywhere=True),
-        "given token": rows.probabilities("accept_prob", everywhere=True),
-        "empirical": rows.accepted.astype(np.float64),
-        "predicted": rows.probabilities("confidence"),
+        "on policy": rounds.accept_rate[reached],
+        "given token": prob[row[reached]],
+        "empirical": rounds.accepted[reached].astype(np.float64),
+        "predicted": rounds.confidence[reached],
     }
     frame = pd.DataFrame(
         {
-            "conversation": rows.prompt,
-            "slot": rows.slot,
-            "token": _integers(trace, "token")[rows.order],
-            "reached": rows.reached.astype(np.int64),
+            "conversation": rounds.conversation[number],
+            "domain": rounds.domain[number],
+            "slot": slot,
+            "token": token[row[reached]],
+            "reached": 1,
             **passed,
         }
     )
-    if "domain" in keys:
-        frame["domain"] = rows.domains.take(rows.prompt)
-    frame = frame[rows.reached]
     each = _total(frame, [*keys, "conversation"], ["reached", *passed])
     tables = _ratios(each, keys, list(passed), "reached", resamples, seed, _TOKEN_FEWEST)
     for kind, table in zip(passed, tables, strict=True):
@@ -310,106 +302,6 @@ def token_rate_table(
     order = np.argsort(-tables[0]["reached"], kind="stable")
     result = pd.concat([table.iloc[order] for table in tables], ignore_index=True)
     return result.rename(columns={"ratio": "conditional"})
-
-
-@dataclass
-class _Rows:
-    """A trace as arrays, sorted by prompt, round and slot; ``order`` is where each row stood.
-
-    ``prompt`` numbers the labels in ``prompts``, whose domains are ``domains``.
-    """
-
-    trace: pd.DataFrame
-    order: np.ndarray
-    prompts: pd.Index
-    domains: pd.Index
-    prompt: np.ndarray
-    round: np.ndarray
-    slot: np.ndarray
-    verified: np.ndarray
-    accepted: np.ndarray
-    reached: np.ndarray
-
-    def refuse(self, bad: Bool[np.ndarray, " row"], rule: str, given: np.ndarray) -> None:
-        """Raise the rule with the first row that breaks it."""
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"{rule}, got {given[row]} in prompt {self.prompts[self.prompt[row]]}, "
-                f"round {self.round[row]}, slot {self.slot[row]}"
-            )
-
-    def probabilities(self, name: str, *, everywhere: bool = False) -> np.ndarray:
-        """A column of them, or NaN; with ``everywhere`` each verified row must have one."""
-        values = _column(self.trace, name)
-        if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
-            raise TypeError(f"trace[{name!r}] must hold numbers, got {values.dtype}")
-        numbers = values.to_numpy(np.float64, na_value=np.nan)[self.order]
-        outside = (numbers < -_ROUNDING) | (numbers > 1 + _ROUNDING)
-        self.refuse(outside, f"{name} must lie in [0, 1]", numbers)
-        if everywhere:
-            missing = np.isnan(numbers) & self.verified
-            self.refuse(missing, f"{name} must be a number where verified", numbers)
-        return numbers.clip(0, 1)
-
-
-def _read(trace: pd.DataFrame) -> _Rows:
-    """The columns that every function needs, refused where they do not tell a story."""
-    if not isinstance(trace, pd.DataFrame):
-        raise TypeError(f"trace must be a pandas DataFrame, got {type(trace).__name__}")
-    if len(trace) == 0:
-        raise ValueError("trace must have at least one row, got 0")
-    code, prompts = pd.factorize(_column(trace, "prompt", complete=True), sort=True)
-    domains = _domains(code, prompts, _column(trace, "domain", complete=True))
-    number, place = _integers(trace, "round"), _integers(trace, "slot")
-    order = np.lexsort((place, number, code))
-    prompt, round_, slot = code[order], number[order], place[order]
-    verified, accepted = (_bools(trace, name)[order] for name in ("verified", "accepted"))
-
-    first = np.ones(len(slot), dtype=bool)
-    first[1:] = (prompt[1:] != prompt[:-1]) | (round_[1:] != round_[:-1])
-    since = np.arange(len(slot))
-    since -= np.maximum.accumulate(np.where(first, since, 0))
-    after_verified, after_accepted = first.copy(), first.copy()
-    after_verified[1:] |= verified[:-1]
-    after_accepted[1:] |= accepted[:-1]
-    reached = verified & after_accepted
-
-    rows = _Rows(trace, order, prompts, domains, prompt, round_, slot, verified, accepted, reached)
-    rows.refuse(slot < 0, "slot must be >= 0", slot)
-    rows.refuse(slot != since, "the slots of a round must be 0, 1, 2, ..., each once", slot)
-    rows.refuse(
-        verified & ~after_verified, "verified must be False after a slot that was not", verified
-    )
-    rows.refuse(accepted & ~verified, "accepted must be False where not verified", accepted)
-    rows.refuse(
-        accepted & ~after_accepted, "accepted must be False after a slot that was not", accepted
-    )
-    return rows
-
-
-def _column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Series:
-    if name not in trace.columns:
-        raise ValueError(f"trace must have a column {name!r}, got {list(trace.columns)}")
-    values = trace[name]
-    missing = int(values.isna().sum()) if complete else 0
-    if missing:
-        raise ValueError(f"trace[{name!r}] must have a value in every row, {missing} are missing")
-    return values
-
-
-def _integers(trace: pd.DataFrame, name: str) -> np.ndarray:
-    values = _column(trace, name, complete=True)
-    if not pd.api.types.is_integer_dtype(values):
-        raise TypeError(f"trace[{name!r}] must hold integers, got {values.dtype}")
-    return values.to_numpy(np.int64)
-
-
-def _bools(trace: pd.DataFrame, name: str) -> np.ndarray:
-    values = _column(trace, name, complete=True)
-    if not pd.api.types.is_bool_dtype(values):
-        raise TypeError(f"trace[{name!r}] must hold truth values, got {values.dtype}")
-    return values.to_numpy(bool)
 
 
 def _labels(name: str, values: Sequence[Any], count: int) -> pd.Series:
@@ -421,21 +313,6 @@ def _labels(name: str, values: Sequence[Any], count: int) -> pd.Series:
             f"{name} must have a label for each of {count} rows, got {labels.tolist()}"
         )
     return labels
-
-
-def _domains(code: np.ndarray, conversations: pd.Index, domains: pd.Series) -> pd.Index:
-    """The domain of each conversation; ``code`` numbers the conversation of each row."""
-    domain, names = pd.factorize(domains)
-    last = np.empty(len(conversations), dtype=np.int64)
-    last[code] = domain
-    two = last[code] != domain
-    if two.any():
-        row = int(two.argmax())
-        raise ValueError(
-            f"a conversation must have one domain, got {names[domain[row]]!r} and "
-            f"{names[last[code[row]]]!r} for conversation {conversations[code[row]]}"
-        )
-    return pd.Index(names).take(last)
 
 
 def _sums(

@@ -18,9 +18,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from dspark_lab.calibration import SequentialTemperatures, prefix_survival, split_prompts
+from dspark_lab.calibration import split_prompts
 from dspark_lab.replay import threshold_sweep
 from dspark_lab.scores import auroc, expected_calibration_error
+from dspark_lab.temperatures import prefix_survival, quiet_fit
 from dspark_lab.trace import Rounds, interval, rounds_of
 
 __all__ = ["Claim", "claims_of", "claims_table"]
@@ -61,7 +62,7 @@ def claims_table(
 
     Args:
         traces: as :func:`dspark_lab.pairs.load_traces` returns them.
-        claims: those of :func:`claims_of` where None; those whose drafters are not in ``traces`` are left out.
+        claims: those of :func:`claims_of` where None; where a drafter has no trace, it is left out.
         temperature: of the runs to look at.
         resamples, seed: of the bootstrap.
 
@@ -84,7 +85,7 @@ def claims_table(
         runs[name, ALL] = rounds_of(trace)
         if any((name, HELD) in claim.runs for claim in wanted):
             fit, held = map(rounds_of, split_prompts(trace))
-            scaling = SequentialTemperatures.fit_trace(fit)
+            scaling = quiet_fit(fit)
             runs[name, HELD] = held
             runs[name, SCALED] = replace(held, confidence=scaling.apply(held.confidence))
     rows = []
@@ -181,7 +182,7 @@ def below(low: float, high: float, limit: float = 0.0) -> str:
 
 def not_below(low: float, high: float) -> str:
     """Nothing shows the figure to be below 0."""
-    return "no" if high < 0 else "yes"
+    return "yes" if high >= 0 else "no" if high < 0 else "undecided"
 
 
 def within(low: float, high: float, least: float, most: float) -> str:

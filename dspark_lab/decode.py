@@ -624,31 +624,27 @@ class Decoding(Iterator[Round]):
             return _Draft(nothing, none.to(torch.promote_types(none.dtype, torch.float32)), None)
         drafter, markov = self.drafter, self.drafter.markov_head
         previous = anchors.to(drafter.fc.weight.device)
-        states = drafter.draft(previous, self._context)
-        count = self.draft_length or states.shape[1]
+        states = drafter.draft(previous, self._context)[:, : self.draft_length]
         state = None
-        tokens, probs, confidence = [], [], []
-        scales = [1.0] * count if self.temperatures is None else self.temperatures
-        base = drafter.lm_head(states[:, :count])
-        for slot in range(count):
-            hidden, logits, embedding = states[:, slot], base[:, slot], None
+        tokens, probs, embeddings = [], [], []
+        for hidden, logits in zip(states.unbind(1), drafter.lm_head(states).unbind(1), strict=True):
             if markov is not None:
-                embedding = markov.embed(previous)
-                state, latent = markov.step(state, embedding, hidden)
+                embeddings.append(markov.embed(previous))
+                state, latent = markov.step(state, embeddings[-1], hidden)
                 logits = logits + markov.markov_w2(latent)
-            logit = drafter.confidence(hidden, embedding)
-            if logit is not None:
-                confidence.append((logit.float() / scales[slot]).sigmoid())
             q = distribution(logits, self.temperature, self.top_p).to(self.target.device)
             token = self._chance.drafts(q, self._going)
             previous = token.to(previous.device)
             tokens.append(token)
             probs.append(q)
-        return _Draft(
-            torch.stack(tokens, dim=1),
-            torch.stack(probs, dim=1),
-            torch.stack(confidence, dim=1).to(self.target.device) if confidence else None,
-        )
+        before = torch.stack(embeddings, dim=1) if embeddings else None
+        confidence = drafter.confidence(states, before)
+        if confidence is not None:
+            confidence = confidence.float().to(self.target.device)
+            if self.temperatures is not None:
+                confidence /= confidence.new_tensor(self.temperatures[: states.shape[1]])
+            confidence = confidence.sigmoid()
+        return _Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1), confidence)
 
     def _lengths(self, draft: _Draft, drafted: list[int]) -> list[int]:
         """How many slots of each row the target is asked about."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any, Literal
 
 import ipywidgets
@@ -27,6 +28,7 @@ from dspark_lab.acceptance import rate_table, tau_table, trace_sums
 from dspark_lab.calibration import reliability_tables, split_prompts, study, threshold_sweep
 from dspark_lab.chats import Chat, load_chats
 from dspark_lab.checkpoint import load_drafter
+from dspark_lab.checks import require_number
 from dspark_lab.decode import Decoded, Decoding, Prompt, Round, decode, decode_rounds
 from dspark_lab.decode_plots import (
     outcome_legend,
@@ -49,6 +51,10 @@ __all__ = ["VIEWS", "DecodingExplorer", "explore_acceptance", "explore_decoding"
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 THRESHOLDS = tuple(step / 20 for step in range(20))
+# Those of the views that look at the confidence alone.
+_OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
+# So many of the shipped conversations are asked where no prompts are given, or a few more.
+_SHIPPED_PROMPTS = 40
 # While an answer grows, its text is shown anew when it is at least so old.
 REDRAW_SECONDS = 0.1
 
@@ -74,12 +80,13 @@ def explore_acceptance(
         target: a target, its folder or hub id; the pocket target where None.
         drafter: a drafter, a checkpoint's folder, or several by name.
         prompts: user messages, token ids or conversations (their first question), or a JSONL file
-            of conversations; the shipped ones where None.
+            of conversations; some 40 of the shipped ones where None.
         temperature, view: where the controls start. The views are ``VIEWS``: conditional accept
             rates and survival by slot; reliability before and after scaling, which is fitted on
             half of the conversations and shown on the others; bias by domain and by kind of token;
             a sweep of thresholds; and an answer as text.
-        max_new_tokens, batch_size, seed: see :func:`dspark_lab.decode.decode_rounds`.
+        max_new_tokens, batch_size, seed: see :func:`dspark_lab.decode.decode_rounds`; a target that
+            decodes one row at a time does so here, too.
 
     Returns:
         an explorer whose ``table`` is the one behind the view; ``tables["trace"]`` is the trace,
@@ -102,11 +109,13 @@ def explore_acceptance(
             domains=models.domains,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            batch_size=batch_size if models.target.decodes_batches else None,
             seed=seed,
         )
 
     def draw(view: str, drafter: str, temperature: float, conversation: int) -> Frame:
+        if view in _OF_CONFIDENCE and not models.drafters[drafter].config.enable_confidence_head:
+            raise ValueError(f"{view} needs a drafter with a confidence head, got {drafter}")
         run = decoded(drafter, temperature)
         show = _show_answer(models, conversation) if view == "text" else _SHOWS[view]
         frame = show(run, models)
@@ -222,7 +231,7 @@ class DecodingExplorer(ipywidgets.VBox):
         self.rounds: list[Round] = []
         self.decoded: Decoded | None = None
         self.plain: Decoded | None = None
-        self._problem, self._running, self._stopped = "not run yet", False, False
+        self._problem, self._stopped = "not run yet", False
 
         labels = [(_short(prompt), index) for index, prompt in enumerate(models.prompts)]
         wide = {"style": WIDE["style"], "layout": {"width": "54em"}}
@@ -299,7 +308,14 @@ class DecodingExplorer(ipywidgets.VBox):
         return self.tables["tokens"]
 
     def run(self) -> None:
-        """Answer the prompt with the controls' present values, and wait until it is done."""
+        """Answer the prompt with the controls' present values, and wait until it is done.
+
+        Raises:
+            RuntimeError: a run that a click began goes on.
+        """
+        if self._running:
+            raise RuntimeError("a run must end or be stopped before the next, and one goes on")
+        self._begin()
         for _ in self._rounds_shown():
             pass
 
@@ -311,7 +327,21 @@ class DecodingExplorer(ipywidgets.VBox):
         except RuntimeError:
             self.run()
             return
+        self._begin()
         self._task = loop.create_task(self._run_beside())
+
+    @property
+    def _running(self) -> bool:
+        return bool(self.run_button.disabled)
+
+    def _begin(self) -> None:
+        """Away with the last run, its buttons and its steps."""
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        self._stopped, self._problem = False, "it runs"
+        self.rounds, self.decoded, self.plain = [], None, None
+        for step in self.step.values():
+            step.max = 0
+        self._show_step()
 
     async def _run_beside(self) -> None:
         for _ in self._rounds_shown():
@@ -323,23 +353,20 @@ class DecodingExplorer(ipywidgets.VBox):
 
     def _rounds_shown(self) -> Iterator[None]:
         """Decodes with and without the drafter, and gives way after each round."""
-        self._running, self._stopped = True, False
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        self.rounds, self.decoded, self.plain = [], None, None
         try:
             yield from self._decode()
         except (ValueError, TypeError) as problem:
             self._problem = str(problem)
             self._status.value = f'<p role="alert">{escape(self._problem)}</p>'
-            self._text.value = self._step_picture.value = ""
+            self._text.value = ""
         finally:
-            self._running = False
             self.run_button.disabled, self.stop_button.disabled = False, True
 
     def _decode(self) -> Iterator[None]:
         settings = self.settings
         self._drafter = settings["drafter"]
-        chosen = settings["prompt"].strip() or self._models.prompts[settings["example"]]
+        typed = settings["prompt"]
+        chosen = typed if typed.strip() else self._models.prompts[settings["example"]]
         options = {name: settings[name] for name in ("temperature", "max_new_tokens", "seed")}
         drafter = self._models.drafters[self._drafter]
         threshold = settings["threshold"] or None
@@ -359,7 +386,6 @@ class DecodingExplorer(ipywidgets.VBox):
         self.decoded = decoding.result()
         self._show_answer(self.decoded)
         self.step["round"].max = max(0, len(self.rounds) - 1)
-        self.step["round"].value = 0
         self._choose_round()
         self._status.value = "and now without the drafter, to compare"
         plain = decode_rounds(self._models.target, None, [chosen], **options)
@@ -400,12 +426,17 @@ class DecodingExplorer(ipywidgets.VBox):
         self.controls["prompt"].value = prompt if isinstance(prompt, str) else ""
 
     def _choose_round(self, _change: object = None) -> None:
+        slot = self.step["slot"]
+        before = slot.value
         if self.rounds:
             round_ = self.rounds[self.step["round"].value]
-            self.step["slot"].max = len(round_.target_probs) - 1
-            # Where it was decided: the first slot that was not accepted.
-            self.step["slot"].value = round_.accepted
-        self._show_step()
+            with slot.hold_trait_notifications():
+                slot.max = len(round_.target_probs) - 1
+                # Where it was decided: the first slot that was not accepted.
+                slot.value = round_.accepted
+        if slot.value == before:
+            # Else the slot has shown itself.
+            self._show_step()
 
     def _distributions(self) -> pd.DataFrame:
         round_ = self.rounds[self.step["round"].value]
@@ -456,15 +487,17 @@ def _models(
         pair = load_pair("pocket")
         target = pair.target
         drafters = {name: pair.load_drafter(name) for name in drafter_names("pocket")}
-        prompts = pair.held_out[:: len(pair.held_out) // 40] if prompts is None else prompts
+        prompts = _some(pair.held_out) if prompts is None else prompts
     elif isinstance(drafter, Mapping):
         drafters = drafter
     else:
-        name = "drafter" if isinstance(drafter, Drafter) else os.path.basename(drafter)
+        name = "drafter" if isinstance(drafter, Drafter) else Path(drafter).name
         drafters = {name: drafter}
     if not isinstance(target, Target):
         target = load_target(target)
-    if prompts is None or isinstance(prompts, (str, os.PathLike)):
+    if prompts is None:
+        prompts = _some(load_chats())
+    elif isinstance(prompts, (str, os.PathLike)):
         prompts = load_chats(prompts)
     if len(prompts) == 0 or not drafters:
         raise ValueError(
@@ -475,16 +508,21 @@ def _models(
         for name, one in drafters.items()
     }
     chats = [prompt if isinstance(prompt, Chat) else None for prompt in prompts]
-    return _Models(
-        target,
-        loaded,
-        [question(p) if isinstance(p, Chat) else p for p in prompts],
-        [(chat.domain if chat else None) or "none" for chat in chats],
-    )
+    domains = [(chat.domain if chat else None) or "none" for chat in chats]
+    asked = [question(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts]
+    for one in loaded.values():
+        # Refuses what does not fit together; no round of it is asked for.
+        decode_rounds(target, one, asked, max_new_tokens=1)
+    return _Models(target, loaded, asked, domains)
+
+
+def _some(chats: Sequence[Chat]) -> Sequence[Chat]:
+    return chats[:: max(1, len(chats) // _SHIPPED_PROMPTS)]
 
 
 def _short(prompt: Prompt, longest: int = 90) -> str:
-    text = " ".join((prompt if isinstance(prompt, str) else str(list(prompt))).split())
+    whole = prompt if isinstance(prompt, str) else str([int(token) for token in prompt])
+    text = " ".join(whole.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -493,6 +531,10 @@ def _choice(name: str, options: Sequence[str]) -> ipywidgets.Dropdown:
 
 
 def _float(name: str, value: float, low: float, high: float) -> ipywidgets.FloatSlider:
+    require_number(name, value)
+    if not (math.isfinite(value) and value >= low):
+        raise ValueError(f"{name} must be a finite number >= {low}, got {value}")
+    high = max(high, value)
     return ipywidgets.FloatSlider(
         value, min=low, max=high, step=0.05, description=name, continuous_update=False, **WIDE
     )

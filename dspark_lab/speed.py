@@ -8,6 +8,7 @@ models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,8 @@ def break_even_rate(tau: float, block_size: int) -> float:
         TypeError, ValueError: ``tau`` is not a number, ``block_size`` not a whole number >= 1.
     """
     require_number("tau", tau)
+    if math.isnan(tau):
+        raise ValueError(f"tau must be a number, got {tau}")
     require_int("block_size", block_size, 1)
     if tau > block_size + 1:
         return float("inf")

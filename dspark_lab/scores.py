@@ -1,0 +1,270 @@
+"""How good predicted probabilities are: reliability, calibration error, Brier score, ROC area.
+
+A prediction is a *confidence*, its *outcome* 0 or 1, or a probability in between that is known
+instead. This file knows arrays of both; it does not know where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+from dspark_lab.checks import require_int
+
+__all__ = [
+    "Brier",
+    "auroc",
+    "brier",
+    "expected_calibration_error",
+    "reliability_table",
+]
+
+Binning = Literal["width", "mass"]
+
+
+def reliability_table(
+    confidence: ArrayLike,
+    outcome: ArrayLike,
+    bins: int = 15,
+    binning: Binning = "width",
+    *,
+    min_count: int = 1,
+) -> pd.DataFrame:
+    """Mean confidence beside mean outcome, bin by bin: the numbers of a reliability diagram.
+
+    Bins of equal *width* cut [0, 1] evenly. Bins of equal *mass* are cut at the quantiles of the
+    confidences (linear interpolation), so that each holds about as many samples; where many
+    confidences are equal, neighbouring cuts coincide and bins stay empty. A confidence on a cut
+    belongs to the bin below it. Definition: Guo et al. 2017, section 2.
+
+    Args:
+        confidence: ``[sample]``, probabilities.
+        outcome: ``[sample]``, 0 or 1, or accept rates in between.
+        bins: how many.
+        binning: ``"width"`` or ``"mass"``.
+        min_count: bins with fewer samples than this keep their count, but no means.
+
+    Returns:
+        one row per bin, ascending, empty ones too: ``low`` and ``high`` (bounds of the bin),
+        ``count``, ``confidence`` and ``outcome`` (means, NaN where undefined), and ``gap``,
+        confidence minus outcome: positive where the head is overconfident.
+
+    Raises:
+        TypeError: what is no array of numbers, or an int that is none.
+        ValueError: probabilities outside [0, 1] or NaN, arrays that are empty or of different
+            length, another binning, or fewer samples than bins of equal mass.
+    """
+    f, o = _pairs(confidence, outcome)
+    require_binning(bins, binning)
+    require_int("min_count", min_count, 1)
+    if binning == "mass" and len(f) < bins:
+        raise ValueError(
+            f"{bins} bins of equal mass need at least as many samples, got {len(f)}; "
+            "take fewer bins"
+        )
+    edges = _edges(f, bins, binning)
+    group = _bin(f, edges)
+    count = np.bincount(group, minlength=bins)
+    known = np.where(count >= min_count, count, np.nan)
+    mean_f = np.bincount(group, f, bins) / known
+    mean_o = np.bincount(group, o, bins) / known
+    return pd.DataFrame(
+        {
+            "low": edges[:-1],
+            "high": edges[1:],
+            "count": count,
+            "confidence": mean_f,
+            "outcome": mean_o,
+            "gap": mean_f - mean_o,
+        }
+    )
+
+
+def expected_calibration_error(
+    confidence: ArrayLike, outcome: ArrayLike, bins: int = 15, binning: Binning = "width"
+) -> float:
+    """Mean over samples of their bin's \\|mean confidence - mean outcome\\| (Guo et al. 2017).
+
+    Between 0 and 1. A finite sample of a perfectly calibrated head has a positive error too, the
+    more so the fewer samples a bin holds: compare numbers of like sample sizes.
+
+    Returns:
+        the error; NaN, which is undefined, where there are fewer samples than bins.
+
+    Raises:
+        TypeError, ValueError: as :func:`reliability_table`.
+    """
+    f, o = _pairs(confidence, outcome)
+    require_binning(bins, binning)
+    return error_or_nan(f, o, bins, binning)
+
+
+@dataclass(frozen=True)
+class Brier:
+    """A Brier score and its parts: ``score = reliability - resolution + uncertainty + within``."""
+
+    score: float
+    reliability: float
+    resolution: float
+    uncertainty: float
+    within: float
+
+
+def brier(
+    confidence: ArrayLike,
+    outcome: ArrayLike,
+    bins: int | None = None,
+    binning: Binning = "width",
+) -> Brier:
+    """Mean squared distance of confidence and outcome, and what it is made of (Murphy 1973).
+
+    Samples are put in groups: one for each distinct confidence where ``bins`` is None, else the
+    bins of :func:`reliability_table`. With f and o the group's means and w its share of samples:
+    ``reliability`` is the sum of w (f - o)^2, ``resolution`` the sum of w (o - mean outcome)^2, and
+    ``uncertainty`` the variance of the outcomes, which is m (1 - m) where they are 0 or 1 with mean
+    m. ``within`` is what binning hides: the variance of the confidences within their groups less
+    twice their covariance with the outcomes there; 0 for groups of one distinct confidence. The
+    parts add up to the score for any grouping, but for rounding.
+
+    Raises:
+        TypeError, ValueError: as :func:`reliability_table`.
+    """
+    f, o = _pairs(confidence, outcome)
+    if bins is None:
+        group = np.unique(f, return_inverse=True)[1]
+    else:
+        require_binning(bins, binning)
+        group = _bin(f, _edges(f, bins, binning))
+    count = np.bincount(group)[group]
+    mean_f = np.bincount(group, f)[group] / count
+    mean_o = np.bincount(group, o)[group] / count
+    apart = f - mean_f
+    return Brier(
+        score=float(np.mean((f - o) ** 2)),
+        reliability=float(np.mean((mean_f - mean_o) ** 2)),
+        resolution=float(np.mean((mean_o - o.mean()) ** 2)),
+        uncertainty=float(np.var(o)),
+        within=float(np.mean(apart**2) - 2 * np.mean(apart * (o - mean_o))),
+    )
+
+
+def auroc(confidence: ArrayLike, outcome: ArrayLike) -> float:
+    """The chance that an accepted slot has a higher confidence than a rejected one; ties count 1/2.
+
+    Exact, from the counts at each distinct confidence (the Mann-Whitney statistic with average
+    ranks). An outcome between 0 and 1 counts as that share of an accepted slot and the rest of a
+    rejected one, both with the same confidence.
+
+    Returns:
+        the area under the ROC curve; NaN, which is undefined, where all outcomes are 0 or all 1.
+
+    Raises:
+        TypeError, ValueError: as :func:`reliability_table`.
+    """
+    f, o = _pairs(confidence, outcome)
+    group = np.unique(f, return_inverse=True)[1]
+    accepted, rejected = np.bincount(group, o), np.bincount(group, 1 - o)
+    pairs = accepted.sum() * rejected.sum()
+    if pairs == 0:
+        return float("nan")
+    below = np.cumsum(rejected) - rejected
+    return float((accepted * (below + rejected / 2)).sum() / pairs)
+
+
+def as_numbers(name: str, values: ArrayLike) -> Float[np.ndarray, "..."]:
+    """The values as floats; refused where they are no numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold numbers, got {array.dtype} ({type(values).__name__})")
+    return array.astype(np.float64)
+
+
+def as_probabilities(name: str, values: ArrayLike) -> Float[np.ndarray, " sample"]:
+    """The values as floats; refused where they are not one or more probabilities."""
+    array = as_numbers(name, values)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"{name} must be [sample] with one or more, got shape {array.shape}")
+    missing = int(np.isnan(array).sum())
+    if missing:
+        raise ValueError(f"{name} must lie in [0, 1], got {missing} NaN of {len(array)}")
+    require_range(name, array)
+    return array
+
+
+def require_range(name: str, values: Float[np.ndarray, "..."]) -> None:
+    """Refuse a number outside [0, 1]; NaN passes."""
+    known = values[~np.isnan(values)]
+    if known.size and not (known.min() >= 0 and known.max() <= 1):
+        raise ValueError(
+            f"{name} must lie in [0, 1], got values from {known.min()} to {known.max()}"
+        )
+
+
+def require_binning(bins: int, binning: str) -> None:
+    """Refuse what is no number of bins or no way to cut them."""
+    require_int("bins", bins, 1)
+    if binning not in ("width", "mass"):
+        raise ValueError(f"binning must be 'width' or 'mass', got {binning!r}")
+
+
+def binned_error(
+    f: Float[np.ndarray, " sample"],
+    o: Float[np.ndarray, " sample"],
+    bins: int,
+    binning: str,
+    weights: Float[np.ndarray, " sample"] | None = None,
+) -> float:
+    """The expected calibration error of any number of samples, checked before."""
+    w = np.ones_like(f) if weights is None else weights
+    gaps = np.bincount(_bin(f, _edges(f, bins, binning)), w * (f - o), bins)
+    return float(np.abs(gaps).sum() / w.sum())
+
+
+def error_or_nan(
+    f: Float[np.ndarray, " sample"], o: Float[np.ndarray, " sample"], bins: int, binning: str
+) -> float:
+    """The same, or NaN of fewer samples than bins."""
+    return binned_error(f, o, bins, binning) if len(f) >= bins else float("nan")
+
+
+def resampled_errors(
+    f: Float[np.ndarray, " sample"],
+    o: Float[np.ndarray, " sample"],
+    group: Int[np.ndarray, " sample"],
+    drawn: Int[np.ndarray, "resample group"],
+    bins: int,
+    binning: str,
+) -> Float[np.ndarray, " resample"]:
+    """The error where each group of samples counts as often as it was drawn, in bins of them all.
+
+    NaN where no sample was drawn.
+    """
+    groups = drawn.shape[1]
+    cell = group * bins + _bin(f, _edges(f, bins, binning))
+    gaps = np.bincount(cell, f - o, groups * bins).reshape(groups, bins)
+    count = drawn @ np.bincount(group, minlength=groups)
+    return np.abs(drawn @ gaps).sum(axis=1) / np.where(count > 0, count, np.nan)
+
+
+def _pairs(
+    confidence: ArrayLike, outcome: ArrayLike
+) -> tuple[Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]:
+    f, o = as_probabilities("confidence", confidence), as_probabilities("outcome", outcome)
+    if len(f) != len(o):
+        raise ValueError(f"confidence and outcome must be as long, got {len(f)} and {len(o)}")
+    return f, o
+
+
+def _edges(f: np.ndarray, bins: int, binning: str) -> Float[np.ndarray, " edge"]:
+    shares = np.linspace(0, 1, bins + 1)
+    return shares if binning == "width" else np.percentile(f, 100 * shares)
+
+
+def _bin(f: np.ndarray, edges: np.ndarray) -> Int[np.ndarray, " sample"]:
+    """Which bin each value is in; one that lies on a cut is in the bin below it."""
+    return np.searchsorted(edges[1:-1], f, side="left")

@@ -1,0 +1,191 @@
+"""Scores of a confidence, against loops and scikit-learn.
+
+The loops below are the definitions, one sample at a time.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, roc_auc_score
+from traces import PROBABILITY, bins_by_hand, ece_by_hand
+
+from dspark_lab.scores import auroc, brier, expected_calibration_error, reliability_table
+
+BINNINGS = [("width", "uniform"), ("mass", "quantile")]
+
+
+def samples(outcomes: st.SearchStrategy[float], low: int = 1):
+    pairs = st.lists(st.tuples(PROBABILITY, outcomes), min_size=low, max_size=60)
+    return pairs.map(lambda drawn: tuple(map(list, zip(*drawn, strict=True))))
+
+
+HARD = samples(st.integers(0, 1), low=8)
+SOFT = samples(PROBABILITY, low=8)
+
+
+def auroc_by_hand(confidence, outcome) -> float:
+    """All pairs of an accepted and a rejected share, a tie half a win."""
+    wins = pairs = 0.0
+    for f, o in zip(confidence, outcome, strict=True):
+        for g, p in zip(confidence, outcome, strict=True):
+            weight = o * (1 - p)
+            pairs += weight
+            wins += weight * (1.0 if f > g else 0.5 if f == g else 0.0)
+    return wins / pairs if pairs else math.nan
+
+
+@given(drawn=SOFT, bins=st.integers(1, 8))
+def test_a_reliability_table_holds_each_sample_in_the_bin_of_its_confidence(drawn, bins) -> None:
+    for binning, _ in BINNINGS:
+        table = reliability_table(*drawn, bins, binning)
+        assert len(table) == bins and table["count"].sum() == len(drawn[0])
+        assert (table["low"] <= table["high"]).all()
+        assert (table["low"].to_numpy()[1:] == table["high"].to_numpy()[:-1]).all()
+        edges = [table["low"][0], *table["high"]]
+        if binning == "width":
+            assert edges == pytest.approx([k / bins for k in range(bins + 1)])
+        for row, held in zip(table.itertuples(), bins_by_hand(*drawn, edges), strict=True):
+            assert row.count == len(held)
+            if not held:
+                assert math.isnan(row.confidence) and math.isnan(row.outcome)
+                assert math.isnan(row.gap)
+                continue
+            assert row.confidence == pytest.approx(sum(f for f, _ in held) / len(held))
+            assert row.outcome == pytest.approx(sum(o for _, o in held) / len(held))
+            assert row.gap == pytest.approx(row.confidence - row.outcome, abs=1e-12)
+
+
+@given(drawn=HARD, bins=st.integers(1, 8))
+def test_reliability_agrees_with_scikit_learn(drawn, bins) -> None:
+    confidence, outcome = drawn
+    for binning, strategy in BINNINGS:
+        table = reliability_table(confidence, outcome, bins, binning).dropna()
+        rate, mean = calibration_curve(
+            outcome, confidence, n_bins=bins, strategy=strategy, pos_label=1
+        )
+        assert table["outcome"].tolist() == pytest.approx(rate.tolist())
+        assert table["confidence"].tolist() == pytest.approx(mean.tolist())
+
+
+@given(drawn=SOFT)
+def test_calibration_error_is_the_weighted_mean_gap(drawn) -> None:
+    for binning, _ in BINNINGS:
+        table = reliability_table(*drawn, 6, binning)
+        edges = [table["low"][0], *table["high"]]
+        error = expected_calibration_error(*drawn, 6, binning)
+        assert error == pytest.approx(ece_by_hand(*drawn, edges), abs=1e-12)
+
+
+def test_bins_of_equal_mass_hold_equally_many() -> None:
+    confidence = np.random.default_rng(0).random(90) ** 4
+    counts = reliability_table(confidence, confidence, 9, "mass")["count"]
+    assert counts.sum() == 90 and (abs(counts - 10) <= 1).all()
+    assert expected_calibration_error(confidence, confidence, 9, "mass") == 0
+
+
+def test_bins_with_too_few_samples_keep_their_count_and_no_means() -> None:
+    table = reliability_table([0.1, 0.1, 0.9], [0, 1, 1], 2, min_count=2)
+    assert table["count"].tolist() == [2, 1]
+    assert table["outcome"].tolist()[0] == 0.5 and math.isnan(table["outcome"][1])
+
+
+def test_calibration_error_of_fewer_samples_than_bins_is_undefined() -> None:
+    assert math.isnan(expected_calibration_error([0.5, 0.5], [0, 1], 3))
+    assert expected_calibration_error([0.5, 0.5], [0, 1], 2) == 0
+    with pytest.raises(ValueError, match="3 bins of equal mass need at least as many samples, got"):
+        reliability_table([0.5, 0.5], [0, 1], 3, "mass")
+
+
+@given(drawn=HARD)
+def test_brier_score_agrees_with_scikit_learn(drawn) -> None:
+    confidence, outcome = drawn
+    expected = brier_score_loss(outcome, confidence, pos_label=1, labels=[0, 1])
+    assert brier(confidence, outcome).score == pytest.approx(expected, abs=1e-12)
+
+
+@given(drawn=SOFT)
+def test_parts_of_the_brier_score_add_up_for_any_grouping(drawn) -> None:
+    distinct = brier(*drawn)
+    assert distinct.within == pytest.approx(0, abs=1e-12)
+    groups = [distinct, brier(*drawn, 1), brier(*drawn, 4), brier(*drawn, 4, "mass")]
+    for parts in groups:
+        total = parts.reliability - parts.resolution + parts.uncertainty + parts.within
+        assert parts.score == pytest.approx(total, abs=1e-12)
+        assert parts.reliability >= 0 and parts.resolution >= 0
+        assert parts.uncertainty == pytest.approx(distinct.uncertainty)
+
+
+def test_parts_of_the_brier_score_are_murphys() -> None:
+    """Two forecasts, 0.2 five times with one success, 0.8 five times with three."""
+    parts = brier([0.2] * 5 + [0.8] * 5, [1, 0, 0, 0, 0, 1, 1, 1, 0, 0])
+    assert parts.reliability == pytest.approx(0.5 * 0 + 0.5 * 0.2**2)
+    assert parts.resolution == pytest.approx(0.5 * 0.2**2 + 0.5 * 0.2**2)
+    assert parts.uncertainty == pytest.approx(0.4 * 0.6)
+    assert parts.score == pytest.approx(0.02 - 0.04 + 0.24)
+
+
+@given(drawn=samples(st.integers(0, 1), low=2))
+def test_auroc_agrees_with_scikit_learn_and_with_all_pairs(drawn) -> None:
+    confidence, outcome = drawn
+    ours = auroc(confidence, outcome)
+    if len(set(outcome)) == 1:
+        assert math.isnan(ours)
+        return
+    assert ours == pytest.approx(roc_auc_score(outcome, confidence), abs=1e-12)
+    assert ours == pytest.approx(auroc_by_hand(confidence, outcome), abs=1e-12)
+
+
+@given(drawn=samples(st.sampled_from([0, 0.25, 0.5, 1])))
+def test_a_rate_counts_as_that_share_of_an_accepted_slot(drawn) -> None:
+    confidence, outcome = drawn
+    ours = auroc(confidence, outcome)
+    assert ours == pytest.approx(auroc_by_hand(confidence, outcome), abs=1e-12, nan_ok=True)
+    if not math.isnan(ours):
+        weights = np.array([*outcome, *(1 - o for o in outcome)])
+        labels = [1] * len(outcome) + [0] * len(outcome)
+        expected = roc_auc_score(labels, confidence * 2, sample_weight=weights)
+        assert ours == pytest.approx(expected, abs=1e-12)
+
+
+def test_auroc_of_equal_confidences_is_one_half() -> None:
+    assert auroc([0.7] * 5, [0, 1, 1, 0, 1]) == 0.5
+    assert auroc([0.1, 0.2, 0.3], [0, 0, 1]) == 1
+    assert auroc([0.3, 0.2, 0.1], [0, 0, 1]) == 0
+
+
+SCORES = [reliability_table, expected_calibration_error, brier, auroc]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("confidence", "outcome", "error", "words"),
+    [
+        ([0.5, 1.1], [0, 1], ValueError, r"confidence must lie in \[0, 1\], got values from 0.5"),
+        ([0.5, -0.1], [0, 1], ValueError, r"confidence must lie in \[0, 1\]"),
+        ([0.5, math.nan], [0, 1], ValueError, "got 1 NaN of 2"),
+        ([0.5, math.inf], [0, 1], ValueError, r"confidence must lie in \[0, 1\]"),
+        ([0.5, 0.5], [0, 2], ValueError, r"outcome must lie in \[0, 1\]"),
+        ([0.5, 0.5], [0, math.nan], ValueError, "outcome must lie .* NaN"),
+        ([0.5, 0.5], [0], ValueError, "as long, got 2 and 1"),
+        ([], [], ValueError, "one or more"),
+        ([[0.5]], [[1]], ValueError, r"\[sample\] with one or more, got shape \(1, 1\)"),
+        (["0.5"], [1], TypeError, "confidence must hold numbers"),
+        ([0.5], [None], TypeError, "outcome must hold numbers"),
+    ],
+)
+def test_bad_input_is_refused_by_every_score(score, confidence, outcome, error, words) -> None:
+    with pytest.raises(error, match=words):
+        score(confidence, outcome)
+
+
+def test_bad_bins_are_refused() -> None:
+    with pytest.raises(ValueError, match="bins must be >= 1, got 0"):
+        reliability_table([0.5], [1], 0)
+    with pytest.raises(TypeError, match="bins must be an int"):
+        expected_calibration_error([0.5], [1], 2.5)
+    with pytest.raises(ValueError, match="binning must be 'width' or 'mass', got 'equal'"):
+        brier([0.5], [1], 2, "equal")

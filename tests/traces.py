@@ -1,0 +1,106 @@
+"""Confidences and what came of them, made up, and loops that read them: one round at a time.
+
+A made-up trace holds everything that a real one may: rows behind a rejection, rows that were not
+verified, short rounds. The loops are the definitions that the tests hold tables against.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+from hypothesis import strategies as st
+
+# Tenths make ties, and values that lie on a cut; the others are arbitrary.
+PROBABILITY = st.one_of(st.integers(0, 10).map(lambda n: n / 10), st.floats(0, 1))
+
+SLOTS = 4
+# Of the tables that weigh time.
+COSTS = {"draft_seconds": 0.3, "verify_seconds": 1.0, "token_seconds": 0.25}
+
+
+def made_trace(
+    seed: int,
+    prompts: range = range(12),
+    rounds: int = 40,
+    *,
+    distortion: tuple[float, ...] = (0.5,) * SLOTS,
+    noise: float = 0.0,
+    whole: bool = True,
+    domains: tuple[str, ...] = ("code", "chat"),
+) -> pd.DataFrame:
+    """A trace whose confidences are the true rates, noisy and scaled by known temperatures."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt in prompts:
+        for number in range(rounds):
+            slots = SLOTS if whole else int(rng.integers(1, SLOTS + 1))
+            asked = slots if whole else int(rng.integers(0, slots + 1))
+            alive = True
+            for slot in range(slots):
+                rate = float(np.clip(rng.beta(5, 2), 0.01, 0.99))
+                logit = math.log(rate / (1 - rate)) + noise * rng.normal()
+                verified = slot < asked
+                alive = alive and verified and bool(rng.random() < rate)
+                rows.append(
+                    {
+                        "prompt": prompt,
+                        "domain": domains[prompt % len(domains)],
+                        "round": number,
+                        "slot": slot,
+                        "accept_rate": rate if verified else math.nan,
+                        "confidence": 1 / (1 + math.exp(-logit / distortion[slot])),
+                        "verified": verified,
+                        "accepted": alive,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def rounds_by_hand(trace: pd.DataFrame) -> dict[tuple[int, int], list]:
+    found: dict[tuple[int, int], list] = {}
+    for row in trace.sort_values("slot").itertuples():
+        found.setdefault((row.prompt, row.round), []).append(row)
+    return found
+
+
+def reached_by_hand(trace: pd.DataFrame) -> list:
+    """Slot by slot until the first that was not verified or was rejected, that one included."""
+    rows = []
+    for block in rounds_by_hand(trace).values():
+        for row in block:
+            if not row.verified:
+                break
+            rows.append(row)
+            if not row.accepted:
+                break
+    return rows
+
+
+def unlucky(trace: pd.DataFrame) -> pd.DataFrame:
+    """The same trace, but no round accepts its slot 2, so that none reaches slot 3."""
+    return trace.assign(accepted=trace["accepted"] & (trace["slot"] < 2))
+
+
+TRACE = made_trace(0)
+RAGGED = made_trace(1, whole=False)
+
+
+def bins_by_hand(confidence, outcome, edges):
+    """The samples of each bin: above its low edge, not above its high one; the first takes all."""
+    bins = [[] for _ in edges[1:]]
+    for f, o in zip(confidence, outcome, strict=True):
+        place = 0
+        while place < len(bins) - 1 and f > edges[place + 1]:
+            place += 1
+        bins[place].append((f, o))
+    return bins
+
+
+def ece_by_hand(confidence, outcome, edges) -> float:
+    total = 0.0
+    for held in bins_by_hand(confidence, outcome, edges):
+        if held:
+            mean_f = sum(f for f, _ in held) / len(held)
+            mean_o = sum(o for _, o in held) / len(held)
+            total += len(held) / len(confidence) * abs(mean_f - mean_o)
+    return total
