@@ -4,9 +4,8 @@
     verdict:  yes or no where the interval leaves no doubt, else undecided.
 
 The published figures are of drafters of Qwen3-4B at temperature 1 (DSpark, arXiv 2607.05147); the
-lab's models are a thousand times smaller, so what is compared is the direction, not the number. A
-finding that does not show up here is a result like any other. This file knows traces; it runs no
-model.
+lab's models are far smaller, so what is compared is the direction more than the number. A finding
+that does not show up here is a result like any other. This file knows traces; it runs no model.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Fault(NamedTuple):
     notebook: str = ""
 
 
-TRAIN = "03_train_a_drafter.ipynb"
+TRAIN, RATES, DECODE = "03_train_a_drafter.ipynb", "04_accept_rates.ipynb", "05_decode.ipynb"
 
 
 FAULTS = {
@@ -131,6 +131,66 @@ FAULTS = {
     ),
     "training starts without a warm-up": Fault(
         "train.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
+    ),
+    "the acceptance ratio is inverted": Fault(
+        "decode.py",
+        "(target_prob / draft_prob[:, :most])",
+        "(draft_prob[:, :most] / target_prob)",
+        DECODE,
+    ),
+    "a rejected token is drawn from p": Fault(
+        "decode.py", "residual(p[row, accepted], refused)", "p[row, accepted]", DECODE
+    ),
+    "the bonus token is drawn one slot early": Fault(
+        "decode.py",
+        "residual(p[row, accepted], refused)",
+        "residual(p[row, (accepted - 1).clamp(min=0)], refused)",
+        DECODE,
+    ),
+    "the target keeps what was rejected": Fault(
+        "decode.py",
+        "self._cache.commit(counts, kept)",
+        "self._cache.commit([context.shape[1]] * len(counts), kept)",
+        DECODE,
+    ),
+    "the drafter's context is that of the token before": Fault(
+        "decode.py",
+        "counts = [count + 1 for count in accepted]",
+        "counts = [count + 1 for count in accepted]; context = context.roll(1, dims=1)",
+        DECODE,
+    ),
+    "the threshold reads the confidence behind the token": Fault(
+        "decode.py",
+        "sure = (draft.confidence >= self.threshold)",
+        "sure = (draft.confidence.roll(-1, dims=1) >= self.threshold)",
+        DECODE,
+    ),
+    "a slot behind a rejected one is reached": Fault(
+        "trace.py", "return self.verified & _after(self.accepted)", "return self.verified", RATES
+    ),
+    "teacher-forced slots are reached whatever came before": Fault(
+        "acceptance.py",
+        "torch.cat([torch.ones_like(lived[..., :1]), lived[..., :-1]], dim=-1)",
+        "torch.ones_like(lived)",
+        RATES,
+    ),
+    "tau lacks the target's own token": Fault(
+        "acceptance.py", 'table[["ratio", "low", "high"]] += 1', "pass", RATES
+    ),
+    "a calibration error lets gaps cancel out": Fault(
+        "scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES
+    ),
+    "a temperature multiplies": Fault(
+        "temperatures.py", "_sigmoid(_logit(values) / t)", "_sigmoid(_logit(values) * t)", RATES
+    ),
+    "temperatures are searched slot by slot": Fault(
+        "temperatures.py",
+        "product = product * _sigmoid(logit / found[slot])",
+        "product = np.ones_like(product)",
+        RATES,
+    ),
+    "bias is upside down": Fault(
+        "calibration.py", "_error=confidence - chosen", "_error=chosen - confidence", RATES
     ),
 }
 
