@@ -9,7 +9,16 @@ import sys
 
 import torch
 
-from benchmarks import attention, decoding, explorers, mask, objective, sampling, training_step
+from benchmarks import (
+    attention,
+    decoding,
+    explorers,
+    mask,
+    objective,
+    sampling,
+    traces,
+    training_step,
+)
 
 SECTIONS = {
     "mask": mask.run,
@@ -18,6 +27,7 @@ SECTIONS = {
     "objective": objective.run,
     "training_step": training_step.run,
     "decoding": decoding.run,
+    "traces": traces.run,
     "explorers": explorers.run,
 }
 
