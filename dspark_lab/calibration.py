@@ -164,7 +164,7 @@ def calibration_report(
         value = binned_error(f, o, bins, binning)
         return {name: value, f"{name}_low": low, f"{name}_high": high}
 
-    def row(part: slice) -> dict[str, float]:
+    def row(part: slice) -> dict[str, int | float]:
         taken = ~np.isnan(seen[:, part])
         o, before, after = (values[:, part][taken] for values in (seen, raw, scaled))
         owner = conversation[np.nonzero(taken)[0]]
@@ -396,7 +396,7 @@ def _labelled(
     return frame
 
 
-def _bias_and_variance(part: pd.DataFrame, resamples: int, seed: int) -> dict[str, float]:
+def _bias_and_variance(part: pd.DataFrame, resamples: int, seed: int) -> dict[str, int | float]:
     conversation = part.groupby(["domain", "prompt"], dropna=False).ngroup().to_numpy()
     error = part["_error"].to_numpy()
     count = np.bincount(conversation)

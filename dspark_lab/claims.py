@@ -229,10 +229,10 @@ def _of_heads() -> list[Claim]:
 
 def _of_confidence(name: str) -> list[Claim]:
     every, held, scaled = ((name, kind) for kind in (ALL, HELD, SCALED))
-    raw_range = partial(within, least=3, most=8)
+    raw_range = partial(within, least=3.0, most=8.0)
     area_range = partial(within, least=0.81, most=0.91)
     fewer = partial(threshold_effect, column="verified")
-    about_one = partial(within, least=0, most=1.5)
+    about_one = partial(within, least=0.0, most=1.5)
     return [
         Claim("the raw confidence is too high", "too high", (every,), bias, above, "points"),
         Claim("raw calibration error", "3 to 8 %", (every,), slot_error, raw_range, "%"),

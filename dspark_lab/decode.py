@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ Scheduler = Callable[[Float[Tensor, "batch slot"]], Int[Tensor, " batch"]]
 Prompt = str | Sequence[int] | Int[Tensor, " seq"]
 
 
+@runtime_checkable
 class Chance(Protocol):
     """Where random choices come from; ``prompts`` are the numbers of the rows' prompts."""
 
@@ -142,7 +143,7 @@ class Round:
     verified: int
     accepted: int
     draft_probs: Float[Tensor, "slot vocab"]
-    target_probs: Float[Tensor, "slot vocab"]
+    target_probs: Float[Tensor, "asked vocab"]
     confidence: Float[Tensor, " slot"] | None
 
 

@@ -48,7 +48,7 @@ class Rows:
 
     def commit(
         self, counts: Sequence[int], kept: Sequence[int] | None = None
-    ) -> slice | Int[Tensor, "batch width"]:
+    ) -> slice | Int[Tensor, "2 kept columns"]:
         """Row r keeps ``counts[r]`` of its new columns; returns what :meth:`take` cuts a cache by.
 
         ``kept`` are the rows that go on; the others leave the cache.
@@ -70,8 +70,8 @@ class Rows:
 
 
 def take(
-    states: Float[Tensor, "batch heads width head_dim"], cut: slice | Int[Tensor, "2 batch width"]
-) -> Float[Tensor, "batch heads width head_dim"]:
+    states: Float[Tensor, "batch heads width head_dim"], cut: slice | Int[Tensor, "2 kept columns"]
+) -> Float[Tensor, "kept heads columns head_dim"]:
     """The columns that :meth:`Rows.commit` left."""
     if isinstance(cut, slice):
         return states[:, :, cut]

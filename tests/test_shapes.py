@@ -43,9 +43,56 @@ tune.anchors_needed(batch)
 widgets.explore_anchors(), widgets.explore_masks(packed=True, row_length=1024)
 """
 
+# All that decoding needs but `objective`: torch reads the signature of its custom operator as text.
+DECODE = """
+import torch
+from jaxtyping import install_import_hook
+names = "acceptance calibration checkpoint claims decode decode_plots decode_widgets drafter "
+names += "evaluate heads outcomes pairs replay rows speed target temperatures trace"
+install_import_hook([f"dspark_lab.{name}" for name in names.split()], "beartype.beartype")
+from dspark_lab import acceptance, calibration, chats, claims, decode, decode_widgets, evaluate
+from dspark_lab import pairs, rows, speed
+
+torch.set_num_threads(1)
+pair = pairs.load_pair()
+prompts = [pairs.question(chat) for chat in pair.held_out[:40:2]]
+for name in ("rnn-k7", "gated-k7", "dflash-k7", "dspark-k7"):
+    options = {"temperature": 1.0, "top_p": 0.9, "threshold": 0.2, "max_new_tokens": 12}
+    drafter = pair.load_drafter(name)
+    decode.decode(pair.target, drafter, prompts[:3], temperatures=[1.0] * 7, **options)
+plain = decode.decode(pair.target, None, prompts[:3], max_new_tokens=12)
+decoded = decode.decode(pair.target, pair.drafter, prompts, temperature=1.0, max_new_tokens=40)
+decode.greedy_differences(pair.target, plain, plain, prompts[:3])
+speed.speed_table([plain], [decoded], 7)
+sums = [acceptance.trace_sums(decoded.trace)]
+sums.append(evaluate.teacher_forced_answers(pair.drafter, pair.target, decoded, prompts))
+encoded = [chats.encode(chat, pair.tokenizer) for chat in pair.held_out[:3]]
+sums.append(evaluate.teacher_forced(pair.drafter, pair.target, encoded, num_anchors=4))
+for table in sums:
+    acceptance.rate_table(table, "domain"), acceptance.tau_table(table)
+acceptance.token_rate_table(decoded.trace)
+trace = pairs.load_traces()
+trace = trace[(trace["drafter"] == "dspark-k7") & (trace["temperature"] == 1)]
+fit, held = calibration.split_prompts(trace)
+calibration.calibration_report(fit, held)
+calibration.reliability_tables(fit, held)
+calibration.study(trace, by=["domain"])
+calibration.drift_table(fit, held, held, half_life=100.0)
+costs = {"draft_seconds": 1.0, "verify_seconds": 1.0, "token_seconds": 0.1}
+calibration.gain_table(fit, held, **costs)
+calibration.threshold_sweep(trace, [0.0, 0.5])
+rounds = calibration.rounds_of(held)
+calibration.brier(*rounds.pairs()), calibration.auroc(*rounds.pairs())
+calibration.expected_calibration_error(*rounds.pairs(slot=0, kind="analytic"), binning="mass")
+claims.claims_table(trace, resamples=3)
+for view in decode_widgets.VIEWS:
+    decode_widgets.explore_acceptance(prompts=prompts, view=view, max_new_tokens=24)
+decode_widgets.explore_decoding(prompts=prompts, max_new_tokens=12)
+"""
+
 LIE = """
 try:
-    common.create_position_ids(torch.zeros(2, 3), 5)  # floats where the signature says integers
+    {}  # floats where the signature says integers
 except Exception as error:
     assert "jaxtyping" in type(error).__module__ + str(error), error
 else:
@@ -62,5 +109,15 @@ def test_every_annotated_shape_holds():
     run(PREAMBLE + WALK)
 
 
+def test_every_annotated_shape_of_decoding_holds():
+    run(DECODE)
+
+
 def test_a_wrong_shape_would_be_noticed():
-    run(PREAMBLE + LIE)
+    run(PREAMBLE + LIE.format("common.create_position_ids(torch.zeros(2, 3), 5)"))
+
+
+def test_a_wrong_shape_in_decoding_would_be_noticed():
+    imports, _, _ = DECODE.partition("pair = ")
+    draw = "decode._draw(torch.zeros(2, 3), torch.zeros(2, 1).tolist())"
+    run(imports + LIE.format(draw))
