@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,6 @@ from dspark_lab.target import Target, load_target
 __all__ = ["VIEWS", "DecodingExplorer", "explore_acceptance", "explore_decoding"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
-THRESHOLDS = tuple(step / 20 for step in range(20))
 # Those of the views that look at the confidence alone.
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
 # So many of the shipped conversations are asked where no prompts are given, or a few more.
@@ -125,7 +125,7 @@ def explore_acceptance(
     controls: dict[str, Any] = {
         "view": ipywidgets.Dropdown(options=VIEWS, value=view, description="view", **WIDE),
         "drafter": _choice("drafter", list(models.drafters)),
-        "temperature": _float("temperature", temperature, 0, 2),
+        "temperature": _float("temperature", temperature, 0.0, 2.0),
         "conversation": slider("conversation", 0, 0, len(models.prompts) - 1),
     }
     return Explorer("explore_acceptance", controls, draw)
@@ -155,7 +155,7 @@ def _show_bias(by: str) -> Callable[[Decoded, _Models], Frame]:
 
 
 def _show_thresholds(run: Decoded, _models: _Models) -> Frame:
-    table = threshold_sweep(run.trace, THRESHOLDS)
+    table = threshold_sweep(run.trace)
     return _picture("thresholds", table, plot_thresholds(table), "a sweep of thresholds")
 
 
@@ -243,8 +243,8 @@ class DecodingExplorer(ipywidgets.VBox):
             "example": example,
             "prompt": prompt,
             "drafter": _choice("drafter", list(models.drafters)),
-            "temperature": _float("temperature", temperature, 0, 2),
-            "threshold": _float("threshold", threshold, 0, 1),
+            "temperature": _float("temperature", temperature, 0.0, 2.0),
+            "threshold": _float("threshold", threshold, 0.0, 1.0),
             "max_new_tokens": slider("max_new_tokens", max_new_tokens, 1, 512),
             "seed": slider("seed", seed, 0, 99),
         }
@@ -487,7 +487,8 @@ def _models(
         pair = load_pair("pocket")
         target = pair.target
         drafters = {name: pair.load_drafter(name) for name in drafter_names("pocket")}
-        prompts = _some(pair.held_out) if prompts is None else prompts
+        if prompts is None:
+            prompts = pair.held_out[:: len(pair.held_out) // _SHIPPED_PROMPTS]
     elif isinstance(drafter, Mapping):
         drafters = drafter
     else:
@@ -496,7 +497,8 @@ def _models(
     if not isinstance(target, Target):
         target = load_target(target)
     if prompts is None:
-        prompts = _some(load_chats())
+        # Domains and kinds of questions take turns there: every n-th would be of one kind.
+        prompts = random.Random(0).sample(load_chats(), _SHIPPED_PROMPTS)
     elif isinstance(prompts, (str, os.PathLike)):
         prompts = load_chats(prompts)
     if len(prompts) == 0 or not drafters:
@@ -514,10 +516,6 @@ def _models(
         # Refuses what does not fit together; no round of it is asked for.
         decode_rounds(target, one, asked, max_new_tokens=1)
     return _Models(target, loaded, asked, domains)
-
-
-def _some(chats: Sequence[Chat]) -> Sequence[Chat]:
-    return chats[:: max(1, len(chats) // _SHIPPED_PROMPTS)]
 
 
 def _short(prompt: Prompt, longest: int = 90) -> str:

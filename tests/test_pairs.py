@@ -2,18 +2,24 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from dspark_lab.chats import encode, load_chats
+from dspark_lab.acceptance import tau_table, trace_sums
+from dspark_lab.chats import Chat, encode, load_chats
+from dspark_lab.decode import decode
 from dspark_lab.evaluate import compare_drafters, evaluate
-from dspark_lab.pairs import drafter_names, load_pair
+from dspark_lab.pairs import PAIRS, drafter_names, load_pair, load_traces, question
 from dspark_lab.recipes import (
     POCKET_DRAFTERS,
     SMOLLM2_TRAINING,
+    TRACED,
     make_smollm2_drafter,
 )
+from dspark_lab.trace import TRACE_COLUMNS
 
 
 def test_the_pocket_pair_has_six_drafters_and_a_default() -> None:
@@ -60,6 +66,88 @@ def test_a_name_that_does_not_ship_is_refused() -> None:
         load_pair("smollm3")
     with pytest.raises(ValueError, match="drafter must be one of .*'dspark-k7'.*'eagle'"):
         load_pair("pocket", "eagle")
+    with pytest.raises(ValueError, match="pair must be one of .*'smollm3'"):
+        load_traces("smollm3")
+
+
+traces_of = cache(load_traces)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_drafter_of_a_pair_is_traced_at_every_temperature(name: str) -> None:
+    traces = traces_of(name)
+    assert traces.dtypes[list(TRACE_COLUMNS)].astype(str).to_dict() == TRACE_COLUMNS
+    assert set(traces.columns) - set(TRACE_COLUMNS) == {"drafter", "temperature"}
+    found = traces[["drafter", "temperature"]].drop_duplicates()
+    expected = [(drafter, t) for drafter in drafter_names(name) for t in TRACED[name]]
+    assert list(found.itertuples(index=False, name=None)) == expected
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_prompt_number_means_one_question_in_all_traces_of_a_pair(name: str) -> None:
+    asked = [
+        dict(zip(run["prompt"], run["domain"], strict=True))
+        for _, run in traces_of(name).groupby(["drafter", "temperature"])
+    ]
+    assert all(run == asked[0] for run in asked)
+    assert sorted(asked[0]) == list(range(len(asked[0]))) and len(asked[0]) >= 100
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_shipped_trace_is_one_that_acceptance_reads(name: str) -> None:
+    for _, run in traces_of(name).groupby(["drafter", "temperature"]):
+        sums = trace_sums(run)
+        empirical = sums[sums["kind"] == "empirical"]
+        assert empirical["passed"].sum() == run["accepted"].sum()
+        tau = tau_table(sums, resamples=1).set_index("kind")["tau"]
+        assert 1 < tau["empirical"] < run["slot"].max() + 2
+
+
+def in_turns(chats: list[Chat]) -> list[Chat]:
+    """The first of each domain, the second of each, and so on, while each has one more."""
+    domains = list(dict.fromkeys(chat.domain for chat in chats))
+    own = [[chat for chat in chats if chat.domain == domain] for domain in domains]
+    return [chats[turn] for turn in range(min(map(len, own))) for chats in own]
+
+
+@pytest.mark.parametrize("drafter", ["dspark-k7", "dflash-k15"])
+def test_a_fresh_answer_is_the_one_that_was_traced(drafter: str) -> None:
+    """Greedy answers to the first questions; blocks at the shorter one's end are cut."""
+    pair = load_pair("pocket", drafter)
+    chats = in_turns(pair.held_out)[:5]
+    assert len({chat.domain for chat in chats}) > 1
+    fresh = decode(
+        pair.target,
+        pair.drafter,
+        [question(chat) for chat in chats],
+        domains=[chat.domain for chat in chats],
+        max_new_tokens=16,
+    )
+    traces = traces_of("pocket")
+    shipped = traces[(traces["drafter"] == drafter) & (traces["temperature"] == 0)]
+    key = ["prompt", "round", "slot"]
+    both = fresh.trace.merge(shipped, on=key, how="left", suffixes=("", "_shipped"))
+    for name in ("domain", "position", "token"):
+        assert (both[name] == both[f"{name}_shipped"]).all(), name
+    error = (both["confidence"] - both["confidence_shipped"]).abs()
+    assert error.max() < 1e-4
+    # What the shipped trace says to be in an answer stands there: accepted and corrected tokens.
+    early = shipped[shipped["prompt"] < len(chats)]
+    placed = pd.concat(
+        [
+            early.loc[early["accepted"], [*key, "position", "token"]],
+            early.dropna(subset="resampled")[[*key, "position", "resampled"]].rename(
+                columns={"resampled": "token"}
+            ),
+        ]
+    )
+    checked = 0
+    for row in placed.itertuples():
+        answer = fresh.tokens[row.prompt]
+        if row.position < len(answer):
+            assert answer[row.position] == row.token, row
+            checked += 1
+    assert checked > 40
 
 
 @pytest.mark.slow

@@ -3,14 +3,16 @@
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from dspark_lab.chats import Chat, encode, load_chats
 from dspark_lab.checkpoint import load_drafter
+from dspark_lab.decode import decode
 from dspark_lab.evaluate import evaluate
 from dspark_lab.generate import distinct_prompts
-from dspark_lab.pairs import question, split_chats
+from dspark_lab.pairs import drafter_names, load_pair, question, split_chats
 from dspark_lab.pocket import perplexity, train_tokenizer
 from dspark_lab.recipes import (
     POCKET_DRAFTERS,
@@ -19,9 +21,11 @@ from dspark_lab.recipes import (
     make_pocket_pair,
     pocket_drafter,
     split_questions,
+    trace_pair,
     write_chats,
 )
 from dspark_lab.target import load_target
+from dspark_lab.trace import TRACE_COLUMNS, load_trace
 from tests.samples import random_chats, tiny_target
 
 
@@ -128,3 +132,58 @@ def test_perplexity_is_of_the_answers_alone() -> None:
                 losses.append(-log_probs[place - 1, item.input_ids[place]].item())
     expected = math.exp(sum(losses) / len(losses))
     assert perplexity(target.model, chats, batch_size=2) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket pair's answers of eight tokens to four questions, at two temperatures."""
+    path = tmp_path_factory.mktemp("traced") / "traces.parquet"
+    trace_pair("pocket", path, [0.0, 1.0], most=4, tokens=8)
+    return path
+
+
+def test_a_traced_pair_is_one_file_that_load_trace_reads(traced: Path) -> None:
+    trace = load_trace(traced)
+    assert [path.name for path in traced.parent.iterdir()] == [traced.name]
+    assert list(trace.columns) == [*TRACE_COLUMNS, "drafter", "temperature"]
+    assert trace.dtypes[list(TRACE_COLUMNS)].astype(str).to_dict() == TRACE_COLUMNS
+    runs = trace.groupby(["drafter", "temperature"])["prompt"].unique()
+    expected = {(name, t) for name in drafter_names() for t in (0.0, 1.0)}
+    assert set(runs.index) == expected
+    assert all(prompts.tolist() == [0, 1, 2, 3] for prompts in runs)
+    assert trace["position"].max() < 8
+
+
+def test_probabilities_are_stored_in_float32_and_nothing_else_is(traced: Path) -> None:
+    stored = pd.read_parquet(traced).dtypes.astype(str).to_dict()
+    narrow = {name: "float32" for name, kind in TRACE_COLUMNS.items() if kind == "float64"}
+    assert len(narrow) == 5
+    for name, kind in (TRACE_COLUMNS | narrow).items():
+        if name != "domain":
+            assert stored[name] == kind, name
+    assert stored["temperature"] == "float64"
+
+
+@pytest.mark.parametrize("name, temperature", [("rnn-k7", 1.0), ("dspark-k15", 0.0)])
+def test_a_traced_run_is_what_decode_traces(traced: Path, name: str, temperature: float) -> None:
+    pair = load_pair("pocket", name)
+    domains = list(dict.fromkeys(chat.domain for chat in pair.held_out))
+    by_turn = [
+        chat
+        for turn in range(2)
+        for domain in domains
+        for chat in [c for c in pair.held_out if c.domain == domain][turn : turn + 1]
+    ]
+    chats = by_turn[:4]
+    own = decode(
+        pair.target,
+        pair.drafter,
+        [question(chat) for chat in chats],
+        domains=[chat.domain for chat in chats],
+        temperature=temperature,
+        max_new_tokens=8,
+    ).trace
+    trace = load_trace(traced)
+    found = trace[(trace["drafter"] == name) & (trace["temperature"] == temperature)]
+    found = found[list(TRACE_COLUMNS)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, own, check_exact=False, rtol=1e-6)
