@@ -27,6 +27,7 @@ __all__ = ["Claim", "claims_of", "claims_table"]
 
 # Runs of a drafter: all conversations; the half that scaling was not fitted on, before and after.
 ALL, HELD, SCALED = "all", "held", "scaled"
+_COLUMNS = ["claim", "drafter", "published", "here", "low", "high", "unit", "holds"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def claims_table(
         ``unit`` and ``holds``: yes, no or undecided.
 
     Raises:
-        ValueError: no run at this temperature.
+        ValueError: no run at this temperature, runs of a claim that share no prompt, or, where
+            scaling is asked about, too few conversations to fit it on half of them.
     """
     chosen = traces[traces["temperature"] == temperature]
     if chosen.empty:
@@ -105,7 +107,7 @@ def claims_table(
                 "holds": claim.verdict(low, high),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def tau(run: Rounds) -> float:
@@ -271,6 +273,9 @@ def _bootstrap(
 ) -> tuple[float, float, float]:
     """The figure of all conversations, and its interval when these are drawn anew."""
     shared = sorted(set.intersection(*(set(run.prompt.tolist()) for run in runs)))
+    if not shared:
+        raise ValueError("the runs of a claim must answer the same prompts, got none in common")
+    runs = [run.take(np.isin(run.prompt, shared)) for run in runs]
     rows = [[np.flatnonzero(run.prompt == prompt) for prompt in shared] for run in runs]
     rng = np.random.default_rng(seed)
     values = np.empty(resamples)

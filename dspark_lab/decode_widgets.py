@@ -119,7 +119,9 @@ def explore_acceptance(
         run = decoded(drafter, temperature)
         show = _show_answer(models, conversation) if view == "text" else _SHOWS[view]
         frame = show(run, models)
-        tables = {"trace": run.trace, "tau": tau_table(trace_sums(run.trace))}
+        tables = {"trace": run.trace}
+        if len(run.trace):
+            tables["tau"] = tau_table(trace_sums(run.trace))
         return replace(frame, tables=frame.tables | tables)
 
     controls: dict[str, Any] = {
@@ -455,9 +457,10 @@ class DecodingExplorer(ipywidgets.VBox):
         return f"explore_decoding({settings})"
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
-        """The widget, and its present answer for readers that run no widgets."""
+        """The widget, and its answer, or why there is none, for readers that run no widgets."""
         bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"text/plain": repr(self), "text/html": self._text.value}
+        shown = self._text.value or self._status.value
+        return bundle | {"text/plain": repr(self), "text/html": shown}
 
 
 @dataclass(frozen=True)

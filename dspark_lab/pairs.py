@@ -158,8 +158,15 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
 
 
 def question(chat: Chat) -> str:
-    """What the user asks first."""
-    return next(m["content"] for m in chat.messages if m["role"] == "user")
+    """What the user asks first.
+
+    Raises:
+        ValueError: the user says nothing.
+    """
+    for message in chat.messages:
+        if message["role"] == "user":
+            return message["content"]
+    raise ValueError(f"conversation {chat.id!r} must have a message of the user, got none")
 
 
 @contextmanager

@@ -502,3 +502,22 @@ def test_the_confidence_of_each_dspark_drafter_is_asked_about_and_no_others():
     assert own == ["dspark-k7"] * 7 + ["dspark-k15"] * 7
     without = [[claim.text for claim in claims_of(names)] for names in (["dflash-k7"], [])]
     assert without[0] == without[1] and len(without[0]) == 8
+
+
+def test_runs_of_other_prompts_are_held_against_each_other_on_those_they_share():
+    ours, baseline = ("dspark-k7", claims.ALL), ("dflash-k7", claims.ALL)
+    gain = Claim("gain", "", (ours, baseline), claims.gain, claims.above, "%")
+    few = [r for r in made_up("dspark-k7") if r.prompt < 10]
+    traces = pd.concat([frame("dspark-k7", few), frame("dflash-k7", made_up("dflash-k7"))])
+    same = [r for r in made_up("dflash-k7") if r.prompt < 10]
+    alike = pd.concat([frame("dspark-k7", few), frame("dflash-k7", same)])
+    [found], [expected] = (claims_table(t, [gain])["here"] for t in (traces, alike))
+    assert found == pytest.approx(expected)
+    others = [r for r in made_up("dflash-k7") if r.prompt >= 10]
+    with pytest.raises(ValueError, match="must answer the same prompts, got none in common"):
+        claims_table(pd.concat([frame("dspark-k7", few), frame("dflash-k7", others)]), [gain])
+
+
+def test_without_a_claim_to_hold_there_is_a_table_of_no_rows():
+    table = claims_table(frame("mine", made_up("mine")))
+    assert table.columns.tolist() == COLUMNS and table.empty

@@ -658,6 +658,8 @@ def test_a_refused_setting_shows_a_sentence_and_can_be_left():
     assert "need a drafter with a confidence head" in refusal(explorer)
     with pytest.raises(ValueError, match="explore_decoding has nothing to show: threshold, sch"):
         explorer.table  # noqa: B018
+    shown = explorer._repr_mimebundle_()["text/html"]
+    assert 'role="alert"' in shown and "need a drafter with a confidence head" in shown
     for step in explorer.step.values():
         step.value = 1
     explorer.controls["threshold"].value = 0.0

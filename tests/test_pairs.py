@@ -168,3 +168,9 @@ def test_the_recipe_of_smollm2_runs_in_a_reduced_form(tmp_path: Path) -> None:
     assert (tmp_path / "dspark-k7" / "model.safetensors").exists()
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert (facts["steps"], facts["conversations"]) == (2, 6)
+
+
+def test_a_conversation_in_which_the_user_says_nothing_has_no_question() -> None:
+    chat = Chat([{"role": "assistant", "content": "Hello"}], "greeting")
+    with pytest.raises(ValueError, match="'greeting' must have a message of the user, got none"):
+        question(chat)
