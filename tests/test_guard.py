@@ -123,7 +123,7 @@ FAULTS = {
         "drafter.py", "previous = (labels - 1).clamp(", "previous = labels.clamp(", TRAIN
     ),
     "the gate of the gated head stays open": Fault(
-        "heads.py", "self.gate_proj(joint).sigmoid() * embeddings", "embeddings", TRAIN
+        "heads.py", "return None, gate.sigmoid() * embedding", "return None, embedding", TRAIN
     ),
     "the RNN head forgets": Fault("heads.py", "keep * state +", "0 * state +", TRAIN),
     "an evaluation counts blocks that are cut off": Fault(
