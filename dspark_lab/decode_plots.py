@@ -31,6 +31,8 @@ from dspark_lab.plots import (
     PINK,
     RED,
     add_legend,
+    add_rules,
+    legend_above,
     new_figure,
     visible_text,
 )
@@ -92,7 +94,7 @@ def plot_rates(
             _plot_rate(ax, kind, line["slot"], line[value], line[low], line[high])
         ax.set_title(_plain(name), loc="left", color=INK, fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+        add_rules(ax)
         ax.set_xlabel("slot of the block")
         ax.set_ylabel(label)
         ax.yaxis.set_major_formatter("{x:.0%}")
@@ -243,10 +245,10 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     right.set_ylim(bottom=0)
     for ax in (left, right):
         ax.set_xlabel("threshold on the confidence")
-        ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+        add_rules(ax)
     if any(named):
-        _legend_above(left, columns=2)
-    _legend_above(right, columns=2, handlelength=3)
+        legend_above(left, 2)
+    legend_above(right, 2, handlelength=3)
     return figure
 
 
@@ -268,14 +270,14 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
         ax.plot(x, after, "o", color=BLUE, markersize=4, label="scaled")
         ax.set_xticks(x, labels)
         ax.set_xlabel("slot of the block")
-        ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+        add_rules(ax)
     left.set_ylim(bottom=0)
     left.yaxis.set_major_formatter("{x:.0%}")
     left.set_ylabel("expected calibration error")
     right.axhline(0.5, color=INK, linestyle=":", linewidth=1)
     right.set_ylim(top=1)
     right.set_ylabel("AUROC (0.5: chance)")
-    _legend_above(left, columns=2)
+    legend_above(left, 2)
     return figure
 
 
@@ -312,10 +314,10 @@ def plot_drift(table: pd.DataFrame) -> Figure:
     ax.margins(y=0.15)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:.0%}")
-    ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+    add_rules(ax)
     ax.set_xlabel("rounds since the change")
     ax.set_ylabel("expected calibration error")
-    _legend_above(ax, columns=3)
+    legend_above(ax, 3)
     return figure
 
 
@@ -413,7 +415,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
             [], [], linestyle="", marker="D", color=RED, fillstyle="none", ms=5, label="residual"
         ),
     ]
-    _legend_above(ax, columns=4, handles=handles)
+    legend_above(ax, 4, handles=handles)
     return figure
 
 
@@ -528,11 +530,6 @@ def _share_y(axes: np.ndarray) -> None:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
     axes[0].autoscale(axis="y")
-
-
-def _legend_above(ax: Axes, columns: int, **options: Any) -> None:
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0.2}
-    add_legend(ax, ncols=columns, **place, **options)
 
 
 def _figure_legend(figure: Figure, handles: list[Any]) -> None:

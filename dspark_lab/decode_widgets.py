@@ -101,8 +101,8 @@ def explore_acceptance(
     models = _models(target, drafter, prompts)
 
     @lru_cache(maxsize=8)
-    def decoded(drafter: str, temperature: float) -> Decoded:
-        return decode(
+    def decoded(drafter: str, temperature: float) -> tuple[Decoded, dict[str, pd.DataFrame]]:
+        run = decode(
             models.target,
             models.drafters[drafter],
             models.prompts,
@@ -112,16 +112,17 @@ def explore_acceptance(
             batch_size=batch_size if models.target.decodes_batches else None,
             seed=seed,
         )
+        tables = {"trace": run.trace}
+        if len(run.trace):
+            tables["tau"] = tau_table(trace_sums(run.trace))
+        return run, tables
 
     def draw(view: str, drafter: str, temperature: float, conversation: int) -> Frame:
         if view in _OF_CONFIDENCE and not models.drafters[drafter].config.enable_confidence_head:
             raise ValueError(f"{view} needs a drafter with a confidence head, got {drafter}")
-        run = decoded(drafter, temperature)
+        run, tables = decoded(drafter, temperature)
         show = _show_answer(models, conversation) if view == "text" else _SHOWS[view]
         frame = show(run, models)
-        tables = {"trace": run.trace}
-        if len(run.trace):
-            tables["tau"] = tau_table(trace_sums(run.trace))
         return replace(frame, tables=frame.tables | tables)
 
     controls: dict[str, Any] = {
@@ -292,9 +293,8 @@ class DecodingExplorer(ipywidgets.VBox):
         if self.rounds:
             tables["distributions"] = self._distributions()
         tables |= {"rounds": self.decoded.rounds, "trace": self.decoded.trace}
-        if self.plain is not None and len(self.plain.rounds) and len(self.decoded.rounds):
-            drafter = self._models.drafters[self._drafter]
-            speed = speed_table([self.plain], [self.decoded], drafter.config.block_size)
+        speed = self._speed()
+        if speed is not None:
             tables["speed"] = speed.to_frame().T
         return tables
 
@@ -394,7 +394,7 @@ class DecodingExplorer(ipywidgets.VBox):
         for _ in self._until_stopped(plain):
             yield
         self.plain = plain.result()
-        self._status.value = self._speed()
+        self._status.value = self._in_words(self.decoded)
 
     def _until_stopped(self, decoding: Decoding) -> Iterator[Round]:
         for round_ in decoding:
@@ -410,14 +410,20 @@ class DecodingExplorer(ipywidgets.VBox):
         if self.decoded is not None:
             self._show_answer(self.decoded)
 
-    def _speed(self) -> str:
-        assert self.decoded is not None
-        tokens = len(self.decoded.tokens[0])
-        if "speed" not in self.tables:
+    def _speed(self) -> pd.Series | None:
+        """Beside plain decoding; None before both have had a round."""
+        plain, decoded = self.plain, self.decoded
+        if plain is None or decoded is None or plain.rounds.empty or decoded.rounds.empty:
+            return None
+        drafter = self._models.drafters[self._drafter]
+        return speed_table([plain], [decoded], drafter.config.block_size)
+
+    def _in_words(self, decoded: Decoded) -> str:
+        tokens, speed = len(decoded.tokens[0]), self._speed()
+        if speed is None:
             return f"{tokens} tokens, no round"
-        speed = self.tables["speed"].iloc[0]
         return (
-            f"{tokens} tokens in {len(self.decoded.rounds)} rounds, tau {speed['tau']:.2f}: "
+            f"{tokens} tokens in {len(decoded.rounds)} rounds, tau {speed['tau']:.2f}: "
             f"<b>{speed['tokens_per_second']:.0f} tokens/s</b>, plain "
             f"{speed['plain_tokens_per_second']:.0f}: <b>{speed['gain']:.2f} times</b> "
             f"(draft {speed['draft']:.0%}, verify {speed['verify']:.0%}, rest {speed['rest']:.0%})"

@@ -18,8 +18,9 @@ it knows nothing about text, about where features come from, about losses or abo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -477,15 +478,7 @@ class Drafter(nn.Module):
         if not cache.rows.even:
             mask = cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
         for layer, old in zip(cast("list[_Layer]", self.layers), cache.states, strict=True):
-            normed = layer.input_layernorm(x)
-            q = layer.self_attn.queries(normed, angles)
-            own = layer.self_attn.keys_values(normed, angles)
-            k, v = (torch.cat(pair, dim=2) for pair in zip(old, own, strict=True))
-            seen = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            x = x + layer.self_attn.o_proj(seen.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = layer.around(x, partial(layer.self_attn.cached, old=old, angles=angles, mask=mask))
         return self.norm(x)
 
     def logits(
@@ -612,7 +605,11 @@ class _Layer(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor], **blocks: Any
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, angles, **blocks)
+        return self.around(x, partial(self.self_attn, context=context, angles=angles, **blocks))
+
+    def around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer with this attention in its place."""
+        x = x + attention(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -636,6 +633,21 @@ class _Attention(nn.Module):
         of_slots = (angles[0][:, :, -x.shape[1] :], angles[1][:, :, -x.shape[1] :])
         q = self.queries(x, of_slots)
         return self.o_proj(block_attention(q, k, v, **blocks).transpose(1, 2).flatten(2))
+
+    def cached(
+        self,
+        x: Tensor,
+        old: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Of one block a row, whose context's keys and values are ``old``."""
+        q, own = self.queries(x, angles), self.keys_values(x, angles)
+        k, v = (torch.cat(pair, dim=2) for pair in zip(old, own, strict=True))
+        seen = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(seen.transpose(1, 2).flatten(2))
 
     def queries(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         q = self._heads(self.q_proj(x))

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dspark_lab.chats import Batch, Encoded, collate
+from dspark_lab.files import written_whole
 from dspark_lab.target import Features, Target
 
 __all__ = ["FeatureSource", "cached_features", "live_features"]
@@ -123,12 +124,8 @@ def _write(
         length = len(item)
         tensors[f"{number}.context"] = features.context[number, :length].to("cpu", dtype)
         tensors[f"{number}.last"] = features.last[number, :length].to("cpu", dtype)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
+    with written_whole(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _fingerprint(target: Target) -> str:

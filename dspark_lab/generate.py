@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dspark_lab.chats import SHIPPED_CHATS, load_tokenizer
+from dspark_lab.files import written_whole
 from dspark_lab.prompts import FOLLOW_UPS, SLOTS, SYSTEM_MESSAGES, TEMPLATES
 
 Message = dict[str, str]
@@ -188,9 +189,8 @@ def read_records(path: Path) -> list[Record]:
 
 def write_records(records: Iterable[Record], path: Path) -> None:
     """One a line, all or none of them."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(_lines(records), encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(_lines(records), encoding="utf-8")
 
 
 def complete_folder(conversations: Path) -> None:

@@ -234,7 +234,7 @@ def plot_mask(
         ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
         ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
-    add_legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
+    legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
 
 
@@ -269,7 +269,7 @@ def plot_tiles(
         Patch(facecolor=TILE_COLOURS.get(state, "none"), edgecolor=INK, label=f"{state} {count}")
         for state, count in counts
     ]
-    add_legend(ax, handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
+    legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
 
 
@@ -328,7 +328,7 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_xlabel("share of tiles")
     ax.set_ylabel("tile size · anchors")
-    add_legend(ax, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0.2)
+    legend_above(ax, 3)
     return figure
 
 
@@ -473,8 +473,18 @@ def _share_axis(ax: Axes, label: str) -> None:
     ax.set_ylim(0, 1.02)
     ax.yaxis.set_major_formatter("{x:.0%}")
     ax.set_ylabel(label)
-    ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+    add_rules(ax)
 
 
 def add_legend(ax: Axes, **options: Any) -> None:
     ax.legend(frameon=False, labelcolor=INK, fontsize=8, **options)
+
+
+def legend_above(ax: Axes, columns: int, **options: Any) -> None:
+    """The key over the axes, on their left."""
+    add_legend(ax, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderpad=0.2, **options)
+
+
+def add_rules(ax: Axes) -> None:
+    """Faint lines to read heights by."""
+    ax.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)

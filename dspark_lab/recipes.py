@@ -376,6 +376,15 @@ def card_pocket_pair(work: Path, out: Path, recipe: PocketRecipe) -> None:
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
+def make_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path]) -> None:
+    """All stages, and what ships of them into ``out``, with its card where there are prompts."""
+    chats, _ = split_chats(make_corpora(work))
+    make_smollm2_drafter(work, chats)
+    shutil.copytree(work / "dspark-k7", out / "dspark-k7", dirs_exist_ok=True)
+    if prompts:
+        card_smollm2_pair(work, out, prompts)
+
+
 # How the answers are drawn that the drafter of SmolLM2 is evaluated on.
 ANSWERS = {
     "temperature 1, nothing cut off": replace(UNCUT, max_new_tokens=320),
@@ -495,16 +504,10 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work or Path("build") / options.pair
     out = options.out or SHIPPED_CHATS.parent / options.pair
-    if options.traces:
-        pass
-    elif options.pair == "pocket":
+    if not options.traces and options.pair == "pocket":
         make_pocket_pair(work, out)
-    else:
-        chats, _ = split_chats(make_corpora(work))
-        make_smollm2_drafter(work, chats)
-        shutil.copytree(work / "dspark-k7", out / "dspark-k7", dirs_exist_ok=True)
-        if options.prompts:
-            card_smollm2_pair(work, out, options.prompts)
+    elif not options.traces:
+        make_smollm2_pair(work, out, options.prompts)
     trace_pair(options.pair, out / TRACES, TRACED[options.pair])
     complete_folder(SHIPPED_CHATS)
 

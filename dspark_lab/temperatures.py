@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from dspark_lab.checkpoint import CALIBRATION
 from dspark_lab.checks import require_int, require_number
+from dspark_lab.files import written_whole
 from dspark_lab.scores import Binning, as_numbers, binned_error, require_binning, require_range
 from dspark_lab.trace import Rounds, rounds_of
 
@@ -169,15 +169,8 @@ class SequentialTemperatures:
         if not place.is_dir():
             raise ValueError(f"folder must be an existing folder, got {place}")
         text = json.dumps({"method": _METHOD, "temperatures": list(self.temperatures)}, indent=2)
-        handle, name = tempfile.mkstemp(prefix=f".{CALIBRATION}.", dir=place)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            os.chmod(name, 0o644)
-            os.replace(name, place / CALIBRATION)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with written_whole(place / CALIBRATION) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> SequentialTemperatures:

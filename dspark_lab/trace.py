@@ -17,6 +17,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
 from dspark_lab.checks import require_int
+from dspark_lab.files import written_whole
 
 __all__ = [
     "TRACE_COLUMNS",
@@ -64,12 +65,9 @@ def save_trace(trace: pd.DataFrame, path: str | os.PathLike[str]) -> None:
         ValueError: another suffix.
     """
     path = _trace_path(path)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".csv":
-        trace.to_csv(partial, index=False)
-    else:
-        trace.to_parquet(partial, index=False)
-    os.replace(partial, path)
+    write = trace.to_csv if path.suffix == ".csv" else trace.to_parquet
+    with written_whole(path) as partial:
+        write(partial, index=False)
 
 
 def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:

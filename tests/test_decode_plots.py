@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from test_plots import ANY_TEXT, ODD, Page, pixels
@@ -33,7 +32,8 @@ from dspark_lab.decode_plots import (
     plot_thresholds,
 )
 from dspark_lab.outcomes import OTHERS, OUTCOMES
-from dspark_lab.plots import BLUE, GREEN, INK, ORANGE
+from dspark_lab.plots import BLUE, GREEN, ORANGE
+from tests.pictures import has_mid_grey_words, has_no_background, vanishes_nowhere
 
 NAN = float("nan")
 KINDS = ("on policy", "empirical", "predicted", "teacher-forced", "predicted, teacher-forced")
@@ -185,25 +185,18 @@ def tick_names(axis) -> list[str]:
 
 @pictures
 def test_a_picture_has_no_background(picture):
-    alpha = pixels_of(picture)[..., 3]
-    assert alpha[0, 0] == alpha[-1, -1] == 0
-    assert (alpha == 0).mean() > 0.2
+    has_no_background(pixels_of(picture))
 
 
 @pictures
 def test_nothing_in_a_picture_vanishes_on_a_black_or_a_white_page(picture):
-    values = pixels_of(picture)
-    opaque = values[values[..., 3] > 128]
-    assert opaque[:, :3].max(axis=-1).min() > 80
-    assert opaque[:, :3].min(axis=-1).max() < 160
+    vanishes_nowhere(pixels_of(picture))
 
 
 @pictures
 def test_all_words_of_a_picture_are_mid_grey(picture):
     pixels_of(picture)
-    texts = [text for text in picture_of(picture).findobj(Text) if text.get_text().strip()]
-    assert len(texts) > 5
-    assert {to_hex(text.get_color()) for text in texts if text.get_visible()} == {INK}
+    has_mid_grey_words(picture_of(picture))
 
 
 @pictures

@@ -18,14 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
 from dspark_lab.plots import (
-    INK,
     LINE_COLOURS,
     REGION_COLOURS,
     TILE_COLOURS,
@@ -42,6 +40,7 @@ from dspark_lab.plots import (
     token_text,
 )
 from dspark_lab.tables import REGIONS, TILE_STATES, mask_regions, sorting_table, token_table
+from tests.pictures import has_mid_grey_words, has_no_background, vanishes_nowhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,25 +166,18 @@ def test_no_two_kinds_in_a_picture_share_a_colour(colours):
 
 @pictures
 def test_a_picture_has_no_background(picture):
-    alpha = pixels_of(picture)[..., 3]
-    assert alpha[0, 0] == alpha[-1, -1] == 0
-    assert (alpha == 0).mean() > 0.2
+    has_no_background(pixels_of(picture))
 
 
 @pictures
 def test_nothing_in_a_picture_vanishes_on_a_black_or_a_white_page(picture):
-    values = pixels_of(picture)
-    opaque = values[values[..., 3] > 128]
-    assert opaque[:, :3].max(axis=-1).min() > 80
-    assert opaque[:, :3].min(axis=-1).max() < 160
+    vanishes_nowhere(pixels_of(picture))
 
 
 @pictures
 def test_all_words_of_a_picture_are_mid_grey(picture):
     pixels_of(picture)
-    words = [text for text in picture_of(picture).findobj(Text) if text.get_text().strip()]
-    assert len(words) > 5
-    assert {to_hex(text.get_color()) for text in words if text.get_visible()} == {INK}
+    has_mid_grey_words(picture_of(picture))
 
 
 @pictures
