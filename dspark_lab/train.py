@@ -53,7 +53,15 @@ from dspark_lab.target import Target, load_target
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["History", "TrainConfig", "checkpoints", "init_from_target", "new_drafter", "train"]
+__all__ = [
+    "History",
+    "TrainConfig",
+    "checkpoints",
+    "init_from_target",
+    "mask_token_id",
+    "new_drafter",
+    "train",
+]
 
 Parallel = Literal["none", "ddp", "fsdp2"]
 METRICS = "metrics.jsonl"
@@ -995,7 +1003,7 @@ def _train_as_asked(
     else:
         drafter = new_drafter(
             target,
-            mask_token_id=_mask_token_id(options.mask_token, target, chats),
+            mask_token_id=mask_token_id(options.mask_token, target, chats),
             num_hidden_layers=options.layers,
             block_size=options.block_size,
             markov_rank=options.markov_rank,
@@ -1016,7 +1024,12 @@ def _train_as_asked(
     )
 
 
-def _mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) -> int:
+def mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) -> int:
+    """The token called ``name``; else the tokenizer's own, else the last that no chat contains.
+
+    Raises:
+        ValueError: the vocabulary has no such token, or the conversations contain every token.
+    """
     vocabulary = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
     if name is not None:
         if name not in vocabulary:

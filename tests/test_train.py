@@ -944,11 +944,11 @@ def test_a_mask_token_is_one_that_no_conversation_has(target_folder: Path) -> No
 
     target = lab.load_target(target_folder, local_files_only=True)
     vocabulary = target.tokenizer.get_vocab()
-    assert lab._mask_token_id("<|im_start|>", target, []) == vocabulary["<|im_start|>"]
-    assert lab._mask_token_id(None, target, []) == target.tokenizer.mask_token_id
-    assert lab._mask_token_id(None, tiny_target(), holding(5, 63, 62)) == 61
+    assert lab.mask_token_id("<|im_start|>", target, []) == vocabulary["<|im_start|>"]
+    assert lab.mask_token_id(None, target, []) == target.tokenizer.mask_token_id
+    assert lab.mask_token_id(None, tiny_target(), holding(5, 63, 62)) == 61
     with pytest.raises(ValueError, match="mask_token must name one"):
-        lab._mask_token_id(None, tiny_target(), holding(*range(64)))
+        lab.mask_token_id(None, tiny_target(), holding(*range(64)))
 
 
 def test_a_trained_drafter_may_be_saved_and_trained_again_in_bfloat16(

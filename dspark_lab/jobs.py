@@ -1,0 +1,102 @@
+"""Many independent jobs at once: in processes of this machine, or on a Ray cluster.
+
+A job is a function of a module and its arguments; each result comes once, as soon as it is there. A
+worker or a node that dies takes no result with it: its job is done again elsewhere. This file knows
+nothing about what a job does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from dspark_lab.checks import require_int
+
+__all__ = ["run_jobs"]
+
+# A job that kills its process each time must not be tried for ever.
+_MOST_DEATHS = 3
+
+
+def run_jobs(
+    function: Callable[..., Any],
+    jobs: Mapping[str, tuple[Any, ...]],
+    *,
+    processes: int = 1,
+    address: str | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Calls ``function(*arguments)`` for each job and yields ``(key, result)`` in order of arrival.
+
+    Args:
+        function: of a module that the workers can import; called again where its worker died.
+        jobs: arguments by key.
+        processes: at once, on this machine; on Ray a job asks for one CPU, and the cluster decides.
+        address: of a Ray cluster, as ``ray.init`` takes it ("auto", "host:6379", "ray://..."); its
+            nodes must have this package. Where a session of Ray is open already it is used.
+
+    Raises:
+        TypeError, ValueError: ``processes`` is not an int of at least 1.
+        ModuleNotFoundError: an address without Ray (``pip install 'dspark-lab[ray]'``).
+        RuntimeError: workers died 3 times in a row without a single result.
+    """
+    require_int("processes", processes, 1)
+    if address is None:
+        return _in_processes(function, jobs, processes)
+    return _on_ray(function, jobs, address)
+
+
+def _in_processes(
+    function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], processes: int
+) -> Iterator[tuple[str, Any]]:
+    left, deaths = dict(jobs), 0
+    # A fork would inherit torch's threads, which it must not.
+    context = multiprocessing.get_context("spawn")
+    while left:
+        pool = ProcessPoolExecutor(min(processes, len(left)), mp_context=context)
+        try:
+            futures = {pool.submit(function, *given): key for key, given in left.items()}
+            deaths += 1
+            for future in as_completed(futures):
+                if isinstance(future.exception(), BrokenProcessPool):
+                    continue
+                result = future.result()
+                del left[futures[future]]
+                deaths = 0
+                yield futures[future], result
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if deaths >= _MOST_DEATHS:
+            raise RuntimeError(
+                f"workers died {deaths} times without a result; left: {', '.join(left)}"
+            )
+
+
+def _on_ray(
+    function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], address: str
+) -> Iterator[tuple[str, Any]]:
+    # Ray reports its use to its makers unless told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"address {address!r} needs Ray: pip install 'dspark-lab[ray]'"
+        ) from None
+    opened = not ray.is_initialized()
+    if opened:
+        ray.init(address=address, log_to_driver=False)
+    remote = ray.remote(num_cpus=1, max_retries=-1)(function)
+    waiting = {remote.remote(*given): key for key, given in jobs.items()}
+    try:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(done), ray.get(done)
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+        if opened:
+            ray.shutdown()

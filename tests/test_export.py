@@ -1,0 +1,136 @@
+"""`dspark_lab.export`: a choice comes out in the names of each trainer, and can be read back."""
+
+import ast
+import json
+import shlex
+
+import pytest
+
+from dspark_lab.export import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
+from dspark_lab.train import _parser
+
+CHOSEN = TrainingSettings(
+    num_anchors=384, block_size=7, seq_len=2048, batch_size=3, loss_decay_gamma=5.0
+)
+SERVED = ServingSettings(draft_length=5, drafter="my drafter's folder")
+
+
+def flags(text: str) -> dict[str, str]:
+    words = shlex.split(text)
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_json_is_read_back_as_the_same_settings():
+    assert TrainingSettings(**json.loads(export(CHOSEN))) == CHOSEN
+    assert ServingSettings(**json.loads(export(SERVED))) == SERVED
+
+
+def test_the_labs_own_flags_are_understood_by_its_trainer():
+    words = ["--out", "run", "--steps", "1", *shlex.split(export(CHOSEN, "dspark-lab"))]
+    options = _parser().parse_args(words)
+    assert (options.num_anchors, options.block_size, options.max_length) == (384, 7, 2048)
+    assert (options.batch_size, options.loss_decay_gamma) == (3, 5.0)
+
+
+def test_nemo_automodel_gets_a_fragment_of_its_recipe():
+    assert export(CHOSEN, "nemo-automodel") == (
+        "recipe_args:\n"
+        "  seq_length: 2048\n"
+        "  micro_batch_size: 3\n"
+        "  block_size: 7\n"
+        "  num_anchors: 384\n"
+        "  loss_decay_gamma: 5.0\n"
+    )
+
+
+def test_deepspec_gets_options_by_dotted_name():
+    words = shlex.split(export(CHOSEN, "deepspec"))
+    assert set(words[::2]) == {"--opts"}
+    assert dict(word.split("=") for word in words[1::2]) == {
+        "model.block_size": "7",
+        "model.num_anchors": "384",
+        "model.loss_decay_gamma": "5.0",
+        "data.max_length": "2048",
+        "train.local_batch_size": "3",
+    }
+
+
+def test_specforge_counts_the_anchor_as_a_slot():
+    assert flags(export(CHOSEN, "specforge")) == {
+        "--block-size": "8",
+        "--num-anchors": "384",
+        "--max-length": "2048",
+        "--batch-size": "3",
+        "--loss-decay-gamma": "5.0",
+    }
+
+
+def test_vllm_gets_one_flag_of_json_that_a_shell_passes_on_whole():
+    words = shlex.split(export(SERVED, "vllm"))
+    assert words[0] == "--speculative-config" and len(words) == 2
+    assert json.loads(words[1]) == {
+        "method": "dspark",
+        "model": "my drafter's folder",
+        "num_speculative_tokens": 5,
+    }
+
+
+def test_tensorrt_llm_gets_a_fragment_of_its_options():
+    assert export(SERVED, "tensorrt-llm") == (
+        "speculative_config:\n"
+        "  decoding_type: DSpark\n"
+        '  speculative_model: "my drafter\'s folder"\n'
+        "  max_draft_len: 5\n"
+    )
+
+
+@pytest.mark.parametrize(("threshold", "given"), [(0.0, {}), (0.4, {"threshold": 0.4})])
+def test_the_lab_is_called_with_length_and_threshold(threshold, given):
+    call = ast.parse(export(ServingSettings(5, threshold), "dspark-lab")).body[0].value
+    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert named == {"draft_length": 5} | given
+
+
+@pytest.mark.parametrize("server", sorted(SERVERS))
+def test_not_drafting_is_said_without_a_drafter(server):
+    text = export(ServingSettings(0), server)
+    assert "None" in text if server == "dspark-lab" else text.startswith("# without")
+
+
+@pytest.mark.parametrize("server", ["tensorrt-llm", "vllm"])
+def test_a_server_without_thresholds_is_not_given_one(server):
+    with pytest.raises(ValueError, match=f"{server} has no threshold .* got 0.3"):
+        export(ServingSettings(5, 0.3), server)
+
+
+def test_the_text_is_written_where_a_path_is_given(tmp_path):
+    path = tmp_path / "chosen.yaml"
+    text = export(CHOSEN, "nemo-automodel", path)
+    assert path.read_text() == text == export(CHOSEN, "nemo-automodel")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", sorted(set(SERVERS) - set(TRAINERS)))
+def test_a_trainer_is_not_a_server(kind):
+    with pytest.raises(ValueError, match=f"kind must be one of .*got '{kind}'"):
+        export(CHOSEN, kind)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: TrainingSettings(0, 7, 64), "num_anchors must be >= 1, got 0"),
+        (lambda: TrainingSettings(1, 7, 64, 1, 0.0), "loss_decay_gamma must be .*got 0.0"),
+        (lambda: ServingSettings(-1), "draft_length must be >= 0, got -1"),
+        (lambda: ServingSettings(1, 1.5), r"threshold must be in \[0, 1\], got 1.5"),
+    ],
+    ids=["anchors", "gamma", "length", "threshold"],
+)
+def test_settings_that_cannot_be_are_refused(make, problem):
+    with pytest.raises(ValueError, match=problem):
+        make()
+
+
+def test_something_else_than_settings_is_refused():
+    with pytest.raises(TypeError, match="settings must be TrainingSettings or .*got dict"):
+        export({}, "json")

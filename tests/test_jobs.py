@@ -1,0 +1,148 @@
+"""`dspark_lab.jobs`: every job once, whatever dies; in processes, and on a Ray cluster of two.
+
+The jobs leave a note in a folder when they begin, so that a test can see and kill who does them.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import chores
+import pytest
+
+from dspark_lab.jobs import run_jobs
+from dspark_lab.sweep import Cell, SweepConfig, run_cell, run_sweep, sweep_table
+
+NAMES = [f"job-{number}" for number in range(6)]
+
+
+def test_every_result_comes_once_with_its_key():
+    jobs = {name: (number,) for number, name in enumerate(NAMES)}
+    results = list(run_jobs(chores.double, jobs, processes=2))
+    assert sorted(results) == [(name, 2 * number) for number, name in enumerate(NAMES)]
+
+
+def test_a_worker_that_dies_loses_no_job_and_none_is_counted_twice(tmp_path):
+    jobs = {name: (tmp_path, name) for name in NAMES}
+    results = list(run_jobs(chores.die_once, jobs, processes=2))
+    assert (tmp_path / "died").exists()
+    assert sorted(results) == [(name, name) for name in NAMES]
+
+
+def test_a_job_that_always_kills_its_worker_ends_with_an_error_that_names_it():
+    with pytest.raises(RuntimeError, match=r"workers died 3 times without a result; left: bad"):
+        list(run_jobs(chores.die, {"bad": ()}))
+
+
+def test_an_error_in_a_job_is_raised_as_it_is():
+    with pytest.raises(ValueError, match="job is refused"):
+        list(run_jobs(chores.refuse, {"a": ("job",)}))
+
+
+def test_no_jobs_are_no_results():
+    assert list(run_jobs(chores.double, {})) == []
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_fewer_than_one_process_is_refused(processes):
+    with pytest.raises(ValueError, match="processes must be >= 1"):
+        run_jobs(chores.double, {}, processes=processes)
+
+
+def test_an_address_without_ray_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs Ray: pip install 'dspark-lab\[ray\]'"):
+        list(run_jobs(chores.double, {"a": (1,)}, address="auto"))
+
+
+CONFIG = SweepConfig(
+    num_anchors=(4, 8),
+    block_sizes=(2, 3),
+    seeds=(0,),
+    slots=20_000,
+    seconds=2,
+    prompts=3,
+    features="live",
+)
+
+
+@pytest.fixture
+def cluster(monkeypatch) -> Iterator:
+    """Two nodes of one CPU each, the first of which this process is part of."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    # Where the workers find this file.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    import ray
+    from ray.cluster_utils import Cluster
+
+    size = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    nodes = Cluster(
+        initialize_head=True, connect=True, head_node_args=size | {"include_dashboard": False}
+    )
+    nodes.second = nodes.add_node(**size)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def noted_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict]:
+    """A real cell that says when it begins, in which process and on which node."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    (work / "begun").mkdir(exist_ok=True)
+    (work / "begun" / f"{time.time_ns()} {cell.key} {node} {os.getpid()}").touch()
+    return run_cell(cell, config, steps, work)
+
+
+def begun(work: Path, node: str) -> list[list[str]]:
+    """What has begun on a node and is not done yet, oldest first."""
+    notes = [path.name.split() for path in sorted((work / "begun").glob("*"))]
+    return [
+        note
+        for note in notes
+        if note[2] == node and not (work / "cells" / f"{note[1]}.json").exists()
+    ]
+
+
+def wait_for(work: Path, node: str) -> list[str]:
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        if found := begun(work, node):
+            return found[-1]
+        time.sleep(0.02)
+    raise AssertionError("no cell began in four minutes")
+
+
+@pytest.mark.slow
+def test_a_sweep_on_two_nodes_completes_each_cell_once_though_a_worker_and_a_node_die(
+    cluster, tmp_path
+):
+    first, second = cluster.head_node.node_id, cluster.second.node_id
+    tables = []
+    sweep = threading.Thread(
+        target=lambda: tables.append(
+            run_sweep(CONFIG, tmp_path, address="auto", progress=False, run=noted_cell)
+        )
+    )
+    sweep.start()
+    killed = wait_for(tmp_path, first)
+    os.kill(int(killed[3]), signal.SIGKILL)
+    gone = wait_for(tmp_path, second)
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    sweep.join(timeout=400)
+    assert not sweep.is_alive()
+
+    cells = sorted(cell.key for cell in CONFIG.cells())
+    assert sorted(path.stem for path in (tmp_path / "cells").iterdir()) == cells
+    lines = tables[0].groupby(["budget", "num_anchors", "block_size", "seed"]).size()
+    assert (lines == len(CONFIG.temperatures)).all() and len(lines) == len(cells)
+    # The two that were in hand when their worker and their node died began again, and no other.
+    names = [path.name.split()[1] for path in (tmp_path / "begun").iterdir()]
+    again = sorted(name for name in set(names) if names.count(name) > 1)
+    assert again == sorted({killed[1], gone[1]}) and len(names) == len(cells) + 2
+    assert sweep_table(tmp_path).equals(tables[0])

@@ -1,0 +1,157 @@
+"""`dspark_lab.sweep`: every cell once, on the budget it was given, and on where it stopped."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import oracle
+import pandas as pd
+import pytest
+
+from dspark_lab import sweep as lab
+from dspark_lab.sweep import BUDGETS, Cell, SweepConfig, load_sweep, run_sweep, sweep_table
+
+SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=100, seconds=3)
+SECONDS = {"n2-k2": 0.5, "n3-k2": 0.75}
+
+
+def pretended(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict]:
+    """What a cell returns, without training anything."""
+    return [
+        {**asdict(cell), "temperature": t, "steps": steps, "tau": 1 + cell.num_anchors / 10}
+        for t in config.temperatures
+    ]
+
+
+def refusing_after(count: int) -> Iterator:
+    done = []
+
+    def run(cell: Cell, *others) -> list[dict]:
+        if len(done) == count:
+            raise OSError("no space")
+        done.append(cell)
+        return pretended(cell, *others)
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path) -> Path:
+    """A work folder whose times are measured already, and jobs that run in this process."""
+
+    def in_turn(function, jobs, *, processes, address):
+        return ((key, function(*given)) for key, given in jobs.items())
+
+    monkeypatch.setattr(lab, "run_jobs", in_turn)
+    (tmp_path / "step_seconds.json").write_text(json.dumps(SECONDS))
+    return tmp_path
+
+
+def run(work: Path, cell=pretended, config: SweepConfig = SMALL) -> pd.DataFrame:
+    return run_sweep(config, work, progress=False, run=cell)
+
+
+def test_the_cells_are_all_combinations_seed_by_seed():
+    cells = SweepConfig().cells()
+    assert len(cells) == len(set(cells)) == 2 * 4 * 3 * 3
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert set(product(BUDGETS, (4, 12, 32, 96), (4, 7, 12), (0, 1, 2))) == {
+        (cell.budget, cell.num_anchors, cell.block_size, cell.seed) for cell in cells
+    }
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_each_cell_is_run_once_and_has_a_line_for_each_temperature(here):
+    table = run(here)
+    assert len(table) == len(SMALL.cells()) * len(SMALL.temperatures)
+    assert not table.duplicated(
+        ["budget", "num_anchors", "block_size", "seed", "temperature"]
+    ).any()
+
+
+def test_a_sweep_that_stopped_goes_on_with_the_cells_that_are_missing(here):
+    with pytest.raises(OSError, match="no space"):
+        run(here, refusing_after(3))
+    assert len(list((here / "cells").iterdir())) == 3
+    asked = []
+
+    def noted(cell: Cell, *others) -> list[dict]:
+        asked.append(cell.key)
+        return pretended(cell, *others)
+
+    table = run(here, noted)
+    assert len(asked) == len(SMALL.cells()) - 3
+    assert table.equals(run(here, refusing_after(0)))
+
+
+def test_a_folder_of_another_sweep_is_refused_and_says_what_differs(here):
+    run(here)
+    other = replace(SMALL, slots=101, prompts=7)
+    with pytest.raises(ValueError, match="got one with other slots, prompts"):
+        run(here, config=other)
+
+
+def test_steps_are_what_the_budgets_pay(here):
+    table = run(here)
+    _, chats, _ = lab._materials(SMALL)
+    rows = [[chat.loss_mask.tolist()] for chat in chats]
+    # With every candidate an anchor, and so many candidates.
+    totals = [sum(oracle.reaching_anchors(row, 2)[0]) for row in rows]
+    counts = [sum(oracle.candidate_mask(row)[0]) for row in rows]
+    for anchors in SMALL.num_anchors:
+        slots = sum(
+            total * min(1, anchors / count)
+            for total, count in zip(totals, counts, strict=True)
+            if count
+        )
+        per_step = slots / len(chats) * SMALL.training.batch_size
+        steps = table[table["num_anchors"] == anchors].groupby("budget")["steps"].first()
+        assert steps["slots"] == max(1, round(100 / per_step))
+        assert steps["seconds"] == round(3 / SECONDS[f"n{anchors}-k2"])
+
+
+def test_a_real_cell_trains_so_many_steps_and_decodes_at_each_temperature(tmp_path):
+    config = replace(SMALL, prompts=2, max_new_tokens=8, features="live")
+    lines = lab.run_cell(Cell("slots", 2, 2, 0), config, 2, tmp_path)
+    assert [line["temperature"] for line in lines] == [0.0, 1.0]
+    for line in lines:
+        assert line["steps"] == 2 and line["slots"] > 0
+        # Every answer has 8 tokens at most, the first of which belongs to no round.
+        assert 1 <= line["tau"] <= 3 and 2 <= line["rounds"] <= 14
+        assert line["accepted_0"] >= line["accepted_1"] >= 0
+    again = lab.run_cell(Cell("slots", 2, 2, 0), config, 2, tmp_path / "again")
+    assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
+
+
+def test_the_shipped_sweep_has_every_cell_three_times():
+    table = load_sweep()
+    cells = table.groupby(["budget", "num_anchors", "block_size", "temperature"])["seed"]
+    assert len(cells) == 2 * 12 * 2 and (cells.nunique() == 3).all() and (cells.size() == 3).all()
+    assert table["tau"].between(1, table["block_size"] + 1).all()
+    plan = SweepConfig()
+    slots = table[table["budget"] == "slots"]
+    # What was drawn lies around what was expected.
+    assert (slots["slots"] / plan.slots).between(0.9, 1.1).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"num_anchors": ()}, "num_anchors must be one or more values"),
+        ({"seeds": (1, 1)}, "seeds must be one or more values, each once"),
+        ({"block_sizes": (0,)}, "each of block_sizes must be >= 1"),
+        ({"slots": 0}, "slots must be >= 1"),
+        ({"seconds": 0.0}, "seconds must be a finite number > 0"),
+        ({"target": "mine"}, "target 'mine' needs data and held_out"),
+    ],
+    ids=["none", "twice", "zero", "slots", "seconds", "target"],
+)
+def test_settings_that_cannot_be_are_refused(given, problem):
+    with pytest.raises(ValueError, match=problem):
+        SweepConfig(**given)
+
+
+def test_a_folder_without_cells_has_an_empty_table(tmp_path):
+    assert sweep_table(tmp_path).empty
