@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from tqdm import tqdm
 
-from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, collate, encode, load_chats
+from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats
 from dspark_lab.checks import require_int, require_number
+from dspark_lab.coverage import Spans, supervision
 from dspark_lab.decode import decode
 from dspark_lab.drafter import Drafter
 from dspark_lab.files import written_whole
@@ -40,12 +41,19 @@ from dspark_lab.jobs import run_jobs
 from dspark_lab.pairs import load_pair, question
 from dspark_lab.target import Target, load_target
 from dspark_lab.train import TrainConfig, mask_token_id, new_drafter, train
-from dspark_lab.tune import coverage_table
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["BUDGETS", "Cell", "SweepConfig", "load_sweep", "run_sweep", "sweep_table"]
+__all__ = [
+    "BUDGETS",
+    "Cell",
+    "SweepConfig",
+    "cell_table",
+    "load_sweep",
+    "run_sweep",
+    "sweep_table",
+]
 
 Budget = Literal["slots", "seconds"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
@@ -265,11 +273,54 @@ def load_sweep(path: str | Path = SHIPPED_SWEEP) -> pandas.DataFrame:
     return pd.read_csv(path)
 
 
+def cell_table(sweep: pandas.DataFrame) -> pandas.DataFrame:
+    """A sweep's seeds together: tau of each cell, with 95 % intervals.
+
+    Prompts are the same in every cell; what differs from seed to seed is the drafter's training and
+    the draws of decoding. The standard deviation between seeds is pooled over the cells of a budget
+    and temperature, which three seeds alone could not tell.
+
+    Args:
+        sweep: from :func:`sweep_table` or :func:`load_sweep`.
+
+    Returns:
+        one line per budget, temperature, block size and anchor count: ``tau`` (mean over
+        ``seeds``), ``low``, ``high`` (Student's t; NaN where no cell has two seeds), ``steps``,
+        ``slots`` and ``seconds`` (means).
+    """
+    by = ["budget", "temperature"]
+    cell = [*by, "block_size", "num_anchors"]
+    groups = sweep.groupby(cell)
+    table = groups[["tau", "steps", "slots", "seconds"]].mean()
+    table.insert(1, "seeds", groups.size())
+    squares = ((sweep["tau"] - groups["tau"].transform("mean")) ** 2).groupby(
+        [sweep[name] for name in by]
+    )
+    freedom = sweep.groupby(by).size() - table.groupby(by).size()
+    spread = (squares.sum() / freedom.where(freedom > 0)) ** 0.5
+    index = table.index.droplevel(["block_size", "num_anchors"])
+    quantile = freedom.map(lambda v: _t_quantile(v) if v > 0 else float("nan"))
+    half = (spread * quantile).reindex(index).to_numpy() / table["seeds"] ** 0.5
+    table.insert(1, "low", table["tau"] - half)
+    table.insert(2, "high", table["tau"] + half)
+    return table.reset_index()
+
+
+def _t_quantile(freedom: int) -> float:
+    """The 0.975 quantile of Student's t, by Cornish-Fisher, good to 0.01 from 4 degrees on."""
+    z = 1.959963985
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
 def _planned_steps(config: SweepConfig, work: Path) -> dict[str, int]:
     """Steps of each budget, anchor count and block size; measured times are kept."""
     target, chats, _ = _materials(config)
-    rows = collate(chats, 0)
-    supervised = int(rows.loss_mask.sum())
+    spans = Spans.of(chats)
     measured = work / "step_seconds.json"
     seconds = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {}
     steps = {}
@@ -280,9 +331,7 @@ def _planned_steps(config: SweepConfig, work: Path) -> dict[str, int]:
                 seconds[name] = _step_seconds(config, anchors, block_size, work)
                 with written_whole(measured) as partial:
                     partial.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-            per_pass = supervised * float(
-                coverage_table(rows, [anchors], [block_size])["supervisions"].iloc[0]
-            )
+            per_pass = supervision(spans, anchors, block_size).expected
             slots = per_pass / len(chats) * config.training.batch_size
             steps[f"slots-{name}"] = max(1, round(config.slots / slots))
             steps[f"seconds-{name}"] = max(1, round(config.seconds / seconds[name]))

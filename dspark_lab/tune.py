@@ -1,239 +1,356 @@
-"""How many anchors, which block size: what a choice covers, in closed form and by drawing.
+"""Before the training run: how many anchors, which block size, how long a row.
 
-A supervised token is *covered* when at least one drawn block has a supervised slot for it. With
-``n = min(num_anchors, candidates)`` anchors drawn from a row's C candidates without replacement, a
-token that c of them reach is missed with the hypergeometric probability
+    spans = Spans.of(encoded)
+    choice = training(spans, Shape.of("qwen3-4b"), time="H100", memory="H100")
+    choice.reason, choice.table, choice.settings
 
-    P(missed) = C(C - c, n) / C(C, n)
+What an option gains in a step is its *supervision*: the number of different tokens that are
+supervised at all (a token's second block of the same step teaches little that the first did not),
+times what a block is worth, the summed weights w_0 + ... + w_(K-1) of its slots, which is about
+the accepted length of a block whose slots are accepted with probability exp(-1 / gamma). What it
+takes is known from ``dspark_lab.cost``, ``dspark_lab.memory`` and ``dspark_lab.steptime``. The best
+option gains most a second among those that fit.
 
-and c follows from the row alone: supervision is a contiguous prefix, so the token at offset o of a
-run of supervised tokens is reached from the ``min(o, block_size)`` candidates just before it. The
-first token of a run has none: it is never a label.
-
-This file knows batches and counts; it knows nothing about models, text or plots.
+That is a model of what is worth having, not of what is learned: :func:`sweep_check` holds it
+against drafters that were really trained. This file knows options and what each gains and takes.
 """
 
-from bisect import bisect_left
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float
 
-from dspark_lab.blocks import draw_blocks, times_supervised
-from dspark_lab.chats import Batch, Encoded, collate, pack
+from dspark_lab.chats import Batch, Encoded
 from dspark_lab.checks import require_int
-from dspark_lab.common import build_anchor_candidate_mask
+from dspark_lab.cost import training_cost
+from dspark_lab.coverage import (
+    Per,
+    Spans,
+    anchors_needed,
+    coverage_table,
+    never_table,
+    packing_table,
+    reaching_anchors,
+    slot_table,
+    supervision,
+    supervision_table,
+    token_coverage,
+    token_supervision,
+)
+from dspark_lab.export import TrainingSettings
+from dspark_lab.memory import Dtype, training_memory
+from dspark_lab.shape import CARDS, Card, Shape
+from dspark_lab.steptime import StepTime
 
 __all__ = [
+    "Spans",
+    "TrainingChoice",
     "anchors_needed",
+    "card_time",
     "coverage_table",
+    "never_table",
     "packing_table",
     "reaching_anchors",
+    "slot_table",
+    "supervision",
+    "supervision_table",
+    "sweep_check",
     "token_coverage",
+    "token_supervision",
+    "training",
 ]
 
+# The share of a card's peak that training steps of transformers commonly reach; an assumption.
+UTILISATION = 0.4
+_RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
 
-def reaching_anchors(batch: Batch, block_size: int) -> Int[Tensor, "batch seq"]:
-    """From how many candidate anchors a block of ``block_size`` slots supervises each token.
+
+@dataclass(frozen=True, eq=False)
+class TrainingChoice:
+    """What :func:`training` returns.
+
+    ``table``: every option, see there. ``best`` and ``runner_up``: its rows (None where nothing
+    fits, or nothing else does). ``sure``: how probable it is that the best is faster in gaining
+    than the runner-up, given the error of the step times; NaN where that error is not known.
+    ``reason``: a sentence.
+    """
+
+    table: pd.DataFrame
+    best: pd.Series | None
+    runner_up: pd.Series | None
+    sure: float
+    reason: str
+    batch_size: int
+    gamma: float
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """The best option, to be exported.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        if self.best is None:
+            raise ValueError(self.reason)
+        return TrainingSettings(
+            num_anchors=int(self.best["num_anchors"]),
+            block_size=int(self.best["block_size"]),
+            seq_len=int(self.best["seq_len"]),
+            batch_size=self.batch_size,
+            loss_decay_gamma=self.gamma,
+        )
+
+
+def card_time(card: Card | str, utilisation: float = UTILISATION) -> StepTime:
+    """A step time for a card that is not at hand: a share of its peak, and nothing fixed.
+
+    Its error is not known (NaN): measure where you can (:mod:`dspark_lab.steptime`).
 
     Raises:
-        TypeError, ValueError: ``block_size`` is not an int of at least 1.
+        ValueError: no such card, or a share outside (0, 1].
     """
-    require_int("block_size", block_size, 1)
-    seq_len = batch.input_ids.shape[1]
-    candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask, batch.doc_remaining)
-    # A token goes on a run exactly where its predecessor is a candidate.
-    goes_on = torch.nn.functional.pad(candidates, (1, 0))[:, :seq_len]
-    position = torch.arange(seq_len, device=goes_on.device).expand_as(goes_on)
-    run_start = torch.where(goes_on, 0, position).cummax(dim=1).values
-    return (position - run_start).clamp(max=block_size)
+    found = _card(card)
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation must be in (0, 1], got {utilisation}")
+    per_operation = 1 / (found.operations_per_second * utilisation)
+    return StepTime(0.0, per_operation, math.nan, math.nan, 0)
 
 
-def token_coverage(batch: Batch, num_anchors: int, block_size: int) -> Float[Tensor, "batch seq"]:
-    """The probability that a token is covered by one draw of ``num_anchors`` anchors in its row.
-
-    Returns:
-        float64 in [0, 1]; 0 on tokens that are not supervised or never a label.
-
-    Raises:
-        TypeError, ValueError: ``num_anchors`` or ``block_size`` is not an int of at least 1.
-    """
-    reach = reaching_anchors(batch, block_size)
-    covered = _covered_by_reach(_candidate_counts(batch), num_anchors, block_size)
-    return covered.gather(1, reach)
-
-
-def coverage_table(
-    batch: Batch,
-    num_anchors: Sequence[int] = (4, 8, 16, 32, 64, 128),
-    block_sizes: Sequence[int] = (4, 7, 15),
+def training(
+    data: Spans | Batch | Sequence[Encoded],
+    shape: Shape,
     *,
-    draws: int = 1,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The share of supervised tokens that one pass over ``batch`` covers, for each choice.
+    time: StepTime | Card | str,
+    memory: float | Card | str | None = None,
+    num_anchors: Sequence[int] = (8, 16, 32, 64, 128, 256, 512),
+    block_sizes: Sequence[int] = (7,),
+    seq_lens: Sequence[int] | None = None,
+    packed: bool = False,
+    per: Per = "row",
+    batch_size: int = 1,
+    gamma: float = 4.0,
+    dtype: Dtype = "bf16",
+    usable: float = 0.92,
+    **options: Any,
+) -> TrainingChoice:
+    """Every combination of anchors, block size and row length: what it gains, what it takes.
+
+    Args:
+        data: conversations; or spans or a batch, whose rows are then as they are.
+        shape: of target and drafter.
+        time: of steps, as fitted; or a card, of whose peak :data:`UTILISATION` is assumed.
+        memory: bytes, or a card; everything fits where None.
+        num_anchors, block_sizes: what to try.
+        seq_lens: tokens that conversations are cut to, or the length of packed rows, in which no
+            conversation is cut further; the longest conversation where None.
+        packed: whether conversations share rows.
+        per: what ``num_anchors`` counts for, ``"row"`` or ``"document"``. Per document a step has
+            that many blocks for each of a row's documents.
+        batch_size: rows a step.
+        gamma: of the slots' weights.
+        dtype, options: see :class:`dspark_lab.memory.Step`.
+        usable: share of the memory that tensors may take.
 
     Returns:
-        one line per block size and anchor count: ``block_size``, ``num_anchors``, ``blocks`` (kept
-        blocks per row, mean), ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws),
-        and ``supervisions`` (expected number of supervised slots per supervised token).
+        a choice whose ``table`` has a line per option: ``seq_len``, ``block_size``,
+        ``num_anchors``; ``row_tokens`` (mean), ``share`` (of the supervised tokens that a pass
+        covers); per step ``covered`` (different tokens), ``weighted`` (summed weight of all
+        supervised slots) and ``gain``; ``operations``, ``memory_bytes`` (of a step of longest rows)
+        and ``seconds``; ``gain_per_second``, ``gain_per_byte``, ``gain_per_operation``; ``fits``;
+        and ``front``, whether it is on the Pareto front of these three rates: no option that fits
+        is better in one and as good in the others.
 
     Raises:
-        TypeError, ValueError: a count that is not an int of at least 1; no supervised token at all.
+        TypeError, ValueError: as the functions that it asks, or spans together with ``seq_lens`` or
+            ``packed``.
     """
-    require_int("draws", draws, 1)
-    seq_len = batch.input_ids.shape[1]
+    require_int("batch_size", batch_size, 1)
+    step_time = time if isinstance(time, StepTime) else card_time(time)
+    limit = math.inf if memory is None else _bytes(memory) * usable
     lines = []
-    for block_size in block_sizes:
-        reach = _Reach.of(batch, block_size)
-        for anchors in num_anchors:
-            covered = sum(
-                int((times_supervised(blocks, seq_len) > 0).sum())
-                for blocks in (
-                    draw_blocks(batch, anchors, block_size, seed=seed + draw)
-                    for draw in range(draws)
+    for seq_len, spans in _rows(data, seq_lens, packed).items():
+        rows_tokens = float(spans.row_tokens.mean())
+        blocks_for = 1.0 if per == "row" else spans.documents / spans.rows
+        for block_size in block_sizes:
+            worth = float(np.exp(-np.arange(block_size) / gamma).sum())
+            for anchors in num_anchors:
+                found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
+                blocks = max(1, round(anchors * blocks_for))
+                sizes = {"num_anchors": blocks, "block_size": block_size, "dtype": dtype}
+                sizes |= {"batch_size": batch_size, **options}
+                cost = training_cost(shape, seq_len=max(1, round(rows_tokens)), **sizes)
+                covered = found.covered / found.rows * batch_size
+                lines.append(
+                    {
+                        "seq_len": seq_len,
+                        "block_size": block_size,
+                        "num_anchors": anchors,
+                        "row_tokens": rows_tokens,
+                        "share": found.share,
+                        "covered": covered,
+                        "weighted": found.weighted / found.rows * batch_size,
+                        "gain": covered * worth,
+                        "operations": float(cost["operations"].sum()),
+                        "memory_bytes": training_memory(shape, seq_len=seq_len, **sizes),
+                    }
                 )
-            )
+    table = pd.DataFrame(lines)
+    table["seconds"] = step_time.predict(table["operations"])
+    for rate, of in zip(_RATES, ("seconds", "memory_bytes", "operations"), strict=True):
+        table[rate] = table["gain"] / table[of]
+    table["fits"] = table["memory_bytes"] <= limit
+    table["front"] = table["fits"] & _front(table[list(_RATES)].to_numpy(), table["fits"])
+    return _choice(table, step_time.error, batch_size, gamma)
+
+
+def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """A recommendation held against drafters that were trained.
+
+    Args:
+        predicted: ``block_size``, ``num_anchors`` and ``gain_per_second``, a line per cell; the
+            ``table`` of a :class:`TrainingChoice`.
+        cells: what :func:`dspark_lab.sweep.cell_table` returns.
+
+    Returns:
+        one line per budget, temperature and block size, and one for all block sizes ("all"):
+        ``recommended`` (the anchors, and the block size where all are compared), its ``tau`` with
+        ``low`` and ``high``, ``found_best`` and ``best_tau``, ``lost`` (relative, of tau),
+        ``decided`` (whether the two intervals are apart) and ``rank_correlation`` (Spearman's, of
+        gain a second with tau).
+
+    Raises:
+        ValueError: a cell that was not predicted.
+    """
+    both = cells.merge(
+        predicted[["block_size", "num_anchors", "gain_per_second"]],
+        on=["block_size", "num_anchors"],
+        how="left",
+    )
+    if both["gain_per_second"].isna().any():
+        lost = both[both["gain_per_second"].isna()][["num_anchors", "block_size"]]
+        raise ValueError(f"predicted must hold every cell, got none for {lost.values.tolist()}")
+    lines = []
+    for (budget, temperature), part in both.groupby(["budget", "temperature"], sort=True):
+        groups: list[tuple[Any, pd.DataFrame]] = list(part.groupby("block_size"))
+        for block_size, group in [*groups, ("all", part)]:
+            mine = group.loc[group["gain_per_second"].idxmax()]
+            top = group.loc[group["tau"].idxmax()]
             lines.append(
                 {
+                    "budget": budget,
+                    "temperature": temperature,
                     "block_size": block_size,
-                    "num_anchors": anchors,
-                    "blocks": reach.blocks(anchors),
-                    "expected": reach.expected_coverage(anchors),
-                    "sampled": covered / draws / reach.supervised,
-                    "supervisions": reach.supervisions(anchors),
+                    "recommended": _name(mine, block_size == "all"),
+                    "tau": mine["tau"],
+                    "low": mine["low"],
+                    "high": mine["high"],
+                    "found_best": _name(top, block_size == "all"),
+                    "best_tau": top["tau"],
+                    "lost": 1 - mine["tau"] / top["tau"],
+                    "decided": bool(top["low"] > mine["high"]),
+                    "rank_correlation": group["gain_per_second"].corr(
+                        group["tau"], method="spearman"
+                    ),
                 }
             )
     return pd.DataFrame(lines)
 
 
-def packing_table(
-    encoded: Sequence[Encoded],
-    row_lengths: Sequence[int] = (1024, 4096),
-    num_anchors: Sequence[int] = (16, 32, 64, 128, 256, 512),
-    *,
-    block_size: int = 7,
-) -> pd.DataFrame:
-    """What packing does to coverage when ``num_anchors`` counts per row, and when per document.
+def _name(cell: pd.Series, with_block: bool) -> str:
+    anchors = f"N {cell['num_anchors']:.0f}"
+    return f"{anchors}, K {cell['block_size']:.0f}" if with_block else anchors
 
-    Per document, coverage is that of unpacked rows, whatever the row's length.
 
-    Returns:
-        one line per kind of row and anchor count: ``row`` (as text), ``anchors per`` (``document``
-        or ``row``), ``documents`` (per row, mean), ``num_anchors`` and ``expected``.
-
-    Raises:
-        TypeError, ValueError: what :func:`dspark_lab.chats.pack` and :func:`coverage_table` refuse.
-    """
-    # What fills the rows' ends is never looked at.
-    batches = {"unpacked": (collate(encoded, pad_token_id=0), "document")}
-    batches |= {f"packed, {n}": (pack(encoded, n, pad_token_id=0), "row") for n in row_lengths}
-    lines = []
-    for row, (batch, per) in batches.items():
-        reach = _Reach.of(batch, block_size)
-        documents = float((batch.seq_lens > 0).sum(dim=1).double().mean())
-        for anchors in num_anchors:
-            lines.append(
-                {
-                    "row": row,
-                    "anchors per": per,
-                    "documents": documents,
-                    "num_anchors": anchors,
-                    "expected": reach.expected_coverage(anchors),
-                }
+def _rows(
+    data: Spans | Batch | Sequence[Encoded], seq_lens: Sequence[int] | None, packed: bool
+) -> dict[int, Spans]:
+    if isinstance(data, (Spans, Batch)):
+        if seq_lens is not None or packed:
+            raise ValueError(
+                "spans and batches have their rows already: neither seq_lens nor packed"
             )
-    return pd.DataFrame(lines)
+        spans = data if isinstance(data, Spans) else Spans.of(data)
+        return {int(spans.row_tokens.max()): spans}
+    lengths = seq_lens or [max(map(len, data))]
+    return {
+        length: Spans.of(data, seq_len=length, row_length=length if packed else None)
+        for length in lengths
+    }
 
 
-def anchors_needed(
-    batch: Batch,
-    goals: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
-    block_sizes: Sequence[int] = (4, 7, 15),
-) -> pd.DataFrame:
-    """The smallest ``num_anchors`` whose expected coverage reaches a goal.
-
-    Returns:
-        one line per block size and goal: ``block_size``, ``goal``, ``num_anchors`` (missing where
-        no number reaches it), ``expected`` at that number, and ``ceiling``, the coverage when every
-        candidate is an anchor.
-
-    Raises:
-        ValueError: a goal outside (0, 1]; no supervised token at all.
-    """
-    lines = []
-    for block_size in block_sizes:
-        reach = _Reach.of(batch, block_size)
-        most = max(1, int(reach.candidates.max()))
-        ceiling = reach.expected_coverage(most)
-        for goal in goals:
-            if not 0 < goal <= 1:
-                raise ValueError(f"each goal must lie in (0, 1], got {goal}")
-            enough = None
-            if goal <= ceiling:
-                enough = 1 + bisect_left(range(1, most), goal, key=reach.expected_coverage)
-            lines.append(
-                {
-                    "block_size": block_size,
-                    "goal": goal,
-                    "num_anchors": enough,
-                    "expected": reach.expected_coverage(enough) if enough else np.nan,
-                    "ceiling": ceiling,
-                }
-            )
-    return pd.DataFrame(lines).astype({"num_anchors": "Int64"})
+def _card(card: Card | str) -> Card:
+    if isinstance(card, str):
+        if card not in CARDS:
+            raise ValueError(f"card must be one of {list(CARDS)}, got {card!r}")
+        return CARDS[card]
+    if not isinstance(card, Card):
+        raise TypeError(f"card must be a Card or its name, got {type(card).__name__}")
+    return card
 
 
-@dataclass(frozen=True)
-class _Reach:
-    """A batch as coverage sees it: ``tokens[row, c]`` supervised tokens that c candidates reach."""
-
-    candidates: Int[Tensor, " batch"]
-    tokens: Float[Tensor, "batch reach"]
-    supervised: int
-
-    @classmethod
-    def of(cls, batch: Batch, block_size: int) -> "_Reach":
-        reach = reaching_anchors(batch, block_size)
-        tokens = batch.loss_mask.new_zeros((len(reach), block_size + 1), dtype=torch.float64)
-        tokens.scatter_add_(1, reach, batch.loss_mask.double())
-        supervised = int(batch.loss_mask.sum())
-        if supervised == 0:
-            raise ValueError("coverage needs a supervised token, got a batch without one")
-        return cls(_candidate_counts(batch), tokens, supervised)
-
-    def expected_coverage(self, num_anchors: int) -> float:
-        most = self.tokens.shape[1] - 1
-        covered = self.tokens * _covered_by_reach(self.candidates, num_anchors, most)
-        return float(covered.sum()) / self.supervised
-
-    def blocks(self, num_anchors: int) -> float:
-        return float(self.candidates.clamp(max=num_anchors).double().mean())
-
-    def supervisions(self, num_anchors: int) -> float:
-        reach = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        slots = self.tokens @ reach.double()
-        chosen = self.candidates.clamp(max=num_anchors) / self.candidates.clamp(min=1)
-        return float((slots * chosen).sum()) / self.supervised
+def _bytes(memory: float | Card | str) -> float:
+    size = memory if isinstance(memory, (int, float)) else _card(memory).memory_bytes
+    if not size > 0:
+        raise ValueError(f"memory must be > 0 bytes, got {size}")
+    return float(size)
 
 
-def _candidate_counts(batch: Batch) -> Int[Tensor, " batch"]:
-    seq_len = batch.input_ids.shape[1]
-    return build_anchor_candidate_mask(seq_len, batch.loss_mask, batch.doc_remaining).sum(dim=1)
+def _front(
+    rates: Float[np.ndarray, "option rate"], fits: Bool[np.ndarray, " option"]
+) -> Bool[np.ndarray, " option"]:
+    """Whether no option that fits is better in one rate and as good in the others."""
+    as_good = (rates[:, None] <= rates[None]).all(axis=2)
+    better = (rates[:, None] < rates[None]).any(axis=2)
+    return ~(as_good & better & np.asarray(fits)[None]).any(axis=1)
 
 
-def _covered_by_reach(
-    candidates: Int[Tensor, " batch"], num_anchors: int, block_size: int
-) -> Float[Tensor, "batch reach"]:
-    """P(covered) of a token that 0, 1, ..., ``block_size`` candidates reach, for each row."""
-    require_int("num_anchors", num_anchors, 1)
-    total = candidates.double().unsqueeze(1)
-    drawn = total.clamp(max=num_anchors)
-    already = torch.arange(block_size, dtype=torch.float64, device=candidates.device)
-    # Missing c candidates in turn: each is left out of what the earlier ones left over.
-    left_out = ((total - drawn - already) / (total - already).clamp(min=1)).clamp(min=0)
-    missed = torch.nn.functional.pad(left_out.cumprod(dim=1), (1, 0), value=1.0)
-    return 1 - missed
+def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) -> TrainingChoice:
+    order = table[table["fits"]].sort_values("gain_per_second", ascending=False, kind="stable")
+    if order.empty:
+        least = table["memory_bytes"].min() / 1e9
+        reason = f"Nothing fits: the smallest of these steps takes {least:.1f} GB."
+        return TrainingChoice(table, None, None, math.nan, reason, batch_size, gamma)
+    best = order.iloc[0]
+    runner_up = order.iloc[1] if len(order) > 1 else None
+    sure = math.nan
+    reason = (
+        f"{_option(best, table)} gains most a second, {best['gain_per_second']:,.0f}, and covers "
+        f"{best['share']:.0%} of the supervised tokens in a pass"
+    )
+    if runner_up is not None:
+        if error > 0:
+            # A mean absolute error as a standard deviation; both times are off independently.
+            spread = math.sqrt(2) * error * math.sqrt(math.pi / 2)
+            lead = math.log(best["gain_per_second"] / runner_up["gain_per_second"])
+            sure = NormalDist(0, spread).cdf(lead)
+        elif error == 0:
+            sure = 1.0
+        reason += (
+            f"; the runner-up, {_option(runner_up, table)}, would gain "
+            f"{_more(runner_up['gain'] / best['gain'])} a step for "
+            f"{_more(runner_up['seconds'] / best['seconds'])} of the time"
+        )
+        reason += " (speed assumed, not measured)" if math.isnan(sure) else f" ({sure:.0%} sure)"
+    unfit = table[~table["fits"]]
+    if len(unfit) and unfit["gain_per_second"].max() > best["gain_per_second"]:
+        wanted = unfit.loc[unfit["gain_per_second"].idxmax()]
+        reason += f"; {_option(wanted, table)} would gain more but does not fit"
+    return TrainingChoice(table, best, runner_up, sure, f"{reason}.", batch_size, gamma)
+
+
+def _option(option: pd.Series, table: pd.DataFrame) -> str:
+    """What is varied, by name."""
+    names = {"num_anchors": "N", "block_size": "K", "seq_len": "S"}
+    varied = [name for name in names if name == "num_anchors" or table[name].nunique() > 1]
+    return ", ".join(f"{names[name]} {option[name]:,.0f}" for name in varied)
+
+
+def _more(ratio: float) -> str:
+    return f"{abs(ratio - 1):.0%} {'more' if ratio >= 1 else 'less'}"

@@ -1,0 +1,228 @@
+"""Predicted against measured: the peak memory of a training step, and how long one takes.
+
+The peak is that of ``dspark_lab.train``'s own step, its second, with weights and optimiser added;
+the target's features are zeros unless its shape is given and features are live. Time is fitted to
+four steps and predicted for others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.measure import median_seconds, peak_bytes
+from dspark_lab import attention
+from dspark_lab.chats import Batch, Chat, Encoded
+from dspark_lab.cost import (
+    CARDS,
+    TARGETS,
+    Shape,
+    fit_table,
+    training_cost,
+    training_memory,
+)
+from dspark_lab.drafter import Drafter
+from dspark_lab.features import FeatureSource, live_features
+from dspark_lab.objective import output_objective
+from dspark_lab.steptime import fit_step_time, measure_steps
+from dspark_lab.target import Features, Target
+from dspark_lab.train import TrainConfig, _Order, _Run, _World
+
+NOBODY = Chat(({"role": "assistant", "content": ""},), id="random")
+# Row length, anchors, block, rows, of SmolLM2's drafter.
+SHAPES = [
+    (384, 32, 7, 2),
+    (384, 8, 7, 2),
+    (512, 64, 7, 1),
+    (1024, 16, 7, 1),
+    (256, 16, 15, 2),
+    (512, 32, 4, 1),
+]
+
+
+def measured_peak(
+    shape: Shape,
+    *,
+    seq_len: int,
+    num_anchors: int,
+    block_size: int,
+    batch_size: int = 1,
+    dtype: Any = "fp32",
+    target_dtype: str = "bf16",
+    device: str = "cpu",
+    seen: int | None = None,
+    full: bool = False,
+) -> tuple[int, int]:
+    """Bytes that are held throughout, and the most that a training step holds beside them.
+
+    With the target where the shape knows it, else with features in bf16 that are all zero. ``seen``
+    has the softmaxes over so many tokens; ``full`` takes the objective by its definition.
+    """
+    torch.manual_seed(0)
+    drafter = Drafter(shape.drafter_config(block_size=block_size)).to(device).train()
+    target = _target(shape, target_dtype, device) if shape.target is not None else None
+    if target is not None:
+        drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    words = torch.arange(seq_len).remainder(seen or shape.vocab_size)
+    everything = torch.ones(seq_len, dtype=torch.bool)
+    rows = [Encoded(words, everything, NOBODY) for _ in range(batch_size)]
+    config = TrainConfig(
+        steps=3,
+        batch_size=batch_size,
+        num_anchors=num_anchors,
+        max_length=seq_len,
+        precision=dtype,
+        vocabulary="full" if seen is None else "seen",
+    )
+    world = _World("none")
+    run = _Run(drafter, config, rows, Path("nowhere"), world)
+    order = _Order(rows, config, world, 0)
+    source = _zeros(shape) if target is None else live_features(target, _ids(shape))
+
+    def step() -> None:
+        run.advance(order, source)
+
+    # FlexAttention holds no scores where it is compiled.
+    fused = nullcontext()
+    if device != "cpu":
+        flex = torch.compile(attention.flex_attention)
+        fused = mock.patch.object(attention, "flex_attention", flex)  # type: ignore[assignment]
+    by_definition = mock.patch("dspark_lab.train.dspark_objective", _textbook(drafter))
+    with fused, by_definition if full else nullcontext():
+        step()
+        held = list(drafter.parameters()) + list(run.forward.__dict__.values())
+        held += [x for state in run.optimizer.state.values() for x in state.values()]
+        held += [] if target is None else list(target.model.parameters())
+        always = _bytes(held)
+        if device == "cpu":
+            return always, peak_bytes(step)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return always, torch.cuda.max_memory_allocated() - before
+
+
+def run() -> Iterator[str]:
+    yield from _memory()
+    yield from _redraw()
+    yield from _times()
+
+
+def _memory() -> Iterator[str]:
+    """SmolLM2's shapes with random weights, features on disk."""
+    shape = replace(TARGETS["smollm2"], target=None)
+    yield f"{'S':>5} {'N':>4} {'K':>3} {'B':>2} {'':>5} {'predicted':>10} {'measured':>9} MB  ratio"
+    worst = 0.0
+    for seq_len, anchors, block, batch in SHAPES:
+        for dtype in ("fp32", "bf16"):
+            sizes: dict[str, Any] = {
+                "seq_len": seq_len,
+                "num_anchors": anchors,
+                "block_size": block,
+                "batch_size": batch,
+                "dtype": dtype,
+            }
+            predicted = training_memory(
+                shape, features="cached", device="cpu", target_dtype="bf16", **sizes
+            )
+            measured = sum(measured_peak(shape, **sizes))
+            worst = max(worst, abs(predicted / measured - 1))
+            yield (
+                f"{seq_len:>5} {anchors:>4} {block:>3} {batch:>2} {dtype:>5} "
+                f"{predicted / 1e6:>10.1f} {measured / 1e6:>9.1f}     {predicted / measured:.3f}"
+            )
+    yield f"largest error: {worst:.1%}"
+
+
+def _redraw() -> Iterator[str]:
+    shape, card = TARGETS["qwen3-4b"], CARDS["H100"]
+    calls: dict[str, Callable[[], Any]] = {
+        "training_cost": lambda: training_cost(shape),
+        "training_memory": lambda: training_memory(shape, seq_len=4096, num_anchors=512),
+        "fit_table, 4 row lengths x 4 block sizes": lambda: fit_table(shape, card),
+    }
+    for name, call in calls.items():
+        yield f"{name:<45} {median_seconds(call, 11) * 1e3:6.2f} ms"
+
+
+def _times() -> Iterator[str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, other in (("pocket", (4, 7, 15)), ("smollm2", (7,))):
+        shape = TARGETS[name]
+        begin = time.perf_counter()
+        few = measure_steps(shape, (128, 512), (8, 64), device=device, runs=3)
+        took = time.perf_counter() - begin
+        rest = measure_steps(shape, (256, 384), (16, 32), other, device=device, runs=3)
+        fit = fit_step_time(few, rest)
+        yield f"{name}: {fit} (at most {fit.worst_error:.0%}); measured in {took:.0f} s"
+
+
+def _target(shape: Shape, dtype: str, device: str) -> Target:
+    layers = shape.target
+    assert layers is not None
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=layers.hidden_size,
+        intermediate_size=layers.intermediate_size,
+        num_hidden_layers=layers.count,
+        num_attention_heads=layers.heads,
+        num_key_value_heads=layers.kv_heads,
+        head_dim=layers.head_dim,
+        tie_word_embeddings=shape.tied,
+    )
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    return Target(LlamaForCausalLM(config).to(device, kind))
+
+
+def _ids(shape: Shape) -> tuple[int, ...]:
+    return tuple(range(shape.context_layers))
+
+
+def _zeros(shape: Shape) -> FeatureSource:
+    def source(batch: Batch) -> Features:
+        rows, like = tuple(batch.input_ids.shape), batch.input_ids
+        context, last = (
+            torch.zeros(*rows, size, dtype=torch.bfloat16, device=like.device)
+            for size in (shape.context_size, shape.drafter.hidden_size)
+        )
+        return Features(context, last)
+
+    return source
+
+
+def _textbook(drafter: Drafter) -> Callable[..., Any]:
+    """The objective from full logits, called like the chunked one."""
+    from dspark_lab.common import DSparkForwardOutput
+
+    def objective(slots: Any, head: Tensor, w2: Tensor | None, **options: Any) -> Any:
+        output = DSparkForwardOutput(
+            draft_logits=drafter.logits(slots.hidden, slots.latent),
+            target_ids=slots.target_ids,
+            eval_mask=slots.eval_mask,
+            block_keep_mask=slots.block_keep_mask,
+            confidence_pred=slots.confidence_pred,
+            aligned_target_logits=drafter.lm_head(slots.target_hidden.to(head.dtype)),
+        )
+        return output_objective(output, **options)
+
+    return objective
+
+
+def _bytes(values: list[Any]) -> int:
+    """Of all tensors, memory that two of them share once."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for value in values
+        if isinstance(value, Tensor)
+    }
+    return sum(storages.values())

@@ -1,0 +1,687 @@
+"""The prefix scheduler against brute force and a heap; that it does not look ahead; SPS curves."""
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import tiny_drafter, tiny_target
+
+from dspark_lab import schedule
+from dspark_lab.decode import decode, distribution
+from dspark_lab.schedule import (
+    StepsPerSecond,
+    measure_steps_per_second,
+    output_distribution,
+    prefix_schedule,
+    prefix_scheduler,
+    retrospective_schedule,
+    schedule_table,
+    simulate_output,
+    simulate_worked_example,
+    worked_example,
+)
+from dspark_lab.target import Target
+
+Confidence = Sequence[Sequence[float]]
+
+
+def curve(seconds: Callable[[int], float], most: int = 12) -> StepsPerSecond:
+    tokens = np.arange(1, most + 1)
+    speeds = np.array([1 / seconds(int(b)) for b in tokens])
+    return StepsPerSecond(tokens, speeds, 0, "imaginary")
+
+
+def table_of(speeds: Sequence[float]) -> Callable[[np.ndarray], np.ndarray]:
+    """SPS(B) is entry B."""
+    return lambda tokens: np.array(speeds)[tokens]
+
+
+# Each further token costs at least as much as the one before.
+SMOOTH = {
+    "free": curve(lambda b: 1.0),
+    "line": curve(lambda b: 1 + 0.3 * b),
+    "bend": curve(lambda b: max(2.0, 0.5 * b)),
+    "square": curve(lambda b: 1 + 0.05 * b * b),
+}
+# SPS(1), SPS(2), SPS(3) of the worked example: the second token is dear, the third nearly free.
+CLIFF = StepsPerSecond(np.array([1, 2, 3]), np.array([1.0, 0.5, 0.45]), 0, "imaginary")
+
+
+def survivals(confidence: Confidence) -> list[list[float]]:
+    return [list(itertools.accumulate(row, lambda a, c: a * c)) for row in confidence]
+
+
+def theta(confidence: Confidence, lengths: Sequence[int], sps) -> float:
+    rows = zip(survivals(confidence), lengths, strict=True)
+    tau = sum(1 + sum(row[:length]) for row, length in rows)
+    return tau * float(sps(np.array([len(confidence) + sum(lengths)]))[0])
+
+
+def best_theta(confidence: Confidence, sps) -> float:
+    """Over every choice of a prefix of each request."""
+    slots = len(confidence[0])
+    sums = [[1 + sum(row[:n]) for n in range(slots + 1)] for row in survivals(confidence)]
+    requests = len(sums)
+    speeds = sps(np.arange(requests, requests * (slots + 1) + 1)).tolist()
+    choices = itertools.product(range(slots + 1), repeat=requests)
+    return max(
+        sum(row[n] for row, n in zip(sums, chosen, strict=True)) * speeds[sum(chosen)]
+        for chosen in choices
+    )
+
+
+def walk(confidence: Confidence, sps) -> list[int]:
+    """Early stopping one slot at a time, knowing only the next slot of each request."""
+    requests, slots = len(confidence), len(confidence[0])
+    known = survivals(confidence)
+    heap = [(-row[0], 0, request) for request, row in enumerate(known)]
+    heapq.heapify(heap)
+    lengths, tokens, tau = [0] * requests, requests, float(requests)
+    while heap:
+        negative, slot, request = heapq.heappop(heap)
+        now, then = sps(np.array([tokens, tokens + 1])).tolist()
+        if not (tau - negative) * then > tau * now:
+            break
+        tau, tokens, lengths[request] = tau - negative, tokens + 1, slot + 1
+        if slot + 1 < slots:
+            heapq.heappush(heap, (-known[request][slot + 1], slot + 1, request))
+    return lengths
+
+
+GRIDS = {
+    **dict.fromkeys([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1)], (0.0, 0.35, 0.6, 0.9, 1.0)),
+    **dict.fromkeys([(2, 3), (3, 2)], (0.3, 0.8, 1.0)),
+    (3, 3): (0.5, 0.9),
+}
+
+
+@pytest.mark.parametrize("sps", SMOOTH.values(), ids=SMOOTH)
+@pytest.mark.parametrize("shape", GRIDS, ids="x".join(["{0[0]}", "{0[1]}"]).format)
+def test_no_choice_of_prefixes_beats_early_stopping_on_a_smooth_curve(shape, sps) -> None:
+    requests, slots = shape
+    assert sps.smooth
+    seen = set()
+    for values in itertools.product(GRIDS[shape], repeat=requests * slots):
+        confidence = [list(values[r * slots : (r + 1) * slots]) for r in range(requests)]
+        lengths = prefix_schedule(np.array(confidence), sps).tolist()
+        found = theta(confidence, lengths, sps)
+        assert found == pytest.approx(best_theta(confidence, sps), rel=1e-12)
+        seen.add(sum(lengths))
+    if sps is SMOOTH["square"]:
+        assert len(seen) > 1, "the lengths must vary for this to say anything"
+
+
+def test_early_stopping_halts_in_front_of_a_cliff() -> None:
+    confidence = [[0.8, 0.9]]
+    assert not CLIFF.smooth
+    assert prefix_schedule(np.array(confidence), CLIFF).tolist() == [0]
+    assert retrospective_schedule(np.array(confidence), CLIFF).tolist() == [2]
+    assert theta(confidence, [0], CLIFF) == pytest.approx(1.0)
+    assert theta(confidence, [1], CLIFF) == pytest.approx(0.9)
+    assert theta(confidence, [2], CLIFF) == pytest.approx(1.134)
+
+
+tenths = st.integers(0, 10).map(lambda n: n / 10)
+some_speeds = st.lists(st.integers(1, 20).map(float), min_size=16, max_size=16)
+
+
+def confidences(most_requests: int, most_slots: int):
+    def rows(slots: int):
+        row = st.lists(tenths, min_size=slots, max_size=slots)
+        return st.lists(row, min_size=1, max_size=most_requests)
+
+    return st.integers(1, most_slots).flatmap(rows)
+
+
+@settings(max_examples=150)
+@given(confidences(3, 3), some_speeds)
+def test_the_retrospective_schedule_is_the_best_choice_on_any_curve(confidence, speeds) -> None:
+    sps = table_of(speeds)
+    lengths = retrospective_schedule(np.array(confidence), sps).tolist()
+    assert theta(confidence, lengths, sps) == pytest.approx(best_theta(confidence, sps), rel=1e-12)
+
+
+@settings(max_examples=150)
+@given(confidences(3, 4), some_speeds)
+def test_early_stopping_is_a_walk_that_knows_the_next_slot_alone(confidence, speeds) -> None:
+    """On any curve, ties and dead slots included: the same lengths, the same arithmetic."""
+    sps = table_of(speeds)
+    assert prefix_schedule(np.array(confidence), sps).tolist() == walk(confidence, sps)
+
+
+@settings(max_examples=150)
+@given(confidences(3, 4), some_speeds, st.data())
+def test_whether_a_slot_is_verified_does_not_hang_on_the_slots_behind_it(
+    confidence, speeds, data
+) -> None:
+    """What a request's later confidences are depends on this slot's token, so they must not."""
+    slots = len(confidence[0])
+    request = data.draw(st.integers(0, len(confidence) - 1))
+    slot = data.draw(st.integers(0, slots - 1))
+    later = data.draw(st.lists(tenths, min_size=slots - slot - 1, max_size=slots - slot - 1))
+    other = [list(row) for row in confidence]
+    other[request][slot + 1 :] = later
+    before, after = (
+        prefix_schedule(np.array(c), table_of(speeds))[request] for c in (confidence, other)
+    )
+    assert (before > slot) == (after > slot)
+
+
+@pytest.mark.parametrize("last", [44.999, 20.0, 3.0, 0.5], ids="SPS falls to {:g}".format)
+@pytest.mark.parametrize("decimals", [16, 1], ids=["apart", "ties"])
+def test_a_thousand_requests_are_scheduled_as_by_the_walk(decimals, last) -> None:
+    """However many are admitted, from a few to all."""
+    confidence = np.random.default_rng(0).uniform(0.3, 1, (1000, 16)).round(decimals)
+    sps = StepsPerSecond(np.array([1, 17_000]), np.array([45.0, last]), 0, "imaginary")
+    lengths = prefix_schedule(confidence, sps)
+    assert lengths.dtype == np.int64 and lengths.tolist() == walk(confidence.tolist(), sps)
+    retrospective = retrospective_schedule(confidence, sps)
+    # The curve is smooth, so there is nothing better.
+    assert retrospective.tolist() == lengths.tolist()
+
+
+def test_of_equal_survivals_the_earlier_slot_comes_first_then_the_lower_request() -> None:
+    # Three more tokens pay, a fourth does not.
+    sps = table_of([0.0, 1, 1, 1, 1, 1, 0.01, 0.01, 0.01])
+    assert prefix_schedule(np.ones((2, 3)), sps).tolist() == [2, 1]
+
+
+def test_of_equally_good_schedules_the_shortest_is_taken() -> None:
+    # The second slot never survives and costs nothing, so it changes nothing.
+    confidence = np.array([[0.5, 0.0]])
+    for scheduler in (prefix_schedule, retrospective_schedule):
+        assert scheduler(confidence, SMOOTH["free"]).tolist() == [1]
+
+
+def test_tensors_arrays_and_lists_are_scheduled_alike() -> None:
+    confidence = torch.tensor([[0.9, 0.8], [0.7, 0.1]], requires_grad=True)
+    sps = SMOOTH["line"]
+    expected = prefix_schedule(confidence.detach().numpy(), sps).tolist()
+    assert prefix_schedule(confidence, sps).tolist() == expected
+    assert prefix_schedule(confidence.detach().bfloat16(), sps).shape == (2,)
+    lengths = prefix_scheduler(sps)(confidence)
+    assert lengths.dtype == torch.int64 and lengths.tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=["no request", "no slot"])
+def test_where_there_is_nothing_to_admit_nothing_is(shape) -> None:
+    for scheduler in (prefix_schedule, retrospective_schedule):
+        assert scheduler(np.zeros(shape), SMOOTH["line"]).tolist() == [0] * shape[0]
+    assert schedule_table(np.zeros(shape), SMOOTH["line"]).empty
+
+
+@pytest.mark.parametrize(
+    "confidence, message",
+    [
+        ([0.5, 0.5], r"confidence must be \[request, slot\], got shape \(2,\)"),
+        ([[0.5, math.nan]], r"confidence must lie in \[0, 1\], got values from nan"),
+        ([[0.5, 1.01]], r"confidence must lie in \[0, 1\], got values from 0.5 to 1.01"),
+        ([[-0.1, 0.5]], r"confidence must lie in \[0, 1\], got values from -0.1"),
+    ],
+    ids=["axes", "nan", "high", "low"],
+)
+def test_confidences_that_are_none_are_refused(confidence, message) -> None:
+    for scheduler in (prefix_schedule, retrospective_schedule, schedule_table):
+        with pytest.raises(ValueError, match=message):
+            scheduler(np.array(confidence), SMOOTH["line"])
+    with pytest.raises(TypeError, match="confidence must hold numbers"):
+        prefix_schedule(np.array([["a"]]), SMOOTH["line"])
+
+
+@pytest.mark.parametrize(
+    "speeds", [lambda b: 1.0, lambda b: 0.0 * b, lambda b: np.nan * b, lambda b: np.inf * b]
+)
+def test_speeds_that_are_none_are_refused(speeds) -> None:
+    with pytest.raises(ValueError, match="sps must return 3 positive and finite steps per second"):
+        prefix_schedule(np.array([[0.5, 0.5]]), speeds)
+
+
+def test_the_table_is_the_walk_slot_by_slot() -> None:
+    confidence = [[0.9, 0.5], [0.8, 0.9]]
+    # Rises twice, falls, rises above all before.
+    sps = table_of([0, 0, 1.0, 0.9, 0.8, 0.4, 0.7])
+    table = schedule_table(np.array(confidence), sps)
+    assert list(zip(table["request"], table["slot"], strict=True)) == [
+        (0, 0),
+        (1, 0),
+        (1, 1),
+        (0, 1),
+    ]
+    a = [0.9, 0.8, 0.8 * 0.9, 0.9 * 0.5]
+    assert table["survival"].tolist() == pytest.approx(a)
+    assert table["tokens"].tolist() == [3, 4, 5, 6]
+    tau = [2 + sum(a[: n + 1]) for n in range(4)]
+    assert table["tau"].tolist() == pytest.approx(tau)
+    expected = [2.0, *(t * s for t, s in zip(tau, [0.9, 0.8, 0.4, 0.7], strict=True))]
+    assert table["theta_before"].tolist() == pytest.approx(expected[:-1])
+    assert table["theta"].tolist() == pytest.approx(expected[1:])
+    assert table["admitted"].tolist() == [True, True, False, False]
+    assert table["retrospective"].tolist() == [True] * 4
+    for column, scheduler in (
+        ("admitted", prefix_schedule),
+        ("retrospective", retrospective_schedule),
+    ):
+        counted = table.groupby("request")[column].sum()
+        assert counted.tolist() == scheduler(np.array(confidence), sps).tolist()
+
+
+def test_decoding_by_the_scheduler_verifies_what_it_says_and_answers_the_same() -> None:
+    target, drafter = tiny_target(), tiny_drafter(block_size=3)
+    with torch.no_grad():
+        drafter.confidence_head.proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    sps, asked = curve(lambda b: 4 + b), []
+    scheduler = prefix_scheduler(sps)
+
+    def listening(confidence: torch.Tensor) -> torch.Tensor:
+        asked.append(confidence.tolist())
+        return scheduler(confidence)
+
+    options = {"max_new_tokens": 12, "end_ids": []}
+    decoded = decode(target, drafter, prompts, scheduler=listening, **options)
+    assert decoded.tokens == decode(target, None, prompts, **options).tokens
+    seen = Counter()
+    for number, confidence in enumerate(asked):
+        batch = decoded.rounds[decoded.rounds["round"] == number]
+        wanted = [min(n, d) for n, d in zip(walk(confidence, sps), batch["drafted"], strict=True)]
+        assert batch["verified"].tolist() == wanted
+        seen.update(wanted)
+    assert len(seen) > 1, "the lengths must vary for this to say anything"
+
+
+probabilities = st.integers(1, 9).map(lambda n: Fraction(n, 10))
+# Of the token 1: first, after a 0, after a 1.
+chains = st.tuples(probabilities, probabilities, probabilities)
+sureness = st.tuples(tenths, tenths, tenths)
+PAIRS = list(itertools.product(range(2), repeat=2))
+
+
+def chance(chain, pair) -> Fraction:
+    first, second = chain[0], chain[1 + pair[0]]
+    return (first if pair[0] else 1 - first) * (second if pair[1] else 1 - second)
+
+
+def answers(p, q, drafted, length) -> Counter:
+    """Of a round that drafted two slots and then plain decoding: the first two tokens."""
+    result: Counter = Counter()
+
+    def go(done: tuple[int, ...], so_far: Fraction, drafting: bool) -> None:
+        if len(done) == 2:
+            result[done] += so_far
+            return
+        one = p[0] if not done else p[1 + done[0]]
+        own = [1 - one, one]
+        if drafting and len(done) < length:
+            other = q[0] if not done else q[1 + done[0]]
+            theirs, token = [1 - other, other], drafted[len(done)]
+            kept = min(Fraction(1), own[token] / theirs[token])
+            go((*done, token), so_far * kept, True)
+            rest = [max(Fraction(0), a - b) for a, b in zip(own, theirs, strict=True)]
+            own = [r / sum(rest) for r in rest] if sum(rest) else own
+            so_far *= 1 - kept
+        for token in range(2):
+            go((*done, token), so_far * own[token], False)
+
+    go((), Fraction(1), True)
+    return result
+
+
+def joint_answers(rows, sps, scheduler) -> Counter:
+    """Of requests that share a step, over all that may be drafted; a row is (p, q, confidence)."""
+    result: Counter = Counter()
+    for drafted in itertools.product(PAIRS, repeat=len(rows)):
+        block = [[c[0], c[1 + d[0]]] for (_, _, c), d in zip(rows, drafted, strict=True)]
+        lengths = scheduler(np.array(block), sps).tolist()
+        found = [
+            answers(p, q, d, n).items()
+            for (p, q, _), d, n in zip(rows, drafted, lengths, strict=True)
+        ]
+        chances = [chance(q, d) for (_, q, _), d in zip(rows, drafted, strict=True)]
+        for said in itertools.product(*found):
+            result[tuple(pair for pair, _ in said)] += math.prod(
+                [*chances, *(share for _, share in said)]
+            )
+    return result
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(chains, chains, sureness), min_size=2, max_size=2), some_speeds)
+def test_the_answers_of_requests_that_share_a_step_stay_the_targets_own(rows, speeds) -> None:
+    """Exact, in fractions, on any curve: each one's own, and independent of the other's."""
+    found = joint_answers(rows, table_of(speeds), prefix_schedule)
+    for pairs in itertools.product(PAIRS, repeat=2):
+        own = math.prod(chance(p, pair) for (p, _, _), pair in zip(rows, pairs, strict=True))
+        assert found[pairs] == own
+
+
+def test_the_enumeration_sees_the_bias_of_the_retrospective_search() -> None:
+    # Token 0 is A: target (0.7, 0.3), draft (0.5, 0.5), 0.8, then 0.9 after A and 0 after B.
+    half = Fraction(1, 2)
+    row = ((Fraction(3, 10), half, half), (half, half, half), (0.8, 0.9, 0.0))
+    for scheduler, expected in (
+        (prefix_schedule, Fraction(7, 10)),
+        (retrospective_schedule, Fraction(85, 100)),
+    ):
+        found = joint_answers([row], CLIFF, scheduler)
+        assert sum(share for ((a, _),), share in found.items() if a == 0) == expected
+
+
+def test_the_worked_example_is_that_of_the_design() -> None:
+    table = worked_example().set_index("scheduler")
+    assert table.loc["early stopping"].tolist() == [0, 0, 0.7, 0.3, 0.0]
+    assert table.loc["retrospective"].tolist() == [2, 0, 0.85, 0.15, 0.15]
+    assert list(table) == ["verified_after_A", "verified_after_B", "A", "B", "bias"]
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any),
+    st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    st.lists(tenths, min_size=4, max_size=4),
+    some_speeds,
+)
+def test_a_lone_token_is_the_targets_own_under_early_stopping(p, q, sure, speeds) -> None:
+    p, q = ([Fraction(part, sum(parts)) for part in parts] for parts in (p, q))
+    assert output_distribution(p, q, sure[0], sure[1:], table_of(speeds)) == p
+
+
+def test_the_simulation_agrees_with_the_worked_example() -> None:
+    """Within 5 standard errors, which a right simulation misses once in 1.7 million such tests."""
+    draws = 200_000
+    exact = worked_example().set_index("scheduler")["A"]
+    found = simulate_worked_example(draws, seed=7).set_index("scheduler")
+    for name, share in exact.items():
+        assert abs(found.loc[name, "A"] - share) < 5 * math.sqrt(share * (1 - share) / draws)
+        assert found.loc[name, "A"] + found.loc[name, "B"] == pytest.approx(1)
+        assert found.loc[name, "standard_error"] == pytest.approx(
+            math.sqrt(share * (1 - share) / draws), rel=0.02
+        )
+    pd.testing.assert_frame_equal(
+        simulate_worked_example(100, seed=1), simulate_worked_example(100, seed=1)
+    )
+    with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
+        simulate_worked_example(0)
+
+
+def test_the_simulation_rejects_and_corrects_as_the_enumeration_says() -> None:
+    """Verified after the tokens 0 and 2 alone. Six frequencies, each within 5 standard errors: a
+    right simulation misses one of them once in 290,000 such tests.
+    """
+    p, q = (np.array(parts) / 10 for parts in ([2, 5, 3], [6, 3, 1]))
+    sure, draws = [0.9, 0.0, 0.9], 100_000
+    for scheduler in (prefix_schedule, retrospective_schedule):
+        options = (p.tolist(), q.tolist(), 0.8, sure, CLIFF, scheduler)
+        exact = np.array(output_distribution(*options), dtype=float)
+        error = np.sqrt(exact * (1 - exact) / draws)
+        assert (abs(simulate_output(*options, draws=draws, seed=3) - exact) < 5 * error).all()
+    # By hand: 0.6 * (1/3 stays 0, 2/3 corrected to 1 or 2 alike), 0.3 of p anew, 0.1 stays 2.
+    expected = [0.2 + 0.06, 0.2 + 0.15, 0.2 + 0.09 + 0.1]
+    assert exact == pytest.approx(expected)
+
+
+def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
+    sps = StepsPerSecond(np.array([2, 6, 8]), 1 / np.array([1.0, 3.0, 5.0]), 16, "a device")
+    expected = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.5, 5: 2.5, 6: 3.0, 7: 4.0, 8: 5.0, 9: 6.0, 20: 17.0}
+    for tokens, seconds in expected.items():
+        assert sps.seconds(tokens) == pytest.approx(seconds)
+        assert isinstance(sps(tokens), float) and sps(tokens) == pytest.approx(1 / seconds)
+    asked = np.array(list(expected)).reshape(2, 5)
+    assert sps(asked).shape == (2, 5)
+    assert sps(asked).ravel().tolist() == [sps(tokens) for tokens in expected]
+    for wrong in (-1, math.nan, np.array([3, -2])):
+        with pytest.raises(ValueError, match="tokens per step must be >= 0"):
+            sps(wrong)
+
+
+def test_above_the_last_point_a_step_never_gets_faster() -> None:
+    falling = StepsPerSecond(np.array([1, 4]), np.array([1.0, 2.0]), 0, "")
+    alone = StepsPerSecond(np.array([3]), np.array([2.0]), 0, "")
+    assert falling(100) == pytest.approx(2.0) and alone(100) == alone(1) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "tokens, speeds, message",
+    [
+        ([], [], "one or more points"),
+        ([1, 2], [1.0], "one or more points"),
+        ([[1]], [[1.0]], "one or more points"),
+        ([1, 4, 4], [3.0, 2.0, 1.0], "tokens must rise from point to point, got 4 and then 4"),
+        ([4, 1], [2.0, 1.0], "tokens must rise from point to point, got 4 and then 1"),
+        ([0, 1], [2.0, 1.0], "tokens must be whole numbers >= 1, got 0"),
+        ([1, 1.5], [2.0, 1.0], "tokens must be whole numbers >= 1, got 1.5 at point 1"),
+        ([1, math.nan], [2.0, 1.0], "tokens must be whole numbers >= 1, got nan"),
+        ([1, 2], [2.0, 0.0], "positive and finite, got 0.0 at 2 tokens"),
+        ([1, 2], [2.0, -1.0], "positive and finite, got -1.0 at 2 tokens"),
+        ([1, 2], [math.nan, 1.0], "positive and finite, got nan at 1 tokens"),
+        ([1, 2], [math.inf, 1.0], "positive and finite, got inf at 1 tokens"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value.split(", got")[-1].strip(),
+)
+def test_bad_tables_are_refused(tokens, speeds, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepsPerSecond(np.array(tokens, dtype=float), np.array(speeds), 0, "a device")
+
+
+def test_facts_of_another_kind_are_refused() -> None:
+    points = np.array([1]), np.array([1.0])
+    with pytest.raises(TypeError, match="tokens must hold numbers"):
+        StepsPerSecond(np.array(["1"]), points[1], 0, "")
+    with pytest.raises(TypeError, match="context_length must be an int"):
+        StepsPerSecond(*points, 1.5, "")
+    with pytest.raises(ValueError, match="context_length must be >= 0, got -1"):
+        StepsPerSecond(*points, -1, "")
+    with pytest.raises(TypeError, match="device must be text, got 3"):
+        StepsPerSecond(*points, 0, 3)
+
+
+def test_a_curve_does_not_change_with_the_arrays_it_was_made_from() -> None:
+    tokens, speeds = np.array([1, 2]), np.array([2.0, 1.0])
+    sps = StepsPerSecond(tokens, speeds, 0, "")
+    tokens[:], speeds[:] = 9, 9
+    assert sps(1) == 2 and sps.tokens.tolist() == [1, 2]
+    with pytest.raises(ValueError, match="read-only"):
+        sps.tokens[0] = 3
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(st.integers(1, 30), st.integers(1, 40), min_size=1, max_size=8))
+def test_a_smoothed_curve_is_the_lower_convex_envelope(points) -> None:
+    tokens = sorted(points)
+    seconds = [points[b] / 10 for b in tokens]
+    sps = StepsPerSecond(np.array(tokens), 1 / np.array(seconds), 3, "a device", "a target")
+    smoothed = sps.smoothed()
+    assert smoothed.smooth and set(smoothed.tokens) <= set(tokens)
+    assert smoothed.table.iloc[0, 2:].tolist() == [3, "a device", "a target"]
+    first = max(i for i in range(len(tokens)) if seconds[i] == min(seconds))
+    for i, b in enumerate(tokens):
+        # The lowest chord above or below the point; in front of the fastest step, its seconds.
+        expected = min(seconds)
+        if i >= first:
+            expected = min(
+                seconds[low]
+                + (seconds[high] - seconds[low])
+                * (b - tokens[low])
+                / max(tokens[high] - tokens[low], 1)
+                for low in range(first, i + 1)
+                for high in range(i, len(tokens))
+                if low < high or low == i == high
+            )
+        assert smoothed.seconds(b) == pytest.approx(expected)
+    # Below the first point a curve holds, so it is smooth where it is its own envelope.
+    same = all(smoothed.seconds(b) == pytest.approx(s, abs=1e-9) for b, s in points_of(sps))
+    assert sps.smooth == same
+
+
+def points_of(sps: StepsPerSecond) -> list[tuple[int, float]]:
+    return [(int(b), 1 / s) for b, s in zip(sps.tokens, sps.steps_per_second, strict=True)]
+
+
+def test_a_saved_curve_is_read_back_with_its_facts(tmp_path) -> None:
+    path = tmp_path / "sps.csv"
+    speeds = np.array([100 / 3, 0.1, 1e-7])
+    for device, target in (("a card, bfloat16", "a target"), ("NA", ""), ("7", "7")):
+        sps = StepsPerSecond(np.array([1, 8, 64]), speeds, 256, device, target)
+        sps.save(path)
+        found = StepsPerSecond.read(path)
+        pd.testing.assert_frame_equal(found.table, sps.table)
+        assert found.steps_per_second.tolist() == pytest.approx(speeds.tolist(), rel=1e-14)
+        assert (found.context_length, found.device, found.target) == (256, device, target)
+        assert type(found.context_length) is int
+    assert [item.name for item in tmp_path.iterdir()] == ["sps.csv"]
+    assert list(sps.table) == ["tokens", "steps_per_second", "context_length", "device", "target"]
+
+
+def test_a_curve_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "sps.csv"
+    CLIFF.save(path)
+    before = path.read_text()
+
+    def half(self, place, **options) -> None:
+        place.write_text("tokens")
+        raise OSError("no space")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(OSError, match="no space"):
+        SMOOTH["line"].save(path)
+    assert path.read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_of_ones_own_needs_two_columns_and_two_facts(tmp_path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("steps_per_second,tokens,note\n30,1,a\n20.5,16,b\n")
+    sps = StepsPerSecond.read(path, context_length=2048, device="a server")
+    assert sps.table.iloc[:, :4].to_numpy().tolist() == [
+        [1, 30.0, 2048, "a server"],
+        [16, 20.5, 2048, "a server"],
+    ]
+    with pytest.raises(ValueError, match="context_length must be given, or be a column"):
+        StepsPerSecond.read(path, device="a server")
+    with pytest.raises(ValueError, match="device must be given, or be a column"):
+        StepsPerSecond.read(path, context_length=1)
+    table = sps.table
+    assert StepsPerSecond.of(table, device="another").device == "another"
+    with pytest.raises(ValueError, match="device must be the same in every row"):
+        StepsPerSecond.of(table.assign(device=["one", "two"]))
+    with pytest.raises(ValueError, match="got no tokens"):
+        StepsPerSecond.of(table.drop(columns="tokens"))
+    path.write_text("tokens,steps_per_second\n1,30\n2,nan\n")
+    with pytest.raises(ValueError, match="positive and finite, got nan at 2 tokens"):
+        StepsPerSecond.read(path, context_length=1, device="")
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list:
+    """What the target was asked to read: rows and tokens, and what each row had read before."""
+    seen: list = []
+    advance = Target.advance
+
+    def listening(self, input_ids, cache, layer_ids):
+        before = list(cache.rows.lengths)
+        features = advance(self, input_ids, cache, layer_ids)
+        seen.append((input_ids.clone(), before, features.last.clone()))
+        return features
+
+    monkeypatch.setattr(Target, "advance", listening)
+    return seen
+
+
+def test_every_step_reads_so_many_tokens_behind_the_same_context(steps) -> None:
+    target = tiny_target()
+    sps = measure_steps_per_second(
+        target, (1, 5, 6, 11), context_length=7, tokens_per_row=4, warm_up=1, repeats=2
+    )
+    assert sps.tokens.tolist() == [1, 5, 6, 11] and (sps.steps_per_second > 0).all()
+    assert (sps.context_length, sps.target) == (7, "in memory")
+    threads = torch.get_num_threads()
+    assert sps.device == f"cpu, {threads} thread{'' if threads == 1 else 's'}, float32"
+    shapes = [(tuple(ids.shape), before) for ids, before, _ in steps]
+    context = [((1, 7), [0])]
+    # Of the divisors up to 4: 5 tokens are 5 rows of 1, 6 are 2 rows of 3.
+    for rows, each in ((1, 1), (5, 1), (2, 3), (11, 1)):
+        assert shapes[:4] == context + [((rows, each), [7] * rows)] * 3
+        shapes = shapes[4:]
+    assert not shapes
+
+
+def test_a_curve_names_its_target_without_the_way_to_it() -> None:
+    model = tiny_target().model
+    for where, name in (("/some/where/pocket/target", "pocket/target"), ("org/name", "org/name")):
+        target = Target(model, None, where)
+        sps = measure_steps_per_second(target, (1,), context_length=1, warm_up=0, repeats=1)
+        assert sps.target == name
+
+
+def test_every_row_reads_tokens_of_its_own_behind_the_context(steps) -> None:
+    target = tiny_target()
+    measure_steps_per_second(target, (6,), context_length=5, tokens_per_row=3, repeats=1, seed=3)
+    (context, _, _), *later = steps
+    for ids, _, last in later:
+        assert not torch.equal(ids[0], ids[1])
+        alone = target.features(torch.cat([context.expand(2, -1), ids], dim=1), [0]).last[:, 5:]
+        torch.testing.assert_close(last, alone)
+
+
+def test_the_time_is_the_median_without_the_warm_up(monkeypatch) -> None:
+    lasting = iter([50.0, 50.0, 1.0, 9.0, 2.0, 50.0, 50.0, 4.0, 3.0, 100.0])
+    now, running = [0.0], [False]
+
+    def clock(device: torch.device) -> float:
+        if running[0]:
+            now[0] += next(lasting)
+        running[0] = not running[0]
+        return now[0]
+
+    monkeypatch.setattr(schedule, "_now", clock)
+    sps = measure_steps_per_second(tiny_target(), (1, 2), context_length=2, repeats=3)
+    assert sps.steps_per_second.tolist() == pytest.approx([1 / 2, 1 / 4])
+    assert next(lasting, None) is None
+
+
+def test_a_target_that_decodes_one_row_at_a_time_reads_all_tokens_in_it(steps) -> None:
+    target = tiny_target()
+    target.model.config.model_type = "of a family that is not known"
+    assert not target.decodes_batches
+    measure_steps_per_second(target, (12,), context_length=3, tokens_per_row=4, repeats=1)
+    assert [tuple(ids.shape) for ids, _, _ in steps] == [(1, 3), (1, 12), (1, 12), (1, 12)]
+
+
+def test_a_step_ends_with_probabilities_over_the_vocabulary(monkeypatch) -> None:
+    shapes = []
+
+    def listening(logits, *options):
+        shapes.append(tuple(logits.shape))
+        return distribution(logits, *options)
+
+    monkeypatch.setattr(schedule, "distribution", listening)
+    measure_steps_per_second(
+        tiny_target(), (4,), context_length=3, tokens_per_row=2, warm_up=0, repeats=1
+    )
+    assert shapes == [(2, 2, 64)]
+
+
+@pytest.mark.parametrize(
+    "tokens, options, message",
+    [
+        ((4, 2), {}, "tokens must rise"),
+        ((), {}, "one or more points"),
+        ((0,), {}, "tokens must be whole numbers >= 1"),
+        ((1,), {"context_length": 0}, "context_length must be >= 1, got 0"),
+        ((1,), {"tokens_per_row": 0}, "tokens_per_row must be >= 1, got 0"),
+        ((1,), {"warm_up": -1}, "warm_up must be >= 0, got -1"),
+        ((1,), {"repeats": 0}, "repeats must be >= 1, got 0"),
+        ((1,), {"seed": -1}, "seed must be >= 0, got -1"),
+        ((1, 16), {"context_length": 25}, "at most 32 together .*, got 33"),
+    ],
+    ids=lambda value: value.split(" must")[0][:20] if isinstance(value, str) else None,
+)
+def test_measurements_that_cannot_be_are_refused(tokens, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure_steps_per_second(tiny_target(max_position_embeddings=32), tokens, **options)

@@ -1,0 +1,705 @@
+"""`dspark_lab.serving`: rounds enumerated one by one, traces counted again by loops, a clock that
+tells what it is told.
+
+The oracle of a round is the list of what can become of it, each with its probability, tokens and
+seconds. No test reads a real clock: where decoding is timed, each call of a model takes so many
+made-up seconds.
+"""
+
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from samples import tiny_drafter, tiny_target
+from traces import PROBABILITY, SLOTS, TRACE, made_trace, rounds_by_hand
+
+from dspark_lab.calibration import split_prompts
+from dspark_lab.decode import decode
+from dspark_lab.drafter import Drafter
+from dspark_lab.pairs import load_pair, load_traces, question
+from dspark_lab.replay import gain_table, threshold_sweep
+from dspark_lab.serving import (
+    AcceptanceProfile,
+    RoundCosts,
+    acceptance_profile,
+    advice,
+    best_length,
+    best_threshold,
+    break_even,
+    decode_check,
+    measure_costs,
+    speedup_table,
+    temperature_table,
+    threshold_table,
+)
+from dspark_lab.speed import break_even_rate
+from dspark_lab.target import Target
+from dspark_lab.temperatures import SequentialTemperatures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Numbers of which no two sums are alike.
+COSTS = RoundCosts(
+    plain_seconds=1.0,
+    draft_seconds=(0.1, 0.13, 0.17, 0.19),
+    verify_seconds=(1.0, 1.1, 1.3, 1.6, 2.0),
+    replay_seconds=(0.9, 1.07, 1.21, 1.55),
+    rollback_seconds=0.031,
+    overhead_seconds=0.057,
+)
+SECONDS = st.floats(0.01, 3)
+
+
+def ended_early(trace: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """As the ends of answers cut rounds: every third one, in one of two ways.
+
+    By a limit, slots are left out; behind an accepted end of turn they stand there unverified.
+    """
+    rng = np.random.default_rng(seed)
+    kept = []
+    for (_, number), block in trace.sort_values("slot").groupby(["prompt", "round"], sort=True):
+        block = block.copy()
+        if number % 3 == 0:
+            block = block.iloc[: rng.integers(1, SLOTS + 1)]
+        elif number % 3 == 1:
+            taken = int(block["accepted"].sum())
+            end = int(rng.integers(1, SLOTS + 1))
+            if end <= taken:
+                behind = block["slot"] >= end
+                block.loc[behind, ["verified", "accepted"]] = False
+                block.loc[behind, "accept_rate"] = math.nan
+        kept.append(block)
+    return pd.concat(kept, ignore_index=True)
+
+
+ENDED = ended_early(TRACE)
+
+
+def outcomes(rates: Sequence[float]) -> list[tuple[int, float]]:
+    """How many of a block are accepted, and how often."""
+    found, alive = [], 1.0
+    for accepted, rate in enumerate(rates):
+        found.append((accepted, alive * (1 - rate)))
+        alive *= rate
+    return [*found, (len(rates), alive)]
+
+
+def by_hand(costs: RoundCosts, rates: Sequence[float], forget: str = "") -> tuple[float, float]:
+    """Tokens and seconds of a round that drafts and verifies a token for each of the rates."""
+    tokens = seconds = 0.0
+    k = len(rates)
+    for accepted, chance in outcomes(rates):
+        spent = costs.draft_seconds[k - 1] + costs.verify_seconds[k]
+        if "overhead" not in forget:
+            spent += costs.overhead_seconds
+        if accepted < k and "replay" not in forget:
+            spent += costs.rollback_seconds
+            spent += costs.replay_seconds[accepted] if costs.replay_seconds else 0
+        tokens += chance * (accepted + 1)
+        seconds += chance * spent
+    return tokens, seconds
+
+
+def test_two_slots_worked_out() -> None:
+    """Half of the first and half of the second slots: 1, 2 and 3 tokens in 1/2, 1/4 and 1/4."""
+    costs = RoundCosts(1.0, (0.25, 0.5), (1.0, 1.25, 1.5), (1.0, 1.25), 0.5, 0.25)
+    row = speedup_table(AcceptanceProfile.of([0.5, 0.5]), costs, [2]).iloc[0]
+    assert row["tau"] == 1.75
+    assert row["replay_seconds"] == 0.5 * 1.0 + 0.25 * 1.25
+    assert row["rollback_seconds"] == 0.75 * 0.5
+    assert row["round_seconds"] == 0.5 + 1.5 + 0.8125 + 0.375 + 0.25
+    assert row["tokens_per_second"] == 1.75 / 3.4375
+    assert row["speedup"] == 1.75 / 3.4375
+    assert row["without_replay"] == 1.75 / 2.25
+    assert row["without_overhead"] == 1.75 / 2.0
+
+
+@settings(max_examples=60)
+@given(
+    rates=st.lists(PROBABILITY, min_size=1, max_size=4),
+    draft=st.lists(SECONDS, min_size=4, max_size=4),
+    verify=st.lists(SECONDS, min_size=5, max_size=5),
+    replay=st.one_of(st.just([]), st.lists(SECONDS, min_size=4, max_size=4)),
+    rest=st.tuples(SECONDS, SECONDS, SECONDS),
+)
+def test_speed_is_that_of_all_that_can_become_of_a_round(
+    rates, draft, verify, replay, rest
+) -> None:
+    plain, rollback, overhead = rest
+    costs = RoundCosts(plain, draft, verify, replay, rollback, overhead)
+    table = speedup_table(AcceptanceProfile.of(rates), costs)
+    assert table["draft_length"].tolist() == list(range(1, len(rates) + 1))
+    for row in table.itertuples():
+        drafted = rates[: row.draft_length]
+        tokens, seconds = by_hand(costs, drafted)
+        assert row.tau == pytest.approx(tokens)
+        assert row.round_seconds == pytest.approx(seconds)
+        assert row.tokens_per_second == pytest.approx(tokens / seconds)
+        for name, forget in (
+            ("speedup", ""),
+            ("without_replay", "replay"),
+            ("without_overhead", "replay, overhead"),
+        ):
+            tokens, seconds = by_hand(costs, drafted, forget)
+            assert getattr(row, name) == pytest.approx(plain * tokens / seconds)
+        assert row.speedup <= row.without_replay <= row.without_overhead
+        parts = [n for n in table if n.endswith("_seconds") and n != "round_seconds"]
+        assert len(parts) == 5
+        assert sum(getattr(row, n) for n in parts) == pytest.approx(row.round_seconds)
+
+
+def test_the_best_length_is_the_fastest_and_none_where_nothing_pays() -> None:
+    profile = AcceptanceProfile.of([0.9, 0.8, 0.7, 0.6])
+    table = speedup_table(profile, COSTS)
+    speeds = table.set_index("draft_length")["speedup"].to_dict()
+    assert best_length(profile, COSTS) == max(speeds, key=speeds.__getitem__)
+    assert best_length(profile, COSTS, [2, 1]) == max([2, 1], key=speeds.__getitem__)
+    assert best_length(AcceptanceProfile.of([0.1] * 4), COSTS) == 0
+    dear = RoundCosts.of(4, plain_seconds=1, draft_seconds=9, verify_seconds=1)
+    assert best_length(AcceptanceProfile.of([1.0] * 4), dear) == 0
+
+
+def yielded_by_hand(rates: Sequence[float], left: int) -> float:
+    """Rounds that an answer still takes, each way that each round can fall tried in turn."""
+    if left <= 0:
+        return 0.0
+    # No round drafts more than is left behind the target's own token.
+    drafted = rates[: max(0, left - 1)]
+    return 1 + sum(
+        chance * yielded_by_hand(rates, left - accepted - 1)
+        for accepted, chance in outcomes(drafted)
+        if chance
+    )
+
+
+@settings(max_examples=40)
+@given(rates=st.lists(PROBABILITY, min_size=1, max_size=3), tokens=st.integers(1, 7))
+def test_tau_of_short_answers_counts_their_cut_rounds(rates, tokens) -> None:
+    profile = AcceptanceProfile.of(rates)
+    expected = tokens / yielded_by_hand(rates, tokens)
+    assert profile.tau(len(rates), tokens) == pytest.approx(expected)
+    assert profile.tau(len(rates), tokens) <= profile.tau(len(rates)) + 1e-9
+    assert profile.tau(len(rates), 3000) == pytest.approx(profile.tau(len(rates)), rel=2e-3)
+
+
+def counted(trace: pd.DataFrame, prompts: Sequence[int] | None = None) -> list[float]:
+    """Of each slot, mean c* over the rounds that reached it, conversation by conversation."""
+    blocks = rounds_by_hand(trace)
+    top, bottom = [0.0] * SLOTS, [0] * SLOTS
+    for prompt in sorted(set(trace["prompt"])) if prompts is None else prompts:
+        for (own, _), block in blocks.items():
+            if own != prompt:
+                continue
+            for row in block:
+                if not row.verified:
+                    break
+                top[row.slot] += row.accept_rate
+                bottom[row.slot] += 1
+                if not row.accepted:
+                    break
+    return [a / b if b else math.nan for a, b in zip(top, bottom, strict=True)]
+
+
+@pytest.mark.parametrize("trace", [TRACE, ENDED], ids=["whole", "ended"])
+def test_a_profile_is_the_rates_of_reached_slots(trace) -> None:
+    profile = acceptance_profile(trace, resamples=30, seed=3)
+    assert profile.rates.tolist() == pytest.approx(counted(trace))
+    assert profile.survival.tolist() == pytest.approx(np.cumprod(counted(trace)).tolist())
+    assert profile.tau(3) == pytest.approx(1 + sum(np.cumprod(counted(trace)[:3])))
+    assert profile.conversations == 12
+    times = np.random.default_rng(3).multinomial(12, [1 / 12] * 12, size=30)
+    for sample, drawn in zip(profile.samples, times, strict=True):
+        again = [prompt for prompt, often in enumerate(drawn) for _ in range(often)]
+        assert sample.tolist() == pytest.approx(counted(trace, again))
+    table = profile.table()
+    lived = np.cumprod(profile.samples, axis=1)
+    for name, values in (("rate", profile.samples), ("survival", lived)):
+        low, high = np.quantile(values, [0.025, 0.975], axis=0)
+        assert table[f"{name}_low"].tolist() == pytest.approx(low.tolist())
+        assert table[f"{name}_high"].tolist() == pytest.approx(high.tolist())
+    speeds = speedup_table(profile, COSTS)
+    sampled = [
+        [by_hand(COSTS, sample[:k]) for k in range(1, SLOTS + 1)] for sample in profile.samples
+    ]
+    each = np.array([[tokens / seconds for tokens, seconds in row] for row in sampled])
+    low, high = np.quantile(each, [0.025, 0.975], axis=0)
+    assert speeds["speedup_low"].tolist() == pytest.approx(low.tolist())
+    assert speeds["speedup_high"].tolist() == pytest.approx(high.tolist())
+    fastest = each.argmax(axis=1).tolist()
+    share = [fastest.count(k) / 30 for k in range(SLOTS)]
+    assert speeds["best_share"].tolist() == pytest.approx(share)
+
+
+def test_rounds_that_the_end_of_an_answer_cut_do_not_lower_tau() -> None:
+    """What is left of the rounds says the same; a mean over rounds would be 0.4 tokens too low.
+
+    Both estimates have an error of about 0.03.
+    """
+    whole = acceptance_profile(TRACE, resamples=1)
+    ended = acceptance_profile(ENDED, resamples=1)
+    mean = 1 + ENDED["accepted"].sum() / len(rounds_by_hand(ENDED))
+    assert ended.tau(SLOTS) == pytest.approx(whole.tau(SLOTS), abs=0.1)
+    assert mean < whole.tau(SLOTS) - 0.3
+
+
+def test_behind_a_rate_of_nothing_nothing_is_missing() -> None:
+    never = acceptance_profile(TRACE.assign(accepted=False, accept_rate=0.0), resamples=5)
+    assert never.rates[0] == 0 and np.isnan(never.rates[1:]).all()
+    assert never.survival.tolist() == [0.0] * SLOTS
+    assert never.tau(SLOTS) == 1.0
+    # Where every answer ends at the first slot, nobody knows of the second one.
+    first = TRACE["slot"] == 0
+    ended = TRACE.assign(
+        verified=first,
+        accepted=first & TRACE["accepted"],
+        accept_rate=TRACE["accept_rate"].where(first),
+    )[lambda trace: trace.groupby(["prompt", "round"])["accepted"].transform("any")]
+    short = acceptance_profile(ended, resamples=5)
+    assert np.isnan(short.survival[1:]).all() and short.rates[0] > 0
+    free = RoundCosts.of(SLOTS, plain_seconds=1, draft_seconds=0, verify_seconds=1)
+    assert speedup_table(short, free)["speedup"].notna().tolist() == [True] + [False] * 3
+    assert best_length(short, free) == 1
+
+
+def test_a_trace_is_of_one_drafter_at_one_temperature() -> None:
+    hot = made_trace(7, range(4), 10).assign(temperature=1.0, drafter="a")
+    cold = made_trace(8, range(4), 10).assign(temperature=0.0, drafter="a")
+    other = made_trace(9, range(4), 10).assign(temperature=0.0, drafter="b")
+    several = pd.concat([hot, cold, other], ignore_index=True)
+    with pytest.raises(ValueError, match=r"of one drafter, or .* say which, got \['a', 'b'\]"):
+        acceptance_profile(several)
+    with pytest.raises(ValueError, match=r"of one temperature, .* got \[0.0, 1.0\]"):
+        acceptance_profile(several, drafter="a")
+    with pytest.raises(ValueError, match=r"temperature must be one of .*\[0.0, 1.0\], got 0.5"):
+        acceptance_profile(several, drafter="a", temperature=0.5)
+    chosen = acceptance_profile(several, drafter="a", temperature=1)
+    assert chosen.rates.tolist() == acceptance_profile(hot).rates.tolist()
+    assert (chosen.drafter, chosen.temperature) == ("a", 1)
+    alone = acceptance_profile(cold)
+    assert (alone.drafter, alone.temperature) == ("a", 0.0)
+    unlabelled = acceptance_profile(TRACE, temperature=0.7, resamples=1)
+    assert (unlabelled.drafter, unlabelled.temperature) == (None, 0.7)
+    with pytest.raises(TypeError, match="trace must be a pandas DataFrame, got list"):
+        acceptance_profile([])
+
+
+def test_a_trace_cut_by_a_threshold_is_refused() -> None:
+    cut = TRACE.copy()
+    rejected = (cut["prompt"] == 3) & (cut["slot"] == 1) & ~cut["accepted"]
+    number = cut["round"][rejected].iloc[0]
+    behind = (cut["prompt"] == 3) & (cut["round"] == number) & (cut["slot"] > 1)
+    cut.loc[behind, ["verified", "accepted"]] = False
+    with pytest.raises(ValueError, match="of whole blocks, without a threshold .* of prompt 3"):
+        acceptance_profile(cut)
+    with pytest.raises(ValueError, match="of whole blocks"):
+        threshold_table(cut, COSTS)
+    # A drafter without a confidence head leaves no confidences.
+    with pytest.raises(ValueError, match="of whole blocks"):
+        acceptance_profile(cut.assign(confidence=math.nan))
+    with pytest.raises(ValueError, match="trace must have a verified slot, got none"):
+        acceptance_profile(TRACE.assign(verified=False, accepted=False))
+
+
+def threshold_by_hand(trace: pd.DataFrame, threshold: float, k: int) -> tuple[list[float], ...]:
+    """How often each slot is verified, accepted, rejected: each step over the rounds at risk.
+
+    A round is at risk of being stopped at a slot if it has the slot and was not stopped before; its
+    slot is at risk of a rejection if, besides, all before it were accepted and the answer goes on.
+    """
+    asked, taken, refused = [], [], []
+    going = alive = 1.0
+    for slot in range(k):
+        have = passed = reached = 0
+        accepted = rejected = 0.0
+        for block in rounds_by_hand(trace).values():
+            if len(block) <= slot or any(row.confidence < threshold for row in block[:slot]):
+                continue
+            sure = block[slot].confidence >= threshold
+            have += 1
+            passed += sure
+            if all(row.accepted for row in block[:slot]) and block[slot].verified:
+                reached += 1
+                if sure:
+                    accepted += block[slot].accept_rate
+                    rejected += 1 - block[slot].accept_rate
+        refused.append(alive * rejected / reached if reached else 0.0)
+        going *= passed / have if have else 0.0
+        alive *= accepted / reached if reached else 0.0
+        asked.append(going)
+        taken.append(alive)
+    return asked, taken, refused
+
+
+@pytest.mark.parametrize("trace", [TRACE, ENDED], ids=["whole", "ended"])
+def test_thresholds_are_replayed_round_by_round(trace) -> None:
+    thresholds = [0.0, 0.4, float(trace["confidence"][7]), 0.7, 0.99, 1.0]
+    table = threshold_table(trace, COSTS, thresholds=thresholds, draft_lengths=[2, 4], resamples=9)
+    assert table["threshold"].tolist() == thresholds * 2
+    for row in table.itertuples():
+        k = row.draft_length
+        asked, taken, refused = threshold_by_hand(trace, row.threshold, k)
+        verified = [1.0, *asked, 0.0]
+        verify = sum(
+            (verified[n] - verified[n + 1]) * COSTS.verify_seconds[n] for n in range(k + 1)
+        )
+        replay = sum(a * b for a, b in zip(refused, COSTS.replay_seconds, strict=False))
+        assert row.verified == pytest.approx(sum(asked))
+        assert row.tau == pytest.approx(1 + sum(taken))
+        assert row.verify_seconds == pytest.approx(verify)
+        assert row.replay_seconds == pytest.approx(replay)
+        seconds = COSTS.draft_seconds[k - 1] + verify + replay
+        seconds += COSTS.overhead_seconds + COSTS.rollback_seconds * sum(refused)
+        assert row.speedup == pytest.approx((1 + sum(taken)) / seconds)
+        assert row.speedup_low <= row.speedup_high
+
+
+@pytest.mark.parametrize("trace", [TRACE, ENDED], ids=["whole", "ended"])
+def test_a_threshold_of_nothing_is_a_fixed_length(trace) -> None:
+    lengths = [1, 2, 3, 4]
+    loose = threshold_table(
+        trace, COSTS, thresholds=[0.0], draft_lengths=lengths, resamples=40, seed=5
+    )
+    fixed = speedup_table(acceptance_profile(trace, resamples=40, seed=5), COSTS)
+    shared = [name for name in loose if name in fixed]
+    assert len(shared) == len(loose.columns) - 2
+    pd.testing.assert_frame_equal(loose[shared], fixed[shared])
+    assert loose["verified"].tolist() == lengths
+
+
+def test_whole_rounds_are_swept_as_the_sweep_sweeps_them() -> None:
+    """With outcomes in place of c*, both count the same slots."""
+    plain = TRACE.assign(accept_rate=TRACE["accepted"].astype(float))
+    scaling = SequentialTemperatures((2.0, 0.5, 1.0, 3.0))
+    for calibrated in (None, scaling):
+        mine = threshold_table(plain, COSTS, calibrated=calibrated, resamples=1)
+        sweep = threshold_sweep(plain, calibrated=calibrated, resamples=1)
+        assert mine["threshold"].tolist() == sweep["threshold"].tolist()
+        assert mine["verified"].tolist() == pytest.approx(sweep["verified"].tolist())
+        assert (mine["tau"] - 1).tolist() == pytest.approx(sweep["accepted"].tolist())
+
+
+def test_the_best_threshold_is_the_fastest_of_all() -> None:
+    thresholds = [step / 10 for step in range(11)]
+    table = threshold_table(
+        ENDED, COSTS, thresholds=thresholds, draft_lengths=[1, 2, 3, 4], resamples=20, seed=2
+    )
+    best = best_threshold(ENDED, COSTS, thresholds=thresholds, resamples=20, seed=2)
+    row = table.loc[table["speedup"].idxmax()]
+    pd.testing.assert_series_equal(best, row, check_names=False)
+    fixed = speedup_table(acceptance_profile(ENDED, resamples=1), COSTS)["speedup"].max()
+    assert best["speedup"] > fixed
+    # Figures of other conversations, by the choice of these.
+    other = made_trace(11, range(100, 106))
+    shown = best_threshold(ENDED, COSTS, test=other, thresholds=thresholds, resamples=20)
+    again = threshold_table(
+        other,
+        COSTS,
+        thresholds=[best["threshold"]],
+        draft_lengths=[int(best["draft_length"])],
+        resamples=20,
+    ).iloc[0]
+    pd.testing.assert_series_equal(shown, again, check_names=False)
+
+
+def test_gains_choose_the_same_threshold() -> None:
+    trace = made_trace(4, noise=0.5)
+    fit, test = split_prompts(trace.assign(accept_rate=trace["accepted"].astype(float)))
+    thresholds = [0.0, 0.35, 0.5, 0.65, 0.8, 0.95]
+    gains = gain_table(
+        fit,
+        test,
+        draft_seconds=0.3,
+        verify_seconds=1.0,
+        token_seconds=0.25,
+        thresholds=thresholds,
+        resamples=5,
+    ).set_index("values")
+    costs = RoundCosts.of(
+        SLOTS, plain_seconds=1.25, draft_seconds=0.3, verify_seconds=lambda n: 1 + 0.25 * n
+    )
+    best = best_threshold(fit, costs, test=test, thresholds=thresholds, draft_lengths=[SLOTS])
+    assert best["threshold"] == gains.loc["raw", "threshold"] > 0
+    assert best["tokens_per_second"] == pytest.approx(gains.loc["raw", "speed"])
+    assert best["verified"] == pytest.approx(gains.loc["raw", "verified"])
+
+
+def speedup_at(costs: RoundCosts, rate: float, k: int) -> float:
+    tokens, seconds = by_hand(costs, [rate] * k)
+    return costs.plain_seconds * tokens / seconds
+
+
+@settings(max_examples=80)
+@given(
+    k=st.integers(1, 4),
+    draft=SECONDS,
+    verify=st.lists(SECONDS, min_size=5, max_size=5),
+    replay=st.one_of(st.just([]), st.lists(SECONDS, min_size=4, max_size=4)),
+    rest=st.tuples(SECONDS, st.sampled_from([0.0, 0.2]), SECONDS),
+)
+# Pays, does not, and pays again.
+@example(2, 0.0, [1.0] * 5, [0.05, 3.0, 1.0, 1.0], (1.2, 0.0, 0.0))
+def test_from_the_break_even_rate_on_drafting_pays(k, draft, verify, replay, rest) -> None:
+    plain, rollback, overhead = rest
+    costs = RoundCosts(plain, (draft,) * 4, verify, replay, rollback, overhead)
+    found = break_even(costs, k)
+    if math.isinf(found):
+        assert speedup_at(costs, 1.0, k) < 1
+        return
+    assert 0 <= found <= 1 and speedup_at(costs, 1.0, k) >= 1 - 1e-12
+    if found > 0:
+        assert speedup_at(costs, found, k) == pytest.approx(1)
+        assert speedup_at(costs, found - 1e-4, k) < 1 + 1e-9 or found < 1e-4
+    for step in range(1, 51):
+        rate = found + (1 - found) * step / 50
+        assert speedup_at(costs, rate, k) >= 1 - 1e-9
+    if not replay and rollback == 0:
+        fixed = draft + verify[k] + overhead
+        assert found == break_even_rate(fixed / plain, k)
+
+
+def test_the_last_crossing_is_the_break_even() -> None:
+    """Where replay of one accepted token is dear, a middling rate may be worse than a low one."""
+    costs = RoundCosts(1.2, (0.0,) * 2, (1.0,) * 3, (0.05, 3.0))
+    assert speedup_at(costs, 0.05, 2) > 1 > speedup_at(costs, 0.2, 2)
+    assert break_even(costs, 2) > 0.2
+
+
+def test_forgetting_the_replay_puts_the_break_even_too_low() -> None:
+    costs = RoundCosts.of(
+        4, plain_seconds=1, draft_seconds=0.4, verify_seconds=lambda n: 1 + 0.05 * n
+    )
+    table = speedup_table(AcceptanceProfile.of([0.5] * 4), costs.replaying())
+    assert (table["break_even_rate"] > table["break_even_without_replay"] + 0.05).all()
+    for row in table.itertuples():
+        assert row.break_even_without_replay == break_even(costs, row.draft_length)
+        assert row.break_even_rate == break_even(costs.replaying(), row.draft_length)
+    # At a rate between the two, one says yes and the other no.
+    between = (table["break_even_rate"][2] + table["break_even_without_replay"][2]) / 2
+    row = speedup_table(AcceptanceProfile.of([between] * 3), costs.replaying(), [3]).iloc[0]
+    assert row["speedup"] < 1 < row["without_replay"]
+
+
+def test_costs_can_be_given_as_numbers_lists_and_functions() -> None:
+    costs = RoundCosts.of(
+        3, plain_seconds=2, draft_seconds=0.5, verify_seconds=lambda n: 1 + n, replay=True
+    )
+    assert costs.draft_seconds == (0.5,) * 3
+    assert costs.verify_seconds == (2, 3, 4, 5)
+    assert costs.replay_seconds == (2, 3, 4) and costs.longest == 3
+    assert costs.cutting().replay_seconds == ()
+    assert COSTS.cutting().rollback_seconds == 0
+    assert COSTS.replaying().rollback_seconds == COSTS.rollback_seconds
+    stepped = RoundCosts.from_steps(
+        lambda tokens: 10 / tokens, 3, draft_seconds=[1, 2, 3], requests=5, overhead_seconds=0.25
+    )
+    assert stepped.plain_seconds == 0.5 and stepped.overhead_seconds == 0.25
+    assert stepped.verify_seconds == pytest.approx((0.5, 1.0, 1.5, 2.0))
+
+
+def test_costs_and_lengths_that_are_none_are_refused() -> None:
+    for wrong, message in (
+        ({"plain_seconds": 0}, "plain_seconds must be > 0 and finite, got 0"),
+        ({"draft_seconds": (-1.0, 1)}, "each of draft_seconds must be >= 0 and finite, got -1.0"),
+        ({"verify_seconds": (1, 0, 1)}, "each of verify_seconds must be > 0"),
+        ({"verify_seconds": (1, 1)}, "verify_seconds of one more, got 2 and 2"),
+        ({"replay_seconds": (1,)}, "replay_seconds must be of no length or of 2, got 1"),
+        ({"overhead_seconds": math.nan}, "overhead_seconds must be >= 0 and finite, got nan"),
+    ):
+        given_ = {"plain_seconds": 1, "draft_seconds": (1, 1), "verify_seconds": (1, 1, 1)}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            RoundCosts(**(given_ | wrong))
+    with pytest.raises(TypeError, match="rollback_seconds must be a number"):
+        RoundCosts(1.0, (1,), (1, 1), rollback_seconds="1")
+    with pytest.raises(ValueError, match="seconds must be given for 3 lengths, got 2"):
+        RoundCosts.of(2, plain_seconds=1, draft_seconds=1, verify_seconds=[1, 1])
+    with pytest.raises(ValueError, match="steps_per_second must give positive numbers"):
+        RoundCosts.from_steps(lambda _: 0.0, 2, draft_seconds=1)
+    profile = AcceptanceProfile.of([0.5] * 3)
+    for lengths, message in (
+        ([4], "draft_length must be at most 3, got 4"),
+        ([0], "draft_length must be >= 1, got 0"),
+        ([], "at least one length, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            speedup_table(profile, COSTS, lengths)
+    with pytest.raises(ValueError, match="draft_length must be at most 4, got 5"):
+        break_even(COSTS, 5)
+    with pytest.raises(ValueError, match="rates must lie in"):
+        AcceptanceProfile.of([1.5])
+    with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
+        profile.tau(1, 0)
+    with pytest.raises(ValueError, match="thresholds must lie in"):
+        threshold_table(TRACE, COSTS, thresholds=[2.0])
+
+
+def test_advice_says_what_to_do_and_why() -> None:
+    plain = AcceptanceProfile.of([0.8, 0.7, 0.6, 0.5], temperature=0.0)
+    costs = RoundCosts.of(4, plain_seconds=1, draft_seconds=0.1, verify_seconds=1)
+    assert advice(plain, costs) == (
+        "Draft 4 a round: 2.60 times the speed of plain decoding at temperature 0, with 2.86 "
+        "tokens a round: slots are accepted at a rate of 0.72, and it pays from 0.09 on; 3 comes "
+        "next with 2.45."
+    )
+    measured = advice(acceptance_profile(TRACE), costs)
+    assert re.search(r"times|\(\d.\d\d to \d.\d\d\) times", measured)
+    assert re.search(r"and 4 is the fastest in 100% of resamples\.$", measured)
+    assert "temperature" not in measured
+    slow = AcceptanceProfile.of([0.3] * 4, temperature=1.0)
+    assert advice(slow, costs.replaying()) == (
+        "Do not draft: even the best length, 1, gives 0.72 times the speed of plain decoding at "
+        "temperature 1: slots are accepted at a rate of 0.30, and it pays from 0.55 on; only a "
+        "model that forgets the cost of rejections would say 1.18."
+    )
+    hopeless = RoundCosts.of(4, plain_seconds=1, draft_seconds=9, verify_seconds=1)
+    assert advice(plain, hopeless).endswith("a rate of 0.72, and no accept rate would pay.")
+
+
+def test_a_win_at_temperature_0_vanishes_at_1() -> None:
+    """SmolLM2 and its shipped drafter, at costs of round numbers: a draft takes 0.4 plain steps,
+    and each token more that is verified 0.1."""
+    costs = RoundCosts.of(
+        7, plain_seconds=1, draft_seconds=0.4, verify_seconds=lambda n: 0.9 + 0.1 * n
+    )
+    trace = load_traces("smollm2")
+    cut = temperature_table(trace, costs, resamples=100)
+    assert cut["temperature"].tolist() == [0.0, 0.7, 1.0]
+    assert cut["draft_length"].nunique() == 1
+    assert cut["speedup"].is_monotonic_decreasing
+    assert cut["speedup_low"][0] > 1.1 and cut["speedup_high"][2] < 1
+    assert cut["best_length"][0] == cut["draft_length"][0] and cut["best_length"][2] == 0
+    for row in cut.itertuples():
+        profile = acceptance_profile(trace, temperature=row.temperature, resamples=100)
+        assert row.best_length == best_length(profile, costs)
+        assert row.tau == pytest.approx(profile.tau(row.draft_length))
+        assert break_even_rate(row.tau, row.draft_length) == row.accept_rate
+    again = temperature_table(trace, costs.replaying(), draft_length=3, resamples=100)
+    assert again["draft_length"].tolist() == [3] * 3
+    # Who reads again wins at no temperature; who forgets that sees the win above.
+    assert (again["speedup_high"] < 1).all() and (again["best_length"] == 0).all()
+    assert (again["best_speedup"] == 1).all() and again["without_replay"][0] > 1.1
+    each = temperature_table(
+        trace, {0.0: costs, 0.7: costs, 1.0: costs.replaying()}, draft_length=3, resamples=100
+    )
+    assert each["speedup"][0] == again["without_replay"][0]
+    assert each["speedup"][2] == again["speedup"][2]
+    with pytest.raises(ValueError, match=r"costs must be of every temperature, got none of \[0.7"):
+        temperature_table(trace, {0.0: costs})
+
+
+@pytest.fixture
+def told_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Reading n tokens takes the target 1 + n / 8 s, a block 1/2 s, what was accepted 1/4 s."""
+    now = [0.0]
+
+    def taking(cls: type, name: str, seconds) -> None:
+        call = getattr(cls, name)
+
+        def timed(self, *args, **kwargs):
+            now[0] += seconds(*args)
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, timed)
+
+    taking(Target, "advance", lambda ids, *_: 1 + ids.shape[1] / 8)
+    taking(Drafter, "draft", lambda *_: 0.5)
+    taking(Drafter, "read", lambda *_: 0.25)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    yield
+
+
+@pytest.mark.usefixtures("told_clock")
+def test_measured_costs_are_those_of_the_calls() -> None:
+    target, drafter = tiny_target(), tiny_drafter()
+    costs = measure_costs(target, drafter, context_length=5, repeats=3, replay=True)
+    assert costs.plain_seconds == 1.125
+    assert costs.draft_seconds == (0.5,) * 3
+    assert costs.verify_seconds == (1.125, 1.25, 1.375, 1.5)
+    assert costs.replay_seconds == (1.125, 1.25, 1.375)
+    assert (costs.overhead_seconds, costs.rollback_seconds) == (0.25, 0)
+    assert costs.source == "measured: cpu, float32, context 5, temperature 0"
+    few = measure_costs(
+        target, drafter, draft_lengths=[3, 1], temperature=1.0, repeats=1, warm_up=0
+    )
+    assert few.verify_seconds == (1.125, 1.25, 1.375, 1.5)
+    assert few.draft_seconds == (0.5,) * 3 and few.replay_seconds == ()
+    with pytest.raises(ValueError, match="draft_length must be at most 3, got 4"):
+        measure_costs(target, drafter, draft_lengths=[4])
+    with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
+        measure_costs(target, drafter, repeats=0)
+
+
+@pytest.mark.usefixtures("told_clock")
+@pytest.mark.parametrize("replay", [False, True])
+def test_predicted_is_what_decoding_then_does(replay) -> None:
+    """By a clock that is told, so that only tokens are left to chance: tau within 3.3 errors of the
+    prediction, by which one right one in 1,000 would be refused, and the speed-up about as far off
+    as tau is."""
+    target, drafter = tiny_target(), tiny_drafter()
+    prompts = torch.randint(60, (20, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = []
+    temperatures = (3.0,) if replay else (1.0, 3.0)
+    for temperature in temperatures:
+        drawn = decode(target, drafter, prompts, temperature=temperature, max_new_tokens=40, seed=5)
+        parts.append(drawn.trace.assign(temperature=temperature))
+    table = decode_check(
+        target,
+        drafter,
+        prompts[:8],
+        pd.concat(parts),
+        draft_lengths=[1, 3],
+        temperatures=temperatures,
+        replay=replay,
+        repeats=2,
+        max_new_tokens=20,
+        resamples=200,
+    )
+    assert table["draft_length"].tolist() == [1, 3] * len(temperatures)
+    for row in table.itertuples():
+        assert row.tau_error == row.tau / row.tau_decoded - 1
+        # A number between 1 and K + 1 with mean tau varies by (tau - 1) * (K + 1 - tau) at most.
+        most = (row.tau_decoded - 1) * (row.draft_length + 1 - row.tau_decoded)
+        error = math.hypot((row.tau_high - row.tau_low) / 4, math.sqrt(most / row.rounds))
+        assert abs(row.tau - row.tau_decoded) < 3.3 * error
+        assert row.speedup_error == row.speedup / row.speedup_decoded - 1
+        # An answer's last round, one in seven here, costs less than the others.
+        assert abs(row.speedup_error) < 1.5 * abs(row.tau_error) + 0.05
+        assert (row.without_replay > 1.1 * row.speedup) == replay
+        assert row.without_overhead > row.without_replay
+
+
+def test_tau_predicted_from_a_trace_is_that_of_other_draws() -> None:
+    """Drafted as in the trace, but other tokens drawn: within 3.9 of both errors, by which one
+    right prediction in 10,000 would be refused. With rounds of another length than the trace's,
+    which begin elsewhere, within 6 % more.
+    """
+    pair, trace = load_pair(), load_traces()
+    trace = trace[trace["drafter"] == "dspark-k7"]
+    profile = acceptance_profile(trace, temperature=1.0, resamples=400)
+    questions = [question(chat) for chat in pair.held_out[::6]]
+    for k, allowed in ((7, 0.0), (3, 0.06)):
+        decoded = decode(
+            pair.target,
+            pair.drafter,
+            questions,
+            temperature=1.0,
+            max_new_tokens=40,
+            draft_length=k,
+            seed=17,
+        )
+        own = acceptance_profile(decoded.trace, resamples=400)
+        error = math.hypot(*(np.std([_tau(s[:k]) for s in p.samples]) for p in (profile, own)))
+        answers = [len(tokens) - 1 for tokens in decoded.tokens]
+        rounds = sum(n / profile.tau(k, n) for n in answers if n)
+        predicted = sum(answers) / rounds
+        assert abs(predicted - decoded.tau) < 3.9 * error + allowed * predicted
+
+
+def _tau(rates: Sequence[float]) -> float:
+    return 1 + float(np.cumprod(rates).sum())
