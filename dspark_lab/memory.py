@@ -486,7 +486,7 @@ def _beside_layers(shape: Shape, step: Step, heads: bool = True) -> dict[str, An
         "attention projections": 4 * (tokens + slots) * layers.head_dim,
     }
     if heads:
-        latent = {"gated": c * (d + 3 * r), "rnn": c * (d + 11 * r)}.get(shape.markov_head_type, 0)
+        latent = {"gated": c * (d + 3 * r), "rnn": c * (d + 6.5 * r)}.get(shape.markov_head_type, 0)
         kept["heads"] = slots * (
             norm * d
             + 8
@@ -542,7 +542,13 @@ def _chunk(step: Step, vocab: int) -> Any:
     """Slots whose logits exist at one time."""
     most = max(1, _CHUNK[step.device == "cuda"] // vocab)
     slots = step.counted_slots
-    return np.ceil(slots / np.maximum(1, np.ceil(slots / most)))
+    parts = np.maximum(1, np.ceil(slots / most))
+    evenly = np.ceil(slots / parts)
+    if step.device == "cuda":
+        return evenly
+    # A draw whose slots have a few labels less may need one chunk less, and larger ones.
+    fuller = (parts - 1) * most
+    return np.where((fuller > 0) & (fuller >= 0.9 * slots), most, evenly)
 
 
 def _attention_backward(shape: Shape, step: Step) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from dspark_lab.cost import (
 )
 from dspark_lab.drafter import Drafter, DrafterConfig
 from dspark_lab.heads import MarkovKind
-from dspark_lab.memory import Step, logit_bytes
+from dspark_lab.memory import Step, kept_bytes, logit_bytes
 from dspark_lab.objective import dspark_objective, output_objective
 from tests.samples import tiny_drafter, tiny_target
 
@@ -393,7 +393,18 @@ def test_pairs_are_those_of_the_dense_mask_and_tiles_those_of_the_block_mask(row
 
 @pytest.mark.parametrize(
     "seq_len, num_anchors, block_size",
-    [(2, 1, 1), (9, 1, 3), (9, 3, 1), (10, 2, 5), (11, 4, 3), (8, 7, 2), (8, 9, 3), (12, 3, 4)],
+    [
+        (2, 1, 1),
+        (9, 1, 3),
+        (9, 3, 1),
+        (10, 2, 5),
+        (11, 4, 3),
+        (8, 7, 2),
+        (8, 9, 3),
+        (12, 3, 4),
+        (7, 2, 2),
+        (11, 1, 3),
+    ],
 )
 def test_the_expected_work_is_the_mean_over_every_draw(
     monkeypatch: pytest.MonkeyPatch, seq_len, num_anchors, block_size
@@ -614,6 +625,9 @@ MEASURED = {
     "no confidence head": (a_shape(confidence=False), (256, 24, 7, 1)),
     "large vocabulary": (a_shape(16384, THIN, context=5), (256, 24, 7, 1)),
     "large vocabulary, high rank": (a_shape(16384, THIN, 256), (128, 4, 7, 1)),
+    "high rank, no confidence head": (a_shape(16384, THIN, 256, confidence=False), (128, 4, 7, 1)),
+    "two chunks": (a_shape(49152, Layers(1, 64, 128, 2, 2, 32), 16), (128, 40, 7, 1)),
+    "one chunk or two": (a_shape(49152, Layers(1, 64, 128, 2, 2, 32), 16), (128, 28, 7, 1)),
     "small and deep": (a_shape(4096, Layers(5, 64, 128, 2, 2, 32), 16), (256, 64, 7, 1)),
 }
 
@@ -636,7 +650,39 @@ def test_the_predicted_peak_is_the_measured_one(name, dtype):
     assert predicted == pytest.approx(always + of_step, rel=0.05)
     # Weights and optimiser are known to the byte, so the step alone says more.
     assert table["held"][:4].sum() == pytest.approx(always, abs=512)
-    assert table["held"][4:].sum() == pytest.approx(of_step, rel=0.15)
+    assert table["held"][4:].sum() == pytest.approx(of_step, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forward_pass_keeps_the_bytes_that_autograd_saves(kind, dtype):
+    shape = a_shape(layers=Layers(2, 64, 192, 4, 2, 32), rank=16, kind=kind)
+    torch.manual_seed(0)
+    drafter = Drafter(shape.drafter_config(num_anchors=30))
+    own = {p.untyped_storage().data_ptr() for p in drafter.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    ids = torch.randint(60, (2, 100))
+    context, last = (
+        torch.randn(2, 100, size, dtype=torch.bfloat16) for size in (shape.context_size, 64)
+    )
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"),
+    ):
+        kept = [drafter.slots(ids, context, torch.ones(2, 100, dtype=torch.bool), last)]
+    assert kept
+    found = sum(x.untyped_storage().nbytes() for ptr, x in saved.items() if ptr not in own)
+    step = Step(100, 30, shape.block_size, 2, dtype=dtype, features="cached", device="cpu")
+    copies = 0
+    if dtype == "bf16":
+        matrices = [drafter.fc.weight, *(p for p in drafter.layers.parameters() if p.dim() == 2)]
+        copies = 2 * (sum(p.numel() for p in matrices) + shape.latent_weights)
+    assert sum(kept_bytes(shape, step).values()) + copies == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.parametrize("target_dtype", ["fp32", "bf16"])
@@ -654,7 +700,7 @@ def test_the_predicted_peak_with_a_target_that_answers_is_the_measured_one(targe
         always, of_step = measured_peak(shape, **sizes)
         table = memory_table(shape, device="cpu", **sizes)
         assert table["held"][:4].sum() == pytest.approx(always, abs=2048)
-        assert table["held"][4:].sum() == pytest.approx(of_step, rel=0.15)
+        assert table["held"][4:].sum() == pytest.approx(of_step, rel=0.1)
         if target_dtype == "fp32":
             assert set(table["moment"]) == {moment}
 
