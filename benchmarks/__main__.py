@@ -11,11 +11,15 @@ import torch
 
 from benchmarks import (
     attention,
+    cost,
+    coverage,
     decoding,
     explorers,
     mask,
     objective,
     sampling,
+    scheduling,
+    serving,
     traces,
     training_step,
 )
@@ -28,6 +32,10 @@ SECTIONS = {
     "training_step": training_step.run,
     "decoding": decoding.run,
     "traces": traces.run,
+    "coverage": coverage.run,
+    "cost": cost.run,
+    "scheduling": scheduling.run,
+    "serving": serving.run,
     "explorers": explorers.run,
 }
 

@@ -97,6 +97,7 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 | `train.jsonl` | the conversations that the drafters learned from |
 | `held_out.jsonl` | conversations whose questions neither target nor drafters have seen |
 | `traces.parquet` | what each drafter drafted for 120 held-out questions, greedy and at temperature 1, slot by slot |
+| `sweep.csv` | 72 more drafters, trained briefly over anchors and block size: tau of each by decoding (`python -m dspark_lab.sweep`) |
 
 ## Target
 

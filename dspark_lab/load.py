@@ -223,8 +223,8 @@ def answers_of(
     Where an answer ends inside a block, the trace says nothing of the slots behind. To leave such
     rounds out, or to take them as they are, would make rounds look short, since it is the lucky
     ones that reach the end. They are completed from a whole round of their domain, drawn with the
-    probability that all of its slots up to there are accepted. An answer that ended with the last slot of its block may be
-    taken to have one token more than it had.
+    probability that all of its slots up to there are accepted. An answer that ended with the last
+    slot of its block may be taken to have one token more than it had.
 
     Args:
         trace: columns of :func:`dspark_lab.trace.read_trace` and ``accept_prob``; answers are

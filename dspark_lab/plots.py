@@ -90,7 +90,7 @@ def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
     """Coverage against ``num_anchors``: the closed form as lines, draws as marks.
 
     Args:
-        table: from :func:`dspark_lab.tune.coverage_table`.
+        table: from :func:`dspark_lab.coverage.coverage_table`.
         goal: a share to mark with a dotted line; None for none.
     """
     figure, ax = new_figure(7, 3.6)

@@ -435,8 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, kind in (("num_anchors", int), ("block_sizes", int), ("seeds", int)):
         add(_flag(name), type=kind, nargs="+", default=getattr(default, name))
     add("--temperatures", type=float, nargs="+", default=default.temperatures)
-    for name, kind in (("slots", int), ("seconds", float), ("prompts", int)):
-        add(_flag(name), type=kind, default=getattr(default, name))
+    for name, number in (("slots", int), ("seconds", float), ("prompts", int)):
+        add(_flag(name), type=number, default=getattr(default, name))
     add("--max-new-tokens", type=int, default=default.max_new_tokens, help="of an answer")
     add("--target", default=default.target, help="pocket, or a folder or hub id")
     add("--data", help="JSONL of conversations to learn from")
@@ -454,7 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     work, out, processes, address = map(options.pop, ("work", "out", "processes", "address"))
     training = {name: options.pop(name) for name in ("batch_size", "max_length", "learning_rate")}
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
+    }
     try:
         config = SweepConfig(**settings, training=replace(default.training, **training))
         table = run_sweep(config, work, processes=processes, address=address)

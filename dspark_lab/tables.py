@@ -19,7 +19,7 @@ from dspark_lab.attention import context_range, training_block_mask, training_de
 from dspark_lab.blocks import Blocks, times_supervised
 from dspark_lab.chats import Batch
 from dspark_lab.common import build_anchor_candidate_mask, context_doc_ids
-from dspark_lab.tune import token_coverage
+from dspark_lab.coverage import token_coverage
 
 __all__ = [
     "REGIONS",

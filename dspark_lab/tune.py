@@ -183,7 +183,11 @@ def training(
             for anchors in num_anchors:
                 found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
                 blocks = max(1, round(anchors * blocks_for))
-                sizes = {"num_anchors": blocks, "block_size": block_size, "dtype": dtype}
+                sizes: dict[str, Any] = {
+                    "num_anchors": blocks,
+                    "block_size": block_size,
+                    "dtype": dtype,
+                }
                 sizes |= {"batch_size": batch_size, **options}
                 cost = training_cost(shape, seq_len=max(1, round(rows_tokens)), **sizes)
                 covered = found.covered / found.rows * batch_size
@@ -308,7 +312,8 @@ def _front(
     """Whether no option that fits is better in one rate and as good in the others."""
     as_good = (rates[:, None] <= rates[None]).all(axis=2)
     better = (rates[:, None] < rates[None]).any(axis=2)
-    return ~(as_good & better & np.asarray(fits)[None]).any(axis=1)
+    beaten = (as_good & better & np.asarray(fits)[None]).any(axis=1)
+    return np.asarray(np.logical_not(beaten))
 
 
 def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) -> TrainingChoice:

@@ -513,7 +513,7 @@ def test_answers_that_cut_their_last_round_do_not_make_rounds_look_short() -> No
 
 
 def test_an_answer_has_the_tokens_that_its_rounds_yielded() -> None:
-    """1 + 1 and 2 + 1; then 0 + 1 and 2 that ended it; then 0 + 1 alone, two slots left to draft."""
+    """1 + 1 and 2 + 1; then 0 + 1 and 2 that ended it; then 0 + 1 alone, two slots left."""
     trace = trace_of(
         [
             (5, [0.5] * 3, 3, 1),

@@ -1,0 +1,156 @@
+"""`dspark_lab.tune.training`: gains and costs of every option, and the best that fits."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from samples import random_chats
+
+from dspark_lab.memory import training_memory
+from dspark_lab.shape import CARDS, Shape
+from dspark_lab.steptime import StepTime
+from dspark_lab.sweep import SweepConfig, cell_table, load_sweep
+from dspark_lab.tune import Spans, card_time, supervision, sweep_check, training
+
+SHAPE = Shape.of("pocket")
+CHATS = random_chats(12)
+TIME = StepTime(0.01, 1e-11, 0.1, 0.2, 4)
+
+
+def chosen(**options):
+    given = {"num_anchors": (2, 4, 8), "block_sizes": (3, 5), "time": TIME}
+    return training(CHATS, SHAPE, **(given | options))
+
+
+def test_an_option_gains_its_different_tokens_times_what_a_block_is_worth():
+    table = chosen(batch_size=3).table
+    spans = Spans.of(CHATS)
+    for line in table.itertuples():
+        found = supervision(spans, line.num_anchors, line.block_size)
+        worth = sum(math.exp(-k / 4.0) for k in range(line.block_size))
+        assert line.covered == pytest.approx(found.covered * 3 / 12)
+        assert line.gain == pytest.approx(found.covered * 3 / 12 * worth)
+        assert line.seconds == pytest.approx(0.01 + 1e-11 * line.operations)
+        assert line.gain_per_second == pytest.approx(line.gain / line.seconds)
+
+
+def test_the_best_gains_most_a_second_and_the_next_is_the_runner_up():
+    choice = chosen()
+    rates = sorted(choice.table["gain_per_second"], reverse=True)
+    assert choice.best["gain_per_second"] == rates[0]
+    assert choice.runner_up["gain_per_second"] == rates[1]
+    settings = choice.settings
+    assert settings.num_anchors == choice.best["num_anchors"]
+    assert settings.block_size == choice.best["block_size"]
+    assert f"N {settings.num_anchors}, K {settings.block_size} gains most" in choice.reason
+
+
+def test_only_what_fits_is_chosen_and_what_does_not_is_named():
+    free = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64)
+    sizes = sorted(free.table["memory_bytes"])
+    assert sizes[0] < sizes[1]
+    tight = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64, memory=sizes[0] / 0.92)
+    assert tight.table["fits"].tolist() == [True, False]
+    assert tight.best["num_anchors"] == 64 and tight.runner_up is None
+    nothing = chosen(memory=1000.0)
+    assert nothing.best is None and nothing.reason.startswith("Nothing fits")
+    with pytest.raises(ValueError, match="Nothing fits"):
+        _ = nothing.settings
+
+
+def test_memory_is_that_of_a_step_of_longest_rows():
+    longest = max(map(len, CHATS))
+    line = chosen().table.iloc[0]
+    assert line["memory_bytes"] == training_memory(
+        SHAPE, seq_len=longest, num_anchors=2, block_size=3, batch_size=1
+    )
+
+
+def test_the_front_holds_what_no_other_option_beats():
+    table = chosen().table
+    rates = table[["gain_per_second", "gain_per_byte", "gain_per_operation"]].to_numpy()
+    for place, mine in enumerate(rates):
+        beaten = any(
+            all(a >= b for a, b in zip(other, mine, strict=True))
+            and any(a > b for a, b in zip(other, mine, strict=True))
+            for other in rates
+        )
+        assert table["front"].iloc[place] == (not beaten)
+
+
+def test_a_larger_error_of_times_makes_the_choice_less_sure():
+    sure = [chosen(time=StepTime(0.01, 1e-11, error, error, 4)).sure for error in (0.0, 0.05, 0.5)]
+    assert sure[0] == 1.0 > sure[1] > sure[2] > 0.5
+
+
+def test_a_card_is_taken_at_a_share_of_its_peak_and_says_that_it_is_assumed():
+    choice = chosen(time="H100")
+    speed = CARDS["H100"].operations_per_second * 0.4
+    assert np.allclose(choice.table["seconds"], choice.table["operations"] / speed)
+    assert math.isnan(choice.sure) and "speed assumed, not measured" in choice.reason
+    with pytest.raises(ValueError, match="utilisation must be in"):
+        card_time("H100", 0)
+    with pytest.raises(ValueError, match="card must be one of .*got 'H1000'"):
+        card_time("H1000")
+
+
+def test_packed_rows_are_as_long_as_asked_and_spans_keep_theirs():
+    table = chosen(seq_lens=(64, 128), packed=True).table
+    assert (table["row_tokens"] == table["seq_len"]).all()
+    assert table["seq_len"].unique().tolist() == [64, 128]
+    with pytest.raises(ValueError, match="have their rows already"):
+        training(Spans.of(CHATS), SHAPE, time=TIME, seq_lens=(64,))
+
+
+def sweep(*taus: float) -> pd.DataFrame:
+    """Two seeds of each of some cells, 0.1 apart around its tau."""
+    return pd.DataFrame(
+        [
+            {
+                "budget": "slots",
+                "temperature": 0.0,
+                "block_size": 4,
+                "num_anchors": anchors,
+                "seed": seed,
+                "tau": tau + (0.05, -0.05)[seed],
+                "steps": 1,
+                "slots": 1,
+                "seconds": 1.0,
+            }
+            for anchors, tau in enumerate(taus, start=1)
+            for seed in (0, 1)
+        ]
+    )
+
+
+def test_intervals_pool_the_spread_of_all_cells():
+    stats = pytest.importorskip("scipy.stats")
+    cells = cell_table(sweep(2.0, 2.5, 3.0, 3.5, 2.2))
+    # Each cell's two values are 0.1 apart: their variance is 0.005, with one degree each.
+    half = stats.t.ppf(0.975, 5) * math.sqrt(0.005 / 2)
+    assert np.allclose(cells["tau"], [2.0, 2.5, 3.0, 3.5, 2.2])
+    assert np.allclose(cells["high"] - cells["tau"], half, atol=2e-3)
+    assert np.allclose(cells["tau"] - cells["low"], half, atol=2e-3)
+
+
+def test_a_recommendation_is_held_against_the_best_cell():
+    cells = cell_table(sweep(2.0, 3.0, 2.5))
+    predicted = pd.DataFrame(
+        {"block_size": 4, "num_anchors": [1, 2, 3], "gain_per_second": [3.0, 2.0, 1.0]}
+    )
+    line = sweep_check(predicted, cells).iloc[0]
+    assert (line["recommended"], line["found_best"]) == ("N 1", "N 2")
+    assert line["lost"] == pytest.approx(1 / 3) and line["decided"]
+    assert line["rank_correlation"] == pytest.approx(-0.5)
+    with pytest.raises(ValueError, match=r"must hold every cell, got none for \[\[3, 4\]\]"):
+        sweep_check(predicted[:2], cells)
+
+
+def test_the_shipped_sweep_can_be_checked_cell_by_cell():
+    plan = SweepConfig()
+    choice = chosen(num_anchors=plan.num_anchors, block_sizes=plan.block_sizes)
+    checked = sweep_check(choice.table, cell_table(load_sweep()))
+    # Two budgets, two temperatures; three block sizes and all of them.
+    assert len(checked) == 2 * 2 * 4
+    assert checked["lost"].between(0, 1).all()
