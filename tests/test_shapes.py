@@ -11,7 +11,7 @@ PREAMBLE = """
 from jaxtyping import install_import_hook
 hook = install_import_hook("dspark_lab", "beartype.beartype")
 import torch
-from dspark_lab import attention, blocks, chats, common, tables, tune, widgets
+from dspark_lab import attention, blocks, chats, common, coverage, tables, widgets
 """
 
 WALK = """
@@ -32,14 +32,19 @@ for batch in (chats.collate(encoded, 0), chats.pack(encoded, 700, 0)):
     q = torch.randn(len(docs), 4, 45, 8)
     k = torch.randn(len(docs), 2, length + 45, 8)
     attention.block_attention(q, k, k, *where, **sizes)
-    tune.token_coverage(batch, 9, 5)
-    tune.coverage_table(batch, (4, 8), (5,))
+    coverage.token_coverage(batch, 9, 5)
+    coverage.coverage_table(batch, (4, 8), (5,))
     common.create_noise_embed(torch.nn.Embedding(50000, 8), batch.input_ids, *where, 0, 5)
 states = [torch.zeros(2, 3, 4)] * 4
 common.extract_context_feature(states, common.validate_target_layer_ids([0, 1], 4))
 common.AcceptRatePredictor(4)(states[0])
-tune.packing_table(encoded, (700,), (4,))
-tune.anchors_needed(batch)
+coverage.packing_table(encoded, (700,), (4,))
+coverage.anchors_needed(batch)
+spans = coverage.Spans.of(encoded, row_length=700)
+coverage.supervision(spans, 4, 5, per="document").weighted
+coverage.supervision_table(spans, (4,), (5,), per=coverage.PER, by_domain=True)
+coverage.slot_table(spans, 4, 5), coverage.never_table(spans)
+coverage.token_supervision(spans, 4, 5)
 widgets.explore_anchors(), widgets.explore_masks(packed=True, row_length=1024)
 """
 

@@ -132,8 +132,9 @@ def test_the_shipped_sweep_has_every_cell_three_times():
     assert table["tau"].between(1, table["block_size"] + 1).all()
     plan = SweepConfig()
     slots = table[table["budget"] == "slots"]
-    # What was drawn lies around what was expected.
-    assert (slots["slots"] / plan.slots).between(0.9, 1.1).all()
+    # What was drawn lies around what was expected, the closer the more steps there were.
+    off = (slots["slots"] / plan.slots - 1).abs()
+    assert (off < 0.2).all() and (off[slots["steps"] > 200] < 0.02).all()
 
 
 @pytest.mark.parametrize(
