@@ -112,9 +112,9 @@ FAULTS = {
         "end // tile_size, end // tile_size]",
     ),
     "coverage forgets that anchors differ": Fault(
-        "tune.py",
-        "(total - drawn - already) / (total - already)",
-        "(total - drawn - 0 * already) / (total)",
+        "coverage.py",
+        "np.maximum(spared - already, 0) / np.maximum(total - already, 1)",
+        "np.maximum(spared - 0 * already, 0) / np.maximum(total, 1)",
     ),
     "accept rates are those of a smaller distance": Fault(
         "objective.py", "return (1 - l1 / 2)", "return (1 - l1 / 3)", TRAIN
