@@ -648,11 +648,12 @@ def test_predicted_is_what_decoding_then_does(replay) -> None:
     for temperature in temperatures:
         drawn = decode(target, drafter, prompts, temperature=temperature, max_new_tokens=40, seed=5)
         parts.append(drawn.trace.assign(temperature=temperature))
+    trace = pd.concat(parts)
     table = decode_check(
         target,
         drafter,
         prompts[:8],
-        pd.concat(parts),
+        trace,
         draft_lengths=[1, 3],
         temperatures=temperatures,
         replay=replay,
@@ -672,6 +673,15 @@ def test_predicted_is_what_decoding_then_does(replay) -> None:
         assert abs(row.speedup_error) < 1.5 * abs(row.tau_error) + 0.05
         assert (row.without_replay > 1.1 * row.speedup) == replay
         assert row.without_overhead > row.without_replay
+    # The last row's answers once more: tau is predicted for their lengths.
+    profile = acceptance_profile(trace, temperature=3.0, resamples=1)
+    options = {"temperature": 3.0, "max_new_tokens": 20, "draft_length": 3}
+    tokens = rounds = 0.0
+    for number, prompt in enumerate(prompts[:8]):
+        answer = decode(target, drafter, [prompt], seed=number, **options).tokens[0]
+        tokens += len(answer) - 1
+        rounds += (len(answer) - 1) / profile.tau(3, len(answer) - 1) if answer[1:] else 0
+    assert table["tau"].iloc[-1] == pytest.approx(tokens / rounds)
 
 
 def test_tau_predicted_from_a_trace_is_that_of_other_draws() -> None:
