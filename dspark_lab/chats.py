@@ -50,6 +50,7 @@ __all__ = [
     "load_tokenizer",
     "one_row",
     "pack",
+    "packed_places",
 ]
 
 _DATA = Path(__file__).resolve().parent.parent / "data"
@@ -263,16 +264,40 @@ def pack(encoded: Sequence[Encoded], length: int, pad_token_id: int) -> Batch:
     """
     require_int("length", length, 1)
     _check_encoded(encoded, length)
-    # One row for each conversation is always enough; the rows that stay empty are not returned.
-    room = np.full(len(encoded), length)
-    rows: list[list[int]] = []
-    for index in sorted(range(len(encoded)), key=lambda index: -len(encoded[index])):
-        row = int(np.argmax(room[: len(rows) + 1] >= len(encoded[index])))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        room[row] -= len(encoded[index])
+    row, start = packed_places(np.array([len(item) for item in encoded]), length)
+    rows: list[list[int]] = [[] for _ in range(row.max() + 1)]
+    for index in np.argsort(start, kind="stable").tolist():
+        rows[row[index]].append(index)
     return _fill(rows, encoded, pad_token_id, length)
+
+
+def packed_places(
+    lengths: Int[np.ndarray, " document"], row_length: int
+) -> tuple[Int[np.ndarray, " document"], Int[np.ndarray, " document"]]:
+    """In which row :func:`pack` puts documents of these lengths, and where in it each begins.
+
+    All documents of one length go in one step: they fill the first row with room as far as it goes,
+    then the next. No length may be above ``row_length``.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    _, first = np.unique(-lengths[order], return_index=True)
+    # One row for each document is always enough.
+    room = np.full(len(lengths), row_length)
+    row, start = np.empty_like(lengths), np.empty_like(lengths)
+    used = 0
+    for alike in np.split(order, first[1:]):
+        length = lengths[alike[0]]
+        new = -(-len(alike) // (row_length // length))
+        left = room[: used + new]
+        fit = left // length
+        behind = fit.cumsum()
+        number = np.arange(len(alike))
+        into = np.searchsorted(behind, number, side="right")
+        row[alike] = into
+        start[alike] = row_length - left[into] + (number - behind[into] + fit[into]) * length
+        left -= np.bincount(into, minlength=len(left)) * length
+        used = max(used, int(into[-1]) + 1)
+    return row, start
 
 
 def one_row(encoded: Sequence[Encoded], length: int, pad_token_id: int) -> Batch:

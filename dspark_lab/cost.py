@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from dspark_lab.checks import require_int
 from dspark_lab.memory import (
+    WIDTH,
     Dtype,
     Step,
     fit_table,
@@ -61,7 +62,6 @@ _ATTENTION_BACKWARD = 2.5
 _OBJECTIVE_FORWARD, _OBJECTIVE_BACKWARD, _OBJECTIVE_CROSSINGS = 18, 5, 31
 # AdamW, for each weight: two moments (3 and 4), decay (1), the step (5), and clipping (3).
 _OPTIMISER, _OPTIMISER_CROSSINGS = 16, 10
-_WIDTH = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -550,6 +550,6 @@ def _exceeds(
 
 
 def _bytes_of(dtype: str) -> int:
-    if dtype not in _WIDTH:
-        raise ValueError(f"dtype must be one of {tuple(_WIDTH)}, got {dtype!r}")
-    return _WIDTH[dtype]
+    if dtype not in WIDTH:
+        raise ValueError(f"dtype must be one of {tuple(WIDTH)}, got {dtype!r}")
+    return WIDTH[dtype]

@@ -36,7 +36,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.blocks import draw_blocks, times_supervised
-from dspark_lab.chats import Batch, Encoded
+from dspark_lab.chats import Batch, Encoded, packed_places
 from dspark_lab.checks import require_bool, require_int, require_number
 
 __all__ = [
@@ -143,7 +143,7 @@ class Spans:
                     f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens, more "
                     f"than length {row_length} of a row; cut it with seq_len={row_length}"
                 )
-            row, start = _packed(kept, row_length)
+            row, start = packed_places(kept, row_length)
             row_tokens = np.full(row.max() + 1, row_length)
         domain, domains = pd.factorize(
             np.array([item.chat.domain or "none" for item in encoded], dtype=object)
@@ -774,33 +774,6 @@ def _runs(
     )
     document = np.searchsorted(starts, first, side="right") - 1
     return document, first - starts[document], stop - first
-
-
-def _packed(
-    lengths: Int[np.ndarray, " document"], row_length: int
-) -> tuple[Int[np.ndarray, " document"], Int[np.ndarray, " document"]]:
-    """Row and place in it by first-fit decreasing, all documents of one length in one go.
-
-    Documents of one length fill the first row with room as far as it goes, then the next.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    _, first = np.unique(-lengths[order], return_index=True)
-    room = np.full(len(lengths), row_length)
-    row, start = np.empty_like(lengths), np.empty_like(lengths)
-    used = 0
-    for alike in np.split(order, first[1:]):
-        length = lengths[alike[0]]
-        new = -(-len(alike) // (row_length // length))
-        left = room[: used + new]
-        fit = left // length
-        behind = fit.cumsum()
-        number = np.arange(len(alike))
-        into = np.searchsorted(behind, number, side="right")
-        row[alike] = into
-        start[alike] = row_length - left[into] + (number - behind[into] + fit[into]) * length
-        left -= np.bincount(into, minlength=len(left)) * length
-        used = max(used, int(into[-1]) + 1)
-    return row, start
 
 
 def _tokens_of(

@@ -19,7 +19,6 @@ and caches that are cut back; it does not know what the traces are good for.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -30,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dspark_lab.checks import require_int, require_number
+from dspark_lab.clock import now
 from dspark_lab.drafter import Drafter
 from dspark_lab.target import Target
 from dspark_lab.trace import TRACE_COLUMNS
@@ -424,14 +424,14 @@ class Decoding(Iterator[Round]):
         step = self.batch_size or (count if self.target.decodes_batches else 1)
         for first in range(0, count, step):
             with torch.inference_mode():
-                begin = self._now()
+                begin = now(self.target.device)
                 self._read_prompts(list(range(first, min(first + step, count))))
-                self._clock["prompt"] += self._now() - begin
+                self._clock["prompt"] += now(self.target.device) - begin
             while self._going:
                 with torch.inference_mode():
-                    begin = self._now()
+                    begin = now(self.target.device)
                     rounds = self._round()
-                    self._clock["total"] += self._now() - begin
+                    self._clock["total"] += now(self.target.device) - begin
                 yield from rounds
 
     def _text(self, tokens: Sequence[int]) -> str:
@@ -489,19 +489,19 @@ class Decoding(Iterator[Round]):
     def _round(self) -> list[Round]:
         # A round yields one token at least beside the accepted ones.
         limits = [self.max_new_tokens - len(self._answers[prompt]) - 1 for prompt in self._going]
-        begin = self._now()
+        begin = now(self.target.device)
         draft = self._draft(max(limits))
         slots = draft.tokens.shape[1]
         drafted = [min(limit, slots) for limit in limits]
         lengths = self._lengths(draft, drafted)
-        self._clock["draft"] += self._now() - begin
+        self._clock["draft"] += now(self.target.device) - begin
 
-        begin = self._now()
+        begin = now(self.target.device)
         most = max(lengths)
         asked = torch.cat([self._anchors.unsqueeze(1), draft.tokens[:, :most]], dim=1)
         features = self.target.advance(asked, self._cache, self._layers)
         p = self._target_probs(features.last)
-        self._clock["verify"] += self._now() - begin
+        self._clock["verify"] += now(self.target.device) - begin
 
         q, tokens = draft.probs[:, :most], draft.tokens[:, :most].unsqueeze(2)
         draft_prob = draft.probs.gather(2, draft.tokens.unsqueeze(2)).squeeze(2)
@@ -681,11 +681,6 @@ class Decoding(Iterator[Round]):
             return ""
         shown, self._shown[prompt] = self._shown[prompt], text
         return text[len(shown) :]
-
-    def _now(self) -> float:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
 
     def _check(self) -> list[list[int]]:
         _require_numbers(self.temperature, self.top_p, self.threshold)

@@ -34,7 +34,7 @@ import pandas as pd
 from jaxtyping import Float, Int, Shaped
 
 from dspark_lab.checks import require_int, require_number
-from dspark_lab.schedule import prefix_schedule
+from dspark_lab.schedule import Speed, prefix_schedule
 from dspark_lab.temperatures import SequentialTemperatures
 from dspark_lab.trace import probabilities, read_trace
 
@@ -52,8 +52,6 @@ __all__ = [
     "simulate",
 ]
 
-# Steps per second at so many tokens per step, for an array of them.
-Speed = Callable[[Int[np.ndarray, " size"]], Float[np.ndarray, " size"]]
 # How many slots of each request to verify, from the confidences of all and the engine's speed.
 Policy = Callable[[Float[np.ndarray, "request slot"], Speed], Int[np.ndarray, " request"]]
 

@@ -26,6 +26,7 @@ from dspark_lab.objective import _CHUNK, _TILE
 from dspark_lab.shape import CARDS, Card, Shape
 
 __all__ = [
+    "WIDTH",
     "Dtype",
     "Step",
     "fit_table",
@@ -33,10 +34,12 @@ __all__ = [
     "logit_bytes",
     "memory_table",
     "training_memory",
+    "usable_bytes",
 ]
 
 Dtype = Literal["bf16", "fp32"]
-_BYTES = {"bf16": 2, "fp32": 4}
+# Bytes of a number.
+WIDTH = {"bf16": 2, "fp32": 4}
 _CHOICES = {
     "dtype": get_args(Dtype),
     "target_dtype": (*get_args(Dtype), None),
@@ -132,11 +135,11 @@ class Step:
     @property
     def product_bytes(self) -> int:
         """Of a number that goes through a matrix product."""
-        return _BYTES[self.dtype]
+        return WIDTH[self.dtype]
 
     @property
     def target_bytes(self) -> int:
-        return _BYTES[self.target_dtype or self.dtype]
+        return WIDTH[self.target_dtype or self.dtype]
 
     @property
     def feature_bytes(self) -> int:
@@ -198,6 +201,25 @@ def memory_table(
     )
 
 
+def usable_bytes(memory: int | float | str | Card, usable: float = 0.92) -> float:
+    """The part of a memory, in bytes or a card's, that tensors may take; see :func:`fit_table`.
+
+    Raises:
+        TypeError, ValueError: a memory that is neither a number > 0 nor a card, or ``usable`` not
+            in (0, 1].
+    """
+    if isinstance(memory, str):
+        if memory not in CARDS:
+            raise ValueError(f"memory must be bytes or one of {list(CARDS)}, got {memory!r}")
+        memory = CARDS[memory]
+    size = memory.memory_bytes if isinstance(memory, Card) else memory
+    require_number("memory", size)
+    require_number("usable", usable)
+    if not size > 0 or not 0 < usable <= 1:
+        raise ValueError(f"memory must be > 0 and usable in (0, 1], got {memory!r} and {usable}")
+    return size * usable
+
+
 def fit_table(
     shape: Shape,
     memory: int | float | str | Card,
@@ -226,16 +248,7 @@ def fit_table(
     Raises:
         TypeError, ValueError: as :func:`training_memory`, or a memory that is not a number > 0.
     """
-    if isinstance(memory, str):
-        if memory not in CARDS:
-            raise ValueError(f"memory must be bytes or one of {list(CARDS)}, got {memory!r}")
-        memory = CARDS[memory]
-    size = memory.memory_bytes if isinstance(memory, Card) else memory
-    require_number("memory", size)
-    require_number("usable", usable)
-    if not size > 0 or not 0 < usable <= 1:
-        raise ValueError(f"memory must be > 0 and usable in (0, 1], got {memory!r} and {usable}")
-    limit = size * usable
+    limit = usable_bytes(memory, usable)
     lines = []
     for seq_len in seq_lens:
         for block_size in block_sizes:

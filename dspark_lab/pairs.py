@@ -9,7 +9,8 @@ This file knows which folders ship; it does not know how they were made (``dspar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "TRACES",
     "Pair",
     "drafter_names",
+    "in_turns",
     "load_pair",
     "load_traces",
     "question",
@@ -155,6 +157,18 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
             seen.add(question(chat))
             kept.append(chat)
     return kept, held_out
+
+
+def in_turns(chats: Iterable[Chat]) -> list[Chat]:
+    """The first conversation of each domain, the second of each, and so on."""
+    place: Counter[str | None] = Counter()
+    turns = []
+    for chat in chats:
+        turns.append((place[chat.domain], chat))
+        place[chat.domain] += 1
+    domains = {domain: number for number, domain in enumerate(place)}
+    turns.sort(key=lambda turn: (turn[0], domains[turn[1].domain]))
+    return [chat for _, chat in turns]
 
 
 def question(chat: Chat) -> str:

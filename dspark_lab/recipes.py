@@ -41,7 +41,7 @@ from dspark_lab.generate import (
     write_records,
 )
 from dspark_lab.heads import MarkovKind
-from dspark_lab.pairs import TRACES, drafter_names, load_pair, question, split_chats
+from dspark_lab.pairs import TRACES, drafter_names, in_turns, load_pair, question, split_chats
 from dspark_lab.pocket import (
     MASK,
     PocketConfig,
@@ -430,10 +430,7 @@ def trace_pair(
     question has the same number as a prompt in each of them; domains take turns.
     """
     pair = load_pair(name)
-    by_domain: dict[str | None, list[Chat]] = {}
-    for chat in pair.held_out:
-        by_domain.setdefault(chat.domain, []).append(chat)
-    chats = [chat for turn in zip(*by_domain.values(), strict=False) for chat in turn][:most]
+    chats = in_turns(pair.held_out)[:most]
     traces = []
     for drafter_name in drafter_names(name):
         drafter = pair.load_drafter(drafter_name)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dspark_lab.checks import require_int
+from dspark_lab.clock import now
 from dspark_lab.decode import Scheduler, distribution
 from dspark_lab.files import written_whole
 from dspark_lab.scores import as_numbers
@@ -338,10 +338,10 @@ def measure_steps_per_second(
         times = []
         for _ in range(warm_up + repeats):
             ids = drawn(rows, count)
-            begin = _now(target.device)
+            begin = now(target.device)
             last = target.advance(ids, cache, []).last
             distribution(torch.nn.functional.linear(last, target.head_weight), 1.0)
-            times.append(_now(target.device) - begin)
+            times.append(now(target.device) - begin)
             cache.commit([0] * rows)
         speeds.append(1 / statistics.median(times[warm_up:]))
     # Of a folder's path no more than tells what it holds.
@@ -353,12 +353,6 @@ def _per_row(target: Target, size: int, most: int) -> int:
     if not target.decodes_batches:
         return size
     return next(count for count in range(min(most, size), 0, -1) if size % count == 0)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _device(target: Target) -> str:

@@ -28,7 +28,6 @@ knows nothing of several requests that share a step (``dspark_lab.schedule``).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +39,7 @@ from jaxtyping import Bool, Float, Int
 
 from dspark_lab.acceptance import trace_sums
 from dspark_lab.checks import require_int, require_number
+from dspark_lab.clock import now
 from dspark_lab.decode import Decoded, Prompt, decode_rounds, encode_prompt
 from dspark_lab.drafter import Drafter
 from dspark_lab.scores import as_probabilities
@@ -1016,17 +1016,11 @@ def _read_again(target: Target, cache: TargetCache, tokens: Sequence[int], kept:
     """Seconds that the target takes to read the tokens; its cache keeps the first ``kept``."""
     with torch.inference_mode():
         rows = torch.tensor([list(tokens)], device=target.device)
-        begin = _now(target)
+        begin = now(target.device)
         target.advance(rows, cache, [])
-        spent = _now(target) - begin
+        spent = now(target.device) - begin
         cache.commit([kept])
     return spent
-
-
-def _now(target: Target) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()
 
 
 def _decoded(

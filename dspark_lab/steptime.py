@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from jaxtyping import Float
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate
 from dspark_lab.checks import require_int, require_number
+from dspark_lab.clock import now
 from dspark_lab.cost import training_cost
 from dspark_lab.drafter import Drafter
 from dspark_lab.memory import Dtype
@@ -292,10 +292,6 @@ def _features(target: Target | None, drafter: Drafter, batch: Batch) -> Callable
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = now(device)
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return now(device) - begin

@@ -22,7 +22,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +38,7 @@ from dspark_lab.decode import decode
 from dspark_lab.drafter import Drafter
 from dspark_lab.files import written_whole
 from dspark_lab.jobs import run_jobs
-from dspark_lab.pairs import load_pair, question
+from dspark_lab.pairs import in_turns, load_pair, question
 from dspark_lab.target import Target, load_target
 from dspark_lab.train import TrainConfig, mask_token_id, new_drafter, train
 
@@ -378,19 +378,7 @@ def _materials(config: SweepConfig) -> tuple[Target, list[Encoded], list[Chat]]:
         chats, others = load_chats(config.data), load_chats(config.held_out)
     assert target.tokenizer is not None
     encoded = [encode(chat, target.tokenizer, config.training.max_length) for chat in chats]
-    return target, encoded, _in_turns(others, config.prompts)
-
-
-def _in_turns(chats: Iterable[Chat], most: int) -> list[Chat]:
-    """The first of each domain, the second of each, and so on."""
-    by_domain: dict[str | None, list[Chat]] = {}
-    for chat in chats:
-        by_domain.setdefault(chat.domain, []).append(chat)
-    longest = max(map(len, by_domain.values()))
-    turns = (
-        chats[turn] for turn in range(longest) for chats in by_domain.values() if turn < len(chats)
-    )
-    return [chat for chat, _ in zip(turns, range(most), strict=False)]
+    return target, encoded, in_turns(others)[: config.prompts]
 
 
 def _fresh(target: Target, chats: Sequence[Encoded], cell: Cell) -> Drafter:

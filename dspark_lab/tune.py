@@ -45,7 +45,7 @@ from dspark_lab.coverage import (
     token_supervision,
 )
 from dspark_lab.export import TrainingSettings
-from dspark_lab.memory import Dtype, training_memory
+from dspark_lab.memory import Dtype, training_memory, usable_bytes
 from dspark_lab.shape import CARDS, Card, Shape
 from dspark_lab.steptime import StepTime
 
@@ -173,13 +173,12 @@ def training(
     """
     require_int("batch_size", batch_size, 1)
     step_time = time if isinstance(time, StepTime) else card_time(time)
-    limit = math.inf if memory is None else _bytes(memory) * usable
+    limit = math.inf if memory is None else usable_bytes(memory, usable)
     lines = []
     for seq_len, spans in _rows(data, seq_lens, packed).items():
         rows_tokens = float(spans.row_tokens.mean())
         blocks_for = 1.0 if per == "row" else spans.documents / spans.rows
         for block_size in block_sizes:
-            worth = float(np.exp(-np.arange(block_size) / gamma).sum())
             for anchors in num_anchors:
                 found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
                 blocks = max(1, round(anchors * blocks_for))
@@ -200,7 +199,7 @@ def training(
                         "share": found.share,
                         "covered": covered,
                         "weighted": found.weighted / found.rows * batch_size,
-                        "gain": covered * worth,
+                        "gain": covered * float(found.weights.sum()),
                         "operations": float(cost["operations"].sum()),
                         "memory_bytes": training_memory(shape, seq_len=seq_len, **sizes),
                     }
@@ -297,13 +296,6 @@ def _card(card: Card | str) -> Card:
     if not isinstance(card, Card):
         raise TypeError(f"card must be a Card or its name, got {type(card).__name__}")
     return card
-
-
-def _bytes(memory: float | Card | str) -> float:
-    size = memory if isinstance(memory, (int, float)) else _card(memory).memory_bytes
-    if not size > 0:
-        raise ValueError(f"memory must be > 0 bytes, got {size}")
-    return float(size)
 
 
 def _front(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from samples import tiny_drafter, tiny_target
@@ -21,6 +22,7 @@ from torch import Tensor
 import dspark_lab.decode as lab
 from dspark_lab.decode import Round
 from dspark_lab.drafter import Drafter
+from dspark_lab.schedule import StepsPerSecond, prefix_scheduler
 from dspark_lab.target import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,20 +204,13 @@ def undecided(target: Target, drafter: Drafter, *prompts: list[int], median: flo
 
 
 # Steps a second of an imaginary engine that verifies no slot, one or two.
-SPEEDS = (1.0, 0.55, 0.5)
+SPEEDS = StepsPerSecond(np.array([1, 2, 3]), np.array([1.0, 0.55, 0.5]), 0, "imaginary")
+scheduler = prefix_scheduler(SPEEDS)
 
 
 def early_stopping(confidence: Tensor) -> Tensor:
     """DSpark's prefix scheduler for rows that run alone: slots until one does not pay."""
-    lengths = []
-    for row in confidence.double().cumprod(dim=1).tolist():
-        length, tau = 0, 1.0
-        for slot, survival in enumerate(row):
-            if (tau + survival) * SPEEDS[slot + 1] <= tau * SPEEDS[slot]:
-                break
-            length, tau = slot + 1, tau + survival
-        lengths.append(length)
-    return torch.tensor(lengths)
+    return torch.cat([scheduler(row) for row in confidence.split(1)])
 
 
 @pytest.mark.parametrize("head", HEADS)

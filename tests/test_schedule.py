@@ -639,7 +639,7 @@ def test_the_time_is_the_median_without_the_warm_up(monkeypatch) -> None:
         running[0] = not running[0]
         return now[0]
 
-    monkeypatch.setattr(schedule, "_now", clock)
+    monkeypatch.setattr(schedule, "now", clock)
     sps = measure_steps_per_second(tiny_target(), (1, 2), context_length=2, repeats=3)
     assert sps.steps_per_second.tolist() == pytest.approx([1 / 2, 1 / 4])
     assert next(lasting, None) is None
