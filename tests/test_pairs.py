@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import dspark_lab.pairs as lab
 from dspark_lab.acceptance import tau_table, trace_sums
 from dspark_lab.chats import Chat, encode, load_chats
 from dspark_lab.decode import decode
 from dspark_lab.evaluate import compare_drafters, evaluate
-from dspark_lab.pairs import PAIRS, drafter_names, in_turns, load_pair, load_traces, question
+from dspark_lab.pairs import PAIRS, drafter_names, load_pair, load_traces, question
 from dspark_lab.recipes import (
     POCKET_DRAFTERS,
     SMOLLM2_TRAINING,
@@ -178,5 +179,6 @@ def test_a_conversation_in_which_the_user_says_nothing_has_no_question() -> None
 
 def test_domains_take_turns_until_each_has_no_more():
     names = ["math", "math", "code", "math", None, "code", "math"]
-    chats = [Chat(({"role": "user", "content": ""},), str(n), d) for n, d in enumerate(names)]
-    assert [chat.id for chat in in_turns(chats)] == ["0", "2", "4", "1", "5", "3", "6"]
+    said = ({"role": "assistant", "content": ""},)
+    chats = [Chat(said, str(n), d) for n, d in enumerate(names)]
+    assert [chat.id for chat in lab.in_turns(chats)] == ["0", "2", "4", "1", "5", "3", "6"]

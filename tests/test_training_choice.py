@@ -11,7 +11,7 @@ from dspark_lab.memory import training_memory
 from dspark_lab.shape import CARDS, Shape
 from dspark_lab.steptime import StepTime
 from dspark_lab.sweep import SweepConfig, cell_table, load_sweep
-from dspark_lab.tune import Spans, card_time, supervision, sweep_check, training
+from dspark_lab.tune import Spans, _front, card_time, supervision, sweep_check, training
 
 SHAPE = Shape.of("pocket")
 CHATS = random_chats(12)
@@ -77,6 +77,14 @@ def test_the_front_holds_what_no_other_option_beats():
             for other in rates
         )
         assert table["front"].iloc[place] == (not beaten)
+
+
+def test_an_option_is_beaten_by_one_that_is_as_good_but_in_one_rate_and_fits():
+    rates = np.array([[2.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 3.0, 0.5], [1.0, 1.0, 1.0]])
+    every = np.array([True] * 4)
+    assert _front(rates, every).tolist() == [True, False, True, False]
+    # Two that are alike do not beat each other.
+    assert _front(rates, ~every | (rates[:, 0] < 2)).tolist() == [True, True, True, True]
 
 
 def test_a_larger_error_of_times_makes_the_choice_less_sure():
