@@ -98,6 +98,7 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 | `held_out.jsonl` | conversations whose questions neither target nor drafters have seen |
 | `traces.parquet` | what each drafter drafted for 120 held-out questions, greedy and at temperature 1, slot by slot |
 | `sweep.csv` | 72 more drafters, trained briefly over anchors and block size: tau of each by decoding (`python -m dspark_lab.sweep`) |
+| `engine.csv` | seconds of the target's steps, of drafting and of the rest of a round, by tokens and requests, two x86-64 cores, one thread (`python -m dspark_lab.recipes pocket --engine`) |
 
 ## Target
 

@@ -29,8 +29,8 @@ WIDE = {"style": {"description_width": "9em"}, "layout": {"width": "27em"}}
 class Frame:
     """What an explorer shows for one setting of its controls, and the tables behind it.
 
-    The show is HTML, or a picture: a PNG file and what it is in words; or, without tables, the
-    problem with the setting.
+    The show is a picture, a PNG file and what it is in words, or HTML, or both, the HTML below the
+    picture; or, without tables, the problem with the setting.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -44,7 +44,8 @@ class Frame:
         if not self.png:
             return self.html
         source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
-        return f'<img alt="{escape(self.alt)}" style="max-width:100%" src="{source}">'
+        picture = f'<img alt="{escape(self.alt)}" style="max-width:100%" src="{source}">'
+        return picture + self.html
 
 
 class Explorer(ipywidgets.VBox):

@@ -55,6 +55,9 @@ __all__ = [
 # How many slots of each request to verify, from the confidences of all and the engine's speed.
 Policy = Callable[[Float[np.ndarray, "request slot"], Speed], Int[np.ndarray, " request"]]
 
+# Of a step: a number, or worked out from the requests in the batch.
+Seconds = float | Callable[[int], float]
+
 # Of a request in the batch: its number in the order of admission, and which of the requests it is.
 _STATE = ("number", "request", "rounds", "tokens left", "verified", "accepted")
 _State = Int[np.ndarray, "state request"]
@@ -339,8 +342,8 @@ def simulate(
     *,
     concurrency: int,
     rate: float | None = None,
-    draft_seconds: float | Callable[[int], float] = 0.0,
-    overhead_seconds: float = 0.0,
+    draft_seconds: Seconds = 0.0,
+    overhead_seconds: Seconds = 0.0,
     warm_up: int | None = None,
 ) -> LoadResult:
     """Serves requests, and says how that went.
@@ -362,7 +365,7 @@ def simulate(
             the next one at once, so that the batch is always full.
         draft_seconds: of a step, a number or a function of the requests in the batch. Plain
             decoding drafts nothing.
-        overhead_seconds: of a step, whatever it does, such as cutting the cache back.
+        overhead_seconds: of a step, whatever it does, likewise.
         warm_up: requests before those that count; as many as ``concurrency`` by default.
 
     Raises:
@@ -395,8 +398,8 @@ def load_table(
     domains: Mapping[str, float] | None = None,
     within: Literal["conversation", "domain"] = "conversation",
     rate: float | None = None,
-    draft_seconds: float | Callable[[int], float] = 0.0,
-    overhead_seconds: float = 0.0,
+    draft_seconds: Seconds = 0.0,
+    overhead_seconds: Seconds = 0.0,
     warm_up: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -448,8 +451,8 @@ def _serve(
     *,
     concurrency: int,
     rate: float | None,
-    draft_seconds: float | Callable[[int], float],
-    overhead_seconds: float,
+    draft_seconds: Seconds,
+    overhead_seconds: Seconds,
     warm_up: int | None,
 ) -> tuple[_Columns, _Columns]:
     """The two tables of :func:`simulate`, as columns."""
@@ -614,17 +617,16 @@ def _speeds(sps: Speed, most: int) -> Float[np.ndarray, " tokens"]:
     return speeds
 
 
-def _step_seconds(
-    draft: float | Callable[[int], float], overhead: float, most: int
-) -> Float[np.ndarray, " requests"]:
+def _step_seconds(draft: Seconds, overhead: Seconds, most: int) -> Float[np.ndarray, " requests"]:
     """Seconds of a step beside the target's, with 0 to ``most`` requests in the batch."""
-    of_draft = draft if callable(draft) else lambda size: draft
-    seconds = np.array([0.0] + [float(of_draft(size)) for size in range(1, most + 1)])
-    for name, values in (("draft_seconds", seconds), ("overhead_seconds", np.array([overhead]))):
-        bad = ~(np.isfinite(values) & (values >= 0))
-        if bad.any():
-            raise ValueError(f"{name} must be >= 0 and finite, got {values[bad.argmax()]}")
-    return seconds + overhead
+    total = np.zeros(most + 1)
+    for name, of in (("draft_seconds", draft), ("overhead_seconds", overhead)):
+        seconds = [float(of(size) if callable(of) else of) for size in range(1, most + 1)]
+        bad = [value for value in seconds if not 0 <= value < float("inf")]
+        if bad:
+            raise ValueError(f"{name} must be >= 0 and finite, got {bad[0]}")
+        total[1:] += seconds
+    return total
 
 
 def _positive(name: str, value: float) -> float:

@@ -3,6 +3,7 @@
     python -m dspark_lab.recipes pocket       the pocket target and its six drafters
     python -m dspark_lab.recipes smollm2      the drafter of SmolLM2-135M-Instruct
     python -m dspark_lab.recipes pocket --traces    their traces alone
+    python -m dspark_lab.recipes pocket --engine    what decoding takes on this machine, alone
 
 A recipe is a row of stages; each writes its files into the work folder and is skipped where they
 are there already. This file knows the recipes' settings; what a stage does is known elsewhere.
@@ -29,6 +30,7 @@ from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats
 from dspark_lab.checkpoint import load_drafter, save_drafter
 from dspark_lab.decode import decode
 from dspark_lab.drafter import Drafter
+from dspark_lab.engine import SHIPPED_ENGINE, measure_engine
 from dspark_lab.evaluate import evaluate
 from dspark_lab.generate import (
     Prompt,
@@ -451,6 +453,21 @@ def trace_pair(
     save_trace(trace.astype(dict.fromkeys(wide, "float32")), path)
 
 
+def time_pocket_pair(path: Path) -> None:
+    """Times decoding on this machine, one thread, and keeps the engine in one file."""
+    torch.set_num_threads(1)
+    pair = load_pair("pocket")
+    engine = measure_engine(
+        pair.target,
+        pair.drafter,
+        requests=(1, 2, 4, 8, 16, 32, 64),
+        tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        temperature=1.0,
+        repeats=41,
+    )
+    engine.save(path)
+
+
 def _train(
     drafter: Drafter,
     target: Target,
@@ -498,14 +515,21 @@ def main() -> None:
         "--prompts", type=Path, nargs="*", default=[], help="smollm2: JSONL files to evaluate on"
     )
     parser.add_argument("--traces", action="store_true", help="trace what ships, and no more")
+    parser.add_argument(
+        "--engine", action="store_true", help="pocket: time what ships on this machine, and no more"
+    )
     options = parser.parse_args()
     work = options.work or Path("build") / options.pair
     out = options.out or SHIPPED_CHATS.parent / options.pair
-    if not options.traces and options.pair == "pocket":
+    everything = not (options.traces or options.engine)
+    if everything and options.pair == "pocket":
         make_pocket_pair(work, out)
-    elif not options.traces:
+    elif everything:
         make_smollm2_pair(work, out, options.prompts)
-    trace_pair(options.pair, out / TRACES, TRACED[options.pair])
+    if everything or options.traces:
+        trace_pair(options.pair, out / TRACES, TRACED[options.pair])
+    if options.pair == "pocket" and (everything or options.engine):
+        time_pocket_pair(out / SHIPPED_ENGINE.name)
     complete_folder(SHIPPED_CHATS)
 
 
