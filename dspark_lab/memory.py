@@ -23,12 +23,13 @@ import pandas as pd
 
 from dspark_lab.checks import require_int, require_number
 from dspark_lab.objective import _CHUNK, _TILE
-from dspark_lab.shape import CARDS, Card, Shape
+from dspark_lab.shape import CARDS, TARGETS, Card, Shape
 
 __all__ = [
     "WIDTH",
     "Dtype",
     "Step",
+    "card_table",
     "fit_table",
     "kept_bytes",
     "logit_bytes",
@@ -263,6 +264,57 @@ def fit_table(
                     "num_anchors": most,
                     "held": held,
                     "full": most < max(1, seq_len - 1),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def card_table(
+    targets: Sequence[str | Shape] = tuple(TARGETS),
+    cards: Sequence[str | Card] = tuple(CARDS),
+    *,
+    seq_len: int = 4096,
+    block_size: int = 7,
+    num_anchors: int = 512,
+    usable: float = 0.92,
+    batch_size: int = 1,
+    dtype: Dtype = "bf16",
+    **options: Any,
+) -> pd.DataFrame:
+    """Which drafter trains on which card: published configurations and common cards by default.
+
+    Args:
+        targets: names in :data:`~dspark_lab.shape.TARGETS`, or shapes.
+        cards: names in :data:`~dspark_lab.shape.CARDS`, or cards.
+        num_anchors: of the step whose bytes are told.
+        seq_len, block_size, usable, batch_size, dtype, options: see :func:`fit_table`.
+
+    Returns:
+        a line per target and card: ``target``, ``held_gb`` (10^9 bytes of a step of
+        ``num_anchors``), ``card``, ``memory_gb`` (of the card), ``fits``, and ``most_anchors``, the
+        largest number that fits.
+
+    Raises:
+        TypeError, ValueError: as :func:`fit_table`, or a name that there is none of.
+    """
+    lines = []
+    for target in targets:
+        shape = target if isinstance(target, Shape) else Shape.of(target)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, **options}
+        held = training_memory(
+            shape, seq_len=seq_len, num_anchors=num_anchors, block_size=block_size, **sizes
+        )
+        for card in cards:
+            limit, name = usable_bytes(card, usable), getattr(card, "name", card)
+            fit = fit_table(shape, card, [seq_len], [block_size], usable=usable, **sizes)
+            lines.append(
+                {
+                    "target": shape.name,
+                    "held_gb": held / 1e9,
+                    "card": name,
+                    "memory_gb": limit / usable / 1e9,
+                    "fits": held <= limit,
+                    "most_anchors": int(fit["num_anchors"].iloc[0]),
                 }
             )
     return pd.DataFrame(lines)

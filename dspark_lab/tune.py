@@ -47,7 +47,8 @@ from dspark_lab.coverage import (
 from dspark_lab.export import TrainingSettings
 from dspark_lab.memory import Dtype, training_memory, usable_bytes
 from dspark_lab.shape import CARDS, Card, Shape
-from dspark_lab.steptime import StepTime
+from dspark_lab.steptime import StepTime, fit_step_time
+from dspark_lab.sweep import SweepConfig
 
 __all__ = [
     "Spans",
@@ -57,6 +58,7 @@ __all__ = [
     "coverage_table",
     "never_table",
     "packing_table",
+    "predict_sweep",
     "reaching_anchors",
     "slot_table",
     "supervision",
@@ -211,6 +213,48 @@ def training(
     table["fits"] = table["memory_bytes"] <= limit
     table["front"] = table["fits"] & _front(table[list(_RATES)].to_numpy(), table["fits"])
     return _choice(table, step_time.error, batch_size, gamma)
+
+
+def predict_sweep(
+    sweep: pd.DataFrame,
+    data: Spans | Batch | Sequence[Encoded],
+    shape: Shape,
+    config: SweepConfig | None = None,
+) -> TrainingChoice:
+    """What :func:`training` would have said before a sweep, of the cells of that sweep.
+
+    Steps are as fast as the sweep took them to be when it planned them: a cell of the budget of
+    seconds has as many steps as its seconds pay. A fit to these times goes into the choice, and the
+    fit's error into how sure it is.
+
+    Args:
+        sweep: from :func:`dspark_lab.sweep.sweep_table` or ``load_sweep``.
+        data, shape: what its drafters learned from, and their shape.
+        config: of the sweep; of the shipped one where None.
+
+    Raises:
+        TypeError, ValueError: as :func:`training`, or cells that the sweep does not have.
+    """
+    config = config or SweepConfig()
+    options: dict[str, Any] = {
+        "num_anchors": config.num_anchors,
+        "block_sizes": config.block_sizes,
+        "batch_size": config.training.batch_size,
+        "gamma": config.training.loss_decay_gamma,
+        "dtype": config.training.precision,
+        "features": config.features,
+    }
+    cell = ["block_size", "num_anchors"]
+    steps = sweep[sweep["budget"] == "seconds"].groupby(cell)["steps"].first()
+    operations = training(data, shape, time=StepTime(1.0, 0.0, 0.0, 0.0, 0), **options).table
+    operations = operations.set_index(cell)["operations"]
+    missing = [key for key in operations.index if key not in steps.index]
+    if missing:
+        raise ValueError(
+            f"sweep must hold every block size and anchor count of config, got none of {missing}"
+        )
+    measured = pd.DataFrame({"operations": operations, "seconds": config.seconds / steps})
+    return training(data, shape, time=fit_step_time(measured.dropna()), **options)
 
 
 def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:

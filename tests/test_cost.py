@@ -37,6 +37,7 @@ from dspark_lab.cost import (
     Layers,
     Shape,
     anchored_work,
+    card_table,
     drafting_cost,
     expected_work,
     fit_table,
@@ -811,3 +812,20 @@ def test_live_features_need_a_target_and_a_memory_is_a_positive_number():
 def test_the_objective_is_the_real_one():
     """The name is imported for its chunk sizes; this keeps it the one that training calls."""
     assert objective.dspark_objective is dspark_objective
+
+
+def test_cards_are_told_for_each_target_what_fits_and_how_much_of_it():
+    table = card_table(["qwen3-4b", TARGETS["qwen3-8b"]], ["L4", CARDS["H100"]], seq_len=2048)
+    assert table["target"].tolist() == ["qwen3-4b", "qwen3-4b", "qwen3-8b", "qwen3-8b"]
+    assert table["card"].tolist() == ["L4", "H100"] * 2
+    for line in table.itertuples():
+        shape, card = TARGETS[line.target], CARDS[line.card]
+        sizes = {"seq_len": 2048, "num_anchors": 512, "block_size": 7}
+        assert line.held_gb == pytest.approx(training_memory(shape, **sizes) / 1e9)
+        assert line.memory_gb == pytest.approx(card.memory_bytes / 1e9)
+        assert line.fits == (line.held_gb <= 0.92 * line.memory_gb)
+        assert line.most_anchors == fit_table(shape, card, [2048], [7])["num_anchors"].item()
+    assert table["fits"].tolist() == [False, True, False, True]
+    assert len(card_table()) == len(TARGETS) * len(CARDS)
+    with pytest.raises(ValueError, match="memory must be bytes or one of"):
+        card_table(["pocket"], ["abacus"])

@@ -11,7 +11,15 @@ from dspark_lab.memory import training_memory
 from dspark_lab.shape import CARDS, Shape
 from dspark_lab.steptime import StepTime
 from dspark_lab.sweep import SweepConfig, cell_table, load_sweep
-from dspark_lab.tune import Spans, _front, card_time, supervision, sweep_check, training
+from dspark_lab.tune import (
+    Spans,
+    _front,
+    card_time,
+    predict_sweep,
+    supervision,
+    sweep_check,
+    training,
+)
 
 SHAPE = Shape.of("pocket")
 CHATS = random_chats(12)
@@ -162,3 +170,16 @@ def test_the_shipped_sweep_can_be_checked_cell_by_cell():
     # Two budgets, two temperatures; three block sizes and all of them.
     assert len(checked) == 2 * 2 * 4
     assert checked["lost"].between(0, 1).all()
+
+
+def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
+    config = SweepConfig(num_anchors=(2, 4, 8), block_sizes=(3, 5), seconds=9.0)
+    same = chosen(batch_size=16, dtype="bf16", features="cached")
+    steps = same.table[["block_size", "num_anchors"]].assign(steps=9.0 / same.table["seconds"])
+    sweep = pd.concat([steps.assign(budget="seconds"), steps.assign(budget="slots", steps=1.0)])
+    found = predict_sweep(sweep, CHATS, SHAPE, config)
+    pd.testing.assert_frame_equal(found.table, same.table)
+    # Times without noise: the fit makes no error, so there is no doubt.
+    assert found.sure == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"none of \[\(5, 8\)\]"):
+        predict_sweep(sweep[sweep["num_anchors"] * sweep["block_size"] != 40], CHATS, SHAPE, config)
