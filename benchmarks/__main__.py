@@ -15,6 +15,7 @@ from benchmarks import (
     coverage,
     decoding,
     explorers,
+    load,
     mask,
     objective,
     sampling,
@@ -36,6 +37,7 @@ SECTIONS = {
     "cost": cost.run,
     "scheduling": scheduling.run,
     "serving": serving.run,
+    "load": load.run,
     "explorers": explorers.run,
 }
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -252,10 +253,23 @@ class Engine:
             TypeError, ValueError: as :class:`Engine`; columns, parts, lengths or numbers of
                 requests are missing.
         """
-        table = pd.read_csv(path, dtype={"device": "object", "target": "object"})
+        # A device may be called "NA" or "7"; "nan" is no number, and is refused as one.
+        table = pd.read_csv(
+            path,
+            dtype={"device": "object", "target": "object"},
+            keep_default_na=False,
+            na_values=dict.fromkeys(_COLUMNS[1:], ["", "nan"]),
+        )
         if missing := [name for name in _COLUMNS if name not in table]:
             raise ValueError(
                 f"an engine's table must have the columns {_COLUMNS}, got no {missing}"
+            )
+        table["seconds"] = as_numbers("seconds", table["seconds"].to_numpy())
+        twice = table.duplicated(_COLUMNS[:-1])
+        if twice.any():
+            raise ValueError(
+                "an engine's table must have one row for each point, got two of "
+                f"{table.loc[twice, _COLUMNS[:-1]].iloc[0].tolist()}"
             )
         parts = {part: table[table["part"] == part] for part in ("target", "draft", *_RESTS)}
         if missing := [part for part, rows in parts.items() if rows.empty]:
@@ -274,7 +288,7 @@ class Engine:
                     f"draft and {part} must be of the same numbers of requests, got "
                     f"{draft.index.tolist()} and {rest.index.tolist()}"
                 )
-        steps = parts["target"].fillna({"device": "", "target": ""})
+        steps = parts["target"]
         sps = StepsPerSecond.of(steps.assign(steps_per_second=1 / steps["seconds"]))
         return cls(sps, draft.index.to_numpy(), *(each.to_numpy() for each in (draft, *rests)))
 
@@ -320,6 +334,8 @@ def measure_engine(
     counts = list(requests or ((1, 4, 16) if target.decodes_batches else (1,)))
     for count in counts:
         require_int("requests", count, 1)
+    if any(after <= before for before, after in pairwise(counts)):
+        raise ValueError(f"requests must rise from point to point, got {counts}")
     if counts != [1] and not target.decodes_batches:
         raise ValueError(
             f"requests must be 1 for a target that decodes one row at a time, got {counts}"
@@ -354,10 +370,10 @@ def measure_engine(
         spent = _round_seconds(runs, count, warm_up, repeats)
         drafting = [spent[k]["draft"] for k in lengths[1:]]
         draft.append(np.interp(range(1, longest + 1), lengths[1:], drafting))
-        # What a round takes beside drafting and the steps that SPS tells of.
+        # Of a round, what SPS does not tell of.
         whole = {k: sum(spent[k].values()) - sps.seconds(count * (k + 1)) for k in lengths}
         rest.append(max(0.0, whole[longest] - drafting[-1]))
-        plain_rest.append(max(0.0, whole[0] - spent[0]["draft"]))
+        plain_rest.append(max(0.0, whole[0]))
     return Engine(sps, np.array(counts), np.array(draft), np.array(rest), np.array(plain_rest))
 
 

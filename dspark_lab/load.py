@@ -58,9 +58,6 @@ Policy = Callable[[Float[np.ndarray, "request slot"], Speed], Int[np.ndarray, " 
 # Of a step: a number, or worked out from the requests in the batch.
 Seconds = float | Callable[[int], float]
 
-# Of a request in the batch: its number in the order of admission, and which of the requests it is.
-_STATE = ("number", "request", "rounds", "tokens left", "verified", "accepted")
-_State = Int[np.ndarray, "state request"]
 _Columns = dict[str, np.ndarray]
 
 
@@ -466,17 +463,17 @@ def _serve(
     fixed = _step_seconds(0.0 if plain else draft_seconds, overhead_seconds, concurrency)
     reading = 1 / _speeds(sps, concurrency * (most + 1))
     to_come = None if rate is None else _Arrivals(requests.gap / _positive("rate", rate), warm_up)
+    asked = None if plan is None else plan[requests.block].tolist()
+    lucky, tokens = requests.lucky.tolist(), requests.tokens.tolist()
+    beside, read = fixed.tolist(), reading.tolist()
 
     now = 0.0
-    # Of those admitted, in order.
-    arrival: list[float] = []
-    start: list[float] = []
-    ended: list[tuple[_State, float]] = []
+    admitted: list[_Request] = []
     steps: list[tuple[float, float, int, int, int]] = []
-    batch = np.empty((len(_STATE), 0), dtype=np.int64)
+    batch: list[_Request] = []
     missing, last = len(requests), warm_up + len(requests)
     while missing:
-        room = concurrency - batch.shape[1]
+        room = concurrency - len(batch)
         if room:
             if to_come is None:
                 new = [now] * room
@@ -484,36 +481,50 @@ def _serve(
                 if room == concurrency:
                     now = max(now, to_come.next)
                 new = to_come.until(now, room)
-            number = np.arange(len(start), len(start) + len(new))
-            batch = np.concatenate([batch, _fresh(requests, number, warm_up)], axis=1)
-            arrival += new
-            start += [now] * len(new)
+            for arrival in new:
+                which = (len(admitted) - warm_up) % len(requests)
+                batch.append(_Request(len(admitted), which, arrival, now, tokens[which]))
+                admitted.append(batch[-1])
 
-        size = batch.shape[1]
-        _, which, place, left, _, _ = batch
-        block = requests.block[which, place]
-        if plan is None:
-            lengths = _asked(policy, answers.confidence[block], reading, fixed[size])
+        size = len(batch)
+        if asked is None:
+            blocks = requests.block[[r.which for r in batch], [r.rounds for r in batch]]
+            lengths = _asked(policy, answers.confidence[blocks], reading, beside[size])
         else:
-            lengths = plan[block]
-        verified = int(lengths.sum())
-        seconds = float(fixed[size] + reading[size + verified - 1])
-        # What follows the end of an answer is no part of it.
-        accepted = np.minimum(np.minimum(requests.lucky[which, place], lengths), left)
-        grown = np.minimum(accepted + 1, left)
-        steps.append((now, seconds, size, verified, int(grown.sum())))
+            lengths = [asked[r.which][r.rounds] for r in batch]
+        verified, grown = sum(lengths), 0
+        begin, seconds = now, beside[size] + read[size + verified - 1]
         now += seconds
-        batch[2] += 1
-        batch[3] -= grown
-        batch[4] += lengths
-        batch[5] += accepted
-        over = batch[3] == 0
-        if over.any():
-            gone, batch = batch[:, over], batch[:, ~over]
-            ended.append((gone, now))
-            missing -= int(((gone[0] >= warm_up) & (gone[0] < last)).sum())
-    ended.append((batch, np.nan))
-    return _served(requests, arrival, start, ended, warm_up), _steps(steps)
+        for request, length in zip(batch, lengths, strict=True):
+            # What follows the end of an answer is no part of it.
+            accepted = min(lucky[request.which][request.rounds], length, request.left)
+            more = min(accepted + 1, request.left)
+            grown += more
+            request.rounds += 1
+            request.verified += length
+            request.accepted += accepted
+            request.left -= more
+            if request.left == 0:
+                request.end = now
+                missing -= warm_up <= request.number < last
+        steps.append((begin, seconds, size, verified, grown))
+        batch = [request for request in batch if request.left]
+    return _served(requests, admitted, warm_up), _steps(steps)
+
+
+@dataclass(slots=True)
+class _Request:
+    """One that was admitted as the ``number``-th; ``which`` of those that were drawn it is."""
+
+    number: int
+    which: int
+    arrival: float
+    start: float
+    left: int
+    end: float = float("nan")
+    rounds: int = 0
+    verified: int = 0
+    accepted: int = 0
 
 
 def _complete(
@@ -563,13 +574,6 @@ def _shares(
     return share[code]
 
 
-def _fresh(requests: Requests, number: Int[np.ndarray, " new"], warm_up: int) -> _State:
-    """The state of the requests that are admitted as the ``number``-th."""
-    which = (number - warm_up) % len(requests)
-    nothing = np.zeros_like(number)
-    return np.stack([number, which, nothing, requests.tokens[which], nothing, nothing])
-
-
 def _plan(policy: Policy, answers: Answers) -> Int[np.ndarray, " round"] | None:
     """The slots to verify of each round of the trace, None if the batch decides."""
     if isinstance(policy, FixedLength):
@@ -590,7 +594,7 @@ def _asked(
     confidence: Float[np.ndarray, "request slot"],
     reading: Float[np.ndarray, " tokens"],
     fixed: float,
-) -> Int[np.ndarray, " request"]:
+) -> list[int]:
     """What a policy that looks at the whole batch says."""
     size, slots = confidence.shape
     lengths = np.asarray(policy(confidence, lambda tokens: 1 / (fixed + reading[tokens - 1])))
@@ -601,7 +605,7 @@ def _asked(
         )
     if lengths.min() < 0 or lengths.max() > slots:
         raise ValueError(f"a policy must verify 0 to {slots} slots, got {lengths.tolist()}")
-    return lengths
+    return lengths.tolist()
 
 
 def _speeds(sps: Speed, most: int) -> Float[np.ndarray, " tokens"]:
@@ -652,28 +656,15 @@ class _Arrivals:
         return taken
 
 
-def _served(
-    requests: Requests,
-    arrival: list[float],
-    start: list[float],
-    ended: list[tuple[_State, float]],
-    warm_up: int,
-) -> _Columns:
-    state = np.concatenate([batch for batch, _ in ended], axis=1)
-    end = np.repeat([time for _, time in ended], [batch.shape[1] for batch, _ in ended])
-    order = np.argsort(state[0])
-    number, which, rounds, left, verified, accepted = state[:, order]
+def _served(requests: Requests, admitted: list[_Request], warm_up: int) -> _Columns:
+    of = {name: np.array([getattr(r, name) for r in admitted]) for name in _Request.__slots__}
     return {
-        "request": which,
-        "domain": requests.answers.domain[requests.conversation[which]],
-        "arrival": np.array(arrival),
-        "start": np.array(start),
-        "end": end[order],
-        "tokens": requests.tokens[which] - left,
-        "rounds": rounds,
-        "verified": verified,
-        "accepted": accepted,
-        "measured": (number >= warm_up) & (number < warm_up + len(requests)),
+        "request": of["which"],
+        "domain": requests.answers.domain[requests.conversation[of["which"]]],
+        **{name: of[name] for name in ("arrival", "start", "end")},
+        "tokens": requests.tokens[of["which"]] - of["left"],
+        **{name: of[name] for name in ("rounds", "verified", "accepted")},
+        "measured": (of["number"] >= warm_up) & (of["number"] < warm_up + len(requests)),
     }
 
 

@@ -55,7 +55,9 @@ __all__ = [
 
 # Steps per second at each of several numbers of tokens per step.
 Speed = Callable[[np.ndarray], np.ndarray]
-Confidence = Float[np.ndarray, "request slot"] | Float[Tensor, "request slot"]
+Confidence = (
+    Float[np.ndarray, "request slot"] | Float[Tensor, "request slot"] | Sequence[Sequence[float]]
+)
 
 # Candidates that a schedule looks at first, at least.
 _FEW = 256

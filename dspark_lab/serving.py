@@ -778,8 +778,8 @@ def _fixed(rates: Float[np.ndarray, "*axes slot"]) -> _Outcomes:
     return _Outcomes(np.ones_like(accepted), accepted, _before(accepted) - accepted)
 
 
-def _figures(costs: RoundCosts, outcomes: _Outcomes) -> dict[str, np.ndarray]:
-    """Tokens, seconds and speed of a round, ``[...]`` each."""
+def _figures(costs: RoundCosts, outcomes: _Outcomes) -> dict[str, Any]:
+    """Tokens, seconds and speed of a round, ``[...]`` each, numbers for one profile."""
     k = outcomes.accepted.shape[-1]
     verify = np.array(costs.verify_seconds[: k + 1])
     replay = np.array(costs.replay_seconds[:k] or [0.0] * k)
@@ -994,7 +994,7 @@ def _rounds_needed(
 
 def _tau_of_answers(
     survival: Float[np.ndarray, "*axes slot"], answers: Int[np.ndarray, " answer"]
-) -> Float[np.ndarray, "*axes"]:
+) -> float | Float[np.ndarray, "*axes"]:
     """Tokens over rounds of answers of so many tokens, the first ones left out."""
     rounds = _rounds_needed(survival, int(answers.max()))
     return answers.sum() / rounds[answers].sum(axis=0)

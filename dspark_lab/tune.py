@@ -211,7 +211,9 @@ def training(
     for rate, of in zip(_RATES, ("seconds", "memory_bytes", "operations"), strict=True):
         table[rate] = table["gain"] / table[of]
     table["fits"] = table["memory_bytes"] <= limit
-    table["front"] = table["fits"] & _front(table[list(_RATES)].to_numpy(), table["fits"])
+    table["front"] = table["fits"] & _front(
+        table[list(_RATES)].to_numpy(), table["fits"].to_numpy()
+    )
     return _choice(table, step_time.error, batch_size, gamma)
 
 
@@ -348,7 +350,7 @@ def _front(
     """Whether no option that fits is better in one rate and as good in the others."""
     as_good = (rates[:, None] <= rates[None]).all(axis=2)
     better = (rates[:, None] < rates[None]).any(axis=2)
-    beaten = (as_good & better & np.asarray(fits)[None]).any(axis=1)
+    beaten = (as_good & better & fits[None]).any(axis=1)
     return np.asarray(np.logical_not(beaten))
 
 

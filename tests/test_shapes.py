@@ -7,14 +7,14 @@ since it would answer bad input before the package's own sentences do.
 import subprocess
 import sys
 
-PREAMBLE = """
+import pytest
+
+WALK = """
 from jaxtyping import install_import_hook
 hook = install_import_hook("dspark_lab", "beartype.beartype")
 import torch
 from dspark_lab import attention, blocks, chats, common, coverage, tables, widgets
-"""
 
-WALK = """
 tokenizer = chats.load_tokenizer()
 encoded = [chats.encode(chat, tokenizer) for chat in chats.load_chats()[:12]]
 for batch in (chats.collate(encoded, 0), chats.pack(encoded, 700, 0)):
@@ -95,6 +95,102 @@ for view in decode_widgets.VIEWS:
 decode_widgets.explore_decoding(prompts=prompts, max_new_tokens=12)
 """
 
+# All that choosing needs but `objective`, likewise. An int will do where a float is asked for.
+CHOOSE = """
+import beartype
+from jaxtyping import install_import_hook
+beartype.tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+names = "cost coverage engine export load memory schedule serving shape steptime sweep tune"
+install_import_hook([f"dspark_lab.{name}" for name in names.split()], "beartype.tower")
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from dspark_lab import chats, cost, engine, export, load, memory, pairs, schedule, serving, shape
+from dspark_lab import steptime, sweep, temperatures, tune
+
+torch.set_num_threads(1)
+pair = pairs.load_pair()
+own = shape.Shape.of(pair.drafter.config, target=pair.target.model.config.to_dict())
+own.drafter_config(block_size=3), own.trained_parameters, own.target_parameters
+step = {"seq_len": 256, "num_anchors": 8, "block_size": 4, "batch_size": 2}
+for one in (own, *map(shape.Shape.of, shape.TARGETS)):
+    for options in ({"features": "live"}, {"features": "cached", "supervised": 0.5}):
+        memory.training_memory(one, **step, **options), memory.memory_table(one, **step, **options)
+        cost.training_cost(one, **step, **options)
+    cost.drafting_cost(one, context_length=64), cost.verify_cost(one, context_length=64, tokens=4)
+memory.fit_table(own, "T4", (256, 512), (4, 7)), memory.fit_table(own, 8e9)
+memory.card_table(["qwen3-4b", own], ["H100", shape.CARDS["L4"]])
+anchors = np.array([[1, 4, 9], [2, 3, 0]])
+sizes = {"seq_len": 16, "block_size": 4}
+work = cost.anchored_work(anchors, anchors > 0, doc_starts=anchors // 3, **sizes)
+cost.training_cost(own, num_anchors=3, work=work, **sizes)
+cost.expected_work(64, 5, 4, 2)
+timed = steptime.measure_steps(own, (32, 64), (4, 8), runs=1)
+steptime.measure_steps(own, (32,), (4,), runs=1, target=pair.target, dtype="bf16")
+fit = steptime.fit_step_time(timed)
+str(steptime.fit_step_time(timed[:2], timed[2:])), fit.predict(timed["operations"])
+encoded = [chats.encode(chat, pair.tokenizer) for chat in pair.held_out[:20]]
+choice = tune.training(encoded, own, time=fit, memory=8e9, num_anchors=(4, 16), block_sizes=(3, 7))
+tune.training(chats.collate(encoded, 0), own, time="H100")
+for per in ("row", "document"):
+    options = {"time": "T4", "seq_lens": (256, 512), "packed": True, "per": per}
+    tune.training(encoded, own, num_anchors=(8,), **options)
+swept = sweep.load_sweep()
+tune.sweep_check(tune.predict_sweep(swept, encoded, own).table, sweep.cell_table(swept))
+sweep.SweepConfig(seeds=(0,)).cells()
+
+trace = pairs.load_traces()
+trace = trace[trace["drafter"] == "dspark-k7"]
+hot = trace[trace["temperature"] == 1]
+sps = schedule.measure_steps_per_second(pair.target, (1, 4, 9), context_length=8)
+few = {"requests": (1, 2), "tokens": (1, 16), "repeats": 2, "warm_up": 1}
+measured = engine.measure_engine(pair.target, pair.drafter, **few)
+with TemporaryDirectory() as folder:
+    for each in (sps, measured):
+        each.save(Path(folder, "curve.csv"))
+        type(each).read(Path(folder, "curve.csv"))
+    for settings, kinds in (
+        (choice.settings, export.TRAINERS),
+        (export.ServingSettings(3), export.SERVERS),
+    ):
+        for kind in ("json", *kinds):
+            export.export(settings, kind), export.export(settings, kind, Path(folder, "settings"))
+sps = sps.smoothed()
+sps(3), sps(np.arange(4)), sps.seconds(2.5), sps.smooth
+for confidence in (np.full((3, 4), 0.7), torch.full((3, 4), 0.7)):
+    schedule.prefix_schedule(confidence, sps), schedule.retrospective_schedule(confidence, sps)
+    schedule.schedule_table(confidence, sps)
+schedule.prefix_scheduler(sps)(torch.full((2, 3), 0.9))
+schedule.worked_example(), schedule.simulate_worked_example(100)
+profile = serving.acceptance_profile(hot, resamples=20)
+profile.tau(3), profile.tau(3, 20), profile.table()
+given = engine.Engine.of(sps, 7, draft_seconds={1: 0.5, 4: 1})
+for each in (measured, engine.load_engine(), given):
+    costs = each.costs(3, replay=True)
+    serving.speedup_table(profile, costs), serving.advice(profile, costs, [1, 7])
+serving.threshold_table(hot, costs, thresholds=[0.0, 0.5], resamples=5)
+scaling = temperatures.SequentialTemperatures((1.5,) * 7)
+serving.best_threshold(hot, costs, test=hot, draft_lengths=[3], calibrated=scaling, resamples=5)
+serving.break_even(costs, 7), serving.best_length(profile, costs)
+serving.temperature_table(trace, {0.0: costs, 1.0: costs.cutting()}, resamples=5)
+serving.RoundCosts.of(3, plain_seconds=1, draft_seconds=[1, 2, 3], verify_seconds=lambda n: 1 + n)
+serving.measure_costs(pair.target, pair.drafter, draft_lengths=[1, 7], replay=True, repeats=2)
+prompts = [pairs.question(chat) for chat in pair.held_out[:2]]
+options = {"draft_lengths": [3], "max_new_tokens": 8, "repeats": 1, "resamples": 5}
+for replay in (False, True):
+    serving.decode_check(pair.target, pair.drafter, prompts, trace, replay=replay, **options)
+answers = load.answers_of(hot, scaling)
+policies = [load.FixedLength(0), load.FixedLength(7), load.StaticThreshold(0.5)]
+policies.append(load.PrefixScheduler())
+for options in ({"answer_tokens": load.Geometric(9.0)}, {"within": "domain", "rate": 50.0}):
+    options = {"requests": 9, **options, **measured.beside(7)}
+    load.load_table(answers, measured.sps, policies, (1, 3), **options)
+drawn = load.draw_requests(hot, 9, domains={"math": 1}, answer_tokens=5)
+load.simulate(drawn, lambda n: 1 / n, policies[0], concurrency=2, draft_seconds=lambda n: n)
+"""
+
 LIE = """
 try:
     {}  # floats where the signature says integers
@@ -105,24 +201,16 @@ else:
 """
 
 
-def run(code: str) -> None:
+@pytest.mark.parametrize(
+    "walk, lie",
+    [
+        (WALK, "common.create_position_ids(torch.zeros(2, 3), 5)"),
+        (DECODE, "decode._draw(torch.zeros(2, 3), torch.zeros(2, 1).tolist())"),
+        (CHOOSE, "cost.anchored_work(np.zeros((2, 3)), seq_len=9, block_size=4)"),
+    ],
+    ids=["masks", "decoding", "choosing"],
+)
+def test_every_annotated_shape_holds_and_a_wrong_one_would_be_noticed(walk, lie):
+    code = walk + LIE.format(lie)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_every_annotated_shape_holds():
-    run(PREAMBLE + WALK)
-
-
-def test_every_annotated_shape_of_decoding_holds():
-    run(DECODE)
-
-
-def test_a_wrong_shape_would_be_noticed():
-    run(PREAMBLE + LIE.format("common.create_position_ids(torch.zeros(2, 3), 5)"))
-
-
-def test_a_wrong_shape_in_decoding_would_be_noticed():
-    imports, _, _ = DECODE.partition("pair = ")
-    draw = "decode._draw(torch.zeros(2, 3), torch.zeros(2, 1).tolist())"
-    run(imports + LIE.format(draw))

@@ -1,0 +1,570 @@
+"""`dspark_lab.engine`: curves read off by hand, a full batch predicted and then simulated, and
+measurements by a clock that tells what it is told.
+
+No test reads a real clock: where decoding is timed, each call of a model takes so many made-up
+seconds.
+"""
+
+import dataclasses
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import tiny_drafter, tiny_target
+
+from dspark_lab import engine as engine_module
+from dspark_lab.decode import Streams
+from dspark_lab.drafter import Drafter
+from dspark_lab.engine import SHIPPED_ENGINE, Engine, load_engine, measure_engine
+from dspark_lab.load import Answers, FixedLength, draw_requests, load_table, simulate
+from dspark_lab.pairs import load_pair
+from dspark_lab.schedule import StepsPerSecond
+from dspark_lab.serving import AcceptanceProfile, RoundCosts, speedup_table
+from dspark_lab.target import Target
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A step takes 1 s, and 1/16 s for each token; all is in binary fractions, so that sums are exact.
+SPS = StepsPerSecond(np.array([16, 48]), np.array([1 / 2, 1 / 4]), 128, "a card, bf16", "a target")
+
+
+def made(**changes: object) -> Engine:
+    """Of blocks of up to 3 slots, for 2, 4 and 10 requests together."""
+    curves: dict[str, object] = {
+        "sps": SPS,
+        "requests": [2, 4, 10],
+        "draft": [[1.0, 1.25, 1.5], [2.0, 2.5, 3.0], [8.0, 8.5, 6.0]],
+        "rest": [0.25, 0.75, 0.5],
+        "plain_rest": [0.125, 0.25, 1.0],
+    }
+    return Engine(**(curves | changes))  # type: ignore[arg-type]
+
+
+ENGINE = made()
+
+
+def by_hand(requests: int, points: list[float], values: list[float]) -> float:
+    """The line through the two points beside it; flat below the first, never falling above."""
+    if requests <= points[0] or len(points) == 1:
+        return values[0]
+    for left in range(len(points) - 1):
+        low, high = points[left : left + 2]
+        slope = (values[left + 1] - values[left]) / (high - low)
+        if requests <= high:
+            return values[left] + slope * (requests - low)
+    return values[-1] + max(slope, 0.0) * (requests - points[-1])
+
+
+def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
+    """Drafting 1 takes 1, 2 and 8 s for 2, 4 and 10 requests: from 4 on 1 s for each request."""
+    assert [ENGINE.draft_seconds(n, 1) for n in (1, 2, 3, 4, 5, 10, 12)] == [1, 1, 1.5, 2, 3, 8, 10]
+    assert [ENGINE.draft_seconds(n, 2) for n in (3, 7, 13)] == [1.875, 5.5, 11.5]
+    assert [ENGINE.rest_seconds(n) for n in (1, 3, 7)] == [0.25, 0.5, 0.625]
+    # A target's step reads one token of each request: below 16 as long as 16, 2 s.
+    assert [ENGINE.plain_seconds(n) for n in (1, 3, 12)] == [2.125, 2.1875, 3.25]
+    assert ENGINE.plain_seconds(32) == 3 + 1.0 + 22 * 0.125
+    assert ENGINE.longest == 3
+
+
+def test_above_the_last_point_nothing_gets_faster() -> None:
+    assert [ENGINE.rest_seconds(n) for n in (10, 11, 1000)] == [0.5] * 3
+    assert ENGINE.draft_seconds(20, 3) == 6.0 + 10 * 0.5
+    falling = made(draft=[[3.0], [2.0], [1.0]])
+    assert [falling.draft_seconds(n, 1) for n in (4, 7, 10, 99)] == [2, 1.5, 1, 1]
+    alone = made(requests=[4], draft=[[2.0]], rest=[0.5], plain_rest=[0.25])
+    assert [alone.draft_seconds(n, 1) for n in (1, 4, 400)] == [2.0] * 3
+    assert [alone.rest_seconds(n) for n in (1, 4, 400)] == [0.5] * 3
+
+
+SECONDS = st.floats(0, 10)
+
+
+@settings(max_examples=60)
+@given(
+    points=st.lists(
+        st.tuples(st.integers(1, 40), SECONDS, SECONDS, SECONDS, SECONDS),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda point: point[0],
+    ),
+    requests=st.integers(1, 60),
+)
+def test_every_curve_is_read_at_the_same_place(points, requests) -> None:
+    counts, first, second, rest, plain = map(list, zip(*sorted(points), strict=True))
+    engine = Engine(SPS, counts, np.transpose([first, second]), rest, plain)
+    expected = {"draft": first, "longer": second, "rest": rest, "plain": plain}
+    found = {
+        "draft": engine.draft_seconds(requests, 1),
+        "longer": engine.draft_seconds(requests, 2),
+        "rest": engine.rest_seconds(requests),
+        "plain": engine.plain_seconds(requests) - SPS.seconds(requests),
+    }
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(by_hand(requests, counts, values), abs=1e-9)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("requests", [1, 3, 10, 12])
+def test_costs_of_a_round_are_those_put_together_by_hand(requests, replay) -> None:
+    verify = [SPS.seconds(requests * n) for n in (1, 2, 3, 4)]
+    by_hand = RoundCosts(
+        plain_seconds=ENGINE.plain_seconds(requests),
+        draft_seconds=tuple(ENGINE.draft_seconds(requests, k) for k in (1, 2, 3)),
+        verify_seconds=tuple(verify),
+        replay_seconds=tuple(verify[:3]) if replay else (),
+        overhead_seconds=ENGINE.rest_seconds(requests),
+    )
+    found = ENGINE.costs(requests, replay=replay)
+    assert dataclasses.replace(found, source="given") == by_hand
+    assert found.source == f"a card, bf16, context 128, {requests} requests"
+
+
+def test_costs_of_three_requests_worked_out() -> None:
+    """12 tokens at 2 s, since below 16 none is faster; half way from 2 to 4 requests."""
+    costs = ENGINE.costs(3)
+    assert costs.verify_seconds == (2.0, 2.0, 2.0, 2.0)
+    assert costs.draft_seconds == (1.5, 1.875, 2.25)
+    assert (costs.overhead_seconds, costs.plain_seconds) == (0.5, 2.1875)
+    assert ENGINE.costs(12).verify_seconds == (2.0, 2.5, 3.25, 4.0)
+    assert ENGINE.costs() == ENGINE.costs(1)
+
+
+def test_beside_the_targets_step_are_the_plain_rest_and_what_a_draft_adds() -> None:
+    for slots in (1, 2, 3):
+        beside = ENGINE.beside(slots)
+        assert set(beside) == {"draft_seconds", "overhead_seconds"}
+        for requests in (1, 3, 7, 12):
+            plain = ENGINE.plain_seconds(requests) - SPS.seconds(requests)
+            drafted = ENGINE.draft_seconds(requests, slots) + ENGINE.rest_seconds(requests)
+            assert beside["overhead_seconds"](requests) == plain
+            assert beside["draft_seconds"](requests) == drafted - plain
+    cheap = made(draft=[[0.0]] * 3, rest=[0.0] * 3)
+    assert cheap.beside(1)["draft_seconds"](10) == 0
+    assert cheap.beside(1)["overhead_seconds"](10) == 1
+
+
+def certain(slots: int, tokens: int) -> Answers:
+    """One conversation of so many tokens whose every slot is accepted."""
+    one = np.array([1])
+    return Answers(
+        accept_prob=np.ones((1, slots)),
+        confidence=np.ones((1, slots)),
+        first=np.array([0]),
+        count=one,
+        tokens=one * tokens,
+        domain=np.array(["all"], dtype=object),
+    )
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("requests", [1, 3, 10, 12])
+def test_a_full_batch_is_simulated_as_fast_as_its_costs_say(requests, slots) -> None:
+    """Every round of R requests yields R (K + 1) tokens: answers hold whole rounds."""
+    drawn = draw_requests(certain(3, 5 * (slots + 1)), 20)
+    figures = simulate(
+        drawn, ENGINE.sps, FixedLength(slots), concurrency=requests, **ENGINE.beside(slots)
+    ).figures
+    seconds = ENGINE.draft_seconds(requests, slots) + SPS.seconds(requests * (slots + 1))
+    seconds += ENGINE.rest_seconds(requests)
+    assert figures["tokens_per_round"] == slots + 1 and figures["batch_requests"] == requests
+    assert figures["throughput"] == pytest.approx(requests * (slots + 1) / seconds, rel=1e-12)
+    always = AcceptanceProfile.of([1.0] * slots)
+    row = speedup_table(always, ENGINE.costs(requests), [slots]).iloc[0]
+    assert figures["throughput"] == pytest.approx(requests * row["tokens_per_second"], rel=1e-12)
+    plain = simulate(
+        drawn, ENGINE.sps, FixedLength(0), concurrency=requests, **ENGINE.beside(slots)
+    ).figures
+    per_second = requests / ENGINE.plain_seconds(requests)
+    assert plain["throughput"] == pytest.approx(per_second, rel=1e-12)
+    speedup = figures["throughput"] / plain["throughput"]
+    assert speedup == pytest.approx(row["speedup"], rel=1e-12)
+
+
+def test_a_table_of_loads_asks_for_the_seconds_of_each_batch() -> None:
+    table = load_table(
+        certain(2, 6), ENGINE.sps, [FixedLength(2)], (1, 4, 10), requests=20, **ENGINE.beside(2)
+    )
+    costs = [ENGINE.costs(n) for n in (1, 4, 10)]
+    rounds = [c.draft_seconds[1] + c.verify_seconds[2] + c.overhead_seconds for c in costs]
+    per_user = [3 / seconds for seconds in rounds]
+    assert table["per_user"].tolist() == pytest.approx(per_user, rel=1e-12)
+
+
+def test_numbers_from_elsewhere_make_an_engine() -> None:
+    flat = Engine.of(SPS, 4, draft_seconds=0.5, rest_seconds=0.25)
+    assert flat.longest == 4
+    for requests in (1, 5, 64):
+        assert [flat.draft_seconds(requests, k) for k in (1, 2, 3, 4)] == [0.5] * 4
+        assert flat.rest_seconds(requests) == 0.25
+        assert flat.plain_seconds(requests) == SPS.seconds(requests)
+    by_requests = Engine.of(SPS, 2, draft_seconds={8: 2.0, 1: 0.25})
+    assert by_requests.requests.tolist() == [1, 8]
+    assert [by_requests.draft_seconds(n, 2) for n in (1, 5, 8, 12)] == [0.25, 1.25, 2.0, 3.0]
+    assert by_requests.rest_seconds(8) == 0
+
+
+def test_an_engine_does_not_change_with_the_arrays_it_was_made_from() -> None:
+    draft = np.array([[1.0, 2.0]])
+    engine = made(requests=[1], draft=draft, rest=[0.0], plain_rest=[0.0])
+    draft[:] = 7
+    assert engine.draft_seconds(1, 2) == 2
+    for name in ("requests", "draft", "rest", "plain_rest"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(engine, name)[0] = 3
+
+
+def test_the_table_is_a_row_for_each_measured_point() -> None:
+    rows = [
+        ("target", 0, 0, 16, 2.0),
+        ("target", 0, 0, 48, 4.0),
+        *(
+            ("draft", requests, k + 1, 0, seconds)
+            for requests, each in zip((2, 4, 10), ENGINE.draft.tolist(), strict=True)
+            for k, seconds in enumerate(each)
+        ),
+        *(("rest", n, 0, 0, s) for n, s in ((2, 0.25), (4, 0.75), (10, 0.5))),
+        *(("plain rest", n, 0, 0, s) for n, s in ((2, 0.125), (4, 0.25), (10, 1.0))),
+    ]
+    table = ENGINE.table
+    facts = ["context_length", "device", "target"]
+    assert list(table) == ["part", "requests", "draft_length", "tokens", "seconds", *facts]
+    assert list(table.drop(columns=facts).itertuples(index=False, name=None)) == rows
+    assert table[facts].drop_duplicates().to_numpy().tolist() == [[128, "a card, bf16", "a target"]]
+
+
+@settings(max_examples=30)
+@given(
+    values=st.lists(st.floats(0, 1e3), min_size=8, max_size=8),
+    taken=st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)),
+)
+def test_a_saved_engine_is_read_back_exactly(tmp_path_factory, values, taken) -> None:
+    path = tmp_path_factory.mktemp("saved") / "engine.csv"
+    sps = StepsPerSecond(np.array([1, 8]), 1 / np.array(taken), 256, "a card", "a target")
+    draft, rest, plain = np.reshape(values[:4], (2, 2)), values[4:6], values[6:]
+    engine = Engine(sps, [1, 4], draft, rest, plain)
+    engine.save(path)
+    found = Engine.read(path)
+    for name in ("requests", "draft", "rest", "plain_rest"):
+        assert getattr(found, name).tolist() == getattr(engine, name).tolist()
+    assert found.sps.tokens.tolist() == [1, 8]
+    # Seconds are written, speeds are kept: 1 / (1 / x) may end a rounding beside x.
+    speeds = sps.steps_per_second.tolist()
+    assert found.sps.steps_per_second.tolist() == pytest.approx(speeds, rel=1e-15)
+
+
+@pytest.mark.parametrize("device, target", [("a card, bf16", ""), ("NA", "nan"), ("7", "8")])
+def test_facts_are_read_back_as_they_were_written(tmp_path, device, target) -> None:
+    path = tmp_path / "engine.csv"
+    sps = dataclasses.replace(SPS, device=device, target=target)
+    made(sps=sps).save(path)
+    found = Engine.read(path).sps
+    assert (found.context_length, found.device, found.target) == (128, device, target)
+    assert type(found.context_length) is int
+    assert [item.name for item in tmp_path.iterdir()] == ["engine.csv"]
+
+
+def test_an_engine_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "engine.csv"
+    ENGINE.save(path)
+    before = path.read_text()
+
+    def half(self, place, **options) -> None:
+        place.write_text("part,requests")
+        raise OSError("no space")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(OSError, match="no space"):
+        made(rest=[1.0] * 3).save(path)
+    assert path.read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_of_a_table_may_stand_in_any_order_of_requests(tmp_path) -> None:
+    path = tmp_path / "mine.csv"
+    table = ENGINE.table
+    steps = table["part"] == "target"
+    pd.concat([table[~steps].iloc[::-1], table[steps]]).to_csv(path, index=False)
+    pd.testing.assert_frame_equal(Engine.read(path).table, table)
+
+
+TABLE = ENGINE.table
+OF_DRAFT, OF_REST = TABLE["part"] == "draft", TABLE["part"] == "rest"
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (TABLE.drop(columns=["tokens", "part"]), "got no ['part', 'tokens']"),
+        (TABLE[~OF_REST], "'rest', 'plain rest'], got no ['rest']"),
+        (TABLE[TABLE["part"] != "target"], "got no ['target']"),
+        (TABLE[TABLE["draft_length"] != 2], "draft must be of every length from 1 on, got [1, 3]"),
+        (
+            TABLE[~(OF_REST & (TABLE["requests"] == 4))],
+            "draft and rest must be of the same numbers of requests, got [2, 4, 10] and [2, 10]",
+        ),
+        (
+            TABLE[~(OF_DRAFT & (TABLE["requests"] == 4) & (TABLE["draft_length"] == 2))],
+            "draft must be seconds >= 0 and finite, got nan",
+        ),
+        (TABLE.drop(columns="device"), "device must be given, or be a column"),
+        (TABLE.drop(columns="context_length"), "context_length must be given, or be a column"),
+        (TABLE.assign(seconds=-1.0), "steps_per_second must be positive and finite, got -1.0"),
+    ],
+    ids=["columns", "rest", "target", "lengths", "requests", "a length", "device", "context", "-1"],
+)
+def test_a_file_that_is_no_engine_is_refused(tmp_path, table, message) -> None:
+    path = tmp_path / "mine.csv"
+    table.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine.read(path)
+
+
+def test_a_file_that_is_not_there_is_said_to_be_so(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
+        load_engine(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"sps": lambda tokens: 1.0}, TypeError, "sps must be StepsPerSecond, got function"),
+        ({"rest": ["a"] * 3}, TypeError, "rest must hold numbers"),
+        ({"draft": [[1.0]] * 2}, ValueError, "got shapes (3,) and (2, 1)"),
+        ({"draft": [1.0] * 3}, ValueError, "draft [point, slot], one or more each"),
+        ({"draft": np.ones((3, 0))}, ValueError, "got shapes (3,) and (3, 0)"),
+        ({"requests": [], "draft": np.ones((0, 2))}, ValueError, "one or more each"),
+        ({"requests": 3}, ValueError, "requests must be [point]"),
+        ({"rest": [1.0]}, ValueError, "rest must be [point] of 3, got shape (1,)"),
+        ({"plain_rest": [[1.0] * 3]}, ValueError, "plain_rest must be [point] of 3"),
+        ({"requests": [0, 1, 2]}, ValueError, "requests must be whole numbers >= 1"),
+        ({"requests": [1, 2.5, 4]}, ValueError, "requests must be whole numbers >= 1"),
+        ({"requests": [1, 4, 4]}, ValueError, "requests must rise from point to point"),
+        ({"draft": [[-0.5]] * 3}, ValueError, "draft must be seconds >= 0 and finite, got -0.5"),
+        ({"rest": [0, 0, np.nan]}, ValueError, "rest must be seconds >= 0 and finite, got nan"),
+        ({"plain_rest": [0, np.inf, 0]}, ValueError, "plain_rest must be seconds >= 0 and finite"),
+    ],
+)
+def test_curves_that_are_none_are_refused(changes, error, message) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        made(**changes)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"longest": 0}, ValueError, "longest must be >= 1, got 0"),
+        ({"longest": 2.0}, TypeError, "longest must be an int, got 2.0"),
+        ({"draft_seconds": -1.0}, ValueError, "draft must be seconds >= 0 and finite, got -1.0"),
+        ({"draft_seconds": {}}, ValueError, "one or more each"),
+        ({"draft_seconds": {0: 1.0}}, ValueError, "requests must be whole numbers >= 1"),
+        ({"rest_seconds": "a"}, TypeError, "rest must hold numbers"),
+    ],
+)
+def test_numbers_from_elsewhere_that_are_none_are_refused(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        Engine.of(SPS, **({"longest": 2, "draft_seconds": 1.0} | options))
+
+
+@pytest.mark.parametrize(
+    "ask, error, message",
+    [
+        (lambda: ENGINE.draft_seconds(0, 1), ValueError, "requests must be >= 1, got 0"),
+        (lambda: ENGINE.draft_seconds(1, 0), ValueError, "draft_length must be >= 1, got 0"),
+        (lambda: ENGINE.draft_seconds(1, 4), ValueError, "draft_length must be at most 3, got 4"),
+        (lambda: ENGINE.rest_seconds(1.5), TypeError, "requests must be an int, got 1.5"),
+        (lambda: ENGINE.plain_seconds(-1), ValueError, "requests must be >= 1, got -1"),
+        (lambda: ENGINE.costs(0), ValueError, "requests must be >= 1, got 0"),
+        (lambda: ENGINE.beside(0), ValueError, "draft_length must be >= 1, got 0"),
+        (lambda: ENGINE.beside(4), ValueError, "draft_length must be at most 3, got 4"),
+    ],
+)
+def test_what_an_engine_cannot_know_is_refused(ask, error, message) -> None:
+    with pytest.raises(error, match=message):
+        ask()
+
+
+@pytest.fixture
+def told_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """B tokens take the target 1 + B / 8 s; R requests take drafting R / 2 s and, for each slot
+    drawn, 1/16 s, reading what was accepted R / 4 s, and drawing a token of the target's own R / 32
+    s, and judging each slot 1/64 s. A round in the list that is yielded takes 50 s more."""
+    now, slow = [0.0], [-1]
+    rounds: Counter[Streams] = Counter()
+
+    def taking(cls: type, name: str, seconds: Callable[..., float]) -> None:
+        call = getattr(cls, name)
+
+        def timed(self, *args, **kwargs):
+            now[0] += seconds(self, *args)
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, timed)
+
+    def own(streams: Streams, probs: object, prompts: list[int]) -> float:
+        # The first token of an answer is no round's.
+        rounds[streams] += 1
+        return len(prompts) / 32 + 50 * (rounds[streams] - 2 in slow)
+
+    taking(Target, "advance", lambda _, ids, *__: 1 + ids.numel() / 8)
+    taking(Drafter, "draft", lambda _, anchors, *__: len(anchors) / 2)
+    taking(Drafter, "read", lambda _, __, ___, counts: len(counts) / 4)
+    taking(Streams, "drafts", lambda *_: 1 / 16)
+    taking(Streams, "accepts", lambda _, probs, __: probs.shape[1] / 64)
+    taking(Streams, "owns", own)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    yield slow
+
+
+TOKENS = (1, 2, 4, 16)
+
+
+def test_a_measured_engine_is_that_of_the_calls(told_clock) -> None:
+    """The target is linear, so what is measured on it holds in between; so is drafting."""
+    engine = measure_engine(
+        tiny_target(),
+        tiny_drafter(),
+        requests=(1, 3),
+        tokens=TOKENS,
+        context_length=5,
+        repeats=2,
+        warm_up=1,
+    )
+    assert engine.sps.tokens.tolist() == list(TOKENS)
+    steps = [1.125, 1.25, 1.5, 3.0]
+    assert [engine.sps.seconds(n) for n in TOKENS] == pytest.approx(steps, rel=1e-15)
+    assert (engine.sps.context_length, engine.sps.target) == (5, "in memory")
+    assert engine.requests.tolist() == [1, 3] and engine.longest == 3
+    slots = np.array([1, 2, 3]) / 16
+    assert engine.draft.tolist() == [(0.5 + slots).tolist(), (1.5 + slots).tolist()]
+    # Of a round with the longest block.
+    rest = [0.25 + 1 / 32 + 3 / 64, 0.75 + 3 / 32 + 3 / 64]
+    assert engine.rest.tolist() == pytest.approx(rest, abs=1e-12)
+    assert engine.plain_rest.tolist() == pytest.approx([1 / 32, 3 / 32], abs=1e-12)
+
+
+def test_a_measured_engine_adds_up_to_the_rounds_it_was_measured_on(told_clock) -> None:
+    engine = measure_engine(
+        tiny_target(), tiny_drafter(), tokens=TOKENS, context_length=5, repeats=1, warm_up=0
+    )
+    assert engine.requests.tolist() == [1, 4, 16]
+    for requests in (1, 4, 16):
+        costs = engine.costs(requests)
+        whole = costs.draft_seconds[2] + costs.verify_seconds[3] + costs.overhead_seconds
+        drafting = requests / 2 + 3 / 16
+        reading = 1 + requests * 4 / 8
+        rest = requests * (1 / 4 + 1 / 32) + 3 / 64
+        assert whole == pytest.approx(drafting + reading + rest)
+        assert costs.plain_seconds == pytest.approx(1 + requests / 8 + requests / 32)
+
+
+def test_costs_are_medians_of_the_rounds_behind_the_warm_up(told_clock) -> None:
+    options = {"requests": (2,), "tokens": TOKENS, "context_length": 5}
+    even = measure_engine(tiny_target(), tiny_drafter(), repeats=1, warm_up=0, **options)
+    told_clock[:] = [0, 1, 3]
+    uneven = measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
+    pd.testing.assert_frame_equal(uneven.table, even.table)
+    told_clock[:] = [2, 3]
+    slow = measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
+    assert slow.rest[0] == pytest.approx(even.rest[0] + 50)
+
+
+def test_all_but_the_targets_step_takes_no_less_than_nothing(told_clock, monkeypatch) -> None:
+    """Where a step measured alone takes longer than the same step in a round."""
+    dear = StepsPerSecond(np.array([1]), np.array([0.01]), 5, "slow", "")
+    monkeypatch.setattr(engine_module, "measure_steps_per_second", lambda *_, **__: dear)
+    engine = measure_engine(tiny_target(), tiny_drafter(), repeats=1, warm_up=0)
+    assert engine.sps is dear
+    assert engine.rest.tolist() == engine.plain_rest.tolist() == [0.0] * 3
+
+
+def test_a_target_that_decodes_one_row_at_a_time_is_measured_at_one_request(told_clock) -> None:
+    target = tiny_target()
+    target.model.config.model_type = "of a family that is not known"
+    options = {"tokens": TOKENS, "context_length": 5, "repeats": 1, "warm_up": 0}
+    assert measure_engine(target, tiny_drafter(), **options).requests.tolist() == [1]
+    with pytest.raises(ValueError, match=r"decodes one row at a time, got \[1, 2\]"):
+        measure_engine(target, tiny_drafter(), requests=(1, 2), **options)
+
+
+def test_one_seed_measures_on_the_same_tokens_and_another_on_others(monkeypatch) -> None:
+    seen: list[list[list[int]]] = []
+    advance = Target.advance
+
+    def listening(self, input_ids, *others):
+        seen.append(input_ids.tolist())
+        return advance(self, input_ids, *others)
+
+    monkeypatch.setattr(Target, "advance", listening)
+    read = []
+    for seed in (3, 3, 4):
+        seen.clear()
+        options = {"context_length": 5, "repeats": 1, "warm_up": 0, "seed": seed}
+        measure_engine(tiny_target(), tiny_drafter(), requests=(2,), tokens=(1,), **options)
+        # The contexts of the steps' measurement and of decoding.
+        read.append([ids for ids in seen if len(ids[0]) == 5])
+    assert read[0] == read[1] and len(read[0]) == 4
+    assert all(one != other for one, other in zip(read[0], read[2], strict=True))
+
+
+def test_no_token_ends_a_measurement(told_clock) -> None:
+    target = tiny_target()
+    target.model.generation_config.eos_token_id = list(range(64))
+    engine = measure_engine(target, tiny_drafter(), requests=(1,), tokens=TOKENS, repeats=3)
+    assert engine.draft.tolist() == [[0.5625, 0.625, 0.6875]]
+
+
+def test_blocks_of_one_slot_are_measured_too(told_clock) -> None:
+    engine = measure_engine(
+        tiny_target(), tiny_drafter(block_size=1), requests=(2,), tokens=TOKENS, repeats=1
+    )
+    assert engine.draft.tolist() == [[1 + 1 / 16]]
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"requests": (0,)}, ValueError, "requests must be >= 1, got 0"),
+        ({"requests": (1.0,)}, TypeError, "requests must be an int, got 1.0"),
+        ({"requests": (4, 1)}, ValueError, r"requests must rise .*, got \[4"),
+        ({"tokens": (4, 2)}, ValueError, "tokens must rise"),
+        ({"context_length": 0}, ValueError, "context_length must be >= 1, got 0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be"),
+        ({"repeats": 0}, ValueError, "repeats must be >= 1, got 0"),
+        ({"warm_up": -1}, ValueError, "warm_up must be >= 0, got -1"),
+        ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(options, error, message, told_clock) -> None:
+    few = {"tokens": (1,), "context_length": 2, "repeats": 1, "warm_up": 0}
+    with pytest.raises(error, match=message):
+        measure_engine(tiny_target(), tiny_drafter(), **(few | options))
+
+
+def test_a_shipped_pair_is_measured_on_a_real_machine() -> None:
+    pair = load_pair()
+    engine = measure_engine(
+        pair.target, pair.drafter, requests=(1, 2), tokens=(1, 16), repeats=2, warm_up=1
+    )
+    assert engine.requests.tolist() == [1, 2] and engine.longest == 7
+    assert engine.sps.tokens.tolist() == [1, 16] and engine.sps.target == "pocket/target"
+    for requests in (1, 2):
+        costs = engine.costs(requests)
+        for seconds in (costs.plain_seconds, *costs.draft_seconds, *costs.verify_seconds):
+            assert 0 < seconds < float("inf")
+        assert 0 <= costs.overhead_seconds < float("inf")
+
+
+def test_the_shipped_engine_is_that_of_the_shipped_pair() -> None:
+    engine = load_engine()
+    assert engine.longest == load_pair().drafter.config.block_size
+    assert engine.sps.target == "pocket/target"
+    assert engine.requests.tolist() == [1, 2, 4, 8, 16, 32, 64]
+    # The most tokens of a step that the load simulator asks for.
+    assert engine.sps.tokens[-1] == 64 * (engine.longest + 1)
+    assert (engine.draft > 0).all()
+    assert Engine.read(SHIPPED_ENGINE).table.equals(engine.table)
