@@ -42,7 +42,7 @@ FLAGS = (
     "--no-first-run",
 )
 SECONDS = 1000  # Playwright counts in milliseconds.
-LOADED = 60 * SECONDS
+LOADED = 120 * SECONDS
 SETTLED = 5 * SECONDS
 
 pytestmark = pytest.mark.browser
@@ -148,6 +148,8 @@ def run_all_cells(page, lab, notebook):
     idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
     expect(prompts).to_have_text(["[ ]:"] * cells, timeout=LOADED)
     expect(idle).to_be_visible(timeout=LOADED)
+    # Idle before it has a kernel, a notebook asks which one to run its cells with.
+    expect(page.locator("#jp-main-statusbar")).to_contain_text(") | Idle", timeout=LOADED)
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator("[data-command='runmenu:run-all']").click()
     expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=LOADED)
@@ -218,8 +220,13 @@ def first_explorer(notebook):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(
     "notebook, control, share",
-    [("01_anchors.ipynb", "num_anchors", 0.05), ("02_block_masks.ipynb", "block_size", 0.25)],
-    ids=["anchors", "masks"],
+    [
+        ("01_anchors.ipynb", "num_anchors", 0.05),
+        ("02_block_masks.ipynb", "block_size", 0.25),
+        ("06_tune_training.ipynb", "block_size", 0.8),
+        ("07_tune_serving.ipynb", "draft_length", 0.3),
+    ],
+    ids=["anchors", "masks", "training budget", "serving"],
 )
 def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, control, share):
     run_all_cells(page, lab, notebook)

@@ -33,6 +33,7 @@ class Fault(NamedTuple):
 
 
 TRAIN, RATES, DECODE = "03_train_a_drafter.ipynb", "04_accept_rates.ipynb", "05_decode.ipynb"
+TUNE, SERVE = "06_tune_training.ipynb", "07_tune_serving.ipynb"
 
 
 FAULTS = {
@@ -191,6 +192,84 @@ FAULTS = {
     ),
     "bias is upside down": Fault(
         "calibration.py", "_error=confidence - chosen", "_error=chosen - confidence", RATES
+    ),
+    "what is covered counts twice": Fault(
+        "coverage.py",
+        "missed[:, 1:])\n    return 1 - missed",
+        "missed[:, 1:])\n    return 2 - 2 * missed",
+        TUNE,
+    ),
+    "slots have the same weight": Fault(
+        "coverage.py",
+        "return np.exp(-np.arange(block_size) / gamma)",
+        "return np.ones(block_size)",
+        TUNE,
+    ),
+    "every token of an answer can be a label": Fault(
+        "coverage.py",
+        '"first of its run": _summed(run_document, kept > 1, documents)',
+        '"first of its run": _summed(run_document, kept > 999, documents)',
+        TUNE,
+    ),
+    "the target is read backward too": Fault(
+        "cost.py",
+        "        fc.operations,\n        fc.operations,",
+        "        fc.operations,\n        2 * fc.operations,",
+        TUNE,
+    ),
+    "the optimiser keeps one moment": Fault(
+        "memory.py", '"optimiser": 8 * trained', '"optimiser": 4 * trained', TUNE
+    ),
+    "a card's memory is all for tensors": Fault(
+        "memory.py", "return size * usable", "return float(size)", TUNE
+    ),
+    "the best gains most a byte": Fault(
+        "tune.py",
+        'sort_values("gain_per_second", ascending=False',
+        'sort_values("gain_per_byte", ascending=False',
+        TUNE,
+    ),
+    "each cell's interval is of one drafter": Fault(
+        "sweep.py", 'table["seeds"] ** 0.5', 'table["seeds"] ** 0', TUNE
+    ),
+    "all trainers count a block alike": Fault(
+        "export.py", "block_size=s.block_size + 1", "block_size=s.block_size", TUNE
+    ),
+    "a rejection costs nothing": Fault(
+        "serving.py", "outcomes.rejected @ replay", "0 * (outcomes.rejected @ replay)", SERVE
+    ),
+    "a profile is of the other temperature": Fault(
+        "serving.py", "trace[trace[name] == wanted]", "trace[trace[name] != wanted]", SERVE
+    ),
+    "verifying costs as much as plain decoding": Fault(
+        "serving.py",
+        "verify[0] + outcomes.verified @ np.diff(verify)",
+        "verify[0] + 0 * tau",
+        SERVE,
+    ),
+    "a threshold lets its own slot through": Fault(
+        "serving.py", "passed=count(level, exists)", "passed=count(before, exists)", SERVE
+    ),
+    "drafting is as quick for many as for one": Fault(
+        "engine.py",
+        "np.interp(requests, self.requests, seconds)",
+        "np.interp(1, self.requests, seconds)",
+        SERVE,
+    ),
+    "the scheduler looks back": Fault(
+        "schedule.py",
+        "return len(rises) if rises.all() else int(rises.argmin())",
+        "return int(self.theta.argmax())",
+        SERVE,
+    ),
+    "a round has no token of the target's own": Fault(
+        "load.py",
+        "np.minimum(accepted + 1, left)",
+        "np.minimum(np.maximum(accepted, 1), left)",
+        SERVE,
+    ),
+    "luck does not depend on the block": Fault(
+        "load.py", "luck < survival[block]", "luck < survival.mean()", SERVE
     ),
 }
 
