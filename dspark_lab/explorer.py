@@ -6,8 +6,10 @@ file knows widgets; it does not know what is shown.
 """
 
 import asyncio
+import gc
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -103,13 +105,14 @@ class Explorer(ipywidgets.VBox):
 
     def redraw(self) -> None:
         """Draw the controls' present values now."""
-        try:
-            self._frame = self._draw(**self.settings)
-        except (ValueError, TypeError) as problem:
-            text = str(problem)
-            self._frame = Frame({}, html=f'<p role="alert">{escape(text)}</p>', problem=text)
-        self._stale = False
-        self._picture.value = self._frame.as_html()
+        with _garbage_left():
+            try:
+                self._frame = self._draw(**self.settings)
+            except (ValueError, TypeError) as problem:
+                text = str(problem)
+                self._frame = Frame({}, html=f'<p role="alert">{escape(text)}</p>', problem=text)
+            self._stale = False
+            self._picture.value = self._frame.as_html()
         self.frames_drawn += 1
 
     def _changed(self, _change: object) -> None:
@@ -140,6 +143,18 @@ class Explorer(ipywidgets.VBox):
         if self._frame.png:
             return bundle | {"image/png": b64encode(self._frame.png).decode("ascii")}
         return bundle | {"text/html": self._frame.html}
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """A full collection of garbage takes longer than a picture: it has time after the picture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def checkbox(name: str, value: bool) -> ipywidgets.Checkbox:

@@ -82,7 +82,9 @@ def new_figure(
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
+    # Hinting letters takes a third of the time of all words.
+    with plt.rc_context({"text.hinting": "no_hinting"}):
+        figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
 
 

@@ -571,7 +571,7 @@ def break_even(costs: RoundCosts, draft_length: int) -> float:
 
 
 def temperature_table(
-    trace: pd.DataFrame,
+    trace: pd.DataFrame | Sequence[AcceptanceProfile],
     costs: RoundCosts | Mapping[float, RoundCosts],
     *,
     drafter: str | None = None,
@@ -582,7 +582,8 @@ def temperature_table(
     """The same drafter and the same costs at each temperature of a trace.
 
     Args:
-        trace: of one drafter, or with ``drafter`` chosen, with a column ``temperature``.
+        trace: of one drafter, or with ``drafter`` chosen, with a column ``temperature``; or a
+            profile of each temperature, for which the last three arguments say nothing.
         costs: of all temperatures, or of each.
         draft_length: the one to follow; by default the fastest at the lowest temperature, as for
             someone who chose it there.
@@ -598,7 +599,22 @@ def temperature_table(
     Raises:
         TypeError, ValueError: as :func:`acceptance_profile`; no costs of a temperature.
     """
-    values = sorted(column(trace, "temperature", complete=True).unique().tolist())
+    if isinstance(trace, pd.DataFrame):
+        profiles = [
+            acceptance_profile(
+                trace, drafter=drafter, temperature=value, resamples=resamples, seed=seed
+            )
+            for value in column(trace, "temperature", complete=True).unique().tolist()
+        ]
+    else:
+        profiles = list(trace)
+    by_temperature = {profile.temperature: profile for profile in profiles}
+    if not profiles or None in by_temperature or len(by_temperature) < len(profiles):
+        raise ValueError(
+            "profiles must be one or more, each of another known temperature, got "
+            f"{[profile.temperature for profile in profiles]}"
+        )
+    values = sorted(value for value in by_temperature if value is not None)
     if isinstance(costs, RoundCosts):
         costs = dict.fromkeys(values, costs)
     missing = [value for value in values if value not in costs]
@@ -606,9 +622,7 @@ def temperature_table(
         raise ValueError(f"costs must be of every temperature, got none of {missing}")
     rows = []
     for value in values:
-        profile = acceptance_profile(
-            trace, drafter=drafter, temperature=value, resamples=resamples, seed=seed
-        )
+        profile = by_temperature[value]
         table = speedup_table(profile, costs[value])
         best = _best(table)
         pays = bool(best["speedup"] > 1)
@@ -747,11 +761,11 @@ def decode_check(
             real = speed_table(runs[0], runs[k], k)
             figures = speedup_table(profile, here, [k]).iloc[0]
             answers = np.array([len(one.tokens[0]) - 1 for one in runs[k]])
-            tau = _tau_of_answers(profile.survival[:k], answers)
+            tau = float(_tau_of_answers(profile.survival[:k], answers))
             low, high = profile._interval(_tau_of_answers(_chain(profile.samples[:, :k]), answers))
             row = {"temperature": temperature, "draft_length": k}
             row["rounds"] = sum(len(one.rounds) for one in runs[k])
-            row |= {"tau": float(tau), "tau_low": low, "tau_high": high}
+            row |= {"tau": tau, "tau_low": low, "tau_high": high}
             row |= {"tau_decoded": real["tau"], "tau_error": tau / real["tau"] - 1}
             # The last rounds yield less and cost as much.
             for name in ("speedup", "speedup_low", "speedup_high", "without_replay"):
@@ -994,7 +1008,7 @@ def _rounds_needed(
 
 def _tau_of_answers(
     survival: Float[np.ndarray, "*axes slot"], answers: Int[np.ndarray, " answer"]
-) -> float | Float[np.ndarray, "*axes"]:
+) -> Any:
     """Tokens over rounds of answers of so many tokens, the first ones left out."""
     rounds = _rounds_needed(survival, int(answers.max()))
     return answers.sum() / rounds[answers].sum(axis=0)

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import pandas as pd
-from matplotlib import rc_context
 
 from dspark_lab.checks import require_int, require_number
 from dspark_lab.decode import decode
@@ -150,7 +150,7 @@ def explore_serving(
     require_int("draft_length", draft_length, 1)
     if draft_length > serving.longest:
         raise ValueError(f"draft_length must be at most {serving.longest}, got {draft_length}")
-    serving.prepare(threshold, replay)
+    serving.prepare(threshold)
 
     @lru_cache(maxsize=8)
     def drawn(
@@ -164,9 +164,7 @@ def explore_serving(
             requests=requests,
             replay=replay,
         )
-        # Hinting takes a third of the time of all words.
-        with rc_context({"text.hinting": "no_hinting"}):
-            return png(figure, dpi=100)
+        return png(figure, dpi=100)
 
     def draw(
         draft_length: int,
@@ -321,7 +319,7 @@ class _Serving:
             raise TypeError(f"engine must be an Engine or a file, got {type(engine).__name__}")
         self.temperatures = sorted(trace["temperature"].unique().tolist())
         parts = {t: trace[trace["temperature"] == t] for t in self.temperatures}
-        self._trace, self._engine, self._calibrated = trace, engine, calibrated
+        self._engine, self._calibrated = engine, calibrated
         self._drawn: dict[str, Any] = {"requests": requests_simulated, "seed": seed}
         kept = lru_cache(maxsize=None)
         self.profile = kept(lambda t: acceptance_profile(parts[t], temperature=t))
@@ -351,7 +349,8 @@ class _Serving:
         return advice(self.profile(temperature), self.costs(requests, replay))
 
     def _by_temperature(self, requests: int, replay: bool) -> pd.DataFrame:
-        return temperature_table(self._trace, self.costs(requests, replay))
+        profiles = [self.profile(temperature) for temperature in self.temperatures]
+        return temperature_table(profiles, self.costs(requests, replay))
 
     def _thresholds(
         self, temperature: float, draft_length: int, requests: int, replay: bool
@@ -371,9 +370,9 @@ class _Serving:
         tables = [self._simulated(temperature, policy) for policy in policies]
         return pd.concat(tables, ignore_index=True)
 
-    def prepare(self, threshold: float, replay: bool) -> None:
+    def prepare(self, threshold: float) -> None:
         """What takes long and does not hang on a threshold, so that controls move at once."""
-        for requests in CONCURRENCY:
+        for requests, replay in product(CONCURRENCY, (False, True)):
             self.by_temperature(requests, replay)
             for temperature in self.temperatures:
                 self.speedups(temperature, requests, replay)

@@ -21,7 +21,6 @@ from typing import Any
 
 import ipywidgets
 import pandas as pd
-from matplotlib import rc_context
 
 from dspark_lab.chats import Chat, Encoded, encode, load_chats, load_tokenizer
 from dspark_lab.cost import training_cost
@@ -114,6 +113,30 @@ def explore_training_budget(
     def spans_of(seq_len: int, packed: bool) -> Spans:
         return Spans.of(encoded, seq_len=seq_len, row_length=seq_len if packed else None)
 
+    @lru_cache(maxsize=8)
+    def choice_of(
+        tried: tuple[int, ...],
+        block_size: int,
+        seq_len: int,
+        packed: bool,
+        per: Per,
+        batch_size: int,
+        card: str,
+    ) -> TrainingChoice:
+        of_card, its_memory = cards[card]
+        return training(
+            spans_of(seq_len, packed),
+            shape,
+            time=of_card,
+            memory=its_memory,
+            num_anchors=tried,
+            block_sizes=(block_size,),
+            per=per,
+            batch_size=batch_size,
+            gamma=gamma,
+            **sizes,
+        )
+
     def draw(
         num_anchors: int,
         block_size: int,
@@ -137,31 +160,16 @@ def explore_training_budget(
                 f"{num_anchors:,} anchors for each document are {blocks:,} blocks a row, more than "
                 f"{_MOST_BLOCKS:,}. Choose fewer."
             )
-        of_card, its_memory = cards[card]
-        tried = sorted({num_anchors, *(n for n in _NUM_ANCHORS if n <= candidates)})
-        choice = training(
-            spans,
-            shape,
-            time=of_card,
-            memory=its_memory,
-            num_anchors=tried,
-            block_sizes=(block_size,),
-            per=per,
-            batch_size=batch_size,
-            gamma=gamma,
-            **sizes,
-        )
+        tried = tuple(sorted({num_anchors, *(n for n in _NUM_ANCHORS if n <= candidates)}))
+        choice = choice_of(tried, block_size, seq_len, packed, per, batch_size, card)
         chosen = choice.table[choice.table["num_anchors"] == num_anchors].iloc[0]
         longest = int(chosen["seq_len"])
         step = {"num_anchors": blocks, "block_size": block_size, "batch_size": batch_size, **sizes}
         cost = training_cost(shape, seq_len=max(1, round(chosen["row_tokens"])), **step)
-        room = math.inf if its_memory is None else its_memory
+        room = cards[card][1] or math.inf
         fit = fit_table(shape, room, _SEQ_LENS, (block_size,), batch_size=batch_size, **sizes)
         settings = TrainingSettings(num_anchors, block_size, seq_len, batch_size, gamma)
         figure = plot_budget(choice.table, cost, fit, num_anchors=num_anchors, at=(longest, blocks))
-        # Letters that need not meet the pixels' edges are drawn in three quarters of the time.
-        with rc_context({"text.hinting": "none"}):
-            picture = png(figure)
         return Frame(
             {
                 "options": choice.table,
@@ -176,7 +184,7 @@ def explore_training_budget(
             },
             html=_in_words(choice, chosen, settings, per, card, usable_bytes(room))
             + f"<pre>{escape(exported(settings, export))}</pre>",
-            png=picture,
+            png=png(figure, dpi=100),
             alt="what the chosen setting covers, gains, costs and leaves room for",
         )
 

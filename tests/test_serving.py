@@ -591,6 +591,11 @@ def test_a_win_at_temperature_0_vanishes_at_1() -> None:
     assert each["speedup"][2] == again["speedup"][2]
     with pytest.raises(ValueError, match=r"costs must be of every temperature, got none of \[0.7"):
         temperature_table(trace, {0.0: costs})
+    profiles = [acceptance_profile(trace, temperature=t, resamples=100) for t in (1.0, 0.0, 0.7)]
+    pd.testing.assert_frame_equal(temperature_table(profiles, costs), cut)
+    for wrong in ([], profiles[:1] * 2, [AcceptanceProfile.of([0.5])]):
+        with pytest.raises(ValueError, match="each of another known temperature"):
+            temperature_table(wrong, costs)
 
 
 @pytest.fixture

@@ -285,6 +285,8 @@ def test_gamma_dtype_and_options_reach_the_tables():
     shown = explorer(gamma=2.0, dtype="fp32", features="cached")
     weights = shown.tables["slots"]["weight"]
     assert weights.tolist() == pytest.approx([math.exp(-k / 2) for k in range(3)])
+    worth = shown.table["gain"] / shown.table["covered"]
+    assert worth.tolist() == pytest.approx([weights.sum()] * len(worth))
     assert shown.tables["settings"]["loss_decay_gamma"].item() == 2.0
     assert "target forward" not in shown.tables["cost"]["part"].tolist()
     held = {"seq_len": 256, "num_anchors": 8, "block_size": 3, "features": "cached"}
