@@ -148,6 +148,8 @@ def smollm2_card(facts: Mapping[str, Any], evaluations: Mapping[str, pd.DataFram
 
 `traces.parquet`: what it drafted for 120 held-out questions of the shipped conversations, greedy and at temperatures 0.7 and 1, slot by slot, answers of up to 64 tokens; `load_traces("smollm2")` reads it.
 
+`engine.csv`: seconds of the target's steps, of drafting and of the rest of a round in fp32, by tokens and requests, two x86-64 cores, two threads (`python -m dspark_lab.recipes smollm2 --engine`); `load_engine("smollm2")` reads it.
+
 ## Training
 
 On {facts["conversations"]:,} conversations with the target's own answers, drawn at temperatures of 0.3 to 1 ({facts["supervised_tokens"]:,} answer tokens), {facts["slots"]:,} slots in {facts["steps"]} steps, {round(facts["seconds"] / 60)} minutes beside other work on {MACHINE}. It began with the weights of the target's last two layers. Both softmaxes were over the {facts["seen_tokens"]:,} tokens alone that occur in the conversations; the evaluation is over all 49,152.

@@ -417,7 +417,7 @@ class Decoding(Iterator[Round]):
         """The answers, the trace and the rounds so far."""
         trace, rounds = self._tables()
         answers = [list(answer) for answer in self._answers]
-        return Decoded(answers, list(map(self._text, answers)), trace, rounds, self._seconds())
+        return Decoded(answers, list(map(self._text, answers)), trace, rounds, self.seconds)
 
     def _decode(self) -> Iterator[Round]:
         count = len(self._ids)
@@ -439,7 +439,9 @@ class Decoding(Iterator[Round]):
             return ""
         return str(self.target.tokenizer.decode([t for t in tokens if t not in self._ends]))
 
-    def _seconds(self) -> dict[str, float]:
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Those of :class:`Decoded`, so far."""
         clock = self._clock
         parts = {name: clock[name] for name in ("prompt", "draft", "verify")}
         return parts | {"rest": clock["total"] - clock["draft"] - clock["verify"]}

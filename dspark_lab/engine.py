@@ -18,6 +18,7 @@ this lab's decoding is timed for them; it knows nothing about acceptance or load
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,19 +29,20 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from dspark_lab.chats import SHIPPED_CHATS
 from dspark_lab.checks import require_int
 from dspark_lab.decode import Decoding, decode_rounds
 from dspark_lab.drafter import Drafter
 from dspark_lab.files import written_whole
-from dspark_lab.schedule import StepsPerSecond, measure_steps_per_second
+from dspark_lab.pairs import pair_folder
+from dspark_lab.schedule import StepsPerSecond
 from dspark_lab.scores import as_numbers
-from dspark_lab.serving import RoundCosts
+from dspark_lab.serving import AT_A_STRETCH, RoundCosts
 from dspark_lab.target import Target
 
-__all__ = ["SHIPPED_ENGINE", "Engine", "load_engine", "measure_engine"]
+__all__ = ["ENGINE", "Engine", "load_engine", "measure_engine"]
 
-SHIPPED_ENGINE = SHIPPED_CHATS.parent / "pocket" / "engine.csv"
+# In the folder of a pair that ships.
+ENGINE = "engine.csv"
 # Of a table: the target's steps, and what goes by requests.
 _COLUMNS = ["part", "requests", "draft_length", "tokens", "seconds"]
 _RESTS = {"rest": "rest", "plain rest": "plain_rest"}
@@ -293,13 +295,13 @@ class Engine:
         return cls(sps, draft.index.to_numpy(), *(each.to_numpy() for each in (draft, *rests)))
 
 
-def load_engine(path: str | os.PathLike[str] = SHIPPED_ENGINE) -> Engine:
-    """An engine from its file; by default that of the pocket pair, as it was measured.
+def load_engine(pair: str = "pocket") -> Engine:
+    """The engine of a pair that ships, as it was measured; another is read by :meth:`Engine.read`.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as :meth:`Engine.read`.
+        ValueError: no such pair.
     """
-    return Engine.read(path)
+    return Engine.read(pair_folder(pair) / ENGINE)
 
 
 def measure_engine(
@@ -307,7 +309,6 @@ def measure_engine(
     drafter: Drafter,
     *,
     requests: Sequence[int] | None = None,
-    tokens: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
     context_length: int = 128,
     temperature: float = 0.0,
     repeats: int = 10,
@@ -316,21 +317,24 @@ def measure_engine(
 ) -> Engine:
     """The engine that this lab's decoding is, on the devices of these models.
 
-    Drafting is timed at the shortest and the longest block, and taken to be linear between them.
+    So many requests decode together, plainly, with blocks of one slot and with whole blocks, all of
+    these in turns; a cost is the median of its rounds. The target's steps are those of all of them,
+    by tokens, their distributions included; what drafting takes is linear between one slot and all.
 
     Args:
         requests: how many take their rounds together, rising; 1, 4 and 16 where None, or 1 alone
             for a target that decodes one row at a time.
-        tokens, context_length: see :func:`dspark_lab.schedule.measure_steps_per_second`; rounds
-            add to the context.
+        context_length: tokens of a random prompt; rounds add to it.
         temperature: of decoding.
-        repeats, warm_up: rounds and steps that count, and those before that do not; a cost is the
-            median.
+        repeats, warm_up: rounds that count, and rounds before these that do not.
 
     Raises:
-        TypeError, ValueError: as that function and :func:`dspark_lab.decode.decode_rounds`, or
-            settings out of range.
+        TypeError, ValueError: as :func:`dspark_lab.decode.decode_rounds`, or settings out of range.
     """
+    require_int("context_length", context_length, 1)
+    require_int("repeats", repeats, 1)
+    require_int("warm_up", warm_up, 0)
+    require_int("seed", seed, 0)
     counts = list(requests or ((1, 4, 16) if target.decodes_batches else (1,)))
     for count in counts:
         require_int("requests", count, 1)
@@ -341,54 +345,54 @@ def measure_engine(
             f"requests must be 1 for a target that decodes one row at a time, got {counts}"
         )
     longest = drafter.config.block_size
-    sps = measure_steps_per_second(
-        target,
-        tokens,
-        context_length=context_length,
-        warm_up=warm_up,
-        repeats=repeats,
-        seed=seed,
-    )
+    lengths = sorted({0, 1, longest})
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(target.vocab_size, (context_length,), generator=generator)
-    lengths = sorted({0, 1, longest})
-    draft, rest, plain_rest = [], [], []
-    for count in counts:
-        runs = {
-            k: decode_rounds(
-                target,
-                drafter if k else None,
-                [prompt] * count,
-                draft_length=k or None,
-                max_new_tokens=1 + (warm_up + repeats) * (k + 1),
-                temperature=temperature,
-                end_ids=(),
-                seed=seed,
-            )
-            for k in lengths
-        }
-        spent = _round_seconds(runs, count, warm_up, repeats)
-        drafting = [spent[k]["draft"] for k in lengths[1:]]
-        draft.append(np.interp(range(1, longest + 1), lengths[1:], drafting))
-        # Of a round, what SPS does not tell of.
-        whole = {k: sum(spent[k].values()) - sps.seconds(count * (k + 1)) for k in lengths}
-        rest.append(max(0.0, whole[longest] - drafting[-1]))
-        plain_rest.append(max(0.0, whole[0]))
-    return Engine(sps, np.array(counts), np.array(draft), np.array(rest), np.array(plain_rest))
+    runs = {
+        (count, k): decode_rounds(
+            target,
+            drafter if k else None,
+            [prompt] * count,
+            draft_length=k or None,
+            max_new_tokens=1 + (warm_up + repeats) * (k + 1),
+            temperature=temperature,
+            end_ids=(),
+            seed=seed,
+        )
+        for count in counts
+        for k in lengths
+    }
+    spent = _round_seconds(runs, warm_up, repeats)
+    steps: dict[int, list[float]] = {}
+    for (count, k), seconds in spent.items():
+        steps.setdefault(count * (k + 1), []).append(seconds["verify"])
+    sps = {tokens: statistics.median(seconds) for tokens, seconds in steps.items()}
+    drafting = [[spent[count, k]["draft"] for k in lengths[1:]] for count in counts]
+    plain = [spent[count, 0] for count in counts]
+    return Engine(
+        sps=StepsPerSecond.timed(target, sps, context_length),
+        requests=np.array(counts),
+        draft=np.array(
+            [np.interp(range(1, longest + 1), lengths[1:], seconds) for seconds in drafting]
+        ),
+        rest=np.array([spent[count, longest]["rest"] for count in counts]),
+        plain_rest=np.array([seconds["draft"] + seconds["rest"] for seconds in plain]),
+    )
 
 
 def _round_seconds(
-    runs: Mapping[int, Decoding], requests: int, warm_up: int, repeats: int
-) -> dict[int, dict[str, float]]:
-    """Of each run, in turns, medians over the rounds of a batch of which no request ends."""
-    sums: dict[int, list[list[float]]] = {k: [[0.0] * len(_CLOCK)] for k in runs}
-    for _ in range(warm_up + repeats):
-        for k, run in runs.items():
-            for _ in range(requests):
-                next(run)
-            seconds = run.result().seconds
-            sums[k].append([seconds[part] for part in _CLOCK])
+    runs: Mapping[tuple[int, int], Decoding], warm_up: int, repeats: int
+) -> dict[tuple[int, int], dict[str, float]]:
+    """Of each run, by requests and length, medians over rounds in which no request ends."""
+    sums: dict[tuple[int, int], list[list[float]]] = {key: [[0.0] * len(_CLOCK)] for key in runs}
+    rounds = warm_up + repeats
+    for begin in range(0, rounds, AT_A_STRETCH):
+        for (count, k), run in runs.items():
+            for _ in range(min(AT_A_STRETCH, rounds - begin)):
+                for _ in range(count):
+                    next(run)
+                sums[count, k].append([run.seconds[part] for part in _CLOCK])
     return {
-        k: dict(zip(_CLOCK, np.median(np.diff(each, axis=0)[warm_up:], axis=0), strict=True))
-        for k, each in sums.items()
+        key: dict(zip(_CLOCK, np.median(np.diff(each, axis=0)[warm_up:], axis=0), strict=True))
+        for key, each in sums.items()
     }

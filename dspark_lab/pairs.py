@@ -36,6 +36,7 @@ __all__ = [
     "in_turns",
     "load_pair",
     "load_traces",
+    "pair_folder",
     "question",
     "split_chats",
 ]
@@ -84,7 +85,7 @@ def drafter_names(pair: str = "pocket") -> list[str]:
     Raises:
         ValueError: there is no such pair.
     """
-    folder = _folder(pair)
+    folder = pair_folder(pair)
     names = sorted(path.parent.name for path in folder.glob("*/config.json"))
     drafters = [name for name in names if name != "target"]
     return sorted(drafters, key=lambda name: (name != "dspark-k7", name))
@@ -105,7 +106,7 @@ def load_pair(
     Raises:
         ValueError: there is no such pair, or it has no such drafter.
     """
-    folder = _folder(pair)
+    folder = pair_folder(pair)
     _require_drafter(pair, drafter)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     if pair == "smollm2":
@@ -134,7 +135,7 @@ def load_traces(pair: str = "pocket") -> pandas.DataFrame:
     Raises:
         ValueError: there is no such pair.
     """
-    return load_trace(_folder(pair) / TRACES)
+    return load_trace(pair_folder(pair) / TRACES)
 
 
 def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
@@ -201,7 +202,7 @@ def _load_drafter(
     pair: str, name: str, target: Target, device: str | torch.device, dtype: torch.dtype
 ) -> Drafter:
     _require_drafter(pair, name)
-    return load_drafter(_folder(pair) / name, target=target, device=device, dtype=dtype)
+    return load_drafter(pair_folder(pair) / name, target=target, device=device, dtype=dtype)
 
 
 def _require_drafter(pair: str, name: str) -> None:
@@ -214,7 +215,7 @@ def _number(chat: Chat) -> int:
     return int(chat.id.rsplit("-", 1)[1])
 
 
-def _folder(pair: str) -> Path:
+def pair_folder(pair: str) -> Path:
     if pair not in PAIRS:
         raise ValueError(f"pair must be one of {list(PAIRS)}, got {pair!r}")
     return _DATA / pair

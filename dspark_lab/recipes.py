@@ -30,7 +30,7 @@ from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats
 from dspark_lab.checkpoint import load_drafter, save_drafter
 from dspark_lab.decode import decode
 from dspark_lab.drafter import Drafter
-from dspark_lab.engine import SHIPPED_ENGINE, measure_engine
+from dspark_lab.engine import ENGINE, measure_engine
 from dspark_lab.evaluate import evaluate
 from dspark_lab.generate import (
     Prompt,
@@ -453,17 +453,21 @@ def trace_pair(
     save_trace(trace.astype(dict.fromkeys(wide, "float32")), path)
 
 
-def time_pocket_pair(path: Path) -> None:
-    """Times decoding on this machine, one thread, and keeps the engine in one file."""
-    torch.set_num_threads(1)
-    pair = load_pair("pocket")
+# Where an engine is timed: how many requests decode together, in how many rounds, on how many
+# threads.
+TIMED: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "pocket": ((1, 2, 4, 8, 16, 32, 64), 41, 1),
+    "smollm2": ((1, 2, 4, 8, 16), 11, 2),
+}
+
+
+def time_pair(name: str, path: Path) -> None:
+    """Times decoding on this machine, and keeps the engine in one file."""
+    requests, repeats, threads = TIMED[name]
+    torch.set_num_threads(threads)
+    pair = load_pair(name)
     engine = measure_engine(
-        pair.target,
-        pair.drafter,
-        requests=(1, 2, 4, 8, 16, 32, 64),
-        tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-        temperature=1.0,
-        repeats=41,
+        pair.target, pair.drafter, requests=requests, temperature=1.0, repeats=repeats
     )
     engine.save(path)
 
@@ -516,7 +520,7 @@ def main() -> None:
     )
     parser.add_argument("--traces", action="store_true", help="trace what ships, and no more")
     parser.add_argument(
-        "--engine", action="store_true", help="pocket: time what ships on this machine, and no more"
+        "--engine", action="store_true", help="time what ships on this machine, and no more"
     )
     options = parser.parse_args()
     work = options.work or Path("build") / options.pair
@@ -528,8 +532,8 @@ def main() -> None:
         make_smollm2_pair(work, out, options.prompts)
     if everything or options.traces:
         trace_pair(options.pair, out / TRACES, TRACED[options.pair])
-    if options.pair == "pocket" and (everything or options.engine):
-        time_pocket_pair(out / SHIPPED_ENGINE.name)
+    if everything or options.engine:
+        time_pair(options.pair, out / ENGINE)
     complete_folder(SHIPPED_CHATS)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -245,6 +245,17 @@ class StepsPerSecond:
                 raise ValueError(f"{name} must be given, or be a column of the table; got neither")
         return cls(table["tokens"].to_numpy(), table["steps_per_second"].to_numpy(), **facts)
 
+    @classmethod
+    def timed(
+        cls, target: Target, seconds: Mapping[int, float], context_length: int
+    ) -> StepsPerSecond:
+        """Of a target whose steps took so many seconds, by tokens."""
+        tokens = np.array(sorted(seconds))
+        speeds = 1 / np.array([seconds[int(size)] for size in tokens])
+        # Of a folder's path no more than tells what it holds.
+        name = "/".join(Path(target.name).parts[-2:])
+        return cls(tokens, speeds, context_length, _device(target), name)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes :attr:`table` as CSV, whole or not at all."""
         with written_whole(Path(path)) as partial:
@@ -331,7 +342,7 @@ def measure_steps_per_second(
         return ids.to(target.device)
 
     context = drawn(1, context_length)
-    speeds = []
+    seconds: dict[int, float] = {}
     for size, count in per_row.items():
         rows = size // count
         cache = target.start_cache(1)
@@ -345,10 +356,8 @@ def measure_steps_per_second(
             distribution(torch.nn.functional.linear(last, target.head_weight), 1.0)
             times.append(now(target.device) - begin)
             cache.commit([0] * rows)
-        speeds.append(1 / statistics.median(times[warm_up:]))
-    # Of a folder's path no more than tells what it holds.
-    name = "/".join(Path(target.name).parts[-2:])
-    return StepsPerSecond(np.array(sizes), np.array(speeds), context_length, _device(target), name)
+        seconds[size] = statistics.median(times[warm_up:])
+    return StepsPerSecond.timed(target, seconds, context_length)
 
 
 def _per_row(target: Target, size: int, most: int) -> int:

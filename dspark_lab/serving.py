@@ -67,6 +67,9 @@ __all__ = [
 _THRESHOLDS = tuple(step / 20 for step in range(20))
 _FINE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
+# Rounds of one kind that are timed before it is another's turn.
+AT_A_STRETCH = 12
+
 # Seconds: the same for every length, one for each, or worked out from it.
 Seconds = float | Sequence[float] | Callable[[int], float]
 
@@ -328,8 +331,9 @@ def measure_costs(
 ) -> RoundCosts:
     """The costs of this lab's decoding on the devices of these models, for one request.
 
-    Plain decoding and decoding at each length go on in turns, round by round, so that a machine's
-    moods fall on all of them alike; each cost is the median of its rounds. ``verify_seconds`` hold
+    Plain decoding and decoding at each length go on in turns, so that a machine's moods fall on all
+    of them alike, a few rounds at a stretch, so that each finds its weights in the processor's
+    caches as it would alone; each cost is the median of its rounds. ``verify_seconds`` hold
     the target's distributions as well, and ``overhead_seconds`` all the rest of a round, the
     drafter's reading of what was accepted and the cutting of both caches among it.
 
@@ -369,13 +373,15 @@ def measure_costs(
     spent: dict[int, list[dict[str, float]]] = {k: [] for k in runs}
     again: list[list[float]] = []
     cache = _context(target, prompt.tolist())
-    for _ in range(rounds):
+    for begin in range(0, rounds, AT_A_STRETCH):
+        stretch = range(min(AT_A_STRETCH, rounds - begin))
         for k, run in runs.items():
-            next(run)
-            spent[k].append(run.result().seconds)
+            for _ in stretch:
+                next(run)
+                spent[k].append(run.seconds)
         if replay:
             first = prompt.tolist()[:1]
-            again.append([_read_again(target, cache, first * n, 0) for n in slots])
+            again += [[_read_again(target, cache, first * n, 0) for n in slots] for _ in stretch]
 
     def median(k: int, part: str) -> float:
         # Every entry is a sum since the beginning.

@@ -130,7 +130,7 @@ def explore_serving(
     if isinstance(trace, (str, os.PathLike)):
         trace = load_trace(trace)
     if isinstance(engine, (str, os.PathLike)):
-        engine = load_engine(engine)
+        engine = Engine.read(engine)
     if trace is None or engine is None:
         trace, engine, drafter = _made(
             target, drafter, prompts, trace, engine, temperatures, max_new_tokens, seed

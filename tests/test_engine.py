@@ -21,7 +21,7 @@ from samples import tiny_drafter, tiny_target
 from dspark_lab import engine as engine_module
 from dspark_lab.decode import Streams
 from dspark_lab.drafter import Drafter
-from dspark_lab.engine import SHIPPED_ENGINE, Engine, load_engine, measure_engine
+from dspark_lab.engine import Engine, load_engine, measure_engine
 from dspark_lab.load import Answers, FixedLength, draw_requests, load_table, simulate
 from dspark_lab.pairs import load_pair
 from dspark_lab.schedule import StepsPerSecond
@@ -326,7 +326,7 @@ def test_a_file_that_is_no_engine_is_refused(tmp_path, table, message) -> None:
 
 def test_a_file_that_is_not_there_is_said_to_be_so(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
-        load_engine(tmp_path / "nowhere.csv")
+        Engine.read(tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize(
@@ -420,23 +420,20 @@ def told_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield slow
 
 
-TOKENS = (1, 2, 4, 16)
-
-
 def test_a_measured_engine_is_that_of_the_calls(told_clock) -> None:
     """The target is linear, so what is measured on it holds in between; so is drafting."""
     engine = measure_engine(
         tiny_target(),
         tiny_drafter(),
         requests=(1, 3),
-        tokens=TOKENS,
         context_length=5,
         repeats=2,
         warm_up=1,
     )
-    assert engine.sps.tokens.tolist() == list(TOKENS)
-    steps = [1.125, 1.25, 1.5, 3.0]
-    assert [engine.sps.seconds(n) for n in TOKENS] == pytest.approx(steps, rel=1e-15)
+    # Of one and of three requests: plain, with one slot, with three.
+    assert engine.sps.tokens.tolist() == [1, 2, 3, 4, 6, 12]
+    steps = [1.125, 1.25, 1.375, 1.5, 1.75, 2.5]
+    assert [engine.sps.seconds(n) for n in (1, 2, 3, 4, 6, 12)] == pytest.approx(steps)
     assert (engine.sps.context_length, engine.sps.target) == (5, "in memory")
     assert engine.requests.tolist() == [1, 3] and engine.longest == 3
     slots = np.array([1, 2, 3]) / 16
@@ -448,9 +445,7 @@ def test_a_measured_engine_is_that_of_the_calls(told_clock) -> None:
 
 
 def test_a_measured_engine_adds_up_to_the_rounds_it_was_measured_on(told_clock) -> None:
-    engine = measure_engine(
-        tiny_target(), tiny_drafter(), tokens=TOKENS, context_length=5, repeats=1, warm_up=0
-    )
+    engine = measure_engine(tiny_target(), tiny_drafter(), context_length=5, repeats=1, warm_up=0)
     assert engine.requests.tolist() == [1, 4, 16]
     for requests in (1, 4, 16):
         costs = engine.costs(requests)
@@ -463,7 +458,7 @@ def test_a_measured_engine_adds_up_to_the_rounds_it_was_measured_on(told_clock) 
 
 
 def test_costs_are_medians_of_the_rounds_behind_the_warm_up(told_clock) -> None:
-    options = {"requests": (2,), "tokens": TOKENS, "context_length": 5}
+    options = {"requests": (2,), "context_length": 5}
     even = measure_engine(tiny_target(), tiny_drafter(), repeats=1, warm_up=0, **options)
     told_clock[:] = [0, 1, 3]
     uneven = measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
@@ -473,19 +468,23 @@ def test_costs_are_medians_of_the_rounds_behind_the_warm_up(told_clock) -> None:
     assert slow.rest[0] == pytest.approx(even.rest[0] + 50)
 
 
-def test_all_but_the_targets_step_takes_no_less_than_nothing(told_clock, monkeypatch) -> None:
-    """Where a step measured alone takes longer than the same step in a round."""
-    dear = StepsPerSecond(np.array([1]), np.array([0.01]), 5, "slow", "")
-    monkeypatch.setattr(engine_module, "measure_steps_per_second", lambda *_, **__: dear)
-    engine = measure_engine(tiny_target(), tiny_drafter(), repeats=1, warm_up=0)
-    assert engine.sps is dear
-    assert engine.rest.tolist() == engine.plain_rest.tolist() == [0.0] * 3
+def test_steps_of_as_many_tokens_are_one_point_of_the_curve(monkeypatch) -> None:
+    def spent(runs, *_):
+        return {key: {"draft": 0.1, "verify": 1.0 + sum(key), "rest": 0.2} for key in runs}
+
+    monkeypatch.setattr(engine_module, "_round_seconds", spent)
+    engine = measure_engine(tiny_target(), tiny_drafter(), requests=(1, 2), context_length=5)
+    # 2 tokens: one request with one slot and two without; 4: one with three, two with one.
+    assert engine.sps.tokens.tolist() == [1, 2, 4, 8]
+    seconds = [2.0, (3 + 3) / 2, (5 + 4) / 2, 6.0]
+    assert [engine.sps.seconds(n) for n in (1, 2, 4, 8)] == pytest.approx(seconds)
+    assert engine.plain_rest.tolist() == pytest.approx([0.3, 0.3])
 
 
 def test_a_target_that_decodes_one_row_at_a_time_is_measured_at_one_request(told_clock) -> None:
     target = tiny_target()
     target.model.config.model_type = "of a family that is not known"
-    options = {"tokens": TOKENS, "context_length": 5, "repeats": 1, "warm_up": 0}
+    options = {"context_length": 5, "repeats": 1, "warm_up": 0}
     assert measure_engine(target, tiny_drafter(), **options).requests.tolist() == [1]
     with pytest.raises(ValueError, match=r"decodes one row at a time, got \[1, 2\]"):
         measure_engine(target, tiny_drafter(), requests=(1, 2), **options)
@@ -504,24 +503,22 @@ def test_one_seed_measures_on_the_same_tokens_and_another_on_others(monkeypatch)
     for seed in (3, 3, 4):
         seen.clear()
         options = {"context_length": 5, "repeats": 1, "warm_up": 0, "seed": seed}
-        measure_engine(tiny_target(), tiny_drafter(), requests=(2,), tokens=(1,), **options)
-        # The contexts of the steps' measurement and of decoding.
+        measure_engine(tiny_target(), tiny_drafter(), requests=(2,), **options)
         read.append([ids for ids in seen if len(ids[0]) == 5])
-    assert read[0] == read[1] and len(read[0]) == 4
+    # The contexts of plain decoding, of one slot, of three.
+    assert read[0] == read[1] and len(read[0]) == 3
     assert all(one != other for one, other in zip(read[0], read[2], strict=True))
 
 
 def test_no_token_ends_a_measurement(told_clock) -> None:
     target = tiny_target()
     target.model.generation_config.eos_token_id = list(range(64))
-    engine = measure_engine(target, tiny_drafter(), requests=(1,), tokens=TOKENS, repeats=3)
+    engine = measure_engine(target, tiny_drafter(), requests=(1,), repeats=3)
     assert engine.draft.tolist() == [[0.5625, 0.625, 0.6875]]
 
 
 def test_blocks_of_one_slot_are_measured_too(told_clock) -> None:
-    engine = measure_engine(
-        tiny_target(), tiny_drafter(block_size=1), requests=(2,), tokens=TOKENS, repeats=1
-    )
+    engine = measure_engine(tiny_target(), tiny_drafter(block_size=1), requests=(2,), repeats=1)
     assert engine.draft.tolist() == [[1 + 1 / 16]]
 
 
@@ -531,7 +528,6 @@ def test_blocks_of_one_slot_are_measured_too(told_clock) -> None:
         ({"requests": (0,)}, ValueError, "requests must be >= 1, got 0"),
         ({"requests": (1.0,)}, TypeError, "requests must be an int, got 1.0"),
         ({"requests": (4, 1)}, ValueError, r"requests must rise .*, got \[4"),
-        ({"tokens": (4, 2)}, ValueError, "tokens must rise"),
         ({"context_length": 0}, ValueError, "context_length must be >= 1, got 0"),
         ({"temperature": -1.0}, ValueError, "temperature must be"),
         ({"repeats": 0}, ValueError, "repeats must be >= 1, got 0"),
@@ -540,18 +536,16 @@ def test_blocks_of_one_slot_are_measured_too(told_clock) -> None:
     ],
 )
 def test_measurements_that_cannot_be_are_refused(options, error, message, told_clock) -> None:
-    few = {"tokens": (1,), "context_length": 2, "repeats": 1, "warm_up": 0}
+    few = {"context_length": 2, "repeats": 1, "warm_up": 0}
     with pytest.raises(error, match=message):
         measure_engine(tiny_target(), tiny_drafter(), **(few | options))
 
 
 def test_a_shipped_pair_is_measured_on_a_real_machine() -> None:
     pair = load_pair()
-    engine = measure_engine(
-        pair.target, pair.drafter, requests=(1, 2), tokens=(1, 16), repeats=2, warm_up=1
-    )
+    engine = measure_engine(pair.target, pair.drafter, requests=(1, 2), repeats=2, warm_up=1)
     assert engine.requests.tolist() == [1, 2] and engine.longest == 7
-    assert engine.sps.tokens.tolist() == [1, 16] and engine.sps.target == "pocket/target"
+    assert engine.sps.tokens.tolist() == [1, 2, 4, 8, 16] and engine.sps.target == "pocket/target"
     for requests in (1, 2):
         costs = engine.costs(requests)
         for seconds in (costs.plain_seconds, *costs.draft_seconds, *costs.verify_seconds):
@@ -559,12 +553,14 @@ def test_a_shipped_pair_is_measured_on_a_real_machine() -> None:
         assert 0 <= costs.overhead_seconds < float("inf")
 
 
-def test_the_shipped_engine_is_that_of_the_shipped_pair() -> None:
-    engine = load_engine()
-    assert engine.longest == load_pair().drafter.config.block_size
-    assert engine.sps.target == "pocket/target"
-    assert engine.requests.tolist() == [1, 2, 4, 8, 16, 32, 64]
-    # The most tokens of a step that the load simulator asks for.
-    assert engine.sps.tokens[-1] == 64 * (engine.longest + 1)
+@pytest.mark.parametrize(
+    "pair, target, most", [("pocket", "pocket/target", 64), ("smollm2", "smollm2", 16)]
+)
+def test_a_shipped_engine_is_that_of_its_pair(pair, target, most) -> None:
+    engine = load_engine(pair)
+    assert engine.longest == 7 and engine.sps.target == target
+    assert engine.requests.tolist() == [2**i for i in range(most.bit_length())]
+    assert engine.sps.tokens.tolist() == [2**i for i in range((8 * most).bit_length())]
     assert (engine.draft > 0).all()
-    assert Engine.read(SHIPPED_ENGINE).table.equals(engine.table)
+    with pytest.raises(ValueError, match="pair must be one of"):
+        load_engine("nobody's")

@@ -459,13 +459,16 @@ def test_without_arguments_the_pocket_pair_is_shown(shipped):
     pd.testing.assert_frame_equal(shipped.tables["steps"], load_engine().sps.table)
 
 
-def test_wins_at_temperature_0_that_replay_and_temperature_1_take_away_are_visible(shipped):
-    put(shipped, requests=1, replay=True)
-    table = shipped.tables["temperatures"].set_index("temperature")
+def test_wins_at_temperature_0_that_replay_and_temperature_1_take_away_are_visible():
+    both = {"trace": load_traces("smollm2"), "engine": load_engine("smollm2")}
+    explorer = explore_serving(requests=1, temperature=1.0, **both)
+    table = explorer.tables["temperatures"].set_index("temperature")
     assert table["speedup"][0.0] > 1 > table["speedup"][1.0]
-    assert (table["without_replay"] > 1).all()
-    put(shipped, temperature=1.0)
-    assert "only a model that forgets the cost of rejections" in said(shipped)[0]
+    assert "Do not draft" in said(explorer)[0]
+    put(explorer, temperature=0.0, replay=True)
+    table = explorer.tables["temperatures"].set_index("temperature")
+    assert table["without_replay"][0.0] > 1 > table["speedup"][0.0]
+    assert "only a model that forgets the cost of rejections" in said(explorer)[0]
 
 
 def test_prompts_alone_are_put_to_the_pocket_pair():

@@ -145,7 +145,7 @@ trace = pairs.load_traces()
 trace = trace[trace["drafter"] == "dspark-k7"]
 hot = trace[trace["temperature"] == 1]
 sps = schedule.measure_steps_per_second(pair.target, (1, 4, 9), context_length=8)
-few = {"requests": (1, 2), "tokens": (1, 16), "repeats": 2, "warm_up": 1}
+few = {"requests": (1, 2), "repeats": 2, "warm_up": 1}
 measured = engine.measure_engine(pair.target, pair.drafter, **few)
 with TemporaryDirectory() as folder:
     for each in (sps, measured):
