@@ -97,7 +97,8 @@ def explore_serving(
         trace: of whole blocks, or its file, with a column ``temperature``, or of the one that is
             given; decoded where None.
         engine: what a round costs, or its file; measured where None. Where neither it nor a target
-            is given, the one that ships with the pocket pair, for traces of that pair alone.
+            is given, the one that ships with the pocket pair, for traces of that pair alone. Loads
+            that it was not measured at are extrapolated.
         temperatures: to decode at.
         draft_length, temperature, requests, threshold, replay, export: where the controls start. By
             default the longest draft that both trace and engine have, and the trace's highest
