@@ -105,8 +105,8 @@ def plot_fit(
     _name_doublings(ax.xaxis, lengths)
     _name_doublings(ax.yaxis, numbers, zero="none: 0" if 0 in numbers else "")
     ax.set_ylim(0 if 0 in numbers else 0.8 * min(numbers), 1.6 * max(1, *numbers))
-    ax.set_xlabel("tokens of the longest row (seq_len)")
-    ax.set_ylabel("most anchors per row that fit")
+    ax.set_xlabel("tokens of a row (seq_len)")
+    ax.set_ylabel("most anchors that fit")
     add_rules(ax)
     _title(ax, "   ".join(key))
     if len(blocks) > 1:
@@ -156,8 +156,8 @@ def plot_parts(
         [f"{part:.1%}" if part >= 0.0005 else "< 0.1%" for part in share],
         BLUE,
     )
-    ax.set_xlabel("share of operations, in %")
-    ax.set_ylabel("part of a step")
+    ax.set_xlabel("share of operations")
+    ax.set_ylabel("part")
     title = f"a step: {EngFormatter(places=1)(total)} operations"
     if seconds is not None:
         title += f", {seconds:.3g} s"
@@ -347,7 +347,7 @@ def _plot_share(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
     ax.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
     ax.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
     ax.set_ylim(0, 1.02)
-    _share_axis(ax, "supervised tokens covered")
+    _share_axis(ax, "tokens covered")
     _anchor_axis(ax, options)
     n, share = chosen["num_anchors"].iloc[0], chosen["share"].iloc[0]
     _title(ax, f"{_STAR} chosen: N {n:,} covers {share:.0%}")
@@ -379,7 +379,7 @@ def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
         key.append(f"{_RING} too large")
     ax.plot(chosen["num_anchors"], chosen["gain_per_second"] / unit, **_CHOSEN)
     ax.set_ylim(0, 1.08 * gain.max())
-    _share_axis(ax, "gain per second, of the best")
+    _share_axis(ax, "gain/s, of the best")
     _anchor_axis(ax, options)
     _title(ax, "   ".join(key))
 
@@ -465,7 +465,7 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
 def _anchor_axis(ax: Axes, options: pd.DataFrame) -> None:
     ax.set_xscale("log", base=2)
     _name_doublings(ax.xaxis, options["num_anchors"].tolist())
-    ax.set_xlabel("anchors (num_anchors)")
+    ax.set_xlabel("num_anchors")
 
 
 def _share_axis(ax: Axes, label: str) -> None:

@@ -238,8 +238,8 @@ FAULTS = {
     "a rejection costs nothing": Fault(
         "serving.py", "outcomes.rejected @ replay", "0 * (outcomes.rejected @ replay)", SERVE
     ),
-    "a profile is of the other temperature": Fault(
-        "serving.py", "trace[trace[name] == wanted]", "trace[trace[name] != wanted]", SERVE
+    "a profile is of the highest temperature": Fault(
+        "serving.py", "trace[trace[name] == wanted]", "trace[trace[name] == max(held)]", SERVE
     ),
     "verifying costs as much as plain decoding": Fault(
         "serving.py",
@@ -264,8 +264,8 @@ FAULTS = {
     ),
     "a round has no token of the target's own": Fault(
         "load.py",
-        "np.minimum(accepted + 1, left)",
-        "np.minimum(np.maximum(accepted, 1), left)",
+        "min(accepted + 1, request.left)",
+        "min(max(accepted, 1), request.left)",
         SERVE,
     ),
     "luck does not depend on the block": Fault(
