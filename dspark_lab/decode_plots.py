@@ -34,6 +34,7 @@ from dspark_lab.plots import (
     add_rules,
     legend_above,
     new_figure,
+    plain_text,
     visible_text,
 )
 
@@ -92,7 +93,7 @@ def plot_rates(
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
         for kind, line in part.groupby("kind", sort=False):
             _plot_rate(ax, kind, line["slot"], line[value], line[low], line[high])
-        ax.set_title(_plain(name), loc="left", color=INK, fontsize=9)
+        ax.set_title(plain_text(name), loc="left", color=INK, fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         add_rules(ax)
         ax.set_xlabel("slot of the block")
@@ -133,7 +134,7 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
         ax.plot(known["confidence"], known["outcome"], color=colour, linewidth=1)
         marks = {"s": 12 + 110 * known["count"] / max(1, most), "marker": marker}
         ax.scatter(known["confidence"], known["outcome"], color=colour, clip_on=False, **marks)
-        ax.set_title(_plain(name), loc="left", color=INK, fontsize=9)
+        ax.set_title(plain_text(name), loc="left", color=INK, fontsize=9)
         ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
         ax.set_xlabel("confidence, mean of a bin")
         ax.set_ylabel("outcome, mean of a bin")
@@ -175,7 +176,7 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
         y = [places.index(place) + shift for place in part[names[0]]]
         style = _style(i)
         ax.hlines(y, part["bias_low"], part["bias_high"], color=style["color"], linewidth=1.5)
-        ax.plot(part["bias"], y, linestyle="none", label=_plain(kind), **style)
+        ax.plot(part["bias"], y, linestyle="none", label=plain_text(kind), **style)
     if len(kinds) > 1:
         ax.hlines(
             np.arange(len(places) - 1) + 0.5,
@@ -186,9 +187,9 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
             linewidth=0.6,
             transform=ax.get_yaxis_transform(),
         )
-        add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5), title=_plain(names[1]))
+        add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5), title=plain_text(names[1]))
         ax.get_legend().get_title().set(color=INK, fontsize=8)
-    ax.set_yticks(range(len(places)), [_plain(place) for place in places])
+    ax.set_yticks(range(len(places)), [plain_text(place) for place in places])
     ax.set_ylim(len(places) - 0.5, -0.5)
     _both_sides(ax)
     for text, place, side in (("← underconfident", 0, "left"), ("overconfident →", 1, "right")):
@@ -203,7 +204,7 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
             fontsize=8,
         )
     ax.set_xlabel("bias: mean of confidence − outcome, a difference of probabilities")
-    ax.set_ylabel(_plain(names[0]))
+    ax.set_ylabel(plain_text(names[0]))
     return figure
 
 
@@ -225,7 +226,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     for i, (name, table) in enumerate(named.items()):
         style = _style(i) | {"markersize": 4}
         every = max(1, len(table) // 10)
-        name = _plain(name)
+        name = plain_text(name)
         begin = name + ", " if name else ""
         _band(left, table, "threshold", "acceptance_rate", label=name, markevery=every, **style)
         for column, linestyle in (("verified", "-"), ("accepted", "--")):
@@ -486,11 +487,6 @@ def _outcome_span(token: Any) -> str:
 
 def _outcome_class(outcome: str) -> str:
     return f"dspark-{outcome.replace(' ', '-')}"
-
-
-def _plain(name: object) -> str:
-    """A name as it is written; two dollars would be maths."""
-    return str(name).replace("$", r"\$")
 
 
 def _token_name(text: str, token: int) -> str:

@@ -462,13 +462,18 @@ def _name_cells(
     ax.set_ylabel("queries: slots (block.slot input)")
 
 
+def plain_text(name: object) -> str:
+    """A name as it is written; two dollars would be maths."""
+    return str(name).replace("$", r"\$")
+
+
 def visible_text(text: str, longest: int = 12) -> str:
     """A token's text as an axis label: white space made visible, maths markup defused."""
     text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
     text = "".join(character if character.isprintable() else "·" for character in text)
     if len(text) > longest:
         text = text[: longest - 1] + "…"
-    return text.replace("$", r"\$")
+    return plain_text(text)
 
 
 def _share_axis(ax: Axes, label: str) -> None:

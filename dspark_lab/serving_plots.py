@@ -32,6 +32,7 @@ from dspark_lab.plots import (
     add_rules,
     legend_above,
     new_figure,
+    plain_text,
 )
 from dspark_lab.schedule import StepsPerSecond
 
@@ -92,7 +93,7 @@ def plot_speedup(
         named.items(), cycle(LINE_COLOURS), cycle(MARKERS), strict=False
     ):
         thin = bold not in (None, name)
-        label = ": ".join(filter(None, (_plain(name), _best_in_words(table, "draft_length"))))
+        label = ": ".join(filter(None, (plain_text(name), _best_in_words(table, "draft_length"))))
         if not thin:
             _band(ax, table, "draft_length", colour)
             if not np.allclose(table["without_replay"], table["speedup"], equal_nan=True):
@@ -293,7 +294,7 @@ def plot_load(
             (left, "per_user", "throughput"),
             (right, "concurrency", "verified_per_request"),
         ):
-            ax.plot(part[x], part[y], markersize=4, label=_plain(policy), **style)
+            ax.plot(part[x], part[y], markersize=4, label=plain_text(policy), **style)
         if policy == fastest:
             for row in part[part["concurrency"].isin(shown)].itertuples(index=False):
                 _note(left, f"{row.concurrency}", (row.per_user, row.throughput), (5, 3))
@@ -390,7 +391,7 @@ def plot_steps(table: pd.DataFrame | StepsPerSecond) -> Figure:
     left.set_ylabel("time of a step in ms")
     right.set_ylabel("tokens/s that are read")
     where = f"{steps.device}, context {steps.context_length}"
-    left.set_title(_plain(where), loc="left", color=INK, fontsize=9)
+    left.set_title(plain_text(where), loc="left", color=INK, fontsize=9)
     return figure
 
 
@@ -434,7 +435,7 @@ def plot_serving(
         axes,
         (
             f"{requests} request{'s' * (requests != 1)} a step",
-            f"a round, {_plain(bold)}",
+            f"a round, {plain_text(bold)}",
             f"simulated load{', without replay' if replay else ''}",
         ),
         strict=False,
@@ -448,11 +449,6 @@ def _named(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Da
     if not named:
         raise ValueError("tables must hold at least one table, got none")
     return named
-
-
-def _plain(name: object) -> str:
-    """A name as it is written; two dollars would be maths."""
-    return str(name).replace("$", r"\$")
 
 
 def _best_in_words(table: pd.DataFrame, by: str) -> str:
