@@ -26,17 +26,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 
 from dspark_lab.checks import require_int
-from dspark_lab.decode import Decoding, decode_rounds
 from dspark_lab.drafter import Drafter
 from dspark_lab.files import written_whole
 from dspark_lab.pairs import pair_folder
-from dspark_lab.schedule import StepsPerSecond
+from dspark_lab.schedule import StepsPerSecond, seconds_at
 from dspark_lab.scores import as_numbers
-from dspark_lab.serving import AT_A_STRETCH, RoundCosts
+from dspark_lab.serving import RoundCosts, random_prompt, timed_rounds
 from dspark_lab.target import Target
 
 __all__ = ["ENGINE", "Engine", "load_engine", "measure_engine"]
@@ -46,8 +44,6 @@ ENGINE = "engine.csv"
 # Of a table: the target's steps, and what goes by requests.
 _COLUMNS = ["part", "requests", "draft_length", "tokens", "seconds"]
 _RESTS = {"rest": "rest", "plain rest": "plain_rest"}
-# What decoding tells of a round.
-_CLOCK = ("draft", "verify", "rest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,12 +207,7 @@ class Engine:
 
     def _at(self, requests: int, seconds: Float[np.ndarray, " point"]) -> float:
         require_int("requests", requests, 1)
-        found = np.interp(requests, self.requests, seconds)
-        beyond = requests - self.requests[-1]
-        if beyond > 0 and len(seconds) > 1:
-            per_request = (seconds[-1] - seconds[-2]) / (self.requests[-1] - self.requests[-2])
-            found += max(0.0, per_request) * beyond
-        return float(found)
+        return float(seconds_at(requests, self.requests, seconds))
 
     @property
     def table(self) -> pd.DataFrame:
@@ -331,10 +322,6 @@ def measure_engine(
     Raises:
         TypeError, ValueError: as :func:`dspark_lab.decode.decode_rounds`, or settings out of range.
     """
-    require_int("context_length", context_length, 1)
-    require_int("repeats", repeats, 1)
-    require_int("warm_up", warm_up, 0)
-    require_int("seed", seed, 0)
     counts = list(requests or ((1, 4, 16) if target.decodes_batches else (1,)))
     for count in counts:
         require_int("requests", count, 1)
@@ -346,23 +333,16 @@ def measure_engine(
         )
     longest = drafter.config.block_size
     lengths = sorted({0, 1, longest})
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(target.vocab_size, (context_length,), generator=generator)
-    runs = {
-        (count, k): decode_rounds(
-            target,
-            drafter if k else None,
-            [prompt] * count,
-            draft_length=k or None,
-            max_new_tokens=1 + (warm_up + repeats) * (k + 1),
-            temperature=temperature,
-            end_ids=(),
-            seed=seed,
-        )
-        for count in counts
-        for k in lengths
-    }
-    spent = _round_seconds(runs, warm_up, repeats)
+    spent = timed_rounds(
+        target,
+        drafter,
+        [(count, k) for count in counts for k in lengths],
+        random_prompt(target, context_length, seed),
+        temperature=temperature,
+        repeats=repeats,
+        warm_up=warm_up,
+        seed=seed,
+    )
     steps: dict[int, list[float]] = {}
     for (count, k), seconds in spent.items():
         steps.setdefault(count * (k + 1), []).append(seconds["verify"])
@@ -378,21 +358,3 @@ def measure_engine(
         rest=np.array([spent[count, longest]["rest"] for count in counts]),
         plain_rest=np.array([seconds["draft"] + seconds["rest"] for seconds in plain]),
     )
-
-
-def _round_seconds(
-    runs: Mapping[tuple[int, int], Decoding], warm_up: int, repeats: int
-) -> dict[tuple[int, int], dict[str, float]]:
-    """Of each run, by requests and length, medians over rounds in which no request ends."""
-    sums: dict[tuple[int, int], list[list[float]]] = {key: [[0.0] * len(_CLOCK)] for key in runs}
-    rounds = warm_up + repeats
-    for begin in range(0, rounds, AT_A_STRETCH):
-        for (count, k), run in runs.items():
-            for _ in range(min(AT_A_STRETCH, rounds - begin)):
-                for _ in range(count):
-                    next(run)
-                sums[count, k].append([run.seconds[part] for part in _CLOCK])
-    return {
-        key: dict(zip(_CLOCK, np.median(np.diff(each, axis=0)[warm_up:], axis=0), strict=True))
-        for key, each in sums.items()
-    }

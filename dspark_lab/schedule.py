@@ -48,6 +48,7 @@ __all__ = [
     "prefix_scheduler",
     "retrospective_schedule",
     "schedule_table",
+    "seconds_at",
     "simulate_output",
     "simulate_worked_example",
     "worked_example",
@@ -153,11 +154,7 @@ class StepsPerSecond:
         asked = np.asarray(tokens)
         if asked.size and not asked.min() >= 0:
             raise ValueError(f"tokens per step must be >= 0, got {asked.min()}")
-        points, taken = self.tokens, 1 / self.steps_per_second
-        found = np.interp(asked, points, taken)
-        if len(points) > 1:
-            slope = max(0.0, (taken[-1] - taken[-2]) / (points[-1] - points[-2]))
-            found = found + slope * np.maximum(asked - points[-1], 0)
+        found = seconds_at(asked, self.tokens, 1 / self.steps_per_second)
         return found if asked.ndim else float(found)
 
     @property
@@ -284,6 +281,21 @@ class StepsPerSecond:
             na_values={"tokens": ["", "nan"], "steps_per_second": ["", "nan"]},
         )
         return cls.of(table, context_length=context_length, device=device, target=target)
+
+
+def seconds_at(
+    asked: Any, points: Int[np.ndarray, " point"], seconds: Float[np.ndarray, " point"]
+) -> Any:
+    """Seconds at numbers, from those measured at points: linear between, the first point's below.
+
+    Above the last point they go on as between the last two, or stay where those fall or there is
+    one point alone.
+    """
+    found = np.interp(asked, points, seconds)
+    if len(points) > 1:
+        slope = max(0.0, (seconds[-1] - seconds[-2]) / (points[-1] - points[-2]))
+        found = found + slope * np.maximum(asked - points[-1], 0)
+    return found
 
 
 @torch.inference_mode()

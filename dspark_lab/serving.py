@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from dspark_lab.acceptance import trace_sums
 from dspark_lab.checks import require_int, require_number
@@ -58,17 +59,21 @@ __all__ = [
     "break_even",
     "decode_check",
     "measure_costs",
+    "random_prompt",
     "speedup_table",
     "temperature_table",
     "threshold_table",
+    "timed_rounds",
 ]
 
 # To look at, and to choose from.
 _THRESHOLDS = tuple(step / 20 for step in range(20))
 _FINE_THRESHOLDS = tuple(step / 100 for step in range(101))
 
+# What decoding tells of a round.
+_ROUND_PARTS = ("draft", "verify", "rest")
 # Rounds of one kind that are timed before it is another's turn.
-AT_A_STRETCH = 12
+_AT_A_STRETCH = 12
 
 # Seconds: the same for every length, one for each, or worked out from it.
 Seconds = float | Sequence[float] | Callable[[int], float]
@@ -331,11 +336,10 @@ def measure_costs(
 ) -> RoundCosts:
     """The costs of this lab's decoding on the devices of these models, for one request.
 
-    Plain decoding and decoding at each length go on in turns, so that a machine's moods fall on all
-    of them alike, a few rounds at a stretch, so that each finds its weights in the processor's
-    caches as it would alone; each cost is the median of its rounds. ``verify_seconds`` hold
-    the target's distributions as well, and ``overhead_seconds`` all the rest of a round, the
-    drafter's reading of what was accepted and the cutting of both caches among it.
+    Plain decoding and decoding at each length are timed in turns, see :func:`timed_rounds`.
+    ``verify_seconds`` hold the target's distributions as well, and ``overhead_seconds`` all the
+    rest of a round, the drafter's reading of what was accepted and the cutting of both caches among
+    it.
 
     Args:
         context_length: tokens of a random prompt; rounds add to it.
@@ -349,57 +353,117 @@ def measure_costs(
     Raises:
         TypeError, ValueError: as :func:`dspark_lab.decode.decode_rounds`, or settings out of range.
     """
-    require_int("context_length", context_length, 1)
-    require_int("repeats", repeats, 1)
-    require_int("warm_up", warm_up, 0)
-    require_int("seed", seed, 0)
     lengths = _require_lengths(draft_lengths, drafter.config.block_size)
-    longest, rounds = max(lengths), warm_up + repeats
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(target.vocab_size, (context_length,), generator=generator)
-    options: dict[str, Any] = {"temperature": temperature, "end_ids": (), "seed": seed}
-    runs = {
-        k: decode_rounds(
-            target,
-            drafter if k else None,
-            [prompt],
-            draft_length=k or None,
-            max_new_tokens=1 + rounds * (k + 1),
-            **options,
-        )
-        for k in (0, *lengths)
-    }
+    longest = max(lengths)
+    prompt = random_prompt(target, context_length, seed)
     tokens, slots = range(1, longest + 2), range(1, longest + 1)
-    spent: dict[int, list[dict[str, float]]] = {k: [] for k in runs}
     again: list[list[float]] = []
     cache = _context(target, prompt.tolist())
-    for begin in range(0, rounds, AT_A_STRETCH):
-        stretch = range(min(AT_A_STRETCH, rounds - begin))
-        for k, run in runs.items():
-            for _ in stretch:
-                next(run)
-                spent[k].append(run.seconds)
-        if replay:
-            first = prompt.tolist()[:1]
-            again += [[_read_again(target, cache, first * n, 0) for n in slots] for _ in stretch]
 
-    def median(k: int, part: str) -> float:
-        # Every entry is a sum since the beginning.
-        each = np.diff([0.0, *(seconds[part] for seconds in spent[k])])
-        return float(np.median(each[warm_up:]))
+    def read_again() -> None:
+        first = prompt.tolist()[:1]
+        again.append([_read_again(target, cache, first * n, 0) for n in slots])
 
+    spent = timed_rounds(
+        target,
+        drafter,
+        [(1, k) for k in (0, *lengths)],
+        prompt,
+        temperature=temperature,
+        repeats=repeats,
+        warm_up=warm_up,
+        seed=seed,
+        in_turn=read_again if replay else None,
+    )
     known = sorted(lengths)
-    verify = [median(0, "verify"), *(median(k, "verify") for k in known)]
-    draft = [median(k, "draft") for k in known]
+    verify = [spent[1, k]["verify"] for k in (0, *known)]
+    draft = [spent[1, k]["draft"] for k in known]
     place = f"{target.device.type}, {str(target.dtype)[6:]}"
     return RoundCosts(
-        plain_seconds=sum(median(0, part) for part in ("draft", "verify", "rest")),
+        plain_seconds=sum(spent[1, 0].values()),
         draft_seconds=tuple(np.interp(slots, known, draft)),
         verify_seconds=tuple(np.interp(tokens, [1, *(k + 1 for k in known)], verify)),
         replay_seconds=tuple(np.median(again[warm_up:], axis=0)) if replay else (),
-        overhead_seconds=float(np.median([median(k, "rest") for k in known])),
+        overhead_seconds=float(np.median([spent[1, k]["rest"] for k in known])),
         source=f"measured: {place}, context {context_length}, temperature {temperature:g}",
     )
+
+
+def random_prompt(target: Target, context_length: int, seed: int) -> Int[Tensor, " context"]:
+    """Tokens drawn from the whole vocabulary, to time decoding behind.
+
+    Raises:
+        TypeError, ValueError: a length below 1, or a seed below 0.
+    """
+    require_int("context_length", context_length, 1)
+    require_int("seed", seed, 0)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(target.vocab_size, (context_length,), generator=generator)
+
+
+def timed_rounds(
+    target: Target,
+    drafter: Drafter,
+    kinds: Sequence[tuple[int, int]],
+    prompt: Int[Tensor, " context"],
+    *,
+    temperature: float,
+    repeats: int,
+    warm_up: int,
+    seed: int,
+    in_turn: Callable[[], None] | None = None,
+) -> dict[tuple[int, int], dict[str, float]]:
+    """Seconds of the parts of a round, "draft", "verify" and "rest", for each kind of decoding.
+
+    The kinds go on in turns, so that a machine's moods fall on all of them alike, a few rounds at a
+    stretch, so that each finds its weights in the processor's caches as it would alone. No round is
+    the last one of an answer.
+
+    Args:
+        kinds: how many requests decode together, all the same prompt, and how many tokens are
+            drafted; 0 is plain decoding.
+        repeats, warm_up: rounds whose median counts, and rounds before these that do not.
+        in_turn: called once for each round of a kind, when all kinds have had theirs.
+
+    Raises:
+        TypeError, ValueError: as :func:`dspark_lab.decode.decode_rounds`, or numbers out of range.
+    """
+    require_int("repeats", repeats, 1)
+    require_int("warm_up", warm_up, 0)
+    rounds = warm_up + repeats
+    runs = {
+        (count, k): decode_rounds(
+            target,
+            drafter if k else None,
+            [prompt] * count,
+            draft_length=k or None,
+            max_new_tokens=1 + rounds * (k + 1),
+            temperature=temperature,
+            end_ids=(),
+            seed=seed,
+        )
+        for count, k in kinds
+    }
+    # Every entry is a sum since the beginning.
+    sums: dict[tuple[int, int], list[list[float]]] = {
+        kind: [[0.0] * len(_ROUND_PARTS)] for kind in runs
+    }
+    for begin in range(0, rounds, _AT_A_STRETCH):
+        stretch = range(min(_AT_A_STRETCH, rounds - begin))
+        for (count, k), run in runs.items():
+            for _ in stretch:
+                for _ in range(count):
+                    next(run)
+                sums[count, k].append([run.seconds[part] for part in _ROUND_PARTS])
+        if in_turn:
+            for _ in stretch:
+                in_turn()
+    return {
+        kind: dict(
+            zip(_ROUND_PARTS, np.median(np.diff(each, axis=0)[warm_up:], axis=0), strict=True)
+        )
+        for kind, each in sums.items()
+    }
 
 
 def speedup_table(

@@ -60,6 +60,7 @@ __all__ = [
     "packing_table",
     "predict_sweep",
     "reaching_anchors",
+    "row_blocks",
     "slot_table",
     "supervision",
     "supervision_table",
@@ -179,11 +180,10 @@ def training(
     lines = []
     for seq_len, spans in _rows(data, seq_lens, packed).items():
         rows_tokens = float(spans.row_tokens.mean())
-        blocks_for = 1.0 if per == "row" else spans.documents / spans.rows
         for block_size in block_sizes:
             for anchors in num_anchors:
                 found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
-                blocks = max(1, round(anchors * blocks_for))
+                blocks = row_blocks(spans, anchors, per)
                 sizes: dict[str, Any] = {
                     "num_anchors": blocks,
                     "block_size": block_size,
@@ -215,6 +215,11 @@ def training(
         table[list(_RATES)].to_numpy(), table["fits"].to_numpy()
     )
     return _choice(table, step_time.error, batch_size, gamma)
+
+
+def row_blocks(spans: Spans, num_anchors: int, per: Per) -> int:
+    """Blocks of a step for each row, on average: ``num_anchors`` for it or for each document."""
+    return max(1, round(num_anchors * (1.0 if per == "row" else spans.documents / spans.rows)))
 
 
 def predict_sweep(

@@ -33,7 +33,7 @@ from dspark_lab.memory import Dtype, Step, fit_table, memory_table, usable_bytes
 from dspark_lab.plots import png
 from dspark_lab.shape import CARDS, Shape
 from dspark_lab.steptime import StepTime
-from dspark_lab.tune import TrainingChoice, training
+from dspark_lab.tune import TrainingChoice, row_blocks, training
 from dspark_lab.tune_plots import plot_budget
 
 __all__ = ["MEASURED", "explore_training_budget"]
@@ -154,7 +154,7 @@ def explore_training_budget(
                 f"No conversation has two supervised tokens in a row among its first {seq_len:,}: "
                 "there is nothing to learn from. Choose a longer row."
             )
-        blocks = _blocks(spans, num_anchors, per)
+        blocks = row_blocks(spans, num_anchors, per)
         if blocks > _MOST_BLOCKS:
             raise ValueError(
                 f"{num_anchors:,} anchors for each document are {blocks:,} blocks a row, more than "
@@ -211,11 +211,6 @@ def _encoded(chats: _Chats | None, tokenizer: Any) -> list[Encoded]:
             tokenizer = load_tokenizer(tokenizer)
         return [chat if isinstance(chat, Encoded) else encode(chat, tokenizer) for chat in chats]
     return [chat for chat in chats if isinstance(chat, Encoded)]
-
-
-def _blocks(spans: Spans, num_anchors: int, per: Per) -> int:
-    """Of a row, on average, as :func:`dspark_lab.tune.training` counts them."""
-    return num_anchors if per == "row" else round(num_anchors * spans.documents / spans.rows)
 
 
 def _recommended(choice: TrainingChoice) -> pd.DataFrame:

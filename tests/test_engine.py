@@ -469,10 +469,10 @@ def test_costs_are_medians_of_the_rounds_behind_the_warm_up(told_clock) -> None:
 
 
 def test_steps_of_as_many_tokens_are_one_point_of_the_curve(monkeypatch) -> None:
-    def spent(runs, *_):
-        return {key: {"draft": 0.1, "verify": 1.0 + sum(key), "rest": 0.2} for key in runs}
+    def spent(_target, _drafter, kinds, *_, **__):
+        return {key: {"draft": 0.1, "verify": 1.0 + sum(key), "rest": 0.2} for key in kinds}
 
-    monkeypatch.setattr(engine_module, "_round_seconds", spent)
+    monkeypatch.setattr(engine_module, "timed_rounds", spent)
     engine = measure_engine(tiny_target(), tiny_drafter(), requests=(1, 2), context_length=5)
     # 2 tokens: one request with one slot and two without; 4: one with three, two with one.
     assert engine.sps.tokens.tolist() == [1, 2, 4, 8]

@@ -252,8 +252,8 @@ FAULTS = {
     ),
     "drafting is as quick for many as for one": Fault(
         "engine.py",
-        "np.interp(requests, self.requests, seconds)",
-        "np.interp(1, self.requests, seconds)",
+        "seconds_at(requests, self.requests, seconds)",
+        "seconds_at(1, self.requests, seconds)",
         SERVE,
     ),
     "the scheduler looks back": Fault(
