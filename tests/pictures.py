@@ -1,11 +1,44 @@
 """What every picture must be, whatever it shows: looked at in its PNG and its words."""
 
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+
 import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
-from dspark_lab.plots import INK
+from dspark_lab.plots import INK, png
+
+
+def gallery(
+    pictures: Mapping[str, Callable[[], Figure]],
+) -> tuple[Callable[[str], Figure], Callable[[str], np.ndarray]]:
+    """Each picture by name, and its pixels; made once, and without a warning."""
+
+    @cache
+    def picture_of(name: str) -> Figure:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return pictures[name]()
+
+    @cache
+    def pixels_of(name: str) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return pixels(picture_of(name))
+
+    return picture_of, pixels_of
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure's PNG as [row, column, red green blue alpha], 0 to 255."""
+    file = png(figure)
+    assert file.startswith(b"\x89PNG\r\n\x1a\n")
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGBA")).astype(int)
 
 
 def has_no_background(pixels: np.ndarray) -> None:

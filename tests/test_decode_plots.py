@@ -4,9 +4,7 @@ Pictures are looked at through what is drawn: the data of lines, bars and marks,
 PNG's pixels, and the HTML as a browser would read it. Tables are made by hand.
 """
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 from itertools import combinations, product
 
 import numpy as np
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from test_plots import ANY_TEXT, ODD, Page, pixels
+from test_plots import ANY_TEXT, ODD, Page
 
 from dspark_lab.decode_plots import (
     outcome_legend,
@@ -33,7 +31,7 @@ from dspark_lab.decode_plots import (
 )
 from dspark_lab.outcomes import OTHERS, OUTCOMES
 from dspark_lab.plots import BLUE, GREEN, ORANGE
-from tests.pictures import has_mid_grey_words, has_no_background, vanishes_nowhere
+from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 
 NAN = float("nan")
 KINDS = ("on policy", "empirical", "predicted", "teacher-forced", "predicted, teacher-forced")
@@ -146,18 +144,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 pictures = pytest.mark.parametrize("picture", PICTURES)
 
 
-@cache
-def picture_of(name: str) -> Figure:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return PICTURES[name]()
-
-
-@cache
-def pixels_of(name: str) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return pixels(picture_of(name))
+picture_of, pixels_of = gallery(PICTURES)
 
 
 def points(line) -> list[list[float]]:

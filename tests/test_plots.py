@@ -4,10 +4,8 @@ Pictures are looked at as a reader gets them: the PNG's pixels, the words on the
 a browser would read it.
 """
 
-import io
 import warnings
 from collections.abc import Callable
-from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from dspark_lab.blocks import Blocks, draw_blocks
@@ -35,12 +32,11 @@ from dspark_lab.plots import (
     plot_sorting,
     plot_tiles,
     plot_training,
-    png,
     token_legend,
     token_text,
 )
 from dspark_lab.tables import REGIONS, TILE_STATES, mask_regions, sorting_table, token_table
-from tests.pictures import has_mid_grey_words, has_no_background, vanishes_nowhere
+from tests.pictures import gallery, has_mid_grey_words, has_no_background, pixels, vanishes_nowhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,21 +116,7 @@ COLOURS = {
 pictures = pytest.mark.parametrize("picture", PICTURES)
 
 
-@cache
-def picture_of(name: str) -> Figure:
-    return PICTURES[name]()
-
-
-@cache
-def pixels_of(name: str) -> np.ndarray:
-    return pixels(picture_of(name))
-
-
-def pixels(figure: Figure) -> np.ndarray:
-    """The figure's PNG as [row, column, red green blue alpha], 0 to 255."""
-    file = png(figure)
-    assert file.startswith(b"\x89PNG\r\n\x1a\n")
-    return np.asarray(Image.open(io.BytesIO(file)).convert("RGBA")).astype(int)
+picture_of, pixels_of = gallery(PICTURES)
 
 
 def image(figure: Figure) -> np.ndarray:

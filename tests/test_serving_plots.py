@@ -4,9 +4,7 @@ Tables come from the library's own functions on profiles and costs made by hand,
 beforehand which draft lengths win and which lose.
 """
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -15,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_decode_plots import labelled, points, shown, tick_names, words
-from test_plots import pixels
 
 from dspark_lab.plots import BLUE, INK, ORANGE, RED
 from dspark_lab.schedule import StepsPerSecond, schedule_table
@@ -30,7 +27,7 @@ from dspark_lab.serving_plots import (
     plot_temperatures,
     plot_thresholds_speed,
 )
-from tests.pictures import has_mid_grey_words, has_no_background, vanishes_nowhere
+from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 
 COSTS = RoundCosts.of(
     4, plain_seconds=0.010, draft_seconds=0.004, verify_seconds=[0.010, 0.011, 0.012, 0.013, 0.014]
@@ -126,18 +123,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 pictures = pytest.mark.parametrize("picture", PICTURES)
 
 
-@cache
-def picture_of(name: str) -> Figure:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return PICTURES[name]()
-
-
-@cache
-def pixels_of(name: str) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return pixels(picture_of(name))
+picture_of, pixels_of = gallery(PICTURES)
 
 
 @pictures

@@ -4,9 +4,7 @@ Pictures are looked at through what is drawn: the data of lines, bars, marks and
 and the PNG's pixels. Tables are made by hand.
 """
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 from itertools import combinations, product
 
 import numpy as np
@@ -18,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from test_decode_plots import points, shown, tick_names
-from test_plots import pixels
 
 from dspark_lab.plots import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.tune_plots import (
@@ -30,7 +27,7 @@ from dspark_lab.tune_plots import (
     plot_sweep,
     plot_sweeps,
 )
-from tests.pictures import has_mid_grey_words, has_no_background, vanishes_nowhere
+from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 
 NAN = float("nan")
 
@@ -131,18 +128,7 @@ HEAT_MAPS = ("sweep", "sweeps")
 drawings = pytest.mark.parametrize("picture", [name for name in PICTURES if name not in HEAT_MAPS])
 
 
-@cache
-def picture_of(name: str) -> Figure:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return PICTURES[name]()
-
-
-@cache
-def pixels_of(name: str) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return pixels(picture_of(name))
+picture_of, pixels_of = gallery(PICTURES)
 
 
 def title(ax: Axes) -> str:
