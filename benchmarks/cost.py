@@ -1,6 +1,6 @@
 """Predicted against measured: the peak memory of a training step, and how long one takes.
 
-The peak is that of ``dspark_lab.train``'s own step, its second, with weights and optimiser added;
+The peak is that of ``dspark_lab.training.loop``'s own step, its second, with weights and optimiser added;
 the target's features are zeros unless its shape is given and features are live. Time is fitted to
 four steps and predicted for others.
 """
@@ -20,22 +20,28 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import median_seconds, peak_bytes
-from dspark_lab import attention
+from dspark_lab.attention import mask as attention
 from dspark_lab.chats import Batch, Chat, Encoded
-from dspark_lab.cost import (
+from dspark_lab.model import (
+    Drafter,
+    Features,
+    FeatureSource,
+    Target,
+    live_features,
+    output_objective,
+)
+from dspark_lab.training import TrainConfig
+from dspark_lab.training.loop import _Order, _Run, _World
+from dspark_lab.tuning import (
     CARDS,
     TARGETS,
     Shape,
+    fit_step_time,
     fit_table,
+    measure_steps,
     training_cost,
     training_memory,
 )
-from dspark_lab.drafter import Drafter
-from dspark_lab.features import FeatureSource, live_features
-from dspark_lab.objective import output_objective
-from dspark_lab.steptime import fit_step_time, measure_steps
-from dspark_lab.target import Features, Target
-from dspark_lab.train import TrainConfig, _Order, _Run, _World
 
 NOBODY = Chat(({"role": "assistant", "content": ""},), id="random")
 # Row length, anchors, block, rows, of SmolLM2's drafter.
@@ -96,7 +102,7 @@ def measured_peak(
     if device != "cpu":
         flex = torch.compile(attention.flex_attention)
         fused = mock.patch.object(attention, "flex_attention", flex)  # type: ignore[assignment]
-    by_definition = mock.patch("dspark_lab.train.dspark_objective", _textbook(drafter))
+    by_definition = mock.patch("dspark_lab.training.loop.dspark_objective", _textbook(drafter))
     with fused, by_definition if full else nullcontext():
         step()
         held = list(drafter.parameters()) + list(run.forward.__dict__.values())

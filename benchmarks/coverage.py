@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import compare, median_seconds
 from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats, load_tokenizer
-from dspark_lab.coverage import Spans, never_table, supervision
+from dspark_lab.tuning import Spans, never_table, supervision
 
 CONVERSATIONS, ANCHORS, BLOCK, ROW = 100_000, 64, 7, 4096
 # The loop sees so many of them.

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.measure import seconds
-from dspark_lab.decode import decode, encode_prompt
+from dspark_lab.decoding import decode, encode_prompt
 from dspark_lab.pairs import Pair, load_pair, question
-from dspark_lab.speed import speed_table
+from dspark_lab.serving import speed_table
 
 # Prompts, tokens of each answer, runs over all of them.
 SIZES = {"pocket": (12, 64, 5), "smollm2": (4, 48, 3)}

@@ -5,10 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
 
 from benchmarks.measure import seconds
-from dspark_lab.export import SERVERS, TRAINERS
-from dspark_lab.serving_widgets import explore_serving
-from dspark_lab.tune_widgets import explore_training_budget
-from dspark_lab.widgets import Explorer, explore_anchors, explore_masks
+from dspark_lab.explore import (
+    Explorer,
+    explore_anchors,
+    explore_masks,
+    explore_serving,
+    explore_training_budget,
+)
+from dspark_lab.tuning import SERVERS, TRAINERS
 
 MOVES = 41
 # What each control is turned to, again and again; the last value is the one it starts with.

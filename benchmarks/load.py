@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.measure import compare, median_seconds
-from dspark_lab.engine import Engine, load_engine
-from dspark_lab.load import (
+from dspark_lab.pairs import load_traces
+from dspark_lab.serving import (
     Answers,
+    Engine,
     FixedLength,
     Policy,
     PrefixScheduler,
@@ -25,10 +26,10 @@ from dspark_lab.load import (
     StaticThreshold,
     answers_of,
     draw_requests,
+    load_engine,
     load_table,
     simulate,
 )
-from dspark_lab.pairs import load_traces
 
 REQUESTS, SLOTS = 200, 7
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import compare, median_seconds, peak_bytes
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.drafter import Slots
-from dspark_lab.objective import dspark_objective, output_objective
+from dspark_lab.model import Slots, dspark_objective, output_objective
 
 BATCH, ANCHORS, BLOCK, VOCAB, HIDDEN, RANK = 2, 32, 7, 49152, 576, 64
 TEXTBOOK_FITS = 128

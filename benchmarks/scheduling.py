@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.measure import compare, median_seconds
 from dspark_lab.pairs import load_pair
-from dspark_lab.schedule import (
+from dspark_lab.serving import (
     StepsPerSecond,
     measure_steps_per_second,
     prefix_schedule,

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.measure import compare, median_seconds
-from dspark_lab.acceptance import rate_table, tau_table, trace_sums
+from dspark_lab.rates import rate_table, tau_table, trace_sums
 
 ROWS, SLOTS, PROMPTS = 1_000_000, 7, 1000
 # The loop sees so much of it.

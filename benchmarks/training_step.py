@@ -10,8 +10,7 @@ import torch
 
 from benchmarks.measure import compare, peak_bytes
 from dspark_lab.common import sample_anchor_positions
-from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.objective import dspark_objective, output_objective
+from dspark_lab.model import Drafter, DrafterConfig, dspark_objective, output_objective
 
 BATCH, SEQ_LEN, ANCHORS, BLOCK, RANK = 2, 384, 32, 7, 64
 LAYER_IDS = (1, 8, 15, 22, 28)

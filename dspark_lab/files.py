@@ -1,14 +1,14 @@
-"""Files that are whole or not there: written under another name, then renamed.
-
-This file knows names; it knows nothing about what is in a file.
-"""
+"""Atomic file writes, and a clock that waits for the device."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["written_whole"]
+import torch
+
+__all__ = ["now", "written_whole"]
 
 
 @contextmanager
@@ -20,3 +20,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a monotonic clock, after the queued work of a CUDA device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -4,7 +4,7 @@
     pair = load_pair(drafter="dflash-k15")
     pair = load_pair("smollm2")                         the real one; fetches SmolLM2 on first use
 
-This file knows which folders ship; it does not know how they were made (``dspark_lab.recipes``).
+This file knows which folders ship; it does not know how they were made (``data.make.recipes``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspark_lab.chats import SHIPPED_CHATS, Chat, load_chats
-from dspark_lab.checkpoint import load_drafter
-from dspark_lab.drafter import Drafter
-from dspark_lab.target import Target, fetch_smollm2, load_target
-from dspark_lab.trace import load_trace
+from dspark_lab.decoding import load_trace
+from dspark_lab.model import Drafter, Target, fetch_smollm2, load_drafter, load_target
 
 if TYPE_CHECKING:
     import pandas
@@ -129,7 +127,7 @@ def load_pair(
 def load_traces(pair: str = "pocket") -> pandas.DataFrame:
     """What each drafter of a pair drafted for held-out questions, at several temperatures.
 
-    A trace as :func:`dspark_lab.decode.decode` returns it, with two more columns: ``drafter`` and
+    A trace as :func:`dspark_lab.decoding.loop.decode` returns it, with two more columns: ``drafter`` and
     ``temperature``. A prompt number means the same question throughout.
 
     Raises:

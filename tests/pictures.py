@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from dspark_lab.plots import INK, png
+from dspark_lab.explore import INK, png
 
 
 def gallery(

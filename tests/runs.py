@@ -22,12 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dspark_lab import train as lab
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Encoded
-from dspark_lab.drafter import Drafter
-from dspark_lab.objective import Objective, output_objective
-from dspark_lab.target import Target
+from dspark_lab.model import Drafter, Objective, Target, output_objective
+from dspark_lab.training import loop as lab
 from tests.samples import random_chats, tiny_drafter, tiny_target
 
 _PROCESSES = get_context("forkserver")

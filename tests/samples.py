@@ -6,8 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_lab.chats import Chat, Encoded
-from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.target import Target
+from dspark_lab.model import Drafter, DrafterConfig, Target
 
 CHAT = Chat(({"role": "assistant", "content": ""},), id="hand-made")
 

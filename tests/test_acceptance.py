@@ -10,7 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_lab.acceptance import (
+from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.decoding import rounds_of
+from dspark_lab.model import output_objective
+from dspark_lab.rates import (
+    bootstrap,
     rate_table,
     reached,
     tau_table,
@@ -18,10 +22,6 @@ from dspark_lab.acceptance import (
     token_rate_table,
     trace_sums,
 )
-from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.evaluate import bootstrap
-from dspark_lab.objective import output_objective
-from dspark_lab.trace import rounds_of
 
 ON_TRACE = ("on policy", "empirical", "predicted")
 

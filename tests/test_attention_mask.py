@@ -1,4 +1,4 @@
-"""The training mask of `dspark_lab.attention`: one rule, three forms, all equal.
+"""The training mask of `dspark_lab.attention.mask`: one rule, three forms, all equal.
 
 The oracle's rule is compared with the dense form, with the mask function, and with what the
 tile lists of the closed form and its mask function say together. The lists are compared with

@@ -20,8 +20,7 @@ import nbformat
 import pytest
 from playwright.sync_api import TimeoutError, expect, sync_playwright
 
-from dspark_lab.decode_widgets import explore_decoding
-from dspark_lab.widgets import Explorer
+from dspark_lab.explore import Explorer, explore_decoding
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "test-output"

@@ -11,17 +11,26 @@ import pandas as pd
 import pytest
 from traces import COSTS, RAGGED, SLOTS, TRACE, made_trace, reached_by_hand, rounds_by_hand, unlucky
 
-from dspark_lab.calibration import (
+from dspark_lab.decoding import rounds_of
+from dspark_lab.rates import (
+    HELD,
+    SCALED,
+    Claim,
+    SequentialTemperatures,
+    auroc,
+    below,
+    brier,
     calibration_report,
+    claims_table,
     drift_table,
+    error_change,
+    expected_calibration_error,
+    gain_table,
+    prefix_survival,
+    reliability_table,
     reliability_tables,
     split_prompts,
 )
-from dspark_lab.claims import HELD, SCALED, Claim, below, claims_table, error_change
-from dspark_lab.replay import gain_table
-from dspark_lab.scores import auroc, brier, expected_calibration_error, reliability_table
-from dspark_lab.temperatures import SequentialTemperatures, prefix_survival
-from dspark_lab.trace import rounds_of
 
 
 def test_a_split_is_by_conversation_and_repeatable() -> None:

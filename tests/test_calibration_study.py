@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand
 
-from dspark_lab.calibration import prefix_survival, rounds_of, study, threshold_sweep
+from dspark_lab.decoding import rounds_of
+from dspark_lab.rates import prefix_survival, study, threshold_sweep
 
 
 @pytest.mark.parametrize("trace", [TRACE, RAGGED], ids=["whole", "ragged"])

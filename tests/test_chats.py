@@ -1,4 +1,4 @@
-"""`dspark_lab.chats`: reading, which tokens are the assistant's, padding and packing.
+"""`dspark_lab.chats.conversations`: reading, which tokens are the assistant's, padding and packing.
 
 Each chat template stands here twice: as the Jinja text that tokenizers ship, and as a Python
 function that writes the same conversation piece by piece and says of each piece whose it is. The
@@ -693,7 +693,7 @@ def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():
 
 
 def test_importing_chats_imports_neither_transformers_nor_pandas():
-    code = "import sys, dspark_lab.chats; print({'transformers', 'pandas'} & set(sys.modules))"
+    code = "import sys, dspark_lab.chats.conversations; print({'transformers', 'pandas'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 

@@ -22,9 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from dspark_lab import checkpoint
-from dspark_lab.checkpoint import load_drafter, save_drafter
-from dspark_lab.drafter import Drafter, DrafterConfig
+from dspark_lab.model import Drafter, DrafterConfig, checkpoint, load_drafter, save_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pickle")
 
@@ -1053,7 +1051,7 @@ def test_a_name_that_the_hub_cannot_give_is_named(tmp_path, monkeypatch):
 
 
 def test_importing_brings_neither_transformers_nor_the_hub():
-    program = "import json, sys, dspark_lab.checkpoint; print(json.dumps(list(sys.modules)))"
+    program = "import json, sys, dspark_lab.model.checkpoint; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
     assert "safetensors" in loaded
     assert not {"transformers", "huggingface_hub"} & set(loaded)

@@ -1,4 +1,4 @@
-"""`dspark_lab.claims`: every figure added up slot by slot, on traces that were made up.
+"""`dspark_lab.rates.claims`: every figure added up slot by slot, on traces that were made up.
 
 A round here is what verification made of it: for each slot a confidence and an accept rate, how
 many slots were verified, how many of them accepted. The oracles are loops over such rounds.
@@ -16,10 +16,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dspark_lab import claims
-from dspark_lab.calibration import SequentialTemperatures, split_prompts
-from dspark_lab.claims import Claim, claims_of, claims_table
-from dspark_lab.trace import TRACE_COLUMNS, Rounds
+from dspark_lab.decoding import TRACE_COLUMNS, Rounds
+from dspark_lab.rates import (
+    Claim,
+    SequentialTemperatures,
+    claims,
+    claims_of,
+    claims_table,
+    split_prompts,
+)
 
 COLUMNS = ["claim", "drafter", "published", "here", "low", "high", "unit", "holds"]
 SHORT = ("dspark-k7", "dflash-k7", "gated-k7", "rnn-k7")

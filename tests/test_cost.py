@@ -1,4 +1,4 @@
-"""`dspark_lab.cost`, `memory` and `shape`: against PyTorch's own counters, and by counting.
+"""`dspark_lab.tuning.cost`, `memory` and `shape`: against PyTorch's own counters, and by counting.
 
 Operations are compared with `torch.utils.flop_counter` on the lab's own models; attention's pairs
 with the dense mask, its tiles with the block mask, their expectations with every possible draw; the
@@ -28,28 +28,35 @@ from torch.utils.flop_counter import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cost import measured_peak
-from dspark_lab import cost, objective
 from dspark_lab.attention import block_attention, training_block_mask, training_dense_mask
 from dspark_lab.common import context_doc_ids
-from dspark_lab.cost import (
+from dspark_lab.model import (
+    Drafter,
+    DrafterConfig,
+    MarkovKind,
+    dspark_objective,
+    objective,
+    output_objective,
+)
+from dspark_lab.tuning import (
     CARDS,
     TARGETS,
     Layers,
     Shape,
+    Step,
     anchored_work,
     card_table,
+    cost,
     drafting_cost,
     expected_work,
     fit_table,
+    kept_bytes,
+    logit_bytes,
     memory_table,
     training_cost,
     training_memory,
     verify_cost,
 )
-from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.heads import MarkovKind
-from dspark_lab.memory import Step, kept_bytes, logit_bytes
-from dspark_lab.objective import dspark_objective, output_objective
 from tests.samples import tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,4 +1,4 @@
-"""`dspark_lab.coverage`: the closed form is the average over every draw there is.
+"""`dspark_lab.tuning.coverage`: the closed form is the average over every draw there is.
 
 Small data sets are checked against every possible draw, walked through in plain Python, larger ones
 against many random draws. Where a test can fail by chance, its seed is fixed and the chance over
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, one_row, pack
-from dspark_lab.coverage import (
+from dspark_lab.tuning import (
     PER,
     REASONS,
     Spans,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dspark_lab.generate import card_numbers, checksums, make_prompts
+from data.make.generate import card_numbers, checksums, make_prompts
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TEXT = "a  b\n\n   c\td\n1234  5\n\n1. x = [1, 22]\n    return x  \n é ü 日本 🌱 "

@@ -28,18 +28,18 @@ from test_decode_exact import (
 )
 from test_target import random_target
 
-from dspark_lab.decode import (
+from dspark_lab.decoding import (
     Decoded,
     Round,
     decode,
     decode_rounds,
     encode_prompt,
     greedy_differences,
+    load_trace,
+    save_trace,
 )
-from dspark_lab.drafter import Drafter
+from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import Pair, load_pair, question
-from dspark_lab.target import Target
-from dspark_lab.trace import load_trace, save_trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,11 +19,10 @@ import torch
 from samples import tiny_drafter, tiny_target
 from torch import Tensor
 
-import dspark_lab.decode as lab
-from dspark_lab.decode import Round
-from dspark_lab.drafter import Drafter
-from dspark_lab.schedule import StepsPerSecond, prefix_scheduler
-from dspark_lab.target import Target
+import dspark_lab.decoding.loop as lab
+from dspark_lab.decoding import Round
+from dspark_lab.model import Drafter, Target
+from dspark_lab.serving import StepsPerSecond, prefix_scheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

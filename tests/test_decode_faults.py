@@ -1,6 +1,6 @@
 """The tests of decoding can fail: with a fault planted in it, each fault is seen.
 
-A fault is a replacement in the source of `dspark_lab.decode`, which then runs as a module beside
+A fault is a replacement in the source of `dspark_lab.decoding.loop`, which then runs as a module beside
 the real one. None makes anything crash. What must see it is the enumeration of every answer, or,
 where the answers stay right and only the draft gets worse, the training forward.
 """
@@ -22,8 +22,8 @@ from test_decode_exact import (
     undecided,
 )
 
-import dspark_lab.decode as lab
-from dspark_lab.decode import Decoded, Round
+import dspark_lab.decoding.loop as lab
+from dspark_lab.decoding import Decoded, Round
 from dspark_lab.pairs import load_pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")

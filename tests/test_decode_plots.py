@@ -1,4 +1,4 @@
-"""`dspark_lab.decode_plots`: what is drawn is what the tables say, on any page.
+"""`dspark_lab.explore.decode_plots`: what is drawn is what the tables say, on any page.
 
 Pictures are looked at through what is drawn: the data of lines, bars and marks, the words, the
 PNG's pixels, and the HTML as a browser would read it. Tables are made by hand.
@@ -17,7 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from test_plots import ANY_TEXT, ODD, Page
 
-from dspark_lab.decode_plots import (
+from dspark_lab.decoding import OTHERS, OUTCOMES
+from dspark_lab.explore import (
+    BLUE,
+    GREEN,
+    ORANGE,
     outcome_legend,
     outcome_text,
     plot_bias,
@@ -29,8 +33,6 @@ from dspark_lab.decode_plots import (
     plot_reliability,
     plot_thresholds,
 )
-from dspark_lab.outcomes import OTHERS, OUTCOMES
-from dspark_lab.plots import BLUE, GREEN, ORANGE
 from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 
 NAN = float("nan")

@@ -1,4 +1,4 @@
-"""`dspark_lab.decode_widgets`: what the explorers of decoding show, and how a run is driven.
+"""`dspark_lab.explore.decode_widgets`: what the explorers of decoding show, and how a run is driven.
 
 The models are tiny and random, and a token is a word; two words hold what markup and maths are made
 of. What is shown must be what the library's functions say of `decode` with the same settings. A
@@ -20,26 +20,39 @@ import torch
 from test_target import random_target
 from test_widgets import WIDGET, alert, make_tokenizer, picture
 
-from dspark_lab import decode_widgets
-from dspark_lab.acceptance import rate_table, tau_table, trace_sums
-from dspark_lab.calibration import reliability_tables, split_prompts, study, threshold_sweep
+from data.make.recipes import write_chats
 from dspark_lab.chats import Chat, load_chats
-from dspark_lab.checkpoint import save_drafter
-from dspark_lab.decode import Decoded, Round, decode, encode_prompt
-from dspark_lab.decode_plots import outcome_legend, outcome_text
-from dspark_lab.decode_widgets import (
+from dspark_lab.decoding import (
+    Decoded,
+    Round,
+    decode,
+    distribution_table,
+    encode_prompt,
+    outcome_table,
+    token_kinds,
+)
+from dspark_lab.explore import (
     VIEWS,
     DecodingExplorer,
+    Explorer,
+    decode_widgets,
     explore_acceptance,
     explore_decoding,
+    outcome_legend,
+    outcome_text,
 )
-from dspark_lab.drafter import Drafter
-from dspark_lab.explorer import Explorer
-from dspark_lab.outcomes import distribution_table, outcome_table, token_kinds
+from dspark_lab.model import Drafter, Target, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
-from dspark_lab.recipes import write_chats
-from dspark_lab.speed import speed_table
-from dspark_lab.target import Target
+from dspark_lab.rates import (
+    rate_table,
+    reliability_tables,
+    split_prompts,
+    study,
+    tau_table,
+    threshold_sweep,
+    trace_sums,
+)
+from dspark_lab.serving import speed_table
 from tests.samples import tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

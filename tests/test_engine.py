@@ -1,4 +1,4 @@
-"""`dspark_lab.engine`: curves read off by hand, a full batch predicted and then simulated, and
+"""`dspark_lab.serving.engine`: curves read off by hand, a full batch predicted and then simulated, and
 measurements by a clock that tells what it is told.
 
 No test reads a real clock: where decoding is timed, each call of a model takes so many made-up
@@ -18,15 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import tiny_drafter, tiny_target
 
-from dspark_lab import engine as engine_module
-from dspark_lab.decode import Streams
-from dspark_lab.drafter import Drafter
-from dspark_lab.engine import Engine, load_engine, measure_engine
-from dspark_lab.load import Answers, FixedLength, draw_requests, load_table, simulate
+from dspark_lab.decoding import Streams
+from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import load_pair
-from dspark_lab.schedule import StepsPerSecond
-from dspark_lab.serving import AcceptanceProfile, RoundCosts, speedup_table
-from dspark_lab.target import Target
+from dspark_lab.serving import (
+    AcceptanceProfile,
+    Answers,
+    Engine,
+    FixedLength,
+    RoundCosts,
+    StepsPerSecond,
+    draw_requests,
+    load_engine,
+    load_table,
+    measure_engine,
+    simulate,
+    speedup_table,
+)
+from dspark_lab.serving import engine as engine_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

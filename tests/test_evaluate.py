@@ -5,20 +5,21 @@ import pandas as pd
 import pytest
 import torch
 
-from dspark_lab.acceptance import rate_table, tau_table
 from dspark_lab.chats import Encoded, collate
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.decode import decode
-from dspark_lab.evaluate import (
+from dspark_lab.decoding import decode
+from dspark_lab.model import accept_rates
+from dspark_lab.rates import (
     bootstrap,
     compare_drafters,
     drafter_table,
     evaluate,
+    rate_table,
     slot_table,
+    tau_table,
     teacher_forced,
     teacher_forced_answers,
 )
-from dspark_lab.objective import accept_rates
 from tests.samples import CHAT, documents, random_chats, tiny_drafter, tiny_target
 
 

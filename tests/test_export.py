@@ -1,4 +1,4 @@
-"""`dspark_lab.export`: a choice comes out in the names of each trainer, and can be read back."""
+"""`dspark_lab.tuning.settings`: a choice comes out in the names of each trainer, and can be read back."""
 
 import ast
 import json
@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from dspark_lab.export import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
-from dspark_lab.train import _parser
+from dspark_lab.training.loop import _parser
+from dspark_lab.tuning import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
 
 CHOSEN = TrainingSettings(
     num_anchors=384, block_size=7, seq_len=2048, batch_size=3, loss_decay_gamma=5.0

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark_lab import features as lab
 from dspark_lab.chats import Batch, collate, pack
-from dspark_lab.target import Target
+from dspark_lab.model import Target
+from dspark_lab.model import features as lab
 from tests.samples import random_chats, tiny_target
 
 IDS = (0, 1)

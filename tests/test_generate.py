@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dspark_lab import generate as lab
-from dspark_lab.generate import Message, Prompt
+from data.make import generate as lab
+from data.make.generate import Message, Prompt
 
 PROMPTS = lab.make_prompts(30, seed=3)
 

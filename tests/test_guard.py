@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import nbformat
 import pytest
+from faults import DECODE, FAULTS, RATES, SERVE, TRAIN, TUNE, environment_with
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("dspark_lab", "notebooks", "data", "pyproject.toml")
@@ -23,7 +24,7 @@ MINUTES = 60
 pytestmark = pytest.mark.guard
 
 
-class Fault(NamedTuple):
+class TextFault(NamedTuple):
     """A replacement in one file of the package, and the notebook that notices, or all of them."""
 
     file: str
@@ -32,244 +33,247 @@ class Fault(NamedTuple):
     notebook: str = ""
 
 
-TRAIN, RATES, DECODE = "03_train_a_drafter.ipynb", "04_accept_rates.ipynb", "05_decode.ipynb"
-TUNE, SERVE = "06_tune_training.ipynb", "07_tune_serving.ipynb"
-
-
-FAULTS = {
-    "labels are off by one": Fault(
+TEXT_FAULTS = {
+    "labels are off by one": TextFault(
         "blocks.py", "torch.arange(1, block_size + 1, device", "torch.arange(block_size, device"
     ),
-    "supervision jumps over gaps": Fault(
+    "supervision jumps over gaps": TextFault(
         "common.py", "return supervised.cumprod(dim=-1).bool()", "return supervised"
     ),
-    "supervision ignores the keep mask": Fault(
+    "supervision ignores the keep mask": TextFault(
         "common.py",
         "supervised = block_keep_mask.unsqueeze(-1) & (label_indices",
         "supervised = (label_indices",
     ),
-    "supervision ignores the end of the document": Fault(
+    "supervision ignores the end of the document": TextFault(
         "common.py",
         "distance <= _take(doc_remaining, anchor_positions).unsqueeze(-1)",
         "distance > 0",
     ),
-    "candidates need no second token": Fault(
+    "candidates need no second token": TextFault(
         "common.py", "supervised[:, :-1] & supervised[:, 1:]", "supervised[:, :-1].clone()"
     ),
-    "candidates ignore the end of the document": Fault(
+    "candidates ignore the end of the document": TextFault(
         "common.py", "candidates & (doc_remaining[:, :-1] >= 1)", "candidates"
     ),
-    "the largest random numbers become anchors": Fault(
+    "the largest random numbers become anchors": TextFault(
         "common.py", "noise = _uniform(candidates", "noise = 1 - _uniform(candidates"
     ),
-    "dummy anchors are kept": Fault(
-        "common.py",
-        "return anchors * block_keep_mask, block_keep_mask",
-        "return anchors * block_keep_mask, torch.ones_like(block_keep_mask)",
-    ),
-    "positions are off by one": Fault(
+    "positions are off by one": TextFault(
         "common.py",
         "offset = torch.arange(block_size, device",
         "offset = torch.arange(1, block_size + 1, device",
     ),
-    "positions do not restart in a document": Fault(
+    "positions do not restart in a document": TextFault(
         "common.py", "base = _take(position_ids.long(), base)", "base = base + 0"
     ),
-    "the anchor's token is in the last slot": Fault(
+    "the anchor's token is in the last slot": TextFault(
         "common.py", "noise_ids[:, :, 0] =", "noise_ids[:, :, -1] ="
     ),
-    "dummy blocks read a token": Fault(
+    "dummy blocks read a token": TextFault(
         "common.py", "torch.where(block_keep_mask, anchor_ids, mask_token_id)", "anchor_ids"
     ),
-    "the context includes the anchor": Fault(
-        "attention.py", "(key < end[batch, block])", "(key <= end[batch, block])"
+    "the context includes the anchor": TextFault(
+        "attention/mask.py", "(key < end[batch, block])", "(key <= end[batch, block])"
     ),
-    "the context leaves the document": Fault(
-        "attention.py",
+    "the context leaves the document": TextFault(
+        "attention/mask.py",
         "start = torch.searchsorted(doc_ids.contiguous(), anchor_doc)",
         "start = torch.zeros_like(anchor_doc)",
     ),
-    "blocks see each other": Fault(
-        "attention.py", "(key - seq_len) // block_size == block", "(key - seq_len) >= 0"
+    "blocks see each other": TextFault(
+        "attention/mask.py", "(key - seq_len) // block_size == block", "(key - seq_len) >= 0"
     ),
-    "a block is causal": Fault(
-        "attention.py",
+    "a block is causal": TextFault(
+        "attention/mask.py",
         "own_block = (key >= seq_len)",
         "own_block = (key <= seq_len + query) & (key >= seq_len)",
     ),
-    "dummy blocks do not see themselves": Fault(
-        "attention.py",
+    "dummy blocks do not see themselves": TextFault(
+        "attention/mask.py",
         "own_block = (key >= seq_len)",
         "own_block = (end[batch, block] > 0) & (key >= seq_len)",
     ),
-    "a tile is full where it is partial": Fault(
-        "attention.py",
+    "a tile is full where it is partial": TextFault(
+        "attention/mask.py",
         "-(-end // tile_size), end // tile_size]",
         "-(-end // tile_size), -(-end // tile_size)]",
     ),
-    "a tile is empty where it is partial": Fault(
-        "attention.py",
+    "a tile is empty where it is partial": TextFault(
+        "attention/mask.py",
         "-(-end // tile_size), end // tile_size]",
         "end // tile_size, end // tile_size]",
     ),
-    "coverage forgets that anchors differ": Fault(
-        "coverage.py",
+    "coverage forgets that anchors differ": TextFault(
+        "tuning/coverage.py",
         "np.maximum(spared - already, 0) / np.maximum(total - already, 1)",
         "np.maximum(spared - 0 * already, 0) / np.maximum(total, 1)",
     ),
-    "accept rates are those of a smaller distance": Fault(
-        "objective.py", "return (1 - l1 / 2)", "return (1 - l1 / 3)", TRAIN
+    "accept rates are those of a smaller distance": TextFault(
+        "model/objective.py", "return (1 - l1 / 2)", "return (1 - l1 / 3)", TRAIN
     ),
-    "the Markov head reads the token after the previous one": Fault(
-        "drafter.py", "previous = (labels - 1).clamp(", "previous = labels.clamp(", TRAIN
+    "the Markov head reads the token after the previous one": TextFault(
+        "model/drafter.py", "previous = (labels - 1).clamp(", "previous = labels.clamp(", TRAIN
     ),
-    "the gate of the gated head stays open": Fault(
-        "heads.py", "return None, gate.sigmoid() * embedding", "return None, embedding", TRAIN
+    "the gate of the gated head stays open": TextFault(
+        "model/heads.py", "return None, gate.sigmoid() * embedding", "return None, embedding", TRAIN
     ),
-    "the RNN head forgets": Fault("heads.py", "keep * state +", "0 * state +", TRAIN),
-    "an evaluation counts blocks that are cut off": Fault(
-        "evaluate.py", ".eval_mask[0].all(dim=-1)", ".eval_mask[0].any(dim=-1)", TRAIN
+    "the RNN head forgets": TextFault("model/heads.py", "keep * state +", "0 * state +", TRAIN),
+    "an evaluation counts blocks that are cut off": TextFault(
+        "rates/teacher_forced.py", ".eval_mask[0].all(dim=-1)", ".eval_mask[0].any(dim=-1)", TRAIN
     ),
-    "training starts without a warm-up": Fault(
-        "train.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
+    "training starts without a warm-up": TextFault(
+        "training/loop.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
     ),
-    "the acceptance ratio is inverted": Fault(
-        "decode.py",
+    "the acceptance ratio is inverted": TextFault(
+        "decoding/loop.py",
         "(target_prob / draft_prob[:, :most])",
         "(draft_prob[:, :most] / target_prob)",
         DECODE,
     ),
-    "a rejected token is drawn from p": Fault(
-        "decode.py", "residual(p[row, accepted], refused)", "p[row, accepted]", DECODE
+    "a rejected token is drawn from p": TextFault(
+        "decoding/loop.py", "residual(p[row, accepted], refused)", "p[row, accepted]", DECODE
     ),
-    "the bonus token is drawn one slot early": Fault(
-        "decode.py",
+    "the bonus token is drawn one slot early": TextFault(
+        "decoding/loop.py",
         "residual(p[row, accepted], refused)",
         "residual(p[row, (accepted - 1).clamp(min=0)], refused)",
         DECODE,
     ),
-    "the target keeps what was rejected": Fault(
-        "decode.py",
+    "the target keeps what was rejected": TextFault(
+        "decoding/loop.py",
         "self._cache.commit(counts, kept)",
         "self._cache.commit([context.shape[1]] * len(counts), kept)",
         DECODE,
     ),
-    "the drafter's context is that of the token before": Fault(
-        "decode.py",
+    "the drafter's context is that of the token before": TextFault(
+        "decoding/loop.py",
         "counts = [count + 1 for count in accepted]",
         "counts = [count + 1 for count in accepted]; context = context.roll(1, dims=1)",
         DECODE,
     ),
-    "the threshold reads the confidence behind the token": Fault(
-        "decode.py",
+    "the threshold reads the confidence behind the token": TextFault(
+        "decoding/loop.py",
         "sure = (draft.confidence >= self.threshold)",
         "sure = (draft.confidence.roll(-1, dims=1) >= self.threshold)",
         DECODE,
     ),
-    "a slot behind a rejected one is reached": Fault(
-        "trace.py", "return self.verified & _after(self.accepted)", "return self.verified", RATES
+    "a slot behind a rejected one is reached": TextFault(
+        "decoding/trace.py",
+        "return self.verified & _after(self.accepted)",
+        "return self.verified",
+        RATES,
     ),
-    "teacher-forced slots are reached whatever came before": Fault(
-        "acceptance.py",
+    "teacher-forced slots are reached whatever came before": TextFault(
+        "rates/acceptance.py",
         "torch.cat([torch.ones_like(lived[..., :1]), lived[..., :-1]], dim=-1)",
         "torch.ones_like(lived)",
         RATES,
     ),
-    "tau lacks the target's own token": Fault(
-        "acceptance.py", 'table[["ratio", "low", "high"]] += 1', "pass", RATES
+    "tau lacks the target's own token": TextFault(
+        "rates/acceptance.py", 'table[["ratio", "low", "high"]] += 1', "pass", RATES
     ),
-    "a calibration error lets gaps cancel out": Fault(
-        "scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES
+    "a calibration error lets gaps cancel out": TextFault(
+        "rates/scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES
     ),
-    "a temperature multiplies": Fault(
-        "temperatures.py", "_sigmoid(_logit(values) / t)", "_sigmoid(_logit(values) * t)", RATES
+    "a temperature multiplies": TextFault(
+        "rates/temperatures.py",
+        "_sigmoid(_logit(values) / t)",
+        "_sigmoid(_logit(values) * t)",
+        RATES,
     ),
-    "temperatures are searched slot by slot": Fault(
-        "temperatures.py",
+    "temperatures are searched slot by slot": TextFault(
+        "rates/temperatures.py",
         "product = product * _sigmoid(logit / found[slot])",
         "product = np.ones_like(product)",
         RATES,
     ),
-    "bias is upside down": Fault(
-        "calibration.py", "_error=confidence - chosen", "_error=chosen - confidence", RATES
+    "bias is upside down": TextFault(
+        "rates/calibration.py", "_error=confidence - chosen", "_error=chosen - confidence", RATES
     ),
-    "what is covered counts twice": Fault(
-        "coverage.py",
+    "what is covered counts twice": TextFault(
+        "tuning/coverage.py",
         "missed[:, 1:])\n    return 1 - missed",
         "missed[:, 1:])\n    return 2 - 2 * missed",
         TUNE,
     ),
-    "slots have the same weight": Fault(
-        "coverage.py",
+    "slots have the same weight": TextFault(
+        "tuning/coverage.py",
         "return np.exp(-np.arange(block_size) / gamma)",
         "return np.ones(block_size)",
         TUNE,
     ),
-    "every token of an answer can be a label": Fault(
-        "coverage.py",
+    "every token of an answer can be a label": TextFault(
+        "tuning/coverage.py",
         '"first of its run": _summed(run_document, kept > 1, documents)',
         '"first of its run": _summed(run_document, kept > 999, documents)',
         TUNE,
     ),
-    "the target is read backward too": Fault(
-        "cost.py",
+    "the target is read backward too": TextFault(
+        "tuning/cost.py",
         "        fc.operations,\n        fc.operations,",
         "        fc.operations,\n        2 * fc.operations,",
         TUNE,
     ),
-    "the optimiser keeps one moment": Fault(
-        "memory.py", '"optimiser": 8 * trained', '"optimiser": 4 * trained', TUNE
+    "the optimiser keeps one moment": TextFault(
+        "tuning/memory.py", '"optimiser": 8 * trained', '"optimiser": 4 * trained', TUNE
     ),
-    "a card's memory is all for tensors": Fault(
-        "memory.py", "return size * usable", "return float(size)", TUNE
+    "a card's memory is all for tensors": TextFault(
+        "tuning/memory.py", "return size * usable", "return float(size)", TUNE
     ),
-    "the best gains most a byte": Fault(
-        "tune.py",
+    "the best gains most a byte": TextFault(
+        "tuning/choice.py",
         'sort_values("gain_per_second", ascending=False',
         'sort_values("gain_per_byte", ascending=False',
         TUNE,
     ),
-    "each cell's interval is of one drafter": Fault(
-        "sweep.py", 'table["seeds"] ** 0.5', 'table["seeds"] ** 0', TUNE
+    "each cell's interval is of one drafter": TextFault(
+        "tuning/sweep.py", 'table["seeds"] ** 0.5', 'table["seeds"] ** 0', TUNE
     ),
-    "all trainers count a block alike": Fault(
-        "export.py", "block_size=s.block_size + 1", "block_size=s.block_size", TUNE
+    "all trainers count a block alike": TextFault(
+        "tuning/settings.py", "block_size=s.block_size + 1", "block_size=s.block_size", TUNE
     ),
-    "a rejection costs nothing": Fault(
-        "serving.py", "outcomes.rejected @ replay", "0 * (outcomes.rejected @ replay)", SERVE
+    "a rejection costs nothing": TextFault(
+        "serving/speedup.py",
+        "outcomes.rejected @ replay",
+        "0 * (outcomes.rejected @ replay)",
+        SERVE,
     ),
-    "a profile is of the highest temperature": Fault(
-        "serving.py", "trace[trace[name] == wanted]", "trace[trace[name] == max(held)]", SERVE
+    "a profile is of the highest temperature": TextFault(
+        "serving/speedup.py",
+        "trace[trace[name] == wanted]",
+        "trace[trace[name] == max(held)]",
+        SERVE,
     ),
-    "verifying costs as much as plain decoding": Fault(
-        "serving.py",
+    "verifying costs as much as plain decoding": TextFault(
+        "serving/speedup.py",
         "verify[0] + outcomes.verified @ np.diff(verify)",
         "verify[0] + 0 * tau",
         SERVE,
     ),
-    "a threshold lets its own slot through": Fault(
-        "serving.py", "passed=count(level, exists)", "passed=count(before, exists)", SERVE
+    "a threshold lets its own slot through": TextFault(
+        "serving/speedup.py", "passed=count(level, exists)", "passed=count(before, exists)", SERVE
     ),
-    "drafting is as quick for many as for one": Fault(
-        "engine.py",
+    "drafting is as quick for many as for one": TextFault(
+        "serving/engine.py",
         "seconds_at(requests, self.requests, seconds)",
         "seconds_at(1, self.requests, seconds)",
         SERVE,
     ),
-    "the scheduler looks back": Fault(
-        "schedule.py",
+    "the scheduler looks back": TextFault(
+        "serving/schedule.py",
         "return len(rises) if rises.all() else int(rises.argmin())",
         "return int(self.theta.argmax())",
         SERVE,
     ),
-    "a round has no token of the target's own": Fault(
-        "load.py",
+    "a round has no token of the target's own": TextFault(
+        "serving/load.py",
         "min(accepted + 1, request.left)",
         "min(max(accepted, 1), request.left)",
         SERVE,
     ),
-    "luck does not depend on the block": Fault(
-        "load.py", "luck < survival[block]", "luck < survival.mean()", SERVE
+    "luck does not depend on the block": TextFault(
+        "serving/load.py", "luck < survival[block]", "luck < survival.mean()", SERVE
     ),
 }
 
@@ -288,11 +292,12 @@ def copy(tmp_path):
     return folder
 
 
-def run_notebooks(folder, name=""):
+def run_notebooks(folder, name="", environment=None):
     """Run a notebook of a copy, or every one, up to the first failure."""
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--exitfirst"]
     command += ["-p", "no:cacheprovider", "--color=no", f"notebooks/{name}"]
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = environment or os.environ | {"PYTHONPATH": str(folder)}
+    environment |= {"HF_HUB_OFFLINE": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     return subprocess.run(
         command,
@@ -327,9 +332,16 @@ def test_without_a_fault_the_notebooks_run_on_the_copy_and_pass(copy):
     assert run.returncode == 0, run.stdout
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", TEXT_FAULTS)
 def test_with_a_fault_the_notebooks_show_another_output(name, copy):
-    plant(copy, FAULTS[name])
-    run = run_notebooks(copy, FAULTS[name].notebook)
+    plant(copy, TEXT_FAULTS[name])
+    run = run_notebooks(copy, TEXT_FAULTS[name].notebook)
     assert run.returncode != 0, f"no notebook notices that {name}"
+    assert "Cell outputs differ" in run.stdout and "1 failed" in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_with_a_planted_fault_its_notebook_shows_another_output(name):
+    run = run_notebooks(ROOT, FAULTS[name].notebook, environment_with(name))
+    assert run.returncode != 0, f"{FAULTS[name].notebook} does not notice that {name}"
     assert "Cell outputs differ" in run.stdout and "1 failed" in run.stdout, run.stdout

@@ -1,4 +1,4 @@
-"""`dspark_lab.jobs`: every job once, whatever dies; in processes, and on a Ray cluster of two.
+"""`dspark_lab.tuning.jobs`: every job once, whatever dies; in processes, and on a Ray cluster of two.
 
 The jobs leave a note in a folder when they begin, so that a test can see and kill who does them.
 """
@@ -14,8 +14,7 @@ from pathlib import Path
 import chores
 import pytest
 
-from dspark_lab.jobs import run_jobs
-from dspark_lab.sweep import Cell, SweepConfig, run_cell, run_sweep, sweep_table
+from dspark_lab.tuning import Cell, SweepConfig, run_cell, run_jobs, run_sweep, sweep_table
 
 NAMES = [f"job-{number}" for number in range(6)]
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import SLOTS, TRACE, made_trace
 
-from dspark_lab.load import (
+from dspark_lab.pairs import load_traces
+from dspark_lab.rates import SequentialTemperatures, temperature_scale
+from dspark_lab.serving import (
     Answers,
     FixedLength,
     Geometric,
@@ -24,8 +26,6 @@ from dspark_lab.load import (
     load_table,
     simulate,
 )
-from dspark_lab.pairs import load_traces
-from dspark_lab.temperatures import SequentialTemperatures, temperature_scale
 
 # In standard errors: a true statement fails with a probability of 6e-5 (normal), and the seeds are
 # fixed. Where a standard error comes from 40 batches, 3e-4 (Student's t).

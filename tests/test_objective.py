@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.measure import peak_bytes
-from dspark_lab import objective
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.drafter import Slots
-from dspark_lab.objective import (
+from dspark_lab.model import (
     Objective,
+    Slots,
     Sums,
     accept_rates,
     dspark_objective,
+    objective,
     output_objective,
     slot_weights,
     survival,

@@ -1,4 +1,4 @@
-"""`dspark_lab.outcomes`: every token of a run is accounted for, and every probability.
+"""`dspark_lab.decoding.outcomes`: every token of a run is accounted for, and every probability.
 
 The oracles are the rounds themselves, read token by token in plain loops, and sums over whole
 vocabularies in lists.
@@ -17,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_decode_exact import early_stopping, exact_drafter, exact_target, undecided
 
-from dspark_lab.decode import Decoded, Round, decode
-from dspark_lab.outcomes import (
+from dspark_lab.decoding import (
     OTHERS,
     OUTCOMES,
     TOKEN_KINDS,
+    Decoded,
+    Round,
+    decode,
     distribution_table,
     outcome_table,
     token_kind,

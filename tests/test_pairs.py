@@ -9,18 +9,11 @@ import pandas as pd
 import pytest
 
 import dspark_lab.pairs as lab
-from dspark_lab.acceptance import tau_table, trace_sums
+from data.make.recipes import POCKET_DRAFTERS, SMOLLM2_TRAINING, TRACED, make_smollm2_drafter
 from dspark_lab.chats import Chat, encode, load_chats
-from dspark_lab.decode import decode
-from dspark_lab.evaluate import compare_drafters, evaluate
+from dspark_lab.decoding import TRACE_COLUMNS, decode
 from dspark_lab.pairs import PAIRS, drafter_names, load_pair, load_traces, question
-from dspark_lab.recipes import (
-    POCKET_DRAFTERS,
-    SMOLLM2_TRAINING,
-    TRACED,
-    make_smollm2_drafter,
-)
-from dspark_lab.trace import TRACE_COLUMNS
+from dspark_lab.rates import compare_drafters, evaluate, tau_table, trace_sums
 
 
 def test_the_pocket_pair_has_six_drafters_and_a_default() -> None:

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.drafter import Drafter, DrafterConfig
-from dspark_lab.objective import Objective, accept_rates, dspark_objective, output_objective
+from dspark_lab.model import (
+    Drafter,
+    DrafterConfig,
+    Objective,
+    accept_rates,
+    dspark_objective,
+    output_objective,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""`dspark_lab.plots`: what is drawn is what the table says, in colours that any page shows.
+"""`dspark_lab.explore.plots`: what is drawn is what the table says, in colours that any page shows.
 
 Pictures are looked at as a reader gets them: the PNG's pixels, the words on the axes, the HTML as
 a browser would read it.
@@ -20,11 +20,14 @@ from torch import Tensor
 
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
-from dspark_lab.plots import (
+from dspark_lab.explore import (
     LINE_COLOURS,
     REGION_COLOURS,
+    REGIONS,
     TILE_COLOURS,
+    TILE_STATES,
     mask_and_tiles,
+    mask_regions,
     plot_acceptance,
     plot_coverage,
     plot_mask,
@@ -32,10 +35,11 @@ from dspark_lab.plots import (
     plot_sorting,
     plot_tiles,
     plot_training,
+    sorting_table,
     token_legend,
+    token_table,
     token_text,
 )
-from dspark_lab.tables import REGIONS, TILE_STATES, mask_regions, sorting_table, token_table
 from tests.pictures import gallery, has_mid_grey_words, has_no_background, pixels, vanishes_nowhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,14 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from dspark_lab.chats import Chat, encode, load_chats
-from dspark_lab.checkpoint import load_drafter
-from dspark_lab.decode import decode
-from dspark_lab.evaluate import evaluate
-from dspark_lab.generate import distinct_prompts
-from dspark_lab.pairs import drafter_names, load_pair, question, split_chats
-from dspark_lab.pocket import perplexity, train_tokenizer
-from dspark_lab.recipes import (
+from data.make.generate import distinct_prompts
+from data.make.pocket import perplexity, train_tokenizer
+from data.make.recipes import (
     POCKET_DRAFTERS,
     POCKET_TEMPLATES,
     REDUCED_POCKET,
@@ -24,8 +19,11 @@ from dspark_lab.recipes import (
     trace_pair,
     write_chats,
 )
-from dspark_lab.target import load_target
-from dspark_lab.trace import TRACE_COLUMNS, load_trace
+from dspark_lab.chats import Chat, encode, load_chats
+from dspark_lab.decoding import TRACE_COLUMNS, decode, load_trace
+from dspark_lab.model import load_drafter, load_target
+from dspark_lab.pairs import drafter_names, load_pair, question, split_chats
+from dspark_lab.rates import evaluate
 from tests.samples import random_chats, tiny_target
 
 

@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import COSTS, RAGGED, SLOTS, TRACE, made_trace, rounds_by_hand, unlucky
 
-from dspark_lab.calibration import split_prompts
-from dspark_lab.replay import gain_table, threshold_sweep
-from dspark_lab.temperatures import SequentialTemperatures, temperature_scale
+from dspark_lab.rates import (
+    SequentialTemperatures,
+    gain_table,
+    split_prompts,
+    temperature_scale,
+    threshold_sweep,
+)
 
 
 def sweep_by_hand(trace: pd.DataFrame, threshold: float) -> tuple[float, float, float]:

@@ -15,21 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import tiny_drafter, tiny_target
 
-from dspark_lab import schedule
-from dspark_lab.decode import decode, distribution
-from dspark_lab.schedule import (
+from dspark_lab.decoding import decode, distribution
+from dspark_lab.model import Target
+from dspark_lab.serving import (
     StepsPerSecond,
     measure_steps_per_second,
     output_distribution,
     prefix_schedule,
     prefix_scheduler,
     retrospective_schedule,
+    schedule,
     schedule_table,
     simulate_output,
     simulate_worked_example,
     worked_example,
 )
-from dspark_lab.target import Target
 
 Confidence = Sequence[Sequence[float]]
 

@@ -13,7 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from traces import PROBABILITY, bins_by_hand, ece_by_hand
 
-from dspark_lab.scores import auroc, brier, expected_calibration_error, reliability_table
+from dspark_lab.rates import auroc, brier, expected_calibration_error, reliability_table
 
 BINNINGS = [("width", "uniform"), ("mass", "quantile")]
 

@@ -1,4 +1,4 @@
-"""`dspark_lab.serving`: rounds enumerated one by one, traces counted again by loops, a clock that
+"""`dspark_lab.serving.speedup`: rounds enumerated one by one, traces counted again by loops, a clock that
 tells what it is told.
 
 The oracle of a round is the list of what can become of it, each with its probability, tokens and
@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from samples import tiny_drafter, tiny_target
 from traces import PROBABILITY, SLOTS, TRACE, made_trace, rounds_by_hand
 
-from dspark_lab.calibration import split_prompts
-from dspark_lab.decode import decode
-from dspark_lab.drafter import Drafter
+from dspark_lab.decoding import decode
+from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import load_pair, load_traces, question
-from dspark_lab.replay import gain_table, threshold_sweep
+from dspark_lab.rates import SequentialTemperatures, gain_table, split_prompts, threshold_sweep
 from dspark_lab.serving import (
     AcceptanceProfile,
     RoundCosts,
@@ -33,15 +32,13 @@ from dspark_lab.serving import (
     best_length,
     best_threshold,
     break_even,
+    break_even_rate,
     decode_check,
     measure_costs,
     speedup_table,
     temperature_table,
     threshold_table,
 )
-from dspark_lab.speed import break_even_rate
-from dspark_lab.target import Target
-from dspark_lab.temperatures import SequentialTemperatures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""`dspark_lab.serving_plots`: what is drawn is what the tables say, on any page.
+"""`dspark_lab.explore.serving_plots`: what is drawn is what the tables say, on any page.
 
 Tables come from the library's own functions on profiles and costs made by hand, so that it is known
 beforehand which draft lengths win and which lose.
@@ -14,10 +14,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_decode_plots import labelled, points, shown, tick_names, words
 
-from dspark_lab.plots import BLUE, INK, ORANGE, RED
-from dspark_lab.schedule import StepsPerSecond, schedule_table
-from dspark_lab.serving import AcceptanceProfile, RoundCosts, speedup_table
-from dspark_lab.serving_plots import (
+from dspark_lab.explore import (
+    BLUE,
+    INK,
+    ORANGE,
+    RED,
     plot_load,
     plot_round,
     plot_schedule,
@@ -26,6 +27,13 @@ from dspark_lab.serving_plots import (
     plot_steps,
     plot_temperatures,
     plot_thresholds_speed,
+)
+from dspark_lab.serving import (
+    AcceptanceProfile,
+    RoundCosts,
+    StepsPerSecond,
+    schedule_table,
+    speedup_table,
 )
 from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 

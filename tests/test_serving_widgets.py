@@ -1,4 +1,4 @@
-"""`dspark_lab.serving_widgets`: what the explorer of serving shows, and from what it is made.
+"""`dspark_lab.explore.serving_widgets`: what the explorer of serving shows, and from what it is made.
 
 Traces are made up or decoded by a tiny random pair, engines are made of plain numbers. Tables must
 be what the library's functions say with the same settings; nothing depends on how long it takes.
@@ -21,23 +21,25 @@ from PIL import Image
 from test_decode_widgets import TEXTS, answers, drafter, target
 from test_widgets import WIDGET, picture
 
-from dspark_lab import serving_widgets
-from dspark_lab.engine import Engine, load_engine
-from dspark_lab.explorer import Explorer
-from dspark_lab.export import SERVERS, ServingSettings, export
-from dspark_lab.load import FixedLength, PrefixScheduler, StaticThreshold, load_table
+from dspark_lab.decoding import save_trace
+from dspark_lab.explore import Explorer, explore_serving, serving_widgets
 from dspark_lab.pairs import load_traces
-from dspark_lab.schedule import StepsPerSecond
+from dspark_lab.rates import SequentialTemperatures
 from dspark_lab.serving import (
+    Engine,
+    FixedLength,
+    PrefixScheduler,
+    StaticThreshold,
+    StepsPerSecond,
     acceptance_profile,
     advice,
+    load_engine,
+    load_table,
     speedup_table,
     temperature_table,
     threshold_table,
 )
-from dspark_lab.serving_widgets import explore_serving
-from dspark_lab.temperatures import SequentialTemperatures
-from dspark_lab.trace import save_trace
+from dspark_lab.tuning import SERVERS, ServingSettings, export
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_concurrencies")
 

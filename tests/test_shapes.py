@@ -132,11 +132,11 @@ steptime.measure_steps(own, (32,), (4,), runs=1, target=pair.target, dtype="bf16
 fit = steptime.fit_step_time(timed)
 str(steptime.fit_step_time(timed[:2], timed[2:])), fit.predict(timed["operations"])
 encoded = [chats.encode(chat, pair.tokenizer) for chat in pair.held_out[:20]]
-choice = tune.training(encoded, own, time=fit, memory=8e9, num_anchors=(4, 16), block_sizes=(3, 7))
-tune.training(chats.collate(encoded, 0), own, time="H100")
+choice = tune.choose_training(encoded, own, time=fit, memory=8e9, num_anchors=(4, 16), block_sizes=(3, 7))
+tune.choose_training(chats.collate(encoded, 0), own, time="H100")
 for per in ("row", "document"):
     options = {"time": "T4", "seq_lens": (256, 512), "packed": True, "per": per}
-    tune.training(encoded, own, num_anchors=(8,), **options)
+    tune.choose_training(encoded, own, num_anchors=(8,), **options)
 swept = sweep.load_sweep()
 tune.sweep_check(tune.predict_sweep(swept, encoded, own).table, sweep.cell_table(swept))
 sweep.SweepConfig(seeds=(0,)).cells()

@@ -1,4 +1,4 @@
-"""`dspark_lab.speed`: runs made by hand, with seconds that were chosen, and a yield added up.
+"""`dspark_lab.serving.speed`: runs made by hand, with seconds that were chosen, and a yield added up.
 
 No clock is read here: what a run took is written into it.
 """
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dspark_lab.decode import Decoded, decode
-from dspark_lab.speed import break_even_rate, speed_table
+from dspark_lab.decoding import Decoded, decode
+from dspark_lab.serving import break_even_rate, speed_table
 from tests.samples import tiny_drafter, tiny_target
 
 FIGURES = [

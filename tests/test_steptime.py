@@ -1,4 +1,4 @@
-"""`dspark_lab.steptime`: times made up by a rule are found again; real ones are only looked at.
+"""`dspark_lab.tuning.steptime`: times made up by a rule are found again; real ones are only looked at.
 
 No test here says how long anything takes.
 """
@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Encoded, collate
-from dspark_lab.cost import Shape, training_cost
-from dspark_lab.steptime import StepTime, fit_step_time, measure_steps
+from dspark_lab.tuning import Shape, StepTime, fit_step_time, measure_steps, training_cost
 from tests.samples import CHAT, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

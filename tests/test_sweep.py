@@ -1,4 +1,4 @@
-"""`dspark_lab.sweep`: every cell once, on the budget it was given, and on where it stopped."""
+"""`dspark_lab.tuning.sweep`: every cell once, on the budget it was given, and on where it stopped."""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ import oracle
 import pandas as pd
 import pytest
 
-from dspark_lab import sweep as lab
-from dspark_lab.sweep import BUDGETS, Cell, SweepConfig, load_sweep, run_sweep, sweep_table
+from dspark_lab.tuning import BUDGETS, Cell, SweepConfig, load_sweep, run_sweep, sweep_table
+from dspark_lab.tuning import sweep as lab
 
 SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=100, seconds=3)
 SECONDS = {"n2-k2": 0.5, "n3-k2": 0.75}

@@ -1,4 +1,4 @@
-"""`dspark_lab.tables`: every number behind a picture, counted once more in plain loops."""
+"""`dspark_lab.explore.tables`: every number behind a picture, counted once more in plain loops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dspark_lab.attention import training_block_mask, training_mask_mod
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import context_doc_ids
-from dspark_lab.tables import (
+from dspark_lab.explore import (
     REGIONS,
     TILE_STATES,
     block_table,

@@ -21,9 +21,9 @@ from samples import documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from dspark_lab import chats, target
+from dspark_lab.chats import conversations as chats
 from dspark_lab.common import extract_context_feature
-from dspark_lab.target import Target, load_target
+from dspark_lab.model import Target, load_target, target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -698,7 +698,7 @@ def test_only_the_target_imports_transformers():
     )
     root = Path(target.__file__).resolve().parents[1]
     loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=root))
-    assert "dspark_lab.objective" in loaded
+    assert "dspark_lab.model.objective" in loaded
     assert not {"transformers", "tokenizers", "pandas", "matplotlib", "ipywidgets"} & set(loaded)
 
 

@@ -15,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import PROBABILITY, RAGGED, ece_by_hand
 
-from dspark_lab.checkpoint import CALIBRATION
-from dspark_lab.scores import auroc, expected_calibration_error
-from dspark_lab.temperatures import (
+from dspark_lab.decoding import rounds_of
+from dspark_lab.model import CALIBRATION
+from dspark_lab.rates import (
     TEMPERATURE_GRID,
     SequentialTemperatures,
+    auroc,
+    expected_calibration_error,
     online_temperatures,
     prefix_survival,
     temperature_scale,
 )
-from dspark_lab.trace import rounds_of
 
 
 @given(values=st.lists(PROBABILITY, min_size=2, max_size=30), temperature=st.floats(0.2, 5.0))

@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dspark_lab import train as lab
+from data.make.pocket import train_tokenizer
 from dspark_lab.chats import Encoded, load_chats
-from dspark_lab.checkpoint import load_drafter, save_drafter
-from dspark_lab.evaluate import evaluate
-from dspark_lab.pocket import train_tokenizer
-from dspark_lab.target import Target
-from dspark_lab.train import TrainConfig, train
+from dspark_lab.model import Target, load_drafter, save_drafter
+from dspark_lab.rates import evaluate
+from dspark_lab.training import TrainConfig, train
+from dspark_lab.training import loop as lab
 from tests import runs
 from tests.runs import CONFIG, STEPS, ending, in_processes, small_run
 from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
@@ -909,7 +908,7 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
     assert ending(tmp_path / "b")[0] == ended[0]
     with pytest.raises(SystemExit) as refused:
         lab.main([*command, "--seed", "3"])
-    assert "python -m dspark_lab.train: seed must be as in the run" in str(refused.value)
+    assert "python -m dspark_lab.training.loop: seed must be as in the run" in str(refused.value)
 
 
 def test_the_command_line_says_what_is_wrong(

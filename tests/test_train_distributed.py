@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dspark_lab import train as lab
+from data.make.pocket import train_tokenizer
 from dspark_lab.chats import Encoded, load_chats
-from dspark_lab.checkpoint import load_drafter
-from dspark_lab.pocket import train_tokenizer
+from dspark_lab.model import load_drafter
+from dspark_lab.training import loop as lab
 from tests import runs
 from tests.runs import CONFIG, ending, in_processes, small_run
 from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
@@ -216,7 +216,7 @@ def test_torchrun_trains_stops_and_goes_on(parallel: str, tmp_path: Path) -> Non
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    command += ["-m", "dspark_lab.train", "--parallel", parallel, "--device", "cpu"]
+    command += ["-m", "dspark_lab.training.loop", "--parallel", parallel, "--device", "cpu"]
     command += ["--target", str(target), "--data", str(data), "--out", str(tmp_path / "run")]
     command += "--steps 2000 --batch-size 2 --num-anchors 2 --layers 1 --markov-rank 4".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

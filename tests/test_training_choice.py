@@ -1,4 +1,4 @@
-"""`dspark_lab.tune.training`: gains and costs of every option, and the best that fits."""
+"""`dspark_lab.tuning.choice.training`: gains and costs of every option, and the best that fits."""
 
 import math
 
@@ -7,19 +7,22 @@ import pandas as pd
 import pytest
 from samples import random_chats
 
-from dspark_lab.memory import training_memory
-from dspark_lab.shape import CARDS, Shape
-from dspark_lab.steptime import StepTime
-from dspark_lab.sweep import SweepConfig, cell_table, load_sweep
-from dspark_lab.tune import (
+from dspark_lab.tuning import (
+    CARDS,
+    Shape,
     Spans,
-    _front,
+    StepTime,
+    SweepConfig,
     card_time,
+    cell_table,
+    choose_training,
+    load_sweep,
     predict_sweep,
     supervision,
     sweep_check,
-    training,
+    training_memory,
 )
+from dspark_lab.tuning.choice import _front
 
 SHAPE = Shape.of("pocket")
 CHATS = random_chats(12)
@@ -28,7 +31,7 @@ TIME = StepTime(0.01, 1e-11, 0.1, 0.2, 4)
 
 def chosen(**options):
     given = {"num_anchors": (2, 4, 8), "block_sizes": (3, 5), "time": TIME}
-    return training(CHATS, SHAPE, **(given | options))
+    return choose_training(CHATS, SHAPE, **(given | options))
 
 
 def test_an_option_gains_its_different_tokens_times_what_a_block_is_worth():
@@ -116,7 +119,7 @@ def test_packed_rows_are_as_long_as_asked_and_spans_keep_theirs():
     assert (table["row_tokens"] == table["seq_len"]).all()
     assert table["seq_len"].unique().tolist() == [64, 128]
     with pytest.raises(ValueError, match="have their rows already"):
-        training(Spans.of(CHATS), SHAPE, time=TIME, seq_lens=(64,))
+        choose_training(Spans.of(CHATS), SHAPE, time=TIME, seq_lens=(64,))
 
 
 def sweep(*taus: float) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""`dspark_lab.tune`: the closed form is the average over every draw there is.
+"""`dspark_lab.tuning.choice`: the closed form is the average over every draw there is.
 
 Small rows are checked against a full enumeration of the draws, larger ones against many draws.
 Where a test can fail by chance, its seed is fixed and the chance over seeds is at most RISK, by
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dspark_lab.blocks import draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
-from dspark_lab.tune import (
+from dspark_lab.tuning import (
     anchors_needed,
     coverage_table,
     packing_table,

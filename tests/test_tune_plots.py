@@ -1,4 +1,4 @@
-"""`dspark_lab.tune_plots`: what is drawn is what the tables say, on any page.
+"""`dspark_lab.explore.tune_plots`: what is drawn is what the tables say, on any page.
 
 Pictures are looked at through what is drawn: the data of lines, bars, marks and cells, the words,
 and the PNG's pixels. Tables are made by hand.
@@ -17,8 +17,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from test_decode_plots import points, shown, tick_names
 
-from dspark_lab.plots import BLUE, GREEN, INK, ORANGE, RED
-from dspark_lab.tune_plots import (
+from dspark_lab.explore import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    RED,
     plot_budget,
     plot_fit,
     plot_front,

@@ -1,4 +1,4 @@
-"""`dspark_lab.tune_widgets`: every control moves every table that depends on it, and no other.
+"""`dspark_lab.explore.tune_widgets`: every control moves every table that depends on it, and no other.
 
 Conversations are tiny: random tokens, encoded already, or words of a hand-made tokenizer.
 """
@@ -13,18 +13,31 @@ import pytest
 from samples import documents, random_chats
 from test_widgets import CHATS, LENGTHS, TOKENIZER, picture
 
-from dspark_lab import tune_widgets
 from dspark_lab.chats import encode, load_chats
-from dspark_lab.cost import training_cost
-from dspark_lab.coverage import PER, Spans, never_table, slot_table, supervision_table
-from dspark_lab.explorer import Explorer
-from dspark_lab.export import TRAINERS, TrainingSettings, export
-from dspark_lab.memory import fit_table, memory_table
-from dspark_lab.shape import CARDS, Shape
-from dspark_lab.steptime import StepTime
-from dspark_lab.tune import training
-from dspark_lab.tune_plots import plot_budget
-from dspark_lab.tune_widgets import MEASURED, explore_training_budget
+from dspark_lab.explore import (
+    MEASURED,
+    Explorer,
+    explore_training_budget,
+    plot_budget,
+    tune_widgets,
+)
+from dspark_lab.tuning import (
+    CARDS,
+    PER,
+    TRAINERS,
+    Shape,
+    Spans,
+    StepTime,
+    TrainingSettings,
+    choose_training,
+    export,
+    fit_table,
+    memory_table,
+    never_table,
+    slot_table,
+    supervision_table,
+    training_cost,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +86,7 @@ def by_hand(**settings) -> dict[str, pd.DataFrame]:
         blocks = round(num_anchors * spans.documents / spans.rows)
     sizes = {"num_anchors": blocks, "block_size": block_size, "batch_size": batch_size}
     longest, mean = int(spans.row_tokens.max()), round(spans.row_tokens.mean())
-    choice = training(
+    choice = choose_training(
         spans,
         SHAPE,
         time=card,
@@ -160,7 +173,9 @@ def test_the_recommendation_is_tunes_own_sentence_and_its_best_line():
     shown = explorer()
     spans = Spans.of(ENCODED, seq_len=256, row_length=256)
     tried = [4, 8, 16, 32, 64, 128]
-    choice = training(spans, SHAPE, time="H100", memory="H100", num_anchors=tried, block_sizes=(3,))
+    choice = choose_training(
+        spans, SHAPE, time="H100", memory="H100", num_anchors=tried, block_sizes=(3,)
+    )
     assert shown.table["num_anchors"].tolist() == tried
     recommended = shown.tables["recommended"]
     assert words(shown)[0] == choice.reason == recommended["reason"].item()

@@ -1,4 +1,4 @@
-"""`dspark_lab.widgets`: moved from Python as a browser moves them, with and without a running loop.
+"""`dspark_lab.explore.widgets`: moved from Python as a browser moves them, with and without a running loop.
 
 Conversations and tokenizer are tiny and hand-made: a token is a word, and two words hold what
 markup and maths are made of.
@@ -18,14 +18,23 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dspark_lab import widgets
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
 from dspark_lab.common import context_doc_ids
-from dspark_lab.explorer import SETTLE_SECONDS
-from dspark_lab.plots import token_legend, token_text
-from dspark_lab.tables import block_table, mask_regions, mask_table, token_table
-from dspark_lab.widgets import Explorer, Frame, explore_anchors, explore_masks
+from dspark_lab.explore import (
+    SETTLE_SECONDS,
+    Explorer,
+    Frame,
+    block_table,
+    explore_anchors,
+    explore_masks,
+    mask_regions,
+    mask_table,
+    token_legend,
+    token_table,
+    token_text,
+    widgets,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,37 @@
+from .chats import encode, load_chats, load_tokenizer
+from .decoding import decode
+from .explore import (
+    explore_acceptance,
+    explore_anchors,
+    explore_decoding,
+    explore_masks,
+    explore_serving,
+    explore_training_budget,
+)
+from .model import load_drafter, load_target
+from .pairs import load_pair
+from .rates import evaluate
+from .training import train
+from .tuning import choose_training, export
+
+__version__: str
+
+__all__ = [
+    "choose_training",
+    "decode",
+    "encode",
+    "evaluate",
+    "explore_acceptance",
+    "explore_anchors",
+    "explore_decoding",
+    "explore_masks",
+    "explore_serving",
+    "explore_training_budget",
+    "export",
+    "load_chats",
+    "load_drafter",
+    "load_pair",
+    "load_target",
+    "load_tokenizer",
+    "train",
+]

@@ -1,0 +1,19 @@
+"""The training mask and the attention under it."""
+
+from dspark_lab.attention.mask import (
+    Backend,
+    block_attention,
+    context_range,
+    training_block_mask,
+    training_dense_mask,
+    training_mask_mod,
+)
+
+__all__ = [
+    "Backend",
+    "block_attention",
+    "context_range",
+    "training_block_mask",
+    "training_dense_mask",
+    "training_mask_mod",
+]

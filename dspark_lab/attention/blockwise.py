@@ -1,0 +1,221 @@
+"""Block attention on the CPU that does only the work the training mask keeps.
+
+A dense kernel multiplies every slot with every key and throws most of it away. Here torch's own
+fused kernel is called on pieces: a few consecutive blocks against keys that they see. With its
+output the kernel returns the logarithm of the sum that its softmax divides by, and from these the
+pieces are joined as if one softmax had run over all. Given the joined output and logarithm, the
+kernel's backward pass yields each piece's part of the gradient. No piece grows with queries times
+keys, and neither does memory.
+
+This file knows context ranges (``start``, ``end`` of each block's prefix), not anchors; the rule
+they come from is in ``dspark_lab.attention.mask``. It is one opaque operator for the compiler, because
+the ranges decide the sizes of the pieces and are read on the host.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The most queries and keys of a piece. Forward it has few queries, so that their anchors lie close
+# together and little of its keys is hidden from some; backward, the keys are cut instead.
+FORWARD_QUERIES, FORWARD_KEYS = 96, 2048
+BACKWARD_QUERIES, BACKWARD_KEYS = 128, 128
+# Of blocks among themselves a piece shows 1 / blocks, so it has few.
+OWN_QUERIES = 48
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@torch.library.custom_op("dspark_lab::blockwise_attention", mutates_args=(), device_types="cpu")
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    seq_len: int,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`dspark_lab.attention.mask.block_attention`; shapes are checked there.
+
+    Args:
+        q: ``[batch, heads, anchor * slot, head_dim]``.
+        k, v: ``[batch, kv_heads, seq_len + anchor * slot, head_dim]``.
+        start, end: ``[batch, anchor]``, long; the context prefix of each block.
+
+    Returns:
+        the attention's output, and ``[batch, heads, anchor * slot]``, the logarithm of the sum that
+        each query's softmax divides by.
+    """
+    query, key, value = _split(q, k), _share(k, q), _share(v, q)
+    out = torch.zeros(q.shape, dtype=query.dtype)
+    log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=query.dtype)
+    results, sums = _split(out, k), _split(log_sum, k)
+    for row in range(q.shape[0]):
+        most = FORWARD_QUERIES, FORWARD_KEYS
+        pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
+        for slots, keys, bias in pieces:
+            seen, seen_sum = _kernel(
+                query[row, :, :, slots],
+                key[row, :, :, keys],
+                value[row, :, :, keys],
+                attn_mask=bias,
+                scale=scale,
+            )
+            joined_sum = torch.logaddexp(sums[row, :, :, slots], seen_sum)
+            share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
+            results[row, :, :, slots].lerp_(seen, share)
+            sums[row, :, :, slots] = joined_sum
+    return out.to(q.dtype), log_sum
+
+
+@torch.library.custom_op(
+    "dspark_lab::blockwise_attention_backward", mutates_args=(), device_types="cpu"
+)
+def _backward(
+    d_out: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    seq_len: int,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for ``q``, ``k`` and ``v``; weights are computed again, not kept."""
+    query, key, value = _split(q, k), _share(k, q), _share(v, q)
+    # The kernel wants its sums as it returns them, heads next to each other in memory.
+    sums = _split(log_sum.transpose(1, 2).contiguous().transpose(1, 2), k)
+    result, d_result = _split(out, k), _split(d_out, k)
+    d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
+    of_queries = _split(d_query, k)
+    for row in range(q.shape[0]):
+        most = BACKWARD_QUERIES, BACKWARD_KEYS
+        pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
+        for slots, keys, bias in pieces:
+            of_query, of_key, of_value = _kernel_backward(
+                d_result[row, :, :, slots],
+                query[row, :, :, slots],
+                key[row, :, :, keys],
+                value[row, :, :, keys],
+                result[row, :, :, slots],
+                sums[row, :, :, slots],
+                0.0,
+                False,
+                attn_mask=bias,
+                scale=scale,
+            )
+            of_queries[row, :, :, slots] += of_query
+            for gradient, of_heads in ((d_key, of_key), (d_value, of_value)):
+                for of_head in of_heads.unbind(1):
+                    gradient[row, :, keys] += of_head
+            del of_query, of_key, of_value, of_heads, of_head  # before the next piece makes its own
+    return d_query.to(q.dtype), d_key.to(k.dtype), d_value.to(v.dtype)
+
+
+def _pieces(
+    start: Tensor,
+    end: Tensor,
+    seq_len: int,
+    block_size: int,
+    most_queries: int,
+    most_keys: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Cut a batch row's mask into pieces that hold all that is visible; ``start`` is ``[anchor]``.
+
+    Yields slots, keys, and what to add to the scores of a piece: a very low number where a key is
+    hidden, or None where all is visible. Not -inf, so that a query that sees nothing of a piece has
+    a result there, of no weight.
+    """
+    starts, ends = start.tolist(), end.tolist()
+    per_run = max(1, OWN_QUERIES // block_size)
+    apart = _bias(~torch.eye(per_run, dtype=torch.bool), block_size, dtype)
+    apart = apart.repeat_interleave(block_size, dim=-1)
+    for blocks in _runs(len(starts), per_run):
+        slots = _slots(blocks, block_size)
+        size = slots.stop - slots.start
+        keys = slice(seq_len + slots.start, seq_len + slots.stop)
+        yield slots, keys, apart[..., :size, :size].contiguous() if size > block_size else None
+
+    for blocks in _runs(len(starts), most_queries // block_size):
+        lo, hi = min(starts[blocks]), max(ends[blocks])
+        for first in range(lo, hi, most_keys):
+            past = min(first + most_keys, hi)
+            seeing = [
+                block
+                for block in range(blocks.start, blocks.stop)
+                if starts[block] < past and ends[block] > first
+            ]
+            if not seeing:
+                continue
+            some = slice(seeing[0], seeing[-1] + 1)
+            bias = None
+            if max(starts[some]) > first or min(ends[some]) < past:
+                token = torch.arange(first, past)
+                hidden = (token < start[some].unsqueeze(1)) | (token >= end[some].unsqueeze(1))
+                bias = _bias(hidden, block_size, dtype)
+            yield _slots(some, block_size), slice(first, past), bias
+
+
+def _runs(count: int, length: int) -> Iterator[slice]:
+    """``count`` things in runs of ``length``, at least one."""
+    length = max(1, length)
+    for first in range(0, count, length):
+        yield slice(first, min(first + length, count))
+
+
+def _slots(blocks: slice, block_size: int) -> slice:
+    return slice(blocks.start * block_size, blocks.stop * block_size)
+
+
+def _bias(hidden: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """What is hidden from a block, ``[anchor, key]``, as a number for each of its slots."""
+    bias = hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)
+    return bias.repeat_interleave(block_size, dim=0)[None, None]
+
+
+def _split(x: Tensor, k: Tensor) -> Tensor:
+    """``[batch, heads, ...]`` as the kernel gets it, ``[batch, kv_head, repeat, ...]``."""
+    return _working(x).unflatten(1, (k.shape[1], -1))
+
+
+def _share(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values with an axis, ``repeat``, for the query heads that share them."""
+    return _working(x).unsqueeze(2).expand(-1, -1, q.shape[1] // x.shape[1], -1, -1)
+
+
+def _working(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is, with neighbouring features next to each other in memory."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
+
+
+@blockwise_attention.register_fake
+def _(q, k, v, start, end, seq_len, block_size, scale):
+    return q.new_empty(q.shape), _working(q).new_empty(q.shape[:-1])
+
+
+@_backward.register_fake
+def _(d_out, out, log_sum, q, k, v, start, end, seq_len, block_size, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:5])
+    ctx.sizes = inputs[5:]
+
+
+def _differentiate(ctx: Any, d_out: Tensor, _d_log_sum: Tensor) -> tuple:
+    gradients = _backward(d_out, *ctx.saved_tensors, *ctx.sizes)
+    return (*gradients, None, None, None, None, None)
+
+
+blockwise_attention.register_autograd(_differentiate, setup_context=_save)

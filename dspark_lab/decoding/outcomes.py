@@ -1,0 +1,247 @@
+"""What became of drafted tokens, as tables.
+
+Two ways to read a decoding run: an answer token by token, with everything that was proposed for it
+and what came of each proposal; and one slot of one round, with the two distributions that decided.
+And what sort of token a token is, to keep them apart in any other table. This file knows what
+:mod:`dspark_lab.decoding.loop` returns, and tokenizers only as things that turn an id into text; it runs
+no model.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dspark_lab.checks import require_int
+from dspark_lab.decoding.loop import Decoded, Round, residual
+
+__all__ = [
+    "OTHERS",
+    "OUTCOMES",
+    "TOKEN_KINDS",
+    "distribution_table",
+    "outcome_table",
+    "token_kind",
+    "token_kinds",
+]
+
+# A drafted token is one of the first four, the target's own one of the last three.
+OUTCOMES = ("accepted", "rejected", "not reached", "not verified", "corrected", "bonus", "first")
+TOKEN_KINDS = ("word", "inside a word", "number", "punctuation", "white space", "special")
+# The text of the row that sums up all tokens that have none of their own.
+OTHERS = "(all others)"
+
+_KEPT = ("accepted", "corrected", "bonus", "first")
+_FROM_TRACE = ["confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"]
+_OF_TARGET = ("target", "overlap", "residual")
+_COLUMNS = {
+    "round": "int64",
+    "slot": "int64",
+    "position": "int64",
+    "token": "int64",
+    "text": "object",
+    "outcome": "object",
+    **dict.fromkeys(_FROM_TRACE, "float64"),
+    "kept": "bool",
+}
+_SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:unk|pad|mask|bos|eos)>|\[[A-Z]{3,}\d*\]", re.DOTALL)
+
+
+def outcome_table(decoded: Decoded, to_text: Callable[[int], str], prompt: int = 0) -> pd.DataFrame:
+    """An answer in reading order, with every token that was drafted for it.
+
+    A drafted token is *accepted*; *rejected*, the first verified one that was not; *not reached*,
+    verified behind a rejected one; or *not verified*, because of a threshold, a scheduler or the
+    end of the turn before it. The target's own token is *corrected*, drawn in place of a rejected
+    one; a *bonus* behind slots that were all accepted, or that were none; or the answer's *first*.
+    A round ends with it, unless the turn ended before.
+
+    Args:
+        decoded: from :func:`dspark_lab.decoding.loop.decode`.
+        to_text: one token id to its text, such as ``lambda i: tokenizer.decode([i])``.
+        prompt: which answer.
+
+    Returns:
+        a row for each token, a round's drafted ones before the target's own: ``round`` (-1 for the
+        first token), ``slot`` (-1 for the target's own), ``position`` in the answer (of a token
+        that is not part of it: where it would have stood), ``token``, ``text``, ``outcome`` (one of
+        ``OUTCOMES``), ``confidence``, ``accept_rate``, ``accept_prob``, ``draft_prob`` and
+        ``target_prob`` as in the trace (NaN where unknown, as they are for the target's own), and
+        ``kept``, whether it is part of the answer. The kept rows are the answer.
+
+    Raises:
+        TypeError, ValueError: ``prompt`` is not one of the answers.
+    """
+    answer = _answer(decoded, prompt)
+    rows: list[dict[str, Any]] = []
+
+    def add(round_: int, slot: int, position: int, token: int, outcome: str, known: dict) -> None:
+        row = {"round": round_, "slot": slot, "position": position, "token": token}
+        rows.append(row | {"text": to_text(token), "outcome": outcome, **known})
+
+    add(-1, -1, 0, answer[0], "first", {})
+    length = 1
+    rounds = decoded.rounds[decoded.rounds["prompt"] == prompt].sort_values("round")
+    trace = decoded.trace[decoded.trace["prompt"] == prompt].sort_values(["round", "slot"])
+    drafted = dict(list(trace.groupby("round")))
+    for one in rounds.to_dict("records"):
+        number, verified, accepted = one["round"], one["verified"], one["accepted"]
+        for slot in drafted[number].to_dict("records") if one["drafted"] else []:
+            known = {name: slot[name] for name in _FROM_TRACE}
+            outcome = _drafted_outcome(slot["slot"], verified, accepted)
+            add(number, slot["slot"], slot["position"], slot["token"], outcome, known)
+        if one["tokens"] > accepted:
+            position = length + accepted
+            outcome = "corrected" if accepted < verified else "bonus"
+            add(number, -1, position, answer[position], outcome, {})
+        length += one["tokens"]
+    table = pd.DataFrame(rows, columns=list(_COLUMNS))
+    return table.assign(kept=table["outcome"].isin(_KEPT)).astype(_COLUMNS)
+
+
+def distribution_table(
+    round_: Round, slot: int, to_text: Callable[[int], str], top: int = 8
+) -> pd.DataFrame:
+    """The draft's and the target's distribution at one slot of a round, token by token.
+
+    Slots count from 0 to the one behind the last that was verified, the *bonus slot*, and on to the
+    last that was drafted. At the bonus slot the target has drawn or would have drawn without regard
+    to the drafter. Past it the target was not asked. Behind the end of the block nothing was
+    drafted: the draft is 0.
+
+    Args:
+        round_: from :func:`dspark_lab.decoding.loop.decode_rounds`, or as ``on_round`` gets it.
+        slot: which slot.
+        to_text: one token id to its text.
+        top: likeliest tokens to show of each distribution, of those that are not 0.
+
+    Returns:
+        a row for each of these tokens, for the drafted one and for the target's own if it was drawn
+        at this slot, in descending order of the larger probability; then one for all others
+        together. ``token`` (-1 for the others), ``text``; ``draft`` and ``target``, probabilities;
+        ``overlap``, the smaller of both, which sums to the accept rate; ``residual``, what a token
+        is drawn from in place of a rejected one, max(0, target - draft) normalised: 0 everywhere
+        where nothing can be rejected, since the two are equal, and the target itself at the bonus
+        slot; ``drafted`` and ``drawn``, bool. Target, overlap and residual are NaN where the target
+        was not asked.
+
+    Raises:
+        TypeError, ValueError: ``slot`` is not one of the round's, or ``top`` is not at least 1.
+    """
+    require_int("top", top, 1)
+    require_int("slot", slot, 0)
+    last = max(len(round_.drafted) - 1, round_.verified)
+    if slot > last:
+        raise ValueError(f"slot must be in [0, {last}], got {slot}")
+    # Only a turn that ended with an accepted token has none of the target's own.
+    own = round_.tokens[-1] if len(round_.tokens) > round_.accepted == slot else None
+    drafted = round_.drafted[slot] if slot < len(round_.drafted) else None
+    values = _distributions(round_, slot)
+
+    chosen = {token for token in (drafted, own) if token is not None}
+    for name in ("draft", "target"):
+        best, ids = values[name].topk(min(top, values[name].shape[0]))
+        chosen.update(ids[best > 0].tolist())
+    ids = torch.tensor(sorted(chosen))
+    rest = torch.ones_like(values["draft"], dtype=torch.bool).index_fill(0, ids, False)
+    columns = {
+        name: [*column[ids].tolist(), column[rest].sum().item()] for name, column in values.items()
+    }
+    if slot > round_.verified:
+        # Of no other tokens the sum would be 0.
+        columns |= {name: [torch.nan] * len(columns["draft"]) for name in _OF_TARGET}
+    tokens = ids.tolist()
+    table = pd.DataFrame(
+        {
+            "token": [*tokens, -1],
+            "text": [*map(to_text, tokens), OTHERS],
+            **columns,
+            "drafted": [*(token == drafted for token in tokens), False],
+            "drawn": [*(token == own for token in tokens), False],
+        }
+    )
+    largest = table[["draft", "target"]].max(axis=1)
+    largest.iloc[-1] = -1
+    order = largest.sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def token_kind(text: str) -> str:
+    """What sort of token it is, by its text alone: one of ``TOKEN_KINDS``.
+
+    *Special* is no text at all, or a name in the brackets of control tokens, such as
+    ``<|im_end|>``, ``</s>`` or ``[MASK]``. *White space* is nothing else. Of any other text the
+    first character that is not white space decides: a digit makes it a *number*; a letter makes it
+    a *word* if white space stands before it or it is a capital, and else *inside a word*, which the
+    first word of a line in small letters is called, too, as are scripts without spaces or capitals;
+    all else is *punctuation*.
+    """
+    body = text.lstrip()
+    if not text or _SPECIAL.fullmatch(text):
+        return "special"
+    if not body:
+        return "white space"
+    category = unicodedata.category(body[0])
+    if category[0] == "N":
+        return "number"
+    # Marks are what vowels are written with in some scripts.
+    if category[0] not in "LM":
+        return "punctuation"
+    return "word" if body != text or category in ("Lu", "Lt") else "inside a word"
+
+
+def token_kinds(tokens: pd.Series, to_text: Callable[[int], str]) -> pd.Series:
+    """The :func:`token_kind` of each token id, on the same index; a missing id has none.
+
+    Such as ``trace.assign(kind=token_kinds(trace["token"], to_text))``, to group by.
+
+    Raises:
+        TypeError: ``tokens`` is no Series of integers.
+    """
+    if not isinstance(tokens, pd.Series) or not pd.api.types.is_integer_dtype(tokens):
+        kind = tokens.dtype if isinstance(tokens, pd.Series) else type(tokens).__name__
+        raise TypeError(f"tokens must be a pandas Series of integers, got {kind}")
+    names = {token: token_kind(to_text(int(token))) for token in tokens.dropna().unique()}
+    kinds = [None if pd.isna(token) else names[token] for token in tokens]
+    return pd.Series(kinds, index=tokens.index, name="kind", dtype=object)
+
+
+def _answer(decoded: Decoded, prompt: int) -> list[int]:
+    require_int("prompt", prompt, 0)
+    if prompt >= len(decoded.tokens):
+        raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
+    return decoded.tokens[prompt]
+
+
+def _drafted_outcome(slot: int, verified: int, accepted: int) -> str:
+    if slot >= verified:
+        return "not verified"
+    if slot < accepted:
+        return "accepted"
+    return "rejected" if slot == accepted else "not reached"
+
+
+def _distributions(round_: Round, slot: int) -> dict[str, Float[Tensor, " vocab"]]:
+    """Draft, target, overlap and residual over the whole vocabulary, in float64 on the CPU."""
+    vocab = round_.target_probs.shape[1]
+    draft = torch.zeros(vocab, dtype=torch.float64)
+    if slot < len(round_.drafted):
+        draft = round_.draft_probs[slot].double().cpu()
+    if slot > round_.verified:
+        return {"draft": draft, **dict.fromkeys(_OF_TARGET, torch.full_like(draft, torch.nan))}
+    target = round_.target_probs[slot].double().cpu()
+    refused = draft if slot < round_.verified else torch.zeros_like(draft)
+    rejectable = bool((target > refused).any())
+    return {
+        "draft": draft,
+        "target": target,
+        "overlap": torch.minimum(draft, target),
+        "residual": residual(target, refused) if rejectable else torch.zeros_like(draft),
+    }

@@ -1,0 +1,333 @@
+"""The trace of a decoding run: a table with one row for each drafted slot.
+
+Its files, the one way in which it is read and checked, and the bootstrap over its conversations.
+Made by :func:`dspark_lab.decoding.loop.decode`, which says what each column is. This file knows the table;
+it does not know how a trace came about, nor what it is read for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int, Shaped
+
+from dspark_lab.checks import require_int
+from dspark_lab.files import written_whole
+
+__all__ = [
+    "TRACE_COLUMNS",
+    "Rounds",
+    "column",
+    "integers",
+    "interval",
+    "load_trace",
+    "one_domain_each",
+    "probabilities",
+    "read_trace",
+    "resampled",
+    "rounds_of",
+    "save_trace",
+]
+
+Outcome = Literal["empirical", "analytic"]
+
+TRACE_COLUMNS = {
+    "prompt": "int64",
+    "domain": "object",
+    "round": "int64",
+    "slot": "int64",
+    "position": "int64",
+    "token": "int64",
+    "draft_prob": "float64",
+    "target_prob": "float64",
+    "accept_prob": "float64",
+    "accept_rate": "float64",
+    "confidence": "float64",
+    "verified": "bool",
+    "accepted": "bool",
+    "resampled": "Int64",
+}
+
+_SUFFIXES = (".parquet", ".csv")
+# How far from [0, 1] a sum of a vocabulary's fp32 probabilities may end; it is clipped.
+_ROUNDING = 1e-5
+
+
+def save_trace(trace: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Writes a trace as Parquet or CSV, by the name's suffix, whole or not at all.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = _trace_path(path)
+    write = trace.to_csv if path.suffix == ".csv" else trace.to_parquet
+    with written_whole(path) as partial:
+        write(partial, index=False)
+
+
+def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """A trace that :func:`save_trace` wrote, its columns of the same types.
+
+    Raises:
+        ValueError: another suffix, or a file with other columns.
+    """
+    path = _trace_path(path)
+    if path.suffix == ".csv":
+        # A domain may be called "NA" or "7"; only an empty number is missing.
+        empty = {name: [""] for name in TRACE_COLUMNS if name != "domain"}
+        table = pd.read_csv(
+            path,
+            dtype={"domain": "object"},
+            keep_default_na=False,
+            na_values=empty,
+        )
+    else:
+        table = pd.read_parquet(path)
+    missing = [name for name in TRACE_COLUMNS if name not in table]
+    if missing:
+        raise ValueError(f"{path} must hold a trace, but it has no {', '.join(missing)}")
+    return table.astype(TRACE_COLUMNS)
+
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """A trace as arrays, one row for each round, ordered by prompt and round.
+
+    ``confidence``: NaN where the round has no such slot. ``accept_rate``: the analytic rate, NaN
+    where not verified. ``verified`` and ``accepted``: each a prefix of the round. ``prompt`` and
+    ``domain``: of the round's conversation. Made by :func:`rounds_of`.
+    """
+
+    confidence: Float[np.ndarray, "round slot"]
+    accept_rate: Float[np.ndarray, "round slot"]
+    verified: Bool[np.ndarray, "round slot"]
+    accepted: Bool[np.ndarray, "round slot"]
+    prompt: Shaped[np.ndarray, " round"]
+    domain: Shaped[np.ndarray, " round"]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def reached(self) -> Bool[np.ndarray, "round slot"]:
+        """Verified, and all slots before it accepted."""
+        return self.verified & _after(self.accepted)
+
+    @property
+    def conversation(self) -> Int[np.ndarray, " round"]:
+        """The number of each round's conversation, counted from 0 in the order of the prompts."""
+        return pd.factorize(self.prompt, sort=True)[0]
+
+    def outcome(self, kind: Outcome = "empirical") -> Float[np.ndarray, "round slot"]:
+        """What became of each reached slot, NaN elsewhere: accepted or not, or its accept rate."""
+        if kind not in ("empirical", "analytic"):
+            raise ValueError(f"outcome must be 'empirical' or 'analytic', got {kind!r}")
+        values = self.accepted.astype(np.float64) if kind == "empirical" else self.accept_rate
+        return np.where(self.reached, values, np.nan)
+
+    def pairs(
+        self, slot: int | None = None, kind: Outcome = "empirical"
+    ) -> tuple[Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]:
+        """Confidence and outcome of all reached slots, or of those at one place in the block."""
+        outcome = self.outcome(kind)
+        taken = ~np.isnan(outcome)
+        if slot is not None:
+            require_int("slot", slot, 0)
+            if slot >= outcome.shape[1]:
+                raise ValueError(f"slot must be below {outcome.shape[1]}, got {slot}")
+            taken[:, np.arange(outcome.shape[1]) != slot] = False
+        return self.confidence[taken], outcome[taken]
+
+    def take(self, rows: Shaped[np.ndarray, " row"]) -> Rounds:
+        """Some of the rounds: by a mask or by indices, in that order."""
+        return Rounds(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+def rounds_of(trace: pd.DataFrame | Rounds) -> Rounds:
+    """Reads the trace of one decoding run, every slot of which has a confidence.
+
+    Args:
+        trace: as of :func:`read_trace`; rounds are returned as they are.
+
+    Raises:
+        TypeError, ValueError: as :func:`read_trace`, or a confidence that is missing (a drafter
+            without a confidence head).
+    """
+    if isinstance(trace, Rounds):
+        return trace
+    rounds, _ = read_trace(trace)
+    probabilities(trace, "confidence", "in every row")
+    return rounds
+
+
+def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot"]]:
+    """The rounds of a trace, and in which of its rows each slot stands; -1 where there is none.
+
+    Args:
+        trace: one row for each drafted slot of one run, in any order. Read are ``prompt``,
+            ``domain``, ``round``, ``slot``, ``accept_rate`` (a probability where verified),
+            ``confidence`` (a probability, or NaN), ``verified`` and ``accepted``.
+
+    Raises:
+        TypeError: not a DataFrame, or a column of another kind.
+        ValueError: no rows, a column or a value missing, a prompt of two domains, a round whose
+            slots are not 0, 1, 2, ..., a slot that is verified after one that was not or accepted
+            without being reached, or a number that is no probability.
+    """
+    code, prompts = pd.factorize(column(trace, "prompt", complete=True), sort=True)
+    if len(trace) == 0:
+        raise ValueError("trace must have at least one row, got 0")
+    domains = one_domain_each(code, prompts, column(trace, "domain", complete=True))
+    number, place = integers(trace, "round"), integers(trace, "slot")
+    order = np.lexsort((place, number, code))
+    conversation, round_, slot = code[order], number[order], place[order]
+    first = np.ones(len(slot), dtype=bool)
+    first[1:] = (conversation[1:] != conversation[:-1]) | (round_[1:] != round_[:-1])
+    since = np.arange(len(slot))
+    since -= np.maximum.accumulate(np.where(first, since, 0))
+    rule = "the slots of a round must be 0, 1, 2, ..., each once, and every run a trace of its own"
+    _refuse(trace, "slot", order[slot != since], rule)
+
+    row = np.full((int(first.sum()), int(slot.max()) + 1), -1)
+    row[np.cumsum(first) - 1, slot] = order
+
+    def spread(values: np.ndarray, empty: float | bool) -> np.ndarray:
+        return np.where(row < 0, empty, values[row])
+
+    verified, accepted = (spread(_bools(trace, name), False) for name in ("verified", "accepted"))
+    for name, prefix in (("verified", verified), ("accepted", accepted)):
+        rule = f"{name} must be False after a slot that was not"
+        _refuse(trace, name, row[prefix & ~_after(prefix)], rule)
+    rule = "accepted must be False where not verified"
+    _refuse(trace, "accepted", row[accepted & ~verified], rule)
+    rate = spread(probabilities(trace, "accept_rate", "where verified"), np.nan)
+    rounds = Rounds(
+        confidence=spread(probabilities(trace, "confidence"), np.nan),
+        accept_rate=np.where(verified, rate, np.nan),
+        verified=verified,
+        accepted=accepted,
+        prompt=prompts.take(conversation[first]).to_numpy(),
+        domain=domains.take(conversation[first]).to_numpy(dtype=object),
+    )
+    return rounds, row
+
+
+def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Series:
+    """A column of a trace, refused where it is missing, or where a value of it must not be."""
+    if not isinstance(trace, pd.DataFrame):
+        raise TypeError(f"trace must be a pandas DataFrame, got {type(trace).__name__}")
+    if name not in trace.columns:
+        raise ValueError(f"trace must have a column {name!r}, got {list(trace.columns)}")
+    values = trace[name]
+    missing = int(values.isna().sum()) if complete else 0
+    if missing:
+        raise ValueError(f"trace[{name!r}] must have a value in every row, {missing} are missing")
+    return values
+
+
+def integers(trace: pd.DataFrame, name: str) -> Int[np.ndarray, " row"]:
+    """A column of whole numbers."""
+    values = column(trace, name, complete=True)
+    if not pd.api.types.is_integer_dtype(values):
+        raise TypeError(f"trace[{name!r}] must hold integers, got {values.dtype}")
+    return values.to_numpy(np.int64)
+
+
+def probabilities(
+    trace: pd.DataFrame,
+    name: str,
+    required: Literal["nowhere", "where verified", "in every row"] = "nowhere",
+) -> Float[np.ndarray, " row"]:
+    """A column of probabilities, or NaN where none is required."""
+    values = column(trace, name)
+    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+        raise TypeError(f"trace[{name!r}] must hold numbers, got {values.dtype}")
+    numbers = values.to_numpy(np.float64, na_value=np.nan)
+    outside = (numbers < -_ROUNDING) | (numbers > 1 + _ROUNDING)
+    _refuse(trace, name, np.flatnonzero(outside), f"{name} must lie in [0, 1]")
+    if required != "nowhere":
+        missing = np.isnan(numbers)
+        if required == "where verified":
+            missing &= _bools(trace, "verified")
+        _refuse(trace, name, np.flatnonzero(missing), f"{name} must be a number {required}")
+    return numbers.clip(0, 1)
+
+
+def one_domain_each(
+    code: Int[np.ndarray, " row"], conversations: pd.Index, domains: pd.Series
+) -> pd.Index:
+    """The domain of each conversation; ``code`` numbers the conversation of each row.
+
+    Raises:
+        ValueError: a conversation of two domains.
+    """
+    domain, names = pd.factorize(domains)
+    last = np.empty(len(conversations), dtype=np.int64)
+    last[code] = domain
+    two = last[code] != domain
+    if two.any():
+        row = int(two.argmax())
+        raise ValueError(
+            f"a conversation must have one domain, got {names[domain[row]]!r} and "
+            f"{names[last[code[row]]]!r} for conversation {conversations[code[row]]}"
+        )
+    return pd.Index(names).take(last)
+
+
+def resampled(count: int, resamples: int, seed: int) -> Int[np.ndarray, "resample conversation"]:
+    """How often each of ``count`` conversations is drawn when as many are, with replacement."""
+    require_int("resamples", resamples, 1)
+    require_int("seed", seed, 0)
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+
+
+def interval(
+    figures: Float[np.ndarray, "resample *figure"],
+    conversations: int | Int[np.ndarray, "*figure"],
+) -> Float[np.ndarray, "bound *figure"]:
+    """The 95 % percentile interval of each figure, from its values in every resample.
+
+    Resamples in which a figure is undefined are left out. NaN where fewer than two
+    ``conversations``, a number for all figures or for each, enter it.
+    """
+    known = (np.asarray(conversations) > 1) & ~np.isnan(figures).all(axis=0)
+    bounds = np.full((2, *figures.shape[1:]), np.nan)
+    if known.any():
+        bounds[:, known] = np.nanquantile(figures[:, known], [0.025, 0.975], axis=0)
+    return bounds
+
+
+def _after(prefix: Bool[np.ndarray, "round slot"]) -> Bool[np.ndarray, "round slot"]:
+    """Whether the slot before is in it; before the first slot there is nothing to ask."""
+    after = np.ones_like(prefix)
+    after[:, 1:] = prefix[:, :-1]
+    return after
+
+
+def _bools(trace: pd.DataFrame, name: str) -> Bool[np.ndarray, " row"]:
+    values = column(trace, name, complete=True)
+    if not pd.api.types.is_bool_dtype(values):
+        raise TypeError(f"trace[{name!r}] must hold truth values, got {values.dtype}")
+    return values.to_numpy(bool)
+
+
+def _refuse(trace: pd.DataFrame, name: str, rows: Int[np.ndarray, " bad"], rule: str) -> None:
+    """Raise the rule with what the first of these rows holds in column ``name``."""
+    if len(rows):
+        given, prompt, number, slot = (
+            trace[key].iloc[rows[0]] for key in (name, "prompt", "round", "slot")
+        )
+        raise ValueError(f"{rule}, got {given} in prompt {prompt}, round {number}, slot {slot}")
+
+
+def _trace_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"a trace is saved as one of {_SUFFIXES}, got {path.name!r}")
+    return path

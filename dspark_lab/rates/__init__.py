@@ -1,0 +1,96 @@
+"""Accept rates, their intervals and their calibration."""
+
+from dspark_lab.rates.acceptance import (
+    rate_table,
+    reached,
+    tau_table,
+    teacher_forced_sums,
+    token_rate_table,
+    trace_sums,
+)
+from dspark_lab.rates.calibration import (
+    calibration_report,
+    drift_table,
+    reliability_tables,
+    split_prompts,
+    study,
+)
+from dspark_lab.rates.claims import (
+    HELD,
+    SCALED,
+    Claim,
+    below,
+    claims_of,
+    claims_table,
+    error_change,
+)
+from dspark_lab.rates.replay import gain_table, threshold_sweep
+from dspark_lab.rates.scores import (
+    Brier,
+    as_numbers,
+    as_probabilities,
+    auroc,
+    brier,
+    expected_calibration_error,
+    reliability_table,
+)
+from dspark_lab.rates.teacher_forced import (
+    bootstrap,
+    compare_drafters,
+    drafter_table,
+    evaluate,
+    slot_table,
+    teacher_forced,
+    teacher_forced_answers,
+    whole_block_anchors,
+)
+from dspark_lab.rates.temperatures import (
+    TEMPERATURE_GRID,
+    SequentialTemperatures,
+    online_temperatures,
+    prefix_survival,
+    temperature_scale,
+)
+
+__all__ = [
+    "Brier",
+    "Claim",
+    "HELD",
+    "SCALED",
+    "SequentialTemperatures",
+    "TEMPERATURE_GRID",
+    "as_numbers",
+    "as_probabilities",
+    "auroc",
+    "below",
+    "bootstrap",
+    "brier",
+    "calibration_report",
+    "claims_of",
+    "claims_table",
+    "compare_drafters",
+    "drafter_table",
+    "drift_table",
+    "error_change",
+    "evaluate",
+    "expected_calibration_error",
+    "gain_table",
+    "online_temperatures",
+    "prefix_survival",
+    "rate_table",
+    "reached",
+    "reliability_table",
+    "reliability_tables",
+    "slot_table",
+    "split_prompts",
+    "study",
+    "tau_table",
+    "teacher_forced",
+    "teacher_forced_answers",
+    "teacher_forced_sums",
+    "temperature_scale",
+    "threshold_sweep",
+    "token_rate_table",
+    "trace_sums",
+    "whole_block_anchors",
+]

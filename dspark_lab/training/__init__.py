@@ -1,0 +1,21 @@
+"""The training loop."""
+
+from dspark_lab.training.loop import (
+    History,
+    TrainConfig,
+    checkpoints,
+    init_from_target,
+    mask_token_id,
+    new_drafter,
+    train,
+)
+
+__all__ = [
+    "History",
+    "TrainConfig",
+    "checkpoints",
+    "init_from_target",
+    "mask_token_id",
+    "new_drafter",
+    "train",
+]

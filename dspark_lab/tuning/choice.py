@@ -1,0 +1,404 @@
+"""Before the training run: how many anchors, which block size, how long a row.
+
+    spans = Spans.of(encoded)
+    choice = choose_training(spans, Shape.of("qwen3-4b"), time="H100", memory="H100")
+    choice.reason, choice.table, choice.settings
+
+What an option gains in a step is its *supervision*: the number of different tokens that are
+supervised at all (a token's second block of the same step teaches little that the first did not),
+times what a block is worth, the summed weights w_0 + ... + w_(K-1) of its slots, which is about
+the accepted length of a block whose slots are accepted with probability exp(-1 / gamma). What it
+takes is known from ``dspark_lab.tuning.cost``, ``dspark_lab.tuning.memory`` and ``dspark_lab.tuning.steptime``. The best
+option gains most a second among those that fit.
+
+That is a model of what is worth having, not of what is learned: :func:`sweep_check` holds it
+against drafters that were really trained. This file knows options and what each gains and takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from dspark_lab.chats import Batch, Encoded
+from dspark_lab.checks import require_int
+from dspark_lab.tuning.cost import training_cost
+from dspark_lab.tuning.coverage import (
+    Per,
+    Spans,
+    anchors_needed,
+    coverage_table,
+    never_table,
+    packing_table,
+    reaching_anchors,
+    slot_table,
+    supervision,
+    supervision_table,
+    token_coverage,
+    token_supervision,
+)
+from dspark_lab.tuning.memory import Dtype, training_memory, usable_bytes
+from dspark_lab.tuning.settings import TrainingSettings
+from dspark_lab.tuning.shape import CARDS, Card, Shape
+from dspark_lab.tuning.steptime import StepTime, fit_step_time
+from dspark_lab.tuning.sweep import SweepConfig
+
+__all__ = [
+    "Spans",
+    "TrainingChoice",
+    "anchors_needed",
+    "card_time",
+    "coverage_table",
+    "never_table",
+    "packing_table",
+    "predict_sweep",
+    "reaching_anchors",
+    "row_blocks",
+    "slot_table",
+    "supervision",
+    "supervision_table",
+    "sweep_check",
+    "token_coverage",
+    "token_supervision",
+    "choose_training",
+]
+
+# The share of a card's peak that training steps of transformers commonly reach; an assumption.
+UTILISATION = 0.4
+_RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingChoice:
+    """What :func:`choose_training` returns.
+
+    ``table``: every option, see there. ``best`` and ``runner_up``: its rows (None where nothing
+    fits, or nothing else does). ``sure``: how probable it is that the best is faster in gaining
+    than the runner-up, given the error of the step times; NaN where that error is not known.
+    ``reason``: a sentence.
+    """
+
+    table: pd.DataFrame
+    best: pd.Series | None
+    runner_up: pd.Series | None
+    sure: float
+    reason: str
+    batch_size: int
+    gamma: float
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """The best option, to be exported.
+
+        Raises:
+            ValueError: nothing fits.
+        """
+        if self.best is None:
+            raise ValueError(self.reason)
+        return TrainingSettings(
+            num_anchors=int(self.best["num_anchors"]),
+            block_size=int(self.best["block_size"]),
+            seq_len=int(self.best["seq_len"]),
+            batch_size=self.batch_size,
+            loss_decay_gamma=self.gamma,
+        )
+
+
+def card_time(card: Card | str, utilisation: float = UTILISATION) -> StepTime:
+    """A step time for a card that is not at hand: a share of its peak, and nothing fixed.
+
+    Its error is not known (NaN): measure where you can (:mod:`dspark_lab.tuning.steptime`).
+
+    Raises:
+        ValueError: no such card, or a share outside (0, 1].
+    """
+    found = _card(card)
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation must be in (0, 1], got {utilisation}")
+    per_operation = 1 / (found.operations_per_second * utilisation)
+    return StepTime(0.0, per_operation, math.nan, math.nan, 0)
+
+
+def choose_training(
+    data: Spans | Batch | Sequence[Encoded],
+    shape: Shape,
+    *,
+    time: StepTime | Card | str,
+    memory: float | Card | str | None = None,
+    num_anchors: Sequence[int] = (8, 16, 32, 64, 128, 256, 512),
+    block_sizes: Sequence[int] = (7,),
+    seq_lens: Sequence[int] | None = None,
+    packed: bool = False,
+    per: Per = "row",
+    batch_size: int = 1,
+    gamma: float = 4.0,
+    dtype: Dtype = "bf16",
+    usable: float = 0.92,
+    **options: Any,
+) -> TrainingChoice:
+    """Every combination of anchors, block size and row length: what it gains, what it takes.
+
+    Args:
+        data: conversations; or spans or a batch, whose rows are then as they are.
+        shape: of target and drafter.
+        time: of steps, as fitted; or a card, of whose peak :data:`UTILISATION` is assumed.
+        memory: bytes, or a card; everything fits where None.
+        num_anchors, block_sizes: what to try.
+        seq_lens: tokens that conversations are cut to, or the length of packed rows, in which no
+            conversation is cut further; the longest conversation where None.
+        packed: whether conversations share rows.
+        per: what ``num_anchors`` counts for, ``"row"`` or ``"document"``. Per document a step has
+            that many blocks for each of a row's documents.
+        batch_size: rows a step.
+        gamma: of the slots' weights.
+        dtype, options: see :class:`dspark_lab.tuning.memory.Step`.
+        usable: share of the memory that tensors may take.
+
+    Returns:
+        a choice whose ``table`` has a line per option: ``seq_len``, ``block_size``,
+        ``num_anchors``; ``row_tokens`` (mean), ``share`` (of the supervised tokens that a pass
+        covers); per step ``covered`` (different tokens), ``weighted`` (summed weight of all
+        supervised slots) and ``gain``; ``operations``, ``memory_bytes`` (of a step of longest rows)
+        and ``seconds``; ``gain_per_second``, ``gain_per_byte``, ``gain_per_operation``; ``fits``;
+        and ``front``, whether it is on the Pareto front of these three rates: no option that fits
+        is better in one and as good in the others.
+
+    Raises:
+        TypeError, ValueError: as the functions that it asks, or spans together with ``seq_lens`` or
+            ``packed``.
+    """
+    require_int("batch_size", batch_size, 1)
+    step_time = time if isinstance(time, StepTime) else card_time(time)
+    limit = math.inf if memory is None else usable_bytes(memory, usable)
+    lines = []
+    for seq_len, spans in _rows(data, seq_lens, packed).items():
+        rows_tokens = float(spans.row_tokens.mean())
+        for block_size in block_sizes:
+            for anchors in num_anchors:
+                found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
+                blocks = row_blocks(spans, anchors, per)
+                sizes: dict[str, Any] = {
+                    "num_anchors": blocks,
+                    "block_size": block_size,
+                    "dtype": dtype,
+                }
+                sizes |= {"batch_size": batch_size, **options}
+                cost = training_cost(shape, seq_len=max(1, round(rows_tokens)), **sizes)
+                covered = found.covered / found.rows * batch_size
+                lines.append(
+                    {
+                        "seq_len": seq_len,
+                        "block_size": block_size,
+                        "num_anchors": anchors,
+                        "row_tokens": rows_tokens,
+                        "share": found.share,
+                        "covered": covered,
+                        "weighted": found.weighted / found.rows * batch_size,
+                        "gain": covered * float(found.weights.sum()),
+                        "operations": float(cost["operations"].sum()),
+                        "memory_bytes": training_memory(shape, seq_len=seq_len, **sizes),
+                    }
+                )
+    table = pd.DataFrame(lines)
+    table["seconds"] = step_time.predict(table["operations"])
+    for rate, of in zip(_RATES, ("seconds", "memory_bytes", "operations"), strict=True):
+        table[rate] = table["gain"] / table[of]
+    table["fits"] = table["memory_bytes"] <= limit
+    table["front"] = table["fits"] & _front(
+        table[list(_RATES)].to_numpy(), table["fits"].to_numpy()
+    )
+    return _choice(table, step_time.error, batch_size, gamma)
+
+
+def row_blocks(spans: Spans, num_anchors: int, per: Per) -> int:
+    """Blocks of a step for each row, on average: ``num_anchors`` for it or for each document."""
+    return max(1, round(num_anchors * (1.0 if per == "row" else spans.documents / spans.rows)))
+
+
+def predict_sweep(
+    sweep: pd.DataFrame,
+    data: Spans | Batch | Sequence[Encoded],
+    shape: Shape,
+    config: SweepConfig | None = None,
+) -> TrainingChoice:
+    """What :func:`choose_training` would have said before a sweep, of the cells of that sweep.
+
+    Steps are as fast as the sweep took them to be when it planned them: a cell of the budget of
+    seconds has as many steps as its seconds pay. A fit to these times goes into the choice, and the
+    fit's error into how sure it is.
+
+    Args:
+        sweep: from :func:`dspark_lab.tuning.sweep.sweep_table` or ``load_sweep``.
+        data, shape: what its drafters learned from, and their shape.
+        config: of the sweep; of the shipped one where None.
+
+    Raises:
+        TypeError, ValueError: as :func:`choose_training`, or cells that the sweep does not have.
+    """
+    config = config or SweepConfig()
+    options: dict[str, Any] = {
+        "num_anchors": config.num_anchors,
+        "block_sizes": config.block_sizes,
+        "batch_size": config.training.batch_size,
+        "gamma": config.training.loss_decay_gamma,
+        "dtype": config.training.precision,
+        "features": config.features,
+    }
+    cell = ["block_size", "num_anchors"]
+    steps = sweep[sweep["budget"] == "seconds"].groupby(cell)["steps"].first()
+    operations = choose_training(data, shape, time=StepTime(1.0, 0.0, 0.0, 0.0, 0), **options).table
+    operations = operations.set_index(cell)["operations"]
+    missing = [key for key in operations.index if key not in steps.index]
+    if missing:
+        raise ValueError(
+            f"sweep must hold every block size and anchor count of config, got none of {missing}"
+        )
+    measured = pd.DataFrame({"operations": operations, "seconds": config.seconds / steps})
+    return choose_training(data, shape, time=fit_step_time(measured.dropna()), **options)
+
+
+def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """A recommendation held against drafters that were trained.
+
+    Args:
+        predicted: ``block_size``, ``num_anchors`` and ``gain_per_second``, a line per cell; the
+            ``table`` of a :class:`TrainingChoice`.
+        cells: what :func:`dspark_lab.tuning.sweep.cell_table` returns.
+
+    Returns:
+        one line per budget, temperature and block size, and one for all block sizes ("all"):
+        ``recommended`` (the anchors, and the block size where all are compared), its ``tau`` with
+        ``low`` and ``high``, ``found_best`` and ``best_tau``, ``lost`` (relative, of tau),
+        ``decided`` (whether the two intervals are apart) and ``rank_correlation`` (Spearman's, of
+        gain a second with tau).
+
+    Raises:
+        ValueError: a cell that was not predicted.
+    """
+    both = cells.merge(
+        predicted[["block_size", "num_anchors", "gain_per_second"]],
+        on=["block_size", "num_anchors"],
+        how="left",
+    )
+    if both["gain_per_second"].isna().any():
+        lost = both[both["gain_per_second"].isna()][["num_anchors", "block_size"]]
+        raise ValueError(f"predicted must hold every cell, got none for {lost.values.tolist()}")
+    lines = []
+    for (budget, temperature), part in both.groupby(["budget", "temperature"], sort=True):
+        groups: list[tuple[Any, pd.DataFrame]] = list(part.groupby("block_size"))
+        for block_size, group in [*groups, ("all", part)]:
+            mine = group.loc[group["gain_per_second"].idxmax()]
+            top = group.loc[group["tau"].idxmax()]
+            lines.append(
+                {
+                    "budget": budget,
+                    "temperature": temperature,
+                    "block_size": block_size,
+                    "recommended": _name(mine, block_size == "all"),
+                    "tau": mine["tau"],
+                    "low": mine["low"],
+                    "high": mine["high"],
+                    "found_best": _name(top, block_size == "all"),
+                    "best_tau": top["tau"],
+                    "lost": 1 - mine["tau"] / top["tau"],
+                    "decided": bool(top["low"] > mine["high"]),
+                    "rank_correlation": group["gain_per_second"].corr(
+                        group["tau"], method="spearman"
+                    ),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _name(cell: pd.Series, with_block: bool) -> str:
+    anchors = f"N {cell['num_anchors']:.0f}"
+    return f"{anchors}, K {cell['block_size']:.0f}" if with_block else anchors
+
+
+def _rows(
+    data: Spans | Batch | Sequence[Encoded], seq_lens: Sequence[int] | None, packed: bool
+) -> dict[int, Spans]:
+    if isinstance(data, (Spans, Batch)):
+        if seq_lens is not None or packed:
+            raise ValueError(
+                "spans and batches have their rows already: neither seq_lens nor packed"
+            )
+        spans = data if isinstance(data, Spans) else Spans.of(data)
+        return {int(spans.row_tokens.max()): spans}
+    lengths = seq_lens or [max(map(len, data))]
+    return {
+        length: Spans.of(data, seq_len=length, row_length=length if packed else None)
+        for length in lengths
+    }
+
+
+def _card(card: Card | str) -> Card:
+    if isinstance(card, str):
+        if card not in CARDS:
+            raise ValueError(f"card must be one of {list(CARDS)}, got {card!r}")
+        return CARDS[card]
+    if not isinstance(card, Card):
+        raise TypeError(f"card must be a Card or its name, got {type(card).__name__}")
+    return card
+
+
+def _front(
+    rates: Float[np.ndarray, "option rate"], fits: Bool[np.ndarray, " option"]
+) -> Bool[np.ndarray, " option"]:
+    """Whether no option that fits is better in one rate and as good in the others."""
+    as_good = (rates[:, None] <= rates[None]).all(axis=2)
+    better = (rates[:, None] < rates[None]).any(axis=2)
+    beaten = (as_good & better & fits[None]).any(axis=1)
+    return np.asarray(np.logical_not(beaten))
+
+
+def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) -> TrainingChoice:
+    order = table[table["fits"]].sort_values("gain_per_second", ascending=False, kind="stable")
+    if order.empty:
+        least = table["memory_bytes"].min() / 1e9
+        reason = f"Nothing fits: the smallest of these steps takes {least:.1f} GB."
+        return TrainingChoice(table, None, None, math.nan, reason, batch_size, gamma)
+    best = order.iloc[0]
+    runner_up = order.iloc[1] if len(order) > 1 else None
+    sure = math.nan
+    reason = (
+        f"{_option(best, table)} gains most a second, {best['gain_per_second']:,.0f}, and covers "
+        f"{best['share']:.0%} of the supervised tokens in a pass"
+    )
+    if runner_up is not None:
+        if error > 0:
+            # A mean absolute error as a standard deviation; both times are off independently.
+            spread = math.sqrt(2) * error * math.sqrt(math.pi / 2)
+            lead = math.log(best["gain_per_second"] / runner_up["gain_per_second"])
+            sure = NormalDist(0, spread).cdf(lead)
+        elif error == 0:
+            sure = 1.0
+        reason += (
+            f"; the runner-up, {_option(runner_up, table)}, would gain "
+            f"{_more(runner_up['gain'] / best['gain'])} a step for "
+            f"{_more(runner_up['seconds'] / best['seconds'])} of the time"
+        )
+        reason += " (speed assumed, not measured)" if math.isnan(sure) else f" ({sure:.0%} sure)"
+    unfit = table[~table["fits"]]
+    if len(unfit) and unfit["gain_per_second"].max() > best["gain_per_second"]:
+        wanted = unfit.loc[unfit["gain_per_second"].idxmax()]
+        reason += f"; {_option(wanted, table)} would gain more but does not fit"
+    return TrainingChoice(table, best, runner_up, sure, f"{reason}.", batch_size, gamma)
+
+
+def _option(option: pd.Series, table: pd.DataFrame) -> str:
+    """What is varied, by name."""
+    names = {"num_anchors": "N", "block_size": "K", "seq_len": "S"}
+    varied = [name for name in names if name == "num_anchors" or table[name].nunique() > 1]
+    return ", ".join(f"{names[name]} {option[name]:,.0f}" for name in varied)
+
+
+def _more(ratio: float) -> str:
+    return f"{abs(ratio - 1):.0%} {'more' if ratio >= 1 else 'less'}"

@@ -1,0 +1,440 @@
+"""The shape of a target and its drafter: the numbers that costs follow from, and no weights.
+
+    Shape.of("qwen3-4b")                              a published configuration, see TARGETS
+    Shape.of("config.json", block_size=15)            any dense model's, as Hugging Face has it
+    Shape.of(drafter.config, target="config.json")    a drafter that is there already
+
+This file knows configurations and the memory sizes of common cards; it knows nothing about what a
+step does with them (``dspark_lab.tuning.cost``, ``dspark_lab.tuning.memory``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from dspark_lab.checks import require_int
+from dspark_lab.model import ARCHITECTURE, DrafterConfig, MarkovKind
+
+__all__ = ["CARDS", "TARGETS", "Card", "Layers", "Shape"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """An accelerator as its vendor describes it.
+
+    ``operations_per_second`` is the peak of dense bf16 matrix products with fp32 sums, where one
+    multiplication and one addition are two operations.
+    """
+
+    name: str
+    memory_bytes: int
+    operations_per_second: float
+    bytes_per_second: float
+
+
+def _card(name: str, gigabytes: float, tera_operations: float, gigabytes_per_second: float) -> Card:
+    # Vendors sell 2**30 bytes as a gigabyte of memory, except where they say 141 or 180.
+    unit = 10**9 if gigabytes > 100 else 2**30
+    return Card(name, int(gigabytes * unit), tera_operations * 1e12, gigabytes_per_second * 1e9)
+
+
+# From the vendors' data sheets, without sparsity: memory, bf16 tensor peak, memory bandwidth.
+CARDS = {
+    card.name: card
+    for card in (
+        _card("T4", 16, 65, 300),  # fp16; it has no bf16
+        _card("L4", 24, 121, 300),
+        _card("A10G", 24, 70, 600),
+        _card("RTX 3090", 24, 71, 936),
+        _card("RTX 4090", 24, 165, 1008),
+        _card("RTX 5090", 32, 209, 1792),
+        _card("A100 40GB", 40, 312, 1555),
+        _card("L40S", 48, 362, 864),
+        _card("A100 80GB", 80, 312, 2039),
+        _card("H100", 80, 989, 3350),
+        _card("H200", 141, 989, 4800),
+        _card("B200", 180, 2250, 8000),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A stack of transformer layers with a gated MLP and no biases but, maybe, of attention.
+
+    Of the target's ``count`` layers ``sliding`` see the last ``window`` tokens alone.
+    """
+
+    count: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qk_norm: bool = True
+    attention_bias: bool = False
+    window: int | None = None
+    sliding: int = 0
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of keys alone, or of values alone."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def attention_weights(self) -> int:
+        """Numbers in one layer's four attention projections, without biases."""
+        return 2 * self.hidden_size * (self.query_width + self.kv_width)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Numbers in one layer's MLP."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """All numbers of one layer."""
+        biases = self.query_width + 2 * self.kv_width + self.hidden_size
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        return self.attention_weights + biases * self.attention_bias + self.mlp_weights + norms
+
+    @property
+    def parameters(self) -> int:
+        """All numbers of the layers and of the norm behind the last one."""
+        return self.count * self.layer_parameters + self.hidden_size
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything about a target and a drafter that a cost follows from. See :meth:`of`.
+
+    ``target`` is None where only the drafter is known; then the target costs nothing, and a step
+    that asks it is refused. ``tied``: the target's LM head is its embedding. ``context_size`` is
+    the width of a context feature.
+    """
+
+    name: str
+    vocab_size: int
+    drafter: Layers
+    target: Layers | None
+    context_layers: int
+    context_size: int
+    block_size: int = 7
+    num_anchors: int = 512
+    seq_len: int = 4096
+    markov_rank: int = 256
+    markov_head_type: MarkovKind = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    tied: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig,
+        *,
+        target: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        num_hidden_layers: int | None = None,
+        context_layers: int | None = None,
+        block_size: int | None = None,
+        num_anchors: int | None = None,
+        seq_len: int | None = None,
+        markov_rank: int | None = None,
+        markov_head_type: MarkovKind | None = None,
+        enable_confidence_head: bool | None = None,
+    ) -> Shape:
+        """The shape of a preset, of a target's ``config.json``, or of a drafter.
+
+        Of a target, the drafter is taken to have layers of the target's own shape, as published
+        drafters have: five layers and five context layers where nothing else is said, or fewer
+        where the target has fewer.
+
+        Args:
+            source: a name in :data:`TARGETS`; a ``config.json``, or the folder that holds it; its
+                content; a :class:`~dspark_lab.model.drafter.DrafterConfig`. A model of text and images
+                may have the numbers in ``text_config``.
+            target: of a drafter, the target's ``config.json`` or its content, where costs of the
+                target are asked for too.
+            num_hidden_layers: the drafter's layers.
+            context_layers: of how many of the target's layers a context feature consists.
+            block_size, num_anchors, seq_len: what a training step has where nothing else is said.
+            markov_rank, markov_head_type, enable_confidence_head: the heads.
+
+        Raises:
+            TypeError, ValueError: a name that is no preset, a configuration without the numbers, or
+                one of layers that are not dense (mixtures of experts, recurrent states).
+            FileNotFoundError: a path that does not exist.
+        """
+        shape = _shape_of(source)
+        if target is not None:
+            if shape.target is not None:
+                raise ValueError("target goes with a drafter's configuration, got one of a target")
+            of_target = _shape_of(target)
+            if of_target.target is None:
+                raise ValueError("target must be the configuration of a target, got a drafter's")
+            if of_target.vocab_size != shape.vocab_size:
+                raise ValueError(
+                    f"drafter and target must have one vocabulary, got {shape.vocab_size} and "
+                    f"{of_target.vocab_size} tokens"
+                )
+            shape = replace(
+                shape, name=of_target.name, target=of_target.target, tied=of_target.tied
+            )
+        changes = {
+            "block_size": block_size,
+            "num_anchors": num_anchors,
+            "seq_len": seq_len,
+            "markov_rank": markov_rank,
+            "markov_head_type": markov_head_type,
+            "enable_confidence_head": enable_confidence_head,
+        }
+        changed: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
+        if num_hidden_layers is not None:
+            require_int("num_hidden_layers", num_hidden_layers, 1)
+            changed["drafter"] = replace(shape.drafter, count=num_hidden_layers)
+        if context_layers is not None:
+            require_int("context_layers", context_layers, 1)
+            width = shape.context_size // shape.context_layers
+            changed |= {"context_layers": context_layers, "context_size": context_layers * width}
+        return replace(shape, **changed)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_layers", "context_size"):
+            require_int(name, getattr(self, name), 1)
+        for name in ("block_size", "num_anchors", "seq_len"):
+            require_int(name, getattr(self, name), 1)
+        require_int("markov_rank", self.markov_rank, 0)
+        if self.markov_head_type not in get_args(MarkovKind):
+            raise ValueError(
+                f"markov_head_type must be one of {get_args(MarkovKind)}, "
+                f"got {self.markov_head_type!r}"
+            )
+        if self.markov_rank == 0 or self.markov_head_type == "none":
+            # One way to say that there is no Markov head.
+            object.__setattr__(self, "markov_rank", 0)
+            object.__setattr__(self, "markov_head_type", "none")
+
+    @property
+    def reads_markov(self) -> bool:
+        """Whether the confidence head reads the previous token's Markov embedding."""
+        has_both = self.enable_confidence_head and self.markov_rank > 0
+        return has_both and self.confidence_head_with_markov
+
+    @property
+    def confidence_width(self) -> int:
+        """What the confidence head reads of a slot; 0 without such a head."""
+        if not self.enable_confidence_head:
+            return 0
+        return self.drafter.hidden_size + self.markov_rank * self.reads_markov
+
+    @property
+    def latent_weights(self) -> int:
+        """Numbers in the matrix from which a gated or rnn head makes a slot's latent."""
+        d, r = self.drafter.hidden_size, self.markov_rank
+        return {"gated": (d + r) * r, "rnn": (2 * r + d) * 3 * r}.get(self.markov_head_type, 0)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that the optimiser moves: all of the drafter but embedding and LM head."""
+        d, r = self.drafter.hidden_size, self.markov_rank
+        biases = {"gated": r, "rnn": 3 * r}.get(self.markov_head_type, 0)
+        confidence = self.confidence_width + 1 if self.enable_confidence_head else 0
+        return (
+            self.context_size * d
+            + d
+            + self.drafter.parameters
+            + 2 * self.vocab_size * r
+            + self.latent_weights
+            + biases
+            + confidence
+        )
+
+    @property
+    def target_parameters(self) -> int:
+        """Numbers of the target, embedding and LM head among them; 0 where it is not known."""
+        if self.target is None:
+            return 0
+        table = self.vocab_size * self.target.hidden_size
+        return self.target.parameters + table * (1 if self.tied else 2)
+
+    def drafter_config(self, **changes: Any) -> DrafterConfig:
+        """A drafter of this shape; what the shape does not tell has any value that can be."""
+        layers = self.drafter
+        values: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": layers.hidden_size,
+            "intermediate_size": layers.intermediate_size,
+            "num_hidden_layers": layers.count,
+            "num_attention_heads": layers.heads,
+            "num_key_value_heads": layers.kv_heads,
+            "head_dim": layers.head_dim,
+            "target_layer_ids": tuple(range(self.context_layers)),
+            "block_size": self.block_size,
+            "mask_token_id": 0,
+            "num_anchors": self.num_anchors,
+            "markov_rank": self.markov_rank,
+            "markov_head_type": self.markov_head_type,
+            "enable_confidence_head": self.enable_confidence_head,
+            "confidence_head_with_markov": self.reads_markov,
+            "target_hidden_size": self.context_size // self.context_layers,
+            "attention_bias": layers.attention_bias,
+        }
+        return DrafterConfig(**(values | changes))
+
+
+def _shape_of(source: Any) -> Shape:
+    if isinstance(source, DrafterConfig):
+        return _of_drafter(source)
+    if isinstance(source, Mapping):
+        return _of_config(source, "in memory")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "a shape is made of a preset's name, a config.json, its content or a DrafterConfig, "
+            f"got {type(source).__name__}"
+        )
+    if isinstance(source, str) and source.lower() in TARGETS:
+        return TARGETS[source.lower()]
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists() and path.suffix != ".json":
+        raise ValueError(f"a shape must be one of {list(TARGETS)} or a config.json, got {source!r}")
+    return _of_config(json.loads(path.read_text(encoding="utf-8")), path.parent.name or "config")
+
+
+def _of_config(config: Mapping[str, Any], name: str) -> Shape:
+    if config.get("architectures") == [ARCHITECTURE]:
+        return _of_drafter(DrafterConfig.from_dict(config))
+    # The outer configuration may say what the inner one leaves out.
+    text = {**config, **(config.get("text_config") or {})}
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if text.get(key):
+            raise ValueError(f"layers must be dense, got {key}={text[key]}")
+    kinds = list(text.get("layer_types") or [])
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layers must be of attention alone, got {sorted(set(kinds))}")
+    heads = _number(text, "num_attention_heads")
+    hidden = _number(text, "hidden_size")
+    count = _number(text, "num_hidden_layers")
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    sliding = kinds.count("sliding_attention") if kinds else _sliding(text, count)
+    layers = Layers(
+        count=count,
+        hidden_size=hidden,
+        intermediate_size=_number(text, "intermediate_size"),
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or hidden // heads,
+        qk_norm=str(text.get("model_type", "")).startswith(("qwen3", "gemma3", "gemma4")),
+        attention_bias=bool(text.get("attention_bias")),
+        window=window,
+        sliding=sliding if window else 0,
+    )
+    # Where a configuration says nothing, transformers ties nothing; Gemma's always do.
+    tied = text.get("tie_word_embeddings", str(text.get("model_type", "")).startswith("gemma"))
+    own = replace(layers, qk_norm=True, window=None, sliding=0, count=min(5, count))
+    depth = min(5, max(1, count - 1))
+    vocab = _number(text, "vocab_size")
+    return Shape(name, vocab, own, layers, depth, depth * hidden, tied=bool(tied))
+
+
+def _sliding(text: Mapping[str, Any], count: int) -> int:
+    """How many layers have a window, for configurations that do not list them."""
+    pattern = text.get("sliding_window_pattern")
+    if pattern:
+        # Every so many layers, one sees everything.
+        return count - count // int(pattern)
+    return count if text.get("sliding_window") else 0
+
+
+def _of_drafter(config: DrafterConfig) -> Shape:
+    layers = Layers(
+        count=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        attention_bias=config.attention_bias,
+    )
+    return Shape(
+        name="drafter",
+        vocab_size=config.vocab_size,
+        drafter=layers,
+        target=None,
+        context_layers=len(config.target_layer_ids),
+        context_size=config.context_size,
+        block_size=config.block_size,
+        num_anchors=config.num_anchors,
+        markov_rank=config.markov_rank,
+        markov_head_type=config.markov_head_type,
+        enable_confidence_head=config.enable_confidence_head,
+        confidence_head_with_markov=config.confidence_head_with_markov,
+    )
+
+
+def _number(config: Mapping[str, Any], name: str) -> int:
+    if name not in config:
+        raise ValueError(f"config must hold {name}, which it does not")
+    require_int(name, config[name], 1)
+    return int(config[name])
+
+
+def _preset(name: str, target: Layers, vocab_size: int, tied: bool, **options: Any) -> Shape:
+    """With a drafter of five such layers, or as many as are said, and features of five, or so."""
+    values: dict[str, Any] = {"drafter_layers": 5, "context_layers": 5} | options
+    drafter = replace(
+        target, count=values.pop("drafter_layers"), qk_norm=True, window=None, sliding=0
+    )
+    size = values["context_layers"] * target.hidden_size
+    return Shape(name, vocab_size, drafter, target, context_size=size, tied=tied, **values)
+
+
+# The targets of the published drafters, as their own config.json have them, with drafters of five
+# layers, five context layers, block 7, Markov rank 256, 512 anchors, 4,096 tokens. Of Gemma 4 12B's
+# 48 layers, the eight that see everything have wider heads that share keys and values; here they
+# are like the other forty, with 16 heads of 256. The last two are the pairs that ship here.
+TARGETS = {
+    shape.name: shape
+    for shape in (
+        _preset("qwen3-4b", Layers(36, 2560, 9728, 32, 8, 128), 151936, tied=True),
+        _preset("qwen3-8b", Layers(36, 4096, 12288, 32, 8, 128), 151936, tied=False),
+        _preset("qwen3-14b", Layers(40, 5120, 17408, 40, 8, 128), 151936, tied=False),
+        _preset(
+            "gemma4-12b",
+            Layers(48, 3840, 15360, 16, 8, 256, window=1024, sliding=40),
+            262144,
+            tied=True,
+        ),
+        _preset(
+            "smollm2",
+            Layers(30, 576, 1536, 9, 3, 64, qk_norm=False),
+            49152,
+            tied=True,
+            drafter_layers=2,
+            num_anchors=32,
+            seq_len=512,
+            markov_rank=64,
+        ),
+        _preset(
+            "pocket",
+            Layers(4, 256, 704, 4, 2, 64, qk_norm=False),
+            2048,
+            tied=True,
+            drafter_layers=2,
+            context_layers=3,
+            num_anchors=16,
+            seq_len=512,
+            markov_rank=64,
+        ),
+    )
+}

@@ -1,0 +1,295 @@
+"""How long a training step takes: two numbers, fitted to a few steps on the user's own device.
+
+    seconds = seconds_per_step + seconds_per_operation * operations
+
+The operations are those of :func:`dspark_lab.tuning.cost.training_cost`; what a step costs beside them
+(launches, small kernels, Python) is the first number. The fit says how far off it is on steps that
+it has not seen. This file knows steps and clocks; it knows nothing about data or results.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.chats import Batch, Chat, Encoded, collate
+from dspark_lab.checks import require_int, require_number
+from dspark_lab.files import now
+from dspark_lab.model import Drafter, Features, Target, dspark_objective
+from dspark_lab.tuning.cost import training_cost
+from dspark_lab.tuning.memory import Dtype
+from dspark_lab.tuning.shape import Shape
+
+__all__ = ["StepTime", "fit_step_time", "measure_steps"]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A fit of :func:`fit_step_time`.
+
+    ``error`` is the mean and ``worst_error`` the largest relative error of predictions of steps
+    that the fit has not seen, ``held_out`` of them; NaN where there were too few to hold any out.
+    """
+
+    seconds_per_step: float
+    seconds_per_operation: float
+    error: float
+    worst_error: float
+    held_out: int
+
+    def __post_init__(self) -> None:
+        for name in ("seconds_per_step", "seconds_per_operation"):
+            require_number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+
+    def predict(self, operations: Any) -> Any:
+        """Seconds of a step of so many operations, or of each of several."""
+        return self.seconds_per_step + self.seconds_per_operation * operations
+
+    def __str__(self) -> str:
+        rate = 1 / self.seconds_per_operation if self.seconds_per_operation else math.inf
+        off = "unknown" if math.isnan(self.error) else f"{self.error:.0%}"
+        return (
+            f"{self.seconds_per_step * 1e3:.1f} ms a step and {rate / 1e9:.1f} billion operations "
+            f"a second; error on {self.held_out} steps held out: {off}"
+        )
+
+
+def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> StepTime:
+    """The two numbers, neither below 0, that make the sum of squared relative errors smallest.
+
+    Args:
+        table: ``operations`` and ``seconds`` of some steps, as :func:`measure_steps` makes it; two
+            different numbers of operations at least.
+        held_out: the same of other steps, on which the error is taken; where None, each step of
+            ``table`` is predicted from a fit to the others.
+
+    Raises:
+        TypeError, ValueError: not such tables, or numbers that are not finite and > 0.
+    """
+    operations, seconds = _columns("table", table)
+    if len(np.unique(operations)) < 2:
+        raise ValueError(
+            "table must hold steps of two different numbers of operations at least, got "
+            f"{len(operations)} of {sorted(set(operations.tolist()))}"
+        )
+    fixed, per_operation = _fit(operations, seconds)
+    if held_out is not None:
+        others, times = _columns("held_out", held_out)
+        errors = np.abs((fixed + per_operation * others) / times - 1)
+    else:
+        errors = _left_out_errors(operations, seconds)
+    known = len(errors) > 0
+    return StepTime(
+        fixed,
+        per_operation,
+        error=float(errors.mean()) if known else math.nan,
+        worst_error=float(errors.max()) if known else math.nan,
+        held_out=len(errors),
+    )
+
+
+def measure_steps(
+    shape: Shape,
+    seq_lens: Sequence[int] = (256, 512),
+    num_anchors: Sequence[int] = (8, 32),
+    block_sizes: Sequence[int] | None = None,
+    *,
+    batch_size: int = 1,
+    dtype: Dtype = "fp32",
+    target: Target | None = None,
+    device: str | torch.device = "cpu",
+    warmup: int = 1,
+    runs: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Times whole training steps of a drafter of this shape, on random tokens.
+
+    Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training.loop``; the target's own
+    forward too where it is given, random features otherwise. All tokens are supervised.
+
+    Args:
+        shape: of the drafter; its weights are random.
+        seq_lens, num_anchors, block_sizes: every combination is measured; the shape's own block
+            size where None.
+        batch_size: rows.
+        dtype: of the matrix products, over fp32 weights.
+        target: answers in every step, on its own device.
+        device: of the steps without a target.
+        warmup, runs: steps that are not timed, and that are.
+        seed: of tokens, weights and blocks.
+
+    Returns:
+        a line per combination: ``seq_len``, ``num_anchors``, ``block_size``, ``batch_size``,
+        ``operations``, ``seconds`` (the median), ``fastest``, ``slowest``, ``device``, ``dtype``.
+
+    Raises:
+        TypeError, ValueError: a size that is not an int of at least 1, an unknown dtype, a target
+            of another shape.
+    """
+    require_int("warmup", warmup, 0)
+    require_int("runs", runs, 1)
+    require_int("seed", seed, 0)
+    place = torch.device(device) if target is None else target.device
+    lines = []
+    for block_size in block_sizes or [shape.block_size]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drafter = Drafter(shape.drafter_config(block_size=block_size)).to(place).train()
+            if target is not None:
+                drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+        optimizer = torch.optim.AdamW(_trained(drafter), lr=1e-5, fused=True)
+        for seq_len, anchors in product(seq_lens, num_anchors):
+            batch = _random_batch(shape.vocab_size, batch_size, seq_len, seed).to(place)
+            blocks = draw_blocks(batch, anchors, block_size, seed=seed)
+            features = _features(target, drafter, batch)
+            step = partial(_train_once, drafter, optimizer, batch, blocks, features, dtype)
+            cost = training_cost(
+                shape,
+                seq_len=seq_len,
+                num_anchors=anchors,
+                block_size=block_size,
+                batch_size=batch_size,
+                dtype=dtype,
+                features="cached" if target is None else "live",
+                supervised=float(blocks.eval_mask.double().mean()),
+                device="cuda" if place.type == "cuda" else "cpu",
+            )
+            for _ in range(warmup):
+                step()
+            times = [_seconds(step, place) for _ in range(runs)]
+            lines.append(
+                {
+                    "seq_len": seq_len,
+                    "num_anchors": anchors,
+                    "block_size": block_size,
+                    "batch_size": batch_size,
+                    "operations": cost["operations"].sum(),
+                    "seconds": statistics.median(times),
+                    "fastest": min(times),
+                    "slowest": max(times),
+                    "device": str(place),
+                    "dtype": dtype,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _train_once(
+    drafter: Drafter,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    blocks: Blocks,
+    features: Callable[[], Features],
+    dtype: Dtype,
+) -> None:
+    read = features()
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        slots = drafter.slots(
+            batch.input_ids,
+            read.context,
+            batch.loss_mask,
+            read.last,
+            anchor_positions=blocks.anchor_positions,
+            block_keep_mask=blocks.block_keep_mask,
+        )
+        objective = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight)
+    objective.loss.backward()
+    torch.nn.utils.clip_grad_norm_(_trained(drafter), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _trained(drafter: Drafter) -> list[torch.nn.Parameter]:
+    return [p for p in drafter.parameters() if p.requires_grad]
+
+
+def _fit(
+    operations: Float[np.ndarray, " step"], seconds: Float[np.ndarray, " step"]
+) -> tuple[float, float]:
+    """(a, b) >= 0 that make the sum of ((a + b x) / t - 1)^2 smallest."""
+    # In units of the largest, or the squares of operations would swamp those of steps.
+    unit = operations.max()
+    design = np.stack([1 / seconds, operations / unit / seconds], axis=1)
+    both = np.linalg.lstsq(design, np.ones(len(seconds)), rcond=None)[0]
+    choices = [both] if (both >= 0).all() else []
+    for column in (0, 1):
+        # With the other at 0; its own best is positive, as all numbers here are.
+        alone = np.zeros(2)
+        alone[column] = design[:, column].sum() / (design[:, column] ** 2).sum()
+        choices.append(alone)
+    fixed, slope = min(choices, key=lambda x: float(((design @ x - 1) ** 2).sum()))
+    return float(fixed), float(slope / unit)
+
+
+def _left_out_errors(
+    operations: Float[np.ndarray, " step"], seconds: Float[np.ndarray, " step"]
+) -> Float[np.ndarray, " error"]:
+    """The relative error on each step of a fit to the others, where these can be fitted."""
+    errors = []
+    for out in range(len(operations)):
+        others = np.arange(len(operations)) != out
+        if len(np.unique(operations[others])) < 2:
+            continue
+        fixed, slope = _fit(operations[others], seconds[others])
+        errors.append(abs((fixed + slope * operations[out]) / seconds[out] - 1))
+    return np.array(errors)
+
+
+def _columns(
+    name: str, table: pd.DataFrame
+) -> tuple[Float[np.ndarray, " step"], Float[np.ndarray, " step"]]:
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"{name} must be a DataFrame, got {type(table).__name__}")
+    found = []
+    for column in ("operations", "seconds"):
+        if column not in table:
+            raise ValueError(f"{name} must have a column {column!r}, got {list(table.columns)}")
+        values = table[column].to_numpy(dtype=float)
+        if not len(values) or not (np.isfinite(values) & (values > 0)).all():
+            raise ValueError(f"{name}'s {column} must be finite numbers > 0, got {values.tolist()}")
+        found.append(values)
+    return found[0], found[1]
+
+
+def _random_batch(vocab_size: int, batch_size: int, seq_len: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    nobody = Chat(({"role": "assistant", "content": ""},), id="random")
+    supervised = torch.ones(seq_len, dtype=torch.bool)
+    rows = [
+        Encoded(torch.randint(vocab_size, (seq_len,), generator=generator), supervised, nobody)
+        for _ in range(batch_size)
+    ]
+    return collate(rows, pad_token_id=0)
+
+
+def _features(target: Target | None, drafter: Drafter, batch: Batch) -> Callable[[], Features]:
+    """Asks the target anew at every call, or hands out the same random numbers."""
+    if target is not None:
+        return lambda: target.batch_features(batch, drafter.config.target_layer_ids)
+    sizes = (drafter.config.context_size, drafter.config.hidden_size)
+    like = drafter.fc.weight
+    generator = torch.Generator(like.device).manual_seed(0)
+    context, last = (
+        torch.randn(*batch.input_ids.shape, size, generator=generator, device=like.device)
+        for size in sizes
+    )
+    return lambda: Features(context, last)
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    begin = now(device)
+    step()
+    return now(device) - begin

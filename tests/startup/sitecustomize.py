@@ -1,0 +1,9 @@
+"""Run by Python at its start, where this folder is on the path: plants the fault that is named."""
+
+import os
+import sys
+
+if "DSPARK_LAB_FAULT" in os.environ:
+    from faults import FAULTS, Planter
+
+    sys.meta_path.insert(0, Planter(FAULTS[os.environ["DSPARK_LAB_FAULT"]]))
