@@ -1,19 +1,5 @@
 """The training mask and the attention under it."""
 
-from dspark_lab.attention.mask import (
-    Backend,
-    block_attention,
-    context_range,
-    training_block_mask,
-    training_dense_mask,
-    training_mask_mod,
-)
+import lazy_loader
 
-__all__ = [
-    "Backend",
-    "block_attention",
-    "context_range",
-    "training_block_mask",
-    "training_dense_mask",
-    "training_mask_mod",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

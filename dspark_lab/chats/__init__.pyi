@@ -1,0 +1,31 @@
+from .conversations import (
+    SHIPPED_CHATS,
+    SHIPPED_TOKENIZER,
+    Batch,
+    Chat,
+    Encoded,
+    collate,
+    describe,
+    encode,
+    load_chats,
+    load_tokenizer,
+    one_row,
+    pack,
+    packed_places,
+)
+
+__all__ = [
+    "Batch",
+    "Chat",
+    "Encoded",
+    "SHIPPED_CHATS",
+    "SHIPPED_TOKENIZER",
+    "collate",
+    "describe",
+    "encode",
+    "load_chats",
+    "load_tokenizer",
+    "one_row",
+    "pack",
+    "packed_places",
+]
