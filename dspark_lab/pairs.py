@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dspark_lab.chats import SHIPPED_CHATS, Chat, load_chats
+from dspark_lab.chats import Chat, load_chats
 from dspark_lab.decoding import load_trace
+from dspark_lab.files import shipped
 from dspark_lab.model import Drafter, Target, fetch_smollm2, load_drafter, load_target
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import transformers
 
 __all__ = [
+    "NOT_IN_WHEEL",
     "PAIRS",
     "TRACES",
     "Pair",
@@ -39,12 +41,13 @@ __all__ = [
     "split_chats",
 ]
 
-_DATA = SHIPPED_CHATS.parent
 # The shipped conversations of each domain from this number on are held out, and so is whoever asks
 # the same question.
 FIRST_HELD_OUT = 201
 PAIRS = ("pocket", "smollm2")
 TRACES = "traces.parquet"
+# Too large for a wheel; a checkout has them.
+NOT_IN_WHEEL = ("smollm2/dspark-k7", f"smollm2/{TRACES}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +136,8 @@ def load_traces(pair: str = "pocket") -> pandas.DataFrame:
     Raises:
         ValueError: there is no such pair.
     """
-    return load_trace(pair_folder(pair) / TRACES)
+    pair_folder(pair)
+    return load_trace(shipped(f"{pair}/{TRACES}"))
 
 
 def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
@@ -206,6 +210,8 @@ def _load_drafter(
 def _require_drafter(pair: str, name: str) -> None:
     names = drafter_names(pair)
     if name not in names:
+        if f"{pair}/{name}" in NOT_IN_WHEEL:
+            shipped(f"{pair}/{name}")
         raise ValueError(f"drafter must be one of {names}, got {name!r}")
 
 
@@ -216,4 +222,4 @@ def _number(chat: Chat) -> int:
 def pair_folder(pair: str) -> Path:
     if pair not in PAIRS:
         raise ValueError(f"pair must be one of {list(PAIRS)}, got {pair!r}")
-    return _DATA / pair
+    return shipped(pair)

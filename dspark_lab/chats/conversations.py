@@ -32,6 +32,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.checks import require_int
+from dspark_lab.files import DATA
 
 if TYPE_CHECKING:
     import pandas
@@ -53,9 +54,8 @@ __all__ = [
     "packed_places",
 ]
 
-_DATA = Path(__file__).resolve().parents[2] / "data"
-SHIPPED_CHATS = _DATA / "conversations.jsonl"
-SHIPPED_TOKENIZER = _DATA / "tokenizer"
+SHIPPED_CHATS = DATA / "conversations.jsonl"
+SHIPPED_TOKENIZER = DATA / "tokenizer"
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
