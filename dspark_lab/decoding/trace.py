@@ -1,6 +1,6 @@
 """The trace of a decoding run: a table with one row for each drafted slot.
 
-Its files, the one way in which it is read and checked, and the bootstrap over its conversations.
+Its files, and the one way in which it is read and checked.
 Made by :func:`dspark_lab.decoding.loop.decode`, which says what each column is. This file knows the table;
 it does not know how a trace came about, nor what it is read for.
 """
@@ -24,12 +24,10 @@ __all__ = [
     "Rounds",
     "column",
     "integers",
-    "interval",
     "load_trace",
     "one_domain_each",
     "probabilities",
     "read_trace",
-    "resampled",
     "rounds_of",
     "save_trace",
 ]
@@ -277,30 +275,6 @@ def one_domain_each(
             f"{names[last[code[row]]]!r} for conversation {conversations[code[row]]}"
         )
     return pd.Index(names).take(last)
-
-
-def resampled(count: int, resamples: int, seed: int) -> Int[np.ndarray, "resample conversation"]:
-    """How often each of ``count`` conversations is drawn when as many are, with replacement."""
-    require_int("resamples", resamples, 1)
-    require_int("seed", seed, 0)
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-
-
-def interval(
-    figures: Float[np.ndarray, "resample *figure"],
-    conversations: int | Int[np.ndarray, "*figure"],
-) -> Float[np.ndarray, "bound *figure"]:
-    """The 95 % percentile interval of each figure, from its values in every resample.
-
-    Resamples in which a figure is undefined are left out. NaN where fewer than two
-    ``conversations``, a number for all figures or for each, enter it.
-    """
-    known = (np.asarray(conversations) > 1) & ~np.isnan(figures).all(axis=0)
-    bounds = np.full((2, *figures.shape[1:]), np.nan)
-    if known.any():
-        bounds[:, known] = np.nanquantile(figures[:, known], [0.025, 0.975], axis=0)
-    return bounds
 
 
 def _after(prefix: Bool[np.ndarray, "round slot"]) -> Bool[np.ndarray, "round slot"]:

@@ -22,6 +22,7 @@ from .claims import (
     claims_table,
     error_change,
 )
+from .intervals import interval, ratio_interval, resampled
 from .replay import gain_table, threshold_sweep
 from .scores import (
     Brier,
@@ -73,12 +74,15 @@ __all__ = [
     "evaluate",
     "expected_calibration_error",
     "gain_table",
+    "interval",
     "online_temperatures",
     "prefix_survival",
     "rate_table",
+    "ratio_interval",
     "reached",
     "reliability_table",
     "reliability_tables",
+    "resampled",
     "slot_table",
     "split_prompts",
     "study",

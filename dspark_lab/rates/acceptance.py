@@ -39,6 +39,7 @@ from dspark_lab.checks import require_bool, require_int, require_shape
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.decoding import integers, one_domain_each, probabilities, read_trace
 from dspark_lab.model import accept_rates, survival
+from dspark_lab.rates.intervals import ratio_interval, resampled
 
 __all__ = [
     "rate_table",
@@ -51,8 +52,6 @@ __all__ = [
 
 _SUMS = ["rounds", "reached", "passed", "survived"]
 _KEYS = ["kind", "conversation", "domain", "slot"]
-# Most numbers in one piece of work of the bootstrap.
-_PIECE = 2**22
 # Conversations from which on a token gets an interval: most tokens occur in one or two.
 _TOKEN_FEWEST = 10
 
@@ -411,7 +410,8 @@ def _ratios(
     for n in np.unique(count[count >= fewest]):
         alike = np.flatnonzero(count == n)
         members = entering[start[alike, None] + np.arange(n)]
-        bounds[:, :, alike] = _intervals(tops[:, members], bottom[members], resamples, seed)
+        drawn = resampled(n, resamples, (seed, n), one_by_one=True)
+        bounds[:, :, alike] = ratio_interval(tops[:, members], bottom[members], drawn)
     total = groups[denominator].to_numpy(float)
     table = groups[keys].assign(conversations=count, **{denominator: total})
     defined = np.where(total == 0, np.nan, total)
@@ -419,25 +419,3 @@ def _ratios(
         table.assign(ratio=groups[name] / defined, low=bounds[0, i], high=bounds[1, i])
         for i, name in enumerate(numerators)
     ]
-
-
-def _intervals(
-    tops: Float[np.ndarray, "ratio group conversation"],
-    bottom: Float[np.ndarray, "group conversation"],
-    resamples: int,
-    seed: int,
-) -> Float[np.ndarray, "bound ratio group"]:
-    """The 2.5 % and 97.5 % quantiles of sum(top) / sum(bottom) over resampled conversations.
-
-    A resample is how often each conversation was drawn, so that its sums are a matrix product.
-    """
-    n = bottom.shape[1]
-    rng = np.random.default_rng((seed, n))
-    ratios = np.empty((*tops.shape[:2], resamples))
-    step = max(1, _PIECE // n)
-    for first in range(0, resamples, step):
-        size = min(step, resamples - first)
-        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(float).T
-        ratios[:, :, first : first + size] = (tops @ times) / (bottom @ times)
-    return np.quantile(ratios, [0.025, 0.975], axis=2, overwrite_input=True)

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from dspark_lab.checks import require_int, require_number
-from dspark_lab.decoding import Outcome, Rounds, column, interval, read_trace, resampled, rounds_of
+from dspark_lab.decoding import Outcome, Rounds, column, read_trace, rounds_of
 from dspark_lab.model import CALIBRATION
+from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.replay import gain_table, threshold_sweep
 from dspark_lab.rates.scores import (
     Binning,

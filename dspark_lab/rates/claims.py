@@ -17,8 +17,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from dspark_lab.decoding import Rounds, interval, rounds_of
+from dspark_lab.decoding import Rounds, rounds_of
 from dspark_lab.rates.calibration import split_prompts
+from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.replay import threshold_sweep
 from dspark_lab.rates.scores import auroc, expected_calibration_error
 from dspark_lab.rates.temperatures import prefix_survival, quiet_fit
@@ -276,16 +277,13 @@ def _bootstrap(
     if not shared:
         raise ValueError("the runs of a claim must answer the same prompts, got none in common")
     runs = [run.take(np.isin(run.prompt, shared)) for run in runs]
-    rows = [[np.flatnonzero(run.prompt == prompt) for prompt in shared] for run in runs]
-    rng = np.random.default_rng(seed)
-    values = np.empty(resamples)
-    for index in range(resamples):
-        drawn = rng.integers(0, len(shared), len(shared))
-        taken = [
-            run.take(np.concatenate([own[i] for i in drawn]))
-            for run, own in zip(runs, rows, strict=True)
+    drawn = resampled(len(shared), resamples, seed, one_by_one=True)
+    values = np.array(
+        [
+            figure(*(run.take(np.repeat(np.arange(len(run)), n[run.conversation])) for run in runs))
+            for n in drawn
         ]
-        values[index] = figure(*taken)
+    )
     here = figure(*runs)
     # A calibration error grows when conversations are drawn twice; its spread does not.
     low, high = interval(values - np.nanmean(values) + here, len(shared))

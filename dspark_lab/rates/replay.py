@@ -19,7 +19,8 @@ import pandas as pd
 from jaxtyping import Float, Int, Shaped
 
 from dspark_lab.checks import require_number
-from dspark_lab.decoding import Rounds, interval, resampled, rounds_of
+from dspark_lab.decoding import Rounds, rounds_of
+from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.scores import Binning, as_probabilities
 from dspark_lab.rates.temperatures import (
     TEMPERATURE_GRID,

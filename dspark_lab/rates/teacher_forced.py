@@ -33,6 +33,7 @@ from dspark_lab.model import (
     survival,
 )
 from dspark_lab.rates.acceptance import teacher_forced_sums
+from dspark_lab.rates.intervals import ratio_interval, resampled
 
 __all__ = [
     "bootstrap",
@@ -187,9 +188,8 @@ def bootstrap(
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) == 0:
         raise ValueError(f"values must be one or more numbers, got shape {sample.shape}")
-    rng = np.random.default_rng(seed)
-    means = sample[rng.integers(0, len(sample), (resamples, len(sample)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    drawn = resampled(len(sample), resamples, seed, one_by_one=True)
+    low, high = ratio_interval(sample, np.ones_like(sample), drawn)
     return float(sample.mean()), float(low), float(high)
 
 
@@ -212,10 +212,8 @@ def compare_drafters(
     if ours["conversation"].tolist() != baseline["conversation"].tolist():
         raise ValueError("both tables must be of the same conversations, in the same order")
     own, theirs = ours[by].to_numpy(), baseline[by].to_numpy()
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(own), (resamples, len(own)))
-    gains = 100 * (own[drawn].mean(axis=1) / theirs[drawn].mean(axis=1) - 1)
-    low, high = np.quantile(gains, [0.025, 0.975])
+    drawn = resampled(len(own), resamples, seed, one_by_one=True)
+    low, high = 100 * (ratio_interval(own, theirs, drawn) - 1)
     return pd.Series(
         {
             "ours": own.mean(),
@@ -242,9 +240,8 @@ def slot_table(
         slots = sum(name.startswith("accept_") for name in table.columns)
         lived = table[[f"survival_{k}" for k in range(slots)]].to_numpy()
         lived = np.concatenate([np.ones((len(lived), 1)), lived], axis=1)
-        rng = np.random.default_rng(seed)
-        drawn = lived[rng.integers(0, len(lived), (resamples, len(lived)))].mean(axis=1)
-        low, high = np.quantile(drawn[:, 1:] / drawn[:, :-1], [0.025, 0.975], axis=0)
+        drawn = resampled(len(lived), resamples, seed, one_by_one=True)
+        low, high = ratio_interval(lived[:, 1:].T, lived[:, :-1].T, drawn)
         mean = lived.mean(axis=0)
         for k in range(slots):
             rows.append(

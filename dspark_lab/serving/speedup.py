@@ -46,14 +46,18 @@ from dspark_lab.decoding import (
     column,
     decode_rounds,
     encode_prompt,
-    interval,
     read_trace,
-    resampled,
     rounds_of,
 )
 from dspark_lab.files import now
 from dspark_lab.model import Drafter, Target, TargetCache
-from dspark_lab.rates import SequentialTemperatures, as_probabilities, trace_sums
+from dspark_lab.rates import (
+    SequentialTemperatures,
+    as_probabilities,
+    interval,
+    resampled,
+    trace_sums,
+)
 from dspark_lab.serving.speed import break_even_rate, speed_table
 
 __all__ = [

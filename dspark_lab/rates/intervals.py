@@ -1,0 +1,67 @@
+"""The bootstrap over conversations, whose slots and rounds are no independent sample."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dspark_lab.checks import require_int
+
+__all__ = ["interval", "ratio_interval", "resampled"]
+
+# Numbers that are drawn at a time.
+_PIECE = 2**22
+
+
+def resampled(
+    count: int, resamples: int, seed: int | tuple[int, int], *, one_by_one: bool = False
+) -> Int[np.ndarray, "resample conversation"]:
+    """How often each of ``count`` conversations is drawn when as many are, with replacement.
+
+    ``one_by_one`` draws conversation after conversation and counts, instead of drawing the counts:
+    the same distribution from other random numbers.
+    """
+    require_int("resamples", resamples, 1)
+    for part in seed if isinstance(seed, tuple) else (seed,):
+        require_int("seed", part, 0)
+    rng = np.random.default_rng(seed)
+    if not one_by_one:
+        return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    times = np.empty((resamples, count), dtype=np.int64)
+    step = max(1, _PIECE // count)
+    for first in range(0, resamples, step):
+        piece = times[first : first + step]
+        drawn = rng.integers(0, count, piece.shape) + count * np.arange(len(piece))[:, None]
+        piece[:] = np.bincount(drawn.ravel(), minlength=piece.size).reshape(piece.shape)
+    return times
+
+
+def interval(
+    figures: Float[np.ndarray, "resample *figure"],
+    conversations: int | Int[np.ndarray, "*figure"],
+) -> Float[np.ndarray, "bound *figure"]:
+    """The 95 % percentile interval of each figure, from its values in every resample.
+
+    Resamples in which a figure is undefined are left out. NaN where fewer than two
+    ``conversations``, a number for all figures or for each, enter it.
+    """
+    entering = np.broadcast_to(np.asarray(conversations) > 1, figures.shape[1:])
+    undefined = np.isnan(figures)
+    bounds = np.full((2, *figures.shape[1:]), np.nan)
+    # The quantile that leaves out NaN is slow: it goes through the figures one by one.
+    whole, partly = entering & ~undefined.any(axis=0), entering & ~undefined.all(axis=0)
+    for known, quantile in ((whole, np.quantile), (partly & ~whole, np.nanquantile)):
+        if known.any():
+            bounds[:, known] = quantile(figures[:, known], [0.025, 0.975], axis=0)
+    return bounds
+
+
+def ratio_interval(
+    top: Float[np.ndarray, "*figure conversation"],
+    bottom: Float[np.ndarray, "*figure conversation"],
+    drawn: Int[np.ndarray, "resample conversation"],
+) -> Float[np.ndarray, "bound *figure"]:
+    """The interval of sum(top) / sum(bottom) over conversations, for each figure."""
+    times = drawn.T.astype(np.float64)
+    ratios = (top @ times) / (bottom @ times)
+    return interval(np.moveaxis(ratios, -1, 0), drawn.shape[1])
