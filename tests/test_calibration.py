@@ -25,12 +25,12 @@ from dspark_lab.rates import (
     drift_table,
     error_change,
     expected_calibration_error,
-    gain_table,
     prefix_survival,
     reliability_table,
     reliability_tables,
     split_prompts,
 )
+from dspark_lab.serving import gain_table
 
 
 def test_a_split_is_by_conversation_and_repeatable() -> None:

@@ -23,7 +23,7 @@ from traces import PROBABILITY, SLOTS, TRACE, made_trace, rounds_by_hand
 from dspark_lab.decoding import decode
 from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import load_pair, load_traces, question
-from dspark_lab.rates import SequentialTemperatures, gain_table, split_prompts, threshold_sweep
+from dspark_lab.rates import SequentialTemperatures, split_prompts, threshold_sweep
 from dspark_lab.serving import (
     AcceptanceProfile,
     RoundCosts,
@@ -34,6 +34,7 @@ from dspark_lab.serving import (
     break_even,
     break_even_rate,
     decode_check,
+    gain_table,
     measure_costs,
     speedup_table,
     temperature_table,

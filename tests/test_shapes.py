@@ -84,7 +84,7 @@ calibration.reliability_tables(fit, held)
 calibration.study(trace, by=["domain"])
 calibration.drift_table(fit, held, held, half_life=100.0)
 costs = {"draft_seconds": 1.0, "verify_seconds": 1.0, "token_seconds": 0.1}
-calibration.gain_table(fit, held, **costs)
+serving.gain_table(fit, held, **costs)
 calibration.threshold_sweep(trace, [0.0, 0.5])
 rounds = calibration.rounds_of(held)
 calibration.brier(*rounds.pairs()), calibration.auroc(*rounds.pairs())

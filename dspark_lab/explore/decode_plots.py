@@ -326,7 +326,7 @@ def plot_gain(table: pd.DataFrame) -> Figure:
     """What each way to choose what is verified gains in speed over the raw confidence.
 
     Args:
-        table: from :func:`dspark_lab.rates.calibration.gain_table`: ``values``, ``threshold``,
+        table: from :func:`dspark_lab.serving.gain_table`: ``values``, ``threshold``,
             ``gain_percent``, ``gain_low`` and ``gain_high``.
     """
     figure, ax = new_figure(7, 0.42 * len(table) + 1.0)

@@ -23,8 +23,9 @@ from .claims import (
     error_change,
 )
 from .intervals import interval, ratio_interval, resampled
-from .replay import gain_table, threshold_sweep
+from .replay import passing_sums, threshold_levels, threshold_sweep
 from .scores import (
+    Binning,
     Brier,
     as_numbers,
     as_probabilities,
@@ -48,10 +49,13 @@ from .temperatures import (
     SequentialTemperatures,
     online_temperatures,
     prefix_survival,
+    quiet_fit,
+    rounds_apart,
     temperature_scale,
 )
 
 __all__ = [
+    "Binning",
     "Brier",
     "Claim",
     "HELD",
@@ -73,16 +77,18 @@ __all__ = [
     "error_change",
     "evaluate",
     "expected_calibration_error",
-    "gain_table",
     "interval",
     "online_temperatures",
+    "passing_sums",
     "prefix_survival",
+    "quiet_fit",
     "rate_table",
     "ratio_interval",
     "reached",
     "reliability_table",
     "reliability_tables",
     "resampled",
+    "rounds_apart",
     "slot_table",
     "split_prompts",
     "study",
@@ -91,6 +97,7 @@ __all__ = [
     "teacher_forced_answers",
     "teacher_forced_sums",
     "temperature_scale",
+    "threshold_levels",
     "threshold_sweep",
     "token_rate_table",
     "trace_sums",

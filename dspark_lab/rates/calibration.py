@@ -23,7 +23,7 @@ from dspark_lab.checks import require_int, require_number
 from dspark_lab.decoding import Outcome, Rounds, column, read_trace, rounds_of
 from dspark_lab.model import CALIBRATION
 from dspark_lab.rates.intervals import interval, resampled
-from dspark_lab.rates.replay import gain_table, threshold_sweep
+from dspark_lab.rates.replay import threshold_sweep
 from dspark_lab.rates.scores import (
     Binning,
     Brier,
@@ -58,7 +58,6 @@ __all__ = [
     "calibration_report",
     "drift_table",
     "expected_calibration_error",
-    "gain_table",
     "online_temperatures",
     "prefix_survival",
     "reliability_table",

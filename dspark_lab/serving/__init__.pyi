@@ -1,4 +1,5 @@
 from .engine import ENGINE, Engine, load_engine, measure_engine
+from .gain import gain_table
 from .load import (
     Answers,
     FixedLength,
@@ -69,6 +70,7 @@ __all__ = [
     "break_even_rate",
     "decode_check",
     "draw_requests",
+    "gain_table",
     "load_engine",
     "load_table",
     "measure_costs",
