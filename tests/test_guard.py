@@ -177,13 +177,13 @@ TEXT_FAULTS = {
         "rates/scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES
     ),
     "a temperature multiplies": TextFault(
-        "rates/temperatures.py",
+        "rates/scaling.py",
         "_sigmoid(_logit(values) / t)",
         "_sigmoid(_logit(values) * t)",
         RATES,
     ),
     "temperatures are searched slot by slot": TextFault(
-        "rates/temperatures.py",
+        "rates/scaling.py",
         "product = product * _sigmoid(logit / found[slot])",
         "product = np.ones_like(product)",
         RATES,

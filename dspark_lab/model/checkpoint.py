@@ -39,7 +39,7 @@ __all__ = ["load_drafter", "save_drafter"]
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# How a drafter's confidences are scaled (dspark_lab.rates.temperatures); of these very weights.
+# How a drafter's confidences are scaled (dspark_lab.rates.scaling); of these very weights.
 CALIBRATION = "calibration.json"
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"

@@ -23,7 +23,15 @@ from .claims import (
     error_change,
 )
 from .intervals import interval, ratio_interval, resampled
-from .replay import passing_sums, threshold_levels, threshold_sweep
+from .scaling import (
+    TEMPERATURE_GRID,
+    SequentialTemperatures,
+    disjoint_rounds,
+    fit_identifiable_slots,
+    non_identifiable_slots,
+    online_temperatures,
+    temperature_scale,
+)
 from .scores import (
     Binning,
     Brier,
@@ -34,6 +42,7 @@ from .scores import (
     expected_calibration_error,
     reliability_table,
 )
+from .survival import prefix_survival, slot_before
 from .teacher_forced import (
     bootstrap,
     compare_drafters,
@@ -44,15 +53,7 @@ from .teacher_forced import (
     teacher_forced_answers,
     whole_block_anchors,
 )
-from .temperatures import (
-    TEMPERATURE_GRID,
-    SequentialTemperatures,
-    online_temperatures,
-    prefix_survival,
-    quiet_fit,
-    rounds_apart,
-    temperature_scale,
-)
+from .thresholds import highest_threshold, sums_by_threshold, threshold_sweep
 
 __all__ = [
     "Binning",
@@ -72,32 +73,34 @@ __all__ = [
     "claims_of",
     "claims_table",
     "compare_drafters",
+    "disjoint_rounds",
     "drafter_table",
     "drift_table",
     "error_change",
     "evaluate",
     "expected_calibration_error",
+    "fit_identifiable_slots",
+    "highest_threshold",
     "interval",
+    "non_identifiable_slots",
     "online_temperatures",
-    "passing_sums",
     "prefix_survival",
-    "quiet_fit",
     "rate_table",
     "ratio_interval",
     "reached",
     "reliability_table",
     "reliability_tables",
     "resampled",
-    "rounds_apart",
+    "slot_before",
     "slot_table",
     "split_prompts",
     "study",
+    "sums_by_threshold",
     "tau_table",
     "teacher_forced",
     "teacher_forced_answers",
     "teacher_forced_sums",
     "temperature_scale",
-    "threshold_levels",
     "threshold_sweep",
     "token_rate_table",
     "trace_sums",

@@ -6,8 +6,8 @@ rate c* = sum_v min(p_draft, p_target), a probability itself. Both are defined o
 only: verified, and every earlier slot of the round accepted.
 
 This file knows what temperatures do to the confidences of a trace; it runs no model. The
-temperatures themselves are in :mod:`dspark_lab.rates.temperatures`, scores in :mod:`dspark_lab.rates.scores`,
-replays in :mod:`dspark_lab.rates.replay`, and how a trace is read in :mod:`dspark_lab.decoding.trace`; what
+temperatures themselves are in :mod:`dspark_lab.rates.scaling`, scores in :mod:`dspark_lab.rates.scores`,
+replays in :mod:`dspark_lab.rates.thresholds`, and how a trace is read in :mod:`dspark_lab.decoding.trace`; what
 belongs to the subject is imported here from them.
 """
 
@@ -23,7 +23,16 @@ from dspark_lab.checks import require_int, require_number
 from dspark_lab.decoding import Outcome, Rounds, column, read_trace, rounds_of
 from dspark_lab.model import CALIBRATION
 from dspark_lab.rates.intervals import interval, resampled
-from dspark_lab.rates.replay import threshold_sweep
+from dspark_lab.rates.scaling import (
+    COARSE_GRID,
+    TEMPERATURE_GRID,
+    SequentialTemperatures,
+    disjoint_rounds,
+    fit_identifiable_slots,
+    non_identifiable_slots,
+    online_temperatures,
+    temperature_scale,
+)
 from dspark_lab.rates.scores import (
     Binning,
     Brier,
@@ -35,17 +44,7 @@ from dspark_lab.rates.scores import (
     reliability_table,
     resampled_errors,
 )
-from dspark_lab.rates.temperatures import (
-    COARSE_GRID,
-    TEMPERATURE_GRID,
-    SequentialTemperatures,
-    online_temperatures,
-    prefix_survival,
-    quiet_fit,
-    rounds_apart,
-    temperature_scale,
-    untold_slots,
-)
+from dspark_lab.rates.survival import prefix_survival
 
 __all__ = [
     "CALIBRATION",
@@ -59,14 +58,12 @@ __all__ = [
     "drift_table",
     "expected_calibration_error",
     "online_temperatures",
-    "prefix_survival",
     "reliability_table",
     "reliability_tables",
     "rounds_of",
     "split_prompts",
     "study",
     "temperature_scale",
-    "threshold_sweep",
 ]
 
 
@@ -137,11 +134,13 @@ def calibration_report(
         TypeError, ValueError: as :func:`rounds_of` and :meth:`SequentialTemperatures.fit` with
             ``otherwise``, or a prompt that is in both.
     """
-    fitted, held = rounds_apart(fit, test)
+    fitted, held = disjoint_rounds(fit, test)
     seen = held.outcome(outcome)
-    scaling = quiet_fit(fitted, grid=grid, bins=bins, binning=binning)
+    scaling = fit_identifiable_slots(fitted, grid=grid, bins=bins, binning=binning)
     told = np.array(scaling.temperatures)
-    told[list(untold_slots(fitted.confidence, prefix_survival(fitted.outcome()), bins))] = np.nan
+    told[
+        list(non_identifiable_slots(fitted.confidence, prefix_survival(fitted.outcome()), bins))
+    ] = np.nan
     raw, scaled = held.confidence, scaling.apply(held.confidence)
     survival = prefix_survival(seen)
     products = np.cumprod(raw, axis=1), np.cumprod(scaled, axis=1)
@@ -210,8 +209,8 @@ def reliability_tables(
     Raises:
         TypeError, ValueError: as :func:`calibration_report`.
     """
-    fitted, held = rounds_apart(fit, test)
-    scaling = quiet_fit(fitted, bins=bins, binning=binning, grid=grid)
+    fitted, held = disjoint_rounds(fit, test)
+    scaling = fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
     scaled = replace(held, confidence=scaling.apply(held.confidence))
     return {
         name: reliability_table(*rounds.pairs(kind=outcome), bins, binning)
@@ -256,14 +255,14 @@ def drift_table(
         TypeError, ValueError: as :func:`rounds_of` and :func:`online_temperatures`, blocks of
             different length, a prompt of ``fit`` in the others, or no full window.
     """
-    parts = rounds_apart(fit, before, after)
+    parts = disjoint_rounds(fit, before, after)
     widths = [part.confidence.shape[1] for part in parts]
     if len(set(widths)) > 1:
         raise ValueError(f"fit, before and after must have blocks of one length, got {widths}")
     require_int("window", window, 1)
     f = np.concatenate([part.confidence for part in parts])
     outcome = np.concatenate([part.outcome() for part in parts])
-    static = quiet_fit(parts[0], grid=grid, bins=bins)
+    static = fit_identifiable_slots(parts[0], grid=grid, bins=bins)
     online = online_temperatures(
         f, outcome, half_life=half_life, every=every, start=static, grid=grid, bins=bins
     )

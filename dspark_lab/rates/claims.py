@@ -20,9 +20,10 @@ import pandas as pd
 from dspark_lab.decoding import Rounds, rounds_of
 from dspark_lab.rates.calibration import split_prompts
 from dspark_lab.rates.intervals import interval, resampled
-from dspark_lab.rates.replay import threshold_sweep
+from dspark_lab.rates.scaling import fit_identifiable_slots
 from dspark_lab.rates.scores import auroc, expected_calibration_error
-from dspark_lab.rates.temperatures import prefix_survival, quiet_fit
+from dspark_lab.rates.survival import prefix_survival
+from dspark_lab.rates.thresholds import threshold_sweep
 
 __all__ = ["Claim", "claims_of", "claims_table"]
 
@@ -87,7 +88,7 @@ def claims_table(
         runs[name, ALL] = rounds_of(trace)
         if any((name, HELD) in claim.runs for claim in wanted):
             fit, held = map(rounds_of, split_prompts(trace))
-            scaling = quiet_fit(fit)
+            scaling = fit_identifiable_slots(fit)
             runs[name, HELD] = held
             runs[name, SCALED] = replace(held, confidence=scaling.apply(held.confidence))
     rows = []

@@ -1,6 +1,6 @@
 """What calibration is worth: tokens and speed under thresholds on raw, scaled and true accept rates.
 
-Thresholds are replayed on a trace, see :mod:`dspark_lab.rates.replay`.
+Thresholds are applied to a trace, see :mod:`dspark_lab.rates.thresholds`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dspark_lab.rates import (
     Binning,
     SequentialTemperatures,
     as_probabilities,
+    disjoint_rounds,
+    fit_identifiable_slots,
+    highest_threshold,
     interval,
-    passing_sums,
-    quiet_fit,
     resampled,
-    rounds_apart,
-    threshold_levels,
+    sums_by_threshold,
 )
 
 __all__ = ["gain_table"]
@@ -84,7 +84,7 @@ def gain_table(
         TypeError, ValueError: as :func:`dspark_lab.rates.calibration_report`; costs that are
             negative or all 0, or thresholds outside [0, 1].
     """
-    fitted, held = rounds_apart(fit, test)
+    fitted, held = disjoint_rounds(fit, test)
     costs = {"draft": draft_seconds, "verify": verify_seconds, "token": token_seconds}
     for name, value in costs.items():
         require_number(f"{name}_seconds", value)
@@ -96,7 +96,7 @@ def gain_table(
     if on not in ("slot", "product"):
         raise ValueError(f"on must be 'slot' or 'product', got {on!r}")
     cuts = as_probabilities("thresholds", thresholds)
-    scaling = quiet_fit(fitted, grid=grid, bins=bins, binning=binning)
+    scaling = fit_identifiable_slots(fitted, grid=grid, bins=bins, binning=binning)
     tried, levels = (_levels(rounds, scaling, on) for rounds in (fitted, held))
     expected, worth = (np.nan_to_num(rounds.outcome("analytic")) for rounds in (fitted, held))
     together = np.zeros(len(fitted), dtype=np.int64)
@@ -105,8 +105,10 @@ def gain_table(
     drawn = resampled(len(rounds_each), resamples, seed)
     rows, speeds = [], {}
     for way, level in levels.items():
-        [verified] = passing_sums(tried[way], fitted.verified, cuts, together)
-        [accepted] = passing_sums(tried[way], expected, cuts, together)
+        verified, accepted = (
+            sums_by_threshold(tried[way], weight, cuts, together)[0].sum(axis=1)
+            for weight in (fitted.verified, expected)
+        )
         spent = len(fitted) * per_round + token_seconds * verified
         threshold = cuts[np.argmax((len(fitted) + accepted) / spent)]
         passing = level >= threshold
@@ -143,5 +145,5 @@ def _levels(
     }
     everything = np.where(rounds.verified, np.inf, -np.inf)
     return {"everything": everything} | {
-        way: threshold_levels(value, rounds.verified, on) for way, value in values.items()
+        way: highest_threshold(value, rounds.verified, on) for way, value in values.items()
     }

@@ -30,12 +30,15 @@ from dspark_lab.rates.scores import (
     require_binning,
     require_range,
 )
+from dspark_lab.rates.survival import prefix_survival
 
 __all__ = [
     "TEMPERATURE_GRID",
     "SequentialTemperatures",
+    "disjoint_rounds",
+    "fit_identifiable_slots",
+    "non_identifiable_slots",
     "online_temperatures",
-    "prefix_survival",
     "temperature_scale",
 ]
 
@@ -44,16 +47,6 @@ _METHOD = "sequential_temperature_scaling"
 # From 1/5 to 5 in steps of 2 %, with 1 itself in the middle.
 TEMPERATURE_GRID = tuple(np.exp(np.linspace(-np.log(5), np.log(5), 163)).tolist())
 COARSE_GRID = TEMPERATURE_GRID[::3]
-
-
-def prefix_survival(outcome: Float[np.ndarray, "round slot"]) -> Float[np.ndarray, "round slot"]:
-    """Whether (or how likely) all slots up to each one were accepted: the product of outcomes.
-
-    Once an outcome is 0 the product is 0, whatever is unknown (NaN) beyond it; otherwise it is NaN
-    from the first unknown outcome on.
-    """
-    dead = np.logical_or.accumulate(outcome == 0, axis=1)
-    return np.where(dead, 0.0, np.cumprod(outcome, axis=1))
 
 
 def temperature_scale(confidence: ArrayLike, temperatures: ArrayLike) -> Float[np.ndarray, "..."]:
@@ -256,14 +249,16 @@ def online_temperatures(
         window = slice(max(0, now - span), now)
         age = now - 1 - np.arange(window.start, now)
         recent, lived = f[window], survival[window]
-        untold = untold_slots(recent, lived, enough)
+        unidentified = non_identifiable_slots(recent, lived, enough)
         weights = 0.5 ** (age / half_life)
-        current = _search(recent, lived, weights, current, untold, choices, bins, "width")
+        current = _search(recent, lived, weights, current, unidentified, choices, bins, "width")
         temperatures[now : now + every] = current
     return temperatures
 
 
-def rounds_apart(fit: pd.DataFrame | Rounds, *others: pd.DataFrame | Rounds) -> tuple[Rounds, ...]:
+def disjoint_rounds(
+    fit: pd.DataFrame | Rounds, *others: pd.DataFrame | Rounds
+) -> tuple[Rounds, ...]:
     """The rounds of each trace; refused where another one has a prompt of ``fit``."""
     first, *rest = map(rounds_of, (fit, *others))
     for other in rest:
@@ -277,13 +272,13 @@ def rounds_apart(fit: pd.DataFrame | Rounds, *others: pd.DataFrame | Rounds) -> 
     return first, *rest
 
 
-def quiet_fit(rounds: Rounds, **options: Any) -> SequentialTemperatures:
+def fit_identifiable_slots(rounds: Rounds, **options: Any) -> SequentialTemperatures:
     """A fit for a table: without warnings, and with 1 where no temperature can be told."""
     scaling, _ = _fit(rounds.confidence, rounds.outcome(), otherwise=1.0, **options)
     return scaling
 
 
-def untold_slots(
+def non_identifiable_slots(
     confidence: Float[np.ndarray, "round slot"],
     survival: Float[np.ndarray, "round slot"],
     enough: int,
@@ -314,18 +309,18 @@ def _fit(
     choices = _checked_grid(grid)
     if otherwise is not None:
         _require_temperature("otherwise", otherwise)
-    untold = untold_slots(f, survival, bins)
-    if untold and otherwise is None:
-        slot, reason = next(iter(untold.items()))
+    unidentified = non_identifiable_slots(f, survival, bins)
+    if unidentified and otherwise is None:
+        slot, reason = next(iter(unidentified.items()))
         raise ValueError(f"slot {slot}: {reason}; fit on more rounds or on fewer slots")
     weights = np.ones(len(f))
     start = np.full(f.shape[1], otherwise, dtype=np.float64)
-    found = _search(f, survival, weights, start, untold, choices, bins, binning)
+    found = _search(f, survival, weights, start, unidentified, choices, bins, binning)
     ends = (choices.min(), choices.max()) if len(choices) > 2 else ()
     messages = [
         f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
         for slot, best in enumerate(found)
-        if slot not in untold and best in ends
+        if slot not in unidentified and best in ends
     ]
     return SequentialTemperatures(tuple(found.tolist())), messages
 
@@ -342,7 +337,7 @@ def _search(
     survival: Float[np.ndarray, "round slot"],
     weights: Float[np.ndarray, " round"],
     start: Float[np.ndarray, " slot"],
-    untold: Container[int],
+    unidentified: Container[int],
     choices: Float[np.ndarray, " choice"],
     bins: int,
     binning: str,
@@ -355,7 +350,7 @@ def _search(
     product = np.ones(len(f))
     for slot, known in enumerate(_known(f, survival).T):
         logit = _logit(f[:, slot])
-        if slot not in untold:
+        if slot not in unidentified:
             before, own, lived, weight = (
                 values[known] for values in (product, logit, survival[:, slot], weights)
             )

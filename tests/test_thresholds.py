@@ -36,7 +36,7 @@ def test_a_threshold_stops_at_the_first_slot_below_it(trace) -> None:
         verified, accepted, beyond = sweep_by_hand(trace, row.threshold)
         assert row.verified == pytest.approx(verified, abs=1e-12)
         assert row.accepted == pytest.approx(accepted, abs=1e-12)
-        assert row.not_replayed == pytest.approx(beyond, abs=1e-12)
+        assert row.not_in_trace == pytest.approx(beyond, abs=1e-12)
         if verified:
             assert row.acceptance_rate == pytest.approx(accepted / verified)
         else:

@@ -1,0 +1,25 @@
+"""Survival along a block: the product of what becomes of each slot."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+__all__ = ["prefix_survival", "slot_before"]
+
+
+def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarray, "*axes slot"]:
+    """Whether, or how likely, all slots up to each one are accepted: the product of outcomes.
+
+    Outcomes are 0 or 1, accept rates or confidences. Once one is 0 the product is 0, whatever is
+    unknown (NaN) beyond it; otherwise it is NaN from the first unknown outcome on.
+    """
+    rejected = np.logical_or.accumulate(outcome == 0, axis=-1)
+    return np.where(rejected, 0.0, np.cumprod(outcome, axis=-1))
+
+
+def slot_before(values: Shaped[np.ndarray, "*axes slot"]) -> Shaped[np.ndarray, "*axes slot"]:
+    """The value of the slot before; 1 (or True) at the first. Of survival: who gets to the slot."""
+    before = np.ones_like(values)
+    before[..., 1:] = values[..., :-1]
+    return before

@@ -1,0 +1,121 @@
+"""A static threshold applied to the rounds of a trace.
+
+Verification stops before the first slot whose value lies below the threshold. Whether a slot is
+verified, and then accepted, depends on the slots before it alone, so cutting a round short changes
+nothing in front of the cut. Rounds begin where they began in the trace, although a real run would
+begin its next round earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int, Shaped
+
+from dspark_lab.decoding import Rounds, rounds_of
+from dspark_lab.rates.intervals import interval, resampled
+from dspark_lab.rates.scaling import SequentialTemperatures
+from dspark_lab.rates.scores import as_probabilities
+
+__all__ = ["highest_threshold", "sums_by_threshold", "threshold_sweep"]
+
+_THRESHOLDS = tuple(step / 20 for step in range(20))
+
+
+def highest_threshold(
+    values: Float[np.ndarray, "round slot"],
+    allowed: Bool[np.ndarray, "round slot"],
+    on: Literal["slot", "product"] = "slot",
+) -> Float[np.ndarray, "round slot"]:
+    """The highest threshold at which each slot is still verified.
+
+    The threshold is on each slot's own value, or on the product of values up to it. -inf from the
+    first slot on that is not ``allowed``.
+    """
+    along = np.minimum.accumulate if on == "slot" else np.multiply.accumulate
+    return np.where(allowed, along(np.where(allowed, values, 0), axis=1), -np.inf)
+
+
+def sums_by_threshold(
+    highest: Float[np.ndarray, "round slot"],
+    weight: Shaped[np.ndarray, "round slot"],
+    thresholds: Float[np.ndarray, " threshold"],
+    group: Int[np.ndarray, " round"],
+) -> Float[np.ndarray, "group threshold slot"]:
+    """The summed weight of the slots that are verified at each threshold, by group of rounds.
+
+    ``highest`` is of :func:`highest_threshold`; groups are numbered from 0.
+    """
+    slots = highest.shape[1]
+    order = np.argsort(thresholds)
+    # A slot counts at the thresholds up to its highest: count those, then sum from the last on.
+    passed = np.searchsorted(thresholds[order], highest, side="right")
+    shape = int(group.max()) + 1, len(thresholds) + 1, slots
+    cell = (group[:, None] * shape[1] + passed) * slots + np.arange(slots)
+    by_passed = np.bincount(cell.ravel(), weight.ravel(), np.prod(shape)).reshape(shape)
+    sums = np.empty((shape[0], len(thresholds), slots))
+    sums[:, order] = by_passed[:, ::-1].cumsum(axis=1)[:, -2::-1]
+    return sums
+
+
+def threshold_sweep(
+    trace: pd.DataFrame | Rounds,
+    thresholds: Iterable[float] = _THRESHOLDS,
+    calibrated: SequentialTemperatures | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Slots that a static threshold on each slot's confidence verifies and accepts.
+
+    A threshold can only cut what the trace verified: use a trace that was decoded without one.
+
+    Args:
+        trace: of one drafter.
+        thresholds: in [0, 1], by default every 0.05 below 1; 0 verifies all that the trace did.
+        calibrated: scales the confidences first.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        one row per threshold: ``threshold``, ``acceptance_rate`` (accepted over verified; NaN where
+        nothing is verified), ``verified`` and ``accepted`` (slots per round, without the target's
+        own token), each of the three with ``_low`` and ``_high``, and ``not_in_trace``: slots per
+        round that pass the threshold but that the trace did not verify, because it was cut there or
+        the answer ended. ``_low`` and ``_high`` are 95 % percentile bootstrap intervals over
+        conversations, all thresholds resampled together; NaN where fewer than two conversations
+        have a round or, for the acceptance rate, a verified slot.
+    """
+    rounds = rounds_of(trace)
+    cuts = as_probabilities("thresholds", list(thresholds))
+    confidence = rounds.confidence
+    if calibrated is not None:
+        confidence = calibrated.apply(confidence)
+    drafted = ~np.isnan(confidence)
+    highest = highest_threshold(confidence, drafted)
+    conversation = rounds.conversation
+    count = np.bincount(conversation)
+    passing, verified, accepted = (
+        sums_by_threshold(highest, mask, cuts, conversation).sum(axis=2)
+        for mask in (drafted, rounds.verified, rounds.accepted)
+    )
+
+    def figures(drawn: Shaped[np.ndarray, "resample conversation"]) -> dict[str, np.ndarray]:
+        size, asked, taken = (drawn @ count)[:, None], drawn @ verified, drawn @ accepted
+        return {
+            "acceptance_rate": taken / np.where(asked > 0, asked, np.nan),
+            "verified": asked / size,
+            "accepted": taken / size,
+        }
+
+    found = figures(np.ones((1, len(count))))
+    entering = dict.fromkeys(found, np.full(len(cuts), len(count)))
+    entering["acceptance_rate"] = (verified > 0).sum(axis=0)
+    table = {"threshold": cuts}
+    for name, resample in figures(resampled(len(count), resamples, seed)).items():
+        table[name] = found[name][0]
+        table[f"{name}_low"], table[f"{name}_high"] = interval(resample, entering[name])
+    table["not_in_trace"] = (passing - verified).sum(axis=0) / len(rounds)
+    return pd.DataFrame(table)
