@@ -34,7 +34,7 @@ setup:  ## make the environment .venv, if it is not there yet
 lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 	@$(RUN) -m jupyterlab $(LAB)
 
-test: setup  ## every test and every notebook, a few minutes
+test: lint  ## lint, every test and every notebook, a few minutes
 	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env tests notebooks
 
 test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB) and Ray
@@ -52,10 +52,11 @@ data: setup  ## make the files in data/ anew with SmolLM2-135M
 notebooks: setup  ## run every notebook and store its outputs
 	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy and the import order
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+	.venv/bin/lint-imports
 
 format: setup  ## let ruff sort the imports and lay out the code
 	$(RUN) -m ruff check --fix
@@ -72,5 +73,5 @@ $(RUN):
 	@$(PYTHON) install.py
 
 clean:  ## remove the environment and every cache
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
