@@ -1,18 +1,158 @@
-"""Saying no in one sentence: what was wrong, what was given, what is allowed.
+"""Argument checks derived from annotations.
 
-Everything here looks at Python values and at the shapes, dtypes and devices of tensors, which cost
-no synchronisation. The contents of a tensor are looked at only in debug mode, which is switched on
-by the environment variable ``DSPARK_LAB_DEBUG=1`` and left out of compiled graphs. This file knows
-nothing about anchors or masks.
+``@checked`` reads the annotations of a function, a method or a class's constructor once, at the
+first call, and checks every call outside compiled graphs. It reads Python values and the shapes,
+dtypes and devices of tensors, which waits for no device. The contents of tensors are read only in
+debug mode, which the environment variable ``DSPARK_LAB_DEBUG=1`` switches on.
 """
 
+import builtins
+import functools
+import inspect
+import math
 import numbers
 import os
+import reprlib
+import sys
+import types
+import typing
+from collections import abc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import torch
+from jaxtyping import AbstractArray, Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
+__all__ = [
+    "Axis",
+    "BlockSize",
+    "Count",
+    "Device",
+    "Finite",
+    "NonNegative",
+    "NotEmpty",
+    "Positive",
+    "SeqLen",
+    "Share",
+    "Size",
+    "Within",
+    "checked",
+    "debug_range",
+    "shown",
+]
+
 DEBUG = os.environ.get("DSPARK_LAB_DEBUG", "0") not in ("", "0")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number: finite, ``low`` (allowed unless ``above``) to ``high``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if self.high < math.inf:
+            if not self.low <= value <= self.high or (self.above and value == self.low):
+                bracket = "(" if self.above else "["
+                raise ValueError(
+                    f"{name} must lie in {bracket}{self.low}, {self.high}], got {value}"
+                )
+        elif value < self.low or (self.above and value == self.low):
+            sign = ">" if self.above else ">="
+            raise ValueError(f"{name} must be {sign} {self.low}, got {value}")
+        elif value != value or value in (math.inf, -math.inf):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+@dataclass(frozen=True)
+class NotEmpty:
+    """At least one element."""
+
+    def check(self, name: str, value: Any) -> None:
+        if len(value) == 0:
+            raise ValueError(f"{name} must not be empty")
+
+
+@dataclass(frozen=True)
+class OfThisMachine:
+    """A device on which tensors can be made here."""
+
+    def check(self, name: str, value: Any) -> None:
+        if not _makes_tensors(str(value)):
+            raise ValueError(
+                f"{name} must be a device of this machine, such as 'cpu', got {str(value)!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The number is the length of this axis of the call's tensors."""
+
+    name: str
+
+
+Count = Annotated[int, Within(1)]
+Size = Annotated[int, Within(0)]
+SeqLen = Annotated[int, Within(0), Axis("seq")]
+BlockSize = Annotated[int, Within(1), Axis("slot")]
+Finite = Annotated[float, Within()]
+Positive = Annotated[float, Within(0, above=True)]
+NonNegative = Annotated[float, Within(0)]
+Share = Annotated[float, Within(0, 1)]
+Device = Annotated[torch.device | str, OfThisMachine()]
+
+
+def checked(target: T) -> T:
+    """The function, or the class with its constructor, that checks its arguments.
+
+    - ``Int[Tensor, "batch anchor"]`` and the like: a tensor (TypeError) of that kind of number
+      (TypeError; ``Int`` is any whole number) and rank, whose named axes agree with those of the
+      call's other arguments (ValueError). All tensors of a call are on one device (ValueError).
+    - classes, unions, sequences and the like: an object of that kind (TypeError); a bool is no
+      number. A value that a ``Literal`` does not list is a ValueError.
+    - ``Annotated``: each rule's ``check(name, value)``, and ``Axis``.
+
+    Defaults are not checked. In a compiled graph nothing is.
+    """
+    if inspect.isclass(target):
+        setattr(target, "__init__", checked(target.__init__))  # noqa: B010 (mypy: no assignment)
+        return target
+    function: Callable[..., Any] = target  # type: ignore[assignment]
+    checks: list[tuple[int, str, Check]] | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checks
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if checks is None:
+            checks = list(_read_signature(function))
+        seen, given = Call(), len(args)
+        for position, name, check in checks:
+            if position < given:
+                check(name, args[position], seen)
+            elif name in kwargs:
+                check(name, kwargs[name], seen)
+        seen.check_computed()
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def shown(value: Any) -> str:
+    """A value as error messages show it: on one line, never long."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    if isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, set, range)):
+        return " ".join(f"{reprlib.repr(value)} ({kind})".split())
+    return kind
 
 
 def require_int(name: str, value: int, minimum: int) -> None:
@@ -79,3 +219,312 @@ def debug_range(name: str, value: Tensor, low: int, high: int) -> None:
         raise ValueError(
             f"{name} must lie in [{low}, {high - 1}], got values from {smallest} to {largest}"
         )
+
+
+@dataclass
+class Call:
+    """What the arguments of one call that were checked so far have in common."""
+
+    sizes: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    device: torch.device | None = None
+    placed: str = ""
+    computed: list[tuple[str, Any, int, str, str]] = field(default_factory=list)
+
+    def bind(self, axis: str, size: Any, name: str) -> bool:
+        """Whether ``axis`` has this size, or had none so far."""
+        self.origins.setdefault(axis, name)
+        return self.sizes.setdefault(axis, size) == size
+
+    def place(self, name: str, device: torch.device) -> None:
+        if self.device is None:
+            self.device, self.placed = device, name
+        elif device != self.device:
+            raise ValueError(
+                f"all tensors must be on one device, got {self.placed} on {self.device}, "
+                f"{name} on {device}"
+            )
+
+    def check_computed(self) -> None:
+        """Axes that follow from others, such as ``anchor*slot``, once all arguments are known."""
+        for name, shape, size, axis, axes in self.computed:
+            try:
+                wanted = eval(axis, {}, self.sizes)
+            except NameError:  # of an argument that was not given
+                continue
+            if size != wanted:
+                raise ValueError(
+                    f"{name} must be [{axes}] with {axis} = {wanted}, got shape {shape}"
+                )
+
+
+class Check(NamedTuple):
+    """A check of one annotation: of the kind by itself, then of all else."""
+
+    allowed: str
+    is_kind: Callable[[Any], bool]
+    rest: Callable[[str, Any, Call], None] | None = None
+    exact: frozenset[type] = frozenset()  # types whose objects need no look
+
+    def __call__(self, name: str, value: Any, call: Call) -> None:
+        if not self.is_kind(value):
+            raise TypeError(f"{name} must be {self.allowed}, got {shown(value)}")
+        if self.rest is not None:
+            self.rest(name, value, call)
+
+
+ANYTHING = Check("anything", lambda value: True)
+
+
+def _read_signature(function: Callable[..., Any]) -> Iterator[tuple[int, str, Check]]:
+    """Position, name and check of each parameter whose annotation says something."""
+    names = _Names(function)
+    for position, parameter in enumerate(inspect.signature(function).parameters.values()):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            position = sys.maxsize
+        check = names.read(parameter.annotation)
+        if check is not ANYTHING:
+            yield position, parameter.name, check
+
+
+class _Names(dict[str, Any]):
+    """The names that a function's annotations may use; an unknown one stands for anything."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(vars(builtins) | getattr(function, "__globals__", {}))
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+    def read(self, annotation: Any) -> Check:
+        """The check of an annotation."""
+        if isinstance(annotation, typing.ForwardRef):
+            annotation = annotation.__forward_arg__
+        if isinstance(annotation, str):
+            try:
+                return self.read(eval(annotation, {}, self))
+            except (AttributeError, TypeError):  # of a name imported for type checkers alone
+                return ANYTHING
+        if annotation is Any:
+            return ANYTHING
+        if annotation is None or annotation is type(None):
+            return Check("None", lambda value: value is None, exact=frozenset({type(None)}))
+        if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
+            return _array(annotation)
+        origin, arguments = get_origin(annotation), get_args(annotation)
+        if origin is Annotated:
+            return self._annotated(arguments[0], annotation.__metadata__)
+        if origin is Literal:
+            return _literal(arguments)
+        if origin in (Union, types.UnionType):
+            return _union([self.read(argument) for argument in arguments])
+        kind = origin or annotation
+        if kind is abc.Callable:
+            return Check("a function", callable)
+        if not inspect.isclass(kind) or kind in (object, inspect.Parameter.empty):
+            return ANYTHING
+        if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+            return _tuple([self.read(argument) for argument in arguments])
+        if issubclass(kind, abc.Mapping) and len(arguments) == 2:
+            return _mapping(kind, *map(self.read, arguments))
+        if issubclass(kind, abc.Iterable) and arguments:
+            return _elements(kind, self.read(arguments[0]))
+        return _kind(kind)
+
+    def _annotated(self, annotation: Any, rules: Iterable[Any]) -> Check:
+        base = self.read(annotation)
+        axes = [rule.name for rule in rules if isinstance(rule, Axis)]
+        tests = [rule.check for rule in rules if hasattr(rule, "check")]
+
+        def rest(name: str, value: Any, call: Call) -> None:
+            if base.rest is not None:
+                base.rest(name, value, call)
+            for test in tests:
+                test(name, value)
+            for axis in axes:
+                if not call.bind(axis, value, name):
+                    raise ValueError(
+                        f"{name} must be {call.sizes[axis]}, the {axis} of {call.origins[axis]}, "
+                        f"got {value}"
+                    )
+
+        return Check(base.allowed, base.is_kind, rest)
+
+
+def _kind(kind: type) -> Check:
+    """An object of a class; of a protocol, one that has its members."""
+    if kind is int:
+        return Check("an int", _is_int, exact=frozenset({int}))
+    if kind is float:
+        return Check("a number", _is_number, exact=frozenset({int, float}))
+    if kind is bool:
+        return Check(
+            "True or False", lambda value: isinstance(value, bool), exact=frozenset({bool})
+        )
+    if getattr(kind, "_is_protocol", False):
+        members = {
+            member
+            for base in kind.__mro__
+            if getattr(base, "_is_protocol", False) and base is not typing.Protocol
+            for member in (*getattr(base, "__annotations__", ()), *vars(base))
+            if not member.startswith("_") or member == "__call__"
+        }
+        return Check(
+            f"a {kind.__name__} (with {', '.join(sorted(members))})",
+            lambda value: all(hasattr(value, member) for member in members),
+        )
+    if typing.is_typeddict(kind):
+        kind = dict
+    plain = {"str": "string", "Tensor": "tensor", "Sequence": "sequence", "ndarray": "NumPy array"}
+    name = plain.get(kind.__name__, kind.__name__)
+    article = "an" if name[0] in "AEIOUaeiou" else "a"
+    strings = issubclass(kind, (str, bytes)) or not issubclass(str, kind)
+
+    def is_kind(value: Any) -> bool:
+        return isinstance(value, kind) and (strings or not isinstance(value, (str, bytes)))
+
+    return Check(f"{article} {name}", is_kind, exact=frozenset({kind}))
+
+
+def _literal(allowed: tuple[Any, ...]) -> Check:
+    kinds = tuple({type(value) for value in allowed})
+    listed = ", ".join(repr(value) for value in allowed[:-1])
+    listed = f"{listed} or {allowed[-1]!r}" if listed else repr(allowed[-1])
+
+    def rest(name: str, value: Any, call: Call) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+    return Check(listed, lambda value: type(value) in kinds, rest)
+
+
+def _union(checks: list[Check]) -> Check:
+    """One of several annotations; the first whose kind fits says what else is wrong."""
+    if ANYTHING in checks:
+        return ANYTHING
+
+    def rest(name: str, value: Any, call: Call) -> None:
+        error = None
+        for check in checks:
+            if check.is_kind(value):
+                try:
+                    return check(name, value, call)
+                except (TypeError, ValueError) as refused:
+                    error = error or refused
+        if error is not None:
+            raise error
+
+    return Check(
+        " or ".join(check.allowed for check in checks),
+        lambda value: any(check.is_kind(value) for check in checks),
+        rest if any(check.rest for check in checks) else None,
+        frozenset().union(*(check.exact for check in checks if check.rest is None)),
+    )
+
+
+def _elements(kind: type, element: Check) -> Check:
+    """A sequence, set or other iterable; the elements of one that can be read twice are checked."""
+    outer = _kind(kind)
+
+    def rest(name: str, value: Any, call: Call) -> None:
+        if isinstance(value, abc.Collection) and not element.exact.issuperset(map(type, value)):
+            for part in value:
+                element(f"each of {name}", part, call)
+
+    return Check(outer.allowed, outer.is_kind, None if element is ANYTHING else rest)
+
+
+def _tuple(elements: list[Check]) -> Check:
+    def rest(name: str, value: Any, call: Call) -> None:
+        if len(value) != len(elements):
+            raise ValueError(f"{name} must hold {len(elements)} values, got {shown(value)}")
+        for element, part in zip(elements, value, strict=True):
+            element(f"each of {name}", part, call)
+
+    return Check("a tuple", lambda value: isinstance(value, tuple), rest)
+
+
+def _mapping(kind: type, key: Check, element: Check) -> Check:
+    outer = _kind(kind)
+
+    def rest(name: str, value: Any, call: Call) -> None:
+        for held, part in value.items():
+            key(f"each key of {name}", held, call)
+            element(f"{name}[{held!r}]", part, call)
+
+    return Check(outer.allowed, outer.is_kind, rest)
+
+
+def _array(annotation: Any) -> Check:
+    """A tensor, or another array, of some kind of number and with named axes."""
+    outer = _kind(annotation.array_type)
+    wanted, is_wanted = _numbers(annotation)
+    axes = annotation.dim_str.split()
+    listed = ", ".join(axes)
+    variadic = next((i for i, axis in enumerate(axes) if axis[0] == "*" or axis == "..."), None)
+    least = len(axes) - (variadic is not None)
+
+    def rest(name: str, value: Any, call: Call) -> None:
+        if not is_wanted(value.dtype):
+            raise TypeError(f"{name} must {wanted}, got {value.dtype}")
+        shape = tuple(value.shape)
+        if len(shape) < least or (variadic is None and len(shape) > least):
+            raise ValueError(f"{name} must be [{listed}], got shape {shape}")
+        sizes: Iterable[Any] = shape
+        if variadic is not None:
+            after = len(shape) - (least - variadic)
+            sizes = (*shape[:variadic], shape[variadic:after], *shape[after:])
+        for axis, size in zip(axes, sizes, strict=True):
+            if axis[0] == "_" or axis == "...":
+                continue
+            if axis.isidentifier() or axis[0] == "*":
+                if not call.bind(axis, size, name):
+                    raise ValueError(
+                        f"{name} must be [{listed}] with {axis} = {call.sizes[axis]} as in "
+                        f"{call.origins[axis]}, got shape {shape}"
+                    )
+            elif not axis.isdigit():
+                call.computed.append((name, shape, size, axis, listed))
+            elif size != int(axis):
+                raise ValueError(f"{name} must be [{listed}], got shape {shape}")
+        if isinstance(value, Tensor):
+            call.place(name, value.device)
+
+    return Check(outer.allowed, outer.is_kind, rest)
+
+
+def _numbers(annotation: Any) -> tuple[str, Callable[[Any], bool]]:
+    """What an array's elements must be, in words and as a test of its dtype."""
+    if annotation.dtype is Shaped:
+        return "hold numbers", lambda dtype: True
+    if annotation.dtype is Bool:
+        return "be bool", lambda dtype: str(dtype).endswith("bool")
+    if annotation.dtype in (Int, Integer):
+        return "hold integers", lambda dtype: "int" in str(dtype)
+    if annotation.dtype is Float:
+        return "hold floats", lambda dtype: "float" in str(dtype)
+    names = annotation.dtypes
+    kind = annotation.dtype.__name__.lower()
+    return f"be {kind}", lambda dtype: str(dtype).removeprefix("torch.") in names
+
+
+def _is_int(value: Any) -> bool:
+    whole = isinstance(value, (int, torch.SymInt, numbers.Integral))
+    return whole and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, (torch.SymInt, torch.SymFloat, numbers.Real))
+    exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
+    return real and not exact and not isinstance(value, bool)
+
+
+@functools.cache
+def _makes_tensors(device: str) -> bool:
+    try:
+        torch.empty(0, device=device)
+    except Exception:  # torch has no common class for the ways that a device can be missing
+        return False
+    return True

@@ -1,14 +1,27 @@
-"""Atomic file writes, the shipped data, and a clock that waits for the device."""
+"""Atomic writes of files and folders, JSON, the shipped data, and a clock for device work."""
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["DATA", "now", "shipped", "written_whole"]
+__all__ = [
+    "DATA",
+    "now",
+    "previous_version",
+    "read_json",
+    "remove_partial",
+    "replaced_whole",
+    "shipped",
+    "write_json",
+    "written_whole",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "data"
@@ -33,8 +46,8 @@ def shipped(name: str) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to, which takes its place at the end, or goes on an error."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """A name beside ``path`` to write to; the file takes its place at the end, or goes on error."""
+    partial = _partial(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -42,8 +55,95 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def replaced_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder`` to fill, which takes its place at the end.
+
+    On an error it goes and the old folder stays. A process that is killed leaves the old or the new
+    folder complete, in the moment of replacement under the name ``previous_version(folder)``.
+    """
+    partial, previous = _partial(folder), previous_version(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if previous.is_dir() and not folder.exists():
+        previous.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        # The contents reach the disk before the name does.
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if previous.exists():
+                previous.rename(folder)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def previous_version(folder: Path) -> Path:
+    """Where the old folder is while :func:`replaced_whole` puts the new one in its place."""
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def remove_partial(parent: Path) -> None:
+    """Remove the partial files and folders that killed processes left in ``parent``."""
+    for path in parent.glob(".*.partial-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The contents of a JSON file, which must be of ``kind``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file that is empty, cut off or otherwise no JSON, or holds another kind.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be a JSON file, but cannot be read as one: {error}"
+        ) from None
+    if not isinstance(values, kind):
+        wanted = {dict: "object", list: "array"}.get(kind, kind.__name__)
+        raise ValueError(f"{path} must hold a JSON {wanted}, got {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: Any, indent: int = 2) -> None:
+    """Write ``values`` as JSON to ``path``, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
+
+
 def now(device: torch.device) -> float:
     """Seconds of a monotonic clock, after the queued work of a CUDA device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
