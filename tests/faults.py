@@ -65,6 +65,26 @@ FAULTS: dict[str, Fault] = {
         changed_result(lambda drawn: (drawn[0], drawn[1] | True)),
         MASKS,
     ),
+    "accept rates are those of a smaller distance": Fault(
+        "dspark_lab.model.slotwise:rate_of_distance",
+        lambda right: lambda l1: right(l1 * 2 / 3),
+        TRAIN,
+    ),
+    "the Markov head reads the token after the previous one": Fault(
+        "dspark_lab.model.drafter:previous_positions",
+        lambda right: lambda labels, seq_len: right(labels + 1, seq_len),
+        TRAIN,
+    ),
+    "the gate of the gated head stays open": Fault(
+        "dspark_lab.model.heads:GatedHead.step",
+        lambda right: lambda head, state, embedding, hidden: (None, embedding),
+        TRAIN,
+    ),
+    "the RNN head forgets": Fault(
+        "dspark_lab.model.heads:RnnHead.step",
+        lambda right: lambda head, state, embedding, hidden: right(head, None, embedding, hidden),
+        TRAIN,
+    ),
 }
 
 

@@ -987,7 +987,7 @@ def test_a_save_killed_between_old_and_new_leaves_the_old_to_load_and_to_replace
     program = f"""
 import os, signal
 from pathlib import Path
-from dspark_lab.checkpoint import load_drafter, save_drafter
+from dspark_lab.model import load_drafter, save_drafter
 drafter = load_drafter({str(whole)!r})
 rename = Path.rename
 def last_rename(self, other):

@@ -8,10 +8,9 @@ import torch
 from samples import documents
 from torch import Tensor
 
-import dspark_lab.model.drafter
 from dspark_lab.chats import collate, pack
 from dspark_lab.common import sample_anchor_positions
-from dspark_lab.model import Drafter, DrafterConfig, accept_rates, build_markov_head
+from dspark_lab.model import Drafter, DrafterConfig, accept_rates, build_markov_head, layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -394,13 +393,13 @@ def test_rope_is_computed_in_fp32_at_every_dtype(dtype, first, monkeypatch):
     exact ones further out.
     """
     seen, normed = {}, {}
-    attention = dspark_lab.model.drafter.block_attention
+    attention = layers.block_attention
 
     def watch(q, k, *args, **options):
         seen.update(q=q, k=k)
         return attention(q, k, *args, **options)
 
-    monkeypatch.setattr(dspark_lab.model.drafter, "block_attention", watch)
+    monkeypatch.setattr(layers, "block_attention", watch)
     theta, size = 1e6, 32
     model = drafter(dtype, num_hidden_layers=1, head_dim=size, rope_theta=theta)
     layer = model.layers[0].self_attn

@@ -109,16 +109,6 @@ TEXT_FAULTS = {
         "np.maximum(spared - already, 0) / np.maximum(total - already, 1)",
         "np.maximum(spared - 0 * already, 0) / np.maximum(total, 1)",
     ),
-    "accept rates are those of a smaller distance": TextFault(
-        "model/objective.py", "return (1 - l1 / 2)", "return (1 - l1 / 3)", TRAIN
-    ),
-    "the Markov head reads the token after the previous one": TextFault(
-        "model/drafter.py", "previous = (labels - 1).clamp(", "previous = labels.clamp(", TRAIN
-    ),
-    "the gate of the gated head stays open": TextFault(
-        "model/heads.py", "return None, gate.sigmoid() * embedding", "return None, embedding", TRAIN
-    ),
-    "the RNN head forgets": TextFault("model/heads.py", "keep * state +", "0 * state +", TRAIN),
     "an evaluation counts blocks that are cut off": TextFault(
         "rates/teacher_forced.py", ".eval_mask[0].all(dim=-1)", ".eval_mask[0].any(dim=-1)", TRAIN
     ),

@@ -1,17 +1,12 @@
 from .checkpoint import CALIBRATION, load_drafter, save_drafter
-from .drafter import ARCHITECTURE, Drafter, DrafterConfig, Slots
+from .config import ARCHITECTURE, DrafterConfig
+from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
-from .heads import MarkovHead, MarkovKind, build_markov_head
-from .objective import (
-    Objective,
-    Sums,
-    accept_rates,
-    dspark_objective,
-    output_objective,
-    slot_weights,
-    survival,
-)
+from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
+from .objective import Objective, Sums, chunk_sizes, dspark_objective, output_objective
+from .protocol import BlockDrafter, DraftConfig, DrafterSizes, Features, Proposal, Slots
 from .rows import Rows, take
+from .slotwise import accept_rates, at_least_fp32, decay_weights, slot_weights, survival
 from .smollm2 import (
     fetch_smollm2,
     load_smollm2,
@@ -19,31 +14,35 @@ from .smollm2 import (
     smollm2_cache,
     split_digits,
 )
-from .target import (
-    Features,
-    Target,
-    TargetCache,
-    load_target,
-)
+from .target import Target, TargetCache, load_target
 
 __all__ = [
     "ARCHITECTURE",
     "CALIBRATION",
+    "MARKOV_HEADS",
+    "BlockDrafter",
+    "DraftConfig",
     "Drafter",
     "DrafterConfig",
+    "DrafterSizes",
     "FeatureSource",
     "Features",
     "MarkovHead",
     "MarkovKind",
     "Objective",
+    "Proposal",
     "Rows",
     "Slots",
     "Sums",
     "Target",
     "TargetCache",
     "accept_rates",
+    "at_least_fp32",
     "build_markov_head",
     "cached_features",
+    "chunk_sizes",
+    "decay_weights",
+    "drafter_sizes",
     "dspark_objective",
     "fetch_smollm2",
     "live_features",
@@ -53,8 +52,8 @@ __all__ = [
     "output_objective",
     "save_drafter",
     "save_tokenizer",
-    "smollm2_cache",
     "slot_weights",
+    "smollm2_cache",
     "split_digits",
     "survival",
     "take",

@@ -26,10 +26,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dspark_lab.checks import require_int
-from dspark_lab.model.drafter import ARCHITECTURE, Drafter, DrafterConfig
+from dspark_lab.model.config import ARCHITECTURE, DrafterConfig
+from dspark_lab.model.drafter import Drafter, meta_drafter
 
 if TYPE_CHECKING:
     import dspark_lab.model.target
@@ -61,16 +61,6 @@ class _Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-
-
-class _NoRandomNumbers(TorchFunctionMode):
-    """Leaves parameters unset: on the meta device ``normal_`` imports torch's compiler, for 1 s."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (torch.nn.init.normal_, torch.Tensor.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def save_drafter(
@@ -158,8 +148,7 @@ def load_drafter(
     values = _read_json(path / CONFIG)
     try:
         config = DrafterConfig.from_dict(values)
-        with torch.device("meta"), _NoRandomNumbers():
-            drafter = Drafter(config)
+        drafter = meta_drafter(config)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path / CONFIG}: {error}") from None
     stored = _read_headers(path)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from dspark_lab.chats import Batch, Encoded, collate
 from dspark_lab.files import written_whole
-from dspark_lab.model.target import Features, Target
+from dspark_lab.model.protocol import Features
+from dspark_lab.model.target import Target
 
 __all__ = ["FeatureSource", "cached_features", "live_features"]
 

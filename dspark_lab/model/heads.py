@@ -1,12 +1,11 @@
-"""Markov heads: what the previous token says about the next one, as a bias on a slot's logits.
+"""Markov heads: a bias on a slot's logits that depends on the token before it.
 
 The backbone predicts the slots of a block side by side, none knowing what the others hold. A Markov
-head adds to each slot's logits a bias of rank r that depends on the token before it (DSpark,
-section 3.2):
+head adds to each slot's logits a bias of rank r (DSpark, section 3.2):
 
     bias = markov_w2(latent),   latent of width r, made from e = markov_w1[previous token]
 
-and the three kinds differ in the latent alone, where h is the slot's hidden state:
+and the kinds differ in the latent alone, where h is the slot's hidden state:
 
     vanilla: e;
     gated:   sigmoid(gate_proj [h; e]) * e;
@@ -14,11 +13,13 @@ and the three kinds differ in the latent alone, where h is the slot's hidden sta
              g, c, o = joint_proj [s; e; h], and the next slot's s is
              sigmoid(g) * s + (1 - sigmoid(g)) * tanh(c).
 
-This file knows previous tokens and hidden states; it knows nothing about attention or losses. The
-latent is kept apart from the bias so that an objective can form the bias for a few slots at a time.
+A new kind is a subclass of :class:`MarkovHead` and its line in :data:`MARKOV_HEADS`; drafter,
+checkpoint, decoding, cost and memory follow from the module.
 """
 
-from typing import Literal, get_args
+import copy
+import weakref
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,26 +27,23 @@ from torch import Tensor, nn
 
 from dspark_lab.checks import require_int
 
-__all__ = ["MarkovHead", "MarkovKind", "build_markov_head"]
+__all__ = ["MARKOV_HEADS", "MarkovHead", "MarkovKind", "build_markov_head"]
 
 MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
 
 
 class MarkovHead(nn.Module):
-    """A head of one of the three kinds. See :func:`build_markov_head`, which checks the arguments.
+    """The vanilla head, and what all kinds share. The latent is kept apart from the bias, so that
+    an objective can form the bias for a few slots at a time."""
 
-    ``gate_proj`` is there for ``gated`` alone, ``joint_proj`` for ``rnn`` alone.
-    """
+    # Whether a slot's latent depends on earlier slots of its block.
+    recurrent = False
 
-    def __init__(self, kind: MarkovKind, vocab_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
         super().__init__()
-        self.kind = kind
+        self.hidden_size = hidden_size
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
-        if kind == "gated":
-            self.gate_proj = nn.Linear(hidden_size + rank, rank)
-        if kind == "rnn":
-            self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
         """The previous token's embedding, which the confidence head reads too."""
@@ -56,9 +54,9 @@ class MarkovHead(nn.Module):
         prev_ids: Int[Tensor, "batch anchor slot"],
         hidden: Float[Tensor, "batch anchor slot hidden"],
     ) -> Float[Tensor, "batch anchor slot rank"]:
-        """What ``markov_w2`` maps to the bias."""
+        """The latent of every slot, teacher-forced."""
         embeddings = self.embed(prev_ids)
-        if self.kind != "rnn":
+        if not self.recurrent:
             return self.step(None, embeddings, hidden)[1]
         state, outputs = None, []
         for embedding, h in zip(embeddings.unbind(-2), hidden.unbind(-2), strict=True):
@@ -72,13 +70,81 @@ class MarkovHead(nn.Module):
         embedding: Float[Tensor, "*axes rank"],
         hidden: Float[Tensor, "*axes hidden"],
     ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
-        """One slot: the next slot's state, and this slot's latent. A block begins with None."""
-        if self.kind == "vanilla":
-            return None, embedding
+        """The next slot's state and this slot's latent. A block begins with the state None."""
+        return None, embedding
+
+    @property
+    def latent_weights(self) -> int:
+        """Numbers in the matrices that make a slot's latent, markov_w1 and markov_w2 aside."""
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        return sum(module.weight.numel() for module in linear if module is not self.markov_w2)
+
+    def latent_kept(self, block_size: int) -> float:
+        """Numbers a slot that :meth:`latent` keeps for the backward pass beside its inputs."""
+        head = copy.deepcopy(self).to("meta")
+        width = head.hidden_size
+        hidden = torch.empty(1, 1, block_size, width, device="meta", requires_grad=True)
+        ids = torch.empty(1, 1, block_size, dtype=torch.long, device="meta")
+        alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+        def pack(tensor: Tensor) -> _Kept:
+            kept = _Kept(tensor)
+            alive.add(kept)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            latent = head.latent(ids, hidden)
+        inputs = {x.untyped_storage()._cdata for x in (hidden, *head.parameters())}
+        stored = {
+            kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes()
+            for kept in alive
+            if kept.tensor.is_floating_point()
+        }
+        numbers = sum(size for place, size in stored.items() if place not in inputs)
+        return numbers / latent.itemsize / block_size
+
+
+class _Kept:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class GatedHead(MarkovHead):
+    """The embedding, each number gated by what the slot's hidden state makes of it."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+        super().__init__(vocab_size, rank, hidden_size)
+        self.gate_proj = nn.Linear(hidden_size + rank, rank)
+
+    def step(
+        self,
+        state: Float[Tensor, "*axes rank"] | None,
+        embedding: Float[Tensor, "*axes rank"],
+        hidden: Float[Tensor, "*axes hidden"],
+    ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
         embedding = embedding.to(hidden.dtype)
-        if self.kind == "gated":
-            gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1))
-            return None, gate.sigmoid() * embedding
+        gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1))
+        return None, gate.sigmoid() * embedding
+
+
+class RnnHead(MarkovHead):
+    """A gated recurrent state over the block's previous tokens."""
+
+    recurrent = True
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+        super().__init__(vocab_size, rank, hidden_size)
+        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
+
+    def step(
+        self,
+        state: Float[Tensor, "*axes rank"] | None,
+        embedding: Float[Tensor, "*axes rank"],
+        hidden: Float[Tensor, "*axes hidden"],
+    ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
+        embedding = embedding.to(hidden.dtype)
         if state is None:
             state = torch.zeros_like(embedding)
         joint = self.joint_proj(torch.cat([state, embedding, hidden], dim=-1))
@@ -87,25 +153,28 @@ class MarkovHead(nn.Module):
         return keep * state + (1 - keep) * candidate.tanh(), output.tanh()
 
 
-def build_markov_head(
-    kind: MarkovKind, vocab_size: int, rank: int, hidden_size: int
-) -> MarkovHead | None:
-    """The head of a kind, or None for ``none`` or rank 0, which leaves the drafter of DFlash.
+MARKOV_HEADS: dict[str, type[MarkovHead]] = {
+    "vanilla": MarkovHead,
+    "gated": GatedHead,
+    "rnn": RnnHead,
+}
+
+
+def build_markov_head(kind: str, vocab_size: int, rank: int, hidden_size: int) -> MarkovHead | None:
+    """The head of a kind in :data:`MARKOV_HEADS`; None, as in DFlash, for ``none`` or rank 0.
 
     Args:
-        kind: ``vanilla``, ``gated``, ``rnn`` or ``none``.
+        kind: of the head.
         vocab_size: tokens, both those that are read and those that get a bias.
         rank: width of the latent.
         hidden_size: width of the slots' hidden states.
-
-    Raises:
-        TypeError, ValueError: an unknown kind, a negative rank, or a size below 1.
     """
-    if kind not in get_args(MarkovKind):
-        raise ValueError(f"markov_head_type must be one of {get_args(MarkovKind)}, got {kind!r}")
     require_int("markov_rank", rank, 0)
     require_int("vocab_size", vocab_size, 1)
     require_int("hidden_size", hidden_size, 1)
+    kinds = ("none", *MARKOV_HEADS)
+    if kind not in kinds:
+        raise ValueError(f"markov_head_type must be one of {kinds}, got {kind!r}")
     if kind == "none" or rank == 0:
         return None
-    return MarkovHead(kind, vocab_size, rank, hidden_size)
+    return MARKOV_HEADS[kind](vocab_size, rank, hidden_size)

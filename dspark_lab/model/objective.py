@@ -22,14 +22,14 @@ import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from dspark_lab.checks import (
     debug_range,
-    require_bool,
     require_int,
     require_integers,
     require_same_device,
@@ -38,19 +38,24 @@ from dspark_lab.checks import (
 )
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.model.drafter import Slots
+from dspark_lab.model.slotwise import (
+    at_least_fp32,
+    distance,
+    rate_of_distance,
+    slot_weights,
+    survival,
+)
 
 __all__ = [
     "Objective",
     "Sums",
-    "accept_rates",
+    "chunk_sizes",
     "dspark_objective",
     "output_objective",
-    "slot_weights",
-    "survival",
 ]
 
-# Logits of a chunk: enough slots for fast matrix products. And those of it that are taken through
-# softmax and gradient together, few enough to stay in the cache. Each on a CPU and on a GPU.
+# Logits of a chunk: enough slots for fast matrix products. And those of a tile of it, which go
+# through softmax and gradient together, few enough to stay in the cache. Each on CPU and GPU.
 _CHUNK = 192 * 49152, 448 * 151936
 _TILE = 16 * 49152, 2**23
 
@@ -141,42 +146,6 @@ class Objective:
     sums: Sums
 
 
-def slot_weights(
-    eval_mask: Bool[Tensor, "batch anchor slot"], loss_decay_gamma: float, dtype: torch.dtype
-) -> Float[Tensor, "batch anchor slot"]:
-    """w_k = exp(-k / gamma) on supervised slots, 0 elsewhere (DSpark, section 3.4).
-
-    Raises:
-        TypeError, ValueError: ``eval_mask`` is not bool ``[batch, anchor, slot]``, or gamma is not
-            a number > 0.
-    """
-    require_tensor("eval_mask", eval_mask, ("batch", "anchor", "slot"))
-    require_bool("eval_mask", eval_mask)
-    _require_number("loss_decay_gamma", loss_decay_gamma)
-    if not loss_decay_gamma > 0:
-        raise ValueError(f"loss_decay_gamma must be > 0, got {loss_decay_gamma}")
-    slot = torch.arange(eval_mask.shape[-1], device=eval_mask.device, dtype=dtype)
-    return torch.exp(-slot / loss_decay_gamma) * eval_mask
-
-
-def survival(
-    rates: Float[Tensor, "batch anchor slot"], eval_mask: Bool[Tensor, "batch anchor slot"]
-) -> Float[Tensor, "batch anchor slot"]:
-    """The product of a block's rates up to each supervised slot; 0 on slots that are not."""
-    return torch.where(eval_mask, rates, 0).cumprod(dim=-1)
-
-
-def accept_rates(output: DSparkForwardOutput) -> Float[Tensor, "batch anchor slot"]:
-    """c* = 1 - ||p - q||_1 / 2 of every slot, supervised or not, in fp32 at least (section 3.3).
-
-    Raises:
-        ValueError: the output has no ``aligned_target_logits``.
-    """
-    if output.aligned_target_logits is None:
-        raise ValueError("accept rates need aligned_target_logits, which the output does not have")
-    return _accept(_distance(output.draft_logits, output.aligned_target_logits))
-
-
 def output_objective(
     output: DSparkForwardOutput,
     *,
@@ -192,7 +161,7 @@ def output_objective(
     """
     _require_weights(ce_weight, l1_weight, confidence_weight)
     _require_teacher(output.aligned_target_logits, l1_weight, confidence_weight)
-    wide = _at_least_fp32(output.draft_logits.dtype)
+    wide = at_least_fp32(output.draft_logits.dtype)
     weights = slot_weights(output.eval_mask, loss_decay_gamma, wide)
     _require_ids("target_ids", output.target_ids, output.draft_logits.shape[-1])
     share = _share(weights, normaliser)
@@ -201,7 +170,7 @@ def output_objective(
     l1 = torch.full_like(ce, torch.nan)
     loss = ce_weight * (share * ce).sum()
     if output.aligned_target_logits is not None:
-        l1 = _distance(output.draft_logits, output.aligned_target_logits.detach())
+        l1 = distance(output.draft_logits, output.aligned_target_logits.detach())
         loss = loss + l1_weight * (share * l1).sum()
     return _finish(
         loss, share, weights, ce, l1, output.confidence_pred, output.eval_mask, confidence_weight
@@ -248,7 +217,7 @@ def dspark_objective(
     if chunk is not None:
         require_int("chunk", chunk, 1)
     _require_slots(slots, lm_head_weight, markov_w2_weight)
-    wide = _at_least_fp32(slots.hidden.dtype)
+    wide = at_least_fp32(slots.hidden.dtype)
     weights = slot_weights(slots.eval_mask, loss_decay_gamma, wide)
     share = _share(weights, normaliser)
     inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
@@ -267,7 +236,7 @@ def dspark_objective(
             None if markov_w2_weight is None else markov_w2_weight.to(dtype),
             float(ce_weight),
             float(l1_weight),
-            _rows(_CHUNK, lm_head_weight) if chunk is None else chunk,
+            chunk,
             asks,
             torch.is_grad_enabled() and lm_head_weight.requires_grad,
         )
@@ -276,6 +245,29 @@ def dspark_objective(
     if slots.target_hidden is None:
         l1 = torch.full_like(l1, torch.nan)
     return _finish(loss, share, weights, ce, l1, slots.confidence_pred, mask, confidence_weight)
+
+
+def chunk_sizes(
+    slots: int | Int[np.ndarray, "*axes"],
+    vocab_size: int,
+    on_gpu: bool,
+    chunk: int | None = None,
+) -> tuple[Any, Any, Any]:
+    """How :func:`dspark_objective` divides its slots: even chunks, each gone through by tiles.
+
+    Args:
+        slots: whose logits are computed: on a GPU all, on a CPU the supervised ones.
+        vocab_size: logits of a slot.
+        on_gpu: whether the logits are on a GPU.
+        chunk: most slots of a chunk, where it is not as many as keep the matrix products fast.
+
+    Returns:
+        the number of chunks, the slots of the largest, and the slots of a tile; arrays for arrays.
+    """
+    most = max(1, _CHUNK[on_gpu] // vocab_size) if chunk is None else chunk
+    chunks = np.maximum(1, -(-slots // most))
+    largest = -(-slots // chunks)
+    return chunks, largest, np.minimum(largest, max(1, _TILE[on_gpu] // vocab_size))
 
 
 @torch.library.custom_op("dspark_lab::chunked_objective", mutates_args=())
@@ -290,7 +282,7 @@ def _chunked(
     w2: Tensor | None,
     ce_weight: float,
     l1_weight: float,
-    chunk: int,
+    chunk: int | None,
     asks: bool,
     head_asks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -303,17 +295,15 @@ def _chunked(
     count, vocab = hidden.shape[0], head.shape[0]
     ce, l1 = share.new_zeros(count), share.new_zeros(count)
     d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
-    chosen = _chosen(supervised)
-    parts = chosen.tensor_split(max(1, math.ceil(len(chosen) / chunk)))
-    most = len(parts[0])
+    chosen, on_gpu = _chosen(supervised), hidden.device.type != "cpu"
+    chunks, most, few = map(int, chunk_sizes(len(chosen), vocab, on_gpu, chunk))
     logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
-    few = _rows(_TILE, head)
     narrow = hidden.dtype != share.dtype
-    spare = share.new_empty(3 if narrow else 1, min(few, most), vocab)
+    spare = share.new_empty(3 if narrow else 1, few, vocab)
     # The gradients of logits are divided by the weight of l1, or of ce where there is no l1.
     unit = l1_weight if teacher is not None and l1_weight != 0 else ce_weight
 
-    for part in parts:
+    for part in chosen.tensor_split(chunks):
         n = len(part)
         # Nothing that an unsupervised slot holds reaches a sum.
         idle = ~supervised[part].unsqueeze(1)
@@ -331,7 +321,7 @@ def _chunked(
         if z is not None and w2 is not None:
             draft.addmm_(z, w2.T)
         losses = []
-        for first in range(0, max(n, 1), few):
+        for first in range(0, max(n, 1), max(few, 1)):
             some = slice(first, min(first + few, n))
             p, q = draft[some], None if target is None else target[some]
             scratch = spare[:, : len(p)]
@@ -360,11 +350,6 @@ def _chosen(supervised: Tensor) -> Tensor:
     if supervised.device.type == "cpu":
         return supervised.nonzero().squeeze(1)
     return torch.arange(len(supervised), device=supervised.device)
-
-
-def _rows(logits: tuple[int, int], head: Tensor) -> int:
-    """How many slots have so many logits, on the head's device."""
-    return max(1, logits[head.device.type != "cpu"] // head.shape[0])
 
 
 def _losses_(
@@ -425,7 +410,7 @@ def _gradients(
     head_asks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Zeros to gather the gradients in; empty where nobody asks."""
-    wide = _at_least_fp32(hidden.dtype)
+    wide = at_least_fp32(hidden.dtype)
 
     def zeros(like: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
         shape = like.shape if like is not None and needed else (0,)
@@ -480,17 +465,16 @@ def _finish(
     confidence_weight: float,
 ) -> Objective:
     """Adds the confidence term and forms the sums."""
-    accept = torch.where(eval_mask, _accept(l1.detach()), torch.nan)
+    accept = torch.where(eval_mask, rate_of_distance(l1.detach()), torch.nan)
     nothing = torch.full_like(accept, torch.nan)
     confidence = error = bias = cumulative = nothing
     lived = survival(accept, eval_mask)
     if confidence_pred is not None:
         logit = torch.where(eval_mask, confidence_pred.to(share.dtype), 0)
+        soft = torch.where(eval_mask, accept, 0)
+        confidence = F.binary_cross_entropy_with_logits(logit, soft, reduction="none")
         if confidence_weight != 0:
-            soft = torch.where(eval_mask, accept, 0)
-            bce = F.binary_cross_entropy_with_logits(logit, soft, reduction="none")
-            loss = loss + confidence_weight * (share * bce).sum()
-            confidence = bce
+            loss = loss + confidence_weight * (share * confidence).sum()
         predicted = logit.detach().sigmoid()
         bias = predicted - accept
         error = bias.abs()
@@ -515,17 +499,6 @@ def _finish(
     return Objective(loss, accept, sums)
 
 
-def _distance(draft: Tensor, target: Tensor) -> Tensor:
-    wide = _at_least_fp32(draft.dtype)
-    ours, theirs = (x.to(wide).softmax(dim=-1) for x in (draft, target))
-    return (ours - theirs).abs().sum(dim=-1)
-
-
-def _accept(l1: Tensor) -> Tensor:
-    """c*; rounding may take l1 a little above 2."""
-    return (1 - l1 / 2).clamp(min=0)
-
-
 def _share(weights: Tensor, normaliser: Tensor | None) -> Tensor:
     """The weights, divided; all zero stays zero."""
     if normaliser is None:
@@ -541,10 +514,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _require_number(name: str, value: float) -> None:

@@ -34,6 +34,7 @@ from dspark_lab.checks import (
     require_tensor,
 )
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
+from dspark_lab.model.protocol import Features
 from dspark_lab.model.rows import Rows, take
 from dspark_lab.model.smollm2 import load_smollm2
 
@@ -48,19 +49,6 @@ _LOGIT_CHANGES = (
 )
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What a drafter reads of the target, in the target's dtype.
-
-    ``context`` ``[batch, seq, len(layer_ids) * hidden]`` as
-    :func:`dspark_lab.common.extract_context_feature` gives it; ``last`` ``[batch, seq, hidden]``,
-    the final hidden state after the last norm, which the LM head maps to the target's logits.
-    """
-
-    context: Float[Tensor, "batch seq features"]
-    last: Float[Tensor, "batch seq hidden"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,7 +132,7 @@ class Shape:
     num_anchors: int = 512
     seq_len: int = 4096
     markov_rank: int = 256
-    markov_head_type: MarkovKind = "vanilla"
+    markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     tied: bool = False
@@ -149,7 +149,7 @@ class Shape:
         num_anchors: int | None = None,
         seq_len: int | None = None,
         markov_rank: int | None = None,
-        markov_head_type: MarkovKind | None = None,
+        markov_head_type: str | None = None,
         enable_confidence_head: bool | None = None,
     ) -> Shape:
         """The shape of a preset, of a target's ``config.json``, or of a drafter.

@@ -1,0 +1,134 @@
+"""What the library asks of a drafter, and what goes into one and comes out.
+
+    target features, blocks -> slots          a training forward, just before the vocabulary
+    anchor, cache           -> proposal       a block drafted for decoding
+
+:class:`dspark_lab.model.drafter.Drafter` is such a drafter; another family is another class with
+these methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dspark_lab.attention import Backend
+from dspark_lab.blocks import Blocks
+from dspark_lab.chats import Batch
+
+__all__ = [
+    "BlockDrafter",
+    "DraftConfig",
+    "DrafterSizes",
+    "Features",
+    "Proposal",
+    "Slots",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a drafter reads of the target, in the target's dtype.
+
+    ``context`` ``[batch, seq, len(layer_ids) * hidden]`` as
+    :func:`dspark_lab.common.extract_context_feature` gives it; ``last`` ``[batch, seq, hidden]``,
+    the final hidden state after the last norm, which the LM head maps to the target's logits.
+    """
+
+    context: Float[Tensor, "batch seq features"]
+    last: Float[Tensor, "batch seq hidden"]
+
+
+@dataclass
+class Slots:
+    """Every slot of a training forward, just before the vocabulary.
+
+    A slot's logits are ``lm_head(hidden) + markov_w2(latent)``, its teacher's
+    ``lm_head(target_hidden)``. ``latent`` is None without a Markov head, ``confidence_pred``
+    (logits) without a confidence head, ``target_hidden`` where no teacher was given. ``prev_ids``
+    are the tokens before those to predict; what slots past the row's end hold has no meaning.
+    """
+
+    hidden: Float[Tensor, "batch anchor slot hidden"]
+    latent: Float[Tensor, "batch anchor slot rank"] | None
+    confidence_pred: Float[Tensor, "batch anchor slot"] | None
+    target_hidden: Float[Tensor, "batch anchor slot hidden"] | None
+    target_ids: Int[Tensor, "batch anchor slot"]
+    prev_ids: Int[Tensor, "batch anchor slot"]
+    eval_mask: Bool[Tensor, "batch anchor slot"]
+    block_keep_mask: Bool[Tensor, "batch anchor"]
+
+
+@dataclass
+class Proposal:
+    """A block of each row: its tokens, and the confidence head's logits where there is one."""
+
+    tokens: Int[Tensor, "batch slot"]
+    confidence: Float[Tensor, "batch slot"] | None
+
+
+@dataclass(frozen=True)
+class DrafterSizes:
+    """What the cost and the memory of a drafter follow from, counted on the module itself.
+
+    ``trained_parameters``: numbers that the optimiser moves. ``layer_parameters``: numbers of one
+    layer of the backbone. ``latent_weights``: numbers in the matrices that make a slot's latent.
+    ``latent_kept``: numbers a slot that making the latent keeps for the backward pass.
+    ``confidence_width``: numbers that the confidence head reads of a slot, 0 without one.
+    """
+
+    trained_parameters: int
+    layer_parameters: int
+    latent_weights: int
+    latent_kept: float
+    confidence_width: int
+
+
+class DraftConfig(Protocol):
+    """What a drafter's configuration tells every user of the drafter."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def mask_token_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]: ...
+    @property
+    def context_size(self) -> int: ...
+    @property
+    def enable_confidence_head(self) -> bool: ...
+
+
+class BlockDrafter(Protocol):
+    """All that the rest of the library asks of a drafter."""
+
+    @property
+    def config(self) -> DraftConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def sizes(self) -> DrafterSizes: ...
+
+    def slots(
+        self, batch: Batch, blocks: Blocks, features: Features, *, backend: Backend = "auto"
+    ) -> Slots: ...
+    def start_cache(self, batch: int) -> Any: ...
+    def read(
+        self, context: Float[Tensor, "batch new features"], cache: Any, counts: Sequence[int]
+    ) -> None: ...
+    def propose(
+        self,
+        anchor_ids: Int[Tensor, " batch"],
+        cache: Any,
+        choose: Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]],
+        length: int | None = None,
+    ) -> Proposal: ...
