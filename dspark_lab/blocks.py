@@ -1,29 +1,22 @@
-"""One draw of blocks on a batch: where they stand, what goes in, what each slot should predict.
+"""One draw of blocks on a batch: where they stand, their input, and what each slot predicts.
 
 The alignment rule (DSpark, section 3.1): slot k of the block at anchor a has position a + k, reads
-the anchor's token where k is 0 and a mask token elsewhere, and predicts token a + k + 1.
-
-This file puts the utilities of ``dspark_lab.common`` together, in the order of a training forward.
-It knows batches and positions; it knows nothing about attention, models or text.
+the anchor's token where k is 0 and a mask token elsewhere, follows token a + k and predicts token
+a + k + 1; its teacher is the target's distribution behind token a + k.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import (
-    require_bool,
-    require_int,
-    require_integers,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.common import (
     build_eval_mask,
+    context_doc_ids,
     create_noise_embed,
     create_position_ids,
     sample_anchor_positions,
@@ -32,13 +25,24 @@ from dspark_lab.common import (
 __all__ = ["Blocks", "cut_blocks", "draw_blocks", "label_positions", "times_supervised"]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The blocks of a batch; axes ``batch``, ``anchor``, ``slot``.
+    """The blocks of a batch, with all that follows from where they stand.
 
-    ``noise_ids`` are the drafter's input tokens, ``position_ids`` the slots' positions (within the
-    anchor's document), ``label_indices`` the row positions of the tokens to predict, which may lie
-    past the row's end, and ``safe_label_indices`` the same clamped into the row.
+    Attributes:
+        anchor_positions, block_keep_mask: the blocks; False for dummy anchors.
+        noise_ids: the drafter's input: anchors' tokens in slot 0 of kept blocks, mask tokens.
+        position_ids: the slots' positions within their documents.
+        label_indices: row positions of the tokens to predict, which may lie past the row's end.
+        safe_label_indices: the same clamped into the row, 0 for dummy anchors.
+        prev_indices: row positions of the tokens before those, clamped into the row. There the
+            target's final hidden states are the slots' teachers.
+        target_ids, prev_ids: the tokens at ``safe_label_indices`` and ``prev_indices``.
+        eval_mask: which slots are supervised.
+        context_position_ids, doc_ids: of each token of the row, its position within its document
+            and which document that is.
+        mask_token_id: the token that stands for "to be predicted".
     """
 
     anchor_positions: Int[Tensor, "batch anchor"]
@@ -47,24 +51,53 @@ class Blocks:
     position_ids: Int[Tensor, "batch anchor slot"]
     label_indices: Int[Tensor, "batch anchor slot"]
     safe_label_indices: Int[Tensor, "batch anchor slot"]
+    prev_indices: Int[Tensor, "batch anchor slot"]
     target_ids: Int[Tensor, "batch anchor slot"]
+    prev_ids: Int[Tensor, "batch anchor slot"]
     eval_mask: Bool[Tensor, "batch anchor slot"]
-    mask_token_id: int
+    context_position_ids: Int[Tensor, "batch seq"]
+    doc_ids: Int[Tensor, "batch seq"]
+    mask_token_id: Size
+
+    @property
+    def seq_len(self) -> int:
+        """Context tokens of a row."""
+        return self.doc_ids.shape[1]
+
+    @property
+    def num_anchors(self) -> int:
+        """Blocks of a row, dummies among them."""
+        return self.noise_ids.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+        return self.noise_ids.shape[2]
+
+    def row(self, index: int) -> "Blocks":
+        """The blocks of one row of the batch."""
+        return self._each(lambda tensor: tensor[index : index + 1])
+
+    def reordered(self, order: Int[Tensor, "anchor"]) -> "Blocks":
+        """The same blocks in another order."""
+        return self._each(lambda tensor: tensor[:, order], but=("context_position_ids", "doc_ids"))
+
+    def _each(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> "Blocks":
+        """The blocks with every tensor changed, ``but`` some."""
+        names = [name for name in vars(self) if name not in (*but, "mask_token_id")]
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
+@checked
 def draw_blocks(
     batch: Batch,
-    num_anchors: int,
-    block_size: int,
+    num_anchors: Count,
+    block_size: Count,
     *,
-    mask_token_id: int = 0,
+    mask_token_id: Size = 0,
     seed: int | None = None,
 ) -> Blocks:
-    """Sample anchors and cut a block at each; ``seed`` None draws from torch's own stream.
-
-    Raises:
-        TypeError, ValueError: ``num_anchors`` or ``block_size`` is not an int of at least 1.
-    """
+    """Sample anchors and cut a block at each; ``seed`` None draws from torch's own stream."""
     generator = None
     if seed is not None:
         generator = torch.Generator(batch.input_ids.device).manual_seed(seed)
@@ -81,23 +114,21 @@ def draw_blocks(
     )
 
 
+@checked
 def cut_blocks(
     batch: Batch,
     anchor_positions: Int[Tensor, "batch anchor"],
     block_keep_mask: Bool[Tensor, "batch anchor"],
-    block_size: int,
+    block_size: Count,
     *,
-    mask_token_id: int = 0,
+    mask_token_id: Size = 0,
 ) -> Blocks:
-    """The blocks at given anchors.
-
-    Raises:
-        TypeError, ValueError: what the utilities of ``dspark_lab.common`` refuse.
-    """
+    """The blocks at given anchors."""
     seq_len = batch.input_ids.shape[1]
     label_indices, safe_label_indices = label_positions(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size
     )
+    prev_indices = (label_indices - 1).clamp(max=seq_len - 1)
     eval_mask = build_eval_mask(
         seq_len=seq_len,
         loss_mask=batch.loss_mask,
@@ -124,45 +155,44 @@ def cut_blocks(
         position_ids=position_ids.view(label_indices.shape),
         label_indices=label_indices,
         safe_label_indices=safe_label_indices,
-        target_ids=batch.input_ids.gather(1, safe_label_indices.flatten(1)).view_as(label_indices),
+        prev_indices=prev_indices,
+        target_ids=_tokens(batch.input_ids, safe_label_indices),
+        prev_ids=_tokens(batch.input_ids, prev_indices),
         eval_mask=eval_mask,
+        context_position_ids=batch.position_ids,
+        doc_ids=context_doc_ids(batch.seq_lens, seq_len, batch.input_ids.device),
         mask_token_id=mask_token_id,
     )
 
 
+@checked
 def label_positions(
     anchor_positions: Int[Tensor, "batch anchor"],
     block_keep_mask: Bool[Tensor, "batch anchor"],
     *,
-    seq_len: int,
-    block_size: int,
+    seq_len: Count,
+    block_size: Count,
 ) -> tuple[Int[Tensor, "batch anchor slot"], Int[Tensor, "batch anchor slot"]]:
     """Row positions of the slots' labels, anchor + 1 to anchor + block_size.
 
     Returns:
         the positions as they are, and clamped into the row (0 for dummy anchors), both long.
-
-    Raises:
-        TypeError, ValueError: wrong kind, rank, shape or device, or ``seq_len`` or ``block_size``
-            below 1.
     """
-    require_tensor("anchor_positions", anchor_positions, ("batch", "anchor"))
-    require_integers("anchor_positions", anchor_positions)
-    require_shape(
-        "block_keep_mask", block_keep_mask, ("batch", "anchor"), tuple(anchor_positions.shape)
-    )
-    require_bool("block_keep_mask", block_keep_mask)
-    require_same_device(anchor_positions=anchor_positions, block_keep_mask=block_keep_mask)
-    require_int("seq_len", seq_len, 1)
-    require_int("block_size", block_size, 1)
     distance = torch.arange(1, block_size + 1, device=anchor_positions.device)
     label_indices = anchor_positions.long().unsqueeze(-1) + distance
     return label_indices, label_indices.clamp(max=seq_len - 1) * block_keep_mask.unsqueeze(-1)
 
 
-def times_supervised(blocks: Blocks, seq_len: int) -> Int[Tensor, "batch seq"]:
+def times_supervised(blocks: Blocks) -> Int[Tensor, "batch seq"]:
     """How many slots of the draw are supervised with each token of the row as their label."""
-    count = blocks.label_indices.new_zeros((blocks.label_indices.shape[0], seq_len))
+    count = torch.zeros_like(blocks.doc_ids)
     return count.scatter_add(
         1, blocks.safe_label_indices.flatten(1), blocks.eval_mask.flatten(1).long()
     )
+
+
+def _tokens(
+    input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch anchor slot"]
+) -> Int[Tensor, "batch anchor slot"]:
+    """The tokens of the row at these positions."""
+    return input_ids.gather(1, positions.flatten(1)).view_as(positions)

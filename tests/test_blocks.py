@@ -69,6 +69,18 @@ def cuts(draw: st.DrawFn) -> Cut:
     return Cut(batch, anchors, keep, block_size, mask_token_id, blocks)
 
 
+def cut_again(cut: Cut, batch: Batch, anchors: list, keep: list) -> Blocks:
+    """The cut at other anchors."""
+    at = torch.tensor(anchors), torch.tensor(keep)
+    return cut_blocks(batch, *at, cut.block_size, mask_token_id=cut.mask_token_id)
+
+
+def require_equal(one: Blocks, other: Blocks) -> None:
+    for field in fields(Blocks):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert a == b if field.name == "mask_token_id" else a.equal(b)
+
+
 def in_blocks(rows: list[list[int]], block_size: int) -> list[list[list[int]]]:
     return [[row[i : i + block_size] for i in range(0, len(row), block_size)] for row in rows]
 
@@ -119,7 +131,40 @@ def test_supervision_stops_at_the_first_token_that_is_not_the_answers_or_the_doc
 @given(cuts())
 def test_times_supervised_counts_the_supervised_slots_of_each_token(cut):
     expected = oracle.times_supervised(cut.seq_len, cut.anchors, eval_mask(cut))
-    assert times_supervised(cut.blocks, cut.seq_len).tolist() == expected
+    assert times_supervised(cut.blocks).tolist() == expected
+
+
+@given(cuts())
+def test_slot_k_follows_the_token_k_after_its_anchor(cut):
+    prev = [
+        [[min(anchor + k, cut.seq_len - 1) for k in range(cut.block_size)] for anchor in row]
+        for row in cut.anchors
+    ]
+    assert cut.blocks.prev_indices.tolist() == prev
+    assert cut.blocks.prev_ids.tolist() == [
+        [[row_ids[p] for p in block] for block in row]
+        for row_ids, row in zip(cut.batch.input_ids.tolist(), prev, strict=True)
+    ]
+
+
+@given(cuts())
+def test_blocks_know_their_rows(cut):
+    blocks = cut.blocks
+    assert (blocks.seq_len, blocks.block_size) == (cut.seq_len, cut.block_size)
+    assert blocks.num_anchors == len(cut.anchors[0])
+    assert blocks.context_position_ids.equal(cut.batch.position_ids)
+    lengths = cut.batch.seq_lens.tolist()
+    assert blocks.doc_ids.tolist() == oracle.doc_ids(lengths, cut.seq_len)
+
+
+@given(cuts())
+def test_one_row_or_another_order_is_a_cut_of_its_own(cut):
+    last = len(cut.anchors) - 1
+    order = torch.arange(len(cut.anchors[0])).flip(0)
+    of_row = cut_again(cut, cut.batch.row(last), [cut.anchors[last]], [cut.keep[last]])
+    flipped = [row[::-1] for row in cut.anchors], [row[::-1] for row in cut.keep]
+    require_equal(cut.blocks.row(last), of_row)
+    require_equal(cut.blocks.reordered(order), cut_again(cut, cut.batch, *flipped))
 
 
 @given(cuts())
@@ -142,9 +187,7 @@ def test_a_draw_is_a_cut_at_the_candidates_with_the_smallest_numbers(
     drawn = draw_blocks(batch, num_anchors, block_size, mask_token_id=3, seed=seed)
 
     cut = cut_blocks(batch, torch.tensor(anchors), torch.tensor(keep), block_size, mask_token_id=3)
-    for field in fields(Blocks):
-        expected, got = getattr(cut, field.name), getattr(drawn, field.name)
-        assert got == expected if field.name == "mask_token_id" else got.equal(expected)
+    require_equal(drawn, cut)
 
 
 def long_row() -> Batch:
@@ -259,3 +302,15 @@ def test_labels_of_nonsense_are_refused_by_name(arguments, error, name):
     label_positions(**given)
     with pytest.raises(error, match=name):
         label_positions(**(given | arguments))
+
+
+def test_a_compiled_draw_has_no_graph_break():
+    batch = long_row()
+
+    def draw() -> Blocks:
+        return draw_blocks(batch, 5, 4, mask_token_id=3)
+
+    torch.manual_seed(2)
+    expected = draw()
+    torch.manual_seed(2)
+    require_equal(torch.compile(draw, fullgraph=True, backend="eager")(), expected)

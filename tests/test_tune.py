@@ -130,7 +130,7 @@ def test_token_coverage_is_how_often_drawing_covers_each_token(block_size):
     row = packed().row(0)
     seq_len = row.input_ids.shape[1]
     blocks = draw_blocks(copies(row, draws), anchors, block_size, seed=1)
-    sampled = (times_supervised(blocks, seq_len) > 0).double().mean(dim=0)
+    sampled = (times_supervised(blocks) > 0).double().mean(dim=0)
     expected = token_coverage(row, anchors, block_size)[0]
     assert expected.min() == 0 and expected.max() > 0.1
     worst = math.sqrt(math.log(2 * seq_len / RISK) / (2 * draws))

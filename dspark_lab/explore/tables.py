@@ -69,7 +69,7 @@ def token_table(
     is_anchor = torch.zeros(seq_len, dtype=torch.bool).index_fill(0, anchors.cpu(), True)
     supervised = one.loss_mask[0].cpu().numpy()
     padding = ~one.attention_mask[0].cpu().numpy()
-    times = times_supervised(blocks, seq_len)[row].cpu().numpy()
+    times = times_supervised(blocks)[row].cpu().numpy()
     p_covered = token_coverage(one, num_anchors, block_size)[0].cpu().numpy()
     document = context_doc_ids(one.seq_lens, seq_len, one.seq_lens.device)[0].cpu().numpy()
     state = np.select(

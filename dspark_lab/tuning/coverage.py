@@ -569,7 +569,7 @@ def coverage_table(
         reach = _Reach.of(spans, block_size, "row")
         for anchors in num_anchors:
             covered = sum(
-                int((times_supervised(blocks, seq_len) > 0).sum())
+                int((times_supervised(blocks) > 0).sum())
                 for blocks in (
                     draw_blocks(batch, anchors, block_size, seed=seed + draw)
                     for draw in range(draws)
