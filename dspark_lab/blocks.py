@@ -7,6 +7,7 @@ a + k + 1; its teacher is the target's distribution behind token a + k.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -85,7 +86,8 @@ class Blocks:
     def _each(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> "Blocks":
         """The blocks with every tensor changed, ``but`` some."""
         names = [name for name in vars(self) if name not in (*but, "mask_token_id")]
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 @checked

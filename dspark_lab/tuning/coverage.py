@@ -562,7 +562,6 @@ def coverage_table(
         TypeError, ValueError: a count that is not an int of at least 1; no supervised token at all.
     """
     require_int("draws", draws, 1)
-    seq_len = batch.input_ids.shape[1]
     spans = _some_supervised(Spans.of(batch))
     lines = []
     for block_size in block_sizes:
