@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.make import generate as lab
 from data.make.generate import Message, Prompt
+from dspark_lab.chats import SHIPPED_CHATS, load_tokenizer
 
 PROMPTS = lab.make_prompts(30, seed=3)
 
@@ -144,11 +145,11 @@ def test_batches_hold_every_prompt_once_and_one_kind_each() -> None:
     assert max(len(batch) for batch in batches) <= 4
 
 
-def test_sampling_a_batch_gives_what_each_row_gives_alone() -> None:
-    greedy = lab.Sampling(top_k=1, max_new_tokens=12)
+def test_an_answer_is_readable_text_without_markers() -> None:
+    tokenizer = load_tokenizer(SHIPPED_CHATS.parent / "pocket" / "target")
     torch.manual_seed(2)
     config = LlamaConfig(
-        vocab_size=5,
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,
@@ -156,26 +157,36 @@ def test_sampling_a_batch_gives_what_each_row_gives_alone() -> None:
         initializer_range=1.0,
     )
     model = LlamaForCausalLM(config).eval()
-    lengths = [3, 8, 1, 5, 6, 2]
-    rows = [torch.randint(2, 5, (length,)) for length in lengths]
-    ids = torch.stack([torch.cat([torch.zeros(8 - len(r), dtype=torch.long), r]) for r in rows])
-    mask = torch.stack([torch.tensor([0] * (8 - n) + [1] * n) for n in lengths])
-    rules = dict(end=1, never=[0], never_first=[0, 1], generator=torch.Generator())
-    together = lab.sample(model, ids, mask, greedy, **rules)
-    alone = [
-        lab.sample(model, row[None], torch.ones_like(row)[None], greedy, **rules)[0] for row in rows
-    ]
-    assert together == alone
-    assert len({len(tokens) for tokens in together}) > 2
-    assert all(tokens[0] > 1 and 0 not in tokens for tokens in together)
+    # This model likes a marker best, then the end of the turn, then a line break.
+    liked = [tokenizer.get_vocab()[text] for text in ("<|im_start|>", "<|im_end|>", "\u010a")]
+    model.lm_head = torch.nn.Linear(16, len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.bias[liked] = torch.tensor([300.0, 200.0, 100.0])
+    how = lab.Sampling(temperature=1.0, top_k=8, top_p=1.0, max_new_tokens=6)
+    answer = lab.model_answer(model, tokenizer, how)
+    asked = [[{"role": "user", "content": text}] for text in ("Hi", "How are you today?")]
+    state = torch.random.get_rng_state()
+    found = answer(asked, 5)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert found == answer(asked, 5) != answer(asked, 6)
+    for text, finished in found:
+        assert finished and text.strip() and "<|" not in text
 
 
-def test_draw_keeps_to_the_tokens_that_hold_the_mass() -> None:
-    how = lab.Sampling(temperature=1.0, top_k=4, top_p=0.7)
-    logits = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05]).log().repeat(2000, 1)
-    drawn = lab._draw(logits, how, torch.Generator().manual_seed(0))[:, 0]
-    shares = drawn.bincount(minlength=5) / 2000
-    torch.testing.assert_close(shares, torch.tensor([0, 0.625, 0, 0.375, 0]), atol=0.05, rtol=0)
+def test_an_answer_that_reaches_the_limit_is_not_finished() -> None:
+    tokenizer = load_tokenizer(SHIPPED_CHATS.parent / "pocket" / "target")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    how = lab.Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=2)
+    (found,) = lab.model_answer(model, tokenizer, how)([[{"role": "user", "content": "Hi"}]], 0)
+    assert not found[1]
 
 
 def test_card_and_checksums_describe_the_folder(whole: bytes, tmp_path: Path) -> None:

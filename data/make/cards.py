@@ -1,11 +1,10 @@
-"""Model cards of the shipped pairs: every number in them is measured or read from a run's notes.
-
-This file knows text and tables; it does not know how anything is trained.
-"""
+"""Model cards of the shipped pairs: every number in them is measured or read from a run's notes."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -34,6 +33,24 @@ def tau_lines(evaluations: Mapping[str, pd.DataFrame], what: str = "drafter") ->
     wide = table.pivot(index=what, columns="domain", values="tau (95 %)")
     order = list(dict.fromkeys(table["domain"]))
     return markdown_table(wide.loc[list(evaluations), order].reset_index())
+
+
+def conversations_lines(evaluations: Mapping[str, pd.DataFrame]) -> str:
+    """How many conversations and blocks each drafter was evaluated on, drafters alike together."""
+    drafters: dict[tuple[int, int], list[str]] = {}
+    for name, table in evaluations.items():
+        drafters.setdefault((len(table), int(table["blocks"].sum())), []).append(name)
+    return "; ".join(
+        f"{conversations} with {blocks:,} such blocks for {', '.join(names)}"
+        for (conversations, blocks), names in drafters.items()
+    )
+
+
+def code_commit() -> str:
+    """The commit of the working tree that makes the files, for the card."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
 
 
 def gain_lines(
@@ -65,7 +82,6 @@ def pocket_card(
         drafters: ``facts.json`` of each drafter's run.
         evaluations: of each drafter, from :func:`dspark_lab.rates.teacher_forced.evaluate`.
     """
-    first = next(iter(evaluations.values()))
     runs = pd.DataFrame(
         [
             {
@@ -112,7 +128,7 @@ Two layers of the target's own shape, started from its last two, trained on the 
 
 {markdown_table(runs)}
 
-Tau, teacher-forced at temperature 1, on {len(first)} held-out conversations ({int(first["blocks"].sum()):,} blocks whose every slot is supervised); in brackets the 95 % interval over conversations:
+Tau, teacher-forced at temperature 1, on the held-out conversations that have a block whose every slot is supervised: {conversations_lines(evaluations)}. In brackets the 95 % interval over conversations:
 
 {tau_lines(evaluations)}
 
@@ -126,7 +142,7 @@ Gain in tau, paired by conversation:
 python -m data.make.recipes pocket
 ```
 
-does all of it, seed 0, and goes on where it stopped; the conversations take by far the longest. The times above are of {MACHINE}, other work on it. Another machine rounds otherwise and gets a target and drafters alike, not the same.
+does all of it, seed 0, and goes on where it stopped; the conversations take by far the longest. The times above are of {MACHINE}, other work on it. Another machine rounds otherwise and gets a target and drafters alike, not the same. Made by the code of commit {code_commit()}.
 
 ## Licence
 
@@ -168,7 +184,7 @@ For comparison: published trainer code reached 1.35 after 400 steps of two conve
 python -m data.make.recipes smollm2
 ```
 
-with seed 0; it goes on where it stopped.
+with seed 0; it goes on where it stopped. Made by the code of commit {code_commit()}.
 
 ## Licence
 

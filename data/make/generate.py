@@ -3,10 +3,8 @@
     python -m data.make.generate          writes data/conversations.jsonl, goes on where it stopped
     python -m data.make.generate --card   only what goes with it: tokenizer, card, checksums
 
-This file knows how templates are filled, sampling and the file format. It does not know how
-conversations become batches or what is trained on them. Everything follows from the seed: a prompt
-from its index, an answer from its batch, so that an interrupted run ends with the file that an
-uninterrupted one writes.
+Everything follows from the seed: a prompt from its index, an answer from its batch, so that an
+interrupted run ends with the file that an uninterrupted one writes.
 """
 
 from __future__ import annotations
@@ -23,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data.make.prompts import FOLLOW_UPS, SLOTS, SYSTEM_MESSAGES, TEMPLATES
 from dspark_lab.chats import SHIPPED_CHATS, load_tokenizer
@@ -238,12 +234,12 @@ def card_numbers(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) 
 
 
 def checksums(folder: Path) -> str:
-    """Of every file in the folder but SHA256SUMS itself, as `sha256sum` prints them."""
+    """Checksums of the shipped files, as `sha256sum` prints them: all but `make/` and SHA256SUMS."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return "".join(
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n"
         for path in files
-        if path.name != "SHA256SUMS"
+        if path.name != "SHA256SUMS" and folder / "make" not in path.parents
     )
 
 
@@ -254,10 +250,8 @@ def smollm2_answer() -> Answer:
     return model_answer(*load_smollm2(), Sampling())
 
 
-def model_answer(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
-) -> Answer:
-    """A model with a ChatML template as an `Answer`: the chat template, then batched sampling."""
+def model_answer(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Answer:
+    """A model with a ChatML template as an `Answer`, by `generate` of transformers."""
     tokenizer.padding_side = "left"
     end = tokenizer.get_vocab()["<|im_end|>"]
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
@@ -272,74 +266,27 @@ def model_answer(
             return_dict=True,
             return_tensors="pt",
         )
-        # An answer is plain text that starts with something to read.
-        answers = sample(
-            model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            sampling,
-            end=end,
-            never=markers,
-            never_first=[*markers, *blank, end],
-            generator=torch.Generator().manual_seed(seed),
-        )
-        finished = [tokens[-1] == end for tokens in answers]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # An answer is plain text that starts with something to read.
+            rows = model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+                suppress_tokens=markers,
+                begin_suppress_tokens=[*markers, *blank, end],
+            )
+        answers = rows[:, inputs["input_ids"].shape[1] :].tolist()
+        finished = [end in tokens for tokens in answers]
         texts = tokenizer.batch_decode([[t for t in tokens if t != end] for tokens in answers])
         return list(zip(texts, finished, strict=True))
 
     return answer
-
-
-@torch.inference_mode()
-def sample(
-    model: torch.nn.Module,
-    ids: Int[Tensor, "batch seq"],
-    mask: Int[Tensor, "batch seq"],
-    sampling: Sampling,
-    *,
-    end: int,
-    never: list[int],
-    never_first: list[int],
-    generator: torch.Generator,
-) -> list[list[int]]:
-    """The tokens that follow each left-padded row, up to and with `end` or as many as allowed.
-
-    Rows leave the batch as soon as they end, which halves the time of the batch.
-    """
-    answers: list[list[int]] = [[] for _ in ids]
-    going = list(range(len(ids)))
-    cache = DynamicCache()
-    for step in range(sampling.max_new_tokens):
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = model(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        logits[:, never if step else never_first] = -torch.inf
-        ids = _draw(logits.float(), sampling, generator)
-        for row, token in zip(going, ids[:, 0].tolist(), strict=True):
-            answers[row].append(token)
-        keep = (ids[:, 0] != end).nonzero()[:, 0]
-        if len(keep) == 0:
-            break
-        if len(keep) < len(going):
-            cache.batch_select_indices(keep)
-            ids, mask, going = ids[keep], mask[keep], [going[i] for i in keep.tolist()]
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return answers
-
-
-def _draw(
-    logits: Float[Tensor, "batch vocab"], sampling: Sampling, generator: torch.Generator
-) -> Int[Tensor, "batch 1"]:
-    """One token per row: top-k, then the smallest set of them that holds top-p of the mass."""
-    values, tokens = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]))
-    probs = values.softmax(dim=-1)
-    probs[probs.cumsum(dim=-1) - probs >= sampling.top_p] = 0
-    return tokens.gather(1, probs.multinomial(1, generator=generator))
 
 
 def _check_same_prompts(out: Path, records: dict[str, Record], prompts: Sequence[Prompt]) -> None:

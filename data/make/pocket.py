@@ -4,8 +4,7 @@ SmolLM2's conversations become a byte-level BPE vocabulary of 2,048 and a Llama 
 was trained on them from nothing. It speaks on the topics of the lab's prompts only, and it is small
 enough that a drafter for it trains in minutes on two cores.
 
-This file knows how the tokenizer and the target are made; it does not know drafters. Everything
-follows from a seed.
+Everything follows from a seed.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python -m data.make.recipes pocket --traces    their traces alone
     python -m data.make.recipes pocket --engine    what decoding takes on this machine, alone
 
-A recipe is a row of stages; each writes its files into the work folder and is skipped where they
-are there already. This file knows the recipes' settings; what a stage does is known elsewhere.
+A recipe is a list of stages; each writes its files into the work folder and is skipped where they
+are there already.
 """
 
 from __future__ import annotations
