@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -48,9 +49,9 @@ def in_processes(count: int, function: Callable[..., Any], *given: Any, folder: 
     results = []
     for process, ours in started:
         try:
-            kind, value = pickle.loads(ours.recv_bytes()) if ours.poll(120) else ("hung", None)
+            kind, value = pickle.loads(ours.recv_bytes())
         except EOFError:
-            process.join(10)
+            process.join()
             kind, value = "died", process.exitcode
         process.kill()
         assert kind in ("returned", "died"), value
@@ -243,16 +244,33 @@ MOMENTS = (
 )
 
 
-def start(function: Callable, *given: Any) -> Any:
-    """A process that is left to itself."""
-    process = _PROCESSES.Process(target=_alone, args=(function, given), daemon=True)
+def kill_when(step: int, out: Path, delay: float) -> int:
+    """``small_run`` in a process that is killed ``delay`` seconds after it reported ``step``.
+
+    It cannot end before: after its last step but one it waits for a word that never comes. Returns
+    the exit code.
+    """
+    ours, theirs = _PROCESSES.Pipe()
+    process = _PROCESSES.Process(target=_reporting_run, args=(out, theirs), daemon=True)
     process.start()
-    return process
+    theirs.close()
+    while ours.recv() < step:
+        pass
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
-def _alone(function: Callable, given: tuple) -> None:
+def _reporting_run(out: Path, pipe: Connection) -> None:
     _settle_in()
-    function(*given)
+
+    def report(row: dict[str, Any]) -> None:
+        pipe.send(row["step"])
+        if row["step"] == STEPS - 1:
+            pipe.recv()
+
+    small_run(out, on_metrics=report)
 
 
 def _settle_in() -> None:

@@ -89,32 +89,27 @@ def cluster(monkeypatch) -> Iterator:
 
 
 def noted_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict]:
-    """A real cell that says when it begins, in which process and on which node."""
+    """A real cell that notes when it begins; the first on each node then waits for its death."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
     (work / "begun").mkdir(exist_ok=True)
-    (work / "begun" / f"{time.time_ns()} {cell.key} {node} {os.getpid()}").touch()
+    (work / "begun" / f"{time.time_ns()} {cell.key}").touch()
+    if (work / "doomed" / node).exists():
+        (work / "doomed" / node).rename(work / "waiting" / f"{node} {cell.key} {os.getpid()}")
+        while True:
+            signal.pause()
     return run_cell(cell, config, steps, work)
 
 
-def begun(work: Path, node: str) -> list[list[str]]:
-    """What has begun on a node and is not done yet, oldest first."""
-    notes = [path.name.split() for path in sorted((work / "begun").glob("*"))]
-    return [
-        note
-        for note in notes
-        if note[2] == node and not (work / "cells" / f"{note[1]}.json").exists()
-    ]
-
-
-def wait_for(work: Path, node: str) -> list[str]:
-    end = time.monotonic() + 480
-    while time.monotonic() < end:
-        if found := begun(work, node):
-            return found[-1]
+def first_cell(work: Path, node: str, sweep: threading.Thread) -> tuple[str, int]:
+    """The cell that waits on a node, and its process."""
+    while sweep.is_alive():
+        for path in (work / "waiting").glob(f"{node} *"):
+            _, key, process = path.name.split()
+            return key, int(process)
         time.sleep(0.02)
-    raise AssertionError("no cell began in eight minutes")
+    raise AssertionError("the sweep ended before a cell began on each node")
 
 
 @pytest.mark.slow
@@ -122,19 +117,23 @@ def test_a_sweep_on_two_nodes_completes_each_cell_once_though_a_worker_and_a_nod
     cluster, tmp_path
 ):
     first, second = cluster.head_node.node_id, cluster.second.node_id
+    (tmp_path / "waiting").mkdir()
+    (tmp_path / "doomed").mkdir()
+    for node in (first, second):
+        (tmp_path / "doomed" / node).touch()
     tables = []
     sweep = threading.Thread(
         target=lambda: tables.append(
             run_sweep(CONFIG, tmp_path, address="auto", progress=False, run=noted_cell)
-        )
+        ),
+        daemon=True,
     )
     sweep.start()
-    killed = wait_for(tmp_path, first)
-    os.kill(int(killed[3]), signal.SIGKILL)
-    gone = wait_for(tmp_path, second)
+    killed, process = first_cell(tmp_path, first, sweep)
+    os.kill(process, signal.SIGKILL)
+    gone, _ = first_cell(tmp_path, second, sweep)
     cluster.remove_node(cluster.second, allow_graceful=False)
-    sweep.join(timeout=900)
-    assert not sweep.is_alive()
+    sweep.join()
 
     cells = sorted(cell.key for cell in CONFIG.cells())
     assert sorted(path.stem for path in (tmp_path / "cells").iterdir()) == cells
@@ -143,5 +142,5 @@ def test_a_sweep_on_two_nodes_completes_each_cell_once_though_a_worker_and_a_nod
     # The two that were in hand when their worker and their node died began again, and no other.
     names = [path.name.split()[1] for path in (tmp_path / "begun").iterdir()]
     again = sorted(name for name in set(names) if names.count(name) > 1)
-    assert again == sorted({killed[1], gone[1]}) and len(names) == len(cells) + 2
+    assert again == sorted({killed, gone}) and len(names) == len(cells) + 2
     assert sweep_table(tmp_path).equals(tables[0])

@@ -5,7 +5,6 @@ import math
 import random
 import resource
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -541,14 +540,9 @@ def test_a_run_killed_at_any_time_and_again_ends_with_the_same_bits(
 ) -> None:
     rng = random.Random(0)
     out = tmp_path / "killed"
-    for lines in (1, 3, 6):
-        process = runs.start(small_run, out, CONFIG)
-        while process.is_alive() and count_lines(out) < lines:
-            time.sleep(0.002)
-        time.sleep(0.03 * rng.random())
-        process.kill()
-        process.join()
-        assert count_lines(out) >= lines
+    for step in (1, 3, 5):
+        assert runs.kill_when(step, out, delay=0.03 * rng.random()) == -signal.SIGKILL
+        assert count_lines(out) >= step
     small_run(out)
     assert ending(out) == ending(whole)
 
