@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from dspark_lab.explore import INK, png
+from dspark_lab.explore import png
+from dspark_lab.explore.style import INK
 
 
 def gallery(

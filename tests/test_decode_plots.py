@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.decode_plots`: what is drawn is what the tables say, on any page.
+"""what is drawn is what the tables say, on any page.
 
 Pictures are looked at through what is drawn: the data of lines, bars and marks, the words, the
 PNG's pixels, and the HTML as a browser would read it. Tables are made by hand.
@@ -19,9 +19,6 @@ from test_plots import ANY_TEXT, ODD, Page
 
 from dspark_lab.decoding import OTHERS, OUTCOMES
 from dspark_lab.explore import (
-    BLUE,
-    GREEN,
-    ORANGE,
     outcome_legend,
     outcome_text,
     plot_bias,
@@ -33,6 +30,7 @@ from dspark_lab.explore import (
     plot_reliability,
     plot_thresholds,
 )
+from dspark_lab.explore.style import BLUE, GREEN, ORANGE
 from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 
 NAN = float("nan")
@@ -304,7 +302,7 @@ def test_reliability_shows_each_bin_that_has_a_mean_and_counts_them_all():
     tables = {"raw": bins(5, 0, 40, 90), "scaled": bins(9, 9, 9)}
     axes = picture_of("reliability").axes
     assert len(axes) == 4
-    for (name, table), ax, strip in zip(tables.items(), axes[::2], axes[1::2], strict=True):
+    for (name, table), ax, strip in zip(tables.items(), axes[:2], axes[2:], strict=True):
         assert ax.get_title(loc="left") == name
         known = table.dropna()
         assert len(known) < len(table) or name == "scaled"
@@ -323,15 +321,15 @@ def test_reliability_shows_each_bin_that_has_a_mean_and_counts_them_all():
         ends = [bar.get_x() + bar.get_width() for bar in bars]
         assert ends == pytest.approx(table["high"].tolist())
         assert ax.get_xlim() == ax.get_ylim() == strip.get_xlim() == (0, 1)
-    sizes = [ax.collections[-1].get_sizes() for ax in axes[::2]]
+    sizes = [ax.collections[-1].get_sizes() for ax in axes[:2]]
     assert sizes[0][-1] > sizes[1].max(), "one scale of marks for all panels"
-    assert len({strip.get_ylim() for strip in axes[1::2]}) == 1
+    assert len({strip.get_ylim() for strip in axes[2:]}) == 1
 
 
 def test_reliability_panels_are_square_and_their_strips_as_wide():
     pixels_of("reliability")
     figure = picture_of("reliability")
-    for ax, strip in zip(figure.axes[::2], figure.axes[1::2], strict=True):
+    for ax, strip in zip(figure.axes[:2], figure.axes[2:], strict=True):
         box, below = ax.get_window_extent(), strip.get_window_extent()
         assert box.width == pytest.approx(box.height, rel=0.01)
         assert below.x0 == pytest.approx(box.x0, abs=2) and below.x1 == pytest.approx(box.x1, abs=2)

@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.decode_widgets`: what the explorers of decoding show, and how a run is driven.
+"""`dspark_lab.explore`: what the explorers of decoding show, and how a run is driven.
 
 The models are tiny and random, and a token is a word; two words hold what markup and maths are made
 of. What is shown must be what the library's functions say of `decode` with the same settings. A
@@ -35,12 +35,13 @@ from dspark_lab.explore import (
     VIEWS,
     DecodingExplorer,
     Explorer,
-    decode_widgets,
     explore_acceptance,
     explore_decoding,
     outcome_legend,
     outcome_text,
 )
+from dspark_lab.explore import acceptance as acceptance_module
+from dspark_lab.explore import decoding as decoding_module
 from dspark_lab.model import Drafter, Target, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
 from dspark_lab.rates import (
@@ -190,7 +191,7 @@ def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
         calls.append((drafter, options["temperature"]))
         return decode(target, drafter, prompts, **options)
 
-    monkeypatch.setattr(decode_widgets, "decode", counted)
+    monkeypatch.setattr(acceptance_module, "decode", counted)
     both = {"one": drafter(1), "two": drafter(2)}
     explorer = acceptance(CHATS[:4], both, max_new_tokens=5)
     moves: list[tuple[str, Any]] = [
@@ -603,9 +604,9 @@ def test_every_slot_of_every_round_can_be_stepped_to():
 
 def test_a_step_draws_one_picture(monkeypatch):
     drawn = []
-    draw = decode_widgets.plot_distributions
+    draw = decoding_module.plot_distributions
     monkeypatch.setattr(
-        decode_widgets, "plot_distributions", lambda table: (drawn.append(table), draw(table))[1]
+        decoding_module, "plot_distributions", lambda table: (drawn.append(table), draw(table))[1]
     )
     explorer = decoding(drafters=drafter(2, block_size=3), max_new_tokens=14, threshold=0.4, seed=3)
     assert len(drawn) == 1
@@ -705,14 +706,14 @@ def failing(problem: Exception) -> Callable[..., Iterator[Round]]:
 
 def test_a_sentence_is_shown_as_text(monkeypatch):
     explorer = decoding()
-    monkeypatch.setattr(decode_widgets, "decode_rounds", failing(ValueError("no <b>bold</b> & x")))
+    monkeypatch.setattr(decoding_module, "decode_rounds", failing(ValueError("no <b>bold</b> & x")))
     explorer.run()
     assert refusal(explorer) == "no &lt;b&gt;bold&lt;/b&gt; &amp; x"
 
 
 def test_an_error_that_is_no_refusal_is_not_hidden_and_leaves_the_buttons(monkeypatch):
     explorer = decoding()
-    monkeypatch.setattr(decode_widgets, "decode_rounds", failing(RuntimeError("out of memory")))
+    monkeypatch.setattr(decoding_module, "decode_rounds", failing(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         explorer.run()
     assert buttons(explorer) == IDLE and explorer.tables == {}
@@ -733,7 +734,7 @@ async def finished(explorer: DecodingExplorer) -> None:
 @pytest.fixture
 def always_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that grows is shown after every round, however fast they are."""
-    monkeypatch.setattr(decode_widgets, "REDRAW_SECONDS", -1.0)
+    monkeypatch.setattr(decoding_module, "REDRAW_SECONDS", -1.0)
 
 
 def kept_tokens(shown: str) -> int:
@@ -773,7 +774,7 @@ def test_a_click_in_a_loop_returns_at_once_and_the_answer_grows(always_redrawn):
 
 
 def test_without_a_redraw_due_the_answer_is_shown_at_its_start_and_its_end(monkeypatch):
-    monkeypatch.setattr(decode_widgets, "REDRAW_SECONDS", 1e9)
+    monkeypatch.setattr(decoding_module, "REDRAW_SECONDS", 1e9)
     explorer = decoding(max_new_tokens=15, run=False)
     seen: list[int] = []
     text_box(explorer).observe(lambda c: seen.append(kept_tokens(c["new"])), names="value")
@@ -823,14 +824,14 @@ def test_a_run_can_be_stopped_before_its_first_round():
 
 def test_a_second_click_does_not_start_a_second_run(monkeypatch):
     begun = []
-    original = decode_widgets.decode_rounds
+    original = decoding_module.decode_rounds
 
     def counted(target: Target, drafter: Drafter | None, *rest: Any, **options: Any) -> Any:
         begun.append(drafter is not None)
         return original(target, drafter, *rest, **options)
 
     explorer = decoding(max_new_tokens=15, run=False)
-    monkeypatch.setattr(decode_widgets, "decode_rounds", counted)
+    monkeypatch.setattr(decoding_module, "decode_rounds", counted)
 
     async def click_twice(turns: int) -> None:
         explorer.run_button.click()

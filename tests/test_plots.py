@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.plots`: what is drawn is what the table says, in colours that any page shows.
+"""what is drawn is what the table says, in colours that any page shows.
 
 Pictures are looked at as a reader gets them: the PNG's pixels, the words on the axes, the HTML as
 a browser would read it.
@@ -21,17 +21,14 @@ from torch import Tensor
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, pack
 from dspark_lab.explore import (
-    LINE_COLOURS,
-    REGION_COLOURS,
     REGIONS,
-    TILE_COLOURS,
     TILE_STATES,
     mask_and_tiles,
     mask_regions,
-    plot_acceptance,
     plot_coverage,
     plot_mask,
     plot_packing,
+    plot_rates,
     plot_sorting,
     plot_tiles,
     plot_training,
@@ -40,6 +37,8 @@ from dspark_lab.explore import (
     token_table,
     token_text,
 )
+from dspark_lab.explore.masks import REGION_COLOURS, TILE_COLOURS
+from dspark_lab.explore.style import LINE_COLOURS
 from tests.pictures import gallery, has_mid_grey_words, has_no_background, pixels, vanishes_nowhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -509,7 +508,7 @@ def acceptance(drafters: dict[str, list[float]]) -> pd.DataFrame:
 
 def test_acceptance_has_a_line_and_a_band_for_each_drafter() -> None:
     rates = {"one": [0.8, 0.7, 0.65], "two": [0.75, 0.6, 0.7]}
-    [ax] = plot_acceptance(acceptance(rates)).axes
+    [ax] = plot_rates(acceptance(rates)).axes
     assert [list(line.get_ydata()) for line in ax.lines] == list(rates.values())
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(rates)
     edges = [band.get_paths()[0].vertices[:, 1] for band in ax.collections]
@@ -519,11 +518,11 @@ def test_acceptance_has_a_line_and_a_band_for_each_drafter() -> None:
 
 @pytest.mark.parametrize("low", [0.651, 0.5, 0.05])
 def test_acceptance_ticks_are_what_their_labels_say(low: float) -> None:
-    figure = plot_acceptance(acceptance({"one": [low, 0.831]}))
+    figure = plot_rates(acceptance({"one": [low, 0.831]}))
     figure.draw_without_rendering()
     [ax] = figure.axes
     for place, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True):
-        assert float(label.get_text().replace("\N{MINUS SIGN}", "-")) == pytest.approx(place)
+        assert float(label.get_text().rstrip("%")) == pytest.approx(100 * place)
 
 
 def test_training_shows_every_step_and_can_be_empty() -> None:

@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.serving_plots`: what is drawn is what the tables say, on any page.
+"""what is drawn is what the tables say, on any page.
 
 Tables come from the library's own functions on profiles and costs made by hand, so that it is known
 beforehand which draft lengths win and which lose.
@@ -15,10 +15,6 @@ from matplotlib.figure import Figure
 from test_decode_plots import labelled, points, shown, tick_names, words
 
 from dspark_lab.explore import (
-    BLUE,
-    INK,
-    ORANGE,
-    RED,
     plot_load,
     plot_round,
     plot_schedule,
@@ -28,6 +24,7 @@ from dspark_lab.explore import (
     plot_temperatures,
     plot_thresholds_speed,
 )
+from dspark_lab.explore.style import BLUE, INK, ORANGE, RED
 from dspark_lab.serving import (
     AcceptanceProfile,
     RoundCosts,

@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.serving_widgets`: what the explorer of serving shows, and from what it is made.
+"""`dspark_lab.explore.serving`: what the explorer of serving shows, and from what it is made.
 
 Traces are made up or decoded by a tiny random pair, engines are made of plain numbers. Tables must
 be what the library's functions say with the same settings; nothing depends on how long it takes.
@@ -22,7 +22,8 @@ from test_decode_widgets import TEXTS, answers, drafter, target
 from test_widgets import WIDGET, picture
 
 from dspark_lab.decoding import save_trace
-from dspark_lab.explore import Explorer, explore_serving, serving_widgets
+from dspark_lab.explore import Explorer, explore_serving
+from dspark_lab.explore import serving as serving_module
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures
 from dspark_lab.serving import (
@@ -51,7 +52,7 @@ LEVELS = (1, 8, 64)
 def few_concurrencies() -> Iterator[None]:
     """The load is simulated for three of the seven, which takes half the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving_widgets, "CONCURRENCY", LEVELS)
+        patch.setattr(serving_module, "CONCURRENCY", LEVELS)
         yield
 
 
@@ -223,13 +224,13 @@ def test_every_move_but_the_exports_draws_another_picture(explored):
 
 def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
     drawn = []
-    original = serving_widgets.plot_serving
+    original = serving_module.plot_serving
 
     def watched(speedups: Any, load: Any, **options: Any) -> Any:
         drawn.append((speedups, load, options))
         return original(speedups, load, **options)
 
-    monkeypatch.setattr(serving_widgets, "plot_serving", watched)
+    monkeypatch.setattr(serving_module, "plot_serving", watched)
     explorer = explore(draft_length=2, temperature=0.0, requests=8, replay=True)
     [(speedups, load, options)] = drawn
     assert list(speedups) == ["T 0", "T 1"]
@@ -247,13 +248,13 @@ def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
     calls: list[str] = []
 
     def counting(name: str) -> None:
-        original = getattr(serving_widgets, name)
+        original = getattr(serving_module, name)
 
         def counted(*given: Any, **options: Any) -> Any:
             calls.append(name)
             return original(*given, **options)
 
-        monkeypatch.setattr(serving_widgets, name, counted)
+        monkeypatch.setattr(serving_module, name, counted)
 
     for name in ("acceptance_profile", "answers_of", "load_table", "plot_serving"):
         counting(name)
@@ -429,8 +430,8 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
         asked.append((*models, seed))
         return ENGINE
 
-    monkeypatch.setattr(serving_widgets, "measure_engine", measured)
-    monkeypatch.setattr(serving_widgets, "decode", None)
+    monkeypatch.setattr(serving_module, "measure_engine", measured)
+    monkeypatch.setattr(serving_module, "decode", None)
     explorer = explore_serving(
         target(), {"mine": drafter()}, TEXTS, trace=TRACE, requests_simulated=2, seed=4
     )
@@ -440,8 +441,8 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
 
 
 def test_with_trace_and_engine_no_model_is_loaded(monkeypatch):
-    for name in ("_models", "load_pair", "load_traces", "load_engine", "decode", "measure_engine"):
-        monkeypatch.setattr(serving_widgets, name, None)
+    for name in ("load_models", "load_pair", "load_traces", "load_engine", "decode"):
+        monkeypatch.setattr(serving_module, name, None)
     explorer = explore_serving("no/such-target", "no/such-drafter", **OPTIONS)
     assert explorer.tables["settings"]["drafter"].tolist() == ["no/such-drafter"]
 

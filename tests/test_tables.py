@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.tables`: every number behind a picture, counted once more in plain loops."""
+"""every number behind a picture, counted once more in plain loops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.tune_plots`: what is drawn is what the tables say, on any page.
+"""what is drawn is what the tables say, on any page.
 
 Pictures are looked at through what is drawn: the data of lines, bars, marks and cells, the words,
 and the PNG's pixels. Tables are made by hand.
@@ -18,19 +18,14 @@ from matplotlib.text import Text
 from test_decode_plots import points, shown, tick_names
 
 from dspark_lab.explore import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    RED,
     plot_budget,
     plot_fit,
     plot_front,
     plot_parts,
     plot_slots,
-    plot_sweep,
     plot_sweeps,
 )
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from tests.pictures import gallery, has_mid_grey_words, has_no_background, vanishes_nowhere
 
 NAN = float("nan")
@@ -123,12 +118,11 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "low front": lambda: plot_front(pd.concat([options(4).assign(front=False), crowd(9, 0.1)])),
     "budget": budget,
     "budget, little fits": lambda: budget(2, 64),
-    "sweep": lambda: plot_sweep(cells(), budget="slots", temperature=1.0),
     "sweeps": lambda: plot_sweeps(cells()),
 }
 pictures = pytest.mark.parametrize("picture", PICTURES)
 # Their cells are opaque, with black or white words.
-HEAT_MAPS = ("sweep", "sweeps")
+HEAT_MAPS = ("sweeps",)
 drawings = pytest.mark.parametrize("picture", [name for name in PICTURES if name not in HEAT_MAPS])
 
 
@@ -351,7 +345,7 @@ def map_of(ax: Axes) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
 
 
 def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval():
-    ax, _ = picture_of("sweep").axes
+    *_, ax, _ = picture_of("sweeps").axes
     numbers, words = map_of(ax)
     # Those of the last of the four maps.
     assert numbers.tolist() == [pytest.approx([2.8, 2.9, 3.0]), pytest.approx([3.1, 3.2, 3.3])]
@@ -362,10 +356,10 @@ def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval():
 
 
 def test_the_best_cell_has_a_frame_and_its_name():
-    (frame,) = [p for p in picture_of("sweep").axes[0].patches if isinstance(p, Rectangle)]
+    (frame,) = [p for p in picture_of("sweeps").axes[3].patches if isinstance(p, Rectangle)]
     assert frame.get_xy() == (1.5, 0.5) and frame.get_width() == frame.get_height() == 1
     assert not frame.get_fill() and to_hex(frame.get_edgecolor()).upper() == RED
-    assert title(picture_of("sweep").axes[0]).endswith("framed: the best, N 32, K 7")
+    assert title(picture_of("sweeps").axes[3]).endswith("framed: the best, N 32, K 7")
 
 
 def contrast(one: str, other: tuple[float, ...]) -> float:
@@ -391,22 +385,10 @@ def test_the_words_of_every_cell_are_readable(picture):
 
 def test_a_sweep_without_intervals_or_with_a_cell_missing_is_drawn():
     table = cells().assign(low=NAN, high=NAN).drop(index=19)
-    ax, _ = plot_sweep(table, budget="slots", temperature=1.0).axes
+    *_, ax, _ = plot_sweeps(table).axes
     numbers, words = map_of(ax)
     assert np.isnan(numbers[0, 1]) and np.isnan(numbers).sum() == 1
     assert words[0, 0] == "2.80" and (0, 1) not in words
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ({"budget": "steps"}, r"budget must be one of \['seconds', 'slots'\], got 'steps'"),
-        ({"temperature": 0.5}, r"temperature must be one of \[0.0, 1.0\], got 0.5"),
-    ],
-)
-def test_a_budget_or_temperature_that_was_not_swept_is_refused(choice, message):
-    with pytest.raises(ValueError, match=message):
-        plot_sweep(cells(), **({"budget": "slots", "temperature": 0.0} | choice))
 
 
 def test_the_sweeps_stand_budgets_across_and_temperatures_down_in_common_colours():

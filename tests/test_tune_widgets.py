@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.tune_widgets`: every control moves every table that depends on it, and no other.
+"""`explore_training_budget`: every control moves every table that depends on it, and no other.
 
 Conversations are tiny: random tokens, encoded already, or words of a hand-made tokenizer.
 """
@@ -17,9 +17,9 @@ from dspark_lab.chats import encode, load_chats
 from dspark_lab.explore import (
     MEASURED,
     Explorer,
+    budget,
     explore_training_budget,
     plot_budget,
-    tune_widgets,
 )
 from dspark_lab.tuning import (
     CARDS,
@@ -212,7 +212,7 @@ def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):
         drawn.append(chosen)
         return plot_budget(*tables, **chosen)
 
-    monkeypatch.setattr(tune_widgets, "plot_budget", noted)
+    monkeypatch.setattr(budget, "plot_budget", noted)
     shown = explorer(packed=False, seq_len=512, per="document")
     assert drawn[-1] == {"num_anchors": 8, "at": (LONGEST, 8)}
     shown.controls["packed"].value = True

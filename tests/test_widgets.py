@@ -1,4 +1,4 @@
-"""`dspark_lab.explore.widgets`: moved from Python as a browser moves them, with and without a running loop.
+"""Explorers moved from Python as a browser moves them, with and without a running loop.
 
 Conversations and tokenizer are tiny and hand-made: a token is a word, and two words hold what
 markup and maths are made of.
@@ -10,6 +10,7 @@ import re
 import time
 from base64 import b64decode
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
@@ -22,7 +23,6 @@ from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
 from dspark_lab.common import context_doc_ids
 from dspark_lab.explore import (
-    SETTLE_SECONDS,
     Explorer,
     Frame,
     block_table,
@@ -33,8 +33,9 @@ from dspark_lab.explore import (
     token_legend,
     token_table,
     token_text,
-    widgets,
+    training,
 )
+from dspark_lab.explore.explorer import SETTLE_SECONDS, slider
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,16 +88,16 @@ def counting(**controls: int) -> tuple[Explorer, list[dict]]:
     """An explorer of sliders that shows their values, and the list of values it has drawn."""
     drawn: list[dict] = []
 
-    def draw(**settings: int) -> Frame:
+    def draw(chosen: SimpleNamespace) -> Frame:
+        settings = vars(chosen)
         drawn.append(settings)
         if settings["number"] == 13:
             raise ValueError("13 is <b>unlucky</b>")
         return Frame({"settings": pd.DataFrame([settings])}, html=f"<i>{settings}</i>")
 
-    sliders = {
-        name: ipywidgets.IntSlider(value, 0, 10**9)
-        for name, value in ({"number": 0} | controls).items()
-    }
+    sliders = [
+        slider(name, value, 0, 10**9) for name, value in ({"number": 0} | controls).items()
+    ]
     return Explorer("counting", sliders, draw), drawn
 
 
@@ -160,12 +161,12 @@ def test_changes_that_the_loop_brings_one_by_one_are_one_redraw_too():
 def test_no_stale_frame_is_drawn_after_a_drag_that_outpaces_the_drawing():
     drawn = []
 
-    def slow(number: int) -> Frame:
+    def slow(chosen: SimpleNamespace) -> Frame:
         time.sleep(0.04)
-        drawn.append(number)
-        return Frame({"one": pd.DataFrame([number])}, html=str(number))
+        drawn.append(chosen.number)
+        return Frame({"one": pd.DataFrame([chosen.number])}, html=str(chosen.number))
 
-    explorer = Explorer("slow", {"number": ipywidgets.IntSlider(0, 0, 1000)}, slow)
+    explorer = Explorer("slow", [slider("number", 0, 0, 1000)], slow)
 
     async def drag() -> int:
         for value in range(1, 101):
@@ -598,8 +599,8 @@ def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, drawn = [0.0], []
-    monkeypatch.setattr(widgets.time, "monotonic", lambda: now[0])
-    curve = widgets.LiveCurve()
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    curve = training.LiveCurve()
     redraw = curve.redraw
     monkeypatch.setattr(curve, "redraw", lambda: (drawn.append(now[0]), redraw()))
     for step in range(1, 11):
@@ -611,7 +612,7 @@ def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(
 
 
 def test_live_curve_has_a_picture_once_there_are_steps() -> None:
-    curve = widgets.LiveCurve()
+    curve = training.LiveCurve()
     assert "image/png" not in curve._repr_mimebundle_()
     curve(step_row(2))
     bundle = curve._repr_mimebundle_()

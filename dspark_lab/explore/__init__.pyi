@@ -1,102 +1,62 @@
-from .decode_plots import (
-    outcome_legend,
-    outcome_text,
+from .acceptance import VIEWS, explore_acceptance, plot_rates
+from .anchors import (
+    block_table,
+    explore_anchors,
+    plot_coverage,
+    plot_packing,
+    slot_inputs,
+    token_legend,
+    token_table,
+    token_text,
+)
+from .budget import MEASURED, explore_training_budget, plot_budget, plot_fit, plot_parts
+from .calibration import (
     plot_bias,
     plot_calibration,
-    plot_distributions,
     plot_drift,
     plot_gain,
-    plot_rates,
     plot_reliability,
     plot_thresholds,
 )
-from .decode_widgets import (
-    VIEWS,
+from .decoding import (
     DecodingExplorer,
-    explore_acceptance,
     explore_decoding,
+    outcome_legend,
+    outcome_text,
+    plot_distributions,
 )
-from .explorer import SETTLE_SECONDS, WIDE, Explorer, Frame, checkbox, slider
-from .plots import (
-    BLUE,
-    GREEN,
-    INK,
-    LINE_COLOURS,
-    ORANGE,
-    RED,
-    REGION_COLOURS,
-    TILE_COLOURS,
-    mask_and_tiles,
-    plot_acceptance,
-    plot_coverage,
-    plot_mask,
-    plot_packing,
-    plot_sorting,
-    plot_tiles,
-    plot_training,
-    png,
-    token_legend,
-    token_text,
-)
-from .serving_plots import (
-    plot_load,
-    plot_round,
-    plot_schedule,
-    plot_serving,
-    plot_speedup,
-    plot_steps,
-    plot_temperatures,
-    plot_thresholds_speed,
-)
-from .serving_widgets import CONCURRENCY, explore_serving
-from .tables import (
+from .explorer import Explorer, Frame
+from .load import plot_load, plot_schedule, plot_steps
+from .masks import (
     REGIONS,
     TILE_STATES,
-    TOKEN_STATES,
-    block_table,
+    explore_masks,
+    mask_and_tiles,
     mask_regions,
     mask_table,
-    slot_inputs,
+    plot_mask,
+    plot_sorting,
+    plot_tiles,
     sorting_table,
     tile_states,
     tile_table,
-    token_table,
 )
-from .tune_plots import (
-    plot_budget,
-    plot_fit,
-    plot_front,
-    plot_parts,
-    plot_slots,
-    plot_sweep,
-    plot_sweeps,
-)
-from .tune_widgets import MEASURED, explore_training_budget
-from .widgets import LiveCurve, explore_anchors, explore_masks
+from .serving import explore_serving, plot_serving
+from .speedup import plot_round, plot_speedup, plot_temperatures, plot_thresholds_speed
+from .style import png
+from .sweep import plot_front, plot_slots, plot_sweeps
+from .training import LiveCurve, plot_training
 
 __all__ = [
-    "BLUE",
-    "CONCURRENCY",
     "DecodingExplorer",
     "Explorer",
     "Frame",
-    "GREEN",
-    "INK",
-    "LINE_COLOURS",
     "LiveCurve",
     "MEASURED",
-    "ORANGE",
-    "RED",
     "REGIONS",
-    "REGION_COLOURS",
-    "SETTLE_SECONDS",
-    "TILE_COLOURS",
     "TILE_STATES",
-    "TOKEN_STATES",
     "VIEWS",
-    "WIDE",
     "block_table",
-    "checkbox",
     "explore_acceptance",
     "explore_anchors",
     "explore_decoding",
@@ -108,7 +68,6 @@ __all__ = [
     "mask_table",
     "outcome_legend",
     "outcome_text",
-    "plot_acceptance",
     "plot_bias",
     "plot_budget",
     "plot_calibration",
@@ -131,7 +90,6 @@ __all__ = [
     "plot_sorting",
     "plot_speedup",
     "plot_steps",
-    "plot_sweep",
     "plot_sweeps",
     "plot_temperatures",
     "plot_thresholds",
@@ -139,7 +97,6 @@ __all__ = [
     "plot_tiles",
     "plot_training",
     "png",
-    "slider",
     "slot_inputs",
     "sorting_table",
     "tile_states",

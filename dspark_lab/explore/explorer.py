@@ -1,38 +1,37 @@
-"""What every explorer is made of: controls, and a show that follows them.
+"""``Explorer``: controls, and a picture that follows them; and the controls themselves.
 
-An explorer holds controls and shows what tables and pictures make of their values; it works nothing
-out itself. ``explorer.table`` is the table behind the picture, ``explorer.tables`` has all. This
-file knows widgets; it does not know what is shown.
+An explorer shows what tables and pictures make of its controls' values; it works nothing out
+itself. ``explorer.table`` is the table behind the picture, ``explorer.tables`` has all.
 """
 
 import asyncio
 import gc
+import math
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
 import pandas as pd
 
-from dspark_lab.checks import require_int
-
-__all__ = ["WIDE", "Explorer", "Frame", "checkbox", "slider"]
+from dspark_lab.checks import require_int, require_number
 
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
 
-WIDE = {"style": {"description_width": "9em"}, "layout": {"width": "27em"}}
+_WIDE = {"style": {"description_width": "9em"}, "layout": {"width": "27em"}}
 
 
 @dataclass(frozen=True)
 class Frame:
     """What an explorer shows for one setting of its controls, and the tables behind it.
 
-    The show is a picture, a PNG file and what it is in words, or HTML, or both, the HTML below the
-    picture; or, without tables, the problem with the setting.
+    It shows a picture (a PNG file, with its description in words), HTML, or HTML below a picture.
+    Without tables, ``problem`` says why this setting cannot be shown.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -42,12 +41,17 @@ class Frame:
     problem: str = ""
 
     def as_html(self) -> str:
-        """The show as HTML, a picture included."""
+        """All that is shown as HTML, a picture included."""
         if not self.png:
             return self.html
         source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
         picture = f'<img alt="{escape(self.alt)}" style="max-width:100%" src="{source}">'
         return picture + self.html
+
+
+def alert(problem: object) -> str:
+    """A sentence in HTML that stands where something cannot be shown."""
+    return f'<p role="alert">{escape(str(problem))}</p>'
 
 
 class Explorer(ipywidgets.VBox):
@@ -58,25 +62,26 @@ class Explorer(ipywidgets.VBox):
 
     Args:
         name: how the explorer is called in text.
-        controls: widgets with a ``value``, by the name of the argument they feed.
-        draw: makes a frame from the controls' values, or raises ValueError with a sentence.
+        controls: widgets with a ``value``; the description of each is its name.
+        draw: makes a frame from the controls' values, given as attributes by name, or raises
+            ValueError with a sentence.
     """
 
     def __init__(
         self,
         name: str,
-        controls: dict[str, ipywidgets.ValueWidget],
-        draw: Callable[..., Frame],
+        controls: Sequence[ipywidgets.ValueWidget],
+        draw: Callable[[SimpleNamespace], Frame],
     ) -> None:
-        self.name, self.controls, self._draw = name, controls, draw
+        self.name, self._draw = name, draw
+        self.controls: dict[str, Any] = {control.description: control for control in controls}
         self._picture = ipywidgets.HTML(layout={"width": "100%"})
         self._stale, self._scheduled = True, False
         self._frame = Frame({})
         self.frames_drawn = 0
-        for control in controls.values():
+        for control in controls:
             control.observe(self._changed, names="value")
-        box = ipywidgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
-        super().__init__([box, self._picture])
+        super().__init__([control_box(controls), self._picture])
         self.redraw()
 
     @property
@@ -93,11 +98,7 @@ class Explorer(ipywidgets.VBox):
 
     @property
     def table(self) -> pd.DataFrame:
-        """The first of :attr:`tables`.
-
-        Raises:
-            ValueError: the setting cannot be drawn.
-        """
+        """The first of :attr:`tables`; ValueError where the setting cannot be drawn."""
         tables = self.tables
         if not tables:
             raise ValueError(f"{self.name} has nothing to show: {self._frame.problem}")
@@ -105,12 +106,11 @@ class Explorer(ipywidgets.VBox):
 
     def redraw(self) -> None:
         """Draw the controls' present values now."""
-        with _garbage_left():
+        with _paused_gc():
             try:
-                self._frame = self._draw(**self.settings)
+                self._frame = self._draw(SimpleNamespace(**self.settings))
             except (ValueError, TypeError) as problem:
-                text = str(problem)
-                self._frame = Frame({}, html=f'<p role="alert">{escape(text)}</p>', problem=text)
+                self._frame = Frame({}, html=alert(problem), problem=str(problem))
             self._stale = False
             self._picture.value = self._frame.as_html()
         self.frames_drawn += 1
@@ -132,8 +132,7 @@ class Explorer(ipywidgets.VBox):
             self.redraw()
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-        return f"{self.name}({settings})"
+        return call_text(self.name, self.settings)
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its present picture for readers that run no widgets."""
@@ -146,8 +145,8 @@ class Explorer(ipywidgets.VBox):
 
 
 @contextmanager
-def _garbage_left() -> Iterator[None]:
-    """A full collection of garbage takes longer than a picture: it has time after the picture."""
+def _paused_gc() -> Iterator[None]:
+    """Pause garbage collection while drawing: a full collection takes longer than a picture."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -157,12 +156,55 @@ def _garbage_left() -> Iterator[None]:
             gc.enable()
 
 
+def call_text(name: str, settings: dict[str, Any]) -> str:
+    """A call as text, such as ``explore_anchors(seed=1)``."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
+def control_box(controls: Sequence[ipywidgets.Widget]) -> ipywidgets.Box:
+    """Controls side by side, on as many lines as they need."""
+    return ipywidgets.Box(list(controls), layout={"flex_flow": "row wrap"})
+
+
 def checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
-    return ipywidgets.Checkbox(value, description=name, **WIDE)
+    return ipywidgets.Checkbox(value, description=name, **_WIDE)
 
 
 def slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
     """A slider that reaches from ``low`` to ``high``, and further if it starts further out."""
     require_int(name, value, low)
     high = max(high, value)
-    return ipywidgets.IntSlider(value, low, high, step, description=name, **WIDE)
+    return ipywidgets.IntSlider(value, low, high, step, description=name, **_WIDE)
+
+
+def number_slider(
+    name: str, value: float, low: float, high: float, **options: Any
+) -> ipywidgets.FloatSlider:
+    """A slider of numbers in steps of 0.05, which reaches further if it starts further out."""
+    require_number(name, value)
+    if not (math.isfinite(value) and value >= low):
+        raise ValueError(f"{name} must be a finite number >= {low}, got {value}")
+    return ipywidgets.FloatSlider(
+        value, min=low, max=max(high, value), step=0.05, description=name, **_WIDE, **options
+    )
+
+
+def dropdown(name: str, value: Any, options: Sequence[Any]) -> ipywidgets.Dropdown:
+    _require_one_of(name, value, options)
+    return ipywidgets.Dropdown(options=options, value=value, description=name, **_WIDE)
+
+
+def selection_slider(name: str, value: Any, options: Sequence[Any]) -> ipywidgets.SelectionSlider:
+    """A slider over the given values."""
+    _require_one_of(name, value, options)
+    return ipywidgets.SelectionSlider(options=options, value=value, description=name, **_WIDE)
+
+
+def doublings_slider(name: str, value: int, options: Sequence[int]) -> ipywidgets.SelectionSlider:
+    """A slider over doublings and the value that it starts from."""
+    return selection_slider(name, value, sorted({*options, value}))
+
+
+def _require_one_of(name: str, value: Any, options: Sequence[Any]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {tuple(options)}, got {value!r}")

@@ -60,7 +60,7 @@ __all__ = [
 Per = Literal["row", "document"]
 PER: tuple[Per, ...] = get_args(Per)
 
-# Why a token can never be a label. The middle two are the "never a label" of dspark_lab.explore.tables.
+# Why a token can never be a label. The middle two are the "never a label" of token_table.
 REASONS = ("prompt", "first of its run", "alone in its run", "cut off", "padding")
 
 

@@ -1,15 +1,4 @@
-"""The explorer of serving: how many tokens to draft, from what confidence on, under which load.
-
-    explore_serving()                               the pocket pair, as it was measured
-    explore_serving(target, drafter, prompts)       one's own: decoded and timed first
-    explore_serving(trace=..., engine=...)          measured elsewhere; no model is loaded
-
-Nothing is worked out here: tables come from ``serving`` and ``load``, the picture from
-``serving_plots``, the flags from ``export``. What is slow is done once and kept, so that a moved
-control has little left to do.
-"""
-
-from __future__ import annotations
+"""Choosing for serving: how many tokens to draft, from what confidence on, under which load."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,17 +7,29 @@ from functools import lru_cache
 from html import escape
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import ipywidgets
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.checks import require_int, require_number
+from dspark_lab.checks import require_int
 from dspark_lab.decoding import decode, load_trace, rounds_of
-from dspark_lab.explore.decode_widgets import DrafterLike, Prompts, TargetLike, _Models, _models
-from dspark_lab.explore.explorer import WIDE, Explorer, Frame, checkbox, slider
-from dspark_lab.explore.plots import png
-from dspark_lab.explore.serving_plots import plot_serving
+from dspark_lab.explore.explorer import (
+    Explorer,
+    Frame,
+    alert,
+    checkbox,
+    dropdown,
+    number_slider,
+    selection_slider,
+    slider,
+)
+from dspark_lab.explore.load import plot_load
+from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
+from dspark_lab.explore.speedup import plot_round, plot_speedup
+from dspark_lab.explore.style import add_title, new_figure, plain_text, png
 from dspark_lab.model import Drafter
 from dspark_lab.pairs import load_pair, load_traces
 from dspark_lab.rates import SequentialTemperatures
@@ -51,16 +52,58 @@ from dspark_lab.serving import (
 from dspark_lab.tuning import SERVERS, ServingSettings
 from dspark_lab.tuning import export as exported
 
-__all__ = ["CONCURRENCY", "explore_serving"]
-
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-_EXPORTS = ("json", *SERVERS)
 _SHIPPED_DRAFTER = "dspark-k7"
 # What stands for a drafter without a name.
 _UNNAMED = ServingSettings(0).drafter
 # Answers decoded together where a trace is made.
 _BATCH_SIZE = 40
+
+
+def plot_serving(
+    speedups: Mapping[str, pd.DataFrame],
+    load: pd.DataFrame,
+    *,
+    bold: str,
+    draft_length: int,
+    requests: int,
+    replay: bool = False,
+) -> Figure:
+    """:func:`plot_speedup`, :func:`plot_round` and both panels of :func:`plot_load`.
+
+    Args:
+        speedups: at this load, by name.
+        load: of the simulated policies.
+        bold: the name of the table whose temperature was chosen.
+        draft_length, requests: the chosen ones.
+        replay: whether the tables of speed-up count it; the simulated load never does.
+    """
+    # Places are fixed: finding the best ones would take longer than all the drawing.
+    places = {"left": 0.075, "right": 0.985, "bottom": 0.09, "top": 0.87}
+    figure, axes = new_figure(
+        9.5, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.22, **places
+    )
+    for ax in axes:
+        ax.xaxis.set_label_coords(0.5, -0.17)
+        ax.yaxis.set_label_coords(-0.125, 0.5)
+        ax.yaxis.set_major_locator(MaxNLocator(3))
+    plot_speedup(speedups, chosen=draft_length, bold=bold, ax=axes[0])
+    plot_round(speedups[bold], draft_length=draft_length, ax=axes[1])
+    plot_load(load, concurrency=requests, axes=axes[2:])
+    for ax in axes[:3]:
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for ax, title in zip(
+        axes[:3],
+        (
+            f"{requests} request{'s' * (requests != 1)} a step",
+            f"a round, {plain_text(bold)}",
+            f"simulated load{', without replay' if replay else ''}",
+        ),
+        strict=True,
+    ):
+        add_title(ax, title, y=1, pad=32)
+    return figure
 
 
 def explore_serving(
@@ -90,9 +133,8 @@ def explore_serving(
     with a confidence head. Below stand what to choose and the chosen values for a server.
 
     Args:
-        target, drafter, prompts: as in :func:`dspark_lab.explore.decode_widgets.explore_acceptance`, with
-            one drafter. Prompts alone are put to the pocket pair. Without a target, ``drafter`` is
-            the name of one in the trace.
+        target, drafter, prompts: as in :func:`explore_acceptance`, with one drafter. Prompts alone
+            are put to the pocket pair. Without a target, ``drafter`` names one in the trace.
         trace: of whole blocks, or its file, with a column ``temperature``, or of the one that is
             given; decoded where None.
         engine: what a round costs, or its file; measured where None. Where neither it nor a target
@@ -108,24 +150,17 @@ def explore_serving(
         seed: of decoding and of the simulated requests.
 
     Returns:
-        an explorer whose ``table`` is :func:`dspark_lab.serving.speedup.speedup_table` at the chosen
+        an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen
         temperature and load. Its ``tables`` are besides it ``load``
-        (:func:`dspark_lab.serving.load.load_table`), ``temperatures``
-        (:func:`dspark_lab.serving.speedup.temperature_table`, of the length that is fastest at the lowest),
-        ``thresholds`` (:func:`dspark_lab.serving.speedup.threshold_table`, for drafters with a confidence
+        (:func:`dspark_lab.serving.load_table`), ``temperatures``
+        (:func:`dspark_lab.serving.temperature_table`, of the length that is fastest at the lowest),
+        ``thresholds`` (:func:`dspark_lab.serving.threshold_table`, for drafters with a confidence
         head), ``profile``, ``steps`` of the engine and ``settings``, those that are exported.
-
-    Raises:
-        ValueError, TypeError, OSError: models, traces or engines that cannot be read or do not fit
-            together, a trace of several drafters without the name of one, or controls that cannot
-            start there.
     """
-    if export not in _EXPORTS:
-        raise ValueError(f"export must be one of {_EXPORTS}, got {export!r}")
-    if requests not in CONCURRENCY:
-        raise ValueError(f"requests must be one of {CONCURRENCY}, got {requests!r}")
-    require_number("threshold", threshold)
-    if not 0 <= threshold <= 1:
+    export_control = dropdown("export", export, ("json", *SERVERS))
+    requests_control = selection_slider("requests", requests, CONCURRENCY)
+    threshold_control = number_slider("threshold", threshold, 0.0, 1.0)
+    if threshold > 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     if isinstance(trace, (str, os.PathLike)):
         trace = load_trace(trace)
@@ -136,9 +171,8 @@ def explore_serving(
             target, drafter, prompts, trace, engine, temperatures, max_new_tokens, seed
         )
     name = _name(drafter)
-    serving = _Serving(
-        _of_one_drafter(trace, name, temperature), engine, calibrated, requests_simulated, seed
-    )
+    trace = _of_one_drafter(trace, name, temperature)
+    serving = _Serving(trace, engine, calibrated, requests_simulated, seed)
     if temperature is None:
         temperature = serving.temperatures[-1]
     if temperature not in serving.temperatures:
@@ -150,6 +184,15 @@ def explore_serving(
     require_int("draft_length", draft_length, 1)
     if draft_length > serving.longest:
         raise ValueError(f"draft_length must be at most {serving.longest}, got {draft_length}")
+    controls = [
+        slider("draft_length", draft_length, 1, serving.longest),
+        dropdown("temperature", temperature, serving.temperatures),
+        requests_control,
+        threshold_control,
+        checkbox("replay", replay),
+        export_control,
+    ]
+    threshold_control.disabled = bool(serving.lacking)
     serving.prepare(threshold)
 
     @lru_cache(maxsize=8)
@@ -166,26 +209,21 @@ def explore_serving(
         )
         return png(figure, dpi=100)
 
-    def draw(
-        draft_length: int,
-        temperature: float,
-        requests: int,
-        threshold: float,
-        replay: bool,
-        export: str,
-    ) -> Frame:
-        chosen = ServingSettings(draft_length, 0.0 if serving.lacking else threshold, name)
+    def draw(chosen: SimpleNamespace) -> Frame:
+        k, threshold = chosen.draft_length, chosen.threshold
+        temperature, requests, replay = chosen.temperature, chosen.requests, chosen.replay
         tables = {
             "speedup": serving.speedups(temperature, requests, replay),
-            "load": serving.load(temperature, draft_length, threshold),
+            "load": serving.load(temperature, k, threshold),
             "temperatures": serving.by_temperature(requests, replay),
         }
         if not serving.lacking:
-            tables["thresholds"] = serving.thresholds(temperature, draft_length, requests, replay)
+            tables["thresholds"] = serving.thresholds(temperature, k, requests, replay)
+        settings = ServingSettings(k, 0.0 if serving.lacking else threshold, name)
         tables |= {
             "profile": serving.profile(temperature).table(),
             "steps": engine.sps.table,
-            "settings": pd.DataFrame([asdict(chosen)]),
+            "settings": pd.DataFrame([asdict(settings)]),
         }
         sentences = [
             serving.advice(temperature, requests, replay),
@@ -195,26 +233,11 @@ def explore_serving(
         return Frame(
             tables,
             html="".join(f"<p>{escape(text)}</p>" for text in sentences)
-            + _export_as_html(chosen, export),
-            png=drawn(draft_length, temperature, requests, threshold, replay),
+            + _export_as_html(settings, chosen.export),
+            png=drawn(k, temperature, requests, threshold, replay),
             alt="speed-up by draft length, where a round's time goes, and policies under load",
         )
 
-    controls: dict[str, Any] = {
-        "draft_length": slider("draft_length", draft_length, 1, serving.longest),
-        "temperature": ipywidgets.Dropdown(
-            options=serving.temperatures, value=temperature, description="temperature", **WIDE
-        ),
-        "requests": ipywidgets.SelectionSlider(
-            options=CONCURRENCY, value=requests, description="requests", **WIDE
-        ),
-        "threshold": ipywidgets.FloatSlider(
-            threshold, min=0, max=1, step=0.05, description="threshold", **WIDE
-        ),
-        "replay": checkbox("replay", replay),
-        "export": ipywidgets.Dropdown(options=_EXPORTS, value=export, description="export", **WIDE),
-    }
-    controls["threshold"].disabled = bool(serving.lacking)
     return Explorer("explore_serving", controls, draw)
 
 
@@ -239,9 +262,9 @@ def _made(
         if prompts is None:
             return load_traces(), engine, drafter
         pair = load_pair("pocket", _name(drafter))
-        models = _models(pair.target, {_name(drafter): pair.drafter}, prompts)
+        models = load_models(pair.target, {_name(drafter): pair.drafter}, prompts)
     else:
-        models = _models(target, drafter, prompts)
+        models = load_models(target, drafter, prompts)
     if len(models.drafters) != 1:
         raise ValueError(f"drafter must be one, got {list(models.drafters)}")
     [(name, loaded)] = models.drafters.items()
@@ -253,7 +276,7 @@ def _made(
 
 
 def _decoded(
-    models: _Models,
+    models: Models,
     drafter: Drafter,
     temperatures: Sequence[float],
     max_new_tokens: int,
@@ -414,8 +437,8 @@ def _load_in_words(table: pd.DataFrame, requests: int) -> str:
     return f"With {requests} in the batch, simulated: {first}; then {'; '.join(others)}."
 
 
-def _export_as_html(chosen: ServingSettings, kind: str) -> str:
+def _export_as_html(settings: ServingSettings, kind: str) -> str:
     try:
-        return f"<pre>{escape(exported(chosen, kind))}</pre>"
+        return f"<pre>{escape(exported(settings, kind))}</pre>"
     except ValueError as problem:
-        return f'<p role="alert">{escape(str(problem))}</p>'
+        return alert(problem)

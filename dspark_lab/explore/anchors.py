@@ -1,0 +1,371 @@
+"""Anchors: which tokens of a conversation are anchors, covered, or never a label.
+
+Tables of a draw of blocks, pictures of coverage, a conversation as coloured text, and the explorer.
+"""
+
+import html
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from dspark_lab.attention import context_range
+from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
+from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
+from dspark_lab.common import build_anchor_candidate_mask, context_doc_ids
+from dspark_lab.explore.explorer import Explorer, Frame, checkbox, slider
+from dspark_lab.explore.style import (
+    INK,
+    add_legend,
+    add_note,
+    add_title,
+    doubling_axis,
+    line_look,
+    new_figure,
+    percent_axis,
+)
+from dspark_lab.tuning import token_coverage
+
+TOKEN_STATES = ("prompt", "not covered", "covered", "never a label", "padding")
+
+
+def token_table(
+    batch: Batch, blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0
+) -> pd.DataFrame:
+    """What each token of one row is, before and after a draw of blocks.
+
+    Args:
+        batch: the rows.
+        blocks: a draw of blocks on them.
+        to_text: one token id to its text, such as ``lambda i: tokenizer.decode([i])``.
+        row: which row.
+
+    Returns:
+        one line per token: ``position`` in the row, ``document`` (-1 on padding), ``token_id``,
+        ``text``, ``supervised``, ``candidate``, ``anchor``, ``times_supervised`` by this draw,
+        ``p_covered`` (probability that a draw of as many anchors covers it) and ``state``, one of
+        ``TOKEN_STATES``; *never a label* is supervised but first of its run: no anchor reaches it.
+    """
+    one = batch.row(row)
+    seq_len = one.input_ids.shape[1]
+    num_anchors, block_size = blocks.eval_mask.shape[1:]
+    candidates = build_anchor_candidate_mask(seq_len, one.loss_mask, one.doc_remaining)[0]
+    candidate = torch.nn.functional.pad(candidates, (0, 1))
+    anchors = blocks.anchor_positions[row][blocks.block_keep_mask[row]]
+    is_anchor = torch.zeros(seq_len, dtype=torch.bool).index_fill(0, anchors.cpu(), True)
+    supervised = one.loss_mask[0].cpu().numpy()
+    padding = ~one.attention_mask[0].cpu().numpy()
+    times = times_supervised(blocks)[row].cpu().numpy()
+    p_covered = token_coverage(one, num_anchors, block_size)[0].cpu().numpy()
+    document = context_doc_ids(one.seq_lens, seq_len, one.seq_lens.device)[0].cpu().numpy()
+    state = np.select(
+        [padding, ~supervised, times > 0, p_covered == 0],
+        ["padding", "prompt", "covered", "never a label"],
+        "not covered",
+    )
+    token_ids = one.input_ids[0].tolist()
+    return pd.DataFrame(
+        {
+            "position": np.arange(seq_len),
+            "document": np.where(padding, -1, document),
+            "token_id": token_ids,
+            "text": [to_text(token_id) for token_id in token_ids],
+            "supervised": supervised,
+            "candidate": candidate.cpu().numpy(),
+            "anchor": is_anchor.numpy(),
+            "times_supervised": times,
+            "p_covered": p_covered,
+            "state": state,
+        }
+    )
+
+
+def block_table(
+    batch: Batch, blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0
+) -> pd.DataFrame:
+    """What each slot of one row's blocks reads, where it stands, and what it should predict.
+
+    Returns:
+        one line per slot: ``block``, ``kept``, ``slot``, ``position_id``, ``input`` (see
+        :func:`slot_inputs`), ``context`` (how many context tokens it sees), ``label_position``,
+        ``label`` (text; empty where the label lies past the row or the block is a dummy) and
+        ``supervised``.
+    """
+    one = batch.row(row)
+    seq_len = one.input_ids.shape[1]
+    num_anchors, block_size = blocks.eval_mask.shape[1:]
+    start, end = context_range(
+        blocks.anchor_positions[row : row + 1],
+        blocks.block_keep_mask[row : row + 1],
+        seq_len=seq_len,
+        doc_ids=context_doc_ids(one.seq_lens, seq_len, one.seq_lens.device),
+    )
+    kept = blocks.block_keep_mask[row].repeat_interleave(block_size).tolist()
+    labels = blocks.label_indices[row].flatten().tolist()
+    targets = blocks.target_ids[row].flatten().tolist()
+    return pd.DataFrame(
+        {
+            "block": np.repeat(np.arange(num_anchors), block_size),
+            "kept": kept,
+            "slot": np.tile(np.arange(block_size), num_anchors),
+            "position_id": blocks.position_ids[row].flatten().tolist(),
+            "input": slot_inputs(blocks, to_text, row=row),
+            "context": (end - start)[0].repeat_interleave(block_size).tolist(),
+            "label_position": labels,
+            "label": [
+                to_text(token_id) if keep and label < seq_len else ""
+                for token_id, keep, label in zip(targets, kept, labels, strict=True)
+            ],
+            "supervised": blocks.eval_mask[row].flatten().tolist(),
+        }
+    )
+
+
+def slot_inputs(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> list[str]:
+    """What each slot of one row's blocks reads, as text: ``[mask]`` for the mask token.
+
+    Slot 0 of a kept block reads a token of the conversation, whatever its id.
+    """
+    return [
+        "[mask]"
+        if token_id == blocks.mask_token_id and not (keep and slot == 0)
+        else to_text(token_id)
+        for keep, block in zip(
+            blocks.block_keep_mask[row].tolist(), blocks.noise_ids[row].tolist(), strict=True
+        )
+        for slot, token_id in enumerate(block)
+    ]
+
+
+def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
+    """Coverage against ``num_anchors``: the closed form as lines, draws as marks.
+
+    Args:
+        table: from :func:`dspark_lab.tuning.coverage_table`.
+        goal: a share to mark with a dotted line; None for none.
+    """
+    figure, ax = new_figure(7, 3.6)
+    for i, (block_size, part) in enumerate(table.groupby("block_size")):
+        mark = line_look(i) | {"fillstyle": "none", "linestyle": "none"}
+        label = f"block {block_size}"
+        ax.plot(part["num_anchors"], part["expected"], color=mark["color"], label=label)
+        ax.plot(part["num_anchors"], part["sampled"], **mark)
+    if goal is not None:
+        ax.axhline(goal, color=INK, linestyle=":", linewidth=1)
+        add_note(ax, f"{goal:.0%}", (0, goal), (3, 2), x="axes fraction")
+    doubling_axis(ax, table["num_anchors"])
+    ax.set_xlabel("anchors per row (num_anchors)")
+    ax.set_ylim(0, 1.02)
+    percent_axis(ax, "supervised tokens covered in one pass")
+    add_title(ax, "line: expected (closed form)   mark: sampled")
+    add_legend(ax, loc="lower right")
+    return figure
+
+
+def plot_packing(table: pd.DataFrame) -> Figure:
+    """Coverage when rows hold several documents.
+
+    Args:
+        table: columns ``row`` (what a row is, as text), ``anchors per`` (``row`` or ``document``),
+            ``num_anchors`` and ``expected``.
+    """
+    figure, ax = new_figure(7, 3.4)
+    for i, ((row, per), part) in enumerate(table.groupby(["row", "anchors per"], sort=False)):
+        look = line_look(i) | {"linestyle": "--" if per == "document" else "-"}
+        ax.plot(part["num_anchors"], part["expected"], label=f"{row}, per {per}", **look)
+    doubling_axis(ax, table["num_anchors"])
+    ax.set_xlabel("anchors (num_anchors)")
+    ax.set_ylim(0, 1.02)
+    percent_axis(ax, "supervised tokens covered")
+    add_legend(ax)
+    return figure
+
+
+# How the token text marks its tokens; half transparent colours let either theme show through.
+_TOKEN_STYLE = """<style>
+.dspark-text{font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;
+ word-break:break-word;color:var(--jp-content-font-color1,inherit);max-height:26em;overflow-y:auto;
+ padding:2px 4px}
+.dspark-text span,.dspark-key span{border-radius:3px;padding:1px 0}
+.dspark-text span:hover{outline:2px solid #767676}
+.dspark-key{font-size:12px;line-height:2;color:var(--jp-content-font-color1,inherit)}
+.dspark-key span{padding:2px 6px;margin-right:8px;white-space:nowrap}
+.dspark-document{border-top:1px solid #767676;margin-top:.6em;font-size:11px;opacity:.7}
+.dspark-prompt{opacity:.55}.dspark-padding{opacity:.3}
+.dspark-not-covered{background:rgba(230,159,0,.30)}
+.dspark-covered{background:rgba(86,180,233,.38)}
+.dspark-never-a-label{background:rgba(204,121,167,.55)}
+.dspark-candidate{border-bottom:2px dotted #767676}
+.dspark-anchor{border-bottom:3px solid #D55E00;font-weight:700}
+</style>"""
+
+
+def token_text(table: pd.DataFrame) -> str:
+    """A conversation as text in HTML, token by token, coloured by what each token is.
+
+    Hovering over a token tells its position, id and state.
+
+    Args:
+        table: from :func:`token_table`.
+    """
+    shown = table[table["state"] != "padding"]
+    spans = []
+    document = 0
+    for token in shown.itertuples(index=False):
+        if token.document != document:
+            document = token.document
+            spans.append(f'<div class="dspark-document">document {document}</div>')
+        spans.append(_token_span(token))
+    return f'{_TOKEN_STYLE}<div class="dspark-text">{"".join(spans)}</div>'
+
+
+def token_legend(table: pd.DataFrame) -> str:
+    """The key to :func:`token_text` in HTML, with the number of tokens of each kind."""
+    states = table["state"].value_counts()
+    entries = [
+        (f"dspark-{state.replace(' ', '-')}", f"{state} {states[state]}")
+        for state in ("prompt", "covered", "not covered", "never a label")
+        if state in states
+    ]
+    entries.append(("dspark-candidate", f"candidate {int(table['candidate'].sum())}"))
+    entries.append(("dspark-anchor", f"anchor {int(table['anchor'].sum())}"))
+    spans = [f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in entries]
+    return f'{_TOKEN_STYLE}<div class="dspark-key">{" ".join(spans)}</div>'
+
+
+def _token_span(token: Any) -> str:
+    kinds = [f"dspark-{token.state.replace(' ', '-')}"]
+    facts = [f"position {token.position}", f"id {token.token_id}", token.state]
+    if token.candidate:
+        kinds.append("dspark-anchor" if token.anchor else "dspark-candidate")
+        facts.append("anchor" if token.anchor else "candidate")
+    if token.supervised:
+        facts.append(f"supervised by {token.times_supervised} slots of this draw")
+        facts.append(f"covered with probability {token.p_covered:.3f}")
+    if token.document > 0:
+        facts.append(f"document {token.document}")
+    text = html.escape(token.text).replace("\n", "⏎\n")
+    title = html.escape(" · ".join(facts), quote=True)
+    return f'<span class="{" ".join(kinds)}" title="{title}">{text}</span>'
+
+
+def explore_anchors(
+    chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
+    tokenizer: Any = None,
+    *,
+    num_anchors: int = 16,
+    block_size: int = 7,
+    seed: int = 0,
+    conversation: int = 0,
+    packed: bool = False,
+    row_length: int = 1024,
+) -> Explorer:
+    """Which tokens of a conversation are anchors, covered, or never a label.
+
+    Args:
+        chats: conversations, or a JSONL file of them; the shipped ones where None.
+        tokenizer: a tokenizer, its name or folder; the shipped one where None.
+        num_anchors, block_size, seed, conversation, packed, row_length: where the controls start.
+            Packed, as many conversations share a row as fit, the chosen one first in line.
+
+    Returns:
+        an explorer with the tables ``tokens`` (:func:`token_table`) and ``blocks``
+        (:func:`block_table`).
+    """
+    rows = ConversationRows(chats, tokenizer)
+
+    def draw(chosen: SimpleNamespace) -> Frame:
+        batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length)
+        blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
+        tokens = token_table(batch, blocks, rows.to_text)
+        return Frame(
+            {"tokens": tokens, "blocks": block_table(batch, blocks, rows.to_text)},
+            html=token_legend(tokens) + token_text(tokens),
+        )
+
+    controls = [
+        *rows.controls(conversation, packed, row_length),
+        *draw_controls(num_anchors, block_size, seed),
+    ]
+    return Explorer("explore_anchors", controls, draw)
+
+
+class ConversationRows:
+    """Conversations as rows of tokens, encoded when they are first asked for."""
+
+    def __init__(self, chats: Any, tokenizer: Any) -> None:
+        self.chats = loaded_chats(chats)
+        self.tokenizer = tokenizer = loaded_tokenizer(tokenizer)
+        pad_token_id = tokenizer.pad_token_id
+        self.pad_token_id = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
+        self.to_text = lru_cache(maxsize=None)(lambda token_id: tokenizer.decode([token_id]))
+        self.encoded = lru_cache(maxsize=None)(lambda index: encode(self.chats[index], tokenizer))
+
+    def controls(self, conversation: int, packed: bool, row_length: int) -> list[Any]:
+        last = len(self.chats) - 1
+        if not 0 <= conversation <= last:
+            raise ValueError(f"conversation must lie in [0, {last}], got {conversation}")
+        return [
+            slider("conversation", conversation, 0, last),
+            checkbox("packed", packed),
+            slider("row_length", row_length, 64, 4096, step=64),
+        ]
+
+    def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
+        """One row: a conversation alone, or packed with those that follow while they fit."""
+        chosen = [_around_answer(self.encoded(index), context)]
+        room = row_length - len(chosen[0])
+        if packed and room < 0:
+            raise ValueError(
+                f"Conversation {index} has {len(chosen[0])} tokens and does not fit into a row of "
+                f"{row_length}. Choose a longer row."
+            )
+        while packed and (index := index + 1) < len(self.chats):
+            following = _around_answer(self.encoded(index), context)
+            room -= len(following)
+            if room < 0:
+                break
+            chosen.append(following)
+        length = row_length if packed else len(chosen[0])
+        return one_row(chosen, length, self.pad_token_id)
+
+
+def loaded_chats(chats: Any) -> Any:
+    """Conversations from what an explorer is given: themselves, their file, or the shipped ones."""
+    if chats is None or isinstance(chats, (str, os.PathLike)):
+        chats = load_chats(chats)
+    if len(chats) == 0:
+        raise ValueError("chats must hold at least one conversation, got none")
+    return chats
+
+
+def loaded_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer from itself, its name or folder, or the shipped one."""
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        return load_tokenizer(tokenizer)
+    return tokenizer
+
+
+def draw_controls(num_anchors: int, block_size: int, seed: int) -> list[Any]:
+    """The controls of a draw of blocks."""
+    return [
+        slider("num_anchors", num_anchors, 1, 128),
+        slider("block_size", block_size, 1, 32),
+        slider("seed", seed, 0, 99),
+    ]
+
+
+def _around_answer(encoded: Encoded, context: int | None) -> Encoded:
+    """At most ``context`` tokens of a conversation, a third of them before its first answer."""
+    if context is None or len(encoded) <= context:
+        return encoded
+    first_answer = int(encoded.loss_mask.int().argmax())
+    first = min(max(0, first_answer - context // 3), len(encoded) - context)
+    kept = slice(first, first + context)
+    return Encoded(encoded.input_ids[kept], encoded.loss_mask[kept], encoded.chat)

@@ -1,0 +1,498 @@
+"""Choosing for training: what a setting covers, gains, costs and needs, and its explorer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from html import escape
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+
+from dspark_lab.chats import Chat, Encoded, encode
+from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
+from dspark_lab.explore.explorer import (
+    Explorer,
+    Frame,
+    checkbox,
+    doublings_slider,
+    dropdown,
+    slider,
+)
+from dspark_lab.explore.style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    add_legend,
+    add_rules,
+    add_title,
+    line_look,
+    new_figure,
+    percent_axis,
+    png,
+)
+from dspark_lab.model import DrafterConfig
+from dspark_lab.tuning import (
+    CARDS,
+    PER,
+    TRAINERS,
+    Dtype,
+    Per,
+    Shape,
+    Spans,
+    Step,
+    StepTime,
+    TrainingChoice,
+    TrainingSettings,
+    choose_training,
+    fit_table,
+    memory_table,
+    never_table,
+    row_blocks,
+    slot_table,
+    supervision_table,
+    training_cost,
+    usable_bytes,
+)
+from dspark_lab.tuning import export as exported
+
+# The entry among the cards that stands for the user's own measurement.
+MEASURED = "measured here"
+_SEQ_LENS = tuple(2**power for power in range(8, 16))
+_NUM_ANCHORS = tuple(2**power for power in range(2, 16))
+# A row of more blocks takes longer to look at than a slider may.
+_MOST_BLOCKS = 2**17
+# The mark of the chosen setting, in every panel.
+_CHOSEN: dict[str, Any] = {
+    "color": ORANGE,
+    "marker": "*",
+    "markersize": 13,
+    "markeredgecolor": INK,
+    "markeredgewidth": 0.6,
+    "linestyle": "none",
+    "clip_on": False,
+    "zorder": 4,
+}
+# Marks as a title writes them. A title is drawn in a third of the time that a legend takes, and the
+# explorer draws four panels for each step of a slider.
+_STAR, _RING, _SQUARE = "★", "○", "□"
+# A log axis with more doublings than this names every second, or third.
+_MOST_TICKS = 6
+
+
+def plot_fit(
+    table: pd.DataFrame, *, at: tuple[int, int] | None = None, ax: Axes | None = None
+) -> Figure:
+    """The largest number of anchors that fits, against the row's length, a line per block size.
+
+    Args:
+        table: from :func:`dspark_lab.tuning.fit_table`: ``seq_len``, ``block_size``,
+            ``num_anchors`` (0, where nothing fits, has a place of its own) and ``full``; hollow
+            marks are where it is False.
+        at: a row length and a number of anchors to mark as the chosen ones.
+        ax: draw here instead of in a new figure.
+    """
+    if ax is None:
+        _, ax = new_figure(7, 3.8)
+    blocks = table["block_size"].unique()
+    key = [f"block {blocks[0]}"] if len(blocks) == 1 else []
+    for i, (block_size, part) in enumerate(table.groupby("block_size")):
+        x, y, label = part["seq_len"], part["num_anchors"], f"block {block_size}"
+        _line_and_marks(ax, x, y, part["full"], i, label, clip_on=False)
+    numbers, lengths = table["num_anchors"].tolist(), table["seq_len"].tolist()
+    if at is not None:
+        ax.plot([at[0]], [at[1]], **_CHOSEN)
+        key.append(f"{_STAR} chosen")
+        lengths.append(at[0])
+        numbers.append(at[1])
+    if not table["full"].all():
+        key.append("hollow: row is the limit")
+    ax.set_xscale("log", base=2)
+    # From 1 on it is a log axis; below there is room for 0.
+    ax.set_yscale("symlog", base=2, linthresh=1)
+    _name_doublings(ax.xaxis, lengths)
+    _name_doublings(ax.yaxis, numbers, zero="none: 0" if 0 in numbers else "")
+    ax.set_ylim(0 if 0 in numbers else 0.8 * min(numbers), 1.6 * max(1, *numbers))
+    ax.set_xlabel("tokens of a row (seq_len)")
+    ax.set_ylabel("most anchors that fit")
+    add_rules(ax)
+    _title(ax, "   ".join(key))
+    if len(blocks) > 1:
+        add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
+    return cast(Figure, ax.figure)
+
+
+def plot_parts(
+    cost: pd.DataFrame,
+    memory: pd.DataFrame | None = None,
+    *,
+    limit: float | None = None,
+    seconds: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Where a training step's operations go, part by part, and its bytes.
+
+    Args:
+        cost: from :func:`dspark_lab.tuning.training_cost`: ``part`` and ``operations``.
+        memory: from :func:`dspark_lab.tuning.memory_table`: ``part``, ``held`` and ``moment``; a
+            panel of its own.
+        limit: bytes that tensors may take, told in words.
+        seconds: of the step, told in words.
+        ax: draw the operations here instead of in a new figure, and no memory.
+    """
+    if memory is not None and ax is not None:
+        raise ValueError("memory must be None where ax is given, got both")
+    if limit is not None and memory is None:
+        raise ValueError(f"limit must come with a memory table, got {limit} without")
+    if ax is None:
+        most = max(len(cost), 0 if memory is None else len(memory))
+        columns = 1 if memory is None else 2
+        _, axes = new_figure(4.8 * columns, 0.27 * most + 1.1, columns)
+        ax, *others = np.atleast_1d(axes)
+        if memory is not None:
+            _plot_bytes(others[0], memory, limit)
+    total = cost["operations"].sum()
+    share = (cost["operations"] / total).to_numpy()
+    labels = [f"{part:.1%}" if part >= 0.0005 else "< 0.1%" for part in share]
+    _bars(ax, cost["part"], share, labels, BLUE)
+    ax.set_xlabel("share of operations")
+    ax.set_ylabel("part")
+    title = f"a step: {EngFormatter(places=1)(total)} operations"
+    if seconds is not None:
+        title += f", {seconds:.3g} s"
+    _title(ax, title)
+    return cast(Figure, ax.figure)
+
+
+def plot_budget(
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    fit: pd.DataFrame,
+    *,
+    num_anchors: int,
+    at: tuple[int, int],
+) -> Figure:
+    """What a choice for training covers, gains, costs and leaves room for, in four panels.
+
+    Args:
+        options: ``table`` of :func:`dspark_lab.choose_training`, a line per number of anchors, the
+            chosen one among them; one block size, one row length.
+        cost: from :func:`dspark_lab.tuning.training_cost`, of the chosen step.
+        fit: from :func:`dspark_lab.tuning.fit_table`.
+        num_anchors: the chosen one of the options.
+        at: where it stands in ``fit``: the longest row, and its blocks.
+    """
+    options = options.sort_values("num_anchors")
+    if num_anchors not in options["num_anchors"].to_numpy():
+        raise ValueError(
+            f"num_anchors must be one of {options['num_anchors'].tolist()}, got {num_anchors}"
+        )
+    chosen = options[options["num_anchors"] == num_anchors]
+    width, height = 9.5, 5.6
+    # Fixed margins, in inches, and fixed places of labels: finding the best ones would take long.
+    figure, axes = new_figure(
+        width,
+        height,
+        columns=2,
+        rows=2,
+        layout="none",
+        left=1.95 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - 0.35 / height,
+        wspace=0.25,
+        hspace=0.5,
+    )
+    _plot_share(axes[0], options, chosen)
+    _plot_gain(axes[1], options, chosen)
+    plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=axes[2])
+    plot_fit(fit, at=at, ax=axes[3])
+    places = ((0.55, 0.25), (0.55, 0.25), (1.8, 0.08), (0.55, 0.25))
+    for ax, (beside, under) in zip(axes, places, strict=True):
+        _, _, wide, high = ax.get_position().bounds
+        ax.xaxis.set_label_coords(0.5, -under / (height * high))
+        ax.yaxis.set_label_coords(-beside / (width * wide), 0.5)
+    return figure
+
+
+def _plot_share(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
+    ax.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
+    ax.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
+    ax.set_ylim(0, 1.02)
+    _budget_axes(ax, options, "tokens covered")
+    n, share = chosen["num_anchors"].iloc[0], chosen["share"].iloc[0]
+    _title(ax, f"{_STAR} chosen: N {n:,} covers {share:.0%}")
+
+
+def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
+    """Relative to the best that fits, or to the best of all where nothing does."""
+    fits = options["fits"]
+    possible = options[fits] if fits.any() else options
+    best = possible.loc[[possible["gain_per_second"].idxmax()]]
+    unit = best["gain_per_second"].iloc[0]
+    gain = options["gain_per_second"] / unit
+    _line_and_marks(ax, options["num_anchors"], gain, options["fits"], 0)
+    key = [f"{_STAR} chosen"]
+    if fits.any():
+        frame: dict[str, Any] = {"marker": "s", "markersize": 11, "fillstyle": "none"}
+        ax.plot(best["num_anchors"], [1], color=GREEN, markeredgewidth=1.8, **frame)
+        key.append(f"{_SQUARE} best that fits: N {best['num_anchors'].iloc[0]:,}")
+    if not fits.all():
+        key.append(f"{_RING} too large")
+    ax.plot(chosen["num_anchors"], chosen["gain_per_second"] / unit, **_CHOSEN)
+    ax.set_ylim(0, 1.08 * gain.max())
+    _budget_axes(ax, options, "gain/s, of the best")
+    _title(ax, "   ".join(key))
+
+
+def _line_and_marks(
+    ax: Axes, x: pd.Series, y: pd.Series, filled: pd.Series, i: int, label: str = "", **look: Any
+) -> None:
+    """Line ``i``, with hollow marks where they are not to be filled."""
+    full, look = filled.to_numpy(dtype=bool), line_look(i) | {"markersize": 5} | look
+    ax.plot(x, y, linewidth=1.4, label=label, markevery=full, **look)
+    ax.plot(x[~full], y[~full], **look | {"linestyle": "none", "fillstyle": "none"})
+
+
+def _plot_bytes(ax: Axes, memory: pd.DataFrame, limit: float | None) -> None:
+    held = (memory["held"] / 1e9).to_numpy()
+    _bars(ax, memory["part"], held, [f"{size:.2f} GB" if size else "0" for size in held], GREEN)
+    ax.set_xlabel("held, in GB")
+    ax.set_ylabel("what is held")
+    title = f"{held.sum():.1f} GB at the fullest moment: {memory['moment'].iloc[0]}"
+    if limit is not None and math.isfinite(limit):
+        title += f"\n{held.sum() / (limit / 1e9):.0%} of the {limit / 1e9:.1f} GB that it may take"
+    _title(ax, title)
+
+
+def _bars(ax: Axes, names: pd.Series, values: np.ndarray, labels: list[str], colour: str) -> None:
+    """A bar for each part, the first on top; its axis names the part and its value."""
+    y = np.arange(len(values))
+    ax.barh(y, values, 0.7, color=colour)
+    ax.set_yticks(y, [f"{name}  {label}" for name, label in zip(names, labels, strict=True)])
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(values) - 0.4, -0.6)
+    ax.set_xticks([])
+
+
+def _budget_axes(ax: Axes, options: pd.DataFrame, label: str) -> None:
+    """Shares against ``num_anchors``."""
+    ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 5, 10]))
+    percent_axis(ax, label)
+    ax.set_xscale("log", base=2)
+    _name_doublings(ax.xaxis, options["num_anchors"].tolist())
+    ax.set_xlabel("num_anchors")
+
+
+def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
+    """Ticks at powers of two, as plain numbers, and at 0 where it has a name."""
+    positive = [value for value in values if value > 0] or [1]
+    powers = range(math.floor(math.log2(min(positive))), math.ceil(math.log2(max(positive))) + 1)
+    ticks = [2**power for power in powers[:: -(-len(powers) // _MOST_TICKS)]]
+    names = [str(tick) for tick in ticks]
+    if zero:
+        ticks, names = [0, *ticks], [zero, *names]
+    axis.set_ticks(ticks, names)
+    axis.set_minor_locator(NullLocator())
+
+
+def _title(ax: Axes, text: str) -> None:
+    # A place that is given need not be searched for.
+    add_title(ax, text, y=1)
+
+
+_Chats = str | os.PathLike[str] | Sequence[Chat] | Sequence[Encoded]
+
+
+def explore_training_budget(
+    chats: _Chats | None = None,
+    model: Shape | str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig = "qwen3-4b",
+    tokenizer: Any = None,
+    *,
+    num_anchors: int = 512,
+    block_size: int = 7,
+    seq_len: int = 4096,
+    packed: bool = True,
+    per: Per = "row",
+    batch_size: int = 1,
+    card: str | None = None,
+    time: StepTime | None = None,
+    memory: float | None = None,
+    gamma: float = 4.0,
+    export: str = "dspark-lab",
+    dtype: Dtype = "bf16",
+    features: Literal["live", "cached"] = "live",
+    target_dtype: Dtype | None = None,
+    objective: Literal["chunked", "full"] = "chunked",
+    supervised: float = 1.0,
+    vocabulary: int | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> Explorer:
+    """What a training step on these conversations covers, gains, costs and needs.
+
+    Args:
+        chats: conversations, tokens already or not, or a JSONL file of them; the shipped ones where
+            None.
+        model: a shape, or what :meth:`dspark_lab.tuning.Shape.of` makes one of.
+        tokenizer: a tokenizer, its name or folder; the shipped one where None.
+        num_anchors, block_size, seq_len, packed, per, batch_size: where the controls start.
+        card: where that control starts, one of :data:`~dspark_lab.tuning.CARDS` or, with ``time``,
+            "measured here"; the latter or an H100 where None. Of a card's peak a share is assumed.
+        time: step times fitted on the user's own device; the choice "measured here".
+        memory: bytes of that device; everything fits there where None.
+        gamma: decay of the slots' weights.
+        export: where the control of the export starts: "json", or one of
+            :data:`~dspark_lab.tuning.TRAINERS`.
+        dtype, features, target_dtype, objective, supervised, vocabulary, device: see
+            :class:`dspark_lab.tuning.Step`.
+
+    Returns:
+        an explorer whose ``table`` has a line per number of anchors, see
+        :func:`dspark_lab.choose_training`. ``tables`` also has ``recommended`` (its best line, with
+        the reason), ``settings`` (the chosen ones), ``coverage``, ``slots`` and ``never`` (of
+        tokens), ``cost``, ``memory`` and ``fit``.
+    """
+    shape = model if isinstance(model, Shape) else Shape.of(model)
+    TrainingSettings(num_anchors, block_size, seq_len, batch_size, gamma)
+    step_options: dict[str, Any] = {
+        "dtype": dtype,
+        "features": features,
+        "target_dtype": target_dtype,
+        "objective": objective,
+        "supervised": supervised,
+        "vocabulary": vocabulary,
+        "device": device,
+    }
+    Step.of(shape, seq_len, num_anchors, block_size, batch_size=batch_size, **step_options)
+    if time is None and memory is not None:
+        raise ValueError(f"memory must come with a time, got {memory} without")
+    if time is not None and not isinstance(time, StepTime):
+        raise TypeError(f"time must be a StepTime, got {type(time).__name__}")
+    cards: dict[str, tuple[Any, Any]] = {} if time is None else {MEASURED: (time, memory)}
+    cards |= {name: (name, name) for name in CARDS}
+    if memory is not None:
+        usable_bytes(memory)
+    controls = [
+        doublings_slider("num_anchors", num_anchors, _NUM_ANCHORS),
+        slider("block_size", block_size, 1, 16),
+        doublings_slider("seq_len", seq_len, _SEQ_LENS),
+        checkbox("packed", packed),
+        dropdown("per", per, PER),
+        slider("batch_size", batch_size, 1, 64),
+        dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
+        dropdown("export", export, ("json", *TRAINERS)),
+    ]
+    encoded = _encoded(chats, tokenizer)
+
+    @lru_cache(maxsize=8)
+    def spans_of(seq_len: int, packed: bool) -> Spans:
+        return Spans.of(encoded, seq_len=seq_len, row_length=seq_len if packed else None)
+
+    @lru_cache(maxsize=8)
+    def choice_of(
+        spans: Spans, tried: tuple[int, ...], block_size: int, per: Per, batch_size: int, card: str
+    ) -> TrainingChoice:
+        card_time, card_memory = cards[card]
+        return choose_training(
+            spans,
+            shape,
+            time=card_time,
+            memory=card_memory,
+            num_anchors=tried,
+            block_sizes=(block_size,),
+            per=per,
+            batch_size=batch_size,
+            gamma=gamma,
+            **step_options,
+        )
+
+    def draw(chosen: SimpleNamespace) -> Frame:
+        spans = spans_of(chosen.seq_len, chosen.packed)
+        n, k, per = chosen.num_anchors, chosen.block_size, chosen.per
+        batch_size = chosen.batch_size
+        candidates = int(spans.candidates(per).max())
+        if not candidates:
+            raise ValueError(
+                "No conversation has two supervised tokens in a row among its first "
+                f"{chosen.seq_len:,}: there is nothing to learn from. Choose a longer row."
+            )
+        blocks = row_blocks(spans, n, per)
+        if blocks > _MOST_BLOCKS:
+            raise ValueError(
+                f"{n:,} anchors for each document are {blocks:,} blocks a row, more than "
+                f"{_MOST_BLOCKS:,}. Choose fewer."
+            )
+        tried = tuple(sorted({n, *(other for other in _NUM_ANCHORS if other <= candidates)}))
+        choice = choice_of(spans, tried, k, per, batch_size, chosen.card)
+        line = choice.table[choice.table["num_anchors"] == n].iloc[0]
+        longest = int(line["seq_len"])
+        step = {"num_anchors": blocks, "block_size": k, "batch_size": batch_size, **step_options}
+        cost = training_cost(shape, seq_len=max(1, round(line["row_tokens"])), **step)
+        room = cards[chosen.card][1] or math.inf
+        fit = fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
+        settings = TrainingSettings(n, k, chosen.seq_len, batch_size, gamma)
+        figure = plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, blocks))
+        return Frame(
+            {
+                "options": choice.table,
+                "recommended": _recommended(choice),
+                "settings": pd.DataFrame([asdict(settings)]),
+                "coverage": supervision_table(spans, tried, (k,), gamma=gamma, per=per),
+                "slots": slot_table(spans, n, k, gamma=gamma, per=per),
+                "never": never_table(spans),
+                "cost": cost,
+                "memory": memory_table(shape, seq_len=longest, **step),
+                "fit": fit,
+            },
+            html=_in_words(choice, line, settings, per, chosen.card, usable_bytes(room))
+            + f"<pre>{escape(exported(settings, chosen.export))}</pre>",
+            png=png(figure, dpi=100),
+            alt="what the chosen setting covers, gains, costs and leaves room for",
+        )
+
+    return Explorer("explore_training_budget", controls, draw)
+
+
+def _encoded(chats: _Chats | None, tokenizer: Any) -> list[Encoded]:
+    loaded = loaded_chats(chats)
+    if not all(isinstance(chat, Encoded) for chat in loaded):
+        tokenizer = loaded_tokenizer(tokenizer)
+    return [chat if isinstance(chat, Encoded) else encode(chat, tokenizer) for chat in loaded]
+
+
+def _recommended(choice: TrainingChoice) -> pd.DataFrame:
+    best = {} if choice.best is None else choice.best.to_dict()
+    return pd.DataFrame([{**best, "sure": choice.sure, "reason": choice.reason}])
+
+
+def _in_words(
+    choice: TrainingChoice,
+    line: pd.Series,
+    settings: TrainingSettings,
+    per: Per,
+    card: str,
+    limit: float,
+) -> str:
+    """The recommendation, and the chosen setting, in a sentence each."""
+    counted = " for each document" if per == "document" else ""
+    held, seconds = line["memory_bytes"] / 1e9, line["seconds"]
+    place = "on the device that was measured" if card == MEASURED else f"on {card}"
+    room = "" if math.isinf(limit) else f" of {limit / 1e9:.1f} GB that it may take"
+    said = (
+        f"Chosen: N {settings.num_anchors:,}{counted}, K {settings.block_size}, S "
+        f"{settings.seq_len:,} covers {line['share']:.0%} of the supervised tokens in a pass; a "
+        f"step {place} takes {seconds:.3g} s and {held:.1f} GB{room}"
+    )
+    if line["seq_len"] < settings.seq_len:
+        said += f", as the longest row has {line['seq_len']:,.0f} tokens"
+    said += "." if line["fits"] else ": it does not fit."
+    return f"<p>{escape(choice.reason)}</p><p>{escape(said)}</p>"

@@ -1,0 +1,471 @@
+"""Decoding: an answer as text, the distributions at one slot, and an answer that grows.
+
+``explore_decoding`` decodes one answer while you watch, and steps through it slot by slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from dspark_lab.decoding import (
+    OUTCOMES,
+    Decoded,
+    Decoding,
+    Prompt,
+    Round,
+    decode_rounds,
+    distribution_table,
+    outcome_table,
+)
+from dspark_lab.explore.explorer import (
+    Frame,
+    alert,
+    call_text,
+    checkbox,
+    control_box,
+    dropdown,
+    number_slider,
+    slider,
+)
+from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
+from dspark_lab.explore.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    RED,
+    add_note,
+    add_title,
+    legend_above,
+    new_figure,
+    png,
+    visible_text,
+)
+from dspark_lab.serving import speed_table
+
+# While an answer grows, its text is shown anew when it is at least so old.
+REDRAW_SECONDS = 0.1
+
+
+# How the outcome text marks its tokens; half transparent colours let either theme show through.
+_OUTCOME_STYLE = """<style>
+.dspark-answer{font:13px/1.9 var(--jp-code-font-family,monospace);white-space:pre-wrap;
+ word-break:break-word;color:var(--jp-content-font-color1,inherit);max-height:26em;overflow-y:auto;
+ padding:2px 4px}
+.dspark-answer span,.dspark-outcomes span{border-radius:3px;padding:1px 0}
+.dspark-answer span:hover{outline:2px solid #767676}
+.dspark-outcomes{font-size:12px;line-height:2.2;color:var(--jp-content-font-color1,inherit)}
+.dspark-outcomes span{padding:2px 6px;margin-right:8px;white-space:nowrap}
+.dspark-accepted{background:rgba(86,180,233,.38)}
+.dspark-corrected{background:rgba(230,159,0,.40);border-bottom:2px solid #D55E00}
+.dspark-bonus{background:rgba(0,158,115,.30);border-bottom:2px dotted #009E73}
+.dspark-first{border-bottom:2px solid #767676}
+.dspark-rejected{font-size:11px;text-decoration:line-through 2px #D55E00;
+ background:rgba(213,94,0,.18)}
+.dspark-not-reached{font-size:11px;text-decoration:line-through 1px #767676;opacity:.65}
+.dspark-not-verified{font-size:11px;font-style:italic;opacity:.65;border-bottom:1px dashed #767676}
+</style>"""
+
+
+def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
+    """An answer as text in HTML, token by token, coloured by what became of each.
+
+    Drafted tokens that are not part of the answer stand where they were proposed, small, struck
+    through or faint, before the token that came in their place. Hovering over a token tells its
+    round and slot, its outcome, its confidence and its rates.
+
+    Args:
+        table: from :func:`dspark_lab.decoding.outcome_table`.
+        drafts: whether to show what is not part of the answer.
+    """
+    shown = table if drafts else table[table["kept"]]
+    spans = [_outcome_span(token) for token in shown.itertuples(index=False)]
+    return f'{_OUTCOME_STYLE}<div class="dspark-answer">{"".join(spans)}</div>'
+
+
+def outcome_legend(table: pd.DataFrame) -> str:
+    """The key to :func:`outcome_text` in HTML, with the number of tokens of each outcome."""
+    counts = table["outcome"].value_counts()
+    spans = [
+        f'<span class="{_outcome_class(outcome)}">{outcome} {counts[outcome]}</span>'
+        for outcome in OUTCOMES
+        if outcome in counts
+    ]
+    return f'{_OUTCOME_STYLE}<div class="dspark-outcomes">{" ".join(spans)}</div>'
+
+
+def _outcome_span(token: Any) -> str:
+    facts = ["first token" if token.round < 0 else f"round {token.round}"]
+    if token.slot >= 0:
+        facts = [f"round.slot {token.round}.{token.slot}"]
+    facts.append(token.outcome)
+    for pairs in (
+        (("confidence", token.confidence), ("accept rate", token.accept_rate)),
+        (("draft probability", token.draft_prob), ("target probability", token.target_prob)),
+    ):
+        known = [f"{name} {value:.2f}" for name, value in pairs if not pd.isna(value)]
+        if known:
+            facts.append(", ".join(known))
+    # A line break that is not part of the answer does not break its line.
+    text = escape(token.text).replace("\n", "⏎\n" if token.kept else "⏎")
+    title = escape(" · ".join(facts), quote=True)
+    return f'<span class="{_outcome_class(token.outcome)}" title="{title}">{text}</span>'
+
+
+def _outcome_class(outcome: str) -> str:
+    return f"dspark-{outcome.replace(' ', '-')}"
+
+
+def _token_name(text: str, token: int) -> str:
+    return text if token < 0 else visible_text(text) or f"(id {token})"
+
+
+def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> Figure:
+    """The draft's and the target's distribution at one slot, token by token.
+
+    Of each pair of bars the filled part is the overlap, whose sum is the accept rate, in the title;
+    the outline is what one of them has more. A diamond, where it is not 0, is the probability with
+    which the token is drawn in place of a rejected one.
+
+    Args:
+        table: from :func:`dspark_lab.decoding.distribution_table`.
+        drafted_text: how the title names the drafted token; by default by its text in the table.
+    """
+    figure, ax = new_figure(7.4, 0.36 * len(table) + 1.4)
+    y = np.arange(len(table))
+    overlap = table["overlap"].fillna(0)
+    for name, colour, hatch, shift in (
+        ("draft", ORANGE, "////", -0.19),
+        ("target", BLUE, "", 0.19),
+    ):
+        ax.barh(y + shift, overlap, 0.34, color=colour, hatch=hatch, edgecolor=INK, linewidth=0)
+        ax.barh(y + shift, table[name], 0.34, color="none", edgecolor=colour, linewidth=1.2)
+    rest = table["residual"].where(table["residual"] > 0)
+    ax.plot(rest, y, "D", color=RED, markersize=5, fillstyle="none", clip_on=False)
+    ends = table[["draft", "target", "residual"]].max(axis=1)
+    for i, row in enumerate(table.itertuples(index=False)):
+        words = ["drafted"] * row.drafted + ["drawn by the target"] * row.drawn
+        if words:
+            add_note(ax, "← " + ",\n    ".join(words), (ends.iloc[i], i), (8, 0), va="center")
+    ax.set_yticks(
+        y, [_token_name(t, i) for t, i in zip(table["text"], table["token"], strict=True)]
+    )
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    # Room for the words beside the longest bar, but no tick beyond certainty.
+    longest = float(ends.max())
+    ticks = MaxNLocator(6).tick_values(0, longest)
+    ax.set_xticks([tick for tick in ticks if tick <= 1])
+    ax.set_xlim(0, 1.3 * longest)
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.set_xlabel("probability")
+    ax.set_ylabel("token")
+    if drafted_text is None and table["drafted"].any():
+        drafted_text = table.loc[table["drafted"], "text"].iloc[0]
+    if drafted_text is None:
+        title = "nothing drafted"
+    elif table["overlap"].isna().any():
+        title = f"drafted {visible_text(drafted_text)}   the target was not asked"
+    else:
+        title = f"drafted {visible_text(drafted_text)}   accept rate {table['overlap'].sum():.3f}"
+    add_title(ax, title, pad=22)
+    handles = [
+        Patch(facecolor=ORANGE, edgecolor=INK, hatch="////", linewidth=0, label="draft"),
+        Patch(facecolor=BLUE, linewidth=0, label="target"),
+        Patch(facecolor="none", edgecolor=INK, label="outline: not shared"),
+        Line2D(
+            [], [], linestyle="", marker="D", color=RED, fillstyle="none", ms=5, label="residual"
+        ),
+    ]
+    legend_above(ax, 4, handles=handles)
+    return figure
+
+
+def explore_decoding(
+    target: TargetLike | None = None,
+    drafter: DrafterLike | Mapping[str, DrafterLike] | None = None,
+    prompts: Prompts | None = None,
+    *,
+    temperature: float = 0.0,
+    threshold: float = 0.0,
+    max_new_tokens: int = 96,
+    seed: int = 0,
+    run: bool = True,
+) -> DecodingExplorer:
+    """One answer, decoded while you watch, and then slot by slot.
+
+    Args:
+        target, drafter, prompts: see :func:`explore_acceptance`.
+        temperature, threshold, max_new_tokens, seed: where the controls start; a threshold of 0
+            verifies every slot.
+        run: whether to answer the first prompt at once.
+    """
+    explorer = DecodingExplorer(
+        load_models(target, drafter, prompts), temperature, threshold, max_new_tokens, seed
+    )
+    if run:
+        explorer.run()
+    return explorer
+
+
+class DecodingExplorer(ipywidgets.VBox):
+    """Controls, Run and Stop above an answer, and below it one slot of one round.
+
+    ``decoded`` and ``plain`` are what :func:`dspark_lab.decoding.decode` returned with and without
+    the drafter, ``rounds`` the rounds with their distributions, on the CPU.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        temperature: float,
+        threshold: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> None:
+        self._models = models
+        self.rounds: list[Round] = []
+        self.decoded: Decoded | None = None
+        self.plain: Decoded | None = None
+        self._problem, self._stopped = "not run yet", False
+
+        labels = [(_short(prompt), index) for index, prompt in enumerate(models.prompts)]
+        wide = {"style": {"description_width": "9em"}, "layout": {"width": "54em"}}
+        example = ipywidgets.Dropdown(options=labels, description="example", **wide)
+        prompt = ipywidgets.Textarea(
+            placeholder="or type a prompt", description="prompt", rows=2, **wide
+        )
+        controls = [
+            example,
+            prompt,
+            dropdown("drafter", next(iter(models.drafters)), list(models.drafters)),
+            number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
+            number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False),
+            slider("max_new_tokens", max_new_tokens, 1, 512),
+            slider("seed", seed, 0, 99),
+        ]
+        self.controls: dict[str, Any] = {control.description: control for control in controls}
+        example.observe(self._take_example, names="value")
+        self._take_example()
+        self.run_button = ipywidgets.Button(description="Run", button_style="primary", icon="play")
+        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
+        self.drafts = checkbox("drafts in vain", True)
+        self.run_button.on_click(self._clicked)
+        self.stop_button.on_click(self._stop)
+        self._status, self._text = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
+        self.drafts.observe(self._show_again, names="value")
+        self.step = {"round": slider("round", 0, 0, 0), "slot": slider("slot", 0, 0, 0)}
+        self.step["round"].observe(self._choose_round, names="value")
+        self.step["slot"].observe(self._show_step, names="value")
+        self._step_picture = ipywidgets.HTML(layout={"width": "100%"})
+        super().__init__(
+            [
+                control_box(controls),
+                ipywidgets.HBox([self.run_button, self.stop_button, self.drafts]),
+                self._status,
+                self._text,
+                control_box(list(self.step.values())),
+                self._step_picture,
+            ]
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The controls' values by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``tokens``, ``distributions`` (of the chosen slot), ``rounds``, ``trace``, ``speed``.
+
+        Empty before the first run, and where a run was refused.
+        """
+        if self.decoded is None:
+            return {}
+        tables = {"tokens": outcome_table(self.decoded, self._models.to_text)}
+        if self.rounds:
+            tables["distributions"] = self._distributions()
+        tables |= {"rounds": self.decoded.rounds, "trace": self.decoded.trace}
+        speed = self._speed()
+        if speed is not None:
+            tables["speed"] = speed.to_frame().T
+        return tables
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The answer token by token, with all that was drafted for it."""
+        if self.decoded is None:
+            raise ValueError(f"explore_decoding has nothing to show: {self._problem}")
+        return self.tables["tokens"]
+
+    def run(self) -> None:
+        """Answer the prompt with the controls' present values, and wait until it is done."""
+        if self._running:
+            raise RuntimeError("a run must end or be stopped before the next, and one goes on")
+        self._begin()
+        for _ in self._rounds_shown():
+            pass
+
+    def _clicked(self, _button: object) -> None:
+        if self._running:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.run()
+            return
+        self._begin()
+        self._task = loop.create_task(self._run_beside())
+
+    @property
+    def _running(self) -> bool:
+        return bool(self.run_button.disabled)
+
+    def _begin(self) -> None:
+        """Away with the last run, its buttons and its steps."""
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        self._stopped, self._problem = False, "it runs"
+        self.rounds, self.decoded, self.plain = [], None, None
+        for step in self.step.values():
+            step.max = 0
+        self._show_step()
+
+    async def _run_beside(self) -> None:
+        for _ in self._rounds_shown():
+            # Other messages, such as a click on Stop, have their turn.
+            await asyncio.sleep(0.001)
+
+    def _stop(self, _button: object) -> None:
+        self._stopped = True
+
+    def _rounds_shown(self) -> Iterator[None]:
+        """Decodes with and without the drafter, and gives way after each round."""
+        try:
+            yield from self._decode()
+        except (ValueError, TypeError) as problem:
+            self._problem = str(problem)
+            self._status.value = alert(problem)
+            self._text.value = ""
+        finally:
+            self.run_button.disabled, self.stop_button.disabled = False, True
+
+    def _decode(self) -> Iterator[None]:
+        settings = self.settings
+        self._drafter = settings["drafter"]
+        typed = settings["prompt"]
+        chosen = typed if typed.strip() else self._models.prompts[settings["example"]]
+        options = {name: settings[name] for name in ("temperature", "max_new_tokens", "seed")}
+        drafter = self._models.drafters[self._drafter]
+        threshold = settings["threshold"] or None
+        decoding = decode_rounds(
+            self._models.target, drafter, [chosen], threshold=threshold, **options
+        )
+        self._status.value = "reading the prompt"
+        shown = -math.inf
+        for round_ in self._until_stopped(decoding):
+            draft, target = round_.draft_probs.cpu(), round_.target_probs.cpu()
+            self.rounds.append(replace(round_, draft_probs=draft, target_probs=target))
+            if time.monotonic() - shown > REDRAW_SECONDS:
+                shown = time.monotonic()
+                self._show_answer(decoding.result())
+                self._status.value = f"round {len(self.rounds)}"
+            yield
+        self.decoded = decoding.result()
+        self._show_answer(self.decoded)
+        self.step["round"].max = max(0, len(self.rounds) - 1)
+        self._choose_round()
+        self._status.value = "and now without the drafter, to compare"
+        plain = decode_rounds(self._models.target, None, [chosen], **options)
+        for _ in self._until_stopped(plain):
+            yield
+        self.plain = plain.result()
+        self._status.value = self._in_words(self.decoded)
+
+    def _until_stopped(self, decoding: Decoding) -> Iterator[Round]:
+        for round_ in decoding:
+            yield round_
+            if self._stopped:
+                return
+
+    def _show_answer(self, decoded: Decoded) -> None:
+        table = outcome_table(decoded, self._models.to_text)
+        self._text.value = outcome_legend(table) + outcome_text(table, drafts=self.drafts.value)
+
+    def _show_again(self, _change: object) -> None:
+        if self.decoded is not None:
+            self._show_answer(self.decoded)
+
+    def _speed(self) -> pd.Series | None:
+        """Beside plain decoding; None before both have had a round."""
+        plain, decoded = self.plain, self.decoded
+        if plain is None or decoded is None or plain.rounds.empty or decoded.rounds.empty:
+            return None
+        drafter = self._models.drafters[self._drafter]
+        return speed_table([plain], [decoded], drafter.config.block_size)
+
+    def _in_words(self, decoded: Decoded) -> str:
+        tokens, speed = len(decoded.tokens[0]), self._speed()
+        if speed is None:
+            return f"{tokens} tokens, no round"
+        return (
+            f"{tokens} tokens in {len(decoded.rounds)} rounds, tau {speed['tau']:.2f}: "
+            f"<b>{speed['tokens_per_second']:.0f} tokens/s</b>, plain "
+            f"{speed['plain_tokens_per_second']:.0f}: <b>{speed['gain']:.2f} times</b> "
+            f"(draft {speed['draft']:.0%}, verify {speed['verify']:.0%}, rest {speed['rest']:.0%})"
+        )
+
+    def _take_example(self, _change: object = None) -> None:
+        prompt = self._models.prompts[self.controls["example"].value]
+        self.controls["prompt"].value = prompt if isinstance(prompt, str) else ""
+
+    def _choose_round(self, _change: object = None) -> None:
+        slot = self.step["slot"]
+        before = slot.value
+        if self.rounds:
+            round_ = self.rounds[self.step["round"].value]
+            with slot.hold_trait_notifications():
+                slot.max = len(round_.target_probs) - 1
+                # Where it was decided: the first slot that was not accepted.
+                slot.value = round_.accepted
+        if slot.value == before:
+            # Else the slot has shown itself.
+            self._show_step()
+
+    def _distributions(self) -> pd.DataFrame:
+        round_ = self.rounds[self.step["round"].value]
+        return distribution_table(round_, self.step["slot"].value, self._models.to_text)
+
+    def _show_step(self, _change: object = None) -> None:
+        if not self.rounds:
+            self._step_picture.value = ""
+            return
+        figure = plot_distributions(self._distributions())
+        alt = "what drafter and target give to the likeliest tokens of this slot"
+        self._step_picture.value = Frame({}, png=png(figure), alt=alt).as_html()
+
+    def __repr__(self) -> str:
+        return call_text("explore_decoding", self.settings)
+
+    def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
+        """The widget, and its answer, or why there is none, for readers that run no widgets."""
+        bundle = super()._repr_mimebundle_(**options)
+        shown = self._text.value or self._status.value
+        return bundle | {"text/plain": repr(self), "text/html": shown}
+
+
+def _short(prompt: Prompt, longest: int = 90) -> str:
+    whole = prompt if isinstance(prompt, str) else str([int(token) for token in prompt])
+    text = " ".join(whole.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"

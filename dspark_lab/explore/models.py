@@ -1,0 +1,78 @@
+"""Loads what explorers of decoding show: a target, its drafters, and prompts."""
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspark_lab.chats import Chat, load_chats
+from dspark_lab.decoding import Prompt, decode_rounds
+from dspark_lab.model import Drafter, Target, load_drafter, load_target
+from dspark_lab.pairs import drafter_names, load_pair, question
+
+# So many of the shipped conversations are asked where no prompts are given, or a few more.
+_SHIPPED_PROMPTS = 40
+
+TargetLike = Target | str | os.PathLike[str]
+DrafterLike = Drafter | str | os.PathLike[str]
+Prompts = str | os.PathLike[str] | Sequence[Chat | Prompt]
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target, its drafters by name, and prompts with their domains."""
+
+    target: Target
+    drafters: dict[str, Drafter]
+    prompts: list[Prompt]
+    domains: list[str]
+
+    def to_text(self, token: int) -> str:
+        if self.target.tokenizer is None:
+            return f"{token} "
+        return str(self.target.tokenizer.decode([token]))
+
+
+def load_models(
+    target: TargetLike | None,
+    drafter: DrafterLike | Mapping[str, DrafterLike] | None,
+    prompts: Prompts | None,
+) -> Models:
+    """Load what is not loaded yet; the pocket pair where neither target nor drafter is given."""
+    if (target is None) != (drafter is None):
+        raise ValueError("target and drafter must be given together, got one of them")
+    drafters: Mapping[str, DrafterLike]
+    if target is None or drafter is None:
+        pair = load_pair("pocket")
+        target = pair.target
+        drafters = {name: pair.load_drafter(name) for name in drafter_names("pocket")}
+        if prompts is None:
+            prompts = pair.held_out[:: len(pair.held_out) // _SHIPPED_PROMPTS]
+    elif isinstance(drafter, Mapping):
+        drafters = drafter
+    else:
+        name = "drafter" if isinstance(drafter, Drafter) else Path(drafter).name
+        drafters = {name: drafter}
+    if not isinstance(target, Target):
+        target = load_target(target)
+    if prompts is None:
+        # Domains and kinds of questions take turns there: every n-th would be of one kind.
+        prompts = random.Random(0).sample(load_chats(), _SHIPPED_PROMPTS)
+    elif isinstance(prompts, (str, os.PathLike)):
+        prompts = load_chats(prompts)
+    if len(prompts) == 0 or not drafters:
+        raise ValueError(
+            f"there must be a prompt and a drafter at least, got {len(prompts)} and {len(drafters)}"
+        )
+    loaded = {
+        name: one if isinstance(one, Drafter) else load_drafter(one, target=target)
+        for name, one in drafters.items()
+    }
+    chats = [prompt if isinstance(prompt, Chat) else None for prompt in prompts]
+    domains = [(chat.domain if chat else None) or "none" for chat in chats]
+    asked = [question(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts]
+    for one in loaded.values():
+        # Refuses what does not fit together; no round of it is asked for.
+        decode_rounds(target, one, asked, max_new_tokens=1)
+    return Models(target, loaded, asked, domains)

@@ -1,0 +1,279 @@
+"""Pictures of the speed-up over plain decoding, and of where a round's time goes.
+
+A mark is filled where drafting is faster than plain decoding and open where it is not.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from dspark_lab.explore.style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PINK,
+    RED,
+    add_band,
+    add_note,
+    add_rules,
+    legend_above,
+    line_look,
+    new_figure,
+    percent_axis,
+    plain_text,
+    tables_by_name,
+)
+
+# The parts of a round in the order in which they happen, and how each is told from the others.
+_PARTS: dict[str, dict[str, Any]] = {
+    "draft": {"facecolor": ORANGE, "hatch": "////"},
+    "verify": {"facecolor": BLUE},
+    "replay": {"facecolor": RED, "hatch": "xxxx"},
+    "rollback": {"facecolor": PINK, "hatch": "...."},
+    "overhead": {"facecolor": INK},
+}
+_PART_NAMES = {"overhead": "rest"}
+
+
+def plot_speedup(
+    tables: pd.DataFrame | Mapping[str, pd.DataFrame],
+    *,
+    chosen: int | None = None,
+    bold: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Speed-up over plain decoding against draft length, with its 95 % interval.
+
+    The fastest length of each line is ringed. Dashed, where it differs, is what a model would
+    promise that forgets what rejections cost.
+
+    Args:
+        tables: from :func:`dspark_lab.serving.speedup_table`, one or several by name.
+        chosen: a draft length to mark.
+        bold: the name of the table that stands out; the others are thin and have neither band nor
+            dashes. All are alike where None.
+        ax: draw here instead of in a new figure.
+    """
+    named = tables_by_name(tables)
+    if bold is not None and bold not in named:
+        raise ValueError(f"bold must be one of {list(named)}, got {bold!r}")
+    if ax is None:
+        _, ax = new_figure(7, 3.8)
+    forgets = False
+    for i, (name, table) in enumerate(named.items()):
+        thin = bold not in (None, name)
+        words = filter(None, (plain_text(name), _best_in_words(table, "draft_length")))
+        if not thin and _replay_counts(table):
+            forgets = True
+            colour = line_look(i)["color"]
+            ax.plot(table["draft_length"], table["without_replay"], "--", color=colour)
+        look: dict[str, Any] = {"label": ": ".join(words), "linewidth": 1 if thin else 2}
+        _plot_speed(ax, table, "draft_length", i, band=not thin, **look)
+    # The shortest drafts are rarely the fastest, so there is room for words.
+    _plain_line(ax, "left")
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    mark_chosen(ax, "draft length K", chosen)
+    handles = ax.get_legend_handles_labels()[0]
+    if forgets:
+        handles.append(Line2D([], [], linestyle="--", color=INK, label="forgetting replay"))
+    # Two lines of the legend, for as many as six.
+    legend_above(ax, 2 if len(handles) <= 4 else 3, handles=handles, handlelength=2.5)
+    return cast(Figure, ax.figure)
+
+
+def plot_round(
+    table: pd.DataFrame, *, draft_length: int | None = None, ax: Axes | None = None
+) -> Figure:
+    """Where the time of a round goes, beside the plain steps that yield as many tokens.
+
+    A round pays where its bar is shorter than the outlined one below it.
+
+    Args:
+        table: from :func:`dspark_lab.serving.speedup_table`.
+        draft_length: the one to show; all where None.
+        ax: draw here instead of in a new figure.
+    """
+    if draft_length is not None:
+        held = table["draft_length"].tolist()
+        if draft_length not in held:
+            raise ValueError(f"draft_length must be one of {held}, got {draft_length}")
+        table = table[table["draft_length"] == draft_length]
+    if ax is None:
+        _, ax = new_figure(7, 0.48 * len(table) + 1.4)
+    y = np.arange(len(table))
+    total = 1000 * table["round_seconds"].to_numpy()
+    plain = total * table["speedup"].to_numpy()
+    left, handles = np.zeros(len(table)), []
+    for part, look in _PARTS.items():
+        width = 1000 * table[f"{part}_seconds"].to_numpy()
+        if not np.nan_to_num(width).any():
+            continue
+        style: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.6, **look}
+        ax.barh(y - 0.14, width, 0.42, left=left, **style)
+        handles.append(Patch(label=_PART_NAMES.get(part, part), **style))
+        left = left + width
+    outline: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.2}
+    ax.barh(y + 0.22, plain, 0.24, **outline)
+    handles.append(Patch(label="plain steps", **outline))
+    for row, round_, steps, speed in zip(y, total, plain, table["speedup"], strict=True):
+        if np.isfinite(speed):
+            word = "faster" if speed > 1 else "slower"
+            add_note(ax, f"{speed:.2f}, {word}", (max(round_, steps), row), (5, 0), va="center")
+    names = [
+        f"K {k}\ntau {tau:.2f}" for k, tau in zip(table["draft_length"], table["tau"], strict=True)
+    ]
+    if draft_length is None:
+        ax.set_yticks(y, names)
+        ax.set_ylabel("draft length, tokens per round")
+    else:
+        ax.set_yticks([])
+        ax.set_ylabel(names[0])
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    # Room for the words beside the longest bar.
+    ax.set_xlim(0, 1.3 * np.nanmax(np.append([total, plain], 0)) or 1)
+    ax.set_xlabel("ms of a round")
+    legend_above(ax, 3, handles=handles, columnspacing=1, handlelength=1.5)
+    return cast(Figure, ax.figure)
+
+
+def plot_temperatures(table: pd.DataFrame) -> Figure:
+    """Where the accept rate falls below the break-even rate, the win is gone.
+
+    Args:
+        table: from :func:`dspark_lab.serving.temperature_table`.
+    """
+    figure, (left, right) = new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    x = table["temperature"].to_numpy()
+    forgets = _replay_counts(table)
+    need = table["break_even_rate"].to_numpy()
+    pays = table["accept_rate"].to_numpy() > need
+    for which, colour, linestyle, label in (
+        (pays, GREEN, "-", "pays"),
+        (~pays, RED, ":", "does not pay"),
+    ):
+        # A rate that none reaches is drawn as certainty.
+        ends = np.minimum(need[which], 1)
+        rates = table["accept_rate"][which]
+        if which.any():
+            look = {"colors": colour, "linestyles": linestyle, "linewidth": 3}
+            left.vlines(x[which], rates, ends, label=label, zorder=1, **look)
+    left.plot(x, table["accept_rate"], "-o", color=BLUE, label="accept rate")
+    left.plot(x, _reachable(need), "--s", color=RED, fillstyle="none", label="break-even rate")
+    if forgets:
+        look = {"color": RED, "linewidth": 1.5, "label": "break-even, forgetting replay"}
+        left.plot(x, _reachable(table["break_even_without_replay"].to_numpy()), ":", **look)
+    for place in x[np.isinf(need)]:
+        side, shift = ("right", -5) if place > x.mean() else ("left", 5)
+        add_note(left, "no rate pays", (place, 1), (shift, 0), ha=side, va="top")
+    left.margins(y=0.1)
+    percent_axis(left, "accept rate of a slot")
+    label = f"K {table['draft_length'].iloc[0]}"
+    _plot_speed(right, table, "temperature", 0, ringed=False, label=label)
+    if forgets:
+        right.plot(x, table["without_replay"], "--", color=BLUE, label="forgetting replay")
+    _plain_line(right)
+    for ax in (left, right):
+        ax.set_xticks(x, [f"{value:g}" for value in x])
+        ax.margins(x=0.12)
+        ax.set_xlabel("temperature")
+        legend_above(ax, 2, handlelength=2.5)
+    return figure
+
+
+def plot_thresholds_speed(table: pd.DataFrame, *, chosen: float | None = None) -> Figure:
+    """What a static threshold does to the speed and to the slots that are verified.
+
+    The fastest threshold of each draft length is ringed.
+
+    Args:
+        table: from :func:`dspark_lab.serving.threshold_table`.
+        chosen: a threshold to mark.
+    """
+    figure, (left, right) = new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    for i, (length, part) in enumerate(table.groupby("draft_length")):
+        label = f"K {length}: {_best_in_words(part, 'threshold')}"
+        _plot_speed(left, part, "threshold", i, label=label)
+        look = line_look(i) | {"markersize": 4, "label": f"K {length}"}
+        right.plot(part["threshold"], part["verified"], **look)
+    _plain_line(left)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("verified slots per round")
+    add_rules(right)
+    for ax in (left, right):
+        mark_chosen(ax, "threshold on the confidence", chosen)
+        legend_above(ax, 2)
+    return figure
+
+
+def _best_in_words(table: pd.DataFrame, by: str) -> str:
+    if table["speedup"].isna().all():
+        return "no rate known"
+    best = table.loc[table["speedup"].idxmax()]
+    return f"best {best[by]:g}, {best['speedup']:.2f}"
+
+
+def _replay_counts(table: pd.DataFrame) -> bool:
+    """Whether replay changes the speed-up."""
+    return not np.allclose(table["without_replay"], table["speedup"], equal_nan=True)
+
+
+def _plot_speed(
+    ax: Axes,
+    table: pd.DataFrame,
+    x: str,
+    i: int,
+    *,
+    band: bool = True,
+    ringed: bool = True,
+    **options: Any,
+) -> None:
+    """Line ``i`` of speed-ups: filled marks are wins, open ones losses, the fastest is ringed."""
+    look = line_look(i) | {"markersize": 5}
+    if band:
+        add_band(ax, table[x], table["speedup_low"], table["speedup_high"], look["color"])
+    ax.plot(table[x], table["speedup"], **look | {"fillstyle": "none"}, **options)
+    wins = table[table["speedup"] > 1]
+    ax.plot(wins[x], wins["speedup"], **look | {"fillstyle": "full", "linestyle": "none"})
+    if ringed and table["speedup"].notna().any():
+        best = table.loc[[table["speedup"].idxmax()]]
+        ring(ax, best[x], best["speedup"], look["color"])
+
+
+def ring(ax: Axes, x: pd.Series, y: pd.Series, colour: str) -> None:
+    """A ring around points."""
+    ax.plot(x, y, "o", color=colour, fillstyle="none", markersize=11, clip_on=False)
+
+
+def _plain_line(ax: Axes, side: str = "right") -> None:
+    """The line that drafting has to beat; what lies below it is shaded."""
+    low, high = ax.get_ylim()
+    reach = 0.15 * max(high - low, 0.2)
+    low, high = min(low, 1 - reach), max(high, 1 + reach)
+    ax.set_ylim(low, high)
+    ax.axhline(1, color=INK, linewidth=1.2)
+    ax.axhspan(low, 1, color=INK, alpha=0.1, linewidth=0)
+    edge, shift = (0, 3) if side == "left" else (1, -3)
+    add_note(ax, "plain", (edge, 1), (shift, 2), x="axes fraction", ha=side)
+    add_note(ax, "slower", (edge, 1), (shift, -3), x="axes fraction", ha=side, va="top")
+    ax.set_ylabel("speed-up over plain")
+    add_rules(ax)
+
+
+def mark_chosen(ax: Axes, label: str, chosen: float | None) -> None:
+    """The name of the x axis, and a dotted line at what was chosen on it."""
+    if chosen is not None:
+        ax.axvline(chosen, color=INK, linestyle=":", linewidth=1.2)
+        label += f" (dotted {chosen:g})"
+    ax.set_xlabel(label)
+
+
+def _reachable(rates: np.ndarray) -> np.ndarray:
+    return np.where(np.isinf(rates), np.nan, rates)

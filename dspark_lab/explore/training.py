@@ -1,0 +1,96 @@
+"""Training: loss, accept rate and tau step by step, also while a run goes on."""
+
+import math
+import time
+from base64 import b64encode
+from typing import Any
+
+import ipywidgets
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dspark_lab.explore.explorer import Frame
+from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure, png
+
+# A training curve is drawn again when it is at least so old.
+REDRAW_SECONDS = 0.5
+
+
+def plot_training(table: pd.DataFrame) -> Figure:
+    """Loss, accept rate and tau by step: each value as a dot, their moving average as a line.
+
+    Args:
+        table: columns ``step``, ``loss``, ``accept_rate`` and ``tau``, as
+            :meth:`dspark_lab.training.History.table` gives them.
+    """
+    figure, axes = new_figure(9, 2.8, columns=3)
+    smooth = table.ewm(span=max(2, len(table) // 12)).mean() if len(table) else table
+    for ax, (name, title), colour in zip(
+        axes,
+        (("loss", "loss"), ("accept_rate", "accept rate"), ("tau", "tau (accepted length)")),
+        (INK, BLUE, RED),
+        strict=True,
+    ):
+        if len(table):
+            ax.plot(table["step"], table[name], ".", color=colour, alpha=0.35, markersize=4)
+            ax.plot(table["step"], smooth[name], color=colour)
+        add_title(ax, title)
+        ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
+class LiveCurve(ipywidgets.VBox):
+    """A training run as it goes on: hand it to :func:`dspark_lab.train` as ``on_metrics``.
+
+        curve = LiveCurve()
+        display(curve)
+        train(..., on_metrics=curve)
+
+    The picture is redrawn at most twice a second, so that it costs a run little.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._drawn_at, self._png = -math.inf, b""
+        self._line, self._picture = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
+        super().__init__([self._line, self._picture])
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Takes a line of the run's metrics."""
+        if "loss" not in row:
+            return
+        self._rows.append(row)
+        if time.monotonic() - self._drawn_at > REDRAW_SECONDS:
+            self.redraw()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row for each step so far."""
+        return pd.DataFrame(self._rows, columns=["step", "loss", "accept_rate", "tau"])
+
+    def redraw(self) -> None:
+        """Draw what there is now."""
+        self._drawn_at = time.monotonic()
+        frame = Frame({}, png=png(plot_training(self.table)), alt="loss, accept rate and tau")
+        self._png = frame.png
+        self._picture.value = frame.as_html()
+        if self._rows:
+            last = self._rows[-1]
+            self._line.value = (
+                f"step {last['step']}: loss {last['loss']:.3f}, accept rate "
+                f"{last['accept_rate']:.3f}, tau {last['tau']:.2f}"
+            )
+
+    def __repr__(self) -> str:
+        return "LiveCurve()"
+
+    def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
+        """The widget, and its picture, once there is one, for readers that run no widgets."""
+        self.redraw()
+        bundle = super()._repr_mimebundle_(**options)
+        if not self._rows:
+            return bundle | {"text/plain": repr(self)}
+        picture = b64encode(self._png).decode("ascii")
+        return bundle | {"text/plain": repr(self), "image/png": picture}
