@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 TESTS = Path(__file__).resolve().parent
 
 ANCHORS, MASKS = "01_anchors.ipynb", "02_block_masks.ipynb"
@@ -69,6 +71,21 @@ FAULTS: dict[str, Fault] = {
         "dspark_lab.model.slotwise:rate_of_distance",
         lambda right: lambda l1: right(l1 * 2 / 3),
         TRAIN,
+    ),
+    "an evaluation counts blocks that are cut off": Fault(
+        "dspark_lab.rates.teacher_forced:whole_block_anchors",
+        lambda right: lambda batch, block_size: right(batch, 1),
+        TRAIN,
+    ),
+    "teacher-forced slots are reached whatever came before": Fault(
+        "dspark_lab.rates.survival:slot_before",
+        lambda right: lambda values: np.ones_like(values),
+        RATES,
+    ),
+    "tau lacks the target's own token": Fault(
+        "dspark_lab.rates.acceptance:with_own_token",
+        lambda right: lambda accepted: accepted,
+        RATES,
     ),
     "the Markov head reads the token after the previous one": Fault(
         "dspark_lab.model.drafter:previous_positions",

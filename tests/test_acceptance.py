@@ -6,22 +6,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.decoding import rounds_of
-from dspark_lab.model import output_objective
-from dspark_lab.rates import (
-    bootstrap,
-    rate_table,
-    reached,
-    tau_table,
-    teacher_forced_sums,
-    token_rate_table,
-    trace_sums,
-)
+from dspark_lab.rates import bootstrap, rate_table, tau_table, trace_sums
 
 ON_TRACE = ("on policy", "empirical", "predicted")
 
@@ -29,11 +18,11 @@ ON_TRACE = ("on policy", "empirical", "predicted")
 def to_trace(rounds: Iterable[dict]) -> pd.DataFrame:
     """A trace of rounds, each a dict: prompt, domain, slots, how many were verified and accepted.
 
-    A slot is (accept rate, accept probability, confidence, token).
+    A slot is (accept rate, confidence).
     """
     rows, count = [], defaultdict(int)
     for one in rounds:
-        for slot, (rate, prob, confidence, token) in enumerate(one["slots"]):
+        for slot, (rate, confidence) in enumerate(one["slots"]):
             verified = slot < one["verified"]
             rows.append(
                 {
@@ -41,8 +30,6 @@ def to_trace(rounds: Iterable[dict]) -> pd.DataFrame:
                     "domain": one.get("domain", "none"),
                     "round": count[one["prompt"]],
                     "slot": slot,
-                    "token": token,
-                    "accept_prob": prob if verified else np.nan,
                     "accept_rate": rate if verified else np.nan,
                     "confidence": confidence,
                     "verified": verified,
@@ -53,22 +40,16 @@ def to_trace(rounds: Iterable[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def a_round(prompt: int, rates: list[float], verified: int, accepted: int, **more) -> dict:
-    slots = [(rate, rate, 0.5, slot) for slot, rate in enumerate(rates)]
-    return {
-        "prompt": prompt,
-        "slots": slots,
-        "verified": verified,
-        "accepted": accepted,
-        **more,
-    }
+def a_round(prompt: int, rates: list[float], verified: int, accepted: int) -> dict:
+    slots = [(rate, 0.5) for rate in rates]
+    return {"prompt": prompt, "slots": slots, "verified": verified, "accepted": accepted}
 
 
 @st.composite
 def some_rounds(draw: Callable) -> list[dict]:
     """One to four prompts of two domains, with rounds of different lengths, in any order."""
     rate = st.floats(0, 1, allow_subnormal=False)
-    slot = st.tuples(rate, rate, rate, st.integers(0, 3))
+    slot = st.tuples(rate, rate)
     found = []
     for prompt in draw(st.lists(st.integers(-5, 50), min_size=1, max_size=4, unique=True)):
         domain = draw(st.sampled_from(["math", "code"]))
@@ -97,11 +78,11 @@ def by_loops(rounds: list[dict]) -> dict[str, list[tuple[float, float, int]]]:
         for one in rounds:
             if k < one["verified"]:
                 product = 1.0
-                for _, _, confidence, _ in one["slots"][: k + 1]:
+                for _, confidence in one["slots"][: k + 1]:
                     product *= confidence
                 survived["predicted"] += product
                 if k <= one["accepted"]:
-                    rate, _, confidence, _ = one["slots"][k]
+                    rate, confidence = one["slots"][k]
                     count += 1
                     passed["predicted"] += confidence
                     passed["on policy"] += rate
@@ -154,21 +135,6 @@ def test_rates_and_tau_are_what_loops_over_rounds_find(by, rounds, random) -> No
 
 
 @settings(max_examples=40)
-@given(some_rounds(), st.randoms(use_true_random=False))
-def test_reached_is_verified_with_everything_before_accepted(rounds, random) -> None:
-    trace = to_trace(rounds)
-    wanted = [
-        k < one["verified"] and k <= one["accepted"]
-        for one in rounds
-        for k in range(len(one["slots"]))
-    ]
-    assert reached(trace).tolist() == wanted
-    order = list(range(len(trace)))
-    random.shuffle(order)
-    assert reached(trace.iloc[order]).tolist() == [wanted[row] for row in order]
-
-
-@settings(max_examples=40)
 @given(some_rounds())
 def test_empirical_tau_is_the_mean_accepted_length_and_one(rounds) -> None:
     taus = tau_table(trace_sums(to_trace(rounds)), resamples=1).set_index("kind")["tau"]
@@ -208,8 +174,6 @@ def test_without_a_confidence_head_nothing_is_predicted() -> None:
     assert rates.loc["predicted"].isna().all(axis=None)
     assert rates.drop("predicted").notna().all(axis=None)
     assert tau_table(sums).set_index("kind")["tau"].isna().tolist() == [False, False, True]
-    tokens = token_rate_table(trace.assign(confidence=np.nan)).set_index("kind")["conditional"]
-    assert tokens["predicted"].isna().all() and tokens.drop("predicted").notna().all()
 
 
 def simulate(
@@ -244,10 +208,10 @@ def test_empirical_rates_converge_to_those_on_policy() -> None:
     trace = simulate(rng, rates, np.arange(60_000) % 50, rng.integers(0, 6, 60_000))
     table = rate_table(trace_sums(trace), resamples=1).set_index("kind")
     tau = tau_table(trace_sums(trace), resamples=1).set_index("kind")["tau"]
-    met = trace[reached(trace)]
-    spread = (met["accept_rate"] * (1 - met["accept_rate"])).groupby(met["slot"]).sum()
-    count = met.groupby("slot").size()
-    off = (table.loc["empirical"] - table.loc["on policy"].to_numpy()).set_index(spread.index)
+    rounds = rounds_of(trace)
+    rate = np.where(rounds.reached, rounds.accept_rate, 0)
+    spread, count = (rate * (1 - rate)).sum(axis=0), rounds.reached.sum(axis=0)
+    off = table.loc["empirical"] - table.loc["on policy"].to_numpy()
     assert (off["conditional"].abs() < 4.2 * np.sqrt(spread) / count).all()
     assert (off["survival"].abs() < 4.2 * np.sqrt(spread) / 60_000).all()
     assert abs(tau["empirical"] - tau["on policy"]) < 4.2 * np.sqrt(spread.sum()) / 60_000
@@ -263,7 +227,7 @@ def test_a_product_of_exact_confidences_is_not_the_survival() -> None:
     rounds = []
     for second, accepted in [(0.9, [2] * 18 + [1] * 2), (0.0, [1] * 12 + [0] * 8)]:
         for length in accepted:
-            slots = [(0.8, 1.0, 0.8, 0), (second, 1.0, second, 0)]
+            slots = [(0.8, 0.8), (second, second)]
             rounds.append({"prompt": 0, "slots": slots, "verified": 2, "accepted": length})
     table = rate_table(trace_sums(to_trace(rounds))).set_index("kind")
     for kind in ON_TRACE:
@@ -271,106 +235,6 @@ def test_a_product_of_exact_confidences_is_not_the_survival() -> None:
     assert table.loc["empirical", "survival"].tolist() == pytest.approx([0.8, 0.45])
     assert table.loc["on policy", "survival"].tolist() == pytest.approx([0.8, 0.45])
     assert table.loc["predicted", "survival"].tolist() == pytest.approx([0.8, 0.36])
-
-
-def forward(seed: int, batch: int, anchors: int = 4, slots: int = 3) -> DSparkForwardOutput:
-    """Random logits; of each block a random prefix is supervised, of some blocks nothing."""
-    rng = torch.Generator().manual_seed(seed)
-    shape = (batch, anchors, slots)
-    supervised = torch.randint(0, slots + 1, (batch, anchors, 1), generator=rng)
-    return DSparkForwardOutput(
-        draft_logits=torch.randn(*shape, 6, generator=rng),
-        target_ids=torch.zeros(shape, dtype=torch.long),
-        eval_mask=torch.arange(slots) < supervised,
-        block_keep_mask=supervised[..., 0] > 0,
-        confidence_pred=torch.randn(shape, generator=rng),
-        aligned_target_logits=torch.randn(*shape, 6, generator=rng),
-    )
-
-
-def test_teacher_forced_rates_are_what_loops_over_blocks_find() -> None:
-    output = forward(0, batch=5)
-    labels, domains = ["b", "a", "b", "c", "d"], ["math", "code", "math", "code", "none"]
-    sums = teacher_forced_sums(output, labels, domains)
-    passed, survived, expected = defaultdict(float), defaultdict(float), defaultdict(float)
-    blocks: dict[str, int] = defaultdict(int)
-    for row, label in enumerate(labels):
-        for anchor in range(4):
-            blocks[label] += bool(output.eval_mask[row, anchor, 0])
-            chance = predicted = 1.0
-            for k in range(3):
-                if not output.eval_mask[row, anchor, k]:
-                    break
-                ours = output.draft_logits[row, anchor, k].softmax(-1)
-                theirs = output.aligned_target_logits[row, anchor, k].softmax(-1)
-                c = float(torch.minimum(ours, theirs).sum())
-                confidence = float(output.confidence_pred[row, anchor, k].sigmoid())
-                expected[label, k] += chance
-                passed["teacher-forced", label, k] += chance * c
-                passed["predicted, teacher-forced", label, k] += chance * confidence
-                chance, predicted = chance * c, predicted * confidence
-                survived["teacher-forced", label, k] += chance
-                survived["predicted, teacher-forced", label, k] += predicted
-    assert len(sums) == 2 * 4 * 3
-    assert dict(zip(sums["conversation"], sums["domain"], strict=True)) == dict(
-        zip(labels, domains, strict=True)
-    )
-    for row in sums.itertuples():
-        key = row.kind, row.conversation, row.slot
-        assert row.rounds == blocks[row.conversation]
-        assert row.reached == pytest.approx(expected[row.conversation, row.slot], rel=1e-5)
-        assert row.passed == pytest.approx(passed[key], rel=1e-5)
-        assert row.survived == pytest.approx(survived[key], rel=1e-5)
-
-
-def test_teacher_forced_tau_and_survival_are_the_objectives() -> None:
-    output = forward(1, batch=3)
-    summary = output_objective(output).sums.summary()
-    sums = teacher_forced_sums(output)
-    [tau] = tau_table(sums).query("kind == 'teacher-forced'")["tau"]
-    table = rate_table(sums).query("kind == 'teacher-forced'")
-    assert tau == pytest.approx(summary["tau"], rel=1e-5)
-    assert table["survival"].tolist() == pytest.approx(summary["survival_by_slot"], rel=1e-5)
-
-
-def test_what_unsupervised_slots_hold_has_no_influence() -> None:
-    output = forward(2, batch=3)
-    before = teacher_forced_sums(output)
-    for values in (output.draft_logits, output.aligned_target_logits, output.confidence_pred):
-        values[~output.eval_mask] = torch.nan
-    pd.testing.assert_frame_equal(teacher_forced_sums(output), before)
-    output.confidence_pred = None
-    bare = tau_table(teacher_forced_sums(output)).set_index("kind")["tau"]
-    assert bare.isna().tolist() == [False, True]
-
-
-def test_a_supervised_slot_without_a_number_is_undefined_and_not_left_out() -> None:
-    output = forward(3, batch=12)
-    output.eval_mask[0, 0] = True
-    output.draft_logits[0, 0, 1] = torch.nan
-    table = rate_table(teacher_forced_sums(output)).query("kind == 'teacher-forced'")
-    assert table[["conditional", "survival"]].isna().all(axis=1).tolist() == [False, True, True]
-
-
-def test_sums_of_batches_and_kinds_can_be_concatenated() -> None:
-    parts = [forward(4, batch=2), forward(5, batch=3)]
-    both = DSparkForwardOutput(
-        **{
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in DSparkForwardOutput.__dataclass_fields__
-        }
-    )
-    sums = [teacher_forced_sums(parts[0], [0, 1]), teacher_forced_sums(parts[1], [1, 2, 3])]
-    trace = to_trace([a_round(p, [0.4, 0.9], verified=2, accepted=p % 3) for p in range(4)])
-    table = rate_table(pd.concat([trace_sums(trace), *sums]))
-    whole = rate_table(teacher_forced_sums(both, [0, 1, 1, 2, 3]))
-    forced = table[table["kind"].isin(whole["kind"])]
-    pd.testing.assert_frame_equal(
-        forced.sort_values(["kind", "slot"]).reset_index(drop=True),
-        whole.sort_values(["kind", "slot"]).reset_index(drop=True),
-    )
-    alone = rate_table(trace_sums(trace))
-    pd.testing.assert_frame_equal(table.iloc[: len(alone)], alone)
 
 
 def test_a_trace_of_shorter_rounds_counts_at_every_slot_it_is_pooled_at() -> None:
@@ -464,57 +328,6 @@ def test_one_conversation_has_no_interval() -> None:
     assert tau_table(sums)["low"].notna().all()
 
 
-@settings(max_examples=30)
-@given(some_rounds())
-def test_token_rates_are_what_a_loop_over_reached_slots_finds(rounds) -> None:
-    found = defaultdict(list)
-    for one in rounds:
-        for k, (rate, prob, confidence, token) in enumerate(one["slots"]):
-            if k < one["verified"] and k <= one["accepted"]:
-                found[one["domain"], token].append((rate, prob, k < one["accepted"], confidence))
-    if not found:
-        return
-    table = token_rate_table(to_trace(rounds), "domain")
-    for i, kind in enumerate(("on policy", "given token", "empirical", "predicted")):
-        part = table[table["kind"] == kind]
-        assert part["reached"].is_monotonic_decreasing and len(part) == len(found)
-        for row in part.itertuples():
-            values = [slot[i] for slot in found[row.domain, row.token]]
-            assert row.reached == len(values)
-            assert row.conditional == pytest.approx(np.mean(values), rel=1e-9, abs=1e-12)
-
-
-def test_a_tokens_empirical_rate_converges_to_its_own_chance_and_not_to_c() -> None:
-    """Draft (1/2, 1/2), target (0.7, 0.3): c* is 0.8, of A's 1 and of B's 0.6.
-
-    B's 10,000 coins have a standard deviation of 0.005: five of them err once in 1.7 million runs.
-    """
-    rng = np.random.default_rng(5)
-    count = 20_000
-    token = rng.integers(0, 2, count)
-    prob = np.where(token == 0, 1.0, 0.6)
-    trace = simulate(rng, np.full((count, 1), 0.8), np.arange(count) % 30, np.ones(count))
-    trace["token"], trace["accept_prob"] = token, prob
-    trace["accepted"] = rng.random(count) < prob
-    rates = token_rate_table(trace).set_index(["kind", "token"]).sort_index()
-    assert rates.loc["empirical", "conditional"].tolist() == pytest.approx([1, 0.6], abs=0.025)
-    assert rates.loc["given token", "conditional"].tolist() == pytest.approx([1, 0.6])
-    assert rates.loc["on policy", "conditional"].tolist() == pytest.approx([0.8, 0.8])
-    b = rates.loc[("empirical", 1)]
-    assert b["low"] < b["conditional"] < b["high"] and b["conversations"] == 30
-
-
-def test_a_token_of_few_conversations_has_a_rate_and_no_interval() -> None:
-    often = [a_round(p, [0.5, 0.5], verified=2, accepted=2) for p in range(10)]
-    rarely = [a_round(p, [0.5], verified=1, accepted=1) for p in range(10, 12)]
-    table = token_rate_table(to_trace(often + rarely), resamples=10).query("kind == 'empirical'")
-    assert table["token"].tolist() == [0, 1] and table["reached"].tolist() == [12, 10]
-    assert table["low"].notna().all()
-    table = token_rate_table(to_trace(often[1:] + rarely), resamples=10).set_index("token")
-    assert table.loc[0, "low"].notna().all() and table.loc[1, "low"].isna().all()
-    assert table.loc[1, "conditional"].notna().all()
-
-
 def test_rounding_above_one_is_clipped() -> None:
     trace = to_trace([a_round(0, [1 + 1e-7], verified=1, accepted=1)])
     assert tau_table(trace_sums(trace))["tau"].tolist() == [2, 2, 1.5]
@@ -526,83 +339,67 @@ def altered(**columns) -> pd.DataFrame:
     return to_trace(rounds).assign(**columns)
 
 
-@pytest.mark.parametrize(
-    ("trace", "message"),
-    [
-        (altered().drop(columns="slot"), "must have a column 'slot', got"),
-        (altered()[:0], "at least one row, got 0"),
-        (altered(slot=[0, 1, -2] * 2), r"each once, .* got -2 in prompt 4, round 0, slot -2"),
-        (altered(slot=[0, 1, 3] * 2), r"0, 1, 2, \.\.\., each once, .* got 3 in prompt 4"),
-        (altered(slot=[1, 2, 3] * 2), "each once, .* got 1"),
-        (altered(slot=[0, 1, 1] * 2), "each once, .* got 1"),
-        (altered(prompt=[4] * 6), "each once, and every run a trace of its own, got 0"),
-        (altered(domain=["a", "a", "a", "b", "c", "b"]), "one domain, got 'c' and 'b'"),
-        (altered(domain=["a"] * 5 + [None]), "'domain'. must have a value in every row, 1 are"),
-        (altered(accept_rate=[0.5, 1.2, 0.5] * 2), r"accept_rate must lie in \[0, 1\], got 1.2"),
-        (altered(accept_rate=[0.5, -0.1, 0.5] * 2), r"must lie in \[0, 1\], got -0.1"),
-        (altered(accept_rate=[0.5, np.nan, 0.5] * 2), "a number where verified, got nan"),
-        (altered(confidence=[0.5, 0.5, np.inf] * 2), r"confidence must lie in \[0, 1\], got inf"),
-        (altered(verified=[True, False, True] * 2), "verified must be False after a slot"),
-        (altered(accepted=[True, True, True] * 2), "accepted must be False where not verified"),
-        (altered(accepted=[False, True, False] * 2), "accepted must be False after a slot"),
-    ],
-)
-def test_a_trace_that_tells_no_story_is_refused(trace, message) -> None:
-    for read in (trace_sums, reached, rounds_of):
-        with pytest.raises(ValueError, match=message):
-            read(trace)
+NO_STORY = [
+    (altered().drop(columns="slot"), "must have a column 'slot', got"),
+    (altered()[:0], "at least one row, got 0"),
+    (altered(slot=[0, 1, -2] * 2), r"each once, .* got -2 in prompt 4, round 0, slot -2"),
+    (altered(slot=[0, 1, 3] * 2), r"0, 1, 2, \.\.\., each once, .* got 3 in prompt 4"),
+    (altered(slot=[1, 2, 3] * 2), "each once, .* got 1"),
+    (altered(slot=[0, 1, 1] * 2), "each once, .* got 1"),
+    (altered(prompt=[4] * 6), "each once, and every run a trace of its own, got 0"),
+    (altered(domain=["a", "a", "a", "b", "c", "b"]), "one domain, got 'c' and 'b'"),
+    (altered(domain=["a"] * 5 + [None]), "'domain'. must have a value in every row, 1 are"),
+    (altered(accept_rate=[0.5, 1.2, 0.5] * 2), r"accept_rate must lie in \[0, 1\], got 1.2"),
+    (altered(accept_rate=[0.5, -0.1, 0.5] * 2), r"must lie in \[0, 1\], got -0.1"),
+    (altered(accept_rate=[0.5, np.nan, 0.5] * 2), "a number where verified, got nan"),
+    (altered(confidence=[0.5, 0.5, np.inf] * 2), r"confidence must lie in \[0, 1\], got inf"),
+    (altered(verified=[True, False, True] * 2), "verified must be False after a slot"),
+    (altered(accepted=[True, True, True] * 2), "accepted must be False where not verified"),
+    (altered(accepted=[False, True, False] * 2), "accepted must be False after a slot"),
+]
+OTHER_KINDS = [
+    (altered(slot=[0.0, 1.0, 2.0] * 2), "'slot'. must hold integers, got float64"),
+    (altered(accepted=[1, 0, 0] * 2), "'accepted'. must hold truth values, got int64"),
+    (altered(accept_rate=["0.5"] * 6), "'accept_rate'. must hold numbers"),
+    (altered(accept_rate=[True] * 6), "'accept_rate'. must hold numbers, got bool"),
+]
 
 
 @pytest.mark.parametrize(
-    ("trace", "message"),
-    [
-        ([1, 2], "must be a pandas DataFrame, got list"),
-        (altered(slot=[0.0, 1.0, 2.0] * 2), "'slot'. must hold integers, got float64"),
-        (altered(accepted=[1, 0, 0] * 2), "'accepted'. must hold truth values, got int64"),
-        (altered(accept_rate=["0.5"] * 6), "'accept_rate'. must hold numbers"),
-        (altered(accept_rate=[True] * 6), "'accept_rate'. must hold numbers, got bool"),
-    ],
+    ("trace", "message", "error"),
+    [(*case, ValueError) for case in NO_STORY] + [(*case, TypeError) for case in OTHER_KINDS],
 )
-def test_a_trace_of_other_kinds_is_refused(trace, message) -> None:
-    for read in (trace_sums, reached, rounds_of):
-        with pytest.raises(TypeError, match=message):
+def test_a_trace_that_tells_no_story_is_refused(trace, message, error) -> None:
+    for read in (trace_sums, rounds_of):
+        with pytest.raises(error, match=message):
             read(trace)
 
 
-def test_tables_refuse_what_they_cannot_group_or_resample() -> None:
-    sums = trace_sums(altered())
-    for table in (rate_table, tau_table):
-        with pytest.raises(ValueError, match="by must name columns.*got .'prompt'"):
-            table(sums, "prompt")
-        with pytest.raises(ValueError, match="each once"):
-            table(sums, ["domain", "domain"])
-        with pytest.raises(ValueError, match="by must name columns"):
-            table(sums, "reached")
-        with pytest.raises(ValueError, match="resamples must be >= 1, got 0"):
-            table(sums, resamples=0)
-        with pytest.raises(ValueError, match="rows and the columns"):
-            table(sums[:0])
-        with pytest.raises(ValueError, match="rows and the columns"):
-            table(altered())
-        with pytest.raises(TypeError, match="sums must be a pandas DataFrame"):
-            table({})
-    with pytest.raises(ValueError, match="among .'slot', 'domain'., got .'conversation'"):
-        token_rate_table(altered(), "conversation")
-    with pytest.raises(ValueError, match="must have a column 'token'"):
-        token_rate_table(altered().drop(columns="token"))
+SUMS = trace_sums(altered())
 
 
-def test_teacher_forced_sums_refuse_what_does_not_fit() -> None:
-    output = forward(0, batch=2)
-    with pytest.raises(TypeError, match="must be a DSparkForwardOutput, got dict"):
-        teacher_forced_sums({})
-    with pytest.raises(ValueError, match="conversations must have a label for each of 2 rows"):
-        teacher_forced_sums(output, ["a"])
-    with pytest.raises(ValueError, match="domains must have a label for each of 2 rows"):
-        teacher_forced_sums(output, domains=["a", None])
-    with pytest.raises(TypeError, match="conversations must be a sequence of labels, got 'ab'"):
-        teacher_forced_sums(output, "ab")
-    with pytest.raises(ValueError, match="one domain, got 'code' and 'math'|'math' and 'code'"):
-        teacher_forced_sums(output, ["a", "a"], ["math", "code"])
-    with pytest.raises(ValueError, match="aligned_target_logits"):
-        teacher_forced_sums(DSparkForwardOutput(*(list(vars(output).values())[:4])))
+@pytest.mark.parametrize(
+    ("sums", "options", "error", "message"),
+    [
+        (SUMS, {"by": "prompt"}, ValueError, "by must name columns.*got .'prompt'"),
+        (SUMS, {"by": ["domain", "domain"]}, ValueError, "each once"),
+        (SUMS, {"by": "reached"}, ValueError, "by must name columns"),
+        (SUMS, {"resamples": 0}, ValueError, "resamples must be >= 1, got 0"),
+        (SUMS, {"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+        (SUMS[:0], {}, ValueError, "rows and the columns"),
+        (altered(), {}, ValueError, "rows and the columns"),
+        ({}, {}, TypeError, "sums must be a DataFrame, got {}"),
+    ],
+)
+@pytest.mark.parametrize("table", [rate_table, tau_table])
+def test_tables_refuse_what_they_cannot_group_or_resample(
+    table, sums, options, error, message
+) -> None:
+    with pytest.raises(error, match=message):
+        table(sums, **options)
+
+
+@pytest.mark.parametrize("trace", [None, "trace.csv", [1, 2]])
+def test_what_is_no_trace_is_refused(trace) -> None:
+    with pytest.raises(TypeError, match="trace must be a DataFrame, got"):
+        trace_sums(trace)

@@ -109,9 +109,6 @@ TEXT_FAULTS = {
         "np.maximum(spared - already, 0) / np.maximum(total - already, 1)",
         "np.maximum(spared - 0 * already, 0) / np.maximum(total, 1)",
     ),
-    "an evaluation counts blocks that are cut off": TextFault(
-        "rates/teacher_forced.py", ".eval_mask[0].all(dim=-1)", ".eval_mask[0].any(dim=-1)", TRAIN
-    ),
     "training starts without a warm-up": TextFault(
         "training/loop.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
     ),
@@ -153,15 +150,6 @@ TEXT_FAULTS = {
         "return self.verified & _after(self.accepted)",
         "return self.verified",
         RATES,
-    ),
-    "teacher-forced slots are reached whatever came before": TextFault(
-        "rates/acceptance.py",
-        "torch.cat([torch.ones_like(lived[..., :1]), lived[..., :-1]], dim=-1)",
-        "torch.ones_like(lived)",
-        RATES,
-    ),
-    "tau lacks the target's own token": TextFault(
-        "rates/acceptance.py", 'table[["ratio", "low", "high"]] += 1', "pass", RATES
     ),
     "a calibration error lets gaps cancel out": TextFault(
         "rates/scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES

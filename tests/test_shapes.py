@@ -75,7 +75,6 @@ encoded = [chats.encode(chat, pair.tokenizer) for chat in pair.held_out[:3]]
 sums.append(evaluate.teacher_forced(pair.drafter, pair.target, encoded, num_anchors=4))
 for table in sums:
     acceptance.rate_table(table, "domain"), acceptance.tau_table(table)
-acceptance.token_rate_table(decoded.trace)
 trace = pairs.load_traces()
 trace = trace[(trace["drafter"] == "dspark-k7") & (trace["temperature"] == 1)]
 fit, held = calibration.split_prompts(trace)

@@ -1,9 +1,6 @@
 from .acceptance import (
     rate_table,
-    reached,
     tau_table,
-    teacher_forced_sums,
-    token_rate_table,
     trace_sums,
 )
 from .calibration import (
@@ -22,7 +19,7 @@ from .claims import (
     claims_table,
     error_change,
 )
-from .intervals import interval, ratio_interval, resampled
+from .intervals import bootstrap, interval, ratio_interval, resampled
 from .scaling import (
     TEMPERATURE_GRID,
     SequentialTemperatures,
@@ -44,7 +41,6 @@ from .scores import (
 )
 from .survival import prefix_survival, slot_before
 from .teacher_forced import (
-    bootstrap,
     compare_drafters,
     drafter_table,
     evaluate,
@@ -87,7 +83,6 @@ __all__ = [
     "prefix_survival",
     "rate_table",
     "ratio_interval",
-    "reached",
     "reliability_table",
     "reliability_tables",
     "resampled",
@@ -99,10 +94,8 @@ __all__ = [
     "tau_table",
     "teacher_forced",
     "teacher_forced_answers",
-    "teacher_forced_sums",
     "temperature_scale",
     "threshold_sweep",
-    "token_rate_table",
     "trace_sums",
     "whole_block_anchors",
 ]

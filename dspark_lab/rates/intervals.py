@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, Size, checked
 
-__all__ = ["interval", "ratio_interval", "resampled"]
+__all__ = ["bootstrap", "interval", "ratio_interval", "resampled"]
 
 # Numbers that are drawn at a time.
 _PIECE = 2**22
 
 
+@checked
 def resampled(
-    count: int, resamples: int, seed: int | tuple[int, int], *, one_by_one: bool = False
+    count: Count, resamples: Count, seed: Size | tuple[Size, Size], *, one_by_one: bool = False
 ) -> Int[np.ndarray, "resample conversation"]:
     """How often each of ``count`` conversations is drawn when as many are, with replacement.
 
     ``one_by_one`` draws conversation after conversation and counts, instead of drawing the counts:
     the same distribution from other random numbers.
     """
-    require_int("resamples", resamples, 1)
-    for part in seed if isinstance(seed, tuple) else (seed,):
-        require_int("seed", part, 0)
     rng = np.random.default_rng(seed)
     if not one_by_one:
         return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
@@ -65,3 +64,16 @@ def ratio_interval(
     times = drawn.T.astype(np.float64)
     ratios = (top @ times) / (bottom @ times)
     return interval(np.moveaxis(ratios, -1, 0), drawn.shape[1])
+
+
+@checked
+def bootstrap(
+    values: ArrayLike, *, resamples: Count = 10_000, seed: Size = 0
+) -> tuple[float, float, float]:
+    """The mean of one or more values and its interval; NaN of fewer than two."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or len(sample) == 0:
+        raise ValueError(f"values must be one or more numbers, got shape {sample.shape}")
+    drawn = resampled(len(sample), resamples, seed, one_by_one=True)
+    low, high = ratio_interval(sample, np.ones_like(sample), drawn)
+    return float(sample.mean()), float(low), float(high)

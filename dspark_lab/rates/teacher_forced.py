@@ -1,42 +1,40 @@
-"""How good a drafter is on conversations it has not seen, and how sure that is.
+"""Teacher-forced accept rates: of held-out conversations, and of answers that were decoded.
 
-The measure is tau, teacher-forced at temperature 1: 1 + the expected number of a block's slots that
-survive verification, from the analytic accept rates, averaged over the blocks of a conversation.
-Intervals are bootstrapped over conversations: the blocks of one conversation resemble each other,
-so slots are no independent sample.
-
-This file knows tables of conversations; it does not know how the drafter was trained.
+Tau is here 1 + the expected number of a block's slots that survive verification at temperature 1,
+from the analytic accept rates, averaged over blocks. Intervals are over conversations: the blocks
+of one conversation resemble each other, so slots are no independent sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import Batch, Encoded, collate
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.decoding import Decoded, Prompt, encode_prompt
 from dspark_lab.model import (
     Drafter,
+    Features,
     FeatureSource,
     Target,
     dspark_objective,
     live_features,
-    survival,
 )
-from dspark_lab.rates.acceptance import teacher_forced_sums
-from dspark_lab.rates.intervals import ratio_interval, resampled
+from dspark_lab.rates.acceptance import sums_by_conversation
+from dspark_lab.rates.intervals import bootstrap, ratio_interval, resampled
+from dspark_lab.rates.survival import prefix_survival, slot_before
 
 __all__ = [
-    "bootstrap",
     "compare_drafters",
     "drafter_table",
     "evaluate",
@@ -47,17 +45,17 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
+@checked
 def evaluate(
     drafter: Drafter,
     target: Target,
     encoded: Sequence[Encoded],
     *,
-    num_anchors: int | None = None,
-    seed: int = 0,
+    num_anchors: Count | None = None,
+    seed: Size = 0,
     features: FeatureSource | None = None,
 ) -> pd.DataFrame:
-    """One row for each conversation in which a whole block fits into an answer.
+    """Tau and accept rates of each conversation in which a whole block fits into an answer.
 
     Blocks that an answer's end cuts are left out: their expected length says less of the drafter
     than of where the answer ends. The anchors follow from ``seed`` and the conversation alone, not
@@ -72,43 +70,41 @@ def evaluate(
         features: where the target's features come from; computed where None.
 
     Returns:
-        a table with ``conversation``, ``domain``, ``blocks``, ``tau`` (mean of the blocks), and for
-        each slot k ``accept_k`` (mean accept rate) and ``survival_k`` (mean of their product up to
-        it).
+        a row for each conversation: ``conversation``, ``domain``, ``blocks``, ``tau`` (mean of the
+        blocks), and for each slot k ``accept_k`` (mean accept rate) and ``survival_k`` (mean of
+        their product up to it).
 
     Raises:
-        TypeError, ValueError: ``num_anchors`` is not an int of at least 1, or no conversation holds
-            a whole block.
+        ValueError: no conversation holds a whole block.
     """
     rows = []
-    for index, blocks in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
-        slots, chat = drafter.slots(**blocks), encoded[index].chat
-        accept = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).accept[0]
-        lived = survival(accept, torch.ones_like(accept, dtype=torch.bool))
+    for index, rates in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
+        chat = encoded[index].chat
+        survival = prefix_survival(rates.accept).mean(axis=0)
         rows.append(
             {
                 "conversation": chat.id,
                 "domain": chat.domain or "none",
-                "blocks": len(accept),
-                "tau": 1 + lived.sum(dim=-1).mean().item(),
-                **{f"accept_{k}": rate for k, rate in enumerate(accept.mean(dim=0).tolist())},
-                **{f"survival_{k}": rate for k, rate in enumerate(lived.mean(dim=0).tolist())},
+                "blocks": len(rates.accept),
+                "tau": 1 + survival.sum(),
+                **{f"accept_{k}": rate for k, rate in enumerate(rates.accept.mean(axis=0))},
+                **{f"survival_{k}": rate for k, rate in enumerate(survival)},
             }
         )
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
+@checked
 def teacher_forced(
     drafter: Drafter,
     target: Target,
     encoded: Sequence[Encoded],
     *,
-    num_anchors: int | None = None,
-    seed: int = 0,
+    num_anchors: Count | None = None,
+    seed: Size = 0,
     features: FeatureSource | None = None,
 ) -> pd.DataFrame:
-    """The sums of the same blocks for :func:`dspark_lab.rates.acceptance.rate_table`, confidence too.
+    """The sums of the same blocks for :func:`rate_table`, with the predicted rates beside them.
 
     Where :func:`evaluate` averages over the blocks of a conversation first, these sums weigh each
     block alike.
@@ -117,20 +113,16 @@ def teacher_forced(
         drafter, target, encoded, num_anchors, seed, features: see :func:`evaluate`.
 
     Returns:
-        as :func:`dspark_lab.rates.acceptance.teacher_forced_sums`, a conversation's label its place in
-        ``encoded``.
-
-    Raises:
-        TypeError, ValueError: see :func:`evaluate`.
+        the columns of :func:`trace_sums`, of the kinds *teacher-forced* and *predicted,
+        teacher-forced* (NaN without a confidence head); a conversation is its place in ``encoded``.
     """
-    tables = []
-    for index, blocks in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
-        domain = encoded[index].chat.domain or "none"
-        tables.append(teacher_forced_sums(drafter(**blocks), [index], [domain]))
-    return pd.concat(tables, ignore_index=True)
+    found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
+    return block_sums(
+        (index, encoded[index].chat.domain or "none", rates) for index, rates in found
+    )
 
 
-@torch.no_grad()
+@checked
 def teacher_forced_answers(
     drafter: Drafter, target: Target, decoded: Decoded, prompts: Sequence[Prompt]
 ) -> pd.DataFrame:
@@ -144,70 +136,46 @@ def teacher_forced_answers(
 
     Args:
         drafter, target, prompts: that the answers were decoded with, at temperature 1.
-        decoded: from :func:`dspark_lab.decoding.loop.decode`.
+        decoded: from :func:`dspark_lab.decoding.decode`.
 
     Returns:
-        as :func:`dspark_lab.rates.acceptance.teacher_forced_sums`, with one more column, ``anchors``:
-        ``"every token"`` or ``"where rounds began"``. A conversation's label is its prompt.
+        as :func:`teacher_forced`, with one more column, ``anchors``: ``"every token"`` or ``"where
+        rounds began"``. A conversation is the number of its prompt.
     """
     first = decoded.trace[decoded.trace["slot"] == 0]
-    tables = []
+    found: dict[str, list[tuple[int, str, BlockRates]]] = {
+        "every token": [],
+        "where rounds began": [],
+    }
     for index, part in first.groupby("prompt"):
-        ids = encode_prompt(target, prompts[index])
-        answer = decoded.tokens[index]
+        ids, answer = encode_prompt(target, prompts[index]), decoded.tokens[index]
         rows = torch.tensor([ids + answer], device=target.device)
-        loss_mask = torch.zeros_like(rows, dtype=torch.bool)
-        loss_mask[:, len(ids) :] = True
+        loss_mask = torch.arange(rows.shape[1], device=target.device)[None] >= len(ids)
         features = target.features(rows, drafter.config.target_layer_ids)
-        places = {
-            "every token": range(len(answer) - 1),
-            "where rounds began": part["position"] - 1,
-        }
-        for name, anchors in places.items():
-            positions = torch.tensor([list(anchors)], device=target.device) + len(ids)
-            output = drafter(
-                rows,
-                features.context,
-                loss_mask,
-                features.last,
-                anchor_positions=positions,
-                block_keep_mask=torch.ones_like(positions, dtype=torch.bool),
-            )
-            sums = teacher_forced_sums(output, [index], [part["domain"].iloc[0]])
-            tables.append(sums.assign(anchors=name))
-    return pd.concat(tables, ignore_index=True)
+        starts = (range(len(answer) - 1), part["position"] - 1)
+        for blocks, start in zip(found.values(), starts, strict=True):
+            anchors = torch.tensor(list(start), device=target.device) + len(ids)
+            rates = _block_rates(drafter, rows, loss_mask, features, anchors)
+            blocks.append((index, part["domain"].iloc[0], rates))
+    return pd.concat(
+        [block_sums(blocks).assign(anchors=name) for name, blocks in found.items()],
+        ignore_index=True,
+    )
 
 
-def bootstrap(
-    values: Sequence[float] | pd.Series | np.ndarray,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean of the values, and its 95 % interval by resampling them (percentile bootstrap)."""
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or len(sample) == 0:
-        raise ValueError(f"values must be one or more numbers, got shape {sample.shape}")
-    drawn = resampled(len(sample), resamples, seed, one_by_one=True)
-    low, high = ratio_interval(sample, np.ones_like(sample), drawn)
-    return float(sample.mean()), float(low), float(high)
-
-
+@checked
 def compare_drafters(
     ours: pd.DataFrame,
     baseline: pd.DataFrame,
     *,
     by: str = "tau",
-    resamples: int = 10_000,
-    seed: int = 0,
+    resamples: Count = 10_000,
+    seed: Size = 0,
 ) -> pd.Series:
     """How much larger the mean of ``by`` is than the baseline's, in percent, with a 95 % interval.
 
     Both tables must come from :func:`evaluate` on the same conversations, which are resampled
     together.
-
-    Raises:
-        ValueError: the tables are of different conversations.
     """
     if ours["conversation"].tolist() != baseline["conversation"].tolist():
         raise ValueError("both tables must be of the same conversations, in the same order")
@@ -225,8 +193,9 @@ def compare_drafters(
     )
 
 
+@checked
 def slot_table(
-    evaluations: Mapping[str, pd.DataFrame], *, resamples: int = 2000, seed: int = 0
+    evaluations: Mapping[str, pd.DataFrame], *, resamples: Count = 2000, seed: Size = 0
 ) -> pd.DataFrame:
     """Acceptance along the block: one row for each drafter and slot, slots counted from 0.
 
@@ -235,37 +204,40 @@ def slot_table(
     given that all before it did, which is survival divided by the survival of the slot before.
     ``low`` and ``high``: the 95 % interval of ``conditional`` over conversations.
     """
-    rows = []
+    tables = []
     for drafter, table in evaluations.items():
-        slots = sum(name.startswith("accept_") for name in table.columns)
-        lived = table[[f"survival_{k}" for k in range(slots)]].to_numpy()
-        lived = np.concatenate([np.ones((len(lived), 1)), lived], axis=1)
-        drawn = resampled(len(lived), resamples, seed, one_by_one=True)
-        low, high = ratio_interval(lived[:, 1:].T, lived[:, :-1].T, drawn)
-        mean = lived.mean(axis=0)
-        for k in range(slots):
-            rows.append(
+        slots = range(sum(name.startswith("accept_") for name in table.columns))
+        survival = table[[f"survival_{k}" for k in slots]].to_numpy()
+        reach = slot_before(survival)
+        drawn = resampled(len(table), resamples, seed, one_by_one=True)
+        low, high = ratio_interval(survival.T, reach.T, drawn)
+        tables.append(
+            pd.DataFrame(
                 {
                     "drafter": drafter,
-                    "slot": k,
-                    "accept": table[f"accept_{k}"].mean(),
-                    "survival": mean[k + 1],
-                    "conditional": mean[k + 1] / mean[k],
-                    "low": low[k],
-                    "high": high[k],
+                    "slot": slots,
+                    "accept": [table[f"accept_{k}"].mean() for k in slots],
+                    "survival": survival.mean(axis=0),
+                    "conditional": survival.mean(axis=0) / reach.mean(axis=0),
+                    "low": low,
+                    "high": high,
                 }
             )
-    return pd.DataFrame(rows)
+        )
+    return pd.concat(tables, ignore_index=True)
 
 
+@checked
 def drafter_table(
-    evaluations: Mapping[str, pd.DataFrame], *, resamples: int = 10_000, seed: int = 0
+    evaluations: Mapping[str, pd.DataFrame], *, resamples: Count = 10_000, seed: Size = 0
 ) -> pd.DataFrame:
     """Tau of each drafter with its 95 % interval over conversations, over all and by domain."""
     rows = []
     for drafter, table in evaluations.items():
-        parts = {"all": table, **dict(tuple(table.groupby("domain", sort=False)))}
-        for domain, part in parts.items():
+        for domain, part in {
+            "all": table,
+            **dict(list(table.groupby("domain", sort=False))),
+        }.items():
             tau, low, high = bootstrap(part["tau"], resamples=resamples, seed=seed)
             rows.append(
                 {
@@ -282,7 +254,7 @@ def drafter_table(
 
 
 def whole_block_anchors(batch: Batch, block_size: int) -> Int[Tensor, " anchor"]:
-    """Of a batch of one document, the candidates whose block is supervised to its last slot."""
+    """The candidates of a batch of one document whose block is supervised to its last slot."""
     seq_len = batch.input_ids.shape[1]
     candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask)[0].nonzero()[:, 0]
     if len(candidates) == 0:
@@ -292,6 +264,42 @@ def whole_block_anchors(batch: Batch, block_size: int) -> Int[Tensor, " anchor"]
     return candidates[blocks.eval_mask[0].all(dim=-1)]
 
 
+@dataclass(frozen=True, eq=False)
+class BlockRates:
+    """Accept rates c* and confidences (NaN without a head) of one document's blocks."""
+
+    accept: Float[np.ndarray, "block slot"]
+    confidence: Float[np.ndarray, "block slot"]
+    supervised: Bool[np.ndarray, "block slot"]
+
+
+@torch.no_grad()
+def _block_rates(
+    drafter: Drafter,
+    input_ids: Int[Tensor, "1 seq"],
+    loss_mask: Bool[Tensor, "1 seq"],
+    features: Features,
+    anchors: Int[Tensor, " anchor"],
+) -> BlockRates:
+    slots = drafter.slots(
+        input_ids,
+        features.context,
+        loss_mask,
+        features.last,
+        anchor_positions=anchors[None],
+        block_keep_mask=torch.ones_like(anchors[None], dtype=torch.bool),
+    )
+    accept = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).accept
+    confidence = torch.full_like(accept, torch.nan)
+    if slots.confidence_pred is not None:
+        confidence = slots.confidence_pred.double().sigmoid()
+    return BlockRates(
+        accept[0].double().cpu().numpy(),
+        confidence[0].double().cpu().numpy(),
+        slots.eval_mask[0].cpu().numpy(),
+    )
+
+
 def _whole_blocks(
     drafter: Drafter,
     target: Target,
@@ -299,10 +307,8 @@ def _whole_blocks(
     num_anchors: int | None,
     seed: int,
     features: FeatureSource | None,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number of each conversation that holds any, and the arguments of a drafter's forward."""
-    if num_anchors is not None:
-        require_int("num_anchors", num_anchors, 1)
+) -> Iterator[tuple[int, BlockRates]]:
+    """The number of each conversation that holds a whole block, and the rates of its blocks."""
     source = features or live_features(target, drafter.config.target_layer_ids)
     found = False
     for index, item in enumerate(encoded):
@@ -317,21 +323,35 @@ def _whole_blocks(
         found = True
         batch.chat_index.fill_(index)
         batch = batch.to(target.device)
-        given = source(batch)
-        keep = torch.ones(1, len(anchors), dtype=torch.bool, device=target.device)
-        yield (
-            index,
-            {
-                "input_ids": batch.input_ids,
-                "target_hidden_states": given.context,
-                "loss_mask": batch.loss_mask,
-                "target_last_hidden_states": given.last,
-                "anchor_positions": anchors.unsqueeze(0).to(target.device),
-                "block_keep_mask": keep,
-            },
-        )
+        given, anchors = source(batch), anchors.to(target.device)
+        yield index, _block_rates(drafter, batch.input_ids, batch.loss_mask, given, anchors)
     if not found:
         raise ValueError(
             f"no conversation holds {drafter.config.block_size + 1} supervised tokens in a row, "
             "which a whole block needs"
         )
+
+
+def block_sums(found: Iterable[tuple[Any, str, BlockRates]]) -> pd.DataFrame:
+    """The table of sums of conversations, each a label, a domain and the rates of its blocks.
+
+    Nothing is drawn, so a slot is reached with the probability that its block survives up to it:
+    ``reached`` is an expected number. A slot that is not supervised counts like one that was not
+    verified.
+    """
+    labels, domains, rates = zip(*found, strict=True)
+    counts = [len(one.accept) for one in rates]
+    accept, confidence, supervised = (
+        np.concatenate([getattr(one, name) for one in rates])
+        for name in ("accept", "confidence", "supervised")
+    )
+    survival = prefix_survival(np.where(supervised, accept, 0))
+    reached = np.where(supervised, slot_before(survival), 0)
+    predicted = prefix_survival(np.where(supervised, confidence, 0))
+    kinds = {
+        "teacher-forced": (survival, survival),
+        "predicted, teacher-forced": (np.where(supervised, reached * confidence, 0), predicted),
+    }
+    return sums_by_conversation(
+        np.repeat(labels, counts), np.repeat(domains, counts), reached, kinds
+    )

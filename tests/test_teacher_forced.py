@@ -1,4 +1,4 @@
-"""Held-out evaluation: which blocks count, what tau is, and how sure it is."""
+"""Teacher-forced rates: which blocks count, what their rates and tau are, and how sure that is."""
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ import torch
 from dspark_lab.chats import Encoded, collate
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.decoding import decode
-from dspark_lab.model import accept_rates
+from dspark_lab.model import accept_rates, output_objective
 from dspark_lab.rates import (
     bootstrap,
     compare_drafters,
@@ -20,6 +20,7 @@ from dspark_lab.rates import (
     teacher_forced,
     teacher_forced_answers,
 )
+from dspark_lab.rates.teacher_forced import BlockRates, block_sums
 from tests.samples import CHAT, documents, random_chats, tiny_drafter, tiny_target
 
 
@@ -35,23 +36,21 @@ def by_hand(target, drafter, item: Encoded) -> list[list[float]]:
     for anchor in range(len(item) - drafter.config.block_size):
         block = item.loss_mask[anchor : anchor + drafter.config.block_size + 1]
         if bool(block.all()):
-            rates.append(of_block(target, drafter, item, anchor))
+            rates.append(accept_rates(forward(target, drafter, item, [anchor]))[0, 0].tolist())
     return rates
 
 
-def of_block(target, drafter, item: Encoded, anchor: int) -> list[float]:
-    """The accept rates of one block."""
+def forward(target, drafter, item: Encoded, anchors: list[int]) -> DSparkForwardOutput:
     batch = collate([item], 0)
     features = target.batch_features(batch, drafter.config.target_layer_ids)
-    output: DSparkForwardOutput = drafter(
+    return drafter(
         batch.input_ids,
         features.context,
         batch.loss_mask,
         features.last,
-        anchor_positions=torch.tensor([[anchor]]),
-        block_keep_mask=torch.tensor([[True]]),
+        anchor_positions=torch.tensor([anchors]),
+        block_keep_mask=torch.ones(1, len(anchors), dtype=torch.bool),
     )
-    return accept_rates(output)[0, 0].tolist()
 
 
 @torch.no_grad()
@@ -87,6 +86,84 @@ def test_sums_of_the_same_blocks_give_the_same_rates() -> None:
     assert first["conditional"].tolist() == pytest.approx(table["accept_0"].tolist(), rel=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("head", [True, False])
+def test_sums_are_those_of_the_forward(head) -> None:
+    """Survival and tau are the objective's, the prediction is the sigmoid of the head's logits."""
+    target, drafter = with_target(enable_confidence_head=head, confidence_head_with_markov=head)
+    [item] = random_chats(1, low=30)
+    anchors = [a for a in range(len(item) - 3) if bool(item.loss_mask[a : a + 4].all())]
+    output = forward(target, drafter, item, anchors)
+    summary = output_objective(output, confidence_weight=0.0).sums.summary()
+    sums = teacher_forced(drafter, target, [item])
+    taus = tau_table(sums, resamples=1).set_index("kind")["tau"]
+    rates = rate_table(sums, resamples=1).set_index("kind")
+    assert taus["teacher-forced"] == pytest.approx(summary["tau"], rel=1e-5)
+    survival = rates.loc["teacher-forced", "survival"].tolist()
+    assert survival == pytest.approx(summary["survival_by_slot"], rel=1e-5)
+    predicted = rates.loc["predicted, teacher-forced", "survival"]
+    if output.confidence_pred is None:
+        assert predicted.isna().all() and np.isnan(taus["predicted, teacher-forced"])
+    else:
+        expected = output.confidence_pred[0].sigmoid().cumprod(dim=-1).mean(dim=0)
+        assert predicted.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def some_blocks(seed: int, count: int) -> BlockRates:
+    """Random rates; of each block a prefix of one slot or more is supervised."""
+    rng = np.random.default_rng(seed)
+    accept, confidence = rng.random((2, count, 3))
+    return BlockRates(accept, confidence, np.arange(3) < rng.integers(1, 4, (count, 1)))
+
+
+def test_sums_are_what_loops_over_blocks_find() -> None:
+    found = [("b", "math", some_blocks(0, 5)), ("a", "code", some_blocks(1, 3))]
+    sums = block_sums(found)
+    assert dict(zip(sums["conversation"], sums["domain"], strict=True)) == {
+        "b": "math",
+        "a": "code",
+    }
+    assert len(sums) == 2 * 2 * 3
+    for label, _, rates in found:
+        reached, passed, survived = (np.zeros((2, 3)) for _ in range(3))
+        for accept, confidence, supervised in zip(
+            rates.accept, rates.confidence, rates.supervised, strict=True
+        ):
+            reach = predicted = 1.0
+            for k in range(supervised.sum()):
+                reached[:, k] += reach
+                passed[:, k] += reach * accept[k], reach * confidence[k]
+                reach, predicted = reach * accept[k], predicted * confidence[k]
+                survived[:, k] += reach, predicted
+        own = sums[sums["conversation"] == label]
+        assert (own["rounds"] == len(rates.accept)).all()
+        for column, expected in (("reached", reached), ("passed", passed), ("survived", survived)):
+            assert own[column].tolist() == pytest.approx(expected.ravel().tolist())
+
+
+def test_sums_of_parts_and_kinds_can_be_concatenated() -> None:
+    found = [(label, "none", some_blocks(label, 4)) for label in range(5)]
+    whole = rate_table(block_sums(found))
+    other = block_sums(found[1:3]).assign(kind="other")
+    parts = pd.concat([block_sums(found[:2]), other, block_sums(found[2:])])
+    together = rate_table(parts)
+    both = together[together["kind"] != "other"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(both, whole)
+
+
+def test_what_unsupervised_slots_hold_has_no_influence_and_a_missing_rate_is_not_left_out() -> None:
+    rates = some_blocks(2, 12)
+    before = block_sums([(0, "none", rates)])
+    assert not rates.supervised.all()
+    for values in (rates.accept, rates.confidence):
+        values[~rates.supervised] = np.nan
+    pd.testing.assert_frame_equal(block_sums([(0, "none", rates)]), before)
+    rates.supervised[0] = True
+    rates.accept[0] = 0.5, np.nan, 0.5
+    table = rate_table(block_sums([(0, "none", rates)])).query("kind == 'teacher-forced'")
+    assert table[["conditional", "survival"]].isna().all(axis=1).tolist() == [False, True, True]
+
+
 def test_where_rounds_began_slot_0_has_the_rate_on_policy() -> None:
     target, drafter = with_target()
     prompts = [[1, 2, 3], [4], [5, 6]]
@@ -105,10 +182,8 @@ def test_where_rounds_began_slot_0_has_the_rate_on_policy() -> None:
         answered = torch.arange(len(text)) >= len(ids)
         item = Encoded(torch.tensor(text), answered, CHAT)
         # Blocks that the answer's end cuts have a slot 0 too.
-        by_anchor = [
-            of_block(target, drafter, item, anchor)[0] for anchor in range(len(ids), len(text) - 1)
-        ]
-        assert every == pytest.approx(np.mean(by_anchor), rel=1e-5)
+        output = forward(target, drafter, item, list(range(len(ids), len(text) - 1)))
+        assert every == pytest.approx(accept_rates(output)[..., 0].mean().item(), rel=1e-5)
         assert every != pytest.approx(began, rel=1e-3)
 
 
@@ -135,8 +210,28 @@ def test_a_draw_of_anchors_follows_from_seed_and_conversation_alone() -> None:
     pd.testing.assert_frame_equal(drawn, evaluate(drafter, target, chats, num_anchors=4))
     assert not drawn["tau"].equals(evaluate(drafter, target, chats, num_anchors=4, seed=1)["tau"])
     assert evaluate(other, target, chats, num_anchors=4)["blocks"].tolist() == [4] * 4
-    with pytest.raises(ValueError, match="num_anchors must be >= 1"):
-        evaluate(drafter, target, chats, num_anchors=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("num_anchors", 0, ValueError, "num_anchors must be >= 1, got 0"),
+        ("num_anchors", 2.5, TypeError, "num_anchors must be an int or None, got 2.5"),
+        ("seed", -1, ValueError, "seed must be >= 0, got -1"),
+        ("drafter", None, TypeError, "drafter must be a Drafter, got None"),
+        ("target", "pocket", TypeError, "target must be a Target, got 'pocket'"),
+        ("encoded", "chats.jsonl", TypeError, "encoded must be a sequence, got 'chats.jsonl'"),
+        ("encoded", ["text"], TypeError, "each of encoded must be an Encoded, got 'text'"),
+    ],
+)
+@pytest.mark.parametrize("rates", [evaluate, teacher_forced])
+def test_arguments_of_other_kinds_or_out_of_range_are_refused(
+    rates, argument, value, error, message
+) -> None:
+    target, drafter = with_target()
+    given = {"drafter": drafter, "target": target, "encoded": random_chats(1), argument: value}
+    with pytest.raises(error, match=message):
+        rates(**given)
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
