@@ -31,7 +31,7 @@ from tests.samples import random_chats, tiny_target
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The reduced recipe's work folder and what would ship."""
     work = tmp_path_factory.mktemp("work")
-    chats = [chat for chat in load_chats()[:120] if len(chat.messages) == 2][:64]
+    chats = [chat for chat in load_chats()[:160] if len(chat.messages) == 2][:80]
     write_chats(chats, work / "corpus.jsonl")
     make_pocket_pair(work, work / "out", REDUCED_POCKET, progress=False)
     return work, work / "out"
@@ -56,7 +56,7 @@ def test_no_question_is_trained_on_and_held_out(made: tuple[Path, Path]) -> None
     answers = [load_chats(work / f"{name}.jsonl") for name in ("train", "held_out")]
     assert [question(chat) for chat in asked] == [question(chat) for chat in answers[0]]
     assert [question(chat) for chat in held_out] == [question(chat) for chat in answers[1]]
-    assert (len(asked), len(held_out)) == (56, 8)
+    assert (len(asked), len(held_out)) == (70, 10)
     assert not {question(chat) for chat in asked} & {question(chat) for chat in held_out}
     of_smollm2 = split_chats()
     assert not {question(c) for c in of_smollm2[0]} & {question(c) for c in of_smollm2[1]}
