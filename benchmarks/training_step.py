@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.measure import compare, peak_bytes
+from dspark_lab.blocks import cut_blocks
+from dspark_lab.chats import Batch
 from dspark_lab.common import sample_anchor_positions
 from dspark_lab.model import Drafter, DrafterConfig, dspark_objective, output_objective
 
@@ -42,19 +44,18 @@ def run() -> Iterator[str]:
     ids = torch.randint(0, 49152, (BATCH, SEQ_LEN))
     mask = torch.ones(BATCH, SEQ_LEN, dtype=torch.bool)
     anchors, keep = sample_anchor_positions(SEQ_LEN, mask, ANCHORS, "cpu")
-    inputs = (ids, torch.randn(BATCH, SEQ_LEN, len(LAYER_IDS) * 576), mask)
-    inputs += (torch.randn(BATCH, SEQ_LEN, 576),)
-    blocks = {"anchor_positions": anchors, "block_keep_mask": keep}
+    blocks = cut_blocks(Batch.of_tokens(ids, mask), anchors, keep, BLOCK)
+    features = torch.randn(BATCH, SEQ_LEN, len(LAYER_IDS) * 576), torch.randn(BATCH, SEQ_LEN, 576)
 
     def lab(bf16: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            slots = drafter.slots(*inputs, **blocks)
+            slots = drafter.slots(blocks, *features)
             loss = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).loss
         update(loss)
 
     def plain(bf16: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = drafter(*inputs, **blocks, backend="dense")
+            output = drafter.output(drafter.slots(blocks, *features, backend="dense"))
         update(output_objective(output).loss)
 
     def update(loss: torch.Tensor) -> None:

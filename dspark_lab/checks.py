@@ -126,11 +126,9 @@ def checked(target: T) -> T:
     function: Callable[..., Any] = target  # type: ignore[assignment]
     checks: list[tuple[int, str, Check]] | None = None
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    # A function of its own: the compiler reads what `call` refers to, and knows no checks.
+    def check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal checks
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         if checks is None:
             checks = list(_read_signature(function))
         seen, given = Call(), len(args)
@@ -140,6 +138,11 @@ def checked(target: T) -> T:
             elif name in kwargs:
                 check(name, kwargs[name], seen)
         seen.check_computed()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            check_arguments(args, kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -1,12 +1,13 @@
 """Conversations made by hand, with tokens that tell where they come from, and tiny models."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark_lab.chats import Chat, Encoded
-from dspark_lab.model import Drafter, DrafterConfig, Target
+from dspark_lab.model import Drafter, DrafterConfig, Slots, Target
 
 CHAT = Chat(({"role": "assistant", "content": ""},), id="hand-made")
 
@@ -70,3 +71,9 @@ def random_chats(count: int, seed: int = 0, low: int = 12, high: int = 40) -> li
         chat = Chat(CHAT.messages, id=f"chat-{number}", domain=("math", "code")[number % 2])
         encoded.append(Encoded(ids, torch.arange(length) > 3, chat))
     return encoded
+
+
+def slots_of(drafter: Drafter, *arguments: Any, **options: Any) -> Slots:
+    """The slots that a training forward makes before it turns them into logits."""
+    with mock.patch.object(drafter, "output", lambda slots: slots):
+        return drafter(*arguments, **options)

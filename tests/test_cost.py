@@ -57,7 +57,7 @@ from dspark_lab.tuning import (
     training_memory,
     verify_cost,
 )
-from tests.samples import tiny_drafter, tiny_target
+from tests.samples import slots_of, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,7 +244,7 @@ def test_the_drafters_products_are_those_that_pytorch_counts(kind, confidence):
     inputs, blocks = step_of(drafter)
     kept: list[Any] = []
     # The blockwise attention is one operator that the counter does not know.
-    forward = counted(lambda: kept.append(drafter.slots(*inputs, **blocks)))
+    forward = counted(lambda: kept.append(slots_of(drafter, *inputs, **blocks)))
     assert forward == parts["forward"].sum() == parts["tile_forward"].sum()
     slots = kept[0]
     ends = slots.hidden.sum() + (0 if slots.latent is None else slots.latent.sum())
@@ -257,10 +257,10 @@ def test_the_textbook_objectives_products_are_those_that_pytorch_counts(kind):
     drafter = drafter_of(kind)
     cost_of_head = line(training_cost(Shape.of(drafter.config), **SIZES), "LM head")
     inputs, blocks = step_of(drafter)
-    slots = drafter.slots(*inputs, **blocks)
+    slots = slots_of(drafter, *inputs, **blocks)
     kept: list[Any] = []
     whole = counted(lambda: kept.append(drafter(*inputs, **blocks)))
-    before = counted(lambda: drafter.slots(*inputs, **blocks))
+    before = counted(lambda: slots_of(drafter, *inputs, **blocks))
     assert whole - before == cost_of_head["forward"]
     leaves = [x.detach().requires_grad_() for x in (slots.hidden, slots.latent) if x is not None]
     hidden, latent = leaves[0], leaves[1] if len(leaves) > 1 else None
@@ -275,7 +275,7 @@ def test_the_textbook_objectives_products_are_those_that_pytorch_counts(kind):
 def test_the_chunked_objectives_products_are_those_inside_its_operator(kind):
     drafter = drafter_of(kind)
     inputs, blocks = step_of(drafter)
-    slots = drafter.slots(*inputs, **blocks)
+    slots = slots_of(drafter, *inputs, **blocks)
     head = drafter.lm_head.weight.detach()
     w2 = None if slots.latent is None else drafter.markov_w2_weight.detach()
     count = slots.eval_mask.numel()
@@ -682,7 +682,7 @@ def test_the_forward_pass_keeps_the_bytes_that_autograd_saves(kind, dtype):
         torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"),
     ):
-        kept = [drafter.slots(ids, context, torch.ones(2, 100, dtype=torch.bool), last)]
+        kept = [slots_of(drafter, ids, context, torch.ones(2, 100, dtype=torch.bool), last)]
     assert kept
     found = sum(x.untyped_storage().nbytes() for ptr, x in saved.items() if ptr not in own)
     step = Step(100, 30, shape.block_size, 2, dtype=dtype, features="cached", device="cpu")

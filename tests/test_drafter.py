@@ -5,7 +5,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from samples import documents
+from samples import documents, slots_of
 from torch import Tensor
 
 from dspark_lab.chats import collate, pack
@@ -115,7 +115,7 @@ def test_without_a_teacher_there_are_no_aligned_logits():
     given = row(9)
     del given["target_last_hidden_states"]
     assert drafter()(**given).aligned_target_logits is None
-    assert drafter().slots(**given).target_hidden is None
+    assert slots_of(drafter(), **given).target_hidden is None
 
 
 def test_without_a_confidence_head_there_is_no_confidence():
@@ -125,12 +125,12 @@ def test_without_a_confidence_head_there_is_no_confidence():
 def test_without_a_markov_head_there_is_no_latent():
     for changes in ({"markov_rank": 0}, {"markov_head_type": "none"}):
         model = drafter(confidence_head_with_markov=False, **changes)
-        assert model.markov_head is None and model.slots(**row(9)).latent is None
+        assert model.markov_head is None and slots_of(model, **row(9)).latent is None
 
 
 def test_labels_previous_tokens_and_teachers_stand_where_they_should():
     model, given = drafter(), row(12)
-    slots = model.slots(**given, **blocks(0, 3, 7))
+    slots = slots_of(model, **given, **blocks(0, 3, 7))
     output = model(**given, **blocks(0, 3, 7))
     for n, anchor in enumerate((0, 3, 7)):
         for k in range(4):
@@ -145,7 +145,7 @@ def test_labels_previous_tokens_and_teachers_stand_where_they_should():
 
 def test_forward_is_slots_and_logits():
     model, given = drafter(markov_head_type="rnn"), row(9) | blocks(1, 5)
-    slots, output = model.slots(**given), model(**given)
+    slots, output = slots_of(model, **given), model(**given)
     expected = model.lm_head(slots.hidden) + model.markov_head.markov_w2(slots.latent)
     torch.testing.assert_close(output.draft_logits, expected)
     torch.testing.assert_close(model.logits(slots.hidden, slots.latent), expected)
@@ -263,21 +263,21 @@ def test_a_block_sees_nothing_of_its_anchors_features_and_later_ones(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_slot_sees_the_features_of_every_position_before_the_anchor(backend):
     model, given = drafter(), row(9) | blocks(2, 6) | {"backend": backend}
-    expected = model.slots(**given).hidden
+    expected = slots_of(model, **given).hidden
     for position in range(6):
         features = given["target_hidden_states"].clone()
         features[0, position] += 1
-        got = model.slots(**given | {"target_hidden_states": features}).hidden
+        got = slots_of(model, **given | {"target_hidden_states": features}).hidden
         assert changed(got, expected) == [[position < 2] * 4, [True] * 4], position
 
 
 def test_the_backbone_sees_no_token_but_the_anchors():
     model, given = drafter(), row(9) | blocks(4)
-    expected = model.slots(**given).hidden
+    expected = slots_of(model, **given).hidden
     for position in range(9):
         tokens = given["input_ids"].clone()
         tokens[0, position] = (tokens[0, position] + 1) % CONFIG.mask_token_id
-        got = model.slots(**given | {"input_ids": tokens}).hidden
+        got = slots_of(model, **given | {"input_ids": tokens}).hidden
         assert changed(got, expected) == [[position == 4] * 4], position
 
 
@@ -301,7 +301,7 @@ def test_a_slots_logits_see_no_token_from_its_label_on(head):
 def test_slots_see_their_own_block_in_both_directions_and_no_other_block(backend):
     """Also a dummy block, which sees itself alone."""
     model, given = drafter(), row(9) | blocks(2, 5, dummies=1) | {"backend": backend}
-    expected = model.slots(**given).hidden
+    expected = slots_of(model, **given).hidden
     for n in range(3):
         for k in range(4):
 
@@ -311,7 +311,7 @@ def test_slots_see_their_own_block_in_both_directions_and_no_other_block(backend
                 return output
 
             hook = model.embed_tokens.register_forward_hook(nudge)
-            got = model.slots(**given).hidden
+            got = slots_of(model, **given).hidden
             hook.remove()
             assert changed(got, expected) == [[block == n] * 4 for block in range(3)], (n, k)
 
@@ -407,7 +407,7 @@ def test_rope_is_computed_in_fp32_at_every_dtype(dtype, first, monkeypatch):
     layer.k_norm.register_forward_hook(lambda module, args, output: normed.update(k=output))
     where = packing(40, seq_len=40)
     where["position_ids"] = where["position_ids"] + first
-    model.slots(**row(40, dtype), **where, **blocks(3, 17, 30))
+    slots_of(model, **row(40, dtype), **where, **blocks(3, 17, 30))
 
     slots = [first + anchor + k for anchor in (3, 17, 30) for k in range(4)]
     for name, positions in (("q", slots), ("k", [*range(first, first + 40), *slots])):
@@ -438,12 +438,12 @@ def test_a_document_far_from_position_zero_is_the_same(dtype, bound):
     """Only distances count: every position may be shifted by one number."""
     model, given = drafter(dtype, rope_theta=1e4), row(12, dtype) | blocks(2, 6, 9)
     where = packing(12, seq_len=12)
-    near = model.slots(**given, **where).hidden
+    near = slots_of(model, **given, **where).hidden
     where["position_ids"] = where["position_ids"] + 30000
-    far = model.slots(**given, **where).hidden
+    far = slots_of(model, **given, **where).hidden
     assert (far - near).abs().max() < bound
     where["position_ids"] = where["position_ids"] * 2
-    assert (model.slots(**given, **where).hidden - near).abs().max() > 1
+    assert (slots_of(model, **given, **where).hidden - near).abs().max() > 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -658,7 +658,7 @@ def test_a_fresh_drafter_adds_no_bias_and_gives_even_odds():
     """Markov bias and confidence logit begin at zero, whatever the head."""
     for head in HEADS:
         model, given = Drafter(replace(CONFIG, markov_head_type=head)), row(9, torch.float32)
-        slots, output = model.slots(**given | blocks(2, 5)), model(**given | blocks(2, 5))
+        slots, output = slots_of(model, **given | blocks(2, 5)), model(**given | blocks(2, 5))
         assert torch.equal(output.draft_logits, model.lm_head(slots.hidden))
         assert not output.confidence_pred.any()
         assert output.draft_logits.detach().std() > 0

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import reference
 import torch
+from samples import slots_of
 from torch import Tensor
 
 from dspark_lab.common import DSparkForwardOutput
@@ -267,7 +268,7 @@ def assert_gradients(drafter: Drafter, truth: Truth, bound: float) -> None:
 
 def fused(drafter: Drafter, arguments: dict, weights: dict, chunk: int = 128) -> Objective:
     """The objective from hidden states, some slots at a time."""
-    slots = drafter.slots(**arguments)
+    slots = slots_of(drafter, **arguments)
     markov = None if drafter.markov_head is None else drafter.markov_head.markov_w2.weight
     return dspark_objective(slots, drafter.lm_head.weight, markov, chunk=chunk, **weights)
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.checks import require_int
@@ -134,6 +134,44 @@ class Batch:
     doc_remaining: Int[Tensor, "batch seq"]
     seq_lens: Int[Tensor, "batch doc"]
     chat_index: Int[Tensor, "batch doc"]
+
+    @classmethod
+    def of_tokens(
+        cls,
+        input_ids: Int[Tensor, "batch seq"],
+        loss_mask: Shaped[Tensor, "batch seq"],
+        *,
+        doc_remaining: Int[Tensor, "batch seq"] | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        seq_lens: Int[Tensor, "batch doc"] | None = None,
+    ) -> "Batch":
+        """Rows of tokens without padding, each one document where the last three are None.
+
+        Raises:
+            ValueError: some of the last three alone.
+        """
+        documents = {
+            "doc_remaining": doc_remaining,
+            "position_ids": position_ids,
+            "seq_lens": seq_lens,
+        }
+        absent = [name for name, value in documents.items() if value is None]
+        if absent and len(absent) < len(documents):
+            raise ValueError(f"{', '.join(documents)} go together, got no {', '.join(absent)}")
+        rows, seq_len = input_ids.shape
+        if doc_remaining is None or position_ids is None or seq_lens is None:
+            position_ids = torch.arange(seq_len, device=input_ids.device).expand(rows, -1)
+            doc_remaining = seq_len - 1 - position_ids
+            seq_lens = position_ids.new_full((rows, 1), seq_len)
+        return cls(
+            input_ids=input_ids,
+            loss_mask=loss_mask,
+            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+            position_ids=position_ids,
+            doc_remaining=doc_remaining,
+            seq_lens=seq_lens,
+            chat_index=torch.zeros_like(seq_lens),
+        )
 
     def to(self, device: str | torch.device) -> "Batch":
         """The same batch with every tensor on ``device``."""

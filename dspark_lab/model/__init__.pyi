@@ -3,10 +3,24 @@ from .config import ARCHITECTURE, DrafterConfig
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
 from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
-from .objective import Objective, Sums, chunk_sizes, dspark_objective, output_objective
+from .objective import (
+    Objective,
+    Sums,
+    chunk_sizes,
+    dspark_objective,
+    most_slots,
+    output_objective,
+)
 from .protocol import BlockDrafter, DraftConfig, DrafterSizes, Features, Proposal, Slots
 from .rows import Rows, take
-from .slotwise import accept_rates, at_least_fp32, decay_weights, slot_weights, survival
+from .slotwise import (
+    DecayGamma,
+    accept_rates,
+    at_least_fp32,
+    decay_weights,
+    slot_weights,
+    survival,
+)
 from .smollm2 import (
     fetch_smollm2,
     load_smollm2,
@@ -21,6 +35,7 @@ __all__ = [
     "CALIBRATION",
     "MARKOV_HEADS",
     "BlockDrafter",
+    "DecayGamma",
     "DraftConfig",
     "Drafter",
     "DrafterConfig",
@@ -49,6 +64,7 @@ __all__ = [
     "load_drafter",
     "load_smollm2",
     "load_target",
+    "most_slots",
     "output_objective",
     "save_drafter",
     "save_tokenizer",

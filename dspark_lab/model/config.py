@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any
 
-from dspark_lab.checks import require_int, require_number
+from dspark_lab.checks import Count, NotEmpty, Positive, Size, Within, checked
+from dspark_lab.model.heads import check_kind
 
 __all__ = ["ARCHITECTURE", "DrafterConfig"]
 
@@ -16,13 +17,12 @@ _FIXED = {
     "architectures": [ARCHITECTURE],
     "model_type": "qwen3",
     "hidden_act": "silu",
-    "use_sliding_window": False,
     "partial_rotary_factor": 1,
-    "quantization_config": None,
 }
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
+@checked
 @dataclass(frozen=True)
 class DrafterConfig:
     """The shape of a drafter; names and defaults are those of the published checkpoints.
@@ -32,53 +32,32 @@ class DrafterConfig:
     ``hidden_size`` where None. ``num_anchors`` is what a training forward draws for each row.
     ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out.
     ``num_target_layers`` is there for other readers of a checkpoint.
-
-    Raises TypeError or ValueError where sizes are not whole numbers of at least 1, where heads do
-    not divide, or where the confidence head asks for a Markov embedding that is not there.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    target_layer_ids: tuple[int, ...]
-    block_size: int
-    mask_token_id: int
-    num_anchors: int = 512
-    markov_rank: int = 256
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    target_layer_ids: Annotated[Sequence[Annotated[int, Within(-1)]], NotEmpty()]
+    block_size: Count
+    mask_token_id: Size
+    num_anchors: Count = 512
+    markov_rank: Size = 256
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    max_position_embeddings: int = 32768
-    target_hidden_size: int | None = None
-    num_target_layers: int | None = None
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 1e6
+    max_position_embeddings: Count = 32768
+    target_hidden_size: Count | None = None
+    num_target_layers: Count | None = None
     attention_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: Positive = 0.02
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "block_size",
-            "num_anchors",
-            "max_position_embeddings",
-        ):
-            require_int(name, getattr(self, name), 1)
-        require_int("markov_rank", self.markov_rank, 0)
-        for name in ("target_hidden_size", "num_target_layers"):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), 1)
-        require_int("mask_token_id", self.mask_token_id, 0)
         if self.mask_token_id >= self.vocab_size:
             raise ValueError(
                 f"mask_token_id must lie in the vocabulary, [0, {self.vocab_size - 1}], "
@@ -92,13 +71,10 @@ class DrafterConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         ids = tuple(self.target_layer_ids)
-        for layer_id in ids:
-            require_int("each of target_layer_ids", layer_id, -1)
-        if not ids or list(ids) != sorted(set(ids)):
-            raise ValueError(
-                f"target_layer_ids must be one or more ids, strictly increasing, got {ids}"
-            )
+        if list(ids) != sorted(set(ids)):
+            raise ValueError(f"target_layer_ids must be strictly increasing, got {ids}")
         object.__setattr__(self, "target_layer_ids", ids)
+        check_kind(self.markov_head_type)
         if self.reads_markov and not self.has_markov_head:
             raise ValueError(
                 "confidence_head_with_markov needs a Markov head, got markov_rank "
@@ -132,7 +108,7 @@ class DrafterConfig:
             # Where transformers looks for it from version 5 on; before, it is a field of its own.
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
-        values |= {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values |= {field.name: getattr(self, field.name) for field in fields(self)}
         values["target_layer_ids"] = list(self.target_layer_ids)
         for name in ("target_hidden_size", "num_target_layers"):
             if values[name] is None:
@@ -146,42 +122,38 @@ class DrafterConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DrafterConfig:
         """Reads the content of a ``config.json``; unknown keys are metadata.
 
-        ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. What
-        concerns training alone, as ``attention_dropout``, is not read.
+        ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. Not read:
+        what concerns training alone, as ``attention_dropout``, and what a draft inherits from its
+        target's config without following it, as ``quantization_config``.
 
         Raises:
             TypeError, ValueError: a field that is missing or of the wrong kind, or one that asks
                 for what this drafter does not do: another architecture or activation, sliding
-                windows, scaled or partial RoPE, quantised weights.
+                windows, scaled or partial RoPE.
         """
-        _refuse_unsupported(values)
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name, allowed in _FIXED.items():
+            if values.get(name) not in (None, allowed):
+                raise ValueError(f"{name} must be {allowed!r} or absent, got {values[name]!r}")
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         known["rope_theta"] = _read_rope_theta(values)
-        missing = [
-            name
-            for name, field in cls.__dataclass_fields__.items()
-            if name not in known and field.default is field.default_factory
-        ]
+        missing = [f.name for f in fields(cls) if f.name not in known and f.default is MISSING]
         if missing:
             raise ValueError(f"config must hold {', '.join(missing)}, which it does not")
-        for name in ("attention_bias", "enable_confidence_head", "confidence_head_with_markov"):
-            if not isinstance(known.get(name, False), bool):
-                raise TypeError(f"{name} must be true or false, got {known[name]!r}")
-        for name in ("rms_norm_eps", "initializer_range"):
-            if name in known:
-                _require_positive(name, known[name])
-        if not isinstance(known["target_layer_ids"], (list, tuple)):
-            raise TypeError(f"target_layer_ids must be a list, got {known['target_layer_ids']!r}")
-        known["target_layer_ids"] = tuple(known["target_layer_ids"])
-        return cls(**known)
+        config = cls(**known)
+        _refuse_windows(values, config.num_hidden_layers)
+        return config
 
 
-def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    for name, allowed in _FIXED.items():
-        if values.get(name) not in (None, allowed):
-            raise ValueError(f"{name} must be {allowed!r} or absent, got {values[name]!r}")
-    kinds = values.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
+def _refuse_windows(values: Mapping[str, Any], num_hidden_layers: int) -> None:
+    """Refuse a layer with a sliding window; ``use_sliding_window`` alone does not make one."""
+    kinds = values.get("layer_types")
+    if kinds is None:
+        windows = values.get("use_sliding_window") and values.get("sliding_window") is not None
+        full = values.get("max_window_layers", 0) if windows else num_hidden_layers
+        kinds = ["full_attention" if i < full else "sliding" for i in range(num_hidden_layers)]
+    if not isinstance(kinds, list):
+        raise TypeError(f"layer_types must be a list, got {kinds!r}")
+    if any(kind != "full_attention" for kind in kinds[:num_hidden_layers]):
         raise ValueError(f"layer_types must all be 'full_attention', got {kinds!r}")
 
 
@@ -198,14 +170,7 @@ def _read_rope_theta(values: Mapping[str, Any]) -> float:
     found = {name: value for name, value in found.items() if value is not None}
     if not found:
         raise ValueError("config must hold rope_theta, by itself or in rope_parameters")
-    for name, value in found.items():
-        _require_positive(name, value)
-    if len(set(found.values())) > 1:
+    first, *others = found.values()
+    if any(other != first for other in others):
         raise ValueError(f"rope_theta must be one number, got {found}")
-    return float(next(iter(found.values())))
-
-
-def _require_positive(name: str, value: Any) -> None:
-    require_number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+    return float(first) if type(first) is int else first

@@ -1,6 +1,6 @@
 """The drafter: a backbone that predicts whole blocks, a Markov head, a confidence head.
 
-    features, tokens, anchors -> Slots (all that precedes the vocabulary) -> DSparkForwardOutput
+    blocks, features -> Slots (all that precedes the vocabulary) -> DSparkForwardOutput
 
 Rules, in words (DSpark, section 3; DFlash for the backbone):
 
@@ -12,8 +12,7 @@ Rules, in words (DSpark, section 3; DFlash for the backbone):
     labels:  slot k of the block at anchor a predicts token a + k + 1; its previous token is a + k,
              and its teacher is the target's final hidden state at a + k.
 
-Embedding and LM head are the target's own, frozen. This file knows tensors of tokens and features;
-it knows nothing about text, about where features come from, about losses or about files.
+Embedding and LM head are the target's own, frozen.
 """
 
 from __future__ import annotations
@@ -29,27 +28,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dspark_lab.attention import Backend, training_block_mask
-from dspark_lab.blocks import label_positions
-from dspark_lab.checks import (
-    require_integers,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
-from dspark_lab.common import (
-    AcceptRatePredictor,
-    DSparkForwardOutput,
-    build_eval_mask,
-    context_doc_ids,
-    create_noise_embed,
-    create_position_ids,
-    sample_anchor_positions,
-)
+from dspark_lab.blocks import Blocks, cut_blocks
+from dspark_lab.chats import Batch
+from dspark_lab.checks import checked
+from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput, sample_anchor_positions
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.heads import build_markov_head
 from dspark_lab.model.layers import Layer, RMSNorm, rope
 from dspark_lab.model.protocol import DrafterSizes, Proposal, Slots
 from dspark_lab.model.rows import Rows, take
+from dspark_lab.model.slotwise import check_token_ids
 
 __all__ = ["Drafter", "drafter_sizes", "meta_drafter"]
 
@@ -62,12 +50,13 @@ class DraftCache:
     rows: Rows
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The other rows leave."""
+        """Drop the other rows."""
         cut = self.rows.commit([0] * len(self.rows.lengths), rows)
         for index, (keys, values) in enumerate(self.states):
             self.states[index] = take(keys, cut), take(values, cut)
 
 
+@checked
 class Drafter(nn.Module):
     """A DSpark drafter; its parameters have the names of the published checkpoints.
 
@@ -106,6 +95,7 @@ class Drafter(nn.Module):
         if self.confidence_head is not None:
             self.confidence_head.proj.weight.zero_()
 
+    @checked
     def use_target_embeddings(
         self,
         embed_weight: Float[Tensor, "vocab hidden"],
@@ -114,18 +104,15 @@ class Drafter(nn.Module):
         """Make the target's embedding and LM head the drafter's own, frozen.
 
         They share memory where dtype and device are the drafter's.
-
-        Raises:
-            TypeError, ValueError: not tensors of ``[vocab_size, hidden_size]``.
         """
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        like = self.fc.weight
-        for name, module, weight in (
-            ("embed_weight", self.embed_tokens, embed_weight),
-            ("head_weight", self.lm_head, head_weight),
-        ):
-            require_shape(name, weight, ("vocab", "hidden"), shape)
-            shared = weight.detach().to(device=like.device, dtype=like.dtype)
+        wanted = (self.config.vocab_size, self.config.hidden_size)
+        for module, weight in ((self.embed_tokens, embed_weight), (self.lm_head, head_weight)):
+            if weight.shape != wanted:
+                raise ValueError(
+                    f"the target's embedding and LM head must be [vocab, hidden] = {wanted}, "
+                    f"got shape {tuple(weight.shape)}"
+                )
+            shared = weight.detach().to(device=self.device, dtype=self.dtype)
             module.weight = nn.Parameter(shared, requires_grad=False)
 
     @property
@@ -146,94 +133,44 @@ class Drafter(nn.Module):
         """What maps the slots' ``latent`` to the Markov bias; None without a Markov head."""
         return None if self.markov_head is None else self.markov_head.markov_w2.weight
 
+    @checked
     def slots(
         self,
-        input_ids: Int[Tensor, "batch seq"],
+        blocks: Blocks,
         target_hidden_states: Float[Tensor, "batch seq features"],
-        loss_mask: Shaped[Tensor, "batch seq"],
         target_last_hidden_states: Float[Tensor, "batch seq hidden"] | None = None,
         *,
-        doc_remaining: Int[Tensor, "batch seq"] | None = None,
-        position_ids: Int[Tensor, "batch seq"] | None = None,
-        seq_lens: Int[Tensor, "batch docs"] | None = None,
-        anchor_positions: Int[Tensor, "batch anchor"] | None = None,
-        block_keep_mask: Bool[Tensor, "batch anchor"] | None = None,
-        generator: torch.Generator | None = None,
         backend: Backend = "auto",
     ) -> Slots:
-        """Draw anchors, run the backbone and both heads; stop before the vocabulary.
+        """Run the backbone and both heads on a draw of blocks; stop before the vocabulary.
 
         Args:
-            input_ids: the rows' tokens.
+            blocks: of this drafter's block size and mask token.
             target_hidden_states: context features of every token, of ``config.context_size``.
-            loss_mask: which tokens are supervised, see
-                :func:`dspark_lab.common.build_anchor_candidate_mask`.
-            target_last_hidden_states: the target's final hidden states, after its last norm.
-            doc_remaining, position_ids, seq_lens: of packed rows, all three or none; see
-                :class:`dspark_lab.chats.conversations.Batch`.
-            anchor_positions, block_keep_mask: the blocks, both or none; drawn where None.
-            generator: for the draw, see :func:`dspark_lab.common.sample_anchor_positions`.
+            target_last_hidden_states: the target's final hidden states, after its last norm;
+                without them the slots have no teacher.
             backend: see :func:`dspark_lab.attention.mask.block_attention`.
-
-        Raises:
-            TypeError, ValueError: wrong kind, rank, shape or device, or only a part of what goes
-                together.
         """
-        c = self.config
-        self._require_inputs(
-            input_ids, target_hidden_states, loss_mask, target_last_hidden_states, seq_lens
-        )
-        _require_together(doc_remaining=doc_remaining, position_ids=position_ids, seq_lens=seq_lens)
-        _require_together(anchor_positions=anchor_positions, block_keep_mask=block_keep_mask)
-        seq_len = input_ids.shape[1]
-        if anchor_positions is None or block_keep_mask is None:
-            anchor_positions, block_keep_mask = sample_anchor_positions(
-                seq_len, loss_mask, c.num_anchors, input_ids.device, doc_remaining, generator
-            )
-        labels, safe_labels = label_positions(
-            anchor_positions, block_keep_mask, seq_len=seq_len, block_size=c.block_size
-        )
-        eval_mask = build_eval_mask(
-            seq_len,
-            loss_mask,
-            labels,
-            safe_labels,
-            block_keep_mask,
-            doc_remaining,
-            None if doc_remaining is None else anchor_positions,
-        )
-        hidden = self._backbone(
-            input_ids,
-            target_hidden_states,
-            anchor_positions,
-            block_keep_mask,
-            position_ids,
-            seq_lens,
-            backend,
-        )
-        hidden = hidden.unflatten(1, (-1, c.block_size))
-        previous = previous_positions(labels, seq_len)
-        row = torch.arange(len(input_ids), device=input_ids.device).view(-1, 1, 1)
-        prev_ids = input_ids[row, previous]
+        last = target_last_hidden_states
+        self._check_fit(blocks, target_hidden_states, last)
+        hidden = self._backbone(blocks, target_hidden_states, backend)
         latent = embedding = None
         if self.markov_head is not None:
-            latent = self.markov_head.latent(prev_ids, hidden)
-            embedding = self.markov_head.embed(prev_ids)
+            latent = self.markov_head.latent(blocks.prev_ids, hidden)
+            embedding = self.markov_head.embed(blocks.prev_ids)
+        row = torch.arange(len(hidden), device=hidden.device).view(-1, 1, 1)
         return Slots(
             hidden=hidden,
             latent=latent,
             confidence_pred=self.confidence(hidden, embedding),
-            target_hidden=(
-                None
-                if target_last_hidden_states is None
-                else target_last_hidden_states[row, previous]
-            ),
-            target_ids=input_ids[row, safe_labels],
-            prev_ids=prev_ids,
-            eval_mask=eval_mask,
-            block_keep_mask=block_keep_mask,
+            target_hidden=None if last is None else last[row, blocks.prev_indices],
+            target_ids=blocks.target_ids,
+            prev_ids=blocks.prev_ids,
+            eval_mask=blocks.eval_mask,
+            block_keep_mask=blocks.block_keep_mask,
         )
 
+    @checked
     def forward(
         self,
         input_ids: Int[Tensor, "batch seq"],
@@ -251,23 +188,54 @@ class Drafter(nn.Module):
     ) -> DSparkForwardOutput:
         """The training forward, with full logits of drafter and target (DSpark, section 3).
 
-        Arguments and errors are those of :meth:`slots`. The logits are batch x anchor x
-        slot x vocab numbers each: to train, hand :meth:`slots` to
+        The logits are batch x anchor x slot x vocab numbers each: to train, hand :meth:`slots` to
         :func:`dspark_lab.model.objective.dspark_objective`, which never holds them all.
+
+        Args:
+            input_ids: the rows' tokens.
+            target_hidden_states: context features of every token, of ``config.context_size``.
+            loss_mask: which tokens are supervised, see
+                :func:`dspark_lab.common.build_anchor_candidate_mask`.
+            target_last_hidden_states: the target's final hidden states, after its last norm.
+            doc_remaining, position_ids, seq_lens: of packed rows, all three or none; see
+                :class:`dspark_lab.chats.conversations.Batch`.
+            anchor_positions, block_keep_mask: the blocks, both or none; ``config.num_anchors`` are
+                drawn where None.
+            generator: for the draw, see :func:`dspark_lab.common.sample_anchor_positions`.
+            backend: see :func:`dspark_lab.attention.mask.block_attention`.
         """
-        slots = self.slots(
+        c = self.config
+        if input_ids.numel() == 0:
+            raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
+        check_token_ids("input_ids", input_ids, c.vocab_size)
+        batch = Batch.of_tokens(
             input_ids,
-            target_hidden_states,
             loss_mask,
-            target_last_hidden_states,
             doc_remaining=doc_remaining,
             position_ids=position_ids,
             seq_lens=seq_lens,
-            anchor_positions=anchor_positions,
-            block_keep_mask=block_keep_mask,
-            generator=generator,
-            backend=backend,
         )
+        if (anchor_positions is None) != (block_keep_mask is None):
+            absent = "anchor_positions" if anchor_positions is None else "block_keep_mask"
+            raise ValueError(f"anchor_positions and block_keep_mask go together, got no {absent}")
+        if anchor_positions is None or block_keep_mask is None:
+            anchor_positions, block_keep_mask = sample_anchor_positions(
+                input_ids.shape[1],
+                loss_mask,
+                c.num_anchors,
+                input_ids.device,
+                batch.doc_remaining,
+                generator,
+            )
+        blocks = cut_blocks(
+            batch, anchor_positions, block_keep_mask, c.block_size, mask_token_id=c.mask_token_id
+        )
+        return self.output(
+            self.slots(blocks, target_hidden_states, target_last_hidden_states, backend=backend)
+        )
+
+    def output(self, slots: Slots) -> DSparkForwardOutput:
+        """The slots with full logits of drafter and target."""
         target_logits = None
         if slots.target_hidden is not None:
             target_logits = self.lm_head(slots.target_hidden.to(self.lm_head.weight.dtype))
@@ -367,44 +335,26 @@ class Drafter(nn.Module):
         return logits
 
     def _backbone(
-        self,
-        input_ids: Tensor,
-        target_hidden_states: Tensor,
-        anchor_positions: Tensor,
-        block_keep_mask: Tensor,
-        position_ids: Tensor | None,
-        seq_lens: Tensor | None,
-        backend: Backend,
-    ) -> Float[Tensor, "batch query hidden"]:
-        c = self.config
-        batch, seq_len = input_ids.shape
-        x = create_noise_embed(
-            self.embed_tokens,
-            input_ids,
-            anchor_positions,
-            block_keep_mask,
-            c.mask_token_id,
-            c.block_size,
-        )
-        context = self.hidden_norm(self.fc(target_hidden_states.to(self.fc.weight.dtype)))
-        slot_positions = create_position_ids(anchor_positions, c.block_size, position_ids)
-        if position_ids is None:
-            position_ids = torch.arange(seq_len, device=x.device).expand(batch, -1)
-        angles = rope(torch.cat([position_ids, slot_positions], dim=1), c, x.dtype)
-        blocks: dict[str, Any] = {
-            "anchor_positions": anchor_positions,
-            "block_keep_mask": block_keep_mask,
-            "seq_len": seq_len,
-            "block_size": c.block_size,
-            "doc_ids": None if seq_lens is None else context_doc_ids(seq_lens, seq_len, x.device),
+        self, blocks: Blocks, context: Tensor, backend: Backend
+    ) -> Float[Tensor, "batch anchor slot hidden"]:
+        x = self.embed_tokens(blocks.noise_ids.flatten(1))
+        context = self.hidden_norm(self.fc(context.to(self.dtype)))
+        positions = [blocks.context_position_ids, blocks.position_ids.flatten(1)]
+        angles = rope(torch.cat(positions, dim=1), self.config, x.dtype)
+        where: dict[str, Any] = {
+            "anchor_positions": blocks.anchor_positions,
+            "block_keep_mask": blocks.block_keep_mask,
+            "seq_len": blocks.seq_len,
+            "block_size": blocks.block_size,
+            "doc_ids": blocks.doc_ids,
         }
         # One mask for all layers.
         mask = None
         if backend == "flex" or (backend == "auto" and x.is_cuda):
-            mask = training_block_mask(**blocks)
+            mask = training_block_mask(**where)
         for layer in self.layers:
-            x = layer(x, context, angles, backend=backend, block_mask=mask, **blocks)
-        return self.norm(x)
+            x = layer(x, context, angles, backend=backend, block_mask=mask, **where)
+        return self.norm(x).unflatten(1, (-1, blocks.block_size))
 
     def confidence(
         self,
@@ -421,49 +371,20 @@ class Drafter(nn.Module):
             hidden = torch.cat([hidden, cast(Tensor, embedding).to(hidden.dtype)], dim=-1)
         return self.confidence_head(hidden)
 
-    def _require_inputs(
-        self,
-        input_ids: Tensor,
-        features: Tensor,
-        loss_mask: Tensor,
-        last: Tensor | None,
-        seq_lens: Tensor | None,
-    ) -> None:
-        require_tensor("input_ids", input_ids, ("batch", "seq"))
-        require_integers("input_ids", input_ids)
-        rows = tuple(input_ids.shape)
-        if rows[1] == 0:
-            raise ValueError(f"input_ids must hold at least one token a row, got shape {rows}")
-        require_shape("loss_mask", loss_mask, ("batch", "seq"), rows)
-        if seq_lens is not None:
-            require_tensor("seq_lens", seq_lens, ("batch", "docs"))
-            require_shape("seq_lens", seq_lens, ("batch", "docs"), (rows[0], seq_lens.shape[1]))
-        size = self.config.context_size
-        axes = ("batch", "seq", "features")
-        require_shape("target_hidden_states", features, axes, (*rows, size))
+    def _check_fit(self, blocks: Blocks, features: Tensor, last: Tensor | None) -> None:
+        c, rows = self.config, (len(blocks.doc_ids), blocks.seq_len)
+        fits = [
+            ("block_size of blocks", blocks.block_size, c.block_size),
+            ("mask_token_id of blocks", blocks.mask_token_id, c.mask_token_id),
+            ("shape of target_hidden_states", tuple(features.shape), (*rows, c.context_size)),
+            ("device of target_hidden_states", features.device, self.device),
+        ]
         if last is not None:
-            axes = ("batch", "seq", "hidden")
-            size = self.config.hidden_size
-            require_shape("target_last_hidden_states", last, axes, (*rows, size))
-        require_same_device(
-            input_ids=input_ids,
-            target_hidden_states=features,
-            target_last_hidden_states=last,
-            drafter=self.fc.weight,
-        )
-
-
-def _require_together(**given: Tensor | None) -> None:
-    if len({value is None for value in given.values()}) > 1:
-        missing = [name for name, value in given.items() if value is None]
-        raise ValueError(f"{', '.join(given)} go together, got no {', '.join(missing)}")
-
-
-def previous_positions(
-    label_indices: Int[Tensor, "batch anchor slot"], seq_len: int
-) -> Int[Tensor, "batch anchor slot"]:
-    """Row positions of the tokens before the labels, clamped into the row."""
-    return (label_indices - 1).clamp(max=seq_len - 1)
+            shape = "shape of target_last_hidden_states"
+            fits.append((shape, tuple(last.shape), (*rows, c.hidden_size)))
+        for name, given, wanted in fits:
+            if given != wanted:
+                raise ValueError(f"{name} must be the drafter's, {wanted}, got {given}")
 
 
 class _NoRandomNumbers(TorchFunctionMode):

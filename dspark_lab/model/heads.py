@@ -19,17 +19,25 @@ checkpoint, decoding, cost and memory follow from the module.
 
 import copy
 import weakref
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, Size, checked
 
 __all__ = ["MARKOV_HEADS", "MarkovHead", "MarkovKind", "build_markov_head"]
 
 MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A tensor that autograd keeps."""
+
+    tensor: Tensor
 
 
 class MarkovHead(nn.Module):
@@ -104,13 +112,6 @@ class MarkovHead(nn.Module):
         return numbers / latent.itemsize / block_size
 
 
-class _Kept:
-    """A tensor that autograd keeps."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 class GatedHead(MarkovHead):
     """The embedding, each number gated by what the slot's hidden state makes of it."""
 
@@ -160,21 +161,26 @@ MARKOV_HEADS: dict[str, type[MarkovHead]] = {
 }
 
 
-def build_markov_head(kind: str, vocab_size: int, rank: int, hidden_size: int) -> MarkovHead | None:
+def check_kind(markov_head_type: str) -> None:
+    """Refuse a kind of head that there is none of."""
+    kinds = ("none", *MARKOV_HEADS)
+    if markov_head_type not in kinds:
+        raise ValueError(f"markov_head_type must be one of {kinds}, got {markov_head_type!r}")
+
+
+@checked
+def build_markov_head(
+    markov_head_type: str, vocab_size: Count, markov_rank: Size, hidden_size: Count
+) -> MarkovHead | None:
     """The head of a kind in :data:`MARKOV_HEADS`; None, as in DFlash, for ``none`` or rank 0.
 
     Args:
-        kind: of the head.
+        markov_head_type: the kind.
         vocab_size: tokens, both those that are read and those that get a bias.
-        rank: width of the latent.
+        markov_rank: width of the latent.
         hidden_size: width of the slots' hidden states.
     """
-    require_int("markov_rank", rank, 0)
-    require_int("vocab_size", vocab_size, 1)
-    require_int("hidden_size", hidden_size, 1)
-    kinds = ("none", *MARKOV_HEADS)
-    if kind not in kinds:
-        raise ValueError(f"markov_head_type must be one of {kinds}, got {kind!r}")
-    if kind == "none" or rank == 0:
+    check_kind(markov_head_type)
+    if markov_head_type == "none" or markov_rank == 0:
         return None
-    return MARKOV_HEADS[kind](vocab_size, rank, hidden_size)
+    return MARKOV_HEADS[markov_head_type](vocab_size, markov_rank, hidden_size)

@@ -12,13 +12,11 @@ of the weights; the loss is 0.1 ce + 0.9 l1 + 1.0 confidence (DSpark, section 3.
 :func:`output_objective` is this definition on full logits. :func:`dspark_objective` is the same
 from hidden states: logits exist for a chunk of slots at a time, and their gradient is formed in the
 same pass, so that memory does not grow with the number of anchors. :class:`Sums` holds what adds
-over batches and processes. This file knows slots; it knows nothing about attention or training.
+over batches and processes.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,17 +26,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dspark_lab.checks import (
-    debug_range,
-    require_int,
-    require_integers,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
+from dspark_lab.checks import Count, NonNegative, checked, debug_range
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.model.drafter import Slots
+from dspark_lab.model.protocol import Slots
 from dspark_lab.model.slotwise import (
+    DecayGamma,
     at_least_fp32,
     distance,
     rate_of_distance,
@@ -51,6 +43,7 @@ __all__ = [
     "Sums",
     "chunk_sizes",
     "dspark_objective",
+    "most_slots",
     "output_objective",
 ]
 
@@ -146,24 +139,24 @@ class Objective:
     sums: Sums
 
 
+@checked
 def output_objective(
     output: DSparkForwardOutput,
     *,
-    ce_weight: float = 0.1,
-    l1_weight: float = 0.9,
-    confidence_weight: float = 1.0,
-    loss_decay_gamma: float = 4.0,
+    ce_weight: NonNegative = 0.1,
+    l1_weight: NonNegative = 0.9,
+    confidence_weight: NonNegative = 1.0,
+    loss_decay_gamma: DecayGamma = 4.0,
     normaliser: Float[Tensor, ""] | None = None,
 ) -> Objective:
     """The objective by its definition, from full logits, with the gradient left to autograd.
 
     The target's logits are constants. Arguments and errors as :func:`dspark_objective`.
     """
-    _require_weights(ce_weight, l1_weight, confidence_weight)
     _require_teacher(output.aligned_target_logits, l1_weight, confidence_weight)
+    debug_range("target_ids", output.target_ids, 0, output.draft_logits.shape[-1])
     wide = at_least_fp32(output.draft_logits.dtype)
     weights = slot_weights(output.eval_mask, loss_decay_gamma, wide)
-    _require_ids("target_ids", output.target_ids, output.draft_logits.shape[-1])
     share = _share(weights, normaliser)
     log_probs = output.draft_logits.to(wide).log_softmax(dim=-1)
     ce = -log_probs.gather(-1, output.target_ids.long().unsqueeze(-1)).squeeze(-1)
@@ -177,17 +170,18 @@ def output_objective(
     )
 
 
+@checked
 def dspark_objective(
     slots: Slots,
     lm_head_weight: Float[Tensor, "vocab hidden"],
     markov_w2_weight: Float[Tensor, "vocab rank"] | None = None,
     *,
-    ce_weight: float = 0.1,
-    l1_weight: float = 0.9,
-    confidence_weight: float = 1.0,
-    loss_decay_gamma: float = 4.0,
+    ce_weight: NonNegative = 0.1,
+    l1_weight: NonNegative = 0.9,
+    confidence_weight: NonNegative = 1.0,
+    loss_decay_gamma: DecayGamma = 4.0,
     normaliser: Float[Tensor, ""] | None = None,
-    chunk: int | None = None,
+    chunk: Count | None = None,
 ) -> Objective:
     """The objective from hidden states, ``chunk`` slots at a time.
 
@@ -205,18 +199,10 @@ def dspark_objective(
         loss_decay_gamma: in slots; the larger, the more late slots count.
         normaliser: what to divide by instead of this batch's summed weights: over several batches
             or processes, theirs together.
-        chunk: most slots whose logits exist at one time; where None, as many as keep the matrix
-            products fast: on a CPU 192 with 49,152 words, more with fewer.
-
-    Raises:
-        TypeError, ValueError: shapes or devices that do not fit, or weights that are not numbers of
-            at least 0.
+        chunk: most slots whose logits exist at one time; where None, see :func:`most_slots`.
     """
-    _require_weights(ce_weight, l1_weight, confidence_weight)
     _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
-    if chunk is not None:
-        require_int("chunk", chunk, 1)
-    _require_slots(slots, lm_head_weight, markov_w2_weight)
+    _require_weights(slots, lm_head_weight, markov_w2_weight)
     wide = at_least_fp32(slots.hidden.dtype)
     weights = slot_weights(slots.eval_mask, loss_decay_gamma, wide)
     share = _share(weights, normaliser)
@@ -247,6 +233,11 @@ def dspark_objective(
     return _finish(loss, share, weights, ce, l1, slots.confidence_pred, mask, confidence_weight)
 
 
+def most_slots(vocab_size: int, on_gpu: bool) -> int:
+    """The most slots whose logits :func:`dspark_objective` makes at one time by default."""
+    return max(1, _CHUNK[on_gpu] // vocab_size)
+
+
 def chunk_sizes(
     slots: int | Int[np.ndarray, "*axes"],
     vocab_size: int,
@@ -259,12 +250,12 @@ def chunk_sizes(
         slots: whose logits are computed: on a GPU all, on a CPU the supervised ones.
         vocab_size: logits of a slot.
         on_gpu: whether the logits are on a GPU.
-        chunk: most slots of a chunk, where it is not as many as keep the matrix products fast.
+        chunk: most slots of a chunk; :func:`most_slots` where None.
 
     Returns:
         the number of chunks, the slots of the largest, and the slots of a tile; arrays for arrays.
     """
-    most = max(1, _CHUNK[on_gpu] // vocab_size) if chunk is None else chunk
+    most = most_slots(vocab_size, on_gpu) if chunk is None else chunk
     chunks = np.maximum(1, -(-slots // most))
     largest = -(-slots // chunks)
     return chunks, largest, np.minimum(largest, max(1, _TILE[on_gpu] // vocab_size))
@@ -504,8 +495,6 @@ def _share(weights: Tensor, normaliser: Tensor | None) -> Tensor:
     if normaliser is None:
         total = weights.sum()
     else:
-        require_shape("normaliser", normaliser, (), ())
-        require_same_device(normaliser=normaliser, eval_mask=weights)
         total = normaliser.to(weights.dtype)
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
 
@@ -516,18 +505,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _require_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _require_weights(*weights: float) -> None:
-    for name, weight in zip(("ce_weight", "l1_weight", "confidence_weight"), weights, strict=True):
-        _require_number(name, weight)
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name} must be finite and >= 0, got {weight}")
-
-
 def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight: float) -> None:
     if teacher is None and (l1_weight != 0 or confidence_weight != 0):
         raise ValueError(
@@ -536,41 +513,16 @@ def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight
         )
 
 
-def _require_ids(name: str, ids: Tensor, vocab: int) -> None:
-    require_integers(name, ids)
-    debug_range(name, ids, 0, vocab)
-
-
-def _require_slots(slots: Slots, head: Tensor, w2: Tensor | None) -> None:
-    axes = ("batch", "anchor", "slot")
-    require_tensor("slots.hidden", slots.hidden, (*axes, "hidden"))
-    if not slots.hidden.is_floating_point():
-        raise TypeError(f"slots.hidden must hold floats, got {slots.hidden.dtype}")
-    shape = tuple(slots.hidden.shape)
-    require_tensor("lm_head_weight", head, ("vocab", "hidden"))
-    require_shape("lm_head_weight", head, ("vocab", "hidden"), (head.shape[0], shape[3]))
-    require_shape("slots.eval_mask", slots.eval_mask, axes, shape[:3])
-    require_shape("slots.target_ids", slots.target_ids, axes, shape[:3])
-    require_integers("slots.target_ids", slots.target_ids)
-    if slots.target_hidden is not None:
-        require_shape("slots.target_hidden", slots.target_hidden, (*axes, "hidden"), shape)
-    if slots.confidence_pred is not None:
-        require_shape("slots.confidence_pred", slots.confidence_pred, axes, shape[:3])
+def _require_weights(slots: Slots, head: Tensor, w2: Tensor | None) -> None:
     if (slots.latent is None) != (w2 is None):
         given = "markov_w2_weight" if slots.latent is None else "slots.latent"
         raise ValueError(f"slots.latent and markov_w2_weight go together, got {given} alone")
+    wanted = [("lm_head_weight", head, (head.shape[0], slots.hidden.shape[3]))]
     if slots.latent is not None and w2 is not None:
-        require_tensor("slots.latent", slots.latent, (*axes, "rank"))
-        rank = slots.latent.shape[3]
-        require_shape("slots.latent", slots.latent, (*axes, "rank"), (*shape[:3], rank))
-        require_shape("markov_w2_weight", w2, ("vocab", "rank"), (head.shape[0], rank))
-    require_same_device(
-        hidden=slots.hidden,
-        latent=slots.latent,
-        target_hidden=slots.target_hidden,
-        confidence_pred=slots.confidence_pred,
-        target_ids=slots.target_ids,
-        eval_mask=slots.eval_mask,
-        lm_head_weight=head,
-        markov_w2_weight=w2,
-    )
+        wanted.append(("markov_w2_weight", w2, (head.shape[0], slots.latent.shape[3])))
+    for name, weight, shape in wanted:
+        if weight.shape != shape or weight.device != slots.hidden.device:
+            raise ValueError(
+                f"{name} must be {shape} on {slots.hidden.device}, as slots are, got shape "
+                f"{tuple(weight.shape)} on {weight.device}"
+            )

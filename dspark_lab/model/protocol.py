@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark_lab.attention import Backend
 from dspark_lab.blocks import Blocks
-from dspark_lab.chats import Batch
+from dspark_lab.checks import checked
 
 __all__ = [
     "BlockDrafter",
@@ -44,6 +44,7 @@ class Features:
     last: Float[Tensor, "batch seq hidden"]
 
 
+@checked
 @dataclass
 class Slots:
     """Every slot of a training forward, just before the vocabulary.
@@ -99,7 +100,7 @@ class DraftConfig(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
-    def target_layer_ids(self) -> tuple[int, ...]: ...
+    def target_layer_ids(self) -> Sequence[int]: ...
     @property
     def context_size(self) -> int: ...
     @property
@@ -119,7 +120,12 @@ class BlockDrafter(Protocol):
     def sizes(self) -> DrafterSizes: ...
 
     def slots(
-        self, batch: Batch, blocks: Blocks, features: Features, *, backend: Backend = "auto"
+        self,
+        blocks: Blocks,
+        target_hidden_states: Float[Tensor, "batch seq features"],
+        target_last_hidden_states: Float[Tensor, "batch seq hidden"] | None = None,
+        *,
+        backend: Backend = "auto",
     ) -> Slots: ...
     def start_cache(self, batch: int) -> Any: ...
     def read(

@@ -1,15 +1,19 @@
 """Arithmetic of the slots of a block: loss weights, accept rates, survival (DSpark, section 3)."""
 
+from typing import Annotated
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dspark_lab.checks import require_bool, require_tensor
+from dspark_lab.checks import Count, checked, debug_range
 from dspark_lab.common import DSparkForwardOutput
 
 __all__ = [
+    "DecayGamma",
     "accept_rates",
     "at_least_fp32",
+    "check_token_ids",
     "decay_weights",
     "distance",
     "rate_of_distance",
@@ -18,37 +22,53 @@ __all__ = [
 ]
 
 
+class _Divisor:
+    """A number > 0 that fp32 can divide by; infinity is one."""
+
+    def check(self, name: str, value: float) -> None:
+        smallest = torch.finfo(torch.float32).tiny
+        if not value >= smallest:
+            raise ValueError(f"{name} must be > 0, at least {smallest:.3g}, got {value}")
+
+
+DecayGamma = Annotated[float, _Divisor()]
+
+
+def check_token_ids(name: str, ids: Int[Tensor, "*axes"], vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary; on a GPU, which would have to wait, in debug mode."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        debug_range(name, ids, 0, vocab_size)
+    elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"{name} must lie in the vocabulary, [0, {vocab_size - 1}], got ids from "
+            f"{int(ids.min())} to {int(ids.max())}"
+        )
+
+
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, norms and softmaxes: fp32 for narrower numbers, fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
+@checked
 def decay_weights(
-    block_size: int,
-    loss_decay_gamma: float,
+    block_size: Count,
+    loss_decay_gamma: DecayGamma,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, " slot"]:
-    """w_k = exp(-k / gamma), the loss weight of slot k (DSpark, section 3.4); gamma may be inf.
-
-    Raises:
-        TypeError, ValueError: a gamma that is no number, or too small for fp32 to divide by.
-    """
-    if isinstance(loss_decay_gamma, bool) or not isinstance(loss_decay_gamma, (int, float)):
-        raise TypeError(f"loss_decay_gamma must be a number, got {loss_decay_gamma!r}")
-    smallest = torch.finfo(torch.float32).tiny
-    if not loss_decay_gamma >= smallest:
-        raise ValueError(f"loss_decay_gamma must be > 0, got {loss_decay_gamma}")
+    """w_k = exp(-k / gamma), the loss weight of slot k (DSpark, section 3.4); gamma may be inf."""
     slot = torch.arange(block_size, device=device, dtype=dtype)
     return torch.exp(-slot / loss_decay_gamma)
 
 
+@checked
 def slot_weights(
-    eval_mask: Bool[Tensor, "batch anchor slot"], loss_decay_gamma: float, dtype: torch.dtype
+    eval_mask: Bool[Tensor, "batch anchor slot"],
+    loss_decay_gamma: DecayGamma,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "batch anchor slot"]:
     """:func:`decay_weights` on supervised slots, 0 elsewhere."""
-    require_tensor("eval_mask", eval_mask, ("batch", "anchor", "slot"))
-    require_bool("eval_mask", eval_mask)
     decay = decay_weights(eval_mask.shape[-1], loss_decay_gamma, dtype, eval_mask.device)
     return decay * eval_mask
 

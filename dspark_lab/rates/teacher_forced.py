@@ -281,14 +281,14 @@ def _block_rates(
     features: Features,
     anchors: Int[Tensor, " anchor"],
 ) -> BlockRates:
-    slots = drafter.slots(
-        input_ids,
-        features.context,
-        loss_mask,
-        features.last,
-        anchor_positions=anchors[None],
-        block_keep_mask=torch.ones_like(anchors[None], dtype=torch.bool),
+    blocks = cut_blocks(
+        Batch.of_tokens(input_ids, loss_mask),
+        anchors[None],
+        torch.ones_like(anchors[None], dtype=torch.bool),
+        drafter.config.block_size,
+        mask_token_id=drafter.config.mask_token_id,
     )
+    slots = drafter.slots(blocks, features.context, features.last)
     accept = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).accept
     confidence = torch.full_like(accept, torch.nan)
     if slots.confidence_pred is not None:

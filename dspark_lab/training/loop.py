@@ -578,27 +578,15 @@ class _Forward(nn.Module):
 
     def forward(
         self,
-        batch: Batch,
+        blocks: Blocks,
         context: Tensor,
         last: Tensor,
-        blocks: Blocks,
         normaliser: Tensor,
         terms: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        packed = batch.seq_lens.shape[1] > 1
         bf16 = self.config.precision == "bf16"
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.drafter.slots(
-                batch.input_ids,
-                context,
-                batch.loss_mask,
-                last,
-                doc_remaining=batch.doc_remaining if packed else None,
-                position_ids=batch.position_ids if packed else None,
-                seq_lens=batch.seq_lens if packed else None,
-                anchor_positions=blocks.anchor_positions,
-                block_keep_mask=blocks.block_keep_mask,
-            )
+            slots = self.drafter.slots(blocks, context, last)
             w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
@@ -676,7 +664,7 @@ class _Run:
             given = source(batch)
             last = number == len(micro)
             with nullcontext() if last else world.alone(self.forward):
-                loss, stacked = self.forward(batch, given.context, given.last, blocks, total, terms)
+                loss, stacked = self.forward(blocks, given.context, given.last, total, terms)
                 # The parallel wrappers average over processes what has to be summed.
                 (loss * world.size).backward()
             losses.append(loss.detach())

@@ -197,14 +197,7 @@ def _train_once(
 ) -> None:
     read = features()
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        slots = drafter.slots(
-            batch.input_ids,
-            read.context,
-            batch.loss_mask,
-            read.last,
-            anchor_positions=blocks.anchor_positions,
-            block_keep_mask=blocks.block_keep_mask,
-        )
+        slots = drafter.slots(blocks, read.context, read.last)
         objective = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight)
     objective.loss.backward()
     torch.nn.utils.clip_grad_norm_(_trained(drafter), 1.0)
