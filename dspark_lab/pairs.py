@@ -1,10 +1,9 @@
 """The shipped pairs: a target, the drafters trained for it, and conversations to look at them with.
 
-    pair = load_pair()                                  the pocket pair, drafter "dspark-k7"
-    pair = load_pair(drafter="dflash-k15")
-    pair = load_pair("smollm2")                         the real one; fetches SmolLM2 on first use
+pair = load_pair()                                  the pocket pair, drafter "dspark-k7"
+pair = load_pair(drafter="dflash-k15")
+pair = load_pair("smollm2")                         the real one; fetches SmolLM2 on first use
 
-This file knows which folders ship; it does not know how they were made (``data.make.recipes``).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspark_lab.chats import Chat, load_chats
+from dspark_lab.checks import Device, checked
 from dspark_lab.decoding import load_trace
 from dspark_lab.files import shipped
 from dspark_lab.model import Drafter, Target, fetch_smollm2, load_drafter, load_target
@@ -54,8 +54,8 @@ NOT_IN_WHEEL = ("smollm2/dspark-k7", f"smollm2/{TRACES}")
 class Pair:
     """A target and a drafter of it.
 
-    ``chats`` are conversations with the target's own answers that a drafter may learn from,
-    ``held_out`` those that no shipped drafter has seen.
+    ``chats`` are conversations with the target's own answers to train on, ``held_out`` those that
+    no shipped drafter has seen.
     """
 
     name: str
@@ -71,32 +71,26 @@ class Pair:
         return self.target.tokenizer
 
     def load_drafter(self, name: str) -> Drafter:
-        """Another drafter that ships with the pair, for the same target, as the first one is.
-
-        Raises:
-            ValueError: the pair has no such drafter.
-        """
+        """Another drafter of the pair, on the device and in the dtype of the first."""
         weight = self.drafter.fc.weight
         return _load_drafter(self.name, name, self.target, weight.device, weight.dtype)
 
 
+@checked
 def drafter_names(pair: str = "pocket") -> list[str]:
-    """The drafters that ship with a pair, the default one first.
-
-    Raises:
-        ValueError: there is no such pair.
-    """
+    """The drafters that ship with a pair, the default one first."""
     folder = pair_folder(pair)
     names = sorted(path.parent.name for path in folder.glob("*/config.json"))
     drafters = [name for name in names if name != "target"]
     return sorted(drafters, key=lambda name: (name != "dspark-k7", name))
 
 
+@checked
 def load_pair(
     pair: str = "pocket",
     drafter: str = "dspark-k7",
     *,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Pair:
     """A shipped pair, ready to use.
@@ -127,23 +121,22 @@ def load_pair(
     )
 
 
+@checked
 def load_traces(pair: str = "pocket") -> pandas.DataFrame:
-    """What each drafter of a pair drafted for held-out questions, at several temperatures.
+    """The trace of each drafter of a pair on held-out questions, at several temperatures.
 
-    A trace as :func:`dspark_lab.decoding.loop.decode` returns it, with two more columns: ``drafter`` and
-    ``temperature``. A prompt number means the same question throughout.
-
-    Raises:
-        ValueError: there is no such pair.
+    A trace as :func:`dspark_lab.decode` returns it, with the columns ``drafter`` and
+    ``temperature`` added. A prompt number means the same question throughout.
     """
     pair_folder(pair)
     return load_trace(shipped(f"{pair}/{TRACES}"))
 
 
+@checked
 def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
-    """SmolLM2's conversations to learn from, those in ``paths`` among them, and the held-out ones.
+    """SmolLM2's conversations to train on, those in ``paths`` included, and the held-out ones.
 
-    No question is in both, nor twice among the first.
+    No question is in both, and none twice in the first.
     """
     shipped = load_chats()
     held_out = [chat for chat in shipped if _number(chat) >= FIRST_HELD_OUT]
@@ -162,6 +155,7 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
     return kept, held_out
 
 
+@checked
 def in_turns(chats: Iterable[Chat]) -> list[Chat]:
     """The first conversation of each domain, the second of each, and so on."""
     place: Counter[str | None] = Counter()
@@ -174,11 +168,12 @@ def in_turns(chats: Iterable[Chat]) -> list[Chat]:
     return [chat for _, chat in turns]
 
 
+@checked
 def question(chat: Chat) -> str:
-    """What the user asks first.
+    """The user's first message.
 
     Raises:
-        ValueError: the user says nothing.
+        ValueError: the conversation has no message of the user.
     """
     for message in chat.messages:
         if message["role"] == "user":
@@ -188,7 +183,7 @@ def question(chat: Chat) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' progress bar, which for a file of a few megabytes is noise."""
+    """Switch off transformers' progress bar, which is noise for a file of a few megabytes."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -219,6 +214,7 @@ def _number(chat: Chat) -> int:
     return int(chat.id.rsplit("-", 1)[1])
 
 
+@checked
 def pair_folder(pair: str) -> Path:
     if pair not in PAIRS:
         raise ValueError(f"pair must be one of {list(PAIRS)}, got {pair!r}")
