@@ -81,16 +81,14 @@ def _run() -> Iterator[str]:
 def _ours(
     answers: Answers, engine: Engine, policies: Sequence[Policy], concurrency: Sequence[int]
 ) -> pd.DataFrame:
-    return load_table(
-        answers, engine.sps, policies, concurrency, requests=REQUESTS, **engine.beside(SLOTS)
-    )
+    return load_table(answers, engine, policies, concurrency, requests=REQUESTS)
 
 
 def _tokens(answers: Answers, engine: Engine, policies: Sequence[Policy]) -> int:
     """Of all steps of a table, those before and behind the requests that count among them."""
-    drawn, beside = draw_requests(answers, REQUESTS), engine.beside(SLOTS)
+    drawn = draw_requests(answers, REQUESTS)
     runs = (
-        simulate(drawn, engine.sps, policy, concurrency=limit, **beside)
+        simulate(drawn, engine, policy, concurrency=limit)
         for policy in policies
         for limit in CONCURRENCY
     )
@@ -108,11 +106,11 @@ def _loop(answers: Answers, engine: Engine, slots: int, concurrency: Sequence[in
 
 def _served(requests: Requests, engine: Engine, slots: int, concurrency: int) -> dict[str, float]:
     """A batch that is always full, each block verified as far as ``slots``."""
-    beside = engine.beside(SLOTS)
-    seconds = beside["overhead_seconds"](concurrency)
-    seconds += engine.sps.seconds(concurrency * (1 + slots))
+    seconds = engine.plain_rest_seconds(concurrency)
     if slots:
-        seconds += beside["draft_seconds"](concurrency)
+        drafted = engine.draft_seconds(concurrency, SLOTS) + engine.rest_seconds(concurrency)
+        seconds = max(seconds, drafted)
+    seconds += engine.sps.seconds(concurrency * (1 + slots))
     total = len(requests)
     # Those that count come behind as many as fill the batch; they are the same once more.
     order = ((number, (number - concurrency) % total) for number in count())
@@ -139,7 +137,7 @@ def _served(requests: Requests, engine: Engine, slots: int, concurrency: int) ->
         steps += 1
         for request in batch:
             which, left = request["which"], request["left"]
-            kept = min(int(requests.lucky[which, request["rounds"]]), slots, left)
+            kept = min(int(requests.acceptable[which, request["rounds"]]), slots, left)
             grown = min(kept + 1, left)
             request["rounds"] += 1
             request["accepted"] += kept

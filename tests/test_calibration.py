@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from traces import COSTS, RAGGED, SLOTS, TRACE, made_trace, reached_by_hand, rounds_by_hand, unlucky
+from traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand, rounds_by_hand, unlucky
 
 from dspark_lab.decoding import rounds_of
 from dspark_lab.rates import (
@@ -30,7 +30,9 @@ from dspark_lab.rates import (
     reliability_tables,
     split_prompts,
 )
-from dspark_lab.serving import gain_table
+from dspark_lab.serving import RoundCosts, gain_table
+
+COSTS = RoundCosts.of(SLOTS, plain_seconds=1, draft_seconds=0.3, verify_seconds=1)
 
 
 def test_a_split_is_by_conversation_and_repeatable() -> None:
@@ -153,7 +155,7 @@ def claims(fit: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:
 TABLES = {
     "report": lambda fit, held: calibration_report(fit, held, resamples=5),
     "reliability": reliability_tables,
-    "gain": lambda fit, held: gain_table(fit, held, **COSTS, resamples=5),
+    "gain": lambda fit, held: gain_table(fit, held, COSTS, resamples=5),
     "drift": lambda fit, held: drift_table(fit, *split_prompts(held), half_life=30, window=50),
 }
 

@@ -3,10 +3,26 @@
 import math
 
 import pytest
-from traces import COSTS, SLOTS, TRACE, made_trace, rounds_by_hand, unlucky
+from traces import SLOTS, TRACE, made_trace, rounds_by_hand, unlucky
 
 from dspark_lab.rates import SequentialTemperatures, split_prompts, temperature_scale
-from dspark_lab.serving import gain_table
+from dspark_lab.serving import RoundCosts, gain_table
+
+DRAFT, VERIFY, TOKEN = 0.3, 1.0, 0.25
+
+
+def costs_of(draft: float, verify: float, token: float, overhead: float = 0.0) -> RoundCosts:
+    """Of a round whose target pass takes ``verify``, and ``token`` for each of its tokens."""
+    return RoundCosts.of(
+        SLOTS,
+        plain_seconds=verify + token,
+        draft_seconds=draft,
+        verify_seconds=lambda n: verify + token * n,
+        overhead_seconds=overhead,
+    )
+
+
+COSTS = costs_of(DRAFT - 0.1, VERIFY, TOKEN, overhead=0.1)
 
 
 def speed_by_hand(trace, value, threshold, on="slot") -> tuple[float, float, float]:
@@ -23,8 +39,7 @@ def speed_by_hand(trace, value, threshold, on="slot") -> tuple[float, float, flo
             accepted += row.accept_rate if reached else 0
             reached = reached and row.accepted
         verified += asked
-        seconds += COSTS["draft_seconds"] + COSTS["verify_seconds"]
-        seconds += COSTS["token_seconds"] * (asked + 1)
+        seconds += DRAFT + VERIFY + TOKEN * (asked + 1)
     count = len(blocks)
     return verified / count, accepted / count, (accepted + count) / seconds
 
@@ -39,7 +54,7 @@ def test_gains_are_those_of_the_thresholds_that_were_fastest_on_the_other_part(o
     fit, test = split_prompts(trace)
     scaling = SequentialTemperatures.fit_trace(fit, otherwise=1.0)
     thresholds = [0.0, 0.35, 0.5, 0.65, 0.8, 0.95]
-    table = gain_table(fit, test, **COSTS, thresholds=thresholds, on=on, resamples=50)
+    table = gain_table(fit, test, COSTS, thresholds=thresholds, on=on, resamples=50)
     assert table["values"].tolist() == ["everything", "raw", "scaled", "oracle"]
     values = {
         "everything": lambda row: 1.0,
@@ -73,8 +88,8 @@ def test_the_oracle_is_fastest_and_scaling_lies_between() -> None:
     about 0.4 % and 0.25 %; this is one of them.
     """
     trace = made_trace(6, range(40), 60, distortion=(0.3, 3.0, 0.3, 3.0), noise=0.7)
-    costs = {**COSTS, "token_seconds": 0.7}
-    table = gain_table(*split_prompts(trace), **costs, on="product", resamples=100)
+    costs = costs_of(DRAFT, VERIFY, 0.7)
+    table = gain_table(*split_prompts(trace), costs, on="product", resamples=100)
     table = table.set_index("values")
     speeds = table["speed"]
     assert speeds["oracle"] > speeds["scaled"] > speeds["raw"] > speeds["everything"]
@@ -83,19 +98,12 @@ def test_the_oracle_is_fastest_and_scaling_lies_between() -> None:
 
 
 def test_free_tokens_leave_nothing_to_gain() -> None:
-    costs = {"draft_seconds": 0.0, "verify_seconds": 1.0, "token_seconds": 0.0}
-    table = gain_table(*split_prompts(TRACE), **costs, resamples=20)
+    table = gain_table(*split_prompts(TRACE), costs_of(0.0, 1.0, 0.0), resamples=20)
     assert table["verified"].tolist() == [SLOTS] * 4
     assert table["gain_percent"].tolist() == [0] * 4
 
 
-def test_costs_that_are_none_are_refused() -> None:
-    fit, test = split_prompts(TRACE)
-    with pytest.raises(ValueError, match="token_seconds must be >= 0 and finite, got -1"):
-        gain_table(fit, test, **{**COSTS, "token_seconds": -1})
-    with pytest.raises(ValueError, match="a round must take time"):
-        gain_table(fit, test, draft_seconds=0, verify_seconds=0, token_seconds=0)
-    with pytest.raises(ValueError, match="on must be 'slot' or 'product', got 'block'"):
-        gain_table(fit, test, **COSTS, on="block")
-    with pytest.raises(TypeError, match="draft_seconds must be a number"):
-        gain_table(fit, test, **{**COSTS, "draft_seconds": "1"})
+def test_costs_of_shorter_blocks_are_refused() -> None:
+    short = RoundCosts.of(SLOTS - 1, plain_seconds=1, draft_seconds=1, verify_seconds=1)
+    with pytest.raises(ValueError, match=f"draft_length must be at most {SLOTS - 1}, got {SLOTS}"):
+        gain_table(*split_prompts(TRACE), short)

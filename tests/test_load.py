@@ -15,12 +15,14 @@ from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures, temperature_scale
 from dspark_lab.serving import (
     Answers,
+    Engine,
     FixedLength,
     Geometric,
     LoadResult,
     PrefixScheduler,
     Requests,
     StaticThreshold,
+    StepsPerSecond,
     answers_of,
     draw_requests,
     load_table,
@@ -72,9 +74,23 @@ def trace_of(rounds: list[tuple[int, list[float], int, int]], **columns: list) -
     return pd.DataFrame(rows).assign(**columns)
 
 
-def speed(tokens):
-    """A smooth SPS: every token costs a little."""
-    return 1 / (0.02 + 0.001 * tokens)
+def line(step: float, token: float) -> StepsPerSecond:
+    """A step takes so many seconds, and more for each token."""
+    tokens = np.array([1, 1000])
+    return StepsPerSecond(tokens, 1 / (step + token * tokens), 0, "imaginary")
+
+
+def engine_of(
+    sps: StepsPerSecond, draft: tuple[float, float] = (0.0, 0.0), rest: float = 0.0
+) -> Engine:
+    """Drafting takes ``draft[0]``, and ``draft[1]`` for each request; every step has the rest."""
+    seconds = np.array([[sum(draft)] * 7, [draft[0] + 100 * draft[1]] * 7])
+    return Engine(sps, np.array([1, 100]), seconds, np.full(2, rest), np.full(2, rest))
+
+
+SPEED = line(0.02, 0.001)
+ENGINE = engine_of(SPEED, (0.01, 0.002), 0.005)
+READING = engine_of(SPEED)
 
 
 def lengths_by_hand(policy, confidence: list[list[float]], step_seconds) -> list[int]:
@@ -106,7 +122,7 @@ def lengths_by_hand(policy, confidence: list[list[float]], step_seconds) -> list
 
 
 def serve_by_hand(
-    requests: Requests, policy, concurrency, rate, draft, overhead, warm_up
+    requests: Requests, policy, concurrency, rate, warm_up
 ) -> tuple[list[dict], list[dict]]:
     """One step after the other, one request after the other."""
     count = len(requests)
@@ -115,7 +131,7 @@ def serve_by_hand(
     known: list[dict] = []
 
     def draft_of(size: int) -> float:
-        return 0.0 if policy == FixedLength(0) else draft(size)
+        return 0.0 if policy == FixedLength(0) else 0.01 + 0.002 * size
 
     def one_more() -> dict:
         nonlocal arriving
@@ -145,15 +161,15 @@ def serve_by_hand(
         confidence = [requests.answers.confidence[block].tolist() for block in blocks]
 
         def step_seconds(tokens: int, size: int = size) -> float:
-            return draft_of(size) + overhead + 1 / speed(tokens)
+            return draft_of(size) + 0.005 + 0.02 + 0.001 * tokens
 
         lengths = lengths_by_hand(policy, confidence, step_seconds)
         seconds = step_seconds(size + sum(lengths))
         grown = 0
         for request, length in zip(batch, lengths, strict=True):
-            lucky = int(requests.lucky[request["request"], request["rounds"]])
-            yielded = min(min(lucky, length) + 1, request["left"])
-            request["accepted"] += min(lucky, length, request["left"])
+            acceptable = int(requests.acceptable[request["request"], request["rounds"]])
+            yielded = min(min(acceptable, length) + 1, request["left"])
+            request["accepted"] += min(acceptable, length, request["left"])
             request["rounds"] += 1
             request["verified"] += length
             request["tokens"] += yielded
@@ -202,14 +218,9 @@ def test_requests_are_served_as_by_a_loop_over_steps(
 ) -> None:
     requests = draw_requests(ANSWERS, count, answer_tokens=tokens, seed=seed)
 
-    def draft(size: int) -> float:
-        return 0.01 + 0.002 * size
-
     settings_ = {"concurrency": concurrency, "rate": rate, "warm_up": warm_up}
-    result = simulate(
-        requests, speed, policy, draft_seconds=draft, overhead_seconds=0.005, **settings_
-    )
-    known, steps = serve_by_hand(requests, policy, draft=draft, overhead=0.005, **settings_)
+    result = simulate(requests, ENGINE, policy, **settings_)
+    known, steps = serve_by_hand(requests, policy, **settings_)
     pd.testing.assert_frame_equal(result.steps, pd.DataFrame(steps), check_dtype=False, rtol=1e-9)
     domains = requests.answers.domain
     for number, row in enumerate(known):
@@ -221,7 +232,7 @@ def test_requests_are_served_as_by_a_loop_over_steps(
 
 def test_figures_are_of_the_measured_requests_and_of_the_steps_while_they_are_served() -> None:
     requests = draw_requests(ANSWERS, 30, seed=3)
-    result = simulate(requests, speed, StaticThreshold(0.6), concurrency=4, rate=4.0, warm_up=9)
+    result = simulate(requests, READING, StaticThreshold(0.6), concurrency=4, rate=4.0, warm_up=9)
     known, steps = result.requests.to_dict("records"), result.steps.to_dict("records")
     counted = [row for row in known if row["measured"]]
     assert [row["request"] for row in counted] == list(range(30))
@@ -277,7 +288,7 @@ def test_one_at_a_time_waits_as_pollaczek_and_khinchine_say(tokens, moment) -> N
     requests = draw_requests(alike(0.5, 1), 40_000, answer_tokens=tokens, seed=1)
     result = simulate(
         requests,
-        lambda size: np.full(len(size), 10.0),
+        engine_of(StepsPerSecond(np.array([1]), np.array([10.0]), 0, "imaginary")),
         FixedLength(0),
         concurrency=1,
         rate=rate,
@@ -295,7 +306,7 @@ def test_one_at_a_time_waits_as_lindley_says() -> None:
     """wait' = max(0, wait + service - gap), whatever the services are."""
     requests = draw_requests(ANSWERS, 300, answer_tokens=Geometric(9.0), seed=5)
     rate = 3.0
-    result = simulate(requests, speed, PrefixScheduler(), concurrency=1, rate=rate, warm_up=0)
+    result = simulate(requests, READING, PrefixScheduler(), concurrency=1, rate=rate, warm_up=0)
     served = result.requests
     wait, found = 0.0, waits(result)
     for number in range(300):
@@ -308,10 +319,9 @@ def test_one_at_a_time_waits_as_lindley_says() -> None:
 @pytest.mark.parametrize("concurrency", [1, 3, 16])
 def test_a_full_batch_of_plain_decoding_has_the_throughput_of_its_size(concurrency) -> None:
     requests = draw_requests(ANSWERS, 40, answer_tokens=Geometric(12.0), seed=2)
-    figures = simulate(
-        requests, speed, FixedLength(0), concurrency=concurrency, draft_seconds=7.0
-    ).figures
-    sps = speed(concurrency)
+    engine = engine_of(SPEED, draft=(7.0, 0.0))
+    figures = simulate(requests, engine, FixedLength(0), concurrency=concurrency).figures
+    sps = SPEED(concurrency)
     assert figures["throughput"] == pytest.approx(concurrency * sps)
     for name in ("per_user", "per_user_p10", "per_user_p50"):
         assert figures[name] == pytest.approx(sps)
@@ -336,7 +346,7 @@ def rounds_of_equal_slots(rate: float, slots: int, tokens: int) -> list[float]:
 @pytest.mark.parametrize("rate", [0.4, 0.8])
 def test_equal_slots_take_the_rounds_of_the_renewal_equation(rate, slots, tokens) -> None:
     requests = draw_requests(alike(rate, 7, tokens), 3000, seed=4)
-    result = simulate(requests, speed, FixedLength(slots), concurrency=50)
+    result = simulate(requests, READING, FixedLength(slots), concurrency=50)
     rounds = result.requests.loc[result.requests["measured"], "rounds"].to_numpy()
     error = rounds.std(ddof=1) / math.sqrt(len(rounds))
     assert abs(rounds.mean() - rounds_of_equal_slots(rate, slots, tokens)[tokens]) < FAR * error
@@ -346,7 +356,8 @@ def test_equal_slots_yield_the_geometric_sum_in_a_long_answer() -> None:
     """tokens per round = sum of a^k, k = 0..K; and a full batch makes R times that per step."""
     rate, slots, size = 0.7, 4, 8
     requests = draw_requests(alike(rate, slots, 4000), size, seed=6)
-    result = simulate(requests, speed, FixedLength(slots), concurrency=size, draft_seconds=0.03)
+    engine = engine_of(SPEED, draft=(0.03, 0.0))
+    result = simulate(requests, engine, FixedLength(slots), concurrency=size)
     figures = result.figures
     expected = sum(rate**k for k in range(slots + 1))
     variance = sum(
@@ -355,7 +366,7 @@ def test_equal_slots_yield_the_geometric_sum_in_a_long_answer() -> None:
     ) - (expected**2)
     error = math.sqrt(variance / (size * figures["rounds_per_request"]))
     assert abs(figures["tokens_per_round"] - expected) < FAR * error
-    seconds = 0.03 + 1 / speed(size * (slots + 1))
+    seconds = 0.03 + SPEED.seconds(size * (slots + 1))
     during = result.steps[result.steps["start"] >= result.requests["start"][size]]
     assert set(during["requests"]) == {size}
     assert figures["throughput"] == pytest.approx(during["tokens"].mean() / seconds)
@@ -366,7 +377,7 @@ def test_equal_slots_yield_the_geometric_sum_in_a_long_answer() -> None:
 def test_time_in_the_batch_is_time_of_steps_times_requests_in_them(policy) -> None:
     """Little's law as an identity: both sides are the integral of the number in the batch."""
     requests = draw_requests(ANSWERS, 60, seed=7)
-    result = simulate(requests, speed, policy, concurrency=5, rate=3.0)
+    result = simulate(requests, READING, policy, concurrency=5, rate=3.0)
     known, steps = result.requests, result.steps
     stop = steps["start"].iloc[-1] + steps["seconds"].iloc[-1]
     inside = (known["end"].fillna(stop) - known["start"]).sum()
@@ -379,7 +390,7 @@ def test_time_in_the_batch_is_time_of_steps_times_requests_in_them(policy) -> No
 
 def test_one_seed_gives_one_table_and_another_seed_another() -> None:
     tables = [
-        load_table(with_probs(TRACE), speed, POLICIES, (1, 3), requests=15, seed=seed)
+        load_table(with_probs(TRACE), READING, POLICIES, (1, 3), requests=15, seed=seed)
         for seed in (1, 1, 2)
     ]
     pd.testing.assert_frame_equal(tables[0], tables[1])
@@ -392,7 +403,7 @@ def test_all_policies_and_concurrencies_serve_the_same_requests() -> None:
     requests = draw_requests(ANSWERS, 20, seed=8)
     asked = ["request", "domain", "tokens"]
     seen = [
-        simulate(requests, speed, policy, concurrency=size, rate=2.0).requests
+        simulate(requests, READING, policy, concurrency=size, rate=2.0).requests
         for policy in POLICIES
         for size in (1, 4)
     ]
@@ -405,7 +416,7 @@ def test_all_policies_and_concurrencies_serve_the_same_requests() -> None:
 
 
 def test_a_row_of_the_table_is_a_simulation() -> None:
-    options = {"rate": 2.5, "draft_seconds": 0.01, "overhead_seconds": 0.02, "warm_up": 4}
+    options = {"rate": 2.5, "draft_length": 3, "warm_up": 4}
     drawing = {
         "answer_tokens": Geometric(9.0),
         "domains": {"code": 2.0, "chat": 1.0},
@@ -413,16 +424,16 @@ def test_a_row_of_the_table_is_a_simulation() -> None:
         "seed": 5,
     }
     [row] = load_table(
-        ANSWERS, speed, {"mine": StaticThreshold(0.7)}, [3], requests=25, **options, **drawing
+        ANSWERS, ENGINE, {"mine": StaticThreshold(0.7)}, [3], requests=25, **options, **drawing
     ).to_dict("records")
     drawn = draw_requests(ANSWERS, 25, **drawing)
-    result = simulate(drawn, speed, StaticThreshold(0.7), concurrency=3, **options)
+    result = simulate(drawn, ENGINE, StaticThreshold(0.7), concurrency=3, **options)
     assert row == {"policy": "mine", "concurrency": 3, **result.figures}
 
 
 def test_policies_that_look_at_one_request_verify_the_same_at_any_load() -> None:
     """And the scheduler verifies less, the more requests share the step."""
-    table = load_table(ANSWERS, speed, POLICIES, (1, 4, 16, 64), requests=60)
+    table = load_table(ANSWERS, READING, POLICIES, (1, 4, 16, 64), requests=60)
     asked = table.pivot(index="concurrency", columns="policy", values="verified_per_request")
     for policy in POLICIES[:-1]:
         assert asked[str(policy)].nunique() == 1
@@ -442,18 +453,23 @@ def test_a_scheduler_sees_the_whole_steps_speed() -> None:
         return np.ones(len(confidence), dtype=int)
 
     requests = draw_requests(ANSWERS, 5)
-    options = {"draft_seconds": lambda size: 0.1 * size, "overhead_seconds": 0.3}
-    result = simulate(requests, speed, policy, concurrency=3, **options)
+    result = simulate(requests, engine_of(SPEED, (0.0, 0.1), 0.3), policy, concurrency=3)
     assert seen
     for size, speeds in seen:
-        assert speeds == pytest.approx([1 / (0.1 * size + 0.3 + 1 / speed(b)) for b in (2, 7)])
+        seconds = [0.1 * size + 0.3 + SPEED.seconds(b) for b in (2, 7)]
+        assert speeds == pytest.approx([1 / each for each in seconds])
     assert (result.steps["verified"] == result.steps["requests"]).all()
 
 
-def test_a_constant_speed_may_be_a_number() -> None:
-    requests = draw_requests(ANSWERS, 5)
-    result = simulate(requests, lambda size: 4.0, FixedLength(3), concurrency=2)
-    assert (result.steps["seconds"] == 0.25).all()
+def test_blocks_that_are_drafted_shorter_are_verified_no_further() -> None:
+    requests = draw_requests(ANSWERS, 10)
+    for policy in (StaticThreshold(0.0), FixedLength(2)):
+        short = simulate(requests, ENGINE, policy, concurrency=2, draft_length=2)
+        assert (short.steps["verified"] == 2 * short.steps["requests"]).all()
+    with pytest.raises(ValueError, match="a block has 2 slots, got a policy that verifies 3"):
+        simulate(requests, ENGINE, FixedLength(3), concurrency=2, draft_length=2)
+    with pytest.raises(ValueError, match="draft_length must be at most 4, got 5"):
+        simulate(requests, ENGINE, FixedLength(3), concurrency=2, draft_length=5)
 
 
 def test_a_slot_is_accepted_as_often_as_its_drafted_token_not_as_its_rate() -> None:
@@ -465,10 +481,10 @@ def test_a_slot_is_accepted_as_often_as_its_drafted_token_not_as_its_rate() -> N
     trace = trace_of([(0, [1.0, 0.9], 2, 2), (0, [0.6, 0.2], 2, 0)])
     trace["accept_rate"] = [0.8, 0.9, 0.8, 0.2]
     requests = draw_requests(trace, 2000, answer_tokens=50, seed=9)
-    lucky = requests.lucky.ravel()
+    acceptable = requests.acceptable.ravel()
     for length, expected in ((1, 0.8), (2, 0.51)):
-        share = (lucky >= length).mean()
-        assert abs(share - expected) < FAR * math.sqrt(expected * (1 - expected) / len(lucky))
+        share = (acceptable >= length).mean()
+        assert abs(share - expected) < FAR * math.sqrt(expected * (1 - expected) / len(acceptable))
 
 
 def test_a_round_that_its_answer_cut_is_completed_from_one_that_lived_as_long() -> None:
@@ -593,7 +609,7 @@ def test_a_shipped_trace_is_served_in_as_many_rounds_as_it_took() -> None:
     trace = load_traces()
     trace = trace[(trace["drafter"] == "dspark-k7") & (trace["temperature"] == 1)]
     requests = draw_requests(trace, 3000, seed=13)
-    result = simulate(requests, speed, FixedLength(7), concurrency=100)
+    result = simulate(requests, READING, FixedLength(7), concurrency=100)
     rounds = result.requests.loc[result.requests["measured"], "rounds"]
     took = trace.groupby("prompt")["round"].nunique()
     error = rounds.std() / math.sqrt(len(rounds))
@@ -608,9 +624,8 @@ def test_the_scheduler_beats_the_others_on_a_shipped_trace() -> None:
     trace = load_traces()
     trace = trace[(trace["drafter"] == "dspark-k7") & (trace["temperature"] == 1)]
     policies = [FixedLength(0), FixedLength(7), StaticThreshold(0.6), PrefixScheduler()]
-    table = load_table(
-        trace, lambda b: 1 / (0.02 + 0.0004 * b), policies, (4, 16, 64), draft_seconds=0.003
-    )
+    engine = engine_of(line(0.02, 0.0004), draft=(0.003, 0.0))
+    table = load_table(trace, engine, policies, (4, 16, 64))
     found = table.pivot(index="concurrency", columns="policy", values="throughput")
     for other in map(str, policies[:-1]):
         assert (found["prefix scheduler"] > found[other]).all()
@@ -644,78 +659,35 @@ def test_a_trace_of_several_runs_is_refused() -> None:
 
 def test_without_confidences_only_fixed_lengths_serve() -> None:
     requests = draw_requests(with_probs(TRACE).assign(confidence=math.nan), 5)
-    assert simulate(requests, speed, FixedLength(2), concurrency=2).figures["throughput"] > 0
+    assert simulate(requests, READING, FixedLength(2), concurrency=2).figures["throughput"] > 0
     for policy in (StaticThreshold(0.5), PrefixScheduler()):
         with pytest.raises(ValueError, match=f"{policy} needs confidences"):
-            simulate(requests, speed, policy, concurrency=2)
+            simulate(requests, READING, policy, concurrency=2)
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "domains, message",
     [
-        ({"requests": 0}, "requests must be >= 1, got 0"),
-        ({"answer_tokens": 0}, "answer_tokens must be >= 1, got 0"),
-        ({"domains": {"law": 1}}, r"among \['chat', 'code'\], got 'law'"),
-        ({"domains": {"code": -1}}, "weight of 'code' must be >= 0 and finite, got -1"),
-        ({"domains": {"code": 0}}, "domains must have a weight above 0"),
-        ({"within": "round"}, "within must be 'conversation' or 'domain', got 'round'"),
-        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"law": 1}, r"among \['chat', 'code'\], got 'law'"),
+        ({"code": 0}, "domains must have a weight above 0"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_requests_that_cannot_be_drawn_are_refused(options, message) -> None:
+def test_a_mix_that_is_none_is_refused(domains, message) -> None:
     with pytest.raises(ValueError, match=message):
-        draw_requests(ANSWERS, **{"requests": 5, **options})
+        draw_requests(ANSWERS, 5, domains=domains)
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "policy, message",
     [
-        ({"concurrency": 0}, "concurrency must be >= 1, got 0"),
-        ({"rate": 0.0}, "rate must be positive and finite, got 0"),
-        ({"rate": math.inf}, "rate must be positive and finite, got inf"),
-        ({"warm_up": -1}, "warm_up must be >= 0, got -1"),
-        ({"draft_seconds": -0.1}, "draft_seconds must be >= 0 and finite, got -0.1"),
-        ({"draft_seconds": lambda r: math.nan}, "draft_seconds must be >= 0 and finite, got nan"),
-        ({"overhead_seconds": -1.0}, "overhead_seconds must be >= 0 and finite, got -1"),
-        ({"policy": FixedLength(5)}, "a block has 4 slots, got a policy that verifies 5"),
-        ({"sps": lambda b: 3.0 - b}, "sps must be positive and finite, got 0.0 at 3 tokens"),
-        ({"policy": lambda c, s: np.ones(1)}, "whole number of slots for each of 2 requests"),
-        ({"policy": lambda c, s: np.array([5, 0])}, r"must verify 0 to 4 slots, got \[5, 0\]"),
-        ({"policy": lambda c, s: np.array([0, -1])}, r"must verify 0 to 4 slots, got \[0, -1\]"),
+        (FixedLength(5), "a block has 4 slots, got a policy that verifies 5"),
+        (lambda c, s: np.ones(1), "whole number of slots for each of 2 requests"),
+        (lambda c, s: None, "whole number of slots for each of 2 requests, got None"),
+        (lambda c, s: np.array([5, 0]), r"must verify 0 to 4 slots, got \[5, 0\]"),
+        (lambda c, s: np.array([0, -1]), r"must verify 0 to 4 slots, got \[0, -1\]"),
     ],
-    ids=[
-        "concurrency",
-        "no rate",
-        "endless rate",
-        "warm_up",
-        "draft",
-        "draft of requests",
-        "overhead",
-        "long",
-        "speed",
-        "floats",
-        "too many",
-        "negative",
-    ],
+    ids=["long", "floats", "None", "too many", "negative"],
 )
-def test_an_engine_that_cannot_be_is_refused(options, message) -> None:
-    requests = draw_requests(ANSWERS, 3)
-    given_ = {"sps": speed, "policy": FixedLength(2), "concurrency": 2, **options}
+def test_a_policy_that_cannot_be_is_refused(policy, message) -> None:
     with pytest.raises(ValueError, match=message):
-        simulate(requests, **given_)
-
-
-def test_policies_and_lengths_out_of_range_are_refused() -> None:
-    for build, message in [
-        (lambda: FixedLength(-1), "slots must be >= 0, got -1"),
-        (lambda: StaticThreshold(1.5), r"threshold must be in \[0, 1\], got 1.5"),
-        (lambda: Geometric(0.5), "mean must be a finite number of at least 1 token, got 0.5"),
-        (lambda: Geometric(math.inf), "mean must be a finite number of at least 1 token, got inf"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            build()
-    with pytest.raises(TypeError, match="threshold must be a number"):
-        StaticThreshold("0.5")
-    with pytest.raises(TypeError, match="answer_tokens must be an int"):
-        draw_requests(ANSWERS, 5, answer_tokens=2.5)
+        simulate(draw_requests(ANSWERS, 3), ENGINE, policy, concurrency=2)

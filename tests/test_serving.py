@@ -1,5 +1,4 @@
-"""`dspark_lab.serving.speedup`: rounds enumerated one by one, traces counted again by loops, a clock that
-tells what it is told.
+"""Speed-up: rounds enumerated one by one, traces counted again by loops, a made-up clock.
 
 The oracle of a round is the list of what can become of it, each with its probability, tokens and
 seconds. No test reads a real clock: where decoding is timed, each call of a model takes so many
@@ -284,8 +283,6 @@ def test_a_trace_is_of_one_drafter_at_one_temperature() -> None:
     assert (alone.drafter, alone.temperature) == ("a", 0.0)
     unlabelled = acceptance_profile(TRACE, temperature=0.7, resamples=1)
     assert (unlabelled.drafter, unlabelled.temperature) == (None, 0.7)
-    with pytest.raises(TypeError, match="trace must be a pandas DataFrame, got list"):
-        acceptance_profile([])
 
 
 def test_a_trace_cut_by_a_threshold_is_refused() -> None:
@@ -410,18 +407,10 @@ def test_gains_choose_the_same_threshold() -> None:
     trace = made_trace(4, noise=0.5)
     fit, test = split_prompts(trace.assign(accept_rate=trace["accepted"].astype(float)))
     thresholds = [0.0, 0.35, 0.5, 0.65, 0.8, 0.95]
-    gains = gain_table(
-        fit,
-        test,
-        draft_seconds=0.3,
-        verify_seconds=1.0,
-        token_seconds=0.25,
-        thresholds=thresholds,
-        resamples=5,
-    ).set_index("values")
     costs = RoundCosts.of(
         SLOTS, plain_seconds=1.25, draft_seconds=0.3, verify_seconds=lambda n: 1 + 0.25 * n
     )
+    gains = gain_table(fit, test, costs, thresholds=thresholds, resamples=5).set_index("values")
     best = best_threshold(fit, costs, test=test, thresholds=thresholds, draft_lengths=[SLOTS])
     assert best["threshold"] == gains.loc["raw", "threshold"] > 0
     assert best["tokens_per_second"] == pytest.approx(gains.loc["raw", "speed"])
@@ -494,35 +483,23 @@ def test_costs_can_be_given_as_numbers_lists_and_functions() -> None:
     assert costs.cutting().replay_seconds == ()
     assert COSTS.cutting().rollback_seconds == 0
     assert COSTS.replaying().rollback_seconds == COSTS.rollback_seconds
-    stepped = RoundCosts.from_steps(
-        lambda tokens: 10 / tokens, 3, draft_seconds=[1, 2, 3], requests=5, overhead_seconds=0.25
-    )
-    assert stepped.plain_seconds == 0.5 and stepped.overhead_seconds == 0.25
-    assert stepped.verify_seconds == pytest.approx((0.5, 1.0, 1.5, 2.0))
+    listed = RoundCosts.of(2, plain_seconds=1, draft_seconds=[1, 2, 3], verify_seconds=[3, 4, 5])
+    assert (listed.draft_seconds, listed.verify_seconds) == ((1, 2), (3, 4, 5))
 
 
 def test_costs_and_lengths_that_are_none_are_refused() -> None:
     for wrong, message in (
-        ({"plain_seconds": 0}, "plain_seconds must be > 0 and finite, got 0"),
-        ({"draft_seconds": (-1.0, 1)}, "each of draft_seconds must be >= 0 and finite, got -1.0"),
-        ({"verify_seconds": (1, 0, 1)}, "each of verify_seconds must be > 0"),
         ({"verify_seconds": (1, 1)}, "verify_seconds of one more, got 2 and 2"),
         ({"replay_seconds": (1,)}, "replay_seconds must be of no length or of 2, got 1"),
-        ({"overhead_seconds": math.nan}, "overhead_seconds must be >= 0 and finite, got nan"),
     ):
         given_ = {"plain_seconds": 1, "draft_seconds": (1, 1), "verify_seconds": (1, 1, 1)}
         with pytest.raises(ValueError, match=re.escape(message)):
             RoundCosts(**(given_ | wrong))
-    with pytest.raises(TypeError, match="rollback_seconds must be a number"):
-        RoundCosts(1.0, (1,), (1, 1), rollback_seconds="1")
     with pytest.raises(ValueError, match="seconds must be given for 3 lengths, got 2"):
         RoundCosts.of(2, plain_seconds=1, draft_seconds=1, verify_seconds=[1, 1])
-    with pytest.raises(ValueError, match="steps_per_second must give positive numbers"):
-        RoundCosts.from_steps(lambda _: 0.0, 2, draft_seconds=1)
     profile = AcceptanceProfile.of([0.5] * 3)
     for lengths, message in (
         ([4], "draft_length must be at most 3, got 4"),
-        ([0], "draft_length must be >= 1, got 0"),
         ([], "at least one length, got none"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -531,8 +508,6 @@ def test_costs_and_lengths_that_are_none_are_refused() -> None:
         break_even(COSTS, 5)
     with pytest.raises(ValueError, match="rates must lie in"):
         AcceptanceProfile.of([1.5])
-    with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
-        profile.tau(1, 0)
     with pytest.raises(ValueError, match="thresholds must lie in"):
         threshold_table(TRACE, COSTS, thresholds=[2.0])
 
@@ -634,8 +609,6 @@ def test_measured_costs_are_those_of_the_calls() -> None:
     assert few.draft_seconds == (0.5,) * 3 and few.replay_seconds == ()
     with pytest.raises(ValueError, match="draft_length must be at most 3, got 4"):
         measure_costs(target, drafter, draft_lengths=[4])
-    with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
-        measure_costs(target, drafter, repeats=0)
 
 
 @pytest.mark.usefixtures("told_clock")

@@ -130,13 +130,7 @@ def loads(
         policies += [(StaticThreshold(threshold), SLOTS), (PrefixScheduler(), SLOTS)]
     tables = [
         load_table(
-            own,
-            STEPS,
-            [policy],
-            LEVELS,
-            requests=requests,
-            seed=seed,
-            **ENGINE.beside(drafted),
+            own, ENGINE, [policy], LEVELS, draft_length=drafted, requests=requests, seed=seed
         )
         for policy, drafted in policies
     ]

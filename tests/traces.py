@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 PROBABILITY = st.one_of(st.integers(0, 10).map(lambda n: n / 10), st.floats(0, 1))
 
 SLOTS = 4
-# Of the tables that weigh time.
-COSTS = {"draft_seconds": 0.3, "verify_seconds": 1.0, "token_seconds": 0.25}
 
 
 def made_trace(

@@ -407,14 +407,13 @@ class _Serving:
     def _simulate(self, temperature: float, policy: Policy) -> pd.DataFrame:
         # Plain decoding drafts nothing, and the simulator charges nothing for it.
         drafted = (policy.slots or 1) if isinstance(policy, FixedLength) else self.longest
-        beside: dict[str, Any] = self._engine.beside(drafted)
         return load_table(
             self._answers(temperature),
-            self._engine.sps,
+            self._engine,
             [policy],
             CONCURRENCY,
+            draft_length=drafted,
             **self._drawn,
-            **beside,
         )
 
 

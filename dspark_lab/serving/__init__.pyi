@@ -1,50 +1,28 @@
-from .engine import ENGINE, Engine, load_engine, measure_engine
-from .gain import gain_table
+from .costs import RoundCosts, break_even, break_even_rate
+from .decoded import decode_check, speed_table
+from .engine import ENGINE, Engine, load_engine
 from .load import (
-    Answers,
     FixedLength,
-    Geometric,
     LoadResult,
     Policy,
     PrefixScheduler,
-    Requests,
     StaticThreshold,
-    answers_of,
-    draw_requests,
     load_table,
     simulate,
 )
+from .profile import AcceptanceProfile, acceptance_profile
+from .requests import Answers, Geometric, Requests, answers_of, draw_requests
 from .schedule import (
-    Speed,
-    StepsPerSecond,
-    measure_steps_per_second,
     output_distribution,
     prefix_schedule,
     prefix_scheduler,
     retrospective_schedule,
     schedule_table,
-    seconds_at,
-    simulate_output,
-    simulate_worked_example,
-    worked_example,
 )
-from .speed import break_even_rate, speed_table
-from .speedup import (
-    AcceptanceProfile,
-    RoundCosts,
-    acceptance_profile,
-    advice,
-    best_length,
-    best_threshold,
-    break_even,
-    decode_check,
-    measure_costs,
-    random_prompt,
-    speedup_table,
-    temperature_table,
-    threshold_table,
-    timed_rounds,
-)
+from .speedup import advice, best_length, speedup_table, temperature_table
+from .steps import Speed, StepsPerSecond
+from .thresholds import best_threshold, gain_table, threshold_table
+from .timing import measure_costs, measure_engine, measure_steps_per_second
 
 __all__ = [
     "AcceptanceProfile",
@@ -79,17 +57,11 @@ __all__ = [
     "output_distribution",
     "prefix_schedule",
     "prefix_scheduler",
-    "random_prompt",
     "retrospective_schedule",
     "schedule_table",
-    "seconds_at",
     "simulate",
-    "simulate_output",
-    "simulate_worked_example",
     "speed_table",
     "speedup_table",
     "temperature_table",
     "threshold_table",
-    "timed_rounds",
-    "worked_example",
 ]

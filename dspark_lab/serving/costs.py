@@ -1,0 +1,251 @@
+"""What a round of speculative decoding costs, and the accept rate from which it pays.
+
+A round drafts K tokens, has the target read the anchor and the tokens that it verifies, and yields
+the accepted ones and one more. Per round:
+
+    tokens:   tau = 1 + sum_k P(slots 0..k are verified and accepted);
+    seconds:  draft(K) + verify(slots verified + 1) + overhead,
+              and after a rejection with a tokens accepted, rollback + replay(a + 1);
+    speed-up: tau * seconds of a plain step / seconds of a round.
+
+*Rollback* cuts the rejected tokens off the target's cache. A cache that cannot be cut (recurrent
+layers, sliding windows) goes back to where it was before the round, and the target reads the anchor
+and the accepted tokens again: *replay*. Neither is a fixed cost: the less is accepted, the more
+often both are paid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from dspark_lab.checks import Count, NonNegative, Positive, checked
+from dspark_lab.rates import slot_before
+
+__all__ = ["Outcomes", "RoundCosts", "break_even", "break_even_rate", "require_lengths"]
+
+# One number for every length, one for each, or a function of the length.
+Seconds = float | Sequence[float] | Callable[[int], float]
+
+
+@checked
+@dataclass(frozen=True)
+class RoundCosts:
+    """What a round costs, in seconds, and a plain step of the same target.
+
+    Args:
+        plain_seconds: of a step without a drafter, which yields one token.
+        draft_seconds: ``[K]``, of drafting 1, 2, ..., K tokens.
+        verify_seconds: ``[K + 1]``, of a target pass over 1, 2, ..., K + 1 tokens, the anchor and
+            the drafted ones.
+        replay_seconds: ``[K]``, of reading 1, 2, ..., K tokens again after a rejection, the anchor
+            and the accepted ones; empty where the cache can be cut.
+        rollback_seconds: more after every rejection, for cutting the cache.
+        overhead_seconds: more in every round.
+        source: where the numbers come from.
+    """
+
+    plain_seconds: Positive
+    draft_seconds: Sequence[NonNegative]
+    verify_seconds: Sequence[Positive]
+    replay_seconds: Sequence[NonNegative] = ()
+    rollback_seconds: NonNegative = 0.0
+    overhead_seconds: NonNegative = 0.0
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        for name in ("draft_seconds", "verify_seconds", "replay_seconds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        longest = len(self.draft_seconds)
+        if longest == 0 or len(self.verify_seconds) != longest + 1:
+            raise ValueError(
+                "draft_seconds must be of 1 or more lengths, and verify_seconds of one more, "
+                f"got {longest} and {len(self.verify_seconds)}"
+            )
+        if len(self.replay_seconds) not in (0, longest):
+            raise ValueError(
+                f"replay_seconds must be of no length or of {longest}, "
+                f"got {len(self.replay_seconds)}"
+            )
+
+    @classmethod
+    @checked
+    def of(
+        cls,
+        longest: Count,
+        *,
+        plain_seconds: float,
+        draft_seconds: Seconds,
+        verify_seconds: Seconds,
+        replay: bool = False,
+        rollback_seconds: float = 0.0,
+        overhead_seconds: float = 0.0,
+        source: str = "given",
+    ) -> RoundCosts:
+        """For blocks of up to ``longest`` tokens, each cost a number, a list or a function.
+
+        Args:
+            draft_seconds: of drafting so many tokens.
+            verify_seconds: of a target pass over so many tokens, the anchor among them.
+            replay: whether a rejection is followed by reading again what was accepted, in the time
+                that verifying as many takes.
+        """
+        costs = cls(
+            plain_seconds=plain_seconds,
+            draft_seconds=_for_each_length(draft_seconds, longest),
+            verify_seconds=_for_each_length(verify_seconds, longest + 1),
+            rollback_seconds=rollback_seconds,
+            overhead_seconds=overhead_seconds,
+            source=source,
+        )
+        return costs.replaying() if replay else costs
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a block that the costs are known of."""
+        return len(self.draft_seconds)
+
+    def replaying(self) -> RoundCosts:
+        """The same for a target that has to read again, in the time that verifying takes."""
+        return replace(self, replay_seconds=self.verify_seconds[:-1])
+
+    def cutting(self) -> RoundCosts:
+        """The same for a target whose cache is cut in no time: no replay and no rollback."""
+        return replace(self, replay_seconds=(), rollback_seconds=0.0)
+
+    def figures(self, outcomes: Outcomes) -> dict[str, Any]:
+        """Expected tokens and seconds of a round, and its speed, by the columns of the tables.
+
+        ``tau``, ``draft_seconds``, ``verify_seconds``, ``replay_seconds``, ``rollback_seconds``,
+        ``overhead_seconds`` and ``round_seconds``, their sum; ``tokens_per_second``; ``speedup``
+        over plain decoding; ``without_replay``, the speed-up in a model without replay and
+        rollback, and ``without_overhead``, in one without overhead either.
+        """
+        k = outcomes.accepted.shape[-1]
+        verify = np.array(self.verify_seconds[: k + 1])
+        replay = np.array(self.replay_seconds[:k] or [0.0] * k)
+        tau = 1 + outcomes.accepted.sum(axis=-1)
+        parts = {
+            "draft_seconds": np.full_like(tau, self.draft_seconds[k - 1]),
+            "verify_seconds": expected_verify_seconds(verify, outcomes.verified),
+            "replay_seconds": expected_replay_seconds(replay, outcomes.rejected),
+            "rollback_seconds": self.rollback_seconds * outcomes.rejected.sum(axis=-1),
+            "overhead_seconds": np.full_like(tau, self.overhead_seconds),
+        }
+        total = sum(parts.values())
+        after = parts["replay_seconds"] + parts["rollback_seconds"]
+        plain = tau * self.plain_seconds
+        return {
+            "tau": tau,
+            **parts,
+            "round_seconds": total,
+            "tokens_per_second": tau / total,
+            "speedup": plain / total,
+            "without_replay": plain / (total - after),
+            "without_overhead": plain / (total - after - self.overhead_seconds),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """How often each slot of a round is verified, accepted and rejected, ``[..., slot]`` each."""
+
+    verified: Float[np.ndarray, "*axes slot"]
+    accepted: Float[np.ndarray, "*axes slot"]
+    rejected: Float[np.ndarray, "*axes slot"]
+
+    @classmethod
+    def of_whole_blocks(cls, survival: Float[np.ndarray, "*axes slot"]) -> Outcomes:
+        """Where every slot is verified."""
+        return cls(np.ones_like(survival), survival, slot_before(survival) - survival)
+
+
+def expected_verify_seconds(
+    verify: Float[np.ndarray, " tokens"], verified: Float[np.ndarray, "*axes slot"]
+) -> Float[np.ndarray, "*axes"]:
+    """Mean seconds of a target pass over the anchor and the slots that are verified."""
+    return verify[0] + verified @ np.diff(verify)
+
+
+def expected_replay_seconds(
+    replay: Float[np.ndarray, " tokens"], rejected: Float[np.ndarray, "*axes slot"]
+) -> Float[np.ndarray, "*axes"]:
+    """Mean seconds of reading again: a rejection at slot k re-reads the anchor and k tokens."""
+    return rejected @ replay
+
+
+@checked
+def break_even(costs: RoundCosts, draft_length: Count) -> float:
+    """The accept rate, the same at every slot, from which on drafting pays.
+
+    At this rate a round is exactly as fast as plain steps; at any higher one, faster. inf where
+    even rate 1 is slower, 0 where every rate pays.
+    """
+    require_lengths([draft_length], costs.longest)
+    k, plain = draft_length, costs.plain_seconds
+    fixed = costs.draft_seconds[k - 1] + costs.verify_seconds[k] + costs.overhead_seconds
+    after = np.full(k, costs.rollback_seconds) + (costs.replay_seconds[:k] or 0.0)
+    # plain * (1 + r + ... + r^K) - fixed - sum_a (r^a - r^(a + 1)) * after_a, over plain.
+    balance = np.ones(k + 1)
+    balance[0] -= fixed / plain
+    balance[:k] -= after / plain
+    balance[1:] += after / plain
+    return _pays_from(balance)
+
+
+@checked
+def break_even_rate(tau: float, block_size: Count) -> float:
+    """The accept rate a of every slot at which a block yields ``tau`` = 1 + a + ... + a^K tokens.
+
+    inf where even a = 1 yields fewer, 0 where ``tau`` is 1 or less.
+    """
+    if math.isnan(tau):
+        raise ValueError("tau must be a number, got nan")
+    if tau <= 1:
+        return 0.0
+    balance = np.ones(block_size + 1)
+    balance[0] -= tau
+    return _pays_from(balance)
+
+
+def _pays_from(balance: Float[np.ndarray, " power"]) -> float:
+    """The lowest rate from which on a polynomial in the rate stays >= 0 up to rate 1."""
+    at = np.polynomial.Polynomial(balance)
+    if at(1.0) < 0:
+        return float("inf")
+    roots = at.roots()
+    real = roots.real[np.abs(roots.imag) < 1e-9]
+    edges = [0.0, *sorted(real[(real > 0) & (real < 1)]), 1.0]
+    from_here = 1.0
+    for low, high in zip(edges[-2::-1], edges[:0:-1], strict=True):
+        if at((low + high) / 2) < 0:
+            break
+        from_here = low
+    return float(from_here)
+
+
+@checked
+def require_lengths(draft_lengths: Sequence[Count] | None, longest: int) -> list[int]:
+    """The lengths in the order given, all up to ``longest`` where None; longer ones are refused."""
+    found = list(range(1, longest + 1)) if draft_lengths is None else list(draft_lengths)
+    if not found:
+        raise ValueError("draft_lengths must hold at least one length, got none")
+    if max(found) > longest:
+        raise ValueError(f"draft_length must be at most {longest}, got {max(found)}")
+    return found
+
+
+def _for_each_length(seconds: Seconds, count: int) -> tuple[float, ...]:
+    """The seconds of 1, 2, ..., ``count`` tokens."""
+    if callable(seconds):
+        return tuple(float(seconds(n)) for n in range(1, count + 1))
+    if isinstance(seconds, (int, float)):
+        return (float(seconds),) * count
+    if len(seconds) < count:
+        raise ValueError(f"seconds must be given for {count} lengths, got {len(seconds)}")
+    return tuple(map(float, seconds[:count]))

@@ -1,0 +1,179 @@
+"""The speed that decoding really had: beside plain decoding, and beside the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dspark_lab.checks import Count, Size, checked
+from dspark_lab.decoding import Decoded, Prompt, decode_rounds, encode_prompt
+from dspark_lab.model import Drafter, Target
+from dspark_lab.rates import prefix_survival
+from dspark_lab.serving.costs import RoundCosts, break_even_rate, require_lengths
+from dspark_lab.serving.profile import acceptance_profile, tau_of_answers
+from dspark_lab.serving.speedup import speedup_table
+from dspark_lab.serving.timing import cache_holding, measure_costs, read_again
+
+__all__ = ["decode_check", "speed_table"]
+
+
+@checked
+def speed_table(
+    plain: Sequence[Decoded], drafted: Sequence[Decoded], block_size: Count
+) -> pd.Series:
+    """Speculative against plain decoding of the same prompts, in one process.
+
+    Args:
+        plain, drafted: from :func:`dspark_lab.decode`, without and with a drafter.
+        block_size: slots that were drafted a round.
+
+    Returns:
+        ``tokens_per_second`` and ``plain_tokens_per_second``, without the reading of the prompts;
+        ``gain``, their ratio; ``tau``, tokens that a round yields; ``draft``, ``verify`` and
+        ``rest``, their shares of a round's time; ``break_even_tau`` at which both would be as fast,
+        and ``break_even_rate``, the accept rate of every slot that gives it (inf: there is none).
+    """
+    tokens, rounds, parts = _sum("drafted", drafted)
+    plain_tokens, _, plain_parts = _sum("plain", plain)
+    seconds = sum(parts.values())
+    speed, plain_speed = tokens / seconds, plain_tokens / sum(plain_parts.values())
+    break_even_tau = seconds / rounds * plain_speed
+    return pd.Series(
+        {
+            "tokens_per_second": speed,
+            "plain_tokens_per_second": plain_speed,
+            "gain": speed / plain_speed,
+            "tau": tokens / rounds,
+            **{name: part / seconds for name, part in parts.items()},
+            "break_even_tau": break_even_tau,
+            "break_even_rate": break_even_rate(break_even_tau, block_size),
+        }
+    )
+
+
+@checked
+def decode_check(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    trace: pd.DataFrame,
+    *,
+    draft_lengths: Sequence[Count] | None = None,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    max_new_tokens: Count = 64,
+    replay: bool = False,
+    costs: Mapping[float, RoundCosts] | None = None,
+    repeats: Count = 20,
+    resamples: Count = 1000,
+    seed: Size = 0,
+) -> pd.DataFrame:
+    """Predictions from a trace and from costs against what decoding really does.
+
+    Prompts are decoded one at a time, plainly and at each length in turns. The prediction is for
+    answers as long as those that came out, with their last, shorter rounds. Its seconds are of this
+    process: on a busy machine they are off.
+
+    Args:
+        prompts: to decode; where the trace is of others, the answers differ as well.
+        trace: of this drafter alone, with a column ``temperature`` that holds all of
+            ``temperatures``.
+        draft_lengths: by default all that the trace has.
+        replay: after each rejection have the target read again what was accepted, in another cache,
+            as if its own could not be cut.
+        costs: of each temperature, measured first where None.
+        repeats: of that measurement.
+
+    Returns:
+        a row for each ``temperature`` and ``draft_length``: ``rounds`` that were decoded; ``tau``
+        predicted with its bootstrap interval ``tau_low`` to ``tau_high``, ``tau_decoded``, and
+        ``tau_error``, the predicted over the decoded less 1; the same for ``speedup``; and
+        ``without_replay`` and ``without_overhead``, the predictions of models that forget them.
+    """
+    ids = [encode_prompt(target, prompt) for prompt in prompts]
+    rows = []
+    for temperature in temperatures:
+        profile = acceptance_profile(trace, temperature=temperature, resamples=resamples, seed=seed)
+        lengths = require_lengths(draft_lengths, len(profile.rates))
+        if costs is None:
+            # Half an answer behind a prompt of middling length.
+            context = int(np.median([len(tokens) for tokens in ids])) + max_new_tokens // 2
+            here = measure_costs(
+                target,
+                drafter,
+                context_length=context,
+                draft_lengths=lengths,
+                temperature=temperature,
+                replay=replay,
+                repeats=repeats,
+            )
+        else:
+            here = costs[temperature]
+        runs: dict[int, list[Decoded]] = {k: [] for k in (0, *lengths)}
+        options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        for number, prompt in enumerate(ids):
+            options["seed"] = seed + number
+            runs[0].append(_answered(target, None, prompt, **options))
+            for k in lengths:
+                options_k = options | {"draft_length": k, "replay": replay}
+                runs[k].append(_answered(target, drafter, prompt, **options_k))
+        for k in lengths:
+            real = speed_table(runs[0], runs[k], k)
+            figures = speedup_table(profile, here, [k]).iloc[0]
+            answers = np.array([len(one.tokens[0]) - 1 for one in runs[k]])
+            tau = float(tau_of_answers(profile.survival[:k], answers))
+            survival = prefix_survival(profile.samples[:, :k])
+            low, high = profile.interval(tau_of_answers(survival, answers))
+            row = {"temperature": temperature, "draft_length": k}
+            row["rounds"] = sum(len(one.rounds) for one in runs[k])
+            row |= {"tau": tau, "tau_low": low, "tau_high": high}
+            row |= {"tau_decoded": real["tau"], "tau_error": tau / real["tau"] - 1}
+            # The last rounds yield less and cost as much.
+            speeds = ["speedup", "speedup_low", "speedup_high", "without_replay"]
+            row |= figures[[*speeds, "without_overhead"]] * (tau / figures["tau"])
+            row["speedup_decoded"] = real["gain"]
+            row["speedup_error"] = row["speedup"] / real["gain"] - 1
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _answered(
+    target: Target,
+    drafter: Drafter | None,
+    prompt: list[int],
+    replay: bool = False,
+    **options: Any,
+) -> Decoded:
+    """An answer; with ``replay``, the seconds of reading again are part of the rest."""
+    run = decode_rounds(target, drafter, [prompt], **options)
+    if not replay:
+        for _ in run:
+            pass
+        return run.result()
+    cache, spent = cache_holding(target, prompt), 0.0
+    anchor: int | None = None
+    for round_ in run:
+        if anchor is None:
+            anchor = run.result().tokens[0][0]
+        kept = [anchor, *round_.drafted[: round_.accepted]]
+        seconds = read_again(target, cache, kept, len(kept))
+        if round_.accepted < round_.verified:
+            spent += seconds
+        anchor = round_.tokens[-1]
+    done = run.result()
+    return replace(done, seconds=done.seconds | {"rest": done.seconds["rest"] + spent})
+
+
+def _sum(name: str, decoded: Sequence[Decoded]) -> tuple[int, int, dict[str, float]]:
+    """Tokens, rounds, and seconds of each part of a round."""
+    tokens = sum(int(one.rounds["tokens"].sum()) for one in decoded)
+    rounds = sum(len(one.rounds) for one in decoded)
+    if rounds == 0:
+        raise ValueError(f"{name} must hold at least one round, got none")
+    parts = {
+        part: sum(one.seconds[part] for one in decoded) for part in ("draft", "verify", "rest")
+    }
+    return tokens, rounds, parts

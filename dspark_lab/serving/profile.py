@@ -1,0 +1,208 @@
+"""How often each slot of a block is accepted: the profile of one drafter at one temperature.
+
+Acceptance is counted as lifetimes are (Kaplan and Meier 1958): slot k's rate is over the rounds
+that reached it, and survival is the product of the rates. A round that the end of its answer cut
+short counts up to the cut, so tau is that of rounds in the middle of an answer, and short answers
+cost only precision. Rounds begin where they began in the trace: shorter blocks begin more often at
+easy tokens, so that a trace of long blocks promises a little less of short ones than they keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from dspark_lab.checks import Count, Size, checked
+from dspark_lab.decoding import Rounds, column, read_trace
+from dspark_lab.rates import (
+    as_probabilities,
+    interval,
+    prefix_survival,
+    resampled,
+    slot_before,
+    trace_sums,
+)
+from dspark_lab.serving.costs import require_lengths
+
+__all__ = [
+    "AcceptanceProfile",
+    "acceptance_profile",
+    "ratio",
+    "require_whole_blocks",
+    "rows_of",
+    "tau_of_answers",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class AcceptanceProfile:
+    """How often each slot is accepted, given that all before it were.
+
+    ``rates`` ``[slot]``: NaN where no round reached the slot. ``samples`` ``[resample, slot]``: the
+    same of conversations drawn again, without rows where there are none. ``conversations``: how
+    many of them. ``temperature`` and ``drafter``: None where unknown. Made by
+    :func:`acceptance_profile` or :meth:`of`.
+    """
+
+    rates: Float[np.ndarray, " slot"]
+    samples: Float[np.ndarray, "resample slot"]
+    conversations: int = 0
+    temperature: float | None = None
+    drafter: str | None = None
+
+    @classmethod
+    def of(cls, rates: Sequence[float], *, temperature: float | None = None) -> AcceptanceProfile:
+        """From plain numbers, such as published ones; without intervals."""
+        values = as_probabilities("rates", list(rates))
+        return cls(values, np.empty((0, len(values))), temperature=temperature)
+
+    @property
+    def survival(self) -> Float[np.ndarray, " slot"]:
+        """How often each slot and all before it are accepted."""
+        return prefix_survival(self.rates)
+
+    @checked
+    def tau(self, draft_length: Count, tokens: Count | None = None) -> float:
+        """Tokens that a round of so many slots yields on average, the target's own among them.
+
+        Args:
+            tokens: length of an answer without its first token, which no round yields. Its last
+                rounds draft no more than is left to say and yield less; None is an endless answer.
+        """
+        require_lengths([draft_length], len(self.rates))
+        if tokens is None:
+            return float(1 + self.survival[:draft_length].sum())
+        return float(tau_of_answers(self.survival[:draft_length], np.array([tokens])))
+
+    def table(self) -> pd.DataFrame:
+        """``slot``, ``rate`` and ``survival``, each of these with ``_low`` and ``_high``."""
+        found: dict[str, Any] = {"slot": np.arange(len(self.rates))}
+        for name, value, sample in (
+            ("rate", self.rates, self.samples),
+            ("survival", self.survival, prefix_survival(self.samples)),
+        ):
+            low, high = self.interval(sample)
+            found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        return pd.DataFrame(found)
+
+    def interval(
+        self, figures: Float[np.ndarray, "resample *figure"]
+    ) -> Float[np.ndarray, "bound *figure"]:
+        """The 95 % interval of a figure of :attr:`samples`; NaN without any."""
+        if len(figures) == 0:
+            return np.full((2, *figures.shape[1:]), np.nan)
+        return interval(figures, self.conversations)
+
+
+@checked
+def acceptance_profile(
+    trace: pd.DataFrame,
+    *,
+    drafter: str | None = None,
+    temperature: float | None = None,
+    resamples: Count = 1000,
+    seed: Size = 0,
+) -> AcceptanceProfile:
+    """The accept rates of a trace, of one drafter at one temperature.
+
+    A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached: the
+    limit of the share of accepted ones, with less noise. At temperature 0 the two are the same.
+
+    Args:
+        trace: of whole blocks, decoded without threshold or scheduler; with a column ``drafter`` or
+            ``temperature`` where it holds several of them.
+        drafter, temperature: which rows to take; for a trace without the column, a label.
+        resamples, seed: of the bootstrap over conversations.
+    """
+    trace, drafter, temperature = rows_of(trace, drafter, temperature)
+    rounds, row = read_trace(trace)
+    require_whole_blocks(rounds, row >= 0)
+    sums = trace_sums(trace)
+    sums = sums[sums["kind"] == "on policy"]
+    passed, reached = (
+        sums.pivot(index="conversation", columns="slot", values=name).to_numpy(float)
+        for name in ("passed", "reached")
+    )
+    drawn = resampled(len(reached), resamples, seed)
+    return AcceptanceProfile(
+        rates=ratio(passed.sum(axis=0), reached.sum(axis=0)),
+        samples=ratio(drawn @ passed, drawn @ reached),
+        conversations=len(reached),
+        temperature=temperature,
+        drafter=drafter,
+    )
+
+
+def rows_of(
+    trace: pd.DataFrame, drafter: str | None, temperature: float | None
+) -> tuple[pd.DataFrame, str | None, float | None]:
+    """The rows of one drafter at one temperature, and which these are."""
+    labels: list[Any] = []
+    for name, wanted in (("drafter", drafter), ("temperature", temperature)):
+        if name in trace.columns:
+            held = column(trace, name, complete=True).unique().tolist()
+            if wanted is None and len(held) > 1:
+                raise ValueError(
+                    f"trace must be of one {name}, or {name} must say which, got {sorted(held)}"
+                )
+            if wanted is not None and wanted not in held:
+                raise ValueError(f"{name} must be one of the trace's {sorted(held)}, got {wanted}")
+            if len(held) > 1:
+                trace = trace[trace[name] == wanted]
+            wanted = held[0] if wanted is None and held else wanted
+        labels.append(wanted)
+    return trace, *labels
+
+
+def require_whole_blocks(rounds: Rounds, drafted: Bool[np.ndarray, "round slot"]) -> None:
+    """Refuse a trace whose rounds a threshold or scheduler cut, and not the end of an answer.
+
+    An answer's end leaves a drafted slot unverified only behind an accepted one.
+    """
+    verified = rounds.verified
+    if not verified[:, 0].any():
+        raise ValueError("trace must have a verified slot, got none")
+    behind_accepted = slot_before(rounds.accepted)
+    behind_accepted[:, 0] = False
+    cut = drafted & ~verified & slot_before(verified) & ~behind_accepted
+    if cut.any():
+        number, slot = np.argwhere(cut)[0]
+        raise ValueError(
+            "trace must be of whole blocks, without a threshold or scheduler, got one in which "
+            f"slot {slot} of a round of prompt {rounds.prompt[number]} was drafted but not verified"
+        )
+
+
+def ratio(
+    part: Float[np.ndarray, "*axes"], whole: Float[np.ndarray, "*axes"]
+) -> Float[np.ndarray, "*axes"]:
+    """NaN where there is nothing to divide by."""
+    return part / np.where(whole == 0, np.nan, whole)
+
+
+def tau_of_answers(
+    survival: Float[np.ndarray, "*axes slot"], answers: Int[np.ndarray, " answer"]
+) -> Float[np.ndarray, "*axes"]:
+    """Tokens over rounds of answers of so many tokens, their first ones left out."""
+    rounds = _rounds_needed(survival, int(answers.max()))
+    return answers.sum() / rounds[answers].sum(axis=0)
+
+
+def _rounds_needed(
+    survival: Float[np.ndarray, "*axes slot"], tokens: int
+) -> Float[np.ndarray, "tokens *axes"]:
+    """Mean rounds that 0, 1, ..., ``tokens`` more tokens take, when the last one is cut."""
+    ends = -np.diff(np.concatenate([survival, np.zeros_like(survival[..., :1])], axis=-1))
+    # How often a round yields 1, 2, ..., K + 1 tokens.
+    yields = np.concatenate([1 - survival[..., :1], ends], axis=-1)
+    rounds = [np.zeros(survival.shape[:-1])]
+    for left in range(1, tokens + 1):
+        rounds.append(np.ones(survival.shape[:-1]))
+        for n in range(1, min(left, yields.shape[-1]) + 1):
+            rounds[left] += yields[..., n - 1] * rounds[left - n]
+    return np.stack(rounds)

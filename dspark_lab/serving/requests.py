@@ -1,0 +1,249 @@
+"""Pre-drawn requests (common random numbers): answers of a trace and the draws of every round.
+
+    trace -> answers_of -> draw_requests -> Requests
+
+Everything random about a request is drawn beforehand: its answer, and for each round that it may
+need a block and how many of its slots are accepted. So policies that serve the same requests differ
+by what they do, not by chance. Rounds of another length are taken to begin where the trace's did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int, Shaped
+
+from dspark_lab.checks import Count, NonNegative, Size, Within, checked
+from dspark_lab.decoding import probabilities, read_trace
+from dspark_lab.rates import SequentialTemperatures, prefix_survival
+
+__all__ = ["Answers", "Geometric", "Requests", "answers_of", "draw_requests"]
+
+
+@checked
+@dataclass(frozen=True)
+class Geometric:
+    """Lengths of answers: n tokens with probability p (1 - p)**(n - 1), where p = 1 / ``mean``."""
+
+    mean: Annotated[float, Within(1)]
+
+    def quantile(self, point: Float[np.ndarray, " request"]) -> Int[np.ndarray, " request"]:
+        """The length that a share ``point``, in [0, 1), of answers do not reach."""
+        if self.mean == 1:
+            return np.ones(len(point), dtype=np.int64)
+        return 1 + (np.log1p(-point) / np.log1p(-1 / self.mean)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """The answers of a trace and the blocks drafted for them. Made by :func:`answers_of`.
+
+    ``accept_prob``: of each slot's drafted token, behind the drafted tokens before it, rejected or
+    not. ``confidence``: NaN without a confidence head. A conversation has ``count`` rounds, from
+    ``first`` on, which yielded ``tokens``.
+    """
+
+    accept_prob: Float[np.ndarray, "round slot"]
+    confidence: Float[np.ndarray, "round slot"]
+    first: Int[np.ndarray, " conversation"]
+    count: Int[np.ndarray, " conversation"]
+    tokens: Int[np.ndarray, " conversation"]
+    domain: Shaped[np.ndarray, " conversation"]
+
+    @property
+    def slots(self) -> int:
+        """Of a block."""
+        return self.accept_prob.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Requests with all their random draws, the same whatever serves them.
+
+    ``conversation``: of the trace. ``tokens``: of the answer. ``gap``: time since the request
+    before it, in units of the mean. ``block``: the round of the trace that each round of the
+    request drafts anew. ``acceptable``: how many of its slots are accepted if all are verified;
+    verifying fewer accepts at most those. Made by :func:`draw_requests`.
+    """
+
+    answers: Answers
+    conversation: Int[np.ndarray, " request"]
+    tokens: Int[np.ndarray, " request"]
+    gap: Float[np.ndarray, " request"]
+    block: Int[np.ndarray, "request round"]
+    acceptable: Int[np.ndarray, "request round"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@checked
+def answers_of(
+    trace: pd.DataFrame | Answers,
+    calibrated: SequentialTemperatures | None = None,
+    *,
+    seed: Size = 0,
+) -> Answers:
+    """The answers and blocks of a trace.
+
+    The trace has the acceptance probability of every verified slot's drafted token, behind a
+    rejected slot too, since the target read the drafted tokens. A block is drawn before any of it
+    is verified, so the product of these probabilities up to a slot is, given the block, the
+    probability that the slots up to there are accepted. (Products of the rates c* are not: a token
+    that was accepted is not distributed as one that was drafted.)
+
+    Where an answer ends inside a block, the trace has nothing on the slots behind. To leave such
+    rounds out, or to take them as they are, would make rounds look short, since rounds with many
+    accepted slots are more likely to reach the end. They are completed from a whole round of their
+    domain, drawn with the probability that its slots up to there are accepted. An answer that ended
+    with the last slot of its block may be taken to have one token more than it had.
+
+    Args:
+        trace: of one drafter at one temperature, decoded without threshold or scheduler; answers
+            are returned as they are.
+        calibrated: scales the confidences.
+        seed: of the completion.
+    """
+    if isinstance(trace, Answers):
+        return trace
+    rounds, row = read_trace(trace)
+    verified, accepted = rounds.verified, rounds.accepted
+    asked, drafted, kept = (values.sum(axis=1) for values in (verified, row >= 0, accepted))
+    stopped = (asked < drafted) & ((kept < asked) | (asked == 0))
+    if stopped.any():
+        raise ValueError(
+            "trace must be decoded without a threshold or scheduler, got a round of prompt "
+            f"{rounds.prompt[stopped.argmax()]} that verified {asked[stopped.argmax()]} of "
+            f"{drafted[stopped.argmax()]} slots"
+        )
+    accept = np.where(verified, probabilities(trace, "accept_prob", "where verified")[row], np.nan)
+    confidence = rounds.confidence.copy()
+    _complete(accept, confidence, asked, rounds.domain, np.random.default_rng(seed))
+    if calibrated is not None:
+        confidence = calibrated.apply(confidence)
+    _, first, count = np.unique(rounds.prompt, return_index=True, return_counts=True)
+    # An end of turn that was drafted is followed by no token of the target's own.
+    own = np.add.reduceat(asked == drafted, first)
+    return Answers(
+        accept_prob=accept,
+        confidence=confidence,
+        first=first,
+        count=count,
+        tokens=np.add.reduceat(kept, first) + own,
+        domain=rounds.domain[first],
+    )
+
+
+@checked
+def draw_requests(
+    trace: pd.DataFrame | Answers,
+    requests: Count,
+    *,
+    answer_tokens: Count | Geometric | None = None,
+    domains: Mapping[str, NonNegative] | None = None,
+    within: Literal["conversation", "domain"] = "conversation",
+    seed: Size = 0,
+) -> Requests:
+    """Draws conversations of a trace and what becomes of every round.
+
+    Args:
+        trace: as :func:`answers_of` takes or returns it.
+        requests: how many.
+        answer_tokens: a number for all, a distribution, or as many as the conversation had.
+        domains: the mix, a weight for each domain that is wanted; by default each conversation of
+            the trace is as likely as any other.
+        within: where a request's rounds are drawn from, with replacement: its conversation, so that
+            some requests are harder than others; or its domain, so that all are alike.
+        seed: of everything.
+    """
+    answers = answers_of(trace)
+    # Independent streams, so that changing one thing leaves the other draws as they are.
+    asking, arriving, lasting, drafting = map(
+        np.random.default_rng, np.random.SeedSequence(seed).spawn(4)
+    )
+    edges = np.cumsum(_conversation_weights(answers.domain, domains))
+    conversation = np.searchsorted(edges / edges[-1], asking.random(requests), side="right")
+    gap = arriving.exponential(size=requests)
+    if answer_tokens is None:
+        tokens = answers.tokens[conversation]
+    elif isinstance(answer_tokens, Geometric):
+        tokens = answer_tokens.quantile(lasting.random(requests))
+    else:
+        tokens = np.full(requests, answer_tokens)
+
+    # No answer has more rounds than tokens.
+    place, uniform = drafting.random((2, requests, int(tokens.max())))
+    if within == "conversation":
+        pools = [
+            np.arange(first, first + count)
+            for first, count in zip(answers.first, answers.count, strict=True)
+        ]
+        pool = conversation
+    else:
+        domain, names = pd.factorize(answers.domain)
+        of_round = domain.repeat(answers.count)
+        pools = [np.flatnonzero(of_round == code) for code in range(len(names))]
+        pool = domain[conversation]
+    size = np.array([len(members) for members in pools])
+    start = np.cumsum(size) - size
+    block = np.concatenate(pools)[start[pool, None] + (place * size[pool, None]).astype(np.int64)]
+    acceptable = _accepted_slots(prefix_survival(answers.accept_prob), block, uniform)
+    return Requests(answers, conversation, tokens, gap, block, acceptable)
+
+
+def _accepted_slots(
+    survival: Float[np.ndarray, "block slot"],
+    block: Int[np.ndarray, "request round"],
+    uniform: Float[np.ndarray, "request round"],
+) -> Int[np.ndarray, "request round"]:
+    """Slots of each round's block whose survival lies above the round's uniform random number."""
+    slots = np.zeros(block.shape, dtype=np.int64)
+    for alive in survival.T:
+        slots += uniform < alive[block]
+    return slots
+
+
+def _complete(
+    accept: Float[np.ndarray, "round slot"],
+    confidence: Float[np.ndarray, "round slot"],
+    asked: Int[np.ndarray, " round"],
+    domain: Shaped[np.ndarray, " round"],
+    rng: np.random.Generator,
+) -> None:
+    """Fill in what follows the first ``asked`` slots of each round, from whole rounds."""
+    slots = accept.shape[1]
+    whole = asked == slots
+    for name in pd.unique(domain):
+        givers = np.flatnonzero(whole & (domain == name))
+        cut = np.flatnonzero(~whole & (domain == name))
+        if len(cut) and not len(givers):
+            raise ValueError(
+                f"trace must have a round of domain {name!r} that verified {slots} slots, got none"
+            )
+        survival = prefix_survival(accept[givers])
+        for length in np.unique(asked[cut]):
+            takers = cut[asked[cut] == length]
+            alive = survival[:, length - 1]
+            share = alive / alive.sum() if alive.sum() > 0 else None
+            chosen = rng.choice(givers, size=len(takers), p=share)
+            for values in (accept, confidence):
+                values[takers, length:] = values[chosen, length:]
+
+
+def _conversation_weights(
+    domain: Shaped[np.ndarray, " conversation"], weights: Mapping[str, float] | None
+) -> Float[np.ndarray, " conversation"]:
+    """How likely each conversation is, up to a factor."""
+    if weights is None:
+        return np.ones(len(domain))
+    code, names = pd.factorize(domain)
+    if unknown := [name for name in weights if name not in names]:
+        raise ValueError(f"domains must be among {sorted(names)}, got {unknown[0]!r}")
+    if not sum(weights.values()) > 0:
+        raise ValueError(f"domains must have a weight above 0, got {dict(weights)}")
+    share = np.array([weights.get(name, 0.0) for name in names]) / np.bincount(code)
+    return share[code]
