@@ -1,7 +1,10 @@
+from .attend import Backend, attend, block_attention, choose_backend
 from .mask import (
-    Backend,
-    block_attention,
-    context_range,
+    ContextRanges,
+    block_mask,
+    context_ranges,
+    dense_mask,
+    mask_mod,
     training_block_mask,
     training_dense_mask,
     training_mask_mod,
@@ -9,8 +12,14 @@ from .mask import (
 
 __all__ = [
     "Backend",
+    "ContextRanges",
+    "attend",
     "block_attention",
-    "context_range",
+    "block_mask",
+    "choose_backend",
+    "context_ranges",
+    "dense_mask",
+    "mask_mod",
     "training_block_mask",
     "training_dense_mask",
     "training_mask_mod",

@@ -1,0 +1,113 @@
+"""Attention of every slot to what the training mask lets it see, and its three back ends."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from dspark_lab.attention.blockwise import blockwise_attention
+from dspark_lab.attention.mask import ContextRanges, block_mask, context_ranges, dense_mask
+from dspark_lab.checks import BlockSize, Finite, SeqLen, checked
+
+__all__ = ["Backend", "attend", "block_attention"]
+
+Backend = Literal["auto", "dense", "flex", "blockwise"]
+
+
+@checked
+def block_attention(
+    q: Float[Tensor, "batch heads anchor*slot head_dim"],
+    k: Float[Tensor, "batch kv_heads seq+anchor*slot head_dim"],
+    v: Float[Tensor, "batch kv_heads seq+anchor*slot head_dim"],
+    anchor_positions: Int[Tensor, "batch anchor"],
+    block_keep_mask: Bool[Tensor, "batch anchor"],
+    *,
+    seq_len: SeqLen,
+    block_size: BlockSize,
+    doc_ids: Int[Tensor, "batch seq"] | None = None,
+    scale: Finite | None = None,
+    backend: Backend = "auto",
+    block_mask: BlockMask | None = None,
+) -> Float[Tensor, "batch heads anchor*slot head_dim"]:
+    """Attention of every slot to what the training mask lets it see.
+
+    Three back ends give the same result and the same gradients, up to rounding:
+
+    - ``dense``: torch's SDPA with the dense mask, on any device;
+    - ``flex``: FlexAttention with the closed-form block mask; the choice for GPUs. Compile the
+      model around it; on the CPU it runs forward only, for inputs that need no gradient;
+    - ``blockwise``: for the CPU; each group of blocks meets only its own context prefix and
+      itself, and no mask of size queries times keys is ever formed. Computes in fp32 at least.
+
+    Args:
+        q: queries, the slots of all blocks, block after block.
+        k, v: the context's ``seq_len`` keys and values, followed by those of the slots. Their
+            number of heads divides that of ``q`` (grouped-query attention).
+        anchor_positions, block_keep_mask, seq_len, block_size, doc_ids: see
+            :func:`dspark_lab.attention.context_ranges`.
+        scale: factor on the scores; 1 / sqrt(head_dim) where None.
+        backend: ``auto`` takes ``flex`` on CUDA and ``blockwise`` on the CPU.
+        block_mask: for ``flex``, what :func:`dspark_lab.attention.training_block_mask` made of the
+            same blocks, so that several layers share one; made here where None.
+
+    Raises:
+        ValueError: among others, a back end that does not run on this device, or that has no
+            gradient there.
+    """
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the heads of k and v must divide those of q, got {k.shape[1]} and {q.shape[1]}"
+        )
+    ranges = context_ranges(
+        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
+    )
+    return attend(q, k, v, ranges, scale=scale, backend=backend, tiles=block_mask)
+
+
+def attend(
+    q: Float[Tensor, "batch heads query head_dim"],
+    k: Float[Tensor, "batch kv_heads key head_dim"],
+    v: Float[Tensor, "batch kv_heads key head_dim"],
+    ranges: ContextRanges,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    tiles: BlockMask | None = None,
+) -> Float[Tensor, "batch heads query head_dim"]:
+    """:func:`block_attention` under the mask of ``ranges``, for layers that share one draw."""
+    device = q.device.type
+    if backend == "auto":
+        backend = choose_backend(q.device)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    grouped = q.shape[1] != k.shape[1]
+    if backend == "dense":
+        mask = dense_mask(ranges).unsqueeze(1)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
+    if backend == "flex":
+        needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
+        if device == "cpu" and torch.is_grad_enabled() and needs_gradient:
+            raise ValueError(
+                "backend 'flex' has no backward pass on the CPU; use 'blockwise' or 'dense' there"
+            )
+        tiles = block_mask(ranges) if tiles is None else tiles
+        return flex_attention(q, k, v, block_mask=tiles, scale=scale, enable_gqa=grouped)
+    if device != "cpu":
+        raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
+    sizes = ranges.seq_len, ranges.block_size, float(scale)
+    return blockwise_attention(q, k, v, ranges.start, ranges.end, *sizes)[0]
+
+
+def choose_backend(device: torch.device) -> Backend:
+    """The back end that ``auto`` takes on a device."""
+    backends: dict[str, Backend] = {"cuda": "flex", "cpu": "blockwise"}
+    return backends.get(device.type, "dense")
