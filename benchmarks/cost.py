@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import median_seconds, peak_bytes
-from dspark_lab.attention import mask as attention
+from dspark_lab.attention import backends
 from dspark_lab.chats import Batch, Chat, Encoded
 from dspark_lab.model import (
     Drafter,
@@ -100,8 +100,8 @@ def measured_peak(
     # FlexAttention holds no scores where it is compiled.
     fused = nullcontext()
     if device != "cpu":
-        flex = torch.compile(attention.flex_attention)
-        fused = mock.patch.object(attention, "flex_attention", flex)  # type: ignore[assignment]
+        flex = torch.compile(backends.flex_attention)
+        fused = mock.patch.object(backends, "flex_attention", flex)  # type: ignore[assignment]
     by_definition = mock.patch("dspark_lab.training.loop.dspark_objective", _textbook(drafter))
     with fused, by_definition if full else nullcontext():
         step()

@@ -130,7 +130,7 @@ def cut_blocks(
     label_indices, safe_label_indices = label_positions(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size
     )
-    prev_indices = (label_indices - 1).clamp(max=seq_len - 1)
+    prev_indices = previous_positions(anchor_positions, seq_len=seq_len, block_size=block_size)
     eval_mask = build_eval_mask(
         seq_len=seq_len,
         loss_mask=batch.loss_mask,
@@ -183,6 +183,17 @@ def label_positions(
     distance = torch.arange(1, block_size + 1, device=anchor_positions.device)
     label_indices = anchor_positions.long().unsqueeze(-1) + distance
     return label_indices, label_indices.clamp(max=seq_len - 1) * block_keep_mask.unsqueeze(-1)
+
+
+def previous_positions(
+    anchor_positions: Int[Tensor, "batch anchor"], *, seq_len: int, block_size: int
+) -> Int[Tensor, "batch anchor slot"]:
+    """Row positions of the tokens before the slots' labels, anchor + 0 to anchor + block_size - 1.
+
+    They are clamped into the row.
+    """
+    offset = torch.arange(block_size, device=anchor_positions.device)
+    return (anchor_positions.long().unsqueeze(-1) + offset).clamp(max=seq_len - 1)
 
 
 def times_supervised(blocks: Blocks) -> Int[Tensor, "batch seq"]:

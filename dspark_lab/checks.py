@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from collections import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -124,25 +124,11 @@ def checked(target: T) -> T:
         setattr(target, "__init__", checked(target.__init__))  # noqa: B010 (mypy: no assignment)
         return target
     function: Callable[..., Any] = target  # type: ignore[assignment]
-    checks: list[tuple[int, str, Check]] | None = None
-
-    # A function of its own: the compiler reads what `call` refers to, and knows no checks.
-    def check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal checks
-        if checks is None:
-            checks = list(_read_signature(function))
-        seen, given = Call(), len(args)
-        for position, name, check in checks:
-            if position < given:
-                check(name, args[position], seen)
-            elif name in kwargs:
-                check(name, kwargs[name], seen)
-        seen.check_computed()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            check_arguments(args, kwargs)
+            _check_call(function, args, kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
@@ -232,7 +218,6 @@ class Call:
     origins: dict[str, str] = field(default_factory=dict)
     device: torch.device | None = None
     placed: str = ""
-    computed: list[tuple[str, Any, int, str, str]] = field(default_factory=list)
 
     def bind(self, axis: str, size: Any, name: str) -> bool:
         """Whether ``axis`` has this size, or had none so far."""
@@ -247,18 +232,6 @@ class Call:
                 f"all tensors must be on one device, got {self.placed} on {self.device}, "
                 f"{name} on {device}"
             )
-
-    def check_computed(self) -> None:
-        """Axes that follow from others, such as ``anchor*slot``, once all arguments are known."""
-        for name, shape, size, axis, axes in self.computed:
-            try:
-                wanted = eval(axis, {}, self.sizes)
-            except NameError:  # of an argument that was not given
-                continue
-            if size != wanted:
-                raise ValueError(
-                    f"{name} must be [{axes}] with {axis} = {wanted}, got shape {shape}"
-                )
 
 
 class Check(NamedTuple):
@@ -279,9 +252,21 @@ class Check(NamedTuple):
 ANYTHING = Check("anything", lambda value: True)
 
 
-def _read_signature(function: Callable[..., Any]) -> Iterator[tuple[int, str, Check]]:
+def _check_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    call, given = Call(), len(args)
+    for position, name, check in _read_signature(function):
+        if position < given:
+            check(name, args[position], call)
+        elif name in kwargs:
+            check(name, kwargs[name], call)
+
+
+@functools.cache
+def _read_signature(function: Callable[..., Any]) -> list[tuple[int, str, Check]]:
     """Position, name and check of each parameter whose annotation says something."""
-    names = _Names(function)
+    names, checks = _Names(function), []
     for position, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -289,7 +274,8 @@ def _read_signature(function: Callable[..., Any]) -> Iterator[tuple[int, str, Ch
             position = sys.maxsize
         check = names.read(parameter.annotation)
         if check is not ANYTHING:
-            yield position, parameter.name, check
+            checks.append((position, parameter.name, check))
+    return checks
 
 
 class _Names(dict[str, Any]):
@@ -480,18 +466,14 @@ def _array(annotation: Any) -> Check:
             after = len(shape) - (least - variadic)
             sizes = (*shape[:variadic], shape[variadic:after], *shape[after:])
         for axis, size in zip(axes, sizes, strict=True):
-            if axis[0] == "_" or axis == "...":
-                continue
-            if axis.isidentifier() or axis[0] == "*":
-                if not call.bind(axis, size, name):
-                    raise ValueError(
-                        f"{name} must be [{listed}] with {axis} = {call.sizes[axis]} as in "
-                        f"{call.origins[axis]}, got shape {shape}"
-                    )
-            elif not axis.isdigit():
-                call.computed.append((name, shape, size, axis, listed))
-            elif size != int(axis):
-                raise ValueError(f"{name} must be [{listed}], got shape {shape}")
+            if axis.isdigit():
+                if size != int(axis):
+                    raise ValueError(f"{name} must be [{listed}], got shape {shape}")
+            elif axis[0] != "_" and axis != "..." and not call.bind(axis, size, name):
+                raise ValueError(
+                    f"{name} must be [{listed}] with {axis} = {call.sizes[axis]} as in "
+                    f"{call.origins[axis]}, got shape {shape}"
+                )
         if isinstance(value, Tensor):
             call.place(name, value.device)
 

@@ -88,8 +88,8 @@ FAULTS: dict[str, Fault] = {
         RATES,
     ),
     "the Markov head reads the token after the previous one": Fault(
-        "dspark_lab.model.drafter:previous_positions",
-        lambda right: lambda labels, seq_len: right(labels + 1, seq_len),
+        "dspark_lab.blocks:previous_positions",
+        lambda right: lambda anchors, **sizes: right(anchors + 1, **sizes),
         TRAIN,
     ),
     "the gate of the gated head stays open": Fault(

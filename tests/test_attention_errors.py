@@ -1,4 +1,4 @@
-"""Bad input to `dspark_lab.attention.mask`: each a ValueError or TypeError that names what was given.
+"""Bad input to `dspark_lab.attention`: each a ValueError or TypeError that names what was given.
 
 As for `dspark_lab.common`: one good call, and the ways to spoil one argument of it. Where two
 arguments contradict each other, the message may blame either. A second device is the meta
@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from dspark_lab.attention import mask as attention
+from dspark_lab import attention
 
 B, S, N, K, H, HKV, D = 2, 6, 3, 2, 4, 2, 16
 FORMS = ["training_mask_mod", "training_dense_mask", "training_block_mask"]

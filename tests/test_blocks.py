@@ -314,3 +314,17 @@ def test_a_compiled_draw_has_no_graph_break():
     expected = draw()
     torch.manual_seed(2)
     require_equal(torch.compile(draw, fullgraph=True, backend="eager")(), expected)
+
+
+def test_rows_of_tokens_are_one_document_each_unless_told_otherwise():
+    packed = long_row()
+    anchors, keep = torch.tensor([[4, 20]]), torch.tensor([[True, True]])
+    given = {name: getattr(packed, name) for name in ("doc_remaining", "position_ids", "seq_lens")}
+    same = Batch.of_tokens(packed.input_ids, packed.loss_mask.float(), **given)
+    require_equal(cut_blocks(same, anchors, keep, 4), cut_blocks(packed, anchors, keep, 4))
+
+    alone = documents("..aaa")
+    row = Batch.of_tokens(alone[0].input_ids[None], alone[0].loss_mask[None])
+    require_equal(draw_blocks(row, 2, 2, seed=0), draw_blocks(collate(alone, PAD), 2, 2, seed=0))
+    with pytest.raises(ValueError, match="go together, got no position_ids, seq_lens"):
+        Batch.of_tokens(row.input_ids, row.loss_mask, doc_remaining=row.doc_remaining)

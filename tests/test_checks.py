@@ -197,7 +197,7 @@ def test_one_argument_is_what_its_annotation_says(annotation, good, bad):
 def attend(
     anchors: Int[Tensor, "batch anchor"],
     keep: Bool[Tensor, "batch anchor"],
-    query: Float[Tensor, "batch anchor*slot 4"],
+    query: Float[Tensor, "batch query 4"],
     *,
     block_size: BlockSize = 2,
     seq_len: SeqLen | None = None,
@@ -224,12 +224,10 @@ ANCHORS, KEEP, QUERY = long(2, 3), torch.ones(2, 3).bool(), torch.zeros(2, 6, 4)
             "keep must be [batch, anchor] with anchor = 3 as in anchors, got shape (2, 2)",
         ),
         (
-            {"query": QUERY[:, :5]},
+            {"query": QUERY[..., :3]},
             ValueError,
-            "query must be [batch, anchor*slot, 4] with anchor*slot = 6, got shape (2, 5, 4)",
+            "query must be [batch, query, 4], got shape (2, 6, 3)",
         ),
-        ({"query": QUERY[..., :3]}, ValueError, "query must be [batch, anchor*slot, 4]"),
-        ({"block_size": 3}, ValueError, "with anchor*slot = 9, got shape (2, 6, 4)"),
         (
             {"seq_len": 5, "row": torch.zeros(2, 6)},
             ValueError,
@@ -328,6 +326,7 @@ def test_a_compiled_graph_has_no_checks_and_no_breaks():
     def double(x: Float[Tensor, "batch"], times: Count) -> Tensor:
         return x * times
 
+    double(torch.ones(2), 1)  # reads the annotations before the compiler meets the function
     compiled = torch.compile(double, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2), 2), torch.full((2,), 2.0))
     assert torch.equal(compiled(torch.ones(2), 0), torch.zeros(2))

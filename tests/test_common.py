@@ -32,7 +32,7 @@ FUNCTIONS = {
         "doc_remaining",
         "anchor_positions",
     ],
-    "create_position_ids": ["anchor_positions", "block_size", "position_ids"],
+    "create_position_ids": ["anchor_positions", "block_size", "context_position_ids"],
     "create_noise_embed": [
         "embed_tokens",
         "input_ids",
@@ -44,8 +44,9 @@ FUNCTIONS = {
     "extract_context_feature": ["hidden_states", "layer_ids"],
     "validate_target_layer_ids": ["layer_ids", "num_target_layers"],
     "context_doc_ids": ["seq_lens", "seq_len", "device"],
+    "pin_rope_inv_freq_fp32": ["rotary_emb"],
 }
-OPTIONAL = {"doc_remaining", "generator", "anchor_positions", "position_ids"}
+OPTIONAL = {"doc_remaining", "generator", "anchor_positions", "context_position_ids"}
 FLOATS = [
     torch.float16,
     torch.bfloat16,
@@ -79,9 +80,9 @@ def eval_mask(loss_mask, anchors, keep, block_size, **packed):
 # The names
 
 
-def test_the_ten_public_names_are_all_there_and_nothing_else():
+def test_the_eleven_public_names_are_all_there_and_nothing_else():
     expected = {*FUNCTIONS, "AcceptRatePredictor", "DSparkForwardOutput"}
-    assert len(common.__all__) == len(set(common.__all__)) == 10
+    assert len(common.__all__) == len(set(common.__all__)) == 11
     assert set(common.__all__) == expected
     assert all(hasattr(common, name) for name in expected)
 
@@ -440,6 +441,56 @@ def test_an_empty_row_has_no_documents(device):
     assert common.context_doc_ids(lens, 0, device).shape == (2, 0)
 
 
+# RoPE
+
+
+def rotary(kind: str) -> nn.Module:
+    """A rotary module of transformers: one frequency buffer and its original, or one of each layer
+    type."""
+    if kind == "gemma3":
+        from transformers.models.gemma3 import modeling_gemma3 as gemma3
+
+        config = gemma3.Gemma3TextConfig(num_hidden_layers=6, rope_parameters=None)
+        return gemma3.Gemma3RotaryEmbedding(config)
+    from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    config = qwen3.Qwen3Config(rope_parameters=scaled if kind == "yarn" else None)
+    return qwen3.Qwen3RotaryEmbedding(config)
+
+
+@pytest.mark.parametrize("kind", ["plain", "yarn", "gemma3"])
+def test_frequencies_rounded_to_bf16_become_those_of_a_fresh_module(kind):
+    fresh = dict(rotary(kind).named_buffers())
+    module = rotary(kind).to(torch.bfloat16)
+    assert not any(torch.equal(b.float(), fresh[n]) for n, b in module.named_buffers())
+    common.pin_rope_inv_freq_fp32(module)
+    cast = dict(module.named_buffers())
+    assert cast.keys() == fresh.keys()
+    for name, buffer in cast.items():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, fresh[name]), name
+
+
+def test_frequencies_in_fp32_or_on_the_meta_device_stay_as_they_are():
+    common.pin_rope_inv_freq_fp32(None)
+    module = rotary("plain")
+    module.inv_freq.mul_(2)
+    before = module.inv_freq
+    common.pin_rope_inv_freq_fp32(module)
+    assert module.inv_freq is before
+    for narrow in (module.to("meta", torch.bfloat16), nn.Linear(2, 2).to(torch.bfloat16)):
+        kept = {name: id(tensor) for name, tensor in narrow.named_buffers()}
+        common.pin_rope_inv_freq_fp32(narrow)
+        assert kept == {name: id(tensor) for name, tensor in narrow.named_buffers()}
+
+
+def test_rounded_frequencies_without_a_config_are_refused():
+    module = nn.Module()
+    module.register_buffer("inv_freq", torch.ones(2, dtype=torch.float16))
+    with pytest.raises(ValueError, match="rotary_emb must have a config"):
+        common.pin_rope_inv_freq_fp32(module)
+
+
 # The two classes
 
 
@@ -453,10 +504,10 @@ def test_forward_output_holds_six_fields_two_of_them_optional():
         "confidence_pred",
         "aligned_target_logits",
     ]
-    tensors = [torch.zeros(i) for i in range(4)]
-    output = common.DSparkForwardOutput(*tensors)
-    assert output.draft_logits is tensors[0]
-    assert output.block_keep_mask is tensors[3]
+    logits, ids = torch.zeros(1, 2, 3, 9), torch.zeros(1, 2, 3, dtype=torch.long)
+    output = common.DSparkForwardOutput(logits, ids, ids.bool(), ids[..., 0].bool())
+    assert output.draft_logits is logits
+    assert output.target_ids is ids
     assert output.confidence_pred is None
     assert output.aligned_target_logits is None
 

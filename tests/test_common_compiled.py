@@ -243,12 +243,14 @@ def test_layer_ids_are_checked_inside_a_compiled_function(fresh_compiler):
 
 def test_the_output_is_built_inside_a_compiled_function(fresh_compiler):
     def build(x):
-        return common.DSparkForwardOutput(x, x + 1, eval_mask=x > 0, block_keep_mask=x < 0)
+        ids = x.argmax(-1)
+        keep = ids[..., 0] >= 0
+        return common.DSparkForwardOutput(x, ids, eval_mask=ids > 0, block_keep_mask=keep)
 
-    x = torch.tensor([-1.0, 1.0])
+    x = torch.rand(1, 2, 3, 9)
     got = torch.compile(build, fullgraph=True, backend="aot_eager")(x)
     assert isinstance(got, common.DSparkForwardOutput)
-    assert torch.equal(got.target_ids, x + 1)
+    assert torch.equal(got.target_ids, x.argmax(-1))
     assert got.confidence_pred is None
 
 

@@ -52,7 +52,7 @@ def good() -> dict[str, dict]:
             anchor_positions=anchors,
         ),
         "create_position_ids": dict(
-            anchor_positions=anchors, block_size=K, position_ids=zeros(B, S)
+            anchor_positions=anchors, block_size=K, context_position_ids=zeros(B, S)
         ),
         "create_noise_embed": dict(
             embed_tokens=embed,
@@ -159,11 +159,11 @@ CASES = [
     ("build_eval_mask", {"anchor_positions": None}, ValueError, "anchor_positions"),
     *counts("block_size", "create_position_ids"),
     *shapes("create_position_ids", "anchor_positions", (N,), (B, N, 1)),
-    *shapes("create_position_ids", "position_ids", (S,), (B, S, 1)),
-    *mismatches("create_position_ids", "position_ids", (B + 1, S)),
-    *not_tensors("create_position_ids", "anchor_positions", "position_ids"),
-    *wrong_kinds("create_position_ids", "anchor_positions", "position_ids"),
-    *strays("create_position_ids", "anchor_positions", "position_ids"),
+    *shapes("create_position_ids", "context_position_ids", (S,), (B, S, 1)),
+    *mismatches("create_position_ids", "context_position_ids", (B + 1, S)),
+    *not_tensors("create_position_ids", "anchor_positions", "context_position_ids"),
+    *wrong_kinds("create_position_ids", "anchor_positions", "context_position_ids"),
+    *strays("create_position_ids", "anchor_positions", "context_position_ids"),
     *counts("block_size", "create_noise_embed"),
     *[
         ("create_noise_embed", {"mask_token_id": value}, kind, repr(value))

@@ -1,4 +1,4 @@
-from .attend import Backend, attend, block_attention, choose_backend
+from .backends import Backend, attend, block_attention, choose_backend
 from .mask import (
     ContextRanges,
     block_mask,

@@ -7,9 +7,8 @@ pieces are joined as if one softmax had run over all. Given the joined output an
 kernel's backward pass yields each piece's part of the gradient. No piece grows with queries times
 keys, and neither does memory.
 
-This file knows context ranges (``start``, ``end`` of each block's prefix), not anchors; the rule
-they come from is in ``dspark_lab.attention.mask``. It is one opaque operator for the compiler, because
-the ranges decide the sizes of the pieces and are read on the host.
+It is one opaque operator for the compiler, because the context ranges decide the sizes of the
+pieces and are read on the host.
 """
 
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from torch import Tensor
 # together and little of its keys is hidden from some; backward, the keys are cut instead.
 FORWARD_QUERIES, FORWARD_KEYS = 96, 2048
 BACKWARD_QUERIES, BACKWARD_KEYS = 128, 128
-# Of blocks among themselves a piece shows 1 / blocks, so it has few.
+# Among their own slots, the blocks of a piece see 1 / blocks of the pairs, so a piece has few.
 OWN_QUERIES = 48
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,7 +39,7 @@ def blockwise_attention(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`dspark_lab.attention.mask.block_attention`; shapes are checked there.
+    """The attention of :func:`dspark_lab.attention.block_attention`, which checks the shapes.
 
     Args:
         q: ``[batch, heads, anchor * slot, head_dim]``.
@@ -95,12 +94,12 @@ def _backward(
     sums = _split(log_sum.transpose(1, 2).contiguous().transpose(1, 2), k)
     result, d_result = _split(out, k), _split(d_out, k)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
-    of_queries = _split(d_query, k)
+    d_queries = _split(d_query, k)
     for row in range(q.shape[0]):
         most = BACKWARD_QUERIES, BACKWARD_KEYS
         pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
         for slots, keys, bias in pieces:
-            of_query, of_key, of_value = _kernel_backward(
+            query_part, key_part, value_part = _kernel_backward(
                 d_result[row, :, :, slots],
                 query[row, :, :, slots],
                 key[row, :, :, keys],
@@ -112,11 +111,12 @@ def _backward(
                 attn_mask=bias,
                 scale=scale,
             )
-            of_queries[row, :, :, slots] += of_query
-            for gradient, of_heads in ((d_key, of_key), (d_value, of_value)):
-                for of_head in of_heads.unbind(1):
-                    gradient[row, :, keys] += of_head
-            del of_query, of_key, of_value, of_heads, of_head  # before the next piece makes its own
+            d_queries[row, :, :, slots] += query_part
+            for gradient, part in ((d_key, key_part), (d_value, value_part)):
+                for head_part in part.unbind(1):
+                    gradient[row, :, keys] += head_part
+            # Freed before the next piece makes its own.
+            del query_part, key_part, value_part, part, head_part
     return d_query.to(q.dtype), d_key.to(k.dtype), d_value.to(v.dtype)
 
 
@@ -177,7 +177,7 @@ def _slots(blocks: slice, block_size: int) -> slice:
 
 
 def _bias(hidden: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """What is hidden from a block, ``[anchor, key]``, as a number for each of its slots."""
+    """A number to add to the scores of each slot: very low where ``hidden``, ``[anchor, key]``."""
     bias = hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)
     return bias.repeat_interleave(block_size, dim=0)[None, None]
 
@@ -193,7 +193,7 @@ def _share(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _working(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is, with neighbouring features next to each other in memory."""
+    """In fp32, or fp64 where it is that already, with the features contiguous in memory."""
     x = x if x.dtype == torch.float64 else x.float()
     return x if x.dim() < 4 or x.stride(-1) == 1 else x.contiguous()
 

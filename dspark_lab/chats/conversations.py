@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import checked, require_int
 from dspark_lab.files import DATA
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Batch:
     chat_index: Int[Tensor, "batch doc"]
 
     @classmethod
+    @checked
     def of_tokens(
         cls,
         input_ids: Int[Tensor, "batch seq"],
@@ -145,21 +146,21 @@ class Batch:
         position_ids: Int[Tensor, "batch seq"] | None = None,
         seq_lens: Int[Tensor, "batch doc"] | None = None,
     ) -> "Batch":
-        """Rows of tokens without padding, each one document where the last three are None.
+        """Rows of tokens without padding, each one document or as the last three arguments say.
 
-        Raises:
-            ValueError: some of the last three alone.
+        ``loss_mask`` may have any dtype, see
+        :func:`dspark_lab.common.build_anchor_candidate_mask`.
         """
-        documents = {
+        packing = {
             "doc_remaining": doc_remaining,
             "position_ids": position_ids,
             "seq_lens": seq_lens,
         }
-        absent = [name for name, value in documents.items() if value is None]
-        if absent and len(absent) < len(documents):
-            raise ValueError(f"{', '.join(documents)} go together, got no {', '.join(absent)}")
-        rows, seq_len = input_ids.shape
+        missing = [name for name, value in packing.items() if value is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"{', '.join(packing)} go together, got no {', '.join(missing)}")
         if doc_remaining is None or position_ids is None or seq_lens is None:
+            rows, seq_len = input_ids.shape
             position_ids = torch.arange(seq_len, device=input_ids.device).expand(rows, -1)
             doc_remaining = seq_len - 1 - position_ids
             seq_lens = position_ids.new_full((rows, 1), seq_len)
@@ -170,7 +171,7 @@ class Batch:
             position_ids=position_ids,
             doc_remaining=doc_remaining,
             seq_lens=seq_lens,
-            chat_index=torch.zeros_like(seq_lens),
+            chat_index=torch.full_like(seq_lens, -1),
         )
 
     def to(self, device: str | torch.device) -> "Batch":

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from dspark_lab.attention import context_range
+from dspark_lab.attention import ContextRanges
 from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
 from dspark_lab.common import build_anchor_candidate_mask, context_doc_ids
@@ -100,12 +100,7 @@ def block_table(
     one = batch.row(row)
     seq_len = one.input_ids.shape[1]
     num_anchors, block_size = blocks.eval_mask.shape[1:]
-    start, end = context_range(
-        blocks.anchor_positions[row : row + 1],
-        blocks.block_keep_mask[row : row + 1],
-        seq_len=seq_len,
-        doc_ids=context_doc_ids(one.seq_lens, seq_len, one.seq_lens.device),
-    )
+    ranges = ContextRanges.of(blocks.row(row))
     kept = blocks.block_keep_mask[row].repeat_interleave(block_size).tolist()
     labels = blocks.label_indices[row].flatten().tolist()
     targets = blocks.target_ids[row].flatten().tolist()
@@ -116,7 +111,7 @@ def block_table(
             "slot": np.tile(np.arange(block_size), num_anchors),
             "position_id": blocks.position_ids[row].flatten().tolist(),
             "input": slot_inputs(blocks, to_text, row=row),
-            "context": (end - start)[0].repeat_interleave(block_size).tolist(),
+            "context": (ranges.end - ranges.start)[0].repeat_interleave(block_size).tolist(),
             "label_position": labels,
             "label": [
                 to_text(token_id) if keep and label < seq_len else ""

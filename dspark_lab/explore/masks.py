@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dspark_lab.attention import context_range, training_block_mask, training_dense_mask
+from dspark_lab.attention import context_ranges, training_block_mask, training_dense_mask
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat
 from dspark_lab.common import context_doc_ids
@@ -111,8 +111,8 @@ def sorting_table(
     anchors, keep = blocks.anchor_positions, blocks.block_keep_mask
     order = torch.randperm(anchors.shape[1], generator=torch.Generator().manual_seed(seed))
     sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "doc_ids": doc_ids}
-    start, end = context_range(anchors, keep, seq_len=seq_len, doc_ids=doc_ids)
-    visible = int((end - start).sum() * block_size + keep.numel() * block_size**2)
+    ranges = context_ranges(anchors, keep, **sizes)
+    visible = int((ranges.end - ranges.start).sum() * block_size + keep.numel() * block_size**2)
     rows = []
     for tile_size in tile_sizes:
         for name, index in (("as drawn", slice(None)), ("shuffled", order)):

@@ -149,7 +149,7 @@ class Drafter(nn.Module):
             target_hidden_states: context features of every token, of ``config.context_size``.
             target_last_hidden_states: the target's final hidden states, after its last norm;
                 without them the slots have no teacher.
-            backend: see :func:`dspark_lab.attention.mask.block_attention`.
+            backend: see :func:`dspark_lab.attention.block_attention`.
         """
         last = target_last_hidden_states
         self._check_fit(blocks, target_hidden_states, last)
@@ -202,7 +202,7 @@ class Drafter(nn.Module):
             anchor_positions, block_keep_mask: the blocks, both or none; ``config.num_anchors`` are
                 drawn where None.
             generator: for the draw, see :func:`dspark_lab.common.sample_anchor_positions`.
-            backend: see :func:`dspark_lab.attention.mask.block_attention`.
+            backend: see :func:`dspark_lab.attention.block_attention`.
         """
         c = self.config
         if input_ids.numel() == 0:

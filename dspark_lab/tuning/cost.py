@@ -136,7 +136,7 @@ def anchored_work(
     Args:
         anchor_positions: in any order.
         block_keep_mask: False for dummy blocks, which see themselves; all True where None.
-        seq_len, block_size: as in :func:`dspark_lab.attention.mask.training_block_mask`.
+        seq_len, block_size: as in :func:`dspark_lab.attention.training_block_mask`.
         doc_starts: where each anchor's document begins; 0 where None.
 
     Raises:

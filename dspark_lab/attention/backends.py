@@ -20,9 +20,9 @@ Backend = Literal["auto", "dense", "flex", "blockwise"]
 
 @checked
 def block_attention(
-    q: Float[Tensor, "batch heads anchor*slot head_dim"],
-    k: Float[Tensor, "batch kv_heads seq+anchor*slot head_dim"],
-    v: Float[Tensor, "batch kv_heads seq+anchor*slot head_dim"],
+    q: Float[Tensor, "batch heads query head_dim"],
+    k: Float[Tensor, "batch kv_heads key head_dim"],
+    v: Float[Tensor, "batch kv_heads key head_dim"],
     anchor_positions: Int[Tensor, "batch anchor"],
     block_keep_mask: Bool[Tensor, "batch anchor"],
     *,
@@ -32,7 +32,7 @@ def block_attention(
     scale: Finite | None = None,
     backend: Backend = "auto",
     block_mask: BlockMask | None = None,
-) -> Float[Tensor, "batch heads anchor*slot head_dim"]:
+) -> Float[Tensor, "batch heads query head_dim"]:
     """Attention of every slot to what the training mask lets it see.
 
     Three back ends give the same result and the same gradients, up to rounding:
@@ -68,6 +68,12 @@ def block_attention(
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
+    for name, tensor, wanted in (("q", q, ranges.queries), ("k", k, ranges.keys)):
+        if tensor.shape[2] != wanted:
+            raise ValueError(
+                f"{name} must have {wanted} positions at block_size {block_size}, "
+                f"got shape {tuple(tensor.shape)}"
+            )
     return attend(q, k, v, ranges, scale=scale, backend=backend, tiles=block_mask)
 
 
