@@ -61,6 +61,27 @@ def changed_result(change: Callable[..., Any]) -> Callable[[Function], Function]
     return wrong
 
 
+def target_keeps_all(commit: Function) -> Function:
+    """In a round, the target's cache keeps every token that was read."""
+
+    def wrong(self: Any, counts: Any, kept: Any = None) -> None:
+        if kept is not None:
+            new = self.states.get_seq_length() - self.rows.width
+            counts = [new if count else 0 for count in counts]
+        commit(self, counts, kept)
+
+    return wrong
+
+
+def drafter_reads_the_token_before(read: Function) -> Function:
+    """In a round, the drafter's context is that of the token before."""
+
+    def wrong(self: Any, context: Any, cache: Any, counts: Any) -> None:
+        read(self, context.roll(1, 1) if any(cache.rows.lengths) else context, cache, counts)
+
+    return wrong
+
+
 FAULTS: dict[str, Fault] = {
     "dummy anchors are kept": Fault(
         "dspark_lab.common:sample_anchor_positions",
@@ -101,6 +122,37 @@ FAULTS: dict[str, Fault] = {
         "dspark_lab.model.heads:RnnHead.step",
         lambda right: lambda head, state, embedding, hidden: right(head, None, embedding, hidden),
         TRAIN,
+    ),
+    "the acceptance ratio is inverted": Fault(
+        "dspark_lab.decoding.verification:acceptance",
+        lambda right: lambda target_prob, draft_prob: right(draft_prob, target_prob),
+        DECODE,
+    ),
+    "a rejected token is drawn from p": Fault(
+        "dspark_lab.decoding.verification:next_distribution",
+        lambda right: lambda p, q, accepted, lengths: right(p, 0 * q, accepted, lengths),
+        DECODE,
+    ),
+    "the bonus token is drawn one slot early": Fault(
+        "dspark_lab.decoding.verification:next_distribution",
+        lambda right: lambda p, *rest: right(p[:, [0, *range(p.shape[1] - 1)]], *rest),
+        DECODE,
+    ),
+    "the target keeps what was rejected": Fault(
+        "dspark_lab.model.target:TargetCache.commit", target_keeps_all, DECODE
+    ),
+    "the drafter's context is that of the token before": Fault(
+        "dspark_lab.model.drafter:Drafter.read", drafter_reads_the_token_before, DECODE
+    ),
+    "the threshold reads the confidence behind the token": Fault(
+        "dspark_lab.decoding.settings:confident_prefix",
+        lambda right: lambda confidence, threshold: right(confidence.roll(-1, 1), threshold),
+        DECODE,
+    ),
+    "a slot behind a rejected one is reached": Fault(
+        "dspark_lab.decoding.trace:reached_slots",
+        lambda right: lambda verified, accepted: right(verified, accepted | True),
+        RATES,
     ),
 }
 

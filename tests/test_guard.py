@@ -112,45 +112,6 @@ TEXT_FAULTS = {
     "training starts without a warm-up": TextFault(
         "training/loop.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
     ),
-    "the acceptance ratio is inverted": TextFault(
-        "decoding/loop.py",
-        "(target_prob / draft_prob[:, :most])",
-        "(draft_prob[:, :most] / target_prob)",
-        DECODE,
-    ),
-    "a rejected token is drawn from p": TextFault(
-        "decoding/loop.py", "residual(p[row, accepted], refused)", "p[row, accepted]", DECODE
-    ),
-    "the bonus token is drawn one slot early": TextFault(
-        "decoding/loop.py",
-        "residual(p[row, accepted], refused)",
-        "residual(p[row, (accepted - 1).clamp(min=0)], refused)",
-        DECODE,
-    ),
-    "the target keeps what was rejected": TextFault(
-        "decoding/loop.py",
-        "self._cache.commit(counts, kept)",
-        "self._cache.commit([context.shape[1]] * len(counts), kept)",
-        DECODE,
-    ),
-    "the drafter's context is that of the token before": TextFault(
-        "decoding/loop.py",
-        "counts = [count + 1 for count in accepted]",
-        "counts = [count + 1 for count in accepted]; context = context.roll(1, dims=1)",
-        DECODE,
-    ),
-    "the threshold reads the confidence behind the token": TextFault(
-        "decoding/loop.py",
-        "sure = (draft.confidence >= self.threshold)",
-        "sure = (draft.confidence.roll(-1, dims=1) >= self.threshold)",
-        DECODE,
-    ),
-    "a slot behind a rejected one is reached": TextFault(
-        "decoding/trace.py",
-        "return self.verified & _after(self.accepted)",
-        "return self.verified",
-        RATES,
-    ),
     "a calibration error lets gaps cancel out": TextFault(
         "rates/scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES
     ),
