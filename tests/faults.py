@@ -154,6 +154,60 @@ FAULTS: dict[str, Fault] = {
         lambda right: lambda verified, accepted: right(verified, accepted | True),
         RATES,
     ),
+    "a rejection costs nothing": Fault(
+        "dspark_lab.serving.costs:expected_replay_seconds",
+        changed_result(lambda seconds: 0 * seconds),
+        SERVE,
+    ),
+    "a profile is of the highest temperature": Fault(
+        "dspark_lab.serving.profile:rows_of",
+        lambda right: (
+            lambda trace, drafter, temperature: (
+                right(trace, drafter, trace["temperature"].max())[0],
+                drafter,
+                temperature,
+            )
+        ),
+        SERVE,
+    ),
+    "verifying costs as much as plain decoding": Fault(
+        "dspark_lab.serving.costs:expected_verify_seconds",
+        lambda right: lambda verify, verified: right(verify, 0 * verified),
+        SERVE,
+    ),
+    "a threshold lets its own slot through": Fault(
+        "dspark_lab.serving.thresholds:thresholds_at",
+        changed_result(lambda own_and_before: (own_and_before[1], own_and_before[1])),
+        SERVE,
+    ),
+    "drafting is as quick for many as for one": Fault(
+        "dspark_lab.serving.engine:Engine.draft_seconds",
+        lambda right: lambda engine, requests, length: right(engine, 0 * requests + 1, length),
+        SERVE,
+    ),
+    "the scheduler looks back": Fault(
+        "dspark_lab.serving.schedule:prefix_schedule",
+        lambda right: (
+            lambda *args: importlib.import_module(
+                "dspark_lab.serving.schedule"
+            ).retrospective_schedule(*args)
+        ),
+        SERVE,
+    ),
+    "a round has no token of the target's own": Fault(
+        "dspark_lab.serving.load:answer_growth",
+        lambda right: lambda accepted, left: right(max(accepted - 1, 0), left),
+        SERVE,
+    ),
+    "acceptance does not depend on the block": Fault(
+        "dspark_lab.serving.requests:accepted_slots",
+        lambda right: (
+            lambda survival, block, uniform: right(
+                0 * survival + survival.mean(axis=0), block, uniform
+            )
+        ),
+        SERVE,
+    ),
 }
 
 

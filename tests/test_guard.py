@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import nbformat
 import pytest
-from faults import FAULTS, RATES, SERVE, TRAIN, TUNE, environment_with
+from faults import FAULTS, RATES, TRAIN, TUNE, environment_with
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("dspark_lab", "notebooks", "data", "pyproject.toml")
@@ -171,48 +171,6 @@ TEXT_FAULTS = {
     ),
     "all trainers count a block alike": TextFault(
         "tuning/settings.py", "block_size=s.block_size + 1", "block_size=s.block_size", TUNE
-    ),
-    "a rejection costs nothing": TextFault(
-        "serving/speedup.py",
-        "outcomes.rejected @ replay",
-        "0 * (outcomes.rejected @ replay)",
-        SERVE,
-    ),
-    "a profile is of the highest temperature": TextFault(
-        "serving/speedup.py",
-        "trace[trace[name] == wanted]",
-        "trace[trace[name] == max(held)]",
-        SERVE,
-    ),
-    "verifying costs as much as plain decoding": TextFault(
-        "serving/speedup.py",
-        "verify[0] + outcomes.verified @ np.diff(verify)",
-        "verify[0] + 0 * tau",
-        SERVE,
-    ),
-    "a threshold lets its own slot through": TextFault(
-        "serving/speedup.py", "passed=count(level, exists)", "passed=count(before, exists)", SERVE
-    ),
-    "drafting is as quick for many as for one": TextFault(
-        "serving/engine.py",
-        "seconds_at(requests, self.requests, seconds)",
-        "seconds_at(1, self.requests, seconds)",
-        SERVE,
-    ),
-    "the scheduler looks back": TextFault(
-        "serving/schedule.py",
-        "return len(rises) if rises.all() else int(rises.argmin())",
-        "return int(self.theta.argmax())",
-        SERVE,
-    ),
-    "a round has no token of the target's own": TextFault(
-        "serving/load.py",
-        "min(accepted + 1, request.left)",
-        "min(max(accepted, 1), request.left)",
-        SERVE,
-    ),
-    "luck does not depend on the block": TextFault(
-        "serving/load.py", "luck < survival[block]", "luck < survival.mean()", SERVE
     ),
 }
 
