@@ -266,7 +266,7 @@ def _check_call(
 @functools.cache
 def _read_signature(function: Callable[..., Any]) -> list[tuple[int, str, Check]]:
     """Position, name and check of each parameter whose annotation says something."""
-    names, checks = _Names(function), []
+    names, checks = _Names(inspect.unwrap(function)), []
     for position, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue

@@ -608,7 +608,7 @@ def test_an_index_without_a_map_is_refused(sharded):
     path.write_text("{}")
     refused(sharded, match="index.json must hold a weight_map")
     path.write_text("{")
-    refused(sharded, match="index.json must be JSON")
+    refused(sharded, match="index.json must be a JSON file")
 
 
 def test_a_damaged_shard_is_named(sharded):
@@ -765,10 +765,10 @@ def test_a_path_that_is_no_folder_is_refused(whole, tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("{", "must be JSON"),
-        ("", "must be JSON"),
+        ("{", "must be a JSON file"),
+        ("", "must be a JSON file"),
         ("[]", "must hold a JSON object, got list"),
-        (b"\xff\xfe", "must be JSON"),
+        (b"\xff\xfe", "must be a JSON file"),
     ],
 )
 def test_a_config_that_is_no_json_object_is_refused(whole, text, match):
@@ -840,22 +840,46 @@ def test_a_config_that_this_drafter_does_not_follow_is_refused(whole, changes, k
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind"), [(torch.int8, ValueError), ("float32", TypeError), (16, TypeError)]
+    ("call", "change", "kind", "match"),
+    [
+        (
+            load_drafter,
+            {"dtype": torch.int8},
+            ValueError,
+            "dtype must be one of .*, got torch.int8",
+        ),
+        (load_drafter, {"dtype": "float32"}, TypeError, "dtype must be a dtype .*, got 'float32'"),
+        (load_drafter, {"device": "nonsense"}, ValueError, "device must be .*, got 'nonsense'"),
+        (load_drafter, {"folder": None}, TypeError, "folder must be .*, got None"),
+        (
+            save_drafter,
+            {"dtype": torch.int8},
+            ValueError,
+            "dtype must be one of .*, got torch.int8",
+        ),
+        (save_drafter, {"drafter": None}, TypeError, "drafter must be a Drafter, got None"),
+        (save_drafter, {"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be >= 1, got 0"),
+        (save_drafter, {"max_shard_bytes": True}, TypeError, "max_shard_bytes .*, got True"),
+    ],
+    ids=str,
 )
-def test_a_dtype_that_is_none_is_refused(whole, dtype, kind):
-    with pytest.raises(kind, match=r"dtype must be one of torch.bfloat16, .*, got "):
-        load_drafter(whole, dtype=dtype)
-    with pytest.raises(kind, match=r"dtype must be one of torch.bfloat16, .*, got "):
-        save_drafter(make_drafter(), whole, dtype=dtype)
+def test_bad_arguments_are_refused(tmp_path, call, change, kind, match):
+    good = {"folder": tmp_path / "new"}
+    if call is save_drafter:
+        good["drafter"] = make_drafter()
+    with pytest.raises(kind, match=match):
+        call(**good | change)
+    assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_drafter_is_not_saved(folder):
-    with pytest.raises(TypeError, match="drafter must be a Drafter, got Linear"):
-        save_drafter(torch.nn.Linear(1, 1), folder)
-    for limit, kind in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
-        with pytest.raises(kind, match="max_shard_bytes"):
-            save_drafter(make_drafter(), folder, max_shard_bytes=limit)
-    assert not folder.exists()
+def test_a_folder_that_holds_checkpoints_names_them(tmp_path):
+    for name in ("run/checkpoint-000030", "run/checkpoint-000060", "epoch/model/consolidated"):
+        save_drafter(make_drafter(), tmp_path / name)
+    for folder, named in (
+        ("run", "checkpoint-000030, checkpoint-000060$"),
+        ("epoch", "model/cons"),
+    ):
+        refused(tmp_path / folder, FileNotFoundError, f"checkpoints, load one of them: {named}")
 
 
 # Replacing what is there.
@@ -980,7 +1004,7 @@ def test_a_replacement_that_fails_halfway_puts_the_old_one_back(whole, monkeypat
     rename = Path.rename
 
     def fail_for_the_new_one(self, other):
-        if self.name.endswith(".partial"):
+        if ".partial" in self.name:
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, other)
 
@@ -992,7 +1016,7 @@ def test_a_replacement_that_fails_halfway_puts_the_old_one_back(whole, monkeypat
 
 
 def test_what_a_killed_save_left_unfinished_is_cleared_by_the_next(whole):
-    partial = whole.parent / ".drafter.partial"
+    partial = whole.parent / ".drafter.partial-1"
     shutil.copytree(whole, partial)
     (partial / "half").write_text("half")
     assert_same(load_drafter(whole), make_drafter())

@@ -247,6 +247,39 @@ def test_only_rows_of_several_documents_need_a_mask():
     assert [mask is None for mask in masks] == [True, False, True, False]
 
 
+class Streams(torch.nn.Module):
+    """A layer with hyper-connections: on three streams, of which the last layer makes one again."""
+
+    def __init__(self, layer, last):
+        super().__init__()
+        self.layer, self.last = layer, last
+
+    def forward(self, hidden_states, **inputs):
+        if hidden_states.dim() == 3:
+            hidden_states = torch.stack([hidden_states * (1 + i) for i in range(3)], dim=2)
+        streams = [self.layer(stream, **inputs) for stream in hidden_states.unbind(2)]
+        hidden_states = torch.stack(streams, dim=2)
+        return hidden_states.mean(dim=2) if self.last else hidden_states
+
+
+def test_of_parallel_streams_the_mean_is_the_feature():
+    """DeepSeek V4's layers pass on states [batch, seq, streams, hidden]."""
+    model, ids = random_model("llama"), random_ids()
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = Streams(layer, last=index == 2)
+    seen = []
+    hooks = [layer.register_forward_hook(lambda _m, _a, out: seen.append(out)) for layer in layers]
+    lab = Target(model)
+    seen.clear()
+    found = lab.features(ids, EVERY_ID)
+    for hook in hooks:
+        hook.remove()
+    assert seen[0].shape == seen[1].shape == (3, ROW, 3, 32)
+    expected = [lab.embed_weight[ids], seen[0].mean(2), seen[1].mean(2), found.last]
+    assert torch.equal(found.context, torch.cat(expected, dim=-1))
+
+
 def test_features_can_be_learned_from():
     lab = random_target("llama")
     with torch.enable_grad():
@@ -353,10 +386,12 @@ IDS = random_ids()
         ({"layer_ids": [3]}, ValueError, r"must lie in \[-1, 2\]"),
         ({"layer_ids": [1, 0]}, ValueError, "strictly increasing"),
         ({"layer_ids": [0.5]}, TypeError, "must be an int"),
-        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor, got list"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor, got .*list"),
         ({"input_ids": IDS[0]}, ValueError, r"input_ids must be \[batch, seq\]"),
         ({"input_ids": IDS.float()}, TypeError, "input_ids must hold integers"),
         ({"input_ids": IDS[:, :0]}, ValueError, "input_ids must hold tokens"),
+        ({"input_ids": IDS + 1}, ValueError, r"the vocabulary, \[0, 63\], got ids from . to 64"),
+        ({"input_ids": IDS - 1}, ValueError, r"the vocabulary, \[0, 63\], got ids from -1 to"),
         ({"input_ids": random_ids(1, 65)}, ValueError, "at most 64 tokens .* got 65"),
         ({"attention_mask": torch.ones(3, ROW)}, TypeError, "attention_mask must be bool"),
         ({"attention_mask": torch.ones(3, 9, dtype=torch.bool)}, ValueError, "attention_mask must"),
@@ -365,7 +400,7 @@ IDS = random_ids()
         ({"seq_lens": LENGTHS, "position_ids": IDS[:, 1:]}, ValueError, "position_ids must be"),
         ({"seq_lens": LENGTHS[0]}, ValueError, r"seq_lens must be \[batch, docs\]"),
         ({"seq_lens": LENGTHS.float()}, TypeError, "seq_lens must hold integers"),
-        ({"seq_lens": LENGTHS[:2]}, ValueError, "the batch of input_ids, 3, got 2"),
+        ({"seq_lens": LENGTHS[:2]}, ValueError, "seq_lens must be"),
         ({"seq_lens": LENGTHS + 1}, ValueError, "lengths of documents in rows of 14 tokens, got"),
         ({"seq_lens": LENGTHS * 0}, ValueError, "lengths of documents in rows of 14 tokens, got"),
         ({"seq_lens": LENGTHS[:, :0]}, ValueError, "lengths of documents in rows of 14 tokens"),
@@ -436,7 +471,7 @@ def test_model_without_a_head_or_without_a_list_of_layers_is_refused():
     )
     with pytest.raises(ValueError, match="a decoder alone, got T5ForConditionalGeneration"):
         Target(transformers.T5ForConditionalGeneration(encoder_decoder))
-    with pytest.raises(TypeError, match="PreTrainedModel, got str"):
+    with pytest.raises(TypeError, match="PreTrainedModel, got 'llama'"):
         Target("llama")
 
 
@@ -444,7 +479,7 @@ def test_layer_that_does_not_run_is_noticed():
     lab = random_target("llama")
     layer = lab.model.model.layers[1]
     layer.__class__ = type("Silent", (type(layer),), {"__call__": type(layer).forward})
-    with pytest.raises(RuntimeError, match="must run once, got 1 states"):
+    with pytest.raises(ValueError, match="must run once, got 1 states"):
         lab.features(random_ids(), [0, 1])
 
 
@@ -517,6 +552,28 @@ def test_tokenizer_that_is_there_but_broken_is_an_error(folder):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="model: its tokenizer cannot be read: "):
         load_target(folder)
+
+
+def test_folder_of_checkpoints_names_them_and_a_cut_config_its_file(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoints, load one of them: model$"):
+        load_target(tmp_path)
+    for text in ("", '{"model_type": "lla'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{folder}/config.json must be a JSON file"):
+            load_target(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"name_or_path": None}, TypeError, "name_or_path must be .*, got None"),
+        ({"device": "nonsense"}, ValueError, "device must be a device of this machine"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a dtype, got 'float32'"),
+    ],
+)
+def test_bad_arguments_of_load_target_are_refused(arguments, error, match):
+    with pytest.raises(error, match=match):
+        load_target(**arguments)
 
 
 def test_missing_folder_is_said_to_be_missing(tmp_path, monkeypatch):

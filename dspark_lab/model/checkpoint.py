@@ -6,15 +6,13 @@
                         says what tensor is in what file
 
 Embedding and LM head are the target's own, so a checkpoint may leave them out and take them from
-the target again. A pickle is never opened: it can run any code. This file knows folders, files and
-the names of tensors; it knows nothing about what a drafter computes, nor about the state of a
-training run.
+the target again. A pickle is never opened: it can run any code.
 """
 
-import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,19 +25,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, Device, checked
+from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
 from dspark_lab.model.config import ARCHITECTURE, DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
 
 if TYPE_CHECKING:
     import dspark_lab.model.target
 
-__all__ = ["load_drafter", "save_drafter"]
+__all__ = ["CALIBRATION", "checkpoints_inside", "load_drafter", "save_drafter"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# How a drafter's confidences are scaled (dspark_lab.rates.scaling); of these very weights.
+# How a drafter's confidences are scaled (dspark_lab.rates); of these very weights.
 CALIBRATION = "calibration.json"
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -50,7 +49,9 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_OWN_FILE = re.compile(
+    rf"{CONFIG}|{WEIGHTS}|{INDEX}|{CALIBRATION}|model-\d{{5}}-of-\d{{5}}\.safetensors"
+)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -63,18 +64,18 @@ class _Stored:
     dtype: str
 
 
+@checked
 def save_drafter(
     drafter: Drafter,
     folder: str | os.PathLike[str],
     *,
     include_embeddings: bool = False,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int | None = None,
+    max_shard_bytes: Count | None = None,
 ) -> None:
-    """Writes a drafter as a checkpoint folder, all of it or nothing.
+    """Writes a drafter as a checkpoint folder, whole or not at all.
 
-    The files are written beside ``folder`` and renamed when they are complete. A checkpoint that
-    stands there already is replaced, and left as it is when anything fails.
+    A checkpoint that stands there already is replaced, and left as it is when anything fails.
 
     Args:
         drafter: on any device, in training or not.
@@ -86,42 +87,32 @@ def save_drafter(
             tensor; one file where None.
 
     Raises:
-        TypeError, ValueError: a drafter, dtype or size that is none; or ``folder`` holds anything
-            but a drafter's checkpoint, which would be lost (its calibration goes with it).
+        ValueError: ``folder`` holds anything but a drafter's checkpoint, which would be lost (its
+            calibration goes with it).
         OSError: ``folder`` cannot be written, or the disk is full.
     """
-    if not isinstance(drafter, Drafter):
-        raise TypeError(f"drafter must be a Drafter, got {type(drafter).__name__}")
-    _require_dtype(dtype)
-    if max_shard_bytes is not None:
-        require_int("max_shard_bytes", max_shard_bytes, 1)
+    _check_dtype(dtype)
     folder = Path(folder).expanduser().resolve()
-    partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
-    if previous.is_dir() and not folder.exists():
-        # A save was killed as it replaced the checkpoint.
-        previous.rename(folder)
-    _require_replaceable(folder)
+    _check_replaceable(folder)
+    for unfinished in folder.parent.glob(f".{folder.name}.partial*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     tensors = _tensors_to_save(drafter, include_embeddings, dtype)
     values = drafter.config.to_dict()
     values["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
-        _write_json(partial / CONFIG, values)
-        _write_tensors(partial, tensors, max_shard_bytes)
-        _replace(folder, partial, previous)
+        with replaced_whole(folder) as partial:
+            write_json(partial / CONFIG, values)
+            _write_tensors(partial, tensors, max_shard_bytes or sys.maxsize)
     except SafetensorError as error:
         raise OSError(f"could not write a drafter to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
+@checked
 def load_drafter(
     folder: str | os.PathLike[str],
     *,
     target: "dspark_lab.model.target.Target | None" = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Drafter:
     """Reads a drafter from a checkpoint folder, in eval mode, embedding and LM head frozen.
@@ -143,20 +134,20 @@ def load_drafter(
             fit; named with the file.
         OSError: the folder or a file of it is missing (FileNotFoundError) or cannot be read.
     """
-    _require_dtype(dtype)
+    _check_dtype(dtype)
     path = _find_folder(folder)
-    values = _read_json(path / CONFIG)
+    values = _read_config(path)
     try:
         config = DrafterConfig.from_dict(values)
-        drafter = meta_drafter(config)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path / CONFIG}: {error}") from None
+    drafter = meta_drafter(config)
     stored = _read_headers(path)
+    _check_tensors(path, stored, drafter)
     tied = bool(values.get("tie_word_embeddings"))
     absent = [name for name in (_EMBEDDING, _HEAD) if name not in stored]
-    _require_tensors(path, stored, drafter)
     if target is not None:
-        _require_fitting_target(path, config, target)
+        _check_target(path, config, target)
     elif absent and not (tied and len(absent) == 1):
         raise ValueError(
             f"{path}: the checkpoint leaves out {' and '.join(absent)}; pass target= to take them "
@@ -178,46 +169,39 @@ def load_drafter(
     return drafter.eval()
 
 
-def _require_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is None or dtype in _DTYPES.values():
-        return
-    allowed = ", ".join(map(str, _DTYPES.values()))
-    kind = ValueError if isinstance(dtype, torch.dtype) else TypeError
-    raise kind(f"dtype must be one of {allowed}, got {dtype!r}")
+def checkpoints_inside(folder: Path) -> str:
+    """A sentence that names the checkpoints in the folders of ``folder``; empty without any."""
+    found = sorted(
+        path.parent.relative_to(folder).as_posix()
+        for pattern in (f"*/{CONFIG}", f"*/*/{CONFIG}")
+        for path in folder.glob(pattern)
+    )
+    return f"; it holds checkpoints, load one of them: {_listed(found)}" if found else ""
 
 
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in _DTYPES.values():
+        allowed = ", ".join(map(str, _DTYPES.values()))
+        raise ValueError(f"dtype must be one of {allowed}, got {dtype}")
 
 
-def _require_replaceable(folder: Path) -> None:
+def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} must be a folder to save a drafter in, got a file")
     names = sorted(entry.name for entry in folder.iterdir())
-    foreign = [
-        name
-        for name in names
-        if name not in (CONFIG, WEIGHTS, INDEX, CALIBRATION) and not _SHARD.fullmatch(name)
-    ]
-    if foreign:
+    foreign = [name for name in names if not _OWN_FILE.fullmatch(name)]
+    try:
+        is_drafter = ARCHITECTURE in (read_json(folder / CONFIG).get("architectures") or ())
+    except (OSError, TypeError, ValueError):
+        is_drafter = False
+    if foreign or (names and not is_drafter):
         raise ValueError(
             f"{folder} must be empty or hold a drafter's checkpoint alone, which is replaced as a "
-            f"whole, got {_listed(foreign)}"
+            f"whole, got {_listed(foreign or names)}"
+            + ("" if is_drafter else f" without a {CONFIG} of architecture {ARCHITECTURE}")
         )
-    if names and not _holds_drafter(folder):
-        raise ValueError(
-            f"{folder} must be empty or hold a drafter's checkpoint to replace, got the files "
-            f"{_listed(names)} without a {CONFIG} of architecture {ARCHITECTURE}"
-        )
-
-
-def _holds_drafter(folder: Path) -> bool:
-    try:
-        return ARCHITECTURE in (_read_json(folder / CONFIG).get("architectures") or ())
-    except (OSError, TypeError, ValueError):
-        return False
 
 
 def _tensors_to_save(
@@ -237,53 +221,18 @@ def _tensors_to_save(
     return tensors
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor], max_bytes: int | None) -> None:
-    shards = _split(tensors, max_bytes)
-    names = [WEIGHTS]
-    if len(shards) > 1:
-        names = [
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
-        file_of = {
-            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
-        _write_json(folder / INDEX, index)
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_bytes)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read, whatever the umask.
-        shutil.copymode(folder / CONFIG, folder / name)
-
-
-def _split(tensors: dict[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
-    if max_bytes is None:
-        return [tensors]
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _replace(folder: Path, partial: Path, previous: Path) -> None:
-    """Puts ``partial`` in the place of ``folder``; a kill leaves the old one, perhaps moved."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    shutil.rmtree(previous, ignore_errors=True)
-    folder.rename(previous)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        previous.rename(folder)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
+        shutil.copymode(folder / CONFIG, folder / file)
 
 
 def _find_folder(folder: str | os.PathLike[str]) -> Path:
@@ -293,11 +242,11 @@ def _find_folder(folder: str | os.PathLike[str]) -> Path:
     if path.exists():
         what = "a pickle, which is never loaded" if path.suffix in _PICKLES else "a file"
         raise ValueError(f"{path} must be a folder with {CONFIG} and {WEIGHTS}, got {what}")
-    previous = _beside(path.resolve(), "previous")
+    previous = previous_version(path.resolve())
     if previous.is_dir():
         warnings.warn(
             f"a save to {path} was interrupted; loading the checkpoint before it, from {previous}",
-            stacklevel=3,
+            stacklevel=4,
         )
         return previous
     if isinstance(folder, str) and _HUB_ID.fullmatch(folder):
@@ -317,23 +266,15 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"the folder {path.parent} must hold {path.name}, got none")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        inside = checkpoints_inside(folder)
+        raise FileNotFoundError(f"the folder {folder} must hold {CONFIG}, got none{inside}")
+    return read_json(folder / CONFIG)
 
 
 def _read_headers(folder: Path) -> dict[str, _Stored]:
+    """What the files of weights say that they hold."""
     if (folder / WEIGHTS).is_file():
         return _read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
@@ -356,7 +297,7 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    file_of = _read_json(path).get("weight_map")
+    file_of = read_json(path).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ValueError(f"{path} must hold a weight_map from tensors to files, got {file_of!r}")
     for name, file in file_of.items():
@@ -369,11 +310,11 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     with _opened(path) as file:
-        stored = {}
-        for name in file.keys():
-            tensor = file.get_slice(name)
-            stored[name] = _Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
-        return stored
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {
+            name: _Stored(path, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        }
 
 
 @contextmanager
@@ -396,7 +337,7 @@ def _what_else(path: Path, error: SafetensorError) -> str:
     return f"got one that is truncated or damaged: {error}"
 
 
-def _require_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Drafter) -> None:
+def _check_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Drafter) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
     missing = [name for name in expected if name not in stored and name not in (_EMBEDDING, _HEAD)]
     if missing:
@@ -421,12 +362,12 @@ def _require_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Draft
         )
 
 
-def _require_fitting_target(
+def _check_target(
     folder: Path, config: DrafterConfig, target: "dspark_lab.model.target.Target"
 ) -> None:
     if not hasattr(target, "embed_weight"):
         raise TypeError(
-            f"{folder}: target must be a Target, see dspark_lab.model.target.load_target, got "
+            f"{folder}: target must be a Target, see dspark_lab.load_target, got "
             f"{type(target).__name__}"
         )
     wanted = (config.vocab_size, config.target_hidden_size or config.hidden_size)
@@ -436,8 +377,7 @@ def _require_fitting_target(
             f"{folder}: target must have vocab_size {wanted[0]} and hidden_size {wanted[1]}, as "
             f"the drafter was made for, got {found[0]} and {found[1]}"
         )
-    deepest = config.target_layer_ids[-1]
-    if deepest >= target.num_layers:
+    if config.target_layer_ids[-1] >= target.num_layers:
         raise ValueError(
             f"{folder}: target must have the layers {list(config.target_layer_ids)}, got one of "
             f"{target.num_layers} layers"

@@ -5,8 +5,6 @@ into any batch afterwards. On disk they lie in safetensors files of a few conver
 names are checksums of all that they follow from: the target, the layers, the dtype and the tokens.
 So a file either holds what is asked for or is not found, a run that was killed goes on where it
 stopped, and runs with other settings share a folder without harm.
-
-This file knows batches and features; it knows nothing about anchors or drafters.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dspark_lab.chats import Batch, Encoded, collate
+from dspark_lab.checks import checked
 from dspark_lab.files import written_whole
 from dspark_lab.model.protocol import Features
 from dspark_lab.model.target import Target
@@ -36,8 +35,9 @@ FeatureSource = Callable[[Batch], Features]
 _PER_FILE = 32
 
 
+@checked
 def live_features(target: Target, layer_ids: Sequence[int]) -> FeatureSource:
-    """Asks the target for every batch."""
+    """The target is asked for every batch."""
 
     def source(batch: Batch) -> Features:
         return target.batch_features(batch, layer_ids)
@@ -45,6 +45,7 @@ def live_features(target: Target, layer_ids: Sequence[int]) -> FeatureSource:
     return source
 
 
+@checked
 def cached_features(
     target: Target,
     encoded: Sequence[Encoded],

@@ -4,8 +4,7 @@
     new columns are put behind all the others, at `width` and on;
     `commit` says how many of the new ones each row keeps, and closes the gaps.
 
-So a rejected token is never seen again, whatever the other rows accepted. This file knows columns;
-it knows nothing about tokens or models.
+So a rejected token is never seen again, whatever the other rows accepted.
 """
 
 from __future__ import annotations

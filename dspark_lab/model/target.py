@@ -1,7 +1,4 @@
-"""The target: a frozen Hugging Face model as a source of what a drafter reads.
-
-Any causal language model of transformers will do.
-"""
+"""The target: a frozen causal language model of transformers, and the features a drafter reads."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,17 +23,16 @@ from transformers import (
 )
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import (
-    debug_range,
-    require_bool,
-    require_integers,
-    require_shape,
-    require_tensor,
-)
+from dspark_lab.checks import Device, checked
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
+from dspark_lab.files import read_json
+from dspark_lab.model.checkpoint import checkpoints_inside
 from dspark_lab.model.protocol import Features
 from dspark_lab.model.rows import Rows, take
+from dspark_lab.model.slotwise import check_token_ids
 from dspark_lab.model.smollm2 import load_smollm2
+
+__all__ = ["Target", "TargetCache", "load_target"]
 
 # What models call a factor on their logits or a soft cap, in their config.
 _LOGIT_CHANGES = (
@@ -66,6 +62,7 @@ class TargetCache:
             layer.keys, layer.values = take(layer.keys, cut), take(layer.values, cut)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Target:
     """A frozen causal language model of transformers, and its tokenizer where it has one.
@@ -73,57 +70,47 @@ class Target:
     The model is put into eval mode and its parameters stop asking for gradients.
 
     Raises:
-        TypeError: something that is no model of transformers.
         ValueError: a model whose logits are not ``head_weight`` times its final hidden state (a
             bias, a scale, a soft cap on top), whose embedding is not as wide as its layers, or
             whose layers cannot be found.
     """
 
-    model: Any
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None = None
     name: str = "in memory"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, PreTrainedModel):
-            raise TypeError(
-                f"model must be a transformers PreTrainedModel, got {type(self.model).__name__}"
-            )
         self.model.eval().requires_grad_(False)
         config = self.model.config.get_text_config()
+        kind, head = type(self.model).__name__, self.model.get_output_embeddings()
         for field in _LOGIT_CHANGES:
             value = getattr(config, field, None)
             if value not in (None, 1):
-                raise ValueError(
-                    f"{self.name}: a target's logits must be its LM head's alone, "
-                    f"got a model with {field}={value}"
-                )
+                self._refuse("a target's logits must be its LM head's alone", f"{field}={value}")
         if config.is_encoder_decoder:
-            raise ValueError(
-                f"{self.name}: a target must be a decoder alone, got {type(self.model).__name__}"
-            )
-        head = self.model.get_output_embeddings()
+            self._refuse("a target must be a decoder alone", kind)
         if head is None or self.model.base_model is self.model:
-            raise ValueError(
-                f"{self.name}: a target must be a base model under an LM head, "
-                f"got {type(self.model).__name__}"
-            )
+            self._refuse("a target must be a base model under an LM head", kind)
         if getattr(head, "bias", None) is not None:
-            raise ValueError(f"{self.name}: a target's LM head must have no bias, got one")
+            self._refuse("a target's LM head must have no bias", "one")
         wanted = (self.vocab_size, config.hidden_size)
         for what, weight in (("embedding", self.embed_weight), ("LM head", self.head_weight)):
             if weight.shape != wanted:
-                raise ValueError(
-                    f"{self.name}: a target's {what} must be [vocab, hidden] = {wanted}, "
-                    f"got shape {tuple(weight.shape)}"
+                self._refuse(
+                    f"a target's {what} must be [vocab, hidden] = {wanted}",
+                    f"shape {tuple(weight.shape)}",
                 )
         _ = self._layers  # refuses a model that has none
         if not self.embed_weight.is_meta:
             self._check_logits()
 
+    def _refuse(self, wanted: str, given: Any) -> NoReturn:
+        raise ValueError(f"{self.name}: {wanted}, got {given}")
+
     @property
     def embed_weight(self) -> Float[Tensor, "vocab hidden"]:
         """Of the token embedding."""
-        return self.model.get_input_embeddings().weight
+        return cast(Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab hidden"]:
@@ -154,6 +141,7 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.embed_weight.dtype
 
+    @checked
     @torch.no_grad()
     def features(
         self,
@@ -179,8 +167,8 @@ class Target:
                 from 0.
 
         Raises:
-            TypeError, ValueError: see :func:`dspark_lab.common.validate_target_layer_ids`; a wrong
-                kind or shape; padding on the left; ``position_ids`` without ``seq_lens``; a
+            ValueError: ids outside the model's layers; tokens outside the vocabulary (on a GPU in
+                debug mode only); padding on the left; ``position_ids`` without ``seq_lens``; a
                 document longer than the model's ``max_position_embeddings``.
         """
         with warnings.catch_warnings():
@@ -200,12 +188,9 @@ class Target:
         mask = _packed_mask(seq_lens, input_ids.shape[1], self.dtype)
         return self._forward(input_ids, ids, attention_mask=mask, position_ids=position_ids)
 
+    @checked
     def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
-        """The features of a batch, its documents apart where a row holds several.
-
-        Raises:
-            TypeError, ValueError: see :meth:`features`.
-        """
+        """The features of a batch, its documents apart where a row holds several."""
         packed = bool(batch.seq_lens[:, 1:].any())
         return self.features(
             batch.input_ids, layer_ids, seq_lens=batch.seq_lens if packed else None
@@ -226,13 +211,9 @@ class Target:
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not kinds <= {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"{self.name}: decoding needs layers of attention alone, got {sorted(kinds)}"
-            )
+            self._refuse("decoding needs layers of attention alone", sorted(kinds))
         if batch > 1 and not self.decodes_batches:
-            raise ValueError(
-                f"{self.name}: a {type(self.model).__name__} decodes one row at a time, got {batch}"
-            )
+            self._refuse(f"a {type(self.model).__name__} decodes one row at a time", batch)
         return TargetCache(DynamicCache(), Rows([0] * batch, self.device))
 
     @torch.no_grad()
@@ -281,10 +262,7 @@ class Target:
         if layer_ids and layer_ids[-1] == len(layers) - 1:
             _copy(context[:, :, -1], copied, last)
         if len(copied) != len(layer_ids):
-            raise RuntimeError(
-                f"{self.name}: each of the layers {layer_ids} must run once, "
-                f"got {len(copied)} states"
-            )
+            self._refuse(f"each of the layers {layer_ids} must run once", f"{len(copied)} states")
         return Features(context.flatten(2), last)
 
     def _apart(
@@ -319,33 +297,18 @@ class Target:
         position_ids: Tensor | None,
         seq_lens: Tensor | None,
     ) -> None:
-        axes = ("batch", "seq")
-        require_tensor("input_ids", input_ids, axes)
-        require_integers("input_ids", input_ids)
-        debug_range("input_ids", input_ids, 0, self.vocab_size)
-        rows, longest = input_ids.shape
+        longest = input_ids.shape[1]
         if input_ids.numel() == 0:
             raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
-        if attention_mask is not None:
-            require_shape("attention_mask", attention_mask, axes, (rows, longest))
-            require_bool("attention_mask", attention_mask)
-            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
-                raise ValueError(
-                    "attention_mask must be False on the right only (padding), got a row with "
-                    "False before True"
-                )
-        if position_ids is not None:
-            require_shape("position_ids", position_ids, axes, (rows, longest))
-            require_integers("position_ids", position_ids)
-            if seq_lens is None:
-                raise ValueError("position_ids must come with seq_lens, got position_ids alone")
+        check_token_ids("input_ids", input_ids, self.vocab_size)
+        if attention_mask is not None and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+            raise ValueError(
+                "attention_mask must be False on the right only (padding), got a row with False "
+                "before True"
+            )
+        if position_ids is not None and seq_lens is None:
+            raise ValueError("position_ids must come with seq_lens, got position_ids alone")
         if seq_lens is not None:
-            require_tensor("seq_lens", seq_lens, ("batch", "docs"))
-            require_integers("seq_lens", seq_lens)
-            if seq_lens.shape[0] != rows:
-                raise ValueError(
-                    f"seq_lens must have the batch of input_ids, {rows}, got {seq_lens.shape[0]}"
-                )
             lengths = seq_lens.tolist()
             if not any(map(any, lengths)) or any(
                 sum(row) > longest or any(length < 0 for length in row) for row in lengths
@@ -357,9 +320,8 @@ class Target:
             longest = max(map(max, lengths))
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
-            raise ValueError(
-                f"{self.name}: a document must have at most {limit} tokens "
-                f"(max_position_embeddings), got {longest}"
+            self._refuse(
+                f"a document must have at most {limit} tokens (max_position_embeddings)", longest
             )
 
     @torch.no_grad()
@@ -373,16 +335,17 @@ class Target:
         if found.shape != expected.shape or not torch.allclose(
             found, expected, rtol=0, atol=allowed * float(expected.abs().max())
         ):
-            raise ValueError(
-                f"{self.name}: a target's logits must be its LM head times its final hidden state, "
-                f"got a {type(self.model).__name__} whose logits are something else"
+            self._refuse(
+                "a target's logits must be its LM head times its final hidden state",
+                f"a {type(self.model).__name__} whose logits are something else",
             )
 
 
+@checked
 def load_target(
     name_or_path: str | os.PathLike[str] = "smollm2",
     *,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
 ) -> Target:
@@ -434,8 +397,9 @@ def _check_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
             f"{folder} must hold its weights as *.safetensors, got none; pickled weights (*.bin, "
-            "*.pt) can run code when they are read, so they never are"
+            f"*.pt) can run code when they are read, so they never are{checkpoints_inside(folder)}"
         )
+    read_json(folder / "config.json")
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -472,6 +436,9 @@ def _layers(model: Any) -> torch.nn.ModuleList:
 
 
 def _copy(place: Tensor, copied: list[int], state: Tensor) -> None:
+    if state.dim() == 4:
+        # Hyper-connections: [batch, seq, streams, hidden].
+        state = state.mean(dim=2)
     # A copy, because a model may go on to change its states in place.
     place.copy_(state)
     copied.append(1)
