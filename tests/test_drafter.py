@@ -393,13 +393,13 @@ def test_rope_is_computed_in_fp32_at_every_dtype(dtype, first, monkeypatch):
     exact ones further out.
     """
     seen, normed = {}, {}
-    attention = layers.block_attention
+    attention = layers.attend
 
     def watch(q, k, *args, **options):
         seen.update(q=q, k=k)
         return attention(q, k, *args, **options)
 
-    monkeypatch.setattr(layers, "block_attention", watch)
+    monkeypatch.setattr(layers, "attend", watch)
     theta, size = 1e6, 32
     model = drafter(dtype, num_hidden_layers=1, head_dim=size, rope_theta=theta)
     layer = model.layers[0].self_attn

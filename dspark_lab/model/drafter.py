@@ -20,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, training_block_mask
+from dspark_lab.attention import Backend, block_mask, choose_backend, context_ranges
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
@@ -341,19 +341,19 @@ class Drafter(nn.Module):
         context = self.hidden_norm(self.fc(context.to(self.dtype)))
         positions = [blocks.context_position_ids, blocks.position_ids.flatten(1)]
         angles = rope(torch.cat(positions, dim=1), self.config, x.dtype)
-        where: dict[str, Any] = {
-            "anchor_positions": blocks.anchor_positions,
-            "block_keep_mask": blocks.block_keep_mask,
-            "seq_len": blocks.seq_len,
-            "block_size": blocks.block_size,
-            "doc_ids": blocks.doc_ids,
-        }
+        ranges = context_ranges(
+            blocks.anchor_positions,
+            blocks.block_keep_mask,
+            seq_len=blocks.seq_len,
+            block_size=blocks.block_size,
+            doc_ids=blocks.doc_ids,
+        )
+        if backend == "auto":
+            backend = choose_backend(x.device)
         # One mask for all layers.
-        mask = None
-        if backend == "flex" or (backend == "auto" and x.is_cuda):
-            mask = training_block_mask(**where)
+        tiles = block_mask(ranges) if backend == "flex" else None
         for layer in self.layers:
-            x = layer(x, context, angles, backend=backend, block_mask=mask, **where)
+            x = layer(x, context, angles, ranges=ranges, backend=backend, tiles=tiles)
         return self.norm(x).unflatten(1, (-1, blocks.block_size))
 
     def confidence(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dspark_lab.attention import block_attention
+from dspark_lab.attention import attend
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.slotwise import at_least_fp32
 
@@ -42,9 +42,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor], **blocks: Any
+        self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor], **mask: Any
     ) -> Tensor:
-        return self.around(x, partial(self.self_attn, context=context, angles=angles, **blocks))
+        return self.around(x, partial(self.self_attn, context=context, angles=angles, **mask))
 
     def around(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer with this attention in its place."""
@@ -65,13 +65,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor], **blocks: Any
+        self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor], **mask: Any
     ) -> Tensor:
+        """Attention to the context and the own block; ``mask`` is for :func:`attend`."""
         # Under autocast the two come in different dtypes.
         k, v = self.keys_values(torch.cat([context.to(x.dtype), x], dim=1), angles)
         of_slots = (angles[0][:, :, -x.shape[1] :], angles[1][:, :, -x.shape[1] :])
         q = self.queries(x, of_slots)
-        return self.o_proj(block_attention(q, k, v, **blocks).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, **mask).transpose(1, 2).flatten(2))
 
     def cached(
         self,
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """Of one block a row, whose context's keys and values are ``old``."""
+        """The same for one block a row, whose context's keys and values are ``old``."""
         q, own = self.queries(x, angles), self.keys_values(x, angles)
         k, v = (torch.cat(pair, dim=2) for pair in zip(old, own, strict=True))
         seen = F.scaled_dot_product_attention(
