@@ -77,6 +77,9 @@ class Blocks:
 
     def row(self, index: int) -> "Blocks":
         """The blocks of one row of the batch."""
+        rows = len(self.noise_ids)
+        if not 0 <= index < rows:
+            raise ValueError(f"row must lie in [0, {rows - 1}], got {index}")
         return self._each(lambda tensor: tensor[index : index + 1])
 
     def reordered(self, order: Int[Tensor, "anchor"]) -> "Blocks":

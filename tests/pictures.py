@@ -1,38 +1,15 @@
-"""What every picture must be, whatever it shows: looked at in its PNG and its words."""
+"""Reads pictures as they are drawn: pixels, words, lines, bars and bands."""
 
 import io
-import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from typing import Any
 
 import numpy as np
-from matplotlib.colors import to_hex
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from dspark_lab.explore import png
-from dspark_lab.explore.style import INK
-
-
-def gallery(
-    pictures: Mapping[str, Callable[[], Figure]],
-) -> tuple[Callable[[str], Figure], Callable[[str], np.ndarray]]:
-    """Each picture by name, and its pixels; made once, and without a warning."""
-
-    @cache
-    def picture_of(name: str) -> Figure:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return pictures[name]()
-
-    @cache
-    def pixels_of(name: str) -> np.ndarray:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            return pixels(picture_of(name))
-
-    return picture_of, pixels_of
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -42,22 +19,55 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGBA")).astype(int)
 
 
-def has_no_background(pixels: np.ndarray) -> None:
-    """``pixels``: [row, column, red green blue alpha], 0 to 255."""
-    alpha = pixels[..., 3]
-    assert alpha[0, 0] == alpha[-1, -1] == 0
-    assert (alpha == 0).mean() > 0.2
+def points(line: Any) -> list[list[float]]:
+    """The marks of a line, without those that are unknown."""
+    return [pair for pair in line.get_xydata().tolist() if not np.isnan(pair).any()]
 
 
-def vanishes_nowhere(pixels: np.ndarray) -> None:
-    """Neither on a black nor on a white page."""
-    opaque = pixels[pixels[..., 3] > 128]
-    assert opaque[:, :3].max(axis=-1).min() > 80
-    assert opaque[:, :3].min(axis=-1).max() < 160
+def labelled(ax: Axes) -> dict[str, Any]:
+    """The lines of the legend by name."""
+    return {line.get_label(): line for line in ax.lines if line.get_label()[0] != "_"}
 
 
-def has_mid_grey_words(figure: Figure) -> None:
-    """All that are seen; of a figure that was drawn."""
-    words = [text for text in figure.findobj(Text) if text.get_text().strip()]
-    assert len(words) > 5
-    assert {to_hex(text.get_color()) for text in words if text.get_visible()} == {INK}
+def words(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def title(ax: Axes) -> str:
+    return ax.get_title(loc="left")
+
+
+def legend(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def tick_names(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def segments(ax: Axes) -> list[list[list[float]]]:
+    """All that was drawn as lines from somewhere to somewhere."""
+    found = [c.get_segments() for c in ax.collections if hasattr(c, "get_segments")]
+    return [line.tolist() for lines in found for line in lines if len(line)]
+
+
+def bands(ax: Axes) -> list[tuple[float, float]]:
+    """The lowest and the highest place of each shaded band between two lines."""
+    found = [c for c in ax.collections if not hasattr(c, "get_segments")]
+    heights = [c.get_paths()[0].vertices[:, 1] for c in found]
+    return [(float(each.min()), float(each.max())) for each in heights]
+
+
+def shown(figure: Figure) -> list[Text]:
+    """All words that are drawn; ticks beyond an axis's limits have labels, too, but no ink."""
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        texts += [child for child in ax.get_children() if isinstance(child, Text)]
+        texts += [ax.xaxis.label, ax.yaxis.label]
+        texts += [] if legend is None else [*legend.get_texts(), legend.get_title()]
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from dspark_lab.attention import ContextRanges
 from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
-from dspark_lab.common import build_anchor_candidate_mask, context_doc_ids
+from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, slider
 from dspark_lab.explore.style import (
     INK,
@@ -52,18 +52,17 @@ def token_table(
         ``p_covered`` (probability that a draw of as many anchors covers it) and ``state``, one of
         ``TOKEN_STATES``; *never a label* is supervised but first of its run: no anchor reaches it.
     """
-    one = batch.row(row)
-    seq_len = one.input_ids.shape[1]
-    num_anchors, block_size = blocks.eval_mask.shape[1:]
+    one, drawn = batch.row(row), blocks.row(row)
+    seq_len = drawn.seq_len
     candidates = build_anchor_candidate_mask(seq_len, one.loss_mask, one.doc_remaining)[0]
     candidate = torch.nn.functional.pad(candidates, (0, 1))
-    anchors = blocks.anchor_positions[row][blocks.block_keep_mask[row]]
+    anchors = drawn.anchor_positions[drawn.block_keep_mask]
     is_anchor = torch.zeros(seq_len, dtype=torch.bool).index_fill(0, anchors.cpu(), True)
     supervised = one.loss_mask[0].cpu().numpy()
     padding = ~one.attention_mask[0].cpu().numpy()
-    times = times_supervised(blocks)[row].cpu().numpy()
-    p_covered = token_coverage(one, num_anchors, block_size)[0].cpu().numpy()
-    document = context_doc_ids(one.seq_lens, seq_len, one.seq_lens.device)[0].cpu().numpy()
+    times = times_supervised(drawn)[0].cpu().numpy()
+    p_covered = token_coverage(one, drawn.num_anchors, drawn.block_size)[0].cpu().numpy()
+    document = drawn.doc_ids[0].cpu().numpy()
     state = np.select(
         [padding, ~supervised, times > 0, p_covered == 0],
         ["padding", "prompt", "covered", "never a label"],
@@ -86,9 +85,7 @@ def token_table(
     )
 
 
-def block_table(
-    batch: Batch, blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0
-) -> pd.DataFrame:
+def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> pd.DataFrame:
     """What each slot of one row's blocks reads, where it stands, and what it should predict.
 
     Returns:
@@ -97,33 +94,31 @@ def block_table(
         ``label`` (text; empty where the label lies past the row or the block is a dummy) and
         ``supervised``.
     """
-    one = batch.row(row)
-    seq_len = one.input_ids.shape[1]
-    num_anchors, block_size = blocks.eval_mask.shape[1:]
-    ranges = ContextRanges.of(blocks.row(row))
-    kept = blocks.block_keep_mask[row].repeat_interleave(block_size).tolist()
-    labels = blocks.label_indices[row].flatten().tolist()
-    targets = blocks.target_ids[row].flatten().tolist()
+    drawn, block_size = blocks.row(row), blocks.block_size
+    ranges = ContextRanges.of(drawn)
+    kept = drawn.block_keep_mask[0].repeat_interleave(block_size).tolist()
+    labels = drawn.label_indices.flatten().tolist()
+    targets = drawn.target_ids.flatten().tolist()
     return pd.DataFrame(
         {
-            "block": np.repeat(np.arange(num_anchors), block_size),
+            "block": np.repeat(np.arange(drawn.num_anchors), block_size),
             "kept": kept,
-            "slot": np.tile(np.arange(block_size), num_anchors),
-            "position_id": blocks.position_ids[row].flatten().tolist(),
-            "input": slot_inputs(blocks, to_text, row=row),
+            "slot": np.tile(np.arange(block_size), drawn.num_anchors),
+            "position_id": drawn.position_ids.flatten().tolist(),
+            "input": slot_inputs(drawn, to_text),
             "context": (ranges.end - ranges.start)[0].repeat_interleave(block_size).tolist(),
             "label_position": labels,
             "label": [
-                to_text(token_id) if keep and label < seq_len else ""
+                to_text(token_id) if keep and label < drawn.seq_len else ""
                 for token_id, keep, label in zip(targets, kept, labels, strict=True)
             ],
-            "supervised": blocks.eval_mask[row].flatten().tolist(),
+            "supervised": drawn.eval_mask.flatten().tolist(),
         }
     )
 
 
-def slot_inputs(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> list[str]:
-    """What each slot of one row's blocks reads, as text: ``[mask]`` for the mask token.
+def slot_inputs(blocks: Blocks, to_text: Callable[[int], str]) -> list[str]:
+    """The input of each slot of the first row's blocks as text: ``[mask]`` for the mask token.
 
     Slot 0 of a kept block reads a token of the conversation, whatever its id.
     """
@@ -132,7 +127,7 @@ def slot_inputs(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
         if token_id == blocks.mask_token_id and not (keep and slot == 0)
         else to_text(token_id)
         for keep, block in zip(
-            blocks.block_keep_mask[row].tolist(), blocks.noise_ids[row].tolist(), strict=True
+            blocks.block_keep_mask[0].tolist(), blocks.noise_ids[0].tolist(), strict=True
         )
         for slot, token_id in enumerate(block)
     ]
@@ -280,7 +275,7 @@ def explore_anchors(
         blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
         tokens = token_table(batch, blocks, rows.to_text)
         return Frame(
-            {"tokens": tokens, "blocks": block_table(batch, blocks, rows.to_text)},
+            {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)},
             html=token_legend(tokens) + token_text(tokens),
         )
 

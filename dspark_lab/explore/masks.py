@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,10 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dspark_lab.attention import context_ranges, training_block_mask, training_dense_mask
-from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat
-from dspark_lab.common import context_doc_ids
+from dspark_lab.attention import ContextRanges, block_mask, dense_mask
+from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.chats import Chat
 from dspark_lab.explore.anchors import ConversationRows, block_table, draw_controls, slot_inputs
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
 from dspark_lab.explore.style import (
@@ -48,21 +48,21 @@ MOST_ROWS, MOST_COLUMNS = 240, 480
 
 
 def mask_regions(
-    blocks: Blocks, *, seq_len: int, doc_ids: Int[Tensor, "batch seq"] | None = None, row: int = 0
+    blocks: Blocks, *, documents: bool = True, row: int = 0
 ) -> Int[Tensor, "query key"]:
-    """Each pair of one row's attention mask as an index into ``REGIONS``, int8."""
-    keep = blocks.block_keep_mask[row : row + 1]
-    block_size = blocks.eval_mask.shape[2]
-    visible = training_dense_mask(
-        blocks.anchor_positions[row : row + 1],
-        keep,
-        seq_len=seq_len,
-        block_size=block_size,
-        doc_ids=None if doc_ids is None else doc_ids[row : row + 1],
-    )[0]
-    region = visible.to(torch.int8)
-    own = torch.where(keep[0], REGIONS.index("own block"), REGIONS.index("dummy block"))
-    region[:, seq_len:] *= own.to(torch.int8).repeat_interleave(block_size).unsqueeze(1)
+    """Each pair of one row's attention mask as an index into ``REGIONS``, int8.
+
+    With ``documents`` False, blocks see all documents before them, as a trainer would have it that
+    forgets that its rows are packed.
+    """
+    one = blocks.row(row)
+    if not documents:
+        one = replace(one, doc_ids=torch.zeros_like(one.doc_ids))
+    region = dense_mask(ContextRanges.of(one))[0].to(torch.int8)
+    own = torch.where(
+        one.block_keep_mask[0], REGIONS.index("own block"), REGIONS.index("dummy block")
+    )
+    region[:, one.seq_len :] *= own.to(torch.int8).repeat_interleave(one.block_size).unsqueeze(1)
     return region
 
 
@@ -74,12 +74,12 @@ def mask_table(regions: Int[Tensor, "query key"]) -> pd.DataFrame:
     )
 
 
-def tile_states(block_mask: BlockMask, *, row: int = 0) -> Int[Tensor, "query_tile key_tile"]:
+def tile_states(mask: BlockMask, *, row: int = 0) -> Int[Tensor, "query_tile key_tile"]:
     """Each tile of one row of a block mask as an index into ``TILE_STATES``, int8."""
-    states = _listed(block_mask.kv_num_blocks[row, 0], block_mask.kv_indices[row, 0])
+    states = _listed(mask.kv_num_blocks[row, 0], mask.kv_indices[row, 0])
     states = states.to(torch.int8) * TILE_STATES.index("partial")
-    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-        full = _listed(block_mask.full_kv_num_blocks[row, 0], block_mask.full_kv_indices[row, 0])
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
+        full = _listed(mask.full_kv_num_blocks[row, 0], mask.full_kv_indices[row, 0])
         states = states.masked_fill(full, TILE_STATES.index("full"))
     return states
 
@@ -93,33 +93,23 @@ def tile_table(states: Int[Tensor, "query_tile key_tile"]) -> pd.DataFrame:
 
 
 def sorting_table(
-    blocks: Blocks,
-    *,
-    seq_len: int,
-    doc_ids: Int[Tensor, "batch seq"] | None = None,
-    tile_sizes: tuple[int, ...] = (32, 64, 128),
-    seed: int = 0,
+    blocks: Blocks, *, tile_sizes: tuple[int, ...] = (32, 64, 128), seed: int = 0
 ) -> pd.DataFrame:
-    """What it is worth to have the anchors in ascending order: tiles with and without.
+    """Tiles with anchors in ascending order and shuffled: what sorting them is worth.
 
     Returns:
         one line per tile size and order (``as drawn``, that is ascending, and ``shuffled``): the
         tiles in each state over all rows; ``work``, the share of pairs that a kernel computes
         (partial and full tiles); and ``wasted``, the share of that work that the mask hides.
     """
-    block_size = blocks.eval_mask.shape[2]
-    anchors, keep = blocks.anchor_positions, blocks.block_keep_mask
-    order = torch.randperm(anchors.shape[1], generator=torch.Generator().manual_seed(seed))
-    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "doc_ids": doc_ids}
-    ranges = context_ranges(anchors, keep, **sizes)
+    block_size, keep = blocks.block_size, blocks.block_keep_mask
+    ranges = ContextRanges.of(blocks)
     visible = int((ranges.end - ranges.start).sum() * block_size + keep.numel() * block_size**2)
     rows = []
     for tile_size in tile_sizes:
-        for name, index in (("as drawn", slice(None)), ("shuffled", order)):
-            mask = training_block_mask(
-                anchors[:, index], keep[:, index], tile_size=tile_size, **sizes
-            )
-            states = torch.cat([tile_states(mask, row=row) for row in range(len(anchors))])
+        for name, ordered in (("as drawn", blocks), ("shuffled", _shuffled(blocks, seed))):
+            mask = block_mask(ContextRanges.of(ordered), tile_size)
+            states = torch.cat([tile_states(mask, row=row) for row in range(len(keep))])
             counts = tile_table(states).set_index("state")["tiles"]
             computed = int(counts["partial"] + counts["full"]) * tile_size**2
             rows.append(
@@ -376,24 +366,13 @@ def explore_masks(
         batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length, chosen.context)
         blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
         if chosen.shuffled:
-            blocks = _shuffle(batch, blocks, chosen.seed)
-        seq_len = batch.input_ids.shape[1]
-        doc_ids = context_doc_ids(batch.seq_lens, seq_len, "cpu")
-        regions = mask_regions(blocks, seq_len=seq_len, doc_ids=doc_ids)
-        tiles = tile_states(
-            training_block_mask(
-                blocks.anchor_positions,
-                blocks.block_keep_mask,
-                seq_len=seq_len,
-                block_size=chosen.block_size,
-                doc_ids=doc_ids,
-                tile_size=chosen.tile_size,
-            )
-        )
+            blocks = _shuffled(blocks, chosen.seed)
+        regions = mask_regions(blocks)
+        tiles = tile_states(block_mask(ContextRanges.of(blocks), chosen.tile_size))
         figure = mask_and_tiles(
             regions,
             tiles,
-            seq_len=seq_len,
+            seq_len=blocks.seq_len,
             block_size=chosen.block_size,
             tile_size=chosen.tile_size,
             context_text=[rows.to_text(token_id) for token_id in batch.input_ids[0].tolist()],
@@ -403,7 +382,7 @@ def explore_masks(
             {
                 "mask": mask_table(regions),
                 "tiles": tile_table(tiles),
-                "blocks": block_table(batch, blocks, rows.to_text),
+                "blocks": block_table(blocks, rows.to_text),
             },
             png=png(figure),
             alt="the attention mask with its regions, and its tiles",
@@ -419,13 +398,6 @@ def explore_masks(
     return Explorer("explore_masks", controls, draw)
 
 
-def _shuffle(batch: Batch, blocks: Blocks, seed: int) -> Blocks:
-    """The same blocks in another order."""
-    anchors = blocks.anchor_positions.shape[1]
-    order = torch.randperm(anchors, generator=torch.Generator().manual_seed(seed))
-    return cut_blocks(
-        batch,
-        blocks.anchor_positions[:, order],
-        blocks.block_keep_mask[:, order],
-        blocks.eval_mask.shape[2],
-    )
+def _shuffled(blocks: Blocks, seed: int) -> Blocks:
+    generator = torch.Generator().manual_seed(seed)
+    return blocks.reordered(torch.randperm(blocks.num_anchors, generator=generator))

@@ -1,15 +1,9 @@
-"""`dspark_lab.explore`: what the explorers of decoding show, and how a run is driven.
-
-The models are tiny and random, and a token is a word; two words hold what markup and maths are made
-of. What is shown must be what the library's functions say of `decode` with the same settings. A
-run beside other work is driven by a real loop; no test depends on how long anything takes.
-"""
+"""Decoding: an answer as text, distributions, and the explorer that decodes while you watch."""
 
 import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,242 +11,201 @@ import ipywidgets
 import pandas as pd
 import pytest
 import torch
-from test_target import random_target
-from test_widgets import WIDGET, alert, make_tokenizer, picture
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.make.recipes import write_chats
-from dspark_lab.chats import Chat, load_chats
+from dspark_lab.chats import load_chats
 from dspark_lab.decoding import (
+    OTHERS,
+    OUTCOMES,
     Decoded,
     Round,
     decode,
     distribution_table,
-    encode_prompt,
     outcome_table,
-    token_kinds,
 )
 from dspark_lab.explore import (
-    VIEWS,
     DecodingExplorer,
-    Explorer,
     explore_acceptance,
     explore_decoding,
     outcome_legend,
     outcome_text,
+    plot_distributions,
 )
-from dspark_lab.explore import acceptance as acceptance_module
 from dspark_lab.explore import decoding as decoding_module
 from dspark_lab.model import Drafter, Target, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
-from dspark_lab.rates import (
-    rate_table,
-    reliability_tables,
-    split_prompts,
-    study,
-    tau_table,
-    threshold_sweep,
-    trace_sums,
-)
 from dspark_lab.serving import speed_table
+from tests.explorers import TOKENIZER, WIDGET
+from tests.gallery import BONUS, NAN, REJECTED, UNASKED
+from tests.pages import ANY_TEXT, ODD, Page
+from tests.pictures import points, tick_names, title, words
 from tests.samples import tiny_drafter, tiny_target
+from tests.word_pair import HEADLESS, TEXTS, VOCAB, drafter, target, to_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+@pytest.mark.parametrize("name", ["rejected", "bonus"])
+def test_distributions_are_pairs_of_bars_filled_where_they_overlap(name):
+    table = {"rejected": REJECTED, "bonus": BONUS}[name]
+    [ax] = plot_distributions(table).axes
+    filled, draft, also_filled, target = ax.containers
+    for bars, column in (
+        (filled, "overlap"),
+        (also_filled, "overlap"),
+        (draft, "draft"),
+        (target, "target"),
+    ):
+        assert [bar.get_width() for bar in bars] == table[column].tolist()
+        assert [round(bar.get_y() + 0.17) for bar in bars] == [0, 1, 2, 3]
+        outlined = column != "overlap"
+        assert {bar.get_facecolor()[3] for bar in bars} == {0.0 if outlined else 1.0}
+    assert {bar.get_hatch() for bar in filled} != {bar.get_hatch() for bar in also_filled}
+    shared = zip(draft, target, strict=True)
+    assert all(a.get_y() + a.get_height() <= b.get_y() + 1e-9 for a, b in shared)
+    [diamonds] = ax.lines
+    expected = [[x, row] for row, x in enumerate(table["residual"]) if x > 0]
+    assert points(diamonds) == expected
+
+
+def test_the_title_names_the_drafted_token_and_the_accept_rate():
+    [ax] = plot_distributions(REJECTED).axes
+    assert title(ax) == "drafted ␣the   accept rate 0.540"
+    [ax] = plot_distributions(REJECTED, " 7$").axes
+    assert title(ax) == r"drafted ␣7\$   accept rate 0.540"
+    [ax] = plot_distributions(UNASKED).axes
+    assert title(ax) == "drafted ␣the   the target was not asked"
+    [ax] = plot_distributions(BONUS).axes
+    assert title(ax) == "nothing drafted"
+
+
+def test_the_drafted_and_the_drawn_token_are_marked_in_words():
+    [ax] = plot_distributions(REJECTED).axes
+    marks = {text.xy[1]: text.get_text() for text in ax.texts}
+    assert marks == {0: "← drafted", 1: "← drawn by the target"}
+    both = REJECTED.assign(drawn=REJECTED["drafted"])
+    assert words(plot_distributions(both).axes[0]) == ["← drafted,\n    drawn by the target"]
+    assert words(plot_distributions(UNASKED).axes[0]) == ["← drafted"]
+
+
+@pytest.mark.parametrize("largest", [1.0 + 1e-7, 1.0, 0.3])
+def test_the_words_beside_a_bar_begin_behind_it_and_end_inside_the_axes(largest):
+    both = REJECTED.assign(drawn=REJECTED["drafted"], residual=0.0, target=[largest, 0, 0, 0])
+    figure = plot_distributions(both.assign(draft=[largest, 0, 0, 0]))
+    figure.draw_without_rendering()
+    [ax] = figure.axes
+    [mark] = ax.texts
+    box, end = mark.get_window_extent(), ax.transData.transform((largest, 0))[0]
+    assert end + 2 < box.x0 and box.x1 < ax.get_window_extent().x1
+    ticks = ax.get_xticks()
+    assert len(ticks) > 3 and max(ticks) <= 1
+
+
+def test_tokens_of_a_distribution_are_named_as_they_are_written():
+    [ax] = plot_distributions(REJECTED).axes
+    assert tick_names(ax.yaxis) == ["␣the", r"\$x\$", "⏎", "(all others)"]
+    [ax] = plot_distributions(REJECTED.assign(text=["", "a", "b", OTHERS])).axes
+    assert tick_names(ax.yaxis)[0] == "(id 3)"
+    assert ax.yaxis_inverted(), "the likeliest token on top"
+
+
+def outcomes(*tokens: tuple[int, int, str, str], **numbers: float) -> pd.DataFrame:
+    """An outcome table of tokens (round, slot, outcome, text)."""
+    table = pd.DataFrame(tokens, columns=["round", "slot", "outcome", "text"])
+    for name in ("confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"):
+        table[name] = numbers.get(name, NAN)
+    kept = ["accepted", "corrected", "bonus", "first"]
+    return table.assign(token=table.index, position=0, kept=table["outcome"].isin(kept))
+
+
+ROUNDS = outcomes(
+    (-1, -1, "first", "To"),
+    (0, 0, "accepted", " add"),
+    (0, 1, "rejected", " <b>"),
+    (0, 2, "not reached", "\n"),
+    (0, -1, "corrected", " we"),
+    (1, 0, "accepted", "\n"),
+    (1, 1, "not verified", " x"),
+    (1, -1, "bonus", "!"),
+)
+
+
+def test_the_answer_is_read_with_each_draft_before_what_came_in_its_place():
+    assert Page(outcome_text(ROUNDS)).text == "To add <b>⏎ we⏎\n x!"
+    assert Page(outcome_text(ROUNDS, drafts=False)).text == "To add we⏎\n!"
+
+
+def test_each_token_has_the_class_of_its_outcome():
+    page = Page(outcome_text(ROUNDS))
+    expected = [f"dspark-{outcome.replace(' ', '-')}" for outcome in ROUNDS["outcome"]]
+    assert page.classes == expected
+    assert set(ROUNDS["outcome"]) == set(OUTCOMES)
+    for source in (outcome_text(ROUNDS), outcome_legend(ROUNDS)):
+        for name in Page(source).classes:
+            assert f".{name}{{" in source
+
+
+def test_what_is_not_part_of_the_answer_is_small_and_struck_through_or_faint():
+    style = outcome_text(ROUNDS).partition("</style>")[0]
+    rules = {line.partition("{")[0]: line for line in style.replace("\n ", " ").splitlines()}
+    for outcome in OUTCOMES:
+        rule = rules[f".dspark-{outcome.replace(' ', '-')}"]
+        dropped = outcome in ("rejected", "not reached", "not verified")
+        assert ("font-size:11px" in rule) == dropped
+        assert ("line-through" in rule) == (outcome in ("rejected", "not reached"))
+        assert ("opacity" in rule) == (outcome in ("not reached", "not verified"))
+
+
+def test_the_tip_of_a_token_tells_its_place_and_its_numbers():
+    numbers = {"confidence": 0.834, "accept_rate": 0.711, "draft_prob": 0.4, "target_prob": 0.125}
+    [tip] = Page(outcome_text(outcomes((3, 2, "rejected", "a"), **numbers))).tips
+    assert tip.split(" · ") == [
+        "round.slot 3.2",
+        "rejected",
+        "confidence 0.83, accept rate 0.71",
+        "draft probability 0.40, target probability 0.12",
+    ]
+    [tip] = Page(
+        outcome_text(outcomes((3, 2, "not verified", "a"), confidence=0.2, draft_prob=0.4))
+    ).tips
+    assert tip == "round.slot 3.2 · not verified · confidence 0.20 · draft probability 0.40"
+    tips = Page(outcome_text(ROUNDS)).tips
+    assert tips[0] == "first token · first" and tips[4] == "round 0 · corrected"
+
+
+def test_the_legend_counts_the_tokens_of_each_outcome():
+    counted = [word for word in Page(outcome_legend(ROUNDS)).words if word.strip()]
+    assert counted == [
+        "accepted 2",
+        "rejected 1",
+        "not reached 1",
+        "not verified 1",
+        "corrected 1",
+        "bonus 1",
+        "first 1",
+    ]
+    few = [word for word in Page(outcome_legend(ROUNDS.head(2))).words if word.strip()]
+    assert few == ["accepted 1", "first 1"]
+
+
+def test_no_text_of_a_token_is_markup_of_its_own():
+    table = outcomes(*((0, slot, "accepted", text) for slot, text in enumerate(ODD)))
+    page = Page(outcome_text(table))
+    assert page.text.replace("⏎", "") == "".join(ODD)
+    assert page.tags == ["style", "div"] + ["span"] * len(ODD)
+    assert set(page.attributes) == {"class", "title"}
+
+
+@given(st.lists(ANY_TEXT, max_size=6))
+def test_any_text_can_be_read_back_from_the_answer(texts):
+    table = outcomes(*((0, slot, "accepted", text) for slot, text in enumerate(texts)))
+    page = Page(outcome_text(table))
+    assert page.text.replace("⏎", "") == "".join(texts)
+    assert page.tags == ["style", "div"] + ["span"] * len(texts)
+
+
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
-VOCAB = 66
-TOKENIZER = make_tokenizer()
-HEADLESS = {"enable_confidence_head": False, "confidence_head_with_markov": False}
-CONFIDENT = ("reliability", "domains", "token kinds", "thresholds")
-# Hot, so that the drafter of a random pair is accepted often enough to have a calibration.
-HOT = {"temperature": 1.5, "max_new_tokens": 12}
-TEXTS = ["w1 w2 w3", "<b> $x$", "w7 ! w9"]
-
-
-@cache
-def target() -> Target:
-    return Target(tiny_target(vocab_size=VOCAB).model, TOKENIZER)
-
-
-@cache
-def drafter(seed: int = 1, **options: Any) -> Drafter:
-    made = tiny_drafter(seed, **({"vocab_size": VOCAB, "block_size": 2} | options))
-    made.use_target_embeddings(target().embed_weight, target().head_weight)
-    if made.confidence_head is not None:
-        # A fresh head says 1/2 of everything.
-        generator = torch.Generator().manual_seed(seed)
-        weight = made.confidence_head.proj.weight
-        torch.nn.init.normal_(weight, std=0.1, generator=generator)
-    return made.eval()
-
-
-def to_text(token: int) -> str:
-    return str(TOKENIZER.decode([token]))
-
-
-def ask(text: str, domain: str | None = None, name: str = "chat") -> Chat:
-    messages = ({"role": "user", "content": text}, {"role": "assistant", "content": "w5"})
-    return Chat(messages, id=name, domain=domain)
-
-
-CHATS = [ask(f"w{i} w{i + 7} <b>", ("math", "code")[i % 2], f"c{i}") for i in range(24)]
-
-
-def acceptance(prompts: Any = CHATS, drafters: Any = None, **options: Any) -> Explorer:
-    return explore_acceptance(target(), drafters or drafter(), prompts, **(HOT | options))
-
-
-def answers(one: Drafter | None, prompts: Any = CHATS, **options: Any) -> Decoded:
-    """What `decode` says to the same questions."""
-    asked = [question(p) if isinstance(p, Chat) else p for p in prompts]
-    domains = [(p.domain if isinstance(p, Chat) else None) or "none" for p in prompts]
-    settings = HOT | {"batch_size": 40} | options
-    return decode(target(), one, asked, domains=domains, **settings)
-
-
-def expected(view: str, run: Decoded, conversation: int = 0) -> pd.DataFrame:
-    """The table behind a view, from the library's functions."""
-    trace = run.trace
-    if view in ("rates", "survival"):
-        return rate_table(trace_sums(trace))
-    if view == "reliability":
-        raw, scaled = reliability_tables(*split_prompts(trace)).values()
-        both = [t.assign(bin=range(len(t))) for t in (raw, scaled)]
-        named = [t.assign(values=v) for t, v in zip(both, ("raw", "scaled"), strict=True)]
-        table = pd.concat(named, ignore_index=True)
-        return table[["values", "bin", *raw.columns]]
-    if view == "thresholds":
-        return threshold_sweep(trace, [i / 20 for i in range(20)])
-    if view == "text":
-        return outcome_table(run, to_text, conversation)
-    if view == "token kinds":
-        trace = trace.assign(kind=token_kinds(trace["token"], to_text))
-    return study(trace, by=["domain" if view == "domains" else "kind"])
-
-
-@pytest.fixture(scope="module")
-def explored() -> Explorer:
-    """An explorer of one drafter, whose view every test sets."""
-    return acceptance()
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_a_views_table_is_what_the_library_says_of_the_same_trace(explored, view):
-    explored.controls["view"].value = view
-    run = answers(drafter())
-    pd.testing.assert_frame_equal(explored.table, expected(view, run), check_dtype=False)
-    pd.testing.assert_frame_equal(explored.tables["trace"], run.trace)
-    pd.testing.assert_frame_equal(explored.tables["tau"], tau_table(trace_sums(run.trace)))
-    assert list(explored.tables)[1:] == ["trace", "tau"]
-
-
-def test_every_view_has_a_picture_of_its_own(explored):
-    shown, words = set(), set()
-    for view in VIEWS:
-        explored.controls["view"].value = view
-        if view == "text":
-            continue
-        found = re.match(
-            r'<img alt="([^"]+)" .*src="(data:image/png[^"]+)"', picture(explored).value
-        )
-        words.add(found[1])
-        shown.add(found[2])
-    assert len(shown) == len(words) == len(VIEWS) - 1
-
-
-def test_the_text_view_is_the_chosen_conversation(explored):
-    explored.controls["view"].value = "text"
-    run = answers(drafter())
-    for conversation in (0, 5, len(CHATS) - 1):
-        explored.controls["conversation"].value = conversation
-        table = expected("text", run, conversation)
-        pd.testing.assert_frame_equal(explored.table, table)
-        assert picture(explored).value == outcome_legend(table) + outcome_text(table)
-    explored.controls["conversation"].value = len(CHATS)
-    assert explored.settings["conversation"] == len(CHATS) - 1
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_the_view_to_start_with_can_be_chosen(view):
-    explorer = acceptance(CHATS[:12], view=view, max_new_tokens=12)
-    assert explorer.settings == {
-        "view": view,
-        "drafter": "drafter",
-        "temperature": 1.5,
-        "conversation": 0,
-    }
-    run = answers(drafter(), CHATS[:12])
-    pd.testing.assert_frame_equal(explorer.table, expected(view, run), check_dtype=False)
-
-
-def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
-    calls = []
-
-    def counted(target: Target, drafter: Drafter, prompts: Any, **options: Any) -> Decoded:
-        calls.append((drafter, options["temperature"]))
-        return decode(target, drafter, prompts, **options)
-
-    monkeypatch.setattr(acceptance_module, "decode", counted)
-    both = {"one": drafter(1), "two": drafter(2)}
-    explorer = acceptance(CHATS[:4], both, max_new_tokens=5)
-    moves: list[tuple[str, Any]] = [
-        ("drafter", "two"),
-        ("temperature", 0.0),
-        ("view", "text"),
-        ("conversation", 2),
-        ("drafter", "one"),
-        ("view", "survival"),
-        ("temperature", 1.5),
-        ("view", "rates"),
-    ]
-    for number, (name, value) in enumerate(moves):
-        before = picture(explorer).value
-        explorer.controls[name].value = value
-        assert picture(explorer).value != before and explorer.frames_drawn == 2 + number
-        settings = explorer.settings
-        run = answers(
-            both[settings["drafter"]],
-            CHATS[:4],
-            temperature=settings["temperature"],
-            max_new_tokens=5,
-        )
-        pd.testing.assert_frame_equal(explorer.tables["trace"], run.trace)
-    kinds = [(one, t) for one in both.values() for t in (1.5, 0.0)]
-    assert sorted(map(str, calls)) == sorted(map(str, kinds)) and len(calls) == 4
-
-
-def test_the_domains_of_conversations_reach_the_tables():
-    chats = [ask("w1", "math"), ask("w2", "code"), ask("w3"), ask("w4", "math")]
-    explorer = acceptance(chats, view="domains")
-    domains = explorer.tables["trace"].groupby("prompt")["domain"].unique()
-    assert [list(own) for own in domains] == [["math"], ["code"], ["none"], ["math"]]
-    found = explorer.table.set_index("domain")["conversations"].to_dict()
-    assert found == {"code": 1, "math": 2, "none": 1}
-    assert set(acceptance(TEXTS).tables["trace"]["domain"]) == {"none"}
-
-
-def test_prompts_may_be_text_ids_conversations_or_a_file_of_them(tmp_path):
-    ids = [encode_prompt(target(), text) for text in TEXTS]
-    chats = [ask(text, name=text) for text in TEXTS]
-    write_chats(chats, tmp_path / "chats.jsonl")
-    ways = [
-        TEXTS,
-        ids,
-        [torch.tensor(own) for own in ids],
-        chats,
-        [TEXTS[0], ids[1], chats[2]],
-        tmp_path / "chats.jsonl",
-        str(tmp_path / "chats.jsonl"),
-    ]
-    trace = answers(drafter(), TEXTS).trace
-    for prompts in ways:
-        pd.testing.assert_frame_equal(acceptance(prompts).tables["trace"], trace)
-
-
-def test_a_conversations_first_question_is_asked():
-    messages = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5")]
-    chat = Chat(tuple({"role": role, "content": text} for role, text in messages), id="long")
-    trace = acceptance([chat]).tables["trace"]
-    pd.testing.assert_frame_equal(trace, answers(drafter(), ["w1 w2"]).trace)
 
 
 @pytest.fixture(scope="module")
@@ -284,34 +237,6 @@ def test_target_and_drafter_may_be_folders(folder):
     pd.testing.assert_frame_equal(explorer.tables["trace"], greedy.trace)
 
 
-def test_a_drafter_without_a_confidence_head_has_rates_and_elsewhere_a_sentence():
-    bare = drafter(3, **HEADLESS)
-    explorer = acceptance(drafters={"sure": drafter(), "bare": bare})
-    explorer.controls["drafter"].value = "bare"
-    run = answers(bare)
-    for view in VIEWS:
-        explorer.controls["view"].value = view
-        if view in CONFIDENT:
-            assert alert(explorer) == (f"{view} needs a drafter with a confidence head, got bare")
-            assert explorer.tables == {}
-        else:
-            found = explorer.table
-            pd.testing.assert_frame_equal(found, expected(view, run), check_dtype=False)
-    explorer.controls["view"].value = "thresholds"
-    explorer.controls["drafter"].value = "sure"
-    assert explorer.table["verified"].notna().all()
-
-
-def test_every_drafter_with_a_head_has_every_view_if_its_rounds_are_enough():
-    explorer = acceptance(CHATS[:1], max_new_tokens=2)
-    for view in VIEWS:
-        explorer.controls["view"].value = view
-        # What cannot be told from one conversation is a sentence, and not an error.
-        assert explorer.tables or alert(explorer)
-    explorer.controls["view"].value = "reliability"
-    assert "conversations leaves one side empty" in alert(explorer)
-
-
 @pytest.mark.parametrize("explore", [explore_acceptance, explore_decoding])
 @pytest.mark.parametrize(
     "arguments, error, match",
@@ -340,26 +265,12 @@ def test_what_cannot_be_explored_is_refused_in_one_sentence(explore, arguments, 
         explore(**given)
 
 
-def test_a_view_that_there_is_none_of_is_refused():
-    with pytest.raises(ValueError, match="view must be one of .*'rates'.*, got 'mood'"):
-        acceptance(view="mood")
-
-
 def test_an_explorer_can_start_further_out_than_its_sliders_reach():
-    assert acceptance(TEXTS, temperature=2.5).settings["temperature"] == 2.5
+    explorer = explore_acceptance(target(), drafter(), TEXTS, temperature=2.5, max_new_tokens=4)
+    assert explorer.settings["temperature"] == 2.5
     explorer = decoding(temperature=3.0, max_new_tokens=600, run=False)
     assert explorer.settings["temperature"] == 3.0
     assert explorer.settings["max_new_tokens"] == 600
-
-
-def test_a_target_that_decodes_one_row_at_a_time_is_explored_too():
-    windows = random_target("windows")
-    made = tiny_drafter(1)
-    made.use_target_embeddings(windows.embed_weight, windows.head_weight)
-    explorer = explore_acceptance(windows, made, [[1, 2, 3], [4, 5]], max_new_tokens=4)
-    options = {"temperature": 1.0, "max_new_tokens": 4}
-    expected = decode(windows, made.eval(), [[1, 2, 3], [4, 5]], **options).trace
-    pd.testing.assert_frame_equal(explorer.tables["trace"], expected)
 
 
 def test_the_pocket_pair_is_explored_where_nothing_is_given():

@@ -1,0 +1,100 @@
+"""Explorers under test: how they are looked at, and a tokenizer whose tokens are words."""
+
+import re
+
+import ipywidgets
+import pandas as pd
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dspark_lab.blocks import draw_blocks
+from dspark_lab.chats import Chat, encode, one_row
+from dspark_lab.explore import (
+    Explorer,
+    block_table,
+    explore_anchors,
+    explore_masks,
+    mask_regions,
+    mask_table,
+    token_table,
+)
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>"]
+WORDS = ["!", "<b>", "$x$", *(f"w{i}" for i in range(60)), *SPECIAL]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' <|end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+def make_tokenizer(**options: str) -> PreTrainedTokenizerFast:
+    """One token a word; the words are numbered from 0, which is an exclamation mark."""
+    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    options = {"eos_token": "<|end|>", "chat_template": TEMPLATE} | options
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def chat(words: int, name: str = "chat") -> Chat:
+    """A question of two words and an answer of ``words``: seven tokens more than the answer."""
+    said = " ".join(["<b>", "$x$", *(f"w{i % 60}" for i in range(words))][:words])
+    messages = ({"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": said})
+    return Chat(messages, id=name)
+
+
+TOKENIZER = make_tokenizer()
+CHATS = [chat(20, "a"), chat(9, "b"), chat(90, "c")]
+LENGTHS = [26, 15, 96]
+
+
+def picture(explorer: Explorer) -> ipywidgets.HTML:
+    box, shown = explorer.children
+    assert isinstance(shown, ipywidgets.HTML)
+    assert list(box.children) == list(explorer.controls.values())
+    return shown
+
+
+def alert(explorer: Explorer) -> str:
+    """The sentence that stands in place of the picture."""
+    found = re.fullmatch(r'<p role="alert">(.*)</p>', picture(explorer).value)
+    assert found, picture(explorer).value[:200]
+    assert "Traceback" not in found[1] and "\n" not in found[1]
+    return found[1]
+
+
+def anchors(**start: object) -> Explorer:
+    return explore_anchors(CHATS, TOKENIZER, **start)  # type: ignore[arg-type]
+
+
+def masks(**start: object) -> Explorer:
+    """With few anchors and tokens, for speed."""
+    return explore_masks(CHATS, TOKENIZER, **({"num_anchors": 2, "block_size": 3} | start))  # type: ignore[arg-type]
+
+
+def tables_by_hand(
+    conversations: list[int], length: int, num_anchors: int, block_size: int, seed: int = 0
+) -> dict[str, pd.DataFrame]:
+    """What both explorers' tables say for conversations in a row of ``length``."""
+    encoded = [encode(CHATS[i], TOKENIZER) for i in conversations]
+    batch = one_row(encoded, length, TOKENIZER.eos_token_id)
+    blocks = draw_blocks(batch, num_anchors, block_size, seed=seed)
+
+    def to_text(token_id: int) -> str:
+        return str(TOKENIZER.decode([token_id]))
+
+    return {
+        "tokens": token_table(batch, blocks, to_text),
+        "blocks": block_table(blocks, to_text),
+        "mask": mask_table(mask_regions(blocks)),
+    }
+
+
+def follows(
+    explorer: Explorer, name: str, value: object, expected: dict[str, pd.DataFrame]
+) -> None:
+    """Turn a control and compare all tables that are expected."""
+    explorer.controls[name].value = value
+    for table in set(explorer.tables) & set(expected):
+        pd.testing.assert_frame_equal(explorer.tables[table], expected[table])

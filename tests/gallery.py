@@ -1,0 +1,390 @@
+"""Tables made by hand, as the library gives them, and a gallery of the pictures of them."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dspark_lab import explore
+from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.chats import Batch, pack
+from dspark_lab.decoding import OTHERS
+from dspark_lab.explore import REGIONS, mask_regions, sorting_table
+from dspark_lab.serving import (
+    AcceptanceProfile,
+    RoundCosts,
+    StepsPerSecond,
+    schedule_table,
+    speedup_table,
+)
+from tests.pictures import pixels
+from tests.samples import documents
+
+NAN = float("nan")
+SEEN, OWN, DUMMY = (REGIONS.index(name) for name in ("context prefix", "own block", "dummy block"))
+
+
+def small_batch() -> Batch:
+    return pack(documents("...aaa", "..a"), 10, 0)
+
+
+def small_blocks() -> Blocks:
+    """Two kept blocks and a dummy."""
+    return draw_blocks(small_batch(), 3, 2, seed=0)
+
+
+COVERAGE = pd.DataFrame(
+    {
+        "block_size": [4, 4, 4, 7, 7, 7],
+        "num_anchors": [8, 16, 64] * 2,
+        "expected": [0.2, 0.4, 0.8, 0.3, 0.55, 0.95],
+        "sampled": [0.21, 0.39, 0.81, 0.29, 0.57, 0.94],
+    }
+)
+PACKING = pd.DataFrame(
+    {
+        "row": ["unpacked"] * 2 + ["packed, 1024"] * 2,
+        "anchors per": ["document"] * 2 + ["row"] * 2,
+        "num_anchors": [16, 64] * 2,
+        "expected": [0.5, 0.9, 0.2, 0.45],
+    }
+)
+TILES = torch.tensor([[0, 1, 2, 2], [0, 0, 1, 2]], dtype=torch.int8)
+
+
+def large_regions() -> Tensor:
+    """A mask of three blocks of 30 slots, the last of them a dummy, on 200 context tokens."""
+    regions = torch.zeros(90, 290, dtype=torch.int8)
+    for block, anchor in enumerate((60, 150)):
+        regions[30 * block : 30 * block + 30, :anchor] = SEEN
+    for block, region in enumerate((OWN, OWN, DUMMY)):
+        first = 30 * block
+        regions[first : first + 30, 200 + first : 230 + first] = region
+    return regions
+
+
+KINDS = ("on policy", "empirical", "predicted", "teacher-forced", "predicted, teacher-forced")
+
+
+def rates(drafters: list[str], slots: int = 3) -> pd.DataFrame:
+    """As `rate_table` gives them; every number is another one."""
+    rows = []
+    for i, (kind, drafter, slot) in enumerate(product(KINDS, drafters, range(slots))):
+        rate = 0.4 + 0.005 * i
+        lived = rate / (2 + slot)
+        known = {"conditional": rate, "low": rate - 0.03, "high": rate + 0.02}
+        known |= {"survival": lived, "survival_low": lived - 0.01, "survival_high": lived + 0.02}
+        rows.append({"kind": kind, "drafter": drafter, "slot": slot, **known})
+    return pd.DataFrame(rows)
+
+
+def bins(*counts: int) -> pd.DataFrame:
+    """As `reliability_table` gives them, bins of equal width; an empty one has no means."""
+    edges = np.linspace(0, 1, len(counts) + 1)
+    known = np.array(counts) > 0
+    confidence = np.where(known, (edges[:-1] + edges[1:]) / 2, NAN)
+    outcome = confidence**2
+    return pd.DataFrame(
+        {
+            "low": edges[:-1],
+            "high": edges[1:],
+            "count": counts,
+            "confidence": confidence,
+            "outcome": outcome,
+            "gap": confidence - outcome,
+        }
+    )
+
+
+def biases(*columns: tuple[str, list]) -> pd.DataFrame:
+    names = [name for name, _ in columns]
+    table = pd.DataFrame(product(*(values for _, values in columns)), columns=names)
+    bias = 0.05 - 0.02 * np.arange(len(table))
+    return table.assign(bias=bias, bias_low=bias - 0.03, bias_high=bias + 0.01)
+
+
+def sweep(scale: float = 1.0) -> pd.DataFrame:
+    cuts = np.linspace(0, 1, 21)
+    verified = 6 * (1 - cuts) * scale
+    rate = np.where(verified > 0, 0.3 + 0.7 * cuts, NAN)
+    return pd.DataFrame({"threshold": cuts, "acceptance_rate": rate, "verified": verified}).assign(
+        accepted=np.nan_to_num(rate) * verified
+    )
+
+
+REPORT = pd.DataFrame(
+    {
+        "slot": [0, 1, 2, "all"],
+        "ece": [0.08, 0.06, NAN, 0.05],
+        "ece_scaled": [0.02, 0.07, NAN, 0.01],
+        "auroc": [0.8, 0.7, NAN, 0.78],
+        "auroc_scaled": [0.8, 0.7, NAN, 0.79],
+    }
+)
+DRIFT = pd.DataFrame(
+    {
+        "start": [-100, 0, 100],
+        "rounds": [100, 100, 100],
+        "ece_raw": [0.05, 0.12, 0.11],
+        "ece_static": [0.02, 0.09, 0.1],
+        "ece_online": [0.03, 0.08, 0.01],
+    }
+)
+GAIN = pd.DataFrame(
+    {
+        "values": ["everything", "raw", "scaled", "oracle"],
+        "threshold": [NAN, 0.38, 0.395, 0.27],
+        "gain_percent": [-6.4, 0.0, 0.2, 7.2],
+        "gain_low": [-8.4, 0.0, -0.3, 5.9],
+        "gain_high": [-4.1, 0.0, 0.7, 8.5],
+    }
+)
+REJECTED = pd.DataFrame(
+    {
+        "token": [3, 1, 2, -1],
+        "text": [" the", "$x$", "\n", OTHERS],
+        "draft": [0.6, 0.1, 0.25, 0.05],
+        "target": [0.2, 0.5, 0.2, 0.1],
+        "overlap": [0.2, 0.1, 0.2, 0.04],
+        "residual": [0.0, 0.875, 0.0, 0.125],
+        "drafted": [True, False, False, False],
+        "drawn": [False, True, False, False],
+    }
+)
+UNASKED = REJECTED.assign(target=NAN, overlap=NAN, residual=NAN, drawn=False)
+BONUS = REJECTED.assign(draft=0.0, overlap=0.0, residual=REJECTED["target"], drafted=False)
+
+
+def fit(*numbers: int, block_size: int = 7) -> pd.DataFrame:
+    """As `fit_table` gives them, rows of 256, 512, ...; where the row is the limit, all but one."""
+    seq_len = 2 ** (8 + np.arange(len(numbers)))
+    return pd.DataFrame(
+        {
+            "seq_len": seq_len,
+            "block_size": block_size,
+            "num_anchors": numbers,
+            "held": 10**9,
+            "full": np.array(numbers) < seq_len - 1,
+        }
+    )
+
+
+FIT = pd.concat([fit(255, 511, 600, 500), fit(255, 300, 290, 200, block_size=15)])
+NONE_LEFT = fit(255, 100, 3, 0)
+COST = pd.DataFrame(
+    {"part": ["target forward", "MLP", "optimiser"], "operations": [6e12, 3.999e12, 1e9]}
+)
+MEMORY = pd.DataFrame(
+    {"part": ["weights", "gradients"], "held": [3_000_000_000, 0], "moment": "heads backward"}
+)
+SLOTS = pd.DataFrame(
+    {"slot": [0, 1, 2], "expected": [900.0, 800.0, 700.0], "weighted": [900.0, 600.0, 400.0]}
+)
+
+
+def options(fits: int = 5, seq_lens: tuple[int, ...] = (4096,)) -> pd.DataFrame:
+    """As `training` gives them for 4, 8, ..., 64 anchors, of which the first few fit."""
+    anchors = np.array([4, 8, 16, 32, 64])
+    rate = np.array([10.0, 30.0, 40.0, 50.0, 35.0])
+    tables = [
+        pd.DataFrame(
+            {
+                "seq_len": seq_len,
+                "block_size": 7,
+                "num_anchors": anchors,
+                "share": [0.1, 0.3, 0.5, 0.7, 0.8],
+                "seconds": [0.1, 0.2, 0.3, 0.4567, 0.5],
+                "gain_per_second": rate,
+                "gain_per_byte": rate[::-1] * 1e-9,
+                "fits": np.arange(5) < fits,
+                "front": (rate >= 40) & (np.arange(5) < fits),
+            }
+        )
+        for seq_len in seq_lens
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def crowd(count: int, most: float = 50) -> pd.DataFrame:
+    """A front of many that gain nearly the same."""
+    one = options().iloc[[3]]
+    rate = most - 0.01 * np.arange(count)
+    return pd.concat([one] * count, ignore_index=True).assign(
+        num_anchors=4 + np.arange(count), gain_per_second=rate, gain_per_byte=1e-7 / rate
+    )
+
+
+def cells() -> pd.DataFrame:
+    """As `cell_table` gives them; every tau is another one, the last the largest of its map."""
+    rows = [
+        {"budget": b, "temperature": t, "block_size": k, "num_anchors": n}
+        for b, t, k, n in product(("seconds", "slots"), (0.0, 1.0), (4, 7), (4, 12, 32))
+    ]
+    tau = 1 + 0.1 * np.arange(len(rows))
+    return pd.DataFrame(rows).assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
+
+
+def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
+    return explore.plot_budget(
+        options(fits), COST, NONE_LEFT, num_anchors=num_anchors, at=(300, num_anchors)
+    )
+
+
+COSTS = RoundCosts.of(
+    4, plain_seconds=0.010, draft_seconds=0.004, verify_seconds=[0.010, 0.011, 0.012, 0.013, 0.014]
+)
+
+
+def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.DataFrame:
+    """As `speedup_table` gives it, with intervals made up."""
+    costs = RoundCosts.of(
+        4,
+        plain_seconds=0.010,
+        draft_seconds=0.004,
+        verify_seconds=COSTS.verify_seconds,
+        replay=replay,
+        rollback_seconds=rollback,
+        overhead_seconds=0.001,
+    )
+    table = speedup_table(AcceptanceProfile(np.array(rates), np.empty((0, 4))), costs)
+    bounds = {"speedup_low": table["speedup"] - 0.05, "speedup_high": table["speedup"] + 0.04}
+    return table.assign(**bounds)
+
+
+# 4 is the fastest of the first; nothing of the second pays.
+GOOD, BAD = speedup(0.9, 0.9, 0.9, 0.9), speedup(0.4, 0.3, 0.3, 0.3)
+REPLAYED = speedup(0.9, 0.8, 0.6, 0.5, replay=True, rollback=0.001)
+TEMPERATURES = pd.DataFrame(
+    {
+        "temperature": [0.0, 0.5, 1.0],
+        "draft_length": [4, 4, 4],
+        "accept_rate": [0.8, 0.7, 0.5],
+        "break_even_rate": [0.6, 0.65, np.inf],
+        "break_even_without_replay": [0.5, 0.55, 0.6],
+        "speedup": [1.3, 1.1, 0.8],
+        "speedup_low": [1.2, 0.95, 0.7],
+        "speedup_high": [1.45, 1.2, 0.9],
+        "without_replay": [1.5, 1.2, 0.95],
+    }
+)
+THRESHOLDS = pd.DataFrame(
+    {
+        "draft_length": [2] * 3 + [4] * 3,
+        "threshold": [0.0, 0.4, 0.8] * 2,
+        "verified": [2.0, 1.5, 0.5, 4.0, 2.5, 0.7],
+        "speedup": [1.1, 1.2, 0.7, 0.9, 1.3, 0.8],
+    }
+)
+THRESHOLDS = THRESHOLDS.assign(
+    speedup_low=THRESHOLDS["speedup"] - 0.1, speedup_high=THRESHOLDS["speedup"] + 0.2
+)
+POLICIES = ("plain decoding", "fixed 4", "threshold 0.3", "prefix scheduler")
+LEVELS = (1, 2, 4, 8, 16, 32, 64)
+LOAD = pd.DataFrame(
+    [
+        {
+            "policy": policy,
+            "concurrency": level,
+            "throughput": 100.0 * level / (1 + level / (10 + 5 * i)),
+            "per_user": (100.0 + i) / (1 + level / 10),
+            "verified_per_request": 20.0 * i + level / 16 * (i == 3),
+        }
+        for i, policy in enumerate(POLICIES)
+        for level in LEVELS
+    ]
+)
+STEPS = StepsPerSecond(np.array([1, 2, 3]), np.array([1.0, 0.5, 0.45]), 0, "imaginary $x$ $y$")
+# Slot 1 raises Theta only with the slot behind it.
+SCHEDULE = schedule_table(np.array([[0.8, 0.9]]), STEPS)
+SMOOTH = StepsPerSecond(np.array([1, 64]), np.array([100.0, 50.0]), 128, "cpu")
+
+
+def serving(replay: bool = False) -> Figure:
+    tables = {"T 0": REPLAYED if replay else GOOD, "T 1": BAD}
+    return explore.plot_serving(tables, LOAD, bold="T 0", draft_length=3, requests=4, replay=replay)
+
+
+TRAINING = pd.DataFrame(
+    {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "accept_rate": [0.1, 0.2, 0.4]}
+)
+TRAINING["tau"] = 1 + TRAINING["accept_rate"]
+ONE_KIND = rates(["one", "two"]).query("kind == 'on policy'")
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "coverage": lambda: explore.plot_coverage(COVERAGE),
+    "packing": lambda: explore.plot_packing(PACKING),
+    "small mask": lambda: explore.plot_mask(mask_regions(small_blocks()), seq_len=10, block_size=2),
+    "large mask": lambda: explore.plot_mask(large_regions(), seq_len=200, block_size=30),
+    "tiles": lambda: explore.plot_tiles(TILES, seq_len=48, tile_size=16),
+    "mask and tiles": lambda: explore.mask_and_tiles(
+        large_regions(), TILES, seq_len=200, block_size=30, tile_size=64
+    ),
+    "sorting": lambda: explore.plot_sorting(sorting_table(small_blocks(), tile_sizes=(2, 4))),
+    "training": lambda: explore.plot_training(TRAINING),
+    "rates": lambda: explore.plot_rates(rates(["one", "two", "three", "four", "five"])),
+    "survival": lambda: explore.plot_rates(rates(["one", "two"]), "survival"),
+    "rates of one": lambda: explore.plot_rates(rates(["one"]).drop(columns="drafter")),
+    "rates of one kind": lambda: explore.plot_rates(ONE_KIND),
+    "reliability": lambda: explore.plot_reliability(
+        {"raw": bins(5, 0, 40, 90), "scaled": bins(9, 9, 9)}
+    ),
+    "bias": lambda: explore.plot_bias(biases(("domain", ["math", "code", "chat"])), "domain"),
+    "bias by two": lambda: explore.plot_bias(
+        biases(("domain", ["math", "code"]), ("drafter", list("abcdefgh"))), ["domain", "drafter"]
+    ),
+    "thresholds": lambda: explore.plot_thresholds({"raw": sweep(), "scaled": sweep(0.9)}),
+    "calibration": lambda: explore.plot_calibration(REPORT),
+    "drift": lambda: explore.plot_drift(DRIFT),
+    "gain": lambda: explore.plot_gain(GAIN),
+    "distributions": lambda: explore.plot_distributions(REJECTED),
+    "not asked": lambda: explore.plot_distributions(UNASKED),
+    "fit": lambda: explore.plot_fit(FIT, at=(512, 64)),
+    "nothing fits": lambda: explore.plot_fit(NONE_LEFT),
+    "parts": lambda: explore.plot_parts(COST),
+    "parts and memory": lambda: explore.plot_parts(COST, MEMORY, limit=4e9),
+    "slots": lambda: explore.plot_slots(SLOTS),
+    "front": lambda: explore.plot_front(options(4)),
+    "crowded front": lambda: explore.plot_front(crowd(14)),
+    "low front": lambda: explore.plot_front(
+        pd.concat([options(4).assign(front=False), crowd(9, 0.1)])
+    ),
+    "budget": budget,
+    "budget, little fits": lambda: budget(2, 64),
+    "sweeps": lambda: explore.plot_sweeps(cells()),
+    "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
+    "speedup of one": lambda: explore.plot_speedup(REPLAYED),
+    "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),
+    "rounds": lambda: explore.plot_round(REPLAYED),
+    "round": lambda: explore.plot_round(BAD, draft_length=2),
+    "temperatures": lambda: explore.plot_temperatures(TEMPERATURES),
+    "speed by threshold": lambda: explore.plot_thresholds_speed(THRESHOLDS, chosen=0.4),
+    "load": lambda: explore.plot_load(LOAD, concurrency=16),
+    "schedule": lambda: explore.plot_schedule(SCHEDULE),
+    "steps": lambda: explore.plot_steps(SMOOTH),
+    "serving": serving,
+    "serving with replay": lambda: serving(replay=True),
+    "serving at five": lambda: explore.plot_serving(
+        {f"T 0.{i}": REPLAYED for i in range(5)}, LOAD, bold="T 0.2", draft_length=4, requests=64
+    ),
+}
+
+
+@cache
+def picture_of(name: str) -> Figure:
+    """A picture of the gallery, made once and without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return PICTURES[name]()
+
+
+@cache
+def pixels_of(name: str) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return pixels(picture_of(name))

@@ -1,0 +1,747 @@
+"""Choosing for training: pictures of tables made by hand, and every control of the explorer."""
+
+import json
+import math
+import re
+from html import unescape
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patches import Rectangle
+
+from dspark_lab.chats import encode, load_chats
+from dspark_lab.explore import (
+    MEASURED,
+    Explorer,
+    explore_training_budget,
+    plot_budget,
+    plot_fit,
+    plot_front,
+    plot_parts,
+    plot_sweeps,
+)
+from dspark_lab.explore import budget as budget_module
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
+from dspark_lab.tuning import (
+    CARDS,
+    PER,
+    TRAINERS,
+    Shape,
+    Spans,
+    StepTime,
+    TrainingSettings,
+    choose_training,
+    export,
+    fit_table,
+    memory_table,
+    never_table,
+    slot_table,
+    supervision_table,
+    training_cost,
+)
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, picture
+from tests.gallery import (
+    COST,
+    FIT,
+    MEMORY,
+    NAN,
+    NONE_LEFT,
+    SLOTS,
+    budget,
+    cells,
+    crowd,
+    fit,
+    options,
+    picture_of,
+)
+from tests.pictures import legend, points, tick_names, title, words
+from tests.samples import documents, random_chats
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stars(ax: Axes) -> list[list[float]]:
+    """Where the chosen setting is marked."""
+    return [point for line in ax.lines if line.get_marker() == "*" for point in points(line)]
+
+
+def hollow(ax: Axes) -> list[list[float]]:
+    """The points with hollow marks; the frame around the best is none."""
+    lines = [line for line in ax.lines if line.get_fillstyle() == "none"]
+    return [point for line in lines if line.get_markersize() < 10 for point in points(line)]
+
+
+def test_the_fit_has_a_line_of_the_tables_numbers_for_each_block_size():
+    (ax,) = picture_of("fit").axes
+    lines = {line.get_label(): line for line in ax.lines if line.get_label()[0] != "_"}
+    assert list(lines) == ["block 7", "block 15"]
+    for block_size, part in FIT.groupby("block_size"):
+        line = lines[f"block {block_size}"]
+        assert points(line) == part[["seq_len", "num_anchors"]].to_numpy().tolist()
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 2
+    assert legend(ax) == ["block 7", "block 15"]
+
+
+def test_marks_are_hollow_where_the_row_and_not_the_memory_is_the_limit():
+    (ax,) = picture_of("fit").axes
+    assert hollow(ax) == [[256, 255], [512, 511], [256, 255]]
+    filled = [line.get_markevery() for line in ax.lines if line.get_label()[0] != "_"]
+    assert [marks.tolist() for marks in filled] == [[False] * 2 + [True] * 2, [False] + [True] * 3]
+    assert "hollow: row is the limit" in title(ax)
+    assert "hollow" not in title(plot_fit(fit(100, 100)).axes[0])
+
+
+def test_both_axes_of_the_fit_double_from_tick_to_tick_and_name_plain_numbers():
+    (ax,) = picture_of("fit").axes
+    assert tick_names(ax.xaxis) == ["256", "512", "1024", "2048"]
+    assert tick_names(ax.yaxis) == ["64", "128", "256", "512", "1024"]
+    heights = ax.transData.transform([(256, tick) for tick in ax.get_yticks()])[:, 1]
+    assert np.ptp(np.diff(heights)) < 1e-6
+    places = ax.transData.transform([(tick, 1) for tick in ax.get_xticks()])[:, 0]
+    assert np.ptp(np.diff(places)) < 1e-6
+
+
+def test_where_nothing_fits_the_line_goes_down_to_a_tick_that_says_so():
+    (ax,) = picture_of("nothing fits").axes
+    assert points(ax.lines[0])[-1] == [2048, 0]
+    assert tick_names(ax.yaxis)[0] == "none: 0" and ax.get_yticks()[0] == 0
+    assert ax.get_ylim()[0] == 0
+    zero, one, two = ax.transData.transform([(256, y) for y in (0, 1, 2)])[:, 1]
+    assert zero < one - 5 < two - 10
+    assert "none" not in "".join(tick_names(picture_of("fit").axes[0].yaxis))
+
+
+def test_a_fit_of_nothing_at_all_is_drawn_too():
+    (ax,) = plot_fit(fit(0, 0)).axes
+    assert points(ax.lines[0]) == [[256, 0], [512, 0]]
+
+
+def test_the_chosen_setting_has_a_star_and_its_word_even_beyond_the_table():
+    (ax,) = picture_of("fit").axes
+    assert stars(ax) == [[512, 64]] and "★ chosen" in title(ax)
+    (ax,) = plot_fit(FIT, at=(8192, 40_000)).axes
+    low, high = ax.get_ylim()
+    assert low < 40_000 < high and ax.get_xlim()[1] > 8192
+    assert tick_names(ax.xaxis) == ["256", "512", "1024", "2048", "4096", "8192"]
+    (ax,) = plot_fit(FIT).axes
+    assert stars(ax) == [] and "chosen" not in title(ax)
+
+
+def test_the_bars_are_the_parts_in_the_tables_order_with_their_share():
+    (ax,) = picture_of("parts").axes
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.6, 0.3999, 0.0001])
+    names = ["target forward  60.0%", "MLP  40.0%", "optimiser  < 0.1%"]
+    assert tick_names(ax.yaxis) == names
+    heights = [bar.get_y() + bar.get_height() / 2 for bar in ax.patches]
+    assert heights == pytest.approx(ax.get_yticks())
+    # The first is on top.
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert title(ax) == "a step: 10.0 T operations"
+    assert title(plot_parts(COST, seconds=0.14832).axes[0]).endswith("operations, 0.148 s")
+
+
+def test_memory_has_a_panel_of_its_own_that_names_the_moment_and_what_is_allowed():
+    _, ax = picture_of("parts and memory").axes
+    assert [bar.get_width() for bar in ax.patches] == [3.0, 0.0]
+    assert tick_names(ax.yaxis) == ["weights  3.00 GB", "gradients  0"]
+    assert title(ax) == (
+        "3.0 GB at the fullest moment: heads backward\n75% of the 4.0 GB that it may take"
+    )
+    for limit in (None, float("inf")):
+        assert "may take" not in title(plot_parts(COST, MEMORY, limit=limit).axes[1])
+
+
+def test_parts_refuse_a_limit_without_memory_and_memory_in_one_panel():
+    with pytest.raises(ValueError, match="limit must come with a memory table, got 1.0 without"):
+        plot_parts(COST, limit=1.0)
+    with pytest.raises(ValueError, match="memory must be None where ax is given, got both"):
+        plot_parts(COST, MEMORY, ax=picture_of("parts").axes[0])
+
+
+def test_each_slot_has_a_bar_of_its_supervisions_and_one_of_their_weight():
+    (ax,) = picture_of("slots").axes
+    expected, weighted = ax.containers
+    assert [bar.get_height() for bar in expected] == SLOTS["expected"].tolist()
+    assert [bar.get_height() for bar in weighted] == SLOTS["weighted"].tolist()
+    for slot, pair in enumerate(zip(expected, weighted, strict=True)):
+        (left, right) = pair
+        assert left.get_x() < slot < right.get_x() + right.get_width()
+        assert left.get_x() + left.get_width() <= right.get_x() + 1e-9
+    labels = legend(ax)
+    assert labels == ["supervised slots", "their summed weight"]
+    assert weighted[0].get_hatch() and not expected[0].get_hatch()
+
+
+def test_the_front_shows_every_option_once_and_tells_its_kinds_apart():
+    (ax,) = picture_of("front").axes
+    fits, unfit, front = ax.lines
+    assert points(fits) == [[pytest.approx(35), 10], [pytest.approx(50), 30]]
+    assert points(unfit) == [[pytest.approx(10), 35]]
+    assert points(front) == [[pytest.approx(40), 40], [pytest.approx(30), 50]]
+    assert unfit.get_fillstyle() == "none" and fits.get_fillstyle() == "full"
+    assert front.get_marker() != fits.get_marker()
+    assert (fits.get_color(), unfit.get_color(), front.get_color()) == (BLUE, INK, RED)
+    labels = legend(ax)
+    assert labels == ["fits", "does not fit", "on the front: none beats it"]
+
+
+def test_the_options_of_the_front_are_named_and_no_others():
+    (ax,) = picture_of("front").axes
+    names = {text.get_text(): text.xy for text in ax.texts}
+    assert names == {
+        "N 32, K 7": (pytest.approx(30), 50),
+        "N 16, K 7": (pytest.approx(40), 40),
+    }
+
+
+def test_names_tell_the_rows_length_where_there_are_several():
+    (ax,) = plot_front(options(seq_lens=(512, 4096))).axes
+    names = words(ax)
+    assert sorted(names) == [
+        "N 16, K 7, S 4,096",
+        "N 16, K 7, S 512",
+        "N 32, K 7, S 4,096",
+        "N 32, K 7, S 512",
+    ]
+
+
+def test_the_names_of_a_crowded_front_stand_in_the_order_of_its_points():
+    (ax,) = picture_of("crowded front").axes
+    heights = [text.get_position()[1] for text in ax.texts]
+    assert heights == sorted(heights, reverse=True) and len(heights) == 14
+    assert [text.xy[1] for text in ax.texts] == sorted(crowd(14)["gain_per_second"])[::-1]
+
+
+def test_the_names_of_a_low_front_stand_beside_the_axes_and_not_below():
+    (ax,) = picture_of("low front").axes
+    heights = [text.get_position()[1] for text in ax.texts]
+    assert heights == sorted(heights, reverse=True) and min(heights) >= 0
+
+
+def test_a_front_of_nothing_that_fits_names_nothing():
+    (ax,) = plot_front(options(0)).axes
+    assert list(ax.texts) == [] and len(points(ax.lines[0])) == 5
+
+
+def map_of(ax: Axes) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
+    """A heat map's numbers, and its words by row and column."""
+    (image,) = ax.images
+    words = {
+        (round(text.get_position()[1]), round(text.get_position()[0])): text.get_text()
+        for text in ax.texts
+    }
+    return np.ma.filled(image.get_array(), np.nan), words
+
+
+def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval():
+    *_, ax, _ = picture_of("sweeps").axes
+    numbers, words = map_of(ax)
+    # Those of the last of the four maps.
+    assert numbers.tolist() == [pytest.approx([2.8, 2.9, 3.0]), pytest.approx([3.1, 3.2, 3.3])]
+    assert words[0, 0] == "2.80\n2.76 to 2.86" and words[1, 2] == "3.30\n3.26 to 3.36"
+    assert len(words) == 6
+    assert tick_names(ax.xaxis) == ["4", "12", "32"] and tick_names(ax.yaxis) == ["4", "7"]
+    assert title(ax).startswith("budget: slots, temperature 1\n")
+
+
+def test_the_best_cell_has_a_frame_and_its_name():
+    (frame,) = [p for p in picture_of("sweeps").axes[3].patches if isinstance(p, Rectangle)]
+    assert frame.get_xy() == (1.5, 0.5) and frame.get_width() == frame.get_height() == 1
+    assert not frame.get_fill() and to_hex(frame.get_edgecolor()).upper() == RED
+    assert title(picture_of("sweeps").axes[3]).endswith("framed: the best, N 32, K 7")
+
+
+def contrast(one: str, other: tuple[float, ...]) -> float:
+    """As the Web Content Accessibility Guidelines define it."""
+    lights = []
+    for colour in (to_rgb(one), other[:3]):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(lights) / min(lights)
+
+
+def test_the_words_of_every_cell_are_readable():
+    seen = set()
+    for ax in picture_of("sweeps").axes:
+        for image, text in product(ax.images, ax.texts):
+            column, row = map(round, text.get_position())
+            below = image.cmap(image.norm(image.get_array()[row, column]))
+            assert contrast(text.get_color(), below) >= 4.5
+            seen.add(text.get_color())
+    assert seen == {"black", "white"}
+
+
+def test_a_sweep_without_intervals_or_with_a_cell_missing_is_drawn():
+    table = cells().assign(low=NAN, high=NAN).drop(index=19)
+    *_, ax, _ = plot_sweeps(table).axes
+    numbers, words = map_of(ax)
+    assert np.isnan(numbers[0, 1]) and np.isnan(numbers).sum() == 1
+    assert words[0, 0] == "2.80" and (0, 1) not in words
+
+
+def test_the_sweeps_stand_budgets_across_and_temperatures_down_in_common_colours():
+    *maps, bar = picture_of("sweeps").axes
+    assert [title(ax).split("\n")[0] for ax in maps] == [
+        "budget: seconds, temperature 0",
+        "budget: slots, temperature 0",
+        "budget: seconds, temperature 1",
+        "budget: slots, temperature 1",
+    ]
+    assert [map_of(ax)[0][0, 0] for ax in maps] == pytest.approx([1.0, 2.2, 1.6, 2.8])
+    for ax in maps:
+        assert ax.images[0].get_clim() == pytest.approx((1.0, 3.3))
+    places = [ax.get_position() for ax in maps]
+    assert places[0].x1 < places[1].x0 and places[0].y0 > places[2].y1
+    assert bar.get_ylabel() == "tau (tokens per round)"
+
+
+def test_the_first_panel_of_a_budget_marks_the_chosen_share():
+    ax = picture_of("budget").axes[0]
+    assert points(ax.lines[0]) == options()[["num_anchors", "share"]].to_numpy().tolist()
+    assert stars(ax) == [[16, 0.5]]
+    assert title(ax) == "★ chosen: N 16 covers 50%"
+
+
+def test_the_second_panel_shows_gains_of_the_best_that_fits():
+    ax = picture_of("budget").axes[1]
+    assert points(ax.lines[0]) == [[4, 0.2], [8, 0.6], [16, 0.8], [32, 1], [64, 0.7]]
+    (frame,) = [line for line in ax.lines if line.get_marker() == "s"]
+    assert points(frame) == [[32, 1]] and frame.get_color() == GREEN
+    assert stars(ax) == [[16, 0.8]] and hollow(ax) == []
+    assert title(ax) == "★ chosen   □ best that fits: N 32"
+
+
+def test_options_that_do_not_fit_are_hollow_and_never_the_best():
+    ax = picture_of("budget, little fits").axes[1]
+    assert hollow(ax) == [[16, pytest.approx(4 / 3)], [32, pytest.approx(5 / 3)], [64, 35 / 30]]
+    assert stars(ax) == [[64, 35 / 30]]
+    assert title(ax) == "★ chosen   □ best that fits: N 8   ○ too large"
+    low, high = ax.get_ylim()
+    assert low == 0 and high > 5 / 3
+
+
+def test_where_nothing_fits_there_is_no_best():
+    ax = budget(0).axes[1]
+    assert not [line for line in ax.lines if line.get_marker() == "s"]
+    assert len(hollow(ax)) == 5 and title(ax) == "★ chosen   ○ too large"
+    assert max(y for _, y in points(ax.lines[0])) == 1
+
+
+def test_the_ticks_of_gains_stay_few_where_much_more_would_be_gained_by_what_is_too_large():
+    rate = [1.0, 20.0, 60.0, 90.0, 70.0]
+    table = options(1).assign(gain_per_second=rate)
+    ax = plot_budget(table, COST, NONE_LEFT, num_anchors=4, at=(300, 4)).axes[1]
+    assert points(ax.lines[0])[3] == [32, 90] and len(ax.get_yticks()) <= 6
+
+
+def test_the_lower_panels_of_a_budget_are_the_parts_and_the_fit():
+    _, _, parts, fits = picture_of("budget").axes
+    assert tick_names(parts.yaxis) == tick_names(picture_of("parts").axes[0].yaxis)
+    # The chosen option's own seconds.
+    assert title(parts) == "a step: 10.0 T operations, 0.3 s"
+    assert points(fits.lines[0]) == NONE_LEFT[["seq_len", "num_anchors"]].to_numpy().tolist()
+    assert stars(fits) == [[300, 16]]
+    assert title(fits) == "block 7   ★ chosen   hollow: row is the limit"
+
+
+def test_the_chosen_setting_looks_alike_in_every_panel():
+    marks = [
+        (line.get_color(), line.get_markersize())
+        for ax in picture_of("budget").axes
+        for line in ax.lines
+        if line.get_marker() == "*"
+    ]
+    assert marks == [(ORANGE, marks[0][1])] * 3
+
+
+def test_a_budget_refuses_a_number_of_anchors_that_is_no_option():
+    with pytest.raises(
+        ValueError, match=r"num_anchors must be one of \[4, 8, 16, 32, 64\], got 12"
+    ):
+        budget(num_anchors=12)
+
+
+def test_options_out_of_order_are_drawn_in_order():
+    shuffled = options().iloc[[3, 0, 4, 2, 1]]
+    figure = plot_budget(shuffled, COST, NONE_LEFT, num_anchors=16, at=(300, 16))
+    for ax, like in zip(figure.axes[:2], picture_of("budget").axes, strict=False):
+        assert points(ax.lines[0]) == points(like.lines[0])
+
+
+def test_an_axis_with_many_doublings_names_only_some():
+    (ax,) = plot_fit(fit(*[100] * 13)).axes
+    assert tick_names(ax.xaxis) == ["256", "2048", "16384", "131072", "1048576"]
+
+
+ENCODED = random_chats(30)
+LONGEST = max(map(len, ENCODED))
+SHAPE = Shape.of("pocket")
+TIME = StepTime(0.01, 1e-11, 0.1, 0.2, 4)
+SEQ_LENS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+NAMES = [
+    "options",
+    "recommended",
+    "settings",
+    "coverage",
+    "slots",
+    "never",
+    "cost",
+    "memory",
+    "fit",
+]
+
+
+def explorer(**start) -> Explorer:
+    given = {"num_anchors": 8, "block_size": 3, "seq_len": 256}
+    return explore_training_budget(ENCODED, SHAPE, **(given | start))
+
+
+def sentences(shown: Explorer) -> list[str]:
+    """The recommendation, the sentence on the chosen setting, and the text to take away."""
+    found = re.fullmatch(
+        r"<img [^>]*><p>(.*?)</p><p>(.*?)</p><pre>(.*?)</pre>", picture(shown).value, re.DOTALL
+    )
+    assert found, picture(shown).value[-500:]
+    return [unescape(text) for text in found.groups()]
+
+
+def by_hand(**settings) -> dict[str, pd.DataFrame]:
+    """What the tables say for these settings of the controls."""
+    num_anchors, block_size = settings["num_anchors"], settings["block_size"]
+    seq_len, per, batch_size = settings["seq_len"], settings["per"], settings["batch_size"]
+    card = settings["card"]
+    spans = Spans.of(ENCODED, seq_len=seq_len, row_length=seq_len if settings["packed"] else None)
+    candidates = spans.candidates(per).max()
+    tried = sorted({num_anchors, *(2**i for i in range(2, 16) if 2**i <= candidates)})
+    blocks = num_anchors
+    if per == "document":
+        blocks = round(num_anchors * spans.documents / spans.rows)
+    sizes = {"num_anchors": blocks, "block_size": block_size, "batch_size": batch_size}
+    longest, mean = int(spans.row_tokens.max()), round(spans.row_tokens.mean())
+    choice = choose_training(
+        spans,
+        SHAPE,
+        time=card,
+        memory=card,
+        num_anchors=tried,
+        block_sizes=(block_size,),
+        per=per,
+        batch_size=batch_size,
+    )
+    return {
+        "options": choice.table,
+        "coverage": supervision_table(spans, tried, (block_size,), per=per),
+        "slots": slot_table(spans, num_anchors, block_size, per=per),
+        "never": never_table(spans),
+        "cost": training_cost(SHAPE, seq_len=mean, **sizes),
+        "memory": memory_table(SHAPE, seq_len=longest, **sizes),
+        "fit": fit_table(SHAPE, card, SEQ_LENS, (block_size,), batch_size=batch_size),
+    }
+
+
+MOVES = [
+    ("num_anchors", 64),
+    ("block_size", 5),
+    ("packed", False),
+    ("per", "document"),
+    ("packed", True),
+    ("batch_size", 3),
+    ("seq_len", 512),
+    ("card", "T4"),
+    ("per", "row"),
+]
+
+
+def test_all_tables_follow_every_control():
+    shown = explorer()
+    for name, value in [("num_anchors", 16), *MOVES]:
+        shown.controls[name].value = value
+        tables = shown.tables
+        assert list(tables) == NAMES
+        for table, expected in by_hand(**shown.settings).items():
+            pd.testing.assert_frame_equal(tables[table], expected)
+        assert shown.table is tables["options"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_anchors", 64),
+        ("block_size", 5),
+        ("seq_len", 512),
+        ("packed", False),
+        ("per", "document"),
+        ("batch_size", 3),
+        ("card", "T4"),
+        ("export", "json"),
+    ],
+)
+def test_every_control_alone_changes_what_is_shown(name, value):
+    shown = explorer()
+    before = picture(shown).value
+    shown.controls[name].value = value
+    assert picture(shown).value != before and shown.frames_drawn == 2
+
+
+def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
+    shown = explorer(num_anchors=4, batch_size=2)
+    chosen = TrainingSettings(4, 3, 256, 2)
+    for kind in ("json", *TRAINERS):
+        shown.controls["export"].value = kind
+        assert sentences(shown)[2] == export(chosen, kind)
+    assert shown.tables["settings"].to_dict("records") == [vars(chosen)]
+    assert shown.tables["recommended"]["num_anchors"].item() != 4
+    shown.controls["export"].value = "json"
+    assert json.loads(sentences(shown)[2]) == vars(chosen)
+
+
+def test_quotes_of_an_export_are_text_and_no_markup():
+    shown = explorer(export="deepspec")
+    assert "&quot;model.num_anchors=8&quot;" in picture(shown).value
+    assert '--opts "model.num_anchors=8"' in sentences(shown)[2]
+
+
+def test_the_recommendation_is_tunes_own_sentence_and_its_best_line():
+    shown = explorer()
+    spans = Spans.of(ENCODED, seq_len=256, row_length=256)
+    tried = [4, 8, 16, 32, 64, 128]
+    choice = choose_training(
+        spans, SHAPE, time="H100", memory="H100", num_anchors=tried, block_sizes=(3,)
+    )
+    assert shown.table["num_anchors"].tolist() == tried
+    recommended = shown.tables["recommended"]
+    assert sentences(shown)[0] == choice.reason == recommended["reason"].item()
+    assert recommended["num_anchors"].item() == choice.best["num_anchors"]
+    assert recommended["gain_per_second"].item() == shown.table["gain_per_second"].max()
+
+
+def test_the_chosen_setting_is_told_in_a_sentence():
+    shown = explorer(num_anchors=32, packed=False, seq_len=512, card="L4")
+    line = shown.table.set_index("num_anchors").loc[32]
+    assert sentences(shown)[1] == (
+        f"Chosen: N 32, K 3, S 512 covers {line['share']:.0%} of the supervised tokens in a pass; "
+        f"a step on L4 takes {line['seconds']:.3g} s and {line['memory_bytes'] / 1e9:.1f} GB of "
+        f"23.7 GB that it may take, as the longest row has {LONGEST} tokens."
+    )
+    shown.controls["packed"].value = True
+    assert "longest" not in sentences(shown)[1]
+    shown.controls["per"].value = "document"
+    assert sentences(shown)[1].startswith("Chosen: N 32 for each document, K 3, S 512 covers")
+
+
+def test_the_longest_row_is_what_is_held_and_marked_where_rows_are_shorter_than_allowed():
+    shown = explorer(packed=False, seq_len=512)
+    assert set(shown.table["seq_len"]) == {LONGEST}
+    held = memory_table(SHAPE, seq_len=LONGEST, num_anchors=8, block_size=3)["held"]
+    assert shown.tables["memory"]["held"].tolist() == held.tolist()
+    assert shown.tables["settings"]["seq_len"].item() == 512
+
+
+def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):
+    drawn = []
+
+    def noted(*tables, **chosen):
+        drawn.append(chosen)
+        return plot_budget(*tables, **chosen)
+
+    monkeypatch.setattr(budget_module, "plot_budget", noted)
+    shown = explorer(packed=False, seq_len=512, per="document")
+    assert drawn[-1] == {"num_anchors": 8, "at": (LONGEST, 8)}
+    shown.controls["packed"].value = True
+    spans = Spans.of(ENCODED, seq_len=512, row_length=512)
+    assert drawn[-1] == {"num_anchors": 8, "at": (512, round(8 * 30 / spans.rows))}
+
+
+def test_anchors_for_each_document_are_more_blocks_in_a_packed_row():
+    shown = explorer()
+    by_row = shown.tables
+    shown.controls["per"].value = "document"
+    by_document = shown.tables
+    assert by_document["cost"]["operations"].sum() > 2 * by_row["cost"]["operations"].sum()
+    eight = [t["options"].set_index("num_anchors")["share"][8] for t in (by_row, by_document)]
+    assert eight[1] > 2 * eight[0]
+    # What fits does not depend on what is chosen.
+    pd.testing.assert_frame_equal(by_row["fit"], by_document["fit"])
+
+
+def test_what_does_not_fit_is_drawn_with_a_sentence_that_says_so():
+    shown = explore_training_budget(
+        ENCODED, "qwen3-4b", num_anchors=4, block_size=3, seq_len=256, card="T4"
+    )
+    said, chosen, taken = sentences(shown)
+    assert said.startswith("Nothing fits: the smallest of these steps takes")
+    assert chosen.endswith("GB of 15.8 GB that it may take: it does not fit.")
+    assert taken.startswith("--num-anchors 4 ") and "role=" not in picture(shown).value
+    assert list(shown.tables) == NAMES and not shown.table["fits"].any()
+    assert (shown.tables["fit"]["num_anchors"] == 0).any()
+    recommended = shown.tables["recommended"]
+    assert recommended["reason"].tolist() == [said] and "num_anchors" not in recommended
+
+
+def test_a_measured_time_is_an_entry_of_its_own_that_comes_first():
+    shown = explorer(time=TIME, memory=2e9)
+    assert shown.controls["card"].options == (MEASURED, *CARDS)
+    assert shown.controls["card"].value == MEASURED == "measured here"
+    operations = shown.table["operations"]
+    assert shown.table["seconds"].tolist() == pytest.approx((0.01 + 1e-11 * operations).tolist())
+    assert "a step on the device that was measured takes" in sentences(shown)[1]
+    assert "of 1.8 GB that it may take" in sentences(shown)[1]
+    assert "% sure" in sentences(shown)[0]
+    shown.controls["card"].value = "H100"
+    assert "speed assumed, not measured" in sentences(shown)[0]
+    assert shown.table["seconds"].max() < 0.01
+    assert explorer(time=TIME, card="L4").controls["card"].value == "L4"
+    assert explorer().controls["card"].options == tuple(CARDS)
+    assert explorer().controls["card"].value == "H100"
+
+
+def test_without_a_memory_all_fits_on_the_measured_device():
+    shown = explorer(time=TIME)
+    assert shown.table["fits"].all() and not shown.tables["fit"]["full"].any()
+    assert "that it may take" not in sentences(shown)[1] and sentences(shown)[1].endswith(" GB.")
+
+
+def test_controls_start_where_they_are_told_even_between_their_steps():
+    shown = explorer(num_anchors=100, seq_len=300, batch_size=70, block_size=20)
+    assert shown.settings == {
+        "num_anchors": 100,
+        "block_size": 20,
+        "seq_len": 300,
+        "packed": True,
+        "per": "row",
+        "batch_size": 70,
+        "card": "H100",
+        "export": "dspark-lab",
+    }
+    assert repr(shown).startswith("explore_training_budget(num_anchors=100, block_size=20, ")
+    assert 100 in shown.table["num_anchors"].tolist()
+    anchors = shown.controls["num_anchors"].options
+    assert list(anchors) == sorted(anchors) and set(anchors) == {100, *(2**i for i in range(2, 16))}
+    assert set(shown.controls["seq_len"].options) == {300, *SEQ_LENS}
+    assert shown.controls["per"].options == PER
+
+
+def test_more_anchors_than_a_row_has_candidates_are_shown_beside_those_that_it_has():
+    shown = explorer(num_anchors=4096)
+    tried = shown.table["num_anchors"].tolist()
+    assert tried[-2:] == [128, 4096]
+    assert shown.table["share"].iloc[-1] == pytest.approx(shown.table["share"].max())
+
+
+def test_gamma_dtype_and_options_reach_the_tables():
+    shown = explorer(gamma=2.0, dtype="fp32", features="cached")
+    weights = shown.tables["slots"]["weight"]
+    assert weights.tolist() == pytest.approx([math.exp(-k / 2) for k in range(3)])
+    worth = shown.table["gain"] / shown.table["covered"]
+    assert worth.tolist() == pytest.approx([weights.sum()] * len(worth))
+    assert shown.tables["settings"]["loss_decay_gamma"].item() == 2.0
+    assert "target forward" not in shown.tables["cost"]["part"].tolist()
+    held = {"seq_len": 256, "num_anchors": 8, "block_size": 3, "features": "cached"}
+    expected = memory_table(SHAPE, dtype="fp32", **held)
+    pd.testing.assert_frame_equal(shown.tables["memory"], expected)
+    most = fit_table(SHAPE, "H100", SEQ_LENS, (3,), dtype="fp32", features="cached")
+    pd.testing.assert_frame_equal(shown.tables["fit"], most)
+
+
+def test_conversations_are_encoded_with_the_given_tokenizer(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = [{"id": chat.id, "messages": list(chat.messages)} for chat in CHATS]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    same = [encode(chat, TOKENIZER) for chat in load_chats(path)]
+    for given in (CHATS, str(path), same):
+        shown = explore_training_budget(
+            given, SHAPE, TOKENIZER, num_anchors=4, block_size=3, seq_len=256, packed=False
+        )
+        assert set(shown.table["seq_len"]) == {max(LENGTHS)}
+        # Five tokens before each answer, and its first.
+        assert shown.tables["never"]["tokens"].tolist() == [15, 3, 0, 0, 0]
+
+
+def test_a_model_is_a_shape_or_what_one_is_made_of(tmp_path):
+    config = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    tables = [
+        explore_training_budget(ENCODED, model, num_anchors=4, block_size=3, seq_len=256).table
+        for model in (config, path, str(tmp_path), Shape.of(config))
+    ]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])
+
+
+def test_rows_too_short_for_an_answer_are_said_in_words_and_can_be_left():
+    late = documents("." * 280 + "a" * 10)
+    shown = explore_training_budget(late, SHAPE, num_anchors=4, block_size=3, seq_len=256)
+    assert shown.tables == {}
+    assert "among its first 256" in picture(shown).value and "longer row" in picture(shown).value
+    shown.controls["seq_len"].value = 512
+    assert list(shown.tables) == NAMES
+
+
+def test_too_many_blocks_to_look_at_are_said_in_words_and_can_be_left():
+    many = random_chats(60)
+    shown = explore_training_budget(
+        many, SHAPE, num_anchors=32768, block_size=3, seq_len=8192, per="document"
+    )
+    assert "32,768 anchors for each document are 1,966,080 blocks a row" in picture(shown).value
+    assert shown.tables == {}
+    shown.controls["num_anchors"].value = 4
+    assert list(shown.tables) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"num_anchors": 0}, "num_anchors must be >= 1, got 0"),
+        ({"block_size": 0}, "block_size must be >= 1, got 0"),
+        ({"seq_len": 0}, "seq_len must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"gamma": 0}, "loss_decay_gamma must be a finite number > 0, got 0"),
+        ({"dtype": "fp8"}, "dtype must be one of .*, got 'fp8'"),
+        ({"features": "stale"}, "features must be one of .*, got 'stale'"),
+        ({"per": "chat"}, r"per must be one of \('row', 'document'\), got 'chat'"),
+        ({"card": "H1000"}, r"card must be one of \('T4', .*\), got 'H1000'"),
+        ({"card": MEASURED}, r"card must be one of \('T4', .*\), got 'measured here'"),
+        ({"export": "yaml"}, r"export must be one of \('json', .*\), got 'yaml'"),
+        ({"memory": 1e9}, "memory must come with a time, got 1000000000.0 without"),
+        ({"memory": -1.0, "time": TIME}, "memory must be > 0"),
+    ],
+)
+def test_a_start_value_that_cannot_be_is_refused_at_once(start, message):
+    with pytest.raises(ValueError, match=message):
+        explorer(**start)
+
+
+def test_what_is_of_another_kind_is_refused_at_once():
+    with pytest.raises(TypeError, match="time must be a StepTime, got str"):
+        explorer(time="H100")
+    with pytest.raises(TypeError, match="num_anchors must be an int, got 1.5"):
+        explorer(num_anchors=1.5)
+    with pytest.raises(ValueError, match="chats must hold at least one conversation, got none"):
+        explore_training_budget([], SHAPE)
+    with pytest.raises(ValueError, match="a shape must be one of .*, got 'qwen9'"):
+        explore_training_budget(ENCODED, "qwen9")
+
+
+def test_readers_without_widgets_get_the_picture():
+    bundle = explorer()._repr_mimebundle_()
+    assert bundle["text/plain"].startswith("explore_training_budget(")
+    assert len(bundle["image/png"]) > 1000
+
+
+def test_the_shipped_conversations_and_a_published_target_are_shown_where_nothing_is_given():
+    shown = explore_training_budget()
+    assert shown.settings["num_anchors"] == 512 and shown.settings["seq_len"] == 4096
+    never = shown.tables["never"].set_index("reason")["tokens"]
+    assert never["prompt"] > 10_000
+    assert shown.tables["cost"]["operations"].sum() > 1e13

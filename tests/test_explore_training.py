@@ -1,0 +1,53 @@
+"""The training curve, and its picture."""
+
+from base64 import b64decode
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dspark_lab.explore import plot_training, training
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_training_shows_every_step_and_can_be_empty() -> None:
+    table = pd.DataFrame(
+        {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "accept_rate": [0.1, 0.2, 0.4]}
+    )
+    table["tau"] = 1 + table["accept_rate"]
+    axes = plot_training(table).axes
+    for ax, name in zip(axes, ("loss", "accept_rate", "tau"), strict=True):
+        dots, course = ax.lines
+        assert list(dots.get_ydata()) == list(table[name]) and list(dots.get_xdata()) == [1, 2, 3]
+        assert len(course.get_ydata()) == 3
+    assert all(len(ax.lines) == 0 for ax in plot_training(table.iloc[:0]).axes)
+
+
+def step_row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 3.0 / step, "accept_rate": 0.1 * step, "tau": 1 + 0.1 * step}
+
+
+def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, drawn = [0.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    curve = training.LiveCurve()
+    redraw = curve.redraw
+    monkeypatch.setattr(curve, "redraw", lambda: (drawn.append(now[0]), redraw()))
+    for step in range(1, 11):
+        curve(step_row(step))
+        now[0] += 0.2
+    curve({"step": 10, "held_out_tau": 2.0})
+    assert curve.table["step"].tolist() == list(range(1, 11))
+    assert len(drawn) == 4 and all(b - a > 0.5 for a, b in zip(drawn, drawn[1:], strict=False))
+
+
+def test_live_curve_has_a_picture_once_there_are_steps() -> None:
+    curve = training.LiveCurve()
+    assert "image/png" not in curve._repr_mimebundle_()
+    curve(step_row(2))
+    bundle = curve._repr_mimebundle_()
+    assert b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    assert "step 2: loss 1.500, accept rate 0.200, tau 1.20" in curve._line.value

@@ -1,0 +1,101 @@
+"""What every picture must be, whatever it shows: looked at in its PNG and its words."""
+
+from itertools import combinations
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from dspark_lab import explore
+from dspark_lab.explore.style import INK
+from tests.gallery import PICTURES, biases, bins, picture_of, pixels_of, rates, sweep
+from tests.pictures import shown
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+pictures = pytest.mark.parametrize("picture", PICTURES)
+# The cells of a heat map are opaque, with black or white words.
+drawings = pytest.mark.parametrize("picture", [name for name in PICTURES if name != "sweeps"])
+# Labels of a mask's cells may touch those of their neighbours.
+written = pytest.mark.parametrize("picture", [name for name in PICTURES if name != "small mask"])
+
+
+def test_every_plot_is_in_the_gallery():
+    drawn = {name for make in PICTURES.values() for name in make.__code__.co_names}
+    assert {name for name in explore.__all__ if name.startswith("plot_")} <= drawn | {
+        "plot_budget",
+        "plot_serving",
+    }
+
+
+@drawings
+def test_a_picture_has_no_background(picture):
+    alpha = pixels_of(picture)[..., 3]
+    assert alpha[0, 0] == alpha[-1, -1] == 0
+    assert (alpha == 0).mean() > 0.2
+
+
+@drawings
+def test_nothing_in_a_picture_vanishes_on_a_black_or_a_white_page(picture):
+    values = pixels_of(picture)
+    opaque = values[values[..., 3] > 128]
+    assert opaque[:, :3].max(axis=-1).min() > 80
+    assert opaque[:, :3].min(axis=-1).max() < 160
+
+
+@drawings
+def test_all_words_of_a_picture_are_mid_grey(picture):
+    pixels_of(picture)
+    words = [text for text in picture_of(picture).findobj(Text) if text.get_text().strip()]
+    assert len(words) > 5
+    assert {to_hex(text.get_color()) for text in words if text.get_visible()} == {INK}
+
+
+@pictures
+def test_every_axis_of_a_picture_says_what_it_counts(picture):
+    # Panels of one line share the axis of the first; a training's panels have titles.
+    shared = {"rates": 4, "survival": 4, "rates of one": 4, "training": 1}.get(picture)
+    for i, ax in enumerate(picture_of(picture).axes):
+        assert ax.get_xlabel() or ax.get_label() == "<colorbar>"
+        if shared is None or (i % shared == 0 and picture != "training"):
+            assert ax.get_ylabel()
+        else:
+            assert ax.get_ylabel() or picture != "training" or ax.get_title(loc="left")
+
+
+@written
+def test_the_words_of_a_picture_stand_apart_and_inside(picture):
+    figure = picture_of(picture)
+    figure.draw_without_rendering()
+    # The words alone, without the line that leads to some.
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in shown(figure)]
+    assert len(boxes) > 5
+    for text, box in boxes:
+        assert box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1, text
+        assert box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1, text
+    for (one, a), (other, b) in combinations(boxes, 2):
+        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+        high = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(wide, high) <= 1, (one, other)
+
+
+def test_names_with_dollars_are_no_maths():
+    for figure in (
+        explore.plot_rates(rates(["$a$"])),
+        explore.plot_rates(rates(["$a$"]).query("kind == 'empirical'")),
+        explore.plot_reliability({"$a$": bins(3, 4)}),
+        explore.plot_bias(
+            biases(("domain", ["$a$", "b"]), ("drafter", ["$a$", "c"])), ["domain", "drafter"]
+        ),
+        explore.plot_thresholds({"$a$": sweep()}),
+    ):
+        figure.draw_without_rendering()
+        texts = [text.get_text() for text in figure.findobj(Text) if "a" in text.get_text()]
+        named = [text for text in texts if "$" in text]
+        assert named and all(text.count("$") == text.count(r"\$") for text in named)
+
+
+@pytest.mark.parametrize("plot", ["plot_thresholds", "plot_reliability", "plot_speedup"])
+def test_no_table_is_refused(plot):
+    with pytest.raises(ValueError, match="tables must hold at least one .*, got none"):
+        getattr(explore, plot)({})
