@@ -13,17 +13,12 @@ from traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand, rounds_by_
 
 from dspark_lab.decoding import rounds_of
 from dspark_lab.rates import (
-    HELD,
-    SCALED,
-    Claim,
     SequentialTemperatures,
     auroc,
-    below,
     brier,
     calibration_report,
     claims_table,
     drift_table,
-    error_change,
     expected_calibration_error,
     prefix_survival,
     reliability_table,
@@ -89,16 +84,16 @@ def test_figures_of_a_report_do_not_come_from_the_part_that_was_fitted() -> None
     assert other["auroc"][0] == pytest.approx(1 - report["auroc"][0])
 
 
-def test_a_report_shows_no_temperature_of_slots_that_none_can_be_told_for() -> None:
-    told = calibration_report(*split_prompts(TRACE))
+def test_a_report_shows_no_temperature_of_slots_that_are_not_identifiable() -> None:
+    every = calibration_report(*split_prompts(TRACE))
     report = calibration_report(*split_prompts(unlucky(TRACE)))
-    assert report["temperature"].tolist()[:2] == told["temperature"].tolist()[:2]
+    assert report["temperature"].tolist()[:2] == every["temperature"].tolist()[:2]
     assert report["temperature"][2:].isna().all()
     assert report["samples"][2] > 0 and report["samples"][3] == 0
     assert report["confidence_scaled"][2] == pytest.approx(report["confidence"][2])
     assert report["ece_scaled"][1] != report["ece"][1]
-    lucky = TRACE.assign(accepted=TRACE["accepted"] | (TRACE["slot"] == 0))
-    report = calibration_report(*split_prompts(lucky))
+    certain = TRACE.assign(accepted=TRACE["accepted"] | (TRACE["slot"] == 0))
+    report = calibration_report(*split_prompts(certain))
     assert report["temperature"].isna().tolist() == [True, False, False, False, True]
     assert report["confidence_scaled"][0] == pytest.approx(report["confidence"][0])
 
@@ -135,7 +130,7 @@ def test_reliability_is_that_of_the_held_conversations_scaled_by_hand(
         ({"bins": 0}, ValueError, "bins must be >= 1, got 0"),
         ({"bins": 5000, "binning": "mass"}, ValueError, "5000 bins of equal mass need"),
         ({"grid": []}, ValueError, "grid must be one or more positive temperatures"),
-        ({"fit": None}, TypeError, "trace must be a pandas DataFrame, got NoneType"),
+        ({"fit": None}, TypeError, "fit must be a DataFrame or a Rounds, got None"),
         ({"test": TRACE.assign(confidence=math.nan)}, ValueError, "confidence must be a number"),
     ],
 )
@@ -146,10 +141,8 @@ def test_reliability_of_what_is_none_is_refused(options, error, words) -> None:
 
 
 def claims(fit: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:
-    runs = (("a", SCALED), ("a", HELD))
-    change = Claim("scaling lowers the error", "", runs, error_change, below, "points")
-    traces = pd.concat([fit, held]).assign(drafter="a", temperature=1.0)
-    return claims_table(traces, [change], resamples=5)
+    traces = pd.concat([fit, held]).assign(drafter="dspark", temperature=1.0)
+    return claims_table(traces, resamples=5)
 
 
 TABLES = {
@@ -170,7 +163,7 @@ def test_nothing_is_reported_on_prompts_that_were_fitted(table) -> None:
 
 
 @pytest.mark.parametrize("table", [*TABLES.values(), claims], ids=[*TABLES, "claims"])
-def test_tables_neither_warn_of_the_grids_end_nor_refuse_slots_that_cannot_be_told(table) -> None:
+def test_tables_neither_warn_of_the_grids_end_nor_refuse_non_identifiable_slots(table) -> None:
     # A temperature of 10 would repair these confidences; the grid ends at 5.
     trace = unlucky(made_trace(3, distortion=(0.1,) * SLOTS))
     fit, held = split_prompts(trace)

@@ -53,7 +53,7 @@ def test_the_order_of_a_traces_rows_makes_no_difference(trace) -> None:
 @pytest.mark.parametrize(
     ("trace", "error", "words"),
     [
-        (None, TypeError, "trace must be a pandas DataFrame, got NoneType"),
+        (None, TypeError, "trace must be a (pandas )?DataFrame"),
         (TRACE.iloc[:0], ValueError, "at least one row, got 0"),
         (TRACE.drop(columns="confidence"), ValueError, "must have a column 'confidence'"),
         (TRACE.assign(confidence="high"), TypeError, "'confidence'. must hold numbers"),
@@ -130,7 +130,7 @@ def test_one_table_with_labels_is_the_same_study() -> None:
     pd.testing.assert_frame_equal(apart, study(by_label, resamples=20))
     with pytest.raises(ValueError, match="must have a column 'drafter'"):
         study(TRACE)
-    with pytest.raises(TypeError, match="traces must be a DataFrame or a mapping, got list"):
+    with pytest.raises(TypeError, match="traces must be a DataFrame or a Mapping, got"):
         study([TRACE])
     with pytest.raises(ValueError, match="one or more traces, got none"):
         study({})

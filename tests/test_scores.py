@@ -4,6 +4,7 @@ The loops below are the definitions, one sample at a time.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from traces import PROBABILITY, bins_by_hand, ece_by_hand
 
 from dspark_lab.rates import auroc, brier, expected_calibration_error, reliability_table
 
-BINNINGS = [("width", "uniform"), ("mass", "quantile")]
+BINNINGS = ("width", "mass")
 
 
 def samples(outcomes: st.SearchStrategy[float], low: int = 1):
@@ -40,7 +41,7 @@ def auroc_by_hand(confidence, outcome) -> float:
 
 @given(drawn=SOFT, bins=st.integers(1, 8))
 def test_a_reliability_table_holds_each_sample_in_the_bin_of_its_confidence(drawn, bins) -> None:
-    for binning, _ in BINNINGS:
+    for binning in BINNINGS:
         table = reliability_table(*drawn, bins, binning)
         assert len(table) == bins and table["count"].sum() == len(drawn[0])
         assert (table["low"] <= table["high"]).all()
@@ -62,18 +63,30 @@ def test_a_reliability_table_holds_each_sample_in_the_bin_of_its_confidence(draw
 @given(drawn=HARD, bins=st.integers(1, 8))
 def test_reliability_agrees_with_scikit_learn(drawn, bins) -> None:
     confidence, outcome = drawn
-    for binning, strategy in BINNINGS:
-        table = reliability_table(confidence, outcome, bins, binning).dropna()
-        rate, mean = calibration_curve(
-            outcome, confidence, n_bins=bins, strategy=strategy, pos_label=1
-        )
-        assert table["outcome"].tolist() == pytest.approx(rate.tolist())
-        assert table["confidence"].tolist() == pytest.approx(mean.tolist())
+    table = reliability_table(confidence, outcome, bins).dropna()
+    rate, mean = calibration_curve(outcome, confidence, n_bins=bins, pos_label=1)
+    assert table["outcome"].tolist() == pytest.approx(rate.tolist())
+    assert table["confidence"].tolist() == pytest.approx(mean.tolist())
+
+
+@given(hundredths=st.lists(st.integers(0, 100), min_size=8, max_size=60), bins=st.integers(1, 8))
+def test_bins_of_equal_mass_are_cut_at_the_exact_quantiles(hundredths, bins) -> None:
+    """In fractions, and so without rounding, which lets a cut miss the sample that it falls on."""
+    ordered = [Fraction(n, 100) for n in sorted(hundredths)]
+    cuts = []
+    for k in range(bins + 1):
+        place = Fraction(k * (len(ordered) - 1), bins)
+        low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+        cuts.append(low + (high - low) * (place - math.floor(place)))
+    held = bins_by_hand(ordered, ordered, cuts)
+    confidence = [n / 100 for n in hundredths]
+    counts = reliability_table(confidence, confidence, bins, "mass")["count"]
+    assert counts.tolist() == [len(samples) for samples in held]
 
 
 @given(drawn=SOFT)
 def test_calibration_error_is_the_weighted_mean_gap(drawn) -> None:
-    for binning, _ in BINNINGS:
+    for binning in BINNINGS:
         table = reliability_table(*drawn, 6, binning)
         edges = [table["low"][0], *table["high"]]
         error = expected_calibration_error(*drawn, 6, binning)

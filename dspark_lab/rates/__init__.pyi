@@ -10,15 +10,7 @@ from .calibration import (
     split_prompts,
     study,
 )
-from .claims import (
-    HELD,
-    SCALED,
-    Claim,
-    below,
-    claims_of,
-    claims_table,
-    error_change,
-)
+from .claims import claims_table
 from .intervals import bootstrap, interval, ratio_interval, resampled
 from .scaling import (
     TEMPERATURE_GRID,
@@ -54,25 +46,19 @@ from .thresholds import highest_threshold, sums_by_threshold, threshold_sweep
 __all__ = [
     "Binning",
     "Brier",
-    "Claim",
-    "HELD",
-    "SCALED",
     "SequentialTemperatures",
     "TEMPERATURE_GRID",
     "as_numbers",
     "as_probabilities",
     "auroc",
-    "below",
     "bootstrap",
     "brier",
     "calibration_report",
-    "claims_of",
     "claims_table",
     "compare_drafters",
     "disjoint_rounds",
     "drafter_table",
     "drift_table",
-    "error_change",
     "evaluate",
     "expected_calibration_error",
     "fit_identifiable_slots",

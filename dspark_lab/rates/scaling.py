@@ -1,35 +1,26 @@
-"""One temperature per slot of the block: found, applied, saved, and followed over time.
+"""Temperature scaling of confidences: one temperature per slot, fitted, applied, saved, followed.
 
-This file knows arrays of confidences and of what came of them, and where a trace holds the two; it
-knows nothing about models, nor about what calibrated confidences are good for.
+Temperatures are here always those of the confidence head, never the one that tokens are drawn at.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
-from dspark_lab.checks import require_int, require_number
+from dspark_lab.checks import Count, Positive, checked
 from dspark_lab.decoding import Rounds, rounds_of
-from dspark_lab.files import written_whole
+from dspark_lab.files import read_json, write_json
 from dspark_lab.model import CALIBRATION
-from dspark_lab.rates.scores import (
-    Binning,
-    as_numbers,
-    binned_error,
-    require_binning,
-    require_range,
-)
+from dspark_lab.rates.scores import Binning, as_numbers, binned_error, require_range
 from dspark_lab.rates.survival import prefix_survival
 
 __all__ = [
@@ -58,10 +49,6 @@ def temperature_scale(confidence: ArrayLike, temperatures: ArrayLike) -> Float[n
     Args:
         confidence: ``[..., slot]``, probabilities; NaN where there is none.
         temperatures: that broadcast against it, such as ``[slot]`` or ``[round, slot]``; above 0.
-
-    Raises:
-        TypeError: what is no array of numbers.
-        ValueError: probabilities outside [0, 1]; temperatures that are not positive and finite.
     """
     values = as_numbers("confidence", confidence)
     require_range("confidence", values)
@@ -71,6 +58,7 @@ def temperature_scale(confidence: ArrayLike, temperatures: ArrayLike) -> Float[n
     return _sigmoid(_logit(values) / t)
 
 
+@checked
 @dataclass(frozen=True)
 class SequentialTemperatures:
     """One temperature per slot of the block (DSpark's STS, arXiv 2607.05147).
@@ -81,26 +69,25 @@ class SequentialTemperatures:
     while the temperatures before it stay as they were found.
     """
 
-    temperatures: tuple[float, ...]
+    temperatures: tuple[Positive, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperatures, tuple) or not self.temperatures:
-            raise TypeError(f"temperatures must be a tuple of numbers, got {self.temperatures!r}")
-        for value in self.temperatures:
-            _require_temperature("each temperature", value)
+        if not self.temperatures:
+            raise ValueError("temperatures must hold one or more numbers, got none")
 
     @classmethod
+    @checked
     def fit(
         cls,
-        confidence: Float[np.ndarray, "round slot"],
-        outcome: Float[np.ndarray, "round slot"],
+        confidence: ArrayLike,
+        outcome: ArrayLike,
         *,
-        otherwise: float | None = None,
-        grid: Sequence[float] = TEMPERATURE_GRID,
-        bins: int = 15,
+        otherwise: Positive | None = None,
+        grid: ArrayLike = TEMPERATURE_GRID,
+        bins: Count = 15,
         binning: Binning = "width",
     ) -> SequentialTemperatures:
-        """Searches ``grid`` for each slot, left to right, for the least expected calibration error.
+        """Search ``grid`` for each slot, left to right, for the least expected calibration error.
 
         Of equally good temperatures the one nearest to 1 is taken. Rounds whose survival up to a
         slot is unknown are left out there; a rejected slot settles all slots behind it.
@@ -111,84 +98,85 @@ class SequentialTemperatures:
         to fully known blocks.
 
         Args:
-            confidence: NaN where the round has no such slot.
-            outcome: 0/1 or accept rates; NaN where the slot was not reached. As
+            confidence: ``[round, slot]``; NaN where the round has no such slot.
+            outcome: ``[round, slot]``, 0/1 or accept rates; NaN where the slot was not reached. As
                 :meth:`Rounds.outcome` returns it.
-            otherwise: the temperature of slots that none can be told for; an error where None. With
-                1 they keep their confidences.
+            otherwise: the temperature of non-identifiable slots: with fewer known rounds than bins,
+                or a survival that is 0 in all of them, or 1 in all. An error where None. With 1
+                they keep their confidences.
             grid: temperatures to choose from. A warning is given where the choice is its lowest or
                 highest, which says that the grid is too narrow or the sample too small.
             bins, binning: of the calibration error.
-
-        Raises:
-            TypeError: what is no array of numbers.
-            ValueError: probabilities outside [0, 1], shapes that differ, temperatures that are not
-                positive and finite, or, without ``otherwise``, a slot that no temperature can be
-                told for: fewer known rounds than bins, or a survival that is 0 in all of them, or 1
-                in all.
         """
-        return _warned(
-            *_fit(confidence, outcome, otherwise=otherwise, grid=grid, bins=bins, binning=binning)
-        )
+        scaling, messages = _fit(confidence, outcome, otherwise, grid, bins, binning)
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
+        return scaling
 
     @classmethod
-    def fit_trace(cls, trace: pd.DataFrame | Rounds, **options: Any) -> SequentialTemperatures:
-        """:meth:`fit` on a trace's confidences and on what was accepted; ``options`` as there.
-
-        Raises:
-            TypeError, ValueError: as :func:`rounds_of` and :meth:`fit`.
-        """
+    @checked
+    def fit_trace(
+        cls,
+        trace: pd.DataFrame | Rounds,
+        *,
+        otherwise: Positive | None = None,
+        grid: ArrayLike = TEMPERATURE_GRID,
+        bins: Count = 15,
+        binning: Binning = "width",
+    ) -> SequentialTemperatures:
+        """:meth:`fit` on a trace's confidences and on what was accepted."""
         rounds = rounds_of(trace)
-        return _warned(*_fit(rounds.confidence, rounds.outcome(), **options))
+        scaling, messages = _fit(
+            rounds.confidence, rounds.outcome(), otherwise, grid, bins, binning
+        )
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
+        return scaling
 
     def apply(self, confidence: ArrayLike) -> Float[np.ndarray, "... slot"]:
         """Calibrated confidences of ``[..., slot]`` ones, in the same order within each slot.
 
         The block may be shorter than the one that was fitted. NaN stays NaN.
-
-        Raises:
-            TypeError, ValueError: as :func:`temperature_scale`, or more slots than temperatures.
         """
         values = as_numbers("confidence", confidence)
-        return temperature_scale(values, self._for(values))
+        return temperature_scale(values, self.of_block(values))
 
     def apply_logits(self, logits: ArrayLike) -> Float[np.ndarray, "... slot"]:
         """The same from the confidence head's logits: sigmoid(logit / temperature)."""
         values = as_numbers("logits", logits)
-        return _sigmoid(values / self._for(values))
+        return _sigmoid(values / self.of_block(values))
 
+    @checked
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``calibration.json`` into a drafter's folder, all of it or nothing.
-
-        Raises:
-            ValueError: ``folder`` is no folder.
-            OSError: it cannot be written.
-        """
+        """Write ``calibration.json`` into a drafter's folder, all of it or nothing."""
         place = Path(folder)
         if not place.is_dir():
             raise ValueError(f"folder must be an existing folder, got {place}")
-        text = json.dumps({"method": _METHOD, "temperatures": list(self.temperatures)}, indent=2)
-        with written_whole(place / CALIBRATION) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        values = {"method": _METHOD, "temperatures": list(self.temperatures)}
+        write_json(place / CALIBRATION, values)
 
     @classmethod
+    @checked
     def load(cls, folder: str | os.PathLike[str]) -> SequentialTemperatures:
-        """Reads what :meth:`save` wrote.
+        """Read the ``calibration.json`` that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: the folder holds no ``calibration.json``.
-            ValueError: the file is not of this method, or its temperatures are none.
+            FileNotFoundError: the folder holds no such file.
+            ValueError: the file is cut off, of another method, or its temperatures are none.
         """
         path = Path(folder) / CALIBRATION
+        values = read_json(path)
+        if values.get("method") != _METHOD:
+            raise ValueError(f"{path} must be of method {_METHOD!r}, got {values.get('method')!r}")
+        if not isinstance(values.get("temperatures"), list):
+            raise ValueError(f"{path} must list temperatures, got {values.get('temperatures')!r}")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["method"] != _METHOD:
-                raise ValueError(f"method must be {_METHOD!r}, got {values['method']!r}")
             return cls(tuple(values["temperatures"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no sequential temperatures: {error!r}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no sequential temperatures: {error}") from None
 
-    def _for(self, values: np.ndarray) -> np.ndarray:
+    def of_block(self, values: Float[np.ndarray, "... slot"]) -> Float[np.ndarray, " slot"]:
+        """The temperatures of the slots of ``values``."""
         slots = values.shape[-1] if values.ndim else 0
         if not 0 < slots <= len(self.temperatures):
             raise ValueError(
@@ -198,24 +186,25 @@ class SequentialTemperatures:
         return np.asarray(self.temperatures[:slots])
 
 
+@checked
 def online_temperatures(
-    confidence: Float[np.ndarray, "round slot"],
-    outcome: Float[np.ndarray, "round slot"],
+    confidence: ArrayLike,
+    outcome: ArrayLike,
     *,
-    half_life: float,
-    every: int = 50,
+    half_life: Positive,
+    every: Count = 50,
     start: SequentialTemperatures | None = None,
-    min_rounds: int | None = None,
-    grid: Sequence[float] = COARSE_GRID,
-    bins: int = 15,
+    min_rounds: Count | None = None,
+    grid: ArrayLike = COARSE_GRID,
+    bins: Count = 15,
 ) -> Float[np.ndarray, "round slot"]:
     """Sequential temperature scaling that follows the traffic: recent rounds weigh more.
 
     Every ``every`` rounds all temperatures are found anew, left to right, on the rounds before,
     where a round that lies h rounds back weighs 0.5 ** (h / half_life); rounds more than ten half
     lives back are left out. So the temperatures of a round never come from that round or a later
-    one, and calibration errors measured with them are honest. A slot that cannot be told yet (fewer
-    known rounds than ``min_rounds``, or survival of one class) keeps its temperature.
+    one, and calibration errors measured with them are honest. A slot that is not identifiable yet
+    (fewer known rounds than ``min_rounds``, or survival of one class) keeps its temperature.
 
     Args:
         confidence, outcome: as in :meth:`SequentialTemperatures.fit`, rounds in order of time.
@@ -228,30 +217,21 @@ def online_temperatures(
 
     Returns:
         the temperatures in force at each round; :func:`temperature_scale` applies them.
-
-    Raises:
-        TypeError, ValueError: as :meth:`SequentialTemperatures.fit`, a half life that is not
-            positive, or a start with fewer slots.
     """
-    f, survival = _round_arrays(confidence, outcome)
-    require_number("half_life", half_life)
-    if not (np.isfinite(half_life) and half_life > 0):
-        raise ValueError(f"half_life must be positive and finite, got {half_life}")
-    require_int("every", every, 1)
-    require_binning(bins, "width")
-    enough = bins if min_rounds is None else min_rounds
-    require_int("min_rounds", enough, 1)
-    choices = _checked_grid(grid)
-    current = np.ones(f.shape[1]) if start is None else start._for(f)
+    f, survival = _confidence_and_survival(confidence, outcome)
+    choices = _nearest_to_1_first(grid)
+    current = np.ones(f.shape[1]) if start is None else start.of_block(f)
     temperatures = np.empty_like(f)
-    span = int(np.ceil(10 * half_life))
+    # More rounds than there are make no difference, and an int has a largest half life.
+    span = int(min(np.ceil(10 * half_life), len(f)))
     for now in range(0, len(f), every):
         window = slice(max(0, now - span), now)
         age = now - 1 - np.arange(window.start, now)
-        recent, lived = f[window], survival[window]
-        unidentified = non_identifiable_slots(recent, lived, enough)
+        fixed = non_identifiable_slots(f[window], survival[window], min_rounds or bins)
         weights = 0.5 ** (age / half_life)
-        current = _search(recent, lived, weights, current, unidentified, choices, bins, "width")
+        current = search(
+            f[window], survival[window], weights, current, fixed, choices, bins, "width"
+        )
         temperatures[now : now + every] = current
     return temperatures
 
@@ -272,77 +252,45 @@ def disjoint_rounds(
     return first, *rest
 
 
-def fit_identifiable_slots(rounds: Rounds, **options: Any) -> SequentialTemperatures:
-    """A fit for a table: without warnings, and with 1 where no temperature can be told."""
-    scaling, _ = _fit(rounds.confidence, rounds.outcome(), otherwise=1.0, **options)
+def fit_identifiable_slots(
+    rounds: Rounds,
+    *,
+    grid: ArrayLike = TEMPERATURE_GRID,
+    bins: int = 15,
+    binning: Binning = "width",
+) -> SequentialTemperatures:
+    """The fit for a table: other slots keep their confidences, and nothing is warned of."""
+    scaling, _ = _fit(rounds.confidence, rounds.outcome(), 1.0, grid, bins, binning)
     return scaling
 
 
 def non_identifiable_slots(
     confidence: Float[np.ndarray, "round slot"],
     survival: Float[np.ndarray, "round slot"],
-    enough: int,
+    min_rounds: int,
 ) -> dict[int, str]:
-    """The slots that no temperature can be told for, each with the reason."""
+    """The slots whose temperature the rounds cannot determine, each with the reason."""
     reasons = {}
     for slot, known in enumerate(_known(confidence, survival).T):
-        lived = survival[known, slot]
-        if len(lived) < enough:
-            reasons[slot] = f"{len(lived)} rounds with a known survival, {enough} are needed"
-        elif (lived == lived[0]).all() and lived[0] in (0, 1):
-            reasons[slot] = f"survival is {lived[0]:.0f} in all of its {len(lived)} rounds"
+        seen = survival[known, slot]
+        if len(seen) < min_rounds:
+            reasons[slot] = f"{len(seen)} rounds with a known survival, {min_rounds} are needed"
+        elif (seen == seen[0]).all() and seen[0] in (0, 1):
+            reasons[slot] = f"survival is {seen[0]:.0f} in all of its {len(seen)} rounds"
     return reasons
 
 
-def _fit(
-    confidence: Float[np.ndarray, "round slot"],
-    outcome: Float[np.ndarray, "round slot"],
-    *,
-    otherwise: float | None = None,
-    grid: Sequence[float] = TEMPERATURE_GRID,
-    bins: int = 15,
-    binning: Binning = "width",
-) -> tuple[SequentialTemperatures, list[str]]:
-    """What :meth:`SequentialTemperatures.fit` finds, and what there is to warn of."""
-    f, survival = _round_arrays(confidence, outcome)
-    require_binning(bins, binning)
-    choices = _checked_grid(grid)
-    if otherwise is not None:
-        _require_temperature("otherwise", otherwise)
-    unidentified = non_identifiable_slots(f, survival, bins)
-    if unidentified and otherwise is None:
-        slot, reason = next(iter(unidentified.items()))
-        raise ValueError(f"slot {slot}: {reason}; fit on more rounds or on fewer slots")
-    weights = np.ones(len(f))
-    start = np.full(f.shape[1], otherwise, dtype=np.float64)
-    found = _search(f, survival, weights, start, unidentified, choices, bins, binning)
-    ends = (choices.min(), choices.max()) if len(choices) > 2 else ()
-    messages = [
-        f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
-        for slot, best in enumerate(found)
-        if slot not in unidentified and best in ends
-    ]
-    return SequentialTemperatures(tuple(found.tolist())), messages
-
-
-def _warned(scaling: SequentialTemperatures, messages: list[str]) -> SequentialTemperatures:
-    """The scaling, after a warning to whoever called the method that calls this."""
-    for message in messages:
-        warnings.warn(message, stacklevel=3)
-    return scaling
-
-
-def _search(
+def search(
     f: Float[np.ndarray, "round slot"],
     survival: Float[np.ndarray, "round slot"],
     weights: Float[np.ndarray, " round"],
     start: Float[np.ndarray, " slot"],
-    unidentified: Container[int],
+    fixed: Container[int],
     choices: Float[np.ndarray, " choice"],
     bins: int,
-    binning: str,
+    binning: Binning,
 ) -> Float[np.ndarray, " slot"]:
-    """New temperatures, left to right; slots that none can be told for keep that of ``start``.
+    """New temperatures, left to right; those of ``fixed`` slots stay as in ``start``.
 
     A slot's is the first of ``choices`` whose product up to the slot has the least error.
     """
@@ -350,17 +298,43 @@ def _search(
     product = np.ones(len(f))
     for slot, known in enumerate(_known(f, survival).T):
         logit = _logit(f[:, slot])
-        if slot not in unidentified:
-            before, own, lived, weight = (
+        if slot not in fixed:
+            before, own, seen, weight = (
                 values[known] for values in (product, logit, survival[:, slot], weights)
             )
             errors = [
-                binned_error(before * _sigmoid(own / t), lived, bins, binning, weight)
+                binned_error(before * _sigmoid(own / t), seen, bins, binning, weight)
                 for t in choices
             ]
             found[slot] = choices[np.argmin(errors)]
         product = product * _sigmoid(logit / found[slot])
     return found
+
+
+def _fit(
+    confidence: ArrayLike,
+    outcome: ArrayLike,
+    otherwise: float | None,
+    grid: ArrayLike,
+    bins: int,
+    binning: Binning,
+) -> tuple[SequentialTemperatures, list[str]]:
+    """The temperatures of :meth:`SequentialTemperatures.fit`, and the warnings."""
+    f, survival = _confidence_and_survival(confidence, outcome)
+    choices = _nearest_to_1_first(grid)
+    fixed = non_identifiable_slots(f, survival, bins)
+    if fixed and otherwise is None:
+        slot, reason = next(iter(fixed.items()))
+        raise ValueError(f"slot {slot}: {reason}; fit on more rounds or on fewer slots")
+    start = np.full(f.shape[1], otherwise, dtype=np.float64)
+    found = search(f, survival, np.ones(len(f)), start, fixed, choices, bins, binning)
+    ends = (choices.min(), choices.max()) if len(choices) > 2 else ()
+    messages = [
+        f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
+        for slot, best in enumerate(found)
+        if slot not in fixed and best in ends
+    ]
+    return SequentialTemperatures(tuple(found.tolist())), messages
 
 
 def _known(
@@ -370,24 +344,19 @@ def _known(
     return ~np.isnan(survival) & ~np.isnan(np.cumsum(confidence, axis=1))
 
 
-def _require_temperature(name: str, value: float) -> None:
-    require_number(name, value)
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _logit(p: np.ndarray) -> np.ndarray:
+def _logit(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     with np.errstate(divide="ignore"):
         return np.log(p) - np.log1p(-p)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def _sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-x))
 
 
-def _round_arrays(confidence: ArrayLike, outcome: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences and survival, both ``[round, slot]``."""
+def _confidence_and_survival(
+    confidence: ArrayLike, outcome: ArrayLike
+) -> tuple[Float[np.ndarray, "round slot"], Float[np.ndarray, "round slot"]]:
     f, o = as_numbers("confidence", confidence), as_numbers("outcome", outcome)
     for name, values in (("confidence", f), ("outcome", o)):
         if values.ndim != 2 or values.size == 0:
@@ -400,8 +369,8 @@ def _round_arrays(confidence: ArrayLike, outcome: ArrayLike) -> tuple[np.ndarray
     return f, prefix_survival(o)
 
 
-def _checked_grid(grid: Sequence[float]) -> np.ndarray:
-    """Its temperatures, nearest to 1 first, so that the first minimum is the mildest."""
+def _nearest_to_1_first(grid: ArrayLike) -> Float[np.ndarray, " choice"]:
+    """The temperatures to choose from, so that the first minimum is the mildest."""
     values = as_numbers("grid", grid)
     if values.ndim != 1 or len(values) == 0 or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"grid must be one or more positive temperatures, got {grid!r}")

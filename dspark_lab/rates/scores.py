@@ -1,7 +1,6 @@
-"""How good predicted probabilities are: reliability, calibration error, Brier score, ROC area.
+"""Scores of predicted probabilities: reliability, calibration error, Brier score, ROC area.
 
-A prediction is a *confidence*, its *outcome* 0 or 1, or a probability in between that is known
-instead. This file knows arrays of both; it does not know where they come from.
+A prediction is a *confidence*; its *outcome* is 0 or 1, or an accept rate in between.
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ import pandas as pd
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, checked
 
 __all__ = [
+    "Binning",
     "Brier",
+    "as_numbers",
+    "as_probabilities",
     "auroc",
     "brier",
     "expected_calibration_error",
@@ -27,13 +29,14 @@ __all__ = [
 Binning = Literal["width", "mass"]
 
 
+@checked
 def reliability_table(
     confidence: ArrayLike,
     outcome: ArrayLike,
-    bins: int = 15,
+    bins: Count = 15,
     binning: Binning = "width",
     *,
-    min_count: int = 1,
+    min_count: Count = 1,
 ) -> pd.DataFrame:
     """Mean confidence beside mean outcome, bin by bin: the numbers of a reliability diagram.
 
@@ -45,7 +48,7 @@ def reliability_table(
     Args:
         confidence: ``[sample]``, probabilities.
         outcome: ``[sample]``, 0 or 1, or accept rates in between.
-        bins: how many.
+        bins: how many; of equal mass, no more than samples.
         binning: ``"width"`` or ``"mass"``.
         min_count: bins with fewer samples than this keep their count, but no means.
 
@@ -53,15 +56,8 @@ def reliability_table(
         one row per bin, ascending, empty ones too: ``low`` and ``high`` (bounds of the bin),
         ``count``, ``confidence`` and ``outcome`` (means, NaN where undefined), and ``gap``,
         confidence minus outcome: positive where the head is overconfident.
-
-    Raises:
-        TypeError: what is no array of numbers, or an int that is none.
-        ValueError: probabilities outside [0, 1] or NaN, arrays that are empty or of different
-            length, another binning, or fewer samples than bins of equal mass.
     """
     f, o = _pairs(confidence, outcome)
-    require_binning(bins, binning)
-    require_int("min_count", min_count, 1)
     if binning == "mass" and len(f) < bins:
         raise ValueError(
             f"{bins} bins of equal mass need at least as many samples, got {len(f)}; "
@@ -85,23 +81,17 @@ def reliability_table(
     )
 
 
+@checked
 def expected_calibration_error(
-    confidence: ArrayLike, outcome: ArrayLike, bins: int = 15, binning: Binning = "width"
+    confidence: ArrayLike, outcome: ArrayLike, bins: Count = 15, binning: Binning = "width"
 ) -> float:
     """Mean over samples of their bin's \\|mean confidence - mean outcome\\| (Guo et al. 2017).
 
-    Between 0 and 1. A finite sample of a perfectly calibrated head has a positive error too, the
-    more so the fewer samples a bin holds: compare numbers of like sample sizes.
-
-    Returns:
-        the error; NaN, which is undefined, where there are fewer samples than bins.
-
-    Raises:
-        TypeError, ValueError: as :func:`reliability_table`.
+    Between 0 and 1; NaN with fewer samples than bins. A finite sample of a perfectly calibrated
+    head has a positive error too, the more so the fewer samples a bin holds: compare numbers of
+    like sample sizes.
     """
-    f, o = _pairs(confidence, outcome)
-    require_binning(bins, binning)
-    return error_or_nan(f, o, bins, binning)
+    return error_or_nan(*_pairs(confidence, outcome), bins, binning)
 
 
 @dataclass(frozen=True)
@@ -115,13 +105,14 @@ class Brier:
     within: float
 
 
+@checked
 def brier(
     confidence: ArrayLike,
     outcome: ArrayLike,
-    bins: int | None = None,
+    bins: Count | None = None,
     binning: Binning = "width",
 ) -> Brier:
-    """Mean squared distance of confidence and outcome, and what it is made of (Murphy 1973).
+    """Mean squared distance of confidence and outcome, and its parts (Murphy 1973).
 
     Samples are put in groups: one for each distinct confidence where ``bins`` is None, else the
     bins of :func:`reliability_table`. With f and o the group's means and w its share of samples:
@@ -130,15 +121,11 @@ def brier(
     m. ``within`` is what binning hides: the variance of the confidences within their groups less
     twice their covariance with the outcomes there; 0 for groups of one distinct confidence. The
     parts add up to the score for any grouping, but for rounding.
-
-    Raises:
-        TypeError, ValueError: as :func:`reliability_table`.
     """
     f, o = _pairs(confidence, outcome)
     if bins is None:
         group = np.unique(f, return_inverse=True)[1]
     else:
-        require_binning(bins, binning)
         group = _bin(f, _edges(f, bins, binning))
     count = np.bincount(group)[group]
     mean_f = np.bincount(group, f)[group] / count
@@ -156,24 +143,17 @@ def brier(
 def auroc(confidence: ArrayLike, outcome: ArrayLike) -> float:
     """The chance that an accepted slot has a higher confidence than a rejected one; ties count 1/2.
 
-    Exact, from the counts at each distinct confidence (the Mann-Whitney statistic with average
-    ranks). An outcome between 0 and 1 counts as that share of an accepted slot and the rest of a
-    rejected one, both with the same confidence.
-
-    Returns:
-        the area under the ROC curve; NaN, which is undefined, where all outcomes are 0 or all 1.
-
-    Raises:
-        TypeError, ValueError: as :func:`reliability_table`.
+    An outcome between 0 and 1 counts as that share of an accepted slot and the rest of a rejected
+    one, both with the same confidence. NaN where all outcomes are 0 or all 1.
     """
+    # Imported here, so that `import dspark_lab` does not wait for it.
+    from sklearn.metrics import roc_auc_score
+
     f, o = _pairs(confidence, outcome)
-    group = np.unique(f, return_inverse=True)[1]
-    accepted, rejected = np.bincount(group, o), np.bincount(group, 1 - o)
-    pairs = accepted.sum() * rejected.sum()
-    if pairs == 0:
+    if not 0 < o.sum() < len(o):
         return float("nan")
-    below = np.cumsum(rejected) - rejected
-    return float((accepted * (below + rejected / 2)).sum() / pairs)
+    accepted = np.repeat([True, False], len(f))
+    return float(roc_auc_score(accepted, np.tile(f, 2), sample_weight=np.append(o, 1 - o)))
 
 
 def as_numbers(name: str, values: ArrayLike) -> Float[np.ndarray, "..."]:
@@ -205,28 +185,21 @@ def require_range(name: str, values: Float[np.ndarray, "..."]) -> None:
         )
 
 
-def require_binning(bins: int, binning: str) -> None:
-    """Refuse what is no number of bins or no way to cut them."""
-    require_int("bins", bins, 1)
-    if binning not in ("width", "mass"):
-        raise ValueError(f"binning must be 'width' or 'mass', got {binning!r}")
-
-
 def binned_error(
     f: Float[np.ndarray, " sample"],
     o: Float[np.ndarray, " sample"],
     bins: int,
-    binning: str,
+    binning: Binning,
     weights: Float[np.ndarray, " sample"] | None = None,
 ) -> float:
-    """The expected calibration error of any number of samples, checked before."""
+    """The expected calibration error of any number of samples, unchecked."""
     w = np.ones_like(f) if weights is None else weights
     gaps = np.bincount(_bin(f, _edges(f, bins, binning)), w * (f - o), bins)
     return float(np.abs(gaps).sum() / w.sum())
 
 
 def error_or_nan(
-    f: Float[np.ndarray, " sample"], o: Float[np.ndarray, " sample"], bins: int, binning: str
+    f: Float[np.ndarray, " sample"], o: Float[np.ndarray, " sample"], bins: int, binning: Binning
 ) -> float:
     """The same, or NaN of fewer samples than bins."""
     return binned_error(f, o, bins, binning) if len(f) >= bins else float("nan")
@@ -238,7 +211,7 @@ def resampled_errors(
     group: Int[np.ndarray, " sample"],
     drawn: Int[np.ndarray, "resample group"],
     bins: int,
-    binning: str,
+    binning: Binning,
 ) -> Float[np.ndarray, " resample"]:
     """The error where each group of samples counts as often as it was drawn, in bins of them all.
 
@@ -260,11 +233,21 @@ def _pairs(
     return f, o
 
 
-def _edges(f: np.ndarray, bins: int, binning: str) -> Float[np.ndarray, " edge"]:
-    shares = np.linspace(0, 1, bins + 1)
-    return shares if binning == "width" else np.percentile(f, 100 * shares)
+def _edges(
+    f: Float[np.ndarray, " sample"], bins: int, binning: Binning
+) -> Float[np.ndarray, " edge"]:
+    """The bounds of the bins. A cut of equal mass at a sample, or between equal ones, is that very
+    number, without rounding: places in the order of samples are whole numbers of ``1 / bins``."""
+    if binning == "width":
+        return np.linspace(0, 1, bins + 1)
+    ordered = np.sort(f)
+    place, rest = np.divmod(np.arange(bins + 1) * (len(f) - 1), bins)
+    low, high = ordered[place], ordered[np.minimum(place + 1, len(f) - 1)]
+    return low + (high - low) * (rest / bins)
 
 
-def _bin(f: np.ndarray, edges: np.ndarray) -> Int[np.ndarray, " sample"]:
-    """Which bin each value is in; one that lies on a cut is in the bin below it."""
+def _bin(
+    f: Float[np.ndarray, " sample"], edges: Float[np.ndarray, " edge"]
+) -> Int[np.ndarray, " sample"]:
+    """The bin of each value; one that lies on a cut is in the bin below it."""
     return np.searchsorted(edges[1:-1], f, side="left")

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Rounds, rounds_of
 from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.scaling import SequentialTemperatures
@@ -61,13 +62,14 @@ def sums_by_threshold(
     return sums
 
 
+@checked
 def threshold_sweep(
     trace: pd.DataFrame | Rounds,
     thresholds: Iterable[float] = _THRESHOLDS,
     calibrated: SequentialTemperatures | None = None,
     *,
-    resamples: int = 1000,
-    seed: int = 0,
+    resamples: Count = 1000,
+    seed: Size = 0,
 ) -> pd.DataFrame:
     """Slots that a static threshold on each slot's confidence verifies and accepts.
 
