@@ -82,6 +82,35 @@ FAULTS: dict[str, Fault] = {
         lambda right: lambda values: np.ones_like(values),
         RATES,
     ),
+    "a calibration error lets gaps cancel out": Fault(
+        "dspark_lab.rates.scores:binned_error",
+        lambda right: lambda f, o, bins, binning, weights=None: right(f, o, 1, binning, weights),
+        RATES,
+    ),
+    "a temperature multiplies": Fault(
+        "dspark_lab.rates.scaling:temperature_scale",
+        lambda right: lambda confidence, temperatures: right(confidence, 1 / temperatures),
+        RATES,
+    ),
+    "temperatures are searched slot by slot": Fault(
+        "dspark_lab.rates.scaling:search",
+        lambda right: (
+            lambda f, survival, weights, start, fixed, *how: np.concatenate(
+                [
+                    right(
+                        f[:, [k]], survival[:, [k]], weights, start[[k]], [0] * (k in fixed), *how
+                    )
+                    for k in range(f.shape[1])
+                ]
+            )
+        ),
+        RATES,
+    ),
+    "bias is upside down": Fault(
+        "dspark_lab.rates.calibration:confidence_error",
+        changed_result(lambda error: -error),
+        RATES,
+    ),
     "tau lacks the target's own token": Fault(
         "dspark_lab.rates.acceptance:with_own_token",
         lambda right: lambda accepted: accepted,

@@ -151,24 +151,6 @@ TEXT_FAULTS = {
         "return self.verified",
         RATES,
     ),
-    "a calibration error lets gaps cancel out": TextFault(
-        "rates/scores.py", "np.abs(gaps).sum()", "abs(gaps.sum())", RATES
-    ),
-    "a temperature multiplies": TextFault(
-        "rates/scaling.py",
-        "_sigmoid(_logit(values) / t)",
-        "_sigmoid(_logit(values) * t)",
-        RATES,
-    ),
-    "temperatures are searched slot by slot": TextFault(
-        "rates/scaling.py",
-        "product = product * _sigmoid(logit / found[slot])",
-        "product = np.ones_like(product)",
-        RATES,
-    ),
-    "bias is upside down": TextFault(
-        "rates/calibration.py", "_error=confidence - chosen", "_error=chosen - confidence", RATES
-    ),
     "what is covered counts twice": TextFault(
         "tuning/coverage.py",
         "missed[:, 1:])\n    return 1 - missed",

@@ -80,7 +80,7 @@ def pocket_card(
     Args:
         target: ``facts.json`` of the target.
         drafters: ``facts.json`` of each drafter's run.
-        evaluations: of each drafter, from :func:`dspark_lab.rates.teacher_forced.evaluate`.
+        evaluations: of each drafter, from :func:`dspark_lab.rates.evaluate`.
     """
     runs = pd.DataFrame(
         [
@@ -155,7 +155,7 @@ def smollm2_card(facts: Mapping[str, Any], evaluations: Mapping[str, pd.DataFram
 
     Args:
         facts: of the run.
-        evaluations: by how the answers were drawn, from :func:`dspark_lab.rates.teacher_forced.evaluate`.
+        evaluations: by how the answers were drawn, from :func:`dspark_lab.rates.evaluate`.
     """
     first = next(iter(evaluations.values()))
     return f"""# The drafter of SmolLM2-135M-Instruct
