@@ -72,7 +72,7 @@ speed.speed_table([plain], [decoded], 7)
 sums = [acceptance.trace_sums(decoded.trace)]
 sums.append(evaluate.teacher_forced_answers(pair.drafter, pair.target, decoded, prompts))
 encoded = [chats.encode(chat, pair.tokenizer) for chat in pair.held_out[:3]]
-sums.append(evaluate.teacher_forced(pair.drafter, pair.target, encoded, num_anchors=4))
+sums.append(evaluate.teacher_forced_sums(pair.drafter, pair.target, encoded, num_anchors=4))
 for table in sums:
     acceptance.rate_table(table, "domain"), acceptance.tau_table(table)
 trace = pairs.load_traces()

@@ -10,6 +10,8 @@ from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.decoding import decode
 from dspark_lab.model import accept_rates, output_objective
 from dspark_lab.rates import (
+    BlockRates,
+    block_sums,
     bootstrap,
     compare_drafters,
     drafter_table,
@@ -17,10 +19,9 @@ from dspark_lab.rates import (
     rate_table,
     slot_table,
     tau_table,
-    teacher_forced,
     teacher_forced_answers,
+    teacher_forced_sums,
 )
-from dspark_lab.rates.teacher_forced import BlockRates, block_sums
 from tests.samples import CHAT, documents, random_chats, tiny_drafter, tiny_target
 
 
@@ -71,7 +72,7 @@ def test_sums_of_the_same_blocks_give_the_same_rates() -> None:
     target, drafter = with_target()
     chats = random_chats(3)
     table = evaluate(drafter, target, chats, num_anchors=5)
-    sums = teacher_forced(drafter, target, chats, num_anchors=5)
+    sums = teacher_forced_sums(drafter, target, chats, num_anchors=5)
     assert set(sums["kind"]) == {"teacher-forced", "predicted, teacher-forced"}
     kind = "teacher-forced"
     tau = tau_table(sums, resamples=10).set_index("kind").loc[kind]
@@ -95,7 +96,7 @@ def test_sums_are_those_of_the_forward(head) -> None:
     anchors = [a for a in range(len(item) - 3) if bool(item.loss_mask[a : a + 4].all())]
     output = forward(target, drafter, item, anchors)
     summary = output_objective(output, confidence_weight=0.0).sums.summary()
-    sums = teacher_forced(drafter, target, [item])
+    sums = teacher_forced_sums(drafter, target, [item])
     taus = tau_table(sums, resamples=1).set_index("kind")["tau"]
     rates = rate_table(sums, resamples=1).set_index("kind")
     assert taus["teacher-forced"] == pytest.approx(summary["tau"], rel=1e-5)
@@ -198,7 +199,7 @@ def test_a_block_that_an_answers_end_cuts_does_not_count() -> None:
     with pytest.raises(ValueError, match="4 supervised tokens in a row"):
         evaluate(drafter, target, [short])
     with pytest.raises(ValueError, match="4 supervised tokens in a row"):
-        teacher_forced(drafter, target, [short])
+        teacher_forced_sums(drafter, target, [short])
 
 
 def test_a_draw_of_anchors_follows_from_seed_and_conversation_alone() -> None:
@@ -224,7 +225,7 @@ def test_a_draw_of_anchors_follows_from_seed_and_conversation_alone() -> None:
         ("encoded", ["text"], TypeError, "each of encoded must be an Encoded, got 'text'"),
     ],
 )
-@pytest.mark.parametrize("rates", [evaluate, teacher_forced])
+@pytest.mark.parametrize("rates", [evaluate, teacher_forced_sums])
 def test_arguments_of_other_kinds_or_out_of_range_are_refused(
     rates, argument, value, error, message
 ) -> None:

@@ -33,17 +33,21 @@ from .scores import (
 )
 from .survival import prefix_survival, slot_before
 from .teacher_forced import (
+    BlockRates,
+    block_sums,
     compare_drafters,
     drafter_table,
     evaluate,
     slot_table,
-    teacher_forced,
     teacher_forced_answers,
+    teacher_forced_sums,
     whole_block_anchors,
 )
 from .thresholds import highest_threshold, sums_by_threshold, threshold_sweep
 
 __all__ = [
+    "BlockRates",
+    "block_sums",
     "Binning",
     "Brier",
     "SequentialTemperatures",
@@ -78,7 +82,7 @@ __all__ = [
     "study",
     "sums_by_threshold",
     "tau_table",
-    "teacher_forced",
+    "teacher_forced_sums",
     "teacher_forced_answers",
     "temperature_scale",
     "threshold_sweep",

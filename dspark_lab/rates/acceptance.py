@@ -112,7 +112,7 @@ def rate_table(
     conversation. Groups of equally many conversations are resampled by the same draws.
 
     Args:
-        sums: of :func:`trace_sums`, :func:`teacher_forced` and :func:`teacher_forced_answers`,
+        sums: of :func:`trace_sums`, :func:`teacher_forced_sums` and :func:`teacher_forced_answers`,
             concatenated.
         by: columns to keep apart, such as ``"domain"`` or ``"conversation"``, or one added to the
             sums, such as the drafter. What is not named here is pooled.

@@ -35,11 +35,13 @@ from dspark_lab.rates.intervals import bootstrap, ratio_interval, resampled
 from dspark_lab.rates.survival import prefix_survival, slot_before
 
 __all__ = [
+    "BlockRates",
+    "block_sums",
     "compare_drafters",
     "drafter_table",
     "evaluate",
     "slot_table",
-    "teacher_forced",
+    "teacher_forced_sums",
     "teacher_forced_answers",
     "whole_block_anchors",
 ]
@@ -95,7 +97,7 @@ def evaluate(
 
 
 @checked
-def teacher_forced(
+def teacher_forced_sums(
     drafter: Drafter,
     target: Target,
     encoded: Sequence[Encoded],
@@ -139,8 +141,8 @@ def teacher_forced_answers(
         decoded: from :func:`dspark_lab.decoding.decode`.
 
     Returns:
-        as :func:`teacher_forced`, with one more column, ``anchors``: ``"every token"`` or ``"where
-        rounds began"``. A conversation is the number of its prompt.
+        as :func:`teacher_forced_sums`, with one more column, ``anchors``: ``"every token"`` or
+        ``"where rounds began"``. A conversation is the number of its prompt.
     """
     first = decoded.trace[decoded.trace["slot"] == 0]
     found: dict[str, list[tuple[int, str, BlockRates]]] = {
