@@ -1,8 +1,8 @@
 """Predicted against measured: the peak memory of a training step, and how long one takes.
 
-The peak is that of ``dspark_lab.training.loop``'s own step, its second, with weights and optimiser added;
-the target's features are zeros unless its shape is given and features are live. Time is fitted to
-four steps and predicted for others.
+The peak is that of the second step of ``dspark_lab.training``, with weights and optimiser added; the
+target's features are zeros unless its shape is given and features are live. Time is fitted to four
+steps and predicted for others.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from dspark_lab.model import (
     live_features,
     output_objective,
 )
-from dspark_lab.training import TrainConfig
-from dspark_lab.training.loop import _Order, _Run, _World
+from dspark_lab.training import Processes, Run, TrainConfig
 from dspark_lab.tuning import (
     CARDS,
     TARGETS,
@@ -89,13 +88,11 @@ def measured_peak(
         precision=dtype,
         vocabulary="full" if seen is None else "seen",
     )
-    world = _World("none")
-    run = _Run(drafter, config, rows, Path("nowhere"), world)
-    order = _Order(rows, config, world, 0)
+    run = Run(drafter, config, rows, Path("nowhere"), Processes())
     source = _zeros(shape) if target is None else live_features(target, _ids(shape))
 
     def step() -> None:
-        run.advance(order, source)
+        run.advance(source)
 
     # FlexAttention holds no scores where it is compiled.
     fused = nullcontext()

@@ -19,6 +19,7 @@ __all__ = [
     "remove_partial",
     "replaced_whole",
     "shipped",
+    "sync",
     "write_json",
     "written_whole",
 ]
@@ -72,7 +73,7 @@ def replaced_whole(folder: Path) -> Iterator[Path]:
         yield partial
         # The contents reach the disk before the name does.
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.rename(previous)
@@ -137,7 +138,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Encoded
 from dspark_lab.model import Drafter, Objective, Target, output_objective
-from dspark_lab.training import loop as lab
+from dspark_lab.training import BatchOrder, History, TrainConfig, checkpoints, loop, state, train
+from dspark_lab.training.processes import whole
 from tests.samples import random_chats, tiny_drafter, tiny_target
 
 _PROCESSES = get_context("forkserver")
@@ -109,13 +110,13 @@ def joined_objective(
 
 
 def parts_of_step(
-    tokens: list[Encoded], config: lab.TrainConfig, drafter: Drafter, step: int, processes: int = 1
+    tokens: list[Encoded], config: TrainConfig, drafter: Drafter, step: int, processes: int = 1
 ) -> list[tuple[Batch, Blocks]]:
     """Every micro-batch of a step, process after process, with its blocks."""
     parts = []
     for rank in range(processes):
-        world: Any = SimpleNamespace(size=processes, rank=rank)
-        for batch, seed in lab._Order(tokens, config, world, 0).micro_batches(step):
+        order = BatchOrder(tokens, config, rank=rank, processes=processes)
+        for batch, seed in order.micro_batches(step):
             blocks = draw_blocks(
                 batch, config.num_anchors, drafter.config.block_size, mask_token_id=63, seed=seed
             )
@@ -125,11 +126,11 @@ def parts_of_step(
 
 def gradients(drafter: Drafter) -> dict[str, Tensor]:
     """By name, of what has one; shards are put together."""
-    return {n: lab._whole(p.grad) for n, p in drafter.named_parameters() if p.grad is not None}
+    return {n: whole(p.grad) for n, p in drafter.named_parameters() if p.grad is not None}
 
 
 STEPS = 7
-CONFIG = lab.TrainConfig(
+CONFIG = TrainConfig(
     steps=STEPS,
     batch_size=2,
     num_anchors=4,
@@ -143,25 +144,25 @@ CONFIG = lab.TrainConfig(
 )
 
 
-def small_run(out: Path, config: lab.TrainConfig = CONFIG, **options: Any) -> lab.History:
+def small_run(out: Path, config: TrainConfig = CONFIG, **options: Any) -> History:
     """A run that takes a moment, the same whenever and wherever it is called."""
     torch.manual_seed(3)
     chats, others = random_chats(11), random_chats(3, seed=9)
     held_out = options.pop("held_out", others)
     drafter = options.pop("drafter", None) or tiny_drafter(4)
     settings: dict[str, Any] = {"held_out": held_out, "progress": False} | options
-    return lab.train(drafter, tiny_target(), chats, config, out=out, **settings)
+    return train(drafter, tiny_target(), chats, config, out=out, **settings)
 
 
 def ending(out: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
     """Every byte of the last checkpoint's tensors, and the metrics but for the time taken."""
-    last = lab.checkpoints(out)[-1]
-    lines = [json.loads(line) for line in (out / lab.METRICS).read_bytes().splitlines()]
+    last = checkpoints(out)[-1]
+    lines = [json.loads(line) for line in (out / state.METRICS).read_bytes().splitlines()]
     for line in lines:
         line.pop("seconds", None)
     files = ("model.safetensors", "optimizer.safetensors")
-    weights, state = ((last / name).read_bytes() for name in files)
-    return weights, state, lines
+    weights, optimizer = ((last / name).read_bytes() for name in files)
+    return weights, optimizer, lines
 
 
 def kill() -> None:
@@ -194,9 +195,9 @@ def _half_a_file(tensors: dict[str, Tensor], path: Path) -> None:
     kill()
 
 
-def _half_a_line(lines: Any, row: dict[str, Any]) -> None:
-    lines.file.write(lab._to_json(row)[:40])
-    lines.file.flush()
+def _half_a_line(out: Path, row: dict[str, Any]) -> None:
+    with (out / state.METRICS).open("a") as file:
+        file.write(json.dumps(row)[:40])
     kill()
 
 
@@ -205,30 +206,43 @@ def _half_a_folder(folder: Path) -> None:
     kill()
 
 
+def _on_second_checkpoint(instead: Callable) -> Callable:
+    """``Path.rename``, but ``instead`` where the second checkpoint gets its name."""
+    rename = Path.rename
+    second = on_call(2, rename, instead)
+
+    def renamed(path: Path, to: Path) -> Path:
+        final = to.name.removeprefix(state.CHECKPOINT).isdigit()
+        return (second if final else rename)(path, to)
+
+    return renamed
+
+
 def killed_run(rank: int, out: Path, moment: str) -> None:
     """``small_run``, killed at a moment of its second save or in the step before it."""
+    patched: Any = Path
     if moment == "in a step":
-        source = lab.live_features
+        source = loop.live_features
 
         def deadly(target: Target, ids: Any) -> Any:
             return on_call(4, source(target, ids), lambda batch: kill())
 
-        lab.live_features = deadly
+        loop.live_features = deadly
     elif moment == "in a line of the metrics":
-        lab._Lines.write = on_call(4, lab._Lines.write, _half_a_line)
+        loop.append_metrics = on_call(4, loop.append_metrics, _half_a_line)
     elif moment == "between metrics and checkpoint":
-        lab._Run.save = on_call(2, lab._Run.save, lambda run: kill())
+        loop.save_checkpoint = on_call(2, loop.save_checkpoint, lambda *given: kill())
     elif moment == "after the drafter's file":
-        lab.save_drafter = on_call(2, lab.save_drafter, kill_after(lab.save_drafter))
+        state.save_drafter = on_call(2, state.save_drafter, kill_after(state.save_drafter))
     elif moment == "in the optimiser's file":
-        lab.save_file = on_call(2, lab.save_file, _half_a_file)
+        state.save_file = on_call(2, state.save_file, _half_a_file)
     elif moment == "before the rename":
-        # Each save settles four files and their folder.
-        lab._settle = on_call(10, lab._settle, kill_after(lab._settle))
+        patched.rename = _on_second_checkpoint(lambda path, to: kill())
     elif moment == "after the rename":
-        lab.checkpoints = on_call(3, lab.checkpoints, lambda out: kill())
+        patched.rename = _on_second_checkpoint(kill_after(Path.rename))
     elif moment == "as an old checkpoint goes":
-        lab.shutil = SimpleNamespace(rmtree=on_call(1, shutil.rmtree, _half_a_folder))
+        patched_shutil: Any = SimpleNamespace(rmtree=on_call(1, shutil.rmtree, _half_a_folder))
+        state.shutil = patched_shutil
     small_run(out)
 
 

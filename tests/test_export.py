@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from dspark_lab.training.loop import _parser
+from dspark_lab.training.__main__ import parsed
 from dspark_lab.tuning import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
 
 CHOSEN = TrainingSettings(
@@ -27,9 +27,10 @@ def test_json_is_read_back_as_the_same_settings():
 
 def test_the_labs_own_flags_are_understood_by_its_trainer():
     words = ["--out", "run", "--steps", "1", *shlex.split(export(CHOSEN, "dspark-lab"))]
-    options = _parser().parse_args(words)
-    assert (options.num_anchors, options.block_size, options.max_length) == (384, 7, 2048)
-    assert (options.batch_size, options.loss_decay_gamma) == (3, 5.0)
+    options = parsed(words)
+    training = options.training
+    assert (training.num_anchors, options.block_size, training.max_length) == (384, 7, 2048)
+    assert (training.batch_size, training.loss_decay_gamma) == (3, 5.0)
 
 
 def test_nemo_automodel_gets_a_fragment_of_its_recipe():

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -14,19 +15,31 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.make.pocket import train_tokenizer
 from dspark_lab.chats import Encoded, load_chats
-from dspark_lab.model import Target, load_drafter, save_drafter
+from dspark_lab.model import Target, load_drafter, load_target, save_drafter
 from dspark_lab.rates import evaluate
-from dspark_lab.training import TrainConfig, train
-from dspark_lab.training import loop as lab
+from dspark_lab.training import (
+    BatchOrder,
+    History,
+    Processes,
+    Run,
+    TrainConfig,
+    checkpoints,
+    init_from_target,
+    loop,
+    mask_token_id,
+    state,
+    train,
+)
+from dspark_lab.training.__main__ import main, parsed
+from dspark_lab.training.start import spread_layers
 from tests import runs
 from tests.runs import CONFIG, STEPS, ending, in_processes, small_run
 from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
-
-ONE = SimpleNamespace(size=1, rank=0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,16 +80,18 @@ def interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
         ("batch_size", 2.0, TypeError, "batch_size must be an int, got 2.0"),
         ("accumulate", True, TypeError, "accumulate must be an int"),
         ("seed", -1, ValueError, "seed must be >= 0"),
-        ("pack_length", 100, ValueError, "pack_length must be >= 2048, got 100"),
-        ("schedule", "step", ValueError, "schedule must be one of .*'linear'.* got 'step'"),
-        ("precision", "fp16", ValueError, "precision must be one of"),
-        ("learning_rate", math.nan, ValueError, "learning_rate must be finite and >= 0, got nan"),
+        ("pack_length", 100, ValueError, "pack_length must be at least max_length, 2048, got 100"),
+        ("schedule", "step", ValueError, "schedule must be .*'linear'.* got 'step'"),
+        ("precision", "fp16", ValueError, "precision must be .*'bf16'.* got 'fp16'"),
+        ("learning_rate", math.nan, ValueError, "learning_rate must be finite, got nan"),
         ("learning_rate", math.inf, ValueError, "learning_rate must be finite"),
-        ("clip_norm", -1, ValueError, "clip_norm must be finite and >= 0, got -1"),
-        ("beta2", 1, ValueError, r"beta2 must be in \[0, 0.99"),
-        ("ce_only_fraction", 1.5, ValueError, r"ce_only_fraction must be in \[0, 1\], got 1.5"),
+        ("clip_norm", -1, ValueError, "clip_norm must be >= 0.*, got -1"),
+        ("beta2", 1, ValueError, r"beta2 must lie in \[0, 0.99"),
+        ("ce_only_fraction", 1.5, ValueError, r"ce_only_fraction must lie in \[0, 1\], got 1.5"),
         ("l1_weight", "0.9", TypeError, "l1_weight must be a number, got '0.9'"),
-        ("loss_decay_gamma", 0, ValueError, "loss_decay_gamma must be finite and >= "),
+        ("loss_decay_gamma", 0, ValueError, "loss_decay_gamma must .*, got 0"),
+        ("loss_decay_gamma", 1e-300, ValueError, "loss_decay_gamma must .*, got 1e-300"),
+        ("loss_decay_gamma", math.inf, ValueError, "loss_decay_gamma must .*, got inf"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(
@@ -113,10 +128,9 @@ def test_terms_move_from_cross_entropy_to_the_given_weights() -> None:
 # The order of the data
 
 
-def batches(config: TrainConfig, step: int, world: Any = ONE) -> list[tuple[list[int], int]]:
+def batches(config: TrainConfig, step: int, **place: int) -> list[tuple[list[int], int]]:
     """For each micro-batch of a step the conversations in it and the seed of its blocks."""
-    order = lab._Order(random_chats(20), config, world, 0)
-    found = order.micro_batches(step)
+    found = BatchOrder(random_chats(20), config, **place).micro_batches(step)
     return [(sorted(batch.chat_index.flatten().tolist()), seed) for batch, seed in found]
 
 
@@ -133,7 +147,7 @@ def test_an_epoch_holds_every_conversation_once_in_an_order_of_its_own() -> None
 def test_a_batch_holds_conversations_of_similar_length() -> None:
     chats = random_chats(300)
     lengths = [len(item) for item in chats]
-    order = lab._Order(chats, TrainConfig(60, batch_size=5), ONE, 0)
+    order = BatchOrder(chats, TrainConfig(60, batch_size=5))
     spread = []
     for step in range(60):
         [(batch, _)] = order.micro_batches(step)
@@ -147,7 +161,7 @@ def test_a_row_holds_one_conversation_or_as_many_as_fit() -> None:
     chats = random_chats(20)
     for pack_length in (None, 90):
         config = TrainConfig(4, batch_size=5, max_length=80, pack_length=pack_length)
-        order = lab._Order(chats, config, ONE, 7)
+        order = BatchOrder(chats, config, pad_token_id=7)
         [(batch, _)] = order.micro_batches(0)
         longest = max(len(chats[index]) for index in batch.chat_index.flatten() if index >= 0)
         assert batch.input_ids.shape[1] == (pack_length or longest)
@@ -169,7 +183,7 @@ def test_a_conversation_is_cut_to_its_first_tokens(tmp_path: Path) -> None:
 
 def test_a_step_follows_from_seed_and_number_alone() -> None:
     config = TrainConfig(9, batch_size=3, accumulate=2)
-    order = lab._Order(random_chats(20), config, ONE, 0)
+    order = BatchOrder(random_chats(20), config)
     for step in (7, 0, 3, 8, 1):
         again = [
             (sorted(b.chat_index.flatten().tolist()), seed) for b, seed in order.micro_batches(step)
@@ -184,8 +198,7 @@ def test_processes_share_what_one_would_accumulate() -> None:
     for step in range(9):
         alone = batches(replace(config, accumulate=4), step)
         shared = [
-            batches(replace(config, accumulate=2), step, SimpleNamespace(size=2, rank=rank))
-            for rank in (0, 1)
+            batches(replace(config, accumulate=2), step, rank=rank, processes=2) for rank in (0, 1)
         ]
         assert sorted(alone) == sorted(shared[0] + shared[1])
 
@@ -202,8 +215,8 @@ def uneven_chats() -> list[Encoded]:
 
 def double_run(
     config: TrainConfig, out: Path, chats: list[Encoded], **shape: Any
-) -> tuple[Any, Target, Any]:
-    """A run that has not taken a step, in float64, and its target and order."""
+) -> tuple[Run, Target]:
+    """A run that has not taken a step, in float64, and its target."""
     target, drafter = tiny_target(), tiny_drafter(1, **shape)
     target.model.double(), drafter.double()
     # A Markov bias of zero would hide half of its gradients.
@@ -211,8 +224,7 @@ def double_run(
         torch.nn.init.normal_(drafter.markov_head.markov_w2.weight, std=0.3)
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.3)
     drafter.use_target_embeddings(target.embed_weight, target.head_weight)
-    run = lab._Run(drafter, config, chats, out, lab._World("none"))
-    return run, target, lab._Order(chats, config, lab._World("none"), 0)
+    return Run(drafter, config, chats, out, Processes()), target
 
 
 @pytest.mark.parametrize(
@@ -228,11 +240,11 @@ def test_gradient_of_an_accumulated_step_is_that_of_the_joined_batch(
 ) -> None:
     config = TrainConfig(4, **({"batch_size": 2, "num_anchors": 5} | settings))
     chats = uneven_chats()
-    run, target, order = double_run(config, tmp_path, chats, **shape)
+    run, target = double_run(config, tmp_path, chats, **shape)
     slots: list[int] = []
     for step in range(2):
         run.step = step
-        loss, stacked, tokens = run.backward(order, lab.live_features(target, (0, 1)))
+        loss, stacked, tokens = run.backward(loop.live_features(target, (0, 1)))
         found = runs.gradients(run.drafter)
         run.drafter.zero_grad()
         parts = runs.parts_of_step(chats, config, run.drafter, step)
@@ -255,19 +267,40 @@ def test_gradient_of_an_accumulated_step_is_that_of_the_joined_batch(
 
 def test_a_step_without_any_supervised_slot_changes_no_weight(tmp_path: Path) -> None:
     silent = [Encoded(c.input_ids, torch.zeros_like(c.loss_mask), CHAT) for c in random_chats(2)]
-    drafter, config = tiny_drafter(), TrainConfig(1, batch_size=2)
-    before = {name: p.clone() for name, p in drafter.named_parameters() if p.requires_grad}
-    history = train(drafter, tiny_target(), silent, config, out=tmp_path, progress=False)
-    assert history.rows[0]["loss"] == 0 and math.isnan(history.rows[0]["tau"])
-    for name, p in drafter.named_parameters():
-        assert name not in before or torch.equal(p, before[name])
+    run, target = double_run(TrainConfig(1, batch_size=2), tmp_path, silent)
+    before = {name: p.detach().clone() for name, p in run.trained.items()}
+    row, _ = run.advance(loop.live_features(target, (0, 1)))
+    assert row["loss"] == 0 and math.isnan(row["tau"])
+    for name, p in run.trained.items():
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_conversations_without_a_label_are_counted(
+    progress: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # An answer of one token is no label: its anchor would be a token of the prompt.
+    lone = Encoded(torch.arange(9), torch.arange(9) == 7, CHAT)
+    chats = [*random_chats(2), lone]
+    config = TrainConfig(1, batch_size=1)
+    history = train(tiny_drafter(), tiny_target(), chats, config, out=tmp_path, progress=progress)
+    assert history.unlabelled == 1
+    assert ("1 of 3 conversations have no label" in capsys.readouterr().err) == progress
+
+
+def test_training_on_nothing_is_refused(tmp_path: Path) -> None:
+    cut_off = [Encoded(torch.arange(70), torch.arange(70) > 62, CHAT)] * 4
+    config = TrainConfig(1, batch_size=2, max_length=64)
+    with pytest.raises(ValueError, match="two supervised tokens .* max_length 64, got none in 4"):
+        train(tiny_drafter(), tiny_target(), cut_off, config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_vocabulary_of_seen_tokens_is_a_softmax_over_them(tmp_path: Path) -> None:
     config = TrainConfig(1, batch_size=2, num_anchors=5, vocabulary="seen")
     chats = [Encoded(c.input_ids % 17 + 2, c.loss_mask, CHAT) for c in random_chats(2)]
-    run, target, order = double_run(config, tmp_path, chats)
-    loss, *_ = run.backward(order, lab.live_features(target, (0, 1)))
+    run, target = double_run(config, tmp_path, chats)
+    loss, *_ = run.backward(loop.live_features(target, (0, 1)))
     found = runs.gradients(run.drafter)
     run.drafter.zero_grad()
     seen = torch.cat([c.input_ids for c in chats]).unique()
@@ -319,14 +352,14 @@ def test_clipping_bounds_the_gradient_that_the_optimiser_sees(tmp_path: Path) ->
     seen: dict[float, float] = {}
     for clip in (0.0, 0.01):
         config = TrainConfig(1, batch_size=2, clip_norm=clip)
-        run, target, order = double_run(config, tmp_path, random_chats(4))
+        run, target = double_run(config, tmp_path, random_chats(4))
 
         def look(*_: Any, run: Any = run, clip: float = clip) -> None:
             grads = [p.grad.flatten() for p in run.trained.values() if p.grad is not None]
             seen[clip] = float(torch.cat(grads).norm())
 
         run.optimizer.register_step_pre_hook(look)
-        row, _ = run.advance(order, lab.live_features(target, (0, 1)))
+        row, _ = run.advance(loop.live_features(target, (0, 1)))
         # The norm that is reported is that before clipping.
         assert row["grad_norm"] == pytest.approx(seen[0.0], abs=1e-5)
     assert seen[0.0] > 0.05
@@ -356,14 +389,14 @@ def test_the_signs_of_a_run_weigh_its_ends(better: bool) -> None:
         {"step": step, "loss": -value, "accept_rate": value, "tau": value}
         for step, value in enumerate(values, start=1)
     ]
-    history = lab.History(Path("run"), [*rows, {"step": 20, "held_out_tau": 0.0}])
+    history = History(Path("run"), [*rows, {"step": 20, "held_out_tau": 0.0}])
     assert history.signs() == dict.fromkeys(("loss fell", "accept rate rose", "tau rose"), better)
 
 
 def test_one_step_has_no_signs() -> None:
     row = {"step": 1, "loss": 1.0, "accept_rate": 0.5, "tau": 2.0}
     with pytest.raises(ValueError, match="at least 2 steps, got 1"):
-        lab.History(Path("run"), [row]).signs()
+        History(Path("run"), [row]).signs()
 
 
 def test_target_and_its_embeddings_stay_as_they_are(tmp_path: Path) -> None:
@@ -380,13 +413,13 @@ def test_bfloat16_is_for_products_and_weights_stay_wide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow: list[bool] = []
-    objective = lab.dspark_objective
+    objective = loop.dspark_objective
 
     def looked_at(*given: Any, **named: Any) -> Any:
         narrow.append(torch.is_autocast_enabled("cpu"))
         return objective(*given, **named)
 
-    monkeypatch.setattr(lab, "dspark_objective", looked_at)
+    monkeypatch.setattr(loop, "dspark_objective", looked_at)
     rows = {}
     for precision in ("fp32", "bf16"):
         drafter = tiny_drafter(4).bfloat16()
@@ -405,7 +438,7 @@ def test_bfloat16_is_for_products_and_weights_stay_wide(
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_used(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = lab.live_features
+    live = loop.live_features
 
     def broken(target: Target, ids: Any) -> Any:
         source = live(target, ids)
@@ -413,12 +446,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_used(
             4, source, lambda b: SimpleNamespace(context=source(b).context / 0, last=source(b).last)
         )
 
-    monkeypatch.setattr(lab, "live_features", broken)
+    monkeypatch.setattr(loop, "live_features", broken)
     drafter = tiny_drafter(4)
     with pytest.raises(FloatingPointError, match="step 4 is not finite .*lower learning_rate"):
         small_run(tmp_path, drafter=drafter)
     assert all(bool(p.isfinite().all()) for p in drafter.parameters())
-    monkeypatch.setattr(lab, "live_features", live)
+    monkeypatch.setattr(loop, "live_features", live)
     small_run(tmp_path)
     assert ending(tmp_path) == ending(whole)
 
@@ -505,7 +538,7 @@ def test_history_and_callback_have_every_line(tmp_path: Path) -> None:
 
 def test_evaluation_line_is_that_of_the_checkpoint(whole: Path) -> None:
     target = tiny_target()
-    drafter = load_drafter(lab.checkpoints(whole)[-1], target=target)
+    drafter = load_drafter(checkpoints(whole)[-1], target=target)
     table = evaluate(drafter, target, random_chats(3, seed=9), num_anchors=4)
     last = ending(whole)[2][-1]
     assert last["held_out_tau"] == pytest.approx(table["tau"].mean(), abs=1e-4)
@@ -523,9 +556,9 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     out = tmp_path / "killed"
     died = in_processes(1, runs.killed_run, out, moment, folder=tmp_path)
     assert died == [-signal.SIGKILL]
-    assert lab.checkpoints(out)
+    assert checkpoints(out)
     target = tiny_target()
-    for checkpoint in lab.checkpoints(out):
+    for checkpoint in checkpoints(out):
         load_drafter(checkpoint, target=target)
     small_run(out)
     assert ending(out) == ending(whole)
@@ -562,7 +595,7 @@ def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(
     history = small_run(tmp_path, on_metrics=interrupt_at(4))
     assert history.interrupted and history.rows[-1]["step"] == 4
     assert signal.getsignal(signal.SIGINT) is before
-    assert [path.name for path in lab.checkpoints(tmp_path)] == ["checkpoint-000004"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000004"]
     load_drafter(tmp_path / "checkpoint-000004", target=tiny_target())
     again = small_run(tmp_path)
     assert not again.interrupted
@@ -573,7 +606,7 @@ def test_an_interrupt_off_the_beat_of_checkpoints_loses_nothing(
     whole: Path, tmp_path: Path
 ) -> None:
     small_run(tmp_path, on_metrics=interrupt_at(3))
-    assert [path.name for path in lab.checkpoints(tmp_path)] == ["checkpoint-000003"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000003"]
     small_run(tmp_path)
     assert ending(tmp_path) == ending(whole)
 
@@ -581,13 +614,13 @@ def test_an_interrupt_off_the_beat_of_checkpoints_loses_nothing(
 def test_a_second_interrupt_is_as_always(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = lab.save_file
+    save = state.save_file
 
     def impatient(*given: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(lab, "save_file", runs.on_call(2, save, impatient))
+    monkeypatch.setattr(state, "save_file", runs.on_call(2, save, impatient))
     # A process in the background may have begun with Ctrl-C switched off.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -615,16 +648,16 @@ def test_a_second_interrupt_is_as_always(
 def test_a_full_disk_is_said_and_the_earlier_checkpoint_goes_on(
     what: str, error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = getattr(lab, what)
+    write = getattr(state, what)
 
     def full(*given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(lab, what, runs.on_call(2, write, full))
+    monkeypatch.setattr(state, what, runs.on_call(2, write, full))
     with pytest.raises(OSError, match=r"checkpoint-000004, .* intact: .*No space left on device"):
         small_run(tmp_path)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-000002"]
-    monkeypatch.setattr(lab, what, write)
+    monkeypatch.setattr(state, what, write)
     small_run(tmp_path)
     assert ending(tmp_path) == ending(whole)
 
@@ -650,27 +683,19 @@ def test_a_limit_of_the_kernel_is_a_clear_error_too(whole: Path, tmp_path: Path)
     assert ending(out) == ending(whole)
 
 
-def test_metrics_that_cannot_be_written_are_named(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full:
-        def write(self, text: str) -> None:
-            raise OSError(28, "No space left on device")
+def test_metrics_that_cannot_be_written_are_named(whole: Path, tmp_path: Path) -> None:
+    metrics, kept = tmp_path / "metrics.jsonl", tmp_path / "kept"
 
-        def close(self) -> None:
-            pass
+    def fill_the_disk(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            metrics.rename(kept)
+            metrics.symlink_to("/dev/full")
 
-    def torn(lines: Any, row: dict[str, Any]) -> None:
-        lines.file.write('{"step": 4, "lo')
-        lines.file.close()
-        lines.file = Full()
-        write(lines, row)
-
-    write = lab._Lines.write
-    monkeypatch.setattr(lab._Lines, "write", runs.on_call(5, write, torn))
     with pytest.raises(OSError, match=r"could not write .*metrics.jsonl, .*: No space left"):
-        small_run(tmp_path)
-    monkeypatch.setattr(lab._Lines, "write", write)
+        small_run(tmp_path, on_metrics=fill_the_disk)
+    kept.replace(metrics)
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "lo')
     small_run(tmp_path)
     assert ending(tmp_path) == ending(whole)
 
@@ -696,7 +721,7 @@ def test_a_finished_run_is_read_and_not_repeated(whole: Path) -> None:
     history = small_run(whole, drafter=drafter)
     assert (whole / "metrics.jsonl").read_bytes() == before
     assert len(history.rows) == STEPS + 4
-    stored = load_drafter(lab.checkpoints(whole)[-1], target=tiny_target())
+    stored = load_drafter(checkpoints(whole)[-1], target=tiny_target())
     for name, p in drafter.named_parameters():
         assert torch.equal(p, stored.get_parameter(name)), name
 
@@ -740,6 +765,47 @@ def test_a_run_is_not_overwritten(whole: Path) -> None:
     assert ending(whole) == before
 
 
+@pytest.mark.parametrize("text", ["", '{"step": 4, "con', "[]", "{}"])
+def test_a_damaged_state_is_named(text: str, begun: Path) -> None:
+    path = begun / "checkpoint-000004" / "state.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} must "):
+        small_run(begun)
+    with pytest.raises(ValueError, match=f"{path} must "):
+        History.read(begun)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: lines[:3], "must have a line .* 4 steps .* none for step 3"),
+        (lambda lines: lines[1:], "must have a line .* 4 steps .* none for step 1"),
+        (
+            lambda lines: [*lines[:2], lines[2][:9], *lines[3:]],
+            "must hold a step's metrics in each",
+        ),
+        (lambda lines: ["[1]", *lines], "must hold a step's metrics in each"),
+    ],
+)
+def test_metrics_that_do_not_reach_the_checkpoint_are_named(
+    damage: Callable[[list[str]], list[str]], message: str, begun: Path
+) -> None:
+    path = begun / "metrics.jsonl"
+    path.write_text("".join(f"{line}\n" for line in damage(path.read_text().splitlines())))
+    for read in (small_run, History.read):
+        with pytest.raises(ValueError, match=f"{path} {message}"):
+            read(begun)
+
+
+def test_a_history_is_read_from_disk(whole: Path, begun: Path, tmp_path: Path) -> None:
+    assert History.read(whole).rows == small_run(whole).rows
+    stopped = History.read(begun)
+    assert stopped.interrupted and stopped.table()["step"].tolist() == [1, 2, 3, 4]
+    assert not History.read(whole).interrupted
+    with pytest.raises(FileNotFoundError, match="must hold a checkpoint of a run, got none"):
+        History.read(tmp_path)
+
+
 def test_lines_beyond_the_checkpoint_are_cut_off(whole: Path, begun: Path) -> None:
     with (begun / "metrics.jsonl").open("a") as file:
         for step in (5, 6):
@@ -752,22 +818,22 @@ def test_lines_beyond_the_checkpoint_are_cut_off(whole: Path, begun: Path) -> No
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     config = replace(CONFIG, checkpoint_every=1, keep_checkpoints=3, steps=5)
     small_run(tmp_path, config, held_out=())
-    names = [path.name for path in lab.checkpoints(tmp_path)]
+    names = [path.name for path in checkpoints(tmp_path)]
     assert names == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000005"]
     for name in ("checkpoint-1000000", "checkpoint-999999"):
         (tmp_path / name).mkdir()
-    assert lab.checkpoints(tmp_path)[-1].name == "checkpoint-1000000"
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-1000000"
 
 
 def test_a_checkpoint_holds_the_published_layout_and_no_pickle(whole: Path) -> None:
-    [folder] = lab.checkpoints(whole)
+    [folder] = checkpoints(whole)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
     ]
-    stored = lab.load_file(folder / "model.safetensors")
+    stored = load_file(folder / "model.safetensors")
     expected = {n for n, p in tiny_drafter().named_parameters() if p.requires_grad}
     assert set(stored) == expected
     assert json.loads((folder / "state.json").read_text())["config"] == asdict(CONFIG)
@@ -795,19 +861,39 @@ def test_what_the_caller_has_frozen_stays_so_and_comes_back(tmp_path: Path) -> N
 def test_conversations_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at most .*, 2, got 3"):
         train(tiny_drafter(), tiny_target(), random_chats(2), TrainConfig(1, 3), out=tmp_path)
-    with pytest.raises(TypeError, match="conversations must be Chat or Encoded, got str"):
-        train(tiny_drafter(), tiny_target(), ["hello"], TrainConfig(1, 1), out=tmp_path)
     with pytest.raises(ValueError, match="target has no tokenizer"):
         train(tiny_drafter(), tiny_target(), [CHAT], TrainConfig(1, 1), out=tmp_path)
     short = Encoded(torch.arange(9), torch.arange(9) > 5, CHAT)
     with pytest.raises(ValueError, match="held_out must have .* 4 supervised tokens in a row"):
         small_run(tmp_path, held_out=[short])
-    with pytest.raises(ValueError, match="features must be 'live' or 'cached', got 'disk'"):
-        small_run(tmp_path, features="disk")
     with pytest.raises(ValueError, match="'ddp' needs torch.distributed to be initialised"):
         small_run(tmp_path, parallel="ddp")
-    with pytest.raises(ValueError, match="parallel must be one of .*'fsdp2'.*, got 'dp'"):
-        small_run(tmp_path, parallel="dp")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "message"),
+    [
+        ("drafter", None, TypeError, "drafter must be .*Drafter.*, got None"),
+        ("target", "smollm2", TypeError, "target must be .*Target.*, got 'smollm2'"),
+        ("config", {"steps": 1}, TypeError, "config must be .*TrainConfig.*, got {'steps': 1}"),
+        ("chats", ["hello"], TypeError, "chats.* must be .*Chat.*Encoded.*, got .*'hello'"),
+        ("out", None, TypeError, "out must be .*, got None"),
+        ("features", "disk", ValueError, "features must be .*'live'.*'cached'.*, got 'disk'"),
+        ("parallel", "dp", ValueError, "parallel must be .*'fsdp2'.*, got 'dp'"),
+    ],
+)
+def test_what_is_no_argument_of_train_is_refused_by_name(
+    name: str, value: Any, kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "drafter": tiny_drafter(),
+        "target": tiny_target(),
+        "chats": random_chats(2),
+        "config": TrainConfig(1, batch_size=1),
+        "out": tmp_path,
+    }
+    with pytest.raises(kind, match=message):
+        train(**(given | {name: value}))
 
 
 # Where a drafter starts
@@ -816,7 +902,7 @@ def test_conversations_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 def test_a_drafter_starts_from_the_targets_last_layers() -> None:
     target, drafter = tiny_target(), tiny_drafter()
     queries = drafter.layers[0].self_attn.q_norm.weight.clone()
-    lab.init_from_target(drafter, target)
+    init_from_target(drafter, target)
     layers = target.model.model.layers
     for own, theirs in zip(drafter.layers, layers[-2:], strict=True):
         for name, weight in theirs.named_parameters():
@@ -830,7 +916,7 @@ def test_a_drafter_starts_from_the_targets_last_layers() -> None:
 def test_what_does_not_fit_the_target_stays_random() -> None:
     drafter = tiny_drafter(intermediate_size=40, num_hidden_layers=4, target_hidden_size=16)
     before = {name: p.clone() for name, p in drafter.named_parameters()}
-    lab.init_from_target(drafter, tiny_target())
+    init_from_target(drafter, tiny_target())
     for name, p in drafter.named_parameters():
         taken = ".self_attn." in name and "_norm" not in name and ".layers.0." not in f".{name}"
         taken = taken or name == "norm.weight" or "_layernorm" in name and "layers.0." not in name
@@ -843,7 +929,7 @@ def test_what_does_not_fit_the_target_stays_random() -> None:
 
 @pytest.mark.parametrize("count", range(1, 41))
 def test_layers_to_read_are_spread_and_leave_the_last_out(count: int) -> None:
-    ids = lab._spread(count)
+    ids = spread_layers(count)
     assert ids == sorted(set(ids)) and len(ids) == max(1, min(5, count - 1))
     assert -1 <= ids[0] and ids[-1] == count - 2
     gaps = {b - a for a, b in zip(ids, ids[1:], strict=False)}
@@ -883,8 +969,8 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
     command = [*data, "--out", str(tmp_path / "a"), "--held-out", str(chats_file), "--steps", "2"]
     command += "--batch-size 2 --num-anchors 2 --layers 1 --block-size 3 --markov-rank 4".split()
     command += "--markov-head gated --layer-ids 1 --l1-weight 0.8 --schedule linear".split()
-    lab.main(command)
-    [folder] = lab.checkpoints(tmp_path / "a")
+    main(command)
+    [folder] = checkpoints(tmp_path / "a")
     shape = json.loads((folder / "config.json").read_text())
     expected = {"num_hidden_layers": 1, "block_size": 3, "markov_rank": 4}
     expected |= {"markov_head_type": "gated", "target_layer_ids": [1], "rope_theta": 10000.0}
@@ -893,16 +979,16 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
     assert state["config"]["l1_weight"] == 0.8 and state["config"]["schedule"] == "linear"
     ended = ending(tmp_path / "a")
     assert "held_out_tau" in ended[2][-1]
-    lab.main(command)
+    main(command)
     assert ending(tmp_path / "a") == ended
 
     further = [*data, "--out", str(tmp_path / "b"), "--drafter", str(folder), "--steps", "1"]
     further += "--batch-size 2 --num-anchors 2 --learning-rate 0".split()
-    lab.main(further)
+    main(further)
     assert ending(tmp_path / "b")[0] == ended[0]
     with pytest.raises(SystemExit) as refused:
-        lab.main([*command, "--seed", "3"])
-    assert "python -m dspark_lab.training.loop: seed must be as in the run" in str(refused.value)
+        main([*command, "--seed", "3"])
+    assert "python -m dspark_lab.training: seed must be as in the run" in str(refused.value)
 
 
 def test_the_command_line_says_what_is_wrong(
@@ -913,42 +999,107 @@ def test_the_command_line_says_what_is_wrong(
     for more, message in (
         (["--data", str(tmp_path / "none.jsonl")], "No such file"),
         (["--target", "/none/there"], "no folder /none/there"),
-        (["--learning-rate", "-1"], "learning_rate must be finite and >= 0"),
+        (["--learning-rate", "-1"], "learning_rate must be >= 0, got -1"),
         (["--mask-token", "<nothing>"], "mask_token must be a token .*'<nothing>'"),
+        (["--device", "nonsense"], "device must be a device of this machine .*'nonsense'"),
+        (["--max-length", "8"], "chats must hold something to learn"),
     ):
-        with pytest.raises(SystemExit, match=message):
-            lab.main([*base, *more])
+        with pytest.raises(SystemExit, match=f"^python -m dspark_lab.training: .*{message}"):
+            main([*base, *more])
     for more, message in (
-        (["--schedule", "up"], "invalid choice: 'up'"),
-        (["--layer-ids", "a"], "invalid _layer_ids value"),
+        (["--schedule", "up"], "invalid choice 'up' for argument '--schedule'"),
+        (["--layer-ids", "a"], "layer_ids must be whole numbers with commas between, got 'a'"),
+        (["--steps"], "--steps"),
+        (["--step-size", "3"], "Unrecognized options: --step-size"),
     ):
-        with pytest.raises(SystemExit):
-            lab.main([*base, *more])
-        assert message in capsys.readouterr().err
+        with pytest.raises(SystemExit) as refused:
+            main([*base, *more])
+        assert refused.value.code == 2
+        assert message in " ".join(re.sub("[│╭╰╮╯─]", "", capsys.readouterr().err).split())
+
+
+def test_the_command_line_has_the_flags_that_it_always_had(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: dict[str, Any] = {
+        "target": "smollm2",
+        "data": None,
+        "held-out": None,
+        "out": Path("run"),
+        "features": "live",
+        "cache": None,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "target-dtype": "float32",
+        "parallel": None,
+        "drafter": None,
+        "layers": 2,
+        "block-size": 7,
+        "markov-rank": 64,
+        "markov-head": "vanilla",
+        "layer-ids": None,
+        "mask-token": None,
+    }
+    settings = {
+        "steps": 3,
+        "batch-size": 8,
+        "accumulate": 1,
+        "num-anchors": 64,
+        "max-length": 2048,
+        "pack-length": None,
+        "learning-rate": 0.0006,
+        "warmup-steps": 20,
+        "schedule": "cosine",
+        "final-lr-ratio": 0.05,
+        "weight-decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "clip-norm": 1.0,
+        "seed": 0,
+        "precision": "fp32",
+        "ce-weight": 0.1,
+        "l1-weight": 0.9,
+        "confidence-weight": 1.0,
+        "loss-decay-gamma": 4.0,
+        "ce-only-fraction": 0.0,
+        "vocabulary": "full",
+        "checkpoint-every": 0,
+        "keep-checkpoints": 2,
+        "evaluate-every": 0,
+        "evaluate-anchors": 32,
+    }
+    options = parsed(["--out", "run", "--steps", "3"])
+    found = {name.replace("_", "-"): value for name, value in vars(options).items()}
+    assert found.pop("training") == TrainConfig(
+        **{k.replace("-", "_"): v for k, v in settings.items()}
+    )
+    assert found == expected
+    assert parsed("--out run --steps 3 --layer-ids 1,8,15".split()).layer_ids == (1, 8, 15)
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        lab.main(["--help"])
+        main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in shown for name in asdict(CONFIG))
+    assert shown.startswith("usage: python -m dspark_lab.training ")
+    assert set(re.findall(r"^│ --([\w-]+)", shown, re.M)) == expected.keys() | settings.keys()
 
 
 def test_a_mask_token_is_one_that_no_conversation_has(target_folder: Path) -> None:
     def holding(*tokens: int) -> list[Encoded]:
         return [Encoded(torch.tensor(tokens), torch.ones(len(tokens)) > 0, CHAT)]
 
-    target = lab.load_target(target_folder, local_files_only=True)
+    target = load_target(target_folder, local_files_only=True)
     vocabulary = target.tokenizer.get_vocab()
-    assert lab.mask_token_id("<|im_start|>", target, []) == vocabulary["<|im_start|>"]
-    assert lab.mask_token_id(None, target, []) == target.tokenizer.mask_token_id
-    assert lab.mask_token_id(None, tiny_target(), holding(5, 63, 62)) == 61
+    assert mask_token_id("<|im_start|>", target, []) == vocabulary["<|im_start|>"]
+    assert mask_token_id(None, target, []) == target.tokenizer.mask_token_id
+    assert mask_token_id(None, tiny_target(), holding(5, 63, 62)) == 61
     with pytest.raises(ValueError, match="mask_token must name one"):
-        lab.mask_token_id(None, tiny_target(), holding(*range(64)))
+        mask_token_id(None, tiny_target(), holding(*range(64)))
 
 
 def test_a_trained_drafter_may_be_saved_and_trained_again_in_bfloat16(
     whole: Path, tmp_path: Path
 ) -> None:
     target = tiny_target()
-    drafter = load_drafter(lab.checkpoints(whole)[-1], target=target)
+    drafter = load_drafter(checkpoints(whole)[-1], target=target)
     save_drafter(drafter, tmp_path / "small", dtype=torch.bfloat16)
     small = load_drafter(tmp_path / "small", target=target)
     history = small_run(tmp_path / "run", replace(CONFIG, steps=1), drafter=small)

@@ -16,14 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.make.pocket import train_tokenizer
 from dspark_lab.chats import Encoded, load_chats
-from dspark_lab.model import load_drafter
-from dspark_lab.training import loop as lab
+from dspark_lab.model import load_drafter, load_target
+from dspark_lab.training import Processes, Run, TrainConfig, checkpoints, loop
+from dspark_lab.training.processes import whole
 from tests import runs
 from tests.runs import CONFIG, ending, in_processes, small_run
 from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
 
 PARALLEL = ("ddp", "fsdp2")
-GRADIENT = lab.TrainConfig(4, batch_size=1, accumulate=2, num_anchors=5, ce_only_fraction=0.5)
+GRADIENT = TrainConfig(4, batch_size=1, accumulate=2, num_anchors=5, ce_only_fraction=0.5)
 TOGETHER = replace(CONFIG, steps=4, checkpoint_every=2, evaluate_every=4)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,13 +55,11 @@ def gradients_of_steps(rank: int, out: Path, parallel: Any) -> list[tuple[Any, .
         for p in drafter.parameters():
             if p.requires_grad:
                 torch.nn.init.zeros_(p)
-    world = lab._World(parallel)
-    run = lab._Run(drafter, GRADIENT, uneven_chats(), out, world)
-    order = lab._Order(uneven_chats(), GRADIENT, world, 0)
+    run = Run(drafter, GRADIENT, uneven_chats(), out, Processes(parallel))
     found = []
     for step in range(4):
         run.step = step
-        loss, stacked, _ = run.backward(order, lab.live_features(target, (0, 1)))
+        loss, stacked, _ = run.backward(loop.live_features(target, (0, 1)))
         found.append((runs.gradients(drafter), loss, stacked))
         run.optimizer.zero_grad()
     return found
@@ -93,11 +92,11 @@ def test_gradient_of_two_processes_is_that_of_the_joined_batch(
     assert any((a == 0) != (b == 0) for a, b in slots)
 
 
-def trained(rank: int, out: Path, parallel: Any, config: lab.TrainConfig) -> dict[str, Any]:
+def trained(rank: int, out: Path, parallel: Any, config: TrainConfig) -> dict[str, Any]:
     """A run of two processes: its rows, and the weights that this one has at the end."""
     drafter = tiny_drafter(4 if rank == 0 else 5)
     history = small_run(out, config, drafter=drafter, parallel=parallel)
-    weights = {n: lab._whole(p.detach()) for n, p in drafter.named_parameters() if p.requires_grad}
+    weights = {n: whole(p.detach()) for n, p in drafter.named_parameters() if p.requires_grad}
     return {"rows": history.rows, "weights": weights}
 
 
@@ -140,20 +139,20 @@ def test_the_checkpoint_of_two_processes_is_a_whole_drafter(
     parallel: str, together: dict[str, Any]
 ) -> None:
     out, results = together[parallel]
-    assert [path.name for path in lab.checkpoints(out)] == ["checkpoint-000004"]
-    stored = load_drafter(lab.checkpoints(out)[-1], target=tiny_target())
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-000004"]
+    stored = load_drafter(checkpoints(out)[-1], target=tiny_target())
     for name, weight in results[0]["weights"].items():
         assert torch.equal(stored.get_parameter(name), weight), name
 
 
 def killed_together(rank: int, out: Path, parallel: Any) -> None:
     """Both processes die at once in the third step, after a checkpoint at the second."""
-    source = lab.live_features
+    source = loop.live_features
 
     def deadly(target: Any, ids: Any) -> Any:
         return runs.on_call(3, source(target, ids), lambda batch: runs.kill())
 
-    lab.live_features = deadly
+    loop.live_features = deadly
     trained(rank, out, parallel, TOGETHER)
 
 
@@ -164,7 +163,7 @@ def test_two_killed_processes_end_with_the_bits_of_two_that_were_not(
     out = tmp_path / "run"
     died = in_processes(2, killed_together, out, parallel, folder=tmp_path)
     assert -signal.SIGKILL in died
-    assert [path.name for path in lab.checkpoints(out)] == ["checkpoint-000002"]
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-000002"]
     in_processes(2, trained, out, parallel, TOGETHER, folder=tmp_path)
     assert ending(out) == ending(together[parallel][0])
 
@@ -179,7 +178,7 @@ def interrupted_in_one(rank: int, out: Path) -> tuple[bool, int]:
         signal.raise_signal(signal.SIGINT)
         return source(batch)
 
-    live, config = lab.live_features, replace(TOGETHER, steps=9, evaluate_every=9)
+    live, config = loop.live_features, replace(TOGETHER, steps=9, evaluate_every=9)
     if rank == 1:
 
         def asked(target: Any, ids: Any) -> Any:
@@ -188,7 +187,7 @@ def interrupted_in_one(rank: int, out: Path) -> tuple[bool, int]:
             return runs.on_call(3, source, press)
 
         source: Any = None
-        lab.live_features = asked
+        loop.live_features = asked
     history = small_run(out, config, drafter=tiny_drafter(4), parallel="ddp", held_out=())
     return history.interrupted, history.rows[-1]["step"]
 
@@ -196,7 +195,7 @@ def interrupted_in_one(rank: int, out: Path) -> tuple[bool, int]:
 def test_an_interrupt_of_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert in_processes(2, interrupted_in_one, out, folder=tmp_path) == [(True, 3), (True, 3)]
-    assert lab.checkpoints(out)[-1].name == "checkpoint-000003"
+    assert checkpoints(out)[-1].name == "checkpoint-000003"
 
 
 @pytest.mark.slow
@@ -213,7 +212,7 @@ def test_torchrun_trains_stops_and_goes_on(parallel: str, tmp_path: Path) -> Non
     LlamaForCausalLM(config).save_pretrained(target)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", "--local-addr", "127.0.0.1"]
-    command += ["-m", "dspark_lab.training.loop", "--parallel", parallel, "--device", "cpu"]
+    command += ["-m", "dspark_lab.training", "--parallel", parallel, "--device", "cpu"]
     command += ["--target", str(target), "--data", str(data), "--out", str(tmp_path / "run")]
     # More steps than any machine takes before it is interrupted.
     command += "--steps 1000000000 --batch-size 2 --num-anchors 2".split()
@@ -229,10 +228,10 @@ def test_torchrun_trains_stops_and_goes_on(parallel: str, tmp_path: Path) -> Non
         process.send_signal(signal.SIGINT)
         process.wait()
         assert "the same command goes on" in said.read_text(), said.read_text()[-3000:]
-        last = lab.checkpoints(tmp_path / "run")[-1]
+        last = checkpoints(tmp_path / "run")[-1]
         reached.append(count_lines(metrics))
         assert int(last.name.removeprefix("checkpoint-")) == reached[-1]
-        load_drafter(last, target=lab.load_target(target, local_files_only=True))
+        load_drafter(last, target=load_target(target, local_files_only=True))
     assert reached[2] > reached[1] > 3
 
 

@@ -1,15 +1,15 @@
-from .loop import (
-    History,
-    TrainConfig,
-    checkpoints,
-    init_from_target,
-    mask_token_id,
-    new_drafter,
-    train,
-)
+from .config import TrainConfig
+from .loop import Run, train
+from .order import BatchOrder
+from .processes import Processes
+from .start import init_from_target, mask_token_id, new_drafter
+from .state import History, checkpoints
 
 __all__ = [
+    "BatchOrder",
     "History",
+    "Processes",
+    "Run",
     "TrainConfig",
     "checkpoints",
     "init_from_target",

@@ -1,5 +1,163 @@
-"""Train a drafter from the command line: ``python -m dspark_lab.training --help``."""
+"""Train a drafter: python -m dspark_lab.training, or under torchrun with -m dspark_lab.training."""
 
-from dspark_lab.training.loop import main
+from __future__ import annotations
 
-main()
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from dspark_lab.chats import load_chats
+from dspark_lab.model import MARKOV_HEADS, load_drafter, load_target
+from dspark_lab.training.config import TrainConfig
+from dspark_lab.training.loop import encode_chats, train
+from dspark_lab.training.processes import Parallel
+from dspark_lab.training.start import mask_token_id, new_drafter
+from dspark_lab.training.state import History, checkpoints
+
+PROGRAM = "python -m dspark_lab.training"
+
+
+def _layer_ids(words: list[str]) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in words[0].split(","))
+    except ValueError:
+        raise ValueError(
+            f"layer_ids must be whole numbers with commas between, got {words[0]!r}"
+        ) from None
+
+
+LayerIds = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="ID,ID",
+        instance_from_str=_layer_ids,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda ids: [",".join(map(str, ids))],
+    ),
+]
+MarkovHead = Annotated[
+    str, tyro.conf.arg(help=f"kind of the Markov head: {', '.join(['none', *MARKOV_HEADS])}.")
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a drafter for a target; the same command goes on where it stopped.
+
+    Args:
+        out: folder of the run, new or to go on with.
+        training: the settings of the run.
+        target: a folder or a hub id.
+        data: JSONL of conversations; the shipped ones where not given.
+        held_out: JSONL of conversations to evaluate on.
+        features: ask the target for every batch, or store its features first.
+        cache: folder of stored features, by default OUT/features.
+        device: of target and drafter.
+        target_dtype: of the target's weights.
+        parallel: under torchrun, by default ddp.
+        drafter: a checkpoint to start from; its shape stands instead of the options that follow.
+        layers: layers of a new drafter.
+        block_size: slots of a block.
+        markov_rank: rank of the Markov head, 0 for none.
+        layer_ids: layers of the target to read, such as 1,8,15; by default spread evenly.
+        mask_token: by default the tokenizer's, or the last token that no conversation has.
+    """
+
+    out: Path
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    target: str = "smollm2"
+    data: Path | None = None
+    held_out: Path | None = None
+    features: Literal["live", "cached"] = "live"
+    cache: Path | None = None
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    target_dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["ddp", "fsdp2"] | None = None
+    drafter: str | None = None
+    layers: int = 2
+    block_size: int = 7
+    markov_rank: int = 64
+    markov_head: MarkovHead = "vanilla"
+    layer_ids: LayerIds | None = None
+    mask_token: str | None = None
+
+
+def parsed(arguments: Sequence[str] | None = None) -> Options:
+    """The options on the command line."""
+    return tyro.cli(Options, prog=PROGRAM, args=arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; under torchrun one process of many."""
+    try:
+        options = parsed(arguments)
+        parallel: Parallel = options.parallel or ("ddp" if "LOCAL_RANK" in os.environ else "none")
+        with _joined(parallel, options.device):
+            history = _train(options, parallel)
+    except (FloatingPointError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"{PROGRAM}: {error}")
+    if history.interrupted:
+        sys.exit(f"stopped, with {checkpoints(history.out)[-1]}; the same command goes on")
+
+
+@contextmanager
+def _joined(parallel: Parallel, device: str) -> Iterator[None]:
+    """As one of torchrun's processes, unless there is one alone."""
+    if parallel == "none":
+        yield
+        return
+    backend = "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    torch.distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _train(options: Options, parallel: Parallel) -> History:
+    config = options.training
+    texts = load_chats(options.data)
+    held_out = load_chats(options.held_out) if options.held_out else []
+    dtype = getattr(torch, options.target_dtype)
+    target = load_target(options.target, device=options.device, dtype=dtype)
+    chats = encode_chats(texts, target, config.max_length)
+    torch.manual_seed(config.seed)
+    if options.drafter:
+        drafter = load_drafter(options.drafter, target=target, dtype=torch.float32)
+    else:
+        drafter = new_drafter(
+            target,
+            mask_token_id=mask_token_id(options.mask_token, target, chats),
+            num_hidden_layers=options.layers,
+            block_size=options.block_size,
+            markov_rank=options.markov_rank,
+            markov_head_type=options.markov_head,
+            target_layer_ids=options.layer_ids,
+            num_anchors=config.num_anchors,
+        )
+    return train(
+        drafter,
+        target,
+        chats,
+        config,
+        out=options.out,
+        held_out=held_out,
+        features=options.features,
+        cache=options.cache,
+        parallel=parallel,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ batch, inside the objective, in the backward pass through the last or the first 
 gradients there. For each of these the tensors that are alive then are added up, from what every
 operation keeps for its backward pass; the largest sum is the peak.
 
-The step is that of ``dspark_lab.training.loop`` from its second on: weights, gradients and AdamW's state in
+The step is that of ``dspark_lab.training`` from its second on: weights, gradients and AdamW's state in
 fp32, products in fp32 or, under autocast, in bf16, nothing compiled but, on CUDA, the attention.
 Not in it: what an allocator rounds up or loses between tensors, and what a driver takes for itself.
 
@@ -161,7 +161,7 @@ def training_memory(
     """The most bytes that a training step holds at one time, weights and optimiser included.
 
     ``options`` are the other fields of :class:`Step`. Within 15 % of the measured peak of
-    ``dspark_lab.training.loop`` on a CPU, see ``benchmarks/cost.py``.
+    ``dspark_lab.training`` on a CPU, see ``benchmarks/cost.py``.
 
     Raises:
         TypeError, ValueError: as :class:`Step` and :meth:`Step.of`.

@@ -117,7 +117,7 @@ def measure_steps(
 ) -> pd.DataFrame:
     """Times whole training steps of a drafter of this shape, on random tokens.
 
-    Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training.loop``; the target's own
+    Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training``; the target's own
     forward too where it is given, random features otherwise. All tokens are supervised.
 
     Args:

@@ -80,7 +80,7 @@ class SweepConfig:
     ``target``: "pocket", or a folder or hub id, with ``data`` and ``held_out`` (JSONL of
     conversations). ``slots``, ``seconds``: the two budgets. ``prompts`` held-out questions,
     domains in turn, are decoded at each of ``temperatures``. ``features``: see
-    :func:`dspark_lab.training.loop.train`. ``training`` holds every other setting
+    :func:`dspark_lab.training.train`. ``training`` holds every other setting
     of a run; its ``steps``, ``num_anchors``, ``seed`` and ``warmup_steps`` (a twentieth of the
     steps) are the cell's.
 

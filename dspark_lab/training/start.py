@@ -1,0 +1,115 @@
+"""New drafters, started from the target's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dspark_lab.chats import Encoded
+from dspark_lab.checks import Count, Size, checked
+from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target
+
+__all__ = ["init_from_target", "mask_token_id", "new_drafter", "spread_layers"]
+
+
+@checked
+def new_drafter(
+    target: Target,
+    *,
+    mask_token_id: Size,
+    num_hidden_layers: Count = 2,
+    block_size: Count = 7,
+    markov_rank: Size = 64,
+    markov_head_type: MarkovKind = "vanilla",
+    target_layer_ids: Sequence[int] | None = None,
+    num_anchors: Count = 64,
+) -> Drafter:
+    """A new drafter of the target's shape, started with :func:`init_from_target`.
+
+    ``target_layer_ids`` None reads the layers of :func:`spread_layers`.
+    """
+    c = target.model.config
+    heads = c.num_attention_heads
+    rope = getattr(c, "rope_parameters", None) or {}
+    has_markov_head = markov_rank > 0 and markov_head_type != "none"
+    drafter = Drafter(
+        DrafterConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=getattr(c, "intermediate_size", None) or 4 * target.hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(c, "num_key_value_heads", None) or heads,
+            head_dim=getattr(c, "head_dim", None) or target.hidden_size // heads,
+            target_layer_ids=tuple(target_layer_ids or spread_layers(target.num_layers)),
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            num_anchors=num_anchors,
+            num_target_layers=target.num_layers,
+            markov_rank=markov_rank if has_markov_head else 0,
+            markov_head_type=markov_head_type,
+            confidence_head_with_markov=has_markov_head,
+            rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or getattr(c, "rope_theta", None) or 10000),
+            max_position_embeddings=c.max_position_embeddings,
+        )
+    )
+    init_from_target(drafter, target)
+    return drafter
+
+
+@checked
+@torch.no_grad()
+def init_from_target(drafter: Drafter, target: Target) -> None:
+    """Copies the target's weights into a drafter where shapes agree, to start training from.
+
+    The drafter's layers take the weights of the target's last ones, its final norm that of the
+    target, and ``fc`` begins as the mean of the context layers where widths agree.
+    """
+    own = dict(drafter.named_parameters())
+    count, layers = drafter.config.num_hidden_layers, target.num_layers
+    for name, weight in target.model.base_model.named_parameters():
+        parts = name.split(".")
+        if parts[0] == "layers":
+            parts[1] = str(int(parts[1]) - layers + count)
+        elif parts[0] != "norm":
+            continue
+        found = own.get(".".join(parts))
+        if found is not None and found.shape == weight.shape:
+            found.copy_(weight)
+    hidden, depth = drafter.config.hidden_size, len(drafter.config.target_layer_ids)
+    if drafter.config.context_size == depth * hidden:
+        drafter.fc.weight.copy_(torch.eye(hidden).repeat(1, depth) / depth)
+
+
+def spread_layers(num_layers: int) -> list[int]:
+    """Up to five layers, spread evenly from the second to the last but one of ``num_layers``."""
+    last = num_layers - 2
+    count = min(5, num_layers - 1)
+    if count <= 1:
+        return [last]
+    first = min(1, last - count + 1)
+    return [round(first + (last - first) * i / (count - 1)) for i in range(count)]
+
+
+@checked
+def mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) -> int:
+    """The token called ``name``; else the tokenizer's own, else the last that no chat contains.
+
+    Raises:
+        ValueError: the vocabulary has no such token, or the conversations contain every token.
+    """
+    vocabulary = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
+    if name is not None:
+        if name not in vocabulary:
+            raise ValueError(f"mask_token must be a token of the target's vocabulary, got {name!r}")
+        return vocabulary[name]
+    own = getattr(target.tokenizer, "mask_token_id", None)
+    if own is not None:
+        return own
+    used = set(torch.cat([item.input_ids for item in chats]).tolist())
+    unused = set(range(target.vocab_size)) - used
+    if not unused:
+        raise ValueError("the conversations contain every token: mask_token must name one")
+    return max(unused)

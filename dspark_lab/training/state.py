@@ -1,0 +1,220 @@
+"""A run on disk: metrics as JSON lines, checkpoints with the optimiser's state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dspark_lab.chats import Encoded
+from dspark_lab.files import (
+    read_json,
+    remove_partial,
+    replaced_whole,
+    sync,
+    write_json,
+    written_whole,
+)
+from dspark_lab.model import Drafter, save_drafter
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["METRICS", "History", "checkpoints"]
+
+METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint-"
+STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+
+
+@dataclass
+class History:
+    """The metrics of a run, a dictionary for each line of its ``metrics.jsonl``.
+
+    ``interrupted``: whether steps are left. ``unlabelled``: how many of the conversations had no
+    label to learn from; None where the run was read from disk.
+    """
+
+    out: Path
+    rows: list[dict[str, Any]]
+    interrupted: bool = False
+    unlabelled: int | None = None
+
+    @classmethod
+    def read(cls, out: str | os.PathLike[str]) -> History:
+        """The history of a run on disk up to its last checkpoint.
+
+        Raises:
+            FileNotFoundError: ``out`` holds no checkpoint yet.
+            ValueError: a damaged file, or metrics of fewer steps than the last checkpoint has.
+        """
+        out = Path(out)
+        found = checkpoints(out)
+        if not found:
+            raise FileNotFoundError(f"{out} must hold a checkpoint of a run, got none")
+        saved = read_state(found[-1])
+        rows = read_metrics(out, saved["step"])
+        return cls(out, rows, interrupted=saved["step"] < saved["config"].get("steps", 0))
+
+    def table(self) -> pandas.DataFrame:
+        """One row for each training step."""
+        import pandas as pd
+
+        return pd.DataFrame([row for row in self.rows if "loss" in row])
+
+    def evaluations(self) -> pandas.DataFrame:
+        """One row for each evaluation of the held-out conversations."""
+        import pandas as pd
+
+        return pd.DataFrame([row for row in self.rows if "held_out_tau" in row])
+
+    def signs(self) -> dict[str, bool]:
+        """Whether the run learns: its last tenth of steps, on average, against its first.
+
+        Raises:
+            ValueError: there are fewer than two steps.
+        """
+        steps = self.table()
+        if len(steps) < 2:
+            raise ValueError(f"signs need at least 2 steps, got {len(steps)}")
+        tenth = max(1, len(steps) // 10)
+        change = steps[-tenth:].mean() - steps[:tenth].mean()
+        return {
+            "loss fell": bool(change["loss"] < 0),
+            "accept rate rose": bool(change["accept_rate"] > 0),
+            "tau rose": bool(change["tau"] > 0),
+        }
+
+
+def read_metrics(out: Path, steps: int) -> list[dict[str, Any]]:
+    """The metrics of a run up to its last checkpoint, which has ``steps`` steps."""
+    path = out / METRICS
+    # A last line without its end was torn by a kill; it belongs to no checkpoint.
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        rows = [row for row in map(_from_json, lines) if row["step"] <= steps]
+        missing = set(range(1, steps + 1)) - {row["step"] for row in rows if "loss" in row}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a step's metrics in each line: {error!r}") from None
+    if missing:
+        raise ValueError(
+            f"{path} must have a line for each of the {steps} steps of the last checkpoint, "
+            f"got none for step {min(missing)}"
+        )
+    return rows
+
+
+def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
+    """Add a line to a run's metrics."""
+    with write_errors(out / METRICS), (out / METRICS).open("a", encoding="utf-8") as file:
+        file.write(_to_json(row) + "\n")
+
+
+def cut_to_checkpoint(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Cut the metrics to ``rows``, and remove what killed processes left unfinished."""
+    with write_errors(out / METRICS), written_whole(out / METRICS) as partial:
+        partial.write_text("".join(_to_json(row) + "\n" for row in rows), encoding="utf-8")
+    remove_partial(out)
+    for left in out.glob(f"{CHECKPOINT}*.partial"):
+        shutil.rmtree(left)
+
+
+def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = {
+        int(number): path
+        for path in Path(out).glob(f"{CHECKPOINT}*")
+        if (number := path.name.removeprefix(CHECKPOINT)).isdigit()
+    }
+    return [found[number] for number in sorted(found)]
+
+
+def save_checkpoint(
+    out: Path,
+    drafter: Drafter,
+    optimizer: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write a checkpoint, complete or not at all, and remove the oldest beyond ``keep``."""
+    folder = out / f"{CHECKPOINT}{state['step']:06d}"
+    if folder.exists():
+        return
+    tensors = {
+        f"{name}/{key}": x for name, values in optimizer.items() for key, x in values.items()
+    }
+    sync(out / METRICS)
+    with write_errors(folder), replaced_whole(folder) as partial:
+        save_drafter(drafter, partial)
+        save_file(tensors, partial / OPTIMIZER)
+        write_json(partial / STATE, state)
+    for old in checkpoints(out)[:-keep]:
+        # Renamed first, so that what looks like a checkpoint is always whole.
+        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint: its step, configuration, data and processes."""
+    saved = read_json(folder / STATE)
+    for name, kind in (("step", int), ("config", dict)):
+        if not isinstance(saved.get(name), kind):
+            raise ValueError(f"{folder / STATE} must hold {name}, got {saved.get(name)!r}")
+    return saved
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from None
+
+
+def require_same(folder: Path, given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another run, naming the first setting that differs."""
+    for name, value in given.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{name} must be as in the run of {folder}, {saved.get(name)!r}, got {value!r}"
+            )
+
+
+def digest(tokens: Sequence[Encoded]) -> str:
+    """A checksum of conversations."""
+    sha = hashlib.sha256()
+    for item in tokens:
+        sha.update(len(item).to_bytes(8, "little"))
+        sha.update(item.input_ids.numpy().tobytes())
+        sha.update(item.loss_mask.numpy().tobytes())
+    return sha.hexdigest()[:32]
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Name what could not be written; safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"could not write {path}, what was saved before is intact: {reason}"
+        number = getattr(error, "errno", None)
+        raise (OSError(number, message) if number else OSError(message)) from error
+
+
+def _to_json(row: Mapping[str, Any]) -> str:
+    """JSON has no NaN: it is null there."""
+    return json.dumps({name: None if value != value else value for name, value in row.items()})
+
+
+def _from_json(line: bytes) -> dict[str, Any]:
+    return {k: math.nan if value is None else value for k, value in json.loads(line).items()}
