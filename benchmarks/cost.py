@@ -1,6 +1,6 @@
 """Predicted against measured: the peak memory of a training step, and how long one takes.
 
-The peak is that of the second step of ``dspark_lab.training``, with weights and optimiser added; the
+The peak is that of the second step of ``dspark_lab.training`` with weights and optimiser added; the
 target's features are zeros unless its shape is given and features are live. Time is fitted to four
 steps and predicted for others.
 """

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from dspark_lab.chats import load_chats
-from dspark_lab.model import MARKOV_HEADS, load_drafter, load_target
+from dspark_lab.model import MarkovKind, load_drafter, load_target
 from dspark_lab.training.config import TrainConfig
 from dspark_lab.training.loop import encode_chats, train
 from dspark_lab.training.processes import Parallel
@@ -43,9 +43,6 @@ LayerIds = Annotated[
         str_from_instance=lambda ids: [",".join(map(str, ids))],
     ),
 ]
-MarkovHead = Annotated[
-    str, tyro.conf.arg(help=f"kind of the Markov head: {', '.join(['none', *MARKOV_HEADS])}.")
-]
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ class Options:
         layers: layers of a new drafter.
         block_size: slots of a block.
         markov_rank: rank of the Markov head, 0 for none.
+        markov_head: kind of the Markov head.
         layer_ids: layers of the target to read, such as 1,8,15; by default spread evenly.
         mask_token: by default the tokenizer's, or the last token that no conversation has.
     """
@@ -85,7 +83,7 @@ class Options:
     layers: int = 2
     block_size: int = 7
     markov_rank: int = 64
-    markov_head: MarkovHead = "vanilla"
+    markov_head: MarkovKind = "vanilla"
     layer_ids: LayerIds | None = None
     mask_token: str | None = None
 
