@@ -1001,7 +1001,7 @@ def test_the_command_line_says_what_is_wrong(
         (["--target", "/none/there"], "no folder /none/there"),
         (["--learning-rate", "-1"], "learning_rate must be >= 0, got -1"),
         (["--mask-token", "<nothing>"], "mask_token must be a token .*'<nothing>'"),
-        (["--max-length", "8"], "chats must hold something to learn"),
+        (["--max-length", "8", "--batch-size", "2"], "chats must hold something to learn"),
     ):
         with pytest.raises(SystemExit, match=f"^python -m dspark_lab.training: .*{message}"):
             main([*base, *more])
