@@ -33,7 +33,12 @@ from dspark_lab.serving import (
 
 REQUESTS, SLOTS = 200, 7
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-POLICIES = [FixedLength(0), FixedLength(SLOTS), StaticThreshold(0.5), PrefixScheduler()]
+POLICIES: list[Policy] = [
+    FixedLength(0),
+    FixedLength(SLOTS),
+    StaticThreshold(0.5),
+    PrefixScheduler(),
+]
 
 
 def run() -> Iterator[str]:

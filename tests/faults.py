@@ -61,6 +61,27 @@ def changed_result(change: Callable[..., Any]) -> Callable[[Function], Function]
     return wrong
 
 
+def target_keeps_all(commit: Function) -> Function:
+    """In a round, the target's cache keeps every token that was read."""
+
+    def wrong(self: Any, counts: Any, kept: Any = None) -> None:
+        if kept is not None:
+            new = self.states.get_seq_length() - self.rows.width
+            counts = [new if count else 0 for count in counts]
+        commit(self, counts, kept)
+
+    return wrong
+
+
+def drafter_reads_the_token_before(read: Function) -> Function:
+    """In a round, the drafter's context is that of the token before."""
+
+    def wrong(self: Any, context: Any, cache: Any, counts: Any) -> None:
+        read(self, context.roll(1, 1) if any(cache.rows.lengths) else context, cache, counts)
+
+    return wrong
+
+
 FAULTS: dict[str, Fault] = {
     "dummy anchors are kept": Fault(
         "dspark_lab.common:sample_anchor_positions",
@@ -130,6 +151,91 @@ FAULTS: dict[str, Fault] = {
         "dspark_lab.model.heads:RnnHead.step",
         lambda right: lambda head, state, embedding, hidden: right(head, None, embedding, hidden),
         TRAIN,
+    ),
+    "the acceptance ratio is inverted": Fault(
+        "dspark_lab.decoding.verification:acceptance",
+        lambda right: lambda target_prob, draft_prob: right(draft_prob, target_prob),
+        DECODE,
+    ),
+    "a rejected token is drawn from p": Fault(
+        "dspark_lab.decoding.verification:next_distribution",
+        lambda right: lambda p, q, accepted, lengths: right(p, 0 * q, accepted, lengths),
+        DECODE,
+    ),
+    "the bonus token is drawn one slot early": Fault(
+        "dspark_lab.decoding.verification:next_distribution",
+        lambda right: lambda p, *rest: right(p[:, [0, *range(p.shape[1] - 1)]], *rest),
+        DECODE,
+    ),
+    "the target keeps what was rejected": Fault(
+        "dspark_lab.model.target:TargetCache.commit", target_keeps_all, DECODE
+    ),
+    "the drafter's context is that of the token before": Fault(
+        "dspark_lab.model.drafter:Drafter.read", drafter_reads_the_token_before, DECODE
+    ),
+    "the threshold reads the confidence behind the token": Fault(
+        "dspark_lab.decoding.settings:confident_prefix",
+        lambda right: lambda confidence, threshold: right(confidence.roll(-1, 1), threshold),
+        DECODE,
+    ),
+    "a slot behind a rejected one is reached": Fault(
+        "dspark_lab.decoding.trace:reached_slots",
+        lambda right: lambda verified, accepted: right(verified, accepted | True),
+        RATES,
+    ),
+    "a rejection costs nothing": Fault(
+        "dspark_lab.serving.costs:expected_replay_seconds",
+        changed_result(lambda seconds: 0 * seconds),
+        SERVE,
+    ),
+    "a profile is of the highest temperature": Fault(
+        "dspark_lab.serving.profile:rows_of",
+        lambda right: (
+            lambda trace, drafter, temperature: (
+                right(trace, drafter, trace["temperature"].max())[0],
+                drafter,
+                temperature,
+            )
+        ),
+        SERVE,
+    ),
+    "verifying costs as much as plain decoding": Fault(
+        "dspark_lab.serving.costs:expected_verify_seconds",
+        lambda right: lambda verify, verified: right(verify, 0 * verified),
+        SERVE,
+    ),
+    "a threshold lets its own slot through": Fault(
+        "dspark_lab.serving.thresholds:thresholds_at",
+        changed_result(lambda own_and_before: (own_and_before[1], own_and_before[1])),
+        SERVE,
+    ),
+    "drafting is as quick for many as for one": Fault(
+        "dspark_lab.serving.engine:Engine.draft_seconds",
+        lambda right: lambda engine, requests, length: right(engine, 0 * requests + 1, length),
+        SERVE,
+    ),
+    "the scheduler looks back": Fault(
+        "dspark_lab.serving.schedule:prefix_schedule",
+        lambda right: (
+            lambda *args: importlib.import_module(
+                "dspark_lab.serving.schedule"
+            ).retrospective_schedule(*args)
+        ),
+        SERVE,
+    ),
+    "a round has no token of the target's own": Fault(
+        "dspark_lab.serving.load:answer_growth",
+        lambda right: lambda accepted, left: right(max(accepted - 1, 0), left),
+        SERVE,
+    ),
+    "acceptance does not depend on the block": Fault(
+        "dspark_lab.serving.requests:accepted_slots",
+        lambda right: (
+            lambda survival, block, uniform: right(
+                0 * survival + survival.mean(axis=0), block, uniform
+            )
+        ),
+        SERVE,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""`dspark_lab.chats.conversations`: reading, which tokens are the assistant's, padding and packing.
+"""`dspark_lab.chats`: reading, which tokens are the assistant's, padding and packing.
 
 Each chat template stands here twice: as the Jinja text that tokenizers ship, and as a Python
 function that writes the same conversation piece by piece and says of each piece whose it is. The
@@ -688,12 +688,12 @@ def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():
         Chat((USER,), id="x")
     with pytest.raises(ValueError, match=r"messages\[1\] must have 'role' and 'content' alone"):
         Chat((USER, ASSISTANT | {"name": "Bo"}), id="x")
-    with pytest.raises(TypeError, match="chat must be a Chat, got dict"):
+    with pytest.raises(TypeError, match="chat must be a Chat, got {"):
         encode({"messages": [USER, ASSISTANT]}, byte_level("words"))
 
 
 def test_importing_chats_imports_neither_transformers_nor_pandas():
-    code = "import sys, dspark_lab.chats.conversations; print({'transformers', 'pandas'} & set(sys.modules))"
+    code = "import sys, dspark_lab.chats.rows; print({'transformers', 'pandas'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 
@@ -825,7 +825,7 @@ def test_a_batch_moves_with_all_its_tensors(device):
 def test_a_conversation_longer_than_the_row_is_refused_by_name(make):
     with pytest.raises(ValueError, match=r"'c1' has 5 tokens, more than length 4; .*max_length=4"):
         make(numbered([2, 5]), length=4, pad_token_id=0)
-    with pytest.raises(ValueError, match="at least one conversation"):
+    with pytest.raises(ValueError, match="encoded must not be empty"):
         make([], length=4, pad_token_id=0)
     with pytest.raises(ValueError, match="length must be >= 1, got 0"):
         make(numbered([2]), length=0, pad_token_id=0)
@@ -835,12 +835,9 @@ def test_a_conversation_longer_than_the_row_is_refused_by_name(make):
 
 def test_an_encoded_conversation_made_by_hand_must_fit_together():
     made = Chat((USER, ASSISTANT), id="odd")
-    for ids, mask in ((3, 2), (0, 0)):
-        item = Encoded(
-            torch.zeros(ids, dtype=torch.long), torch.zeros(mask, dtype=torch.bool), made
-        )
-        with pytest.raises(ValueError, match="conversation 'odd': .* not empty"):
-            collate([item], pad_token_id=0)
+    for ids, mask, match in ((3, 2, "must be .seq. with seq = 3"), (0, 0, "'odd' must hold a")):
+        with pytest.raises(ValueError, match=match):
+            Encoded(torch.zeros(ids).long(), torch.zeros(mask).bool(), made)
 
 
 def test_describe_counts_each_domain():
@@ -852,4 +849,6 @@ def test_describe_counts_each_domain():
         "supervised_tokens": [5, 1, 1],
         "median_length": [5.0, 2.0, 1.0],
         "longest": [6, 2, 1],
+        # One supervised token by itself is no anchor and has none.
+        "without_labels": [0, 1, 1],
     }

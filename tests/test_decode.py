@@ -229,13 +229,15 @@ def test_temperatures_scale_the_confidences_that_threshold_and_trace_see():
     target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
     scales = [0.5, 3.0, 1.0, 2.0][: drafter.config.block_size]
     raw = decode(target, drafter, PROMPTS, **SAMPLED).trace
-    scaled = decode(target, drafter, PROMPTS, temperatures=scales, **SAMPLED).trace
+    scaled = decode(target, drafter, PROMPTS, confidence_temperatures=scales, **SAMPLED).trace
     assert scaled["token"].tolist() == raw["token"].tolist()
     rows = zip(raw["slot"], raw["confidence"], scaled["confidence"], strict=True)
     for slot, before, after in rows:
         logit = math.log(before / (1 - before)) / scales[slot]
         assert after == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-6)
-    cut = decode(target, drafter, PROMPTS, temperatures=scales, threshold=0.5, **SAMPLED).trace
+    cut = decode(
+        target, drafter, PROMPTS, confidence_temperatures=scales, threshold=0.5, **SAMPLED
+    ).trace
     sure = (cut["confidence"] >= 0.5).groupby([cut["prompt"], cut["round"]]).cummin()
     assert not cut["verified"][~sure].any() and cut["verified"].any()
 
@@ -659,9 +661,7 @@ def test_draws_from_a_seed_are_distributed_as_the_targets_own(options):
         assert (chi_square(drawn, expected) > ALPHA) == same
 
 
-def chance_of_draws(
-    pair: Pair, draws: int, decode: Callable[..., Decoded] = decode, **options: Any
-) -> float:
+def chance_of_draws(pair: Pair, draws: int, **options: Any) -> float:
     """The p-value of so many tokens, in sampled answers to many prompts, under the target.
 
     A token's place is where it falls in [0, 1) when the vocabulary is laid out by its probability,
@@ -710,53 +710,66 @@ def test_draws_of_the_pocket_pair_are_distributed_as_the_targets_own(pocket, opt
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"temperature": -1}, ValueError, "temperature must be a finite number >= 0, got -1"),
-    ({"temperature": math.inf}, ValueError, "temperature must be a finite number >= 0, got inf"),
-    ({"temperature": math.nan}, ValueError, "temperature must be a finite number >= 0, got nan"),
+    ({"target": None}, TypeError, "target must be a Target, got None"),
+    ({"target": "smollm2"}, TypeError, "target must be a Target, got 'smollm2'"),
+    ({"drafter": "my-checkpoint"}, TypeError, "drafter must be a .* or None, got 'my-checkpoint'"),
+    ({"temperature": -1}, ValueError, "temperature must be >= 0, got -1"),
+    ({"temperature": math.inf}, ValueError, "temperature must be finite, got inf"),
+    ({"temperature": math.nan}, ValueError, "temperature must be finite, got nan"),
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
     ({"temperature": True}, TypeError, "temperature must be a number, got True"),
-    ({"top_p": 0}, ValueError, r"top_p must be in \(0, 1\], got 0"),
-    ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
+    ({"top_p": 0}, ValueError, r"top_p must lie in \(0, 1\], got 0"),
+    ({"top_p": 1.5}, ValueError, r"top_p must lie in \(0, 1\], got 1.5"),
     ({"top_p": None}, TypeError, "top_p must be a number, got None"),
     ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be >= 1, got 0"),
     ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got 2.0"),
     ({"max_new_tokens": 2042}, ValueError, r"at most 2048 tokens .*, got up to 2049"),
-    ({"threshold": -0.1}, ValueError, r"threshold must be in \[0, 1\], got -0.1"),
-    ({"threshold": 1.1}, ValueError, r"threshold must be in \[0, 1\], got 1.1"),
-    ({"threshold": "0.5"}, TypeError, "threshold must be a number, got '0.5'"),
+    ({"threshold": -0.1}, ValueError, r"threshold must lie in \[0, 1\], got -0.1"),
+    ({"threshold": 1.1}, ValueError, r"threshold must lie in \[0, 1\], got 1.1"),
+    ({"threshold": "0.5"}, TypeError, "threshold must be a number or None, got '0.5'"),
     ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
     ({"seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+    ({"random_numbers": 3}, TypeError, "random_numbers must be a RandomNumbers or None, got 3"),
     ({"draft_length": 0}, ValueError, "draft_length must be >= 1, got 0"),
     ({"draft_length": 3}, ValueError, "draft_length must be at most block_size, 2, got 3"),
-    ({"draft_length": 1.0}, TypeError, "draft_length must be an int, got 1.0"),
+    ({"draft_length": 1.0}, TypeError, "draft_length must be an int or None, got 1.0"),
     ({"domains": ["a"]}, ValueError, "domains must be one for each of 4 prompts, got 1"),
+    ({"domains": "math"}, TypeError, "domains must be a sequence or None, got 'math'"),
+    ({"end_ids": "x"}, TypeError, "end_ids must be a sequence or None, got 'x'"),
+    ({"end_ids": ["x"]}, TypeError, "each of end_ids must be an int, got 'x'"),
+    ({"end_ids": [-5]}, ValueError, r"each of end_ids must lie in \[0, 4\], got -5"),
+    ({"end_ids": [VOCAB]}, ValueError, r"each of end_ids must lie in \[0, 4\], got 5"),
+    ({"scheduler": "fast"}, TypeError, "scheduler must be a function or None, got 'fast'"),
     ({"scheduler": lambda c: torch.ones(1).int()}, ValueError, "must return 4 whole numbers"),
     ({"scheduler": lambda c: torch.full((4,), -1)}, ValueError, r"at least 0, got \[-1, -1"),
     ({"scheduler": lambda c: torch.ones(4)}, ValueError, r"whole numbers .*, got \[1.0, 1.0"),
     ({"scheduler": lambda c: 2}, ValueError, "must return 4 whole numbers .*, got 2"),
-    ({"temperatures": [1.0]}, ValueError, "temperatures must be one for each of 2 slots, got 1"),
-    ({"temperatures": [1.0, 0]}, ValueError, "each of temperatures must be a finite .*, got 0"),
-    ({"temperatures": [1.0, "1"]}, TypeError, "each of temperatures must be a number, got '1'"),
+    ({"scheduler": lambda c: None}, ValueError, "must return 4 whole numbers .*, got None"),
+    ({"scheduler": lambda c: ["a"] * 4}, ValueError, r"must return 4 whole numbers .*, got \['a'"),
+    ({"confidence_temperatures": [1.0]}, ValueError, "one for each of 2 slots, got 1"),
+    ({"confidence_temperatures": [1.0, 0]}, ValueError, "each of .* must be > 0, got 0"),
+    ({"confidence_temperatures": [1.0, "1"]}, TypeError, "each of .* must be a number, got '1'"),
     ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
-    ({"prompts": []}, ValueError, r"prompts must be a list with at least one, got \[\]"),
-    ({"prompts": "Hello"}, ValueError, "prompts must be a list with at least one, got 'Hello'"),
+    ({"prompts": []}, ValueError, "prompts must not be empty"),
+    ({"prompts": "Hello"}, TypeError, "prompts must be a sequence, got 'Hello'"),
+    ({"prompts": None}, TypeError, "prompts must be a sequence, got None"),
     ({"prompts": ["Hello"]}, ValueError, "in memory has no tokenizer: a prompt must be token ids"),
     ({"prompts": [[1], []]}, ValueError, "a prompt must hold at least one token, got none"),
-    ({"prompts": [[1, VOCAB]]}, ValueError, f"a prompt's tokens must be < {VOCAB}, got {VOCAB}"),
-    ({"prompts": [[-1]]}, ValueError, "a prompt's token must be >= 0, got -1"),
-    ({"prompts": [[0.5]]}, TypeError, "a prompt's token must be an int, got 0.5"),
-    ({"prompts": [torch.ones(1, 2, dtype=torch.long)]}, TypeError, r"must be an int, got \[1, 1\]"),
-    ({"prompts": [7]}, TypeError, "a prompt must be .*got 7"),
-    ({"prompts": [None]}, TypeError, "a prompt must be .*got None"),
+    ({"prompts": [[1, VOCAB]]}, ValueError, r"token of a prompt must lie in \[0, 4\], got 5"),
+    ({"prompts": [[-1]]}, ValueError, r"token of a prompt must lie in \[0, 4\], got -1"),
+    ({"prompts": [[0.5]]}, TypeError, "must be an int, got 0.5"),
+    ({"prompts": [torch.ones(1, 2).long()]}, ValueError, r"must be \[seq\], got shape \(1, 2\)"),
+    ({"prompts": [torch.tensor(1)]}, ValueError, r"must be \[seq\], got shape \(\)"),
+    ({"prompts": [7]}, TypeError, "each of prompts must be .*got 7"),
+    ({"prompts": [None]}, TypeError, "each of prompts must be .*got None"),
 ]
 
 
 @pytest.mark.parametrize("options, error, match", REFUSED, ids=named)
 def test_what_cannot_be_decoded_is_refused_in_one_sentence(options, error, match):
-    prompts = options.get("prompts", PROMPTS)
-    rest = {name: value for name, value in options.items() if name != "prompts"}
+    models = {"target": exact_target(VOCAB), "drafter": exact_drafter(VOCAB), "prompts": PROMPTS}
     with pytest.raises(error, match=match):
-        decode(exact_target(VOCAB), exact_drafter(VOCAB), prompts, **rest)
+        decode(**(models | options))
 
 
 @pytest.mark.parametrize(
@@ -773,7 +786,11 @@ def test_drafter_of_another_target_is_refused(drafter: Callable[[], Drafter], ma
         decode(exact_target(VOCAB), drafter(), PROMPTS)
 
 
-BY_CONFIDENCE = [{"threshold": 0.5}, {"scheduler": early_stopping}, {"temperatures": [1.0, 1.0]}]
+BY_CONFIDENCE = [
+    {"threshold": 0.5},
+    {"scheduler": early_stopping},
+    {"confidence_temperatures": [1.0, 1.0]},
+]
 
 
 @pytest.mark.parametrize("options", [*BY_CONFIDENCE, {"draft_length": 1}], ids=named)

@@ -8,10 +8,11 @@ rule. Vocabularies of two to four tokens, models in float64.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,8 +20,15 @@ import torch
 from samples import tiny_drafter, tiny_target
 from torch import Tensor
 
-import dspark_lab.decoding.loop as lab
-from dspark_lab.decoding import Round
+from dspark_lab.decoding import (
+    RandomNumbers,
+    Round,
+    decode,
+    distribution,
+    loop,
+    residual,
+    verification,
+)
 from dspark_lab.model import Drafter, Target
 from dspark_lab.serving import StepsPerSecond, prefix_scheduler
 
@@ -46,21 +54,32 @@ class Path:
     weight: float
 
 
-class Told:
+class Told(RandomNumbers):
     """Choices that are told, not drawn: a path gives them, and where it ends, the first way.
 
     Each path is that of ``prompts`` rows. ``paths`` are those gone in the end, ``others`` those
-    that turn off where one of these was the first to go on.
+    that turn off where one of these was the first to go on. The random numbers only say whose they
+    are, twice the prompt's number, plus one for the target's own token; `accepts` and `draw` choose
+    in place of those of the library.
     """
 
     def __init__(self, paths: Sequence[Path], prompts: int) -> None:
         self.paths, self._prompts = list(paths), prompts
-        self._owns, self._drafts = Counter[int](), Counter[int]()
+        self._rounds, self._drafts = Counter[int](), Counter[int]()
         self.others: list[Path] = []
+
+    def draft(self, prompts: Sequence[int]) -> Tensor:
+        return 2 * torch.tensor(prompts)
+
+    def accept(self, prompts: Sequence[int]) -> Tensor:
+        return self.draft(prompts).unsqueeze(1).expand(-1, 9)
+
+    def target(self, prompts: Sequence[int]) -> Tensor:
+        return self.draft(prompts) + 1
 
     def _choose(self, row: int, kind: str, slot: int, probs: Sequence[float]) -> int:
         n, prompt = divmod(row, self._prompts)
-        path, place = self.paths[n], (prompt, self._owns[row], kind, slot)
+        path, place = self.paths[n], (prompt, self._rounds[row], kind, slot)
         if place not in path.choices:
             # What rounding leaves of nothing is nothing.
             ways = [
@@ -72,24 +91,26 @@ class Told:
             self.others += others
         return self.paths[n].choices[place]
 
-    def drafts(self, probs: Tensor, prompts: Sequence[int]) -> Tensor:
-        self._drafts.update(prompts)
-        rows = zip(prompts, probs.tolist(), strict=True)
-        return torch.tensor([self._choose(i, "draft", self._drafts[i], p) for i, p in rows])
-
-    def accepts(self, probs: Tensor, prompts: Sequence[int]) -> Tensor:
+    def accepts(self, probs: Tensor, numbers: Tensor) -> Tensor:
         chosen = torch.zeros(probs.shape, dtype=torch.bool)
-        for row, (i, slots) in enumerate(zip(prompts, probs.tolist(), strict=True)):
+        for row, slots in enumerate(probs.tolist()):
             for slot, p in enumerate(slots):
+                i = int(numbers[row, slot]) // 2
                 chosen[row, slot] = bool(self._choose(i, "accept", slot, [1 - p, p]))
         return chosen
 
-    def owns(self, probs: Tensor, prompts: Sequence[int]) -> Tensor:
-        rows = zip(prompts, probs.tolist(), strict=True)
-        chosen = torch.tensor([self._choose(i, "own", 0, p) for i, p in rows])
-        self._owns.update(prompts)
-        self._drafts.clear()
-        return chosen
+    def draw(self, probs: Tensor, numbers: Tensor) -> Tensor:
+        chosen = []
+        for number, p in zip(numbers.tolist(), probs.tolist(), strict=True):
+            i, own = divmod(number, 2)
+            if own:
+                chosen.append(self._choose(i, "own", 0, p))
+                self._rounds[i] += 1
+                self._drafts[i] = 0
+            else:
+                self._drafts[i] += 1
+                chosen.append(self._choose(i, "draft", self._drafts[i], p))
+        return torch.tensor(chosen)
 
 
 def enumerate_answers(
@@ -97,7 +118,6 @@ def enumerate_answers(
     drafter: Drafter | None,
     *prompts: list[int],
     at_once: int = 150,
-    decode: Callable[..., lab.Decoded] = lab.decode,
     **options: Any,
 ) -> dict[tuple[Answer, ...], float]:
     """What each tuple of answers to the prompts weighs, over all paths, ``at_once`` in a batch."""
@@ -105,12 +125,19 @@ def enumerate_answers(
     paths = [Path({}, 1.0)]
     while paths:
         now, paths = paths[-at_once:], paths[:-at_once]
-        chance = Told(now, len(prompts))
-        answers = decode(target, drafter, [*prompts] * len(now), chance=chance, **options).tokens
-        for n, path in enumerate(chance.paths):
+        told = Told(now, len(prompts))
+        with (
+            mock.patch.object(verification, "accepts", told.accepts),
+            mock.patch.object(verification, "draw", told.draw),
+            mock.patch.object(loop, "draw", told.draw),
+        ):
+            answers = decode(
+                target, drafter, [*prompts] * len(now), random_numbers=told, **options
+            ).tokens
+        for n, path in enumerate(told.paths):
             rows = answers[n * len(prompts) : (n + 1) * len(prompts)]
             found[tuple(map(tuple, rows))] += path.weight
-        paths += chance.others
+        paths += told.others
     return found
 
 
@@ -195,7 +222,7 @@ def undecided(target: Target, drafter: Drafter, *prompts: list[int], median: flo
     with torch.no_grad():
         head.weight.mul_(3)
     options = {"temperature": 2.0, "max_new_tokens": 4, "end_ids": []}
-    lab.decode(target, drafter, [*prompts] * 30, on_round=rounds.append, **options)
+    decode(target, drafter, [*prompts] * 30, on_round=rounds.append, **options)
     logits = torch.stack([r.confidence[0] for r in rounds if r.number == 0]).double().logit()
     with torch.no_grad():
         head.bias.add_(math.log(median / (1 - median)) - logits.median())
@@ -323,10 +350,9 @@ def test_a_threshold_or_the_early_stopping_scheduler_changes_nothing(options, me
 def test_a_scheduler_that_looks_at_later_confidences_is_not_lossless():
     """Why the early stop is in the contract; and that the enumeration sees what is not lossless."""
     target, drafter = exact_target(), exact_drafter(seed=3)
-    settings = {"temperature": 1.0, "max_new_tokens": 3, "end_ids": []}
+    settings = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": []}
     rounds: list[Round] = []
-    longer = settings | {"max_new_tokens": 4}
-    lab.decode(target, drafter, [PROMPT] * 50, on_round=rounds.append, **longer)
+    decode(target, drafter, [PROMPT] * 50, on_round=rounds.append, **settings)
     later = torch.stack([r.confidence[1] for r in rounds if r.number == 0])
     found = enumerate_answers(
         target,
@@ -363,7 +389,7 @@ def test_rows_that_share_a_scheduler_are_still_independent():
 
 def test_probabilities_at_temperature_zero_are_the_likeliest_token():
     logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, -1.0, 0.5]], dtype=torch.bfloat16)
-    probs = lab.distribution(logits, 0)
+    probs = distribution(logits, 0)
     assert probs.tolist() == [[0, 1, 0], [1, 0, 0]] and probs.dtype == torch.float32
 
 
@@ -372,19 +398,19 @@ def test_probabilities_at_temperature_zero_are_the_likeliest_token():
 def test_probabilities_are_softmax_and_top_p(temperature, top_p):
     torch.manual_seed(0)
     logits = 2 * torch.randn(5, 4, 7, dtype=torch.float64)
-    got = lab.distribution(logits, temperature, top_p)
+    got = distribution(logits, temperature, top_p)
     for row, expected in zip(got.flatten(0, 1), logits.flatten(0, 1).tolist(), strict=True):
         assert row.tolist() == pytest.approx(probabilities(expected, temperature, top_p))
 
 
 def test_top_p_keeps_the_smallest_set_that_holds_as_much():
     logits = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
-    assert lab.distribution(logits, 1.0, 0.5).tolist() == [1, 0, 0]
-    assert lab.distribution(logits, 1.0, 0.51).count_nonzero() == 2
+    assert distribution(logits, 1.0, 0.5).tolist() == [1, 0, 0]
+    assert distribution(logits, 1.0, 0.51).count_nonzero() == 2
 
 
 def test_the_residual_is_what_the_target_has_more_of():
     p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.1, 0.9, 0.0]])
     q = torch.tensor([[0.2, 0.2, 0.6], [0.2, 0.3, 0.5], [0.0, 0.0, 0.0]])
     expected = torch.tensor([[0.75, 0.25, 0.0], [0.2, 0.3, 0.5], [0.1, 0.9, 0.0]])
-    torch.testing.assert_close(lab.residual(p, q), expected)
+    torch.testing.assert_close(residual(p, q), expected)

@@ -1,5 +1,5 @@
-"""`dspark_lab.serving.engine`: curves read off by hand, a full batch predicted and then simulated, and
-measurements by a clock that tells what it is told.
+"""`dspark_lab.serving.engine`: curves read off by hand, a full batch predicted and then simulated,
+and measurements by a clock that tells what it is told.
 
 No test reads a real clock: where decoding is timed, each call of a model takes so many made-up
 seconds.
@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import tiny_drafter, tiny_target
 
-from dspark_lab.decoding import Streams
+from dspark_lab.decoding import RandomNumbers, verification
 from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import load_pair
 from dspark_lab.serving import (
@@ -386,28 +386,28 @@ def told_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     drawn, 1/16 s, reading what was accepted R / 4 s, and drawing a token of the target's own R / 32
     s, and judging each slot 1/64 s. A round in the list that is yielded takes 50 s more."""
     now, slow = [0.0], [-1]
-    rounds: Counter[Streams] = Counter()
+    rounds: Counter[RandomNumbers] = Counter()
 
-    def taking(cls: type, name: str, seconds: Callable[..., float]) -> None:
-        call = getattr(cls, name)
+    def taking(owner: object, name: str, seconds: Callable[..., float]) -> None:
+        call = getattr(owner, name)
 
-        def timed(self, *args, **kwargs):
-            now[0] += seconds(self, *args)
-            return call(self, *args, **kwargs)
+        def timed(*args, **kwargs):
+            now[0] += seconds(*args)
+            return call(*args, **kwargs)
 
-        monkeypatch.setattr(cls, name, timed)
+        monkeypatch.setattr(owner, name, timed)
 
-    def own(streams: Streams, probs: object, prompts: list[int]) -> float:
+    def own(numbers: RandomNumbers, prompts: list[int]) -> float:
         # The first token of an answer is no round's.
-        rounds[streams] += 1
-        return len(prompts) / 32 + 50 * (rounds[streams] - 2 in slow)
+        rounds[numbers] += 1
+        return len(prompts) / 32 + 50 * (rounds[numbers] - 2 in slow)
 
     taking(Target, "advance", lambda _, ids, *__: 1 + ids.numel() / 8)
     taking(Drafter, "draft", lambda _, anchors, *__: len(anchors) / 2)
     taking(Drafter, "read", lambda _, __, ___, counts: len(counts) / 4)
-    taking(Streams, "drafts", lambda *_: 1 / 16)
-    taking(Streams, "accepts", lambda _, probs, __: probs.shape[1] / 64)
-    taking(Streams, "owns", own)
+    taking(RandomNumbers, "draft", lambda *_: 1 / 16)
+    taking(RandomNumbers, "target", own)
+    taking(verification, "accepts", lambda probs, _: probs.shape[1] / 64)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     yield slow
 

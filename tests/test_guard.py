@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import nbformat
 import pytest
-from faults import DECODE, FAULTS, RATES, SERVE, TRAIN, TUNE, environment_with
+from faults import FAULTS, RATES, TRAIN, TUNE, environment_with
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("dspark_lab", "notebooks", "data", "pyproject.toml")
@@ -112,45 +112,6 @@ TEXT_FAULTS = {
     "training starts without a warm-up": TextFault(
         "training/loop.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
     ),
-    "the acceptance ratio is inverted": TextFault(
-        "decoding/loop.py",
-        "(target_prob / draft_prob[:, :most])",
-        "(draft_prob[:, :most] / target_prob)",
-        DECODE,
-    ),
-    "a rejected token is drawn from p": TextFault(
-        "decoding/loop.py", "residual(p[row, accepted], refused)", "p[row, accepted]", DECODE
-    ),
-    "the bonus token is drawn one slot early": TextFault(
-        "decoding/loop.py",
-        "residual(p[row, accepted], refused)",
-        "residual(p[row, (accepted - 1).clamp(min=0)], refused)",
-        DECODE,
-    ),
-    "the target keeps what was rejected": TextFault(
-        "decoding/loop.py",
-        "self._cache.commit(counts, kept)",
-        "self._cache.commit([context.shape[1]] * len(counts), kept)",
-        DECODE,
-    ),
-    "the drafter's context is that of the token before": TextFault(
-        "decoding/loop.py",
-        "counts = [count + 1 for count in accepted]",
-        "counts = [count + 1 for count in accepted]; context = context.roll(1, dims=1)",
-        DECODE,
-    ),
-    "the threshold reads the confidence behind the token": TextFault(
-        "decoding/loop.py",
-        "sure = (draft.confidence >= self.threshold)",
-        "sure = (draft.confidence.roll(-1, dims=1) >= self.threshold)",
-        DECODE,
-    ),
-    "a slot behind a rejected one is reached": TextFault(
-        "decoding/trace.py",
-        "return self.verified & _after(self.accepted)",
-        "return self.verified",
-        RATES,
-    ),
     "what is covered counts twice": TextFault(
         "tuning/coverage.py",
         "missed[:, 1:])\n    return 1 - missed",
@@ -192,48 +153,6 @@ TEXT_FAULTS = {
     ),
     "all trainers count a block alike": TextFault(
         "tuning/settings.py", "block_size=s.block_size + 1", "block_size=s.block_size", TUNE
-    ),
-    "a rejection costs nothing": TextFault(
-        "serving/speedup.py",
-        "outcomes.rejected @ replay",
-        "0 * (outcomes.rejected @ replay)",
-        SERVE,
-    ),
-    "a profile is of the highest temperature": TextFault(
-        "serving/speedup.py",
-        "trace[trace[name] == wanted]",
-        "trace[trace[name] == max(held)]",
-        SERVE,
-    ),
-    "verifying costs as much as plain decoding": TextFault(
-        "serving/speedup.py",
-        "verify[0] + outcomes.verified @ np.diff(verify)",
-        "verify[0] + 0 * tau",
-        SERVE,
-    ),
-    "a threshold lets its own slot through": TextFault(
-        "serving/speedup.py", "passed=count(level, exists)", "passed=count(before, exists)", SERVE
-    ),
-    "drafting is as quick for many as for one": TextFault(
-        "serving/engine.py",
-        "seconds_at(requests, self.requests, seconds)",
-        "seconds_at(1, self.requests, seconds)",
-        SERVE,
-    ),
-    "the scheduler looks back": TextFault(
-        "serving/schedule.py",
-        "return len(rises) if rises.all() else int(rises.argmin())",
-        "return int(self.theta.argmax())",
-        SERVE,
-    ),
-    "a round has no token of the target's own": TextFault(
-        "serving/load.py",
-        "min(accepted + 1, request.left)",
-        "min(max(accepted, 1), request.left)",
-        SERVE,
-    ),
-    "luck does not depend on the block": TextFault(
-        "serving/load.py", "luck < survival[block]", "luck < survival.mean()", SERVE
     ),
 }
 

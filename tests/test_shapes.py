@@ -64,7 +64,7 @@ prompts = [pairs.question(chat) for chat in pair.held_out[:40:2]]
 for name in ("rnn-k7", "gated-k7", "dflash-k7", "dspark-k7"):
     options = {"temperature": 1.0, "top_p": 0.9, "threshold": 0.2, "max_new_tokens": 12}
     drafter = pair.load_drafter(name)
-    decode.decode(pair.target, drafter, prompts[:3], temperatures=[1.0] * 7, **options)
+    decode.decode(pair.target, drafter, prompts[:3], confidence_temperatures=[1.0] * 7, **options)
 plain = decode.decode(pair.target, None, prompts[:3], max_new_tokens=12)
 decoded = decode.decode(pair.target, pair.drafter, prompts, temperature=1.0, max_new_tokens=40)
 decode.greedy_differences(pair.target, plain, plain, prompts[:3])

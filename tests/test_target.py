@@ -20,7 +20,7 @@ from samples import documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from dspark_lab.chats import conversations as chats
+from dspark_lab import chats
 from dspark_lab.common import extract_context_feature
 from dspark_lab.model import Target, load_target, target
 

@@ -172,7 +172,7 @@ def make_answers(target: Target, chats: Sequence[Chat], path: Path, *, samples: 
 
 
 def write_chats(chats: Sequence[Chat], path: Path) -> None:
-    """As :func:`dspark_lab.chats.conversations.load_chats` reads them."""
+    """As :func:`dspark_lab.chats.load_chats` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records = (
         {

@@ -1,18 +1,6 @@
-from .conversations import (
-    SHIPPED_CHATS,
-    SHIPPED_TOKENIZER,
-    Batch,
-    Chat,
-    Encoded,
-    collate,
-    describe,
-    encode,
-    load_chats,
-    load_tokenizer,
-    one_row,
-    pack,
-    packed_places,
-)
+from .reading import SHIPPED_CHATS, Chat, load_chats
+from .rows import Batch, collate, describe, one_row, pack, packed_places
+from .tokens import SHIPPED_TOKENIZER, Encoded, encode, load_tokenizer
 
 __all__ = [
     "Batch",

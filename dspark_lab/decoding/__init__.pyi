@@ -1,27 +1,18 @@
-from .loop import (
-    Chance,
-    Decoded,
-    Decoding,
-    Prompt,
-    Round,
-    Scheduler,
-    Streams,
-    decode,
-    decode_rounds,
-    distribution,
-    encode_prompt,
-    greedy_differences,
-    residual,
-)
+from .loop import Decoding, decode, decode_rounds
 from .outcomes import (
     OTHERS,
     OUTCOMES,
     TOKEN_KINDS,
     distribution_table,
+    greedy_differences,
     outcome_table,
     token_kind,
     token_kinds,
 )
+from .random_numbers import RandomNumbers
+from .record import Decoded, Round
+from .settings import Scheduler
+from .text import Prompt, encode_prompt
 from .trace import (
     TRACE_COLUMNS,
     Outcome,
@@ -35,21 +26,22 @@ from .trace import (
     rounds_of,
     save_trace,
 )
+from .verification import Verdict, distribution, residual, verify
 
 __all__ = [
-    "Chance",
     "Decoded",
     "Decoding",
     "OTHERS",
     "OUTCOMES",
     "Outcome",
     "Prompt",
+    "RandomNumbers",
     "Round",
     "Rounds",
     "Scheduler",
-    "Streams",
     "TOKEN_KINDS",
     "TRACE_COLUMNS",
+    "Verdict",
     "column",
     "decode",
     "decode_rounds",
@@ -68,4 +60,5 @@ __all__ = [
     "save_trace",
     "token_kind",
     "token_kinds",
+    "verify",
 ]

@@ -1,17 +1,12 @@
-"""What became of drafted tokens, as tables.
-
-Two ways to read a decoding run: an answer token by token, with everything that was proposed for it
-and what came of each proposal; and one slot of one round, with the two distributions that decided.
-And what sort of token a token is, to keep them apart in any other table. This file knows what
-:mod:`dspark_lab.decoding.loop` returns, and tokenizers only as things that turn an id into text; it runs
-no model.
+"""Tables of a decoding run: an answer token by token, the distributions at one slot, kinds of token,
+and where two greedy answers part.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -20,13 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dspark_lab.checks import require_int
-from dspark_lab.decoding.loop import Decoded, Round, residual
+from dspark_lab.decoding.record import Decoded, Round
+from dspark_lab.decoding.text import Prompt, encode_prompt
+from dspark_lab.decoding.verification import residual
+from dspark_lab.model import Target
 
 __all__ = [
     "OTHERS",
     "OUTCOMES",
     "TOKEN_KINDS",
     "distribution_table",
+    "greedy_differences",
     "outcome_table",
     "token_kind",
     "token_kinds",
@@ -171,6 +170,30 @@ def distribution_table(
     largest.iloc[-1] = -1
     order = largest.sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def greedy_differences(
+    target: Target, decoded: Decoded, plain: Decoded, prompts: Sequence[Prompt]
+) -> pd.DataFrame:
+    """Where two greedy answers part, one row for each prompt whose answers do.
+
+    ``position``: of the first token that differs, in the answer. ``margin``: by how much the
+    target's best logit exceeds its second best there, in units of the rounding of the best in the
+    target's dtype. Where that is a handful, the two are a tie that shapes of a matrix product
+    decide.
+    """
+    rows = []
+    for index, (one, other) in enumerate(zip(decoded.tokens, plain.tokens, strict=True)):
+        if one == other:
+            continue
+        same = min(len(one), len(other))
+        place = next((i for i in range(same) if one[i] != other[i]), same)
+        ids = encode_prompt(target, prompts[index]) + plain.tokens[index][:place]
+        last = target.features(torch.tensor([ids]), [0]).last[0, -1]
+        best, second = torch.mv(target.head_weight, last).topk(2).values.tolist()
+        rounding = torch.finfo(target.dtype).eps * max(abs(best), abs(second))
+        rows.append({"prompt": index, "position": place, "margin": (best - second) / rounding})
+    return pd.DataFrame(rows, columns=["prompt", "position", "margin"])
 
 
 def token_kind(text: str) -> str:

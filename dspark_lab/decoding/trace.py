@@ -1,8 +1,7 @@
 """The trace of a decoding run: a table with one row for each drafted slot.
 
-Its files, and the one way in which it is read and checked.
-Made by :func:`dspark_lab.decoding.loop.decode`, which says what each column is. This file knows the table;
-it does not know how a trace came about, nor what it is read for.
+Its files, and the one way in which it is read and checked. Its columns: see
+:func:`dspark_lab.decoding.decode`.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class Rounds:
     @property
     def reached(self) -> Bool[np.ndarray, "round slot"]:
         """Verified, and all slots before it accepted."""
-        return self.verified & _after(self.accepted)
+        return reached_slots(self.verified, self.accepted)
 
     @property
     def conversation(self) -> Int[np.ndarray, " round"]:
@@ -275,6 +274,13 @@ def one_domain_each(
             f"{names[last[code[row]]]!r} for conversation {conversations[code[row]]}"
         )
     return pd.Index(names).take(last)
+
+
+def reached_slots(
+    verified: Bool[np.ndarray, "round slot"], accepted: Bool[np.ndarray, "round slot"]
+) -> Bool[np.ndarray, "round slot"]:
+    """The verified slots before which all are accepted."""
+    return verified & _after(accepted)
 
 
 def _after(prefix: Bool[np.ndarray, "round slot"]) -> Bool[np.ndarray, "round slot"]:

@@ -198,7 +198,7 @@ class Drafter(nn.Module):
                 :func:`dspark_lab.common.build_anchor_candidate_mask`.
             target_last_hidden_states: the target's final hidden states, after its last norm.
             doc_remaining, position_ids, seq_lens: of packed rows, all three or none; see
-                :class:`dspark_lab.chats.conversations.Batch`.
+                :class:`dspark_lab.chats.Batch`.
             anchor_positions, block_keep_mask: the blocks, both or none; ``config.num_anchors`` are
                 drawn where None.
             generator: for the draw, see :func:`dspark_lab.common.sample_anchor_positions`.

@@ -205,7 +205,7 @@ def simulate(
         for request, length in zip(batch, lengths, strict=True):
             # What follows the end of an answer is no part of it.
             accepted = min(acceptable[request.which][request.rounds], length, request.left)
-            more = _growth(accepted, request.left)
+            more = answer_growth(accepted, request.left)
             grown += more
             request.rounds += 1
             request.verified += length
@@ -299,7 +299,7 @@ class _Arrivals:
         return taken
 
 
-def _growth(accepted: int, left: int) -> int:
+def answer_growth(accepted: int, left: int) -> int:
     """Tokens that an answer grows by: the accepted ones and one of the target's own, if left."""
     return min(accepted + 1, left)
 

@@ -191,11 +191,11 @@ def draw_requests(
     size = np.array([len(members) for members in pools])
     start = np.cumsum(size) - size
     block = np.concatenate(pools)[start[pool, None] + (place * size[pool, None]).astype(np.int64)]
-    acceptable = _accepted_slots(prefix_survival(answers.accept_prob), block, uniform)
+    acceptable = accepted_slots(prefix_survival(answers.accept_prob), block, uniform)
     return Requests(answers, conversation, tokens, gap, block, acceptable)
 
 
-def _accepted_slots(
+def accepted_slots(
     survival: Float[np.ndarray, "block slot"],
     block: Int[np.ndarray, "request round"],
     uniform: Float[np.ndarray, "request round"],

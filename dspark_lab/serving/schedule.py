@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from dspark_lab.checks import checked
 from dspark_lab.decoding import Scheduler
 from dspark_lab.rates import as_numbers, as_probabilities, prefix_survival
 from dspark_lab.serving.steps import Speed
@@ -36,13 +37,14 @@ __all__ = [
 ]
 
 Confidence = (
-    Float[np.ndarray, "request slot"] | Float[Tensor, "request slot"] | Sequence[Sequence[float]]
+    Shaped[np.ndarray, "request slot"] | Float[Tensor, "request slot"] | Sequence[Sequence[float]]
 )
 
 # The fewest candidates that a schedule sorts first.
 _FEW = 256
 
 
+@checked
 def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
     """How many slots of each request the lossless prefix scheduler verifies.
 
@@ -68,6 +70,7 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
         most *= 8
 
 
+@checked
 def retrospective_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
     """How many slots of each request have the highest Theta of all: **biased**, for comparison.
 
@@ -79,6 +82,7 @@ def retrospective_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray
     return walk.lengths(int(walk.theta.argmax()))
 
 
+@checked
 def prefix_scheduler(sps: Speed) -> Scheduler:
     """:func:`prefix_schedule` as the ``scheduler`` of :func:`dspark_lab.decode`.
 
@@ -92,6 +96,7 @@ def prefix_scheduler(sps: Speed) -> Scheduler:
     return scheduler
 
 
+@checked
 def schedule_table(confidence: Confidence, sps: Speed) -> pd.DataFrame:
     """The slots in the order of admission, and what each does to Theta.
 
@@ -118,8 +123,9 @@ def schedule_table(confidence: Confidence, sps: Speed) -> pd.DataFrame:
     )
 
 
+@checked
 def output_distribution(
-    target_probs: Sequence[float], draft_probs: Sequence[float], verified: Sequence[bool]
+    target_probs: Sequence[float], draft_probs: Sequence[float], verified: Sequence[bool | int]
 ) -> Float[np.ndarray, " vocab"]:
     """Exact distribution of a slot's output token when its draft decides whether it is verified.
 
@@ -128,15 +134,17 @@ def output_distribution(
 
     Args:
         target_probs, draft_probs: ``[vocab]``, p and q.
-        verified: ``[vocab]``, whether the slot is verified when this token was drafted.
+        verified: ``[vocab]``, whether the slot is verified when this token was drafted; not 0 means yes.
     """
-    p, q = as_probabilities("target_probs", target_probs), as_probabilities("draft_probs", draft_probs)
-    verified = np.asarray(verified, dtype=bool)
-    kept = np.where(verified, np.minimum(p, q), 0)
+    p, q = (
+        as_probabilities("target_probs", target_probs),
+        as_probabilities("draft_probs", draft_probs),
+    )
+    asked = np.asarray(verified, dtype=bool)
+    kept = np.where(asked, np.minimum(p, q), 0)
     residual = np.maximum(p - q, 0)
     residual = residual / residual.sum() if residual.any() else p
-    rejected = np.where(verified, q, 0).sum() - kept.sum()
-    return kept + rejected * residual + q[~verified].sum() * p
+    return kept + (q[asked].sum() - kept.sum()) * residual + q[~asked].sum() * p
 
 
 @dataclass(frozen=True, eq=False)

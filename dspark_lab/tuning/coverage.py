@@ -110,7 +110,7 @@ class Spans:
             data: a batch with its rows as they are, or conversations, each a row of its own.
             seq_len: cuts each conversation to its first ``seq_len`` tokens.
             row_length: packs the conversations into rows of that many tokens, exactly as
-                :func:`dspark_lab.chats.conversations.pack` does.
+                :func:`dspark_lab.chats.pack` does.
 
         Raises:
             TypeError: ``data`` of another kind, or a length that is not an int.

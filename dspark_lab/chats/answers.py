@@ -1,0 +1,194 @@
+"""Where the assistant's answers are in the text of a chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = ["Rendered", "render_and_locate"]
+
+Messages = list[dict[str, str]]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The template's text, and where in it the answers are, in characters, in order.
+
+    ``ends_inside``: the answers' spans already hold the end-of-turn. ``spaced``: the model
+    generates the space before an answer, see :mod:`dspark_lab.chats.tokens`.
+    """
+
+    text: str
+    spans: list[Span]
+    ends_inside: bool
+    spaced: bool
+
+
+def render_and_locate(tokenizer: Tokenizer, messages: Messages) -> Rendered:
+    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.get_chat_template()):
+        text, spans, ends_inside = _marked_answers(tokenizer, messages)
+    else:
+        text, spans = _unmarked_answers(tokenizer, messages)
+        ends_inside = False
+    spaced = False
+    if any(text[:start].endswith(" ") for start, _ in spans):
+        prompt = _generation_prompt(tokenizer, messages, _assistant_turns(messages)[-1])
+        spaced = not prompt.endswith(" ")
+    return Rendered(text, spans, ends_inside, spaced)
+
+
+def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span], bool]:
+    """The template marks its answers with ``{% generation %}``: text, spans, ends inside them?
+
+    The tokens are found from the characters by the one rule of this file, not by transformers'
+    own ``assistant_masks``, which lose the last bytes of an answer that ends in a character of
+    several tokens.
+    """
+    text, spans = _render_marked(tokenizer, messages)
+    if not spans:
+        raise ValueError("the chat template's {% generation %} markers enclose nothing of it")
+    placeholders = _placeholders(messages, text)
+    probe, probe_spans = _render_marked(tokenizer, _with_answers(messages, placeholders))
+    last_words = tuple(placeholders.values())
+    return text, spans, not any(probe[a:b].rstrip().endswith(last_words) for a, b in probe_spans)
+
+
+def _unmarked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:
+    """Text and spans, from a second rendering with a placeholder for each answer.
+
+    What stands around the placeholders is the template's own. Where that, joined with the answers,
+    gives the text, the spans are known by arithmetic; where it does not, the template treats some
+    answer specially, and they are located one by one.
+    """
+    text = _render(tokenizer, messages)
+    placeholders = _placeholders(messages, text)
+    probe = _render(tokenizer, _with_answers(messages, placeholders))
+    turn_of = {placeholder: turn for turn, placeholder in placeholders.items()}
+    found = re.findall("|".join(turn_of), probe)
+    if found != list(turn_of):
+        raise ValueError(
+            "the chat template must write every answer once and in order, but of messages "
+            f"{list(placeholders)} it writes {[turn_of[placeholder] for placeholder in found]}"
+        )
+    pieces = re.split("|".join(turn_of), probe)
+    answers = [messages[turn]["content"] for turn in placeholders]
+    parts = [part for pair in zip(pieces, [*answers, ""], strict=True) for part in pair]
+    if "".join(parts) == text:
+        ends = list(accumulate(len(part) for part in parts))
+        return text, list(zip(ends[0:-2:2], ends[1:-2:2], strict=True))
+    spans = [
+        _locate_one(tokenizer, messages, text, turn, placeholder)
+        for turn, placeholder in placeholders.items()
+    ]
+    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        raise _cannot_locate(*placeholders)
+    return text, spans
+
+
+def _locate_one(
+    tokenizer: Tokenizer, messages: Messages, text: str, turn: int, placeholder: str
+) -> Span:
+    """The span of one answer that the template does not copy as it is.
+
+    The other answers keep their place, so the text around the placeholder is the text around the
+    answer. A template may also write something before an answer that depends on what it says (a
+    block of thinking); then the answer starts where it can be read word for word, or else where
+    the generation prompt ends.
+    """
+    answer = messages[turn]["content"]
+    probe = _render(tokenizer, _with_answers(messages, {turn: placeholder}))
+    before, _, after = probe.partition(placeholder)
+    start, end = len(before), len(text) - len(after)
+    if not text.endswith(after):
+        raise _cannot_locate(turn)
+    surrounded = text.startswith(before) and start <= end
+    if surrounded and text[start:end].strip() == answer.strip():
+        return start, end
+    if answer and text.endswith(answer, 0, end):
+        return end - len(answer), end
+    if surrounded:
+        return start, end
+    prompt = _generation_prompt(tokenizer, messages, turn)
+    head, prompt, _ = before.rpartition(prompt) if prompt else ("", "", "")
+    start = len(head) + len(prompt)
+    if not prompt or not text.startswith(head + prompt) or start > end:
+        raise _cannot_locate(turn)
+    return start, end
+
+
+def _cannot_locate(*turns: int) -> ValueError:
+    where = ", ".join(f"messages[{turn}]" for turn in turns)
+    return ValueError(
+        f"the chat template rewrites the answer in {where} in a way that cannot be located; put "
+        "{% generation %} ... {% endgeneration %} around answers in the template"
+    )
+
+
+def _assistant_turns(messages: Messages) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _placeholders(messages: Messages, text: str) -> dict[int, str]:
+    """A text for each assistant turn that neither the messages nor the template contain."""
+    used = {character for message in messages for character in message["content"]}.union(text)
+    unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+    mark = next(unused, None)
+    if mark is None:
+        raise ValueError("uses every private-use character, none is left for a placeholder")
+    return {turn: f"{mark}{turn}{mark}" for turn in _assistant_turns(messages)}
+
+
+def _with_answers(messages: Messages, answers: dict[int, str]) -> Messages:
+    """The messages, with the contents of some turns replaced."""
+    return [
+        {"role": message["role"], "content": answers.get(turn, message["content"])}
+        for turn, message in enumerate(messages)
+    ]
+
+
+def _generation_prompt(tokenizer: Tokenizer, messages: Messages, turn: int) -> str:
+    """What the template adds to the messages before ``turn`` to make the model answer."""
+    if turn == 0:
+        return ""
+    said = _render(tokenizer, messages[:turn])
+    asked = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+    return asked[len(said) :] if asked.startswith(said) else ""
+
+
+def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _render_marked(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:
+    """The text, and the spans that lie between the template's generation markers."""
+    from jinja2 import TemplateError
+    from transformers.utils import chat_template_utils
+
+    # Its annotations promise a text alone.
+    render: Callable[..., Any] = chat_template_utils.render_jinja_template
+    try:
+        texts, spans = render(
+            conversations=[messages],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    return texts[0], spans[0]

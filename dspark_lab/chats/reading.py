@@ -1,0 +1,207 @@
+"""Conversations from JSONL files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark_lab.checks import checked
+from dspark_lab.files import DATA
+
+__all__ = ["SHIPPED_CHATS", "Chat", "load_chats"]
+
+SHIPPED_CHATS = DATA / "conversations.jsonl"
+
+ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+# What these keys say would be lost, because a message here is a role and a text. Empty is fine.
+_UNSUPPORTED_IN_MESSAGE = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+_UNSUPPORTED_IN_RECORD = ("tools", "functions", "system")
+
+
+@checked
+@dataclass(frozen=True)
+class Chat:
+    """One conversation.
+
+    Each message is ``{"role": ..., "content": ...}`` and nothing else; ``role`` is one of
+    ``ROLES``, ``content`` is text, perhaps empty. At least one message is the assistant's. ``id``
+    names the conversation in errors. ``finished`` is False where the last answer was cut off, so
+    that the end-of-turn which a template writes behind it is not the assistant's.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    id: str
+    domain: str | None = None
+    finished: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise ValueError("messages must hold at least one message, got none")
+        for index, message in enumerate(self.messages):
+            _check_message(f"messages[{index}]", message)
+        if all(message["role"] != "assistant" for message in self.messages):
+            raise ValueError("messages must hold at least one of role 'assistant', got none")
+
+
+@checked
+def load_chats(path: str | os.PathLike[str] | None = None) -> list[Chat]:
+    """Reads a JSONL file, one conversation a line; without a path, the shipped conversations.
+
+    A line is an object with one of
+
+    - ``messages`` or ``conversations``: a list of ``{"role", "content"}``, or of ShareGPT's
+      ``{"from", "value"}`` where ``human`` is the user and ``gpt`` the assistant. ``content`` is a
+      string, or a list of ``{"type": "text", "text": ...}`` parts, which are joined.
+    - ``prompt`` and ``response``: two strings.
+
+    ``id`` (a string or an integer) defaults to ``"<file stem>:<line>"``; ``domain`` is a string or
+    absent; ``finished`` is true, false or absent (true). Other keys are metadata and not read,
+    except those whose content would be lost, which are refused unless empty: tools, tool calls,
+    reasoning beside the content, a message ``weight`` other than 1. Blank lines may end the file
+    and stand nowhere else; a byte order mark is fine.
+
+    Raises:
+        ValueError: ``"path:line: ..."``, the first line that is anything else or repeats an id; or
+            a file without conversations.
+        OSError: the file cannot be read.
+    """
+    path = Path(SHIPPED_CHATS if path is None else path)
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}: no conversations, expected one JSON object a line")
+    chats: list[Chat] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            chat = _chat_from_record(_record_from_line(line), f"{path.stem}:{number}")
+            if chat.id in line_of_id:
+                raise ValueError(f"id {chat.id!r} is already that of line {line_of_id[chat.id]}")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        line_of_id[chat.id] = number
+        chats.append(chat)
+    return chats
+
+
+def _record_from_line(line: bytes) -> dict[str, Any]:
+    if not line.strip():
+        raise ValueError("blank line, which only the end of a file may have")
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object, got {_kind(record)}")
+    return record
+
+
+def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
+    _refuse_if_not_empty(record, _UNSUPPORTED_IN_RECORD)
+    lists = [key for key in ("messages", "conversations") if key in record]
+    if len(lists) == 2:
+        raise ValueError("has both 'messages' and 'conversations', only one is allowed")
+    if lists:
+        raw = record[lists[0]]
+        if not isinstance(raw, list):
+            raise ValueError(f"{lists[0]} must be a list, got {_kind(raw)}")
+        messages = [_message(f"{lists[0]}[{i}]", message) for i, message in enumerate(raw)]
+    elif "prompt" in record and "response" in record:
+        messages = [
+            {"role": role, "content": _string(key, record[key])}
+            for role, key in (("user", "prompt"), ("assistant", "response"))
+        ]
+    else:
+        raise ValueError(
+            "must have 'messages', 'conversations', or 'prompt' and 'response', "
+            f"got keys {sorted(record)}"
+        )
+    name, domain = record.get("id"), record.get("domain")
+    if name is None:
+        name = default_id
+    elif isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
+    if domain is not None:
+        _string("domain", domain)
+    finished = record.get("finished", True)
+    if not isinstance(finished, bool):
+        raise ValueError(f"finished must be true or false, got {_kind(finished)}")
+    return Chat(messages=tuple(messages), id=str(name), domain=domain, finished=finished)
+
+
+def _message(where: str, raw: Any) -> dict[str, str]:
+    """A message of a file, in either spelling, as a role and a text."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} must be an object, got {_kind(raw)}")
+    role_key, content_key = ("from", "value") if "from" in raw else ("role", "content")
+    for key in (role_key, content_key):
+        if key not in raw:
+            raise ValueError(f"{where} must have {key!r}, got keys {sorted(raw)}")
+    _refuse_if_not_empty(raw, _UNSUPPORTED_IN_MESSAGE, where + " ")
+    if raw.get("weight", 1) != 1:
+        raise ValueError(f"{where} has weight {raw['weight']!r}, only 1 is supported")
+    role = _string(f"{where}.{role_key}", raw[role_key])
+    if role_key == "from":
+        role = _SHAREGPT_ROLES.get(role, role)
+    content = raw[content_key]
+    if isinstance(content, list):
+        content = "".join(_text_part(f"{where}.{content_key}", part) for part in content)
+    message = {"role": role, "content": content}
+    _check_message(where, message)
+    return message
+
+
+def _text_part(where: str, part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
+        raise ValueError(f"{where} may only have parts of type 'text', got {kind}")
+    return _string(f"{where} of type 'text'", part.get("text"))
+
+
+def _check_message(where: str, message: dict[str, str]) -> None:
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise ValueError(f"{where} must have 'role' and 'content' alone, got {message!r}")
+    if message["role"] not in ROLES:
+        raise ValueError(f"{where} must have a role of {ROLES}, got {message['role']!r}")
+    content = _string(f"{where}.content", message["content"])
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}.content must be Unicode text, got half a surrogate pair at {error.start}"
+        ) from None
+
+
+def _string(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a string, got {_kind(value)}")
+    return value
+
+
+def _refuse_if_not_empty(record: dict[str, Any], keys: Sequence[str], where: str = "") -> None:
+    for key in keys:
+        if record.get(key):
+            raise ValueError(f"{where}has {key!r}, which is not supported and would be lost")
+
+
+def _kind(value: Any) -> str:
+    """The kind of a value, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

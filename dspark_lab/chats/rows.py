@@ -1,0 +1,235 @@
+"""Rows of tokens: one conversation each with padding, or several packed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from dspark_lab.chats.tokens import Encoded
+from dspark_lab.checks import Count, Device, NotEmpty, Size, checked
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Batch", "collate", "describe", "one_row", "pack", "packed_places"]
+
+Conversations = Annotated[Sequence[Encoded], NotEmpty()]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one length, each holding one conversation or several (``doc``), then padding.
+
+    ============== ================== =========================================================
+    input_ids      long [batch, seq]  the pad token on padding
+    loss_mask      bool [batch, seq]  True on supervised tokens
+    attention_mask bool [batch, seq]  False on padding
+    position_ids   long [batch, seq]  0, 1, 2, ... from the start of each document; 0 on padding
+    doc_remaining  long [batch, seq]  tokens left in the document after this one; 0 on padding
+    seq_lens       long [batch, doc]  length of each document, in order; 0 where there is none
+    chat_index     long [batch, doc]  which of the given conversations it is; -1 where none
+    ============== ================== =========================================================
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    loss_mask: Bool[Tensor, "batch seq"]
+    attention_mask: Bool[Tensor, "batch seq"]
+    position_ids: Int[Tensor, "batch seq"]
+    doc_remaining: Int[Tensor, "batch seq"]
+    seq_lens: Int[Tensor, "batch doc"]
+    chat_index: Int[Tensor, "batch doc"]
+
+    @classmethod
+    @checked
+    def of_tokens(
+        cls,
+        input_ids: Int[Tensor, "batch seq"],
+        loss_mask: Shaped[Tensor, "batch seq"],
+        *,
+        doc_remaining: Int[Tensor, "batch seq"] | None = None,
+        position_ids: Int[Tensor, "batch seq"] | None = None,
+        seq_lens: Int[Tensor, "batch doc"] | None = None,
+    ) -> Batch:
+        """Rows of tokens without padding, each one document or as the last three arguments say.
+
+        ``loss_mask`` may have any dtype, see
+        :func:`dspark_lab.common.build_anchor_candidate_mask`.
+        """
+        packing = {
+            "doc_remaining": doc_remaining,
+            "position_ids": position_ids,
+            "seq_lens": seq_lens,
+        }
+        missing = [name for name, value in packing.items() if value is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"{', '.join(packing)} go together, got no {', '.join(missing)}")
+        if doc_remaining is None or position_ids is None or seq_lens is None:
+            rows, seq_len = input_ids.shape
+            position_ids = torch.arange(seq_len, device=input_ids.device).expand(rows, -1)
+            doc_remaining = seq_len - 1 - position_ids
+            seq_lens = position_ids.new_full((rows, 1), seq_len)
+        return cls(
+            input_ids=input_ids,
+            loss_mask=loss_mask,
+            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+            position_ids=position_ids,
+            doc_remaining=doc_remaining,
+            seq_lens=seq_lens,
+            chat_index=torch.full_like(seq_lens, -1),
+        )
+
+    @checked
+    def to(self, device: Device) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        return self._changed(lambda tensor: tensor.to(device))
+
+    @checked
+    def row(self, row: Size) -> Batch:
+        """The batch of one row alone."""
+        rows = len(self.input_ids)
+        if row >= rows:
+            raise ValueError(f"row must lie in [0, {rows - 1}], got {row}")
+        return self._changed(lambda tensor: tensor[row : row + 1])
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+@checked
+def collate(encoded: Conversations, pad_token_id: Size, length: Count | None = None) -> Batch:
+    """One conversation a row, padded on the right to the longest or to ``length`` tokens.
+
+    A tokenizer without a pad token can pad with its eos token: padding is never supervised and
+    never attended to.
+    """
+    if length is None:
+        length = max(len(item) for item in encoded)
+    _check_lengths(encoded, length)
+    return _fill([[index] for index in range(len(encoded))], encoded, pad_token_id, length)
+
+
+@checked
+def pack(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
+    """Several conversations a row of ``length`` tokens; none is split, each is there once.
+
+    First-fit decreasing: the conversations, longest first (equal lengths in the given order), go
+    each into the first row with room.
+    """
+    _check_lengths(encoded, length)
+    row, start = packed_places(np.array([len(item) for item in encoded]), length)
+    rows: list[list[int]] = [[] for _ in range(row.max() + 1)]
+    for index in np.argsort(start, kind="stable").tolist():
+        rows[row[index]].append(index)
+    return _fill(rows, encoded, pad_token_id, length)
+
+
+@checked
+def one_row(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
+    """The given conversations in a single row of ``length`` tokens, in the given order."""
+    tokens = sum(len(item) for item in encoded)
+    if tokens > length:
+        raise ValueError(f"length must hold all conversations, {tokens} tokens, got {length}")
+    return _fill([list(range(len(encoded)))], encoded, pad_token_id, length)
+
+
+@checked
+def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
+    """One row for each domain, in order of appearance, and its counts of tokens.
+
+    The index is ``domain`` ("none" for conversations without one); the columns are
+    ``conversations``, ``tokens``, ``supervised_tokens``, ``median_length``, ``longest`` and
+    ``without_labels``, the conversations in which there is nothing to train on.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(
+        {
+            "domain": [item.chat.domain or "none" for item in encoded],
+            "length": [len(item) for item in encoded],
+            "supervised": [int(item.loss_mask.sum()) for item in encoded],
+            "without_label": [not item.has_label for item in encoded],
+        }
+    )
+    return table.groupby("domain", sort=False).agg(
+        conversations=("length", "size"),
+        tokens=("length", "sum"),
+        supervised_tokens=("supervised", "sum"),
+        median_length=("length", "median"),
+        longest=("length", "max"),
+        without_labels=("without_label", "sum"),
+    )
+
+
+def packed_places(
+    lengths: Int[np.ndarray, " document"], row_length: int
+) -> tuple[Int[np.ndarray, " document"], Int[np.ndarray, " document"]]:
+    """In which row :func:`pack` puts documents of these lengths, and where in it each begins.
+
+    All documents of one length go in one step: they fill the first row with room as far as it goes,
+    then the next. No length may be above ``row_length``.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    _, first = np.unique(-lengths[order], return_index=True)
+    # One row for each document is always enough.
+    room = np.full(len(lengths), row_length)
+    row, start = np.empty_like(lengths), np.empty_like(lengths)
+    used = 0
+    for alike in np.split(order, first[1:]):
+        length = lengths[alike[0]]
+        new = -(-len(alike) // (row_length // length))
+        left = room[: used + new]
+        fit = left // length
+        behind = fit.cumsum()
+        number = np.arange(len(alike))
+        into = np.searchsorted(behind, number, side="right")
+        row[alike] = into
+        start[alike] = row_length - left[into] + (number - behind[into] + fit[into]) * length
+        left -= np.bincount(into, minlength=len(left)) * length
+        used = max(used, int(into[-1]) + 1)
+    return row, start
+
+
+def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
+    for item in encoded:
+        if len(item) > length:
+            raise ValueError(
+                f"conversation {item.chat.id!r} has {len(item)} tokens, more than length {length}; "
+                f"truncate it with encode(..., max_length={length})"
+            )
+
+
+def _fill(
+    rows: list[list[int]], encoded: Sequence[Encoded], pad_token_id: int, length: int
+) -> Batch:
+    """The batch whose row r holds the conversations with the indices ``rows[r]``, in order."""
+    tokens = (len(rows), length)
+    docs = (len(rows), max(len(row) for row in rows))
+    batch = Batch(
+        input_ids=torch.full(tokens, pad_token_id),
+        loss_mask=torch.zeros(tokens, dtype=torch.bool),
+        attention_mask=torch.zeros(tokens, dtype=torch.bool),
+        position_ids=torch.zeros(tokens, dtype=torch.long),
+        doc_remaining=torch.zeros(tokens, dtype=torch.long),
+        seq_lens=torch.zeros(docs, dtype=torch.long),
+        chat_index=torch.full(docs, -1),
+    )
+    for row, indices in enumerate(rows):
+        start = 0
+        for doc, index in enumerate(indices):
+            item = encoded[index]
+            place = (row, slice(start, start + len(item)))
+            batch.input_ids[place] = item.input_ids
+            batch.loss_mask[place] = item.loss_mask
+            batch.attention_mask[place] = True
+            batch.position_ids[place] = torch.arange(len(item))
+            batch.doc_remaining[place] = torch.arange(len(item)).flip(0)
+            batch.seq_lens[row, doc] = len(item)
+            batch.chat_index[row, doc] = index
+            start += len(item)
+    return batch

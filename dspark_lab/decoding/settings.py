@@ -1,0 +1,104 @@
+"""The settings of a decoding run, and whether target and drafter can do what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, Within, checked
+from dspark_lab.decoding.text import require_tokens
+from dspark_lab.model import BlockDrafter, Target
+
+__all__ = ["Scheduler", "Settings", "confident_prefix", "scheduled"]
+
+# How many slots of each row to verify, from the confidences of them all.
+Scheduler = Callable[[Float[Tensor, "batch slot"]], Int[Tensor, " batch"]]
+
+
+@checked
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of :func:`dspark_lab.decoding.decode_rounds` that say how to decode."""
+
+    temperature: NonNegative
+    top_p: Annotated[float, Within(0, 1, above=True)]
+    max_new_tokens: Count
+    threshold: Share | None
+    scheduler: Scheduler | None
+    draft_length: Count | None
+    confidence_temperatures: Sequence[Positive] | None
+    batch_size: Count | None
+    end_ids: Sequence[int] | None
+    seed: Size
+
+    def check_models(self, target: Target, drafter: BlockDrafter | None) -> None:
+        """Refuse settings that these models cannot follow, and a drafter of another target."""
+        if self.end_ids is not None:
+            require_tokens("each of end_ids", self.end_ids, target.vocab_size)
+        if drafter is None:
+            for name in ("threshold", "scheduler", "draft_length", "confidence_temperatures"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a drafter, got none")
+            return
+        c = drafter.config
+        if c.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"drafter and target must share a vocabulary, got {c.vocab_size} and "
+                f"{target.vocab_size} tokens"
+            )
+        width = len(c.target_layer_ids) * target.hidden_size
+        if c.context_size != width or max(c.target_layer_ids) >= target.num_layers:
+            raise ValueError(
+                f"drafter must read layers {list(c.target_layer_ids)} as {c.context_size} numbers, "
+                f"got a target with {target.num_layers} layers of {target.hidden_size}"
+            )
+        if self.draft_length is not None and self.draft_length > c.block_size:
+            raise ValueError(
+                f"draft_length must be at most block_size, {c.block_size}, got {self.draft_length}"
+            )
+        by_confidence = (self.threshold, self.scheduler, self.confidence_temperatures)
+        if not c.enable_confidence_head and by_confidence != (None, None, None):
+            raise ValueError(
+                "threshold, scheduler and confidence_temperatures need a drafter with a confidence "
+                "head"
+            )
+        slots, given = self.draft_length or c.block_size, self.confidence_temperatures
+        if given is not None and len(given) < slots:
+            raise ValueError(
+                f"confidence_temperatures must be one for each of {slots} slots, got {len(given)}"
+            )
+
+
+def confident_prefix(
+    confidence: Float[Tensor, "batch slot"], threshold: float
+) -> Int[Tensor, " batch"]:
+    """How many slots of each row come before the first whose confidence is below."""
+    return (confidence >= threshold).cumprod(dim=1).sum(dim=1)
+
+
+def scheduled(
+    scheduler: Scheduler, confidence: Float[Tensor, "batch slot"], room: Int[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """How many slots of each row the scheduler wants to verify.
+
+    Slots behind a row's ``room`` cannot become part of its answer. The scheduler sees them with
+    confidence 0, so that they take nothing from the other rows.
+    """
+    slot = torch.arange(confidence.shape[1], device=confidence.device)
+    outside = slot >= room.to(confidence.device).unsqueeze(1)
+    given = scheduler(confidence.masked_fill(outside, 0))
+    try:
+        wanted = torch.as_tensor(given).to(room.device)
+    except (TypeError, ValueError, RuntimeError):
+        wanted = torch.empty(0)
+    if wanted.shape != room.shape or wanted.dtype.is_floating_point or (wanted < 0).any():
+        found = given.tolist() if isinstance(given, Tensor) else repr(given)
+        raise ValueError(
+            f"scheduler must return {len(room)} whole numbers of slots, at least 0, got {found}"
+        )
+    return wanted.minimum(room)

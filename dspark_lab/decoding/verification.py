@@ -1,0 +1,152 @@
+"""The rule of speculative decoding: which drafted tokens stand, and what comes behind them.
+
+    accept:  the drafted token x with probability min(1, p(x) / q(x)), if all before it were;
+    correct: draw the first rejected token anew from max(0, p - q), normalised; where there is none,
+             draw one more token from p.
+
+p is the target's distribution, q the drafter's (Leviathan et al. 2022, arXiv 2211.17192, algorithm
+1). Pure functions of probabilities, tokens and uniform random numbers: whatever q is, the tokens
+are distributed as p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["Verdict", "distribution", "draw", "residual", "verify"]
+
+# Below it, logits are moved so that dividing them by the temperature cannot overflow.
+_COLD = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the target decides about a block of each row.
+
+    ``accepted``: how many drafted tokens stand. ``next_token``: the target's own token behind them,
+    a correction or a bonus. Of each slot: ``target_prob`` p(x), ``accept_prob`` min(1, p(x) / q(x))
+    and ``accept_rate``, the sum of min(p, q) over the vocabulary.
+    """
+
+    accepted: Int[Tensor, " batch"]
+    next_token: Int[Tensor, " batch"]
+    target_prob: Float[Tensor, "batch slot"]
+    accept_prob: Float[Tensor, "batch slot"]
+    accept_rate: Float[Tensor, "batch slot"]
+
+
+def verify(
+    p: Float[Tensor, "batch verified+1 vocab"],
+    q: Float[Tensor, "batch slot vocab"],
+    tokens: Int[Tensor, "batch slot"],
+    lengths: Int[Tensor, " batch"],
+    accept_numbers: Float[Tensor, "batch slot"],
+    next_numbers: Float[Tensor, " batch"],
+) -> Verdict:
+    """Accept a prefix of each row's drafted tokens and draw one token of the target's behind it.
+
+    Args:
+        p: the target's distributions at the slots and behind the last of them.
+        q: the drafter's, which the tokens were drawn from.
+        tokens: the drafted tokens.
+        lengths: how many of them each row verifies; p has one place more than the largest.
+        accept_numbers, next_numbers: uniform in [0, 1).
+    """
+    slots = p.shape[1] - 1
+    drafted = tokens[:, :slots].unsqueeze(2)
+    target_prob = p[:, :slots].gather(2, drafted).squeeze(2)
+    draft_prob = q[:, :slots].gather(2, drafted).squeeze(2)
+    accept_prob = acceptance(target_prob, draft_prob)
+    accepted = accepted_prefix(accepts(accept_prob, accept_numbers[:, :slots]), lengths)
+    return Verdict(
+        accepted=accepted,
+        next_token=draw(next_distribution(p, q, accepted, lengths), next_numbers),
+        target_prob=target_prob,
+        accept_prob=accept_prob,
+        # A sum of probabilities may end a rounding above 1.
+        accept_rate=torch.minimum(p[:, :slots], q[:, :slots]).sum(dim=2).clamp(max=1),
+    )
+
+
+def acceptance(
+    target_prob: Float[Tensor, "batch slot"], draft_prob: Float[Tensor, "batch slot"]
+) -> Float[Tensor, "batch slot"]:
+    """The probability of accepting a drafted token, min(1, p(x) / q(x))."""
+    return (target_prob / draft_prob).clamp(max=1)
+
+
+def accepts(
+    probability: Float[Tensor, "batch slot"], numbers: Float[Tensor, "batch slot"]
+) -> Bool[Tensor, "batch slot"]:
+    """Whether each token is accepted by itself, from a uniform number for each."""
+    return numbers.to(probability.device) < probability
+
+
+def accepted_prefix(
+    accepted: Bool[Tensor, "batch slot"], lengths: Int[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """How many of the first ``lengths`` slots are accepted before the first that is not."""
+    verified = torch.arange(accepted.shape[1], device=accepted.device) < lengths.unsqueeze(1)
+    return (accepted & verified).cumprod(dim=1).sum(dim=1)
+
+
+def next_distribution(
+    p: Float[Tensor, "batch verified+1 vocab"],
+    q: Float[Tensor, "batch slot vocab"],
+    accepted: Int[Tensor, " batch"],
+    lengths: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch vocab"]:
+    """What the token behind the accepted ones is drawn from: the residual if one was rejected."""
+    row = torch.arange(len(p), device=p.device)
+    # No draft is subtracted where no token was rejected, be it that none was verified.
+    rejected = (accepted < lengths).unsqueeze(1)
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)[row, accepted] * rejected
+    return residual(p[row, accepted], q)
+
+
+def residual(
+    p: Float[Tensor, "*axes vocab"], q: Float[Tensor, "*axes vocab"]
+) -> Float[Tensor, "*axes vocab"]:
+    """What a rejected token is drawn from: max(0, p - q), normalised.
+
+    Where p is q, no token is ever rejected, and p itself stands in.
+    """
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, rest / total, p)
+
+
+def distribution(
+    logits: Float[Tensor, "*axes vocab"], temperature: float, top_p: float = 1.0
+) -> Float[Tensor, "*axes vocab"]:
+    """Probabilities, in fp32 at least: the softmax at a temperature, then top-p.
+
+    Temperature 0 puts everything on the likeliest token, the first of several. Top-p keeps the
+    smallest set of likeliest tokens whose probabilities sum to at least ``top_p``.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        return torch.zeros_like(wide).scatter_(-1, wide.argmax(dim=-1, keepdim=True), 1)
+    if temperature < _COLD:
+        wide = wide - wide.amax(dim=-1, keepdim=True)
+        temperature = max(temperature, torch.finfo(wide.dtype).tiny)
+    probs = (wide / temperature).softmax(dim=-1)
+    if top_p < 1:
+        values, order = probs.sort(dim=-1, descending=True)
+        values[values.cumsum(dim=-1) - values >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(-1, order, values)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def draw(
+    probs: Float[Tensor, "batch vocab"], numbers: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """The token in whose share of [0, 1) each row's number lies."""
+    edges = probs.double().cumsum(dim=-1)
+    point = numbers.to(edges.device).unsqueeze(1) * edges[:, -1:]
+    return torch.searchsorted(edges, point, right=True).squeeze(1)
