@@ -681,6 +681,11 @@ def test_a_file_without_conversations_and_a_missing_file(tmp_path):
         load_chats(write_lines(tmp_path / "x.jsonl", "", ""))
     with pytest.raises(FileNotFoundError):
         load_chats(tmp_path / "nowhere.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    with pytest.raises(OSError, match="loop.jsonl"):
+        load_chats(tmp_path / "loop.jsonl")
+    with pytest.raises(TypeError, match="path must be .*, got 5"):
+        load_chats(5)
 
 
 def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():

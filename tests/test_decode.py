@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -33,13 +34,16 @@ from dspark_lab.decoding import (
     Round,
     decode,
     decode_rounds,
+    distribution,
     encode_prompt,
     greedy_differences,
     load_trace,
     save_trace,
 )
+from dspark_lab.decoding.settings import scheduled
 from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import Pair, load_pair, question
+from dspark_lab.serving import StepsPerSecond, prefix_scheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -610,6 +614,27 @@ def test_a_trace_of_another_kind_is_refused(trace, tmp_path):
         load_trace(tmp_path / "other.csv")
 
 
+def test_a_file_that_is_no_trace_is_refused_by_name(trace, tmp_path):
+    for name, content in (
+        ("empty.csv", b""),
+        ("junk.csv", b"\xff\xfe\x00"),
+        ("empty.parquet", b""),
+        ("junk.parquet", b"PAR1 junk PAR1"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} must hold a trace"):
+            load_trace(tmp_path / name)
+    trace.assign(slot="first").to_csv(tmp_path / "words.csv", index=False)
+    with pytest.raises(ValueError, match="words.csv must hold a trace: .*first"):
+        load_trace(tmp_path / "words.csv")
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    for name in ("loop.csv", "nowhere.csv"):
+        with pytest.raises(OSError, match=name):
+            load_trace(tmp_path / name)
+    with pytest.raises(TypeError, match="path must be .*, got 5"):
+        load_trace(5)
+
+
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.5}], ids=named)
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_draws_of_a_prompt_do_not_depend_on_the_others(seed, options):
@@ -804,6 +829,25 @@ def test_choosing_by_confidence_needs_a_confidence_head(options):
     changes = {"enable_confidence_head": False, "confidence_head_with_markov": False}
     with pytest.raises(ValueError, match="need a drafter with a confidence head"):
         decode(exact_target(VOCAB), exact_drafter(VOCAB, **changes), PROMPTS, **options)
+
+
+def test_slots_past_the_end_of_an_answer_take_no_room_from_other_requests():
+    """At this speed the scheduler verifies five slots: of the second request, four."""
+    sps = StepsPerSecond(np.arange(1, 17), 1 / (1 + 0.12 * np.arange(1, 17)), 0, "imaginary")
+    confidence = torch.tensor([[0.99] * 7, [0.8] * 7])
+    scheduler = prefix_scheduler(sps)
+    assert scheduled(scheduler, confidence, torch.tensor([1, 7])).tolist() == [1, 4]
+    assert scheduled(scheduler, confidence, torch.tensor([0, 7])).tolist()[0] == 0
+
+
+def test_next_to_no_temperature_is_greedy():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB)
+    greedy = decode(target, drafter, PROMPTS, max_new_tokens=12)
+    for temperature in (1e-9, 1e-38, 1e-320):
+        cold = decode(target, drafter, PROMPTS, max_new_tokens=12, temperature=temperature)
+        assert cold.tokens == greedy.tokens
+        logits = torch.tensor([[3.0, -2.0, 3.0, 1.0]])
+        assert distribution(logits, temperature).tolist() == [[0.5, 0, 0.5, 0]]
 
 
 def test_bad_settings_are_refused_before_the_first_round_is_asked_for():

@@ -69,7 +69,7 @@ class Told(RandomNumbers):
         self.others: list[Path] = []
 
     def draft(self, prompts: Sequence[int]) -> Tensor:
-        return 2 * torch.tensor(prompts)
+        return 2 * torch.tensor(prompts).double()
 
     def accept(self, prompts: Sequence[int]) -> Tensor:
         return self.draft(prompts).unsqueeze(1).expand(-1, 9)
@@ -101,7 +101,7 @@ class Told(RandomNumbers):
 
     def draw(self, probs: Tensor, numbers: Tensor) -> Tensor:
         chosen = []
-        for number, p in zip(numbers.tolist(), probs.tolist(), strict=True):
+        for number, p in zip(numbers.long().tolist(), probs.tolist(), strict=True):
             i, own = divmod(number, 2)
             if own:
                 chosen.append(self._choose(i, "own", 0, p))

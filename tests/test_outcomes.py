@@ -391,5 +391,5 @@ def test_token_kinds_keep_the_index_and_ask_for_each_token_once():
 
 @pytest.mark.parametrize("tokens", [[1, 2], pd.Series(["a"]), pd.Series([1.5])], ids=str)
 def test_tokens_that_are_no_series_of_ids_are_refused(tokens):
-    with pytest.raises(TypeError, match="tokens must be a pandas Series of integers, got"):
+    with pytest.raises(TypeError, match="tokens must .*, got"):
         token_kinds(tokens, to_text)

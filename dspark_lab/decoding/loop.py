@@ -166,6 +166,7 @@ def decode_rounds(
     return Decoding(target, drafter, ids, domains, settings, random_numbers)
 
 
+@checked
 class Decoding(Iterator[Round]):
     """A run of :func:`decode_rounds` and its state between rounds.
 
@@ -232,8 +233,8 @@ class Decoding(Iterator[Round]):
             block.probs,
             block.tokens,
             lengths.to(p.device),
-            self._random.accept(self._going),
-            self._random.target(self._going),
+            self._random.accept(self._going)[:, : block.tokens.shape[1]].to(p.device),
+            self._random.target(self._going).to(p.device),
         )
         rounds = self._record.add(self._going, block, room.tolist(), lengths.tolist(), verdict, p)
         self._commit(verdict, features.context)

@@ -1,5 +1,5 @@
-"""Tables of a decoding run: an answer token by token, the distributions at one slot, kinds of token,
-and where two greedy answers part.
+"""Tables of a decoding run: an answer token by token, the distributions at one slot, the kinds of
+tokens, and where two greedy answers part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding.record import Decoded, Round
 from dspark_lab.decoding.text import Prompt, encode_prompt
 from dspark_lab.decoding.verification import residual
@@ -53,7 +53,10 @@ _COLUMNS = {
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:unk|pad|mask|bos|eos)>|\[[A-Z]{3,}\d*\]", re.DOTALL)
 
 
-def outcome_table(decoded: Decoded, to_text: Callable[[int], str], prompt: int = 0) -> pd.DataFrame:
+@checked
+def outcome_table(
+    decoded: Decoded, to_text: Callable[[int], str], prompt: Size = 0
+) -> pd.DataFrame:
     """An answer in reading order, with every token that was drafted for it.
 
     A drafted token is *accepted*; *rejected*, the first verified one that was not; *not reached*,
@@ -63,7 +66,7 @@ def outcome_table(decoded: Decoded, to_text: Callable[[int], str], prompt: int =
     A round ends with it, unless the turn ended before.
 
     Args:
-        decoded: from :func:`dspark_lab.decoding.loop.decode`.
+        decoded: from :func:`dspark_lab.decoding.decode`.
         to_text: one token id to its text, such as ``lambda i: tokenizer.decode([i])``.
         prompt: which answer.
 
@@ -74,11 +77,10 @@ def outcome_table(decoded: Decoded, to_text: Callable[[int], str], prompt: int =
         ``OUTCOMES``), ``confidence``, ``accept_rate``, ``accept_prob``, ``draft_prob`` and
         ``target_prob`` as in the trace (NaN where unknown, as they are for the target's own), and
         ``kept``, whether it is part of the answer. The kept rows are the answer.
-
-    Raises:
-        TypeError, ValueError: ``prompt`` is not one of the answers.
     """
-    answer = _answer(decoded, prompt)
+    if prompt >= len(decoded.tokens):
+        raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
+    answer = decoded.tokens[prompt]
     rows: list[dict[str, Any]] = []
 
     def add(round_: int, slot: int, position: int, token: int, outcome: str, known: dict) -> None:
@@ -105,8 +107,9 @@ def outcome_table(decoded: Decoded, to_text: Callable[[int], str], prompt: int =
     return table.assign(kept=table["outcome"].isin(_KEPT)).astype(_COLUMNS)
 
 
+@checked
 def distribution_table(
-    round_: Round, slot: int, to_text: Callable[[int], str], top: int = 8
+    round_: Round, slot: Size, to_text: Callable[[int], str], top: Count = 8
 ) -> pd.DataFrame:
     """The draft's and the target's distribution at one slot of a round, token by token.
 
@@ -116,7 +119,7 @@ def distribution_table(
     drafted: the draft is 0.
 
     Args:
-        round_: from :func:`dspark_lab.decoding.loop.decode_rounds`, or as ``on_round`` gets it.
+        round_: from :func:`dspark_lab.decoding.decode_rounds`, or as ``on_round`` gets it.
         slot: which slot.
         to_text: one token id to its text.
         top: likeliest tokens to show of each distribution, of those that are not 0.
@@ -130,12 +133,7 @@ def distribution_table(
         where nothing can be rejected, since the two are equal, and the target itself at the bonus
         slot; ``drafted`` and ``drawn``, bool. Target, overlap and residual are NaN where the target
         was not asked.
-
-    Raises:
-        TypeError, ValueError: ``slot`` is not one of the round's, or ``top`` is not at least 1.
     """
-    require_int("top", top, 1)
-    require_int("slot", slot, 0)
     last = max(len(round_.drafted) - 1, round_.verified)
     if slot > last:
         raise ValueError(f"slot must be in [0, {last}], got {slot}")
@@ -172,6 +170,7 @@ def distribution_table(
     return table.loc[order].reset_index(drop=True)
 
 
+@checked
 def greedy_differences(
     target: Target, decoded: Decoded, plain: Decoded, prompts: Sequence[Prompt]
 ) -> pd.DataFrame:
@@ -182,6 +181,11 @@ def greedy_differences(
     target's dtype. Where that is a handful, the two are a tie that shapes of a matrix product
     decide.
     """
+    answers = (len(decoded.tokens), len(plain.tokens), len(prompts))
+    if len(set(answers)) > 1:
+        raise ValueError(
+            f"there must be two answers to each of {answers[2]} prompts, got {answers[:2]}"
+        )
     rows = []
     for index, (one, other) in enumerate(zip(decoded.tokens, plain.tokens, strict=True)):
         if one == other:
@@ -196,6 +200,7 @@ def greedy_differences(
     return pd.DataFrame(rows, columns=["prompt", "position", "margin"])
 
 
+@checked
 def token_kind(text: str) -> str:
     """What sort of token it is, by its text alone: one of ``TOKEN_KINDS``.
 
@@ -220,27 +225,17 @@ def token_kind(text: str) -> str:
     return "word" if body != text or category in ("Lu", "Lt") else "inside a word"
 
 
+@checked
 def token_kinds(tokens: pd.Series, to_text: Callable[[int], str]) -> pd.Series:
     """The :func:`token_kind` of each token id, on the same index; a missing id has none.
 
     Such as ``trace.assign(kind=token_kinds(trace["token"], to_text))``, to group by.
-
-    Raises:
-        TypeError: ``tokens`` is no Series of integers.
     """
-    if not isinstance(tokens, pd.Series) or not pd.api.types.is_integer_dtype(tokens):
-        kind = tokens.dtype if isinstance(tokens, pd.Series) else type(tokens).__name__
-        raise TypeError(f"tokens must be a pandas Series of integers, got {kind}")
+    if not pd.api.types.is_integer_dtype(tokens):
+        raise TypeError(f"tokens must hold integers, got {tokens.dtype}")
     names = {token: token_kind(to_text(int(token))) for token in tokens.dropna().unique()}
     kinds = [None if pd.isna(token) else names[token] for token in tokens]
     return pd.Series(kinds, index=tokens.index, name="kind", dtype=object)
-
-
-def _answer(decoded: Decoded, prompt: int) -> list[int]:
-    require_int("prompt", prompt, 0)
-    if prompt >= len(decoded.tokens):
-        raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
-    return decoded.tokens[prompt]
 
 
 def _drafted_outcome(slot: int, verified: int, accepted: int) -> str:

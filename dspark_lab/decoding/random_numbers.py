@@ -9,9 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dspark_lab.checks import Size, checked
+
 __all__ = ["RandomNumbers"]
 
 
+@checked
 class RandomNumbers:
     """Numbers in [0, 1) from a seed. A prompt's do not depend on the others in its batch.
 
@@ -19,7 +22,7 @@ class RandomNumbers:
     target's own tokens. ``prompts`` are the numbers of the prompts that the batch's rows hold.
     """
 
-    def __init__(self, count: int, seed: int, block_size: int) -> None:
+    def __init__(self, count: Size, seed: Size, block_size: Size) -> None:
         self._block_size = block_size
         self._draft, self._accept, self._target = (
             [_generator(seed, prompt, kind) for prompt in range(count)] for kind in range(3)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, Within, checked
+from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, checked
 from dspark_lab.decoding.text import require_tokens
+from dspark_lab.decoding.verification import TopP
 from dspark_lab.model import BlockDrafter, Target
 
 __all__ = ["Scheduler", "Settings", "confident_prefix", "scheduled"]
@@ -26,7 +26,7 @@ class Settings:
     """The arguments of :func:`dspark_lab.decoding.decode_rounds` that say how to decode."""
 
     temperature: NonNegative
-    top_p: Annotated[float, Within(0, 1, above=True)]
+    top_p: TopP
     max_new_tokens: Count
     threshold: Share | None
     scheduler: Scheduler | None

@@ -9,22 +9,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Size, checked
 from dspark_lab.files import written_whole
 
 __all__ = [
     "TRACE_COLUMNS",
     "Rounds",
     "column",
-    "integers",
     "load_trace",
-    "one_domain_each",
     "probabilities",
     "read_trace",
     "rounds_of",
@@ -55,40 +53,42 @@ _SUFFIXES = (".parquet", ".csv")
 _ROUNDING = 1e-5
 
 
+@checked
 def save_trace(trace: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Writes a trace as Parquet or CSV, by the name's suffix, whole or not at all.
-
-    Raises:
-        ValueError: another suffix.
-    """
+    """Writes a trace as Parquet or CSV, by the name's suffix, whole or not at all."""
     path = _trace_path(path)
     write = trace.to_csv if path.suffix == ".csv" else trace.to_parquet
     with written_whole(path) as partial:
         write(partial, index=False)
 
 
+@checked
 def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
     """A trace that :func:`save_trace` wrote, its columns of the same types.
 
     Raises:
-        ValueError: another suffix, or a file with other columns.
+        ValueError: another suffix, a file that cannot be read as one, or one with other columns.
+        OSError: no such file.
     """
     path = _trace_path(path)
-    if path.suffix == ".csv":
-        # A domain may be called "NA" or "7"; only an empty number is missing.
-        empty = {name: [""] for name in TRACE_COLUMNS if name != "domain"}
-        table = pd.read_csv(
-            path,
-            dtype={"domain": "object"},
-            keep_default_na=False,
-            na_values=empty,
-        )
-    else:
-        table = pd.read_parquet(path)
+    with path.open("rb") as file:
+        try:
+            table = _read_csv(file) if path.suffix == ".csv" else pd.read_parquet(file)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} must hold a trace as {path.suffix[1:]}: {error}") from error
     missing = [name for name in TRACE_COLUMNS if name not in table]
     if missing:
         raise ValueError(f"{path} must hold a trace, but it has no {', '.join(missing)}")
-    return table.astype(TRACE_COLUMNS)
+    try:
+        return table.astype(TRACE_COLUMNS)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a trace: {error}") from error
+
+
+def _read_csv(file: BinaryIO) -> pd.DataFrame:
+    # A domain may be called "NA" or "7"; only an empty number is missing.
+    empty = {name: [""] for name in TRACE_COLUMNS if name != "domain"}
+    return pd.read_csv(file, dtype={"domain": "object"}, keep_default_na=False, na_values=empty)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,33 +127,30 @@ class Rounds:
         values = self.accepted.astype(np.float64) if kind == "empirical" else self.accept_rate
         return np.where(self.reached, values, np.nan)
 
+    @checked
     def pairs(
-        self, slot: int | None = None, kind: Outcome = "empirical"
+        self, slot: Size | None = None, kind: Outcome = "empirical"
     ) -> tuple[Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]:
         """Confidence and outcome of all reached slots, or of those at one place in the block."""
         outcome = self.outcome(kind)
         taken = ~np.isnan(outcome)
         if slot is not None:
-            require_int("slot", slot, 0)
             if slot >= outcome.shape[1]:
                 raise ValueError(f"slot must be below {outcome.shape[1]}, got {slot}")
             taken[:, np.arange(outcome.shape[1]) != slot] = False
         return self.confidence[taken], outcome[taken]
 
+    @checked
     def take(self, rows: Shaped[np.ndarray, " row"]) -> Rounds:
         """Some of the rounds: by a mask or by indices, in that order."""
         return Rounds(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
+@checked
 def rounds_of(trace: pd.DataFrame | Rounds) -> Rounds:
-    """Reads the trace of one decoding run, every slot of which has a confidence.
+    """The rounds of one decoding run, every slot of which has a confidence, see :func:`read_trace`.
 
-    Args:
-        trace: as of :func:`read_trace`; rounds are returned as they are.
-
-    Raises:
-        TypeError, ValueError: as :func:`read_trace`, or a confidence that is missing (a drafter
-            without a confidence head).
+    Rounds are returned as they are.
     """
     if isinstance(trace, Rounds):
         return trace
@@ -171,16 +168,14 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
             ``confidence`` (a probability, or NaN), ``verified`` and ``accepted``.
 
     Raises:
-        TypeError: not a DataFrame, or a column of another kind.
-        ValueError: no rows, a column or a value missing, a prompt of two domains, a round whose
-            slots are not 0, 1, 2, ..., a slot that is verified after one that was not or accepted
-            without being reached, or a number that is no probability.
+        ValueError: among others, a prompt of two domains, a round whose slots are not 0, 1, 2, ...,
+            or a slot that is verified after one that was not or accepted without being reached.
     """
     code, prompts = pd.factorize(column(trace, "prompt", complete=True), sort=True)
     if len(trace) == 0:
         raise ValueError("trace must have at least one row, got 0")
-    domains = one_domain_each(code, prompts, column(trace, "domain", complete=True))
-    number, place = integers(trace, "round"), integers(trace, "slot")
+    domains = _one_domain_each(code, prompts, column(trace, "domain", complete=True))
+    number, place = _integers(trace, "round"), _integers(trace, "slot")
     order = np.lexsort((place, number, code))
     conversation, round_, slot = code[order], number[order], place[order]
     first = np.ones(len(slot), dtype=bool)
@@ -214,6 +209,7 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
     return rounds, row
 
 
+@checked
 def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Series:
     """A column of a trace, refused where it is missing, or where a value of it must not be."""
     if not isinstance(trace, pd.DataFrame):
@@ -227,7 +223,7 @@ def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Seri
     return values
 
 
-def integers(trace: pd.DataFrame, name: str) -> Int[np.ndarray, " row"]:
+def _integers(trace: pd.DataFrame, name: str) -> Int[np.ndarray, " row"]:
     """A column of whole numbers."""
     values = column(trace, name, complete=True)
     if not pd.api.types.is_integer_dtype(values):
@@ -235,6 +231,7 @@ def integers(trace: pd.DataFrame, name: str) -> Int[np.ndarray, " row"]:
     return values.to_numpy(np.int64)
 
 
+@checked
 def probabilities(
     trace: pd.DataFrame,
     name: str,
@@ -255,14 +252,10 @@ def probabilities(
     return numbers.clip(0, 1)
 
 
-def one_domain_each(
+def _one_domain_each(
     code: Int[np.ndarray, " row"], conversations: pd.Index, domains: pd.Series
 ) -> pd.Index:
-    """The domain of each conversation; ``code`` numbers the conversation of each row.
-
-    Raises:
-        ValueError: a conversation of two domains.
-    """
+    """The domain of each conversation; ``code`` numbers the conversation of each row."""
     domain, names = pd.factorize(domains)
     last = np.empty(len(conversations), dtype=np.int64)
     last[code] = domain

@@ -12,12 +12,17 @@ are distributed as p.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Verdict", "distribution", "draw", "residual", "verify"]
+from dspark_lab.checks import NonNegative, Within, checked
+
+__all__ = ["TopP", "Verdict", "distribution", "draw", "residual", "verify"]
+
+TopP = Annotated[float, Within(0, 1, above=True)]
 
 # Below it, logits are moved so that dividing them by the temperature cannot overflow.
 _COLD = 1e-6
@@ -39,8 +44,9 @@ class Verdict:
     accept_rate: Float[Tensor, "batch slot"]
 
 
+@checked
 def verify(
-    p: Float[Tensor, "batch verified+1 vocab"],
+    p: Float[Tensor, "batch read vocab"],
     q: Float[Tensor, "batch slot vocab"],
     tokens: Int[Tensor, "batch slot"],
     lengths: Int[Tensor, " batch"],
@@ -83,7 +89,7 @@ def accepts(
     probability: Float[Tensor, "batch slot"], numbers: Float[Tensor, "batch slot"]
 ) -> Bool[Tensor, "batch slot"]:
     """Whether each token is accepted by itself, from a uniform number for each."""
-    return numbers.to(probability.device) < probability
+    return numbers < probability
 
 
 def accepted_prefix(
@@ -95,7 +101,7 @@ def accepted_prefix(
 
 
 def next_distribution(
-    p: Float[Tensor, "batch verified+1 vocab"],
+    p: Float[Tensor, "batch read vocab"],
     q: Float[Tensor, "batch slot vocab"],
     accepted: Int[Tensor, " batch"],
     lengths: Int[Tensor, " batch"],
@@ -108,6 +114,7 @@ def next_distribution(
     return residual(p[row, accepted], q)
 
 
+@checked
 def residual(
     p: Float[Tensor, "*axes vocab"], q: Float[Tensor, "*axes vocab"]
 ) -> Float[Tensor, "*axes vocab"]:
@@ -120,8 +127,9 @@ def residual(
     return torch.where(total > 0, rest / total, p)
 
 
+@checked
 def distribution(
-    logits: Float[Tensor, "*axes vocab"], temperature: float, top_p: float = 1.0
+    logits: Float[Tensor, "*axes vocab"], temperature: NonNegative, top_p: TopP = 1.0
 ) -> Float[Tensor, "*axes vocab"]:
     """Probabilities, in fp32 at least: the softmax at a temperature, then top-p.
 
