@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import nbformat
 import pytest
-from faults import FAULTS, RATES, TRAIN, TUNE, environment_with
+from faults import FAULTS, TRAIN, TUNE, environment_with
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("dspark_lab", "notebooks", "data", "pyproject.toml")
