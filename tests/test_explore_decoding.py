@@ -635,11 +635,11 @@ def test_an_error_that_is_no_refusal_is_not_hidden_and_leaves_the_buttons(monkey
 
 async def finished(explorer: DecodingExplorer) -> None:
     """Waits until no run goes on."""
-    for _ in range(10_000):
-        if buttons(explorer) == IDLE:
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("the run does not end")
+    ended = asyncio.Event()
+    explorer.run_button.observe(lambda _: ended.set(), names="disabled")
+    if buttons(explorer) != IDLE:
+        await ended.wait()
+    assert buttons(explorer) == IDLE
 
 
 @pytest.fixture
@@ -744,19 +744,19 @@ def test_a_second_click_does_not_start_a_second_run(monkeypatch):
     explorer = decoding(max_new_tokens=15, run=False)
     monkeypatch.setattr(decoding_module, "decode_rounds", counted)
 
-    async def click_twice(turns: int) -> None:
+    async def click_twice(rounds_before: int) -> None:
         explorer.run_button.click()
-        for _ in range(turns):
-            await asyncio.sleep(0.001)
-        if buttons(explorer) == BUSY:
-            explorer.run_button.click()
+        while len(explorer.rounds) < rounds_before:
+            await asyncio.sleep(0)
+        assert buttons(explorer) == BUSY
+        explorer.run_button.click()
         await finished(explorer)
-        await asyncio.sleep(0.01)
 
     run, rounds = answer(TEXTS[0], drafter(), max_new_tokens=15)
-    for turns in (0, 2):
+    assert len(rounds) > 2
+    for rounds_before in (0, 2):
         begun.clear()
-        asyncio.run(click_twice(turns))
+        asyncio.run(click_twice(rounds_before))
         assert begun == [True, False]
         assert explorer.decoded.tokens == run.tokens
         assert [r.number for r in explorer.rounds] == [r.number for r in rounds]
@@ -769,7 +769,7 @@ def test_a_call_while_a_run_goes_on_is_refused_and_does_not_disturb_it():
         explorer.run_button.click()
         with pytest.raises(RuntimeError, match="a run must end or be stopped before the next"):
             explorer.run()
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
         assert explorer.tables == {}
         with pytest.raises(ValueError, match="explore_decoding has nothing to show: it runs"):
             explorer.table  # noqa: B018
