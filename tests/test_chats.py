@@ -404,48 +404,6 @@ def test_a_token_that_joins_the_prompt_to_the_answer_is_prompt(splitting):
     assert encoded.loss_mask[-6:].tolist() == [False, False, True, True, True, False]
 
 
-def test_the_first_word_behind_the_templates_space_is_supervised():
-    tokenizer = with_template(byte_level("words"), MISTRAL)
-    encoded = encode(chat("hello", "answer"), tokenizer)
-    assert supervised_text(encoded, tokenizer) == " answer</s>"
-
-
-def test_an_empty_answer_still_ends_its_turn():
-    tokenizer = with_template(byte_level("words"), CHATML)
-    encoded = encode(chat("hello", "", "hello", ""), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "<|im_end|><|im_end|>"
-
-
-def test_an_answer_that_spells_the_end_of_turn_has_its_own_end_too():
-    for jinja in (CHATML, CHATML_MARKED):
-        tokenizer = with_template(byte_level("words"), jinja)
-        encoded = encode(chat("hello", "the<|im_end|>"), tokenizer)
-        assert supervised_text(encoded, tokenizer) == "the<|im_end|><|im_end|>"
-
-
-@pytest.mark.parametrize(("start", "end"), [("<s>", ""), ("<|im_start|>", "\n")])
-def test_the_next_turns_header_is_not_an_end_of_turn(start, end):
-    jinja = CHATML.replace("<|im_end|>\n", end).replace("<|im_start|>", start)
-    tokenizer = with_template(byte_level("words"), jinja)
-    encoded = encode(chat("hello", "the", "is", "42"), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "the42"
-
-
-def test_the_last_character_of_a_marked_answer_may_be_several_tokens():
-    tokenizer = with_template(byte_level("words"), CHATML_MARKED)
-    encoded = encode(chat("hello", "the 🎉"), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "the 🎉<|im_end|>"
-
-
-@pytest.mark.parametrize("marker", ["{%- generation %}", "{%generation-%}", "{% generation -%}"])
-def test_markers_are_found_however_they_are_spaced(marker):
-    jinja = CHATML_MARKED.replace("{%- generation -%}", marker)
-    # The reversed answer can be found by its markers alone.
-    jinja = jinja.replace("m['content'] }}{%- endg", "m['content'] | reverse }}{%- endg")
-    tokenizer = with_template(byte_level("words"), jinja)
-    assert supervised_text(encode(chat("hello", "abc"), tokenizer), tokenizer) == "cba<|im_end|>"
-
-
 @pytest.mark.parametrize("rstrip", [True, False])
 def test_an_end_of_turn_that_swallows_the_space_before_it_is_found(rstrip):
     tokenizer = swallowing_tokenizer(AddedToken("<|head|>", rstrip=rstrip, special=True))
@@ -508,31 +466,6 @@ def test_tokenizers_that_drop_white_space_and_have_unknown_words():
         assert found == ["the", "answer", *supervised]
 
 
-def qwen3_supervised(*turns: str) -> str:
-    tokenizer = with_template(byte_level("words"), QWEN3)
-    return supervised_text(encode(chat(*turns), tokenizer), tokenizer)
-
-
-def test_thoughts_are_supervised_in_the_last_turn_and_gone_from_earlier_ones():
-    thinking = "<think>\nhm\n</think>\n\n"
-    assert qwen3_supervised("hello", thinking + "a", "hello", thinking + "b") == (
-        f"a<|im_end|>{thinking}b<|im_end|>"
-    )
-
-
-def test_thoughts_that_the_template_lays_out_anew_are_supervised_as_it_writes_them():
-    assert qwen3_supervised("hello", "<think>hm</think>a") == (
-        "<think>\nhm\n</think>\n\na<|im_end|>"
-    )
-
-
-def test_the_templates_own_empty_thoughts_are_prompt_unless_the_answer_has_them():
-    assert qwen3_supervised("hello", "a") == "a<|im_end|>"
-    assert qwen3_supervised("hello", "\na", "hello", "\n\nb") == "\na<|im_end|>b<|im_end|>"
-    empty = "<think>\n\n</think>\n\na"
-    assert qwen3_supervised("hello", empty) == empty + "<|im_end|>"
-
-
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
@@ -549,22 +482,92 @@ def test_a_template_whose_answers_cannot_be_found_is_refused_by_name(old, new, c
         encode(chat("hello", "the", "hello", "answer"), tokenizer)
 
 
-@pytest.mark.parametrize("jinja", [CHATML, CHATML.split("{% if add")[0]])
-def test_an_answer_that_the_template_changes_in_place_is_found(jinja):
-    jinja = jinja.replace("m['content'] }}", "m['content'] | upper }}")
-    tokenizer = with_template(byte_level("words"), jinja)
-    encoded = encode(chat("hello", "abc", "hello", "d"), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "ABC<|im_end|>D<|im_end|>"
+NO_PROMPT = CHATML.split("{% if add")[0]
+COUNTED = "m['content'] | length ~ m['content'] | upper }}"
+# The reversed answer can be found by its markers alone.
+REVERSED = CHATML_MARKED.replace("m['content'] }}{%- endg", "m['content'] | reverse }}{%- endg")
+THOUGHT = "<think>\nhm\n</think>\n\n"
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+# What holds: a template, the turns, and what of their text is supervised.
+SUPERVISED = {
+    "the first word behind the template's space is": (MISTRAL, ["hello", "answer"], " answer</s>"),
+    "an empty answer's end of turn is": (CHATML, ["hello", ""] * 2, "<|im_end|><|im_end|>"),
+    "an answer that spells the end of turn has its own end, too": (
+        CHATML,
+        ["hello", "the<|im_end|>"],
+        "the<|im_end|><|im_end|>",
+    ),
+    "it has with markers": (CHATML_MARKED, ["hello", "the<|im_end|>"], "the<|im_end|><|im_end|>"),
+    "the next turn's header is no end of turn": (
+        CHATML.replace("<|im_end|>\n", "\n"),
+        ["hello", "the", "is", "42"],
+        "the42",
+    ),
+    "nor is a next turn's start of sequence": (
+        CHATML.replace("<|im_end|>\n", "").replace("<|im_start|>", "<s>"),
+        ["hello", "the", "is", "42"],
+        "the42",
+    ),
+    "the last character of a marked answer may be several tokens": (
+        CHATML_MARKED,
+        ["hello", "the 🎉"],
+        "the 🎉<|im_end|>",
+    ),
+    **{
+        f"markers are found as {marker}": (
+            REVERSED.replace("{%- generation -%}", marker),
+            ["hello", "abc"],
+            "cba<|im_end|>",
+        )
+        for marker in ("{%- generation %}", "{%generation-%}", "{% generation -%}")
+    },
+    **{
+        f"an answer that the template changes in place is, {name}": (
+            jinja.replace("m['content'] }}", "m['content'] | upper }}"),
+            ["hello", "abc", "hello", "d"],
+            "ABC<|im_end|>D<|im_end|>",
+        )
+        for name, jinja in (("with a prompt", CHATML), ("without", NO_PROMPT))
+    },
+    "an answer beyond recognition is from the end of the generation prompt": (
+        CHATML.replace("m['content'] }}", COUNTED),
+        ["hello", "answer"],
+        "6ANSWER<|im_end|>",
+    ),
+    "thoughts are in the last turn and gone from earlier ones": (
+        QWEN3,
+        ["hello", THOUGHT + "a", "hello", THOUGHT + "b"],
+        f"a<|im_end|>{THOUGHT}b<|im_end|>",
+    ),
+    "thoughts that the template lays out anew are as it writes them": (
+        QWEN3,
+        ["hello", "<think>hm</think>a"],
+        THOUGHT + "a<|im_end|>",
+    ),
+    "the template's own empty thoughts are not": (QWEN3, ["hello", "a"], "a<|im_end|>"),
+    "nor are they before white space": (
+        QWEN3,
+        ["hello", "\na", "hello", "\n\nb"],
+        "\na<|im_end|>b<|im_end|>",
+    ),
+    "an answer's own empty thoughts are": (
+        QWEN3,
+        ["hello", EMPTY_THOUGHT + "a"],
+        EMPTY_THOUGHT + "a<|im_end|>",
+    ),
+}
 
 
-def test_an_answer_beyond_recognition_starts_where_the_generation_prompt_ends():
-    jinja = CHATML.replace("m['content'] }}", "m['content'] | length ~ m['content'] | upper }}")
+@pytest.mark.parametrize(("jinja", "turns", "expected"), SUPERVISED.values(), ids=SUPERVISED)
+def test_what_is_supervised(jinja, turns, expected):
     tokenizer = with_template(byte_level("words"), jinja)
-    encoded = encode(chat("hello", "answer"), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "6ANSWER<|im_end|>"
-    tokenizer = with_template(byte_level("words"), jinja.split("{% if add")[0])
+    assert supervised_text(encode(chat(*turns), tokenizer), tokenizer) == expected
+
+
+def test_an_answer_beyond_recognition_without_a_generation_prompt_is_refused():
+    jinja = NO_PROMPT.replace("m['content'] }}", COUNTED)
     with pytest.raises(ValueError, match=r"messages\[1\].*generation"):
-        encode(chat("hello", "answer"), tokenizer)
+        encode(chat("hello", "answer"), with_template(byte_level("words"), jinja))
 
 
 def test_markers_that_enclose_nothing_are_refused():
