@@ -166,8 +166,9 @@ def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
     )
 
 
+@checked
 def packed_places(
-    lengths: Int[np.ndarray, " document"], row_length: int
+    lengths: Int[np.ndarray, " document"], row_length: Count
 ) -> tuple[Int[np.ndarray, " document"], Int[np.ndarray, " document"]]:
     """In which row :func:`pack` puts documents of these lengths, and where in it each begins.
 

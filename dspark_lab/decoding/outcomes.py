@@ -65,18 +65,11 @@ def outcome_table(
     one; a *bonus* behind slots that were all accepted, or that were none; or the answer's *first*.
     A round ends with it, unless the turn ended before.
 
-    Args:
-        decoded: from :func:`dspark_lab.decoding.decode`.
-        to_text: one token id to its text, such as ``lambda i: tokenizer.decode([i])``.
-        prompt: which answer.
-
-    Returns:
-        a row for each token, a round's drafted ones before the target's own: ``round`` (-1 for the
-        first token), ``slot`` (-1 for the target's own), ``position`` in the answer (of a token
-        that is not part of it: where it would have stood), ``token``, ``text``, ``outcome`` (one of
-        ``OUTCOMES``), ``confidence``, ``accept_rate``, ``accept_prob``, ``draft_prob`` and
-        ``target_prob`` as in the trace (NaN where unknown, as they are for the target's own), and
-        ``kept``, whether it is part of the answer. The kept rows are the answer.
+    A row for each token, a round's drafted ones before the target's own: ``round`` (-1 for the
+    first token), ``slot`` (-1 for the target's own), ``position`` in the answer (of a token that is
+    not part of it: where it would have stood), ``token``, ``text`` by ``to_text``, such as ``lambda
+    i: tokenizer.decode([i])``, ``outcome`` (one of ``OUTCOMES``), the trace's numbers (NaN for the
+    target's own) and ``kept``: the kept rows are the answer.
     """
     if prompt >= len(decoded.tokens):
         raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
@@ -118,21 +111,13 @@ def distribution_table(
     to the drafter. Past it the target was not asked. Behind the end of the block nothing was
     drafted: the draft is 0.
 
-    Args:
-        round_: from :func:`dspark_lab.decoding.decode_rounds`, or as ``on_round`` gets it.
-        slot: which slot.
-        to_text: one token id to its text.
-        top: likeliest tokens to show of each distribution, of those that are not 0.
-
-    Returns:
-        a row for each of these tokens, for the drafted one and for the target's own if it was drawn
-        at this slot, in descending order of the larger probability; then one for all others
-        together. ``token`` (-1 for the others), ``text``; ``draft`` and ``target``, probabilities;
-        ``overlap``, the smaller of both, which sums to the accept rate; ``residual``, what a token
-        is drawn from in place of a rejected one, max(0, target - draft) normalised: 0 everywhere
-        where nothing can be rejected, since the two are equal, and the target itself at the bonus
-        slot; ``drafted`` and ``drawn``, bool. Target, overlap and residual are NaN where the target
-        was not asked.
+    A row for each of the ``top`` likeliest tokens of both, for the drafted one and for the target's
+    own if it was drawn at this slot, in descending order of the larger probability; then one for
+    all others together. ``token`` (-1 for the others), ``text``; ``draft`` and ``target``,
+    probabilities; ``overlap``, the smaller of both, which sums to the accept rate; ``residual``,
+    the distribution to draw from in place of a rejected token: 0 everywhere where nothing can be
+    rejected, since the two are equal, and the target itself at the bonus slot; ``drafted`` and
+    ``drawn``, bool. Target, overlap and residual are NaN where the target was not asked.
     """
     last = max(len(round_.drafted) - 1, round_.verified)
     if slot > last:
@@ -227,10 +212,7 @@ def token_kind(text: str) -> str:
 
 @checked
 def token_kinds(tokens: pd.Series, to_text: Callable[[int], str]) -> pd.Series:
-    """The :func:`token_kind` of each token id, on the same index; a missing id has none.
-
-    Such as ``trace.assign(kind=token_kinds(trace["token"], to_text))``, to group by.
-    """
+    """The :func:`token_kind` of each token id, on the same index; a missing id has none."""
     if not pd.api.types.is_integer_dtype(tokens):
         raise TypeError(f"tokens must hold integers, got {tokens.dtype}")
     names = {token: token_kind(to_text(int(token))) for token in tokens.dropna().unique()}

@@ -167,15 +167,10 @@ class Record:
         verdict: Verdict,
         p: Float[Tensor, "batch verified+1 vocab"],
     ) -> list[Round]:
-        """A round of each of these prompts.
+        """A round of each of these prompts, in the order of the rows.
 
-        Args:
-            prompts: the numbers of the prompts, in the order of the rows.
-            block: what was drafted.
-            drafted: how many slots of it fit into each answer.
-            lengths: how many slots of each row were verified.
-            verdict: what the target decided about them.
-            p: the target's distributions.
+        ``drafted``: how many slots of the block fit into each answer; ``lengths``: how many of them
+        were verified; ``p``: the target's distributions.
         """
         values = {
             "token": block.tokens,

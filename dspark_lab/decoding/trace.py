@@ -212,8 +212,6 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
 @checked
 def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Series:
     """A column of a trace, refused where it is missing, or where a value of it must not be."""
-    if not isinstance(trace, pd.DataFrame):
-        raise TypeError(f"trace must be a pandas DataFrame, got {type(trace).__name__}")
     if name not in trace.columns:
         raise ValueError(f"trace must have a column {name!r}, got {list(trace.columns)}")
     values = trace[name]
