@@ -184,7 +184,8 @@ def _target(shape: Shape, dtype: str, device: str) -> Target:
         tie_word_embeddings=shape.tied,
     )
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    return Target(LlamaForCausalLM(config).to(device, kind))
+    model: Any = LlamaForCausalLM(config)
+    return Target(model.to(device, kind))
 
 
 def _ids(shape: Shape) -> tuple[int, ...]:

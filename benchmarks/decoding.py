@@ -5,6 +5,7 @@ as a check that the plain loop is no straw man. The pocket pair always, SmolLM2 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def run() -> Iterator[str]:
 def _line(pair: Pair, temperature: float, prompts: int, tokens: int, runs: int) -> str:
     step = len(pair.held_out) // prompts
     questions = [question(chat) for chat in pair.held_out[::step]][:prompts]
-    options = {"temperature": temperature, "max_new_tokens": tokens}
+    options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": tokens}
     tables, checks = [], []
     for drafter in (None, pair.drafter):
         decode(pair.target, drafter, questions[:1], **options)
@@ -72,7 +73,8 @@ def _generate(
 
     @torch.inference_mode()
     def call() -> None:
-        answer = pair.target.model.generate(
+        model: Any = pair.target.model
+        answer = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,

@@ -7,6 +7,7 @@ process's own time, which other work on the machine moves less than the wall's.
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 from unittest.mock import patch
@@ -68,9 +69,7 @@ def _run() -> Iterator[str]:
     for policies in (*([policy] for policy in POLICIES), POLICIES):
         name = str(policies[0]) if len(policies) == 1 else f"{len(policies)} policies"
         tokens = _tokens(answers, engine, policies)
-        spent = median_seconds(
-            lambda policies=policies: _ours(answers, engine, policies, CONCURRENCY), runs=7
-        )
+        spent = median_seconds(partial(_ours, answers, engine, policies, CONCURRENCY), runs=7)
         yield (
             f"{name} x {len(CONCURRENCY)} concurrencies x {REQUESTS} requests: "
             f"{spent * 1e3:.0f} ms, {tokens / spent:,.0f} simulated tokens a second"

@@ -1,6 +1,7 @@
 """The block mask in closed form against ``create_block_mask`` on the same rule."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -32,7 +33,7 @@ def run() -> Iterator[str]:
 
 def _against_create_block_mask(device: str) -> Iterator[str]:
     anchors, keep = _anchors(SEQ_LEN, ANCHORS, device)
-    sizes = {"seq_len": SEQ_LEN, "block_size": BLOCK}
+    sizes: dict[str, Any] = {"seq_len": SEQ_LEN, "block_size": BLOCK}
     queries = ANCHORS * BLOCK
 
     def closed_form(make=training_block_mask):

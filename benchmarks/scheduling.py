@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,10 +30,10 @@ def run() -> Iterator[str]:
         assert chosen.tolist() == _heap(confidence, sps)
         yield compare(
             f"{REQUESTS} x {SLOTS}, tokens {name}: {chosen.sum():>6} admitted, against a heap",
-            lambda sps=sps: prefix_schedule(confidence, sps),
-            lambda sps=sps: _heap(confidence, sps),
+            partial(prefix_schedule, confidence, sps),
+            partial(_heap, confidence, sps),
         )
-        spent = median_seconds(lambda sps=sps: prefix_schedule(confidence, sps))
+        spent = median_seconds(partial(prefix_schedule, confidence, sps))
         yield f"{'':<4}{spent * 1e6 / confidence.size:.3f} ms per 1,000 candidates"
     few = confidence[:8, :7]
     yield f"8 x 7: {median_seconds(lambda: prefix_schedule(few, sps)) * 1e6:.0f} microseconds"

@@ -5,6 +5,7 @@ objective by autograd. Both use the same drafter, blocks and fused AdamW.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -68,7 +69,7 @@ def run() -> Iterator[str]:
     yield compare("bf16 products against plain fp32", lambda: lab(True), lambda: plain(False), 7)
     yield compare("bf16 products against plain bf16", lambda: lab(True), lambda: plain(True), 7)
     for name, bf16 in (("fp32", False), ("bf16", True)):
-        ours, theirs = peak_bytes(lambda b=bf16: lab(b)), peak_bytes(lambda b=bf16: plain(b))
+        ours, theirs = peak_bytes(partial(lab, bf16)), peak_bytes(partial(plain, bf16))
         yield (
             f"peak memory, {name}: {ours / 1e6:.0f} MB, plain {theirs / 1e6:.0f} MB: "
             f"{ours / theirs:.2f}"

@@ -116,7 +116,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
             f"{path} must be a JSON file, but cannot be read as one: {error}"
         ) from None
     if not isinstance(values, kind):
-        wanted = {dict: "object", list: "array"}.get(kind, kind.__name__)
+        wanted = "object" if kind is dict else "array" if kind is list else kind.__name__
         raise ValueError(f"{path} must hold a JSON {wanted}, got {type(values).__name__}")
     return values
 

@@ -446,7 +446,7 @@ def trace_pair(
                 pair.target,
                 drafter,
                 [question(chat) for chat in chats],
-                domains=[chat.domain for chat in chats],
+                domains=[chat.domain or "none" for chat in chats],
                 temperature=temperature,
                 max_new_tokens=tokens,
                 batch_size=40,

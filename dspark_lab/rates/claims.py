@@ -233,7 +233,7 @@ def claims_table(
     wanted = [(claim, claim[2], runs) for claim in HEADS if set(claim[2]) <= runs.keys()]
     for name, part in parts.items():
         if name.startswith("dspark"):
-            halves = _halves(part) | {"all": runs[name]}
+            halves = {**_halves(part), "all": runs[name]}
             wanted += [(claim, [name], halves) for claim in CONFIDENCE]
     rows = []
     for (claim, published, names, figure, holds, unit), drafters, of in wanted:
