@@ -363,9 +363,8 @@ def logit_bytes(step: Step, vocab: int) -> Any:
     """The logits of drafter and target that exist at one time, and their softmaxes in fp32."""
     c = step.product_bytes
     if step.objective == "full":
-        # In fp32 those of both once more, if they were narrower, three softmaxes, a difference and
-        # a gradient.
-        return step.slots * vocab * (2 * c + 4 * 2 * (c == 2) + 4 * 5)
+        # In fp32: a logarithm of a softmax, two softmaxes, their difference and its absolute value.
+        return step.slots * vocab * (2 * c + 4 * 5)
     slots = _chunk(step, vocab)
     tile = np.minimum(max(1, _TILE[step.device == "cuda"] // vocab), slots)
     return vocab * (2 * c * slots + 4 * (3 if c == 2 else 1) * tile)
@@ -587,7 +586,8 @@ def _objective(shape: Shape, step: Step) -> dict[str, Any]:
     # The forward's own results are alive as long as the objective runs.
     results = slots * (4 * d + 4 * r + step.feature_bytes * d + 64)
     if step.objective == "full":
-        return {"inside": results + logit_bytes(step, vocab), "after": slots * d * c}
+        copies = 2 * vocab * (d + r) * narrow
+        return {"inside": results + copies + logit_bytes(step, vocab), "after": slots * d * c}
     most = _chunk(step, vocab)
     gradients = c * slots * (d + r) + 4 * vocab * r
     copies = slots * (c * d * (step.feature_bytes != c) + (c * (d + r) + 2 * c * r) * narrow)
@@ -611,9 +611,23 @@ def _chunk(step: Step, vocab: int) -> Any:
     evenly = np.ceil(slots / parts)
     if step.device == "cuda":
         return evenly
-    # A draw whose slots have a few labels less may need one chunk less, and larger ones.
-    fuller = (parts - 1) * most
-    return np.where((fuller > 0) & (fuller >= 0.9 * slots), most, evenly)
+    # A draw in which more blocks reach the row's end may need one chunk less, and a full one.
+    fewest = np.maximum(slots - _labels_beyond_rows(step), 1)
+    return np.where(np.ceil(fewest / most) < parts, most, evenly)
+
+
+def _labels_beyond_rows(step: Step) -> Any:
+    """Slots whose label lies beyond the row's end: three standard deviations above their mean.
+
+    With anchors drawn uniformly from a row of one document, a block lacks 1, 2, ..., or
+    ``block_size - 1`` labels with probability 1 / candidates each.
+    """
+    candidates, block = max(step.seq_len - 1, 1), step.block_size
+    kept = np.minimum(step.num_anchors, candidates)
+    lacking = np.minimum(np.arange(block), candidates)
+    drawn = step.batch_size * kept / candidates
+    mean, square = drawn * lacking.sum(), drawn * (lacking**2).sum()
+    return mean + 3 * np.sqrt(square)
 
 
 def _attention_backward(shape: Shape, step: Step) -> dict[str, Any]:
