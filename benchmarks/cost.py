@@ -73,7 +73,7 @@ def measured_peak(
     has the softmaxes over so many tokens; ``full`` takes the objective by its definition.
     """
     torch.manual_seed(0)
-    drafter = Drafter(shape.drafter_config(block_size=block_size)).to(device).train()
+    drafter = Drafter(replace(shape, block_size=block_size).drafter_config()).to(device).train()
     target = _target(shape, target_dtype, device) if shape.target is not None else None
     if target is not None:
         drafter.use_target_embeddings(target.embed_weight, target.head_weight)

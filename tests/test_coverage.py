@@ -1,4 +1,4 @@
-"""`dspark_lab.tuning.coverage`: the closed form is the average over every draw there is.
+"""Coverage in `dspark_lab.tuning`: the closed form is the average over every draw there is.
 
 Small data sets are checked against every possible draw, walked through in plain Python, larger ones
 against many random draws. Where a test can fail by chance, its seed is fixed and the chance over
@@ -10,25 +10,28 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
+import oracle
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import CHAT, documents
 
 from dspark_lab.blocks import draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate, one_row, pack
+from dspark_lab.chats import Batch, Encoded, collate, one_row, pack
 from dspark_lab.tuning import (
     PER,
     REASONS,
     Spans,
-    Supervision,
     anchors_needed,
+    coverage_table,
     never_table,
     packing_table,
-    slot_table,
+    slot_supervision,
     supervision,
     supervision_table,
     token_coverage,
@@ -47,15 +50,20 @@ MARKS = (
 )
 
 
-def documents(*marks: str, domain: str | None = None) -> list[Encoded]:
-    """Conversations of as many tokens as there are characters, supervised where they are ``a``."""
-    chat = Chat(({"role": "assistant", "content": ""},), id="hand-made", domain=domain)
-    return [
-        Encoded(
-            torch.zeros(len(mark), dtype=torch.long), torch.tensor([c == "a" for c in mark]), chat
-        )
-        for mark in marks
-    ]
+EMPTY = Encoded(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool), CHAT)
+
+
+def unpacked() -> Batch:
+    return collate(documents(*MARKS), 0)
+
+
+def packed() -> Batch:
+    return pack(documents(*MARKS), 70, 0)
+
+
+def copies(batch: Batch, count: int) -> Batch:
+    """A batch of one row, so many times: one draw on it is as many independent draws."""
+    return Batch(**{name: value.expand(count, -1) for name, value in vars(batch).items()})
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,10 @@ def test_each_token_is_supervised_as_often_as_over_all_possible_draws(case, per)
 @given(cases(), st.sampled_from(PER))
 def test_supervision_is_what_all_possible_draws_supervise_on_average(case, per):
     times, covered = enumerated(case, per)
+    if not covered:
+        with pytest.raises(ValueError, match="no row has a label"):
+            supervision(case.spans, case.num_anchors, case.block_size, per=per)
+        return
     found = supervision(case.spans, case.num_anchors, case.block_size, per=per)
     at_slots = [
         sum(at for (_, _, k), at in times.items() if k == slot) for slot in range(case.block_size)
@@ -179,19 +191,10 @@ def test_supervision_is_what_all_possible_draws_supervise_on_average(case, per):
     assert found.rows == len(case.rows)
     kept = [len(possible_draws(replace(case, block_size=1), unit)[0]) for unit in case.units(per)]
     assert found.blocks == pytest.approx(sum(kept) / len(case.rows))
-    if found.supervised:
-        assert found.share == pytest.approx(found.covered / found.supervised)
-        assert found.times == pytest.approx(found.expected / found.supervised)
-
-
-@settings(max_examples=60)
-@given(cases(), st.sampled_from(PER))
-def test_a_token_has_a_reason_exactly_where_no_draw_and_no_block_reaches_it(case, per):
-    _, covered = enumerated(replace(case, num_anchors=99, block_size=99), per)
-    table = token_supervision(case.spans, case.num_anchors, case.block_size, per=per)
-    for line in table.itertuples():
-        assert (line.reason == "") == (covered[line.document, line.position] > 0)
-        assert (line.reason == "") == (line.p_covered > 0)
+    assert found.share == pytest.approx(found.covered / found.supervised)
+    assert found.times == pytest.approx(found.expected / found.supervised)
+    labelled = {document for document, _ in covered}
+    assert found.rows_without_label == sum(labelled.isdisjoint(row) for row in case.rows)
 
 
 def reasons(mark: str, seq_len: int | None) -> list[str]:
@@ -235,7 +238,8 @@ def test_reasons_are_those_of_reading_each_conversation_and_are_counted_right(ca
             assert math.isnan(line.of_supervised)
         else:
             assert line.of_supervised == pytest.approx(count / supervised)
-    assert case.spans.idle_documents == sum("" not in found for found in expected)
+    reached = (table["p_covered"] > 0) == (table["reason"] == "")
+    assert reached.all()
 
 
 def test_the_cut_can_leave_a_token_alone_in_its_run():
@@ -247,7 +251,7 @@ def test_the_cut_can_leave_a_token_alone_in_its_run():
         *("first of its run", "", "", "prompt", cut),
     ]
     assert never_table(spans)["tokens"].tolist() == [3, 1, 1, 3, 0]
-    assert spans.idle_documents == 1
+    assert spans.rows_without_label == 1
 
 
 def test_a_token_in_the_middle_of_ten_candidates_is_supervised_as_can_be_counted():
@@ -278,10 +282,6 @@ def slots_drawn(batch: Batch, num_anchors: int, block_size: int, seed: int) -> n
     return times
 
 
-def copies(batch: Batch, count: int) -> Batch:
-    return Batch(**{name: value.expand(count, -1) for name, value in vars(batch).items()})
-
-
 @pytest.mark.parametrize("per", PER)
 def test_many_draws_supervise_as_often_as_expected_at_each_slot(per):
     draws, anchors, block_size = 10_000, 9, 5
@@ -304,18 +304,6 @@ def test_many_draws_supervise_as_often_as_expected_at_each_slot(per):
     assert np.abs(covered - table["p_covered"].to_numpy()).max() < worst
 
 
-@pytest.mark.parametrize("per", PER)
-def test_supervision_is_the_sum_over_the_tokens(per):
-    spans = Spans.of(documents(*MARKS), seq_len=33, row_length=70)
-    table = token_supervision(spans, 6, 4, per=per)
-    found = supervision(spans, 6, 4, per=per)
-    by_slot = [table[f"slot_{slot}"].sum() for slot in range(4)]
-    assert found.expected_by_slot.tolist() == pytest.approx(by_slot)
-    assert found.weighted == pytest.approx(table["weighted"].sum())
-    assert found.covered == pytest.approx(table["p_covered"].sum())
-    assert found.labels == (table["reason"] == "").sum()
-
-
 def random_marks(count: int, seed: int) -> list[str]:
     """Conversations of one to three answers of up to 30 tokens, with prompts between them."""
     rng = np.random.default_rng(seed)
@@ -328,7 +316,9 @@ def random_marks(count: int, seed: int) -> list[str]:
 def test_a_data_set_is_the_sum_of_its_conversations():
     encoded = documents(*random_marks(200, 0))
     whole = supervision(encoded, 8, 5)
-    each = [supervision(item, 8, 5) for item in encoded]
+    labelled = [item for item in encoded if Spans.of(item).rows_without_label == 0]
+    assert whole.rows_without_label == 200 - len(labelled) > 0
+    each = [supervision(item, 8, 5) for item in labelled]
     assert whole.expected_by_slot.tolist() == pytest.approx(sum(e.expected_by_slot for e in each))
     assert whole.covered == pytest.approx(sum(e.covered for e in each))
     assert whole.labels == sum(e.labels for e in each)
@@ -341,23 +331,6 @@ def test_packing_changes_nothing_for_anchors_counted_by_document():
     unpacked = supervision(encoded, 8, 5, per="row")
     assert packed.expected_by_slot.tolist() == pytest.approx(unpacked.expected_by_slot.tolist())
     assert packed.covered == pytest.approx(unpacked.covered)
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(9, 40))
-def test_documents_are_packed_exactly_as_pack_does(lengths, row_length):
-    encoded = documents(*["a" * length for length in lengths])
-    spans = Spans.of(encoded, row_length=row_length)
-    batch = pack(encoded, row_length, 0)
-    assert spans.rows == len(batch.chat_index)
-    for row, indices in enumerate(batch.chat_index.tolist()):
-        begin = 0
-        for document in indices:
-            if document >= 0:
-                assert (spans.document_row[document], spans.document_start[document]) == (
-                    row,
-                    begin,
-                )
-                begin += lengths[document]
 
 
 @pytest.mark.parametrize("row_length", [None, 70])
@@ -381,7 +354,7 @@ def test_a_batch_has_the_spans_of_its_conversations(row_length):
 
 
 def test_cutting_is_what_a_shorter_conversation_would_be():
-    for seq_len in (1, 5, 13, 40):
+    for seq_len in (3, 5, 13, 40):
         cut = documents(*[mark[:seq_len] for mark in MARKS])
         ours = supervision(Spans.of(documents(*MARKS), seq_len=seq_len), 4, 3)
         theirs = supervision(cut, 4, 3)
@@ -403,15 +376,6 @@ def test_one_document_is_its_lines_of_the_whole_table():
             pd.testing.assert_frame_equal(one, lines)
 
 
-def test_a_row_of_a_batch_is_covered_as_its_documents_are():
-    batch = pack(documents(*MARKS), 70, 0)
-    table = token_supervision(batch, 9, 4)
-    inside = batch.attention_mask
-    coverage = token_coverage(batch, 9, 4)
-    assert coverage[inside].tolist() == pytest.approx(table["p_covered"].tolist())
-    assert coverage[~inside].eq(0).all()
-
-
 def test_more_anchors_and_longer_blocks_cover_more_until_only_the_first_tokens_are_left():
     spans = Spans.of(documents(*MARKS))
     by_anchors = [supervision(spans, n, 4).covered for n in (1, 3, 9, 27, 81)]
@@ -419,47 +383,6 @@ def test_more_anchors_and_longer_blocks_cover_more_until_only_the_first_tokens_a
     assert by_anchors == sorted(set(by_anchors)) and by_slots == sorted(set(by_slots))
     # 40 - 3, then 5 + 15 - 2, then 2 - 1 and 3 - 1, then 29 - 1.
     assert supervision(spans, 10**9, 1).covered == supervision(spans, 1, 4).labels == 86
-
-
-def two_domains() -> Spans:
-    encoded = documents(*MARKS[:2], domain="math") + documents(*MARKS[2:], "...")
-    return Spans.of(encoded, seq_len=30, row_length=60)
-
-
-@pytest.mark.parametrize("per", PER)
-def test_domains_add_up_to_the_whole(per):
-    spans = two_domains()
-    assert spans.domains == ("math", "none")
-    table = supervision_table(spans, (2, 8), (3,), per=per, by_domain=True)
-    assert table["domain"].tolist() == ["math", "none"] * 2
-    tokens = token_supervision(spans, 8, 3, per=per)
-    for name, chosen in (("math", tokens["document"] < 2), ("none", tokens["document"] >= 2)):
-        [line] = table[(table["domain"] == name) & (table["num_anchors"] == 8)].to_dict("records")
-        assert line["covered"] == pytest.approx(tokens["p_covered"][chosen].sum())
-        assert line["expected"] == pytest.approx(tokens["times"][chosen].sum())
-        assert (
-            line["supervised"]
-            == (tokens["supervised"] & (tokens["reason"] != "cut off"))[chosen].sum()
-        )
-        assert line["labels"] == (tokens["reason"] == "")[chosen].sum()
-    whole = supervision_table(spans, (2, 8), (3,), per=per)
-    for name in ("blocks", "supervised", "labels", "expected", "weighted", "covered"):
-        sums = table.groupby("num_anchors")[name].sum()
-        assert sums.tolist() == pytest.approx(whole[name].tolist())
-
-
-def test_reasons_of_domains_add_up_to_the_whole():
-    spans = two_domains()
-    by_domain = never_table(spans, by_domain=True)
-    assert by_domain["reason"].tolist() == [*REASONS[:-1]] * 2
-    whole = never_table(spans).set_index("reason")
-    for name in ("tokens", "documents"):
-        sums = by_domain.groupby("reason")[name].sum()
-        assert sums.to_dict() == whole[name].drop("padding").to_dict()
-    # The first 30 of its 40 tokens are there, 28 of its 38 supervised ones; its neighbour is whole.
-    [cut] = by_domain[by_domain["reason"] == "cut off"]["tokens"][:1]
-    assert cut == 10
-    assert by_domain["of_tokens"][:4].sum() == pytest.approx(1 - (27 + 18) / (40 + 27))
 
 
 def test_a_table_has_a_line_for_each_choice_and_is_what_supervision_says():
@@ -472,12 +395,11 @@ def test_a_table_has_a_line_for_each_choice_and_is_what_supervision_says():
         assert (line["per"], line["block_size"], line["num_anchors"]) == (per, k, n)
         for name in list(line)[3:]:
             assert line[name] == getattr(found, name)
-    assert [table[name].dtype.kind for name in table] == list("Oiifiifffff")
 
 
 def test_slots_of_a_table_add_up():
     spans = Spans.of(documents(*MARKS), row_length=70)
-    table = slot_table(spans, 9, 5, gamma=3.0)
+    table = slot_supervision(spans, 9, 5, gamma=3.0)
     found = supervision(spans, 9, 5, gamma=3.0)
     assert table["slot"].tolist() == list(range(5))
     assert table["weight"].tolist() == pytest.approx([math.exp(-k / 3) for k in range(5)])
@@ -496,51 +418,161 @@ def test_anchors_needed_can_be_counted_by_document():
         assert supervision(spans, enough - 1, 3, per=per).share < 0.6
 
 
-def test_nothing_supervised_is_nothing_covered():
-    spans = Spans.of(documents("...", ".."))
-    found = supervision(spans, 4, 3)
-    assert (found.expected, found.weighted, found.covered, found.blocks) == (0, 0, 0, 0)
-    assert math.isnan(found.share) and math.isnan(found.times)
-    assert spans.idle_documents == 2
-    table = token_supervision(spans, 4, 3)
-    assert table["reason"].tolist() == ["prompt"] * 5
-    assert not table["supervised"].any() and table["p_covered"].eq(0).all()
+@settings(max_examples=60)
+@given(cases())
+def test_token_coverage_of_a_batch_is_the_share_of_all_possible_draws(case):
+    encoded = documents(*case.cut)
+    batch = collate(encoded, 0) if case.row_length is None else pack(encoded, case.row_length, 0)
+    n, k = case.num_anchors, case.block_size
+    expected = oracle.coverage(
+        batch.loss_mask.tolist(), n, k, doc_remaining=batch.doc_remaining.tolist()
+    )
+    got = token_coverage(batch, n, k)
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
 
 
-def test_tokens_hold_numbers_in_their_columns():
-    table = token_supervision(documents(*MARKS), 4, 2)
-    assert [table[name].dtype.kind for name in table] == list("iibifffffO")
-    assert isinstance(supervision(documents(*MARKS), 4, 2), Supervision)
+def mean_token_coverage(batch: Batch, num_anchors: int, block_size: int) -> float:
+    return float(token_coverage(batch, num_anchors, block_size)[batch.loss_mask].mean())
+
+
+@pytest.mark.parametrize("batch", [unpacked(), packed()], ids=["unpacked", "packed"])
+def test_a_coverage_table_holds_means_over_the_supervised_tokens(batch):
+    table = coverage_table(batch, num_anchors=(1, 4, 64), block_sizes=(1, 7))
+    choices = [(k, n) for k in (1, 7) for n in (1, 4, 64)]
+    for (k, n), line in zip(choices, table.itertuples(), strict=True):
+        assert (line.block_size, line.num_anchors) == (k, n)
+        assert line.expected == pytest.approx(mean_token_coverage(batch, n, k))
+        found = supervision(batch, n, k)
+        assert line.supervisions == pytest.approx(found.expected / found.supervised)
+        assert line.blocks == found.blocks
+
+
+def test_sampled_is_what_one_draw_of_the_seed_covers():
+    batch = packed()
+    table = coverage_table(batch, num_anchors=(2, 9), block_sizes=(3,), seed=5)
+    for num_anchors, sampled in zip((2, 9), table["sampled"], strict=True):
+        blocks = draw_blocks(batch, num_anchors, 3, seed=5)
+        times = oracle.times_supervised(
+            70, blocks.anchor_positions.tolist(), blocks.eval_mask.tolist()
+        )
+        covered = sum(count > 0 for row in times for count in row)
+        assert sampled == pytest.approx(covered / int(batch.loss_mask.sum()))
+
+
+def test_draws_are_independent_of_each_other():
+    # One anchor of this row covers one of two runs: 1 of 8 or 5 of 8 tokens.
+    batch = collate(documents("aa.aaaaaa"), 0)
+    draws = 800
+    (line,) = coverage_table(batch, (1,), (7,), draws=draws).itertuples()
+    error = math.sqrt(math.log(2 / RISK) / (2 * draws))
+    assert line.sampled == pytest.approx(line.expected, abs=error)
+
+
+def test_anchors_needed_is_the_smallest_number_that_reaches_the_goal():
+    batch = packed()
+    goals = (0.1, 0.3, 0.5, 0.8, 0.9)
+    table = anchors_needed(batch, goals, (1, 4, 7))
+    assert table["goal"].tolist() == list(goals) * 3
+    assert table["block_size"].tolist() == [1] * 5 + [4] * 5 + [7] * 5
+    for line in table.itertuples():
+        enough = int(line.num_anchors)
+        assert line.expected == pytest.approx(mean_token_coverage(batch, enough, line.block_size))
+        assert line.expected >= line.goal
+        if enough > 1:
+            assert mean_token_coverage(batch, enough - 1, line.block_size) < line.goal
+    assert table["num_anchors"].min() == 1 and table["num_anchors"].max() > 50
+    assert table["num_anchors"].dtype == pd.Int64Dtype()
+
+
+def test_no_number_of_anchors_reaches_a_goal_above_the_ceiling():
+    # Of ten supervised tokens, the first of each of two runs is never a label.
+    batch = collate(documents("aaaa.aaaaaa"), 0)
+    table = anchors_needed(batch, (0.5, 0.8, 0.81, 1.0), (3,))
+    assert table["ceiling"].tolist() == [0.8] * 4
+    assert table["num_anchors"].isna().tolist() == [False, False, True, True]
+    assert table["expected"].isna().tolist() == [False, False, True, True]
+    assert table["num_anchors"][1] == 8
+    alone = anchors_needed(collate(documents("a.a.a"), 0), (0.01,), (7,))
+    assert alone["ceiling"].tolist() == [0.0] and alone["num_anchors"].isna().all()
+
+
+def test_a_packing_table_counts_anchors_per_document_and_per_packed_row():
+    lengths, encoded = (40, 55, 200), documents(*MARKS)
+    table = packing_table(encoded, lengths, (2, 9), block_size=4)
+    batches = [unpacked(), *(pack(encoded, length, 0) for length in lengths)]
+    expected = [mean_token_coverage(batch, n, 4) for batch in batches for n in (2, 9)]
+    assert table["expected"].tolist() == pytest.approx(expected)
+    rows = [len(batch.input_ids) for batch in batches]
+    assert table["documents"].tolist() == [4 / count for count in rows for _ in (2, 9)]
+    assert table["anchors per"].tolist() == ["document"] * 2 + ["row"] * 6
+    assert table["num_anchors"].tolist() == [2, 9] * 4
+    names = table["row"].unique()[1:]
+    assert all(str(length) in name for length, name in zip(lengths, names, strict=True))
+
+
+def test_packing_more_documents_into_a_row_lowers_what_a_fixed_number_of_anchors_covers():
+    twins = documents(*[MARKS[0]] * 8)
+    table = packing_table(twins, (80, 160, 320), (16,))
+    assert table["documents"].tolist() == [1, 2, 4, 8]
+    assert table["expected"].is_monotonic_decreasing
+    assert table["expected"].iloc[-1] < table["expected"].iloc[0] / 2
+
+
+def test_rows_without_a_label_are_counted_and_refused_where_there_is_no_other():
+    spans = Spans.of(documents("..", "a.a", ".aaa", "aa"), seq_len=3)
+    assert supervision(spans, 4, 3).rows_without_label == 2
+    assert supervision_table(spans, (4,), (3,))["rows_without_label"].tolist() == [2]
+    for call in (supervision, slot_supervision):
+        with pytest.raises(ValueError, match="no row has a label"):
+            call(documents("...", "a.a"), 4, 3)
+    with pytest.raises(ValueError, match="no row has a label"):
+        supervision_table(documents("..."))
+    nothing = token_supervision(documents("...", ".."), 4, 3)
+    assert nothing["reason"].tolist() == ["prompt"] * 5 and nothing["p_covered"].eq(0).all()
+    unsupervised: Any = collate(documents("...", ".."), 0)
+    for call in (coverage_table, anchors_needed):
+        with pytest.raises(ValueError, match="coverage needs a supervised token"):
+            call(unsupervised)
+    with pytest.raises(ValueError, match="coverage needs a supervised token"):
+        packing_table(documents("...", ".."), (8,))
+
+
+def test_tables_hold_numbers_in_their_columns():
+    encoded = documents(*MARKS)
+    for table, kinds in (
+        (token_supervision(encoded, 4, 2), "iibifffffO"),
+        (coverage_table(unpacked(), (4,), (7,)), "iiffff"),
+        (supervision_table(encoded, (4,), (2,)), "Oiifiifffffi"),
+    ):
+        assert [table[name].dtype.kind for name in table] == list(kinds)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
         (lambda e: Spans.of([]), ValueError, "data must hold at least one conversation, got none"),
-        (lambda e: Spans.of(["a"]), TypeError, "data must be Encoded or a Batch, got str"),
-        (lambda e: Spans.of(documents("a", "")), ValueError, "'hand-made' must have at least one"),
+        (lambda e: Spans.of(["a"]), TypeError, "data"),
+        (lambda e: Spans.of([EMPTY]), ValueError, "'hand-made' must have at least one token"),
         (lambda e: Spans.of(e, seq_len=0), ValueError, "seq_len must be >= 1, got 0"),
-        (lambda e: Spans.of(e, row_length=9.0), TypeError, "row_length must be an int, got 9.0"),
+        (lambda e: Spans.of(e, row_length=9.0), TypeError, "row_length must be an int.*got 9.0"),
         (
             lambda e: Spans.of(e, row_length=39),
             ValueError,
             "conversation 'hand-made' has 40 tokens, more than length 39 of a row; cut it with",
         ),
         (lambda e: Spans.of(collate(e, 0), seq_len=9), ValueError, "a batch has its rows already"),
-        (
-            lambda e: Spans.of([replace(e[0], loss_mask=torch.ones(40))]),
-            TypeError,
-            "loss_mask must be bool, got torch.float32",
-        ),
+        (lambda e: Spans.of(Spans.of(e), seq_len=9), ValueError, "spans have their rows already"),
         (lambda e: supervision(e, 0, 4), ValueError, "num_anchors must be >= 1, got 0"),
         (lambda e: supervision(e, 4, 0), ValueError, "block_size must be >= 1, got 0"),
-        (lambda e: supervision(e, 4, 4, gamma=0), ValueError, "gamma must be > 0, got 0"),
-        (lambda e: supervision(e, 4, 4, gamma="4"), TypeError, "gamma must be a number, got '4'"),
-        (lambda e: supervision(e, 4, 4, per="batch"), ValueError, "per must be one of .* 'batch'"),
-        (lambda e: token_supervision(e, 0, 4), ValueError, "num_anchors must be >= 1, got 0"),
-        (lambda e: token_supervision(e, 4, 0), ValueError, "block_size must be >= 1, got 0"),
-        (lambda e: token_supervision(e, 4, 4, per="x"), ValueError, "per must be one of .* 'x'"),
-        (lambda e: token_supervision(e, 4, 4, gamma=-1), ValueError, "gamma must be > 0, got -1"),
+        (lambda e: supervision(e, 4, 4, gamma=0), ValueError, "^gamma must be > 0.*got 0"),
+        (
+            lambda e: supervision(e, 4, 4, gamma=1e-300),
+            ValueError,
+            "^gamma must be > 0.*got 1e-300",
+        ),
+        (lambda e: supervision(e, 4, 4, gamma="4"), TypeError, "gamma must be a .*, got '4'"),
+        (lambda e: supervision(e, 4, 4, per="batch"), ValueError, "per must be 'row' or .*'batch'"),
+        (lambda e: supervision_table(e, (4, 0)), ValueError, "num_anchors.* must be >= 1, got 0"),
         (
             lambda e: token_supervision(e, 4, 4, document=4),
             ValueError,
@@ -548,6 +580,13 @@ def test_tokens_hold_numbers_in_their_columns():
         ),
         (lambda e: token_supervision(e, 4, 4, document=-1), ValueError, "document must be >= 0"),
         (lambda e: packing_table(e, (39,)), ValueError, "more than length 39"),
+        (lambda e: packing_table([], (8,)), ValueError, "at least one conversation"),
+        (lambda e: token_coverage(collate(e, 0), 2.0, 4), TypeError, "num_anchors must be an int"),
+        (lambda e: coverage_table(collate(e, 0), draws=0), ValueError, "draws must be >= 1, got 0"),
+        *(
+            (lambda e, goal=goal: anchors_needed(e, (0.5, goal)), ValueError, "goals.* must lie in")
+            for goal in (0, -0.5, 1.01, math.nan, math.inf)
+        ),
     ],
 )
 def test_an_impossible_choice_says_what_is_wrong(call, error, sentence):

@@ -39,7 +39,7 @@ from dspark_lab.tuning import (
     fit_table,
     memory_table,
     never_table,
-    slot_table,
+    slot_supervision,
     supervision_table,
     training_cost,
 )
@@ -435,7 +435,7 @@ def by_hand(**settings) -> dict[str, pd.DataFrame]:
     return {
         "options": choice.table,
         "coverage": supervision_table(spans, tried, (block_size,), per=per),
-        "slots": slot_table(spans, num_anchors, block_size, per=per),
+        "slots": slot_supervision(spans, num_anchors, block_size, per=per),
         "never": never_table(spans),
         "cost": training_cost(SHAPE, seq_len=mean, **sizes),
         "memory": memory_table(SHAPE, seq_len=longest, **sizes),
@@ -707,8 +707,8 @@ def test_too_many_blocks_to_look_at_are_said_in_words_and_can_be_left():
         ({"seq_len": 0}, "seq_len must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"gamma": 0}, "loss_decay_gamma must be a finite number > 0, got 0"),
-        ({"dtype": "fp8"}, "dtype must be one of .*, got 'fp8'"),
-        ({"features": "stale"}, "features must be one of .*, got 'stale'"),
+        ({"dtype": "fp8"}, "dtype must be .*, got 'fp8'"),
+        ({"features": "stale"}, "features must be .*, got 'stale'"),
         ({"per": "chat"}, r"per must be one of \('row', 'document'\), got 'chat'"),
         ({"card": "H1000"}, r"card must be one of \('T4', .*\), got 'H1000'"),
         ({"card": MEASURED}, r"card must be one of \('T4', .*\), got 'measured here'"),

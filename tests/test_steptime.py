@@ -100,10 +100,8 @@ def test_without_others_each_step_is_predicted_from_the_rest():
     fit = fit_step_time(table)
     assert fit.error == pytest.approx(np.mean(errors))
     assert fit.worst_error == pytest.approx(max(errors))
-
-
-def test_two_steps_leave_the_error_unknown():
-    fit = fit_step_time(steps([1, 2], [1.0, 1.5]))
+    # Two steps leave none to hold out.
+    fit = fit_step_time(table[:2])
     assert math.isnan(fit.error) and fit.held_out == 0
     assert str(fit).endswith("unknown")
 
@@ -123,7 +121,7 @@ def test_noise_of_some_percent_gives_an_error_of_some_percent():
 @pytest.mark.parametrize(
     "table, error, match",
     [
-        ([1, 2], TypeError, "table must be a DataFrame, got list"),
+        ([1, 2], TypeError, "table must be .*DataFrame.*, got .1, 2"),
         (pd.DataFrame({"seconds": [1.0]}), ValueError, "must have a column 'operations'"),
         (steps([1, 1], [1.0, 2.0]), ValueError, "two different numbers of operations"),
         (steps([1, 2], [1.0, 0.0]), ValueError, "table's seconds must be finite numbers > 0"),
@@ -143,7 +141,7 @@ def test_what_is_no_table_of_steps_is_refused(table, error, match):
 
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
 def test_times_below_0_are_no_times(value):
-    with pytest.raises(ValueError, match="seconds_per_operation must be finite and >= 0"):
+    with pytest.raises(ValueError, match="seconds_per_operation must be (finite|>= 0)"):
         StepTime(1.0, value, 0.0, 0.0, 1)
 
 
@@ -193,8 +191,15 @@ def test_a_measurement_leaves_the_random_numbers_as_they_are():
 
 @pytest.mark.parametrize(
     "options, error",
-    [({"runs": 0}, ValueError), ({"warmup": 1.0}, TypeError), ({"dtype": "fp8"}, ValueError)],
+    [
+        ({"runs": 0}, ValueError),
+        ({"warmup": 1.0}, TypeError),
+        ({"dtype": "fp8"}, ValueError),
+        ({"num_anchors": (0,)}, ValueError),
+        ({"seq_lens": None}, TypeError),
+        ({"device": "abacus"}, ValueError),
+    ],
 )
 def test_a_measurement_that_cannot_be_is_refused(options, error):
-    with pytest.raises(error):
-        measure_steps(Shape.of(tiny_drafter().config), (8,), (2,), **options)
+    with pytest.raises(error, match=next(iter(options))):
+        measure_steps(Shape.of(tiny_drafter().config), **options)

@@ -1,4 +1,4 @@
-"""`dspark_lab.tuning.choice.training`: gains and costs of every option, and the best that fits."""
+"""`choose_training`: gains and costs of every option, and the best that fits."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_a_card_is_taken_at_a_share_of_its_peak_and_says_that_it_is_assumed():
     speed = CARDS["H100"].operations_per_second * 0.4
     assert np.allclose(choice.table["seconds"], choice.table["operations"] / speed)
     assert math.isnan(choice.sure) and "speed assumed, not measured" in choice.reason
-    with pytest.raises(ValueError, match="utilisation must be in"):
+    with pytest.raises(ValueError, match="utilisation must lie in"):
         card_time("H100", 0)
     with pytest.raises(ValueError, match="card must be one of .*got 'H1000'"):
         card_time("H1000")
@@ -186,3 +186,32 @@ def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
     assert found.sure == pytest.approx(1.0)
     with pytest.raises(ValueError, match=r"none of \[\(5, 8\)\]"):
         predict_sweep(sweep[sweep["num_anchors"] * sweep["block_size"] != 40], CHATS, SHAPE, config)
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"num_anchors": ()}, ValueError, "num_anchors must not be empty"),
+        ({"block_sizes": ()}, ValueError, "block_sizes must not be empty"),
+        ({"seq_lens": ()}, ValueError, "seq_lens must not be empty"),
+        ({"num_anchors": (0,)}, ValueError, "num_anchors.* must be >= 1, got 0"),
+        ({"num_anchors": None}, TypeError, "num_anchors must be .*got None"),
+        ({"data": []}, ValueError, "data must not be empty"),
+        ({"data": None}, TypeError, "data must be .*got None"),
+        ({"shape": "pocket"}, TypeError, "shape must be a Shape, got 'pocket'"),
+        ({"shape": None}, TypeError, "shape must be a Shape, got None"),
+        ({"time": None}, TypeError, "time must be .*got None"),
+        ({"time": "H1000"}, ValueError, "card must be one of .*got 'H1000'"),
+        ({"memory": "H1000"}, ValueError, "memory must be bytes or one of .*got 'H1000'"),
+        ({"gamma": 1e-300}, ValueError, "^gamma must be > 0.*got 1e-300"),
+        (
+            {"usable": 0},
+            ValueError,
+            "usable must lie in",
+        ),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_refused(options, error, match):
+    given = {"data": CHATS, "shape": SHAPE, "time": TIME, "memory": 1e9} | options
+    with pytest.raises(error, match=match):
+        choose_training(**given)

@@ -58,7 +58,7 @@ from dspark_lab.tuning import (
     memory_table,
     never_table,
     row_blocks,
-    slot_table,
+    slot_supervision,
     supervision_table,
     training_cost,
     usable_bytes,
@@ -372,7 +372,7 @@ def explore_training_budget(
         "vocabulary": vocabulary,
         "device": device,
     }
-    Step.of(shape, seq_len, num_anchors, block_size, batch_size=batch_size, **step_options)
+    Step(seq_len, num_anchors, block_size, batch_size, **step_options).require_fit(shape)
     if time is None and memory is not None:
         raise ValueError(f"memory must come with a time, got {memory} without")
     if time is not None and not isinstance(time, StepTime):
@@ -447,7 +447,7 @@ def explore_training_budget(
                 "recommended": _recommended(choice),
                 "settings": pd.DataFrame([asdict(settings)]),
                 "coverage": supervision_table(spans, tried, (k,), gamma=gamma, per=per),
-                "slots": slot_table(spans, n, k, gamma=gamma, per=per),
+                "slots": slot_supervision(spans, n, k, gamma=gamma, per=per),
                 "never": never_table(spans),
                 "cost": cost,
                 "memory": memory_table(shape, seq_len=longest, **step),

@@ -33,7 +33,7 @@ def plot_slots(table: pd.DataFrame) -> Figure:
     """How often each slot of a block has a label in a pass, and what that weighs in the loss.
 
     Args:
-        table: from :func:`dspark_lab.tuning.slot_table`: ``slot``, ``expected``, ``weighted``.
+        table: from :func:`dspark_lab.tuning.slot_supervision`: ``slot``, ``expected``, ``weighted``.
     """
     figure, ax = new_figure(7, 3.2)
     bar: dict[str, Any] = {"width": 0.38, "edgecolor": INK, "linewidth": 0}

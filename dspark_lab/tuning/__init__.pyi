@@ -6,47 +6,27 @@ from .choice import (
     row_blocks,
     sweep_check,
 )
-from .cost import (
-    TILE,
-    AttentionWork,
-    anchored_work,
-    drafting_cost,
-    expected_work,
-    training_cost,
-    verify_cost,
-)
+from .cost import TILE, AttentionWork, expected_work, training_cost
 from .coverage import (
-    PER,
     REASONS,
-    Per,
-    Spans,
     Supervision,
     anchors_needed,
     coverage_table,
     never_table,
     packing_table,
-    reaching_anchors,
-    slot_table,
+    slot_supervision,
     supervision,
     supervision_table,
     token_coverage,
     token_supervision,
 )
 from .jobs import run_jobs
-from .memory import (
-    WIDTH,
-    Dtype,
-    Step,
-    card_table,
-    fit_table,
-    kept_bytes,
-    logit_bytes,
-    memory_table,
-    training_memory,
-    usable_bytes,
-)
+from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
+from .moments import StepBytes
 from .settings import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
 from .shape import CARDS, TARGETS, Card, Layers, Shape
+from .spans import PER, Per, Spans
+from .step import Dtype, Step
 from .steptime import StepTime, fit_step_time, measure_steps
 from .sweep import (
     BUDGETS,
@@ -75,6 +55,7 @@ __all__ = [
     "Shape",
     "Spans",
     "Step",
+    "StepBytes",
     "StepTime",
     "Supervision",
     "SweepConfig",
@@ -83,41 +64,34 @@ __all__ = [
     "TRAINERS",
     "TrainingChoice",
     "TrainingSettings",
-    "WIDTH",
-    "anchored_work",
     "anchors_needed",
     "card_table",
     "card_time",
     "cell_table",
+    "choose_training",
     "coverage_table",
-    "drafting_cost",
     "expected_work",
     "export",
     "fit_step_time",
     "fit_table",
-    "kept_bytes",
     "load_sweep",
-    "logit_bytes",
     "measure_steps",
     "memory_table",
     "never_table",
     "packing_table",
     "predict_sweep",
-    "reaching_anchors",
     "row_blocks",
     "run_cell",
     "run_jobs",
     "run_sweep",
-    "slot_table",
+    "slot_supervision",
     "supervision",
     "supervision_table",
     "sweep_check",
     "sweep_table",
     "token_coverage",
     "token_supervision",
-    "choose_training",
     "training_cost",
     "training_memory",
     "usable_bytes",
-    "verify_cost",
 ]

@@ -4,70 +4,49 @@
     choice = choose_training(spans, Shape.of("qwen3-4b"), time="H100", memory="H100")
     choice.reason, choice.table, choice.settings
 
-What an option gains in a step is its *supervision*: the number of different tokens that are
-supervised at all (a token's second block of the same step teaches little that the first did not),
-times what a block is worth, the summed weights w_0 + ... + w_(K-1) of its slots, which is about
-the accepted length of a block whose slots are accepted with probability exp(-1 / gamma). What it
-takes is known from ``dspark_lab.tuning.cost``, ``dspark_lab.tuning.memory`` and ``dspark_lab.tuning.steptime``. The best
-option gains most a second among those that fit.
+An option's gain in a step is the number of different tokens that are supervised at all (a token's
+second block of the same step teaches little that the first did not), times the summed weights
+w_0 + ... + w_(K-1) of a block's slots, which is about the accepted length of a block whose slots
+are accepted with probability exp(-1 / gamma). Its cost is known from operations, memory and step
+times. The best option gains most a second among those that fit.
 
-That is a model of what is worth having, not of what is learned: :func:`sweep_check` holds it
-against drafters that were really trained. This file knows options and what each gains and takes.
+This models how much is supervised, not how much is learned: :func:`sweep_check` compares it with
+drafters that were really trained.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
 from dspark_lab.chats import Batch, Encoded
-from dspark_lab.checks import require_int
-from dspark_lab.tuning.cost import training_cost
-from dspark_lab.tuning.coverage import (
-    Per,
-    Spans,
-    anchors_needed,
-    coverage_table,
-    never_table,
-    packing_table,
-    reaching_anchors,
-    slot_table,
-    supervision,
-    supervision_table,
-    token_coverage,
-    token_supervision,
-)
-from dspark_lab.tuning.memory import Dtype, training_memory, usable_bytes
+from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
+from dspark_lab.model import DecayGamma
+from dspark_lab.tuning.cost import step_cost
+from dspark_lab.tuning.coverage import supervision
+from dspark_lab.tuning.memory import usable_bytes
+from dspark_lab.tuning.moments import StepBytes
 from dspark_lab.tuning.settings import TrainingSettings
 from dspark_lab.tuning.shape import CARDS, Card, Shape
+from dspark_lab.tuning.spans import Per, Spans
+from dspark_lab.tuning.step import Dtype, Step
 from dspark_lab.tuning.steptime import StepTime, fit_step_time
 from dspark_lab.tuning.sweep import SweepConfig
 
 __all__ = [
-    "Spans",
     "TrainingChoice",
-    "anchors_needed",
     "card_time",
-    "coverage_table",
-    "never_table",
-    "packing_table",
-    "predict_sweep",
-    "reaching_anchors",
-    "row_blocks",
-    "slot_table",
-    "supervision",
-    "supervision_table",
-    "sweep_check",
-    "token_coverage",
-    "token_supervision",
     "choose_training",
+    "predict_sweep",
+    "row_blocks",
+    "sweep_check",
 ]
 
 # The share of a card's peak that training steps of transformers commonly reach; an assumption.
@@ -77,12 +56,12 @@ _RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
 
 @dataclass(frozen=True, eq=False)
 class TrainingChoice:
-    """What :func:`choose_training` returns.
+    """The result of :func:`choose_training`.
 
     ``table``: every option, see there. ``best`` and ``runner_up``: its rows (None where nothing
-    fits, or nothing else does). ``sure``: how probable it is that the best is faster in gaining
-    than the runner-up, given the error of the step times; NaN where that error is not known.
-    ``reason``: a sentence.
+    fits, or nothing else does). ``sure``: the probability that the best gains faster than the
+    runner-up, given the error of the step times; NaN where that error is not known. ``reason``: a
+    sentence.
     """
 
     table: pd.DataFrame
@@ -95,11 +74,7 @@ class TrainingChoice:
 
     @property
     def settings(self) -> TrainingSettings:
-        """The best option, to be exported.
-
-        Raises:
-            ValueError: nothing fits.
-        """
+        """The best option, to be exported; a ValueError with the reason where nothing fits."""
         if self.best is None:
             raise ValueError(self.reason)
         return TrainingSettings(
@@ -111,46 +86,53 @@ class TrainingChoice:
         )
 
 
-def card_time(card: Card | str, utilisation: float = UTILISATION) -> StepTime:
-    """A step time for a card that is not at hand: a share of its peak, and nothing fixed.
+@checked
+def card_time(
+    card: Card | str, utilisation: Annotated[float, Within(0, 1, above=True)] = UTILISATION
+) -> StepTime:
+    """Step times on a card that is not at hand: a share of its peak, and nothing fixed.
 
-    Its error is not known (NaN): measure where you can (:mod:`dspark_lab.tuning.steptime`).
-
-    Raises:
-        ValueError: no such card, or a share outside (0, 1].
+    Their error is not known (NaN): measure where you can (:func:`measure_steps`).
     """
-    found = _card(card)
-    if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation must be in (0, 1], got {utilisation}")
-    per_operation = 1 / (found.operations_per_second * utilisation)
+    if isinstance(card, str):
+        if card not in CARDS:
+            raise ValueError(f"card must be one of {list(CARDS)}, got {card!r}")
+        card = CARDS[card]
+    per_operation = 1 / (card.operations_per_second * utilisation)
     return StepTime(0.0, per_operation, math.nan, math.nan, 0)
 
 
+@checked
 def choose_training(
-    data: Spans | Batch | Sequence[Encoded],
+    data: Spans | Batch | Annotated[Sequence[Encoded], NotEmpty()],
     shape: Shape,
     *,
     time: StepTime | Card | str,
     memory: float | Card | str | None = None,
-    num_anchors: Sequence[int] = (8, 16, 32, 64, 128, 256, 512),
-    block_sizes: Sequence[int] = (7,),
-    seq_lens: Sequence[int] | None = None,
+    num_anchors: Annotated[Sequence[Count], NotEmpty()] = (8, 16, 32, 64, 128, 256, 512),
+    block_sizes: Annotated[Sequence[Count], NotEmpty()] = (7,),
+    seq_lens: Annotated[Sequence[Count], NotEmpty()] | None = None,
     packed: bool = False,
     per: Per = "row",
-    batch_size: int = 1,
-    gamma: float = 4.0,
-    dtype: Dtype = "bf16",
+    batch_size: Count = 1,
+    gamma: DecayGamma = 4.0,
     usable: float = 0.92,
-    **options: Any,
+    dtype: Dtype = "bf16",
+    features: Literal["live", "cached"] = "live",
+    target_dtype: Dtype | None = None,
+    objective: Literal["chunked", "full"] = "chunked",
+    supervised: Share = 1.0,
+    vocabulary: Count | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
 ) -> TrainingChoice:
-    """Every combination of anchors, block size and row length: what it gains, what it takes.
+    """The gain and the cost of every combination of anchors, block size and row length.
 
     Args:
         data: conversations; or spans or a batch, whose rows are then as they are.
         shape: of target and drafter.
         time: of steps, as fitted; or a card, of whose peak :data:`UTILISATION` is assumed.
         memory: bytes, or a card; everything fits where None.
-        num_anchors, block_sizes: what to try.
+        num_anchors, block_sizes: the choices.
         seq_lens: tokens that conversations are cut to, or the length of packed rows, in which no
             conversation is cut further; the longest conversation where None.
         packed: whether conversations share rows.
@@ -158,8 +140,9 @@ def choose_training(
             that many blocks for each of a row's documents.
         batch_size: rows a step.
         gamma: of the slots' weights.
-        dtype, options: see :class:`dspark_lab.tuning.memory.Step`.
         usable: share of the memory that tensors may take.
+        dtype, features, target_dtype, objective, supervised, vocabulary, device: as in
+            :class:`~dspark_lab.tuning.Step`.
 
     Returns:
         a choice whose ``table`` has a line per option: ``seq_len``, ``block_size``,
@@ -169,12 +152,7 @@ def choose_training(
         and ``seconds``; ``gain_per_second``, ``gain_per_byte``, ``gain_per_operation``; ``fits``;
         and ``front``, whether it is on the Pareto front of these three rates: no option that fits
         is better in one and as good in the others.
-
-    Raises:
-        TypeError, ValueError: as the functions that it asks, or spans together with ``seq_lens`` or
-            ``packed``.
     """
-    require_int("batch_size", batch_size, 1)
     step_time = time if isinstance(time, StepTime) else card_time(time)
     limit = math.inf if memory is None else usable_bytes(memory, usable)
     lines = []
@@ -183,14 +161,20 @@ def choose_training(
         for block_size in block_sizes:
             for anchors in num_anchors:
                 found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
-                blocks = row_blocks(spans, anchors, per)
-                sizes: dict[str, Any] = {
-                    "num_anchors": blocks,
-                    "block_size": block_size,
-                    "dtype": dtype,
-                }
-                sizes |= {"batch_size": batch_size, **options}
-                cost = training_cost(shape, seq_len=max(1, round(rows_tokens)), **sizes)
+                longest = Step(
+                    seq_len=seq_len,
+                    num_anchors=row_blocks(spans, anchors, per),
+                    block_size=block_size,
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    features=features,
+                    target_dtype=target_dtype,
+                    objective=objective,
+                    supervised=supervised,
+                    vocabulary=vocabulary,
+                    device=device,
+                )
+                mean = replace(longest, seq_len=max(1, round(rows_tokens)))
                 covered = found.covered / found.rows * batch_size
                 lines.append(
                     {
@@ -202,8 +186,8 @@ def choose_training(
                         "covered": covered,
                         "weighted": found.weighted / found.rows * batch_size,
                         "gain": covered * float(found.weights.sum()),
-                        "operations": float(cost["operations"].sum()),
-                        "memory_bytes": training_memory(shape, seq_len=seq_len, **sizes),
+                        "operations": float(step_cost(shape, mean)["operations"].sum()),
+                        "memory_bytes": int(StepBytes(shape, longest).peak),
                     }
                 )
     table = pd.DataFrame(lines)
@@ -222,25 +206,22 @@ def row_blocks(spans: Spans, num_anchors: int, per: Per) -> int:
     return max(1, round(num_anchors * (1.0 if per == "row" else spans.documents / spans.rows)))
 
 
+@checked
 def predict_sweep(
     sweep: pd.DataFrame,
     data: Spans | Batch | Sequence[Encoded],
     shape: Shape,
     config: SweepConfig | None = None,
 ) -> TrainingChoice:
-    """What :func:`choose_training` would have said before a sweep, of the cells of that sweep.
+    """What :func:`choose_training` says about the cells of a sweep before it is run.
 
-    Steps are as fast as the sweep took them to be when it planned them: a cell of the budget of
-    seconds has as many steps as its seconds pay. A fit to these times goes into the choice, and the
-    fit's error into how sure it is.
+    Steps are as fast as the sweep's plan assumed: a cell of the budget of seconds has as many steps
+    as its seconds pay for. The choice uses a fit to these times, and the fit's error.
 
     Args:
-        sweep: from :func:`dspark_lab.tuning.sweep.sweep_table` or ``load_sweep``.
-        data, shape: what its drafters learned from, and their shape.
+        sweep: from :func:`sweep_table` or :func:`load_sweep`.
+        data, shape: the training data of its drafters, and their shape.
         config: of the sweep; of the shipped one where None.
-
-    Raises:
-        TypeError, ValueError: as :func:`choose_training`, or cells that the sweep does not have.
     """
     config = config or SweepConfig()
     options: dict[str, Any] = {
@@ -264,13 +245,14 @@ def predict_sweep(
     return choose_training(data, shape, time=fit_step_time(measured.dropna()), **options)
 
 
+@checked
 def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """A recommendation held against drafters that were trained.
+    """Compares a recommendation with drafters that were trained.
 
     Args:
         predicted: ``block_size``, ``num_anchors`` and ``gain_per_second``, a line per cell; the
             ``table`` of a :class:`TrainingChoice`.
-        cells: what :func:`dspark_lab.tuning.sweep.cell_table` returns.
+        cells: from :func:`cell_table`.
 
     Returns:
         one line per budget, temperature and block size, and one for all block sizes ("all"):
@@ -278,9 +260,6 @@ def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         ``low`` and ``high``, ``found_best`` and ``best_tau``, ``lost`` (relative, of tau),
         ``decided`` (whether the two intervals are apart) and ``rank_correlation`` (Spearman's, of
         gain a second with tau).
-
-    Raises:
-        ValueError: a cell that was not predicted.
     """
     both = cells.merge(
         predicted[["block_size", "num_anchors", "gain_per_second"]],
@@ -325,28 +304,18 @@ def _name(cell: pd.Series, with_block: bool) -> str:
 def _rows(
     data: Spans | Batch | Sequence[Encoded], seq_lens: Sequence[int] | None, packed: bool
 ) -> dict[int, Spans]:
+    """The spans for each row length."""
     if isinstance(data, (Spans, Batch)):
         if seq_lens is not None or packed:
             raise ValueError(
                 "spans and batches have their rows already: neither seq_lens nor packed"
             )
-        spans = data if isinstance(data, Spans) else Spans.of(data)
+        spans = Spans.of(data)
         return {int(spans.row_tokens.max()): spans}
-    lengths = seq_lens or [max(map(len, data))]
     return {
         length: Spans.of(data, seq_len=length, row_length=length if packed else None)
-        for length in lengths
+        for length in seq_lens or [max(map(len, data))]
     }
-
-
-def _card(card: Card | str) -> Card:
-    if isinstance(card, str):
-        if card not in CARDS:
-            raise ValueError(f"card must be one of {list(CARDS)}, got {card!r}")
-        return CARDS[card]
-    if not isinstance(card, Card):
-        raise TypeError(f"card must be a Card or its name, got {type(card).__name__}")
-    return card
 
 
 def _front(
@@ -359,8 +328,13 @@ def _front(
     return np.asarray(np.logical_not(beaten))
 
 
+def _ranked(table: pd.DataFrame) -> pd.DataFrame:
+    """The options that fit, the one that gains most a second first."""
+    return table[table["fits"]].sort_values("gain_per_second", ascending=False, kind="stable")
+
+
 def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) -> TrainingChoice:
-    order = table[table["fits"]].sort_values("gain_per_second", ascending=False, kind="stable")
+    order = _ranked(table)
     if order.empty:
         least = table["memory_bytes"].min() / 1e9
         reason = f"Nothing fits: the smallest of these steps takes {least:.1f} GB."

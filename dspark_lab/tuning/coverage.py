@@ -1,7 +1,6 @@
 """How often each token is supervised, and whether at all: exact, for a whole data set at once.
 
-A *run* is a longest stretch of supervised tokens within one document. All that training draws and
-supervises follows from the runs:
+All that training draws and supervises follows from the runs of :class:`~dspark_lab.tuning.Spans`:
 
     candidates: every token of a run but its last, so a run of L tokens holds L - 1;
     draw: n = min(num_anchors, C) of the C candidates of a row, without replacement;
@@ -15,10 +14,8 @@ which it is reached. One that c candidates reach is missed with the hypergeometr
     P(missed) = C(C - c, n) / C(C, n)
 
 where C(a, b) is a binomial coefficient. Both depend on C and c alone, so tokens are counted by
-these two and never looked at one by one. Where a row holds several documents, ``per="document"``
-draws ``num_anchors`` in each document instead of in each row; for unpacked rows it is the same.
-
-This file knows conversations, batches and counts; it knows nothing about models, text or plots.
+these two and never visited one by one. With ``per="document"``, ``num_anchors`` are drawn in each
+document of a packed row instead of in each row.
 """
 
 from __future__ import annotations
@@ -26,240 +23,60 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, get_args
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dspark_lab.blocks import draw_blocks, times_supervised
-from dspark_lab.chats import Batch, Encoded, packed_places
-from dspark_lab.checks import require_bool, require_int, require_number
+from dspark_lab.chats import Batch, Encoded
+from dspark_lab.checks import Count, Size, Within, checked
+from dspark_lab.model import DecayGamma, decay_weights
+from dspark_lab.tuning.spans import Data, Per, Spans, sum_by
 
 __all__ = [
-    "PER",
     "REASONS",
-    "Per",
-    "Spans",
     "Supervision",
     "anchors_needed",
     "coverage_table",
     "never_table",
     "packing_table",
-    "reaching_anchors",
-    "slot_table",
+    "slot_supervision",
     "supervision",
     "supervision_table",
     "token_coverage",
     "token_supervision",
 ]
 
-Per = Literal["row", "document"]
-PER: tuple[Per, ...] = get_args(Per)
-
-# Why a token can never be a label. The middle two are the "never a label" of token_table.
+# Why a token can never be a label.
 REASONS = ("prompt", "first of its run", "alone in its run", "cut off", "padding")
-
-
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """A data set as coverage sees it: where its supervised tokens are. All arrays are int64.
-
-    ``document`` are the conversations in the given order (of a batch: row by row), ``run`` their
-    runs in that order, and ``row`` what anchors are drawn from.
-
-    ================= ==========================================================================
-    run_document      [run] which document it belongs to
-    run_start         [run] position of its first token in the document
-    run_tokens        [run] how many supervised tokens it has, those beyond the cut included
-    document_tokens   [document] its tokens, those beyond the cut included
-    document_kept     [document] those before the cut, which are in the row
-    document_row      [document] the row that it is in
-    document_start    [document] position of its first token in the row
-    document_domain   [document] index into ``domains``
-    row_tokens        [row] tokens of the row, padding included
-    domains           names, in order of appearance; "none" for conversations without one
-    ================= ==========================================================================
-    """
-
-    run_document: Int[np.ndarray, " run"]
-    run_start: Int[np.ndarray, " run"]
-    run_tokens: Int[np.ndarray, " run"]
-    document_tokens: Int[np.ndarray, " document"]
-    document_kept: Int[np.ndarray, " document"]
-    document_row: Int[np.ndarray, " document"]
-    document_start: Int[np.ndarray, " document"]
-    document_domain: Int[np.ndarray, " document"]
-    row_tokens: Int[np.ndarray, " row"]
-    domains: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        data: Batch | Encoded | Sequence[Encoded],
-        *,
-        seq_len: int | None = None,
-        row_length: int | None = None,
-    ) -> Spans:
-        """The spans of conversations or of a batch.
-
-        Args:
-            data: a batch with its rows as they are, or conversations, each a row of its own.
-            seq_len: cuts each conversation to its first ``seq_len`` tokens.
-            row_length: packs the conversations into rows of that many tokens, exactly as
-                :func:`dspark_lab.chats.pack` does.
-
-        Raises:
-            TypeError: ``data`` of another kind, or a length that is not an int.
-            ValueError: no conversation, or one without tokens or longer than ``row_length``; a
-                length below 1; a batch together with ``seq_len`` or ``row_length``.
-        """
-        for name, value in (("seq_len", seq_len), ("row_length", row_length)):
-            if value is not None:
-                require_int(name, value, 1)
-        if isinstance(data, Batch):
-            if seq_len is not None or row_length is not None:
-                raise ValueError("a batch has its rows already: neither seq_len nor row_length")
-            return cls._of_batch(data)
-        encoded = [data] if isinstance(data, Encoded) else list(data)
-        if not encoded:
-            raise ValueError("data must hold at least one conversation, got none")
-        for item in encoded:
-            if not isinstance(item, Encoded):
-                raise TypeError(f"data must be Encoded or a Batch, got {type(item).__name__}")
-        tokens = np.array([item.loss_mask.numel() for item in encoded], dtype=np.int64)
-        if not tokens.all():
-            chat = encoded[int(tokens.argmin())].chat
-            raise ValueError(f"conversation {chat.id!r} must have at least one token, got none")
-        kept = tokens if seq_len is None else np.minimum(tokens, seq_len)
-        row, start, row_tokens = np.arange(len(tokens)), np.zeros_like(tokens), kept
-        if row_length is not None:
-            longest = int(kept.argmax())
-            if kept[longest] > row_length:
-                raise ValueError(
-                    f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens, more "
-                    f"than length {row_length} of a row; cut it with seq_len={row_length}"
-                )
-            row, start = packed_places(kept, row_length)
-            row_tokens = np.full(row.max() + 1, row_length)
-        domain, domains = pd.factorize(
-            np.array([item.chat.domain or "none" for item in encoded], dtype=object)
-        )
-        return cls(
-            *_runs(torch.cat([item.loss_mask for item in encoded]), tokens.cumsum() - tokens),
-            document_tokens=tokens,
-            document_kept=kept,
-            document_row=row,
-            document_start=start,
-            document_domain=domain.astype(np.int64),
-            row_tokens=row_tokens,
-            domains=tuple(domains),
-        )
-
-    @classmethod
-    def _of_batch(cls, batch: Batch) -> Spans:
-        rows, seq_len = batch.loss_mask.shape
-        lengths = batch.seq_lens.cpu().numpy()
-        row, doc = np.nonzero(lengths)
-        tokens = lengths[row, doc]
-        start = (lengths.cumsum(axis=1) - lengths)[row, doc]
-        return cls(
-            *_runs(batch.loss_mask.flatten(), row * seq_len + start),
-            document_tokens=tokens,
-            document_kept=tokens,
-            document_row=row,
-            document_start=start,
-            document_domain=np.zeros_like(row),
-            row_tokens=np.full(rows, seq_len),
-            domains=("none",),
-        )
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        return len(self.row_tokens)
-
-    @property
-    def documents(self) -> int:
-        """How many conversations there are."""
-        return len(self.document_tokens)
-
-    @cached_property
-    def run_kept(self) -> Int[np.ndarray, " run"]:
-        """How many tokens of each run are before the cut."""
-        room = self.document_kept[self.run_document] - self.run_start
-        return np.clip(room, 0, self.run_tokens)
-
-    @cached_property
-    def supervised(self) -> int:
-        """How many supervised tokens are in the rows."""
-        return int(self.run_kept.sum())
-
-    @cached_property
-    def idle_documents(self) -> int:
-        """How many documents hold no candidate: training learns nothing from them."""
-        return self.documents - len(np.unique(self.run_document[self.run_kept > 1]))
-
-    def unit(self, per: Per) -> Int[np.ndarray, " document"]:
-        """Which of the units that anchors are drawn from each document belongs to.
-
-        Raises:
-            ValueError: ``per`` is not one of ``PER``.
-        """
-        _require_per(per)
-        return self.document_row if per == "row" else np.arange(self.documents)
-
-    def candidates(self, per: Per) -> Int[np.ndarray, " unit"]:
-        """How many candidates each unit has."""
-        units = self.rows if per == "row" else self.documents
-        run_unit = self.unit(per)[self.run_document]
-        return _summed(run_unit, np.maximum(self.run_kept - 1, 0), units)
-
-    def groups(self, per: Per) -> _Groups:
-        """The runs as a choice of anchors sees them, worked out once."""
-        _require_per(per)
-        return self._row_groups if per == "row" else self._document_groups
-
-    @cached_property
-    def _row_groups(self) -> _Groups:
-        return _Groups.of(self, "row")
-
-    @cached_property
-    def _document_groups(self) -> _Groups:
-        return _Groups.of(self, "document")
 
 
 @dataclass(frozen=True, eq=False)
 class Supervision:
     """What one pass over a data set supervises, in expectation over the draws.
 
-    ``rows``, ``supervised`` (tokens) and ``labels`` (supervised tokens that some draw supervises)
-    describe the data; ``expected_by_slot`` is the number of supervised slots k = 0, 1, ... of all
-    blocks, and ``covered`` the number of different tokens that are supervised at all.
+    ``rows``, ``rows_without_label``, ``supervised`` (tokens) and ``labels`` (supervised tokens that
+    some draw supervises) describe the data; ``expected_by_slot`` is the number of supervised slots
+    k = 0, 1, ... of all blocks, ``weights`` their weight in the loss, and ``covered`` the number of
+    different tokens that are supervised at all.
     """
 
-    num_anchors: int
-    block_size: int
-    gamma: float
-    per: Per
     rows: int
+    rows_without_label: int
     supervised: int
     labels: int
     expected_by_slot: Float[np.ndarray, " slot"]
+    weights: Float[np.ndarray, " slot"]
     covered: float
 
     @property
     def expected(self) -> float:
-        """How many slots are supervised."""
+        """Supervised slots."""
         return float(self.expected_by_slot.sum())
-
-    @property
-    def weights(self) -> Float[np.ndarray, " slot"]:
-        """w_k = exp(-k / gamma), what slot k weighs in the loss (DSpark, section 3.4)."""
-        return _weights(self.block_size, self.gamma)
 
     @property
     def weighted(self) -> float:
@@ -268,13 +85,13 @@ class Supervision:
 
     @property
     def share(self) -> float:
-        """The share of supervised tokens that are covered; NaN where there is none."""
-        return self.covered / self.supervised if self.supervised else float("nan")
+        """The share of supervised tokens that are covered."""
+        return self.covered / self.supervised
 
     @property
     def times(self) -> float:
-        """How often a supervised token is supervised, on average; NaN where there is none."""
-        return self.expected / self.supervised if self.supervised else float("nan")
+        """How often a supervised token is supervised, on average."""
+        return self.expected / self.supervised
 
     @property
     def blocks(self) -> float:
@@ -282,12 +99,13 @@ class Supervision:
         return float(self.expected_by_slot[0]) / self.rows
 
 
+@checked
 def supervision(
-    data: Spans | Batch | Encoded | Sequence[Encoded],
-    num_anchors: int,
-    block_size: int,
+    data: Data,
+    num_anchors: Count,
+    block_size: Count,
     *,
-    gamma: float = 4.0,
+    gamma: DecayGamma = 4.0,
     per: Per = "row",
 ) -> Supervision:
     """What one pass over the data supervises, in closed form.
@@ -300,79 +118,71 @@ def supervision(
         per: the unit, ``"row"`` or ``"document"``.
 
     Raises:
-        TypeError, ValueError: a count that is not an int of at least 1, ``gamma`` not a number
-            above 0, ``per`` not one of ``PER``, or what :meth:`Spans.of` refuses.
+        ValueError: no row has a label.
     """
-    return _Reach.of(_spans(data), block_size, per).supervision(num_anchors, gamma)
+    return _labelled(_Reach.of(Spans.of(data), block_size, per)).supervision(num_anchors, gamma)
 
 
+@checked
 def supervision_table(
-    data: Spans | Batch | Encoded | Sequence[Encoded],
-    num_anchors: Sequence[int] = (4, 8, 16, 32, 64, 128),
-    block_sizes: Sequence[int] = (4, 7, 15),
+    data: Data,
+    num_anchors: Sequence[Count] = (4, 8, 16, 32, 64, 128),
+    block_sizes: Sequence[Count] = (4, 7, 15),
     *,
-    gamma: float = 4.0,
+    gamma: DecayGamma = 4.0,
     per: Per | Sequence[Per] = "row",
-    by_domain: bool = False,
 ) -> pd.DataFrame:
-    """What one pass over the data supervises, for each choice.
+    """:func:`supervision` for each choice.
 
     Returns:
-        one line per unit, block size, anchor count and, if asked, domain: ``per``, ``block_size``,
-        ``num_anchors``, (``domain``,) ``blocks`` (kept per row), ``supervised`` (tokens),
-        ``labels`` (of these, those that can be one), ``expected`` (supervised slots), ``weighted``
-        (their summed weight), ``covered`` (tokens supervised at all), ``share`` (covered over
-        supervised) and ``times`` (expected over supervised), all of them exact expectations.
-
-    Raises:
-        TypeError, ValueError: as :func:`supervision`.
+        one line per unit, block size and anchor count: ``per``, ``block_size``, ``num_anchors``,
+        ``blocks`` (kept per row), ``supervised`` (tokens), ``labels`` (of these, those that can be
+        one), ``expected`` (supervised slots), ``weighted`` (their summed weight), ``covered``
+        (tokens supervised at all), ``share`` (covered over supervised), ``times`` (expected over
+        supervised), all of them exact expectations, and ``rows_without_label``.
     """
-    spans = _spans(data)
+    spans = Spans.of(data)
     lines = []
     for unit in [per] if isinstance(per, str) else per:
         for block_size in block_sizes:
-            reach = _Reach.of(spans, block_size, unit)
+            reach = _labelled(_Reach.of(spans, block_size, unit))
             for anchors in num_anchors:
-                for domain, name in enumerate(spans.domains) if by_domain else [(None, "all")]:
-                    found = reach.supervision(anchors, gamma, domain)
-                    lines.append(
-                        {
-                            "per": unit,
-                            "block_size": block_size,
-                            "num_anchors": anchors,
-                            "domain": name,
-                            "blocks": found.blocks,
-                            "supervised": found.supervised,
-                            "labels": found.labels,
-                            "expected": found.expected,
-                            "weighted": found.weighted,
-                            "covered": found.covered,
-                            "share": found.share,
-                            "times": found.times,
-                        }
-                    )
-    table = pd.DataFrame(lines)
-    return table if by_domain else table.drop(columns="domain")
+                found = reach.supervision(anchors, gamma)
+                lines.append(
+                    {
+                        "per": unit,
+                        "block_size": block_size,
+                        "num_anchors": anchors,
+                        "blocks": found.blocks,
+                        "supervised": found.supervised,
+                        "labels": found.labels,
+                        "expected": found.expected,
+                        "weighted": found.weighted,
+                        "covered": found.covered,
+                        "share": found.share,
+                        "times": found.times,
+                        "rows_without_label": found.rows_without_label,
+                    }
+                )
+    return pd.DataFrame(lines)
 
 
-def slot_table(
-    data: Spans | Batch | Encoded | Sequence[Encoded],
-    num_anchors: int,
-    block_size: int,
+@checked
+def slot_supervision(
+    data: Data,
+    num_anchors: Count,
+    block_size: Count,
     *,
-    gamma: float = 4.0,
+    gamma: DecayGamma = 4.0,
     per: Per = "row",
 ) -> pd.DataFrame:
-    """What one pass over the data supervises at each slot.
+    """:func:`supervision` slot by slot.
 
     Returns:
         one line per slot: ``slot``, ``weight`` (w_k), ``expected`` (supervised slots), ``weighted``
         and ``most`` (supervised slots if every candidate were an anchor).
-
-    Raises:
-        TypeError, ValueError: as :func:`supervision`.
     """
-    reach = _Reach.of(_spans(data), block_size, per)
+    reach = _labelled(_Reach.of(Spans.of(data), block_size, per))
     found = reach.supervision(num_anchors, gamma)
     return pd.DataFrame(
         {
@@ -385,98 +195,87 @@ def slot_table(
     )
 
 
-def never_table(
-    data: Spans | Batch | Encoded | Sequence[Encoded], *, by_domain: bool = False
-) -> pd.DataFrame:
-    """How many tokens can never be a label, whatever is drawn, and why.
+@checked
+def never_table(data: Data) -> pd.DataFrame:
+    """Counts the tokens that can never be a label, whatever is drawn, by reason.
 
     *Prompt* is everything that is not supervised. The first token of a run of two or more is an
     anchor, but no anchor stands before it; one alone in its run is neither. *Cut off* are the
     supervised tokens beyond ``seq_len``. *Padding* fills rows up.
 
     Returns:
-        one line per reason (and domain: without padding, which has none): (``domain``,) ``reason``,
-        one of ``REASONS``, ``tokens``, ``of_tokens`` (share of all tokens, padding and what was cut
-        off included), ``of_supervised`` (share of supervised tokens, what was cut off included; NaN
-        for prompt and padding) and ``documents`` (that hold such a token; 0 for padding).
-
-    Raises:
-        TypeError, ValueError: what :meth:`Spans.of` refuses.
+        one line per reason: ``reason``, one of ``REASONS``, ``tokens``, ``of_tokens`` (share of all
+        tokens, padding and what was cut off included), ``of_supervised`` (share of supervised
+        tokens, what was cut off included; NaN for prompt and padding) and ``documents`` (that hold
+        such a token; 0 for padding).
     """
-    spans = _spans(data)
+    spans = Spans.of(data)
     kept, run_document, documents = spans.run_kept, spans.run_document, spans.documents
-    supervised = _summed(run_document, spans.run_tokens, documents)
-    counts = {
+    supervised = sum_by(run_document, spans.run_tokens, documents)
+    in_document = {
         "prompt": spans.document_tokens - supervised,
-        "first of its run": _summed(run_document, kept > 1, documents),
-        "alone in its run": _summed(run_document, kept == 1, documents),
-        "cut off": _summed(run_document, spans.run_tokens - kept, documents),
+        "first of its run": _first_tokens(spans),
+        "alone in its run": sum_by(run_document, kept == 1, documents),
+        "cut off": sum_by(run_document, spans.run_tokens - kept, documents),
     }
-    padding = int(spans.row_tokens.sum() - spans.document_kept.sum())
-    lines = []
-    for domain, name in enumerate(spans.domains) if by_domain else [(None, "all")]:
-        of_domain = slice(None) if domain is None else spans.document_domain == domain
-        tokens = int(spans.document_tokens[of_domain].sum()) + (0 if by_domain else padding)
-        answers = int(supervised[of_domain].sum())
-        for reason in REASONS[:-1] if by_domain else REASONS:
-            in_document = counts[reason][of_domain] if reason in counts else np.zeros(0, np.int64)
-            count = padding if reason == "padding" else int(in_document.sum())
-            outside = reason in ("prompt", "padding") or not answers
-            lines.append(
-                {
-                    "domain": name,
-                    "reason": reason,
-                    "tokens": count,
-                    "of_tokens": count / tokens,
-                    "of_supervised": float("nan") if outside else count / answers,
-                    "documents": int((in_document > 0).sum()),
-                }
-            )
-    table = pd.DataFrame(lines)
-    return table if by_domain else table.drop(columns="domain")
+    counts = {reason: int(found.sum()) for reason, found in in_document.items()}
+    counts["padding"] = int(spans.row_tokens.sum() - spans.document_kept.sum())
+    tokens = int(spans.document_tokens.sum()) + counts["padding"]
+    answers = int(supervised.sum())
+    return pd.DataFrame(
+        [
+            {
+                "reason": reason,
+                "tokens": counts[reason],
+                "of_tokens": counts[reason] / tokens,
+                "of_supervised": (
+                    float("nan")
+                    if reason in ("prompt", "padding") or not answers
+                    else counts[reason] / answers
+                ),
+                "documents": int((in_document[reason] > 0).sum()) if reason in in_document else 0,
+            }
+            for reason in REASONS
+        ]
+    )
 
 
+@checked
 def token_supervision(
-    data: Spans | Batch | Encoded | Sequence[Encoded],
-    num_anchors: int,
-    block_size: int,
+    data: Data,
+    num_anchors: Count,
+    block_size: Count,
     *,
-    document: int | None = None,
-    gamma: float = 4.0,
+    document: Size | None = None,
+    gamma: DecayGamma = 4.0,
     per: Per = "row",
 ) -> pd.DataFrame:
     """How often each token is supervised, at each slot, and whether at all.
 
     Args:
-        data, num_anchors, block_size, gamma, per: as :func:`supervision`.
-        document: the tokens of this document alone; of all documents where left out, which takes
-            memory for each token of the data set.
+        data, num_anchors, block_size, gamma, per: as in :func:`supervision`.
+        document: the tokens of this document alone; of all documents where None, which takes memory
+            for each token of the data set.
 
     Returns:
         one line per token, those beyond the cut included: ``document``, ``position`` in it,
-        ``supervised``, ``anchors`` (from how many candidates it is reached), ``slot_0``,
-        ``slot_1``, ... (expected times at each slot), ``times`` (their sum), ``weighted`` (summed
-        weight), ``p_covered`` (probability that it is supervised at all) and ``reason`` (why it can
-        never be a label, one of ``REASONS``; empty where it can).
-
-    Raises:
-        TypeError, ValueError: as :func:`supervision`, or ``document`` not one of the data's.
+        ``supervised``, ``anchors`` (candidates that reach it), ``slot_0``, ``slot_1``, ...
+        (expected times at each slot), ``times`` (their sum), ``weighted`` (summed weight),
+        ``p_covered`` (probability that it is supervised at all) and ``reason`` (why it can never be
+        a label, one of ``REASONS``; empty where it can).
     """
-    spans = _spans(data)
-    require_int("num_anchors", num_anchors, 1)
-    require_int("block_size", block_size, 1)
-    weights = _weights(block_size, gamma)
+    spans = Spans.of(data)
+    weights = decay_weights(block_size, gamma).numpy()
     unit, candidates = spans.unit(per), spans.candidates(per)
     runs, first, end = np.arange(len(spans.run_document)), 0, spans.documents
     if document is not None:
-        require_int("document", document, 0)
         if document >= spans.documents:
             raise ValueError(f"document must lie in [0, {spans.documents - 1}], got {document}")
         first, end = document, document + 1
         runs = runs[slice(*np.searchsorted(spans.run_document, (first, end)))]
     tokens = spans.document_tokens[first:end]
     lines = tokens.cumsum() - tokens
-    run, offset = _tokens_of(runs, spans.run_tokens)
+    run, offset = _run_and_offset(runs, spans.run_tokens)
     in_document = spans.run_document[run]
     line = lines[in_document - first] + spans.run_start[run] + offset
     kept = spans.run_kept[run]
@@ -486,7 +285,7 @@ def token_supervision(
         ["cut off", "", "first of its run"],
         "alone in its run",
     )
-    # A unit that the document does not draw from is not worked out.
+    # Only the units that the document draws from are worked out.
     drawn_from, place = np.unique(unit[in_document], return_inverse=True)
     size = candidates[drawn_from]
     drawn = _drawn(size, num_anchors)[place]
@@ -514,41 +313,28 @@ def token_supervision(
     )
 
 
-def reaching_anchors(batch: Batch, block_size: int) -> Int[Tensor, "batch seq"]:
-    """From how many candidate anchors a block of ``block_size`` slots supervises each token.
-
-    Raises:
-        TypeError, ValueError: ``block_size`` is not an int of at least 1.
-    """
-    require_int("block_size", block_size, 1)
-    spans = Spans.of(batch)
-    run, offset = _tokens_of(np.arange(len(spans.run_kept)), spans.run_kept)
-    return _on_batch(batch, spans, run, offset, np.minimum(offset, block_size))
-
-
-def token_coverage(batch: Batch, num_anchors: int, block_size: int) -> Float[Tensor, "batch seq"]:
+@checked
+def token_coverage(
+    batch: Batch, num_anchors: Count, block_size: Count
+) -> Float[Tensor, "batch seq"]:
     """The probability that a token is covered by one draw of ``num_anchors`` anchors in its row.
 
     Returns:
         float64 in [0, 1]; 0 on tokens that are not supervised or never a label.
-
-    Raises:
-        TypeError, ValueError: ``num_anchors`` or ``block_size`` is not an int of at least 1.
     """
-    require_int("block_size", block_size, 1)
-    spans = Spans.of(batch)
-    covered = _covered(spans.candidates("row"), num_anchors, block_size)
-    run, offset = _tokens_of(np.arange(len(spans.run_kept)), spans.run_kept)
-    row = spans.document_row[spans.run_document[run]]
-    return _on_batch(batch, spans, run, offset, covered[row, np.minimum(offset, block_size)])
+    tokens = token_supervision(batch, num_anchors, block_size)
+    coverage = torch.zeros(batch.loss_mask.shape, dtype=torch.float64)
+    coverage[batch.attention_mask.cpu()] = torch.tensor(tokens["p_covered"].to_numpy())
+    return coverage.to(batch.loss_mask.device)
 
 
+@checked
 def coverage_table(
     batch: Batch,
-    num_anchors: Sequence[int] = (4, 8, 16, 32, 64, 128),
-    block_sizes: Sequence[int] = (4, 7, 15),
+    num_anchors: Sequence[Count] = (4, 8, 16, 32, 64, 128),
+    block_sizes: Sequence[Count] = (4, 7, 15),
     *,
-    draws: int = 1,
+    draws: Count = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The share of supervised tokens that one pass over ``batch`` covers, for each choice.
@@ -557,12 +343,8 @@ def coverage_table(
         one line per block size and anchor count: ``block_size``, ``num_anchors``, ``blocks`` (kept
         blocks per row, mean), ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws),
         and ``supervisions`` (expected number of supervised slots per supervised token).
-
-    Raises:
-        TypeError, ValueError: a count that is not an int of at least 1; no supervised token at all.
     """
-    require_int("draws", draws, 1)
-    spans = _some_supervised(Spans.of(batch))
+    spans = _supervised(Spans.of(batch))
     lines = []
     for block_size in block_sizes:
         reach = _Reach.of(spans, block_size, "row")
@@ -588,29 +370,27 @@ def coverage_table(
     return pd.DataFrame(lines)
 
 
+@checked
 def packing_table(
     encoded: Sequence[Encoded],
-    row_lengths: Sequence[int] = (1024, 4096),
-    num_anchors: Sequence[int] = (16, 32, 64, 128, 256, 512),
+    row_lengths: Sequence[Count] = (1024, 4096),
+    num_anchors: Sequence[Count] = (16, 32, 64, 128, 256, 512),
     *,
-    block_size: int = 7,
+    block_size: Count = 7,
 ) -> pd.DataFrame:
-    """What packing does to coverage when ``num_anchors`` counts per row, and when per document.
+    """Coverage of packed rows when ``num_anchors`` counts per row, and when per document.
 
     Per document, coverage is that of unpacked rows, whatever the row's length.
 
     Returns:
         one line per kind of row and anchor count: ``row`` (as text), ``anchors per`` (``document``
         or ``row``), ``documents`` (per row, mean), ``num_anchors`` and ``expected``.
-
-    Raises:
-        TypeError, ValueError: as :func:`coverage_table`, or what :meth:`Spans.of` refuses.
     """
     rows: dict[str, tuple[Spans, Per]] = {"unpacked": (Spans.of(encoded), "document")}
     rows |= {f"packed, {n}": (Spans.of(encoded, row_length=n), "row") for n in row_lengths}
     lines = []
     for row, (spans, per) in rows.items():
-        reach = _Reach.of(_some_supervised(spans), block_size, per)
+        reach = _Reach.of(_supervised(spans), block_size, per)
         for anchors in num_anchors:
             lines.append(
                 {
@@ -624,10 +404,11 @@ def packing_table(
     return pd.DataFrame(lines)
 
 
+@checked
 def anchors_needed(
-    data: Spans | Batch | Encoded | Sequence[Encoded],
-    goals: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
-    block_sizes: Sequence[int] = (4, 7, 15),
+    data: Data,
+    goals: Sequence[Annotated[float, Within(0, 1, above=True)]] = (0.5, 0.8, 0.9, 0.95),
+    block_sizes: Sequence[Count] = (4, 7, 15),
     *,
     per: Per = "row",
 ) -> pd.DataFrame:
@@ -637,11 +418,8 @@ def anchors_needed(
         one line per block size and goal: ``block_size``, ``goal``, ``num_anchors`` (missing where
         no number reaches it), ``expected`` at that number, and ``ceiling``, the coverage when every
         candidate is an anchor.
-
-    Raises:
-        ValueError: a goal outside (0, 1]; no supervised token at all.
     """
-    spans = _some_supervised(_spans(data))
+    spans = _supervised(Spans.of(data))
     lines = []
     for block_size in block_sizes:
         reach = _Reach.of(spans, block_size, per)
@@ -652,8 +430,6 @@ def anchors_needed(
         most = max(1, int(reach.candidates.max()))
         ceiling = share(most)
         for goal in goals:
-            if not 0 < goal <= 1:
-                raise ValueError(f"each goal must lie in (0, 1], got {goal}")
             enough = None
             if goal <= ceiling:
                 enough = 1 + bisect_left(range(1, most), goal, key=share)
@@ -670,112 +446,61 @@ def anchors_needed(
 
 
 @dataclass(frozen=True, eq=False)
-class _Groups:
-    """The runs, put together where their units have as many candidates and their domain is one."""
-
-    candidates: Int[np.ndarray, " group"]
-    domain: Int[np.ndarray, " group"]
-    run_group: Int[np.ndarray, " run"]
-    run_length: Int[np.ndarray, " run"]
-
-    @classmethod
-    def of(cls, spans: Spans, per: Per) -> _Groups:
-        inside = spans.run_kept > 0
-        document = spans.run_document[inside]
-        candidates = spans.candidates(per)[spans.unit(per)[document]]
-        key = candidates * len(spans.domains) + spans.document_domain[document]
-        groups, run_group = np.unique(key, return_inverse=True)
-        candidates, domain = np.divmod(groups, len(spans.domains))
-        return cls(candidates, domain, run_group.ravel(), spans.run_kept[inside])
-
-
-@dataclass(frozen=True, eq=False)
 class _Reach:
-    """How many tokens of each group c candidates reach, and slots there are to supervise them."""
+    """The tokens of each group of runs that c candidates reach, and the slots they supervise."""
 
-    per: Per
-    rows: int
+    spans: Spans
     candidates: Int[np.ndarray, " group"]
-    domain: Int[np.ndarray, " group"]
     tokens: Int[np.ndarray, "group reach"]
     slots: Int[np.ndarray, "group slot"]
 
     @classmethod
     def of(cls, spans: Spans, block_size: int, per: Per) -> _Reach:
-        require_int("block_size", block_size, 1)
         groups = spans.groups(per)
         count, width = len(groups.candidates), block_size + 1
         last = groups.run_length - 1
         cell = groups.run_group * width + np.minimum(last, block_size)
         ends = np.bincount(cell, minlength=count * width).reshape(count, width)
         # A run has a token at each offset up to its last; those from block_size on are alike.
-        tokens = _from_behind(ends)
-        tokens[:, -1] += _summed(groups.run_group, np.maximum(last - block_size, 0), count)
+        tokens = _sums_to_the_end(ends)
+        tokens[:, -1] += sum_by(groups.run_group, np.maximum(last - block_size, 0), count)
         # A token that c candidates reach is the label of slots 0 to c - 1.
-        slots = _from_behind(tokens)[:, 1:]
-        return cls(per, spans.rows, groups.candidates, groups.domain, tokens, slots)
+        slots = _sums_to_the_end(tokens)[:, 1:]
+        return cls(spans, groups.candidates, tokens, slots)
 
-    def supervision(
-        self, num_anchors: int, gamma: float = 4.0, domain: int | None = None
-    ) -> Supervision:
+    def supervision(self, num_anchors: int, gamma: float = 4.0) -> Supervision:
         block_size = self.slots.shape[1]
-        drawn = _drawn(self.candidates, num_anchors)
-        covered = (self.tokens * _covered(self.candidates, num_anchors, block_size)).sum(axis=1)
-        counted = (np.ones(len(drawn)) if domain is None else self.domain == domain).astype(float)
-        _require_gamma(gamma)
         return Supervision(
-            num_anchors=num_anchors,
-            block_size=block_size,
-            gamma=gamma,
-            per=self.per,
-            rows=self.rows,
-            supervised=int(counted @ self.tokens.sum(axis=1)),
-            labels=int(counted @ self.slots[:, 0]),
-            expected_by_slot=(counted * drawn) @ self.slots,
-            covered=float(counted @ covered),
+            rows=self.spans.rows,
+            rows_without_label=self.spans.rows_without_label,
+            supervised=self.spans.supervised,
+            labels=int(self.slots[:, 0].sum()),
+            expected_by_slot=_drawn(self.candidates, num_anchors) @ self.slots,
+            weights=decay_weights(block_size, gamma).numpy(),
+            covered=float((self.tokens * _covered(self.candidates, num_anchors, block_size)).sum()),
         )
 
 
-def _require_gamma(gamma: float) -> None:
-    require_number("gamma", gamma)
-    if not gamma > 0:
-        raise ValueError(f"gamma must be > 0, got {gamma}")
+def _labelled(reach: _Reach) -> _Reach:
+    if not reach.slots.any():
+        raise ValueError(
+            "no row has a label: nowhere in the data are two supervised tokens next to each other"
+        )
+    return reach
 
 
-def _require_per(per: Per) -> None:
-    if per not in PER:
-        raise ValueError(f"per must be one of {PER}, got {per!r}")
-
-
-def _spans(data: Spans | Batch | Encoded | Sequence[Encoded]) -> Spans:
-    return data if isinstance(data, Spans) else Spans.of(data)
-
-
-def _some_supervised(spans: Spans) -> Spans:
+def _supervised(spans: Spans) -> Spans:
     if spans.supervised == 0:
         raise ValueError("coverage needs a supervised token, got data without one")
     return spans
 
 
-def _runs(
-    loss_mask: Shaped[Tensor, " token"], starts: Int[np.ndarray, " document"]
-) -> tuple[Int[np.ndarray, " run"], Int[np.ndarray, " run"], Int[np.ndarray, " run"]]:
-    """Document, start in it, and length of each run; documents stand one after the other."""
-    require_bool("loss_mask", loss_mask)
-    mask = loss_mask.cpu().numpy()
-    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-    edges = np.concatenate([[0] if mask[0] else [], edges, [len(mask)] if mask[-1] else []])
-    # A run ends with its document, though the next one may begin with a supervised token.
-    later = starts[1:]
-    split = later[mask[later - 1] & mask[later]]
-    first, stop = (
-        np.sort(np.concatenate([edges[side::2], split])).astype(np.int64) for side in (0, 1)
-    )
-    document = np.searchsorted(starts, first, side="right") - 1
-    return document, first - starts[document], stop - first
+def _first_tokens(spans: Spans) -> Int[np.ndarray, " document"]:
+    """First tokens of runs of two or more, in each document: supervised, and never a label."""
+    return sum_by(spans.run_document, spans.run_kept > 1, spans.documents)
 
 
-def _tokens_of(
+def _run_and_offset(
     runs: Int[np.ndarray, " chosen"], lengths: Int[np.ndarray, " run"]
 ) -> tuple[Int[np.ndarray, " token"], Int[np.ndarray, " token"]]:
     """Run and offset in it of each token of the chosen runs."""
@@ -784,24 +509,8 @@ def _tokens_of(
     return np.repeat(runs, count), offset
 
 
-def _on_batch(
-    batch: Batch,
-    spans: Spans,
-    run: Int[np.ndarray, " token"],
-    offset: Int[np.ndarray, " token"],
-    values: Shaped[np.ndarray, " token"],
-) -> Shaped[Tensor, "batch seq"]:
-    """The values at their tokens' places, 0 elsewhere."""
-    document = spans.run_document[run]
-    grid = np.zeros(batch.loss_mask.shape, dtype=values.dtype)
-    column = spans.document_start[document] + spans.run_start[run] + offset
-    grid[spans.document_row[document], column] = values
-    return torch.from_numpy(grid).to(batch.loss_mask.device)
-
-
 def _drawn(candidates: Int[np.ndarray, " unit"], num_anchors: int) -> Float[np.ndarray, " unit"]:
     """The probability of each candidate to be an anchor."""
-    require_int("num_anchors", num_anchors, 1)
     return np.minimum(candidates, num_anchors) / np.maximum(candidates, 1)
 
 
@@ -809,29 +518,22 @@ def _covered(
     candidates: Int[np.ndarray, " unit"], num_anchors: int, block_size: int
 ) -> Float[np.ndarray, "unit reach"]:
     """P(covered) of a token that 0, 1, ..., ``block_size`` candidates reach, for each unit."""
-    require_int("num_anchors", num_anchors, 1)
-    total = candidates[:, None]
-    spared = np.maximum(total - num_anchors, 0)
-    already = np.arange(block_size)
-    # Missing c candidates in turn: each is left out of what the earlier ones left over.
-    left_out = np.maximum(spared - already, 0) / np.maximum(total - already, 1)
+    spared = np.maximum(candidates - num_anchors, 0)[:, None]
     missed = np.ones((len(candidates), block_size + 1))
+    left_out = _left_out(candidates[:, None], spared, np.arange(block_size))
     np.cumprod(left_out, axis=1, out=missed[:, 1:])
     return 1 - missed
 
 
-def _weights(block_size: int, gamma: float) -> Float[np.ndarray, " slot"]:
-    _require_gamma(gamma)
-    return np.exp(-np.arange(block_size) / gamma)
+def _left_out(
+    candidates: Int[np.ndarray, "unit 1"],
+    spared: Int[np.ndarray, "unit 1"],
+    before: Int[np.ndarray, " reach"],
+) -> Float[np.ndarray, "unit reach"]:
+    """The probability that a candidate is no anchor, given that ``before`` others are none."""
+    return np.maximum(spared - before, 0) / np.maximum(candidates - before, 1)
 
 
-def _summed(
-    place: Int[np.ndarray, " item"], values: Shaped[np.ndarray, " item"], places: int
-) -> Int[np.ndarray, " place"]:
-    """The values added up place by place; exact, since sums stay far below 2^53."""
-    return np.bincount(place, values, places).astype(np.int64)
-
-
-def _from_behind(counts: Int[np.ndarray, "group place"]) -> Int[np.ndarray, "group place"]:
+def _sums_to_the_end(counts: Int[np.ndarray, "group place"]) -> Int[np.ndarray, "group place"]:
     """At each place, the sum from there to the end."""
     return counts[:, ::-1].cumsum(axis=1)[:, ::-1].copy()

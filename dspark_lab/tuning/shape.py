@@ -1,11 +1,8 @@
-"""The shape of a target and its drafter: the numbers that costs follow from, and no weights.
+"""Sizes of a target and its drafter, read from configurations, and of common cards.
 
-    Shape.of("qwen3-4b")                              a published configuration, see TARGETS
-    Shape.of("config.json", block_size=15)            any dense model's, as Hugging Face has it
-    Shape.of(drafter.config, target="config.json")    a drafter that is there already
-
-This file knows configurations and the memory sizes of common cards; it knows nothing about what a
-step does with them (``dspark_lab.tuning.cost``, ``dspark_lab.tuning.memory``).
+Shape.of("qwen3-4b")                              a published configuration, see TARGETS
+Shape.of("config.json", block_size=15)            any dense model's, as Hugging Face has it
+Shape.of(drafter.config, target="config.json")    an existing drafter and its target
 """
 
 from __future__ import annotations
@@ -14,18 +11,19 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from dspark_lab.checks import require_int
-from dspark_lab.model import ARCHITECTURE, DrafterConfig, MarkovKind
+from dspark_lab.checks import Count, Size, checked
+from dspark_lab.model import ARCHITECTURE, MARKOV_HEADS, DrafterConfig, DrafterSizes, drafter_sizes
 
 __all__ = ["CARDS", "TARGETS", "Card", "Layers", "Shape"]
 
 
 @dataclass(frozen=True)
 class Card:
-    """An accelerator as its vendor describes it.
+    """An accelerator, by its vendor's data sheet.
 
     ``operations_per_second`` is the peak of dense bf16 matrix products with fp32 sums, where one
     multiplication and one addition are two operations.
@@ -65,9 +63,9 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Layers:
-    """A stack of transformer layers with a gated MLP and no biases but, maybe, of attention.
+    """A stack of transformer layers with a gated MLP; biases, if any, in attention alone.
 
-    Of the target's ``count`` layers ``sliding`` see the last ``window`` tokens alone.
+    ``sliding`` of the target's ``count`` layers see only the last ``window`` tokens.
     """
 
     count: int
@@ -87,108 +85,97 @@ class Layers:
 
     @property
     def kv_width(self) -> int:
-        """Of keys alone, or of values alone."""
+        """The width of the keys, which is that of the values."""
         return self.kv_heads * self.head_dim
 
     @property
     def attention_weights(self) -> int:
-        """Numbers in one layer's four attention projections, without biases."""
+        """Weights of one layer's four attention projections, without biases."""
         return 2 * self.hidden_size * (self.query_width + self.kv_width)
 
     @property
     def mlp_weights(self) -> int:
-        """Numbers in one layer's MLP."""
+        """Weights of one layer's MLP."""
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
     def layer_parameters(self) -> int:
-        """All numbers of one layer."""
+        """Parameters of one layer."""
         biases = self.query_width + 2 * self.kv_width + self.hidden_size
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
         return self.attention_weights + biases * self.attention_bias + self.mlp_weights + norms
 
     @property
     def parameters(self) -> int:
-        """All numbers of the layers and of the norm behind the last one."""
+        """Parameters of the layers and of the norm behind the last one."""
         return self.count * self.layer_parameters + self.hidden_size
 
 
+@checked
 @dataclass(frozen=True)
 class Shape:
-    """Everything about a target and a drafter that a cost follows from. See :meth:`of`.
+    """All sizes of a target and a drafter that determine a cost; see :meth:`of`.
 
     ``target`` is None where only the drafter is known; then the target costs nothing, and a step
-    that asks it is refused. ``tied``: the target's LM head is its embedding. ``context_size`` is
+    that runs it is refused. ``tied``: the target's LM head is its embedding. ``context_size`` is
     the width of a context feature.
     """
 
     name: str
-    vocab_size: int
+    vocab_size: Count
     drafter: Layers
     target: Layers | None
-    context_layers: int
-    context_size: int
-    block_size: int = 7
-    num_anchors: int = 512
-    seq_len: int = 4096
-    markov_rank: int = 256
+    context_layers: Count
+    context_size: Count
+    block_size: Count = 7
+    num_anchors: Count = 512
+    seq_len: Count = 4096
+    markov_rank: Size = 256
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     tied: bool = False
 
     @classmethod
+    @checked
     def of(
         cls,
         source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig,
         *,
         target: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-        num_hidden_layers: int | None = None,
-        context_layers: int | None = None,
-        block_size: int | None = None,
-        num_anchors: int | None = None,
-        seq_len: int | None = None,
-        markov_rank: int | None = None,
+        num_hidden_layers: Count | None = None,
+        context_layers: Count | None = None,
+        block_size: Count | None = None,
+        num_anchors: Count | None = None,
+        seq_len: Count | None = None,
+        markov_rank: Size | None = None,
         markov_head_type: str | None = None,
         enable_confidence_head: bool | None = None,
     ) -> Shape:
         """The shape of a preset, of a target's ``config.json``, or of a drafter.
 
-        Of a target, the drafter is taken to have layers of the target's own shape, as published
-        drafters have: five layers and five context layers where nothing else is said, or fewer
-        where the target has fewer.
+        A drafter for a given target gets layers of the target's own sizes, as published drafters
+        have: by default five layers and five context layers, or fewer if the target has fewer.
 
         Args:
             source: a name in :data:`TARGETS`; a ``config.json``, or the folder that holds it; its
-                content; a :class:`~dspark_lab.model.drafter.DrafterConfig`. A model of text and images
-                may have the numbers in ``text_config``.
-            target: of a drafter, the target's ``config.json`` or its content, where costs of the
-                target are asked for too.
-            num_hidden_layers: the drafter's layers.
-            context_layers: of how many of the target's layers a context feature consists.
-            block_size, num_anchors, seq_len: what a training step has where nothing else is said.
+                content; a :class:`~dspark_lab.model.DrafterConfig`. A multimodal model may have the
+                numbers in ``text_config``.
+            target: with a drafter as ``source``, the target's ``config.json`` or its content, where
+                the target's costs are wanted too.
+            num_hidden_layers: layers of the drafter.
+            context_layers: target layers that a context feature consists of.
+            block_size, num_anchors, seq_len: default sizes of a training step.
             markov_rank, markov_head_type, enable_confidence_head: the heads.
 
         Raises:
-            TypeError, ValueError: a name that is no preset, a configuration without the numbers, or
-                one of layers that are not dense (mixtures of experts, recurrent states).
-            FileNotFoundError: a path that does not exist.
+            ValueError: not a preset, a configuration without the numbers, or one whose layers are
+                not dense (mixtures of experts, recurrent states).
+            FileNotFoundError: the path does not exist.
         """
         shape = _shape_of(source)
         if target is not None:
-            if shape.target is not None:
-                raise ValueError("target goes with a drafter's configuration, got one of a target")
-            of_target = _shape_of(target)
-            if of_target.target is None:
-                raise ValueError("target must be the configuration of a target, got a drafter's")
-            if of_target.vocab_size != shape.vocab_size:
-                raise ValueError(
-                    f"drafter and target must have one vocabulary, got {shape.vocab_size} and "
-                    f"{of_target.vocab_size} tokens"
-                )
-            shape = replace(
-                shape, name=of_target.name, target=of_target.target, tied=of_target.tied
-            )
+            shape = shape._with_target(_shape_of(target))
         changes = {
             "block_size": block_size,
             "num_anchors": num_anchors,
@@ -199,108 +186,91 @@ class Shape:
         }
         changed: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
         if num_hidden_layers is not None:
-            require_int("num_hidden_layers", num_hidden_layers, 1)
             changed["drafter"] = replace(shape.drafter, count=num_hidden_layers)
         if context_layers is not None:
-            require_int("context_layers", context_layers, 1)
             width = shape.context_size // shape.context_layers
             changed |= {"context_layers": context_layers, "context_size": context_layers * width}
         return replace(shape, **changed)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_layers", "context_size"):
-            require_int(name, getattr(self, name), 1)
-        for name in ("block_size", "num_anchors", "seq_len"):
-            require_int(name, getattr(self, name), 1)
-        require_int("markov_rank", self.markov_rank, 0)
-        if self.markov_head_type not in get_args(MarkovKind):
+        kinds = ("none", *MARKOV_HEADS)
+        if self.markov_head_type not in kinds:
             raise ValueError(
-                f"markov_head_type must be one of {get_args(MarkovKind)}, "
-                f"got {self.markov_head_type!r}"
+                f"markov_head_type must be one of {kinds}, got {self.markov_head_type!r}"
             )
         if self.markov_rank == 0 or self.markov_head_type == "none":
-            # One way to say that there is no Markov head.
+            # Make both say that there is no Markov head.
             object.__setattr__(self, "markov_rank", 0)
             object.__setattr__(self, "markov_head_type", "none")
 
     @property
     def reads_markov(self) -> bool:
         """Whether the confidence head reads the previous token's Markov embedding."""
-        has_both = self.enable_confidence_head and self.markov_rank > 0
-        return has_both and self.confidence_head_with_markov
-
-    @property
-    def confidence_width(self) -> int:
-        """What the confidence head reads of a slot; 0 without such a head."""
-        if not self.enable_confidence_head:
-            return 0
-        return self.drafter.hidden_size + self.markov_rank * self.reads_markov
-
-    @property
-    def latent_weights(self) -> int:
-        """Numbers in the matrix from which a gated or rnn head makes a slot's latent."""
-        d, r = self.drafter.hidden_size, self.markov_rank
-        return {"gated": (d + r) * r, "rnn": (2 * r + d) * 3 * r}.get(self.markov_head_type, 0)
-
-    @property
-    def trained_parameters(self) -> int:
-        """Numbers that the optimiser moves: all of the drafter but embedding and LM head."""
-        d, r = self.drafter.hidden_size, self.markov_rank
-        biases = {"gated": r, "rnn": 3 * r}.get(self.markov_head_type, 0)
-        confidence = self.confidence_width + 1 if self.enable_confidence_head else 0
         return (
-            self.context_size * d
-            + d
-            + self.drafter.parameters
-            + 2 * self.vocab_size * r
-            + self.latent_weights
-            + biases
-            + confidence
+            self.enable_confidence_head
+            and self.confidence_head_with_markov
+            and self.markov_rank > 0
         )
 
     @property
+    def sizes(self) -> DrafterSizes:
+        """Sizes of the drafter, counted on the module itself."""
+        return _sizes(self)
+
+    @property
     def target_parameters(self) -> int:
-        """Numbers of the target, embedding and LM head among them; 0 where it is not known."""
+        """Parameters of the target, embedding and LM head included; 0 where it is not known."""
         if self.target is None:
             return 0
         table = self.vocab_size * self.target.hidden_size
         return self.target.parameters + table * (1 if self.tied else 2)
 
-    def drafter_config(self, **changes: Any) -> DrafterConfig:
-        """A drafter of this shape; what the shape does not tell has any value that can be."""
+    def drafter_config(self) -> DrafterConfig:
+        """A drafter of this shape; its layer ids and its mask token are made up."""
         layers = self.drafter
-        values: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "hidden_size": layers.hidden_size,
-            "intermediate_size": layers.intermediate_size,
-            "num_hidden_layers": layers.count,
-            "num_attention_heads": layers.heads,
-            "num_key_value_heads": layers.kv_heads,
-            "head_dim": layers.head_dim,
-            "target_layer_ids": tuple(range(self.context_layers)),
-            "block_size": self.block_size,
-            "mask_token_id": 0,
-            "num_anchors": self.num_anchors,
-            "markov_rank": self.markov_rank,
-            "markov_head_type": self.markov_head_type,
-            "enable_confidence_head": self.enable_confidence_head,
-            "confidence_head_with_markov": self.reads_markov,
-            "target_hidden_size": self.context_size // self.context_layers,
-            "attention_bias": layers.attention_bias,
-        }
-        return DrafterConfig(**(values | changes))
+        return DrafterConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=layers.hidden_size,
+            intermediate_size=layers.intermediate_size,
+            num_hidden_layers=layers.count,
+            num_attention_heads=layers.heads,
+            num_key_value_heads=layers.kv_heads,
+            head_dim=layers.head_dim,
+            target_layer_ids=tuple(range(self.context_layers)),
+            block_size=self.block_size,
+            mask_token_id=0,
+            num_anchors=self.num_anchors,
+            markov_rank=self.markov_rank,
+            markov_head_type=self.markov_head_type,
+            enable_confidence_head=self.enable_confidence_head,
+            confidence_head_with_markov=self.reads_markov,
+            target_hidden_size=self.context_size // self.context_layers,
+            attention_bias=layers.attention_bias,
+        )
+
+    def _with_target(self, other: Shape) -> Shape:
+        if self.target is not None:
+            raise ValueError("target goes with a drafter's configuration, got one of a target")
+        if other.target is None:
+            raise ValueError("target must be the configuration of a target, got a drafter's")
+        if other.vocab_size != self.vocab_size:
+            raise ValueError(
+                f"drafter and target must have one vocabulary, got {self.vocab_size} and "
+                f"{other.vocab_size} tokens"
+            )
+        return replace(self, name=other.name, target=other.target, tied=other.tied)
 
 
-def _shape_of(source: Any) -> Shape:
+@lru_cache(maxsize=64)
+def _sizes(shape: Shape) -> DrafterSizes:
+    return drafter_sizes(shape.drafter_config())
+
+
+def _shape_of(source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig) -> Shape:
     if isinstance(source, DrafterConfig):
         return _of_drafter(source)
     if isinstance(source, Mapping):
         return _of_config(source, "in memory")
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(
-            "a shape is made of a preset's name, a config.json, its content or a DrafterConfig, "
-            f"got {type(source).__name__}"
-        )
     if isinstance(source, str) and source.lower() in TARGETS:
         return TARGETS[source.lower()]
     path = Path(source)
@@ -385,8 +355,10 @@ def _of_drafter(config: DrafterConfig) -> Shape:
 def _number(config: Mapping[str, Any], name: str) -> int:
     if name not in config:
         raise ValueError(f"config must hold {name}, which it does not")
-    require_int(name, config[name], 1)
-    return int(config[name])
+    value = config[name]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return value
 
 
 def _preset(name: str, target: Layers, vocab_size: int, tied: bool, **options: Any) -> Shape:

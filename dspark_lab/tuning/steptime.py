@@ -2,9 +2,9 @@
 
     seconds = seconds_per_step + seconds_per_operation * operations
 
-The operations are those of :func:`dspark_lab.tuning.cost.training_cost`; what a step costs beside them
-(launches, small kernels, Python) is the first number. The fit says how far off it is on steps that
-it has not seen. This file knows steps and clocks; it knows nothing about data or results.
+The operations are those of :func:`~dspark_lab.tuning.training_cost`; the first number is all that a
+step costs beside them (launches, small kernels, Python). The fit's error is that on steps that it
+has not seen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -24,16 +24,17 @@ from jaxtyping import Float
 
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate
-from dspark_lab.checks import require_int, require_number
+from dspark_lab.checks import Count, Device, NonNegative, Size, checked
 from dspark_lab.files import now
 from dspark_lab.model import Drafter, Features, Target, dspark_objective
 from dspark_lab.tuning.cost import training_cost
-from dspark_lab.tuning.memory import Dtype
 from dspark_lab.tuning.shape import Shape
+from dspark_lab.tuning.step import Dtype
 
 __all__ = ["StepTime", "fit_step_time", "measure_steps"]
 
 
+@checked
 @dataclass(frozen=True)
 class StepTime:
     """A fit of :func:`fit_step_time`.
@@ -42,17 +43,11 @@ class StepTime:
     that the fit has not seen, ``held_out`` of them; NaN where there were too few to hold any out.
     """
 
-    seconds_per_step: float
-    seconds_per_operation: float
+    seconds_per_step: NonNegative
+    seconds_per_operation: NonNegative
     error: float
     worst_error: float
     held_out: int
-
-    def __post_init__(self) -> None:
-        for name in ("seconds_per_step", "seconds_per_operation"):
-            require_number(name, getattr(self, name))
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
 
     def predict(self, operations: Any) -> Any:
         """Seconds of a step of so many operations, or of each of several."""
@@ -67,17 +62,15 @@ class StepTime:
         )
 
 
+@checked
 def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> StepTime:
-    """The two numbers, neither below 0, that make the sum of squared relative errors smallest.
+    """The two numbers, neither below 0, that minimise the sum of squared relative errors.
 
     Args:
-        table: ``operations`` and ``seconds`` of some steps, as :func:`measure_steps` makes it; two
-            different numbers of operations at least.
+        table: ``operations`` and ``seconds`` of some steps, as :func:`measure_steps` makes it; at
+            least two different numbers of operations.
         held_out: the same of other steps, on which the error is taken; where None, each step of
             ``table`` is predicted from a fit to the others.
-
-    Raises:
-        TypeError, ValueError: not such tables, or numbers that are not finite and > 0.
     """
     operations, seconds = _columns("table", table)
     if len(np.unique(operations)) < 2:
@@ -101,24 +94,25 @@ def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> 
     )
 
 
+@checked
 def measure_steps(
     shape: Shape,
-    seq_lens: Sequence[int] = (256, 512),
-    num_anchors: Sequence[int] = (8, 32),
-    block_sizes: Sequence[int] | None = None,
+    seq_lens: Sequence[Count] = (256, 512),
+    num_anchors: Sequence[Count] = (8, 32),
+    block_sizes: Sequence[Count] | None = None,
     *,
-    batch_size: int = 1,
+    batch_size: Count = 1,
     dtype: Dtype = "fp32",
     target: Target | None = None,
-    device: str | torch.device = "cpu",
-    warmup: int = 1,
-    runs: int = 5,
-    seed: int = 0,
+    device: Device = "cpu",
+    warmup: Size = 1,
+    runs: Count = 5,
+    seed: Size = 0,
 ) -> pd.DataFrame:
     """Times whole training steps of a drafter of this shape, on random tokens.
 
-    Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training``; the target's own
-    forward too where it is given, random features otherwise. All tokens are supervised.
+    Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training``; the target's
+    own forward too where it is given, random features otherwise. All tokens are supervised.
 
     Args:
         shape: of the drafter; its weights are random.
@@ -126,7 +120,7 @@ def measure_steps(
             size where None.
         batch_size: rows.
         dtype: of the matrix products, over fp32 weights.
-        target: answers in every step, on its own device.
+        target: runs in every step, on its own device.
         device: of the steps without a target.
         warmup, runs: steps that are not timed, and that are.
         seed: of tokens, weights and blocks.
@@ -134,20 +128,15 @@ def measure_steps(
     Returns:
         a line per combination: ``seq_len``, ``num_anchors``, ``block_size``, ``batch_size``,
         ``operations``, ``seconds`` (the median), ``fastest``, ``slowest``, ``device``, ``dtype``.
-
-    Raises:
-        TypeError, ValueError: a size that is not an int of at least 1, an unknown dtype, a target
-            of another shape.
     """
-    require_int("warmup", warmup, 0)
-    require_int("runs", runs, 1)
-    require_int("seed", seed, 0)
     place = torch.device(device) if target is None else target.device
     lines = []
     for block_size in block_sizes or [shape.block_size]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drafter = Drafter(shape.drafter_config(block_size=block_size)).to(place).train()
+            drafter = (
+                Drafter(replace(shape, block_size=block_size).drafter_config()).to(place).train()
+            )
             if target is not None:
                 drafter.use_target_embeddings(target.embed_weight, target.head_weight)
         optimizer = torch.optim.AdamW(_trained(drafter), lr=1e-5, fused=True)
@@ -244,8 +233,6 @@ def _left_out_errors(
 def _columns(
     name: str, table: pd.DataFrame
 ) -> tuple[Float[np.ndarray, " step"], Float[np.ndarray, " step"]]:
-    if not isinstance(table, pd.DataFrame):
-        raise TypeError(f"{name} must be a DataFrame, got {type(table).__name__}")
     found = []
     for column in ("operations", "seconds"):
         if column not in table:

@@ -1,0 +1,333 @@
+"""The bytes that a training step holds at each moment that may be its fullest.
+
+A step's memory rises and falls. It is fullest at one of a few moments: while the target reads the
+batch, inside the objective, in the backward pass through the last or the first layer, or once all
+gradients are there. For each of these, :class:`StepBytes` adds up the tensors that are alive then,
+from what every operation saves for its backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dspark_lab.model import chunk_sizes, most_slots
+from dspark_lab.tuning.shape import Shape
+from dspark_lab.tuning.step import Step
+
+__all__ = ["PARTS", "StepBytes"]
+
+# The lines of a table of memory: the first four are held throughout, the others come and go.
+PARTS = (
+    "weights",
+    "optimiser",
+    "embedding and LM head",
+    "target",
+    "features",
+    "activations",
+    "bf16 weights",
+    "gradients",
+    "objective",
+    "backward pass",
+    "target's activations",
+)
+
+
+class StepBytes:
+    """Bytes of one step; arrays where the step has an array of anchor counts.
+
+    Norms, RoPE and softmaxes are in fp32, the input of a matrix product under autocast is a bf16
+    copy of its own.
+    """
+
+    def __init__(self, shape: Shape, step: Step) -> None:
+        step.require_fit(shape)
+        self.shape, self.step, self.layers = shape, step, shape.drafter
+        self.sizes = shape.sizes
+        self.hidden, self.rank = shape.drafter.hidden_size, shape.markov_rank
+        self.query, self.key = shape.drafter.query_width, shape.drafter.kv_width
+        self.vocab = step.vocabulary or shape.vocab_size
+        self.tokens, self.slots = step.tokens, step.slots
+        self.keys = step.tokens + step.slots
+        # Bytes of a number in a matrix product, and whether weights and inputs are copied for it.
+        self.number = step.product_bytes
+        self.autocast = step.dtype == "bf16"
+        # A norm of single operations, as on a CPU, saves the scaled input beside the input.
+        self.norm = 8 if step.device == "cpu" else 4
+
+    @property
+    def peak(self) -> Any:
+        """The most bytes that are held at one time."""
+        fullest: Any = 0
+        for held in self.moments().values():
+            fullest = np.maximum(fullest, sum(held.values()))
+        return sum(self.always().values()) + fullest
+
+    def always(self) -> dict[str, int]:
+        """What the step holds throughout, by part."""
+        shape, step = self.shape, self.step
+        table = 4 * shape.vocab_size * self.hidden
+        shared = step.target_bytes == 4
+        own = table * (1 if shared and shape.tied else 2)
+        target = 0
+        if step.features == "live":
+            target = shape.target_parameters * step.target_bytes
+            own = 0 if shared else own
+        head = 0
+        if self.autocast or step.vocabulary is not None:
+            head = self.number * self.vocab * self.hidden
+        # Which token has which place in the softmaxes, and back.
+        places = 8 * (self.vocab + shape.vocab_size)
+        return {
+            "weights": 4 * self.sizes.trained_parameters,
+            "optimiser": 8 * self.sizes.trained_parameters,
+            "embedding and LM head": own + head + places,
+            "target": target,
+        }
+
+    def kept(self) -> dict[str, Any]:
+        """What the drafter's forward pass saves for the backward pass, by part."""
+        kept = self._layer(first=True)
+        later = self._layer(first=False)
+        for part in kept:
+            kept[part] = kept[part] + (self.layers.count - 1) * later[part]
+        around = self._around_layers()
+        projections = kept["attention projections"] + around["attention projections"]
+        return {
+            "context projection": around["context projection"],
+            **kept,
+            "attention projections": projections,
+            "heads": around["heads"],
+        }
+
+    def logits(self) -> Any:
+        """The logits of drafter and target that exist at one time, and their softmaxes in fp32."""
+        if self.step.objective == "full":
+            # In fp32: a logarithmic softmax, two softmaxes, their difference and its modulus.
+            return self.slots * self.vocab * (2 * self.number + 5 * 4)
+        chunk, tile = self._chunk()
+        return self.vocab * (2 * self.number * chunk + 4 * (3 if self.autocast else 1) * tile)
+
+    def moments(self) -> dict[str, dict[str, Any]]:
+        """The moments that may be the fullest, and what each holds beside :meth:`always`."""
+        features = self.step.feature_bytes * self.tokens * (self.shape.context_size + self.hidden)
+        moments: dict[str, dict[str, Any]] = {}
+        if self.step.features == "live":
+            moments["the target reads"] = {"target's activations": self._target_activations()}
+        moments |= self._around_objective()
+        moments |= self._layers_backward()
+        moments |= self._context_backward()
+        for held in moments.values():
+            held["features"] = features
+        return moments | {"optimiser": {"gradients": 4 * self.sizes.trained_parameters}}
+
+    def _around_objective(self) -> dict[str, dict[str, Any]]:
+        inside, after = self._objective()
+        embedding = 4 * self.shape.vocab_size * self.rank
+        moments: dict[str, dict[str, Any]] = {
+            "objective": {"objective": inside},
+            "heads backward": {
+                # One gradient of the embedding comes from the bias, one from the confidence head.
+                "gradients": embedding * (2 + self.shape.reads_markov),
+                "objective": after,
+                "backward pass": self._norm_backward() / 2,
+            },
+        }
+        if self.step.objective == "chunked":
+            # Those that it made, the same again times the loss's own gradient, and zeros that
+            # autograd makes up for the outputs that nothing depends on.
+            leaving = 3 * (after + 4 * self.vocab * self.rank)
+            leaving = leaving + 2 * self.autocast * self.vocab * self.rank
+            moments["gradients leave the objective"] = {"objective": leaving}
+        kept, copies = sum(self.kept().values()), self._weight_copies()["all"]
+        for held in moments.values():
+            held |= {"activations": kept, "bf16 weights": copies}
+        return moments
+
+    def _layers_backward(self) -> dict[str, dict[str, Any]]:
+        """The backward pass through the last and through the first layer, at three places."""
+        layers, shape = self.layers, self.shape
+        first, later = self._layer(first=True), self._layer(first=False)
+        around = self._around_layers()
+        outside = around["context projection"] + around["attention projections"]
+        copies = self._weight_copies()
+        layer_gradient = 4 * layers.layer_parameters
+        behind = 4 * (self.sizes.trained_parameters - shape.context_size * self.hidden)
+        behind -= layers.count * layer_gradient
+        attention, keys_kept, keys_values = self._attention_backward()
+        moments: dict[str, dict[str, Any]] = {}
+        for name, left in (("last layer", layers.count), ("first layer", 1)):
+            layer = first if left == 1 else later
+            before = outside + (sum(first.values()) if left > 1 else 0)
+            before = before + max(0, left - 2) * sum(later.values())
+            gradients = behind + (layers.count - left) * layer_gradient
+            # The gradient of the context, which the layers behind this one have begun.
+            begun = 0 if left == layers.count else 4 * self.tokens * self.hidden
+            for place, saved, weights, done, work in (
+                ("MLP", sum(layer.values()), "layer", 0, self._mlp_backward()),
+                (
+                    "attention",
+                    layer["attention projections"] + layer["attention"],
+                    "attention",
+                    4 * layers.mlp_weights,
+                    attention,
+                ),
+                (
+                    "keys and values",
+                    keys_kept,
+                    "keys and values",
+                    4 * layers.mlp_weights,
+                    keys_values,
+                ),
+            ):
+                moments[f"{name} backward, {place}"] = {
+                    "activations": before + saved,
+                    "bf16 weights": copies["fc"] + (left - 1) * copies["layer"] + copies[weights],
+                    "gradients": gradients + done,
+                    "backward pass": work + begun,
+                }
+        return moments
+
+    def _context_backward(self) -> dict[str, dict[str, Any]]:
+        saved = self._around_layers()["context projection"]
+        copies, every = self._weight_copies()["fc"], 4 * self.sizes.trained_parameters
+        fc, states = 4 * self.shape.context_size * self.hidden, self.tokens * self.hidden
+        return {
+            "context backward, norm": {
+                "activations": saved,
+                "bf16 weights": copies,
+                "gradients": every - fc,
+                "backward pass": 12 * states,
+            },
+            "context backward, projection": {
+                "activations": saved - 8 * states,
+                "bf16 weights": copies,
+                "gradients": every,
+                "backward pass": self.number * states + self.autocast * fc // 2,
+            },
+        }
+
+    def _layer(self, first: bool) -> dict[str, Any]:
+        """What one layer saves: the inputs of its products, of its norms and of its attention."""
+        layers, number, norm = self.layers, self.number, self.norm
+        slots, keys, hidden, query, key = self.slots, self.keys, self.hidden, self.query, self.key
+        return {
+            "attention projections": (
+                # The first layer's input is the frozen embedding's and needs no gradient.
+                (norm - 4 * first) * slots * hidden
+                + 4 * keys * hidden  # one fp32 input of both products, or two in bf16
+                + number * slots * hidden
+                + norm * (slots * query + keys * key)
+                + number * slots * query  # the last product's
+                + 4 * (slots * (1 + layers.heads) + keys * layers.kv_heads)
+            ),
+            "attention": number * (2 * slots * query + 2 * keys * key) + 4 * slots * layers.heads,
+            "MLP": (
+                (norm + 4) * slots * hidden
+                + 4 * slots
+                + 4 * number * slots * layers.intermediate_size
+            ),
+        }
+
+    def _around_layers(self) -> dict[str, Any]:
+        """What is saved outside the layers, by part."""
+        number, shape, sizes = self.number, self.shape, self.sizes
+        # Features that have the products' dtype are not copied.
+        copied = 0 if self.step.feature_bytes == number == 4 else number
+        confidence = number * sizes.confidence_width + 4 * 8 * (sizes.confidence_width > 0)
+        latent = number * sizes.latent_kept
+        return {
+            "context projection": (
+                self.tokens * (copied * shape.context_size + self.norm * self.hidden + 4)
+            ),
+            # Cosines and sines.
+            "attention projections": 4 * self.keys * self.layers.head_dim,
+            "heads": self.slots * (self.norm * self.hidden + 8 + latent + confidence),
+        }
+
+    def _weight_copies(self) -> dict[str, int]:
+        """The bf16 copies of weights that autocast makes and autograd saves."""
+        if not self.autocast:
+            return dict.fromkeys(("fc", "layer", "attention", "keys and values", "all"), 0)
+        layers, shape = self.layers, self.shape
+        fc = 2 * shape.context_size * self.hidden
+        layer = 2 * (layers.attention_weights + layers.mlp_weights)
+        heads = 2 * (self.sizes.latent_weights + self.sizes.confidence_width)
+        return {
+            "fc": fc,
+            "layer": layer,
+            "attention": 2 * layers.attention_weights,
+            "keys and values": 2 * 2 * self.hidden * self.key,
+            "all": fc + layers.count * layer + heads,
+        }
+
+    def _objective(self) -> tuple[Any, Any]:
+        """What the objective holds at its fullest, and what it leaves for the backward pass."""
+        number, hidden, rank, vocab = self.number, self.hidden, self.rank, self.vocab
+        slots, feature = self.slots, self.step.feature_bytes
+        # The results of the forward pass live as long as the objective runs.
+        results = slots * (4 * hidden + 4 * rank + feature * hidden + 64)
+        head_copies = 2 * vocab * rank * self.autocast
+        if self.step.objective == "full":
+            head_copies = head_copies + 2 * vocab * hidden * self.autocast
+            return results + head_copies + self.logits(), slots * hidden * number
+        chunk, _ = self._chunk()
+        after = number * slots * (hidden + rank)
+        copies = number * slots * hidden * (feature != number) + head_copies
+        copies = copies + self.autocast * slots * number * (hidden + 3 * rank)
+        # A chunk's inputs, both in one, and the gradient before and after it is scaled; or, in
+        # bf16, the gradient of the bias's matrix, and it in fp32, before it is added.
+        scaled = chunk * hidden * (6 if self.autocast else 2 * number)
+        work = chunk * number * (3 * hidden + rank)
+        work = work + np.maximum(scaled, 6 * vocab * rank * self.autocast)
+        return results + copies + after + 4 * vocab * rank + self.logits() + work, after
+
+    def _chunk(self) -> tuple[Any, Any]:
+        """Slots of a chunk and of a tile of it, whose logits exist at one time."""
+        vocab, on_gpu = self.vocab, self.step.device == "cuda"
+        counted = self.step.counted_slots
+        chunks, chunk, tile = chunk_sizes(counted, vocab, on_gpu)
+        if not on_gpu:
+            # A draw with more blocks at the row's end may need one chunk fewer, a full one then.
+            fewest = np.maximum(counted - self.step.labels_beyond_rows, 1)
+            fuller = chunk_sizes(fewest, vocab, on_gpu)[0] < chunks
+            chunk = np.where(fuller, most_slots(vocab, on_gpu), chunk)
+        return chunk, np.minimum(tile, chunk)
+
+    def _norm_backward(self) -> Any:
+        """The gradients of a norm's output, of what it scaled, of a square, and their sum."""
+        return 16 * self.slots * self.hidden
+
+    def _mlp_backward(self) -> Any:
+        wide = self.layers.intermediate_size
+        work = 2 * self.number * self.slots * wide + 8 * self.slots * self.hidden
+        work = work + (4 + 2 * self.autocast) * self.hidden * wide
+        return np.maximum(work, self._norm_backward())
+
+    def _attention_backward(self) -> tuple[Any, Any, Any]:
+        """Backward through attention, what keys and values still hold then, and through these."""
+        number, slots, keys, hidden = self.number, self.slots, self.keys, self.hidden
+        queries, both = slots * self.query, keys * self.key
+        work = number * queries  # the gradient that comes in
+        if self.step.device == "cpu":
+            # In fp32: results, and where the inputs are bf16 copies of all of them.
+            work = work + 4 * (queries + 2 * both)
+            work = work + self.autocast * 4 * (3 * queries + 2 * both)
+        else:
+            work = work + number * (queries + 2 * both) + 4 * slots * self.layers.heads
+        # While the keys' norm goes back, or while both gradients of its input are summed.
+        keys_values = np.maximum((16 + self.norm) * both, 8 * keys * hidden)
+        return (
+            work + 8 * slots * hidden,
+            4 * keys * hidden + self.norm * slots * hidden,
+            number * both + keys_values + 8 * slots * hidden,
+        )
+
+    def _target_activations(self) -> int:
+        """The most that the target's forward pass holds beside its weights and the features."""
+        layers = self.shape.target
+        assert layers is not None
+        attention = 4 * layers.query_width + 2 * layers.kv_width
+        wide = max(3 * layers.intermediate_size, attention)
+        return self.step.target_bytes * self.tokens * (2 * layers.hidden_size + wide)

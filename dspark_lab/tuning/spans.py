@@ -1,0 +1,216 @@
+"""Where the supervised tokens of a data set are: its runs, documents and rows.
+
+A *run* is a longest stretch of supervised tokens within one document. Its candidates for anchors
+are all its tokens but the last, and its first token is never a label. *Per* row or document
+``num_anchors`` are drawn; unpacked, these are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from dspark_lab.chats import Batch, Encoded, packed_places
+from dspark_lab.checks import Count, checked
+
+__all__ = ["PER", "Data", "Per", "RunGroups", "Spans", "sum_by"]
+
+Per = Literal["row", "document"]
+PER: tuple[Per, ...] = get_args(Per)
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Supervised tokens of a data set. All arrays are int64.
+
+    Documents are the conversations in the given order (of a batch: row by row), runs are in the
+    order of the documents, and a row is what anchors are drawn from.
+
+    ================= ==========================================================================
+    run_document      [run] index of its document
+    run_start         [run] position of its first token in the document
+    run_tokens        [run] its supervised tokens, those beyond the cut included
+    document_tokens   [document] its tokens, those beyond the cut included
+    document_kept     [document] its tokens before the cut, which are in the row
+    document_row      [document] index of its row
+    row_tokens        [row] tokens of the row, padding included
+    ================= ==========================================================================
+    """
+
+    run_document: Int[np.ndarray, " run"]
+    run_start: Int[np.ndarray, " run"]
+    run_tokens: Int[np.ndarray, " run"]
+    document_tokens: Int[np.ndarray, " document"]
+    document_kept: Int[np.ndarray, " document"]
+    document_row: Int[np.ndarray, " document"]
+    row_tokens: Int[np.ndarray, " row"]
+
+    @classmethod
+    @checked
+    def of(
+        cls,
+        data: Data,
+        *,
+        seq_len: Count | None = None,
+        row_length: Count | None = None,
+    ) -> Spans:
+        """The spans of conversations or of a batch.
+
+        Args:
+            data: a batch with its rows as they are, or conversations, each a row of its own.
+            seq_len: cuts each conversation to its first ``seq_len`` tokens.
+            row_length: packs the conversations into rows of that many tokens, exactly as
+                :func:`dspark_lab.chats.pack` does.
+
+        Raises:
+            ValueError: no conversation, or one that is empty or longer than ``row_length``; a batch
+                together with ``seq_len`` or ``row_length``.
+        """
+        if isinstance(data, Spans):
+            if seq_len is not None or row_length is not None:
+                raise ValueError("spans have their rows already: neither seq_len nor row_length")
+            return data
+        if isinstance(data, Batch):
+            if seq_len is not None or row_length is not None:
+                raise ValueError("a batch has its rows already: neither seq_len nor row_length")
+            return cls._of_batch(data)
+        encoded = [data] if isinstance(data, Encoded) else list(data)
+        if not encoded:
+            raise ValueError("data must hold at least one conversation, got none")
+        tokens = np.array([item.loss_mask.numel() for item in encoded], dtype=np.int64)
+        if not tokens.all():
+            chat = encoded[int(tokens.argmin())].chat
+            raise ValueError(f"conversation {chat.id!r} must have at least one token, got none")
+        kept = tokens if seq_len is None else np.minimum(tokens, seq_len)
+        row, row_tokens = np.arange(len(tokens)), kept
+        if row_length is not None:
+            longest = int(kept.argmax())
+            if kept[longest] > row_length:
+                raise ValueError(
+                    f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens, more "
+                    f"than length {row_length} of a row; cut it with seq_len={row_length}"
+                )
+            row, _ = packed_places(kept, row_length)
+            row_tokens = np.full(row.max() + 1, row_length)
+        mask = torch.cat([item.loss_mask for item in encoded])
+        return cls(
+            *_runs(mask, tokens.cumsum() - tokens),
+            document_tokens=tokens,
+            document_kept=kept,
+            document_row=row,
+            row_tokens=row_tokens,
+        )
+
+    @classmethod
+    def _of_batch(cls, batch: Batch) -> Spans:
+        rows, seq_len = batch.loss_mask.shape
+        lengths = batch.seq_lens.cpu().numpy()
+        row, place = np.nonzero(lengths)
+        tokens = lengths[row, place]
+        start = (lengths.cumsum(axis=1) - lengths)[row, place]
+        return cls(
+            *_runs(batch.loss_mask.flatten(), row * seq_len + start),
+            document_tokens=tokens,
+            document_kept=tokens,
+            document_row=row,
+            row_tokens=np.full(rows, seq_len),
+        )
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.row_tokens)
+
+    @property
+    def documents(self) -> int:
+        """The number of conversations."""
+        return len(self.document_tokens)
+
+    @cached_property
+    def run_kept(self) -> Int[np.ndarray, " run"]:
+        """Tokens of each run before the cut."""
+        room = self.document_kept[self.run_document] - self.run_start
+        return np.clip(room, 0, self.run_tokens)
+
+    @cached_property
+    def supervised(self) -> int:
+        """Supervised tokens in the rows."""
+        return int(self.run_kept.sum())
+
+    @cached_property
+    def rows_without_label(self) -> int:
+        """Rows that hold no candidate, from which nothing is learned."""
+        return int((self.candidates("row") == 0).sum())
+
+    def unit(self, per: Per) -> Int[np.ndarray, " document"]:
+        """The row or document in which each document's anchors are drawn."""
+        return self.document_row if per == "row" else np.arange(self.documents)
+
+    def candidates(self, per: Per) -> Int[np.ndarray, " unit"]:
+        """Candidates of each row or document."""
+        units = self.rows if per == "row" else self.documents
+        run_unit = self.unit(per)[self.run_document]
+        return sum_by(run_unit, np.maximum(self.run_kept - 1, 0), units)
+
+    def groups(self, per: Per) -> RunGroups:
+        """The runs by the candidates of their row or document, grouped once."""
+        return self._row_groups if per == "row" else self._document_groups
+
+    @cached_property
+    def _row_groups(self) -> RunGroups:
+        return RunGroups.of(self, "row")
+
+    @cached_property
+    def _document_groups(self) -> RunGroups:
+        return RunGroups.of(self, "document")
+
+
+# What coverage takes: spans, made once for many choices, or what they are made of.
+Data = Spans | Batch | Encoded | Sequence[Encoded]
+
+
+@dataclass(frozen=True, eq=False)
+class RunGroups:
+    """The runs, in one group where their rows or documents have equally many candidates."""
+
+    candidates: Int[np.ndarray, " group"]
+    run_group: Int[np.ndarray, " run"]
+    run_length: Int[np.ndarray, " run"]
+
+    @classmethod
+    def of(cls, spans: Spans, per: Per) -> RunGroups:
+        inside = spans.run_kept > 0
+        candidates = spans.candidates(per)[spans.unit(per)[spans.run_document[inside]]]
+        groups, run_group = np.unique(candidates, return_inverse=True)
+        return cls(groups, run_group.ravel(), spans.run_kept[inside])
+
+
+def sum_by(
+    place: Int[np.ndarray, " item"], values: Shaped[np.ndarray, " item"], places: int
+) -> Int[np.ndarray, " place"]:
+    """The sum of the values at each place; exact, since sums stay far below 2^53."""
+    return np.bincount(place, values, places).astype(np.int64)
+
+
+def _runs(
+    loss_mask: Bool[Tensor, " token"], starts: Int[np.ndarray, " document"]
+) -> tuple[Int[np.ndarray, " run"], Int[np.ndarray, " run"], Int[np.ndarray, " run"]]:
+    """Document, start in it, and length of each run of documents that follow one another."""
+    mask = loss_mask.cpu().numpy()
+    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    edges = np.concatenate([[0] if mask[0] else [], edges, [len(mask)] if mask[-1] else []])
+    # A run ends with its document, though the next one may begin with a supervised token.
+    later = starts[1:]
+    split = later[mask[later - 1] & mask[later]]
+    first, stop = (
+        np.sort(np.concatenate([edges[side::2], split])).astype(np.int64) for side in (0, 1)
+    )
+    document = np.searchsorted(starts, first, side="right") - 1
+    return document, first - starts[document], stop - first

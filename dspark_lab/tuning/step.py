@@ -1,0 +1,113 @@
+"""The sizes and choices of one training step."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from dspark_lab.checks import Count, Share, checked
+from dspark_lab.tuning.shape import Shape
+
+__all__ = ["WIDTH", "Dtype", "Step"]
+
+Dtype = Literal["bf16", "fp32"]
+# Bytes of a number.
+WIDTH = {"bf16": 2, "fp32": 4}
+
+
+@checked
+@dataclass(frozen=True)
+class Step:
+    """A training step on one micro-batch, for models of a :class:`~dspark_lab.tuning.Shape`.
+
+    Attributes:
+        seq_len, num_anchors, block_size, batch_size: tokens of a row, blocks of a row, slots of a
+            block, rows.
+        dtype: of the matrix products.
+        features: "live" runs the target on every batch; "cached" reads features in bf16 from disk,
+            so that only the target's embedding and LM head stay in memory.
+        target_dtype: of the target's weights; ``dtype`` where None. From bf16, the drafter makes
+            fp32 copies of embedding and LM head.
+        objective: "chunked" as :func:`~dspark_lab.model.dspark_objective`, or the "full" logits of
+            all slots with the gradient left to autograd.
+        supervised: share of the slots that have a label. A CPU computes logits for these alone.
+        vocabulary: size of the vocabulary in the softmaxes; all tokens where None.
+        device: sets how many slots a chunk of logits has.
+    """
+
+    seq_len: Count
+    num_anchors: Count
+    block_size: Count
+    batch_size: Count = 1
+    dtype: Dtype = "bf16"
+    features: Literal["live", "cached"] = "live"
+    target_dtype: Dtype | None = None
+    objective: Literal["chunked", "full"] = "chunked"
+    supervised: Share = 1.0
+    vocabulary: Count | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    def require_fit(self, shape: Shape) -> None:
+        """Refuse "live" features without the target's shape, or more words than the model has."""
+        if self.features == "live" and shape.target is None:
+            raise ValueError(
+                "features 'live' need the target's shape: give Shape.of its target, or say 'cached'"
+            )
+        if self.vocabulary is not None and self.vocabulary > shape.vocab_size:
+            raise ValueError(
+                f"vocabulary must be at most the model's, {shape.vocab_size}, got {self.vocabulary}"
+            )
+
+    def with_each(self, num_anchors: Int[np.ndarray, " choice"]) -> Step:
+        """The same step for many numbers of anchors at once; counts of slots are then arrays."""
+        step = copy.copy(self)
+        object.__setattr__(step, "num_anchors", num_anchors)
+        return step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def slots(self) -> Any:
+        """Slots of all blocks of all rows."""
+        return self.batch_size * self.num_anchors * self.block_size
+
+    @property
+    def counted_slots(self) -> Any:
+        """Slots whose logits are computed."""
+        if self.device == "cuda" or self.objective == "full":
+            return self.slots
+        return np.ceil(self.slots * self.supervised)
+
+    @property
+    def labels_beyond_rows(self) -> Any:
+        """Slots whose label lies beyond the row's end: three standard deviations above their mean.
+
+        With anchors drawn uniformly from a row of one document, a block lacks 1, 2, ..., or
+        ``block_size - 1`` labels with probability 1 / candidates each.
+        """
+        candidates = max(self.seq_len - 1, 1)
+        lacking = np.minimum(np.arange(self.block_size), candidates)
+        drawn = self.batch_size * np.minimum(self.num_anchors, candidates) / candidates
+        return drawn * lacking.sum() + 3 * np.sqrt(drawn * (lacking**2).sum())
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of a number in a matrix product."""
+        return WIDTH[self.dtype]
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of a weight of the target."""
+        return WIDTH[self.target_dtype or self.dtype]
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of a number of the features; on disk they are bf16."""
+        return self.target_bytes if self.features == "live" else 2
