@@ -237,6 +237,48 @@ FAULTS: dict[str, Fault] = {
         ),
         SERVE,
     ),
+    "coverage forgets that anchors differ": Fault(
+        "dspark_lab.tuning.coverage:_left_out",
+        lambda right: lambda candidates, spared, before: right(candidates, spared, 0 * before),
+        ANCHORS,
+    ),
+    "what is covered counts twice": Fault(
+        "dspark_lab.tuning.coverage:_covered", changed_result(lambda covered: 2 * covered), TUNE
+    ),
+    "slots have the same weight": Fault(
+        "dspark_lab.model.slotwise:decay_weights",
+        changed_result(lambda weights: 0 * weights + 1),
+        TUNE,
+    ),
+    "every token of an answer can be a label": Fault(
+        "dspark_lab.tuning.coverage:_first_tokens", changed_result(lambda counts: 0 * counts), TUNE
+    ),
+    "the target is read backward too": Fault(
+        "dspark_lab.tuning.cost:_backward",
+        lambda right: (
+            lambda products, *, input_needs_gradient: right(products, input_needs_gradient=True)
+        ),
+        TUNE,
+    ),
+    "the optimiser keeps one moment": Fault(
+        "dspark_lab.tuning.moments:StepBytes.always",
+        changed_result(lambda held: held | {"optimiser": held["optimiser"] // 2}),
+        TUNE,
+    ),
+    "a card's memory is all for tensors": Fault(
+        "dspark_lab.tuning.memory:usable_bytes",
+        lambda right: lambda memory, usable=1.0: right(memory, 1.0),
+        TUNE,
+    ),
+    "the best gains most a byte": Fault(
+        "dspark_lab.tuning.choice:_ranked",
+        lambda right: (
+            lambda table: table.loc[
+                right(table.assign(gain_per_second=table["gain_per_byte"])).index
+            ]
+        ),
+        TUNE,
+    ),
 }
 
 

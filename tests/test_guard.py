@@ -104,49 +104,8 @@ TEXT_FAULTS = {
         "-(-end // tile_size), end // tile_size]",
         "end // tile_size, end // tile_size]",
     ),
-    "coverage forgets that anchors differ": TextFault(
-        "tuning/coverage.py",
-        "np.maximum(spared - already, 0) / np.maximum(total - already, 1)",
-        "np.maximum(spared - 0 * already, 0) / np.maximum(total, 1)",
-    ),
     "training starts without a warm-up": TextFault(
         "training/loop.py", "if step < self.warmup_steps:", "if step < 0:", TRAIN
-    ),
-    "what is covered counts twice": TextFault(
-        "tuning/coverage.py",
-        "missed[:, 1:])\n    return 1 - missed",
-        "missed[:, 1:])\n    return 2 - 2 * missed",
-        TUNE,
-    ),
-    "slots have the same weight": TextFault(
-        "tuning/coverage.py",
-        "return np.exp(-np.arange(block_size) / gamma)",
-        "return np.ones(block_size)",
-        TUNE,
-    ),
-    "every token of an answer can be a label": TextFault(
-        "tuning/coverage.py",
-        '"first of its run": _summed(run_document, kept > 1, documents)',
-        '"first of its run": _summed(run_document, kept > 999, documents)',
-        TUNE,
-    ),
-    "the target is read backward too": TextFault(
-        "tuning/cost.py",
-        "        fc.operations,\n        fc.operations,",
-        "        fc.operations,\n        2 * fc.operations,",
-        TUNE,
-    ),
-    "the optimiser keeps one moment": TextFault(
-        "tuning/memory.py", '"optimiser": 8 * trained', '"optimiser": 4 * trained', TUNE
-    ),
-    "a card's memory is all for tensors": TextFault(
-        "tuning/memory.py", "return size * usable", "return float(size)", TUNE
-    ),
-    "the best gains most a byte": TextFault(
-        "tuning/choice.py",
-        'sort_values("gain_per_second", ascending=False',
-        'sort_values("gain_per_byte", ascending=False',
-        TUNE,
     ),
     "each cell's interval is of one drafter": TextFault(
         "tuning/sweep.py", 'table["seeds"] ** 0.5', 'table["seeds"] ** 0', TUNE
