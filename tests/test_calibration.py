@@ -64,7 +64,7 @@ def test_a_report_is_fitted_on_one_part_and_counted_on_the_other() -> None:
         assert row.outcome == pytest.approx(np.mean(outcome))
         assert row.ece == pytest.approx(expected_calibration_error(before, outcome, 10))
         assert row.ece_scaled == pytest.approx(expected_calibration_error(after, outcome, 10))
-        assert row.brier_scaled == pytest.approx(brier(after, outcome).score)
+        assert row.brier_scaled == pytest.approx(brier(after, outcome))
         assert row.auroc == pytest.approx(auroc(before, outcome))
         if row.slot != "all":
             assert row.auroc_scaled == pytest.approx(row.auroc)

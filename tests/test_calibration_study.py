@@ -26,7 +26,7 @@ def test_pairs_are_those_of_reached_slots(trace) -> None:
             assert sorted(zip(confidence, outcome, strict=True)) == sorted(expected)
     with pytest.raises(ValueError, match="slot must be below 4, got 4"):
         rounds.pairs(4)
-    with pytest.raises(ValueError, match="outcome must be 'empirical' or 'analytic', got 'soft'"):
+    with pytest.raises(ValueError, match="kind must be 'empirical' or 'analytic', got 'soft'"):
         rounds.pairs(0, "soft")
 
 
@@ -95,11 +95,18 @@ def study_by_hand(rows: list, kind: str) -> dict[str, float]:
     }
 
 
+def together(traces: dict[tuple[str, float], pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(
+        trace.assign(drafter=drafter, temperature=temperature)
+        for (drafter, temperature), trace in traces.items()
+    )
+
+
 @pytest.mark.parametrize("kind", ["analytic", "empirical"])
 @pytest.mark.parametrize("by", [("drafter", "temperature", "domain", "slot"), ("slot",)])
 def test_the_study_counts_the_errors_of_reached_slots(kind, by) -> None:
     traces = {("a", 1.0): TRACE, ("b", 0.5): RAGGED}
-    table = study(traces, by=by, outcome=kind, resamples=50)
+    table = study(together(traces), by=by, outcome=kind, resamples=50)
     assert list(table.columns[: len(by)]) == list(by)
     assert len(table) == (16 if len(by) == 4 else 4)
     for row in table.to_dict("records"):
@@ -117,23 +124,18 @@ def test_the_study_counts_the_errors_of_reached_slots(kind, by) -> None:
         assert row["bias"] == pytest.approx(row["confidence"] - row["outcome"])
 
 
-def test_one_table_with_labels_is_the_same_study() -> None:
-    apart = study({("a", 1.0): TRACE, ("b", 0.5): RAGGED}, resamples=20)
-    joined = pd.concat(
-        [
-            TRACE.assign(drafter="a", temperature=1.0),
-            RAGGED.assign(drafter="b", temperature=0.5),
-        ]
-    )
-    pd.testing.assert_frame_equal(apart, study(joined, resamples=20))
-    by_label = {"a": TRACE.assign(temperature=1.0), "b": RAGGED.assign(temperature=0.5)}
-    pd.testing.assert_frame_equal(apart, study(by_label, resamples=20))
-    with pytest.raises(ValueError, match="must have a column 'drafter'"):
-        study(TRACE)
-    with pytest.raises(TypeError, match="traces must be a DataFrame or a Mapping, got"):
-        study([TRACE])
-    with pytest.raises(ValueError, match="one or more traces, got none"):
-        study({})
+@pytest.mark.parametrize(
+    ("traces", "options", "error", "words"),
+    [
+        (TRACE, {}, ValueError, "must have a column 'drafter'"),
+        (TRACE, {"by": "slot"}, TypeError, "by must be a sequence, got 'slot'"),
+        (TRACE, {"by": []}, ValueError, "by must not be empty"),
+        ([TRACE], {}, TypeError, "traces must be a DataFrame, got"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused(traces, options, error, words) -> None:
+    with pytest.raises(error, match=words):
+        study(traces, **options)
 
 
 def test_the_studys_interval_covers_the_bias_as_often_as_it_says() -> None:

@@ -48,8 +48,6 @@ def test_scaling_goes_slot_by_slot_and_lets_unknown_ones_be() -> None:
     assert scaled.shape == (2, 1, 3)
     assert scaled[0, 0].tolist() == pytest.approx([16 / 17, 2 / 3, 0.8])
     assert math.isnan(scaled[1, 0, 1]) and scaled[1, 0, 2] == 1
-    logits = np.log(0.8 / 0.2) * np.ones(3)
-    assert scaling.apply_logits(logits) == pytest.approx(scaled[0, 0])
     assert scaling.apply(confidence[..., :2]).shape == (2, 1, 2)
     with pytest.raises(ValueError, match="1 to 3 slots"):
         scaling.apply(np.full((2, 4), 0.5))

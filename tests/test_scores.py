@@ -100,12 +100,6 @@ def test_bins_of_equal_mass_hold_equally_many() -> None:
     assert expected_calibration_error(confidence, confidence, 9, "mass") == 0
 
 
-def test_bins_with_too_few_samples_keep_their_count_and_no_means() -> None:
-    table = reliability_table([0.1, 0.1, 0.9], [0, 1, 1], 2, min_count=2)
-    assert table["count"].tolist() == [2, 1]
-    assert table["outcome"].tolist()[0] == 0.5 and math.isnan(table["outcome"][1])
-
-
 def test_calibration_error_of_fewer_samples_than_bins_is_undefined() -> None:
     assert math.isnan(expected_calibration_error([0.5, 0.5], [0, 1], 3))
     assert expected_calibration_error([0.5, 0.5], [0, 1], 2) == 0
@@ -117,28 +111,7 @@ def test_calibration_error_of_fewer_samples_than_bins_is_undefined() -> None:
 def test_brier_score_agrees_with_scikit_learn(drawn) -> None:
     confidence, outcome = drawn
     expected = brier_score_loss(outcome, confidence, pos_label=1, labels=[0, 1])
-    assert brier(confidence, outcome).score == pytest.approx(expected, abs=1e-12)
-
-
-@given(drawn=SOFT)
-def test_parts_of_the_brier_score_add_up_for_any_grouping(drawn) -> None:
-    distinct = brier(*drawn)
-    assert distinct.within == pytest.approx(0, abs=1e-12)
-    groups = [distinct, brier(*drawn, 1), brier(*drawn, 4), brier(*drawn, 4, "mass")]
-    for parts in groups:
-        total = parts.reliability - parts.resolution + parts.uncertainty + parts.within
-        assert parts.score == pytest.approx(total, abs=1e-12)
-        assert parts.reliability >= 0 and parts.resolution >= 0
-        assert parts.uncertainty == pytest.approx(distinct.uncertainty)
-
-
-def test_parts_of_the_brier_score_are_murphys() -> None:
-    """Two forecasts, 0.2 five times with one success, 0.8 five times with three."""
-    parts = brier([0.2] * 5 + [0.8] * 5, [1, 0, 0, 0, 0, 1, 1, 1, 0, 0])
-    assert parts.reliability == pytest.approx(0.5 * 0 + 0.5 * 0.2**2)
-    assert parts.resolution == pytest.approx(0.5 * 0.2**2 + 0.5 * 0.2**2)
-    assert parts.uncertainty == pytest.approx(0.4 * 0.6)
-    assert parts.score == pytest.approx(0.02 - 0.04 + 0.24)
+    assert brier(confidence, outcome) == pytest.approx(expected, abs=1e-12)
 
 
 @given(drawn=samples(st.integers(0, 1), low=2))
@@ -201,4 +174,4 @@ def test_bad_bins_are_refused() -> None:
     with pytest.raises(TypeError, match="bins must be an int"):
         expected_calibration_error([0.5], [1], 2.5)
     with pytest.raises(ValueError, match="binning must be 'width' or 'mass', got 'equal'"):
-        brier([0.5], [1], 2, "equal")
+        reliability_table([0.5], [1], 2, "equal")

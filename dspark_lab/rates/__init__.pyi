@@ -23,7 +23,6 @@ from .scaling import (
 )
 from .scores import (
     Binning,
-    Brier,
     as_numbers,
     as_probabilities,
     auroc,
@@ -49,7 +48,6 @@ __all__ = [
     "BlockRates",
     "block_sums",
     "Binning",
-    "Brier",
     "SequentialTemperatures",
     "TEMPERATURE_GRID",
     "as_numbers",

@@ -8,7 +8,7 @@ only: verified, and every earlier slot of the round accepted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -121,10 +121,15 @@ def calibration_report(
         confidence: Float[np.ndarray, "round slot"], part: slice, suffix: str = ""
     ) -> dict[str, float]:
         taken = ~np.isnan(seen[:, part])
-        f, o, owner = confidence[:, part][taken], seen[:, part][taken], np.nonzero(taken)[0]
+        f, o = confidence[:, part][taken], seen[:, part][taken]
         known = ~np.isnan(survival[:, part]) & ~np.isnan(confidence[:, part])
         product = np.cumprod(confidence, axis=1)[:, part][known]
-        error, low, high = _error_and_interval(f, o, conversation[owner], drawn, bins, binning)
+        low = high = float("nan")
+        error = error_or_nan(f, o, bins, binning)
+        if not np.isnan(error):
+            owner = conversation[np.nonzero(taken)[0]]
+            errors = resampled_errors(f, o, owner, drawn, bins, binning)
+            low, high = interval(errors, len(np.unique(owner)))
         return {
             f"confidence{suffix}": _mean(f),
             f"ece{suffix}": error,
@@ -254,7 +259,7 @@ def drift_table(
 
 @checked
 def study(
-    traces: pd.DataFrame | Mapping[str | tuple[str, float], pd.DataFrame],
+    traces: pd.DataFrame,
     *,
     by: Annotated[Sequence[str], NotEmpty()] = ("drafter", "temperature", "domain", "slot"),
     outcome: Outcome = "analytic",
@@ -272,9 +277,8 @@ def study(
     domain: the same number in two traces must mean the same conversation.
 
     Args:
-        traces: drafter -> trace, or (drafter, decoding temperature) -> trace, or one table with
-            columns ``drafter`` and ``temperature`` of its own. A trace with a column of that name
-            keeps it.
+        traces: one trace, or several with columns ``drafter`` and ``temperature`` that keep them
+            apart.
         by: columns to group by, in this order; leave some out for margins.
         outcome: ``"analytic"`` or ``"empirical"``.
         resamples, seed: of the bootstrap.
@@ -285,13 +289,12 @@ def study(
         without a confidence do not count. NaN where undefined: no samples, or for spread and
         intervals fewer than two conversations.
     """
-    frame = traces if isinstance(traces, pd.DataFrame) else _labelled(traces)
     for name in by:
-        column(frame, name)
-    groups = [name for name in ("drafter", "temperature") if name in frame.columns]
-    parts = [frame]
+        column(traces, name)
+    groups = [name for name in ("drafter", "temperature") if name in traces.columns]
+    parts = [traces]
     if groups:
-        parts = [part for _, part in frame.groupby(groups, sort=False, dropna=False)]
+        parts = [part for _, part in traces.groupby(groups, sort=False, dropna=False)]
     frame = pd.concat([_reached_rows(part, outcome) for part in parts], ignore_index=True)
     rows = []
     for key, part in frame.groupby(list(by), dropna=False):
@@ -309,22 +312,6 @@ def confidence_error(
     return confidence - outcome
 
 
-def _error_and_interval(
-    f: Float[np.ndarray, " sample"],
-    o: Float[np.ndarray, " sample"],
-    conversation: Int[np.ndarray, " sample"],
-    drawn: Int[np.ndarray, "resample conversation"],
-    bins: int,
-    binning: Binning,
-) -> tuple[float, float, float]:
-    error = error_or_nan(f, o, bins, binning)
-    if np.isnan(error):
-        return error, error, error
-    errors = resampled_errors(f, o, conversation, drawn, bins, binning)
-    low, high = interval(errors, len(np.unique(conversation)))
-    return error, float(low), float(high)
-
-
 def _mean(values: Float[np.ndarray, " sample"]) -> float:
     return float(values.mean()) if values.size else float("nan")
 
@@ -337,19 +324,6 @@ def _reached_rows(trace: pd.DataFrame, outcome: Outcome) -> pd.DataFrame:
     return trace.iloc[row[reached]].assign(
         confidence=confidence, _outcome=chosen, _error=confidence_error(confidence, chosen)
     )
-
-
-def _labelled(traces: Mapping[str | tuple[str, float], pd.DataFrame]) -> pd.DataFrame:
-    """One table of several traces, each with the columns that its key names."""
-    if not traces:
-        raise ValueError("traces must hold one or more traces, got none")
-    parts = []
-    for key, trace in traces.items():
-        values = key if isinstance(key, tuple) else (key,)
-        labels = dict(zip(("drafter", "temperature"), values, strict=False))
-        own = {name: value for name, value in labels.items() if name not in trace.columns}
-        parts.append(trace.assign(**own))
-    return pd.concat(parts, ignore_index=True)
 
 
 def _bias_and_variance(part: pd.DataFrame, resamples: int, seed: int) -> dict[str, int | float]:

@@ -35,6 +35,7 @@ def resampled(
     return times
 
 
+@checked
 def interval(
     figures: Float[np.ndarray, "resample *figure"],
     conversations: int | Int[np.ndarray, "*figure"],
@@ -55,6 +56,7 @@ def interval(
     return bounds
 
 
+@checked
 def ratio_interval(
     top: Float[np.ndarray, "*figure conversation"],
     bottom: Float[np.ndarray, "*figure conversation"],

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,6 @@ class SequentialTemperatures:
             raise ValueError("temperatures must hold one or more numbers, got none")
 
     @classmethod
-    @checked
     def fit(
         cls,
         confidence: ArrayLike,
@@ -108,29 +108,20 @@ class SequentialTemperatures:
                 highest, which says that the grid is too narrow or the sample too small.
             bins, binning: of the calibration error.
         """
-        scaling, messages = _fit(confidence, outcome, otherwise, grid, bins, binning)
+        scaling, messages = _fit(
+            confidence, outcome, otherwise=otherwise, grid=grid, bins=bins, binning=binning
+        )
         for message in messages:
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=2)
         return scaling
 
     @classmethod
-    @checked
-    def fit_trace(
-        cls,
-        trace: pd.DataFrame | Rounds,
-        *,
-        otherwise: Positive | None = None,
-        grid: ArrayLike = TEMPERATURE_GRID,
-        bins: Count = 15,
-        binning: Binning = "width",
-    ) -> SequentialTemperatures:
-        """:meth:`fit` on a trace's confidences and on what was accepted."""
+    def fit_trace(cls, trace: pd.DataFrame | Rounds, **options: Any) -> SequentialTemperatures:
+        """:meth:`fit` on a trace's confidences and on what was accepted; ``options`` as there."""
         rounds = rounds_of(trace)
-        scaling, messages = _fit(
-            rounds.confidence, rounds.outcome(), otherwise, grid, bins, binning
-        )
+        scaling, messages = _fit(rounds.confidence, rounds.outcome(), **options)
         for message in messages:
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=2)
         return scaling
 
     def apply(self, confidence: ArrayLike) -> Float[np.ndarray, "... slot"]:
@@ -140,11 +131,6 @@ class SequentialTemperatures:
         """
         values = as_numbers("confidence", confidence)
         return temperature_scale(values, self.of_block(values))
-
-    def apply_logits(self, logits: ArrayLike) -> Float[np.ndarray, "... slot"]:
-        """The same from the confidence head's logits: sigmoid(logit / temperature)."""
-        values = as_numbers("logits", logits)
-        return _sigmoid(values / self.of_block(values))
 
     @checked
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -194,7 +180,6 @@ def online_temperatures(
     half_life: Positive,
     every: Count = 50,
     start: SequentialTemperatures | None = None,
-    min_rounds: Count | None = None,
     grid: ArrayLike = COARSE_GRID,
     bins: Count = 15,
 ) -> Float[np.ndarray, "round slot"]:
@@ -204,14 +189,13 @@ def online_temperatures(
     where a round that lies h rounds back weighs 0.5 ** (h / half_life); rounds more than ten half
     lives back are left out. So the temperatures of a round never come from that round or a later
     one, and calibration errors measured with them are honest. A slot that is not identifiable yet
-    (fewer known rounds than ``min_rounds``, or survival of one class) keeps its temperature.
+    (fewer known rounds than bins, or survival of one class) keeps its temperature.
 
     Args:
         confidence, outcome: as in :meth:`SequentialTemperatures.fit`, rounds in order of time.
         half_life: in rounds.
         every: rounds between two searches.
         start: temperatures to begin with; 1 where None.
-        min_rounds: to search a slot's temperature; ``bins`` where None.
         grid: coarser than the offline one, since the window is short.
         bins: of equal width.
 
@@ -227,7 +211,7 @@ def online_temperatures(
     for now in range(0, len(f), every):
         window = slice(max(0, now - span), now)
         age = now - 1 - np.arange(window.start, now)
-        fixed = non_identifiable_slots(f[window], survival[window], min_rounds or bins)
+        fixed = non_identifiable_slots(f[window], survival[window], bins)
         weights = 0.5 ** (age / half_life)
         current = search(
             f[window], survival[window], weights, current, fixed, choices, bins, "width"
@@ -252,18 +236,14 @@ def disjoint_rounds(
     return first, *rest
 
 
-def fit_identifiable_slots(
-    rounds: Rounds,
-    *,
-    grid: ArrayLike = TEMPERATURE_GRID,
-    bins: int = 15,
-    binning: Binning = "width",
-) -> SequentialTemperatures:
-    """The fit for a table: other slots keep their confidences, and nothing is warned of."""
-    scaling, _ = _fit(rounds.confidence, rounds.outcome(), 1.0, grid, bins, binning)
-    return scaling
+@checked
+def fit_identifiable_slots(rounds: Rounds, **options: Any) -> SequentialTemperatures:
+    """:meth:`SequentialTemperatures.fit` for tables: non-identifiable slots keep their confidences,
+    and nothing is warned of."""
+    return _fit(rounds.confidence, rounds.outcome(), otherwise=1.0, **options)[0]
 
 
+@checked
 def non_identifiable_slots(
     confidence: Float[np.ndarray, "round slot"],
     survival: Float[np.ndarray, "round slot"],
@@ -311,13 +291,15 @@ def search(
     return found
 
 
+@checked
 def _fit(
     confidence: ArrayLike,
     outcome: ArrayLike,
-    otherwise: float | None,
-    grid: ArrayLike,
-    bins: int,
-    binning: Binning,
+    *,
+    otherwise: Positive | None = None,
+    grid: ArrayLike = TEMPERATURE_GRID,
+    bins: Count = 15,
+    binning: Binning = "width",
 ) -> tuple[SequentialTemperatures, list[str]]:
     """The temperatures of :meth:`SequentialTemperatures.fit`, and the warnings."""
     f, survival = _confidence_and_survival(confidence, outcome)

@@ -5,7 +5,6 @@ A prediction is a *confidence*; its *outcome* is 0 or 1, or an accept rate in be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from dspark_lab.checks import Count, checked
 
 __all__ = [
     "Binning",
-    "Brier",
     "as_numbers",
     "as_probabilities",
     "auroc",
@@ -35,8 +33,6 @@ def reliability_table(
     outcome: ArrayLike,
     bins: Count = 15,
     binning: Binning = "width",
-    *,
-    min_count: Count = 1,
 ) -> pd.DataFrame:
     """Mean confidence beside mean outcome, bin by bin: the numbers of a reliability diagram.
 
@@ -50,7 +46,6 @@ def reliability_table(
         outcome: ``[sample]``, 0 or 1, or accept rates in between.
         bins: how many; of equal mass, no more than samples.
         binning: ``"width"`` or ``"mass"``.
-        min_count: bins with fewer samples than this keep their count, but no means.
 
     Returns:
         one row per bin, ascending, empty ones too: ``low`` and ``high`` (bounds of the bin),
@@ -66,7 +61,7 @@ def reliability_table(
     edges = _edges(f, bins, binning)
     group = _bin(f, edges)
     count = np.bincount(group, minlength=bins)
-    known = np.where(count >= min_count, count, np.nan)
+    known = np.where(count > 0, count, np.nan)
     mean_f = np.bincount(group, f, bins) / known
     mean_o = np.bincount(group, o, bins) / known
     return pd.DataFrame(
@@ -94,50 +89,10 @@ def expected_calibration_error(
     return error_or_nan(*_pairs(confidence, outcome), bins, binning)
 
 
-@dataclass(frozen=True)
-class Brier:
-    """A Brier score and its parts: ``score = reliability - resolution + uncertainty + within``."""
-
-    score: float
-    reliability: float
-    resolution: float
-    uncertainty: float
-    within: float
-
-
-@checked
-def brier(
-    confidence: ArrayLike,
-    outcome: ArrayLike,
-    bins: Count | None = None,
-    binning: Binning = "width",
-) -> Brier:
-    """Mean squared distance of confidence and outcome, and its parts (Murphy 1973).
-
-    Samples are put in groups: one for each distinct confidence where ``bins`` is None, else the
-    bins of :func:`reliability_table`. With f and o the group's means and w its share of samples:
-    ``reliability`` is the sum of w (f - o)^2, ``resolution`` the sum of w (o - mean outcome)^2, and
-    ``uncertainty`` the variance of the outcomes, which is m (1 - m) where they are 0 or 1 with mean
-    m. ``within`` is what binning hides: the variance of the confidences within their groups less
-    twice their covariance with the outcomes there; 0 for groups of one distinct confidence. The
-    parts add up to the score for any grouping, but for rounding.
-    """
+def brier(confidence: ArrayLike, outcome: ArrayLike) -> float:
+    """Mean squared distance of confidence and outcome."""
     f, o = _pairs(confidence, outcome)
-    if bins is None:
-        group = np.unique(f, return_inverse=True)[1]
-    else:
-        group = _bin(f, _edges(f, bins, binning))
-    count = np.bincount(group)[group]
-    mean_f = np.bincount(group, f)[group] / count
-    mean_o = np.bincount(group, o)[group] / count
-    apart = f - mean_f
-    return Brier(
-        score=float(np.mean((f - o) ** 2)),
-        reliability=float(np.mean((mean_f - mean_o) ** 2)),
-        resolution=float(np.mean((mean_o - o.mean()) ** 2)),
-        uncertainty=float(np.var(o)),
-        within=float(np.mean(apart**2) - 2 * np.mean(apart * (o - mean_o))),
-    )
+    return float(np.mean((f - o) ** 2))
 
 
 def auroc(confidence: ArrayLike, outcome: ArrayLike) -> float:

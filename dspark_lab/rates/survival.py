@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from dspark_lab.checks import checked
+
 __all__ = ["prefix_survival", "slot_before"]
 
 
+@checked
 def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarray, "*axes slot"]:
     """Whether, or how likely, all slots up to each one are accepted: the product of outcomes.
 
@@ -18,6 +21,7 @@ def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarra
     return np.where(rejected, 0.0, np.cumprod(outcome, axis=-1))
 
 
+@checked
 def slot_before(values: Shaped[np.ndarray, "*axes slot"]) -> Shaped[np.ndarray, "*axes slot"]:
     """The value of the slot before; 1 (or True) at the first. Of survival: who gets to the slot."""
     before = np.ones_like(values)

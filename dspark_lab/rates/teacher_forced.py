@@ -236,26 +236,15 @@ def drafter_table(
     """Tau of each drafter with its 95 % interval over conversations, over all and by domain."""
     rows = []
     for drafter, table in evaluations.items():
-        for domain, part in {
-            "all": table,
-            **dict(list(table.groupby("domain", sort=False))),
-        }.items():
-            tau, low, high = bootstrap(part["tau"], resamples=resamples, seed=seed)
-            rows.append(
-                {
-                    "drafter": drafter,
-                    "domain": domain,
-                    "conversations": len(part),
-                    "blocks": int(part["blocks"].sum()),
-                    "tau": tau,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pd.DataFrame(rows)
+        for domain, part in [("all", table), *table.groupby("domain", sort=False)]:
+            figures = bootstrap(part["tau"], resamples=resamples, seed=seed)
+            rows.append([drafter, domain, len(part), int(part["blocks"].sum()), *figures])
+    columns = ["drafter", "domain", "conversations", "blocks", "tau", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def whole_block_anchors(batch: Batch, block_size: int) -> Int[Tensor, " anchor"]:
+@checked
+def whole_block_anchors(batch: Batch, block_size: Count) -> Int[Tensor, " anchor"]:
     """The candidates of a batch of one document whose block is supervised to its last slot."""
     seq_len = batch.input_ids.shape[1]
     candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask)[0].nonzero()[:, 0]

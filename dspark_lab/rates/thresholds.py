@@ -26,6 +26,7 @@ __all__ = ["highest_threshold", "sums_by_threshold", "threshold_sweep"]
 _THRESHOLDS = tuple(step / 20 for step in range(20))
 
 
+@checked
 def highest_threshold(
     values: Float[np.ndarray, "round slot"],
     allowed: Bool[np.ndarray, "round slot"],
@@ -40,6 +41,7 @@ def highest_threshold(
     return np.where(allowed, along(np.where(allowed, values, 0), axis=1), -np.inf)
 
 
+@checked
 def sums_by_threshold(
     highest: Float[np.ndarray, "round slot"],
     weight: Shaped[np.ndarray, "round slot"],
