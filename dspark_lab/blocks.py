@@ -23,7 +23,14 @@ from dspark_lab.common import (
     sample_anchor_positions,
 )
 
-__all__ = ["Blocks", "cut_blocks", "draw_blocks", "label_positions", "times_supervised"]
+__all__ = [
+    "Blocks",
+    "cut_blocks",
+    "draw_blocks",
+    "label_positions",
+    "previous_positions",
+    "times_supervised",
+]
 
 
 @checked
@@ -188,8 +195,9 @@ def label_positions(
     return label_indices, label_indices.clamp(max=seq_len - 1) * block_keep_mask.unsqueeze(-1)
 
 
+@checked
 def previous_positions(
-    anchor_positions: Int[Tensor, "batch anchor"], *, seq_len: int, block_size: int
+    anchor_positions: Int[Tensor, "batch anchor"], *, seq_len: Count, block_size: Count
 ) -> Int[Tensor, "batch anchor slot"]:
     """Row positions of the tokens before the slots' labels, anchor + 0 to anchor + block_size - 1.
 
@@ -199,6 +207,7 @@ def previous_positions(
     return (anchor_positions.long().unsqueeze(-1) + offset).clamp(max=seq_len - 1)
 
 
+@checked
 def times_supervised(blocks: Blocks) -> Int[Tensor, "batch seq"]:
     """How many slots of the draw are supervised with each token of the row as their label."""
     count = torch.zeros_like(blocks.doc_ids)

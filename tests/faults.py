@@ -61,6 +61,20 @@ def changed_result(change: Callable[..., Any]) -> Callable[[Function], Function]
     return wrong
 
 
+def changed_argument(name: str, change: Callable[..., Any]) -> Callable[[Function], Function]:
+    """The fault that changes an argument that is given by keyword."""
+
+    def wrong(right: Function) -> Function:
+        return lambda **given: right(**(given | {name: change(given[name])}))
+
+    return wrong
+
+
+def first_slot_last(query: Any, block_size: int) -> Any:
+    """All slots, ``[batch, query, ...]``, with slot 0 of each block moved to the block's end."""
+    return query.unflatten(1, (-1, block_size)).roll(-1, dims=2).flatten(1, 2)
+
+
 def target_keeps_all(commit: Function) -> Function:
     """In a round, the target's cache keeps every token that was read."""
 
@@ -86,6 +100,103 @@ FAULTS: dict[str, Fault] = {
     "dummy anchors are kept": Fault(
         "dspark_lab.common:sample_anchor_positions",
         changed_result(lambda drawn: (drawn[0], drawn[1] | True)),
+        MASKS,
+    ),
+    "labels are off by one": Fault(
+        "dspark_lab.blocks:label_positions",
+        lambda right: lambda anchors, keep, **sizes: right(anchors - 1, keep, **sizes),
+        ANCHORS,
+    ),
+    "supervision jumps over gaps": Fault(
+        "dspark_lab.common:_contiguous_prefix",
+        lambda right: lambda supervised: supervised,
+        ANCHORS,
+    ),
+    "supervision ignores the keep mask": Fault(
+        "dspark_lab.common:build_eval_mask",
+        changed_argument("block_keep_mask", lambda keep: keep | True),
+        ANCHORS,
+    ),
+    "supervision ignores the end of the document": Fault(
+        "dspark_lab.common:build_eval_mask",
+        changed_argument("doc_remaining", lambda remaining: remaining * 0 + 10**6),
+        ANCHORS,
+    ),
+    "candidates need no second token": Fault(
+        "dspark_lab.common:_pairs",
+        lambda right: lambda supervised: supervised[:, :-1].clone(),
+        ANCHORS,
+    ),
+    "candidates ignore the end of the document": Fault(
+        "dspark_lab.common:build_anchor_candidate_mask",
+        lambda right: lambda seq_len, loss_mask, doc_remaining=None: right(seq_len, loss_mask),
+        ANCHORS,
+    ),
+    "the largest random numbers become anchors": Fault(
+        "dspark_lab.common:_uniform", changed_result(lambda noise: 1 - noise), ANCHORS
+    ),
+    "positions are off by one": Fault(
+        "dspark_lab.common:create_position_ids", changed_result(lambda ids: ids + 1), MASKS
+    ),
+    "positions do not restart in a document": Fault(
+        "dspark_lab.common:create_position_ids",
+        lambda right: lambda anchors, block_size, context_position_ids: right(anchors, block_size),
+        MASKS,
+    ),
+    "the anchor's token is in the last slot": Fault(
+        "dspark_lab.common:create_noise_embed",
+        lambda right: lambda **given: first_slot_last(right(**given), given["block_size"]),
+        MASKS,
+    ),
+    "dummy blocks read a token": Fault(
+        "dspark_lab.common:create_noise_embed",
+        changed_argument("block_keep_mask", lambda keep: keep | True),
+        MASKS,
+    ),
+    "the context includes the anchor": Fault(
+        "dspark_lab.attention.mask:in_context_prefix",
+        lambda right: lambda key, start, end: right(key, start, end + 1),
+        MASKS,
+    ),
+    "the context leaves the document": Fault(
+        "dspark_lab.attention.mask:document_starts",
+        changed_result(lambda start: start * 0),
+        MASKS,
+    ),
+    "blocks see each other": Fault(
+        "dspark_lab.attention.mask:in_own_block",
+        lambda right: lambda query, key, seq_len, _: right(query, key, seq_len, 2**40),
+        MASKS,
+    ),
+    "a block is causal": Fault(
+        "dspark_lab.attention.mask:in_own_block",
+        lambda right: (
+            lambda query, key, seq_len, block_size: (
+                right(query, key, seq_len, block_size) & (key <= seq_len + query)
+            )
+        ),
+        MASKS,
+    ),
+    "dummy blocks do not see themselves": Fault(
+        "dspark_lab.attention.mask:mask_mod",
+        lambda right: (
+            lambda ranges: (
+                lambda batch, head, query, key: (
+                    right(ranges)(batch, head, query, key)
+                    & (ranges.end[batch, query // ranges.block_size] > 0)
+                )
+            )
+        ),
+        MASKS,
+    ),
+    "a tile is full where it is partial": Fault(
+        "dspark_lab.attention.mask:tiles_of_ranges",
+        changed_result(lambda tiles: (tiles[0], tiles[1][[0, 0]])),
+        MASKS,
+    ),
+    "a tile is empty where it is partial": Fault(
+        "dspark_lab.attention.mask:tiles_of_ranges",
+        changed_result(lambda tiles: (tiles[0], tiles[1][[1, 1]].maximum(tiles[0]))),
         MASKS,
     ),
     "accept rates are those of a smaller distance": Fault(

@@ -13,7 +13,7 @@ from dspark_lab.attention.blockwise import blockwise_attention
 from dspark_lab.attention.mask import ContextRanges, block_mask, context_ranges, dense_mask
 from dspark_lab.checks import BlockSize, Finite, SeqLen, checked
 
-__all__ = ["Backend", "attend", "block_attention"]
+__all__ = ["Backend", "attend", "block_attention", "choose_backend"]
 
 Backend = Literal["auto", "dense", "flex", "blockwise"]
 
@@ -58,36 +58,25 @@ def block_attention(
         ValueError: among others, a back end that does not run on this device, or that has no
             gradient there.
     """
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"the heads of k and v must divide those of q, got {k.shape[1]} and {q.shape[1]}"
-        )
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
-    for name, tensor, wanted in (("q", q, ranges.queries), ("k", k, ranges.keys)):
-        if tensor.shape[2] != wanted:
-            raise ValueError(
-                f"{name} must have {wanted} positions at block_size {block_size}, "
-                f"got shape {tuple(tensor.shape)}"
-            )
     return attend(q, k, v, ranges, scale=scale, backend=backend, tiles=block_mask)
 
 
+@checked
 def attend(
     q: Float[Tensor, "batch heads query head_dim"],
     k: Float[Tensor, "batch kv_heads key head_dim"],
     v: Float[Tensor, "batch kv_heads key head_dim"],
     ranges: ContextRanges,
     *,
-    scale: float | None = None,
+    scale: Finite | None = None,
     backend: Backend = "auto",
     tiles: BlockMask | None = None,
 ) -> Float[Tensor, "batch heads query head_dim"]:
     """:func:`block_attention` under the mask of ``ranges``, for layers that share one draw."""
+    _check_fit(q, k, v, ranges)
     device = q.device.type
     if backend == "auto":
         backend = choose_backend(q.device)
@@ -113,7 +102,29 @@ def attend(
     return blockwise_attention(q, k, v, ranges.start, ranges.end, *sizes)[0]
 
 
+@checked
 def choose_backend(device: torch.device) -> Backend:
     """The back end that ``auto`` takes on a device."""
     backends: dict[str, Backend] = {"cuda": "flex", "cpu": "blockwise"}
     return backends.get(device.type, "dense")
+
+
+def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:
+    """Refuse queries, keys and values that do not fit each other or the blocks."""
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the heads of k and v must divide those of q, got {k.shape[1]} and {q.shape[1]}"
+        )
+    for name, tensor, wanted in (("q", q, ranges.queries), ("k", k, ranges.keys)):
+        if tensor.shape[2] != wanted:
+            raise ValueError(
+                f"{name} must have {wanted} positions at block_size {ranges.block_size}, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    if q.device != ranges.start.device:
+        raise ValueError(
+            f"q, k and v must be on the device of the blocks, {ranges.start.device}, got {q.device}"
+        )

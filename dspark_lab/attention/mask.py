@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dspark_lab.blocks import Blocks
-from dspark_lab.checks import BlockSize, Count, SeqLen, checked, debug_range
+from dspark_lab.checks import BlockSize, Count, SeqLen, Size, checked, debug_range
 
 __all__ = [
     "ContextRanges",
@@ -41,16 +41,18 @@ __all__ = [
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ContextRanges:
     """The context prefix of each block: context tokens ``start`` to ``end - 1``, both long."""
 
     start: Int[Tensor, "batch anchor"]
     end: Int[Tensor, "batch anchor"]
-    seq_len: int
-    block_size: int
+    seq_len: Size
+    block_size: Count
 
     @classmethod
+    @checked
     def of(cls, blocks: Blocks) -> "ContextRanges":
         """The context prefixes of a draw of blocks."""
         return context_ranges(
@@ -120,6 +122,7 @@ def in_own_block(query: Tensor, key: Tensor, seq_len: int, block_size: int) -> T
     return (key >= seq_len) & ((key - seq_len) // block_size == query // block_size)
 
 
+@checked
 def mask_mod(ranges: ContextRanges) -> MaskMod:
     """The rule as a function of (batch row, head, query, key), for FlexAttention."""
     start, end, seq_len, block_size = ranges.start, ranges.end, ranges.seq_len, ranges.block_size
@@ -132,6 +135,7 @@ def mask_mod(ranges: ContextRanges) -> MaskMod:
     return visible
 
 
+@checked
 def dense_mask(ranges: ContextRanges) -> Bool[Tensor, "batch query key"]:
     """The rule at every pair: True where a query sees a key.
 
