@@ -116,7 +116,6 @@ def rate_table(
             concatenated.
         by: columns to keep apart, such as ``"domain"`` or ``"conversation"``, or one added to the
             sums, such as the drafter. What is not named here is pooled.
-        resamples, seed: of the bootstrap.
 
     Returns:
         a row for each ``kind``, ``by`` and ``slot``, in the order of the sums: ``conversations``
@@ -149,12 +148,8 @@ def tau_table(
 
     Of the kind *empirical* it is the mean of accepted slots + 1 over rounds, exactly.
 
-    Args:
-        sums, by, resamples, seed: as of :func:`rate_table`.
-
-    Returns:
-        a row for each ``kind`` and ``by``, in the order of the sums: ``conversations``, ``rounds``,
-        ``tau`` and its interval ``low`` to ``high``, as in :func:`rate_table`.
+    Arguments as of :func:`rate_table`. Returns a row for each ``kind`` and ``by``, in the order of
+    the sums: ``conversations``, ``rounds``, ``tau`` and its interval ``low`` to ``high``.
     """
     keys = ["kind", *_columns_to_keep_apart(sums, by)]
     # Every slot repeats the rounds of its conversation.
@@ -207,13 +202,9 @@ def _ratios(
 ) -> pd.DataFrame:
     """The ratio of two sums for each group, and its interval over the group's conversations.
 
-    Args:
-        each: a row for each group and conversation.
-        keys: the columns that name the group.
-
-    Returns:
-        ``keys``, ``conversations`` (those with a denominator), the summed denominator, ``ratio``,
-        ``low`` and ``high``.
+    ``each`` has a row for each group, named by ``keys``, and conversation. Returns ``keys``,
+    ``conversations`` (those with a denominator), the summed denominator, ``ratio``, ``low`` and
+    ``high``.
     """
     code = _group_numbers(each, keys)
     groups = _total(each, keys, [bottom, top])

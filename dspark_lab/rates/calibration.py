@@ -95,7 +95,6 @@ def calibration_report(
         fit, test: traces of one drafter without a prompt in common, as from :func:`split_prompts`.
         outcome: what confidences are compared with in ``test``, see :class:`Rounds`.
         bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
-        resamples, seed: of the bootstrap.
 
     Returns:
         one row for each ``slot``, and a last one, ``"all"``, of all reached slots together:
@@ -172,11 +171,8 @@ def reliability_tables(
 
     Non-identifiable slots keep their confidences.
 
-    Args:
-        fit, test, outcome, bins, binning, grid: as in :func:`calibration_report`.
-
-    Returns:
-        ``raw`` and ``scaled``, each as :func:`reliability_table`.
+    Arguments as in :func:`calibration_report`. Returns ``raw`` and ``scaled``, each as
+    :func:`reliability_table`.
     """
     fitted, held = disjoint_rounds(fit, test)
     scaling = fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
@@ -210,11 +206,9 @@ def drift_table(
         fit: rounds of the first domain, to fit on.
         before: more of the first domain, other prompts.
         after: of the second domain, with blocks of the same length.
-        half_life, every: as in :func:`online_temperatures`.
+        half_life, every, bins, grid: as in :func:`online_temperatures`.
         window: rounds in a row of the table; windows that are not full are left out. Small windows
             add the same chance error to all three figures.
-        bins: of equal width.
-        grid: of both searches.
 
     Returns:
         one row per window: ``start`` (its first round, counted from the change, negative before
@@ -280,8 +274,6 @@ def study(
         traces: one trace, or several with columns ``drafter`` and ``temperature`` that keep them
             apart.
         by: columns to group by, in this order; leave some out for margins.
-        outcome: ``"analytic"`` or ``"empirical"``.
-        resamples, seed: of the bootstrap.
 
     Returns:
         one row per group of reached slots: the columns of ``by``, ``conversations``, ``samples``,

@@ -144,7 +144,6 @@ def claims_table(
             the drafters of the shipped pairs, where all that one needs have a trace; those about a
             confidence are of every drafter whose name begins with dspark.
         temperature: of the runs to look at.
-        resamples, seed: of the bootstrap.
 
     Returns:
         a row for each claim: ``claim``, ``drafter``, ``published``, ``here``, ``low``, ``high``,

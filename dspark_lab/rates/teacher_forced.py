@@ -64,9 +64,8 @@ def evaluate(
     from the drafter, so drafters of one block size meet the same blocks.
 
     Args:
-        drafter: in eval or training mode, which makes no difference.
-        target: whose distributions are the teacher's.
-        encoded: conversations.
+        drafter, target, encoded: drafter, teacher and conversations; the drafter's mode, eval or
+            training, makes no difference.
         num_anchors: at most so many blocks a conversation, drawn at random; all where None.
         seed: of that draw.
         features: where the target's features come from; computed where None.
@@ -111,12 +110,9 @@ def teacher_forced_sums(
     Where :func:`evaluate` averages over the blocks of a conversation first, these sums weigh each
     block alike.
 
-    Args:
-        drafter, target, encoded, num_anchors, seed, features: see :func:`evaluate`.
-
-    Returns:
-        the columns of :func:`trace_sums`, of the kinds *teacher-forced* and *predicted,
-        teacher-forced* (NaN without a confidence head); a conversation is its place in ``encoded``.
+    Arguments as of :func:`evaluate`. Returns the columns of :func:`trace_sums`, of the kinds
+    *teacher-forced* and *predicted, teacher-forced* (NaN without a confidence head); a conversation
+    is its place in ``encoded``.
     """
     found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
     return block_sums(

@@ -81,7 +81,6 @@ def threshold_sweep(
         trace: of one drafter.
         thresholds: in [0, 1], by default every 0.05 below 1; 0 verifies all that the trace did.
         calibrated: scales the confidences first.
-        resamples, seed: of the bootstrap.
 
     Returns:
         one row per threshold: ``threshold``, ``acceptance_rate`` (accepted over verified; NaN where
