@@ -1,7 +1,4 @@
-"""`dspark_lab.tuning.steptime`: times made up by a rule are found again; real ones are only looked at.
-
-No test here says how long anything takes.
-"""
+"""Step times: times made up by a rule are found again; no test says how long anything takes."""
 
 import math
 

@@ -201,7 +201,8 @@ def choose_training(
     return _choice(table, step_time.error, batch_size, gamma)
 
 
-def row_blocks(spans: Spans, num_anchors: int, per: Per) -> int:
+@checked
+def row_blocks(spans: Spans, num_anchors: Count, per: Per) -> int:
     """Blocks of a step for each row, on average: ``num_anchors`` for it or for each document."""
     return max(1, round(num_anchors * (1.0 if per == "row" else spans.documents / spans.rows)))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark_lab.checks import checked
 from dspark_lab.model import chunk_sizes, most_slots
 from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.step import Step
@@ -34,6 +35,7 @@ PARTS = (
 )
 
 
+@checked
 class StepBytes:
     """Bytes of one step; arrays where the step has an array of anchor counts.
 
