@@ -13,13 +13,11 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import oracle
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import CHAT, documents
 
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Batch, Encoded, collate, one_row, pack
@@ -37,6 +35,8 @@ from dspark_lab.tuning import (
     token_coverage,
     token_supervision,
 )
+from tests import oracle
+from tests.samples import CHAT, documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

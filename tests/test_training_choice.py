@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from samples import random_chats
 
 from dspark_lab.tuning import (
     CARDS,
@@ -23,6 +22,7 @@ from dspark_lab.tuning import (
     training_memory,
 )
 from dspark_lab.tuning.choice import _front
+from tests.samples import random_chats
 
 SHAPE = Shape.of("pocket")
 CHATS = random_chats(12)
