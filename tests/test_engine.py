@@ -30,12 +30,11 @@ from dspark_lab.serving import (
     StepsPerSecond,
     draw_requests,
     load_engine,
-    load_table,
     measure_engine,
     simulate,
     speedup_table,
+    timing,
 )
-from dspark_lab.serving import timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,18 +57,6 @@ def made(**changes: object) -> Engine:
 ENGINE = made()
 
 
-def by_hand(requests: int, points: list[float], values: list[float]) -> float:
-    """The line through the two points beside it; flat below the first, never falling above."""
-    if requests <= points[0] or len(points) == 1:
-        return values[0]
-    for left in range(len(points) - 1):
-        low, high = points[left : left + 2]
-        slope = (values[left + 1] - values[left]) / (high - low)
-        if requests <= high:
-            return values[left] + slope * (requests - low)
-    return values[-1] + max(slope, 0.0) * (requests - points[-1])
-
-
 def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
     """Drafting 1 takes 1, 2 and 8 s for 2, 4 and 10 requests: from 4 on 1 s for each request."""
     assert [ENGINE.draft_seconds(n, 1) for n in (1, 2, 3, 4, 5, 10, 12)] == [1, 1, 1.5, 2, 3, 8, 10]
@@ -89,33 +76,6 @@ def test_above_the_last_point_nothing_gets_faster() -> None:
     alone = made(requests=[4], draft=[[2.0]], rest=[0.5], plain_rest=[0.25])
     assert [alone.draft_seconds(n, 1) for n in (1, 4, 400)] == [2.0] * 3
     assert [alone.rest_seconds(n) for n in (1, 4, 400)] == [0.5] * 3
-
-
-SECONDS = st.floats(0, 10)
-
-
-@settings(max_examples=60)
-@given(
-    points=st.lists(
-        st.tuples(st.integers(1, 40), SECONDS, SECONDS, SECONDS, SECONDS),
-        min_size=1,
-        max_size=4,
-        unique_by=lambda point: point[0],
-    ),
-    requests=st.integers(1, 60),
-)
-def test_every_curve_is_read_at_the_same_place(points, requests) -> None:
-    counts, first, second, rest, plain = map(list, zip(*sorted(points), strict=True))
-    engine = Engine(SPS, counts, np.transpose([first, second]), rest, plain)
-    expected = {"draft": first, "longer": second, "rest": rest, "plain": plain}
-    found = {
-        "draft": engine.draft_seconds(requests, 1),
-        "longer": engine.draft_seconds(requests, 2),
-        "rest": engine.rest_seconds(requests),
-        "plain": engine.plain_seconds(requests) - SPS.seconds(requests),
-    }
-    for name, values in expected.items():
-        assert found[name] == pytest.approx(by_hand(requests, counts, values), abs=1e-9)
 
 
 @pytest.mark.parametrize("replay", [False, True])
@@ -176,14 +136,6 @@ def test_a_full_batch_is_simulated_as_fast_as_its_costs_say(requests, slots) -> 
     assert plain["throughput"] == pytest.approx(per_second, rel=1e-12)
     speedup = figures["throughput"] / plain["throughput"]
     assert speedup == pytest.approx(row["speedup"], rel=1e-12)
-
-
-def test_a_table_of_loads_asks_for_the_seconds_of_each_batch() -> None:
-    table = load_table(certain(2, 6), ENGINE, [FixedLength(2)], (1, 4, 10), requests=20)
-    costs = [ENGINE.costs(n) for n in (1, 4, 10)]
-    rounds = [c.draft_seconds[1] + c.verify_seconds[2] + c.overhead_seconds for c in costs]
-    per_user = [3 / seconds for seconds in rounds]
-    assert table["per_user"].tolist() == pytest.approx(per_user, rel=1e-12)
 
 
 def test_a_step_with_a_draft_takes_no_less_than_one_without() -> None:
@@ -270,18 +222,19 @@ def test_facts_are_read_back_as_they_were_written(tmp_path, device, target) -> N
     assert [item.name for item in tmp_path.iterdir()] == ["engine.csv"]
 
 
-def test_an_engine_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "engine.csv"
-    ENGINE.save(path)
+@pytest.mark.parametrize("kind", [Engine, StepsPerSecond])
+def test_curves_are_written_whole_or_not_at_all(kind, tmp_path, monkeypatch) -> None:
+    path, curves = tmp_path / "curves.csv", ENGINE if kind is Engine else SPS
+    curves.save(path)
     before = path.read_text()
 
     def half(self, place, **options) -> None:
-        place.write_text("part,requests")
+        place.write_text("tokens,requests")
         raise OSError("no space")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", half)
     with pytest.raises(OSError, match="no space"):
-        made(rest=[1.0] * 3).save(path)
+        curves.save(path)
     assert path.read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -323,11 +276,6 @@ def test_a_file_that_is_no_engine_is_refused(tmp_path, table, message) -> None:
     table.to_csv(path, index=False)
     with pytest.raises(ValueError, match=re.escape(message)):
         Engine.read(path)
-
-
-def test_a_file_that_is_not_there_is_said_to_be_so(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
-        Engine.read(tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize(

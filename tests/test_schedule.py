@@ -460,12 +460,6 @@ def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
             sps(wrong)
 
 
-def test_above_the_last_point_a_step_never_gets_faster() -> None:
-    falling = StepsPerSecond(np.array([1, 4]), np.array([1.0, 2.0]), 0, "")
-    alone = StepsPerSecond(np.array([3]), np.array([2.0]), 0, "")
-    assert falling(100) == pytest.approx(2.0) and alone(100) == alone(1) == pytest.approx(2.0)
-
-
 @pytest.mark.parametrize(
     "tokens, speeds, message",
     [
@@ -556,21 +550,6 @@ def test_a_saved_curve_is_read_back_with_its_facts(tmp_path) -> None:
         assert type(found.context_length) is int
     assert [item.name for item in tmp_path.iterdir()] == ["sps.csv"]
     assert list(sps.table) == ["tokens", "steps_per_second", "context_length", "device", "target"]
-
-
-def test_a_curve_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "sps.csv"
-    CLIFF.save(path)
-    before = path.read_text()
-
-    def half(self, place, **options) -> None:
-        place.write_text("tokens")
-        raise OSError("no space")
-
-    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
-    with pytest.raises(OSError, match="no space"):
-        SMOOTH["line"].save(path)
-    assert path.read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_table_of_ones_own_needs_two_columns_and_two_facts(tmp_path) -> None:

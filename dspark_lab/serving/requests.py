@@ -175,22 +175,15 @@ def draw_requests(
     else:
         tokens = np.full(requests, answer_tokens)
 
+    pools = np.arange(len(answers.count))
+    if within == "domain":
+        pools = pd.factorize(answers.domain)[0]
+    pool_of_round = pools.repeat(answers.count)
+    members, size = np.argsort(pool_of_round, kind="stable"), np.bincount(pool_of_round)
+    start, pool = np.cumsum(size) - size, pools[conversation, None]
     # No answer has more rounds than tokens.
     place, uniform = drafting.random((2, requests, int(tokens.max())))
-    if within == "conversation":
-        pools = [
-            np.arange(first, first + count)
-            for first, count in zip(answers.first, answers.count, strict=True)
-        ]
-        pool = conversation
-    else:
-        domain, names = pd.factorize(answers.domain)
-        of_round = domain.repeat(answers.count)
-        pools = [np.flatnonzero(of_round == code) for code in range(len(names))]
-        pool = domain[conversation]
-    size = np.array([len(members) for members in pools])
-    start = np.cumsum(size) - size
-    block = np.concatenate(pools)[start[pool, None] + (place * size[pool, None]).astype(np.int64)]
+    block = members[start[pool] + (place * size[pool]).astype(np.int64)]
     acceptable = accepted_slots(prefix_survival(answers.accept_prob), block, uniform)
     return Requests(answers, conversation, tokens, gap, block, acceptable)
 

@@ -134,7 +134,7 @@ def output_distribution(
 
     Args:
         target_probs, draft_probs: ``[vocab]``, p and q.
-        verified: ``[vocab]``, whether the slot is verified when this token was drafted; not 0 means yes.
+        verified: ``[vocab]``, not 0 where the slot is verified when this token was drafted.
     """
     p, q = (
         as_probabilities("target_probs", target_probs),
