@@ -21,7 +21,7 @@ from dspark_lab.serving import (
     advice,
     best_threshold,
     decode_check,
-    measure_costs,
+    measure_engine,
     speedup_table,
     temperature_table,
     threshold_table,
@@ -88,9 +88,14 @@ def _check(pair: Pair, trace: pd.DataFrame, count: int, tokens: int, repeats: in
 
 def _choices(pair: Pair, trace: pd.DataFrame, repeats: int) -> Iterator[str]:
     costs = {
-        value: measure_costs(
-            pair.target, pair.drafter, temperature=value, replay=True, repeats=repeats
-        )
+        value: measure_engine(
+            pair.target,
+            pair.drafter,
+            requests=(1,),
+            draft_lengths=range(1, pair.drafter.config.block_size + 1),
+            temperature=value,
+            repeats=repeats,
+        ).costs(replay=True)
         for value in sorted(trace["temperature"].unique().tolist())
     }
     for what, each in (

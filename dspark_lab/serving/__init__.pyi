@@ -22,7 +22,7 @@ from .schedule import (
 from .speedup import advice, best_length, speedup_table, temperature_table
 from .steps import Speed, StepsPerSecond
 from .thresholds import best_threshold, gain_table, threshold_table
-from .timing import measure_costs, measure_engine, measure_steps_per_second
+from .timing import measure_engine, measure_steps_per_second
 
 __all__ = [
     "AcceptanceProfile",
@@ -51,7 +51,6 @@ __all__ = [
     "gain_table",
     "load_engine",
     "load_table",
-    "measure_costs",
     "measure_engine",
     "measure_steps_per_second",
     "output_distribution",

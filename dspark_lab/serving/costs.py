@@ -27,8 +27,6 @@ from jaxtyping import Float
 from dspark_lab.checks import Count, NonNegative, Positive, checked
 from dspark_lab.rates import slot_before
 
-__all__ = ["Outcomes", "RoundCosts", "break_even", "break_even_rate", "require_lengths"]
-
 # One number for every length, one for each, or a function of the length.
 Seconds = float | Sequence[float] | Callable[[int], float]
 
@@ -36,10 +34,9 @@ Seconds = float | Sequence[float] | Callable[[int], float]
 @checked
 @dataclass(frozen=True)
 class RoundCosts:
-    """What a round costs, in seconds, and a plain step of the same target.
+    """What a round costs, in seconds, and a plain step of the same target, which yields one token.
 
     Args:
-        plain_seconds: of a step without a drafter, which yields one token.
         draft_seconds: ``[K]``, of drafting 1, 2, ..., K tokens.
         verify_seconds: ``[K + 1]``, of a target pass over 1, 2, ..., K + 1 tokens, the anchor and
             the drafted ones.
@@ -89,11 +86,8 @@ class RoundCosts:
     ) -> RoundCosts:
         """For blocks of up to ``longest`` tokens, each cost a number, a list or a function.
 
-        Args:
-            draft_seconds: of drafting so many tokens.
-            verify_seconds: of a target pass over so many tokens, the anchor among them.
-            replay: whether a rejection is followed by reading again what was accepted, in the time
-                that verifying as many takes.
+        With ``replay`` a rejection is followed by reading again what was accepted, in the time that
+        verifying as many tokens takes.
         """
         costs = cls(
             plain_seconds=plain_seconds,

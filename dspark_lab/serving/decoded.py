@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, Prompt, decode_rounds, encode_prompt
-from dspark_lab.model import Drafter, Target
+from dspark_lab.files import now
+from dspark_lab.model import Drafter, Target, TargetCache
 from dspark_lab.rates import prefix_survival
 from dspark_lab.serving.costs import RoundCosts, break_even_rate, require_lengths
 from dspark_lab.serving.profile import acceptance_profile, tau_of_answers
 from dspark_lab.serving.speedup import speedup_table
-from dspark_lab.serving.timing import cache_holding, measure_costs, read_again
-
-__all__ = ["decode_check", "speed_table"]
+from dspark_lab.serving.timing import measure_engine
 
 
 @checked
@@ -91,7 +91,7 @@ def decode_check(
         a row for each ``temperature`` and ``draft_length``: ``rounds`` that were decoded; ``tau``
         predicted with its bootstrap interval ``tau_low`` to ``tau_high``, ``tau_decoded``, and
         ``tau_error``, the predicted over the decoded less 1; the same for ``speedup``; and
-        ``without_replay`` and ``without_overhead``, the predictions of models that forget them.
+        ``without_replay`` and ``without_overhead`` as in :meth:`RoundCosts.figures`.
     """
     ids = [encode_prompt(target, prompt) for prompt in prompts]
     rows = []
@@ -101,15 +101,15 @@ def decode_check(
         if costs is None:
             # Half an answer behind a prompt of middling length.
             context = int(np.median([len(tokens) for tokens in ids])) + max_new_tokens // 2
-            here = measure_costs(
+            here = measure_engine(
                 target,
                 drafter,
-                context_length=context,
+                requests=(1,),
                 draft_lengths=lengths,
+                context_length=context,
                 temperature=temperature,
-                replay=replay,
                 repeats=repeats,
-            )
+            ).costs(replay=replay)
         else:
             here = costs[temperature]
         runs: dict[int, list[Decoded]] = {k: [] for k in (0, *lengths)}
@@ -148,23 +148,35 @@ def _answered(
     **options: Any,
 ) -> Decoded:
     """An answer; with ``replay``, the seconds of reading again are part of the rest."""
-    run = decode_rounds(target, drafter, [prompt], **options)
+    run, spent = decode_rounds(target, drafter, [prompt], **options), 0.0
     if not replay:
         for _ in run:
             pass
         return run.result()
-    cache, spent = cache_holding(target, prompt), 0.0
+    cache = target.start_cache(1)
+    _read(target, cache, prompt)
     anchor: int | None = None
     for round_ in run:
         if anchor is None:
             anchor = run.result().tokens[0][0]
         kept = [anchor, *round_.drafted[: round_.accepted]]
-        seconds = read_again(target, cache, kept, len(kept))
+        seconds = _read(target, cache, kept)
         if round_.accepted < round_.verified:
             spent += seconds
         anchor = round_.tokens[-1]
     done = run.result()
     return replace(done, seconds=done.seconds | {"rest": done.seconds["rest"] + spent})
+
+
+def _read(target: Target, cache: TargetCache, tokens: Sequence[int]) -> float:
+    """Seconds that the target takes to read the tokens into a cache of one row."""
+    with torch.inference_mode():
+        rows = torch.tensor([list(tokens)], device=target.device)
+        begin = now(target.device)
+        target.advance(rows, cache, [])
+        spent = now(target.device) - begin
+        cache.commit([len(tokens)])
+    return spent
 
 
 def _sum(name: str, decoded: Sequence[Decoded]) -> tuple[int, int, dict[str, float]]:

@@ -30,8 +30,6 @@ from dspark_lab.rates import as_numbers
 from dspark_lab.serving.costs import RoundCosts, require_lengths
 from dspark_lab.serving.steps import StepsPerSecond, measured_points, read_points, seconds_at
 
-__all__ = ["ENGINE", "Engine", "load_engine"]
-
 # In the folder of a pair that ships.
 ENGINE = "engine.csv"
 _COLUMNS = ["part", "requests", "draft_length", "tokens", "seconds"]
@@ -42,11 +40,9 @@ _RESTS = {"rest": "rest", "plain rest": "plain_rest"}
 class Engine:
     """A target's speed, and the seconds of drafting and of the rest of a round.
 
-    Between measured numbers of requests seconds are linear; outside see :func:`seconds_at`. Seconds
-    are asked for with one number of requests or an array of them.
+    Seconds are those of :func:`seconds_at`, at one number of requests or an array of them.
 
     Args:
-        sps: of the target, by tokens per step.
         requests: ``[point]``, rising whole numbers of at least 1.
         draft: ``[point, slot]``, seconds of drafting 1, 2, ..., K tokens for each of so many
             requests together.
@@ -90,12 +86,9 @@ class Engine:
         draft_seconds: float | Mapping[int, float],
         rest_seconds: float = 0.0,
     ) -> Engine:
-        """From numbers that were measured elsewhere.
+        """From numbers measured elsewhere, for blocks of up to ``longest`` slots of any length.
 
-        Args:
-            longest: slots of a block.
-            draft_seconds: of drafting a block of any length, one number, or by requests.
-            rest_seconds: of a round with a draft; a plain step has none.
+        ``draft_seconds`` are one number, or by requests; a plain step has no rest.
         """
         by_requests = draft_seconds if isinstance(draft_seconds, Mapping) else {1: draft_seconds}
         requests = sorted(by_requests)
@@ -114,7 +107,7 @@ class Engine:
         return self._at(requests, self.draft[:, draft_length - 1])
 
     def rest_seconds(self, requests: Any) -> Any:
-        """Of all else of a round with a draft."""
+        """Of all else of a round with a draft but the target's step."""
         return self._at(requests, self.rest)
 
     def plain_rest_seconds(self, requests: Any) -> Any:
@@ -127,11 +120,7 @@ class Engine:
 
     @checked
     def costs(self, requests: Count = 1, *, replay: bool = False) -> RoundCosts:
-        """Of a round and of a plain step, of so many requests together.
-
-        Args:
-            replay: whether a rejection is followed by reading again what was accepted.
-        """
+        """Of a round and of a plain step, of so many requests together; see ``RoundCosts.of``."""
         return RoundCosts.of(
             self.longest,
             plain_seconds=self.plain_seconds(requests),
@@ -153,10 +142,8 @@ class Engine:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per measured point: ``part`` ("target", "draft", "rest", "plain rest"),
-        ``requests`` and ``draft_length`` (0 where that does not apply), ``tokens`` of a target's
-        step (else 0), ``seconds``; and ``context_length``, ``device``, ``target``, the same in
-        every row.
+        """One row per measured point: ``part``, ``requests``, ``draft_length`` and ``tokens`` (0
+        where they do not apply), ``seconds``; and ``context_length``, ``device``, ``target``.
         """
         points = list(enumerate(self.requests.tolist()))
         rows = [("target", 0, 0, n, self.sps.seconds(n)) for n in self.sps.tokens.tolist()]
@@ -206,7 +193,7 @@ class Engine:
             )
         rests = [parts[part].set_index("requests")["seconds"].sort_index() for part in _RESTS]
         for part, rest in zip(_RESTS, rests, strict=True):
-            if rest.index.tolist() != draft.index.tolist():
+            if not rest.index.equals(draft.index):
                 raise ValueError(
                     f"draft and {part} must be of the same numbers of requests, got "
                     f"{draft.index.tolist()} and {rest.index.tolist()}"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import cycle
 from typing import Literal
 
@@ -31,20 +30,10 @@ from dspark_lab.serving.requests import Answers, Geometric, Requests, draw_reque
 from dspark_lab.serving.schedule import prefix_schedule
 from dspark_lab.serving.steps import Speed
 
-__all__ = [
-    "FixedLength",
-    "LoadResult",
-    "Policy",
-    "PrefixScheduler",
-    "StaticThreshold",
-    "load_table",
-    "simulate",
-]
-
+Confidences = Float[np.ndarray, "request slot"]
+Lengths = Int[np.ndarray, " request"]
 # How many slots of each request to verify, from the confidences of all and the engine's speed.
-Policy = Callable[[Float[np.ndarray, "request slot"], Speed], Int[np.ndarray, " request"]]
-
-_Columns = dict[str, np.ndarray]
+Policy = Callable[[Confidences, Speed], Lengths]
 
 
 @checked
@@ -57,9 +46,7 @@ class FixedLength:
     def __str__(self) -> str:
         return f"fixed {self.slots}" if self.slots else "plain decoding"
 
-    def __call__(
-        self, confidence: Float[np.ndarray, "request slot"], speed: Speed
-    ) -> Int[np.ndarray, " request"]:
+    def __call__(self, confidence: Confidences, speed: Speed) -> Lengths:
         return np.full(len(confidence), self.slots)
 
 
@@ -73,26 +60,18 @@ class StaticThreshold:
     def __str__(self) -> str:
         return f"threshold {self.threshold:g}"
 
-    def __call__(
-        self, confidence: Float[np.ndarray, "request slot"], speed: Speed
-    ) -> Int[np.ndarray, " request"]:
+    def __call__(self, confidence: Confidences, speed: Speed) -> Lengths:
         return np.logical_and.accumulate(confidence >= self.threshold, axis=1).sum(axis=1)
 
 
 @dataclass(frozen=True)
 class PrefixScheduler:
-    """:func:`prefix_schedule`, the early-stopping and therefore lossless one.
-
-    Its speed is that of a whole step with drafting and rest, so Theta is the expected tokens per
-    second of the step.
-    """
+    """:func:`prefix_schedule`, with Theta the expected tokens per second of a whole step."""
 
     def __str__(self) -> str:
         return "prefix scheduler"
 
-    def __call__(
-        self, confidence: Float[np.ndarray, "request slot"], speed: Speed
-    ) -> Int[np.ndarray, " request"]:
+    def __call__(self, confidence: Confidences, speed: Speed) -> Lengths:
         return prefix_schedule(confidence, speed)
 
 
@@ -108,27 +87,17 @@ class LoadResult:
     accepted over verified slots, NaN where there are none; ``batch_requests``,
     ``verified_per_step`` and ``batch_tokens``, means over steps; ``busy``, the share of time spent
     in steps.
+
+    ``requests``, a row for each in the order of admission: ``request`` (its number among those
+    drawn), ``domain``, ``arrival``, ``start`` (when it was admitted), ``end`` (NaN where the run
+    stopped before), ``tokens`` so far, ``rounds``, ``verified`` and ``accepted`` slots, and
+    ``measured``, whether it counts. ``steps``: ``start``, ``seconds``, ``requests`` in the batch,
+    ``verified`` slots, ``batch_tokens``, their sum, and ``tokens`` by which answers grew.
     """
 
+    requests: pd.DataFrame
+    steps: pd.DataFrame
     figures: pd.Series
-    request_columns: _Columns
-    step_columns: _Columns
-
-    @cached_property
-    def requests(self) -> pd.DataFrame:
-        """A row for each admitted request, in order: ``request`` (its number among those drawn),
-        ``domain``, ``arrival``, ``start`` (when it was admitted), ``end`` (NaN where the run
-        stopped before), ``tokens`` so far, ``rounds``, ``verified`` and ``accepted`` slots, and
-        ``measured``, whether it counts.
-        """
-        return pd.DataFrame(self.request_columns)
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """A row for each step: ``start``, ``seconds``, ``requests`` in the batch, ``verified``
-        slots, ``batch_tokens``, their sum, and ``tokens`` by which answers grew.
-        """
-        return pd.DataFrame(self.step_columns)
 
 
 @checked
@@ -216,8 +185,7 @@ def simulate(
                 missing -= warm_up <= request.number < last
         steps.append((begin, seconds, size, verified, grown))
         batch = [request for request in batch if request.left]
-    served, during = _served(requests, admitted, warm_up), _step_columns(steps)
-    return LoadResult(pd.Series(_figures(served, during)), served, during)
+    return _result(requests, admitted, steps, warm_up)
 
 
 @checked
@@ -352,9 +320,14 @@ def _chosen_slots(
     return lengths.tolist()
 
 
-def _served(requests: Requests, admitted: list[_Request], warm_up: int) -> _Columns:
+def _result(
+    requests: Requests,
+    admitted: list[_Request],
+    steps: list[tuple[float, float, int, int, int]],
+    warm_up: int,
+) -> LoadResult:
     of = {name: np.array([getattr(r, name) for r in admitted]) for name in _Request.__slots__}
-    return {
+    served = {
         "request": of["which"],
         "domain": requests.answers.domain[requests.conversation[of["which"]]],
         **{name: of[name] for name in ("arrival", "start", "end")},
@@ -362,42 +335,30 @@ def _served(requests: Requests, admitted: list[_Request], warm_up: int) -> _Colu
         **{name: of[name] for name in ("rounds", "verified", "accepted")},
         "measured": (of["number"] >= warm_up) & (of["number"] < warm_up + len(requests)),
     }
-
-
-def _step_columns(steps: list[tuple[float, float, int, int, int]]) -> _Columns:
-    start, seconds, requests, verified, tokens = map(np.array, zip(*steps, strict=True))
-    return {
-        "start": start,
-        "seconds": seconds,
-        "requests": requests,
-        "verified": verified,
-        "batch_tokens": requests + verified,
-        "tokens": tokens,
-    }
-
-
-def _figures(served: _Columns, steps: _Columns) -> dict[str, float]:
     counted = {name: values[served["measured"]] for name, values in served.items()}
-    begin = counted["start"][0]
-    during = {name: values[steps["start"] >= begin] for name, values in steps.items()}
-    time = counted["end"].max() - begin
+    start, seconds, batch, verified, grown = map(np.array, zip(*steps, strict=True))
+    during = start >= counted["start"][0]
+    time = counted["end"].max() - counted["start"][0]
     speed = counted["tokens"] / (counted["end"] - counted["start"])
-    slow, middle = np.quantile(speed, [0.1, 0.5])
     asked = counted["verified"].sum()
     figures = {
-        "throughput": during["tokens"].sum() / time,
+        "throughput": grown[during].sum() / time,
         "per_user": speed.mean(),
-        "per_user_p10": slow,
-        "per_user_p50": middle,
+        "per_user_p10": np.quantile(speed, 0.1),
+        "per_user_p50": np.quantile(speed, 0.5),
         "wait": (counted["start"] - counted["arrival"]).mean(),
         "latency": (counted["end"] - counted["arrival"]).mean(),
         "tokens_per_round": counted["tokens"].sum() / counted["rounds"].sum(),
         "rounds_per_request": counted["rounds"].mean(),
         "verified_per_request": counted["verified"].mean(),
         "acceptance": counted["accepted"].sum() / asked if asked else np.nan,
-        "batch_requests": during["requests"].mean(),
-        "verified_per_step": during["verified"].mean(),
-        "batch_tokens": during["batch_tokens"].mean(),
-        "busy": during["seconds"].sum() / time,
+        "batch_requests": batch[during].mean(),
+        "verified_per_step": verified[during].mean(),
+        "batch_tokens": (batch + verified)[during].mean(),
+        "busy": seconds[during].sum() / time,
     }
-    return {name: float(value) for name, value in figures.items()}
+    columns = {"start": start, "seconds": seconds, "requests": batch, "verified": verified}
+    columns |= {"batch_tokens": batch + verified, "tokens": grown}
+    return LoadResult(
+        pd.DataFrame(served), pd.DataFrame(columns), pd.Series(figures, dtype=np.float64)
+    )

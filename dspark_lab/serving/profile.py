@@ -29,24 +29,14 @@ from dspark_lab.rates import (
 )
 from dspark_lab.serving.costs import require_lengths
 
-__all__ = [
-    "AcceptanceProfile",
-    "acceptance_profile",
-    "ratio",
-    "require_whole_blocks",
-    "rows_of",
-    "tau_of_answers",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class AcceptanceProfile:
     """How often each slot is accepted, given that all before it were.
 
-    ``rates`` ``[slot]``: NaN where no round reached the slot. ``samples`` ``[resample, slot]``: the
-    same of conversations drawn again, without rows where there are none. ``conversations``: how
-    many of them. ``temperature`` and ``drafter``: None where unknown. Made by
-    :func:`acceptance_profile` or :meth:`of`.
+    ``rates``: NaN where no round reached the slot. ``samples``: the same of conversations drawn
+    again, without rows where there are none. ``temperature`` and ``drafter``: None where unknown.
+    Made by :func:`acceptance_profile` or :meth:`of`.
     """
 
     rates: Float[np.ndarray, " slot"]
@@ -70,9 +60,8 @@ class AcceptanceProfile:
     def tau(self, draft_length: Count, tokens: Count | None = None) -> float:
         """Tokens that a round of so many slots yields on average, the target's own among them.
 
-        Args:
-            tokens: length of an answer without its first token, which no round yields. Its last
-                rounds draft no more than is left to say and yield less; None is an endless answer.
+        ``tokens`` is the length of an answer without its first token, which no round yields: its
+        last rounds draft no more than is left and yield less. None is an endless answer.
         """
         require_lengths([draft_length], len(self.rates))
         if tokens is None:

@@ -21,8 +21,6 @@ from dspark_lab.checks import Count, NonNegative, Size, Within, checked
 from dspark_lab.decoding import probabilities, read_trace
 from dspark_lab.rates import SequentialTemperatures, prefix_survival
 
-__all__ = ["Answers", "Geometric", "Requests", "answers_of", "draw_requests"]
-
 
 @checked
 @dataclass(frozen=True)

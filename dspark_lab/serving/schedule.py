@@ -28,14 +28,6 @@ from dspark_lab.decoding import Scheduler
 from dspark_lab.rates import as_numbers, as_probabilities, prefix_survival
 from dspark_lab.serving.steps import Speed
 
-__all__ = [
-    "output_distribution",
-    "prefix_schedule",
-    "prefix_scheduler",
-    "retrospective_schedule",
-    "schedule_table",
-]
-
 Confidence = (
     Shaped[np.ndarray, "request slot"] | Float[Tensor, "request slot"] | Sequence[Sequence[float]]
 )

@@ -20,8 +20,6 @@ from dspark_lab.serving.costs import (
 )
 from dspark_lab.serving.profile import AcceptanceProfile, acceptance_profile
 
-__all__ = ["advice", "best_length", "speedup_table", "temperature_table"]
-
 
 @checked
 def speedup_table(
@@ -29,9 +27,7 @@ def speedup_table(
 ) -> pd.DataFrame:
     """Predicted speed for each number of tokens drafted a round.
 
-    Args:
-        profile: of the temperature that the drafter will serve at.
-        draft_lengths: by default all that have both a rate and a cost.
+    ``draft_lengths`` are by default all that have both a rate and a cost.
 
     Returns:
         a row for each ``draft_length``: the columns of :meth:`RoundCosts.figures`;

@@ -1,7 +1,4 @@
-"""How fast a target makes its steps: SPS(B), steps per second at B tokens per step.
-
-A curve of a few measured points, kept as a CSV file.
-"""
+"""SPS(B), a target's steps per second at B tokens per step: a few measured points in a CSV file."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +16,6 @@ from dspark_lab.checks import require_int
 from dspark_lab.files import written_whole
 from dspark_lab.rates import as_numbers
 
-__all__ = ["Speed", "StepsPerSecond", "measured_points", "read_points", "seconds_at"]
-
 # Steps per second at each of an array of whole numbers of tokens per step.
 Speed = Callable[[np.ndarray], np.ndarray]
 
@@ -29,18 +24,12 @@ _COLUMNS = ["tokens", "steps_per_second", "context_length", "device", "target"]
 
 @dataclass(frozen=True, eq=False)
 class StepsPerSecond:
-    """SPS(B), called with a number or an array of tokens per step.
-
-    Between measured points the seconds per step are linear in B, as they are where each further
-    token costs the same. Below the first point its speed holds: no step is taken to be faster than
-    a measured one. Above the last point see :func:`seconds_at`.
+    """SPS(B), called with a number or an array of tokens per step; see :func:`seconds_at`.
 
     Args:
         tokens: ``[point]``, B, rising whole numbers of at least 1.
-        steps_per_second: ``[point]``, at each B.
         context_length: tokens that each request had read before the step.
         device: its name and the precision.
-        target: name of the model.
     """
 
     tokens: Int[np.ndarray, " point"]
@@ -70,21 +59,9 @@ class StepsPerSecond:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "steps_per_second", speeds)
 
-    @overload
-    def __call__(self, tokens: float) -> float: ...
-
-    @overload
-    def __call__(self, tokens: np.ndarray) -> np.ndarray: ...
-
     def __call__(self, tokens: Any) -> Any:
         """Steps per second at ``tokens`` per step, a number >= 0 or an array of any shape."""
         return 1 / self.seconds(tokens)
-
-    @overload
-    def seconds(self, tokens: float) -> float: ...
-
-    @overload
-    def seconds(self, tokens: np.ndarray) -> np.ndarray: ...
 
     def seconds(self, tokens: Any) -> Any:
         """Seconds per step at ``tokens`` per step, a number >= 0 or an array of any shape."""
@@ -98,9 +75,8 @@ class StepsPerSecond:
     def smooth(self) -> bool:
         """Whether each further token costs at least as many seconds as the one before.
 
-        Early stopping then finds the best Theta: tau grows ever less from slot to slot and the
-        seconds ever more, so Theta rises once, then falls. In front of a cliff, where one more
-        token costs more than the next ones do, early stopping may halt.
+        Early stopping then finds the best Theta, which rises once, then falls. In front of a cliff,
+        where one more token costs more than the next ones do, early stopping may halt.
         """
         seconds = 1 / self.steps_per_second
         slopes = np.append(0, np.diff(seconds) / np.diff(self.tokens))
@@ -140,8 +116,8 @@ class StepsPerSecond:
     ) -> StepsPerSecond:
         """From a table with the columns ``tokens`` and ``steps_per_second``.
 
-        ``context_length``, ``device`` and ``target`` are read from columns of that name where they
-        are not given. The first two must be known: a speed without them says nothing.
+        The other facts are read from columns of their name where they are not given; the first two
+        must be known.
         """
         if missing := [name for name in _COLUMNS[:2] if name not in table]:
             raise ValueError(

@@ -32,8 +32,6 @@ from dspark_lab.rates import (
 from dspark_lab.serving.costs import Outcomes, RoundCosts, expected_verify_seconds, require_lengths
 from dspark_lab.serving.profile import ratio, require_whole_blocks, rows_of
 
-__all__ = ["best_threshold", "gain_table", "threshold_table"]
-
 # To look at, and to choose from.
 _THRESHOLDS = tuple(step / 20 for step in range(20))
 _FINE_THRESHOLDS = tuple(step / 100 for step in range(101))
@@ -60,11 +58,9 @@ def threshold_table(
 
     Args:
         trace: of whole blocks, of one drafter that has a confidence head, at one temperature.
-        thresholds: in [0, 1].
         draft_lengths: by default the longest that has both a slot and a cost.
         calibrated: scales the confidences first.
         drafter, temperature: as in :func:`acceptance_profile`; not for rounds.
-        resamples, seed: of the bootstrap over conversations.
 
     Returns:
         a row for each draft length and threshold: ``draft_length``, ``threshold``, ``verified``
@@ -96,14 +92,11 @@ def best_threshold(
 ) -> pd.Series:
     """The fastest pair of draft length and static threshold, as a row of :func:`threshold_table`.
 
-    The fastest of many is faster on the trace that it was chosen on than elsewhere, by more the
-    smaller the trace; ``test``, a trace of other conversations, gives figures without that bias.
+    The fastest of many is faster on the trace that it was chosen on than elsewhere; ``test``, a
+    trace of other conversations, gives figures without that bias.
 
-    Args:
-        trace, calibrated, drafter, temperature, resamples, seed: as in :func:`threshold_table`.
-        test: to report on, the trace itself where None.
-        thresholds: to choose from; of equally fast ones the lowest is taken.
-        draft_lengths: to choose from, by default all.
+    All thresholds and draft lengths are tried; of equally fast ones the lowest is taken. Other
+    arguments as in :func:`threshold_table`.
     """
     counts = _Counts.of(trace, thresholds, calibrated, drafter, temperature)
     lengths = require_lengths(draft_lengths, min(counts.slots, costs.longest))
@@ -135,30 +128,24 @@ def gain_table(
     """What scaling gains, and what perfect calibration would gain at most, in tokens and in speed.
 
     Four ways to decide how much of a drafted block is verified: ``everything``; a threshold on the
-    ``raw`` confidence; on the ``scaled`` one; and on the ``oracle``, the true accept rate c* in
-    place of the confidence. Temperatures and each way's fastest threshold are chosen on ``fit``;
-    every figure is of ``test``. Slots without an identifiable temperature keep their confidences.
-
-    A round accepts, in expectation, the sum of c* over those of its verified slots that the trace
-    reached. Speed is all tokens over all seconds; replay and rollback are not in it.
+    ``raw`` confidence; on the ``scaled`` one; and on the ``oracle``, the true accept rate c*.
+    Temperatures and each way's fastest threshold are chosen on ``fit``; every figure is of
+    ``test``. Slots without an identifiable temperature keep their confidences. Speed is all tokens
+    over all seconds, without replay and rollback.
 
     Args:
         fit, test: traces of whole blocks of one drafter, without a prompt in common.
-        costs: of a round with as many slots.
         thresholds: to choose from, in [0, 1].
         on: ``"slot"``, a threshold on each slot's own value, or ``"product"``, on the product up to
-            the slot, which is how a scheduler weighs slots. Under ``"slot"`` one threshold serves
-            early and late slots alike, though they are not worth the same: a miscalibration that
-            happens to favour the early ones can be faster than its repair.
+            the slot, which is how a scheduler weighs slots. Under ``"slot"`` a miscalibration that
+            happens to favour early slots, which are worth more, can be faster than its repair.
         bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
-        resamples, seed: of the bootstrap.
 
     Returns:
         one row for each way: ``values``, its name, ``threshold`` (NaN for everything), ``verified``
         and ``accepted`` (slots per round), ``speed`` (tokens per second) with ``speed_low`` and
         ``speed_high``, and, over raw, ``gain_percent`` with ``gain_low`` and ``gain_high``: 95 %
-        percentile bootstrap intervals over the conversations of ``test``, all ways resampled
-        together; NaN with fewer than two conversations.
+        bootstrap intervals over the conversations of ``test``, NaN with fewer than two.
     """
     fitted, held = disjoint_rounds(fit, test)
     slots = max(rounds.verified.shape[1] for rounds in (fitted, held))

@@ -1,12 +1,12 @@
 """Measured seconds: of the rounds of this lab's decoding, and of the target's steps.
 
-Each call of a model is timed on the device that it is on; a figure is a median.
+A figure is a median; a GPU's work is waited for.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,10 @@ from torch import Tensor
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import decode_rounds, distribution
 from dspark_lab.files import now
-from dspark_lab.model import Drafter, Target, TargetCache
-from dspark_lab.serving.costs import RoundCosts, require_lengths
+from dspark_lab.model import Drafter, Target
+from dspark_lab.serving.costs import require_lengths
 from dspark_lab.serving.engine import Engine
 from dspark_lab.serving.steps import StepsPerSecond, measured_points
-
-__all__ = [
-    "cache_holding",
-    "measure_costs",
-    "measure_engine",
-    "measure_steps_per_second",
-    "read_again",
-]
 
 _PARTS = ("draft", "verify", "rest")
 # Rounds of one kind that are timed before it is another's turn.
@@ -39,74 +31,12 @@ Kind = tuple[int, int]
 
 
 @checked
-def measure_costs(
-    target: Target,
-    drafter: Drafter,
-    *,
-    context_length: Count = 128,
-    draft_lengths: Sequence[Count] | None = None,
-    temperature: float = 0.0,
-    replay: bool = False,
-    repeats: Count = 20,
-    warm_up: Size = 3,
-    seed: Size = 0,
-) -> RoundCosts:
-    """The costs of this lab's decoding on the devices of these models, for one request.
-
-    ``verify_seconds`` hold the target's distributions as well, and ``overhead_seconds`` all the
-    rest of a round, such as the drafter's reading of what was accepted and the cutting of both
-    caches.
-
-    Args:
-        context_length: tokens of a random prompt; rounds add to it.
-        draft_lengths: to measure, by default all up to the drafter's block; the costs of those in
-            between are interpolated.
-        temperature: of decoding; drawing costs more than taking the likeliest.
-        replay: measure what it takes to read again, without a distribution, as a target would have
-            to whose cache cannot be cut.
-        repeats, warm_up: rounds that count, and rounds before these that do not.
-    """
-    lengths = sorted(require_lengths(draft_lengths, drafter.config.block_size))
-    slots = range(1, lengths[-1] + 1)
-    prompt = _random_prompt(target, context_length, seed)
-    again: list[list[float]] = []
-    cache = cache_holding(target, prompt.tolist())
-
-    def time_replay() -> None:
-        first = prompt.tolist()[:1]
-        again.append([read_again(target, cache, first * n, 0) for n in slots])
-
-    spent = _timed_rounds(
-        target,
-        drafter,
-        [(1, k) for k in (0, *lengths)],
-        prompt,
-        temperature=temperature,
-        repeats=repeats,
-        warm_up=warm_up,
-        seed=seed,
-        in_turn=time_replay if replay else None,
-    )
-    read = [1, *(k + 1 for k in lengths)]
-    verify = np.interp(range(1, lengths[-1] + 2), read, [spent[1, n - 1]["verify"] for n in read])
-    draft = np.interp(slots, lengths, [spent[1, k]["draft"] for k in lengths])
-    place = f"{target.device.type}, {str(target.dtype).removeprefix('torch.')}"
-    return RoundCosts(
-        plain_seconds=sum(spent[1, 0].values()),
-        draft_seconds=draft.tolist(),
-        verify_seconds=verify.tolist(),
-        replay_seconds=np.median(again[warm_up:], axis=0).tolist() if replay else (),
-        overhead_seconds=statistics.median(spent[1, k]["rest"] for k in lengths),
-        source=f"measured: {place}, context {context_length}, temperature {temperature:g}",
-    )
-
-
-@checked
 def measure_engine(
     target: Target,
     drafter: Drafter,
     *,
     requests: Sequence[Count] | None = None,
+    draft_lengths: Sequence[Count] | None = None,
     context_length: Count = 128,
     temperature: float = 0.0,
     repeats: Count = 10,
@@ -115,30 +45,30 @@ def measure_engine(
 ) -> Engine:
     """This lab's decoding as an :class:`Engine`, on the devices of these models.
 
-    So many requests decode together, plainly, with blocks of one slot and with whole blocks; what
-    drafting takes is linear between one slot and all. The target's steps, by tokens, are those of
-    all of these, and include its distributions.
+    The target's steps include its distributions; what drafting takes is linear between the measured
+    lengths.
 
     Args:
         requests: how many take their rounds together, rising; 1, 4 and 16 where None, or 1 alone
             for a target that decodes one row at a time.
+        draft_lengths: one slot and a whole block where None.
         context_length: tokens of a random prompt; rounds add to it.
-        temperature: of decoding.
+        temperature: of decoding; drawing costs more than taking the likeliest.
         repeats, warm_up: rounds that count, and rounds before these that do not.
     """
-    counts = measured_points(
-        "requests", requests or ((1, 4, 16) if target.decodes_batches else (1,))
-    )
-    if counts.tolist() != [1] and not target.decodes_batches:
+    if requests is None:
+        requests = (1, 4, 16) if target.decodes_batches else (1,)
+    counts = measured_points("requests", requests).tolist()
+    if counts != [1] and not target.decodes_batches:
         raise ValueError(
-            f"requests must be 1 for a target that decodes one row at a time, got {counts.tolist()}"
+            f"requests must be 1 for a target that decodes one row at a time, got {counts}"
         )
-    longest = drafter.config.block_size
-    lengths = sorted({0, 1, longest})
+    block_size = drafter.config.block_size
+    lengths = sorted({*require_lengths(draft_lengths or [1, block_size], block_size)})
     spent = _timed_rounds(
         target,
         drafter,
-        [(count, k) for count in counts.tolist() for k in lengths],
+        [(count, k) for count in counts for k in (0, *lengths)],
         _random_prompt(target, context_length, seed),
         temperature=temperature,
         repeats=repeats,
@@ -149,14 +79,13 @@ def measure_engine(
     for (count, k), seconds in spent.items():
         steps.setdefault(count * (k + 1), []).append(seconds["verify"])
     by_tokens = {tokens: statistics.median(seconds) for tokens, seconds in steps.items()}
-    drafting = [[spent[count, k]["draft"] for k in lengths[1:]] for count in counts]
+    drafts = [[spent[count, k]["draft"] for k in lengths] for count in counts]
+    slots = range(1, lengths[-1] + 1)
     return Engine(
         sps=_curve(target, by_tokens, context_length),
-        requests=counts,
-        draft=np.array(
-            [np.interp(range(1, longest + 1), lengths[1:], seconds) for seconds in drafting]
-        ),
-        rest=np.array([spent[count, longest]["rest"] for count in counts]),
+        requests=np.array(counts),
+        draft=np.array([np.interp(slots, lengths, seconds) for seconds in drafts]),
+        rest=np.array([spent[count, lengths[-1]]["rest"] for count in counts]),
         plain_rest=np.array([spent[n, 0]["draft"] + spent[n, 0]["rest"] for n in counts]),
     )
 
@@ -184,10 +113,7 @@ def measure_steps_per_second(
     Args:
         tokens: B, rising.
         context_length: of every row; drawn at random once and shared by all rows.
-        tokens_per_row: the most tokens that a row reads in a step.
-        warm_up: steps before those that count, at each B.
-        repeats: steps at each B, whose median counts.
-        seed: of the tokens.
+        repeats, warm_up: steps at each B whose median counts, and steps before these.
     """
     sizes = measured_points("tokens", tokens).tolist()
     per_row = {size: _per_row(target, size, tokens_per_row) for size in sizes}
@@ -223,24 +149,6 @@ def measure_steps_per_second(
     return _curve(target, seconds, context_length)
 
 
-def cache_holding(target: Target, tokens: Sequence[int]) -> TargetCache:
-    """A cache of one row that holds these tokens."""
-    cache = target.start_cache(1)
-    read_again(target, cache, tokens, len(tokens))
-    return cache
-
-
-def read_again(target: Target, cache: TargetCache, tokens: Sequence[int], kept: int) -> float:
-    """Seconds that the target takes to read the tokens; its cache keeps the first ``kept``."""
-    with torch.inference_mode():
-        rows = torch.tensor([list(tokens)], device=target.device)
-        begin = now(target.device)
-        target.advance(rows, cache, [])
-        spent = now(target.device) - begin
-        cache.commit([kept])
-    return spent
-
-
 def _random_prompt(target: Target, context_length: int, seed: int) -> Int[Tensor, " context"]:
     """Tokens drawn from the whole vocabulary, to time decoding behind."""
     generator = torch.Generator().manual_seed(seed)
@@ -257,17 +165,12 @@ def _timed_rounds(
     repeats: int,
     warm_up: int,
     seed: int,
-    in_turn: Callable[[], None] | None = None,
 ) -> dict[Kind, dict[str, float]]:
     """Median seconds of the parts of a round, "draft", "verify" and "rest", for each kind.
 
     The kinds take turns, so that noise affects all of them equally, a few rounds at a time, so that
     each finds its weights in the processor's caches as it would alone. No round is the last one of
     an answer.
-
-    Args:
-        prompt: of every request.
-        in_turn: called once for each round of a kind, when all kinds have had theirs.
     """
     rounds = warm_up + repeats
     runs = {
@@ -276,7 +179,7 @@ def _timed_rounds(
             drafter if k else None,
             [prompt] * count,
             draft_length=k or None,
-            max_new_tokens=1 + rounds * (k + 1),
+            max_new_tokens=2 + rounds * (k + 1),
             temperature=temperature,
             end_ids=(),
             seed=seed,
@@ -292,9 +195,6 @@ def _timed_rounds(
                 for _ in range(count):
                     next(run)
                 clocks[count, k].append([run.seconds[part] for part in _PARTS])
-        if in_turn:
-            for _ in turn:
-                in_turn()
     medians = {
         kind: np.median(np.diff(clock, axis=0)[warm_up:], axis=0) for kind, clock in clocks.items()
     }
