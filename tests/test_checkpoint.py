@@ -3,14 +3,12 @@
 The layout is written out by hand here, names, shapes and fields, as published checkpoints have it.
 """
 
-import errno
 import json
 import os
 import pickle
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -19,10 +17,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dspark_lab.model import Drafter, DrafterConfig, checkpoint, load_drafter, save_drafter
+from dspark_lab.model import Drafter, DrafterConfig, load_drafter, save_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pickle")
 
@@ -314,6 +312,13 @@ def test_a_drafter_without_markov_head_has_rank_zero():
     assert not DrafterConfig.from_dict(without_type).has_markov_head
 
 
+def test_the_file_is_marked_as_of_torch_and_as_readable_as_the_config(whole):
+    modes = {path.name: path.stat().st_mode for path in whole.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+    with safe_open(whole / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 def test_transformers_reads_the_same_backbone_from_the_config(whole):
     from transformers import Qwen3Config
 
@@ -323,16 +328,6 @@ def test_transformers_reads_the_same_backbone_from_the_config(whole):
     assert config.head_dim == 6 and config.num_key_value_heads == 2
     assert list(config.layer_types) == ["full_attention", "full_attention"]
     assert config.block_size == 3 and list(config.target_layer_ids) == [0, 2, 3]
-
-
-def test_the_weights_are_as_readable_as_the_config(whole):
-    modes = {path.name: path.stat().st_mode for path in whole.iterdir()}
-    assert modes["model.safetensors"] == modes["config.json"]
-
-
-def test_the_weights_are_marked_as_of_torch(whole):
-    with safe_open(whole / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
 
 
 # What comes back.
@@ -346,17 +341,6 @@ def test_a_round_trip_keeps_every_bit(folder, head, confidence, include):
     assert_same(load_drafter(folder, target=None if include else target_of(drafter)), drafter)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"attention_bias": True}, {"target_hidden_size": 10}, {"rms_norm_eps": 1e-3}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_a_round_trip_keeps_what_is_not_the_default(folder, changes):
-    drafter = make_drafter(replace(CONFIG, **changes))
-    save_drafter(drafter, folder, include_embeddings=True)
-    assert_same(load_drafter(folder), drafter)
-
-
 def test_a_loaded_drafter_is_in_eval_mode_and_its_embeddings_are_frozen(folder):
     drafter = make_drafter().train()
     for include in (False, True):
@@ -367,16 +351,6 @@ def test_a_loaded_drafter_is_in_eval_mode_and_its_embeddings_are_frozen(folder):
         frozen = [n for n, value in loaded.named_parameters() if not value.requires_grad]
         assert sorted(frozen) == ["embed_tokens.weight", "lm_head.weight"]
         assert all(value.is_leaf for value in loaded.parameters())
-
-
-def test_a_loaded_drafter_trains_and_saves_again(whole):
-    drafter = load_drafter(whole).train()
-    trained = [value for value in drafter.parameters() if value.requires_grad]
-    optimiser = torch.optim.SGD(trained, lr=0.1)
-    sum(value.square().sum() for value in trained).backward()
-    optimiser.step()
-    save_drafter(drafter, whole, include_embeddings=True)
-    assert_same(load_drafter(whole), drafter.eval())
 
 
 def test_the_target_shares_its_embeddings_with_the_drafter(folder):
@@ -562,19 +536,6 @@ def test_a_sharded_checkpoint_is_indexed_and_comes_back(folder):
     assert_same(load_drafter(folder), drafter)
 
 
-def test_a_tensor_above_the_limit_has_a_file_of_its_own(folder):
-    drafter = make_drafter()
-    save_drafter(drafter, folder, include_embeddings=True, max_shard_bytes=1)
-    files = list(folder.glob("model-*.safetensors"))
-    assert len(files) == len(drafter.state_dict())
-    assert_same(load_drafter(folder), drafter)
-
-
-def test_one_file_needs_no_index(folder):
-    save_drafter(make_drafter(), folder, include_embeddings=True, max_shard_bytes=10**6)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-
-
 @pytest.fixture
 def sharded(folder):
     save_drafter(make_drafter(), folder, include_embeddings=True, max_shard_bytes=2000)
@@ -628,22 +589,21 @@ def change_index(folder, **changes):
 # What is refused.
 
 
+def test_a_field_that_the_drafter_does_not_follow_is_named_with_its_file(whole):
+    change_config(whole, hidden_act="gelu")
+    refused(whole, match="config.json: hidden_act must be 'silu' .*, got 'gelu'")
+    change_config(whole, hidden_act="silu", hidden_size="8")
+    refused(whole, TypeError, match="config.json: hidden_size must be an int, got '8'")
+
+
 def test_missing_tensors_are_named(whole):
     change_tensors(whole, layers__1__self_attn__q_norm__weight=None, norm__weight=None)
     refused(
         whole,
         match=r"must hold layers\.1\.self_attn\.q_norm\.weight, norm\.weight, as config\.json",
     )
-
-
-def test_of_many_missing_tensors_some_are_named_and_all_counted(whole):
     change_config(whole, num_hidden_layers=4, layer_types=["full_attention"] * 4)
-    refused(whole, match=r"must hold layers\.2\..*, and 14 more, as config\.json")
-
-
-def test_surplus_tensors_are_named(whole):
-    change_tensors(whole, model__extra=torch.ones(1), rotary__inv_freq=torch.ones(2))
-    refused(whole, match=r"alone, got model\.extra, rotary\.inv_freq too$")
+    refused(whole, match=r"must hold layers\.1\..*, and 16 more, as config\.json")
 
 
 def test_the_tensors_of_a_head_that_the_config_lacks_are_surplus(whole):
@@ -686,12 +646,6 @@ def test_a_target_that_does_not_fit_is_refused(folder, include, vocab, hidden, l
     refused(folder, match=match, target=FrozenTarget(weight, weight, layers))
 
 
-def test_a_model_in_the_place_of_a_target_is_refused(whole):
-    refused(
-        whole, TypeError, "target must be a Target, .* got Linear", target=torch.nn.Linear(1, 1)
-    )
-
-
 def test_a_target_as_wide_as_the_features_fits(folder):
     drafter = make_drafter(replace(CONFIG, target_hidden_size=10))
     save_drafter(drafter, folder, include_embeddings=True)
@@ -704,12 +658,6 @@ def test_a_truncated_file_is_named(whole, keep):
     path = whole / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     refused(whole, match="model.safetensors must be a safetensors file, .* truncated or damaged")
-
-
-def test_a_truncated_file_whose_first_byte_is_that_of_a_pickle_is_no_pickle(whole):
-    path = whole / "model.safetensors"
-    path.write_bytes(b"\x80\x02" + bytes(6) + b'{"norm.weight":')
-    refused(whole, match="truncated or damaged")
 
 
 def test_a_pointer_of_git_lfs_is_named_as_such(whole):
@@ -776,102 +724,6 @@ def test_a_config_that_is_no_json_object_is_refused(whole, text, match):
     refused(whole, match=f"config.json {match}")
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind", "match"),
-    [
-        ({"block_size": ...}, ValueError, "must hold block_size,"),
-        ({"head_dim": ..., "mask_token_id": ...}, ValueError, "hold head_dim, mask_token_id,"),
-        ({"target_layer_ids": ...}, ValueError, "must hold target_layer_ids,"),
-        ({"head_dim": None}, TypeError, "head_dim must be an int, got None"),
-        ({"hidden_size": "8"}, TypeError, "hidden_size must be an int, got '8'"),
-        ({"target_layer_ids": 3}, TypeError, "target_layer_ids must be a sequence, got 3"),
-        ({"target_layer_ids": [2, 0]}, ValueError, r"strictly increasing, got \(2, 0\)"),
-        ({"markov_head_type": "lstm"}, ValueError, "markov_head_type must be .*, got 'lstm'"),
-        ({"enable_confidence_head": "no"}, TypeError, "enable_confidence_head .*, got 'no'"),
-        ({"confidence_head_with_markov": 1}, TypeError, "confidence_head_with_markov .* got 1"),
-        ({"attention_bias": "no"}, TypeError, "attention_bias must be True or False, got 'no'"),
-        ({"rms_norm_eps": 0}, ValueError, "rms_norm_eps must be > 0, got 0"),
-        ({"rms_norm_eps": "1e-6"}, TypeError, "rms_norm_eps must be a number, got '1e-6'"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, ValueError, "architectures .*Qwen3ForCausalLM"),
-        ({"model_type": "llama"}, ValueError, "model_type must be 'qwen3' .*, got 'llama'"),
-        ({"hidden_act": "gelu"}, ValueError, "hidden_act must be 'silu' .*, got 'gelu'"),
-        (
-            {"use_sliding_window": True, "sliding_window": 9, "layer_types": None},
-            ValueError,
-            "layer_types must all be 'full_attention', got .*sliding",
-        ),
-        ({"layer_types": 2}, TypeError, "layer_types must be a list, got 2"),
-        (
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            ValueError,
-            "layer_types must all be 'full_attention', got .*sliding_attention",
-        ),
-        ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor .*, got 0.5"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            ValueError,
-            "rope_scaling must be of rope_type 'default' alone, got .*yarn",
-        ),
-        ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling .*linear"),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": 2.0}},
-            ValueError,
-            "rope_parameters must be of rope_type 'default' alone, got .*factor",
-        ),
-        (
-            {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
-            ValueError,
-            "rope_parameters .*partial_rotary_factor",
-        ),
-        ({"rope_parameters": "default"}, TypeError, "rope_parameters must be an object"),
-        ({"rope_theta": ..., "rope_parameters": ...}, ValueError, "must hold rope_theta"),
-        ({"rope_theta": 1e6}, ValueError, "rope_theta must be one number, got .*1000000.*500000"),
-        (
-            {"rope_theta": -1.0, "rope_parameters": ...},
-            ValueError,
-            "rope_theta must be > 0, got -1",
-        ),
-        ({"rope_theta": [1e6], "rope_parameters": ...}, TypeError, "rope_theta must be a number"),
-    ],
-)
-def test_a_config_that_this_drafter_does_not_follow_is_refused(whole, changes, kind, match):
-    change_config(whole, **changes)
-    refused(whole, kind, f"config.json: .*{match}")
-
-
-@pytest.mark.parametrize(
-    ("call", "change", "kind", "match"),
-    [
-        (
-            load_drafter,
-            {"dtype": torch.int8},
-            ValueError,
-            "dtype must be one of .*, got torch.int8",
-        ),
-        (load_drafter, {"dtype": "float32"}, TypeError, "dtype must be a dtype .*, got 'float32'"),
-        (load_drafter, {"device": "nonsense"}, ValueError, "device must be .*, got 'nonsense'"),
-        (load_drafter, {"folder": None}, TypeError, "folder must be .*, got None"),
-        (
-            save_drafter,
-            {"dtype": torch.int8},
-            ValueError,
-            "dtype must be one of .*, got torch.int8",
-        ),
-        (save_drafter, {"drafter": None}, TypeError, "drafter must be a Drafter, got None"),
-        (save_drafter, {"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be >= 1, got 0"),
-        (save_drafter, {"max_shard_bytes": True}, TypeError, "max_shard_bytes .*, got True"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused(tmp_path, call, change, kind, match):
-    good = {"folder": tmp_path / "new"}
-    if call is save_drafter:
-        good["drafter"] = make_drafter()
-    with pytest.raises(kind, match=match):
-        call(**good | change)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_folder_that_holds_checkpoints_names_them(tmp_path):
     for name in ("run/checkpoint-000030", "run/checkpoint-000060", "epoch/model/consolidated"):
         save_drafter(make_drafter(), tmp_path / name)
@@ -910,13 +762,6 @@ def test_a_link_to_a_checkpoint_stays_a_link(whole, tmp_path):
     assert_same(load_drafter(whole), make_drafter(seed=2))
 
 
-def test_a_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_drafter(make_drafter(), "~/drafter", include_embeddings=True)
-    assert (tmp_path / "drafter" / "config.json").is_file()
-    assert_same(load_drafter("~/drafter"), make_drafter())
-
-
 @pytest.mark.parametrize(
     "foreign",
     [
@@ -952,40 +797,6 @@ def test_a_file_is_not_replaced(tmp_path):
     assert path.read_text() == "precious"
 
 
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize(
-    ("error", "seen"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), OSError),
-        (SafetensorError("I/O error: No space left on device"), OSError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-)
-def test_a_save_that_fails_leaves_what_was_there(folder, monkeypatch, error, seen, old):
-    if old:
-        save_drafter(make_drafter(), folder, include_embeddings=True)
-        before = contents(folder)
-    written = []
-
-    def fill_the_disk(tensors, path, metadata):
-        if written:
-            raise error
-        written.append(path)
-        save_file(tensors, path, metadata=metadata)
-
-    monkeypatch.setattr(checkpoint, "save_file", fill_the_disk)
-    with pytest.raises(seen) as caught:
-        save_drafter(make_drafter(seed=1), folder, max_shard_bytes=1000)
-    assert written
-    if seen is OSError:
-        assert "No space left on device" in str(caught.value)
-    if isinstance(error, SafetensorError):
-        assert str(folder) in str(caught.value)
-    assert list(folder.parent.iterdir()) == ([folder] if old else [])
-    if old:
-        assert contents(folder) == before
-
-
 def test_a_disk_that_takes_no_more_is_an_error_of_the_system(whole):
     before = contents(whole)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -999,70 +810,15 @@ def test_a_disk_that_takes_no_more_is_an_error_of_the_system(whole):
     assert list(whole.parent.iterdir()) == [whole]
 
 
-def test_a_replacement_that_fails_halfway_puts_the_old_one_back(whole, monkeypatch):
-    before = contents(whole)
-    rename = Path.rename
-
-    def fail_for_the_new_one(self, other):
-        if ".partial" in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, other)
-
-    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
-    with pytest.raises(OSError, match="Input/output error"):
-        save_drafter(make_drafter(seed=1), whole)
-    assert contents(whole) == before
-    assert list(whole.parent.iterdir()) == [whole]
-
-
-def test_what_a_killed_save_left_unfinished_is_cleared_by_the_next(whole):
-    partial = whole.parent / ".drafter.partial-1"
-    shutil.copytree(whole, partial)
-    (partial / "half").write_text("half")
-    assert_same(load_drafter(whole), make_drafter())
-    save_drafter(make_drafter(seed=2), whole, include_embeddings=True)
-    assert_same(load_drafter(whole), make_drafter(seed=2))
-    assert list(whole.parent.iterdir()) == [whole]
-
-
-def test_a_replaced_checkpoint_that_a_kill_kept_is_cleared_by_the_next_save(whole):
-    shutil.copytree(whole, whole.parent / ".drafter.previous")
-    save_drafter(make_drafter(seed=1), whole, include_embeddings=True)
-    assert_same(load_drafter(whole), make_drafter(seed=1))
-    assert list(whole.parent.iterdir()) == [whole]
-
-
-def test_a_save_killed_between_old_and_new_leaves_the_old_to_load_and_to_replace(whole):
-    program = f"""
-import os, signal
-from pathlib import Path
-from dspark_lab.model import load_drafter, save_drafter
-drafter = load_drafter({str(whole)!r})
-rename = Path.rename
-def last_rename(self, other):
-    rename(self, other)
-    os.kill(os.getpid(), signal.SIGKILL)
-Path.rename = last_rename
-save_drafter(drafter, {str(whole)!r})
-"""
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
-    assert process.returncode == -signal.SIGKILL
-    assert not whole.exists()
+def test_what_a_killed_save_left_is_loaded_with_a_warning_and_cleared_by_the_next(whole):
+    """Killed while it wrote, and between the old folder and the new."""
+    whole.rename(whole.parent / ".drafter.previous")
+    (whole.parent / ".drafter.partial-1").mkdir()
     with pytest.warns(UserWarning, match=f"a save to {whole} was interrupted; loading"):
         assert_same(load_drafter(whole), make_drafter())
     save_drafter(make_drafter(seed=2), whole, include_embeddings=True)
     assert_same(load_drafter(whole), make_drafter(seed=2))
     assert list(whole.parent.iterdir()) == [whole]
-
-
-def test_a_save_that_is_refused_after_a_kill_keeps_what_was_left(whole):
-    moved = whole.rename(whole.parent / ".drafter.previous")
-    whole.mkdir()
-    (whole / "notes.txt").write_text("precious")
-    with pytest.raises(ValueError, match="notes.txt"):
-        save_drafter(make_drafter(seed=1), whole)
-    assert (whole / "notes.txt").read_text() == "precious"
-    assert_same(load_drafter(moved), make_drafter())
 
 
 # The hub.

@@ -5,12 +5,23 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from samples import documents, slots_of
+from samples import documents, slots_of, tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark_lab.chats import collate, pack
 from dspark_lab.common import sample_anchor_positions
-from dspark_lab.model import Drafter, DrafterConfig, accept_rates, build_markov_head, layers
+from dspark_lab.decoding import decode
+from dspark_lab.model import (
+    MARKOV_HEADS,
+    Drafter,
+    DrafterConfig,
+    MarkovHead,
+    accept_rates,
+    build_markov_head,
+    layers,
+    load_drafter,
+    save_drafter,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,85 +139,10 @@ def test_without_a_markov_head_there_is_no_latent():
         assert model.markov_head is None and slots_of(model, **row(9)).latent is None
 
 
-def test_labels_previous_tokens_and_teachers_stand_where_they_should():
-    model, given = drafter(), row(12)
-    slots = slots_of(model, **given, **blocks(0, 3, 7))
-    output = model(**given, **blocks(0, 3, 7))
-    for n, anchor in enumerate((0, 3, 7)):
-        for k in range(4):
-            assert slots.prev_ids[0, n, k] == given["input_ids"][0, anchor + k]
-            assert slots.target_ids[0, n, k] == given["input_ids"][0, anchor + k + 1]
-            last = given["target_last_hidden_states"][0, anchor + k]
-            assert torch.equal(slots.target_hidden[0, n, k], last)
-            torch.testing.assert_close(
-                output.aligned_target_logits[0, n, k], model.lm_head.weight @ last
-            )
-
-
-def test_forward_is_slots_and_logits():
-    model, given = drafter(markov_head_type="rnn"), row(9) | blocks(1, 5)
-    slots, output = slots_of(model, **given), model(**given)
-    expected = model.lm_head(slots.hidden) + model.markov_head.markov_w2(slots.latent)
-    torch.testing.assert_close(output.draft_logits, expected)
-    torch.testing.assert_close(model.logits(slots.hidden, slots.latent), expected)
-    torch.testing.assert_close(model.logits(slots.hidden), model.lm_head(slots.hidden))
-
-
-def test_parameters_have_the_published_names():
-    expected = {"embed_tokens.weight", "norm.weight", "fc.weight", "hidden_norm.weight"}
-    expected |= {"lm_head.weight", "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
-    expected |= {"confidence_head.proj.weight", "confidence_head.proj.bias"}
-    for i in range(2):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
-            expected.add(f"layers.{i}.self_attn.{name}.weight")
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            expected.add(f"layers.{i}.mlp.{name}.weight")
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            expected.add(f"layers.{i}.{name}.weight")
-    assert set(drafter().state_dict()) == expected
-    biases = {f"layers.{i}.self_attn.{x}_proj.bias" for i in range(2) for x in "qkvo"}
-    assert set(drafter(attention_bias=True).state_dict()) == expected | biases
-    gate = {f"markov_head.gate_proj.{name}" for name in ("weight", "bias")}
-    assert set(drafter(markov_head_type="gated").state_dict()) == expected | gate
-    joint = {f"markov_head.joint_proj.{name}" for name in ("weight", "bias")}
-    assert set(drafter(markov_head_type="rnn").state_dict()) == expected | joint
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_packed_document_is_the_same_as_unpacked(backend):
     model, given = drafter(), row(9) | blocks(0, 2, 5, 7, dummies=1) | {"backend": backend}
     assert_same(model(**given, **packing(9, seq_len=9)), model(**given))
-
-
-def test_one_packed_document_before_padding_is_the_same_as_unpacked():
-    """The token after the document is another one's; it is not supervised either way."""
-    model, given = drafter(), row(12)
-    given["loss_mask"][:, 9:] = False
-    given |= blocks(0, 2, 5, 7)
-    assert_same(model(**given, **packing(9, seq_len=12)), model(**given))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("head", HEADS)
-def test_a_document_among_others_is_the_same_as_alone(head, backend):
-    """Up to the document's end: later slots have no meaning, and none of them is supervised."""
-    model, given = drafter(markov_head_type=head), row(17)
-    together = model(
-        **given, **blocks(1, 3, 6, 9, 13), **packing(5, 6, 4, seq_len=17), backend=backend
-    )
-    n = 0
-    for first, past, anchors in [(0, 5, (1, 3)), (5, 11, (6, 9)), (11, 15, (13,))]:
-        alone = model(
-            **cut(given, first, past), **blocks(*(a - first for a in anchors)), backend=backend
-        )
-        for own, anchor in enumerate(anchors):
-            known = min(past - anchor, 4)
-            assert torch.equal(together.eval_mask[0, n], alone.eval_mask[0, own])
-            assert alone.eval_mask[0, own].sum() == min(past - anchor - 1, 4)
-            for name in ("draft_logits", "confidence_pred", "aligned_target_logits"):
-                got = getattr(together, name)[0, n, :known]
-                torch.testing.assert_close(got, getattr(alone, name)[0, own, :known])
-            n += 1
 
 
 def test_a_packed_batch_goes_straight_in():
@@ -251,24 +187,14 @@ def test_anchors_of_packed_rows_leave_room_in_their_document():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_sees_nothing_of_its_anchors_features_and_later_ones(backend):
-    model, given = drafter(), row(9) | {"backend": backend}
-    expected = model(**given, **blocks(4))
-    for position in range(4, 9):
-        features = given["target_hidden_states"].clone()
-        features[0, position] += 1
-        assert_same(model(**given | {"target_hidden_states": features}, **blocks(4)), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_slot_sees_the_features_of_every_position_before_the_anchor(backend):
+def test_every_slot_sees_the_features_of_the_positions_before_the_anchor_and_no_others(backend):
     model, given = drafter(), row(9) | blocks(2, 6) | {"backend": backend}
     expected = slots_of(model, **given).hidden
-    for position in range(6):
+    for position in range(9):
         features = given["target_hidden_states"].clone()
         features[0, position] += 1
         got = slots_of(model, **given | {"target_hidden_states": features}).hidden
-        assert changed(got, expected) == [[position < 2] * 4, [True] * 4], position
+        assert changed(got, expected) == [[position < 2] * 4, [position < 6] * 4], position
 
 
 def test_the_backbone_sees_no_token_but_the_anchors():
@@ -348,19 +274,6 @@ def test_embedding_and_head_are_the_targets_own_and_frozen(head):
     assert frozen == {"embed_tokens.weight", "lm_head.weight"}
     for name, parameter in model.named_parameters():
         assert name in frozen or parameter.grad.abs().max() > 0, name
-
-
-def test_the_targets_weights_are_what_the_drafter_computes_with():
-    model, given = drafter(), row(9) | blocks(3)
-    embed, head = torch.randn(2, 23, 12, dtype=torch.float64)
-    expected = drafter()
-    with torch.no_grad():
-        expected.embed_tokens.weight.copy_(embed)
-        expected.lm_head.weight.copy_(head)
-    before = model(**given).draft_logits
-    model.use_target_embeddings(embed, head)
-    assert_same(model(**given), expected(**given))
-    assert not torch.allclose(model(**given).draft_logits, before)
 
 
 def test_a_tied_target_stays_tied():
@@ -484,88 +397,6 @@ def test_a_config_comes_back_from_its_dictionary():
         assert DrafterConfig.from_dict(config.to_dict()) == config
 
 
-def test_a_config_dictionary_has_the_published_fields():
-    values = CONFIG.to_dict()
-    assert values["architectures"] == ["Qwen3DSparkModel"] and values["model_type"] == "qwen3"
-    for name in (
-        "block_size mask_token_id num_anchors markov_rank markov_head_type "
-        "enable_confidence_head confidence_head_with_markov vocab_size hidden_size "
-        "intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rms_norm_eps rope_theta max_position_embeddings"
-    ).split():
-        assert values[name] == getattr(CONFIG, name), name
-    assert list(values["target_layer_ids"]) == [0, 3]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "said"),
-    [
-        ({"vocab_size": 0}, ValueError, "vocab_size"),
-        ({"hidden_size": 12.0}, TypeError, "hidden_size"),
-        ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers"),
-        ({"block_size": 0}, ValueError, "block_size"),
-        ({"block_size": True}, TypeError, "block_size"),
-        ({"num_key_value_heads": 3}, ValueError, "num_key_value_heads"),
-        ({"head_dim": 5}, ValueError, "head_dim"),
-        ({"markov_head_type": "lstm"}, ValueError, "lstm"),
-        ({"markov_rank": -1}, ValueError, "markov_rank"),
-        ({"mask_token_id": 23}, ValueError, "mask_token_id"),
-        ({"mask_token_id": -1}, ValueError, "mask_token_id"),
-        ({"target_layer_ids": ()}, ValueError, "target_layer_ids"),
-        ({"target_hidden_size": 0}, ValueError, "target_hidden_size"),
-        ({"num_anchors": 0}, ValueError, "num_anchors"),
-        ({"markov_rank": 0}, ValueError, "confidence_head_with_markov"),
-    ],
-    ids=str,
-)
-def test_a_bad_config_is_refused(changes, error, said):
-    with pytest.raises(error, match=said):
-        Drafter(replace(CONFIG, **changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "said"),
-    [
-        ({"input_ids": torch.zeros(1, 9)}, TypeError, "input_ids"),
-        ({"input_ids": torch.zeros(9, dtype=torch.long)}, ValueError, "input_ids"),
-        ({"input_ids": [[1] * 9]}, TypeError, "input_ids"),
-        ({"target_hidden_states": torch.zeros(1, 9, 23)}, ValueError, "target_hidden_states"),
-        ({"target_hidden_states": torch.zeros(1, 8, 24)}, ValueError, "target_hidden_states"),
-        ({"target_hidden_states": torch.zeros(2, 9, 24)}, ValueError, "target_hidden_states"),
-        ({"target_hidden_states": None}, TypeError, "target_hidden_states"),
-        ({"loss_mask": torch.ones(1, 8)}, ValueError, "loss_mask|seq_len"),
-        ({"loss_mask": torch.ones(2, 9)}, ValueError, "loss_mask"),
-        ({"loss_mask": None}, TypeError, "loss_mask"),
-        ({"target_last_hidden_states": torch.zeros(1, 9, 11)}, ValueError, "target_last_hidden"),
-        ({"target_last_hidden_states": torch.zeros(1, 8, 12)}, ValueError, "target_last_hidden"),
-        ({"anchor_positions": torch.tensor([[2]])}, ValueError, "block_keep_mask"),
-        ({"block_keep_mask": torch.tensor([[True]])}, ValueError, "anchor_positions"),
-        (blocks(1) | {"block_keep_mask": torch.ones(1, 1)}, TypeError, "block_keep_mask"),
-        (blocks(1) | {"anchor_positions": torch.ones(1, 2).long()}, ValueError, "block_keep_mask"),
-        ({"doc_remaining": torch.zeros(1, 9).long()}, ValueError, "seq_lens"),
-        ({"seq_lens": torch.tensor([[9]])}, ValueError, "doc_remaining"),
-        (packing(9, seq_len=9) | {"seq_lens": torch.tensor([[9], [9]])}, ValueError, "seq_lens"),
-        (packing(9, seq_len=9) | {"position_ids": torch.zeros(1, 9)}, TypeError, "position_ids"),
-        (packing(8, seq_len=8), ValueError, "doc_remaining|position_ids"),
-        ({"backend": "fast"}, ValueError, "fast"),
-        ({"generator": 3}, TypeError, "generator"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
-)
-def test_bad_arguments_are_refused(changes, error, said):
-    with pytest.raises(error, match=said):
-        drafter(torch.float32)(**row(9, torch.float32) | changes)
-
-
-def test_target_weights_of_another_shape_are_refused():
-    model, fits = drafter(), torch.zeros(23, 12)
-    for weights in ((torch.zeros(22, 12), fits), (fits, torch.zeros(23, 11))):
-        with pytest.raises(ValueError, match="23.*12|vocab"):
-            model.use_target_embeddings(*weights)
-    with pytest.raises(TypeError, match="tensor"):
-        model.use_target_embeddings(fits, None)
-
-
 def head_and_inputs(kind: str):
     """A random head, previous tokens and hidden states of 2 rows, 3 blocks, 5 slots."""
     torch.manual_seed(2)
@@ -573,58 +404,6 @@ def head_and_inputs(kind: str):
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     return head, torch.randint(23, (2, 3, 5)), torch.randn(2, 3, 5, 12, dtype=torch.float64)
-
-
-def test_the_vanilla_latent_is_the_previous_tokens_embedding_alone():
-    head, previous, hidden = head_and_inputs("vanilla")
-    latent = head.latent(previous, hidden)
-    assert torch.equal(latent, head.markov_w1.weight[previous])
-    assert torch.equal(latent, head.latent(previous, torch.zeros_like(hidden)))
-    assert torch.equal(latent, head.embed(previous))
-
-
-def test_a_gate_that_is_wide_open_is_the_vanilla_head():
-    head, previous, hidden = head_and_inputs("gated")
-    assert not torch.allclose(head.latent(previous, hidden), head.embed(previous))
-    with torch.no_grad():
-        head.gate_proj.bias.fill_(1e4)
-    torch.testing.assert_close(head.latent(previous, hidden), head.embed(previous))
-    with torch.no_grad():
-        head.gate_proj.bias.fill_(-1e4)
-    assert head.latent(previous, hidden).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("kind", ["gated", "rnn"])
-@pytest.mark.parametrize("changing", ["token", "hidden"])
-def test_what_a_slots_latent_depends_on(kind, changing):
-    """Gated: its own token and state. RNN: those of its block so far, and of no other block."""
-    head, previous, hidden = head_and_inputs(kind)
-    expected = head.latent(previous, hidden)
-    for n in range(3):
-        for k in range(5):
-            tokens, states = previous.clone(), hidden.clone()
-            if changing == "token":
-                tokens[0, n, k] = (tokens[0, n, k] + 1) % 23
-            else:
-                states[0, n, k] += 1
-            got = head.latent(tokens, states)
-            reads = [
-                [b == n and (s >= k if kind == "rnn" else s == k) for s in range(5)]
-                for b in range(3)
-            ]
-            assert changed(got, expected) == reads, (n, k)
-            assert torch.equal(got[1], expected[1])
-
-
-def test_an_rnn_whose_gate_stays_open_keeps_its_zero_state():
-    """Each slot's latent is then that of a first slot."""
-    head, previous, hidden = head_and_inputs("rnn")
-    with torch.no_grad():
-        head.joint_proj.bias[:3] = 1e4
-    latent = head.latent(previous, hidden)
-    for k in range(5):
-        first = head.latent(previous[:, :, k : k + 1], hidden[:, :, k : k + 1])
-        torch.testing.assert_close(latent[:, :, k : k + 1], first)
 
 
 def test_the_rnn_steps_as_it_reads_a_whole_block():
@@ -637,21 +416,37 @@ def test_the_rnn_steps_as_it_reads_a_whole_block():
         torch.testing.assert_close(latent, expected[:, :, k])
 
 
+class HalfHead(MarkovHead):
+    """A new kind: half of the embedding, plus a projection of the slot's hidden state."""
+
+    def __init__(self, vocab_size, rank, hidden_size):
+        super().__init__(vocab_size, rank, hidden_size)
+        self.half_proj = torch.nn.Linear(hidden_size, rank)
+
+    def step(self, state, embedding, hidden):
+        return None, 0.5 * embedding.to(hidden.dtype) + self.half_proj(hidden)
+
+
+def test_a_new_markov_head_is_one_class_and_its_name(monkeypatch, tmp_path):
+    """Drafter, checkpoint, decoding, cost and memory follow."""
+    monkeypatch.setitem(MARKOV_HEADS, "half", HalfHead)
+    model = tiny_drafter(markov_head_type="half")
+    torch.nn.init.normal_(model.markov_head.markov_w2.weight)
+    save_drafter(model, tmp_path / "half")
+    target = tiny_target(max_position_embeddings=64)
+    loaded = load_drafter(tmp_path / "half", target=target)
+    assert isinstance(loaded.markov_head, HalfHead)
+    plain = decode(target, None, [[1, 2, 3]], max_new_tokens=9)
+    assert decode(target, loaded, [[1, 2, 3]], max_new_tokens=9).tokens == plain.tokens
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.sizes.trained_parameters == trained
+    assert model.sizes.latent_weights == model.markov_head.half_proj.weight.numel() == 32 * 8
+
+
 @pytest.mark.parametrize("kind", ["none", "vanilla"])
 def test_rank_zero_or_none_builds_no_head(kind):
     assert build_markov_head(kind, 23, 0 if kind == "vanilla" else 3, 12) is None
-
-
-def test_a_bad_head_is_refused():
-    for arguments, error, said in [
-        (("lstm", 23, 3, 12), ValueError, "lstm"),
-        (("gated", 23, -1, 12), ValueError, "rank"),
-        (("gated", 0, 3, 12), ValueError, "vocab_size"),
-        (("rnn", 23, 3, 0), ValueError, "hidden_size"),
-        (("rnn", 23, 2.5, 12), TypeError, "rank"),
-    ]:
-        with pytest.raises(error, match=said):
-            build_markov_head(*arguments)
 
 
 def test_a_fresh_drafter_adds_no_bias_and_gives_even_odds():

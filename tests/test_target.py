@@ -280,16 +280,6 @@ def test_of_parallel_streams_the_mean_is_the_feature():
     assert torch.equal(found.context, torch.cat(expected, dim=-1))
 
 
-def test_features_can_be_learned_from():
-    lab = random_target("llama")
-    with torch.enable_grad():
-        found = lab.features(random_ids(), [0, 1])
-    assert not (found.context.requires_grad or found.last.requires_grad)
-    learner = torch.nn.Linear(64, 1)
-    learner(found.context).sum().backward()
-    torch.testing.assert_close(learner.weight.grad[0], found.context.sum((0, 1)))
-
-
 def test_target_is_frozen_and_in_eval_mode():
     lab = Target(random_model("gpt2").train())
     assert not any(parameter.requires_grad for parameter in lab.model.parameters())
@@ -374,44 +364,6 @@ def test_serving_warnings_of_layer_ids_are_left_to_the_drafter():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lab.features(random_ids(), EVERY_ID)
-
-
-IDS = random_ids()
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "match"),
-    [
-        ({"layer_ids": []}, ValueError, "must not be empty"),
-        ({"layer_ids": [3]}, ValueError, r"must lie in \[-1, 2\]"),
-        ({"layer_ids": [1, 0]}, ValueError, "strictly increasing"),
-        ({"layer_ids": [0.5]}, TypeError, "must be an int"),
-        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor, got .*list"),
-        ({"input_ids": IDS[0]}, ValueError, r"input_ids must be \[batch, seq\]"),
-        ({"input_ids": IDS.float()}, TypeError, "input_ids must hold integers"),
-        ({"input_ids": IDS[:, :0]}, ValueError, "input_ids must hold tokens"),
-        ({"input_ids": IDS + 1}, ValueError, r"the vocabulary, \[0, 63\], got ids from . to 64"),
-        ({"input_ids": IDS - 1}, ValueError, r"the vocabulary, \[0, 63\], got ids from -1 to"),
-        ({"input_ids": random_ids(1, 65)}, ValueError, "at most 64 tokens .* got 65"),
-        ({"attention_mask": torch.ones(3, ROW)}, TypeError, "attention_mask must be bool"),
-        ({"attention_mask": torch.ones(3, 9, dtype=torch.bool)}, ValueError, "attention_mask must"),
-        ({"attention_mask": torch.arange(ROW).expand(3, -1) > 2}, ValueError, "on the right only"),
-        ({"position_ids": IDS}, ValueError, "position_ids must come with seq_lens"),
-        ({"seq_lens": LENGTHS, "position_ids": IDS[:, 1:]}, ValueError, "position_ids must be"),
-        ({"seq_lens": LENGTHS[0]}, ValueError, r"seq_lens must be \[batch, docs\]"),
-        ({"seq_lens": LENGTHS.float()}, TypeError, "seq_lens must hold integers"),
-        ({"seq_lens": LENGTHS[:2]}, ValueError, "seq_lens must be"),
-        ({"seq_lens": LENGTHS + 1}, ValueError, "lengths of documents in rows of 14 tokens, got"),
-        ({"seq_lens": LENGTHS * 0}, ValueError, "lengths of documents in rows of 14 tokens, got"),
-        ({"seq_lens": LENGTHS[:, :0]}, ValueError, "lengths of documents in rows of 14 tokens"),
-        ({"seq_lens": LENGTHS - 5}, ValueError, "lengths of documents in rows of 14 tokens, got"),
-    ],
-)
-def test_wrong_input_is_refused_in_one_sentence(changes, error, match):
-    lab = random_target("gpt2")
-    options = {"input_ids": IDS, "layer_ids": [0]} | changes
-    with pytest.raises(error, match=match):
-        lab.features(options.pop("input_ids"), options.pop("layer_ids"), **options)
 
 
 def test_long_padding_and_long_rows_of_short_documents_are_fine():
@@ -561,19 +513,6 @@ def test_folder_of_checkpoints_names_them_and_a_cut_config_its_file(folder, tmp_
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f"{folder}/config.json must be a JSON file"):
             load_target(folder)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"name_or_path": None}, TypeError, "name_or_path must be .*, got None"),
-        ({"device": "nonsense"}, ValueError, "device must be a device of this machine"),
-        ({"dtype": "float32"}, TypeError, "dtype must be a dtype, got 'float32'"),
-    ],
-)
-def test_bad_arguments_of_load_target_are_refused(arguments, error, match):
-    with pytest.raises(error, match=match):
-        load_target(**arguments)
 
 
 def test_missing_folder_is_said_to_be_missing(tmp_path, monkeypatch):

@@ -11,8 +11,7 @@ from .objective import (
     most_slots,
     output_objective,
 )
-from .protocol import BlockDrafter, DraftConfig, DrafterSizes, Features, Proposal, Slots
-from .rows import Rows, take
+from .protocol import BlockDrafter, DrafterSizes, Features, Proposal, Slots
 from .slotwise import (
     DecayGamma,
     accept_rates,
@@ -36,7 +35,6 @@ __all__ = [
     "MARKOV_HEADS",
     "BlockDrafter",
     "DecayGamma",
-    "DraftConfig",
     "Drafter",
     "DrafterConfig",
     "DrafterSizes",
@@ -46,7 +44,6 @@ __all__ = [
     "MarkovKind",
     "Objective",
     "Proposal",
-    "Rows",
     "Slots",
     "Sums",
     "Target",
@@ -72,5 +69,4 @@ __all__ = [
     "smollm2_cache",
     "split_digits",
     "survival",
-    "take",
 ]

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, block_mask, choose_backend, context_ranges
+from dspark_lab.attention import Backend, ContextRanges, block_mask, choose_backend
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
@@ -144,12 +144,8 @@ class Drafter(nn.Module):
     ) -> Slots:
         """Run the backbone and both heads on a draw of blocks; stop before the vocabulary.
 
-        Args:
-            blocks: of this drafter's block size and mask token.
-            target_hidden_states: context features of every token, of ``config.context_size``.
-            target_last_hidden_states: the target's final hidden states, after its last norm;
-                without them the slots have no teacher.
-            backend: see :func:`dspark_lab.attention.block_attention`.
+        ``blocks`` must have the drafter's block size and mask token; without
+        ``target_last_hidden_states`` the slots have no teacher. The others as :meth:`forward`.
         """
         last = target_last_hidden_states
         self._check_fit(blocks, target_hidden_states, last)
@@ -256,18 +252,11 @@ class Drafter(nn.Module):
         return DraftCache(states, Rows([0] * batch, like.device))
 
     def read(
-        self,
-        context: Float[Tensor, "batch new features"],
-        cache: DraftCache,
-        counts: Sequence[int],
+        self, context: Float[Tensor, "batch new features"], cache: DraftCache, counts: Sequence[int]
     ) -> None:
-        """Takes further context into ``cache``: of row r the first ``counts[r]`` features.
-
-        They stand right behind those that the row has there already.
-        """
-        new = context.shape[1]
-        states = self.hidden_norm(self.fc(context.to(self.fc.weight.dtype)))
-        angles = rope(cache.rows.positions(new), self.config, states.dtype)
+        """Append to ``cache`` the first ``counts[r]`` features of each row r."""
+        states = self.hidden_norm(self.fc(context.to(self.dtype)))
+        angles = rope(cache.rows.positions(context.shape[1]), self.config, states.dtype)
         cut = cache.rows.commit(counts)
         for index, layer in enumerate(cast("list[Layer]", self.layers)):
             old = cache.states[index]
@@ -280,8 +269,7 @@ class Drafter(nn.Module):
     ) -> Float[Tensor, "batch slot hidden"]:
         """The backbone's states of one block a row, its anchor right behind the row's context.
 
-        The same as in a training forward, for one anchor, up to rounding. What a slot's token is
-        drawn from follows with :meth:`logits` and the Markov head, slot after slot.
+        Up to rounding those of a training forward with this anchor.
         """
         c = self.config
         ids = anchor_ids.new_full((len(anchor_ids), c.block_size), c.mask_token_id)
@@ -302,13 +290,10 @@ class Drafter(nn.Module):
         choose: Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]],
         length: int | None = None,
     ) -> Proposal:
-        """One block a row behind its context, each token chosen before the next slot's logits.
+        """One block a row behind its context, left to right.
 
-        Args:
-            anchor_ids: the last token of each row, which is not in ``cache`` yet.
-            cache: the context, see :meth:`read`.
-            choose: makes a slot's tokens of its logits, slot after slot.
-            length: most slots to propose; the whole block where None.
+        ``anchor_ids`` are the rows' last tokens, which are not in ``cache`` yet; ``choose`` takes a
+        slot's tokens from its logits; at most ``length`` slots are proposed.
         """
         previous = anchor_ids.to(self.device)
         states = self.draft(previous, cache)[:, :length]
@@ -341,13 +326,7 @@ class Drafter(nn.Module):
         context = self.hidden_norm(self.fc(context.to(self.dtype)))
         positions = [blocks.context_position_ids, blocks.position_ids.flatten(1)]
         angles = rope(torch.cat(positions, dim=1), self.config, x.dtype)
-        ranges = context_ranges(
-            blocks.anchor_positions,
-            blocks.block_keep_mask,
-            seq_len=blocks.seq_len,
-            block_size=blocks.block_size,
-            doc_ids=blocks.doc_ids,
-        )
+        ranges = ContextRanges.of(blocks)
         if backend == "auto":
             backend = choose_backend(x.device)
         # One mask for all layers.
@@ -403,6 +382,7 @@ def meta_drafter(config: DrafterConfig) -> Drafter:
         return Drafter(config)
 
 
+@checked
 @lru_cache(maxsize=1024)
 def drafter_sizes(config: DrafterConfig) -> DrafterSizes:
     """The sizes of a drafter of this configuration."""

@@ -31,6 +31,8 @@ from dspark_lab.checks import Count, Size, checked
 __all__ = ["MARKOV_HEADS", "MarkovHead", "MarkovKind", "build_markov_head"]
 
 MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
+Latent = Float[Tensor, "*axes rank"]
+Hidden = Float[Tensor, "*axes hidden"]
 
 
 @dataclass(eq=False)
@@ -40,6 +42,7 @@ class _Kept:
     tensor: Tensor
 
 
+@checked
 class MarkovHead(nn.Module):
     """The vanilla head, and what all kinds share. The latent is kept apart from the bias, so that
     an objective can form the bias for a few slots at a time."""
@@ -47,13 +50,13 @@ class MarkovHead(nn.Module):
     # Whether a slot's latent depends on earlier slots of its block.
     recurrent = False
 
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: Count, rank: Count, hidden_size: Count) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
 
-    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes rank"]:
+    def embed(self, prev_ids: Int[Tensor, "*axes"]) -> Latent:
         """The previous token's embedding, which the confidence head reads too."""
         return self.markov_w1(prev_ids)
 
@@ -73,11 +76,8 @@ class MarkovHead(nn.Module):
         return torch.stack(outputs, dim=-2)
 
     def step(
-        self,
-        state: Float[Tensor, "*axes rank"] | None,
-        embedding: Float[Tensor, "*axes rank"],
-        hidden: Float[Tensor, "*axes hidden"],
-    ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
+        self, state: Latent | None, embedding: Latent, hidden: Hidden
+    ) -> tuple[Latent | None, Latent]:
         """The next slot's state and this slot's latent. A block begins with the state None."""
         return None, embedding
 
@@ -89,10 +89,9 @@ class MarkovHead(nn.Module):
 
     def latent_kept(self, block_size: int) -> float:
         """Numbers a slot that :meth:`latent` keeps for the backward pass beside its inputs."""
-        head = copy.deepcopy(self).to("meta")
-        width = head.hidden_size
-        hidden = torch.empty(1, 1, block_size, width, device="meta", requires_grad=True)
-        ids = torch.empty(1, 1, block_size, dtype=torch.long, device="meta")
+        head, shape = copy.deepcopy(self).to("meta"), (1, 1, block_size)
+        hidden = torch.empty(*shape, self.hidden_size, device="meta", requires_grad=True)
+        ids = torch.empty(shape, dtype=torch.long, device="meta")
         alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
         def pack(tensor: Tensor) -> _Kept:
@@ -115,16 +114,13 @@ class MarkovHead(nn.Module):
 class GatedHead(MarkovHead):
     """The embedding, each number gated by what the slot's hidden state makes of it."""
 
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: Count, rank: Count, hidden_size: Count) -> None:
         super().__init__(vocab_size, rank, hidden_size)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
     def step(
-        self,
-        state: Float[Tensor, "*axes rank"] | None,
-        embedding: Float[Tensor, "*axes rank"],
-        hidden: Float[Tensor, "*axes hidden"],
-    ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
+        self, state: Latent | None, embedding: Latent, hidden: Hidden
+    ) -> tuple[Latent | None, Latent]:
         embedding = embedding.to(hidden.dtype)
         gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1))
         return None, gate.sigmoid() * embedding
@@ -135,16 +131,13 @@ class RnnHead(MarkovHead):
 
     recurrent = True
 
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: Count, rank: Count, hidden_size: Count) -> None:
         super().__init__(vocab_size, rank, hidden_size)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def step(
-        self,
-        state: Float[Tensor, "*axes rank"] | None,
-        embedding: Float[Tensor, "*axes rank"],
-        hidden: Float[Tensor, "*axes hidden"],
-    ) -> tuple[Float[Tensor, "*axes rank"] | None, Float[Tensor, "*axes rank"]]:
+        self, state: Latent | None, embedding: Latent, hidden: Hidden
+    ) -> tuple[Latent | None, Latent]:
         embedding = embedding.to(hidden.dtype)
         if state is None:
             state = torch.zeros_like(embedding)
@@ -172,14 +165,7 @@ def check_kind(markov_head_type: str) -> None:
 def build_markov_head(
     markov_head_type: str, vocab_size: Count, markov_rank: Size, hidden_size: Count
 ) -> MarkovHead | None:
-    """The head of a kind in :data:`MARKOV_HEADS`; None, as in DFlash, for ``none`` or rank 0.
-
-    Args:
-        markov_head_type: the kind.
-        vocab_size: tokens, both those that are read and those that get a bias.
-        markov_rank: width of the latent.
-        hidden_size: width of the slots' hidden states.
-    """
+    """The head of a kind in :data:`MARKOV_HEADS`; None, as in DFlash, for ``none`` or rank 0."""
     check_kind(markov_head_type)
     if markov_head_type == "none" or markov_rank == 0:
         return None

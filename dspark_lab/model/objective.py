@@ -11,8 +11,7 @@ of the weights; the loss is 0.1 ce + 0.9 l1 + 1.0 confidence (DSpark, section 3.
 
 :func:`output_objective` is this definition on full logits. :func:`dspark_objective` is the same
 from hidden states: logits exist for a chunk of slots at a time, and their gradient is formed in the
-same pass, so that memory does not grow with the number of anchors. :class:`Sums` holds what adds
-over batches and processes.
+same pass, so that memory does not grow with the number of anchors.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _TILE = 16 * 49152, 2**23
 
 @dataclass
 class Sums:
-    """What a batch adds up to, unreduced, so that a ratio can be formed over many batches.
+    """Unreduced sums of a batch, so that ratios can be formed over many batches and processes.
 
     Fields but the last are ``[slot]``: supervised slots (``count``), their summed ``weight``, the
     weighted ``ce``, ``l1`` and ``confidence`` terms, and unweighted sums over supervised slots:
@@ -77,12 +76,8 @@ class Sums:
     cumulative_bias: Float[Tensor, " slot"]
     blocks: Float[Tensor, ""]
 
-    def __add__(self, other: Sums) -> Sums:
-        """The sums of both together."""
-        return Sums.from_stacked(self.stacked() + other.stacked())
-
     def stacked(self) -> Float[Tensor, "field slot"]:
-        """All fields in one tensor, ``blocks`` spread over a row, for one transfer or reduction."""
+        """All fields in one tensor, ``blocks`` spread over a row, to add or transfer at once."""
         return torch.stack([getattr(self, f.name).expand_as(self.count) for f in fields(self)])
 
     @classmethod
@@ -91,12 +86,6 @@ class Sums:
         values = {field.name: row for field, row in zip(fields(cls), rows, strict=True)}
         values["blocks"] = values["blocks"][0]
         return cls(**values)
-
-    def all_reduce(self, group: Any = None) -> Sums:
-        """The sums over all processes of a ``torch.distributed`` group."""
-        rows = self.stacked().contiguous()
-        torch.distributed.all_reduce(rows, group=group)
-        return Sums.from_stacked(rows)
 
     def summary(self) -> dict[str, Any]:
         """Figures as Python numbers; one that is undefined (0 / 0, no teacher) is NaN.
@@ -459,7 +448,7 @@ def _finish(
     accept = torch.where(eval_mask, rate_of_distance(l1.detach()), torch.nan)
     nothing = torch.full_like(accept, torch.nan)
     confidence = error = bias = cumulative = nothing
-    lived = survival(accept, eval_mask)
+    survives = survival(accept, eval_mask)
     if confidence_pred is not None:
         logit = torch.where(eval_mask, confidence_pred.to(share.dtype), 0)
         soft = torch.where(eval_mask, accept, 0)
@@ -469,7 +458,7 @@ def _finish(
         predicted = logit.detach().sigmoid()
         bias = predicted - accept
         error = bias.abs()
-        cumulative = survival(predicted, eval_mask) - lived
+        cumulative = survival(predicted, eval_mask) - survives
 
     def total(x: Tensor, by: Tensor = eval_mask) -> Tensor:
         return torch.where(eval_mask, x.detach() * by, 0).sum(dim=(0, 1))
@@ -483,7 +472,7 @@ def _finish(
         accept=total(accept),
         confidence_error=total(error),
         confidence_bias=total(bias),
-        survival=total(lived),
+        survival=total(survives),
         cumulative_bias=total(cumulative),
         blocks=eval_mask.any(dim=-1).sum().to(share.dtype),
     )

@@ -21,14 +21,7 @@ from dspark_lab.attention import Backend
 from dspark_lab.blocks import Blocks
 from dspark_lab.checks import checked
 
-__all__ = [
-    "BlockDrafter",
-    "DraftConfig",
-    "DrafterSizes",
-    "Features",
-    "Proposal",
-    "Slots",
-]
+__all__ = ["BlockDrafter", "DrafterSizes", "Features", "Proposal", "Slots"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,28 +83,15 @@ class DrafterSizes:
     confidence_width: int
 
 
-class DraftConfig(Protocol):
-    """What a drafter's configuration tells every user of the drafter."""
-
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def mask_token_id(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def target_layer_ids(self) -> Sequence[int]: ...
-    @property
-    def context_size(self) -> int: ...
-    @property
-    def enable_confidence_head(self) -> bool: ...
-
-
 class BlockDrafter(Protocol):
-    """All that the rest of the library asks of a drafter."""
+    """All that the rest of the library asks of a drafter.
+
+    Its ``config`` has ``block_size``, ``mask_token_id``, ``vocab_size``, ``target_layer_ids``,
+    ``context_size`` and ``enable_confidence_head``.
+    """
 
     @property
-    def config(self) -> DraftConfig: ...
+    def config(self) -> Any: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property

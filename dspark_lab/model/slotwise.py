@@ -73,6 +73,7 @@ def slot_weights(
     return decay * eval_mask
 
 
+@checked
 def survival(
     rates: Float[Tensor, "*axes slot"], eval_mask: Bool[Tensor, "*axes slot"]
 ) -> Float[Tensor, "*axes slot"]:
@@ -80,12 +81,9 @@ def survival(
     return torch.where(eval_mask, rates, 0).cumprod(dim=-1)
 
 
+@checked
 def accept_rates(output: DSparkForwardOutput) -> Float[Tensor, "batch anchor slot"]:
-    """c* = 1 - ||p - q||_1 / 2 of every slot, supervised or not, in fp32 at least (section 3.3).
-
-    Raises:
-        ValueError: the output has no ``aligned_target_logits``.
-    """
+    """c* = 1 - ||p - q||_1 / 2 of every slot, supervised or not, in fp32 at least (section 3.3)."""
     if output.aligned_target_logits is None:
         raise ValueError("accept rates need aligned_target_logits, which the output does not have")
     return rate_of_distance(distance(output.draft_logits, output.aligned_target_logits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -236,31 +236,38 @@ class Target:
 
     def _forward(self, input_ids: Tensor, layer_ids: list[int], **inputs: Any) -> Features:
         layers = self._layers
-        context = torch.empty(
-            (*input_ids.shape, len(layer_ids), self.hidden_size),
-            dtype=self.dtype,
-            device=self.device,
-        )
+        context = self.embed_weight.new_empty(*input_ids.shape, len(layer_ids), self.hidden_size)
         copied: list[int] = []
+
+        def copy(index: int, state: Tensor) -> None:
+            if state.dim() == 4:  # hyper-connections: [batch, seq, streams, hidden]
+                state = state.mean(dim=2)
+            # A copy, because a model may go on to change its states in place.
+            context[:, :, index].copy_(state)
+            copied.append(index)
+
+        def copy_input(index: int, _module: Any, args: Any, kwargs: Any) -> None:
+            copy(index, args[0] if args else kwargs["hidden_states"])
+
+        def copy_output(index: int, _module: Any, _args: Any, output: Any) -> None:
+            copy(index, output[0] if isinstance(output, tuple) else output)
+
         hooks = []
         for index, layer_id in enumerate(layer_ids):
-            copy = partial(_copy, context[:, :, index], copied)
             if layer_id == -1:
-                hooks.append(
-                    layers[0].register_forward_pre_hook(
-                        partial(_copy_input, copy), with_kwargs=True
-                    )
-                )
+                hook = partial(copy_input, index)
+                hooks.append(layers[0].register_forward_pre_hook(hook, with_kwargs=True))
             elif layer_id < len(layers) - 1:
-                hooks.append(layers[layer_id].register_forward_hook(partial(_copy_output, copy)))
+                hook = partial(copy_output, index)
+                hooks.append(layers[layer_id].register_forward_hook(hook))
         try:
             output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in hooks:
+                handle.remove()
         last = output.last_hidden_state
         if layer_ids and layer_ids[-1] == len(layers) - 1:
-            _copy(context[:, :, -1], copied, last)
+            copy(-1, last)
         if len(copied) != len(layer_ids):
             self._refuse(f"each of the layers {layer_ids} must run once", f"{len(copied)} states")
         return Features(context.flatten(2), last)
@@ -433,23 +440,6 @@ def _layers(model: Any) -> torch.nn.ModuleList:
     if not lists:
         raise ValueError(f"{type(model).__name__} must have a list of its {count} layers, got none")
     return min(lists, key=lambda found: found[0])[1]
-
-
-def _copy(place: Tensor, copied: list[int], state: Tensor) -> None:
-    if state.dim() == 4:
-        # Hyper-connections: [batch, seq, streams, hidden].
-        state = state.mean(dim=2)
-    # A copy, because a model may go on to change its states in place.
-    place.copy_(state)
-    copied.append(1)
-
-
-def _copy_input(copy: Callable[[Tensor], None], _module: Any, args: Any, kwargs: Any) -> None:
-    copy(args[0] if args else kwargs["hidden_states"])
-
-
-def _copy_output(copy: Callable[[Tensor], None], _module: Any, _args: Any, output: Any) -> None:
-    copy(output[0] if isinstance(output, tuple) else output)
 
 
 def _obeys_mask(model: Any) -> bool:

@@ -1,0 +1,266 @@
+"""What the model refuses: one wrong argument at a time, in one table for each door.
+
+That kinds, shapes and devices are checked by annotation is the subject of `test_checks`; here each
+door shows it once or twice, and every check that is written by hand.
+"""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from samples import tiny_drafter, tiny_target
+
+from dspark_lab.blocks import draw_blocks
+from dspark_lab.chats import Batch
+from dspark_lab.model import (
+    DrafterConfig,
+    Slots,
+    accept_rates,
+    build_markov_head,
+    dspark_objective,
+    live_features,
+    load_drafter,
+    load_target,
+    output_objective,
+    save_drafter,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.arange(9).view(1, 9)
+YES = torch.ones(1, 9, dtype=torch.bool)
+
+
+def config(**changes):
+    """A drafter's configuration as its file holds it; ``...`` leaves a field out."""
+    values = tiny_drafter().config.to_dict() | changes
+    return DrafterConfig.from_dict({k: v for k, v in values.items() if v is not ...})
+
+
+def forward(**changes):
+    given = {
+        "input_ids": IDS,
+        "target_hidden_states": torch.zeros(1, 9, 64),
+        "loss_mask": YES,
+        "target_last_hidden_states": torch.zeros(1, 9, 32),
+    }
+    return tiny_drafter()(**given | changes)
+
+
+def forward_of_blocks(block_size=3, mask_token_id=63, features=None):
+    blocks = draw_blocks(Batch.of_tokens(IDS, YES), 2, block_size, mask_token_id=mask_token_id)
+    return tiny_drafter().slots(blocks, torch.zeros(1, 9, 64) if features is None else features)
+
+
+def objective(**changes):
+    """Options of the objective; the rest are the slots' fields and the weights."""
+    given = {
+        "hidden": torch.zeros(2, 3, 4, 5),
+        "latent": torch.zeros(2, 3, 4, 3),
+        "confidence_pred": torch.zeros(2, 3, 4),
+        "target_hidden": torch.zeros(2, 3, 4, 5),
+        "target_ids": torch.zeros(2, 3, 4, dtype=torch.long),
+        "prev_ids": torch.zeros(2, 3, 4, dtype=torch.long),
+        "eval_mask": torch.ones(2, 3, 4, dtype=torch.bool),
+        "block_keep_mask": torch.ones(2, 3, dtype=torch.bool),
+        "lm_head_weight": torch.zeros(11, 5),
+        "markov_w2_weight": torch.zeros(11, 3),
+    } | changes
+    slots = Slots(**{name: given.pop(name) for name in Slots.__dataclass_fields__})
+    return dspark_objective(slots, **given)
+
+
+def without_teacher(function, **options):
+    return function(forward(target_last_hidden_states=None), **options)
+
+
+def features(**changes):
+    given = {"input_ids": IDS, "layer_ids": [0]} | changes
+    return tiny_target(max_position_embeddings=12).features(**given)
+
+
+def head(**changes):
+    sizes = {"markov_head_type": "gated", "vocab_size": 23, "markov_rank": 3, "hidden_size": 12}
+    return build_markov_head(**sizes | changes)
+
+
+LENGTHS = torch.tensor([[4, 3]])
+TABLES = {
+    config: [
+        ({"block_size": ...}, ValueError, "config must hold block_size,"),
+        ({"head_dim": ..., "mask_token_id": ...}, ValueError, "hold head_dim, mask_token_id,"),
+        ({"vocab_size": 0}, ValueError, "vocab_size must be >= 1, got 0"),
+        ({"hidden_size": "8"}, TypeError, "hidden_size must be an int, got '8'"),
+        ({"num_key_value_heads": 3}, ValueError, "num_key_value_heads must divide .* 4, got 3"),
+        ({"head_dim": 5}, ValueError, "head_dim must be even, got 5"),
+        ({"mask_token_id": 64}, ValueError, r"in the vocabulary, \[0, 63\], got 64"),
+        ({"target_layer_ids": 3}, TypeError, "target_layer_ids must be a sequence, got 3"),
+        ({"target_layer_ids": [2, 0]}, ValueError, r"strictly increasing, got \(2, 0\)"),
+        ({"target_layer_ids": []}, ValueError, "target_layer_ids must not be empty"),
+        ({"markov_head_type": "lstm"}, ValueError, "markov_head_type must be one of .*'lstm'"),
+        ({"markov_rank": 0}, ValueError, "confidence_head_with_markov needs a Markov head"),
+        ({"attention_bias": "no"}, TypeError, "attention_bias must be True or False, got 'no'"),
+        ({"rms_norm_eps": 0}, ValueError, "rms_norm_eps must be > 0, got 0"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ValueError, "architectures .*Qwen3ForCausalLM"),
+        ({"model_type": "llama"}, ValueError, "model_type must be 'qwen3' .*, got 'llama'"),
+        ({"hidden_act": "gelu"}, ValueError, "hidden_act must be 'silu' .*, got 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor .*, got 0.5"),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "layer_types": None},
+            ValueError,
+            "layer_types must all be 'full_attention', got .*sliding",
+        ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ValueError,
+            "layer_types must all be 'full_attention', got .*sliding_attention",
+        ),
+        ({"layer_types": 2}, TypeError, "layer_types must be a list, got 2"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            ValueError,
+            "rope_scaling must be of rope_type 'default' alone, got .*yarn",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling .*linear"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            ValueError,
+            "rope_parameters .*partial_rotary_factor",
+        ),
+        ({"rope_parameters": "default"}, TypeError, "rope_parameters must be an object"),
+        ({"rope_theta": ..., "rope_parameters": ...}, ValueError, "must hold rope_theta"),
+        ({"rope_theta": 5e5}, ValueError, "rope_theta must be one number, got .*500000"),
+        ({"rope_theta": -1.0, "rope_parameters": ...}, ValueError, "rope_theta must be > 0"),
+        ({"rope_theta": [1e6], "rope_parameters": ...}, TypeError, "rope_theta must be a number"),
+    ],
+    head: [
+        ({"markov_head_type": "lstm"}, ValueError, "markov_head_type must be one of .*'lstm'"),
+        ({"markov_rank": -1}, ValueError, "markov_rank must be >= 0, got -1"),
+        ({"hidden_size": 2.5}, TypeError, "hidden_size must be an int, got 2.5"),
+    ],
+    tiny_drafter: [({"head_dim": 5}, ValueError, "head_dim must be even, got 5")],
+    forward: [
+        ({"input_ids": IDS.float()}, TypeError, "input_ids must hold integers"),
+        ({"input_ids": IDS + 60}, ValueError, r"the vocabulary, \[0, 63\], got ids from 60 to 68"),
+        ({"target_hidden_states": torch.zeros(1, 9, 63)}, ValueError, r"64\), got \(1, 9, 63\)"),
+        ({"target_hidden_states": None}, TypeError, "target_hidden_states must be a tensor"),
+        ({"target_last_hidden_states": torch.zeros(1, 9, 31)}, ValueError, "target_last_hidden"),
+        ({"loss_mask": torch.ones(1, 8)}, ValueError, "loss_mask must be"),
+        ({"anchor_positions": IDS[:, :1]}, ValueError, "go together, got no block_keep_mask"),
+        ({"block_keep_mask": YES[:, :1]}, ValueError, "go together, got no anchor_positions"),
+        ({"seq_lens": LENGTHS}, ValueError, "go together, got no doc_remaining, position_ids"),
+        ({"backend": "fast"}, ValueError, "'fast'"),
+        ({"generator": 3}, TypeError, "generator must be .*, got 3"),
+    ],
+    forward_of_blocks: [
+        ({"block_size": 4}, ValueError, "block_size of blocks must be the drafter's, 3, got 4"),
+        ({"mask_token_id": 0}, ValueError, "mask_token_id of blocks must be .* 63, got 0"),
+        ({"features": torch.zeros(1, 8, 64)}, ValueError, r"\(1, 9, 64\), got \(1, 8, 64\)"),
+        ({"features": torch.zeros(1, 9, 64, device="meta")}, ValueError, "device .* cpu, got meta"),
+    ],
+    tiny_drafter().use_target_embeddings: [
+        (
+            {"embed_weight": torch.zeros(64, 31), "head_weight": torch.zeros(64, 31)},
+            ValueError,
+            r"= \(64, 32\), got shape \(64, 31\)",
+        ),
+        (
+            {"embed_weight": None, "head_weight": torch.zeros(64, 32)},
+            TypeError,
+            "embed_weight must be a tensor, got None",
+        ),
+    ],
+    objective: [
+        ({"hidden": torch.zeros(2, 3, 4, 5).long()}, TypeError, "int64"),
+        ({"eval_mask": torch.ones(2, 3, 5).bool()}, ValueError, r"\(2, 3, 5\)"),
+        ({"target_hidden": torch.zeros(2, 3, 4, 6)}, ValueError, r"\(2, 3, 4, 6\)"),
+        ({"lm_head_weight": torch.zeros(11, 6)}, ValueError, r"\(11, 5\) .* got shape \(11, 6\)"),
+        ({"lm_head_weight": torch.zeros(11)}, ValueError, r"\(11,\)"),
+        ({"lm_head_weight": torch.zeros(11, 5, device="meta")}, ValueError, "meta"),
+        ({"markov_w2_weight": None}, ValueError, "slots.latent alone"),
+        ({"latent": None}, ValueError, "markov_w2_weight alone"),
+        ({"latent": torch.zeros(2, 3, 4, 2)}, ValueError, r"\(11, 2\) .* got shape \(11, 3\)"),
+        ({"target_hidden": None}, ValueError, "must be 0, got 0.9 and 1.0"),
+        ({"target_hidden": None, "l1_weight": 0}, ValueError, "must be 0, got 0 and 1.0"),
+        ({"ce_weight": -0.1}, ValueError, "ce_weight must be >= 0, got -0.1"),
+        ({"l1_weight": math.nan}, ValueError, "l1_weight must be finite, got nan"),
+        ({"confidence_weight": True}, TypeError, "confidence_weight must be a number, got True"),
+        ({"loss_decay_gamma": 0.0}, ValueError, "loss_decay_gamma must be > 0, .* got 0.0"),
+        ({"loss_decay_gamma": 1e-300}, ValueError, "at least 1.18e-38, got 1e-300"),
+        ({"loss_decay_gamma": math.nan}, ValueError, "loss_decay_gamma must be .* got nan"),
+        ({"normaliser": torch.ones(1)}, ValueError, "normaliser"),
+        ({"normaliser": 3.0}, TypeError, "normaliser must be a tensor .*, got 3.0"),
+        ({"chunk": 0}, ValueError, "chunk must be >= 1, got 0"),
+    ],
+    without_teacher: [
+        ({"function": accept_rates}, ValueError, "accept rates need aligned_target_logits"),
+        ({"function": output_objective}, ValueError, "must be 0, got 0.9 and 1.0"),
+    ],
+    features: [
+        ({"layer_ids": []}, ValueError, "layer_ids must not be empty"),
+        ({"layer_ids": [3]}, ValueError, r"must lie in \[-1, 2\]"),
+        ({"layer_ids": [1, 0]}, ValueError, "strictly increasing"),
+        ({"layer_ids": [0.5]}, TypeError, "must be an int, got 0.5"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor"),
+        ({"input_ids": IDS[:, :0]}, ValueError, "input_ids must hold tokens"),
+        ({"input_ids": IDS + 60}, ValueError, r"the vocabulary, \[0, 63\], got ids from 60 to 68"),
+        ({"input_ids": IDS - 1}, ValueError, r"the vocabulary, \[0, 63\], got ids from -1 to 7"),
+        ({"input_ids": IDS.repeat(1, 2)}, ValueError, "at most 12 tokens .* got 18"),
+        ({"attention_mask": YES.float()}, TypeError, "attention_mask must be bool"),
+        ({"attention_mask": IDS > 2}, ValueError, "on the right only"),
+        ({"position_ids": IDS}, ValueError, "position_ids must come with seq_lens"),
+        ({"seq_lens": LENGTHS, "position_ids": IDS[:, 1:]}, ValueError, "position_ids must be"),
+        ({"seq_lens": LENGTHS.repeat(2, 1)}, ValueError, "seq_lens must be"),
+        ({"seq_lens": LENGTHS + 2}, ValueError, "lengths of documents in rows of 9 tokens, got"),
+        ({"seq_lens": LENGTHS * 0}, ValueError, "lengths of documents in rows of 9 tokens, got"),
+        ({"seq_lens": LENGTHS[:, :0]}, ValueError, "lengths of documents in rows of 9 tokens"),
+        ({"seq_lens": LENGTHS - 4}, ValueError, "lengths of documents in rows of 9 tokens, got"),
+    ],
+    live_features: [
+        ({"target": None, "layer_ids": [0]}, TypeError, "target must be a Target, got None"),
+    ],
+    load_target: [
+        ({"name_or_path": None}, TypeError, "name_or_path must be .*, got None"),
+        ({"device": "nonsense"}, ValueError, "device must be a device of this machine"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a dtype, got 'float32'"),
+    ],
+    load_drafter: [
+        ({"folder": None}, TypeError, "folder must be .*, got None"),
+        ({"folder": ".", "dtype": torch.int8}, ValueError, "one of .*, got torch.int8"),
+        ({"folder": ".", "dtype": "float32"}, TypeError, "dtype must be .*, got 'float32'"),
+        ({"folder": ".", "device": "nonsense"}, ValueError, "device must be .*, got 'nonsense'"),
+    ],
+    save_drafter: [
+        ({"folder": "x", "drafter": None}, TypeError, "drafter must be a Drafter, got None"),
+        (
+            {"folder": "x", "drafter": tiny_drafter(), "max_shard_bytes": 0},
+            ValueError,
+            "max_shard_bytes must be >= 1, got 0",
+        ),
+        (
+            {"folder": "x", "drafter": tiny_drafter(), "dtype": torch.int8},
+            ValueError,
+            "dtype must be one of .*, got torch.int8",
+        ),
+    ],
+}
+ROWS = [(call, *row) for call, rows in TABLES.items() for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "error", "said"),
+    ROWS,
+    ids=[f"{call.__name__}({', '.join(arguments)})" for call, arguments, *_ in ROWS],
+)
+def test_a_wrong_argument_is_named_with_what_was_given(call, arguments, error, said):
+    with pytest.raises(error) as caught:
+        call(**arguments)
+    assert caught.type is error
+    assert re.search(said, str(caught.value)), str(caught.value)
+
+
+def test_what_is_right_is_not_refused():
+    config(), head(), forward(), forward_of_blocks(), objective(), features(seq_lens=LENGTHS)
+    assert replace(tiny_drafter().config, target_layer_ids=[0, 1]).target_layer_ids == (0, 1)
