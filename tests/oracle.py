@@ -296,46 +296,6 @@ def distribution(logits):
     return [weight / sum(weights) for weight in weights]
 
 
-def slot_terms(draft, target, label, confidence):
-    """(cross-entropy, L1 distance, accept rate, confidence's cross-entropy) of one slot's logits.
-
-    The accept rate is the probability that both distributions share. A confidence of None is
-    nobody's prediction and costs nothing.
-    """
-    p, q = distribution(draft), distribution(target)
-    l1 = sum(abs(a - b) for a, b in zip(p, q, strict=True))
-    accept = sum(min(a, b) for a, b in zip(p, q, strict=True))
-    bce = 0.0
-    if confidence is not None:
-        believed = 1 / (1 + math.exp(-confidence))
-        bce = -accept * math.log(believed) - (1 - accept) * math.log(1 - believed)
-    return -math.log(p[label]), l1, accept, bce
-
-
-def training_loss(blocks, ce_weight, l1_weight, confidence_weight, loss_decay_gamma):
-    """The weighted mean of the three terms; blocks hold what slot_terms takes, slot by slot."""
-    total = weights = 0.0
-    for block in blocks:
-        for k, slot in enumerate(block):
-            ce, l1, _, bce = slot_terms(*slot)
-            weight = math.exp(-k / loss_decay_gamma)
-            weights += weight
-            total += weight * (ce_weight * ce + l1_weight * l1 + confidence_weight * bce)
-    return total / weights
-
-
-def tau(blocks):
-    """One token for free, and each slot's with the probability that all up to it are accepted."""
-    lengths = []
-    for block in blocks:
-        length = lived = 1.0
-        for slot in block:
-            lived *= slot_terms(*slot)[2]
-            length += lived
-        lengths.append(length)
-    return sum(lengths) / len(lengths)
-
-
 def chi_square(counts, expected):
     """Pearson's statistic for counts against one expected count."""
     return sum((count - expected) ** 2 / expected for count in counts)

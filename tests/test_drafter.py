@@ -5,10 +5,9 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from samples import documents, slots_of, tiny_drafter, tiny_target
+from samples import slots_of, tiny_drafter, tiny_target
 from torch import Tensor
 
-from dspark_lab.chats import collate, pack
 from dspark_lab.common import sample_anchor_positions
 from dspark_lab.decoding import decode
 from dspark_lab.model import (
@@ -16,7 +15,6 @@ from dspark_lab.model import (
     Drafter,
     DrafterConfig,
     MarkovHead,
-    accept_rates,
     build_markov_head,
     layers,
     load_drafter,
@@ -82,10 +80,6 @@ def packing(*lengths: int, seq_len: int) -> dict[str, Tensor]:
     }
 
 
-def cut(given: dict, first: int, past: int) -> dict:
-    return {name: value[:, first:past] for name, value in given.items()}
-
-
 def assert_same(got, expected, **tolerance) -> None:
     """Two outputs agree in every field, bit by bit unless a tolerance is given."""
     tolerance = tolerance or {"rtol": 0, "atol": 0}
@@ -143,47 +137,6 @@ def test_without_a_markov_head_there_is_no_latent():
 def test_one_packed_document_is_the_same_as_unpacked(backend):
     model, given = drafter(), row(9) | blocks(0, 2, 5, 7, dummies=1) | {"backend": backend}
     assert_same(model(**given, **packing(9, seq_len=9)), model(**given))
-
-
-def test_a_packed_batch_goes_straight_in():
-    """Two conversations in one row give the accept rates that they give in rows of their own.
-
-    There are anchors enough for every candidate, so both ways have the same blocks.
-    """
-    encoded = documents("paaaa", "ppaaaaa")
-    torch.manual_seed(3)
-    features, last = torch.randn(12, 24).double(), torch.randn(12, 12).double()
-    model = drafter(num_anchors=7)
-    outputs = []
-    for batch in (collate(encoded, 22), pack(encoded, 14, 22)):
-        # No two tokens are alike, so each finds its own features.
-        place = batch.input_ids.clamp(max=11)
-        packed = {name: getattr(batch, name) for name in ("doc_remaining", "position_ids")}
-        outputs.append(
-            model(
-                batch.input_ids,
-                features[place],
-                batch.loss_mask,
-                last[place],
-                seq_lens=batch.seq_lens,
-                **packed,
-            )
-        )
-    rates = []
-    for output in outputs:
-        supervised = output.eval_mask
-        labels, values = output.target_ids[supervised], accept_rates(output)[supervised]
-        rates.append(sorted(zip(labels.tolist(), values.tolist(), strict=True)))
-    assert len(rates[0]) == (3 + 2 + 1) + (4 + 3 + 2 + 1)
-    torch.testing.assert_close(*(torch.tensor(pairs) for pairs in rates))
-
-
-def test_anchors_of_packed_rows_leave_room_in_their_document():
-    """Each drawn block has a supervised slot, although documents end everywhere."""
-    model, given = drafter(num_anchors=12), row(12) | packing(1, 4, 1, 1, 5, seq_len=12)
-    output = model(**given)
-    assert output.block_keep_mask.sum() == 3 + 4
-    assert torch.equal(output.eval_mask[..., 0], output.block_keep_mask)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -342,21 +295,6 @@ def test_rope_is_computed_in_fp32_at_every_dtype(dtype, first, monkeypatch):
         error = (turned.double() - exact).square().mean().sqrt()
         rounding = (exact.to(dtype).double() - exact).square().mean().sqrt()
         assert error < 1.25 * rounding, f"{name}: {error / rounding:.2f} times the rounding"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 5e-3), (torch.bfloat16, 0.2)]
-)
-def test_a_document_far_from_position_zero_is_the_same(dtype, bound):
-    """Only distances count: every position may be shifted by one number."""
-    model, given = drafter(dtype, rope_theta=1e4), row(12, dtype) | blocks(2, 6, 9)
-    where = packing(12, seq_len=12)
-    near = slots_of(model, **given, **where).hidden
-    where["position_ids"] = where["position_ids"] + 30000
-    far = slots_of(model, **given, **where).hidden
-    assert (far - near).abs().max() < bound
-    where["position_ids"] = where["position_ids"] * 2
-    assert (slots_of(model, **given, **where).hidden - near).abs().max() > 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

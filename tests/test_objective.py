@@ -1,8 +1,8 @@
-"""The objective: its terms against plain loops, the chunked form against the textbook one.
+"""The objective: its chunked form against the textbook one on full logits.
 
-`oracle` says what the terms are, in loops over numbers. The textbook form on full logits must
-agree with it in values; its gradients are autograd's, and in float64 they are the truth that the
-chunked form must reach. A case is random and exact in fp32; supervision is a prefix of each block.
+`test_parity` holds the textbook form to plain loops; its gradients are autograd's, and in float64
+they are the truth that the chunked form must reach. A case is random and exact in fp32; supervision
+is a prefix of each block.
 """
 
 import math
@@ -443,6 +443,15 @@ def test_without_a_teacher_cross_entropy_is_left(form) -> None:
     assert summary["ce"] == pytest.approx(expected.item() * 2)
     assert all(math.isnan(summary[name]) for name in ("l1", "accept_rate", "tau", "confidence"))
     assert got.accept.isnan().all()
+
+
+@pytest.mark.parametrize("form", [textbook, chunked])
+def test_a_confidence_term_without_weight_is_reported_and_trains_nothing(form) -> None:
+    given = case().to(torch.float64)
+    weighed, got = form(given), form(given, confidence_weight=0.0)
+    assert torch.equal(got.sums.confidence, weighed.sums.confidence)
+    assert math.isfinite(got.sums.summary()["confidence"])
+    assert not gradients(given, got.loss)["confidence_pred"].any()
 
 
 def test_the_target_is_a_constant() -> None:

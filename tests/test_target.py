@@ -129,17 +129,6 @@ def test_embedding_output_of_gpt2_holds_the_positions():
     torch.testing.assert_close(lab.features(ids, [-1]).context, expected)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_head_weight_times_the_last_state_is_the_models_logits(family, tied):
-    lab, ids = random_target(family, tie_word_embeddings=tied), random_ids()
-    logits = lab.features(ids, [0]).last @ lab.head_weight.T
-    torch.testing.assert_close(logits, lab.model(ids).logits)
-    assert logits.shape[-1] == lab.vocab_size == 64
-    assert lab.features(ids, [0, 2]).context.shape[-1] == 2 * lab.hidden_size == 64
-    assert lab.num_layers == 3
-
-
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -336,13 +325,6 @@ def test_context_is_a_copy_that_the_model_cannot_change():
     hidden = lab.hidden_size
     assert torch.equal(after.context[..., :hidden], before.context[..., :hidden])
     assert not torch.allclose(after.context[..., hidden:], before.context[..., hidden:])
-
-
-@pytest.mark.parametrize("layer_ids", ID_SETS, ids=str)
-def test_no_hook_stays_behind(layer_ids):
-    lab = random_target("llama")
-    lab.features(random_ids(), layer_ids)
-    assert hooks_of(lab.model) == 0
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])

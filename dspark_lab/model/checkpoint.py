@@ -75,7 +75,8 @@ def save_drafter(
 ) -> None:
     """Writes a drafter as a checkpoint folder, whole or not at all.
 
-    A checkpoint that stands there already is replaced, and left as it is when anything fails.
+    A checkpoint that stands there already is replaced, its calibration too; a folder that holds
+    anything else is refused.
 
     Args:
         drafter: on any device, in training or not.
@@ -83,13 +84,7 @@ def save_drafter(
         include_embeddings: whether to write the frozen embedding and LM head too; without them,
             loading needs the target.
         dtype: of the tensors in the file; as they are where None.
-        max_shard_bytes: split the tensors over files of at most so many bytes, or of one larger
-            tensor; one file where None.
-
-    Raises:
-        ValueError: ``folder`` holds anything but a drafter's checkpoint, which would be lost (its
-            calibration goes with it).
-        OSError: ``folder`` cannot be written, or the disk is full.
+        max_shard_bytes: most bytes of a file, unless one tensor is larger; one file where None.
     """
     _check_dtype(dtype)
     folder = Path(folder).expanduser().resolve()
@@ -129,9 +124,8 @@ def load_drafter(
             that ``config.json`` names.
 
     Raises:
-        TypeError, ValueError: a file that is no valid configuration or not a whole safetensors
-            file, a pickle, a tensor that is missing, surplus or misshapen, a target that does not
-            fit; named with the file.
+        TypeError, ValueError: a configuration or a file of weights that is none, is damaged, or
+            does not fit the other or the target; named with the file.
         OSError: the folder or a file of it is missing (FileNotFoundError) or cannot be read.
     """
     _check_dtype(dtype)
@@ -342,24 +336,22 @@ def _check_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Drafter
     missing = [name for name in expected if name not in stored and name not in (_EMBEDDING, _HEAD)]
     if missing:
         raise ValueError(f"{folder} must hold {_listed(missing)}, as {CONFIG} says; it does not")
-    surplus = [name for name in stored if name not in expected]
+    surplus = sorted(name for name in stored if name not in expected)
     if surplus:
         raise ValueError(
-            f"{folder} must hold the tensors of {CONFIG} alone, got {_listed(sorted(surplus))} too"
+            f"{folder} must hold the tensors of {CONFIG} alone, got {_listed(surplus)} too"
         )
-    misshapen = [
+    wrong = [
         f"{name} must be {list(expected[name])}, got {list(tensor.shape)}"
         for name, tensor in stored.items()
         if tensor.shape != expected[name]
+    ] + [
+        f"{name} must be of {', '.join(_DTYPES)}, got {tensor.dtype}"
+        for name, tensor in stored.items()
+        if tensor.dtype not in _DTYPES
     ]
-    if misshapen:
-        raise ValueError(f"{folder}: {_listed(misshapen, '; ')}")
-    quantised = [name for name, tensor in stored.items() if tensor.dtype not in _DTYPES]
-    if quantised:
-        raise ValueError(
-            f"{folder}: tensors must be of {', '.join(_DTYPES)}, got {stored[quantised[0]].dtype} "
-            f"of {_listed(quantised)}"
-        )
+    if wrong:
+        raise ValueError(f"{folder}: {_listed(wrong, '; ')}")
 
 
 def _check_target(

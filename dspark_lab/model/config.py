@@ -126,10 +126,7 @@ class DrafterConfig:
         what concerns training alone, as ``attention_dropout``, and what a draft inherits from its
         target's config without following it, as ``quantization_config``.
 
-        Raises:
-            TypeError, ValueError: a field that is missing or of the wrong kind, or one that asks
-                for what this drafter does not do: another architecture or activation, sliding
-                windows, scaled or partial RoPE.
+        Refused are another architecture or activation, sliding windows, scaled or partial RoPE.
         """
         for name, allowed in _FIXED.items():
             if values.get(name) not in (None, allowed):

