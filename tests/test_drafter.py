@@ -20,6 +20,7 @@ from dspark_lab.model import (
     load_drafter,
     save_drafter,
 )
+from dspark_lab.tuning import Shape, training_cost, training_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -380,6 +381,16 @@ def test_a_new_markov_head_is_one_class_and_its_name(monkeypatch, tmp_path):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.sizes.trained_parameters == trained
     assert model.sizes.latent_weights == model.markov_head.half_proj.weight.numel() == 32 * 8
+    vanilla, half = (
+        Shape.of(tiny_drafter(markov_head_type=kind).config) for kind in ("vanilla", "half")
+    )
+    step = {"seq_len": 20, "num_anchors": 4, "features": "cached"}
+    operations = [
+        cost.set_index("part").loc["heads", "forward"]
+        for cost in (training_cost(vanilla, **step), training_cost(half, **step))
+    ]
+    assert operations[1] - operations[0] == 2 * 4 * 3 * 32 * 8
+    assert training_memory(half, **step) > training_memory(vanilla, **step)
 
 
 @pytest.mark.parametrize("kind", ["none", "vanilla"])
