@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
-from samples import slots_of, tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark_lab.common import sample_anchor_positions
@@ -21,6 +19,8 @@ from dspark_lab.model import (
     save_drafter,
 )
 from dspark_lab.tuning import Shape, training_cost, training_memory
+from tests import oracle
+from tests.samples import slots_of, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from samples import tiny_drafter, tiny_target
 
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Batch
@@ -26,6 +25,7 @@ from dspark_lab.model import (
     output_objective,
     save_drafter,
 )
+from tests.samples import tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

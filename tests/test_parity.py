@@ -10,11 +10,8 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-import oracle
 import pytest
-import reference
 import torch
-from samples import slots_of
 from torch import Tensor
 
 from dspark_lab.common import DSparkForwardOutput
@@ -26,6 +23,8 @@ from dspark_lab.model import (
     dspark_objective,
     output_objective,
 )
+from tests import oracle, reference
+from tests.samples import slots_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

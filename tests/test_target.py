@@ -16,13 +16,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from samples import documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from dspark_lab import chats
 from dspark_lab.common import extract_context_feature
 from dspark_lab.model import Target, load_target, target
+from tests.samples import documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
