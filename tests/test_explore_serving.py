@@ -399,10 +399,7 @@ def test_the_composite_is_made_of_the_four_pictures():
         assert (ours.get_xlabel(), ours.get_ylabel()) == (wanted.get_xlabel(), wanted.get_ylabel())
     assert title(one) == "4 requests a step" and title(two) == "a round, T 0"
     assert figure.get_size_inches().tolist() == [9.5, 5.6]
-
-
-def test_panels_of_the_composite_stand_two_by_two():
-    boxes = [ax.get_position() for ax in picture_of("serving").axes]
+    boxes = [ax.get_position() for ax in figure.axes]
     assert boxes[0].x0 == boxes[2].x0 < boxes[1].x0 == boxes[3].x0
     assert boxes[0].y0 == boxes[1].y0 > boxes[2].y1 == boxes[3].y1
 

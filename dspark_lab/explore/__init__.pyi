@@ -1,4 +1,14 @@
-from .acceptance import VIEWS, explore_acceptance, plot_rates
+from .acceptance import (
+    VIEWS,
+    explore_acceptance,
+    plot_bias,
+    plot_calibration,
+    plot_drift,
+    plot_gain,
+    plot_rates,
+    plot_reliability,
+    plot_thresholds,
+)
 from .anchors import (
     block_table,
     explore_anchors,
@@ -9,14 +19,15 @@ from .anchors import (
     token_table,
     token_text,
 )
-from .budget import MEASURED, explore_training_budget, plot_budget, plot_fit, plot_parts
-from .calibration import (
-    plot_bias,
-    plot_calibration,
-    plot_drift,
-    plot_gain,
-    plot_reliability,
-    plot_thresholds,
+from .budget import (
+    MEASURED,
+    explore_training_budget,
+    plot_budget,
+    plot_fit,
+    plot_front,
+    plot_parts,
+    plot_slots,
+    plot_sweeps,
 )
 from .decoding import (
     DecodingExplorer,
@@ -26,7 +37,6 @@ from .decoding import (
     plot_distributions,
 )
 from .explorer import Explorer, Frame
-from .load import plot_load, plot_schedule, plot_steps
 from .masks import (
     REGIONS,
     TILE_STATES,
@@ -42,9 +52,16 @@ from .masks import (
     tile_table,
 )
 from .serving import explore_serving, plot_serving
-from .speedup import plot_round, plot_speedup, plot_temperatures, plot_thresholds_speed
+from .speed import (
+    plot_load,
+    plot_round,
+    plot_schedule,
+    plot_speedup,
+    plot_steps,
+    plot_temperatures,
+    plot_thresholds_speed,
+)
 from .style import png
-from .sweep import plot_front, plot_slots, plot_sweeps
 from .training import LiveCurve, plot_training
 
 __all__ = [

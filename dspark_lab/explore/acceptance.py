@@ -1,8 +1,8 @@
-"""Accept rates and confidences: how the acceptance along a block is shown, and its explorer."""
+"""Accept rates and confidences: rates along a block, calibration, thresholds, and the explorer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.decoding import Decoded, decode, outcome_table, token_kinds
-from dspark_lab.explore.calibration import plot_bias, plot_reliability, plot_thresholds
 from dspark_lab.explore.decoding import outcome_legend, outcome_text
 from dspark_lab.explore.explorer import Explorer, Frame, dropdown, number_slider, slider
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
@@ -25,14 +24,19 @@ from dspark_lab.explore.style import (
     INK,
     ORANGE,
     PINK,
+    RED,
     add_band,
     add_legend,
+    add_note,
+    add_rules,
     add_title,
+    legend_above,
     line_look,
     new_figure,
     percent_axis,
     plain_text,
     png,
+    tables_by_name,
 )
 from dspark_lab.rates import (
     rate_table,
@@ -56,13 +60,7 @@ _RATE_OF_VIEW: dict[str, Literal["conditional", "survival"]] = {
 _PANELS_PER_LINE = 4
 _KIND_STYLES: dict[str, dict[str, Any]] = {
     "on policy": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4},
-    "empirical": {
-        "color": GREEN,
-        "linestyle": "none",
-        "marker": "D",
-        "markersize": 6,
-        "fillstyle": "none",
-    },
+    "empirical": {"color": GREEN, "linestyle": "none", "marker": "D", "fillstyle": "none"},
     "predicted": {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 4},
     "teacher-forced": {"color": INK, "linestyle": "-", "linewidth": 1},
     "predicted, teacher-forced": {"color": PINK, "linestyle": ":", "linewidth": 1.5},
@@ -171,6 +169,220 @@ def _figure_legend(figure: Figure, handles: list[Any]) -> None:
         fontsize=8,
         handlelength=3,
     )
+
+
+def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Outcome against confidence, bin by bin; a calibrated head lies on the diagonal.
+
+    The larger a bin's mark, the more slots it holds; the strip below counts them.
+
+    Args:
+        tables: a name, such as ``"raw"`` or ``"scaled"``, and its table from
+            :func:`dspark_lab.rates.reliability_table`; each gets a panel.
+    """
+    tables = tables_by_name(tables)
+    count = len(tables)
+    figure, axes = new_figure(
+        3.2 * count + 0.4, 4.7, columns=count, rows=2, layout="compressed", height_ratios=(1, 0.22)
+    )
+    most = max(int(table["count"].max()) for table in tables.values())
+    for i, (name, table) in enumerate(tables.items()):
+        colour, marker = line_look(i)["color"], line_look(i)["marker"]
+        ax, strip = axes[i], axes[count + i]
+        known = table[table["confidence"].notna()]
+        ax.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
+        ax.vlines(known["confidence"], known["confidence"], known["outcome"], colour, alpha=0.5)
+        ax.plot(known["confidence"], known["outcome"], color=colour, linewidth=1)
+        marks = {"s": 12 + 110 * known["count"] / max(1, most), "marker": marker}
+        ax.scatter(known["confidence"], known["outcome"], color=colour, clip_on=False, **marks)
+        add_title(ax, plain_text(name))
+        ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+        ax.set_xlabel("confidence, mean of a bin")
+        ax.set_ylabel("outcome, mean of a bin")
+        width = table["high"] - table["low"]
+        bars = strip.bar(table["low"], table["count"], width, align="edge", color=colour)
+        for bar in bars:
+            bar.set(edgecolor=INK, linewidth=0.4)
+        strip.set(xlim=(0, 1), ylim=(0, 1.05 * max(1, most)), box_aspect=0.22)
+        strip.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        strip.set_xlabel("confidence")
+        strip.set_ylabel("slots")
+    return figure
+
+
+def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
+    """How much too sure a confidence head is, with its 95 % interval, group by group.
+
+    Args:
+        table: from :func:`dspark_lab.rates.study`, grouped by the same columns: ``bias``,
+            ``bias_low`` and ``bias_high``.
+        by: one column, whose values stand on the axis, or two, the second of which is told apart by
+            colours and marks.
+    """
+    names = [by] if isinstance(by, str) else list(by)
+    if len(names) not in (1, 2) or any(name not in table.columns for name in names):
+        raise ValueError(f"by must be one or two of {list(table.columns)}, got {names}")
+    places = list(dict.fromkeys(table[names[0]]))
+    kinds = list(dict.fromkeys(table[names[1]])) if len(names) == 2 else [None]
+    step = 0.8 / len(kinds)
+    height = max(0.34, 0.17 * len(kinds) + 0.1) * len(places) + 1.2
+    figure, ax = new_figure(7, height)
+    ax.axvline(0, color=INK, linewidth=1)
+    for i, kind in enumerate(kinds):
+        part = table if kind is None else table[table[names[1]] == kind]
+        shift = step * (i - (len(kinds) - 1) / 2)
+        y = [places.index(place) + shift for place in part[names[0]]]
+        style = line_look(i)
+        ax.hlines(y, part["bias_low"], part["bias_high"], color=style["color"], linewidth=1.5)
+        ax.plot(part["bias"], y, linestyle="none", label=plain_text(kind), **style)
+    if len(kinds) > 1:
+        ax.hlines(
+            np.arange(len(places) - 1) + 0.5,
+            0,
+            1,
+            INK,
+            alpha=0.25,
+            linewidth=0.6,
+            transform=ax.get_yaxis_transform(),
+        )
+        add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5), title=plain_text(names[1]))
+        ax.get_legend().get_title().set(color=INK, fontsize=8)
+    ax.set_yticks(range(len(places)), [plain_text(place) for place in places])
+    ax.set_ylim(len(places) - 0.5, -0.5)
+    _both_sides(ax)
+    corners = {"x": "axes fraction", "y": "axes fraction"}
+    add_note(ax, "← underconfident", (0, 1), (0, 4), ha="left", **corners)
+    add_note(ax, "overconfident →", (1, 1), (0, 4), ha="right", **corners)
+    ax.set_xlabel("bias: mean of confidence − outcome, a difference of probabilities")
+    ax.set_ylabel(plain_text(names[0]))
+    return figure
+
+
+def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure:
+    """What a static threshold buys, a higher acceptance rate, and what it costs.
+
+    Args:
+        tables: from :func:`dspark_lab.rates.threshold_sweep`, one or several by name:
+            ``threshold``, ``acceptance_rate``, ``verified`` and ``accepted``; columns such as
+            ``verified_low`` and ``verified_high`` are drawn as bands.
+    """
+    named = tables_by_name(tables)
+    figure, (left, right) = new_figure(8.6, 3.5 + 0.18 * (len(named) - 1), columns=2, wspace=0.08)
+    for i, (name, table) in enumerate(named.items()):
+        style = line_look(i) | {"markersize": 4}
+        every = max(1, len(table) // 10)
+        name = plain_text(name)
+        begin = name + ", " if name else ""
+        for ax, column, label, linestyle in (
+            (left, "acceptance_rate", name, "-"),
+            (right, "verified", begin + "verified", "-"),
+            (right, "accepted", begin + "accepted", "--"),
+        ):
+            if f"{column}_low" in table.columns:
+                low, high = table[f"{column}_low"], table[f"{column}_high"]
+                add_band(ax, table["threshold"], low, high, style["color"])
+            line = {"label": label, "linestyle": linestyle, "markevery": every, **style}
+            ax.plot(table["threshold"], table[column], **line)
+    percent_axis(left, "acceptance rate (accepted / verified)")
+    right.set_ylabel("slots per round")
+    right.set_ylim(bottom=0)
+    add_rules(right)
+    for ax in (left, right):
+        ax.set_xlabel("threshold on the confidence")
+    if any(named):
+        legend_above(left, 2)
+    legend_above(right, 2, handlelength=3)
+    return figure
+
+
+def plot_calibration(report: pd.DataFrame) -> Figure:
+    """The calibration error of each slot before and after scaling, and how well it ranks.
+
+    Args:
+        report: from :func:`dspark_lab.rates.calibration_report`: ``slot`` (with ``"all"``),
+            ``ece``, ``ece_scaled``, ``auroc`` and ``auroc_scaled``.
+    """
+    figure, (left, right) = new_figure(8.6, 3.4, columns=2, wspace=0.08)
+    labels = [str(slot) for slot in report["slot"]]
+    # What is not a slot of the block stands apart.
+    x = np.arange(len(labels)) + 0.5 * np.array([not label.isdigit() for label in labels])
+    for ax, name in ((left, "ece"), (right, "auroc")):
+        before, after = report[name], report[f"{name}_scaled"]
+        ax.vlines(x, before, after, color=INK, linewidth=1)
+        ax.plot(x, before, "s", color=ORANGE, fillstyle="none", markersize=7, label="raw")
+        ax.plot(x, after, "o", color=BLUE, markersize=4, label="scaled")
+        ax.set_xticks(x, labels)
+        ax.set_xlabel("slot of the block")
+    left.set_ylim(bottom=0)
+    percent_axis(left, "expected calibration error")
+    right.axhline(0.5, color=INK, linestyle=":", linewidth=1)
+    right.set_ylim(top=1)
+    right.set_ylabel("AUROC (0.5: chance)")
+    add_rules(right)
+    legend_above(left, 2)
+    return figure
+
+
+def plot_drift(table: pd.DataFrame) -> Figure:
+    """The calibration error before and after an abrupt change of domain, window by window.
+
+    Args:
+        table: from :func:`dspark_lab.rates.drift_table`: ``start``, ``rounds``, ``ece_raw``,
+            ``ece_static`` and ``ece_online``.
+    """
+    figure, ax = new_figure(7, 3.2)
+    lines = (
+        ("ece_raw", "raw", {"color": ORANGE, "linestyle": ":"}),
+        ("ece_static", "static temperatures", {"color": RED, "linestyle": "--"}),
+        ("ece_online", "online temperatures", {"color": BLUE, "linestyle": "-"}),
+    )
+    # A window's error is drawn over all of the window.
+    ends = np.append(table["start"], table["start"].iloc[-1] + table["rounds"].iloc[-1])
+    for name, label, style in lines:
+        values = np.append(table[name], table[name].iloc[-1])
+        ax.plot(ends, values, drawstyle="steps-post", linewidth=1.8, label=label, **style)
+    ax.axvline(0, color=INK, linewidth=1)
+    add_note(ax, "change of domain", (0, 1), (4, -2), y="axes fraction", va="top")
+    # Room above the lines for the words.
+    ax.margins(y=0.15)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("rounds since the change")
+    percent_axis(ax, "expected calibration error")
+    legend_above(ax, 3)
+    return figure
+
+
+def plot_gain(table: pd.DataFrame) -> Figure:
+    """What each way to choose what is verified gains in speed over the raw confidence.
+
+    Args:
+        table: from :func:`dspark_lab.serving.gain_table`: ``values``, ``threshold``,
+            ``gain_percent``, ``gain_low`` and ``gain_high``.
+    """
+    figure, ax = new_figure(7, 0.42 * len(table) + 1.0)
+    y = np.arange(len(table))
+    ax.axvline(0, color=INK, linewidth=1)
+    for i, row in enumerate(table.itertuples(index=False)):
+        style = line_look(i)
+        ax.hlines(i, row.gain_low, row.gain_high, color=style["color"], linewidth=1.5)
+        ax.plot([row.gain_percent], [i], linestyle="none", **style)
+    labels = [
+        name if pd.isna(threshold) else f"{name}, threshold {threshold:.3f}"
+        for name, threshold in zip(table["values"], table["threshold"], strict=True)
+    ]
+    ax.set_yticks(y, labels)
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    _both_sides(ax)
+    ax.set_xlabel("gain in speed over raw, in %")
+    ax.set_ylabel("verified by")
+    return figure
+
+
+def _both_sides(ax: Axes) -> None:
+    """Some of the axis on either side of 0."""
+    low, high = ax.get_xlim()
+    reach = max(-low, high)
+    ax.set_xlim(min(low, -0.25 * reach), max(high, 0.25 * reach))
 
 
 def explore_acceptance(

@@ -26,9 +26,8 @@ from dspark_lab.explore.explorer import (
     selection_slider,
     slider,
 )
-from dspark_lab.explore.load import plot_load
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
-from dspark_lab.explore.speedup import plot_round, plot_speedup
+from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
 from dspark_lab.explore.style import add_title, new_figure, plain_text, png
 from dspark_lab.model import Drafter
 from dspark_lab.pairs import load_pair, load_traces
@@ -342,18 +341,33 @@ class _Serving:
             raise TypeError(f"engine must be an Engine or a file, got {type(engine).__name__}")
         self.temperatures = sorted(trace["temperature"].unique().tolist())
         parts = {t: trace[trace["temperature"] == t] for t in self.temperatures}
-        self._engine, self._calibrated = engine, calibrated
+        self._engine = engine
         self._drawn: dict[str, Any] = {"requests": requests_simulated, "seed": seed}
         kept = lru_cache(maxsize=None)
-        self.profile = kept(lambda t: acceptance_profile(parts[t], temperature=t))
-        self._rounds = kept(lambda t: rounds_of(parts[t]))
-        self._answers = kept(lambda t: answers_of(parts[t], self._calibrated, seed=seed))
-        self.costs = kept(lambda requests, replay: engine.costs(requests, replay=replay))
-        self.speedups = kept(self._speedups)
-        self.advice = kept(self._advice)
-        self.by_temperature = kept(self._by_temperature)
-        self.thresholds = kept(self._thresholds)
+        costs = kept(lambda requests, replay: engine.costs(requests, replay=replay))
+        rounds = kept(lambda t: rounds_of(parts[t]))
+        self._answers = kept(lambda t: answers_of(parts[t], calibrated, seed=seed))
         self._simulated = kept(self._simulate)
+        self.profile = kept(lambda t: acceptance_profile(parts[t], temperature=t))
+        self.speedups = kept(
+            lambda t, requests, replay: speedup_table(self.profile(t), costs(requests, replay))
+        )
+        self.advice = kept(
+            lambda t, requests, replay: advice(self.profile(t), costs(requests, replay))
+        )
+        self.by_temperature = kept(
+            lambda requests, replay: temperature_table(
+                [self.profile(t) for t in self.temperatures], costs(requests, replay)
+            )
+        )
+        self.thresholds = kept(
+            lambda t, draft_length, requests, replay: threshold_table(
+                rounds(t),
+                costs(requests, replay),
+                draft_lengths=[draft_length],
+                calibrated=calibrated,
+            )
+        )
         slots = len(self.profile(self.temperatures[0]).rates)
         self.longest = min(slots, engine.longest)
         self.lacking = ""
@@ -364,26 +378,6 @@ class _Serving:
                 f"Blocks have {slots} slots and the engine knows {engine.longest}: no threshold "
                 "and no scheduler, which work on whole blocks."
             )
-
-    def _speedups(self, temperature: float, requests: int, replay: bool) -> pd.DataFrame:
-        return speedup_table(self.profile(temperature), self.costs(requests, replay))
-
-    def _advice(self, temperature: float, requests: int, replay: bool) -> str:
-        return advice(self.profile(temperature), self.costs(requests, replay))
-
-    def _by_temperature(self, requests: int, replay: bool) -> pd.DataFrame:
-        profiles = [self.profile(temperature) for temperature in self.temperatures]
-        return temperature_table(profiles, self.costs(requests, replay))
-
-    def _thresholds(
-        self, temperature: float, draft_length: int, requests: int, replay: bool
-    ) -> pd.DataFrame:
-        return threshold_table(
-            self._rounds(temperature),
-            self.costs(requests, replay),
-            draft_lengths=[draft_length],
-            calibrated=self._calibrated,
-        )
 
     def load(self, temperature: float, draft_length: int, threshold: float) -> pd.DataFrame:
         """All policies under load, plain decoding first."""
