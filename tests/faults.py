@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -388,6 +389,19 @@ FAULTS: dict[str, Fault] = {
                 right(table.assign(gain_per_second=table["gain_per_byte"])).index
             ]
         ),
+    "training starts without a warm-up": Fault(
+        "dspark_lab.training.config:TrainConfig.learning_rate_at",
+        lambda right: lambda config, step: right(replace(config, warmup_steps=0), step),
+        TRAIN,
+    ),
+    "each cell's interval is of one drafter": Fault(
+        "dspark_lab.tuning.cells:standard_error",
+        lambda right: lambda spread, seeds: right(spread, 1),
+        TUNE,
+    ),
+    "all trainers count a block alike": Fault(
+        "dspark_lab.tuning.settings:slots_with_anchor",
+        lambda right: lambda block_size: block_size,
         TUNE,
     ),
 }

@@ -1,7 +1,4 @@
-"""`dspark_lab.tuning.jobs`: every job once, whatever dies; in processes, and on a Ray cluster of two.
-
-The jobs leave a note in a folder when they begin, so that a test can see and kill who does them.
-"""
+"""Every job is done once, whatever dies: in processes, and on a Ray cluster of two."""
 
 import os
 import signal

@@ -1,6 +1,9 @@
-"""`dspark_lab.tuning.sweep`: every cell once, on the budget it was given, and on where it stopped."""
+"""A sweep runs every cell once, on the budget it was given, and goes on where it stopped."""
 
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
@@ -10,8 +13,18 @@ import oracle
 import pandas as pd
 import pytest
 
-from dspark_lab.tuning import BUDGETS, Cell, SweepConfig, load_sweep, run_sweep, sweep_table
-from dspark_lab.tuning import sweep as lab
+from dspark_lab.files import DATA
+from dspark_lab.tuning import (
+    BUDGETS,
+    Cell,
+    SweepConfig,
+    cell_table,
+    load_sweep,
+    run_sweep,
+    sweep_table,
+)
+from dspark_lab.tuning import cells as lab
+from dspark_lab.tuning.sweep import main, parsed
 
 SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=100, seconds=3)
 SECONDS = {"n2-k2": 0.5, "n3-k2": 0.75}
@@ -140,11 +153,11 @@ def test_the_shipped_sweep_has_every_cell_three_times():
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"num_anchors": ()}, "num_anchors must be one or more values"),
-        ({"seeds": (1, 1)}, "seeds must be one or more values, each once"),
-        ({"block_sizes": (0,)}, "each of block_sizes must be >= 1"),
+        ({"num_anchors": ()}, "num_anchors must not be empty"),
+        ({"seeds": (1, 1)}, "seeds must hold each value once"),
+        ({"block_sizes": (0,)}, "block_sizes.* must be >= 1"),
         ({"slots": 0}, "slots must be >= 1"),
-        ({"seconds": 0.0}, "seconds must be a finite number > 0"),
+        ({"seconds": 0.0}, "seconds must be > 0"),
         ({"target": "mine"}, "target 'mine' needs data and held_out"),
     ],
     ids=["none", "twice", "zero", "slots", "seconds", "target"],
@@ -156,3 +169,83 @@ def test_settings_that_cannot_be_are_refused(given, problem):
 
 def test_a_folder_without_cells_has_an_empty_table(tmp_path):
     assert sweep_table(tmp_path).empty
+
+
+def test_the_command_line_has_the_flags_that_it_always_had():
+    options = vars(parsed([]))
+    config = SweepConfig()
+    expected = {
+        "num_anchors": (4, 12, 32, 96),
+        "block_sizes": (4, 7, 12),
+        "seeds": (0, 1, 2),
+        "temperatures": (0.0, 1.0),
+        "slots": 250000,
+        "seconds": 75.0,
+        "prompts": 60,
+        "max_new_tokens": 64,
+        "target": "pocket",
+        "data": None,
+        "held_out": None,
+        "device": "cpu",
+        "features": "cached",
+        "batch_size": 16,
+        "max_length": 512,
+        "learning_rate": 0.003,
+        "work": Path("build/sweep"),
+        "out": DATA / "pocket" / "sweep.csv",
+        "processes": 1,
+        "address": None,
+    }
+    assert options == expected | {"training": config.training}
+    assert parsed([]).config() == config
+    given = "--num-anchors 2 3 --max-length 64 --temperatures 0.5 --address auto".split()
+    changed = parsed(given)
+    assert changed.address == "auto"
+    assert changed.config() == replace(
+        config,
+        num_anchors=(2, 3),
+        temperatures=(0.5,),
+        training=replace(config.training, max_length=64),
+    )
+
+
+def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path):
+    """Jobs of ``__main__`` would be looked for in the worker's own ``__main__``."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "dspark_lab.tuning.sweep"]
+    command += "--num-anchors 2 --block-sizes 2 --seeds 0 --slots 40 --seconds 1".split()
+    command += "--prompts 1 --max-new-tokens 4 --temperatures 0 --features live".split()
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "table.csv")]
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "step_seconds.json").write_text('{"n2-k2": 1.0}')
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"2 lines in {tmp_path / 'table.csv'}\n"
+    assert load_sweep(tmp_path / "table.csv")["steps"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seconds", "0"], "seconds must be > 0"),
+        (["--target", "mine"], "target 'mine' needs data and held_out"),
+        (["--processes", "0"], "processes must be >= 1"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(given, message, here):
+    with pytest.raises(SystemExit, match=f"^python -m dspark_lab.tuning.sweep: .*{message}"):
+        main([*given, "--work", str(here), "--out", str(here / "table.csv")])
+
+
+def test_an_interval_is_students_over_the_pooled_spread():
+    rows = [("slots", 0.0, 4, anchors, seed) for anchors in (8, 16) for seed in (0, 1, 2)]
+    table = pd.DataFrame(
+        rows, columns=["budget", "temperature", "block_size", "num_anchors", "seed"]
+    )
+    table["tau"] = [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
+    table["steps"] = table["slots"] = table["seconds"] = 1.0
+    found = cell_table(table)
+    # Squares 2 + 0 over four degrees of freedom; the quantile from a printed table.
+    half = 2.776 * math.sqrt(2 / 4) / math.sqrt(3)
+    assert found["tau"].tolist() == [2.0, 4.0]
+    assert (found["high"] - found["tau"]).tolist() == pytest.approx([half, half], abs=1e-3)
+    lone = cell_table(table[table["seed"] == 0])
+    assert lone["low"].isna().all() and lone["tau"].tolist() == [1.0, 4.0]

@@ -825,7 +825,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert checkpoints(tmp_path)[-1].name == "checkpoint-1000000"
 
 
-def test_a_checkpoint_holds_the_published_layout_and_no_pickle(whole: Path) -> None:
+def test_a_checkpoint_has_the_files_and_names_that_earlier_runs_have(whole: Path) -> None:
     [folder] = checkpoints(whole)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
@@ -833,10 +833,18 @@ def test_a_checkpoint_holds_the_published_layout_and_no_pickle(whole: Path) -> N
         "optimizer.safetensors",
         "state.json",
     ]
-    stored = load_file(folder / "model.safetensors")
-    expected = {n for n, p in tiny_drafter().named_parameters() if p.requires_grad}
-    assert set(stored) == expected
-    assert json.loads((folder / "state.json").read_text())["config"] == asdict(CONFIG)
+    trained = {n for n, p in tiny_drafter().named_parameters() if p.requires_grad}
+    assert set(load_file(folder / "model.safetensors")) == trained
+    assert set(load_file(folder / "optimizer.safetensors")) == {
+        f"{name}/{key}" for name in trained for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    saved = json.loads((folder / "state.json").read_text())
+    assert saved == {
+        "step": STEPS,
+        "config": asdict(CONFIG),
+        "data": "3e99d084e71f36258faf1d66efc21b94",
+        "processes": 1,
+    }
 
 
 def test_what_the_caller_has_frozen_stays_so_and_comes_back(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.make.pocket import train_tokenizer
 from dspark_lab.chats import Encoded, load_chats
 from dspark_lab.model import load_drafter, load_target
-from dspark_lab.training import Processes, Run, TrainConfig, checkpoints, loop
+from dspark_lab.training import Processes, Run, TrainConfig, checkpoints, loop, train
 from dspark_lab.training.processes import whole
 from tests import runs
 from tests.runs import CONFIG, ending, in_processes, small_run
@@ -143,6 +144,19 @@ def test_the_checkpoint_of_two_processes_is_a_whole_drafter(
     stored = load_drafter(checkpoints(out)[-1], target=tiny_target())
     for name, weight in results[0]["weights"].items():
         assert torch.equal(stored.get_parameter(name), weight), name
+
+
+def trained_in_float64(rank: int, out: Path) -> None:
+    target, drafter = pair()
+    config = TrainConfig(1, batch_size=1, num_anchors=4)
+    train(drafter, target, random_chats(4), config, out=out, parallel="fsdp2", progress=False)
+
+
+def test_shards_of_float64_are_stored_as_float64(tmp_path: Path) -> None:
+    in_processes(2, trained_in_float64, tmp_path / "run", folder=tmp_path)
+    [checkpoint] = checkpoints(tmp_path / "run")
+    stored = load_file(checkpoint / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float64}
 
 
 def killed_together(rank: int, out: Path, parallel: Any) -> None:

@@ -1,3 +1,13 @@
+from .cells import (
+    BUDGETS,
+    Cell,
+    SweepConfig,
+    cell_table,
+    load_sweep,
+    run_cell,
+    run_sweep,
+    sweep_table,
+)
 from .choice import (
     TrainingChoice,
     card_time,
@@ -28,16 +38,6 @@ from .shape import CARDS, TARGETS, Card, Layers, Shape
 from .spans import PER, Per, Spans
 from .step import Dtype, Step
 from .steptime import StepTime, fit_step_time, measure_steps
-from .sweep import (
-    BUDGETS,
-    Cell,
-    SweepConfig,
-    cell_table,
-    load_sweep,
-    run_cell,
-    run_sweep,
-    sweep_table,
-)
 
 __all__ = [
     "AttentionWork",

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float
 from dspark_lab.chats import Batch, Encoded
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
+from dspark_lab.tuning.cells import SweepConfig
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.memory import usable_bytes
@@ -38,7 +39,6 @@ from dspark_lab.tuning.shape import CARDS, Card, Shape
 from dspark_lab.tuning.spans import Per, Spans
 from dspark_lab.tuning.step import Dtype, Step
 from dspark_lab.tuning.steptime import StepTime, fit_step_time
-from dspark_lab.tuning.sweep import SweepConfig
 
 __all__ = [
     "TrainingChoice",

@@ -1,8 +1,7 @@
 """Many independent jobs at once: in processes of this machine, or on a Ray cluster.
 
-A job is a function of a module and its arguments; each result comes once, as soon as it is there. A
-worker or a node that dies takes no result with it: its job is done again elsewhere. This file knows
-nothing about what a job does.
+Each result comes once, as soon as it is there. The job of a worker or a node that dies is done
+again elsewhere.
 """
 
 from __future__ import annotations
@@ -14,36 +13,35 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Count, checked
 
 __all__ = ["run_jobs"]
 
 # A job that kills its process each time must not be tried for ever.
-_MOST_DEATHS = 3
+MOST_DEATHS = 3
 
 
+@checked
 def run_jobs(
     function: Callable[..., Any],
     jobs: Mapping[str, tuple[Any, ...]],
     *,
-    processes: int = 1,
+    processes: Count = 1,
     address: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Calls ``function(*arguments)`` for each job and yields ``(key, result)`` in order of arrival.
 
     Args:
-        function: of a module that the workers can import; called again where its worker died.
+        function: of a module that the workers can import.
         jobs: arguments by key.
         processes: at once, on this machine; on Ray a job asks for one CPU, and the cluster decides.
         address: of a Ray cluster, as ``ray.init`` takes it ("auto", "host:6379", "ray://..."); its
             nodes must have this package. Where a session of Ray is open already it is used.
 
     Raises:
-        TypeError, ValueError: ``processes`` is not an int of at least 1.
         ModuleNotFoundError: an address without Ray (``pip install 'dspark-lab[ray]'``).
         RuntimeError: workers died 3 times in a row without a single result.
     """
-    require_int("processes", processes, 1)
     if address is None:
         return _in_processes(function, jobs, processes)
     return _on_ray(function, jobs, address)
@@ -69,7 +67,7 @@ def _in_processes(
                 yield futures[future], result
         finally:
             pool.shutdown(cancel_futures=True)
-        if deaths >= _MOST_DEATHS:
+        if deaths >= MOST_DEATHS:
             raise RuntimeError(
                 f"workers died {deaths} times without a result; left: {', '.join(left)}"
             )

@@ -1,10 +1,8 @@
-"""What was chosen, as whoever is to run it wants it: JSON, command-line flags, config fragments.
+"""Export settings as JSON, command-line flags or config fragments.
 
-Trainers count a block differently. NeMo AutoModel, DeepSpec and this lab count the slots that
-predict; SpecForge's DFlash trainer counts the anchor among them, so its block is one longer. Names
-are those of the trainers' published configurations; what they leave out keeps their default.
-
-This file knows names; it does not know how a choice is made.
+Names are those of the trainers' and servers' published configurations; what they leave out keeps
+its default. SpecForge counts the anchor among the slots of a block; the others count the slots that
+predict.
 """
 
 from __future__ import annotations
@@ -17,37 +15,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_lab.checks import require_int, require_number
+from dspark_lab.checks import Count, Positive, Share, Size, checked
 from dspark_lab.files import written_whole
 
 __all__ = ["SERVERS", "TRAINERS", "ServingSettings", "TrainingSettings", "export"]
 
 
+@checked
 @dataclass(frozen=True)
 class TrainingSettings:
     """What decides coverage and cost of a training run.
 
     ``batch_size`` rows a step on each device, ``seq_len`` tokens of a row, ``num_anchors`` blocks a
-    row. Raises TypeError or ValueError where a count is not an int of at least 1, or
-    ``loss_decay_gamma`` not a number above 0.
+    row.
     """
 
-    num_anchors: int
-    block_size: int
-    seq_len: int
-    batch_size: int = 1
-    loss_decay_gamma: float = 4.0
-
-    def __post_init__(self) -> None:
-        for name in ("num_anchors", "block_size", "seq_len", "batch_size"):
-            require_int(name, getattr(self, name), 1)
-        require_number("loss_decay_gamma", self.loss_decay_gamma)
-        if not 0 < self.loss_decay_gamma < float("inf"):
-            raise ValueError(
-                f"loss_decay_gamma must be a finite number > 0, got {self.loss_decay_gamma}"
-            )
+    num_anchors: Count
+    block_size: Count
+    seq_len: Count
+    batch_size: Count = 1
+    loss_decay_gamma: Positive = 4.0
 
 
+@checked
 @dataclass(frozen=True)
 class ServingSettings:
     """How a drafter is to be served.
@@ -56,19 +46,12 @@ class ServingSettings:
     none. ``drafter``: the checkpoint's folder or hub id.
     """
 
-    draft_length: int
-    threshold: float = 0.0
+    draft_length: Size
+    threshold: Share = 0.0
     drafter: str = "DRAFTER"
 
-    def __post_init__(self) -> None:
-        require_int("draft_length", self.draft_length, 0)
-        require_number("threshold", self.threshold)
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
-        if not isinstance(self.drafter, str):
-            raise TypeError(f"drafter must be a string, got {type(self.drafter).__name__}")
 
-
+@checked
 def export(
     settings: TrainingSettings | ServingSettings,
     kind: str = "json",
@@ -82,12 +65,7 @@ def export(
 
     Raises:
         ValueError: there is no such kind, or the server cannot do what was chosen.
-        TypeError: not settings.
     """
-    if not isinstance(settings, (TrainingSettings, ServingSettings)):
-        raise TypeError(
-            f"settings must be TrainingSettings or ServingSettings, got {type(settings).__name__}"
-        )
     writers = TRAINERS if isinstance(settings, TrainingSettings) else SERVERS
     if kind not in ("json", *writers):
         raise ValueError(f"kind must be one of {['json', *writers]}, got {kind!r}")
@@ -99,22 +77,20 @@ def export(
     return text
 
 
-def _flags(**values: Any) -> str:
-    return " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in values.items())
+def slots_with_anchor(block_size: int) -> int:
+    """A block's length where its first slot is the anchor's own and predicts nothing."""
+    return block_size + 1
 
 
-def _yaml(head: str, **values: Any) -> str:
-    return "\n".join([f"{head}:", *(f"  {name}: {value}" for name, value in values.items())])
-
-
-def _dspark_lab(s: TrainingSettings) -> str:
-    return _flags(
-        num_anchors=s.num_anchors,
-        block_size=s.block_size,
-        max_length=s.seq_len,
-        batch_size=s.batch_size,
-        loss_decay_gamma=s.loss_decay_gamma,
-    )
+def _flags(block_size: int, s: TrainingSettings) -> str:
+    values = {
+        "num-anchors": s.num_anchors,
+        "block-size": block_size,
+        "max-length": s.seq_len,
+        "batch-size": s.batch_size,
+        "loss-decay-gamma": s.loss_decay_gamma,
+    }
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def _nemo(s: TrainingSettings) -> str:
@@ -139,17 +115,6 @@ def _deepspec(s: TrainingSettings) -> str:
     return " ".join(f'--opts "{name}={value}"' for name, value in values.items())
 
 
-def _specforge(s: TrainingSettings) -> str:
-    # Its first slot is the anchor's own and predicts nothing.
-    return _flags(
-        block_size=s.block_size + 1,
-        num_anchors=s.num_anchors,
-        max_length=s.seq_len,
-        batch_size=s.batch_size,
-        loss_decay_gamma=s.loss_decay_gamma,
-    )
-
-
 def _decode(s: ServingSettings) -> str:
     if s.draft_length == 0:
         return "decode(target, None, prompts)"
@@ -161,11 +126,7 @@ def _vllm(s: ServingSettings) -> str:
     _require_no_threshold("vllm", s)
     if s.draft_length == 0:
         return "# without --speculative-config"
-    config = {
-        "method": "dspark",
-        "model": s.drafter,
-        "num_speculative_tokens": s.draft_length,
-    }
+    config = {"method": "dspark", "model": s.drafter, "num_speculative_tokens": s.draft_length}
     return f"--speculative-config {shlex.quote(json.dumps(config))}"
 
 
@@ -181,6 +142,10 @@ def _tensorrt_llm(s: ServingSettings) -> str:
     )
 
 
+def _yaml(head: str, **values: Any) -> str:
+    return "\n".join([f"{head}:", *(f"  {name}: {value}" for name, value in values.items())])
+
+
 def _require_no_threshold(server: str, s: ServingSettings) -> None:
     if s.threshold:
         raise ValueError(
@@ -190,10 +155,10 @@ def _require_no_threshold(server: str, s: ServingSettings) -> None:
 
 
 TRAINERS: dict[str, Callable[[Any], str]] = {
-    "dspark-lab": _dspark_lab,
+    "dspark-lab": lambda s: _flags(s.block_size, s),
     "nemo-automodel": _nemo,
     "deepspec": _deepspec,
-    "specforge": _specforge,
+    "specforge": lambda s: _flags(slots_with_anchor(s.block_size), s),
 }
 SERVERS: dict[str, Callable[[Any], str]] = {
     "dspark-lab": _decode,

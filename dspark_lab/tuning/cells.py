@@ -1,0 +1,384 @@
+"""Sweeps: drafters trained over anchors x block size, and their accepted length by decoding.
+
+A cell is (budget, num_anchors, block_size, seed). Its drafter is trained for as many steps as the
+budget pays: until it has seen ``slots`` supervised slots, in expectation, or for ``seconds`` of a
+training step's own time, which is measured once for each (num_anchors, block_size). Then it decodes
+the same held-out prompts as every other. A finished cell is one file in the work folder; the same
+call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import torch
+from tqdm import tqdm
+
+from dspark_lab.chats import Chat, Encoded, encode, load_chats
+from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, checked
+from dspark_lab.decoding import decode
+from dspark_lab.files import read_json, shipped, write_json
+from dspark_lab.model import Drafter, Target, load_target
+from dspark_lab.pairs import in_turns, load_pair, question
+from dspark_lab.training import TrainConfig, mask_token_id, new_drafter, train
+from dspark_lab.tuning.coverage import supervision
+from dspark_lab.tuning.jobs import run_jobs
+from dspark_lab.tuning.spans import Spans
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = [
+    "BUDGETS",
+    "Cell",
+    "SweepConfig",
+    "cell_table",
+    "load_sweep",
+    "run_cell",
+    "run_sweep",
+    "sweep_table",
+]
+
+Budget = Literal["slots", "seconds"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One drafter of the sweep."""
+
+    budget: Budget
+    num_anchors: int
+    block_size: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.budget}-n{self.num_anchors}-k{self.block_size}-seed{self.seed}"
+
+
+@checked
+@dataclass(frozen=True)
+class SweepConfig:
+    """What is swept, and what each drafter may spend.
+
+    Args:
+        num_anchors: blocks of a row, each once.
+        block_sizes: slots of a block, each once.
+        seeds: drafters of each kind, each once.
+        slots: supervised slots of the first budget.
+        seconds: training time of the second budget.
+        prompts: held-out questions to decode, domains in turn.
+        max_new_tokens: of an answer.
+        temperatures: at which every prompt is decoded.
+        target: pocket, or a folder or hub id, which needs data and held_out.
+        data: JSONL of conversations to learn from.
+        held_out: JSONL of conversations whose questions are asked.
+        device: of target and drafters.
+        features: of the target, stored first or asked for every batch.
+        training: all other settings of a run; ``steps``, ``num_anchors``, ``seed`` and
+            ``warmup_steps`` (a twentieth of the steps) are the cell's.
+    """
+
+    num_anchors: Annotated[tuple[Count, ...], NotEmpty()] = (4, 12, 32, 96)
+    block_sizes: Annotated[tuple[Count, ...], NotEmpty()] = (4, 7, 12)
+    seeds: Annotated[tuple[Size, ...], NotEmpty()] = (0, 1, 2)
+    slots: Count = 250_000
+    seconds: Positive = 75.0
+    prompts: Count = 60
+    max_new_tokens: Count = 64
+    temperatures: Annotated[tuple[NonNegative, ...], NotEmpty()] = (0.0, 1.0)
+    target: str = "pocket"
+    data: str | None = None
+    held_out: str | None = None
+    device: str = "cpu"
+    features: Literal["cached", "live"] = "cached"
+    training: TrainConfig = TrainConfig(
+        steps=1,
+        batch_size=16,
+        max_length=512,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+        precision="bf16",
+        checkpoint_every=100,
+        keep_checkpoints=1,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_anchors", "block_sizes", "seeds", "temperatures"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must hold each value once, got {values}")
+        if self.target != "pocket" and not (self.data and self.held_out):
+            raise ValueError(f"target {self.target!r} needs data and held_out")
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that a sweep that was stopped early has whole tables."""
+        return [
+            Cell(budget, anchors, block_size, seed)
+            for seed in self.seeds
+            for budget in BUDGETS
+            for block_size in self.block_sizes
+            for anchors in self.num_anchors
+        ]
+
+
+def run_sweep(
+    config: SweepConfig,
+    work: str | Path,
+    *,
+    processes: int = 1,
+    address: str | None = None,
+    progress: bool = True,
+    run: Callable[..., list[dict[str, Any]]] | None = None,
+) -> pandas.DataFrame:
+    """Trains and decodes every cell that ``work`` does not hold yet; returns :func:`sweep_table`.
+
+    Args:
+        config: the sweep; ``work`` must hold no other.
+        work: folder for results, unfinished runs, and cached features. Nodes of a cluster that do
+            not see it use a folder of the same name of their own for the latter two.
+        processes, address: see :func:`dspark_lab.tuning.run_jobs`.
+        progress: whether to show a bar.
+        run: called for each cell, :func:`run_cell` by default.
+
+    Raises:
+        ValueError: a work folder of another sweep.
+    """
+    work = Path(work).absolute()
+    (work / "cells").mkdir(parents=True, exist_ok=True)
+    _require_same_sweep(work / "sweep.json", config)
+    cells = {_result(work, cell): cell for cell in config.cells()}
+    left = {path: cell for path, cell in cells.items() if not path.exists()}
+    if left:
+        steps = _planned_steps(config, work)
+        jobs = {
+            cell.key: (cell, config, steps[cell.budget, cell.num_anchors, cell.block_size], work)
+            for cell in left.values()
+        }
+        by_key = {cell.key: path for path, cell in left.items()}
+        with tqdm(total=len(cells), initial=len(cells) - len(left), disable=not progress) as bar:
+            for key, rows in run_jobs(run or run_cell, jobs, processes=processes, address=address):
+                write_json(by_key[key], rows, indent=1)
+                shutil.rmtree(work / "runs" / key, ignore_errors=True)
+                bar.set_postfix_str(key)
+                bar.update()
+    return sweep_table(work)
+
+
+def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict[str, Any]]:
+    """Trains one drafter, decodes with it, and returns a line for each temperature."""
+    torch.set_num_threads(1)
+    target, chats, held_out = _materials(config)
+    training = replace(
+        config.training,
+        steps=steps,
+        num_anchors=cell.num_anchors,
+        seed=cell.seed,
+        warmup_steps=max(1, steps // 20),
+    )
+    drafter = _fresh(target, chats, cell)
+    history = train(
+        drafter,
+        target,
+        chats,
+        training,
+        out=work / "runs" / cell.key,
+        features=config.features,
+        cache=work / "features",
+        progress=False,
+    )
+    if history.interrupted:
+        raise KeyboardInterrupt
+    trained = history.table()
+    lines = []
+    for temperature in config.temperatures:
+        decoded = decode(
+            target,
+            drafter,
+            [question(chat) for chat in held_out],
+            temperature=temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed=cell.seed,
+        )
+        # Blocks cut at the end of an answer say nothing of the slots that were not there.
+        whole = decoded.rounds[decoded.rounds["drafted"] == cell.block_size]
+        lines.append(
+            {
+                **asdict(cell),
+                "temperature": temperature,
+                "steps": steps,
+                "slots": int(trained["slots"].sum()),
+                "seconds": round(float(trained["seconds"].sum()), 1),
+                "tau": round(decoded.tau, 4),
+                "rounds": len(decoded.rounds),
+                **{
+                    f"accepted_{slot}": round(float((whole["accepted"] > slot).mean()), 4)
+                    for slot in range(cell.block_size)
+                },
+            }
+        )
+    return lines
+
+
+def sweep_table(work: str | Path) -> pandas.DataFrame:
+    """What the finished cells in a work folder found, one line per cell and temperature.
+
+    ``budget``, ``num_anchors``, ``block_size``, ``seed``, ``temperature``; ``steps``, supervised
+    ``slots`` and ``seconds`` of training; ``tau`` (tokens per round) by real decoding over
+    ``rounds`` rounds, and ``accepted_0``, ...: the share of whole blocks whose slot was accepted,
+    with all before it.
+    """
+    import pandas as pd
+
+    files = sorted((Path(work) / "cells").glob("*.json"))
+    lines = [line for path in files for line in read_json(path, list)]
+    if not lines:
+        return pd.DataFrame()
+    by = ["budget", "temperature", "block_size", "num_anchors", "seed"]
+    return pd.DataFrame(lines).sort_values(by, ignore_index=True)
+
+
+def load_sweep(path: str | Path | None = None) -> pandas.DataFrame:
+    """A table of :func:`sweep_table` from CSV; the shipped one of the pocket target by default."""
+    import pandas as pd
+
+    return pd.read_csv(path or shipped("pocket/sweep.csv"))
+
+
+def cell_table(sweep: pandas.DataFrame) -> pandas.DataFrame:
+    """A sweep's seeds together: tau of each cell, with 95 % intervals.
+
+    The standard deviation between seeds is pooled over the cells of a budget and temperature, which
+    three seeds alone could not tell.
+
+    Args:
+        sweep: from :func:`sweep_table` or :func:`load_sweep`.
+
+    Returns:
+        one line per budget, temperature, block size and anchor count: ``tau`` (mean over
+        ``seeds``), ``low``, ``high`` (Student's t; NaN where no cell has two seeds), ``steps``,
+        ``slots`` and ``seconds`` (means).
+    """
+    from scipy import stats
+
+    by = ["budget", "temperature"]
+    groups = sweep.groupby([*by, "block_size", "num_anchors"])
+    table = groups[["tau", "steps", "slots", "seconds"]].mean()
+    table.insert(1, "seeds", groups.size())
+    squares = (sweep["tau"] - groups["tau"].transform("mean")) ** 2
+    freedom = sweep.groupby(by).size() - table.groupby(by).size()
+    freedom = freedom.where(freedom > 0).astype(float)
+    spread = (squares.groupby([sweep[name] for name in by]).sum() / freedom) ** 0.5
+    quantile = freedom.map(lambda v: stats.t.ppf(0.975, v))
+    index = table.index.droplevel(["block_size", "num_anchors"])
+    half = standard_error((spread * quantile).reindex(index).to_numpy(), table["seeds"])
+    table.insert(1, "low", table["tau"] - half)
+    table.insert(2, "high", table["tau"] + half)
+    return table.reset_index()
+
+
+def standard_error(spread: Any, seeds: Any) -> Any:
+    """Of the mean of so many drafters, each of which has this standard deviation."""
+    return spread / seeds**0.5
+
+
+def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, int], int]:
+    """Steps by budget, anchor count and block size; measured times are kept in ``work``."""
+    target, chats, _ = _materials(config)
+    spans = Spans.of(chats)
+    measured = work / "step_seconds.json"
+    seconds = read_json(measured) if measured.exists() else {}
+    steps: dict[tuple[Budget, int, int], int] = {}
+    for block_size in config.block_sizes:
+        for anchors in config.num_anchors:
+            name = f"n{anchors}-k{block_size}"
+            if name not in seconds:
+                seconds[name] = _step_seconds(config, anchors, block_size, work)
+                write_json(measured, seconds, indent=1)
+            per_pass = supervision(spans, anchors, block_size).expected
+            slots = per_pass / len(chats) * config.training.batch_size
+            steps["slots", anchors, block_size] = max(1, round(config.slots / slots))
+            steps["seconds", anchors, block_size] = max(1, round(config.seconds / seconds[name]))
+    return steps
+
+
+def _step_seconds(
+    config: SweepConfig, num_anchors: int, block_size: int, work: Path, steps: int = 9
+) -> float:
+    """The median time of a training step, little changed by other work on the machine.
+
+    On a CPU the time of one thread's own work, on a GPU the clock's.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    target, chats, _ = _materials(config)
+    clock = time.process_time if target.device.type == "cpu" else time.perf_counter
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            _fresh(target, chats, Cell("seconds", num_anchors, block_size, 0)),
+            target,
+            chats,
+            replace(config.training, steps=steps, num_anchors=num_anchors, warmup_steps=1),
+            out=folder,
+            features=config.features,
+            cache=work / "features",
+            progress=False,
+            on_metrics=lambda row: times.append(clock()),
+        )
+    torch.set_num_threads(threads)
+    return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+
+
+@lru_cache(maxsize=1)
+def _materials(config: SweepConfig) -> tuple[Target, list[Encoded], list[Chat]]:
+    """The target, the conversations to learn from, and those whose questions are asked."""
+    if config.target == "pocket":
+        pair = load_pair(device=config.device)
+        target, chats, others = pair.target, pair.chats, pair.held_out
+    else:
+        assert config.data is not None and config.held_out is not None
+        target = load_target(config.target, device=config.device)
+        chats, others = load_chats(config.data), load_chats(config.held_out)
+    assert target.tokenizer is not None
+    encoded = [encode(chat, target.tokenizer, config.training.max_length) for chat in chats]
+    return target, encoded, in_turns(others)[: config.prompts]
+
+
+def _fresh(target: Target, chats: Sequence[Encoded], cell: Cell) -> Drafter:
+    torch.manual_seed(cell.seed)
+    return new_drafter(
+        target,
+        mask_token_id=mask_token_id(None, target, chats),
+        block_size=cell.block_size,
+        num_anchors=cell.num_anchors,
+    )
+
+
+def _result(work: Path, cell: Cell) -> Path:
+    return work / "cells" / f"{cell.key}.json"
+
+
+def _require_same_sweep(path: Path, config: SweepConfig) -> None:
+    # As JSON has it: tuples are lists there.
+    given = json.loads(json.dumps(asdict(config)))
+    if not path.exists():
+        write_json(path, given, indent=1)
+        return
+    saved = read_json(path)
+    other = [name for name in given if saved.get(name) != given[name]]
+    if other:
+        raise ValueError(
+            f"{path.parent} must be a new folder or one of the same sweep, "
+            f"got one with other {', '.join(other)}"
+        )
