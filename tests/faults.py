@@ -389,6 +389,8 @@ FAULTS: dict[str, Fault] = {
                 right(table.assign(gain_per_second=table["gain_per_byte"])).index
             ]
         ),
+        TUNE,
+    ),
     "training starts without a warm-up": Fault(
         "dspark_lab.training.config:TrainConfig.learning_rate_at",
         lambda right: lambda config, step: right(replace(config, warmup_steps=0), step),
