@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand, rounds_by_hand, unlucky
 
 from dspark_lab.decoding import rounds_of
 from dspark_lab.rates import (
@@ -26,6 +25,7 @@ from dspark_lab.rates import (
     split_prompts,
 )
 from dspark_lab.serving import RoundCosts, gain_table
+from tests.traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand, rounds_by_hand, unlucky
 
 COSTS = RoundCosts.of(SLOTS, plain_seconds=1, draft_seconds=0.3, verify_seconds=1)
 

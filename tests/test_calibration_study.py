@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand
 
 from dspark_lab.decoding import rounds_of
 from dspark_lab.rates import prefix_survival, study, threshold_sweep
+from tests.traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand
 
 
 @pytest.mark.parametrize("trace", [TRACE, RAGGED], ids=["whole", "ragged"])

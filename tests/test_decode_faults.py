@@ -10,7 +10,6 @@ from dataclasses import replace
 import faults
 import pytest
 import torch
-from faults import Fault, Function, changed_result, plant
 from test_decode import ALPHA, chance_of_draws, draft_error, play
 from test_decode_exact import (
     PROMPT,
@@ -27,6 +26,7 @@ from dspark_lab.decoding.record import Block
 from dspark_lab.model import Drafter, Proposal, TargetCache
 from dspark_lab.model.drafter import DraftCache
 from dspark_lab.pairs import load_pair
+from tests.faults import Fault, Function, changed_result, plant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

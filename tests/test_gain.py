@@ -3,10 +3,10 @@
 import math
 
 import pytest
-from traces import SLOTS, TRACE, made_trace, rounds_by_hand, unlucky
 
 from dspark_lab.rates import SequentialTemperatures, split_prompts, temperature_scale
 from dspark_lab.serving import RoundCosts, gain_table
+from tests.traces import SLOTS, TRACE, made_trace, rounds_by_hand, unlucky
 
 DRAFT, VERIFY, TOKEN = 0.3, 1.0, 0.25
 

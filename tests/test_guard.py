@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, environment_with
+
+from tests.faults import FAULTS, environment_with
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 60

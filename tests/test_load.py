@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import SLOTS, TRACE, made_trace
 
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures, temperature_scale
@@ -28,6 +27,7 @@ from dspark_lab.serving import (
     load_table,
     simulate,
 )
+from tests.traces import SLOTS, TRACE, made_trace
 
 # In standard errors: a true statement fails with a probability of 6e-5 (normal), and the seeds are
 # fixed. Where a standard error comes from 40 batches, 3e-4 (Student's t).

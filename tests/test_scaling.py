@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from traces import PROBABILITY, RAGGED, ece_by_hand
 
 from dspark_lab.decoding import rounds_of
 from dspark_lab.model import CALIBRATION
@@ -25,6 +24,7 @@ from dspark_lab.rates import (
     prefix_survival,
     temperature_scale,
 )
+from tests.traces import PROBABILITY, RAGGED, ece_by_hand
 
 
 @given(values=st.lists(PROBABILITY, min_size=2, max_size=30), temperature=st.floats(0.2, 5.0))

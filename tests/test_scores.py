@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, roc_auc_score
-from traces import PROBABILITY, bins_by_hand, ece_by_hand
 
 from dspark_lab.rates import auroc, brier, expected_calibration_error, reliability_table
+from tests.traces import PROBABILITY, bins_by_hand, ece_by_hand
 
 BINNINGS = ("width", "mass")
 

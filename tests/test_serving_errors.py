@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 from samples import tiny_drafter, tiny_target
-from traces import TRACE
 
 from dspark_lab.serving import (
     AcceptanceProfile,
@@ -33,6 +32,7 @@ from dspark_lab.serving import (
     temperature_table,
     threshold_table,
 )
+from tests.traces import TRACE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

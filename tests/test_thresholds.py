@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import RAGGED, SLOTS, TRACE, rounds_by_hand
 
 from dspark_lab.rates import (
     SequentialTemperatures,
     temperature_scale,
     threshold_sweep,
 )
+from tests.traces import RAGGED, SLOTS, TRACE, rounds_by_hand
 
 
 def sweep_by_hand(trace: pd.DataFrame, threshold: float) -> tuple[float, float, float]:
