@@ -7,7 +7,6 @@ answers stay right and only the draft gets worse, the training forward.
 from collections.abc import Callable
 from dataclasses import replace
 
-import faults
 import pytest
 import torch
 from test_decode import ALPHA, chance_of_draws, draft_error, play
@@ -26,6 +25,7 @@ from dspark_lab.decoding.record import Block
 from dspark_lab.model import Drafter, Proposal, TargetCache
 from dspark_lab.model.drafter import DraftCache
 from dspark_lab.pairs import load_pair
+from tests import faults
 from tests.faults import Fault, Function, changed_result, plant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
