@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import Count, Size, checked
+from dspark_lab.checks import BlockSize, Count, Size, checked
 from dspark_lab.common import (
     build_eval_mask,
     context_doc_ids,
@@ -183,7 +183,7 @@ def label_positions(
     block_keep_mask: Bool[Tensor, "batch anchor"],
     *,
     seq_len: Count,
-    block_size: Count,
+    block_size: BlockSize,
 ) -> tuple[Int[Tensor, "batch anchor slot"], Int[Tensor, "batch anchor slot"]]:
     """Row positions of the slots' labels, anchor + 1 to anchor + block_size.
 
@@ -197,7 +197,7 @@ def label_positions(
 
 @checked
 def previous_positions(
-    anchor_positions: Int[Tensor, "batch anchor"], *, seq_len: Count, block_size: Count
+    anchor_positions: Int[Tensor, "batch anchor"], *, seq_len: Count, block_size: BlockSize
 ) -> Int[Tensor, "batch anchor slot"]:
     """Row positions of the tokens before the slots' labels, anchor + 0 to anchor + block_size - 1.
 

@@ -118,7 +118,7 @@ def checked(target: T) -> T:
       number. A value that a ``Literal`` does not list is a ValueError.
     - ``Annotated``: each rule's ``check(name, value)``, and ``Axis``.
 
-    Defaults are not checked. In a compiled graph nothing is.
+    Defaults are not checked. In a compiled graph nothing is, in debug mode results are too.
     """
     if inspect.isclass(target):
         setattr(target, "__init__", checked(target.__init__))  # noqa: B010 (mypy: no assignment)
@@ -127,9 +127,13 @@ def checked(target: T) -> T:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            _check_call(function, args, kwargs)
-        return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        seen = _check_call(function, args, kwargs)
+        result = function(*args, **kwargs)
+        if DEBUG:
+            _check_result(function, result, seen)
+        return result
 
     return call  # type: ignore[return-value]
 
@@ -254,13 +258,20 @@ ANYTHING = Check("anything", lambda value: True)
 
 def _check_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> Call:
     call, given = Call(), len(args)
     for position, name, check in _read_signature(function):
         if position < given:
             check(name, args[position], call)
         elif name in kwargs:
             check(name, kwargs[name], call)
+    return call
+
+
+def _check_result(function: Callable[..., Any], result: Any, call: Call) -> None:
+    call.device = None  # a result may be elsewhere
+    check = _Names(function).read(inspect.signature(function).return_annotation)
+    check(f"the result of {function.__name__}", result, call)
 
 
 @functools.cache
