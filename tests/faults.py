@@ -111,17 +111,17 @@ FAULTS: dict[str, Fault] = {
     "supervision jumps over gaps": Fault(
         "dspark_lab.common:_contiguous_prefix",
         lambda right: lambda supervised: supervised,
-        ANCHORS,
+        MASKS,
     ),
     "supervision ignores the keep mask": Fault(
         "dspark_lab.common:build_eval_mask",
         changed_argument("block_keep_mask", lambda keep: keep | True),
-        ANCHORS,
+        MASKS,
     ),
     "supervision ignores the end of the document": Fault(
         "dspark_lab.common:build_eval_mask",
         changed_argument("doc_remaining", lambda remaining: remaining * 0 + 10**6),
-        ANCHORS,
+        MASKS,
     ),
     "candidates need no second token": Fault(
         "dspark_lab.common:_pairs",
@@ -131,7 +131,7 @@ FAULTS: dict[str, Fault] = {
     "candidates ignore the end of the document": Fault(
         "dspark_lab.common:build_anchor_candidate_mask",
         lambda right: lambda seq_len, loss_mask, doc_remaining=None: right(seq_len, loss_mask),
-        ANCHORS,
+        MASKS,
     ),
     "the largest random numbers become anchors": Fault(
         "dspark_lab.common:_uniform", changed_result(lambda noise: 1 - noise), ANCHORS

@@ -12,7 +12,7 @@ from pathlib import Path
 WALK = """
 import torch
 import dspark_lab as lab
-from dspark_lab import attention, blocks, chats, common
+from dspark_lab import attention, blocks, chats, common, tuning
 
 torch.set_num_threads(1)
 tokenizer = lab.load_tokenizer()
@@ -31,9 +31,8 @@ states = [torch.zeros(2, 3, 4)] * 4
 common.extract_context_feature(states, common.validate_target_layer_ids([0, 1], 4))
 common.AcceptRatePredictor(4)(states[0])
 lab.explore_anchors(), lab.explore_masks(packed=True, row_length=1024)
-pair = lab.load_pair()
-prompts = [chat.prompt() if hasattr(chat, "prompt") else chat for chat in pair.held_out[:2]]
-lab.choose_training(encoded, pair.drafter.config, time="H100", num_anchors=(8,), block_sizes=(4,))
+shape = tuning.Shape.of("qwen3-4b")
+lab.choose_training(encoded, shape, time="H100", num_anchors=(8,), block_sizes=(4,))
 print("walked")
 """
 
