@@ -1,6 +1,6 @@
 """Decoding changes nothing: every way that chance can fall, weighed, against the target by itself.
 
-Where `decode` would draw, it is told what came out, and each choice is tried in turn (`Told`), so
+Where `decode` would draw, an `Enumerator` gives the choice, and every choice is tried in turn, so
 what an answer's paths weigh together is its probability, with no sampling error. What it should be
 comes from the model of transformers alone: a full forward for every token, no cache, and the chain
 rule. Vocabularies of two to four tokens, models in float64.
@@ -54,8 +54,8 @@ class Path:
     weight: float
 
 
-class Told(RandomNumbers):
-    """Choices that are told, not drawn: a path gives them, and where it ends, the first way.
+class Enumerator(RandomNumbers):
+    """Chooses instead of drawing: a path gives the choices, and where it ends, the first way.
 
     Each path is that of ``prompts`` rows. ``paths`` are those gone in the end, ``others`` those
     that turn off where one of these was the first to go on. The random numbers only say whose they
@@ -125,19 +125,19 @@ def enumerate_answers(
     paths = [Path({}, 1.0)]
     while paths:
         now, paths = paths[-at_once:], paths[:-at_once]
-        told = Told(now, len(prompts))
+        enumerator = Enumerator(now, len(prompts))
         with (
-            mock.patch.object(verification, "accepts", told.accepts),
-            mock.patch.object(verification, "draw", told.draw),
-            mock.patch.object(loop, "draw", told.draw),
+            mock.patch.object(verification, "accepts", enumerator.accepts),
+            mock.patch.object(verification, "draw", enumerator.draw),
+            mock.patch.object(loop, "draw", enumerator.draw),
         ):
             answers = decode(
-                target, drafter, [*prompts] * len(now), random_numbers=told, **options
+                target, drafter, [*prompts] * len(now), random_numbers=enumerator, **options
             ).tokens
-        for n, path in enumerate(told.paths):
+        for n, path in enumerate(enumerator.paths):
             rows = answers[n * len(prompts) : (n + 1) * len(prompts)]
             found[tuple(map(tuple, rows))] += path.weight
-        paths += told.others
+        paths += enumerator.others
     return found
 
 
