@@ -8,7 +8,6 @@ forward only.
 import math
 from dataclasses import dataclass
 
-import oracle
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dspark_lab.attention import block_attention, training_block_mask
+from tests import oracle
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

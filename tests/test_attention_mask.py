@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import dspark_lab
 from dspark_lab.attention import training_block_mask, training_dense_mask, training_mask_mod
+from tests import oracle
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, fields
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import documents
 
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, label_positions, times_supervised
 from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import sample_anchor_positions
+from tests import oracle
+from tests.samples import documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import oracle
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -40,6 +39,7 @@ from dspark_lab.chats import (
     one_row,
     pack,
 )
+from tests import oracle
 
 PROMPT, ANSWER, SPACE = "prompt", "answer", "space"
 Pieces = list[tuple[str, str]]

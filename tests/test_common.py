@@ -4,12 +4,12 @@ import dataclasses
 import inspect
 import warnings
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 from dspark_lab import common
+from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

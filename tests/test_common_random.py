@@ -10,7 +10,6 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dspark_lab import common
+from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

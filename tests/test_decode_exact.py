@@ -17,7 +17,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from samples import tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark_lab.decoding import (
@@ -31,6 +30,7 @@ from dspark_lab.decoding import (
 )
 from dspark_lab.model import Drafter, Target
 from dspark_lab.serving import StepsPerSecond, prefix_scheduler
+from tests.samples import tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

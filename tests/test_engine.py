@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import tiny_drafter, tiny_target
 
 from dspark_lab.decoding import RandomNumbers, verification
 from dspark_lab.model import Drafter, Target
@@ -35,6 +34,7 @@ from dspark_lab.serving import (
     speedup_table,
     timing,
 )
+from tests.samples import tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import chores
 import pytest
 
 from dspark_lab.tuning import Cell, SweepConfig, run_cell, run_jobs, run_sweep, sweep_table
+from tests import chores
 
 NAMES = [f"job-{number}" for number in range(6)]
 
@@ -71,7 +71,7 @@ def cluster(monkeypatch) -> Iterator:
     """Two nodes of one CPU each, the first of which this process is part of."""
     pytest.importorskip("ray", reason="Ray is not installed")
     # Where the workers find this file.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     import ray
     from ray.cluster_utils import Cluster
 

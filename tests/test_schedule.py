@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import tiny_drafter, tiny_target
 
 from dspark_lab.decoding import decode, distribution
 from dspark_lab.model import Target
@@ -28,6 +27,7 @@ from dspark_lab.serving import (
     schedule_table,
     timing,
 )
+from tests.samples import tiny_drafter, tiny_target
 
 Confidence = Sequence[Sequence[float]]
 

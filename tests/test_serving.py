@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from samples import tiny_drafter, tiny_target
 
 from dspark_lab.decoding import decode
 from dspark_lab.model import Drafter, Target
@@ -38,6 +37,7 @@ from dspark_lab.serving import (
     temperature_table,
     threshold_table,
 )
+from tests.samples import tiny_drafter, tiny_target
 from tests.traces import PROBABILITY, SLOTS, TRACE, made_trace, rounds_by_hand
 
 pytestmark = pytest.mark.usefixtures("one_thread")

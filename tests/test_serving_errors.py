@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from samples import tiny_drafter, tiny_target
 
 from dspark_lab.serving import (
     AcceptanceProfile,
@@ -32,6 +31,7 @@ from dspark_lab.serving import (
     temperature_table,
     threshold_table,
 )
+from tests.samples import tiny_drafter, tiny_target
 from tests.traces import TRACE
 
 pytestmark = pytest.mark.usefixtures("one_thread")

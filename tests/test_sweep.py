@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
-import oracle
 import pandas as pd
 import pytest
 
@@ -25,6 +24,7 @@ from dspark_lab.tuning import (
 )
 from dspark_lab.tuning import cells as lab
 from dspark_lab.tuning.sweep import main, parsed
+from tests import oracle
 
 SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=100, seconds=3)
 SECONDS = {"n2-k2": 0.5, "n3-k2": 0.75}
