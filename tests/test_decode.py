@@ -19,15 +19,6 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import chi2
-from test_decode_exact import (
-    HEADS,
-    early_stopping,
-    exact_drafter,
-    exact_target,
-    own_answers,
-    undecided,
-)
-from test_target import random_target
 
 from dspark_lab.decoding import (
     Decoded,
@@ -44,6 +35,15 @@ from dspark_lab.decoding.settings import scheduled
 from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import Pair, load_pair, question
 from dspark_lab.serving import StepsPerSecond, prefix_scheduler
+from tests.test_decode_exact import (
+    HEADS,
+    early_stopping,
+    exact_drafter,
+    exact_target,
+    own_answers,
+    undecided,
+)
+from tests.test_target import random_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

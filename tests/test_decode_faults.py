@@ -9,16 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_decode import ALPHA, chance_of_draws, draft_error, play
-from test_decode_exact import (
-    PROMPT,
-    distance,
-    enumerate_answers,
-    exact_drafter,
-    exact_target,
-    own_answers,
-    undecided,
-)
 from torch import Tensor
 
 from dspark_lab.decoding.record import Block
@@ -27,6 +17,16 @@ from dspark_lab.model.drafter import DraftCache
 from dspark_lab.pairs import load_pair
 from tests import faults
 from tests.faults import Fault, Function, changed_result, plant
+from tests.test_decode import ALPHA, chance_of_draws, draft_error, play
+from tests.test_decode_exact import (
+    PROMPT,
+    distance,
+    enumerate_answers,
+    exact_drafter,
+    exact_target,
+    own_answers,
+    undecided,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_decode_exact import early_stopping, exact_drafter, exact_target, undecided
 
 from dspark_lab.decoding import (
     OTHERS,
@@ -29,6 +28,7 @@ from dspark_lab.decoding import (
     token_kind,
     token_kinds,
 )
+from tests.test_decode_exact import early_stopping, exact_drafter, exact_target, undecided
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_target import places, random_model, small_tokenizer
 
 from dspark_lab.chats import encode, load_chats, one_row
 from dspark_lab.common import extract_context_feature
 from dspark_lab.model import load_target, smollm2
+from tests.test_target import places, random_model, small_tokenizer
 
 
 @pytest.fixture
