@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -222,16 +222,18 @@ def dspark_objective(
     return _finish(loss, share, weights, ce, l1, slots.confidence_pred, mask, confidence_weight)
 
 
-def most_slots(vocab_size: int, on_gpu: bool) -> int:
+@checked
+def most_slots(vocab_size: Count, on_gpu: bool) -> int:
     """The most slots whose logits :func:`dspark_objective` makes at one time by default."""
     return max(1, _CHUNK[on_gpu] // vocab_size)
 
 
+@checked
 def chunk_sizes(
-    slots: int | Int[np.ndarray, "*axes"],
-    vocab_size: int,
+    slots: float | Shaped[np.ndarray, "*axes"],
+    vocab_size: Count,
     on_gpu: bool,
-    chunk: int | None = None,
+    chunk: Count | None = None,
 ) -> tuple[Any, Any, Any]:
     """How :func:`dspark_objective` divides its slots: even chunks, each gone through by tiles.
 
