@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_lab.blocks import draw_blocks
-from dspark_lab.chats import Batch, Encoded, collate, one_row, pack
+from dspark_lab.chats import Batch, collate, one_row, pack
 from dspark_lab.tuning import (
     PER,
     REASONS,
@@ -36,7 +36,7 @@ from dspark_lab.tuning import (
     token_supervision,
 )
 from tests import oracle
-from tests.samples import CHAT, documents
+from tests.samples import documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,9 +48,6 @@ MARKS = (
     ".aa.a.aaa......",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 )
-
-
-EMPTY = Encoded(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool), CHAT)
 
 
 def unpacked() -> Batch:
@@ -325,14 +322,6 @@ def test_a_data_set_is_the_sum_of_its_conversations():
     assert whole.blocks == pytest.approx(sum(e.blocks for e in each) / 200)
 
 
-def test_packing_changes_nothing_for_anchors_counted_by_document():
-    encoded = documents(*random_marks(60, 1))
-    packed = supervision(Spans.of(encoded, row_length=150), 8, 5, per="document")
-    unpacked = supervision(encoded, 8, 5, per="row")
-    assert packed.expected_by_slot.tolist() == pytest.approx(unpacked.expected_by_slot.tolist())
-    assert packed.covered == pytest.approx(unpacked.covered)
-
-
 @pytest.mark.parametrize("row_length", [None, 70])
 def test_a_batch_has_the_spans_of_its_conversations(row_length):
     encoded = documents(*MARKS)
@@ -351,19 +340,6 @@ def test_a_batch_has_the_spans_of_its_conversations(row_length):
             for data, number in ((batch, document), (spans, index))
         )
         pd.testing.assert_frame_equal(one, other)
-
-
-def test_cutting_is_what_a_shorter_conversation_would_be():
-    for seq_len in (3, 5, 13, 40):
-        cut = documents(*[mark[:seq_len] for mark in MARKS])
-        ours = supervision(Spans.of(documents(*MARKS), seq_len=seq_len), 4, 3)
-        theirs = supervision(cut, 4, 3)
-        assert ours.expected_by_slot.tolist() == theirs.expected_by_slot.tolist()
-        assert (ours.covered, ours.labels, ours.supervised) == (
-            theirs.covered,
-            theirs.labels,
-            theirs.supervised,
-        )
 
 
 def test_one_document_is_its_lines_of_the_whole_table():
@@ -552,7 +528,6 @@ def test_tables_hold_numbers_in_their_columns():
     [
         (lambda e: Spans.of([]), ValueError, "data must hold at least one conversation, got none"),
         (lambda e: Spans.of(["a"]), TypeError, "data"),
-        (lambda e: Spans.of([EMPTY]), ValueError, "'hand-made' must have at least one token"),
         (lambda e: Spans.of(e, seq_len=0), ValueError, "seq_len must be >= 1, got 0"),
         (lambda e: Spans.of(e, row_length=9.0), TypeError, "row_length must be an int.*got 9.0"),
         (

@@ -70,8 +70,8 @@ class Spans:
                 :func:`dspark_lab.chats.pack` does.
 
         Raises:
-            ValueError: no conversation, or one that is empty or longer than ``row_length``; a batch
-                together with ``seq_len`` or ``row_length``.
+            ValueError: no conversation, or one longer than ``row_length``; a batch together with
+                ``seq_len`` or ``row_length``.
         """
         if isinstance(data, Spans):
             if seq_len is not None or row_length is not None:
@@ -85,9 +85,6 @@ class Spans:
         if not encoded:
             raise ValueError("data must hold at least one conversation, got none")
         tokens = np.array([item.loss_mask.numel() for item in encoded], dtype=np.int64)
-        if not tokens.all():
-            chat = encoded[int(tokens.argmin())].chat
-            raise ValueError(f"conversation {chat.id!r} must have at least one token, got none")
         kept = tokens if seq_len is None else np.minimum(tokens, seq_len)
         row, row_tokens = np.arange(len(tokens)), kept
         if row_length is not None:
