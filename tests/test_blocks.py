@@ -261,49 +261,6 @@ def test_everything_but_the_masks_is_long():
     assert safe.tolist() == [[[5, 5], [3, 4]]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "sentence"),
-    [
-        ({"num_anchors": 0}, ValueError, "num_anchors must be >= 1, got 0"),
-        ({"num_anchors": 1.5}, TypeError, "num_anchors must be an int, got 1.5"),
-        ({"num_anchors": True}, TypeError, "num_anchors must be an int, got True"),
-        ({"block_size": 0}, ValueError, "block_size must be >= 1, got 0"),
-        ({"block_size": "7"}, TypeError, "block_size must be an int, got '7'"),
-        ({"mask_token_id": -1}, ValueError, "mask_token_id must be >= 0, got -1"),
-    ],
-)
-def test_an_impossible_draw_says_what_is_wrong(arguments, error, sentence):
-    with pytest.raises(error, match=sentence):
-        draw_blocks(long_row(), **({"num_anchors": 2, "block_size": 2} | arguments))
-
-
-ANCHORS, KEEP = torch.tensor([[1, 2, 3]]), torch.tensor([[True, True, True]])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "name"),
-    [
-        ({"anchor_positions": [[1, 2, 3]]}, TypeError, "anchor_positions"),
-        ({"anchor_positions": torch.tensor([1, 2, 3])}, ValueError, "anchor_positions"),
-        ({"anchor_positions": ANCHORS.double()}, TypeError, "anchor_positions"),
-        ({"block_keep_mask": [[True] * 3]}, TypeError, "block_keep_mask"),
-        ({"block_keep_mask": KEEP[0]}, ValueError, "block_keep_mask"),
-        ({"block_keep_mask": KEEP[:, :2]}, ValueError, "block_keep_mask"),
-        ({"block_keep_mask": KEEP.expand(2, 3)}, ValueError, "block_keep_mask"),
-        ({"block_keep_mask": 2 * KEEP}, TypeError, "block_keep_mask"),
-        ({"seq_len": 0}, ValueError, "seq_len"),
-        ({"seq_len": 10.0}, TypeError, "seq_len"),
-        ({"block_size": 0}, ValueError, "block_size"),
-        ({"block_size": False}, TypeError, "block_size"),
-    ],
-)
-def test_labels_of_nonsense_are_refused_by_name(arguments, error, name):
-    given = {"anchor_positions": ANCHORS, "block_keep_mask": KEEP, "seq_len": 10, "block_size": 2}
-    label_positions(**given)
-    with pytest.raises(error, match=name):
-        label_positions(**(given | arguments))
-
-
 def test_a_compiled_draw_has_no_graph_break():
     batch = long_row()
 
