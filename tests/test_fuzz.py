@@ -209,7 +209,7 @@ def call(function: Callable[..., Any], given: dict[str, Any]) -> None:
 
 
 def bare(error: BaseException) -> bool:
-    """Whether an error is not a sentence: of the library's own, or of a system call with its path."""
+    """Whether an error is no sentence of the library, or of a system call with its path."""
     if not isinstance(error, (ValueError, TypeError, OSError)) or isinstance(error, UnicodeError):
         return True
     if isinstance(error, OSError):

@@ -234,7 +234,7 @@ def card_numbers(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) 
 
 
 def checksums(folder: Path) -> str:
-    """Checksums of the shipped files, as `sha256sum` prints them: all but `make/` and SHA256SUMS."""
+    """Checksums of all files but `make/` and SHA256SUMS, as `sha256sum` prints them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return "".join(
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n"

@@ -4,6 +4,6 @@ import os
 import sys
 
 if "DSPARK_LAB_FAULT" in os.environ:
-    from faults import FAULTS, Planter
+    from tests.faults import FAULTS, Planter
 
     sys.meta_path.insert(0, Planter(FAULTS[os.environ["DSPARK_LAB_FAULT"]]))
