@@ -65,12 +65,12 @@ def alert(explorer: Explorer) -> str:
 
 
 def anchors(**start: object) -> Explorer:
-    return explore_anchors(CHATS, TOKENIZER, **start)  # type: ignore[arg-type]
+    return explore_anchors(CHATS, TOKENIZER, **start)
 
 
 def masks(**start: object) -> Explorer:
     """With few anchors and tokens, for speed."""
-    return explore_masks(CHATS, TOKENIZER, **({"num_anchors": 2, "block_size": 3} | start))  # type: ignore[arg-type]
+    return explore_masks(CHATS, TOKENIZER, **({"num_anchors": 2, "block_size": 3} | start))
 
 
 def tables_by_hand(

@@ -447,5 +447,5 @@ class Planter(importlib.abc.MetaPathFinder):
             owner, held = self.fault.owner(module)
             setattr(owner, held, self.fault.faulty(vars(owner)[held]))
 
-        spec.loader.exec_module = execute_and_plant  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_plant
         return spec

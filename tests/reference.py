@@ -46,7 +46,7 @@ def forward(
     ``features`` and ``last`` are [batch, seq, size]: the target's context features and its final
     hidden states. ``seq_lens`` are the lengths of each row's documents; None: a row is one.
     """
-    out = []
+    out: list[list[list[Slot] | None]] = []
     for b, row in enumerate(anchors):
         lengths = [len(input_ids[b])] if seq_lens is None else seq_lens[b]
         blocks = []

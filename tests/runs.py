@@ -273,6 +273,7 @@ def kill_when(step: int, out: Path, delay: float) -> int:
     time.sleep(delay)
     process.kill()
     process.join()
+    assert process.exitcode is not None
     return process.exitcode
 
 

@@ -51,7 +51,7 @@ def made(**changes: object) -> Engine:
         "rest": [0.25, 0.75, 0.5],
         "plain_rest": [0.125, 0.25, 1.0],
     }
-    return Engine(**(curves | changes))  # type: ignore[arg-type]
+    return Engine(**(curves | changes))
 
 
 ENGINE = made()

@@ -44,7 +44,7 @@ class Clock(selectors.DefaultSelector):
 def run(clock: Clock, main: Coroutine[Any, Any, Any]) -> Any:
     """Run until it is done in a loop with this clock."""
     loop = asyncio.SelectorEventLoop(clock)
-    loop.time = lambda: clock.now  # type: ignore[method-assign]
+    loop.time = lambda: clock.now
     try:
         return loop.run_until_complete(main)
     finally:

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -38,7 +38,7 @@ def pretended(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[d
     ]
 
 
-def refusing_after(count: int) -> Iterator:
+def refusing_after(count: int) -> Callable[..., list[dict]]:
     done = []
 
     def run(cell: Cell, *others) -> list[dict]:
