@@ -227,7 +227,6 @@ def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path):
     [
         (["--seconds", "0"], "seconds must be > 0"),
         (["--target", "mine"], "target 'mine' needs data and held_out"),
-        (["--processes", "0"], "processes must be >= 1"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(given, message, here):
