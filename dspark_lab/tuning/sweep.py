@@ -46,6 +46,9 @@ class Options(SweepConfig):
     processes: int = 1
     address: str | None = None
 
+    def __post_init__(self) -> None:
+        """The settings are checked in :meth:`config`, outside the parser."""
+
     def config(self) -> SweepConfig:
         """The sweep alone."""
         names = ("batch_size", "max_length", "learning_rate")
