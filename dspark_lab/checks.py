@@ -421,7 +421,7 @@ def _array(annotation: Any) -> Check:
     outer = _kind(annotation.array_type)
     wanted, is_wanted = _numbers(annotation)
     axes = annotation.dim_str.split()
-    listed = ", ".join(axes)
+    listed = ", ".join(axis.lstrip("_") or "_" for axis in axes)
     variadic = next((i for i, axis in enumerate(axes) if axis[0] == "*" or axis == "..."), None)
     least = len(axes) - (variadic is not None)
 

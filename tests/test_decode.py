@@ -8,7 +8,7 @@ own is enumerated in `test_decode_exact`; here it is sampled, with the draws tha
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -741,12 +741,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"end_ids": [-5]}, ValueError, r"each of end_ids must lie in \[0, 4\], got -5"),
     ({"end_ids": [VOCAB]}, ValueError, r"each of end_ids must lie in \[0, 4\], got 5"),
     ({"scheduler": "fast"}, TypeError, "scheduler must be a function or None, got 'fast'"),
-    ({"scheduler": lambda c: torch.ones(1).int()}, ValueError, "must return 4 whole numbers"),
-    ({"scheduler": lambda c: torch.full((4,), -1)}, ValueError, r"at least 0, got \[-1, -1"),
-    ({"scheduler": lambda c: torch.ones(4)}, ValueError, r"whole numbers .*, got \[1.0, 1.0"),
-    ({"scheduler": lambda c: 2}, ValueError, "must return 4 whole numbers .*, got 2"),
-    ({"scheduler": lambda c: None}, ValueError, "must return 4 whole numbers .*, got None"),
-    ({"scheduler": lambda c: ["a"] * 4}, ValueError, r"must return 4 whole numbers .*, got \['a'"),
     ({"confidence_temperatures": [1.0]}, ValueError, "one for each of 2 slots, got 1"),
     ({"confidence_temperatures": [1.0, 0]}, ValueError, "each of .* must be > 0, got 0"),
     ({"confidence_temperatures": [1.0, "1"]}, TypeError, "each of .* must be a number, got '1'"),
@@ -781,12 +775,31 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"prompts": [None]}, TypeError, "each of prompts must be .*got None"),
 ]
 
+# A scheduler is only known to be wrong once it has been asked.
+BAD_SCHEDULERS: list[tuple[Callable[[torch.Tensor], Any], str]] = [
+    (lambda c: torch.ones(1).int(), "must return 4 whole numbers"),
+    (lambda c: torch.full((4,), -1), r"at least 0, got \[-1, -1"),
+    (lambda c: torch.ones(4), r"whole numbers .*, got \[1.0, 1.0"),
+    (lambda c: 2, "must return 4 whole numbers .*, got 2"),
+    (lambda c: None, "must return 4 whole numbers .*, got None"),
+    (lambda c: ["a"] * 4, r"must return 4 whole numbers .*, got \['a'"),
+]
+
 
 @pytest.mark.parametrize("options, error, match", REFUSED, ids=named)
 def test_what_cannot_be_decoded_is_refused_in_one_sentence(options, error, match):
     models = {"target": exact_target(VOCAB), "drafter": exact_drafter(VOCAB), "prompts": PROMPTS}
     with pytest.raises(error, match=match):
         decode_rounds(**(models | options))
+
+
+@pytest.mark.parametrize("scheduler, match", BAD_SCHEDULERS)
+def test_a_scheduler_that_does_not_count_slots_is_refused(scheduler, match):
+    rounds = decode_rounds(
+        exact_target(VOCAB), exact_drafter(VOCAB), PROMPTS, scheduler=scheduler, max_new_tokens=4
+    )
+    with pytest.raises(ValueError, match=match):
+        next(rounds)
 
 
 def test_slots_past_the_end_of_an_answer_take_no_room_from_other_requests():

@@ -706,7 +706,7 @@ def test_too_many_blocks_to_look_at_are_said_in_words_and_can_be_left():
         ({"block_size": 0}, "block_size must be >= 1, got 0"),
         ({"seq_len": 0}, "seq_len must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"gamma": 0}, "loss_decay_gamma must be a finite number > 0, got 0"),
+        ({"gamma": 0}, "loss_decay_gamma must be > 0, got 0"),
         ({"dtype": "fp8"}, "dtype must be .*, got 'fp8'"),
         ({"features": "stale"}, "features must be .*, got 'stale'"),
         ({"per": "chat"}, r"per must be one of \('row', 'document'\), got 'chat'"),

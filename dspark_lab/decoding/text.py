@@ -20,7 +20,8 @@ __all__ = [
     "up_to_end",
 ]
 
-Prompt = str | Sequence[int] | Int[Tensor, " seq"]
+# Prompts are of different lengths: an axis with an underscore need not agree with others.
+Prompt = str | Sequence[int] | Int[Tensor, " _seq"]
 
 
 @checked
