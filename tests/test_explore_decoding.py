@@ -249,7 +249,7 @@ def test_target_and_drafter_may_be_folders(folder):
         ({"temperature": float("nan")}, ValueError, "temperature must be a finite .*, got nan"),
         ({"temperature": float("inf")}, ValueError, "temperature must be a finite .*, got inf"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
-        ({"prompts": [[1, VOCAB]]}, ValueError, rf"a prompt must lie in \[0, {VOCAB - 1}\], got {VOCAB}"),
+        ({"prompts": [[1, VOCAB]]}, ValueError, rf"must lie in \[0, {VOCAB - 1}\], got {VOCAB}"),
         ({"prompts": [[]]}, ValueError, "a prompt must hold at least one token, got none"),
         ({"prompts": [7]}, TypeError, "each of prompts must be .*got 7"),
         ({"drafter": tiny_drafter()}, ValueError, "must share a vocabulary, got 64 and 66"),

@@ -41,12 +41,13 @@ class Chat:
     that the end-of-turn which a template writes behind it is not the assistant's.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: Sequence[dict[str, str]]
     id: str
     domain: str | None = None
     finished: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", tuple(self.messages))
         if not self.messages:
             raise ValueError("messages must hold at least one message, got none")
         for index, message in enumerate(self.messages):
