@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from dspark_lab.attention import ContextRanges
 from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
+from dspark_lab.checks import checked
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, slider
 from dspark_lab.explore.style import (
@@ -35,6 +36,7 @@ from dspark_lab.tuning import token_coverage
 TOKEN_STATES = ("prompt", "not covered", "covered", "never a label", "padding")
 
 
+@checked
 def token_table(
     batch: Batch, blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0
 ) -> pd.DataFrame:
@@ -85,6 +87,7 @@ def token_table(
     )
 
 
+@checked
 def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> pd.DataFrame:
     """What each slot of one row's blocks reads, where it stands, and what it should predict.
 
@@ -117,6 +120,7 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
     )
 
 
+@checked
 def slot_inputs(blocks: Blocks, to_text: Callable[[int], str]) -> list[str]:
     """The input of each slot of the first row's blocks as text: ``[mask]`` for the mask token.
 
@@ -196,6 +200,7 @@ _TOKEN_STYLE = """<style>
 </style>"""
 
 
+@checked
 def token_text(table: pd.DataFrame) -> str:
     """A conversation as text in HTML, token by token, coloured by what each token is.
 
@@ -215,6 +220,7 @@ def token_text(table: pd.DataFrame) -> str:
     return f'{_TOKEN_STYLE}<div class="dspark-text">{"".join(spans)}</div>'
 
 
+@checked
 def token_legend(table: pd.DataFrame) -> str:
     """The key to :func:`token_text` in HTML, with the number of tokens of each kind."""
     states = table["state"].value_counts()
@@ -245,6 +251,7 @@ def _token_span(token: Any) -> str:
     return f'<span class="{" ".join(kinds)}" title="{title}">{text}</span>'
 
 
+@checked
 def explore_anchors(
     chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
     tokenizer: Any = None,
@@ -339,6 +346,9 @@ def loaded_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer from itself, its name or folder, or the shipped one."""
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         return load_tokenizer(tokenizer)
+    if not hasattr(tokenizer, "pad_token_id"):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"tokenizer must be a tokenizer, its name or its folder, got {kind}")
     return tokenizer
 
 

@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab.chats import Chat, Encoded, encode
+from dspark_lab.checks import checked
 from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
 from dspark_lab.explore.explorer import (
     Explorer,
@@ -489,6 +490,7 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
 _Chats = str | os.PathLike[str] | Sequence[Chat] | Sequence[Encoded]
 
 
+@checked
 def explore_training_budget(
     chats: _Chats | None = None,
     model: Shape | str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig = "qwen3-4b",

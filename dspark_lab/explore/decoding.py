@@ -21,12 +21,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from dspark_lab.checks import checked
 from dspark_lab.decoding import (
     OUTCOMES,
     Decoded,
     Decoding,
     Prompt,
     Round,
+    column,
     decode_rounds,
     distribution_table,
     outcome_table,
@@ -80,6 +82,7 @@ _OUTCOME_STYLE = """<style>
 </style>"""
 
 
+@checked
 def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
     """An answer as text in HTML, token by token, coloured by what became of each.
 
@@ -96,9 +99,10 @@ def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
     return f'{_OUTCOME_STYLE}<div class="dspark-answer">{"".join(spans)}</div>'
 
 
+@checked
 def outcome_legend(table: pd.DataFrame) -> str:
     """The key to :func:`outcome_text` in HTML, with the number of tokens of each outcome."""
-    counts = table["outcome"].value_counts()
+    counts = column(table, "outcome").value_counts()
     spans = [
         f'<span class="{_outcome_class(outcome)}">{outcome} {counts[outcome]}</span>'
         for outcome in OUTCOMES
@@ -193,6 +197,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     return figure
 
 
+@checked
 def explore_decoding(
     target: TargetLike | None = None,
     drafter: DrafterLike | Mapping[str, DrafterLike] | None = None,
@@ -220,6 +225,7 @@ def explore_decoding(
     return explorer
 
 
+@checked
 class DecodingExplorer(ipywidgets.VBox):
     """Controls, Run and Stop above an answer, and below it one slot of one round.
 

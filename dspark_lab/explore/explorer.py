@@ -18,7 +18,7 @@ from typing import Any
 import ipywidgets
 import pandas as pd
 
-from dspark_lab.checks import require_int, require_number
+from dspark_lab.checks import checked, require_int, require_number
 
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
@@ -26,6 +26,7 @@ SETTLE_SECONDS = 0.01
 _WIDE = {"style": {"description_width": "9em"}, "layout": {"width": "27em"}}
 
 
+@checked
 @dataclass(frozen=True)
 class Frame:
     """What an explorer shows for one setting of its controls, and the tables behind it.
@@ -54,6 +55,7 @@ def alert(problem: object) -> str:
     return f'<p role="alert">{escape(str(problem))}</p>'
 
 
+@checked
 class Explorer(ipywidgets.VBox):
     """Controls above a picture. The picture is replaced in place when a control moves.
 

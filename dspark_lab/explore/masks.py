@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from dspark_lab.attention import ContextRanges, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Chat
+from dspark_lab.checks import checked
 from dspark_lab.explore.anchors import ConversationRows, block_table, draw_controls, slot_inputs
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
 from dspark_lab.explore.style import (
@@ -47,6 +48,7 @@ MOST_NAMED_CELLS = 48
 MOST_ROWS, MOST_COLUMNS = 240, 480
 
 
+@checked
 def mask_regions(
     blocks: Blocks, *, documents: bool = True, row: int = 0
 ) -> Int[Tensor, "query key"]:
@@ -66,6 +68,7 @@ def mask_regions(
     return region
 
 
+@checked
 def mask_table(regions: Int[Tensor, "query key"]) -> pd.DataFrame:
     """How many pairs of a mask belong to each region: ``region``, ``pairs``, ``share``."""
     pairs = torch.bincount(regions.flatten().int(), minlength=len(REGIONS)).numpy()
@@ -74,6 +77,7 @@ def mask_table(regions: Int[Tensor, "query key"]) -> pd.DataFrame:
     )
 
 
+@checked
 def tile_states(mask: BlockMask, *, row: int = 0) -> Int[Tensor, "query_tile key_tile"]:
     """Each tile of one row of a block mask as an index into ``TILE_STATES``, int8."""
     states = _listed(mask.kv_num_blocks[row, 0], mask.kv_indices[row, 0])
@@ -84,6 +88,7 @@ def tile_states(mask: BlockMask, *, row: int = 0) -> Int[Tensor, "query_tile key
     return states
 
 
+@checked
 def tile_table(states: Int[Tensor, "query_tile key_tile"]) -> pd.DataFrame:
     """How many tiles are in each state: ``state``, ``tiles``, ``share``."""
     tiles = torch.bincount(states.flatten().int(), minlength=len(TILE_STATES)).numpy()
@@ -92,6 +97,7 @@ def tile_table(states: Int[Tensor, "query_tile key_tile"]) -> pd.DataFrame:
     )
 
 
+@checked
 def sorting_table(
     blocks: Blocks, *, tile_sizes: tuple[int, ...] = (32, 64, 128), seed: int = 0
 ) -> pd.DataFrame:
@@ -215,6 +221,7 @@ def plot_tiles(
     return cast(Figure, ax.figure)
 
 
+@checked
 def mask_and_tiles(
     regions: Int[Tensor, "query key"],
     states: Int[Tensor, "query_tile key_tile"],
@@ -334,6 +341,7 @@ def _name_cells(
     ax.set_ylabel("queries: slots (block.slot input)")
 
 
+@checked
 def explore_masks(
     chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
     tokenizer: Any = None,

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import checked, require_int
 from dspark_lab.decoding import decode, load_trace, rounds_of
 from dspark_lab.explore.explorer import (
     Explorer,
@@ -105,6 +105,7 @@ def plot_serving(
     return figure
 
 
+@checked
 def explore_serving(
     target: TargetLike | None = None,
     drafter: DrafterLike | Mapping[str, DrafterLike] | None = None,

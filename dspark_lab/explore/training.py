@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dspark_lab.checks import checked
 from dspark_lab.explore.explorer import Frame
 from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure, png
 
@@ -41,6 +42,7 @@ def plot_training(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@checked
 class LiveCurve(ipywidgets.VBox):
     """A training run as it goes on: hand it to :func:`dspark_lab.train` as ``on_metrics``.
 

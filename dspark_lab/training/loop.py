@@ -232,6 +232,7 @@ class Forward(nn.Module):
         return objective.loss, objective.sums.stacked()
 
 
+@checked
 class Run:
     """Weights, optimiser, order of the data and step of a run in the folder ``out``."""
 

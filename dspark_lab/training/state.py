@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark_lab.chats import Encoded
+from dspark_lab.checks import checked
 from dspark_lab.files import (
     read_json,
     remove_partial,
@@ -129,6 +130,7 @@ def cut_to_checkpoint(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         shutil.rmtree(left)
 
 
+@checked
 def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = {

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -33,9 +34,6 @@ from dspark_lab.training import TrainConfig, mask_token_id, new_drafter, train
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.spans import Spans
-
-if TYPE_CHECKING:
-    import pandas
 
 __all__ = [
     "BUDGETS",
@@ -132,6 +130,7 @@ class SweepConfig:
         ]
 
 
+@checked
 def run_sweep(
     config: SweepConfig,
     work: str | Path,
@@ -140,7 +139,7 @@ def run_sweep(
     address: str | None = None,
     progress: bool = True,
     run: Callable[..., list[dict[str, Any]]] | None = None,
-) -> pandas.DataFrame:
+) -> pd.DataFrame:
     """Trains and decodes every cell that ``work`` does not hold yet; returns :func:`sweep_table`.
 
     Args:
@@ -175,6 +174,7 @@ def run_sweep(
     return sweep_table(work)
 
 
+@checked
 def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict[str, Any]]:
     """Trains one drafter, decodes with it, and returns a line for each temperature."""
     torch.set_num_threads(1)
@@ -230,7 +230,8 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
     return lines
 
 
-def sweep_table(work: str | Path) -> pandas.DataFrame:
+@checked
+def sweep_table(work: str | Path) -> pd.DataFrame:
     """What the finished cells in a work folder found, one line per cell and temperature.
 
     ``budget``, ``num_anchors``, ``block_size``, ``seed``, ``temperature``; ``steps``, supervised
@@ -238,8 +239,6 @@ def sweep_table(work: str | Path) -> pandas.DataFrame:
     ``rounds`` rounds, and ``accepted_0``, ...: the share of whole blocks whose slot was accepted,
     with all before it.
     """
-    import pandas as pd
-
     files = sorted((Path(work) / "cells").glob("*.json"))
     lines = [line for path in files for line in read_json(path, list)]
     if not lines:
@@ -248,14 +247,14 @@ def sweep_table(work: str | Path) -> pandas.DataFrame:
     return pd.DataFrame(lines).sort_values(by, ignore_index=True)
 
 
-def load_sweep(path: str | Path | None = None) -> pandas.DataFrame:
+@checked
+def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
     """A table of :func:`sweep_table` from CSV; the shipped one of the pocket target by default."""
-    import pandas as pd
-
     return pd.read_csv(path or shipped("pocket/sweep.csv"))
 
 
-def cell_table(sweep: pandas.DataFrame) -> pandas.DataFrame:
+@checked
+def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
     """A sweep's seeds together: tau of each cell, with 95 % intervals.
 
     The standard deviation between seeds is pooled over the cells of a budget and temperature, which
