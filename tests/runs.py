@@ -229,9 +229,9 @@ def killed_run(rank: int, out: Path, moment: str) -> None:
 
         loop.live_features = deadly
     elif moment == "in a line of the metrics":
-        loop.append_metrics = on_call(4, loop.append_metrics, _half_a_line)
+        state.append_metrics = on_call(4, state.append_metrics, _half_a_line)
     elif moment == "between metrics and checkpoint":
-        loop.save_checkpoint = on_call(2, loop.save_checkpoint, lambda *given: kill())
+        state.save_checkpoint = on_call(2, state.save_checkpoint, lambda *given: kill())
     elif moment == "after the drafter's file":
         state.save_drafter = on_call(2, state.save_drafter, kill_after(state.save_drafter))
     elif moment == "in the optimiser's file":

@@ -1,6 +1,5 @@
 from .config import TrainConfig
-from .loop import Run, train
-from .order import BatchOrder
+from .loop import BatchOrder, Run, train
 from .processes import Processes
 from .start import init_from_target, mask_token_id, new_drafter
 from .state import History, checkpoints

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,27 +22,6 @@ from dspark_lab.training.start import mask_token_id, new_drafter
 from dspark_lab.training.state import History, checkpoints
 
 PROGRAM = "python -m dspark_lab.training"
-
-
-def _layer_ids(words: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in words[0].split(","))
-    except ValueError:
-        raise ValueError(
-            f"layer_ids must be whole numbers with commas between, got {words[0]!r}"
-        ) from None
-
-
-LayerIds = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="ID,ID",
-        instance_from_str=_layer_ids,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda ids: [",".join(map(str, ids))],
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -84,7 +63,7 @@ class Options:
     block_size: int = 7
     markov_rank: int = 64
     markov_head: MarkovKind = "vanilla"
-    layer_ids: LayerIds | None = None
+    layer_ids: str | None = None
     mask_token: str | None = None
 
 
@@ -98,7 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parsed(arguments)
         parallel: Parallel = options.parallel or ("ddp" if "LOCAL_RANK" in os.environ else "none")
-        with _joined(parallel, options.device):
+        with ExitStack() as stack:
+            if parallel != "none":
+                cuda = options.device.startswith("cuda")
+                if cuda:
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                torch.distributed.init_process_group("nccl" if cuda else "gloo")
+                stack.callback(torch.distributed.destroy_process_group)
             history = _train(options, parallel)
     except (FloatingPointError, OSError, TypeError, ValueError) as error:
         sys.exit(f"{PROGRAM}: {error}")
@@ -106,25 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"stopped, with {checkpoints(history.out)[-1]}; the same command goes on")
 
 
-@contextmanager
-def _joined(parallel: Parallel, device: str) -> Iterator[None]:
-    """As one of torchrun's processes, unless there is one alone."""
-    if parallel == "none":
-        yield
-        return
-    backend = "gloo"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl"
-    torch.distributed.init_process_group(backend)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def _train(options: Options, parallel: Parallel) -> History:
     config = options.training
+    layer_ids = _layer_ids(options.layer_ids) if options.layer_ids else None
     texts = load_chats(options.data)
     held_out = load_chats(options.held_out) if options.held_out else []
     dtype = getattr(torch, options.target_dtype)
@@ -141,7 +110,7 @@ def _train(options: Options, parallel: Parallel) -> History:
             block_size=options.block_size,
             markov_rank=options.markov_rank,
             markov_head_type=options.markov_head,
-            target_layer_ids=options.layer_ids,
+            target_layer_ids=layer_ids,
             num_anchors=config.num_anchors,
         )
     return train(
@@ -155,6 +124,13 @@ def _train(options: Options, parallel: Parallel) -> History:
         cache=options.cache,
         parallel=parallel,
     )
+
+
+def _layer_ids(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"layer_ids must be integers with commas between, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class TrainConfig:
     """The settings of a run.
 
     Args:
-        steps: steps of the optimiser.
+        steps: of the optimiser.
         batch_size: conversations of a micro-batch.
         accumulate: micro-batches of a step, on each process.
         num_anchors: blocks of a row.
@@ -81,11 +81,9 @@ class TrainConfig:
     evaluate_anchors: Count = 32
 
     def __post_init__(self) -> None:
-        if self.pack_length is not None and self.pack_length < self.max_length:
-            raise ValueError(
-                f"pack_length must be at least max_length, {self.max_length}, "
-                f"got {self.pack_length}"
-            )
+        length, most = self.pack_length, self.max_length
+        if length is not None and length < most:
+            raise ValueError(f"pack_length must be at least max_length, {most}, got {length}")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate at 0-based ``step``."""
@@ -93,9 +91,8 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1}
-        return self.learning_rate * (
-            self.final_lr_ratio + (1 - self.final_lr_ratio) * left[self.schedule]
-        )
+        last = self.final_lr_ratio
+        return self.learning_rate * (last + (1 - last) * left[self.schedule])
 
     def term_weights_at(self, step: int) -> dict[str, float]:
         """Weights of the three terms at 0-based ``step``."""

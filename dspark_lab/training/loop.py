@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Chat, Encoded, collate, encode
+from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
 from dspark_lab.checks import checked
 from dspark_lab.files import read_json
 from dspark_lab.model import (
@@ -43,26 +44,12 @@ from dspark_lab.model import (
     slot_weights,
 )
 from dspark_lab.rates import bootstrap, evaluate, whole_block_anchors
+from dspark_lab.training import state
 from dspark_lab.training.config import TrainConfig
-from dspark_lab.training.order import BatchOrder
 from dspark_lab.training.processes import Parallel, Processes, fill, whole
-from dspark_lab.training.state import (
-    OPTIMIZER,
-    WEIGHTS,
-    History,
-    append_metrics,
-    checkpoints,
-    cut_to_checkpoint,
-    digest,
-    read_metrics,
-    read_state,
-    read_tensors,
-    require_same,
-    save_checkpoint,
-    write_errors,
-)
+from dspark_lab.training.state import History
 
-__all__ = ["Run", "train"]
+__all__ = ["BatchOrder", "Run", "train"]
 
 
 @checked
@@ -81,7 +68,7 @@ def train(
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
 ) -> History:
-    """Trains ``drafter`` in place, on the target's device, in fp32 at least.
+    """Train ``drafter`` in place, on the target's device, in fp32 at least.
 
     Embedding and LM head become the target's own. ``out`` receives ``metrics.jsonl`` and
     ``checkpoint-<step>`` folders, each a drafter that :func:`dspark_lab.load_drafter` reads, with
@@ -91,18 +78,15 @@ def train(
     Args:
         drafter: its weights are the start, unless there is a checkpoint to resume from. With
             "fsdp2" it is left in shards, and the last checkpoint holds it whole.
-        target: frozen.
         chats: conversations, encoded already or with the target's tokenizer here.
-        config: the settings.
-        out: made where it does not exist; all processes must see it.
+        out: a folder, made where it does not exist; all processes must see it.
         held_out: conversations to evaluate on.
-        features: ask the target for every batch, or read them from ``cache``, where they lie in
-            bfloat16 unless the target is float64.
-        cache: folder for cached features, ``out/features`` where None.
+        features: ask the target for every batch, or read them from ``cache``, by default
+            ``out/features``, where they lie in bfloat16 unless the target is float64.
         parallel: over the processes of ``torch.distributed``, which must be initialised; each calls
             this function with the same arguments.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
-        progress: whether to show a bar, and to say how many conversations have no label.
+        progress: show a bar, and say how many conversations have no label.
         on_metrics: called with each new line of the metrics, in the main process.
 
     Raises:
@@ -114,54 +98,44 @@ def train(
     out = Path(out)
     tokens = encode_chats(chats, target, config.max_length)
     others = encode_chats(held_out, target, config.max_length)
-    unlabelled = _count_unlabelled(tokens, config)
-    if others:
-        _require_whole_block(others, drafter.config.block_size)
+    _require_use(tokens, others, config, drafter.config.block_size)
     processes = Processes(parallel)
+    unlabelled = sum(not item.has_label for item in tokens)
     if unlabelled and progress and processes.main:
         tqdm.write(f"{unlabelled} of {len(tokens)} conversations have no label", sys.stderr)
-    drafter.to(target.device, torch.promote_types(drafter.fc.weight.dtype, torch.float32))
+    drafter.to(target.device, torch.promote_types(drafter.dtype, torch.float32))
     drafter.use_target_embeddings(target.embed_weight, target.head_weight)
     drafter.train()
     pad_token_id = getattr(target.tokenizer, "pad_token_id", None) or 0
     run = Run(drafter, config, tokens, out, processes, pad_token_id)
     rows = run.start(resume)
+    layer_ids = drafter.config.target_layer_ids
     if features == "live":
-        source = live_features(target, drafter.config.target_layer_ids)
+        source = live_features(target, layer_ids)
     else:
-        source = cached_features(
-            target,
-            tokens,
-            drafter.config.target_layer_ids,
-            cache or out / "features",
-            dtype=torch.bfloat16 if target.dtype != torch.float64 else None,
-            progress=progress,
-        )
-    stopped = False
-    bar = tqdm(
-        total=config.steps,
-        initial=run.step,
-        desc="train",
-        disable=not (progress and processes.main),
-    )
+        stored = None if target.dtype == torch.float64 else torch.bfloat16
+        cache = cache or out / "features"
+        source = cached_features(target, tokens, layer_ids, cache, dtype=stored, progress=progress)
 
     def record(row: dict[str, Any]) -> None:
         rows.append(row)
         if processes.main:
-            append_metrics(out, row)
+            state.append_metrics(out, row)
             if on_metrics is not None:
                 on_metrics(row)
 
+    hidden = not (progress and processes.main)
+    bar = tqdm(total=config.steps, initial=run.step, desc="train", disable=hidden)
+    stopped = False
     with _interrupts() as interrupts, bar:
         while run.step < config.steps and not stopped:
             row, stopped = run.advance(source, interrupts)
             record(row)
-            bar.set_postfix(
-                {name: f"{row[name]:.3f}" for name in ("loss", "accept_rate", "tau")}, refresh=False
-            )
+            shown = {name: f"{row[name]:.3f}" for name in ("loss", "accept_rate", "tau")}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             if others and run.is_due(config.evaluate_every):
-                record(_evaluation(run, target, others))
+                record(run.evaluate(target, others))
             if stopped or run.is_due(config.checkpoint_every):
                 run.save()
     drafter.eval()
@@ -186,20 +160,41 @@ def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: in
     return encoded
 
 
+def _require_use(
+    tokens: Sequence[Encoded], others: Sequence[Encoded], config: TrainConfig, block_size: int
+) -> None:
+    """Refuse conversations that fill no batch, teach nothing, or cannot be evaluated on."""
+    if len(tokens) < config.batch_size:
+        raise ValueError(
+            f"batch_size must be at most the number of conversations, {len(tokens)}, "
+            f"got {config.batch_size}"
+        )
+    if not any(item.has_label for item in tokens):
+        raise ValueError(
+            "chats must hold something to learn, two supervised tokens in a row within max_length "
+            f"{config.max_length}, got none in {len(tokens)} conversations"
+        )
+    whole_blocks = (whole_block_anchors(collate([item], 0), block_size) for item in others)
+    if others and not any(map(len, whole_blocks)):
+        raise ValueError(
+            f"held_out must have a conversation with {block_size + 1} supervised tokens in a row, "
+            "which a whole block needs"
+        )
+
+
 class Forward(nn.Module):
     """Slots and objective as one module, for the parallel wrappers."""
 
     def __init__(self, drafter: Drafter, config: TrainConfig, tokens: Sequence[Encoded]) -> None:
         super().__init__()
         self.drafter, self.config = drafter, config
-        device = drafter.fc.weight.device
         vocab_size = drafter.config.vocab_size
         seen = torch.arange(vocab_size)
         if config.vocabulary == "seen":
             seen = torch.cat([item.input_ids for item in tokens]).unique()
         place = torch.zeros(vocab_size, dtype=torch.long)
         place[seen] = torch.arange(len(seen))
-        self.seen, self.place = seen.to(device), place.to(device)
+        self.seen, self.place = seen.to(drafter.device), place.to(drafter.device)
         # The head is frozen, so its cast and its rows are taken once.
         head = drafter.lm_head.weight.detach()
         if config.precision == "bf16":
@@ -207,12 +202,7 @@ class Forward(nn.Module):
         self.head = head if config.vocabulary == "full" else head[self.seen]
 
     def forward(
-        self,
-        blocks: Blocks,
-        context: Tensor,
-        last: Tensor,
-        normaliser: Tensor,
-        terms: dict[str, Any],
+        self, blocks: Blocks, context: Tensor, last: Tensor, normaliser: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         bf16 = self.config.precision == "bf16"
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
@@ -227,9 +217,64 @@ class Forward(nn.Module):
                 w2,
                 loss_decay_gamma=self.config.loss_decay_gamma,
                 normaliser=normaliser,
-                **terms,
+                **self.config.term_weights_at(step),
             )
         return objective.loss, objective.sums.stacked()
+
+
+class BatchOrder:
+    """The micro-batches of one process; each epoch has its own order, from the seed alone."""
+
+    def __init__(
+        self,
+        tokens: Sequence[Encoded],
+        config: TrainConfig,
+        *,
+        pad_token_id: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.tokens, self.config, self.pad_token_id = tokens, config, pad_token_id
+        self.rank, self.processes = rank, processes
+        self.epoch, self.groups = -1, [[0]]
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Batch, int]]:
+        """The micro-batches of a 0-based step, each with the seed of its blocks."""
+        config = self.config
+        per_epoch = len(self.tokens) // config.batch_size
+        for number in range(config.accumulate):
+            place = (step * config.accumulate + number) * self.processes + self.rank
+            epoch, place_in_epoch = divmod(place, per_epoch)
+            if epoch != self.epoch:
+                self.epoch, self.groups = epoch, self._shuffled(epoch)
+            group = self.groups[place_in_epoch]
+            some = [self.tokens[index] for index in group]
+            if config.pack_length is None:
+                batch = collate(some, self.pad_token_id)
+            else:
+                batch = pack(some, config.pack_length, self.pad_token_id)
+            batch.chat_index.copy_(torch.tensor([*group, -1])[batch.chat_index])
+            yield batch, ((config.seed << 40) + place) % 2**63
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        """Groups of conversations of similar length, so that little of a batch is padding.
+
+        Each pool of at most sixteen batches is sorted by itself, so that batches differ from epoch
+        to epoch.
+        """
+        size = self.config.batch_size
+        rng = random.Random(f"{self.config.seed}/{epoch}")
+        order = list(range(len(self.tokens)))
+        rng.shuffle(order)
+        groups = []
+        pool_size = size * min(16, max(1, len(order) // (4 * size)))
+        for first in range(0, len(order), pool_size):
+            pool = order[first : first + pool_size]
+            pool.sort(key=lambda index: len(self.tokens[index]))
+            groups += [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
+        # The few that the last pool may leave over have their turn in another epoch.
+        rng.shuffle(groups)
+        return groups
 
 
 @checked
@@ -253,27 +298,22 @@ class Run:
         named = dict(drafter.named_parameters())
         self.weights = {name: p for name, p in named.items() if id(p) not in frozen}
         self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.trained.values() if p.dim() > 1]},
-            {"params": [p for p in self.trained.values() if p.dim() <= 1], "weight_decay": 0.0},
-        ]
+        matrices = [p for p in self.trained.values() if p.dim() > 1]
+        vectors = [p for p in self.trained.values() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
-            groups,
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
             fused=True,
         )
-        self.order = BatchOrder(
-            tokens,
-            config,
-            pad_token_id=pad_token_id,
-            rank=processes.rank,
-            processes=processes.size,
-        )
+        place = {"rank": processes.rank, "processes": processes.size}
+        self.order = BatchOrder(tokens, config, pad_token_id=pad_token_id, **place)
         self.step = 0
         # A checkpoint must agree with these, too.
-        self.facts = {"data": digest(tokens), "processes": processes.size}
+        self.facts = {"data": state.digest(tokens), "processes": processes.size}
 
     def backward(
         self, source: FeatureSource
@@ -282,32 +322,31 @@ class Run:
 
         Returns this process's part of the loss and of the stacked sums, and its tokens.
         """
-        config, processes = self.config, self.processes
-        device, dtype = self.drafter.fc.weight.device, self.drafter.fc.weight.dtype
+        config, drafter = self.config, self.drafter
         micro, tokens = [], 0
-        total = torch.zeros((), device=device, dtype=dtype)
+        total = torch.zeros((), device=drafter.device, dtype=drafter.dtype)
         for batch, seed in self.order.micro_batches(self.step):
             tokens += int(batch.seq_lens.sum())
-            batch = batch.to(device)
+            batch = batch.to(drafter.device)
             blocks = draw_blocks(
                 batch,
                 config.num_anchors,
-                self.drafter.config.block_size,
-                mask_token_id=self.drafter.config.mask_token_id,
+                drafter.config.block_size,
+                mask_token_id=drafter.config.mask_token_id,
                 seed=seed,
             )
-            total += slot_weights(blocks.eval_mask, config.loss_decay_gamma, dtype).sum()
+            total += slot_weights(blocks.eval_mask, config.loss_decay_gamma, drafter.dtype).sum()
             micro.append((batch, blocks))
-        processes.total(total)
-        terms = config.term_weights_at(self.step)
+        self.processes.total(total)
+        # Only DDP has it: gradients wait for the last micro-batch to be shared.
+        unshared = getattr(self.forward, "no_sync", nullcontext)
         losses, sums = [], []
         for number, (batch, blocks) in enumerate(micro, start=1):
             given = source(batch)
-            last = number == len(micro)
-            with nullcontext() if last else processes.unshared(self.forward):
-                loss, stacked = self.forward(blocks, given.context, given.last, total, terms)
+            with unshared() if number < len(micro) else nullcontext():
+                loss, stacked = self.forward(blocks, given.context, given.last, total, self.step)
                 # The parallel wrappers average over processes, where a sum is needed.
-                (loss * processes.size).backward()
+                (loss * self.processes.size).backward()
             losses.append(loss.detach())
             sums.append(stacked)
         return torch.stack(losses).sum(), torch.stack(sums).sum(dim=0), tokens
@@ -317,9 +356,8 @@ class Run:
     ) -> tuple[dict[str, Any], bool]:
         """One step: its line of the metrics, and whether any process was interrupted by then."""
         begin = time.perf_counter()
-        config = self.config
         loss, stacked, tokens = self.backward(source)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), config.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         # Everything that is reported crosses to the host at once.
         figures = torch.cat([loss.new_tensor([tokens, len(interrupts)]), loss.view(1)])
         figures = self.processes.total(torch.cat([figures, stacked.flatten()]))
@@ -332,7 +370,7 @@ class Run:
                 "weights are as before it: go on from an earlier checkpoint with a lower "
                 "learning_rate"
             )
-        rate = config.learning_rate_at(self.step)
+        rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -351,6 +389,15 @@ class Run:
         }
         return row, asked > 0
 
+    def evaluate(self, target: Target, others: Sequence[Encoded]) -> dict[str, Any]:
+        """The line of the metrics for the held-out conversations."""
+        drafter, anchors = self.whole_drafter(), self.config.evaluate_anchors
+        table = evaluate(drafter, target, others, num_anchors=anchors)
+        tau, low, high = (round(value, 4) for value in bootstrap(table["tau"]))
+        rates = [table[f"accept_{k}"].mean() for k in range(drafter.config.block_size)]
+        line = {"step": self.step, "held_out_tau": tau, "low": low, "high": high}
+        return line | {"accept_by_slot": [round(float(rate), 4) for rate in rates]}
+
     def is_due(self, every: int) -> bool:
         """Whether something that happens after ``every`` steps, and at the end, happens now."""
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
@@ -359,51 +406,59 @@ class Run:
         """Make the folder, read its last checkpoint, and return the metrics up to it."""
         if self.out.exists() and not self.out.is_dir():
             raise NotADirectoryError(f"out must be a folder, got the file {self.out}")
-        with write_errors(self.out):
+        with state.write_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        found = checkpoints(self.out)
+        found = state.checkpoints(self.out)
         if found and not resume:
             raise ValueError(f"{self.out} holds a run already; resume it or choose another folder")
         if found:
             self._load(found[-1])
-        rows = read_metrics(self.out, self.step)
+        rows = state.read_metrics(self.out, self.step)
         self.processes.wait()
         if self.processes.main:
-            cut_to_checkpoint(self.out, rows)
+            state.cut_to_checkpoint(self.out, rows)
         return rows
 
     def save(self) -> None:
         """Write a checkpoint, and remove old ones beyond the limit."""
-        drafter = self.whole_drafter()
-        optimizer = self.processes.whole_optimizer_state(self.drafter, self.optimizer)
+        drafter, moments = self.whole_drafter(), {}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                gathered = whole(value)
+                if self.processes.main:
+                    moments[f"{name}/{key}"] = gathered.cpu()
         if self.processes.main:
-            state = {"step": self.step, "config": asdict(self.config), **self.facts}
-            save_checkpoint(self.out, drafter, optimizer, state, self.config.keep_checkpoints)
+            facts = {"step": self.step, "config": asdict(self.config), **self.facts}
+            state.save_checkpoint(self.out, drafter, moments, facts, self.config.keep_checkpoints)
         self.processes.wait()
 
     def whole_drafter(self) -> Drafter:
-        """The drafter with whole parameters; all processes must ask for it."""
-        return self.processes.whole_drafter(self.drafter)
+        """The drafter, or a copy with whole parameters, which all processes must ask for."""
+        if self.processes.parallel != "fsdp2":
+            return self.drafter
+        copy = Drafter(self.drafter.config).to(self.drafter.device, self.drafter.dtype)
+        copy.load_state_dict({name: whole(x) for name, x in self.drafter.state_dict().items()})
+        return copy
 
     def _load(self, folder: Path) -> None:
-        saved, shape = read_state(folder), read_json(folder / "config.json")
-        require_same(folder, asdict(self.config), saved["config"])
-        require_same(folder, self.drafter.config.to_dict(), shape)
-        require_same(folder, self.facts, saved)
-        weights = read_tensors(folder / WEIGHTS)
-        state = read_tensors(folder / OPTIMIZER)
+        saved, shape = state.read_state(folder), read_json(folder / "config.json")
+        state.require_same(folder, asdict(self.config), saved["config"])
+        state.require_same(folder, self.drafter.config.to_dict(), shape)
+        state.require_same(folder, self.facts, saved)
+        weights = state.read_tensors(folder / state.WEIGHTS)
+        moments = state.read_tensors(folder / state.OPTIMIZER)
         with torch.no_grad():
             for name, parameter in self.weights.items():
                 fill(parameter, weights[name])
             for name, parameter in self.trained.items():
                 # A parameter that has had no gradient yet has no state.
-                if f"{name}/step" not in state:
+                if f"{name}/step" not in moments:
                     continue
                 mine = self.optimizer.state[parameter]
-                mine["step"] = state[f"{name}/step"].to(parameter.device)
+                mine["step"] = moments[f"{name}/step"].to(parameter.device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     mine[key] = torch.zeros_like(parameter)
-                    fill(mine[key], state[f"{name}/{key}"])
+                    fill(mine[key], moments[f"{name}/{key}"])
         self.step = saved["step"]
 
 
@@ -425,46 +480,3 @@ def _interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _evaluation(run: Run, target: Target, others: Sequence[Encoded]) -> dict[str, Any]:
-    """The line of the metrics for the held-out conversations."""
-    table = evaluate(run.whole_drafter(), target, others, num_anchors=run.config.evaluate_anchors)
-    tau, low, high = bootstrap(table["tau"])
-    slots = range(run.drafter.config.block_size)
-    return {
-        "step": run.step,
-        "held_out_tau": round(tau, 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "accept_by_slot": [round(float(table[f"accept_{k}"].mean()), 4) for k in slots],
-    }
-
-
-def _count_unlabelled(tokens: Sequence[Encoded], config: TrainConfig) -> int:
-    """Conversations without two supervised tokens in a row, so without a label.
-
-    Raises:
-        ValueError: all are so, or there are fewer than a batch.
-    """
-    if len(tokens) < config.batch_size:
-        raise ValueError(
-            f"batch_size must be at most the number of conversations, {len(tokens)}, "
-            f"got {config.batch_size}"
-        )
-    unlabelled = sum(not (item.loss_mask[1:] & item.loss_mask[:-1]).any() for item in tokens)
-    if unlabelled == len(tokens):
-        raise ValueError(
-            "chats must hold something to learn, two supervised tokens in a row within max_length "
-            f"{config.max_length}, got none in {len(tokens)} conversations"
-        )
-    return unlabelled
-
-
-def _require_whole_block(others: Sequence[Encoded], block_size: int) -> None:
-    if any(len(whole_block_anchors(collate([item], 0), block_size)) for item in others):
-        return
-    raise ValueError(
-        f"held_out must have a conversation with {block_size + 1} supervised tokens in a row, "
-        "which a whole block needs"
-    )

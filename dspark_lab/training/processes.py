@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dspark_lab.checks import checked
 from dspark_lab.model import Drafter
 
 __all__ = ["Parallel", "Processes", "fill", "whole"]
@@ -16,12 +15,11 @@ __all__ = ["Parallel", "Processes", "fill", "whole"]
 Parallel = Literal["none", "ddp", "fsdp2"]
 
 
+@checked
 class Processes:
     """This process and the others of ``torch.distributed``, if any."""
 
     def __init__(self, parallel: Parallel = "none") -> None:
-        if parallel not in get_args(Parallel):
-            raise ValueError(f"parallel must be one of {get_args(Parallel)}, got {parallel!r}")
         if parallel != "none" and not torch.distributed.is_initialized():
             raise ValueError(f"parallel {parallel!r} needs torch.distributed to be initialised")
         self.parallel = parallel
@@ -38,6 +36,7 @@ class Processes:
         if self.parallel == "ddp":
             return nn.parallel.DistributedDataParallel(step, find_unused_parameters=unused)
         if self.parallel == "fsdp2":
+            # Imported here because it takes long.
             from torch.distributed.fsdp import fully_shard
 
             for parameter in drafter.parameters():
@@ -47,12 +46,6 @@ class Processes:
                 fully_shard(layer)
             fully_shard(step)
         return step
-
-    def unshared(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Gradients of a backward in here may wait for a later one to be shared."""
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return module.no_sync()
-        return nullcontext()
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the processes, in place."""
@@ -64,35 +57,6 @@ class Processes:
         """Wait for all processes."""
         if self.size > 1:
             torch.distributed.barrier()
-
-    def whole_drafter(self, drafter: Drafter) -> Drafter:
-        """The drafter itself, or a copy with whole parameters where they are sharded."""
-        if self.parallel != "fsdp2":
-            return drafter
-        # Imported here because it takes long and only "fsdp2" has shards.
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        weights = get_model_state_dict(drafter, options=StateDictOptions(full_state_dict=True))
-        weight = drafter.fc.weight
-        copy = Drafter(drafter.config).to(weight.device, weight.dtype)
-        copy.load_state_dict(weights)
-        return copy
-
-    def whole_optimizer_state(
-        self, drafter: Drafter, optimizer: torch.optim.Optimizer
-    ) -> Mapping[str, Mapping[str, Tensor]]:
-        """The optimiser's state by parameter name; with shards, on the main process alone."""
-        if self.parallel == "fsdp2":
-            from torch.distributed.checkpoint.state_dict import (
-                StateDictOptions,
-                get_optimizer_state_dict,
-            )
-
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            gathered: Any = get_optimizer_state_dict(drafter, optimizer, options=options)
-            return gathered.get("state", {})
-        state = {name: optimizer.state.get(p) for name, p in drafter.named_parameters()}
-        return {name: values for name, values in state.items() if values}
 
 
 def fill(x: Any, value: Tensor) -> None:

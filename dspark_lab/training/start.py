@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dspark_lab.chats import Encoded
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target
 
-__all__ = ["init_from_target", "mask_token_id", "new_drafter", "spread_layers"]
+__all__ = ["init_from_target", "mask_token_id", "new_drafter"]
 
 
 @checked
@@ -27,7 +28,7 @@ def new_drafter(
 ) -> Drafter:
     """A new drafter of the target's shape, started with :func:`init_from_target`.
 
-    ``target_layer_ids`` None reads the layers of :func:`spread_layers`.
+    ``target_layer_ids`` None reads up to five layers, spread evenly.
     """
     c = target.model.config
     heads = c.num_attention_heads
@@ -62,7 +63,7 @@ def new_drafter(
 @checked
 @torch.no_grad()
 def init_from_target(drafter: Drafter, target: Target) -> None:
-    """Copies the target's weights into a drafter where shapes agree, to start training from.
+    """Copy the target's weights into a drafter where shapes agree, to start training from.
 
     The drafter's layers take the weights of the target's last ones, its final norm that of the
     target, and ``fc`` begins as the mean of the context layers where widths agree.
@@ -86,11 +87,9 @@ def init_from_target(drafter: Drafter, target: Target) -> None:
 def spread_layers(num_layers: int) -> list[int]:
     """Up to five layers, spread evenly from the second to the last but one of ``num_layers``."""
     last = num_layers - 2
-    count = min(5, num_layers - 1)
-    if count <= 1:
-        return [last]
+    count = min(5, max(1, num_layers - 1))
     first = min(1, last - count + 1)
-    return [round(first + (last - first) * i / (count - 1)) for i in range(count)]
+    return np.linspace(first, last, count).round().astype(int).tolist()
 
 
 @checked
@@ -108,8 +107,8 @@ def mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) ->
     own = getattr(target.tokenizer, "mask_token_id", None)
     if own is not None:
         return own
-    used = set(torch.cat([item.input_ids for item in chats]).tolist())
-    unused = set(range(target.vocab_size)) - used
+    unused = set(range(target.vocab_size))
+    unused -= set(torch.cat([item.input_ids for item in chats]).tolist())
     if not unused:
         raise ValueError("the conversations contain every token: mask_token must name one")
     return max(unused)

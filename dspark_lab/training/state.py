@@ -11,26 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspark_lab import files
 from dspark_lab.chats import Encoded
 from dspark_lab.checks import checked
-from dspark_lab.files import (
-    read_json,
-    remove_partial,
-    replaced_whole,
-    sync,
-    write_json,
-    written_whole,
-)
 from dspark_lab.model import Drafter, save_drafter
-
-if TYPE_CHECKING:
-    import pandas
 
 __all__ = ["METRICS", "History", "checkpoints"]
 
@@ -59,24 +50,19 @@ class History:
             FileNotFoundError: ``out`` holds no checkpoint yet.
             ValueError: a damaged file, or metrics of fewer steps than the last checkpoint has.
         """
-        out = Path(out)
         found = checkpoints(out)
         if not found:
             raise FileNotFoundError(f"{out} must hold a checkpoint of a run, got none")
         saved = read_state(found[-1])
-        rows = read_metrics(out, saved["step"])
-        return cls(out, rows, interrupted=saved["step"] < saved["config"].get("steps", 0))
+        rows = read_metrics(Path(out), saved["step"])
+        return cls(Path(out), rows, interrupted=saved["step"] < saved["config"].get("steps", 0))
 
-    def table(self) -> pandas.DataFrame:
+    def table(self) -> pd.DataFrame:
         """One row for each training step."""
-        import pandas as pd
-
         return pd.DataFrame([row for row in self.rows if "loss" in row])
 
-    def evaluations(self) -> pandas.DataFrame:
+    def evaluations(self) -> pd.DataFrame:
         """One row for each evaluation of the held-out conversations."""
-        import pandas as pd
-
         return pd.DataFrame([row for row in self.rows if "held_out_tau" in row])
 
     def signs(self) -> dict[str, bool]:
@@ -118,56 +104,45 @@ def read_metrics(out: Path, steps: int) -> list[dict[str, Any]]:
 def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
     """Add a line to a run's metrics."""
     with write_errors(out / METRICS), (out / METRICS).open("a", encoding="utf-8") as file:
-        file.write(_to_json(row) + "\n")
+        file.write(_to_json(row))
 
 
 def cut_to_checkpoint(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Cut the metrics to ``rows``, and remove what killed processes left unfinished."""
-    with write_errors(out / METRICS), written_whole(out / METRICS) as partial:
-        partial.write_text("".join(_to_json(row) + "\n" for row in rows), encoding="utf-8")
-    remove_partial(out)
-    for left in out.glob(f"{CHECKPOINT}*.partial"):
-        shutil.rmtree(left)
+    with write_errors(out / METRICS), files.written_whole(out / METRICS) as partial:
+        partial.write_text("".join(map(_to_json, rows)), encoding="utf-8")
+    files.remove_partial(out)
 
 
 @checked
 def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = {
-        int(number): path
-        for path in Path(out).glob(f"{CHECKPOINT}*")
-        if (number := path.name.removeprefix(CHECKPOINT)).isdigit()
-    }
-    return [found[number] for number in sorted(found)]
+    found = {path.name.removeprefix(CHECKPOINT): path for path in Path(out).glob(f"{CHECKPOINT}*")}
+    return [found[number] for number in sorted(filter(str.isdigit, found), key=int)]
 
 
 def save_checkpoint(
     out: Path,
     drafter: Drafter,
-    optimizer: Mapping[str, Mapping[str, Tensor]],
+    optimizer: dict[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
 ) -> None:
     """Write a checkpoint, complete or not at all, and remove the oldest beyond ``keep``."""
     folder = out / f"{CHECKPOINT}{state['step']:06d}"
-    if folder.exists():
-        return
-    tensors = {
-        f"{name}/{key}": x for name, values in optimizer.items() for key, x in values.items()
-    }
-    sync(out / METRICS)
-    with write_errors(folder), replaced_whole(folder) as partial:
+    files.sync(out / METRICS)
+    with write_errors(folder), files.replaced_whole(folder) as partial:
         save_drafter(drafter, partial)
-        save_file(tensors, partial / OPTIMIZER)
-        write_json(partial / STATE, state)
+        save_file(optimizer, partial / OPTIMIZER)
+        files.write_json(partial / STATE, state)
     for old in checkpoints(out)[:-keep]:
         # Renamed first, so that what looks like a checkpoint is always whole.
-        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The ``state.json`` of a checkpoint: its step, configuration, data and processes."""
-    saved = read_json(folder / STATE)
+    saved = files.read_json(folder / STATE)
     for name, kind in (("step", int), ("config", dict)):
         if not isinstance(saved.get(name), kind):
             raise ValueError(f"{folder / STATE} must hold {name}, got {saved.get(name)!r}")
@@ -214,8 +189,9 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def _to_json(row: Mapping[str, Any]) -> str:
-    """JSON has no NaN: it is null there."""
-    return json.dumps({name: None if value != value else value for name, value in row.items()})
+    """A line of the metrics; JSON has no NaN, so it is null there."""
+    values = {name: None if value != value else value for name, value in row.items()}
+    return json.dumps(values) + "\n"
 
 
 def _from_json(line: bytes) -> dict[str, Any]:
