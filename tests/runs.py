@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from data.make.pocket import train_tokenizer
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Batch, Encoded
-from dspark_lab.model import Drafter, Objective, Target, output_objective
+from dspark_lab.chats import Batch, Encoded, load_chats
+from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.model import Drafter, FeatureSource, Objective, Target, output_objective
 from dspark_lab.training import BatchOrder, History, TrainConfig, checkpoints, loop, state, train
 from dspark_lab.training.processes import whole
-from tests.samples import random_chats, tiny_drafter, tiny_target
+from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
 
 _PROCESSES = get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.runs", "torch.distributed.fsdp"])
@@ -77,10 +80,47 @@ def _child(
     pipe.send_bytes(pickle.dumps(result))
 
 
+def double_pair(**shape: Any) -> tuple[Target, Drafter]:
+    """A target and a drafter in float64, with no weight at zero that would hide a gradient."""
+    target, drafter = tiny_target(), tiny_drafter(1, **shape)
+    target.model.double(), drafter.double()
+    torch.nn.init.normal_(drafter.markov_head.markov_w2.weight, std=0.3)
+    torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.3)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    return target, drafter
+
+
+def uneven_chats(count: int) -> list[Encoded]:
+    """Conversations of very different length; half of them have no answer."""
+    chats = random_chats(count, low=8, high=40)
+    silent = [Encoded(c.input_ids, torch.zeros_like(c.loss_mask), CHAT) for c in chats[::2]]
+    return [*silent, *chats[1::2]]
+
+
+def target_on_disk(folder: Path) -> tuple[Path, Path]:
+    """A tiny target with a tokenizer of little more than bytes, and conversations, as files."""
+    target, data = folder / "target", folder / "chats.jsonl"
+    words = ("yes", "no", "green", "hello", "one", "two")
+    lines = [{"prompt": f"Say {word}.", "response": f"{word} " * 6} for word in words]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    train_tokenizer(load_chats(data), 300).save_pretrained(target)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, num_hidden_layers=3, **shape)
+    LlamaForCausalLM(config).save_pretrained(target)
+    return target, data
+
+
 def joined_objective(
     drafter: Drafter, target: Target, parts: list[tuple[Batch, Blocks]], **options: Any
 ) -> Objective:
     """The objective by its definition, of several batches as the rows of one."""
+    return output_objective(joined_output(drafter, target, parts), **options)
+
+
+def joined_output(
+    drafter: Drafter, target: Target, parts: list[tuple[Batch, Blocks]]
+) -> DSparkForwardOutput:
+    """The training forward of several batches as the rows of one."""
     length = max(batch.input_ids.shape[1] for batch, _ in parts)
     docs = max(batch.seq_lens.shape[1] for batch, _ in parts)
 
@@ -96,7 +136,7 @@ def joined_objective(
         position_ids=packed["position_ids"],
         seq_lens=packed["seq_lens"],
     )
-    output = drafter(
+    return drafter(
         rows("input_ids", length),
         given.context,
         rows("loss_mask", length),
@@ -106,7 +146,6 @@ def joined_objective(
         backend="dense",
         **packed,
     )
-    return output_objective(output, **options)
 
 
 def parts_of_step(
@@ -147,10 +186,9 @@ CONFIG = TrainConfig(
 def small_run(out: Path, config: TrainConfig = CONFIG, **options: Any) -> History:
     """A run that takes a moment, the same whenever and wherever it is called."""
     torch.manual_seed(3)
-    chats, others = random_chats(11), random_chats(3, seed=9)
-    held_out = options.pop("held_out", others)
+    chats = options.pop("chats", None) or random_chats(11)
     drafter = options.pop("drafter", None) or tiny_drafter(4)
-    settings: dict[str, Any] = {"held_out": held_out, "progress": False} | options
+    settings: dict[str, Any] = {"held_out": random_chats(3, seed=9), "progress": False} | options
     return train(drafter, tiny_target(), chats, config, out=out, **settings)
 
 
@@ -165,7 +203,7 @@ def ending(out: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
     return weights, optimizer, lines
 
 
-def kill() -> None:
+def kill(*_: Any) -> None:
     """As the kernel does it to a process that takes too much memory: nothing is cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -182,12 +220,19 @@ def on_call(number: int, function: Callable, instead: Callable) -> Callable:
     return counted
 
 
-def kill_after(function: Callable) -> Callable:
-    def killed(*given: Any, **named: Any) -> None:
-        function(*given, **named)
-        kill()
+def on_batch(number: int, instead: Callable[[FeatureSource, Batch], Any]) -> Callable:
+    """``live_features``, but for the batch of that number ``instead(source, batch)``."""
+    live = loop.live_features
 
-    return killed
+    def features(*given: Any) -> FeatureSource:
+        source = live(*given)
+        return on_call(number, source, lambda batch: instead(source, batch))
+
+    return features
+
+
+def _kill_after(function: Callable) -> Callable:
+    return lambda *given: (function(*given), kill())
 
 
 def _half_a_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -218,44 +263,32 @@ def _on_second_checkpoint(instead: Callable) -> Callable:
     return renamed
 
 
+def _deadly_patches() -> dict[str, tuple[Any, str, Any]]:
+    """For each moment of the second save, or of the step before it, what to patch with what."""
+
+    def in_state(name: str, number: int, instead: Callable) -> tuple[Any, str, Any]:
+        return state, name, on_call(number, getattr(state, name), instead)
+
+    rmtree = on_call(1, shutil.rmtree, _half_a_folder)
+    return {
+        "in a step": (loop, "live_features", on_batch(4, kill)),
+        "in a line of the metrics": in_state("append_metrics", 4, _half_a_line),
+        "between metrics and checkpoint": in_state("save_checkpoint", 2, kill),
+        "after the drafter's file": in_state("save_drafter", 2, _kill_after(state.save_drafter)),
+        "in the optimiser's file": in_state("save_file", 2, _half_a_file),
+        "before the rename": (Path, "rename", _on_second_checkpoint(kill)),
+        "after the rename": (Path, "rename", _on_second_checkpoint(_kill_after(Path.rename))),
+        "as an old checkpoint goes": (state, "shutil", SimpleNamespace(rmtree=rmtree)),
+    }
+
+
+MOMENTS = tuple(_deadly_patches())
+
+
 def killed_run(rank: int, out: Path, moment: str) -> None:
     """``small_run``, killed at a moment of its second save or in the step before it."""
-    patched: Any = Path
-    if moment == "in a step":
-        source = loop.live_features
-
-        def deadly(target: Target, ids: Any) -> Any:
-            return on_call(4, source(target, ids), lambda batch: kill())
-
-        loop.live_features = deadly
-    elif moment == "in a line of the metrics":
-        state.append_metrics = on_call(4, state.append_metrics, _half_a_line)
-    elif moment == "between metrics and checkpoint":
-        state.save_checkpoint = on_call(2, state.save_checkpoint, lambda *given: kill())
-    elif moment == "after the drafter's file":
-        state.save_drafter = on_call(2, state.save_drafter, kill_after(state.save_drafter))
-    elif moment == "in the optimiser's file":
-        state.save_file = on_call(2, state.save_file, _half_a_file)
-    elif moment == "before the rename":
-        patched.rename = _on_second_checkpoint(lambda path, to: kill())
-    elif moment == "after the rename":
-        patched.rename = _on_second_checkpoint(kill_after(Path.rename))
-    elif moment == "as an old checkpoint goes":
-        patched_shutil: Any = SimpleNamespace(rmtree=on_call(1, shutil.rmtree, _half_a_folder))
-        state.shutil = patched_shutil
+    setattr(*_deadly_patches()[moment])
     small_run(out)
-
-
-MOMENTS = (
-    "in a step",
-    "in a line of the metrics",
-    "between metrics and checkpoint",
-    "after the drafter's file",
-    "in the optimiser's file",
-    "before the rename",
-    "after the rename",
-    "as an old checkpoint goes",
-)
 
 
 def kill_when(step: int, out: Path, delay: float) -> int:

@@ -1,6 +1,5 @@
 """Two processes over gloo, on this machine's loopback: what they do together is what one would."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,16 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from data.make.pocket import train_tokenizer
-from dspark_lab.chats import Encoded, load_chats
 from dspark_lab.model import load_drafter, load_target
 from dspark_lab.training import Processes, Run, TrainConfig, checkpoints, loop, train
 from dspark_lab.training.processes import whole
 from tests import runs
 from tests.runs import CONFIG, ending, in_processes, small_run
-from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
+from tests.samples import random_chats, tiny_drafter, tiny_target
 
 PARALLEL = ("ddp", "fsdp2")
 GRADIENT = TrainConfig(4, batch_size=1, accumulate=2, num_anchors=5, ce_only_fraction=0.5)
@@ -31,32 +27,15 @@ TOGETHER = replace(CONFIG, steps=4, checkpoint_every=2, evaluate_every=4)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def pair(seed: int = 1) -> tuple[Any, Any]:
-    """Target and drafter in float64, with no weight at zero that would hide a gradient."""
-    target, drafter = tiny_target(), tiny_drafter(seed)
-    target.model.double(), drafter.double()
-    torch.nn.init.normal_(drafter.markov_head.markov_w2.weight, std=0.3)
-    torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.3)
-    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
-    return target, drafter
-
-
-def uneven_chats() -> list[Encoded]:
-    """Sixteen of very different length; half of them have no answer."""
-    chats = random_chats(16, low=8, high=40)
-    silent = [Encoded(c.input_ids, torch.zeros_like(c.loss_mask), CHAT) for c in chats[::2]]
-    return [*silent, *chats[1::2]]
-
-
 def gradients_of_steps(rank: int, out: Path, parallel: Any) -> list[tuple[Any, ...]]:
     """Of four steps, with the same weights: gradients, and what this process had of them."""
-    target, drafter = pair()
+    target, drafter = runs.double_pair()
     if parallel == "fsdp2" and rank == 1:
         # The main process's weights are those that count.
         for p in drafter.parameters():
             if p.requires_grad:
                 torch.nn.init.zeros_(p)
-    run = Run(drafter, GRADIENT, uneven_chats(), out, Processes(parallel))
+    run = Run(drafter, GRADIENT, runs.uneven_chats(16), out, Processes(parallel))
     found = []
     for step in range(4):
         run.step = step
@@ -71,10 +50,10 @@ def test_gradient_of_two_processes_is_that_of_the_joined_batch(
     parallel: str, tmp_path: Path
 ) -> None:
     of_ranks = in_processes(2, gradients_of_steps, tmp_path, parallel, folder=tmp_path)
-    target, drafter = pair()
+    target, drafter = runs.double_pair()
     slots = set()
     for step in range(4):
-        parts = runs.parts_of_step(uneven_chats(), GRADIENT, drafter, step, processes=2)
+        parts = runs.parts_of_step(runs.uneven_chats(16), GRADIENT, drafter, step, processes=2)
         terms = GRADIENT.term_weights_at(step)
         joined = runs.joined_objective(drafter, target, parts, **terms)
         drafter.zero_grad()
@@ -140,14 +119,15 @@ def test_the_checkpoint_of_two_processes_is_a_whole_drafter(
     parallel: str, together: dict[str, Any]
 ) -> None:
     out, results = together[parallel]
-    assert [path.name for path in checkpoints(out)] == ["checkpoint-000004"]
-    stored = load_drafter(checkpoints(out)[-1], target=tiny_target())
+    [checkpoint] = checkpoints(out)
+    assert checkpoint.name == "checkpoint-000004"
+    stored = load_drafter(checkpoint, target=tiny_target())
     for name, weight in results[0]["weights"].items():
         assert torch.equal(stored.get_parameter(name), weight), name
 
 
 def trained_in_float64(rank: int, out: Path) -> None:
-    target, drafter = pair()
+    target, drafter = runs.double_pair()
     config = TrainConfig(1, batch_size=1, num_anchors=4)
     train(drafter, target, random_chats(4), config, out=out, parallel="fsdp2", progress=False)
 
@@ -161,12 +141,7 @@ def test_shards_of_float64_are_stored_as_float64(tmp_path: Path) -> None:
 
 def killed_together(rank: int, out: Path, parallel: Any) -> None:
     """Both processes die at once in the third step, after a checkpoint at the second."""
-    source = loop.live_features
-
-    def deadly(target: Any, ids: Any) -> Any:
-        return runs.on_call(3, source(target, ids), lambda batch: runs.kill())
-
-    loop.live_features = deadly
+    loop.live_features = runs.on_batch(3, runs.kill)
     trained(rank, out, parallel, TOGETHER)
 
 
@@ -188,21 +163,14 @@ def test_another_number_of_processes_is_refused(together: dict[str, Any]) -> Non
 
 
 def interrupted_in_one(rank: int, out: Path) -> tuple[bool, int]:
-    def press(batch: Any) -> Any:
+    def press(source: Any, batch: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return source(batch)
 
-    live, config = loop.live_features, replace(TOGETHER, steps=9, evaluate_every=9)
     if rank == 1:
-
-        def asked(target: Any, ids: Any) -> Any:
-            nonlocal source
-            source = live(target, ids)
-            return runs.on_call(3, source, press)
-
-        source: Any = None
-        loop.live_features = asked
-    history = small_run(out, config, drafter=tiny_drafter(4), parallel="ddp", held_out=())
+        loop.live_features = runs.on_batch(3, press)
+    config = replace(TOGETHER, steps=9, evaluate_every=9)
+    history = small_run(out, config, parallel="ddp", held_out=())
     return history.interrupted, history.rows[-1]["step"]
 
 
@@ -215,15 +183,7 @@ def test_an_interrupt_of_one_process_stops_all_after_the_same_step(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_torchrun_trains_stops_and_goes_on(parallel: str, tmp_path: Path) -> None:
-    data, target = tmp_path / "chats.jsonl", tmp_path / "target"
-    words = ("yes", "no", "green", "hello", "one", "two")
-    lines = [{"prompt": f"Say {word}.", "response": f"{word} " * 6} for word in words]
-    data.write_text("\n".join(map(json.dumps, lines)))
-    tokenizer = train_tokenizer(load_chats(data), 300)
-    tokenizer.save_pretrained(target)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=300, num_hidden_layers=3, **shape)
-    LlamaForCausalLM(config).save_pretrained(target)
+    target, data = runs.target_on_disk(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", "--local-addr", "127.0.0.1"]
     command += ["-m", "dspark_lab.training", "--parallel", parallel, "--device", "cpu"]
