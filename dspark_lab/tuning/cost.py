@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -108,20 +108,10 @@ def training_cost(
         optimiser) or while it runs (objective); ``counted``, whether ``torch.utils.flop_counter``
         knows such operations. :func:`training_memory` has the most bytes held at one time.
     """
-    step = Step(
-        seq_len=seq_len or shape.seq_len,
-        num_anchors=num_anchors or shape.num_anchors,
-        block_size=block_size or shape.block_size,
-        batch_size=batch_size,
-        dtype=dtype,
-        features=features,
-        target_dtype=target_dtype,
-        objective=objective,
-        supervised=supervised,
-        vocabulary=vocabulary,
-        device=device,
-    )
-    return step_cost(shape, step)
+    options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
+    seq_len, block_size = seq_len or shape.seq_len, block_size or shape.block_size
+    num_anchors = num_anchors or shape.num_anchors
+    return step_cost(shape, Step(seq_len, num_anchors, block_size, batch_size, *options))
 
 
 def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
@@ -134,7 +124,9 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
     q, kv = layers.query_width, layers.kv_width
     slots, keys = step.slots, step.tokens + step.slots
     logits, vocab = float(step.counted_slots), step.vocabulary or shape.vocab_size
-    fc = _products((step.tokens, shape.context_size, d))
+    fc = _Products((step.tokens, shape.context_size, d))
+    projections = _Products((slots, d, q), (slots, q, d), (keys, d, 2 * kv))
+    mlp = _Products((slots, d, 2 * inner), (slots, inner, d))
     # Each row of tiles reads the keys and values that it touches, once for the heads that share
     # them; backward both directions do.
     read = 2 * work.tiled / TILE * kv
@@ -142,86 +134,86 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
     head_weights = shape.sizes.latent_weights + shape.sizes.confidence_width
     heads = 2 * slots * head_weights
     trained = shape.sizes.trained_parameters
-    lines = [
-        _line(
+    # Part, operations forward and backward, bytes moved, bytes held.
+    rows = [
+        (
             "context projection",
             fc.operations,
             _backward(fc, input_needs_gradient=False),  # features are the frozen target's
-            moved=c * (2 * fc.crossing + fc.weights) + 4 * fc.weights,
-            held=kept["context projection"],
+            c * (2 * fc.crossing + fc.weights) + 4 * fc.weights,
+            kept["context projection"],
         ),
-        _layers_line(
+        (
             "attention projections",
-            _products((slots, d, q), (slots, q, d), (keys, d, 2 * kv)),
-            step,
-            layers,
-            kept,
+            *_in_layers(projections, layers.count, c),
+            kept["attention projections"],
         ),
-        _line(
+        (
             "attention",
             attention,
             _ATTENTION_BACKWARD * attention,
-            moved=3 * c * layers.count * (2 * slots * q + read),
-            held=kept["attention"],
-            tiles=work.tiled / work.pairs,
+            3 * c * layers.count * (2 * slots * q + read),
+            kept["attention"],
         ),
-        _layers_line(
-            "MLP", _products((slots, d, 2 * inner), (slots, inner, d)), step, layers, kept
-        ),
-        _line(
+        ("MLP", *_in_layers(mlp, layers.count, c), kept["MLP"]),
+        (
             "heads",
             heads,
             2 * heads,
-            moved=(2 * c + 4) * head_weights + 3 * c * slots * (d + 3 * r),
-            held=kept["heads"],
+            (2 * c + 4) * head_weights + 3 * c * slots * (d + 3 * r),
+            kept["heads"],
         ),
         # The LM head is frozen; the matrix of the Markov bias has a gradient, and so have both
         # inputs.
-        _line(
+        (
             "LM head",
             2 * logits * vocab * (2 * d + r),
             2 * logits * vocab * (d + 2 * r),
-            moved=c * (2 * vocab * (d + r) + logits * (4 * d + 3 * r + 5 * vocab)) + 4 * vocab * r,
-            held=c * vocab * d,
+            c * (2 * vocab * (d + r) + logits * (4 * d + 3 * r + 5 * vocab)) + 4 * vocab * r,
+            c * vocab * d,
         ),
-        _line(
+        (
             "objective",
             _OBJECTIVE_FORWARD * logits * vocab,
             _OBJECTIVE_BACKWARD * logits * vocab,
-            moved=4 * _OBJECTIVE_CROSSINGS * logits * vocab,
-            held=held.logits(),
-            counted=False,
+            4 * _OBJECTIVE_CROSSINGS * logits * vocab,
+            held.logits(),
         ),
-        _line(
+        (
             "optimiser",
             _OPTIMISER * trained,
             0,
-            moved=4 * _OPTIMISER_CROSSINGS * trained,
-            held=16 * trained,
-            counted=False,
+            4 * _OPTIMISER_CROSSINGS * trained,
+            16 * trained,
         ),
     ]
     if step.features == "live":
-        lines.insert(0, _target_line(shape, step))
-    return pd.DataFrame(lines)
-
-
-@dataclass(frozen=True)
-class _Products:
-    """Matrix products: their operations, weights, and numbers that go in and come out."""
-
-    operations: float
-    weights: int
-    crossing: int
-
-
-def _products(*sizes: tuple[int, int, int]) -> _Products:
-    """Products of these sizes: rows, inputs and outputs."""
-    return _Products(
-        2.0 * sum(rows * inputs * outputs for rows, inputs, outputs in sizes),
-        sum(inputs * outputs for _, inputs, outputs in sizes),
-        sum(rows * (inputs + outputs) for rows, inputs, outputs in sizes),
+        rows.insert(0, ("target forward", *_target_row(shape, step)))
+    part, *numbers = zip(*rows, strict=True)
+    forward, backward, moved, bytes_held = np.array(numbers, dtype=float)
+    tiles = np.where(np.equal(part, "attention"), work.tiled / work.pairs, 1.0)
+    return pd.DataFrame(
+        {
+            "part": part,
+            "forward": forward,
+            "backward": backward,
+            "tile_forward": forward * tiles,
+            "tile_backward": backward * tiles,
+            "operations": (forward + backward) * tiles,
+            "bytes_moved": moved,
+            "bytes_held": bytes_held,
+            "counted": ~np.isin(part, ("objective", "optimiser")),
+        }
     )
+
+
+class _Products:
+    """Matrix products by rows, inputs and outputs; ``crossing``: numbers that go in or come out."""
+
+    def __init__(self, *sizes: tuple[int, int, int]) -> None:
+        self.operations = 2.0 * sum(rows * inputs * outputs for rows, inputs, outputs in sizes)
+        self.weights = sum(inputs * outputs for _, inputs, outputs in sizes)
+        self.crossing = sum(rows * (inputs + outputs) for rows, inputs, outputs in sizes)
 
 
 def _backward(products: _Products, *, input_needs_gradient: bool) -> float:
@@ -229,63 +221,27 @@ def _backward(products: _Products, *, input_needs_gradient: bool) -> float:
     return products.operations * (2 if input_needs_gradient else 1)
 
 
-def _line(
-    part: str,
-    forward: float,
-    backward: float,
-    moved: float,
-    held: float,
-    *,
-    tiles: float = 1.0,
-    counted: bool = True,
-) -> dict[str, Any]:
-    """One line of the table; ``tiles``: operations by tiles over those by pairs."""
-    return {
-        "part": part,
-        "forward": float(forward),
-        "backward": float(backward),
-        "tile_forward": forward * tiles,
-        "tile_backward": backward * tiles,
-        "operations": (forward + backward) * tiles,
-        "bytes_moved": float(moved),
-        "bytes_held": float(held),
-        "counted": counted,
-    }
-
-
-def _layers_line(
-    part: str, products: _Products, step: Step, layers: Layers, kept: dict[str, Any]
-) -> dict[str, Any]:
-    """The line of products in every layer of the drafter."""
-    count, c = layers.count, step.product_bytes
-    moved = 3 * c * products.crossing + (2 * c + 4) * products.weights
+def _in_layers(products: _Products, layers: int, number: int) -> tuple[float, float, float]:
+    """Operations forward and backward, and bytes moved, of products in every layer."""
+    moved = 3 * number * products.crossing + (2 * number + 4) * products.weights
     backward = _backward(products, input_needs_gradient=True)
-    return _line(part, count * products.operations, count * backward, count * moved, kept[part])
+    return layers * products.operations, layers * backward, layers * moved
 
 
-def _target_line(shape: Shape, step: Step) -> dict[str, Any]:
+def _target_row(shape: Shape, step: Step) -> tuple[float, float, float, float]:
     """The target's forward pass without its LM head."""
-    layers = shape.target
+    layers, tokens = shape.target, step.tokens
     assert layers is not None
-    d, inner, q, kv = (
-        layers.hidden_size,
-        layers.intermediate_size,
-        layers.query_width,
-        layers.kv_width,
-    )
-    tokens = step.tokens
-    products = _products(
+    d, inner = layers.hidden_size, layers.intermediate_size
+    q, kv = layers.query_width, layers.kv_width
+    products = _Products(
         (tokens, d, q + 2 * kv), (tokens, q, d), (tokens, d, 2 * inner), (tokens, inner, d)
     )
     pairs = step.batch_size * _causal_pairs(layers, step.seq_len)
+    forward = layers.count * (products.operations + 4 * q * pairs)
     crossing = products.crossing + 2 * tokens * (q + kv)
-    return _line(
-        "target forward",
-        layers.count * (products.operations + 4 * q * pairs),
-        0.0,
-        moved=layers.count * step.target_bytes * (products.weights + crossing),
-        held=shape.target_parameters * step.target_bytes,
-    )
+    moved = layers.count * step.target_bytes * (products.weights + crossing)
+    return forward, 0.0, moved, shape.target_parameters * step.target_bytes
 
 
 def _causal_pairs(layers: Layers, tokens: int) -> float:

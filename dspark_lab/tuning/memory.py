@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Annotated, Literal
 
 import numpy as np
@@ -47,19 +48,8 @@ def training_memory(
     Arguments as in :class:`~dspark_lab.tuning.Step`; ``block_size`` None is the shape's own. Within
     5 % of the measured peak on a CPU, see ``benchmarks/cost.py``.
     """
-    step = Step(
-        seq_len=seq_len,
-        num_anchors=num_anchors,
-        block_size=block_size or shape.block_size,
-        batch_size=batch_size,
-        dtype=dtype,
-        features=features,
-        target_dtype=target_dtype,
-        objective=objective,
-        supervised=supervised,
-        vocabulary=vocabulary,
-        device=device,
-    )
+    options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
+    step = Step(seq_len, num_anchors, block_size or shape.block_size, batch_size, *options)
     return int(StepBytes(shape, step).peak)
 
 
@@ -85,19 +75,8 @@ def memory_table(
         a line per part, in a fixed order: ``part``, ``held`` (bytes then), ``moment`` (its name,
         the same in all lines). The lines add up to the peak.
     """
-    step = Step(
-        seq_len=seq_len,
-        num_anchors=num_anchors,
-        block_size=block_size or shape.block_size,
-        batch_size=batch_size,
-        dtype=dtype,
-        features=features,
-        target_dtype=target_dtype,
-        objective=objective,
-        supervised=supervised,
-        vocabulary=vocabulary,
-        device=device,
-    )
+    options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
+    step = Step(seq_len, num_anchors, block_size or shape.block_size, batch_size, *options)
     sizes = StepBytes(shape, step)
     moments = sizes.moments()
     fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
@@ -155,35 +134,14 @@ def fit_table(
         not even one fits; at most ``seq_len - 1``, all that a row has), ``held`` (bytes of that
         many, or of one where none fits), ``full`` (whether memory, not the row, is the limit).
     """
+    options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     limit = usable_bytes(memory, usable)
     lines = []
-    for seq_len in seq_lens:
-        for block_size in block_sizes:
-            step = Step(
-                seq_len=seq_len,
-                num_anchors=1,
-                block_size=block_size,
-                batch_size=batch_size,
-                dtype=dtype,
-                features=features,
-                target_dtype=target_dtype,
-                objective=objective,
-                supervised=supervised,
-                vocabulary=vocabulary,
-                device=device,
-            )
-            candidates = max(1, seq_len - 1)
-            most, held = _most_anchors(shape, step, candidates, limit)
-            lines.append(
-                {
-                    "seq_len": seq_len,
-                    "block_size": block_size,
-                    "num_anchors": most,
-                    "held": held,
-                    "full": most < candidates,
-                }
-            )
-    return pd.DataFrame(lines)
+    for seq_len, block_size in product(seq_lens, block_sizes):
+        step = Step(seq_len, 1, block_size, batch_size, *options)
+        most, held = _most_anchors(shape, step, limit)
+        lines.append((seq_len, block_size, most, held, most < _candidates(step)))
+    return pd.DataFrame(lines, columns=["seq_len", "block_size", "num_anchors", "held", "full"])
 
 
 @checked
@@ -215,38 +173,30 @@ def card_table(
     lines = []
     for target in targets:
         shape = target if isinstance(target, Shape) else Shape.of(target)
-        step = Step(
-            seq_len=seq_len,
-            num_anchors=num_anchors,
-            block_size=block_size,
-            batch_size=batch_size,
-            dtype=dtype,
-            features=features,
-        )
+        step = Step(seq_len, num_anchors, block_size, batch_size, dtype, features)
         held = StepBytes(shape, step).peak
         for card in cards:
             limit = usable_bytes(card, usable)
-            most, _ = _most_anchors(shape, step, max(1, seq_len - 1), limit)
-            lines.append(
-                {
-                    "target": shape.name,
-                    "held_gb": int(held) / 1e9,
-                    "card": getattr(card, "name", card),
-                    "memory_gb": limit / usable / 1e9,
-                    "fits": held <= limit,
-                    "most_anchors": most,
-                }
-            )
-    return pd.DataFrame(lines)
+            most, _ = _most_anchors(shape, step, limit)
+            name, size = getattr(card, "name", card), limit / usable / 1e9
+            lines.append((shape.name, int(held) / 1e9, name, size, held <= limit, most))
+    columns = ["target", "held_gb", "card", "memory_gb", "fits", "most_anchors"]
+    return pd.DataFrame(lines, columns=columns)
 
 
-def _most_anchors(shape: Shape, step: Step, candidates: int, limit: float) -> tuple[int, int]:
+def _candidates(step: Step) -> int:
+    """The most anchors that a row has room for."""
+    return max(1, step.seq_len - 1)
+
+
+def _most_anchors(shape: Shape, step: Step, limit: float) -> tuple[int, int]:
     """The largest number of anchors that fits, or 0, and the bytes of that many, or of one."""
 
     def peaks(anchors: np.ndarray) -> np.ndarray:
         many = step.with_each(anchors)
         return np.broadcast_to(StepBytes(shape, many).peak, anchors.shape)
 
+    candidates = _candidates(step)
     # More anchors hold more, except that their chunks of logits may be smaller, by at most what a
     # whole chunk holds. So a few numbers bracket the answer.
     vocab = step.vocabulary or shape.vocab_size

@@ -19,20 +19,10 @@ from dspark_lab.tuning.step import Step
 
 __all__ = ["PARTS", "StepBytes"]
 
-# The lines of a table of memory: the first four are held throughout, the others come and go.
-PARTS = (
-    "weights",
-    "optimiser",
-    "embedding and LM head",
-    "target",
-    "features",
-    "activations",
-    "bf16 weights",
-    "gradients",
-    "objective",
-    "backward pass",
-    "target's activations",
-)
+# The lines of a table of memory: those held throughout, then those that come and go.
+_ALWAYS = ("weights", "optimiser", "embedding and LM head", "target")
+_IN_DRAFTER = ("activations", "bf16 weights", "gradients", "objective", "backward pass")
+PARTS = (*_ALWAYS, "features", *_IN_DRAFTER, "target's activations")
 
 
 @checked
@@ -69,16 +59,14 @@ class StepBytes:
     def always(self) -> dict[str, int]:
         """What the step holds throughout, by part."""
         shape, step = self.shape, self.step
-        table = 4 * shape.vocab_size * self.hidden
         shared = step.target_bytes == 4
-        own = table * (1 if shared and shape.tied else 2)
+        own = 4 * shape.vocab_size * self.hidden * (1 if shared and shape.tied else 2)
         target = 0
         if step.features == "live":
             target = shape.target_parameters * step.target_bytes
             own = 0 if shared else own
-        head = 0
-        if self.autocast or step.vocabulary is not None:
-            head = self.number * self.vocab * self.hidden
+        copied = self.autocast or step.vocabulary is not None
+        head = self.number * self.vocab * self.hidden * copied
         # Which token has which place in the softmaxes, and back.
         places = 8 * (self.vocab + shape.vocab_size)
         return {
@@ -90,18 +78,17 @@ class StepBytes:
 
     def kept(self) -> dict[str, Any]:
         """What the drafter's forward pass saves for the backward pass, by part."""
-        kept = self._layer(first=True)
-        later = self._layer(first=False)
-        for part in kept:
-            kept[part] = kept[part] + (self.layers.count - 1) * later[part]
-        around = self._around_layers()
-        projections = kept["attention projections"] + around["attention projections"]
-        return {
-            "context projection": around["context projection"],
-            **kept,
-            "attention projections": projections,
-            "heads": around["heads"],
-        }
+        number, shape, width = self.number, self.shape, self.sizes.confidence_width
+        saved = {part: self.layers.count * held for part, held in self._layer().items()}
+        # Cosines and sines; the first layer's input is frozen and needs no gradient.
+        around = 4 * self.keys * self.layers.head_dim - self._frozen_input()
+        saved["attention projections"] = saved["attention projections"] + around
+        # Features that have the products' dtype are not copied.
+        copied = 0 if self.step.feature_bytes == number == 4 else number
+        context = self.tokens * (copied * shape.context_size + self.norm * self.hidden + 4)
+        latent, confidence = number * self.sizes.latent_kept, number * width + 4 * 8 * (width > 0)
+        heads = self.slots * (self.norm * self.hidden + 8 + latent + confidence)
+        return {"context projection": context, **saved, "heads": heads}
 
     def logits(self) -> Any:
         """The logits of drafter and target that exist at one time, and their softmaxes in fp32."""
@@ -113,111 +100,80 @@ class StepBytes:
 
     def moments(self) -> dict[str, dict[str, Any]]:
         """The moments that may be the fullest, and what each holds beside :meth:`always`."""
-        features = self.step.feature_bytes * self.tokens * (self.shape.context_size + self.hidden)
         moments: dict[str, dict[str, Any]] = {}
         if self.step.features == "live":
             moments["the target reads"] = {"target's activations": self._target_activations()}
-        moments |= self._around_objective()
-        moments |= self._layers_backward()
-        moments |= self._context_backward()
+        rows = self._around_objective() | self._layers_backward() | self._context_backward()
+        moments |= {name: dict(zip(_IN_DRAFTER, row, strict=True)) for name, row in rows.items()}
+        features = self.step.feature_bytes * self.tokens * (self.shape.context_size + self.hidden)
         for held in moments.values():
             held["features"] = features
         return moments | {"optimiser": {"gradients": 4 * self.sizes.trained_parameters}}
 
-    def _around_objective(self) -> dict[str, dict[str, Any]]:
+    def _around_objective(self) -> dict[str, tuple[Any, ...]]:
+        vocab, rank = self.vocab, self.rank
         inside, after = self._objective()
-        embedding = 4 * self.shape.vocab_size * self.rank
-        moments: dict[str, dict[str, Any]] = {
-            "objective": {"objective": inside},
-            "heads backward": {
-                # One gradient of the embedding comes from the bias, one from the confidence head.
-                "gradients": embedding * (2 + self.shape.reads_markov),
-                "objective": after,
-                "backward pass": self._norm_backward() / 2,
-            },
+        embedding = 4 * self.shape.vocab_size * rank
+        # One gradient of the embedding comes from the bias, one from the confidence head.
+        gradients = embedding * (2 + self.shape.reads_markov)
+        kept, copies = sum(self.kept().values()), self._weight_copies()["all"]
+        moments: dict[str, tuple[Any, ...]] = {
+            "objective": (kept, copies, 0, inside, 0),
+            "heads backward": (kept, copies, gradients, after, self._norm_backward() // 2),
         }
         if self.step.objective == "chunked":
             # Those that it made, the same again times the loss's own gradient, and zeros that
             # autograd makes up for the outputs that nothing depends on.
-            leaving = 3 * (after + 4 * self.vocab * self.rank)
-            leaving = leaving + 2 * self.autocast * self.vocab * self.rank
-            moments["gradients leave the objective"] = {"objective": leaving}
-        kept, copies = sum(self.kept().values()), self._weight_copies()["all"]
-        for held in moments.values():
-            held |= {"activations": kept, "bf16 weights": copies}
+            leaving = 3 * (after + 4 * vocab * rank) + 2 * self.autocast * vocab * rank
+            moments["gradients leave the objective"] = (kept, copies, 0, leaving, 0)
         return moments
 
-    def _layers_backward(self) -> dict[str, dict[str, Any]]:
+    def _layers_backward(self) -> dict[str, tuple[Any, ...]]:
         """The backward pass through the last and through the first layer, at three places."""
-        layers, shape = self.layers, self.shape
-        first, later = self._layer(first=True), self._layer(first=False)
-        around = self._around_layers()
-        outside = around["context projection"] + around["attention projections"]
-        copies = self._weight_copies()
-        layer_gradient = 4 * layers.layer_parameters
-        behind = 4 * (self.sizes.trained_parameters - shape.context_size * self.hidden)
-        behind -= layers.count * layer_gradient
+        layers, saved, kept, copies = self.layers, self._layer(), self.kept(), self._weight_copies()
+        layer, mlp = sum(saved.values()), 4 * layers.mlp_weights
+        every = sum(kept.values()) - kept["heads"]
+        weights = self.sizes.trained_parameters - self.shape.context_size * self.hidden
         attention, keys_kept, keys_values = self._attention_backward()
-        moments: dict[str, dict[str, Any]] = {}
+        moments: dict[str, tuple[Any, ...]] = {}
         for name, left in (("last layer", layers.count), ("first layer", 1)):
-            layer = first if left == 1 else later
-            before = outside + (sum(first.values()) if left > 1 else 0)
-            before = before + max(0, left - 2) * sum(later.values())
-            gradients = behind + (layers.count - left) * layer_gradient
+            held = every - (layers.count - left) * layer
+            # The first layer saves less than the others.
+            before = held - layer + (self._frozen_input() if left == 1 else 0)
+            below = copies["fc"] + (left - 1) * copies["layer"]
+            done = 4 * (weights - left * layers.layer_parameters)
             # The gradient of the context, which the layers behind this one have begun.
             begun = 0 if left == layers.count else 4 * self.tokens * self.hidden
-            for place, saved, weights, done, work in (
-                ("MLP", sum(layer.values()), "layer", 0, self._mlp_backward()),
-                (
-                    "attention",
-                    layer["attention projections"] + layer["attention"],
-                    "attention",
-                    4 * layers.mlp_weights,
-                    attention,
-                ),
-                (
-                    "keys and values",
-                    keys_kept,
-                    "keys and values",
-                    4 * layers.mlp_weights,
-                    keys_values,
-                ),
+            for place, activations, copied, gradient, work in (
+                ("MLP", held, "layer", 0, self._mlp_backward()),
+                ("attention", held - saved["MLP"], "attention", mlp, attention),
+                ("keys and values", before + keys_kept, "keys and values", mlp, keys_values),
             ):
-                moments[f"{name} backward, {place}"] = {
-                    "activations": before + saved,
-                    "bf16 weights": copies["fc"] + (left - 1) * copies["layer"] + copies[weights],
-                    "gradients": gradients + done,
-                    "backward pass": work + begun,
-                }
+                row = (activations, below + copies[copied], done + gradient, 0, work + begun)
+                moments[f"{name} backward, {place}"] = row
         return moments
 
-    def _context_backward(self) -> dict[str, dict[str, Any]]:
-        saved = self._around_layers()["context projection"]
-        copies, every = self._weight_copies()["fc"], 4 * self.sizes.trained_parameters
-        fc, states = 4 * self.shape.context_size * self.hidden, self.tokens * self.hidden
+    def _context_backward(self) -> dict[str, tuple[Any, ...]]:
+        saved, copies = self.kept()["context projection"], self._weight_copies()["fc"]
+        every, states = 4 * self.sizes.trained_parameters, self.tokens * self.hidden
+        fc = 4 * self.shape.context_size * self.hidden
+        work = self.number * states + self.autocast * fc // 2
         return {
-            "context backward, norm": {
-                "activations": saved,
-                "bf16 weights": copies,
-                "gradients": every - fc,
-                "backward pass": 12 * states,
-            },
-            "context backward, projection": {
-                "activations": saved - 8 * states,
-                "bf16 weights": copies,
-                "gradients": every,
-                "backward pass": self.number * states + self.autocast * fc // 2,
-            },
+            "context backward, norm": (saved, copies, every - fc, 0, 12 * states),
+            "context backward, projection": (saved - 8 * states, copies, every, 0, work),
         }
 
-    def _layer(self, first: bool) -> dict[str, Any]:
+    def _frozen_input(self) -> Any:
+        """What the first layer does not save, since its input is the frozen embedding's."""
+        return 4 * self.slots * self.hidden
+
+    def _layer(self) -> dict[str, Any]:
         """What one layer saves: the inputs of its products, of its norms and of its attention."""
         layers, number, norm = self.layers, self.number, self.norm
         slots, keys, hidden, query, key = self.slots, self.keys, self.hidden, self.query, self.key
         return {
             "attention projections": (
-                # The first layer's input is the frozen embedding's and needs no gradient.
-                (norm - 4 * first) * slots * hidden
+                norm * slots * hidden
                 + 4 * keys * hidden  # one fp32 input of both products, or two in bf16
                 + number * slots * hidden
                 + norm * (slots * query + keys * key)
@@ -225,42 +181,20 @@ class StepBytes:
                 + 4 * (slots * (1 + layers.heads) + keys * layers.kv_heads)
             ),
             "attention": number * (2 * slots * query + 2 * keys * key) + 4 * slots * layers.heads,
-            "MLP": (
-                (norm + 4) * slots * hidden
-                + 4 * slots
-                + 4 * number * slots * layers.intermediate_size
-            ),
-        }
-
-    def _around_layers(self) -> dict[str, Any]:
-        """What is saved outside the layers, by part."""
-        number, shape, sizes = self.number, self.shape, self.sizes
-        # Features that have the products' dtype are not copied.
-        copied = 0 if self.step.feature_bytes == number == 4 else number
-        confidence = number * sizes.confidence_width + 4 * 8 * (sizes.confidence_width > 0)
-        latent = number * sizes.latent_kept
-        return {
-            "context projection": (
-                self.tokens * (copied * shape.context_size + self.norm * self.hidden + 4)
-            ),
-            # Cosines and sines.
-            "attention projections": 4 * self.keys * self.layers.head_dim,
-            "heads": self.slots * (self.norm * self.hidden + 8 + latent + confidence),
+            "MLP": slots * ((norm + 4) * hidden + 4 + 4 * number * layers.intermediate_size),
         }
 
     def _weight_copies(self) -> dict[str, int]:
         """The bf16 copies of weights that autocast makes and autograd saves."""
-        if not self.autocast:
-            return dict.fromkeys(("fc", "layer", "attention", "keys and values", "all"), 0)
-        layers, shape = self.layers, self.shape
-        fc = 2 * shape.context_size * self.hidden
-        layer = 2 * (layers.attention_weights + layers.mlp_weights)
-        heads = 2 * (self.sizes.latent_weights + self.sizes.confidence_width)
+        layers, size = self.layers, 2 * self.autocast
+        fc = size * self.shape.context_size * self.hidden
+        layer = size * (layers.attention_weights + layers.mlp_weights)
+        heads = size * (self.sizes.latent_weights + self.sizes.confidence_width)
         return {
             "fc": fc,
             "layer": layer,
-            "attention": 2 * layers.attention_weights,
-            "keys and values": 2 * 2 * self.hidden * self.key,
+            "attention": size * layers.attention_weights,
+            "keys and values": size * 2 * self.hidden * self.key,
             "all": fc + layers.count * layer + heads,
         }
 

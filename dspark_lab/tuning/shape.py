@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,28 +35,24 @@ class Card:
     bytes_per_second: float
 
 
-def _card(name: str, gigabytes: float, tera_operations: float, gigabytes_per_second: float) -> Card:
-    # Vendors sell 2**30 bytes as a gigabyte of memory, except where they say 141 or 180.
-    unit = 10**9 if gigabytes > 100 else 2**30
-    return Card(name, int(gigabytes * unit), tera_operations * 1e12, gigabytes_per_second * 1e9)
-
-
-# From the vendors' data sheets, without sparsity: memory, bf16 tensor peak, memory bandwidth.
+# From the vendors' data sheets, without sparsity: gigabytes of memory, bf16 tensor peak in 10^12
+# operations and memory bandwidth in gigabytes a second. Vendors sell 2**30 bytes as a gigabyte of
+# memory, except where they say 141 or 180.
 CARDS = {
-    card.name: card
-    for card in (
-        _card("T4", 16, 65, 300),  # fp16; it has no bf16
-        _card("L4", 24, 121, 300),
-        _card("A10G", 24, 70, 600),
-        _card("RTX 3090", 24, 71, 936),
-        _card("RTX 4090", 24, 165, 1008),
-        _card("RTX 5090", 32, 209, 1792),
-        _card("A100 40GB", 40, 312, 1555),
-        _card("L40S", 48, 362, 864),
-        _card("A100 80GB", 80, 312, 2039),
-        _card("H100", 80, 989, 3350),
-        _card("H200", 141, 989, 4800),
-        _card("B200", 180, 2250, 8000),
+    name: Card(name, memory * (10**9 if memory > 100 else 2**30), peak * 1e12, bandwidth * 1e9)
+    for name, memory, peak, bandwidth in (
+        ("T4", 16, 65, 300),  # fp16; it has no bf16
+        ("L4", 24, 121, 300),
+        ("A10G", 24, 70, 600),
+        ("RTX 3090", 24, 71, 936),
+        ("RTX 4090", 24, 165, 1008),
+        ("RTX 5090", 32, 209, 1792),
+        ("A100 40GB", 40, 312, 1555),
+        ("L40S", 48, 362, 864),
+        ("A100 80GB", 80, 312, 2039),
+        ("H100", 80, 989, 3350),
+        ("H200", 141, 989, 4800),
+        ("B200", 180, 2250, 8000),
     )
 }
 
@@ -95,12 +91,10 @@ class Layers:
 
     @property
     def mlp_weights(self) -> int:
-        """Weights of one layer's MLP."""
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer."""
         biases = self.query_width + 2 * self.kv_width + self.hidden_size
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
         return self.attention_weights + biases * self.attention_bias + self.mlp_weights + norms
@@ -161,22 +155,19 @@ class Shape:
             source: a name in :data:`TARGETS`; a ``config.json``, or the folder that holds it; its
                 content; a :class:`~dspark_lab.model.DrafterConfig`. A multimodal model may have the
                 numbers in ``text_config``.
-            target: with a drafter as ``source``, the target's ``config.json`` or its content, where
-                the target's costs are wanted too.
+            target: the target's ``config.json`` or its content, where ``source`` is a drafter.
             num_hidden_layers: layers of the drafter.
             context_layers: target layers that a context feature consists of.
             block_size, num_anchors, seq_len: default sizes of a training step.
-            markov_rank, markov_head_type, enable_confidence_head: the heads.
 
         Raises:
             ValueError: not a preset, a configuration without the numbers, or one whose layers are
                 not dense (mixtures of experts, recurrent states).
-            FileNotFoundError: the path does not exist.
         """
         shape = _shape_of(source)
         if target is not None:
             shape = shape._with_target(_shape_of(target))
-        changes = {
+        changes: dict[str, Any] = {
             "block_size": block_size,
             "num_anchors": num_anchors,
             "seq_len": seq_len,
@@ -184,13 +175,12 @@ class Shape:
             "markov_head_type": markov_head_type,
             "enable_confidence_head": enable_confidence_head,
         }
-        changed: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
         if num_hidden_layers is not None:
-            changed["drafter"] = replace(shape.drafter, count=num_hidden_layers)
+            changes["drafter"] = replace(shape.drafter, count=num_hidden_layers)
         if context_layers is not None:
             width = shape.context_size // shape.context_layers
-            changed |= {"context_layers": context_layers, "context_size": context_layers * width}
-        return replace(shape, **changed)
+            changes |= {"context_layers": context_layers, "context_size": context_layers * width}
+        return replace(shape, **{name: v for name, v in changes.items() if v is not None})
 
     def __post_init__(self) -> None:
         kinds = ("none", *MARKOV_HEADS)
@@ -227,25 +217,13 @@ class Shape:
 
     def drafter_config(self) -> DrafterConfig:
         """A drafter of this shape; its layer ids and its mask token are made up."""
-        layers = self.drafter
+        layers = {theirs: getattr(self.drafter, ours) for ours, theirs in _OF_LAYERS.items()}
+        shared = {name: getattr(self, name) for name in _SHARED}
         return DrafterConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=layers.hidden_size,
-            intermediate_size=layers.intermediate_size,
-            num_hidden_layers=layers.count,
-            num_attention_heads=layers.heads,
-            num_key_value_heads=layers.kv_heads,
-            head_dim=layers.head_dim,
+            **layers | shared | {"confidence_head_with_markov": self.reads_markov},
             target_layer_ids=tuple(range(self.context_layers)),
-            block_size=self.block_size,
             mask_token_id=0,
-            num_anchors=self.num_anchors,
-            markov_rank=self.markov_rank,
-            markov_head_type=self.markov_head_type,
-            enable_confidence_head=self.enable_confidence_head,
-            confidence_head_with_markov=self.reads_markov,
             target_hidden_size=self.context_size // self.context_layers,
-            attention_bias=layers.attention_bias,
         )
 
     def _with_target(self, other: Shape) -> Shape:
@@ -259,6 +237,19 @@ class Shape:
                 f"{other.vocab_size} tokens"
             )
         return replace(self, name=other.name, target=other.target, tied=other.tied)
+
+
+# The names that a drafter's configuration has for its layers, and those that a shape shares.
+_OF_LAYERS = {
+    "count": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "attention_bias": "attention_bias",
+}
+_SHARED = {field.name for field in fields(Shape)} & {field.name for field in fields(DrafterConfig)}
 
 
 @lru_cache(maxsize=64)
@@ -293,28 +284,25 @@ def _of_config(config: Mapping[str, Any], name: str) -> Shape:
     if not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise ValueError(f"layers must be of attention alone, got {sorted(set(kinds))}")
     heads = _number(text, "num_attention_heads")
-    hidden = _number(text, "hidden_size")
-    count = _number(text, "num_hidden_layers")
+    hidden, count = _number(text, "hidden_size"), _number(text, "num_hidden_layers")
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     sliding = kinds.count("sliding_attention") if kinds else _sliding(text, count)
+    kind = str(text.get("model_type", ""))
     layers = Layers(
-        count=count,
-        hidden_size=hidden,
-        intermediate_size=_number(text, "intermediate_size"),
-        heads=heads,
+        count,
+        hidden,
+        _number(text, "intermediate_size"),
+        heads,
         kv_heads=text.get("num_key_value_heads") or heads,
         head_dim=text.get("head_dim") or hidden // heads,
-        qk_norm=str(text.get("model_type", "")).startswith(("qwen3", "gemma3", "gemma4")),
+        qk_norm=kind.startswith(("qwen3", "gemma3", "gemma4")),
         attention_bias=bool(text.get("attention_bias")),
         window=window,
         sliding=sliding if window else 0,
     )
     # Where a configuration says nothing, transformers ties nothing; Gemma's always do.
-    tied = text.get("tie_word_embeddings", str(text.get("model_type", "")).startswith("gemma"))
-    own = replace(layers, qk_norm=True, window=None, sliding=0, count=min(5, count))
-    depth = min(5, max(1, count - 1))
-    vocab = _number(text, "vocab_size")
-    return Shape(name, vocab, own, layers, depth, depth * hidden, tied=bool(tied))
+    tied = bool(text.get("tie_word_embeddings", kind.startswith("gemma")))
+    return _for_target(name, layers, _number(text, "vocab_size"), tied)
 
 
 def _sliding(text: Mapping[str, Any], count: int) -> int:
@@ -327,28 +315,13 @@ def _sliding(text: Mapping[str, Any], count: int) -> int:
 
 
 def _of_drafter(config: DrafterConfig) -> Shape:
-    layers = Layers(
-        count=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        attention_bias=config.attention_bias,
-    )
     return Shape(
-        name="drafter",
-        vocab_size=config.vocab_size,
-        drafter=layers,
+        "drafter",
+        drafter=Layers(**{ours: getattr(config, theirs) for ours, theirs in _OF_LAYERS.items()}),
         target=None,
         context_layers=len(config.target_layer_ids),
         context_size=config.context_size,
-        block_size=config.block_size,
-        num_anchors=config.num_anchors,
-        markov_rank=config.markov_rank,
-        markov_head_type=config.markov_head_type,
-        enable_confidence_head=config.enable_confidence_head,
-        confidence_head_with_markov=config.confidence_head_with_markov,
+        **{name: getattr(config, name) for name in _SHARED},
     )
 
 
@@ -361,52 +334,31 @@ def _number(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _preset(name: str, target: Layers, vocab_size: int, tied: bool, **options: Any) -> Shape:
-    """With a drafter of five such layers, or as many as are said, and features of five, or so."""
-    values: dict[str, Any] = {"drafter_layers": 5, "context_layers": 5} | options
-    drafter = replace(
-        target, count=values.pop("drafter_layers"), qk_norm=True, window=None, sliding=0
-    )
-    size = values["context_layers"] * target.hidden_size
-    return Shape(name, vocab_size, drafter, target, context_size=size, tied=tied, **values)
+def _for_target(
+    name: str, target: Layers, vocab_size: int, tied: bool, layers: int = 5, **sizes: int
+) -> Shape:
+    """With a drafter of some such layers, and features of five, or of all but the last."""
+    drafter = replace(target, count=min(layers, target.count), qk_norm=True, window=None, sliding=0)
+    depth = min(5, max(1, target.count - 1))
+    size = depth * target.hidden_size
+    return Shape(name, vocab_size, drafter, target, depth, size, tied=tied, **sizes)
 
 
 # The targets of the published drafters, as their own config.json have them, with drafters of five
 # layers, five context layers, block 7, Markov rank 256, 512 anchors, 4,096 tokens. Of Gemma 4 12B's
 # 48 layers, the eight that see everything have wider heads that share keys and values; here they
 # are like the other forty, with 16 heads of 256. The last two are the pairs that ship here.
+_GEMMA4 = Layers(48, 3840, 15360, 16, 8, 256, window=1024, sliding=40)
+_SMALL = {"layers": 2, "seq_len": 512, "markov_rank": 64}
+_SMOLLM2, _POCKET = _SMALL | {"num_anchors": 32}, _SMALL | {"num_anchors": 16}
 TARGETS = {
-    shape.name: shape
-    for shape in (
-        _preset("qwen3-4b", Layers(36, 2560, 9728, 32, 8, 128), 151936, tied=True),
-        _preset("qwen3-8b", Layers(36, 4096, 12288, 32, 8, 128), 151936, tied=False),
-        _preset("qwen3-14b", Layers(40, 5120, 17408, 40, 8, 128), 151936, tied=False),
-        _preset(
-            "gemma4-12b",
-            Layers(48, 3840, 15360, 16, 8, 256, window=1024, sliding=40),
-            262144,
-            tied=True,
-        ),
-        _preset(
-            "smollm2",
-            Layers(30, 576, 1536, 9, 3, 64, qk_norm=False),
-            49152,
-            tied=True,
-            drafter_layers=2,
-            num_anchors=32,
-            seq_len=512,
-            markov_rank=64,
-        ),
-        _preset(
-            "pocket",
-            Layers(4, 256, 704, 4, 2, 64, qk_norm=False),
-            2048,
-            tied=True,
-            drafter_layers=2,
-            context_layers=3,
-            num_anchors=16,
-            seq_len=512,
-            markov_rank=64,
-        ),
+    name: _for_target(name, layers, vocab_size, tied, **sizes)
+    for name, layers, vocab_size, tied, sizes in (
+        ("qwen3-4b", Layers(36, 2560, 9728, 32, 8, 128), 151936, True, {}),
+        ("qwen3-8b", Layers(36, 4096, 12288, 32, 8, 128), 151936, False, {}),
+        ("qwen3-14b", Layers(40, 5120, 17408, 40, 8, 128), 151936, False, {}),
+        ("gemma4-12b", _GEMMA4, 262144, True, {}),
+        ("smollm2", Layers(30, 576, 1536, 9, 3, 64, qk_norm=False), 49152, True, _SMOLLM2),
+        ("pocket", Layers(4, 256, 704, 4, 2, 64, qk_norm=False), 2048, True, _POCKET),
     )
 }
