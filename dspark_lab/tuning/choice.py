@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,11 @@ __all__ = [
 
 # The share of a card's peak that training steps of transformers commonly reach; an assumption.
 UTILISATION = 0.4
+# The first columns of a table of options.
+_OPTION = [
+    *("seq_len", "block_size", "num_anchors", "row_tokens", "share"),
+    *("covered", "weighted", "gain", "operations", "memory_bytes"),
+]
 _RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
 
 
@@ -77,13 +83,8 @@ class TrainingChoice:
         """The best option, to be exported; a ValueError with the reason where nothing fits."""
         if self.best is None:
             raise ValueError(self.reason)
-        return TrainingSettings(
-            num_anchors=int(self.best["num_anchors"]),
-            block_size=int(self.best["block_size"]),
-            seq_len=int(self.best["seq_len"]),
-            batch_size=self.batch_size,
-            loss_decay_gamma=self.gamma,
-        )
+        chosen = (int(self.best[name]) for name in ("num_anchors", "block_size", "seq_len"))
+        return TrainingSettings(*chosen, self.batch_size, self.gamma)
 
 
 @checked
@@ -155,49 +156,29 @@ def choose_training(
     """
     step_time = time if isinstance(time, StepTime) else card_time(time)
     limit = math.inf if memory is None else usable_bytes(memory, usable)
+    options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     lines = []
     for seq_len, spans in _rows(data, seq_lens, packed).items():
-        rows_tokens = float(spans.row_tokens.mean())
-        for block_size in block_sizes:
-            for anchors in num_anchors:
-                found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
-                longest = Step(
-                    seq_len=seq_len,
-                    num_anchors=row_blocks(spans, anchors, per),
-                    block_size=block_size,
-                    batch_size=batch_size,
-                    dtype=dtype,
-                    features=features,
-                    target_dtype=target_dtype,
-                    objective=objective,
-                    supervised=supervised,
-                    vocabulary=vocabulary,
-                    device=device,
-                )
-                mean = replace(longest, seq_len=max(1, round(rows_tokens)))
-                covered = found.covered / found.rows * batch_size
-                lines.append(
-                    {
-                        "seq_len": seq_len,
-                        "block_size": block_size,
-                        "num_anchors": anchors,
-                        "row_tokens": rows_tokens,
-                        "share": found.share,
-                        "covered": covered,
-                        "weighted": found.weighted / found.rows * batch_size,
-                        "gain": covered * float(found.weights.sum()),
-                        "operations": float(step_cost(shape, mean)["operations"].sum()),
-                        "memory_bytes": int(StepBytes(shape, longest).peak),
-                    }
-                )
-    table = pd.DataFrame(lines)
+        row_tokens = float(spans.row_tokens.mean())
+        for block_size, anchors in product(block_sizes, num_anchors):
+            found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
+            covered = found.covered / found.rows * batch_size
+            weighted = found.weighted / found.rows * batch_size
+            gain = covered * float(found.weights.sum())
+            blocks = row_blocks(spans, anchors, per)
+            longest = Step(seq_len, blocks, block_size, batch_size, *options)
+            mean = replace(longest, seq_len=max(1, round(row_tokens)))
+            operations = float(step_cost(shape, mean)["operations"].sum())
+            held = int(StepBytes(shape, longest).peak)
+            gained = (row_tokens, found.share, covered, weighted, gain)
+            lines.append((seq_len, block_size, anchors, *gained, operations, held))
+    table = pd.DataFrame(lines, columns=_OPTION)
     table["seconds"] = step_time.predict(table["operations"])
     for rate, of in zip(_RATES, ("seconds", "memory_bytes", "operations"), strict=True):
         table[rate] = table["gain"] / table[of]
     table["fits"] = table["memory_bytes"] <= limit
-    table["front"] = table["fits"] & _front(
-        table[list(_RATES)].to_numpy(), table["fits"].to_numpy()
-    )
+    rates = table[list(_RATES)].to_numpy()
+    table["front"] = table["fits"] & _front(rates, table["fits"].to_numpy())
     return _choice(table, step_time.error, batch_size, gamma)
 
 
@@ -262,44 +243,27 @@ def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         ``decided`` (whether the two intervals are apart) and ``rank_correlation`` (Spearman's, of
         gain a second with tau).
     """
-    both = cells.merge(
-        predicted[["block_size", "num_anchors", "gain_per_second"]],
-        on=["block_size", "num_anchors"],
-        how="left",
-    )
-    if both["gain_per_second"].isna().any():
-        lost = both[both["gain_per_second"].isna()][["num_anchors", "block_size"]]
+    cell = ["block_size", "num_anchors"]
+    both = cells.merge(predicted[[*cell, "gain_per_second"]], on=cell, how="left")
+    lost = both[both["gain_per_second"].isna()][["num_anchors", "block_size"]]
+    if len(lost):
         raise ValueError(f"predicted must hold every cell, got none for {lost.values.tolist()}")
     lines = []
-    for (budget, temperature), part in both.groupby(["budget", "temperature"], sort=True):
+    for by, part in both.groupby(["budget", "temperature"], sort=True):
         groups: list[tuple[Any, pd.DataFrame]] = list(part.groupby("block_size"))
         for block_size, group in [*groups, ("all", part)]:
             mine = group.loc[group["gain_per_second"].idxmax()]
             top = group.loc[group["tau"].idxmax()]
-            lines.append(
-                {
-                    "budget": budget,
-                    "temperature": temperature,
-                    "block_size": block_size,
-                    "recommended": _name(mine, block_size == "all"),
-                    "tau": mine["tau"],
-                    "low": mine["low"],
-                    "high": mine["high"],
-                    "found_best": _name(top, block_size == "all"),
-                    "best_tau": top["tau"],
-                    "lost": 1 - mine["tau"] / top["tau"],
-                    "decided": bool(top["low"] > mine["high"]),
-                    "rank_correlation": group["gain_per_second"].corr(
-                        group["tau"], method="spearman"
-                    ),
-                }
-            )
-    return pd.DataFrame(lines)
-
-
-def _name(cell: pd.Series, with_block: bool) -> str:
-    anchors = f"N {cell['num_anchors']:.0f}"
-    return f"{anchors}, K {cell['block_size']:.0f}" if with_block else anchors
+            name = "N {num_anchors:.0f}"
+            if block_size == "all":
+                name += ", K {block_size:.0f}"
+            ranks = group["gain_per_second"].corr(group["tau"], method="spearman")
+            decided, loss = bool(top["low"] > mine["high"]), 1 - mine["tau"] / top["tau"]
+            found = (*mine[["tau", "low", "high"]], name.format(**top), top["tau"])
+            lines.append((*by, block_size, name.format(**mine), *found, loss, decided, ranks))
+    columns = ["budget", "temperature", "block_size", "recommended", "tau", "low", "high"]
+    columns += ["found_best", "best_tau", "lost", "decided", "rank_correlation"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def _rows(

@@ -23,6 +23,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated
 
 import numpy as np
@@ -53,6 +54,11 @@ __all__ = [
 
 # Why a token can never be a label.
 REASONS = ("prompt", "first of its run", "alone in its run", "cut off", "padding")
+# The columns of a table of supervision.
+_FOUND = (
+    *("blocks", "supervised", "labels", "expected", "weighted", "covered", "share", "times"),
+    "rows_without_label",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +119,13 @@ def supervision(
     Args:
         data: spans, made once for many choices, or what they are made of.
         num_anchors: drawn in each unit, all of its candidates where there are fewer.
-        block_size: slots per block.
         gamma: of the weights w_k = exp(-k / gamma), in slots.
         per: the unit, ``"row"`` or ``"document"``.
 
     Raises:
         ValueError: no row has a label.
     """
-    return _labelled(_Reach.of(Spans.of(data), block_size, per)).supervision(num_anchors, gamma)
+    return _labelled(data, block_size, per).supervision(num_anchors, gamma)
 
 
 @checked
@@ -143,28 +148,12 @@ def supervision_table(
     """
     spans = Spans.of(data)
     lines = []
-    for unit in [per] if isinstance(per, str) else per:
-        for block_size in block_sizes:
-            reach = _labelled(_Reach.of(spans, block_size, unit))
-            for anchors in num_anchors:
-                found = reach.supervision(anchors, gamma)
-                lines.append(
-                    {
-                        "per": unit,
-                        "block_size": block_size,
-                        "num_anchors": anchors,
-                        "blocks": found.blocks,
-                        "supervised": found.supervised,
-                        "labels": found.labels,
-                        "expected": found.expected,
-                        "weighted": found.weighted,
-                        "covered": found.covered,
-                        "share": found.share,
-                        "times": found.times,
-                        "rows_without_label": found.rows_without_label,
-                    }
-                )
-    return pd.DataFrame(lines)
+    for unit, block_size in product([per] if isinstance(per, str) else per, block_sizes):
+        reach = _labelled(spans, block_size, unit)
+        for anchors in num_anchors:
+            found = reach.supervision(anchors, gamma)
+            lines.append((unit, block_size, anchors, *(getattr(found, name) for name in _FOUND)))
+    return pd.DataFrame(lines, columns=["per", "block_size", "num_anchors", *_FOUND])
 
 
 @checked
@@ -182,7 +171,7 @@ def slot_supervision(
         one line per slot: ``slot``, ``weight`` (w_k), ``expected`` (supervised slots), ``weighted``
         and ``most`` (supervised slots if every candidate were an anchor).
     """
-    reach = _labelled(_Reach.of(Spans.of(data), block_size, per))
+    reach = _labelled(data, block_size, per)
     found = reach.supervision(num_anchors, gamma)
     return pd.DataFrame(
         {
@@ -218,25 +207,17 @@ def never_table(data: Data) -> pd.DataFrame:
         "alone in its run": sum_by(run_document, kept == 1, documents),
         "cut off": sum_by(run_document, spans.run_tokens - kept, documents),
     }
-    counts = {reason: int(found.sum()) for reason, found in in_document.items()}
-    counts["padding"] = int(spans.row_tokens.sum() - spans.document_kept.sum())
-    tokens = int(spans.document_tokens.sum()) + counts["padding"]
-    answers = int(supervised.sum())
+    padding = spans.row_tokens.sum() - spans.document_kept.sum()
+    tokens = np.array([*(found.sum() for found in in_document.values()), padding])
+    answer = np.isin(REASONS, ("prompt", "padding"), invert=True)
     return pd.DataFrame(
-        [
-            {
-                "reason": reason,
-                "tokens": counts[reason],
-                "of_tokens": counts[reason] / tokens,
-                "of_supervised": (
-                    float("nan")
-                    if reason in ("prompt", "padding") or not answers
-                    else counts[reason] / answers
-                ),
-                "documents": int((in_document[reason] > 0).sum()) if reason in in_document else 0,
-            }
-            for reason in REASONS
-        ]
+        {
+            "reason": REASONS,
+            "tokens": tokens,
+            "of_tokens": tokens / (spans.document_tokens.sum() + padding),
+            "of_supervised": np.where(answer, tokens, np.nan) / (supervised.sum() or np.nan),
+            "documents": [*((found > 0).sum() for found in in_document.values()), 0],
+        }
     )
 
 
@@ -275,7 +256,8 @@ def token_supervision(
         runs = runs[slice(*np.searchsorted(spans.run_document, (first, end)))]
     tokens = spans.document_tokens[first:end]
     lines = tokens.cumsum() - tokens
-    run, offset = _run_and_offset(runs, spans.run_tokens)
+    of_run = spans.run_tokens[runs]
+    run, offset = np.repeat(runs, of_run), _offsets(of_run)
     in_document = spans.run_document[run]
     line = lines[in_document - first] + spans.run_start[run] + offset
     kept = spans.run_kept[run]
@@ -301,7 +283,7 @@ def token_supervision(
     return pd.DataFrame(
         {
             "document": np.repeat(np.arange(first, end), tokens),
-            "position": np.arange(tokens.sum()) - np.repeat(lines, tokens),
+            "position": _offsets(tokens),
             "supervised": spread(np.ones(len(line), dtype=bool), False),
             "anchors": spread(anchors, 0),
             **{f"slot_{slot}": times[:, slot] for slot in range(block_size)},
@@ -349,25 +331,15 @@ def coverage_table(
     for block_size in block_sizes:
         reach = _Reach.of(spans, block_size, "row")
         for anchors in num_anchors:
-            covered = sum(
-                int((times_supervised(blocks) > 0).sum())
-                for blocks in (
-                    draw_blocks(batch, anchors, block_size, seed=seed + draw)
-                    for draw in range(draws)
-                )
+            sampled = (
+                times_supervised(draw_blocks(batch, anchors, block_size, seed=seed + draw)) > 0
+                for draw in range(draws)
             )
             found = reach.supervision(anchors)
-            lines.append(
-                {
-                    "block_size": block_size,
-                    "num_anchors": anchors,
-                    "blocks": found.blocks,
-                    "expected": found.share,
-                    "sampled": covered / draws / found.supervised,
-                    "supervisions": found.times,
-                }
-            )
-    return pd.DataFrame(lines)
+            share = sum(int(covered.sum()) for covered in sampled) / draws / found.supervised
+            lines.append((block_size, anchors, found.blocks, found.share, share, found.times))
+    columns = ["block_size", "num_anchors", "blocks", "expected", "sampled", "supervisions"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 @checked
@@ -391,17 +363,10 @@ def packing_table(
     lines = []
     for row, (spans, per) in rows.items():
         reach = _Reach.of(_supervised(spans), block_size, per)
-        for anchors in num_anchors:
-            lines.append(
-                {
-                    "row": row,
-                    "anchors per": per,
-                    "documents": spans.documents / spans.rows,
-                    "num_anchors": anchors,
-                    "expected": reach.supervision(anchors).share,
-                }
-            )
-    return pd.DataFrame(lines)
+        documents = spans.documents / spans.rows
+        lines += [(row, per, documents, n, reach.supervision(n).share) for n in num_anchors]
+    columns = ["row", "anchors per", "documents", "num_anchors", "expected"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 @checked
@@ -423,26 +388,16 @@ def anchors_needed(
     lines = []
     for block_size in block_sizes:
         reach = _Reach.of(spans, block_size, per)
-
-        def share(anchors: int, reach: _Reach = reach) -> float:
-            return reach.supervision(anchors).share
-
         most = max(1, int(reach.candidates.max()))
-        ceiling = share(most)
+        ceiling = reach.share(most)
         for goal in goals:
-            enough = None
+            enough, expected = None, np.nan
             if goal <= ceiling:
-                enough = 1 + bisect_left(range(1, most), goal, key=share)
-            lines.append(
-                {
-                    "block_size": block_size,
-                    "goal": goal,
-                    "num_anchors": enough,
-                    "expected": share(enough) if enough else np.nan,
-                    "ceiling": ceiling,
-                }
-            )
-    return pd.DataFrame(lines).astype({"num_anchors": "Int64"})
+                enough = 1 + bisect_left(range(1, most), goal, key=reach.share)
+                expected = reach.share(enough)
+            lines.append((block_size, goal, enough, expected, ceiling))
+    columns = ["block_size", "goal", "num_anchors", "expected", "ceiling"]
+    return pd.DataFrame(lines, columns=columns).astype({"num_anchors": "Int64"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -456,7 +411,7 @@ class _Reach:
 
     @classmethod
     def of(cls, spans: Spans, block_size: int, per: Per) -> _Reach:
-        groups = spans.groups(per)
+        groups = spans.groups[per]
         count, width = len(groups.candidates), block_size + 1
         last = groups.run_length - 1
         cell = groups.run_group * width + np.minimum(last, block_size)
@@ -480,8 +435,12 @@ class _Reach:
             covered=float((self.tokens * _covered(self.candidates, num_anchors, block_size)).sum()),
         )
 
+    def share(self, num_anchors: int) -> float:
+        return self.supervision(num_anchors).share
 
-def _labelled(reach: _Reach) -> _Reach:
+
+def _labelled(data: Data, block_size: int, per: Per) -> _Reach:
+    reach = _Reach.of(Spans.of(data), block_size, per)
     if not reach.slots.any():
         raise ValueError(
             "no row has a label: nowhere in the data are two supervised tokens next to each other"
@@ -500,13 +459,9 @@ def _first_tokens(spans: Spans) -> Int[np.ndarray, " document"]:
     return sum_by(spans.run_document, spans.run_kept > 1, spans.documents)
 
 
-def _run_and_offset(
-    runs: Int[np.ndarray, " chosen"], lengths: Int[np.ndarray, " run"]
-) -> tuple[Int[np.ndarray, " token"], Int[np.ndarray, " token"]]:
-    """Run and offset in it of each token of the chosen runs."""
-    count = lengths[runs]
-    offset = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-    return np.repeat(runs, count), offset
+def _offsets(counts: Int[np.ndarray, " group"]) -> Int[np.ndarray, " token"]:
+    """0, 1, ... in each of the groups."""
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
 def _drawn(candidates: Int[np.ndarray, " unit"], num_anchors: int) -> Float[np.ndarray, " unit"]:

@@ -55,11 +55,7 @@ class Spans:
     @classmethod
     @checked
     def of(
-        cls,
-        data: Data,
-        *,
-        seq_len: Count | None = None,
-        row_length: Count | None = None,
+        cls, data: Data, *, seq_len: Count | None = None, row_length: Count | None = None
     ) -> Spans:
         """The spans of conversations or of a batch.
 
@@ -73,14 +69,11 @@ class Spans:
             ValueError: no conversation, or one longer than ``row_length``; a batch together with
                 ``seq_len`` or ``row_length``.
         """
-        if isinstance(data, Spans):
+        if isinstance(data, (Spans, Batch)):
             if seq_len is not None or row_length is not None:
-                raise ValueError("spans have their rows already: neither seq_len nor row_length")
-            return data
-        if isinstance(data, Batch):
-            if seq_len is not None or row_length is not None:
-                raise ValueError("a batch has its rows already: neither seq_len nor row_length")
-            return cls._of_batch(data)
+                kind = "spans have their" if isinstance(data, Spans) else "a batch has its"
+                raise ValueError(f"{kind} rows already: neither seq_len nor row_length")
+            return data if isinstance(data, Spans) else cls._of_batch(data)
         encoded = [data] if isinstance(data, Encoded) else list(data)
         if not encoded:
             raise ValueError("data must hold at least one conversation, got none")
@@ -122,7 +115,6 @@ class Spans:
 
     @property
     def rows(self) -> int:
-        """The number of rows."""
         return len(self.row_tokens)
 
     @property
@@ -156,17 +148,10 @@ class Spans:
         run_unit = self.unit(per)[self.run_document]
         return sum_by(run_unit, np.maximum(self.run_kept - 1, 0), units)
 
-    def groups(self, per: Per) -> RunGroups:
+    @cached_property
+    def groups(self) -> dict[Per, RunGroups]:
         """The runs by the candidates of their row or document, grouped once."""
-        return self._row_groups if per == "row" else self._document_groups
-
-    @cached_property
-    def _row_groups(self) -> RunGroups:
-        return RunGroups.of(self, "row")
-
-    @cached_property
-    def _document_groups(self) -> RunGroups:
-        return RunGroups.of(self, "document")
+        return {per: RunGroups.of(self, per) for per in PER}
 
 
 # What coverage takes: spans, made once for many choices, or what they are made of.
