@@ -17,20 +17,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark_lab.attention import block_attention, training_block_mask, training_dense_mask
-from dspark_lab.model import (
-    Drafter,
-    DrafterConfig,
-    objective,
-    output_objective,
-)
+from dspark_lab.model import Drafter, DrafterConfig, objective, output_objective
 from dspark_lab.tuning import (
     TARGETS,
     AttentionWork,

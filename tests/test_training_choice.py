@@ -204,11 +204,7 @@ def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
         ({"time": "H1000"}, ValueError, "card must be one of .*got 'H1000'"),
         ({"memory": "H1000"}, ValueError, "memory must be bytes or one of .*got 'H1000'"),
         ({"gamma": 1e-300}, ValueError, "^gamma must be > 0.*got 1e-300"),
-        (
-            {"usable": 0},
-            ValueError,
-            "usable must lie in",
-        ),
+        ({"usable": 0}, ValueError, "usable must lie in"),
     ],
 )
 def test_what_cannot_be_chosen_from_is_refused(options, error, match):

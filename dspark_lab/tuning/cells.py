@@ -14,9 +14,10 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,7 +31,7 @@ from dspark_lab.decoding import decode
 from dspark_lab.files import read_json, shipped, write_json
 from dspark_lab.model import Drafter, Target, load_target
 from dspark_lab.pairs import in_turns, load_pair, question
-from dspark_lab.training import TrainConfig, mask_token_id, new_drafter, train
+from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, train
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.spans import Spans
@@ -70,9 +71,9 @@ class SweepConfig:
     """What is swept, and what each drafter may spend.
 
     Args:
-        num_anchors: blocks of a row, each once.
-        block_sizes: slots of a block, each once.
-        seeds: drafters of each kind, each once.
+        num_anchors: blocks of a row.
+        block_sizes: slots of a block.
+        seeds: drafters of each kind.
         slots: supervised slots of the first budget.
         seconds: training time of the second budget.
         prompts: held-out questions to decode, domains in turn.
@@ -121,13 +122,8 @@ class SweepConfig:
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a sweep that was stopped early has whole tables."""
-        return [
-            Cell(budget, anchors, block_size, seed)
-            for seed in self.seeds
-            for budget in BUDGETS
-            for block_size in self.block_sizes
-            for anchors in self.num_anchors
-        ]
+        every = product(self.seeds, BUDGETS, self.block_sizes, self.num_anchors)
+        return [Cell(budget, n, block_size, seed) for seed, budget, block_size, n in every]
 
 
 @checked
@@ -156,18 +152,17 @@ def run_sweep(
     work = Path(work).absolute()
     (work / "cells").mkdir(parents=True, exist_ok=True)
     _require_same_sweep(work / "sweep.json", config)
-    cells = {_result(work, cell): cell for cell in config.cells()}
-    left = {path: cell for path, cell in cells.items() if not path.exists()}
+    cells = config.cells()
+    left = [cell for cell in cells if not (work / "cells" / f"{cell.key}.json").exists()]
     if left:
         steps = _planned_steps(config, work)
         jobs = {
             cell.key: (cell, config, steps[cell.budget, cell.num_anchors, cell.block_size], work)
-            for cell in left.values()
+            for cell in left
         }
-        by_key = {cell.key: path for path, cell in left.items()}
         with tqdm(total=len(cells), initial=len(cells) - len(left), disable=not progress) as bar:
             for key, rows in run_jobs(run or run_cell, jobs, processes=processes, address=address):
-                write_json(by_key[key], rows, indent=1)
+                write_json(work / "cells" / f"{key}.json", rows, indent=1)
                 shutil.rmtree(work / "runs" / key, ignore_errors=True)
                 bar.set_postfix_str(key)
                 bar.update()
@@ -178,28 +173,11 @@ def run_sweep(
 def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict[str, Any]]:
     """Trains one drafter, decodes with it, and returns a line for each temperature."""
     torch.set_num_threads(1)
-    target, chats, held_out = _materials(config)
-    training = replace(
-        config.training,
-        steps=steps,
-        num_anchors=cell.num_anchors,
-        seed=cell.seed,
-        warmup_steps=max(1, steps // 20),
-    )
-    drafter = _fresh(target, chats, cell)
-    history = train(
-        drafter,
-        target,
-        chats,
-        training,
-        out=work / "runs" / cell.key,
-        features=config.features,
-        cache=work / "features",
-        progress=False,
-    )
+    target, _, held_out = _materials(config)
+    drafter, history = _trained(cell, config, steps, work, work / "runs" / cell.key)
     if history.interrupted:
         raise KeyboardInterrupt
-    trained = history.table()
+    spent = history.table()[["slots", "seconds"]].sum()
     lines = []
     for temperature in config.temperatures:
         decoded = decode(
@@ -212,19 +190,17 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
         )
         # Blocks cut at the end of an answer say nothing of the slots that were not there.
         whole = decoded.rounds[decoded.rounds["drafted"] == cell.block_size]
+        shares = [float((whole["accepted"] > slot).mean()) for slot in range(cell.block_size)]
         lines.append(
             {
                 **asdict(cell),
                 "temperature": temperature,
                 "steps": steps,
-                "slots": int(trained["slots"].sum()),
-                "seconds": round(float(trained["seconds"].sum()), 1),
+                "slots": int(spent["slots"]),
+                "seconds": round(float(spent["seconds"]), 1),
                 "tau": round(decoded.tau, 4),
                 "rounds": len(decoded.rounds),
-                **{
-                    f"accepted_{slot}": round(float((whole["accepted"] > slot).mean()), 4)
-                    for slot in range(cell.block_size)
-                },
+                **{f"accepted_{slot}": round(share, 4) for slot, share in enumerate(shares)},
             }
         )
     return lines
@@ -293,50 +269,76 @@ def standard_error(spread: Any, seeds: Any) -> Any:
 
 def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, int], int]:
     """Steps by budget, anchor count and block size; measured times are kept in ``work``."""
-    target, chats, _ = _materials(config)
+    _, chats, _ = _materials(config)
     spans = Spans.of(chats)
     measured = work / "step_seconds.json"
     seconds = read_json(measured) if measured.exists() else {}
     steps: dict[tuple[Budget, int, int], int] = {}
-    for block_size in config.block_sizes:
-        for anchors in config.num_anchors:
-            name = f"n{anchors}-k{block_size}"
-            if name not in seconds:
-                seconds[name] = _step_seconds(config, anchors, block_size, work)
-                write_json(measured, seconds, indent=1)
-            per_pass = supervision(spans, anchors, block_size).expected
-            slots = per_pass / len(chats) * config.training.batch_size
-            steps["slots", anchors, block_size] = max(1, round(config.slots / slots))
-            steps["seconds", anchors, block_size] = max(1, round(config.seconds / seconds[name]))
+    for block_size, anchors in product(config.block_sizes, config.num_anchors):
+        name = f"n{anchors}-k{block_size}"
+        if name not in seconds:
+            seconds[name] = _step_seconds(config, anchors, block_size, work)
+            write_json(measured, seconds, indent=1)
+        per_pass = supervision(spans, anchors, block_size).expected
+        slots = per_pass / len(chats) * config.training.batch_size
+        steps["slots", anchors, block_size] = max(1, round(config.slots / slots))
+        steps["seconds", anchors, block_size] = max(1, round(config.seconds / seconds[name]))
     return steps
 
 
-def _step_seconds(
-    config: SweepConfig, num_anchors: int, block_size: int, work: Path, steps: int = 9
-) -> float:
+def _step_seconds(config: SweepConfig, num_anchors: int, block_size: int, work: Path) -> float:
     """The median time of a training step, little changed by other work on the machine.
 
     On a CPU the time of one thread's own work, on a GPU the clock's.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    target, chats, _ = _materials(config)
-    clock = time.process_time if target.device.type == "cpu" else time.perf_counter
+    on_cpu = _materials(config)[0].device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
     times: list[float] = []
+    cell = Cell("seconds", num_anchors, block_size, 0)
     with tempfile.TemporaryDirectory() as folder:
-        train(
-            _fresh(target, chats, Cell("seconds", num_anchors, block_size, 0)),
-            target,
-            chats,
-            replace(config.training, steps=steps, num_anchors=num_anchors, warmup_steps=1),
-            out=folder,
-            features=config.features,
-            cache=work / "features",
-            progress=False,
-            on_metrics=lambda row: times.append(clock()),
-        )
+        _trained(cell, config, 9, work, Path(folder), lambda row: times.append(clock()))
     torch.set_num_threads(threads)
     return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+
+
+def _trained(
+    cell: Cell,
+    config: SweepConfig,
+    steps: int,
+    work: Path,
+    out: Path,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[Drafter, History]:
+    """A cell's drafter after so many steps."""
+    target, chats, _ = _materials(config)
+    torch.manual_seed(cell.seed)
+    drafter = new_drafter(
+        target,
+        mask_token_id=mask_token_id(None, target, chats),
+        block_size=cell.block_size,
+        num_anchors=cell.num_anchors,
+    )
+    training = replace(
+        config.training,
+        steps=steps,
+        num_anchors=cell.num_anchors,
+        seed=cell.seed,
+        warmup_steps=max(1, steps // 20),
+    )
+    history = train(
+        drafter,
+        target,
+        chats,
+        training,
+        out=out,
+        features=config.features,
+        cache=work / "features",
+        progress=False,
+        on_metrics=on_metrics,
+    )
+    return drafter, history
 
 
 @lru_cache(maxsize=1)
@@ -352,20 +354,6 @@ def _materials(config: SweepConfig) -> tuple[Target, list[Encoded], list[Chat]]:
     assert target.tokenizer is not None
     encoded = [encode(chat, target.tokenizer, config.training.max_length) for chat in chats]
     return target, encoded, in_turns(others)[: config.prompts]
-
-
-def _fresh(target: Target, chats: Sequence[Encoded], cell: Cell) -> Drafter:
-    torch.manual_seed(cell.seed)
-    return new_drafter(
-        target,
-        mask_token_id=mask_token_id(None, target, chats),
-        block_size=cell.block_size,
-        num_anchors=cell.num_anchors,
-    )
-
-
-def _result(work: Path, cell: Cell) -> Path:
-    return work / "cells" / f"{cell.key}.json"
 
 
 def _require_same_sweep(path: Path, config: SweepConfig) -> None:

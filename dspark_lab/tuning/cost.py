@@ -179,13 +179,7 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
             4 * _OBJECTIVE_CROSSINGS * logits * vocab,
             held.logits(),
         ),
-        (
-            "optimiser",
-            _OPTIMISER * trained,
-            0,
-            4 * _OPTIMISER_CROSSINGS * trained,
-            16 * trained,
-        ),
+        ("optimiser", _OPTIMISER * trained, 0, 4 * _OPTIMISER_CROSSINGS * trained, 16 * trained),
     ]
     if step.features == "live":
         rows.insert(0, ("target forward", *_target_row(shape, step)))

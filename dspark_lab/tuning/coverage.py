@@ -107,12 +107,7 @@ class Supervision:
 
 @checked
 def supervision(
-    data: Data,
-    num_anchors: Count,
-    block_size: Count,
-    *,
-    gamma: DecayGamma = 4.0,
-    per: Per = "row",
+    data: Data, num_anchors: Count, block_size: Count, *, gamma: DecayGamma = 4.0, per: Per = "row"
 ) -> Supervision:
     """What one pass over the data supervises, in closed form.
 
@@ -158,12 +153,7 @@ def supervision_table(
 
 @checked
 def slot_supervision(
-    data: Data,
-    num_anchors: Count,
-    block_size: Count,
-    *,
-    gamma: DecayGamma = 4.0,
-    per: Per = "row",
+    data: Data, num_anchors: Count, block_size: Count, *, gamma: DecayGamma = 4.0, per: Per = "row"
 ) -> pd.DataFrame:
     """:func:`supervision` slot by slot.
 

@@ -64,7 +64,7 @@ def export(
         kind: "json", or one of ``TRAINERS`` (for training) or ``SERVERS`` (for serving).
 
     Raises:
-        ValueError: there is no such kind, or the server cannot do what was chosen.
+        ValueError: the server cannot do what was chosen.
     """
     writers = TRAINERS if isinstance(settings, TrainingSettings) else SERVERS
     if kind not in ("json", *writers):
@@ -83,14 +83,10 @@ def slots_with_anchor(block_size: int) -> int:
 
 
 def _flags(block_size: int, s: TrainingSettings) -> str:
-    values = {
-        "num-anchors": s.num_anchors,
-        "block-size": block_size,
-        "max-length": s.seq_len,
-        "batch-size": s.batch_size,
-        "loss-decay-gamma": s.loss_decay_gamma,
-    }
-    return " ".join(f"--{name} {value}" for name, value in values.items())
+    return (
+        f"--num-anchors {s.num_anchors} --block-size {block_size} --max-length {s.seq_len} "
+        f"--batch-size {s.batch_size} --loss-decay-gamma {s.loss_decay_gamma}"
+    )
 
 
 def _nemo(s: TrainingSettings) -> str:

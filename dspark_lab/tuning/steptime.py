@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,9 +27,9 @@ from dspark_lab.chats import Batch, Chat, Encoded, collate
 from dspark_lab.checks import Count, Device, NonNegative, Size, checked
 from dspark_lab.files import now
 from dspark_lab.model import Drafter, Features, Target, dspark_objective
-from dspark_lab.tuning.cost import training_cost
+from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.shape import Shape
-from dspark_lab.tuning.step import Dtype
+from dspark_lab.tuning.step import Dtype, Step
 
 __all__ = ["StepTime", "fit_step_time", "measure_steps"]
 
@@ -84,14 +84,9 @@ def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> 
         errors = np.abs((fixed + per_operation * others) / times - 1)
     else:
         errors = _left_out_errors(operations, seconds)
-    known = len(errors) > 0
-    return StepTime(
-        fixed,
-        per_operation,
-        error=float(errors.mean()) if known else math.nan,
-        worst_error=float(errors.max()) if known else math.nan,
-        held_out=len(errors),
-    )
+    if not len(errors):
+        return StepTime(fixed, per_operation, math.nan, math.nan, 0)
+    return StepTime(fixed, per_operation, float(errors.mean()), float(errors.max()), len(errors))
 
 
 @checked
@@ -118,62 +113,44 @@ def measure_steps(
         shape: of the drafter; its weights are random.
         seq_lens, num_anchors, block_sizes: every combination is measured; the shape's own block
             size where None.
-        batch_size: rows.
-        dtype: of the matrix products, over fp32 weights.
+        batch_size, dtype: as in :class:`~dspark_lab.tuning.Step`.
         target: runs in every step, on its own device.
         device: of the steps without a target.
         warmup, runs: steps that are not timed, and that are.
-        seed: of tokens, weights and blocks.
 
     Returns:
         a line per combination: ``seq_len``, ``num_anchors``, ``block_size``, ``batch_size``,
         ``operations``, ``seconds`` (the median), ``fastest``, ``slowest``, ``device``, ``dtype``.
     """
     place = torch.device(device) if target is None else target.device
+    features: Literal["cached", "live"] = "cached" if target is None else "live"
+    kind: Literal["cuda", "cpu"] = "cuda" if place.type == "cuda" else "cpu"
     lines = []
     for block_size in block_sizes or [shape.block_size]:
+        config = replace(shape, block_size=block_size).drafter_config()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drafter = (
-                Drafter(replace(shape, block_size=block_size).drafter_config()).to(place).train()
-            )
+            drafter = Drafter(config).to(place).train()
             if target is not None:
                 drafter.use_target_embeddings(target.embed_weight, target.head_weight)
         optimizer = torch.optim.AdamW(_trained(drafter), lr=1e-5, fused=True)
         for seq_len, anchors in product(seq_lens, num_anchors):
             batch = _random_batch(shape.vocab_size, batch_size, seq_len, seed).to(place)
             blocks = draw_blocks(batch, anchors, block_size, seed=seed)
-            features = _features(target, drafter, batch)
-            step = partial(_train_once, drafter, optimizer, batch, blocks, features, dtype)
-            cost = training_cost(
-                shape,
-                seq_len=seq_len,
-                num_anchors=anchors,
-                block_size=block_size,
-                batch_size=batch_size,
-                dtype=dtype,
-                features="cached" if target is None else "live",
-                supervised=float(blocks.eval_mask.double().mean()),
-                device="cuda" if place.type == "cuda" else "cpu",
-            )
+            read = _features(target, drafter, batch)
+            run = partial(_train_once, drafter, optimizer, batch, blocks, read, dtype)
+            sizes = (seq_len, anchors, block_size, batch_size)
+            labelled = float(blocks.eval_mask.double().mean())
+            step = Step(*sizes, dtype, features, supervised=labelled, device=kind)
             for _ in range(warmup):
-                step()
-            times = [_seconds(step, place) for _ in range(runs)]
-            lines.append(
-                {
-                    "seq_len": seq_len,
-                    "num_anchors": anchors,
-                    "block_size": block_size,
-                    "batch_size": batch_size,
-                    "operations": cost["operations"].sum(),
-                    "seconds": statistics.median(times),
-                    "fastest": min(times),
-                    "slowest": max(times),
-                    "device": str(place),
-                    "dtype": dtype,
-                }
-            )
-    return pd.DataFrame(lines)
+                run()
+            times = [_seconds(run, place) for _ in range(runs)]
+            spread = (statistics.median(times), min(times), max(times))
+            operations = step_cost(shape, step)["operations"].sum()
+            lines.append((*sizes, operations, *spread, str(place), dtype))
+    columns = ["seq_len", "num_anchors", "block_size", "batch_size", "operations"]
+    columns += ["seconds", "fastest", "slowest", "device", "dtype"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def _train_once(
@@ -206,12 +183,10 @@ def _fit(
     unit = operations.max()
     design = np.stack([1 / seconds, operations / unit / seconds], axis=1)
     both = np.linalg.lstsq(design, np.ones(len(seconds)), rcond=None)[0]
-    choices = [both] if (both >= 0).all() else []
-    for column in (0, 1):
-        # With the other at 0; its own best is positive, as all numbers here are.
-        alone = np.zeros(2)
-        alone[column] = design[:, column].sum() / (design[:, column] ** 2).sum()
-        choices.append(alone)
+    # With the other at 0; its own best is positive, as all numbers here are.
+    choices = list(np.diag(design.sum(axis=0) / (design**2).sum(axis=0)))
+    if (both >= 0).all():
+        choices.insert(0, both)
     fixed, slope = min(choices, key=lambda x: float(((design @ x - 1) ** 2).sum()))
     return float(fixed), float(slope / unit)
 
@@ -259,12 +234,11 @@ def _features(target: Target | None, drafter: Drafter, batch: Batch) -> Callable
     """Asks the target anew at every call, or hands out the same random numbers."""
     if target is not None:
         return lambda: target.batch_features(batch, drafter.config.target_layer_ids)
-    sizes = (drafter.config.context_size, drafter.config.hidden_size)
-    like = drafter.fc.weight
-    generator = torch.Generator(like.device).manual_seed(0)
+    device = drafter.fc.weight.device
+    generator = torch.Generator(device).manual_seed(0)
     context, last = (
-        torch.randn(*batch.input_ids.shape, size, generator=generator, device=like.device)
-        for size in sizes
+        torch.randn(*batch.input_ids.shape, size, generator=generator, device=device)
+        for size in (drafter.config.context_size, drafter.config.hidden_size)
     )
     return lambda: Features(context, last)
 
