@@ -36,17 +36,6 @@ from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.spans import Spans
 
-__all__ = [
-    "BUDGETS",
-    "Cell",
-    "SweepConfig",
-    "cell_table",
-    "load_sweep",
-    "run_cell",
-    "run_sweep",
-    "sweep_table",
-]
-
 Budget = Literal["slots", "seconds"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
 
@@ -143,11 +132,7 @@ def run_sweep(
         work: folder for results, unfinished runs, and cached features. Nodes of a cluster that do
             not see it use a folder of the same name of their own for the latter two.
         processes, address: see :func:`dspark_lab.tuning.run_jobs`.
-        progress: whether to show a bar.
         run: called for each cell, :func:`run_cell` by default.
-
-    Raises:
-        ValueError: a work folder of another sweep.
     """
     work = Path(work).absolute()
     (work / "cells").mkdir(parents=True, exist_ok=True)
@@ -236,13 +221,10 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
     The standard deviation between seeds is pooled over the cells of a budget and temperature, which
     three seeds alone could not tell.
 
-    Args:
-        sweep: from :func:`sweep_table` or :func:`load_sweep`.
-
     Returns:
-        one line per budget, temperature, block size and anchor count: ``tau`` (mean over
-        ``seeds``), ``low``, ``high`` (Student's t; NaN where no cell has two seeds), ``steps``,
-        ``slots`` and ``seconds`` (means).
+        one line per ``budget``, ``temperature``, ``block_size`` and ``num_anchors``: ``tau`` (mean
+        over ``seeds``), ``low``, ``high`` (Student's t; NaN where no cell has two seeds),
+        ``steps``, ``slots`` and ``seconds`` (means).
     """
     from scipy import stats
 

@@ -41,15 +41,6 @@ from dspark_lab.tuning.spans import Per, Spans
 from dspark_lab.tuning.step import Dtype, Step
 from dspark_lab.tuning.steptime import StepTime, fit_step_time
 
-__all__ = [
-    "TrainingChoice",
-    "card_time",
-    "choose_training",
-    "predict_sweep",
-    "row_blocks",
-    "sweep_check",
-]
-
 # The share of a card's peak that training steps of transformers commonly reach; an assumption.
 UTILISATION = 0.4
 # The first columns of a table of options.
@@ -64,10 +55,9 @@ _RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
 class TrainingChoice:
     """The result of :func:`choose_training`.
 
-    ``table``: every option, see there. ``best`` and ``runner_up``: its rows (None where nothing
-    fits, or nothing else does). ``sure``: the probability that the best gains faster than the
-    runner-up, given the error of the step times; NaN where that error is not known. ``reason``: a
-    sentence.
+    ``best`` and ``runner_up``: rows of ``table`` (None where nothing fits, or nothing else does).
+    ``sure``: the probability that the best gains faster than the runner-up, given the error of the
+    step times; NaN where that error is not known. ``reason``: a sentence.
     """
 
     table: pd.DataFrame
@@ -80,7 +70,7 @@ class TrainingChoice:
 
     @property
     def settings(self) -> TrainingSettings:
-        """The best option, to be exported; a ValueError with the reason where nothing fits."""
+        """The best option, to be exported; a ValueError where nothing fits."""
         if self.best is None:
             raise ValueError(self.reason)
         chosen = (int(self.best[name]) for name in ("num_anchors", "block_size", "seq_len"))
@@ -130,7 +120,6 @@ def choose_training(
 
     Args:
         data: conversations; or spans or a batch, whose rows are then as they are.
-        shape: of target and drafter.
         time: of steps, as fitted; or a card, of whose peak :data:`UTILISATION` is assumed.
         memory: bytes, or a card; everything fits where None.
         num_anchors, block_sizes: the choices.
@@ -139,10 +128,9 @@ def choose_training(
         packed: whether conversations share rows.
         per: what ``num_anchors`` counts for, ``"row"`` or ``"document"``. Per document a step has
             that many blocks for each of a row's documents.
-        batch_size: rows a step.
         gamma: of the slots' weights.
         usable: share of the memory that tensors may take.
-        dtype, features, target_dtype, objective, supervised, vocabulary, device: as in
+        batch_size, dtype, features, target_dtype, objective, supervised, vocabulary, device: as in
             :class:`~dspark_lab.tuning.Step`.
 
     Returns:
@@ -202,7 +190,7 @@ def predict_sweep(
 
     Args:
         sweep: from :func:`sweep_table` or :func:`load_sweep`.
-        data, shape: the training data of its drafters, and their shape.
+        data: on which its drafters were trained.
         config: of the sweep; of the shipped one where None.
     """
     config = config or SweepConfig()
@@ -232,8 +220,7 @@ def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Compares a recommendation with drafters that were trained.
 
     Args:
-        predicted: ``block_size``, ``num_anchors`` and ``gain_per_second``, a line per cell; the
-            ``table`` of a :class:`TrainingChoice`.
+        predicted: the ``table`` of a :class:`TrainingChoice`.
         cells: from :func:`cell_table`.
 
     Returns:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,18 +25,14 @@ from dspark_lab.tuning.moments import StepBytes
 from dspark_lab.tuning.shape import Layers, Shape
 from dspark_lab.tuning.step import Dtype, Step
 
-__all__ = ["TILE", "AttentionWork", "expected_work", "step_cost", "training_cost"]
-
 # Queries and keys of a tile of FlexAttention.
 TILE = 128
-# The backward pass makes the scores again, and then four gradients from them: five products to two.
-_ATTENTION_BACKWARD = 2.5
-# For each word of a slot's two softmaxes, the chunked objective's operations on a logit of the
-# drafter (8), of the target (6), on both (4), and for the gradient (5), and how often such a number
-# crosses memory (read or written, no two operations fused).
-_OBJECTIVE_FORWARD, _OBJECTIVE_BACKWARD, _OBJECTIVE_CROSSINGS = 18, 5, 31
-# AdamW, for each weight: two moments (3 and 4), decay (1), the step (5), and clipping (3).
-_OPTIMISER, _OPTIMISER_CROSSINGS = 16, 10
+# For each word of a slot's two softmaxes: operations forward, on a logit of the drafter (8), of the
+# target (6) and on both (4), and for the gradient; and bytes, since such a number crosses memory 31
+# times (read or written, no two operations fused).
+_OBJECTIVE = (18, 5, 4 * 31)
+# AdamW, for each weight: two moments (3 and 4), decay (1), the step (5), clipping (3); and bytes.
+_OPTIMISER = (16, 0, 4 * 10)
 
 
 @dataclass(frozen=True)
@@ -124,65 +120,40 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
     q, kv = layers.query_width, layers.kv_width
     slots, keys = step.slots, step.tokens + step.slots
     logits, vocab = float(step.counted_slots), step.vocabulary or shape.vocab_size
+    trained = shape.sizes.trained_parameters
+
     fc = _Products((step.tokens, shape.context_size, d))
+    fc_backward = _backward(fc, input_needs_gradient=False)  # features are the frozen target's
+    fc_moved = c * (2 * fc.crossing + fc.weights) + 4 * fc.weights
     projections = _Products((slots, d, q), (slots, q, d), (keys, d, 2 * kv))
-    mlp = _Products((slots, d, 2 * inner), (slots, inner, d))
     # Each row of tiles reads the keys and values that it touches, once for the heads that share
     # them; backward both directions do.
     read = 2 * work.tiled / TILE * kv
     attention = 4 * q * layers.count * work.pairs
+    # It makes the scores again, and then four gradients from them: five products to two.
+    attention_backward = 2.5 * attention
+    attention_moved = 3 * c * layers.count * (2 * slots * q + read)
+    mlp = _Products((slots, d, 2 * inner), (slots, inner, d))
     head_weights = shape.sizes.latent_weights + shape.sizes.confidence_width
     heads = 2 * slots * head_weights
-    trained = shape.sizes.trained_parameters
-    # Part, operations forward and backward, bytes moved, bytes held.
-    rows = [
-        (
-            "context projection",
-            fc.operations,
-            _backward(fc, input_needs_gradient=False),  # features are the frozen target's
-            c * (2 * fc.crossing + fc.weights) + 4 * fc.weights,
-            kept["context projection"],
-        ),
-        (
-            "attention projections",
-            *_in_layers(projections, layers.count, c),
-            kept["attention projections"],
-        ),
-        (
-            "attention",
-            attention,
-            _ATTENTION_BACKWARD * attention,
-            3 * c * layers.count * (2 * slots * q + read),
-            kept["attention"],
-        ),
-        ("MLP", *_in_layers(mlp, layers.count, c), kept["MLP"]),
-        (
-            "heads",
-            heads,
-            2 * heads,
-            (2 * c + 4) * head_weights + 3 * c * slots * (d + 3 * r),
-            kept["heads"],
-        ),
-        # The LM head is frozen; the matrix of the Markov bias has a gradient, and so have both
-        # inputs.
-        (
-            "LM head",
-            2 * logits * vocab * (2 * d + r),
-            2 * logits * vocab * (d + 2 * r),
-            c * (2 * vocab * (d + r) + logits * (4 * d + 3 * r + 5 * vocab)) + 4 * vocab * r,
-            c * vocab * d,
-        ),
-        (
-            "objective",
-            _OBJECTIVE_FORWARD * logits * vocab,
-            _OBJECTIVE_BACKWARD * logits * vocab,
-            4 * _OBJECTIVE_CROSSINGS * logits * vocab,
-            held.logits(),
-        ),
-        ("optimiser", _OPTIMISER * trained, 0, 4 * _OPTIMISER_CROSSINGS * trained, 16 * trained),
+    heads_moved = (2 * c + 4) * head_weights + 3 * c * slots * (d + 3 * r)
+    # The LM head is frozen; the matrix of the Markov bias has a gradient, and so have both inputs.
+    lm_head, lm_backward = (2 * logits * vocab * width for width in (2 * d + r, d + 2 * r))
+    lm_moved = c * (2 * vocab * (d + r) + logits * (4 * d + 3 * r + 5 * vocab)) + 4 * vocab * r
+
+    # Part, operations forward and backward, bytes moved and held.
+    rows: list[tuple[str, float, float, float, float]] = [
+        ("context projection", fc.operations, fc_backward, fc_moved, kept["context projection"]),
+        _in_layers("attention projections", projections, step, layers, kept),
+        ("attention", attention, attention_backward, attention_moved, kept["attention"]),
+        _in_layers("MLP", mlp, step, layers, kept),
+        ("heads", heads, 2 * heads, heads_moved, kept["heads"]),
+        ("LM head", lm_head, lm_backward, lm_moved, c * vocab * d),
+        ("objective", *(n * logits * vocab for n in _OBJECTIVE), held.logits()),
+        ("optimiser", *(n * trained for n in _OPTIMISER), 16 * trained),
     ]
     if step.features == "live":
-        rows.insert(0, ("target forward", *_target_row(shape, step)))
+        rows.insert(0, _target_row(shape, step))
     part, *numbers = zip(*rows, strict=True)
     forward, backward, moved, bytes_held = np.array(numbers, dtype=float)
     tiles = np.where(np.equal(part, "attention"), work.tiled / work.pairs, 1.0)
@@ -215,14 +186,17 @@ def _backward(products: _Products, *, input_needs_gradient: bool) -> float:
     return products.operations * (2 if input_needs_gradient else 1)
 
 
-def _in_layers(products: _Products, layers: int, number: int) -> tuple[float, float, float]:
-    """Operations forward and backward, and bytes moved, of products in every layer."""
-    moved = 3 * number * products.crossing + (2 * number + 4) * products.weights
+def _in_layers(
+    part: str, products: _Products, step: Step, layers: Layers, kept: dict[str, Any]
+) -> tuple[str, float, float, float, float]:
+    """The row of products in every layer of the drafter."""
+    c, count = step.product_bytes, layers.count
+    moved = 3 * c * products.crossing + (2 * c + 4) * products.weights
     backward = _backward(products, input_needs_gradient=True)
-    return layers * products.operations, layers * backward, layers * moved
+    return part, count * products.operations, count * backward, count * moved, kept[part]
 
 
-def _target_row(shape: Shape, step: Step) -> tuple[float, float, float, float]:
+def _target_row(shape: Shape, step: Step) -> tuple[str, float, float, float, float]:
     """The target's forward pass without its LM head."""
     layers, tokens = shape.target, step.tokens
     assert layers is not None
@@ -235,7 +209,7 @@ def _target_row(shape: Shape, step: Step) -> tuple[float, float, float, float]:
     forward = layers.count * (products.operations + 4 * q * pairs)
     crossing = products.crossing + 2 * tokens * (q + kv)
     moved = layers.count * step.target_bytes * (products.weights + crossing)
-    return forward, 0.0, moved, shape.target_parameters * step.target_bytes
+    return "target forward", forward, 0.0, moved, shape.target_parameters * step.target_bytes
 
 
 def _causal_pairs(layers: Layers, tokens: int) -> float:

@@ -38,20 +38,6 @@ from dspark_lab.checks import Count, Size, Within, checked
 from dspark_lab.model import DecayGamma, decay_weights
 from dspark_lab.tuning.spans import Data, Per, Spans, sum_by
 
-__all__ = [
-    "REASONS",
-    "Supervision",
-    "anchors_needed",
-    "coverage_table",
-    "never_table",
-    "packing_table",
-    "slot_supervision",
-    "supervision",
-    "supervision_table",
-    "token_coverage",
-    "token_supervision",
-]
-
 # Why a token can never be a label.
 REASONS = ("prompt", "first of its run", "alone in its run", "cut off", "padding")
 # The columns of a table of supervision.
@@ -65,10 +51,8 @@ _FOUND = (
 class Supervision:
     """What one pass over a data set supervises, in expectation over the draws.
 
-    ``rows``, ``rows_without_label``, ``supervised`` (tokens) and ``labels`` (supervised tokens that
-    some draw supervises) describe the data; ``expected_by_slot`` is the number of supervised slots
-    k = 0, 1, ... of all blocks, ``weights`` their weight in the loss, and ``covered`` the number of
-    different tokens that are supervised at all.
+    ``labels`` are the ``supervised`` tokens that some draw supervises, and ``covered`` is the
+    expected number of them; ``expected_by_slot`` and ``weights`` are for slots k = 0, 1, ...
     """
 
     rows: int
@@ -139,7 +123,7 @@ def supervision_table(
         ``blocks`` (kept per row), ``supervised`` (tokens), ``labels`` (of these, those that can be
         one), ``expected`` (supervised slots), ``weighted`` (their summed weight), ``covered``
         (tokens supervised at all), ``share`` (covered over supervised), ``times`` (expected over
-        supervised), all of them exact expectations, and ``rows_without_label``.
+        supervised), ``rows_without_label``.
     """
     spans = Spans.of(data)
     lines = []
@@ -158,8 +142,8 @@ def slot_supervision(
     """:func:`supervision` slot by slot.
 
     Returns:
-        one line per slot: ``slot``, ``weight`` (w_k), ``expected`` (supervised slots), ``weighted``
-        and ``most`` (supervised slots if every candidate were an anchor).
+        one line per ``slot``: ``weight`` (w_k), ``expected`` (supervised slots), ``weighted`` and
+        ``most`` (supervised slots if every candidate were an anchor).
     """
     reach = _labelled(data, block_size, per)
     found = reach.supervision(num_anchors, gamma)
@@ -180,13 +164,12 @@ def never_table(data: Data) -> pd.DataFrame:
 
     *Prompt* is everything that is not supervised. The first token of a run of two or more is an
     anchor, but no anchor stands before it; one alone in its run is neither. *Cut off* are the
-    supervised tokens beyond ``seq_len``. *Padding* fills rows up.
+    supervised tokens beyond ``seq_len``.
 
     Returns:
-        one line per reason: ``reason``, one of ``REASONS``, ``tokens``, ``of_tokens`` (share of all
-        tokens, padding and what was cut off included), ``of_supervised`` (share of supervised
-        tokens, what was cut off included; NaN for prompt and padding) and ``documents`` (that hold
-        such a token; 0 for padding).
+        one line per ``reason``: ``tokens``, ``of_tokens`` (share of all, padding and what was cut
+        off included), ``of_supervised`` (share of supervised tokens, what was cut off included; NaN
+        for prompt and padding) and ``documents`` (that hold such a token; 0 for padding).
     """
     spans = Spans.of(data)
     kept, run_document, documents = spans.run_kept, spans.run_document, spans.documents
@@ -252,11 +235,8 @@ def token_supervision(
     line = lines[in_document - first] + spans.run_start[run] + offset
     kept = spans.run_kept[run]
     anchors = np.where(offset < kept, np.minimum(offset, block_size), 0)
-    reason = np.select(
-        [offset >= kept, offset > 0, kept > 1],
-        ["cut off", "", "first of its run"],
-        "alone in its run",
-    )
+    of_token = [offset >= kept, offset > 0, kept > 1]
+    reason = np.select(of_token, ["cut off", "", "first of its run"], "alone in its run")
     # Only the units that the document draws from are worked out.
     drawn_from, place = np.unique(unit[in_document], return_inverse=True)
     size = candidates[drawn_from]
@@ -289,11 +269,7 @@ def token_supervision(
 def token_coverage(
     batch: Batch, num_anchors: Count, block_size: Count
 ) -> Float[Tensor, "batch seq"]:
-    """The probability that a token is covered by one draw of ``num_anchors`` anchors in its row.
-
-    Returns:
-        float64 in [0, 1]; 0 on tokens that are not supervised or never a label.
-    """
+    """The probability, in float64, that one draw of anchors in its row covers a token."""
     tokens = token_supervision(batch, num_anchors, block_size)
     coverage = torch.zeros(batch.loss_mask.shape, dtype=torch.float64)
     coverage[batch.attention_mask.cpu()] = torch.tensor(tokens["p_covered"].to_numpy())
@@ -313,8 +289,8 @@ def coverage_table(
 
     Returns:
         one line per block size and anchor count: ``block_size``, ``num_anchors``, ``blocks`` (kept
-        blocks per row, mean), ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws),
-        and ``supervisions`` (expected number of supervised slots per supervised token).
+        per row, mean), ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws), and
+        ``supervisions`` (expected, per supervised token).
     """
     spans = _supervised(Spans.of(batch))
     lines = []
@@ -370,9 +346,8 @@ def anchors_needed(
     """The smallest ``num_anchors`` whose expected coverage reaches a goal.
 
     Returns:
-        one line per block size and goal: ``block_size``, ``goal``, ``num_anchors`` (missing where
-        no number reaches it), ``expected`` at that number, and ``ceiling``, the coverage when every
-        candidate is an anchor.
+        one line per ``block_size`` and ``goal``: ``num_anchors`` (missing where no number reaches
+        it), ``expected`` at that number, and ``ceiling``, the coverage of all candidates.
     """
     spans = _supervised(Spans.of(data))
     lines = []
@@ -414,15 +389,14 @@ class _Reach:
         return cls(spans, groups.candidates, tokens, slots)
 
     def supervision(self, num_anchors: int, gamma: float = 4.0) -> Supervision:
-        block_size = self.slots.shape[1]
+        spans, block_size = self.spans, self.slots.shape[1]
+        covered = self.tokens * _covered(self.candidates, num_anchors, block_size)
         return Supervision(
-            rows=self.spans.rows,
-            rows_without_label=self.spans.rows_without_label,
-            supervised=self.spans.supervised,
+            *(spans.rows, spans.rows_without_label, spans.supervised),
             labels=int(self.slots[:, 0].sum()),
             expected_by_slot=_drawn(self.candidates, num_anchors) @ self.slots,
             weights=decay_weights(block_size, gamma).numpy(),
-            covered=float((self.tokens * _covered(self.candidates, num_anchors, block_size)).sum()),
+            covered=float(covered.sum()),
         )
 
     def share(self, num_anchors: int) -> float:

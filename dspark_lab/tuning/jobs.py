@@ -15,8 +15,6 @@ from typing import Any
 
 from dspark_lab.checks import Count, checked
 
-__all__ = ["run_jobs"]
-
 # A job that kills its process each time must not be tried for ever.
 MOST_DEATHS = 3
 
@@ -40,7 +38,7 @@ def run_jobs(
 
     Raises:
         ModuleNotFoundError: an address without Ray (``pip install 'dspark-lab[ray]'``).
-        RuntimeError: workers died 3 times in a row without a single result.
+        RuntimeError: workers died 3 times in a row without a result.
     """
     if address is None:
         return _in_processes(function, jobs, processes)

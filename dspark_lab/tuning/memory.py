@@ -22,8 +22,6 @@ from dspark_lab.tuning.moments import PARTS, StepBytes
 from dspark_lab.tuning.shape import CARDS, TARGETS, Card, Shape
 from dspark_lab.tuning.step import Dtype, Step
 
-__all__ = ["card_table", "fit_table", "memory_table", "training_memory", "usable_bytes"]
-
 Memory = float | str | Card
 
 
@@ -72,8 +70,8 @@ def memory_table(
     """The bytes of :func:`training_memory` at the fullest moment, part by part.
 
     Returns:
-        a line per part, in a fixed order: ``part``, ``held`` (bytes then), ``moment`` (its name,
-        the same in all lines). The lines add up to the peak.
+        a line per ``part``, in a fixed order: ``held`` (bytes then), ``moment`` (its name, the same
+        in all lines). The lines add up to the peak.
     """
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     step = Step(seq_len, num_anchors, block_size or shape.block_size, batch_size, *options)
@@ -121,18 +119,16 @@ def fit_table(
     """The largest number of anchors that fits into a memory, for each row length and block size.
 
     Args:
-        shape: of target and drafter.
         memory: bytes, or a card of :data:`~dspark_lab.tuning.CARDS`.
-        seq_lens, block_sizes: the choices.
         usable: share of the memory that tensors may take; the rest is the driver's, the kernels'
             and what lies idle between tensors.
         batch_size, dtype, features, target_dtype, objective, supervised, vocabulary, device: as in
             :class:`~dspark_lab.tuning.Step`.
 
     Returns:
-        a line per row length and block size: ``seq_len``, ``block_size``, ``num_anchors`` (0 where
-        not even one fits; at most ``seq_len - 1``, all that a row has), ``held`` (bytes of that
-        many, or of one where none fits), ``full`` (whether memory, not the row, is the limit).
+        a line per ``seq_len`` and ``block_size``: ``num_anchors`` (0 where not even one fits; at
+        most ``seq_len - 1``, all that a row has), ``held`` (bytes of that many, or of one where
+        none fits), ``full`` (whether memory, not the row, is the limit).
     """
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     limit = usable_bytes(memory, usable)
@@ -159,16 +155,11 @@ def card_table(
 ) -> pd.DataFrame:
     """Which drafter trains on which card: published configurations and common cards by default.
 
-    Args:
-        targets: names in :data:`~dspark_lab.tuning.TARGETS`, or shapes.
-        cards: names in :data:`~dspark_lab.tuning.CARDS`, or cards.
-        num_anchors: of the step whose bytes are reported.
-        seq_len, block_size, usable, batch_size, dtype, features: as in :func:`fit_table`.
+    Arguments as in :func:`fit_table`.
 
     Returns:
-        a line per target and card: ``target``, ``held_gb`` (10^9 bytes of a step of
-        ``num_anchors``), ``card``, ``memory_gb`` (of the card), ``fits``, and ``most_anchors``, the
-        largest number that fits.
+        a line per ``target`` and ``card``: ``held_gb`` (10^9 bytes of a step of ``num_anchors``),
+        ``memory_gb`` (of the card), ``fits``, and ``most_anchors``, the largest number that fits.
     """
     lines = []
     for target in targets:

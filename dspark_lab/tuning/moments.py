@@ -17,8 +17,6 @@ from dspark_lab.model import chunk_sizes, most_slots
 from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.step import Step
 
-__all__ = ["PARTS", "StepBytes"]
-
 # The lines of a table of memory: those held throughout, then those that come and go.
 _ALWAYS = ("weights", "optimiser", "embedding and LM head", "target")
 _IN_DRAFTER = ("activations", "bf16 weights", "gradients", "objective", "backward pass")

@@ -18,8 +18,6 @@ from typing import Any
 from dspark_lab.checks import Count, Positive, Share, Size, checked
 from dspark_lab.files import written_whole
 
-__all__ = ["SERVERS", "TRAINERS", "ServingSettings", "TrainingSettings", "export"]
-
 
 @checked
 @dataclass(frozen=True)

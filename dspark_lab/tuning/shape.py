@@ -11,14 +11,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.model import ARCHITECTURE, MARKOV_HEADS, DrafterConfig, DrafterSizes, drafter_sizes
-
-__all__ = ["CARDS", "TARGETS", "Card", "Layers", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,10 @@ class Shape:
             and self.markov_rank > 0
         )
 
-    @property
+    @cached_property
     def sizes(self) -> DrafterSizes:
         """Sizes of the drafter, counted on the module itself."""
-        return _sizes(self)
+        return drafter_sizes(self.drafter_config())
 
     @property
     def target_parameters(self) -> int:
@@ -250,11 +248,6 @@ _OF_LAYERS = {
     "attention_bias": "attention_bias",
 }
 _SHARED = {field.name for field in fields(Shape)} & {field.name for field in fields(DrafterConfig)}
-
-
-@lru_cache(maxsize=64)
-def _sizes(shape: Shape) -> DrafterSizes:
-    return drafter_sizes(shape.drafter_config())
 
 
 def _shape_of(source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig) -> Shape:

@@ -20,8 +20,6 @@ from torch import Tensor
 from dspark_lab.chats import Batch, Encoded, packed_places
 from dspark_lab.checks import Count, checked
 
-__all__ = ["PER", "Data", "Per", "RunGroups", "Spans", "sum_by"]
-
 Per = Literal["row", "document"]
 PER: tuple[Per, ...] = get_args(Per)
 

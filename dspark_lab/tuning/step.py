@@ -12,8 +12,6 @@ from jaxtyping import Int
 from dspark_lab.checks import Count, Share, checked
 from dspark_lab.tuning.shape import Shape
 
-__all__ = ["WIDTH", "Dtype", "Step"]
-
 Dtype = Literal["bf16", "fp32"]
 # Bytes of a number.
 WIDTH = {"bf16": 2, "fp32": 4}

@@ -31,8 +31,6 @@ from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.step import Dtype, Step
 
-__all__ = ["StepTime", "fit_step_time", "measure_steps"]
-
 
 @checked
 @dataclass(frozen=True)
@@ -119,8 +117,8 @@ def measure_steps(
         warmup, runs: steps that are not timed, and that are.
 
     Returns:
-        a line per combination: ``seq_len``, ``num_anchors``, ``block_size``, ``batch_size``,
-        ``operations``, ``seconds`` (the median), ``fastest``, ``slowest``, ``device``, ``dtype``.
+        a line per combination: the sizes, ``operations``, ``seconds`` (the median), ``fastest``,
+        ``slowest``, ``device``, ``dtype``.
     """
     place = torch.device(device) if target is None else target.device
     features: Literal["cached", "live"] = "cached" if target is None else "live"
