@@ -43,12 +43,6 @@ def test_no_jobs_are_no_results():
     assert list(run_jobs(chores.double, {})) == []
 
 
-@pytest.mark.parametrize("processes", [0, -1])
-def test_fewer_than_one_process_is_refused(processes):
-    with pytest.raises(ValueError, match="processes must be >= 1"):
-        run_jobs(chores.double, {}, processes=processes)
-
-
 def test_an_address_without_ray_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs Ray: pip install 'dspark-lab\[ray\]'"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Encoded, collate
-from dspark_lab.tuning import Shape, StepTime, fit_step_time, measure_steps, training_cost
+from dspark_lab.tuning import Shape, fit_step_time, measure_steps, training_cost
 from tests.samples import CHAT, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,11 +42,9 @@ def test_times_of_two_numbers_are_found_again(fixed, slope, operations):
     assert fit.error <= fit.worst_error
 
 
-def test_the_two_numbers_are_those_of_the_rule():
+def test_a_fit_says_its_two_numbers():
     operations = np.array([1e9, 2e9, 5e9, 2e10])
     fit = fit_step_time(steps(operations, 0.02 + operations / 5e10))
-    assert fit.seconds_per_step == pytest.approx(0.02)
-    assert fit.seconds_per_operation == pytest.approx(2e-11)
     assert (fit.error, fit.held_out) == (pytest.approx(0, abs=1e-9), 4)
     assert str(fit).startswith("20.0 ms a step and 50.0 billion operations a second; error on 4")
 
@@ -118,14 +116,13 @@ def test_noise_of_some_percent_gives_an_error_of_some_percent():
 @pytest.mark.parametrize(
     "table, error, match",
     [
-        ([1, 2], TypeError, "table must be .*DataFrame.*, got .1, 2"),
         (pd.DataFrame({"seconds": [1.0]}), ValueError, "must have a column 'operations'"),
         (steps([1, 1], [1.0, 2.0]), ValueError, "two different numbers of operations"),
         (steps([1, 2], [1.0, 0.0]), ValueError, "table's seconds must be finite numbers > 0"),
         (steps([1, math.nan], [1.0, 2.0]), ValueError, "table's operations must be finite"),
         (steps([], []), ValueError, "must be finite numbers > 0, got ..$"),
     ],
-    ids=["kind", "column", "one", "zero", "nan", "none"],
+    ids=["column", "one", "zero", "nan", "none"],
 )
 def test_what_is_no_table_of_steps_is_refused(table, error, match):
     with pytest.raises(error, match=match):
@@ -134,12 +131,6 @@ def test_what_is_no_table_of_steps_is_refused(table, error, match):
     if "two different" not in match:
         with pytest.raises(error, match=match.replace("table", "held_out")):
             fit_step_time(good, held_out=table)
-
-
-@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
-def test_times_below_0_are_no_times(value):
-    with pytest.raises(ValueError, match="seconds_per_operation must be (finite|>= 0)"):
-        StepTime(1.0, value, 0.0, 0.0, 1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -160,17 +151,9 @@ def test_steps_are_measured_and_fitted_on_this_device(live, dtype):
     batch = collate([Encoded(torch.zeros(24).long(), torch.ones(24).bool(), CHAT)] * 2, 0)
     labelled = float(draw_blocks(batch, 5, 4, seed=0).eval_mask.double().mean())
     assert labelled < 1
-    expected = training_cost(
-        shape,
-        seq_len=24,
-        num_anchors=5,
-        block_size=4,
-        batch_size=2,
-        dtype=dtype,
-        features="live" if live else "cached",
-        device="cpu",
-        supervised=labelled,
-    )
+    sizes = {"seq_len": 24, "num_anchors": 5, "block_size": 4, "batch_size": 2, "dtype": dtype}
+    features = "live" if live else "cached"
+    expected = training_cost(shape, **sizes, features=features, device="cpu", supervised=labelled)
     operations = float(table["operations"].iloc[-1])
     assert operations == expected["operations"].sum()
     fit = fit_step_time(table)
@@ -186,17 +169,6 @@ def test_a_measurement_leaves_the_random_numbers_as_they_are():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        ({"runs": 0}, ValueError),
-        ({"warmup": 1.0}, TypeError),
-        ({"dtype": "fp8"}, ValueError),
-        ({"num_anchors": (0,)}, ValueError),
-        ({"seq_lens": None}, TypeError),
-        ({"device": "abacus"}, ValueError),
-    ],
-)
-def test_a_measurement_that_cannot_be_is_refused(options, error):
-    with pytest.raises(error, match=next(iter(options))):
-        measure_steps(Shape.of(tiny_drafter().config), **options)
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device must be a device of this machine"):
+        measure_steps(Shape.of(tiny_drafter().config), device="abacus")

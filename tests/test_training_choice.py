@@ -81,13 +81,8 @@ def test_memory_is_that_of_a_step_of_longest_rows():
 def test_the_front_holds_what_no_other_option_beats():
     table = chosen().table
     rates = table[["gain_per_second", "gain_per_byte", "gain_per_operation"]].to_numpy()
-    for place, mine in enumerate(rates):
-        beaten = any(
-            all(a >= b for a, b in zip(other, mine, strict=True))
-            and any(a > b for a, b in zip(other, mine, strict=True))
-            for other in rates
-        )
-        assert table["front"].iloc[place] == (not beaten)
+    for mine, front in zip(rates, table["front"], strict=True):
+        assert front != any((other >= mine).all() and (other > mine).any() for other in rates)
 
 
 def test_an_option_is_beaten_by_one_that_is_as_good_but_in_one_rate_and_fits():
@@ -124,33 +119,9 @@ def test_packed_rows_are_as_long_as_asked_and_spans_keep_theirs():
 
 def sweep(*taus: float) -> pd.DataFrame:
     """Two seeds of each of some cells, 0.1 apart around its tau."""
-    return pd.DataFrame(
-        [
-            {
-                "budget": "slots",
-                "temperature": 0.0,
-                "block_size": 4,
-                "num_anchors": anchors,
-                "seed": seed,
-                "tau": tau + (0.05, -0.05)[seed],
-                "steps": 1,
-                "slots": 1,
-                "seconds": 1.0,
-            }
-            for anchors, tau in enumerate(taus, start=1)
-            for seed in (0, 1)
-        ]
-    )
-
-
-def test_intervals_pool_the_spread_of_all_cells():
-    stats = pytest.importorskip("scipy.stats")
-    cells = cell_table(sweep(2.0, 2.5, 3.0, 3.5, 2.2))
-    # Each cell's two values are 0.1 apart: their variance is 0.005, with one degree each.
-    half = stats.t.ppf(0.975, 5) * math.sqrt(0.005 / 2)
-    assert np.allclose(cells["tau"], [2.0, 2.5, 3.0, 3.5, 2.2])
-    assert np.allclose(cells["high"] - cells["tau"], half, atol=2e-3)
-    assert np.allclose(cells["tau"] - cells["low"], half, atol=2e-3)
+    cells = [(n, tau + half) for n, tau in enumerate(taus, start=1) for half in (0.05, -0.05)]
+    table = pd.DataFrame(cells, columns=["num_anchors", "tau"])
+    return table.assign(budget="slots", temperature=0.0, block_size=4, steps=1, slots=1, seconds=1)
 
 
 def test_a_recommendation_is_held_against_the_best_cell():
@@ -194,12 +165,7 @@ def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
         ({"num_anchors": ()}, ValueError, "num_anchors must not be empty"),
         ({"block_sizes": ()}, ValueError, "block_sizes must not be empty"),
         ({"seq_lens": ()}, ValueError, "seq_lens must not be empty"),
-        ({"num_anchors": (0,)}, ValueError, "num_anchors.* must be >= 1, got 0"),
-        ({"num_anchors": None}, TypeError, "num_anchors must be .*got None"),
         ({"data": []}, ValueError, "data must not be empty"),
-        ({"data": None}, TypeError, "data must be .*got None"),
-        ({"shape": "pocket"}, TypeError, "shape must be a Shape, got 'pocket'"),
-        ({"shape": None}, TypeError, "shape must be a Shape, got None"),
         ({"time": None}, TypeError, "time must be .*got None"),
         ({"time": "H1000"}, ValueError, "card must be one of .*got 'H1000'"),
         ({"memory": "H1000"}, ValueError, "memory must be bytes or one of .*got 'H1000'"),
