@@ -222,14 +222,6 @@ def all_draws(loss_mask, num_anchors, block_size, doc_remaining=None):
     return out
 
 
-def coverage(loss_mask, num_anchors, block_size, doc_remaining=None):
-    """The share of all possible draws that supervise each token at least once."""
-    return [
-        [sum(times > 0 for times in token) / len(draws) for token in transposed(draws)]
-        for draws in all_draws(loss_mask, num_anchors, block_size, doc_remaining)
-    ]
-
-
 def reaching_anchors(loss_mask, block_size, doc_remaining=None):
     """From how many candidates a block supervises each token: times with all of them drawn."""
     everything = len(loss_mask[0])

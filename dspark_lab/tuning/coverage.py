@@ -376,17 +376,15 @@ class _Reach:
 
     @classmethod
     def of(cls, spans: Spans, block_size: int, per: Per) -> _Reach:
-        groups = spans.groups[per]
-        count, width = len(groups.candidates), block_size + 1
-        last = groups.run_length - 1
-        cell = groups.run_group * width + np.minimum(last, block_size)
+        candidates, run_group, run_length = spans.groups[per]
+        count, width, last = len(candidates), block_size + 1, run_length - 1
+        cell = run_group * width + np.minimum(last, block_size)
         ends = np.bincount(cell, minlength=count * width).reshape(count, width)
         # A run has a token at each offset up to its last; those from block_size on are alike.
         tokens = _sums_to_the_end(ends)
-        tokens[:, -1] += sum_by(groups.run_group, np.maximum(last - block_size, 0), count)
+        tokens[:, -1] += sum_by(run_group, np.maximum(last - block_size, 0), count)
         # A token that c candidates reach is the label of slots 0 to c - 1.
-        slots = _sums_to_the_end(tokens)[:, 1:]
-        return cls(spans, groups.candidates, tokens, slots)
+        return cls(spans, candidates, tokens, _sums_to_the_end(tokens)[:, 1:])
 
     def supervision(self, num_anchors: int, gamma: float = 4.0) -> Supervision:
         spans, block_size = self.spans, self.slots.shape[1]

@@ -136,7 +136,7 @@ def fit_table(
     for seq_len, block_size in product(seq_lens, block_sizes):
         step = Step(seq_len, 1, block_size, batch_size, *options)
         most, held = _most_anchors(shape, step, limit)
-        lines.append((seq_len, block_size, most, held, most < _candidates(step)))
+        lines.append((seq_len, block_size, most, held, most < max(1, seq_len - 1)))
     return pd.DataFrame(lines, columns=["seq_len", "block_size", "num_anchors", "held", "full"])
 
 
@@ -175,11 +175,6 @@ def card_table(
     return pd.DataFrame(lines, columns=columns)
 
 
-def _candidates(step: Step) -> int:
-    """The most anchors that a row has room for."""
-    return max(1, step.seq_len - 1)
-
-
 def _most_anchors(shape: Shape, step: Step, limit: float) -> tuple[int, int]:
     """The largest number of anchors that fits, or 0, and the bytes of that many, or of one."""
 
@@ -187,7 +182,7 @@ def _most_anchors(shape: Shape, step: Step, limit: float) -> tuple[int, int]:
         many = step.with_each(anchors)
         return np.broadcast_to(StepBytes(shape, many).peak, anchors.shape)
 
-    candidates = _candidates(step)
+    candidates = max(1, step.seq_len - 1)
     # More anchors hold more, except that their chunks of logits may be smaller, by at most what a
     # whole chunk holds. So a few numbers bracket the answer.
     vocab = step.vocabulary or shape.vocab_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -61,11 +61,7 @@ class Spans:
             data: a batch with its rows as they are, or conversations, each a row of its own.
             seq_len: cuts each conversation to its first ``seq_len`` tokens.
             row_length: packs the conversations into rows of that many tokens, exactly as
-                :func:`dspark_lab.chats.pack` does.
-
-        Raises:
-            ValueError: no conversation, or one longer than ``row_length``; a batch together with
-                ``seq_len`` or ``row_length``.
+                :func:`dspark_lab.chats.pack` does; none may be longer.
         """
         if isinstance(data, (Spans, Batch)):
             if seq_len is not None or row_length is not None:
@@ -88,13 +84,7 @@ class Spans:
             row, _ = packed_places(kept, row_length)
             row_tokens = np.full(row.max() + 1, row_length)
         mask = torch.cat([item.loss_mask for item in encoded])
-        return cls(
-            *_runs(mask, tokens.cumsum() - tokens),
-            document_tokens=tokens,
-            document_kept=kept,
-            document_row=row,
-            row_tokens=row_tokens,
-        )
+        return cls(*_runs(mask, tokens.cumsum() - tokens), tokens, kept, row, row_tokens)
 
     @classmethod
     def _of_batch(cls, batch: Batch) -> Spans:
@@ -103,13 +93,8 @@ class Spans:
         row, place = np.nonzero(lengths)
         tokens = lengths[row, place]
         start = (lengths.cumsum(axis=1) - lengths)[row, place]
-        return cls(
-            *_runs(batch.loss_mask.flatten(), row * seq_len + start),
-            document_tokens=tokens,
-            document_kept=tokens,
-            document_row=row,
-            row_tokens=np.full(rows, seq_len),
-        )
+        runs = _runs(batch.loss_mask.flatten(), row * seq_len + start)
+        return cls(*runs, tokens, tokens, row, np.full(rows, seq_len))
 
     @property
     def rows(self) -> int:
@@ -149,27 +134,24 @@ class Spans:
     @cached_property
     def groups(self) -> dict[Per, RunGroups]:
         """The runs by the candidates of their row or document, grouped once."""
-        return {per: RunGroups.of(self, per) for per in PER}
+        inside, groups = self.run_kept > 0, {}
+        for per in PER:
+            candidates = self.candidates(per)[self.unit(per)[self.run_document[inside]]]
+            found, run_group = np.unique(candidates, return_inverse=True)
+            groups[per] = RunGroups(found, run_group.ravel(), self.run_kept[inside])
+        return groups
 
 
 # What coverage takes: spans, made once for many choices, or what they are made of.
 Data = Spans | Batch | Encoded | Sequence[Encoded]
 
 
-@dataclass(frozen=True, eq=False)
-class RunGroups:
+class RunGroups(NamedTuple):
     """The runs, in one group where their rows or documents have equally many candidates."""
 
     candidates: Int[np.ndarray, " group"]
     run_group: Int[np.ndarray, " run"]
     run_length: Int[np.ndarray, " run"]
-
-    @classmethod
-    def of(cls, spans: Spans, per: Per) -> RunGroups:
-        inside = spans.run_kept > 0
-        candidates = spans.candidates(per)[spans.unit(per)[spans.run_document[inside]]]
-        groups, run_group = np.unique(candidates, return_inverse=True)
-        return cls(groups, run_group.ravel(), spans.run_kept[inside])
 
 
 def sum_by(

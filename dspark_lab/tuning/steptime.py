@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate
+from dspark_lab.chats import Batch
 from dspark_lab.checks import Count, Device, NonNegative, Size, checked
 from dspark_lab.files import now
 from dspark_lab.model import Drafter, Features, Target, dspark_objective
@@ -196,16 +196,13 @@ def _left_out_errors(
     errors = []
     for out in range(len(operations)):
         others = np.arange(len(operations)) != out
-        if len(np.unique(operations[others])) < 2:
-            continue
-        fixed, slope = _fit(operations[others], seconds[others])
-        errors.append(abs((fixed + slope * operations[out]) / seconds[out] - 1))
+        if len(np.unique(operations[others])) > 1:
+            fixed, slope = _fit(operations[others], seconds[others])
+            errors.append(abs((fixed + slope * operations[out]) / seconds[out] - 1))
     return np.array(errors)
 
 
-def _columns(
-    name: str, table: pd.DataFrame
-) -> tuple[Float[np.ndarray, " step"], Float[np.ndarray, " step"]]:
+def _columns(name: str, table: pd.DataFrame) -> list[Float[np.ndarray, " step"]]:
     found = []
     for column in ("operations", "seconds"):
         if column not in table:
@@ -214,18 +211,13 @@ def _columns(
         if not len(values) or not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(f"{name}'s {column} must be finite numbers > 0, got {values.tolist()}")
         found.append(values)
-    return found[0], found[1]
+    return found
 
 
 def _random_batch(vocab_size: int, batch_size: int, seq_len: int, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    nobody = Chat(({"role": "assistant", "content": ""},), id="random")
-    supervised = torch.ones(seq_len, dtype=torch.bool)
-    rows = [
-        Encoded(torch.randint(vocab_size, (seq_len,), generator=generator), supervised, nobody)
-        for _ in range(batch_size)
-    ]
-    return collate(rows, pad_token_id=0)
+    rows, generator = (batch_size, seq_len), torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, rows, generator=generator)
+    return Batch.of_tokens(ids, torch.ones(rows, dtype=torch.bool))
 
 
 def _features(target: Target | None, drafter: Drafter, batch: Batch) -> Callable[[], Features]:
