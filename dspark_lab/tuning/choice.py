@@ -73,8 +73,9 @@ class TrainingChoice:
         """The best option, to be exported; a ValueError where nothing fits."""
         if self.best is None:
             raise ValueError(self.reason)
-        chosen = (int(self.best[name]) for name in ("num_anchors", "block_size", "seq_len"))
-        return TrainingSettings(*chosen, self.batch_size, self.gamma)
+        names = ("num_anchors", "block_size", "seq_len")
+        anchors, block_size, seq_len = (int(self.best[name]) for name in names)
+        return TrainingSettings(anchors, block_size, seq_len, self.batch_size, self.gamma)
 
 
 @checked

@@ -142,7 +142,7 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
     lm_moved = c * (2 * vocab * (d + r) + logits * (4 * d + 3 * r + 5 * vocab)) + 4 * vocab * r
 
     # Part, operations forward and backward, bytes moved and held.
-    rows: list[tuple[str, float, float, float, float]] = [
+    rows: list[tuple[Any, ...]] = [
         ("context projection", fc.operations, fc_backward, fc_moved, kept["context projection"]),
         _in_layers("attention projections", projections, step, layers, kept),
         ("attention", attention, attention_backward, attention_moved, kept["attention"]),

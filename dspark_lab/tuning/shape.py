@@ -328,7 +328,7 @@ def _number(config: Mapping[str, Any], name: str) -> int:
 
 
 def _for_target(
-    name: str, target: Layers, vocab_size: int, tied: bool, layers: int = 5, **sizes: int
+    name: str, target: Layers, vocab_size: int, tied: bool, layers: int = 5, **sizes: Any
 ) -> Shape:
     """With a drafter of some such layers, and features of five, or of all but the last."""
     drafter = replace(target, count=min(layers, target.count), qk_norm=True, window=None, sliding=0)
