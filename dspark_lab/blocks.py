@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import BlockSize, Count, Size, checked
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.common import (
     build_eval_mask,
     context_doc_ids,
@@ -23,14 +23,7 @@ from dspark_lab.common import (
     sample_anchor_positions,
 )
 
-__all__ = [
-    "Blocks",
-    "cut_blocks",
-    "draw_blocks",
-    "label_positions",
-    "previous_positions",
-    "times_supervised",
-]
+__all__ = ["Blocks", "cut_blocks", "draw_blocks", "times_supervised"]
 
 
 @checked
@@ -39,7 +32,6 @@ class Blocks:
     """The blocks of a batch, with all that follows from where they stand.
 
     Attributes:
-        anchor_positions, block_keep_mask: the blocks; False for dummy anchors.
         noise_ids: the drafter's input: anchors' tokens in slot 0 of kept blocks, mask tokens.
         position_ids: the slots' positions within their documents.
         label_indices: row positions of the tokens to predict, which may lie past the row's end.
@@ -48,9 +40,7 @@ class Blocks:
             target's final hidden states are the slots' teachers.
         target_ids, prev_ids: the tokens at ``safe_label_indices`` and ``prev_indices``.
         eval_mask: which slots are supervised.
-        context_position_ids, doc_ids: of each token of the row, its position within its document
-            and which document that is.
-        mask_token_id: the token that stands for "to be predicted".
+        context_position_ids, doc_ids: each token's position within its document, and which one.
     """
 
     anchor_positions: Int[Tensor, "batch anchor"]
@@ -69,7 +59,6 @@ class Blocks:
 
     @property
     def seq_len(self) -> int:
-        """Context tokens of a row."""
         return self.doc_ids.shape[1]
 
     @property
@@ -79,7 +68,6 @@ class Blocks:
 
     @property
     def block_size(self) -> int:
-        """Slots of a block."""
         return self.noise_ids.shape[2]
 
     def row(self, index: int) -> "Blocks":
@@ -110,20 +98,12 @@ def draw_blocks(
     seed: int | None = None,
 ) -> Blocks:
     """Sample anchors and cut a block at each; ``seed`` None draws from torch's own stream."""
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(batch.input_ids.device).manual_seed(seed)
-    anchor_positions, block_keep_mask = sample_anchor_positions(
-        seq_len=batch.input_ids.shape[1],
-        loss_mask=batch.loss_mask,
-        num_anchors=num_anchors,
-        device=batch.input_ids.device,
-        doc_remaining=batch.doc_remaining,
-        generator=generator,
+    seq_len, device = batch.input_ids.shape[1], batch.input_ids.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    anchors_and_keep = sample_anchor_positions(
+        seq_len, batch.loss_mask, num_anchors, device, batch.doc_remaining, generator
     )
-    return cut_blocks(
-        batch, anchor_positions, block_keep_mask, block_size, mask_token_id=mask_token_id
-    )
+    return cut_blocks(batch, *anchors_and_keep, block_size, mask_token_id=mask_token_id)
 
 
 @checked
@@ -137,10 +117,10 @@ def cut_blocks(
 ) -> Blocks:
     """The blocks at given anchors."""
     seq_len = batch.input_ids.shape[1]
-    label_indices, safe_label_indices = label_positions(
+    label_indices, safe_label_indices = _label_positions(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size
     )
-    prev_indices = previous_positions(anchor_positions, seq_len=seq_len, block_size=block_size)
+    prev_indices = _previous_positions(anchor_positions, seq_len=seq_len, block_size=block_size)
     eval_mask = build_eval_mask(
         seq_len=seq_len,
         loss_mask=batch.loss_mask,
@@ -168,8 +148,8 @@ def cut_blocks(
         label_indices=label_indices,
         safe_label_indices=safe_label_indices,
         prev_indices=prev_indices,
-        target_ids=_tokens(batch.input_ids, safe_label_indices),
-        prev_ids=_tokens(batch.input_ids, prev_indices),
+        target_ids=batch.input_ids.unsqueeze(1).take_along_dim(safe_label_indices, 2),
+        prev_ids=batch.input_ids.unsqueeze(1).take_along_dim(prev_indices, 2),
         eval_mask=eval_mask,
         context_position_ids=batch.position_ids,
         doc_ids=context_doc_ids(batch.seq_lens, seq_len, batch.input_ids.device),
@@ -178,46 +158,22 @@ def cut_blocks(
 
 
 @checked
-def label_positions(
-    anchor_positions: Int[Tensor, "batch anchor"],
-    block_keep_mask: Bool[Tensor, "batch anchor"],
-    *,
-    seq_len: Count,
-    block_size: BlockSize,
-) -> tuple[Int[Tensor, "batch anchor slot"], Int[Tensor, "batch anchor slot"]]:
-    """Row positions of the slots' labels, anchor + 1 to anchor + block_size.
+def times_supervised(blocks: Blocks) -> Int[Tensor, "batch seq"]:
+    """How many slots of the draw are supervised with each token of the row as their label."""
+    labels, supervised = blocks.safe_label_indices.flatten(1), blocks.eval_mask.flatten(1)
+    return torch.zeros_like(blocks.doc_ids).scatter_add(1, labels, supervised.long())
 
-    Returns:
-        the positions as they are, and clamped into the row (0 for dummy anchors), both long.
-    """
+
+def _label_positions(
+    anchor_positions: Tensor, block_keep_mask: Tensor, *, seq_len: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Row positions of the slots' labels, as they are, and clamped into the row (0 for dummies)."""
     distance = torch.arange(1, block_size + 1, device=anchor_positions.device)
     label_indices = anchor_positions.long().unsqueeze(-1) + distance
     return label_indices, label_indices.clamp(max=seq_len - 1) * block_keep_mask.unsqueeze(-1)
 
 
-@checked
-def previous_positions(
-    anchor_positions: Int[Tensor, "batch anchor"], *, seq_len: Count, block_size: BlockSize
-) -> Int[Tensor, "batch anchor slot"]:
-    """Row positions of the tokens before the slots' labels, anchor + 0 to anchor + block_size - 1.
-
-    They are clamped into the row.
-    """
+def _previous_positions(anchor_positions: Tensor, *, seq_len: int, block_size: int) -> Tensor:
+    """Row positions of the tokens before the slots' labels, clamped into the row."""
     offset = torch.arange(block_size, device=anchor_positions.device)
     return (anchor_positions.long().unsqueeze(-1) + offset).clamp(max=seq_len - 1)
-
-
-@checked
-def times_supervised(blocks: Blocks) -> Int[Tensor, "batch seq"]:
-    """How many slots of the draw are supervised with each token of the row as their label."""
-    count = torch.zeros_like(blocks.doc_ids)
-    return count.scatter_add(
-        1, blocks.safe_label_indices.flatten(1), blocks.eval_mask.flatten(1).long()
-    )
-
-
-def _tokens(
-    input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch anchor slot"]
-) -> Int[Tensor, "batch anchor slot"]:
-    """The tokens of the row at these positions."""
-    return input_ids.gather(1, positions.flatten(1)).view_as(positions)

@@ -22,26 +22,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import torch
-from jaxtyping import AbstractArray, Bool, Float, Int, Integer, Shaped
+from jaxtyping import AbstractArray, Bool, Float, Int, Shaped
 from torch import Tensor
-
-__all__ = [
-    "Axis",
-    "BlockSize",
-    "Count",
-    "Device",
-    "Finite",
-    "NonNegative",
-    "NotEmpty",
-    "Positive",
-    "SeqLen",
-    "Share",
-    "Size",
-    "Within",
-    "checked",
-    "debug_range",
-    "shown",
-]
 
 DEBUG = os.environ.get("DSPARK_LAB_DEBUG", "0") not in ("", "0")
 
@@ -56,25 +38,25 @@ class Within:
     high: float = math.inf
     above: bool = False
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: Any, call: "Call") -> None:
+        fits = value > self.low if self.above else value >= self.low
         if self.high < math.inf:
-            if not self.low <= value <= self.high or (self.above and value == self.low):
+            if not fits or value > self.high:
                 bracket = "(" if self.above else "["
-                raise ValueError(
-                    f"{name} must lie in {bracket}{self.low}, {self.high}], got {value}"
-                )
-        elif value < self.low or (self.above and value == self.low):
-            sign = ">" if self.above else ">="
-            raise ValueError(f"{name} must be {sign} {self.low}, got {value}")
+                wanted = f"lie in {bracket}{self.low}, {self.high}]"
+                raise ValueError(f"{name} must {wanted}, got {value}")
         elif value != value or value in (math.inf, -math.inf):
             raise ValueError(f"{name} must be finite, got {value}")
+        elif not fits:
+            sign = ">" if self.above else ">="
+            raise ValueError(f"{name} must be {sign} {self.low}, got {value}")
 
 
 @dataclass(frozen=True)
 class NotEmpty:
     """At least one element."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: Any, call: "Call") -> None:
         if len(value) == 0:
             raise ValueError(f"{name} must not be empty")
 
@@ -83,18 +65,24 @@ class NotEmpty:
 class OfThisMachine:
     """A device on which tensors can be made here."""
 
-    def check(self, name: str, value: Any) -> None:
-        if not _makes_tensors(str(value)):
-            raise ValueError(
-                f"{name} must be a device of this machine, such as 'cpu', got {str(value)!r}"
-            )
+    def check(self, name: str, value: Any, call: "Call") -> None:
+        try:
+            torch.empty(0, device=value)
+        except Exception:  # torch has no common class for the ways that a device can be missing
+            wanted = "a device of this machine, such as 'cpu'"
+            raise ValueError(f"{name} must be {wanted}, got {str(value)!r}") from None
 
 
 @dataclass(frozen=True)
 class Axis:
     """The number is the length of this axis of the call's tensors."""
 
-    name: str
+    axis: str
+
+    def check(self, name: str, value: Any, call: "Call") -> None:
+        if not call.bind(self.axis, value, name):
+            wanted = f"{call.sizes[self.axis]}, the {self.axis} of {call.origins[self.axis]}"
+            raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 Count = Annotated[int, Within(1)]
@@ -116,7 +104,7 @@ def checked(target: T) -> T:
       call's other arguments (ValueError). All tensors of a call are on one device (ValueError).
     - classes, unions, sequences and the like: an object of that kind (TypeError); a bool is no
       number. A value that a ``Literal`` does not list is a ValueError.
-    - ``Annotated``: each rule's ``check(name, value)``, and ``Axis``.
+    - ``Annotated``: each rule's ``check(name, value, call)``.
 
     Defaults are not checked. In a compiled graph nothing is, in debug mode results are too.
     """
@@ -129,7 +117,12 @@ def checked(target: T) -> T:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        seen = _check_call(function, args, kwargs)
+        seen, given = Call(), len(args)
+        for position, name, check in _read_signature(function):
+            if position < given:
+                check(name, args[position], seen)
+            elif name in kwargs:
+                check(name, kwargs[name], seen)
         result = function(*args, **kwargs)
         if DEBUG:
             _check_result(function, result, seen)
@@ -148,18 +141,9 @@ def shown(value: Any) -> str:
     return kind
 
 
-def require_int(name: str, value: int, minimum: int) -> None:
-    """Refuse anything but a whole number of at least ``minimum``; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-
-
-def require_number(name: str, value: float) -> None:
-    """Refuse anything but an int or a float; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+def require(name: str, value: Any, annotation: Any) -> None:
+    """Refuse a value that ``annotation`` does not allow."""
+    _Names(require).read(annotation)(name, value, Call())
 
 
 def debug_range(name: str, value: Tensor, low: int, high: int) -> None:
@@ -168,9 +152,8 @@ def debug_range(name: str, value: Tensor, low: int, high: int) -> None:
         return
     smallest, largest = int(value.min()), int(value.max())
     if smallest < low or largest >= high:
-        raise ValueError(
-            f"{name} must lie in [{low}, {high - 1}], got values from {smallest} to {largest}"
-        )
+        got = f"got values from {smallest} to {largest}"
+        raise ValueError(f"{name} must lie in [{low}, {high - 1}], {got}")
 
 
 @dataclass
@@ -191,10 +174,8 @@ class Call:
         if self.device is None:
             self.device, self.placed = device, name
         elif device != self.device:
-            raise ValueError(
-                f"all tensors must be on one device, got {self.placed} on {self.device}, "
-                f"{name} on {device}"
-            )
+            got = f"{self.placed} on {self.device}, {name} on {device}"
+            raise ValueError(f"all tensors must be on one device, got {got}")
 
 
 class Check(NamedTuple):
@@ -213,18 +194,6 @@ class Check(NamedTuple):
 
 
 ANYTHING = Check("anything", lambda value: True)
-
-
-def _check_call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Call:
-    call, given = Call(), len(args)
-    for position, name, check in _read_signature(function):
-        if position < given:
-            check(name, args[position], call)
-        elif name in kwargs:
-            check(name, kwargs[name], call)
-    return call
 
 
 def _check_result(function: Callable[..., Any], result: Any, call: Call) -> None:
@@ -266,23 +235,17 @@ class _Names(dict[str, Any]):
                 return self.read(eval(annotation, {}, self))
             except (AttributeError, TypeError):  # of a name imported for type checkers alone
                 return ANYTHING
-        if annotation is Any:
-            return ANYTHING
-        if annotation is None or annotation is type(None):
-            return Check("None", lambda value: value is None, exact=frozenset({type(None)}))
         if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
             return _array(annotation)
         origin, arguments = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
-            return self._annotated(arguments[0], annotation.__metadata__)
+            return _annotated(self.read(arguments[0]), annotation.__metadata__)
         if origin is Literal:
             return _literal(arguments)
         if origin in (Union, types.UnionType):
             return _union([self.read(argument) for argument in arguments])
-        kind = origin or annotation
-        if kind is abc.Callable:
-            return Check("a function", callable)
-        if not inspect.isclass(kind) or kind in (object, inspect.Parameter.empty):
+        kind = type(None) if annotation is None else origin or annotation
+        if not inspect.isclass(kind) or kind in (Any, object, inspect.Parameter.empty):
             return ANYTHING
         if kind is tuple and arguments and arguments[-1] is not Ellipsis:
             return _tuple([self.read(argument) for argument in arguments])
@@ -292,41 +255,36 @@ class _Names(dict[str, Any]):
             return _elements(kind, self.read(arguments[0]))
         return _kind(kind)
 
-    def _annotated(self, annotation: Any, rules: Iterable[Any]) -> Check:
-        base = self.read(annotation)
-        axes = [rule.name for rule in rules if isinstance(rule, Axis)]
-        tests = [rule.check for rule in rules if hasattr(rule, "check")]
 
-        def rest(name: str, value: Any, call: Call) -> None:
-            if base.rest is not None:
-                base.rest(name, value, call)
-            for test in tests:
-                test(name, value)
-            for axis in axes:
-                if not call.bind(axis, value, name):
-                    raise ValueError(
-                        f"{name} must be {call.sizes[axis]}, the {axis} of {call.origins[axis]}, "
-                        f"got {value}"
-                    )
+def _is_int(value: Any) -> bool:
+    whole = isinstance(value, (int, torch.SymInt, numbers.Integral))
+    return whole and not isinstance(value, bool)
 
-        return Check(base.allowed, base.is_kind, rest)
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, (torch.SymInt, torch.SymFloat, numbers.Real))
+    exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
+    return real and not exact and not isinstance(value, bool)
+
+
+_PLAIN: dict[Any, Check] = {
+    int: Check("an int", _is_int, exact=frozenset({int})),
+    float: Check("a number", _is_number, exact=frozenset({int, float})),
+    bool: Check("True or False", lambda value: isinstance(value, bool), exact=frozenset({bool})),
+    type(None): Check("None", lambda value: value is None, exact=frozenset({type(None)})),
+    abc.Callable: Check("a function", callable),
+}
 
 
 def _kind(kind: type) -> Check:
     """An object of a class; of a protocol, one that has its members."""
-    if kind is int:
-        return Check("an int", _is_int, exact=frozenset({int}))
-    if kind is float:
-        return Check("a number", _is_number, exact=frozenset({int, float}))
-    if kind is bool:
-        return Check(
-            "True or False", lambda value: isinstance(value, bool), exact=frozenset({bool})
-        )
+    if kind in _PLAIN:
+        return _PLAIN[kind]
     if getattr(kind, "_is_protocol", False):
         members = {
             member
             for base in kind.__mro__
-            if getattr(base, "_is_protocol", False) and base is not typing.Protocol
+            if getattr(base, "_is_protocol", False)
             for member in (*getattr(base, "__annotations__", ()), *vars(base))
             if not member.startswith("_") or member == "__call__"
         }
@@ -334,29 +292,38 @@ def _kind(kind: type) -> Check:
             f"a {kind.__name__} (with {', '.join(sorted(members))})",
             lambda value: all(hasattr(value, member) for member in members),
         )
-    if typing.is_typeddict(kind):
-        kind = dict
     plain = {"str": "string", "Tensor": "tensor", "Sequence": "sequence", "ndarray": "NumPy array"}
     name = plain.get(kind.__name__, kind.__name__)
     article = "an" if name[0] in "AEIOUaeiou" else "a"
-    strings = issubclass(kind, (str, bytes)) or not issubclass(str, kind)
+    # A string is a sequence, too, but never meant as one.
+    unwanted = () if issubclass(kind, (str, bytes)) else (str, bytes)
 
     def is_kind(value: Any) -> bool:
-        return isinstance(value, kind) and (strings or not isinstance(value, (str, bytes)))
+        return isinstance(value, kind) and not isinstance(value, unwanted)
 
     return Check(f"{article} {name}", is_kind, exact=frozenset({kind}))
 
 
 def _literal(allowed: tuple[Any, ...]) -> Check:
     kinds = tuple({type(value) for value in allowed})
-    listed = ", ".join(repr(value) for value in allowed[:-1])
-    listed = f"{listed} or {allowed[-1]!r}" if listed else repr(allowed[-1])
+    *first, last = map(repr, allowed)
+    listed = f"{', '.join(first)} or {last}" if first else last
 
     def rest(name: str, value: Any, call: Call) -> None:
         if value not in allowed:
             raise ValueError(f"{name} must be {listed}, got {value!r}")
 
     return Check(listed, lambda value: type(value) in kinds, rest)
+
+
+def _annotated(base: Check, rules: Iterable[Any]) -> Check:
+    def rest(name: str, value: Any, call: Call) -> None:
+        if base.rest is not None:
+            base.rest(name, value, call)
+        for rule in rules:
+            rule.check(name, value, call)
+
+    return Check(base.allowed, base.is_kind, rest)
 
 
 def _union(checks: list[Check]) -> Check:
@@ -379,7 +346,6 @@ def _union(checks: list[Check]) -> Check:
         " or ".join(check.allowed for check in checks),
         lambda value: any(check.is_kind(value) for check in checks),
         rest if any(check.rest for check in checks) else None,
-        frozenset().union(*(check.exact for check in checks if check.rest is None)),
     )
 
 
@@ -416,70 +382,44 @@ def _mapping(kind: type, key: Check, element: Check) -> Check:
     return Check(outer.allowed, outer.is_kind, rest)
 
 
+# What the elements of an array must be, in words and as a part of its dtype's name.
+_NUMBERS = {
+    Shaped: ("hold numbers", ""),
+    Bool: ("be bool", "bool"),
+    Int: ("hold integers", "int"),
+    Float: ("hold floats", "float"),
+}
+
+
 def _array(annotation: Any) -> Check:
     """A tensor, or another array, of some kind of number and with named axes."""
     outer = _kind(annotation.array_type)
-    wanted, is_wanted = _numbers(annotation)
+    wanted, dtype_part = _NUMBERS[annotation.dtype]
     axes = annotation.dim_str.split()
     listed = ", ".join(axis.lstrip("_") or "_" for axis in axes)
+    lengths = [(place, int(axis)) for place, axis in enumerate(axes) if axis.isdigit()]
+    named = [
+        (place, axis)
+        for place, axis in enumerate(axes)
+        if not (axis.isdigit() or axis.startswith("_") or axis == "...")
+    ]
     variadic = next((i for i, axis in enumerate(axes) if axis[0] == "*" or axis == "..."), None)
-    least = len(axes) - (variadic is not None)
 
     def rest(name: str, value: Any, call: Call) -> None:
-        if not is_wanted(value.dtype):
+        if dtype_part not in str(value.dtype):
             raise TypeError(f"{name} must {wanted}, got {value.dtype}")
         shape = tuple(value.shape)
-        if len(shape) < least or (variadic is None and len(shape) > least):
+        sizes: tuple[Any, ...] = shape
+        if variadic is not None and len(shape) >= len(axes) - 1:
+            past = variadic + len(shape) - (len(axes) - 1)
+            sizes = (*shape[:variadic], shape[variadic:past], *shape[past:])
+        if len(sizes) != len(axes) or any(sizes[place] != length for place, length in lengths):
             raise ValueError(f"{name} must be [{listed}], got shape {shape}")
-        sizes: Iterable[Any] = shape
-        if variadic is not None:
-            after = len(shape) - (least - variadic)
-            sizes = (*shape[:variadic], shape[variadic:after], *shape[after:])
-        for axis, size in zip(axes, sizes, strict=True):
-            if axis.isdigit():
-                if size != int(axis):
-                    raise ValueError(f"{name} must be [{listed}], got shape {shape}")
-            elif axis[0] != "_" and axis != "..." and not call.bind(axis, size, name):
-                raise ValueError(
-                    f"{name} must be [{listed}] with {axis} = {call.sizes[axis]} as in "
-                    f"{call.origins[axis]}, got shape {shape}"
-                )
+        for place, axis in named:
+            if not call.bind(axis, sizes[place], name):
+                agreed = f"{axis} = {call.sizes[axis]} as in {call.origins[axis]}"
+                raise ValueError(f"{name} must be [{listed}] with {agreed}, got shape {shape}")
         if isinstance(value, Tensor):
             call.place(name, value.device)
 
     return Check(outer.allowed, outer.is_kind, rest)
-
-
-def _numbers(annotation: Any) -> tuple[str, Callable[[Any], bool]]:
-    """What an array's elements must be, in words and as a test of its dtype."""
-    if annotation.dtype is Shaped:
-        return "hold numbers", lambda dtype: True
-    if annotation.dtype is Bool:
-        return "be bool", lambda dtype: str(dtype).endswith("bool")
-    if annotation.dtype in (Int, Integer):
-        return "hold integers", lambda dtype: "int" in str(dtype)
-    if annotation.dtype is Float:
-        return "hold floats", lambda dtype: "float" in str(dtype)
-    names = annotation.dtypes
-    kind = annotation.dtype.__name__.lower()
-    return f"be {kind}", lambda dtype: str(dtype).removeprefix("torch.") in names
-
-
-def _is_int(value: Any) -> bool:
-    whole = isinstance(value, (int, torch.SymInt, numbers.Integral))
-    return whole and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, (torch.SymInt, torch.SymFloat, numbers.Real))
-    exact = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
-    return real and not exact and not isinstance(value, bool)
-
-
-@functools.cache
-def _makes_tensors(device: str) -> bool:
-    try:
-        torch.empty(0, device=device)
-    except Exception:  # torch has no common class for the ways that a device can be missing
-        return False
-    return True

@@ -9,7 +9,9 @@ Axes, everywhere: ``batch`` rows, ``seq`` tokens in a row, ``anchor`` blocks in 
 blocks one after the other, ``hidden`` model width.
 
 A row may hold several documents one after the other (*packing*). ``doc_remaining`` then says how
-many tokens of its document follow each token; without it a row is one document.
+many tokens of its document follow each token; without it a row is one document. ``loss_mask`` has
+any bool, integer or float dtype; a token is supervised where it is > 0.5. ``block_keep_mask`` is
+False for dummy anchors, which fill the rows that have too few candidates.
 
 No function synchronises with the host, and each compiles with ``fullgraph=True``. Arguments are
 checked by their annotations (a wrong kind or dtype is a TypeError, a wrong value or shape a
@@ -59,13 +61,8 @@ LayerIds = Annotated[Sequence[Annotated[int, Within(-1)]], NotEmpty()]
 class DSparkForwardOutput:
     """The result of one training forward of a drafter (DSpark, section 3).
 
-    Attributes:
-        draft_logits: the drafter's, Markov bias included.
-        target_ids: the tokens that the slots should predict.
-        eval_mask: which slots are supervised.
-        block_keep_mask: which blocks stand on a real anchor.
-        confidence_pred: logits whose sigmoid predicts the accept rate.
-        aligned_target_logits: the target's own logits for the same tokens.
+    ``draft_logits`` include the Markov bias, the sigmoid of ``confidence_pred`` predicts the accept
+    rate, and ``aligned_target_logits`` are the target's own for the same tokens.
     """
 
     draft_logits: Float[Tensor, "batch anchor slot vocab"]
@@ -105,13 +102,8 @@ def build_anchor_candidate_mask(
 ) -> Bool[Tensor, "batch candidate"]:
     """Which positions may be anchors, for positions 0 to ``seq_len - 2``.
 
-    Position p is a candidate where p and p + 1 are both supervised, and, in a packed row, p + 1
-    still belongs to p's document (``doc_remaining >= 1``).
-
-    Args:
-        seq_len: tokens in a row.
-        loss_mask: bool, any integer or any float dtype; a token is supervised where it is > 0.5.
-        doc_remaining: tokens of the same document after each token.
+    Position p is a candidate where p and p + 1 are both supervised (``loss_mask > 0.5``), and, in
+    a packed row, p + 1 still belongs to p's document (``doc_remaining >= 1``).
     """
     candidates = _pairs(_supervised(loss_mask))
     if doc_remaining is not None:
@@ -136,13 +128,10 @@ def sample_anchor_positions(
     published trainers, compiled or not.
 
     Args:
-        seq_len: tokens in a row.
-        loss_mask: see :func:`build_anchor_candidate_mask`.
+        seq_len, loss_mask, doc_remaining: see :func:`build_anchor_candidate_mask`.
         num_anchors: blocks per row.
         device: where the random numbers are drawn; must be the device of ``loss_mask``.
-        doc_remaining: tokens of the same document after each token.
-        generator: source of randomness instead of the device's default one; torch compiles no graph
-            that takes a generator, so pass one only outside ``torch.compile``.
+        generator: instead of the device's default one, outside ``torch.compile`` alone.
 
     Returns:
         ``anchor_positions``, long, ascending; and ``block_keep_mask``, bool. A row with fewer
@@ -190,19 +179,16 @@ def build_eval_mask(
     for every earlier slot of the block: supervision is a contiguous prefix.
 
     Args:
-        seq_len: tokens in a row.
-        loss_mask: see :func:`build_anchor_candidate_mask`.
+        seq_len, loss_mask: see :func:`build_anchor_candidate_mask`.
         label_indices: anchor + 1 to anchor + block_size; may point past the row's end.
         safe_label_indices: the same clamped into the row, 0 for dummy anchors.
         block_keep_mask: False for dummy anchors.
-        doc_remaining: tokens of the same document after each token; needs ``anchor_positions``.
-        anchor_positions: the blocks' anchors; read only together with ``doc_remaining``.
+        doc_remaining, anchor_positions: in a packed row, both.
     """
     if (doc_remaining is None) != (anchor_positions is None):
         given = "anchor_positions" if doc_remaining is None else "doc_remaining"
-        raise ValueError(
-            f"doc_remaining and anchor_positions go together, got {given} without the other"
-        )
+        both = "doc_remaining and anchor_positions"
+        raise ValueError(f"{both} go together, got {given} without the other")
     if seq_len == 0:
         return torch.zeros_like(label_indices, dtype=torch.bool)
     debug_range("safe_label_indices", safe_label_indices, 0, seq_len)
@@ -224,11 +210,8 @@ def create_position_ids(
 ) -> Int[Tensor, "batch query"]:
     """Positions of the blocks' slots: anchor + 0 to anchor + block_size - 1, block after block.
 
-    Args:
-        anchor_positions: integers.
-        block_size: slots per block.
-        context_position_ids: in a packed row, each token's position within its own document; the
-            blocks then count from their anchor's.
+    In a packed row, ``context_position_ids`` are the tokens' positions within their documents, and
+    the blocks count from those of their anchors.
     """
     base = anchor_positions.long()
     if context_position_ids is not None:
@@ -250,26 +233,16 @@ def create_noise_embed(
 ) -> Shaped[Tensor, "batch query hidden"]:
     """The drafter's input: the anchor's own token in slot 0 of kept blocks, mask tokens elsewhere.
 
-    Args:
-        embed_tokens: the target's embedding, token ids to vectors.
-        input_ids: the row's tokens.
-        anchor_positions: the blocks' anchors, each inside the row.
-        block_keep_mask: False for dummy anchors, whose slot 0 is a mask token too.
-        mask_token_id: token that stands for "to be predicted".
-        block_size: slots per block.
+    ``embed_tokens`` is the target's embedding; ``mask_token_id`` stands for "to be predicted".
     """
     weight = getattr(embed_tokens, "weight", None)
     if isinstance(weight, Tensor):
         if mask_token_id >= weight.shape[0]:
-            raise ValueError(
-                f"mask_token_id must lie in the embedding, [0, {weight.shape[0] - 1}], "
-                f"got {mask_token_id}"
-            )
+            embedding = f"the embedding, [0, {weight.shape[0] - 1}]"
+            raise ValueError(f"mask_token_id must lie in {embedding}, got {mask_token_id}")
         if weight.device != input_ids.device:
-            raise ValueError(
-                f"embed_tokens must be on the device of input_ids, {input_ids.device}, "
-                f"got {weight.device}"
-            )
+            wanted = f"on the device of input_ids, {input_ids.device}"
+            raise ValueError(f"embed_tokens must be {wanted}, got {weight.device}")
     batch, seq_len = input_ids.shape
     debug_range("anchor_positions", anchor_positions, 0, max(seq_len, 1))
 
@@ -286,20 +259,14 @@ def extract_context_feature(
 ) -> Float[Tensor, "batch seq features"]:
     """The target's hidden states of a few layers, side by side along the last axis.
 
-    Args:
-        hidden_states: ``[batch, seq, hidden]`` each, as Hugging Face models return them with
-            ``output_hidden_states``: the embedding's output, then each layer's.
-        layer_ids: id -1 is ``hidden_states[0]``, id i is ``hidden_states[i + 1]``.
-
-    Returns:
-        ``[batch, seq, len(layer_ids) * hidden]``.
+    ``hidden_states`` are ``[batch, seq, hidden]`` each, as Hugging Face models return them with
+    ``output_hidden_states``: the embedding's output, whose id is -1, then that of layers 0, 1, ...
     """
+    given = len(hidden_states)
     for layer_id in layer_ids:
-        if layer_id + 1 >= len(hidden_states):
-            raise ValueError(
-                f"layer id {layer_id} needs {layer_id + 2} hidden states, "
-                f"got {len(hidden_states)}, which reach id {len(hidden_states) - 2}"
-            )
+        if layer_id + 1 >= given:
+            wanted = f"layer id {layer_id} needs {layer_id + 2} hidden states"
+            raise ValueError(f"{wanted}, got {given}, which reach id {given - 2}")
     return _side_by_side([hidden_states[layer_id + 1] for layer_id in layer_ids])
 
 
@@ -335,11 +302,6 @@ def context_doc_ids(
 
     The id is the number of documents that end at or before the token, so entries of length 0 at the
     end of ``seq_lens`` split nothing, and padding after the last document has an id of its own.
-
-    Args:
-        seq_lens: lengths of the documents of each row, 0 where there are fewer.
-        seq_len: tokens in a row.
-        device: where the result lives.
     """
     debug_range("seq_lens", seq_lens, 0, seq_len + 1)
     ends = seq_lens.to(device).long().cumsum(dim=1)
@@ -392,12 +354,12 @@ def _supervised(loss_mask: Shaped[Tensor, "batch seq"]) -> Bool[Tensor, "batch s
     return loss_mask > 0.5
 
 
-def _pairs(supervised: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch candidate"]:
+def _pairs(supervised: Tensor) -> Tensor:
     """Where a token and the one after it are both supervised."""
     return supervised[:, :-1] & supervised[:, 1:]
 
 
-def _contiguous_prefix(flags: Bool[Tensor, "*axes slot"]) -> Bool[Tensor, "*axes slot"]:
+def _contiguous_prefix(flags: Tensor) -> Tensor:
     """True up to the first False of the last axis."""
     return flags.cumprod(dim=-1).bool()
 
@@ -414,9 +376,7 @@ def _side_by_side(
     return torch.cat(list(hidden_states), dim=-1)
 
 
-def _uniform(
-    like: Bool[Tensor, "batch candidate"], generator: torch.Generator | None
-) -> Float[Tensor, "batch candidate"]:
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform random numbers from torch's own stream, inside a compiled graph too."""
     if torch.compiler.is_compiling() and generator is None:
         return _eager_rand(like)

@@ -5,24 +5,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-
-__all__ = [
-    "DATA",
-    "now",
-    "previous_version",
-    "read_json",
-    "remove_partial",
-    "replaced_whole",
-    "shipped",
-    "sync",
-    "write_json",
-    "written_whole",
-]
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "data"
@@ -103,18 +90,11 @@ def remove_partial(parent: Path) -> None:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The contents of a JSON file, which must be of ``kind``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file that is empty, cut off or otherwise no JSON, or holds another kind.
-    """
+    """The contents of a JSON file; a ValueError if they cannot be read or are not of ``kind``."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} must be a JSON file, but cannot be read as one: {error}"
-        ) from None
+        raise ValueError(f"{path} must be a JSON file, but is not: {error}") from None
     if not isinstance(values, kind):
         wanted = "object" if kind is dict else "array" if kind is list else kind.__name__
         raise ValueError(f"{path} must hold a JSON {wanted}, got {type(values).__name__}")
@@ -134,17 +114,15 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-
 def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
-    try:
+    with suppress(PermissionError):  # Windows opens no folders
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -104,7 +104,7 @@ FAULTS: dict[str, Fault] = {
         MASKS,
     ),
     "labels are off by one": Fault(
-        "dspark_lab.blocks:label_positions",
+        "dspark_lab.blocks:_label_positions",
         lambda right: lambda anchors, keep, **sizes: right(anchors - 1, keep, **sizes),
         ANCHORS,
     ),
@@ -250,7 +250,7 @@ FAULTS: dict[str, Fault] = {
         RATES,
     ),
     "the Markov head reads the token after the previous one": Fault(
-        "dspark_lab.blocks:previous_positions",
+        "dspark_lab.blocks:_previous_positions",
         lambda right: lambda anchors, **sizes: right(anchors + 1, **sizes),
         TRAIN,
     ),

@@ -271,13 +271,9 @@ def attention(q, k, v, mask, scale):
     for i, query in enumerate(q):
         seen = [j for j in range(len(k)) if mask[i][j]]
         scores = [scale * sum(a * b for a, b in zip(query, k[j], strict=True)) for j in seen]
-        top = max(scores)
-        weights = [math.exp(score - top) for score in scores]
-        total = sum(weights)
+        weights = distribution(scores)
         dims = range(len(v[0]))
-        out.append(
-            [sum(w * v[j][d] for w, j in zip(weights, seen, strict=True)) / total for d in dims]
-        )
+        out.append([sum(w * v[j][d] for w, j in zip(weights, seen, strict=True)) for d in dims])
     return out
 
 
@@ -286,21 +282,3 @@ def distribution(logits):
     top = max(logits)
     weights = [math.exp(x - top) for x in logits]
     return [weight / sum(weights) for weight in weights]
-
-
-def chi_square(counts, expected):
-    """Pearson's statistic for counts against one expected count."""
-    return sum((count - expected) ** 2 / expected for count in counts)
-
-
-def chi_square_tail(statistic, degrees):
-    """P(chi-square with an even number of degrees of freedom > statistic), exactly.
-
-    For 2m degrees it is a Poisson sum: exp(-x/2) * sum over i < m of (x/2)^i / i!.
-    """
-    assert degrees % 2 == 0
-    half, term, total = statistic / 2, 1.0, 0.0
-    for i in range(degrees // 2):
-        total += term
-        term *= half / (i + 1)
-    return math.exp(-half) * total

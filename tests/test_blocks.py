@@ -1,78 +1,26 @@
 """`dspark_lab.blocks`: a draw of blocks is the oracle's loop over anchors and slots."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, label_positions, times_supervised
+from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import sample_anchor_positions
 from tests import oracle
+from tests.draws import MASK, PAD, Draw, batches, cuts
 from tests.samples import documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAD = 1000
 
-
-@st.composite
-def batches(draw: st.DrawFn) -> Batch:
-    """A few short documents, one a row or several, with padding or without."""
-    marks = draw(st.lists(st.text("aaa.", min_size=1, max_size=9), min_size=1, max_size=4))
-    longest = max(len(mark) for mark in marks)
-    spare = draw(st.integers(0, 12))
-    if draw(st.booleans()):
-        return pack(documents(*marks), longest + spare, PAD)
-    return collate(documents(*marks), PAD, longest + min(spare, 3))
-
-
-@dataclass
-class Cut:
-    """Blocks at some anchors of a batch, and what they were made from."""
-
-    batch: Batch
-    anchors: list[list[int]]
-    keep: list[list[bool]]
-    block_size: int
-    mask_token_id: int
-    blocks: Blocks
-
-    @property
-    def seq_len(self) -> int:
-        return self.batch.input_ids.shape[1]
-
-
-@st.composite
-def cuts(draw: st.DrawFn) -> Cut:
-    """Blocks at any anchors: in any order, repeated, kept or dummy, candidates or not."""
-    batch = draw(batches())
-    rows, seq_len = batch.input_ids.shape
-    count = draw(st.integers(1, 5))
-    anchors, keep = [], []
-    for _ in range(rows):
-        flags = draw(st.lists(st.booleans(), min_size=count, max_size=count))
-        positions = [draw(st.integers(0, seq_len - 1)) if flag else 0 for flag in flags]
-        anchors.append(positions)
-        keep.append(flags)
-    block_size = draw(st.integers(1, 6))
-    mask_token_id = draw(st.integers(0, 9))
-    blocks = cut_blocks(
-        batch,
-        torch.tensor(anchors),
-        torch.tensor(keep),
-        block_size,
-        mask_token_id=mask_token_id,
-    )
-    return Cut(batch, anchors, keep, block_size, mask_token_id, blocks)
-
-
-def cut_again(cut: Cut, batch: Batch, anchors: list, keep: list) -> Blocks:
+def cut_again(cut: Draw, batch: Batch, anchors: list, keep: list) -> Blocks:
     """The cut at other anchors."""
     at = torch.tensor(anchors), torch.tensor(keep)
-    return cut_blocks(batch, *at, cut.block_size, mask_token_id=cut.mask_token_id)
+    return cut_blocks(batch, *at, cut.blocks.block_size, mask_token_id=MASK)
 
 
 def require_equal(one: Blocks, other: Blocks) -> None:
@@ -85,76 +33,62 @@ def in_blocks(rows: list[list[int]], block_size: int) -> list[list[list[int]]]:
     return [[row[i : i + block_size] for i in range(0, len(row), block_size)] for row in rows]
 
 
-def eval_mask(cut: Cut) -> list[list[list[bool]]]:
-    return oracle.eval_mask(
-        cut.seq_len,
-        cut.batch.loss_mask.tolist(),
-        cut.anchors,
-        cut.keep,
-        cut.block_size,
-        cut.batch.doc_remaining.tolist(),
-    )
+def tokens(batch: Batch, positions: list[list[list[int]]]) -> list[list[list[int]]]:
+    return [
+        [[ids[position] for position in block] for block in row]
+        for ids, row in zip(batch.input_ids.tolist(), positions, strict=True)
+    ]
 
 
 @given(cuts())
 def test_slot_k_stands_k_tokens_after_its_anchor_in_the_anchors_document(cut):
-    expected = oracle.position_ids(cut.anchors, cut.block_size, cut.batch.position_ids.tolist())
-    assert cut.blocks.position_ids.tolist() == in_blocks(expected, cut.block_size)
+    size = cut.blocks.block_size
+    expected = oracle.position_ids(cut.anchors, size, cut.batch.position_ids.tolist())
+    assert cut.blocks.position_ids.tolist() == in_blocks(expected, size)
 
 
 @given(cuts())
 def test_slot_0_of_a_kept_block_reads_the_anchors_token_and_every_other_slot_the_mask_token(cut):
-    expected = oracle.noise_ids(
-        cut.batch.input_ids.tolist(), cut.anchors, cut.keep, cut.mask_token_id, cut.block_size
-    )
-    assert cut.blocks.noise_ids.tolist() == in_blocks(expected, cut.block_size)
+    ids, size = cut.batch.input_ids.tolist(), cut.blocks.block_size
+    expected = oracle.noise_ids(ids, cut.anchors, cut.keep, MASK, size)
+    assert cut.blocks.noise_ids.tolist() == in_blocks(expected, size)
+    assert cut.blocks.mask_token_id == MASK
 
 
 @given(cuts())
 def test_slot_k_predicts_the_token_k_plus_1_after_its_anchor(cut):
-    labels = oracle.labels(cut.anchors, cut.block_size)
-    safe = oracle.safe_labels(cut.anchors, cut.keep, cut.block_size, cut.seq_len)
-    assert cut.blocks.label_indices.tolist() == labels
+    size, seq_len = cut.blocks.block_size, cut.blocks.seq_len
+    safe = oracle.safe_labels(cut.anchors, cut.keep, size, seq_len)
+    assert cut.blocks.label_indices.tolist() == oracle.labels(cut.anchors, size)
     assert cut.blocks.safe_label_indices.tolist() == safe
-    ids = cut.batch.input_ids.tolist()
-    assert cut.blocks.target_ids.tolist() == [
-        [[row_ids[label] for label in block] for block in row]
-        for row_ids, row in zip(ids, safe, strict=True)
-    ]
+    assert cut.blocks.target_ids.tolist() == tokens(cut.batch, safe)
 
 
 @given(cuts())
 def test_supervision_stops_at_the_first_token_that_is_not_the_answers_or_the_documents(cut):
-    assert cut.blocks.eval_mask.tolist() == eval_mask(cut)
+    assert cut.blocks.eval_mask.tolist() == cut.eval_mask
 
 
 @given(cuts())
 def test_times_supervised_counts_the_supervised_slots_of_each_token(cut):
-    expected = oracle.times_supervised(cut.seq_len, cut.anchors, eval_mask(cut))
-    assert times_supervised(cut.blocks).tolist() == expected
+    assert times_supervised(cut.blocks).tolist() == cut.times
 
 
 @given(cuts())
 def test_slot_k_follows_the_token_k_after_its_anchor(cut):
-    prev = [
-        [[min(anchor + k, cut.seq_len - 1) for k in range(cut.block_size)] for anchor in row]
-        for row in cut.anchors
-    ]
+    last, size = cut.blocks.seq_len - 1, cut.blocks.block_size
+    prev = [[[min(a + k, last) for k in range(size)] for a in row] for row in cut.anchors]
     assert cut.blocks.prev_indices.tolist() == prev
-    assert cut.blocks.prev_ids.tolist() == [
-        [[row_ids[p] for p in block] for block in row]
-        for row_ids, row in zip(cut.batch.input_ids.tolist(), prev, strict=True)
-    ]
+    assert cut.blocks.prev_ids.tolist() == tokens(cut.batch, prev)
 
 
 @given(cuts())
 def test_blocks_know_their_rows(cut):
     blocks = cut.blocks
-    assert (blocks.seq_len, blocks.block_size) == (cut.seq_len, cut.block_size)
-    assert blocks.num_anchors == len(cut.anchors[0])
+    assert blocks.seq_len == cut.batch.input_ids.shape[1]
+    assert (blocks.num_anchors, blocks.block_size) == blocks.noise_ids.shape[1:]
     assert blocks.context_position_ids.equal(cut.batch.position_ids)
-    lengths = cut.batch.seq_lens.tolist()
-    assert blocks.doc_ids.tolist() == oracle.doc_ids(lengths, cut.seq_len)
+    assert blocks.doc_ids.tolist() == cut.docs
 
 
 @given(cuts())
@@ -165,13 +99,6 @@ def test_one_row_or_another_order_is_a_cut_of_its_own(cut):
     flipped = [row[::-1] for row in cut.anchors], [row[::-1] for row in cut.keep]
     require_equal(cut.blocks.row(last), of_row)
     require_equal(cut.blocks.reordered(order), cut_again(cut, cut.batch, *flipped))
-
-
-@given(cuts())
-def test_blocks_remember_their_anchors_and_their_mask_token(cut):
-    assert cut.blocks.anchor_positions.tolist() == cut.anchors
-    assert cut.blocks.block_keep_mask.tolist() == cut.keep
-    assert cut.blocks.mask_token_id == cut.mask_token_id
 
 
 @settings(max_examples=60)
@@ -188,6 +115,7 @@ def test_a_draw_is_a_cut_at_the_candidates_with_the_smallest_numbers(
 
     cut = cut_blocks(batch, torch.tensor(anchors), torch.tensor(keep), block_size, mask_token_id=3)
     require_equal(drawn, cut)
+    assert drawn.eval_mask[..., 0].equal(drawn.block_keep_mask), "a kept anchor has a label"
 
 
 def long_row() -> Batch:
@@ -239,26 +167,17 @@ def test_a_block_ends_with_its_document_though_the_next_one_begins_with_an_answe
     assert blocks.position_ids.tolist() == [[[2, 3, 4], [0, 1, 2]]]
 
 
-def test_the_mask_token_is_number_0_unless_told():
-    blocks = draw_blocks(long_row(), 2, 3, seed=0)
-    assert blocks.mask_token_id == 0
-    assert blocks.noise_ids[..., 1:].eq(0).all()
-
-
 def test_everything_but_the_masks_is_long():
-    blocks = draw_blocks(long_row(), 2, 3, seed=0)
-    kinds = {
-        field.name: getattr(blocks, field.name).dtype
-        for field in fields(Blocks)
-        if field.name != "mask_token_id"
-    }
+    short = torch.tensor([[4, 2]], dtype=torch.int32)
+    blocks = cut_blocks(collate(documents("aaaaaa"), PAD), short, torch.tensor([[True, True]]), 2)
+    assert blocks.label_indices.tolist() == [[[5, 6], [3, 4]]]
+    assert blocks.safe_label_indices.tolist() == [[[5, 5], [3, 4]]]
+    # By default the mask token is 0; the anchors are as given.
+    assert blocks.noise_ids.tolist() == [[[4, 0], [2, 0]]] and blocks.mask_token_id == 0
+    kinds = {name: value.dtype for name, value in vars(blocks).items() if name != "mask_token_id"}
+    assert kinds.pop("anchor_positions") == torch.int32
     masks = {"block_keep_mask": torch.bool, "eval_mask": torch.bool}
     assert kinds == dict.fromkeys(kinds, torch.int64) | masks
-    short = torch.tensor([[4, 2]], dtype=torch.int32)
-    labels, safe = label_positions(short, torch.tensor([[True, True]]), seq_len=6, block_size=2)
-    assert labels.dtype == safe.dtype == torch.int64
-    assert labels.tolist() == [[[5, 6], [3, 4]]]
-    assert safe.tolist() == [[[5, 5], [3, 4]]]
 
 
 def test_a_compiled_draw_has_no_graph_break():

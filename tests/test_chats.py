@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -40,6 +40,7 @@ from dspark_lab.chats import (
     pack,
 )
 from tests import oracle
+from tests.samples import documents
 
 PROMPT, ANSWER, SPACE = "prompt", "answer", "space"
 Pieces = list[tuple[str, str]]
@@ -56,18 +57,17 @@ LLAMA3 = (
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-LLAMA3_MARKED = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{% if m['role'] == 'assistant' %}"
+LLAMA3_MARKED = LLAMA3.replace(
+    "m['content'] | trim + '<|eot_id|>' }}",
+    "'' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}",
 )
-CHATML_MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+CHATML_MARKED = CHATML.replace(
+    "{{ m['content'] }}",
     "{%- if m['role'] == 'assistant' -%}"
     "{%- generation -%}{{ m['content'] }}{%- endgeneration -%}"
-    "{%- else -%}{{ m['content'] }}{%- endif -%}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{%- else -%}{{ m['content'] }}{%- endif -%}",
 )
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
@@ -111,39 +111,24 @@ QWEN3 = (
 )
 
 
-def write_chatml(messages) -> Pieces:
-    pieces = []
-    for m in messages:
-        whose = ANSWER if m["role"] == "assistant" else PROMPT
-        pieces += [(f"<|im_start|>{m['role']}\n", PROMPT), (m["content"] + "<|im_end|>", whose)]
-        pieces += [("\n", PROMPT)]
-    return pieces
+def writer(header: str, end: str, between: str = "", first: str = "", strip: bool = False):
+    """Each turn is a header, then what was said and its end; ``first`` opens the conversation."""
+
+    def write(messages) -> Pieces:
+        pieces = [(first, PROMPT)]
+        for m in messages:
+            role, said = m["role"], m["content"].strip() if strip else m["content"]
+            pieces += [(header.format(role=role, Role=role.capitalize()), PROMPT)]
+            pieces += [(said + end, ANSWER if role == "assistant" else PROMPT), (between, PROMPT)]
+        return pieces
+
+    return write
 
 
-def write_llama3(messages) -> Pieces:
-    pieces = [("<s>", PROMPT)]
-    for m in messages:
-        whose = ANSWER if m["role"] == "assistant" else PROMPT
-        header = f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n"
-        pieces += [(header, PROMPT), (m["content"].strip() + "<|eot_id|>", whose)]
-    return pieces
-
-
-def write_zephyr(messages) -> Pieces:
-    pieces = []
-    for m in messages:
-        whose = ANSWER if m["role"] == "assistant" else PROMPT
-        pieces += [(f"<|{m['role']}|>\n", PROMPT), (m["content"] + "</s>", whose), ("\n", PROMPT)]
-    return pieces
-
-
-def write_plain(messages) -> Pieces:
-    pieces = []
-    for m in messages:
-        whose = ANSWER if m["role"] == "assistant" else PROMPT
-        pieces += [(m["role"].capitalize() + ": ", PROMPT), (m["content"], whose)]
-        pieces += [("\n\n", PROMPT)]
-    return pieces
+write_chatml = writer("<|im_start|>{role}\n", "<|im_end|>", "\n")
+write_llama3 = writer(
+    "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", first="<s>", strip=True
+)
 
 
 def write_mistral(messages) -> Pieces:
@@ -195,37 +180,23 @@ def write_qwen3(messages) -> Pieces:
     return pieces
 
 
-@dataclass(frozen=True)
-class Template:
-    jinja: str
-    write: Callable[[list], Pieces]
-
-
-TEMPLATES = {
-    "chatml": Template(CHATML, write_chatml),
-    "chatml marked, end outside": Template(CHATML_MARKED, write_chatml),
-    "llama3": Template(LLAMA3, write_llama3),
-    "llama3 marked, end inside": Template(LLAMA3_MARKED, write_llama3),
-    "zephyr": Template(ZEPHYR, write_zephyr),
-    "plain": Template(PLAIN, write_plain),
-    "mistral": Template(MISTRAL, write_mistral),
-    "llama2": Template(LLAMA2, write_llama2),
-    "qwen3": Template(QWEN3, write_qwen3),
+# Each template, and who writes the same.
+TEMPLATES: dict[str, tuple[str, Callable[[list], Pieces]]] = {
+    "chatml": (CHATML, write_chatml),
+    "chatml marked, end outside": (CHATML_MARKED, write_chatml),
+    "llama3": (LLAMA3, write_llama3),
+    "llama3 marked, end inside": (LLAMA3_MARKED, write_llama3),
+    "zephyr": (ZEPHYR, writer("<|{role}|>\n", "</s>", "\n")),
+    "plain": (PLAIN, writer("{Role}: ", "", "\n\n")),
+    "mistral": (MISTRAL, write_mistral),
+    "llama2": (LLAMA2, write_llama2),
+    "qwen3": (QWEN3, write_qwen3),
 }
 
-SPECIAL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-]
+SPECIAL = (
+    "<unk> <s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+    "<|user|> <|assistant|> <|system|>"
+).split()
 CORPUS = [
     "user assistant system hello world, the answer is 42.",
     "User: hello\n\nAssistant: the answer\n\n \n  world",
@@ -237,6 +208,12 @@ CORPUS = [
 SPLITTING = {"words": (True, None), "anything": (False, None), "trimmed": (True, True)}
 
 
+def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 @cache
 def byte_level(splitting: str) -> PreTrainedTokenizerFast:
     use_regex, trim = SPLITTING[splitting]
@@ -245,18 +222,12 @@ def byte_level(splitting: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     if trim is not None:
         backend.post_processor = processors.ByteLevel(trim_offsets=trim)
-    backend.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=420,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            special_tokens=SPECIAL,
-            show_progress=False,
-        ),
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return fast(backend)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast, jinja: str) -> PreTrainedTokenizerFast:
@@ -324,27 +295,6 @@ def test_the_mask_of_a_small_conversation_token_by_token():
     assert encoded.input_ids.dtype == torch.long and encoded.loss_mask.dtype == torch.bool
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("chatml", "is 42.<|im_end|>the 🎉<|im_end|>"),
-        ("chatml marked, end outside", "is 42.<|im_end|>the 🎉<|im_end|>"),
-        ("llama3", "is 42.<|eot_id|>the 🎉<|eot_id|>"),
-        ("llama3 marked, end inside", "is 42.<|eot_id|>the 🎉<|eot_id|>"),
-        ("zephyr", "is 42.</s>the 🎉</s>"),
-        ("mistral", " is 42.</s> the 🎉</s>"),
-        ("llama2", " is 42. </s> the 🎉 </s>"),
-        ("qwen3", "is 42.<|im_end|>the 🎉<|im_end|>"),
-        # "Assistant: " is the generation prompt, so the space is not the model's to write.
-        ("plain", " 42. 🎉"),
-    ],
-)
-def test_answers_and_their_end_of_turn_are_supervised_and_nothing_else(name, expected):
-    tokenizer = with_template(byte_level("words"), TEMPLATES[name].jinja)
-    encoded = encode(chat("hello", "is 42.", "world", "the 🎉", system="the"), tokenizer)
-    assert supervised_text(encoded, tokenizer) == expected
-
-
 fragments = st.sampled_from(
     [
         "hello", " the answer", "42.", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\r\n", "\x00",
@@ -381,8 +331,8 @@ def test_the_mask_agrees_with_the_template_written_piece_by_piece(name):
     @example([{"role": "assistant", "content": ""}], "words")
     @example([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] * 2, "words")
     def check(messages, splitting):
-        tokenizer = with_template(byte_level(splitting), TEMPLATES[name].jinja)
-        pieces = TEMPLATES[name].write(messages)
+        jinja, write = TEMPLATES[name]
+        tokenizer, pieces = with_template(byte_level(splitting), jinja), write(messages)
         encoded = encode(Chat(tuple(messages), id="random"), tokenizer)
         ids = encoded.input_ids.tolist()
         rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
@@ -404,30 +354,28 @@ def test_a_token_that_joins_the_prompt_to_the_answer_is_prompt(splitting):
     assert encoded.loss_mask[-6:].tolist() == [False, False, True, True, True, False]
 
 
-@pytest.mark.parametrize("rstrip", [True, False])
-def test_an_end_of_turn_that_swallows_the_space_before_it_is_found(rstrip):
-    tokenizer = swallowing_tokenizer(AddedToken("<|head|>", rstrip=rstrip, special=True))
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|head|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
-    )
-    encoded = encode(chat("hello", "the \n", "is", "\n", "is", ""), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "the<|end|><|end|><|end|>"
+ENDED = "'<|head|>\n' + m['content'] + '<|end|>\n'"
 
 
-def test_a_header_that_swallows_the_space_behind_an_empty_answer_is_prompt():
-    tokenizer = swallowing_tokenizer(AddedToken("<|head|>", rstrip=True, special=True))
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|head|>' + m['content'] + '\n</s>' }}{% endfor %}"
-    )
-    encoded = encode(chat("hello", ""), tokenizer)
-    assert supervised_text(encoded, tokenizer) == "</s>"
-
-
-def swallowing_tokenizer(header: AddedToken) -> PreTrainedTokenizerFast:
-    """With the special tokens "<|head|>" as given, and "<|end|>", which takes the space before."""
+@pytest.mark.parametrize(
+    ("rstrip", "turn", "answers", "expected"),
+    [
+        (True, ENDED, ["the \n", "\n", ""], "the<|end|><|end|><|end|>"),
+        (False, ENDED, ["the \n", "\n", ""], "the<|end|><|end|><|end|>"),
+        (True, "'<|head|>' + m['content'] + '\n</s>'", [""], "</s>"),
+    ],
+)
+def test_special_tokens_that_swallow_the_space_beside_them_are_found(
+    rstrip, turn, answers, expected
+):
+    """The header takes the space behind it, "<|end|>" that before it."""
     backend = Tokenizer.from_str(byte_level("words").backend_tokenizer.to_str())
+    header = AddedToken("<|head|>", rstrip=rstrip, special=True)
     backend.add_special_tokens([header, AddedToken("<|end|>", lstrip=True, special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
+    said = [text for answer in answers for text in ("is", answer)]
+    assert supervised_text(encode(chat(*said), tokenizer), tokenizer) == expected
 
 
 def test_sentencepiece_tokenizers_and_llama2():
@@ -435,18 +383,10 @@ def test_sentencepiece_tokenizers_and_llama2():
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    backend.train_from_iterator(
-        ["hello answer answer is"] * 9,
-        trainers.BpeTrainer(
-            vocab_size=310,
-            special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = LLAMA2
+    special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["hello answer answer is"] * 9, trainer)
+    tokenizer = with_template(fast(backend), LLAMA2)
     encoded = encode(chat("hello", "answer is 🎉"), tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.loss_mask])
     assert "".join(pieces) == "▁answer▁is▁<0xF0><0x9F><0x8E><0x89>▁</s>"
@@ -456,30 +396,12 @@ def test_tokenizers_that_drop_white_space_and_have_unknown_words():
     words = ["<unk>", "</s>", "User", "Assistant", ":", "hello", "the", "answer"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = fast(backend)
     for end, supervised in (("eos_token + '\n'", ["</s>"]), ("'§ '", [])):
         tokenizer.chat_template = PLAIN.replace("'\n\n'", end)
         encoded = encode(chat("hello", "the\nanswer"), tokenizer)
         found = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.loss_mask])
         assert found == ["the", "answer", *supervised]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "complaint"),
-    [
-        ("m['content'] }}", "m['content'] if loop.last else '' }}", "every answer once"),
-        ("m['content'] }}", "m['content'] + m['content'] }}", "every answer once"),
-        ("in messages", "in messages | reverse", "every answer once"),
-        ("'<|im_end|>\n'", "m['content'] | length", r"messages\[3\].*generation"),
-        ("{{ m['content'] }}", "{{ raise_exception('no thanks') }}", "refuses.*no thanks"),
-    ],
-)
-def test_a_template_whose_answers_cannot_be_found_is_refused_by_name(old, new, complaint):
-    tokenizer = with_template(byte_level("words"), CHATML.replace(old, new))
-    with pytest.raises(ValueError, match=f"conversation 'test': .*{complaint}"):
-        encode(chat("hello", "the", "hello", "answer"), tokenizer)
 
 
 NO_PROMPT = CHATML.split("{% if add")[0]
@@ -488,74 +410,46 @@ COUNTED = "m['content'] | length ~ m['content'] | upper }}"
 REVERSED = CHATML_MARKED.replace("m['content'] }}{%- endg", "m['content'] | reverse }}{%- endg")
 THOUGHT = "<think>\nhm\n</think>\n\n"
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-# What holds: a template, the turns, and what of their text is supervised.
+END, FOUR = "<|im_end|>", ["hello", "the", "is", "42"]
+UPPER = "m['content'] | upper }}"
+# A template, the turns, and what of their text is supervised.
 SUPERVISED = {
-    "the first word behind the template's space is": (MISTRAL, ["hello", "answer"], " answer</s>"),
-    "an empty answer's end of turn is": (CHATML, ["hello", ""] * 2, "<|im_end|><|im_end|>"),
-    "an answer that spells the end of turn has its own end, too": (
-        CHATML,
-        ["hello", "the<|im_end|>"],
-        "the<|im_end|><|im_end|>",
+    "the first word behind the template's space": (MISTRAL, ["hello", "answer"], " answer</s>"),
+    "an empty answer's end of turn": (CHATML, ["hello", ""] * 2, END + END),
+    "the end of turn of an answer that spells one": (CHATML, ["", "the" + END], f"the{END}{END}"),
+    "the same with markers": (CHATML_MARKED, ["", "the" + END], f"the{END}{END}"),
+    "not the next turn's header": (CHATML.replace(END + "\n", "\n"), FOUR, "the42"),
+    "nor its start of sequence": (
+        CHATML.replace(END + "\n", "").replace("<|im_start|>", "<s>"), FOUR, "the42"
     ),
-    "it has with markers": (CHATML_MARKED, ["hello", "the<|im_end|>"], "the<|im_end|><|im_end|>"),
-    "the next turn's header is no end of turn": (
-        CHATML.replace("<|im_end|>\n", "\n"),
-        ["hello", "the", "is", "42"],
-        "the42",
-    ),
-    "nor is a next turn's start of sequence": (
-        CHATML.replace("<|im_end|>\n", "").replace("<|im_start|>", "<s>"),
-        ["hello", "the", "is", "42"],
-        "the42",
-    ),
-    "the last character of a marked answer may be several tokens": (
-        CHATML_MARKED,
-        ["hello", "the 🎉"],
-        "the 🎉<|im_end|>",
-    ),
+    "a last character of several tokens": (CHATML_MARKED, ["hello", "the 🎉"], f"the 🎉{END}"),
     **{
-        f"markers are found as {marker}": (
-            REVERSED.replace("{%- generation -%}", marker),
-            ["hello", "abc"],
-            "cba<|im_end|>",
+        f"what the markers enclose as {marker}": (
+            REVERSED.replace("{%- generation -%}", marker), ["hello", "abc"], f"cba{END}"
         )
         for marker in ("{%- generation %}", "{%generation-%}", "{% generation -%}")
     },
     **{
-        f"an answer that the template changes in place is, {name}": (
-            jinja.replace("m['content'] }}", "m['content'] | upper }}"),
-            ["hello", "abc", "hello", "d"],
-            "ABC<|im_end|>D<|im_end|>",
+        f"an answer that the template changes in place, {name}": (
+            jinja.replace("m['content'] }}", UPPER), ["", "abc", "", "d"], f"ABC{END}D{END}"
         )
         for name, jinja in (("with a prompt", CHATML), ("without", NO_PROMPT))
     },
-    "an answer beyond recognition is from the end of the generation prompt": (
-        CHATML.replace("m['content'] }}", COUNTED),
-        ["hello", "answer"],
-        "6ANSWER<|im_end|>",
+    "all behind the prompt where an answer is beyond recognition": (
+        CHATML.replace("m['content'] }}", COUNTED), ["hello", "answer"], f"6ANSWER{END}"
     ),
-    "thoughts are in the last turn and gone from earlier ones": (
-        QWEN3,
-        ["hello", THOUGHT + "a", "hello", THOUGHT + "b"],
-        f"a<|im_end|>{THOUGHT}b<|im_end|>",
+    "thoughts in the last turn, gone from earlier ones": (
+        QWEN3, ["", THOUGHT + "a", "", THOUGHT + "b"], f"a{END}{THOUGHT}b{END}"
     ),
-    "thoughts that the template lays out anew are as it writes them": (
-        QWEN3,
-        ["hello", "<think>hm</think>a"],
-        THOUGHT + "a<|im_end|>",
+    "thoughts that the template lays out anew": (
+        QWEN3, ["hello", "<think>hm</think>a"], f"{THOUGHT}a{END}"
     ),
-    "the template's own empty thoughts are not": (QWEN3, ["hello", "a"], "a<|im_end|>"),
-    "nor are they before white space": (
-        QWEN3,
-        ["hello", "\na", "hello", "\n\nb"],
-        "\na<|im_end|>b<|im_end|>",
+    "not the template's own empty thoughts": (QWEN3, ["hello", "a"], "a" + END),
+    "nor those before white space": (QWEN3, ["", "\na", "", "\n\nb"], f"\na{END}b{END}"),
+    "an answer's own empty thoughts": (
+        QWEN3, ["hello", EMPTY_THOUGHT + "a"], f"{EMPTY_THOUGHT}a{END}"
     ),
-    "an answer's own empty thoughts are": (
-        QWEN3,
-        ["hello", EMPTY_THOUGHT + "a"],
-        EMPTY_THOUGHT + "a<|im_end|>",
-    ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("jinja", "turns", "expected"), SUPERVISED.values(), ids=SUPERVISED)
@@ -564,16 +458,22 @@ def test_what_is_supervised(jinja, turns, expected):
     assert supervised_text(encode(chat(*turns), tokenizer), tokenizer) == expected
 
 
-def test_an_answer_beyond_recognition_without_a_generation_prompt_is_refused():
-    jinja = NO_PROMPT.replace("m['content'] }}", COUNTED)
-    with pytest.raises(ValueError, match=r"messages\[1\].*generation"):
-        encode(chat("hello", "answer"), with_template(byte_level("words"), jinja))
-
-
-def test_markers_that_enclose_nothing_are_refused():
-    jinja = CHATML_MARKED.replace("== 'assistant'", "== 'nobody'")
-    with pytest.raises(ValueError, match="enclose nothing"):
-        encode(chat("hello", "the"), with_template(byte_level("words"), jinja))
+@pytest.mark.parametrize(
+    ("template", "old", "new", "complaint"),
+    [
+        (CHATML, "m['content'] }}", "m['content'] if loop.last else '' }}", "every answer once"),
+        (CHATML, "m['content'] }}", "m['content'] + m['content'] }}", "every answer once"),
+        (CHATML, "in messages", "in messages | reverse", "every answer once"),
+        (CHATML, "'<|im_end|>\n'", "m['content'] | length", r"messages\[3\].*generation"),
+        (CHATML, "{{ m['content'] }}", "{{ raise_exception('no thanks') }}", "refuses.*no thanks"),
+        (NO_PROMPT, "m['content'] }}", COUNTED, r"messages\[3\].*generation"),
+        (CHATML_MARKED, "== 'assistant'", "== 'nobody'", "enclose nothing"),
+    ],
+)
+def test_a_template_whose_answers_cannot_be_found_is_refused_by_name(template, old, new, complaint):
+    tokenizer = with_template(byte_level("words"), template.replace(old, new))
+    with pytest.raises(ValueError, match=f"conversation 'test': .*{complaint}"):
+        encode(chat("hello", "the", "hello", "answer"), tokenizer)
 
 
 def test_slow_tokenizers_and_tokenizers_without_a_template_are_refused():
@@ -590,8 +490,6 @@ def test_truncation_keeps_the_first_tokens():
         part = encode(chat("hello", "the answer"), tokenizer, max_length=length)
         assert part.input_ids.tolist() == whole.input_ids.tolist()[:length]
         assert part.loss_mask.tolist() == whole.loss_mask.tolist()[:length]
-    with pytest.raises(ValueError, match="max_length must be >= 1, got 0"):
-        encode(chat("hello", "the"), tokenizer, max_length=0)
 
 
 USER = {"role": "user", "content": "hello"}
@@ -607,17 +505,13 @@ def write_lines(path, *lines) -> str:
 
 def test_every_spelling_of_a_conversation_reads_the_same(tmp_path):
     parts = [{"type": "text", "text": "t"}, {"type": "text", "text": "he"}]
+    sharegpt = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "the"}]
     chats = load_chats(
         write_lines(
             tmp_path / "mine.jsonl",
             b"\xef\xbb\xbf" + json.dumps({"messages": [USER, ASSISTANT], "id": "a"}).encode(),
             {"conversations": [USER, ASSISTANT], "id": 7, "domain": "math"},
-            {
-                "conversations": [
-                    {"from": "human", "value": "hello"},
-                    {"from": "gpt", "value": "the"},
-                ]
-            },
+            {"conversations": sharegpt},
             {"prompt": "hello", "response": "the", "source": "anything"},
             {"messages": [USER, {"role": "assistant", "content": parts, "tool_calls": None}]},
             "",
@@ -656,10 +550,7 @@ def test_only_newlines_end_a_line(tmp_path):
         ({"messages": [{"role": 3, "content": ""}]}, "role must be a string, got a number"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "got a number"),
         ({"messages": [USER, {"role": "assistant", "content": ["the"]}]}, "'text', got a string"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]},
-            "'text', got 'image_url'",
-        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "got 'image_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "string, got null"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "'tool_calls'.* not supported"),
         ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "weight 0"),
@@ -684,11 +575,6 @@ def test_a_file_without_conversations_and_a_missing_file(tmp_path):
         load_chats(write_lines(tmp_path / "x.jsonl", "", ""))
     with pytest.raises(FileNotFoundError):
         load_chats(tmp_path / "nowhere.jsonl")
-    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    with pytest.raises(OSError, match="loop.jsonl"):
-        load_chats(tmp_path / "loop.jsonl")
-    with pytest.raises(TypeError, match="path must be .*, got 5"):
-        load_chats(5)
 
 
 def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():
@@ -696,8 +582,6 @@ def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():
         Chat((USER,), id="x")
     with pytest.raises(ValueError, match=r"messages\[1\] must have 'role' and 'content' alone"):
         Chat((USER, ASSISTANT | {"name": "Bo"}), id="x")
-    with pytest.raises(TypeError, match="chat must be a Chat, got {"):
-        encode({"messages": [USER, ASSISTANT]}, byte_level("words"))
 
 
 def test_importing_chats_imports_neither_transformers_nor_pandas():
@@ -733,39 +617,29 @@ def test_the_shipped_conversations_are_supervised_answer_by_answer():
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "llama3 marked, end inside"])
 def test_an_answer_that_was_cut_off_does_not_end_its_turn(name):
-    tokenizer = with_template(byte_level("words"), TEMPLATES[name].jinja)
-    whole = chat("hello", "is 42.", "world", "the 🎉")
-    cut = Chat(whole.messages, id="cut", finished=False)
-    end = supervised_text(encode(whole, tokenizer), tokenizer).removeprefix("is 42.")
-    end = end[: end.index("the")]
-    assert supervised_text(encode(cut, tokenizer), tokenizer) == f"is 42.{end}the 🎉"
+    tokenizer = with_template(byte_level("words"), TEMPLATES[name][0])
+    end = "<|im_end|>" if name == "chatml" else "<|eot_id|>"
+    for finished, last in ((True, end), (False, "")):
+        made = Chat(chat("hello", "is 42.", "world", "the 🎉").messages, "x", finished=finished)
+        assert supervised_text(encode(made, tokenizer), tokenizer) == f"is 42.{end}the 🎉{last}"
+
+
+PAD = 1000
 
 
 def test_one_row_keeps_the_order_and_refuses_what_does_not_fit():
-    encoded = numbered([3, 7, 2])
+    encoded = documents("aaa", "a" * 7, "aa")
     batch = one_row(encoded, 14, pad_token_id=0)
-    assert batch.input_ids.tolist() == [[*range(1, 13), 0, 0]]
+    assert batch.input_ids.tolist() == [[*range(12), 0, 0]]
     assert batch.chat_index.tolist() == [[0, 1, 2]] and batch.seq_lens.tolist() == [[3, 7, 2]]
     with pytest.raises(ValueError, match="12 tokens, got 11"):
         one_row(encoded, 11, pad_token_id=0)
 
 
-def numbered(lengths: list[int], domains: list[str | None] | None = None) -> list[Encoded]:
-    """Conversations whose tokens are all different; the last half of each is supervised."""
-    items, first = [], 1
-    for i, length in enumerate(lengths):
-        made = Chat((USER, ASSISTANT), id=f"c{i}", domain=domains[i] if domains else None)
-        ids = torch.arange(first, first + length)
-        items.append(Encoded(ids, torch.arange(length) >= length // 2, made))
-        first += length
-    return items
-
-
-@settings(deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(12, 20))
-def test_packing_keeps_every_conversation_whole_and_once(lengths, length):
-    encoded = numbered(lengths)
-    batch = pack(encoded, length=length, pad_token_id=0)
+@given(st.lists(st.text("a.", min_size=1, max_size=12), min_size=1, max_size=20))
+def test_packing_keeps_every_conversation_whole_and_once(marks):
+    encoded, length = documents(*marks), 15
+    batch = pack(encoded, length, PAD)
     seen = []
     for row in range(len(batch.input_ids)):
         start = 0
@@ -778,7 +652,7 @@ def test_packing_keeps_every_conversation_whole_and_once(lengths, length):
                 seen.append(int(index))
                 start += n
         assert batch.attention_mask[row].tolist() == [p < start for p in range(length)]
-        assert batch.input_ids[row, start:].tolist() == [0] * (length - start)
+        assert batch.input_ids[row, start:].tolist() == [PAD] * (length - start)
         assert not batch.loss_mask[row, start:].any()
     assert sorted(seen) == list(range(len(encoded)))
     remaining, positions = oracle.packed_rows(batch.seq_lens.tolist(), length)
@@ -786,7 +660,6 @@ def test_packing_keeps_every_conversation_whole_and_once(lengths, length):
     assert batch.position_ids.tolist() == positions
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(12, 20))
 def test_packing_is_first_fit_decreasing(lengths, length):
     rows: list[list[int]] = []
@@ -797,21 +670,13 @@ def test_packing_is_first_fit_decreasing(lengths, length):
                 break
         else:
             rows.append([index])
-    batch = pack(numbered(lengths), length=length, pad_token_id=0)
+    batch = pack(documents(*("a" * n for n in lengths)), length, PAD)
     assert [[i for i in row if i >= 0] for row in batch.chat_index.tolist()] == rows
 
 
-def test_collating_is_packing_with_one_conversation_a_row():
-    encoded = numbered([9, 8, 7])
-    collated = collate(encoded, pad_token_id=3, length=10)
-    packed = pack(encoded, length=10, pad_token_id=3)
-    for name, tensor in vars(collated).items():
-        assert tensor.equal(getattr(packed, name)) and tensor.dtype == getattr(packed, name).dtype
-
-
 def test_collating_pads_on_the_right_to_the_longest_and_keeps_the_order():
-    batch = collate(numbered([2, 3]), pad_token_id=0)
-    assert batch.input_ids.tolist() == [[1, 2, 0], [3, 4, 5]]
+    batch = collate(documents(".a", ".aa"), PAD)
+    assert batch.input_ids.tolist() == [[0, 1, PAD], [2, 3, 4]]
     assert batch.loss_mask.tolist() == [[False, True, False], [False, True, True]]
     assert batch.attention_mask.tolist() == [[True, True, False], [True, True, True]]
     assert batch.position_ids.tolist() == [[0, 1, 0], [0, 1, 2]]
@@ -825,20 +690,15 @@ def test_collating_pads_on_the_right_to_the_longest_and_keeps_the_order():
 
 
 def test_a_batch_moves_with_all_its_tensors(device):
-    batch = pack(numbered([2, 3]), length=4, pad_token_id=0).to(device)
+    batch = pack(documents("aa", "aaa"), 4, PAD).to(device)
     assert {tensor.device.type for tensor in vars(batch).values()} == {device.type}
 
 
 @pytest.mark.parametrize("make", [collate, pack])
 def test_a_conversation_longer_than_the_row_is_refused_by_name(make):
-    with pytest.raises(ValueError, match=r"'c1' has 5 tokens, more than length 4; .*max_length=4"):
-        make(numbered([2, 5]), length=4, pad_token_id=0)
-    with pytest.raises(ValueError, match="encoded must not be empty"):
-        make([], length=4, pad_token_id=0)
-    with pytest.raises(ValueError, match="length must be >= 1, got 0"):
-        make(numbered([2]), length=0, pad_token_id=0)
-    with pytest.raises(TypeError, match="pad_token_id must be an int, got None"):
-        make(numbered([2]), length=4, pad_token_id=None)
+    match = "'hand-made' has 5 tokens, more than length 4; .*max_length=4"
+    with pytest.raises(ValueError, match=match):
+        make(documents("aa", "aaaaa"), length=4, pad_token_id=PAD)
 
 
 def test_an_encoded_conversation_made_by_hand_must_fit_together():
@@ -849,7 +709,12 @@ def test_an_encoded_conversation_made_by_hand_must_fit_together():
 
 
 def test_describe_counts_each_domain():
-    table = describe(numbered([4, 2, 6, 1], ["math", "code", "math", None]))
+    domains, marks = ["math", "code", "math", None], ["..aa", ".a", "...aaa", "a"]
+    encoded = [
+        replace(item, chat=replace(item.chat, domain=domain))
+        for item, domain in zip(documents(*marks), domains, strict=True)
+    ]
+    table = describe(encoded)
     assert table.index.tolist() == ["math", "code", "none"] and table.index.name == "domain"
     assert table.to_dict("list") == {
         "conversations": [2, 1, 1],

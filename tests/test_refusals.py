@@ -34,12 +34,7 @@ CALLS = {
     "sample": (common.sample_anchor_positions, {**ROW, "num_anchors": N, "device": "cpu"}),
     "eval mask": (
         common.build_eval_mask,
-        {
-            **ROW,
-            **WHERE,
-            "label_indices": LABELS,
-            "safe_label_indices": LABELS,
-        },
+        {**ROW, **WHERE, "label_indices": LABELS, "safe_label_indices": LABELS},
     ),
     "positions": (
         common.create_position_ids,
@@ -56,17 +51,10 @@ CALLS = {
         },
     ),
     "features": (common.extract_context_feature, {"hidden_states": HIDDEN, "layer_ids": [0, 2]}),
-    "layer ids": (
-        common.validate_target_layer_ids,
-        {"layer_ids": [0, 2], "num_target_layers": 8},
-    ),
-    "documents": (
-        common.context_doc_ids,
-        {"seq_lens": long(B, 4), "seq_len": S, "device": "cpu"},
-    ),
+    "layer ids": (common.validate_target_layer_ids, {"layer_ids": [0, 2], "num_target_layers": 8}),
+    "documents": (common.context_doc_ids, {"seq_lens": long(B, 4), "seq_len": S, "device": "cpu"}),
     "head": (common.AcceptRatePredictor, {"input_dim": 4}),
     "logits": (common.AcceptRatePredictor(4), {"features": torch.zeros(B, 4)}),
-    "labels": (blocks.label_positions, {**WHERE, "seq_len": S, "block_size": K}),
     "draw": (
         blocks.draw_blocks,
         {
@@ -122,7 +110,7 @@ def spoilt(call, name, value):
             yield bad, TypeError
         for bad in (-1, -100) if name in SIZES else (0, -1, -100):
             yield bad, ValueError
-        if name == "seq_len" and call not in ("documents", "labels"):
+        if name == "seq_len" and call != "documents":
             yield value + 1, ValueError
             yield value - 1, ValueError
     elif isinstance(value, str):
@@ -183,12 +171,6 @@ def test_every_argument_is_checked(call):
         ("features", {"layer_ids": [0, 1.0]}, TypeError, "each of layer_ids must be an int"),
         ("features", {"hidden_states": []}, ValueError, "got 0, which reach id -2"),
         ("features", {"hidden_states": [*HIDDEN[:3], None]}, TypeError, "got None"),
-        (
-            "features",
-            {"hidden_states": [*HIDDEN[:3], torch.zeros(B, S + 1, 4)]},
-            ValueError,
-            r"\(2, 7, 4\)",
-        ),
         ("features", {"hidden_states": [torch.zeros(S, 4)] * 4}, ValueError, r"\(6, 4\)"),
         ("features", {"hidden_states": [*HIDDEN[:3], HIDDEN[3].to("meta")]}, ValueError, "meta"),
         ("layer ids", {"layer_ids": [3, 1]}, ValueError, r"strictly increasing, got \[3, 1\]"),

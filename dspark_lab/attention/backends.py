@@ -13,8 +13,6 @@ from dspark_lab.attention.blockwise import blockwise_attention
 from dspark_lab.attention.mask import ContextRanges, block_mask, context_ranges, dense_mask
 from dspark_lab.checks import BlockSize, Finite, SeqLen, checked
 
-__all__ = ["Backend", "attend", "block_attention", "choose_backend"]
-
 Backend = Literal["auto", "dense", "flex", "blockwise"]
 
 
@@ -44,19 +42,15 @@ def block_attention(
       itself, and no mask of size queries times keys is ever formed. Computes in fp32 at least.
 
     Args:
-        q: queries, the slots of all blocks, block after block.
-        k, v: the context's ``seq_len`` keys and values, followed by those of the slots. Their
-            number of heads divides that of ``q`` (grouped-query attention).
+        q: the slots of all blocks, block after block.
+        k, v: the context's ``seq_len`` keys and values, followed by those of the slots; the heads
+            of ``q`` may share them.
         anchor_positions, block_keep_mask, seq_len, block_size, doc_ids: see
             :func:`dspark_lab.attention.context_ranges`.
         scale: factor on the scores; 1 / sqrt(head_dim) where None.
         backend: ``auto`` takes ``flex`` on CUDA and ``blockwise`` on the CPU.
-        block_mask: for ``flex``, what :func:`dspark_lab.attention.training_block_mask` made of the
-            same blocks, so that several layers share one; made here where None.
-
-    Raises:
-        ValueError: among others, a back end that does not run on this device, or that has no
-            gradient there.
+        block_mask: for ``flex``, that of the same blocks, so that several layers share one; made
+            here where None.
     """
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
@@ -77,12 +71,11 @@ def attend(
 ) -> Float[Tensor, "batch heads query head_dim"]:
     """:func:`block_attention` under the mask of ``ranges``, for layers that share one draw."""
     _check_fit(q, k, v, ranges)
-    device = q.device.type
+    device, grouped = q.device.type, q.shape[1] != k.shape[1]
     if backend == "auto":
         backend = choose_backend(q.device)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    grouped = q.shape[1] != k.shape[1]
     if backend == "dense":
         mask = dense_mask(ranges).unsqueeze(1)
         return scaled_dot_product_attention(
@@ -91,22 +84,20 @@ def attend(
     if backend == "flex":
         needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
         if device == "cpu" and torch.is_grad_enabled() and needs_gradient:
-            raise ValueError(
-                "backend 'flex' has no backward pass on the CPU; use 'blockwise' or 'dense' there"
-            )
+            instead = "use 'blockwise' or 'dense' there"
+            raise ValueError(f"backend 'flex' has no backward pass on the CPU; {instead}")
         tiles = block_mask(ranges) if tiles is None else tiles
         return flex_attention(q, k, v, block_mask=tiles, scale=scale, enable_gqa=grouped)
     if device != "cpu":
         raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
     sizes = ranges.seq_len, ranges.block_size, float(scale)
-    return blockwise_attention(q, k, v, ranges.start, ranges.end, *sizes)[0]
+    return blockwise_attention(q, k, v, torch.stack([ranges.start, ranges.end]), *sizes)[0]
 
 
 @checked
 def choose_backend(device: torch.device) -> Backend:
     """The back end that ``auto`` takes on a device."""
-    backends: dict[str, Backend] = {"cuda": "flex", "cpu": "blockwise"}
-    return backends.get(device.type, "dense")
+    return "flex" if device.type == "cuda" else "blockwise" if device.type == "cpu" else "dense"
 
 
 def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:
@@ -114,17 +105,14 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"the heads of k and v must divide those of q, got {k.shape[1]} and {q.shape[1]}"
-        )
-    for name, tensor, wanted in (("q", q, ranges.queries), ("k", k, ranges.keys)):
-        if tensor.shape[2] != wanted:
-            raise ValueError(
-                f"{name} must have {wanted} positions at block_size {ranges.block_size}, "
-                f"got shape {tuple(tensor.shape)}"
-            )
-    if q.device != ranges.start.device:
-        raise ValueError(
-            f"q, k and v must be on the device of the blocks, {ranges.start.device}, got {q.device}"
-        )
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        got = f"{kv_heads} and {heads}"
+        raise ValueError(f"the heads of k and v must divide those of q, got {got}")
+    for name, tensor, length in (("q", q, ranges.queries), ("k", k, ranges.keys)):
+        if tensor.shape[2] != length:
+            wanted = f"{length} positions at block_size {ranges.block_size}"
+            raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")
+    wanted_device = ranges.start.device
+    if q.device != wanted_device:
+        raise ValueError(f"q must be on the device of the blocks, {wanted_device}, got {q.device}")

@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from numpy import s_
 from torch import Tensor
+
+Index = tuple[Any, ...]
 
 # The most queries and keys of a piece. Forward it has few queries, so that their anchors lie close
 # together and little of its keys is hidden from some; backward, the keys are cut instead.
@@ -30,21 +33,12 @@ _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 @torch.library.custom_op("dspark_lab::blockwise_attention", mutates_args=(), device_types="cpu")
 def blockwise_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    end: Tensor,
-    seq_len: int,
-    block_size: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, seq_len: int, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The attention of :func:`dspark_lab.attention.block_attention`, which checks the shapes.
 
-    Args:
-        q: ``[batch, heads, anchor * slot, head_dim]``.
-        k, v: ``[batch, kv_heads, seq_len + anchor * slot, head_dim]``.
-        start, end: ``[batch, anchor]``, long; the context prefix of each block.
+    ``ranges`` are the blocks' context prefixes, first their starts, then their ends,
+    ``[2, batch, anchor]``.
 
     Returns:
         the attention's output, and ``[batch, heads, anchor * slot]``, the logarithm of the sum that
@@ -54,21 +48,13 @@ def blockwise_attention(
     out = torch.zeros(q.shape, dtype=query.dtype)
     log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=query.dtype)
     results, sums = _split(out, k), _split(log_sum, k)
-    for row in range(q.shape[0]):
-        most = FORWARD_QUERIES, FORWARD_KEYS
-        pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
-        for slots, keys, bias in pieces:
-            seen, seen_sum = _kernel(
-                query[row, :, :, slots],
-                key[row, :, :, keys],
-                value[row, :, :, keys],
-                attn_mask=bias,
-                scale=scale,
-            )
-            joined_sum = torch.logaddexp(sums[row, :, :, slots], seen_sum)
-            share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
-            results[row, :, :, slots].lerp_(seen, share)
-            sums[row, :, :, slots] = joined_sum
+    most = FORWARD_QUERIES, FORWARD_KEYS
+    for slots, keys, bias in _pieces(ranges, seq_len, block_size, *most, query.dtype):
+        seen, seen_sum = _kernel(query[slots], key[keys], value[keys], attn_mask=bias, scale=scale)
+        joined_sum = torch.logaddexp(sums[slots], seen_sum)
+        share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
+        results[slots].lerp_(seen, share)
+        sums[slots] = joined_sum
     return out.to(q.dtype), log_sum
 
 
@@ -82,8 +68,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    start: Tensor,
-    end: Tensor,
+    ranges: Tensor,
     seq_len: int,
     block_size: int,
     scale: float,
@@ -95,81 +80,77 @@ def _backward(
     result, d_result = _split(out, k), _split(d_out, k)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
     d_queries = _split(d_query, k)
-    for row in range(q.shape[0]):
-        most = BACKWARD_QUERIES, BACKWARD_KEYS
-        pieces = _pieces(start[row], end[row], seq_len, block_size, *most, query.dtype)
-        for slots, keys, bias in pieces:
-            query_part, key_part, value_part = _kernel_backward(
-                d_result[row, :, :, slots],
-                query[row, :, :, slots],
-                key[row, :, :, keys],
-                value[row, :, :, keys],
-                result[row, :, :, slots],
-                sums[row, :, :, slots],
-                0.0,
-                False,
-                attn_mask=bias,
-                scale=scale,
-            )
-            d_queries[row, :, :, slots] += query_part
-            for gradient, part in ((d_key, key_part), (d_value, value_part)):
-                for head_part in part.unbind(1):
-                    gradient[row, :, keys] += head_part
-            # Freed before the next piece makes its own.
-            del query_part, key_part, value_part, part, head_part
+    most = BACKWARD_QUERIES, BACKWARD_KEYS
+    for slots, keys, bias in _pieces(ranges, seq_len, block_size, *most, query.dtype):
+        query_part, key_part, value_part = _kernel_backward(
+            d_result[slots],
+            query[slots],
+            key[keys],
+            value[keys],
+            result[slots],
+            sums[slots],
+            0.0,
+            False,
+            attn_mask=bias,
+            scale=scale,
+        )
+        d_queries[slots] += query_part
+        for gradient, part in ((d_key, key_part), (d_value, value_part)):
+            for head_part in part.unbind(1):
+                gradient[keys] += head_part
+        # Freed before the next piece makes its own.
+        del query_part, key_part, value_part, part, head_part
     return d_query.to(q.dtype), d_key.to(k.dtype), d_value.to(v.dtype)
 
 
 def _pieces(
-    start: Tensor,
-    end: Tensor,
+    ranges: Tensor,
     seq_len: int,
     block_size: int,
     most_queries: int,
     most_keys: int,
     dtype: torch.dtype,
-) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Cut a batch row's mask into pieces that hold all that is visible; ``start`` is ``[anchor]``.
+) -> Iterator[tuple[Index, Index, Tensor | None]]:
+    """Cut the mask of each batch row into pieces that hold all that is visible.
 
-    Yields slots, keys, and what to add to the scores of a piece: a very low number where a key is
-    hidden, or None where all is visible. Not -inf, so that a query that sees nothing of a piece has
-    a result there, of no weight.
+    Yields where the slots are, where the keys are, and what to add to the scores of a piece: a very
+    low number where a key is hidden, or None where all is visible. Not -inf, so that a query that
+    sees nothing of a piece has a result there, of no weight.
     """
-    starts, ends = start.tolist(), end.tolist()
-    per_run = max(1, OWN_QUERIES // block_size)
-    apart = _bias(~torch.eye(per_run, dtype=torch.bool), block_size, dtype)
+    own = max(1, OWN_QUERIES // block_size)
+    apart = _bias(~torch.eye(own, dtype=torch.bool), block_size, dtype)
     apart = apart.repeat_interleave(block_size, dim=-1)
-    for blocks in _runs(len(starts), per_run):
-        slots = _slots(blocks, block_size)
-        size = slots.stop - slots.start
-        keys = slice(seq_len + slots.start, seq_len + slots.stop)
-        yield slots, keys, apart[..., :size, :size].contiguous() if size > block_size else None
+    for row, (start, end) in enumerate(ranges.unbind(1)):
+        starts, ends = start.tolist(), end.tolist()
+        for blocks in _runs(len(starts), own):
+            slots = _slots(blocks, block_size)
+            keys = slice(seq_len + slots.start, seq_len + slots.stop)
+            size = slots.stop - slots.start
+            bias = apart[..., :size, :size].contiguous() if size > block_size else None
+            yield s_[row, :, :, slots], s_[row, ..., keys, :], bias
 
-    for blocks in _runs(len(starts), most_queries // block_size):
-        lo, hi = min(starts[blocks]), max(ends[blocks])
-        for first in range(lo, hi, most_keys):
-            past = min(first + most_keys, hi)
-            seeing = [
-                block
-                for block in range(blocks.start, blocks.stop)
-                if starts[block] < past and ends[block] > first
-            ]
-            if not seeing:
-                continue
-            some = slice(seeing[0], seeing[-1] + 1)
-            bias = None
-            if max(starts[some]) > first or min(ends[some]) < past:
-                token = torch.arange(first, past)
-                hidden = (token < start[some].unsqueeze(1)) | (token >= end[some].unsqueeze(1))
-                bias = _bias(hidden, block_size, dtype)
-            yield _slots(some, block_size), slice(first, past), bias
+        for blocks in _runs(len(starts), max(1, most_queries // block_size)):
+            lo, hi = min(starts[blocks]), max(ends[blocks])
+            for first in range(lo, hi, most_keys):
+                past = min(first + most_keys, hi)
+                seeing = [
+                    block
+                    for block in range(blocks.start, blocks.stop)
+                    if starts[block] < past and ends[block] > first
+                ]
+                if not seeing:
+                    continue
+                some = slice(seeing[0], seeing[-1] + 1)
+                bias = None
+                if max(starts[some]) > first or min(ends[some]) < past:
+                    token = torch.arange(first, past)
+                    hidden = (token < start[some].unsqueeze(1)) | (token >= end[some].unsqueeze(1))
+                    bias = _bias(hidden, block_size, dtype)
+                yield s_[row, :, :, _slots(some, block_size)], s_[row, ..., first:past, :], bias
 
 
-def _runs(count: int, length: int) -> Iterator[slice]:
-    """``count`` things in runs of ``length``, at least one."""
-    length = max(1, length)
-    for first in range(0, count, length):
-        yield slice(first, min(first + length, count))
+def _runs(count: int, length: int) -> list[slice]:
+    return [slice(first, min(first + length, count)) for first in range(0, count, length)]
 
 
 def _slots(blocks: slice, block_size: int) -> slice:
@@ -199,23 +180,23 @@ def _working(x: Tensor) -> Tensor:
 
 
 @blockwise_attention.register_fake
-def _(q, k, v, start, end, seq_len, block_size, scale):
+def _(q, k, v, ranges, seq_len, block_size, scale):
     return q.new_empty(q.shape), _working(q).new_empty(q.shape[:-1])
 
 
 @_backward.register_fake
-def _(d_out, out, log_sum, q, k, v, start, end, seq_len, block_size, scale):
+def _(d_out, out, log_sum, q, k, v, ranges, seq_len, block_size, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:5])
-    ctx.sizes = inputs[5:]
+    ctx.save_for_backward(*output, *inputs[:4])
+    ctx.sizes = inputs[4:]
 
 
 def _differentiate(ctx: Any, d_out: Tensor, _d_log_sum: Tensor) -> tuple:
     gradients = _backward(d_out, *ctx.saved_tensors, *ctx.sizes)
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, None, None, None, None)
 
 
 blockwise_attention.register_autograd(_differentiate, setup_context=_save)

@@ -26,18 +26,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from dspark_lab.blocks import Blocks
 from dspark_lab.checks import BlockSize, Count, SeqLen, Size, checked, debug_range
 
-__all__ = [
-    "ContextRanges",
-    "MaskMod",
-    "block_mask",
-    "context_ranges",
-    "dense_mask",
-    "mask_mod",
-    "training_block_mask",
-    "training_dense_mask",
-    "training_mask_mod",
-]
-
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -86,15 +74,8 @@ def context_ranges(
     """The context prefix of each block.
 
     It begins where the anchor's document begins (at 0 without ``doc_ids``) and ends before the
-    anchor; a dummy block's is empty, ``start == end == 0``.
-
-    Args:
-        anchor_positions: integers in ``[0, seq_len - 1]``, in any order.
-        block_keep_mask: False for dummy anchors.
-        seq_len: context tokens in a row.
-        block_size: slots per block.
-        doc_ids: which document each context token belongs to, never falling along the row (see
-            :func:`dspark_lab.common.context_doc_ids`); None where a row is one document.
+    anchor; a dummy block's is empty, ``start == end == 0``. Anchors may be in any order;
+    ``doc_ids`` never fall along the row (see :func:`dspark_lab.common.context_doc_ids`).
     """
     debug_range("anchor_positions", anchor_positions, 0, max(seq_len, 1))
     end = anchor_positions.long() * block_keep_mask
@@ -105,9 +86,7 @@ def context_ranges(
     return ContextRanges(start, end, seq_len, block_size)
 
 
-def document_starts(
-    doc_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch anchor"]
-) -> Int[Tensor, "batch anchor"]:
+def document_starts(doc_ids: Tensor, positions: Tensor) -> Tensor:
     """Where the document of the token at each position begins."""
     return torch.searchsorted(doc_ids.contiguous(), doc_ids.gather(1, positions))
 
@@ -137,10 +116,7 @@ def mask_mod(ranges: ContextRanges) -> MaskMod:
 
 @checked
 def dense_mask(ranges: ContextRanges) -> Bool[Tensor, "batch query key"]:
-    """The rule at every pair: True where a query sees a key.
-
-    It grows with queries times keys: it is for looking and for checking.
-    """
+    """The rule at every pair: True where a query sees a key. For looking and for checking."""
     device = ranges.start.device
     row = torch.arange(ranges.start.shape[0], device=device).view(-1, 1, 1)
     query = torch.arange(ranges.queries, device=device).view(1, -1, 1)
@@ -152,11 +128,10 @@ def dense_mask(ranges: ContextRanges) -> Bool[Tensor, "batch query key"]:
 def block_mask(ranges: ContextRanges, tile_size: Count = 128) -> BlockMask:
     """The rule as FlexAttention's ``BlockMask``, the same as ``create_block_mask`` makes of it.
 
-    ``create_block_mask`` asks the rule at every pair of query and key and then counts what each
-    tile of ``tile_size`` x ``tile_size`` pairs holds. Here each tile's state (empty, partial, full)
-    follows from the context ranges of the few blocks that its queries belong to, so time and memory
-    grow with the number of tiles. Both directions of the tile lists are made: the backward pass
-    reads the transposed one.
+    ``create_block_mask`` asks the rule at every pair and counts what each tile holds. Here a tile's
+    state (empty, partial, full) follows from the context ranges of the few blocks that its queries
+    belong to, so time and memory grow with the number of tiles. The backward pass reads the
+    transposed lists.
     """
     tiles = _classify_tiles(ranges, tile_size)
     (kv_num, full_kv_num), (kv_indices, full_kv_indices) = _list_tiles(tiles)
@@ -184,19 +159,11 @@ def training_mask_mod(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
 ) -> MaskMod:
-    """The rule as a function of (batch row, head, query, key), for FlexAttention.
-
-    Arguments as of :func:`context_ranges`.
-    """
-    return mask_mod(
-        context_ranges(
-            anchor_positions,
-            block_keep_mask,
-            seq_len=seq_len,
-            block_size=block_size,
-            doc_ids=doc_ids,
-        )
+    """:func:`mask_mod` on the ranges that :func:`context_ranges` makes of these arguments."""
+    ranges = context_ranges(
+        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
+    return mask_mod(ranges)
 
 
 def training_dense_mask(
@@ -207,19 +174,11 @@ def training_dense_mask(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
 ) -> Bool[Tensor, "batch query key"]:
-    """The rule at every pair, ``[batch, anchor * slot, seq_len + anchor * slot]``.
-
-    True where a query sees a key; see :func:`dense_mask`. Arguments as of :func:`context_ranges`.
-    """
-    return dense_mask(
-        context_ranges(
-            anchor_positions,
-            block_keep_mask,
-            seq_len=seq_len,
-            block_size=block_size,
-            doc_ids=doc_ids,
-        )
+    """:func:`dense_mask` on the ranges that :func:`context_ranges` makes of these arguments."""
+    ranges = context_ranges(
+        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
+    return dense_mask(ranges)
 
 
 def training_block_mask(
@@ -231,12 +190,9 @@ def training_block_mask(
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     tile_size: int = 128,
 ) -> BlockMask:
-    """The rule as FlexAttention's ``BlockMask``; see :func:`block_mask`.
+    """:func:`block_mask` on the ranges that :func:`context_ranges` makes of these arguments.
 
-    Args:
-        anchor_positions, block_keep_mask, seq_len, block_size, doc_ids: as of
-            :func:`context_ranges`.
-        tile_size: queries and keys per tile; compiled kernels want a multiple of 128 on most GPUs.
+    Compiled kernels want a ``tile_size`` that is a multiple of 128 on most GPUs.
     """
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
@@ -286,23 +242,14 @@ def _classify_tiles(
     return torch.stack([touched & ~full, full]).unsqueeze(2)
 
 
-def tiles_of_ranges(
-    start: Int[Tensor, "*axes"], end: Int[Tensor, "*axes"], tile_size: int
-) -> tuple[Int[Tensor, "2 *axes"], Int[Tensor, "2 *axes"]]:
-    """The first tile of keys that a range touches (first) and covers (second), and the one past the
-    last; both are equal where there is none."""
+def tiles_of_ranges(start: Tensor, end: Tensor, tile_size: int) -> tuple[Tensor, Tensor]:
+    """The first tile of keys that a range touches and covers, and past the last; equal if none."""
     begin = torch.stack([start // tile_size, -(-start // tile_size)])
     stop = torch.stack([-(-end // tile_size), end // tile_size])
     return begin, torch.where(end > start, torch.maximum(begin, stop), begin)
 
 
-def _list_tiles(
-    tiles: Bool[Tensor, "2 batch 1 row column"],
-) -> tuple[Int[Tensor, "2 batch 1 row"], Int[Tensor, "2 batch 1 row column"]]:
+def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """How many tiles of each row are set, and the columns: set ones first, both parts ascending."""
-    column = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
-    set_so_far = tiles.cumsum(-1, dtype=torch.int32)
-    count = tiles.sum(-1, dtype=torch.int32)
-    place = torch.where(tiles, set_so_far - 1, count.unsqueeze(-1) + column - set_so_far)
-    columns = torch.empty_like(place).scatter(-1, place.long(), column.expand_as(place))
-    return count, columns
+    columns = tiles.int().argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32), columns.int()

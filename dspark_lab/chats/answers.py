@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-__all__ = ["Rendered", "render_and_locate"]
-
 Messages = list[dict[str, str]]
 Span = tuple[int, int]
 
@@ -47,9 +45,8 @@ def render_and_locate(tokenizer: Tokenizer, messages: Messages) -> Rendered:
 def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span], bool]:
     """The template marks its answers with ``{% generation %}``: text, spans, ends inside them?
 
-    The tokens are found from the characters by the one rule of this file, not by transformers'
-    own ``assistant_masks``, which lose the last bytes of an answer that ends in a character of
-    several tokens.
+    The tokens are found from the characters, not by transformers' own ``assistant_masks``, which
+    lose the last bytes of an answer that ends in a character of several tokens.
     """
     text, spans = _render_marked(tokenizer, messages)
     if not spans:
@@ -73,10 +70,8 @@ def _unmarked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, li
     turn_of = {placeholder: turn for turn, placeholder in placeholders.items()}
     found = re.findall("|".join(turn_of), probe)
     if found != list(turn_of):
-        raise ValueError(
-            "the chat template must write every answer once and in order, but of messages "
-            f"{list(placeholders)} it writes {[turn_of[placeholder] for placeholder in found]}"
-        )
+        writes = f"of {list(placeholders)} it writes {[turn_of[text] for text in found]}"
+        raise ValueError(f"the chat template must write every answer once, in order, but {writes}")
     pieces = re.split("|".join(turn_of), probe)
     answers = [messages[turn]["content"] for turn in placeholders]
     parts = [part for pair in zip(pieces, [*answers, ""], strict=True) for part in pair]
@@ -97,10 +92,9 @@ def _locate_one(
 ) -> Span:
     """The span of one answer that the template does not copy as it is.
 
-    The other answers keep their place, so the text around the placeholder is the text around the
-    answer. A template may also write something before an answer that depends on what it says (a
-    block of thinking); then the answer starts where it can be read word for word, or else where
-    the generation prompt ends.
+    The text around a placeholder is the text around the answer, unless what the template writes
+    before depends on what it says (a block of thinking). Then the answer starts where it can be
+    read word for word, or else where the generation prompt ends.
     """
     answer = messages[turn]["content"]
     probe = _render(tokenizer, _with_answers(messages, {turn: placeholder}))
@@ -125,10 +119,8 @@ def _locate_one(
 
 def _cannot_locate(*turns: int) -> ValueError:
     where = ", ".join(f"messages[{turn}]" for turn in turns)
-    return ValueError(
-        f"the chat template rewrites the answer in {where} in a way that cannot be located; put "
-        "{% generation %} ... {% endgeneration %} around answers in the template"
-    )
+    advice = "put {% generation %} ... {% endgeneration %} around answers in the template"
+    return ValueError(f"the chat template rewrites the answer in {where} too much; {advice}")
 
 
 def _assistant_turns(messages: Messages) -> list[int]:
@@ -138,8 +130,7 @@ def _assistant_turns(messages: Messages) -> list[int]:
 def _placeholders(messages: Messages, text: str) -> dict[int, str]:
     """A text for each assistant turn that neither the messages nor the template contain."""
     used = {character for message in messages for character in message["content"]}.union(text)
-    unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
-    mark = next(unused, None)
+    mark = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used), None)
     if mark is None:
         raise ValueError("uses every private-use character, none is left for a placeholder")
     return {turn: f"{mark}{turn}{mark}" for turn in _assistant_turns(messages)}
@@ -163,32 +154,23 @@ def _generation_prompt(tokenizer: Tokenizer, messages: Messages, turn: int) -> s
 
 
 def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    )
 
 
 def _render_marked(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:
     """The text, and the spans that lie between the template's generation markers."""
-    from jinja2 import TemplateError
     from transformers.utils import chat_template_utils
 
     # Its annotations promise a text alone.
     render: Callable[..., Any] = chat_template_utils.render_jinja_template
-    try:
-        texts, spans = render(
-            conversations=[messages],
-            chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    texts, spans = render(
+        conversations=[messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
     return texts[0], spans[0]

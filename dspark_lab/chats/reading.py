@@ -12,22 +12,14 @@ from typing import Any
 from dspark_lab.checks import checked
 from dspark_lab.files import DATA
 
-__all__ = ["SHIPPED_CHATS", "Chat", "load_chats"]
-
 SHIPPED_CHATS = DATA / "conversations.jsonl"
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 # What these keys say would be lost, because a message here is a role and a text. Empty is fine.
-_UNSUPPORTED_IN_MESSAGE = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
-_UNSUPPORTED_IN_RECORD = ("tools", "functions", "system")
+_LOST_IN_MESSAGE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_LOST_IN_RECORD = ("tools", "functions", "system")
 
 
 @checked
@@ -35,10 +27,9 @@ _UNSUPPORTED_IN_RECORD = ("tools", "functions", "system")
 class Chat:
     """One conversation.
 
-    Each message is ``{"role": ..., "content": ...}`` and nothing else; ``role`` is one of
-    ``ROLES``, ``content`` is text, perhaps empty. At least one message is the assistant's. ``id``
-    names the conversation in errors. ``finished`` is False where the last answer was cut off, so
-    that the end-of-turn which a template writes behind it is not the assistant's.
+    Each message is ``{"role": ..., "content": ...}`` and nothing else, at least one of them the
+    assistant's. ``id`` names the conversation in errors. ``finished`` is False where the last
+    answer was cut off, so that the end-of-turn which a template writes behind it is not its own.
     """
 
     messages: Sequence[dict[str, str]]
@@ -76,7 +67,6 @@ def load_chats(path: str | os.PathLike[str] | None = None) -> list[Chat]:
     Raises:
         ValueError: ``"path:line: ..."``, the first line that is anything else or repeats an id; or
             a file without conversations.
-        OSError: the file cannot be read.
     """
     path = Path(SHIPPED_CHATS if path is None else path)
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -113,7 +103,7 @@ def _record_from_line(line: bytes) -> dict[str, Any]:
 
 
 def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
-    _refuse_if_not_empty(record, _UNSUPPORTED_IN_RECORD)
+    _refuse_if_not_empty(record, _LOST_IN_RECORD)
     lists = [key for key in ("messages", "conversations") if key in record]
     if len(lists) == 2:
         raise ValueError("has both 'messages' and 'conversations', only one is allowed")
@@ -128,10 +118,8 @@ def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
             for role, key in (("user", "prompt"), ("assistant", "response"))
         ]
     else:
-        raise ValueError(
-            "must have 'messages', 'conversations', or 'prompt' and 'response', "
-            f"got keys {sorted(record)}"
-        )
+        wanted = "'messages', 'conversations', or 'prompt' and 'response'"
+        raise ValueError(f"must have {wanted}, got keys {sorted(record)}")
     name, domain = record.get("id"), record.get("domain")
     if name is None:
         name = default_id
@@ -153,7 +141,7 @@ def _message(where: str, raw: Any) -> dict[str, str]:
     for key in (role_key, content_key):
         if key not in raw:
             raise ValueError(f"{where} must have {key!r}, got keys {sorted(raw)}")
-    _refuse_if_not_empty(raw, _UNSUPPORTED_IN_MESSAGE, where + " ")
+    _refuse_if_not_empty(raw, _LOST_IN_MESSAGE, where + " ")
     if raw.get("weight", 1) != 1:
         raise ValueError(f"{where} has weight {raw['weight']!r}, only 1 is supported")
     role = _string(f"{where}.{role_key}", raw[role_key])
@@ -183,9 +171,8 @@ def _check_message(where: str, message: dict[str, str]) -> None:
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}.content must be Unicode text, got half a surrogate pair at {error.start}"
-        ) from None
+        got = f"half a surrogate pair at {error.start}"
+        raise ValueError(f"{where}.content must be Unicode text, got {got}") from None
 
 
 def _string(where: str, value: Any) -> str:

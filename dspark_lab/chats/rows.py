@@ -17,8 +17,6 @@ from dspark_lab.checks import Count, Device, NotEmpty, Size, checked
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Batch", "collate", "describe", "one_row", "pack", "packed_places"]
-
 Conversations = Annotated[Sequence[Encoded], NotEmpty()]
 
 
@@ -61,27 +59,19 @@ class Batch:
         ``loss_mask`` may have any dtype, see
         :func:`dspark_lab.common.build_anchor_candidate_mask`.
         """
-        packing = {
-            "doc_remaining": doc_remaining,
-            "position_ids": position_ids,
-            "seq_lens": seq_lens,
-        }
-        missing = [name for name, value in packing.items() if value is None]
-        if 0 < len(missing) < 3:
-            raise ValueError(f"{', '.join(packing)} go together, got no {', '.join(missing)}")
+        given = {"doc_remaining": doc_remaining, "position_ids": position_ids, "seq_lens": seq_lens}
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) in (1, 2):
+            raise ValueError(f"{', '.join(given)} go together, got no {', '.join(missing)}")
         if doc_remaining is None or position_ids is None or seq_lens is None:
             rows, seq_len = input_ids.shape
             position_ids = torch.arange(seq_len, device=input_ids.device).expand(rows, -1)
             doc_remaining = seq_len - 1 - position_ids
             seq_lens = position_ids.new_full((rows, 1), seq_len)
+        attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        none = torch.full_like(seq_lens, -1)
         return cls(
-            input_ids=input_ids,
-            loss_mask=loss_mask,
-            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
-            position_ids=position_ids,
-            doc_remaining=doc_remaining,
-            seq_lens=seq_lens,
-            chat_index=torch.full_like(seq_lens, -1),
+            input_ids, loss_mask, attention_mask, position_ids, doc_remaining, seq_lens, none
         )
 
     @checked
@@ -140,11 +130,10 @@ def one_row(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
 
 @checked
 def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
-    """One row for each domain, in order of appearance, and its counts of tokens.
+    """One row for each domain ("none" for none), in order of appearance, and its counts of tokens.
 
-    The index is ``domain`` ("none" for conversations without one); the columns are
-    ``conversations``, ``tokens``, ``supervised_tokens``, ``median_length``, ``longest`` and
-    ``without_labels``, the conversations in which there is nothing to train on.
+    The columns are ``conversations``, ``tokens``, ``supervised_tokens``, ``median_length``,
+    ``longest`` and ``without_labels``, the conversations in which there is nothing to train on.
     """
     import pandas as pd
 
@@ -199,24 +188,23 @@ def packed_places(
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
     for item in encoded:
         if len(item) > length:
-            raise ValueError(
-                f"conversation {item.chat.id!r} has {len(item)} tokens, more than length {length}; "
-                f"truncate it with encode(..., max_length={length})"
-            )
+            advice = f"truncate it with encode(..., max_length={length})"
+            got = f"conversation {item.chat.id!r} has {len(item)} tokens"
+            raise ValueError(f"{got}, more than length {length}; {advice}")
 
 
 def _fill(
     rows: list[list[int]], encoded: Sequence[Encoded], pad_token_id: int, length: int
 ) -> Batch:
     """The batch whose row r holds the conversations with the indices ``rows[r]``, in order."""
-    tokens = (len(rows), length)
     docs = (len(rows), max(len(row) for row in rows))
+    input_ids = torch.full((len(rows), length), pad_token_id)
     batch = Batch(
-        input_ids=torch.full(tokens, pad_token_id),
-        loss_mask=torch.zeros(tokens, dtype=torch.bool),
-        attention_mask=torch.zeros(tokens, dtype=torch.bool),
-        position_ids=torch.zeros(tokens, dtype=torch.long),
-        doc_remaining=torch.zeros(tokens, dtype=torch.long),
+        input_ids,
+        loss_mask=torch.zeros_like(input_ids, dtype=torch.bool),
+        attention_mask=torch.zeros_like(input_ids, dtype=torch.bool),
+        position_ids=torch.zeros_like(input_ids),
+        doc_remaining=torch.zeros_like(input_ids),
         seq_lens=torch.zeros(docs, dtype=torch.long),
         chat_index=torch.full(docs, -1),
     )

@@ -28,8 +28,6 @@ from dspark_lab.files import DATA
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-__all__ = ["SHIPPED_TOKENIZER", "Encoded", "encode", "load_tokenizer"]
-
 SHIPPED_TOKENIZER = DATA / "tokenizer"
 
 
@@ -60,10 +58,6 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
     """A fast tokenizer with a chat template; without a name, the shipped one of SmolLM2.
 
     Never runs code that comes with a tokenizer.
-
-    Raises:
-        ValueError: a slow tokenizer, or one without a chat template.
-        OSError: no such folder, or a name that ``AutoTokenizer.from_pretrained`` cannot load.
     """
     from transformers import AutoTokenizer
 
@@ -92,29 +86,26 @@ def encode(chat: Chat, tokenizer: Tokenizer, max_length: Count | None = None) ->
     not ``finished``) the end-of-turn is not supervised.
 
     Raises:
-        ValueError: a tokenizer that is slow or has no chat template, or a template that refuses the
-            conversation or rewrites an answer beyond recognition.
+        ValueError: a template that refuses the conversation or rewrites an answer beyond
+            recognition.
     """
+    from jinja2 import TemplateError
+
     _check_tokenizer(tokenizer)
     try:
         rendered = render_and_locate(tokenizer, list(chat.messages))
         input_ids, loss_mask = _tokenize_and_mask(tokenizer, rendered, chat.finished)
-    except ValueError as error:
-        raise ValueError(f"conversation {chat.id!r}: {error}") from error
+    except (TemplateError, ValueError) as error:
+        refusal = "the chat template refuses it: " if isinstance(error, TemplateError) else ""
+        raise ValueError(f"conversation {chat.id!r}: {refusal}{error}") from error
     return Encoded(input_ids[:max_length], loss_mask[:max_length], chat)
 
 
 def _tokenize_and_mask(
     tokenizer: Tokenizer, rendered: Rendered, finished: bool
-) -> tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]:
+) -> tuple[Tensor, Tensor]:
     text = rendered.text
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoding["input_ids"]
     if not ids:
         raise ValueError("the chat template and the tokenizer give no tokens")
@@ -147,11 +138,11 @@ def _closing_tokens(
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
     special -= {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    closers = []
-    for index, (start, end) in enumerate(edges):
-        if ids[index] in special:
-            closers.append((index, end - len(text[start:end].lstrip())))
-    return closers
+    return [
+        (index, end - len(text[start:end].lstrip()))
+        for index, (start, end) in enumerate(edges)
+        if ids[index] in special
+    ]
 
 
 def _token_edges(
@@ -159,12 +150,10 @@ def _token_edges(
 ) -> list[tuple[int, int]]:
     """First character and one past the last of each token, the spaces before a word included.
 
-    Tokens that share a character have the same edges. Some byte-level tokenizers leave a token's
-    leading spaces (written "Ġ") out of its offsets; they are put back, since they decide whether
-    a token reaches into the prompt.
+    Some byte-level tokenizers leave a token's leading spaces (written "Ġ") out of its offsets; they
+    are put back, since they decide whether a token reaches into the prompt.
     """
-    edges = []
-    previous = 0
+    edges, previous = [], 0
     for (start, end), token in zip(offsets, tokens, strict=True):
         if start > previous and token.startswith("Ġ"):
             spaces = len(token) - len(token.lstrip("Ġ"))

@@ -6,19 +6,18 @@ itself. ``explorer.table`` is the table behind the picture, ``explorer.tables`` 
 
 import asyncio
 import gc
-import math
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import ipywidgets
 import pandas as pd
 
-from dspark_lab.checks import checked, require_int, require_number
+from dspark_lab.checks import Within, checked, require
 
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
@@ -174,7 +173,7 @@ def checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
 
 def slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
     """A slider that reaches from ``low`` to ``high``, and further if it starts further out."""
-    require_int(name, value, low)
+    require(name, value, Annotated[int, Within(low)])
     high = max(high, value)
     return ipywidgets.IntSlider(value, low, high, step, description=name, **_WIDE)
 
@@ -183,9 +182,7 @@ def number_slider(
     name: str, value: float, low: float, high: float, **options: Any
 ) -> ipywidgets.FloatSlider:
     """A slider of numbers in steps of 0.05, which reaches further if it starts further out."""
-    require_number(name, value)
-    if not (math.isfinite(value) and value >= low):
-        raise ValueError(f"{name} must be a finite number >= {low}, got {value}")
+    require(name, value, Annotated[float, Within(low)])
     return ipywidgets.FloatSlider(
         value, min=low, max=max(high, value), step=0.05, description=name, **_WIDE, **options
     )

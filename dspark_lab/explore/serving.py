@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.checks import checked, require_int
+from dspark_lab.checks import Count, checked, require
 from dspark_lab.decoding import decode, load_trace, rounds_of
 from dspark_lab.explore.explorer import (
     Explorer,
@@ -181,7 +181,7 @@ def explore_serving(
         )
     if draft_length is None:
         draft_length = serving.longest
-    require_int("draft_length", draft_length, 1)
+    require("draft_length", draft_length, Count)
     if draft_length > serving.longest:
         raise ValueError(f"draft_length must be at most {serving.longest}, got {draft_length}")
     controls = [

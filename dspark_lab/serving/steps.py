@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import require_int
+from dspark_lab.checks import Size, require
 from dspark_lab.files import written_whole
 from dspark_lab.rates import as_numbers
 
@@ -51,7 +51,7 @@ class StepsPerSecond:
                 "steps_per_second must be positive and finite, got "
                 f"{speeds[bad][0]} at {tokens[bad][0]} tokens"
             )
-        require_int("context_length", self.context_length, 0)
+        require("context_length", self.context_length, Size)
         for name in ("device", "target"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
