@@ -31,21 +31,9 @@ from dspark_lab.serving import acceptance_profile, load_engine
 from dspark_lab.tuning import Shape, Spans, load_sweep
 
 LIBRARY = str(Path(dspark_lab.__file__).parent)
-# 500 calls in all.
-ROOMS = {
-    "blocks": 20,
-    "common": 80,
-    "attention": 40,
-    "chats": 60,
-    "model": 60,
-    "decoding": 40,
-    "rates": 60,
-    "training": 30,
-    "pairs": 10,
-    "tuning": 60,
-    "serving": 60,
-    "explore": 60,
-}
+# Calls in each room.
+ROOMS = {"blocks": 20, "common": 80, "attention": 40, "chats": 60, "model": 60, "decoding": 40}
+ROOMS |= {"rates": 60, "training": 30, "pairs": 10, "tuning": 60, "serving": 60, "explore": 60}
 # Commands, downloads, a clock, and pictures, which take what the tables give.
 LEFT_OUT = ("main", "fetch_smollm2", "load_smollm2", "now", "png", "plot_", "new_figure")
 
@@ -74,58 +62,23 @@ def right() -> dict[str, Any]:
     trace = load_traces()
     trace = trace[(trace["drafter"] == "dspark-k7") & (trace["temperature"] == 1.0)]
     engine = load_engine()
-    return {
-        "target": pair.target,
-        "drafter": pair.drafter,
-        "tokenizer": pair.tokenizer,
-        "chat": chats[0],
-        "chats": chats,
-        "conversations": chats,
-        "encoded": encoded,
-        "data": Spans.of(encoded),
-        "spans": Spans.of(encoded),
-        "batch": batch,
-        "blocks": blocks,
-        "prompts": prompts,
-        "decoded": decode(pair.target, pair.drafter, prompts, max_new_tokens=4),
-        "trace": trace,
-        "fit": trace,
-        "test": trace,
-        "before": trace,
-        "after": trace,
-        "sps": engine.sps,
-        "engine": engine,
-        "costs": engine.costs(2),
-        "profile": acceptance_profile(trace, resamples=3),
-        "shape": Shape.of("qwen3-4b"),
-        "sweep": load_sweep(),
-        "config": pair.drafter.config,
-        "seq_len": batch.input_ids.shape[1],
-        "loss_mask": batch.loss_mask,
-        "input_ids": batch.input_ids,
-        "anchor_positions": blocks.anchor_positions,
-        "block_keep_mask": blocks.block_keep_mask,
-        "num_anchors": 4,
-        "block_size": 7,
-        "max_new_tokens": 2,
-        "resamples": 3,
-        "length": 256,
-        "pad_token_id": 0,
-        "device": "cpu",
-        "temperature": 1.0,
-        "memory": "H100",
-        "time": "H100",
-        "confidence": np.full((2, 3), 0.5),
-        "outcome": np.ones((2, 3)),
-        "by": "domain",
-        "steps": 1,
-        "repeats": 1,
-        "runs": 1,
-        "out": Path("out"),
-        "folder": Path("folder"),
-        "work": Path("work"),
-        "path": Path("path"),
-    }
+    values: dict[str, Any] = {"target": pair.target, "drafter": pair.drafter}
+    values |= {"tokenizer": pair.tokenizer, "config": pair.drafter.config}
+    values |= {"chat": chats[0], "chats": chats, "conversations": chats, "encoded": encoded}
+    values |= dict.fromkeys(("data", "spans"), Spans.of(encoded)) | {"batch": batch}
+    values |= {"input_ids": batch.input_ids, "loss_mask": batch.loss_mask, "blocks": blocks}
+    values |= {"seq_len": batch.input_ids.shape[1], "anchor_positions": blocks.anchor_positions}
+    values |= {"block_keep_mask": blocks.block_keep_mask, "num_anchors": 4, "block_size": 7}
+    values |= {"prompts": prompts, "max_new_tokens": 2, "resamples": 3, "temperature": 1.0}
+    values |= {"decoded": decode(pair.target, pair.drafter, prompts, max_new_tokens=4)}
+    values |= dict.fromkeys(("trace", "fit", "test", "before", "after"), trace)
+    values |= {"sps": engine.sps, "engine": engine, "costs": engine.costs(2)}
+    values |= {"profile": acceptance_profile(trace, resamples=3), "sweep": load_sweep()}
+    values |= {"shape": Shape.of("qwen3-4b"), "memory": "H100", "time": "H100", "by": "domain"}
+    values |= {"length": 256, "pad_token_id": 0, "device": "cpu"}
+    values |= {"confidence": np.full((2, 3), 0.5), "outcome": np.ones((2, 3))}
+    values |= dict.fromkeys(("steps", "repeats", "runs"), 1)
+    return values | {name: Path(name) for name in ("out", "folder", "work", "path")}
 
 
 @pytest.fixture
@@ -136,42 +89,13 @@ def bad_values(tmp_path: Path) -> list[Any]:
     (tmp_path / "folder").mkdir()
     os.symlink(tmp_path / "loop", tmp_path / "loop")
     return [
-        None,
-        "",
-        "nonsense",
-        -1,
-        0,
-        5,
-        0.5,
-        1e-300,
-        -1e9,
-        float("nan"),
-        float("inf"),
-        True,
-        [],
-        (),
-        {},
-        ["x"],
-        [None],
-        [-5],
-        {"x": 1},
-        object(),
-        b"bytes",
-        Path("not/there"),
-        tmp_path / "empty.json",
-        tmp_path / "junk.parquet",
-        tmp_path / "folder",
-        tmp_path / "loop",
-        torch.zeros(0),
-        torch.zeros(2, 3),
-        torch.full((2, 3), float("nan")),
-        torch.full((2, 3), -7),
-        torch.zeros(2, 3, dtype=torch.complex64),
-        np.zeros((0, 3)),
-        np.full((2, 3), np.nan),
-        np.array(["x"]),
-        pd.DataFrame(),
-        pd.DataFrame({"x": [1]}),
+        *(None, "", "nonsense", -1, 0, 5, 0.5, 1e-300, -1e9, float("nan"), float("inf"), True),
+        *([], (), {}, ["x"], [None], [-5], {"x": 1}, object(), b"bytes", Path("not/there")),
+        *(tmp_path / name for name in ("empty.json", "junk.parquet", "folder", "loop")),
+        *(torch.zeros(0), torch.zeros(2, 3), torch.full((2, 3), float("nan"))),
+        *(torch.full((2, 3), -7), torch.zeros(2, 3, dtype=torch.complex64)),
+        *(np.zeros((0, 3)), np.full((2, 3), np.nan), np.array(["x"])),
+        *(pd.DataFrame(), pd.DataFrame({"x": [1]})),
     ]
 
 
@@ -220,11 +144,7 @@ def bare(error: BaseException) -> bool:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_bad_argument_ends_in_a_bare_error(
-    room: str,
-    right: dict[str, Any],
-    bad_values: list[Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    room: str, right: dict[str, Any], bad_values: list[Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 WALK = """
 import torch
 import dspark_lab as lab
-from dspark_lab import attention, blocks, chats, common, tuning
+from dspark_lab import attention, blocks, chats, common, pairs, rates, serving, tuning
 
 torch.set_num_threads(1)
 tokenizer = lab.load_tokenizer()
@@ -33,6 +33,12 @@ common.AcceptRatePredictor(4)(states[0])
 lab.explore_anchors(), lab.explore_masks(packed=True, row_length=1024)
 shape = tuning.Shape.of("qwen3-4b")
 lab.choose_training(encoded, shape, time="H100", num_anchors=(8,), block_sizes=(4,))
+pair = lab.load_pair()
+prompts = [pairs.question(chat) for chat in pair.held_out[:3]]
+decoded = lab.decode(pair.target, pair.drafter, prompts, max_new_tokens=8, temperature=1.0)
+rates.rate_table(rates.trace_sums(decoded.trace))
+profile = serving.acceptance_profile(decoded.trace, resamples=3)
+serving.speedup_table(profile, serving.load_engine().costs(1))
 print("walked")
 """
 

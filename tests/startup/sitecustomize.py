@@ -3,7 +3,7 @@
 import os
 import sys
 
-if "DSPARK_LAB_FAULT" in os.environ:
+if fault := os.environ.get("DSPARK_LAB_FAULT"):
     from tests.faults import FAULTS, Planter
 
-    sys.meta_path.insert(0, Planter(FAULTS[os.environ["DSPARK_LAB_FAULT"]]))
+    sys.meta_path.insert(0, Planter(FAULTS[fault]))
