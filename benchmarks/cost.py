@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import median_seconds, peak_bytes
 from dspark_lab.attention import backends
 from dspark_lab.chats import Batch, Chat, Encoded
+from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.model import (
     Drafter,
     Features,
@@ -44,14 +45,8 @@ from dspark_lab.tuning import (
 
 NOBODY = Chat(({"role": "assistant", "content": ""},), id="random")
 # Row length, anchors, block, rows, of SmolLM2's drafter.
-SHAPES = [
-    (384, 32, 7, 2),
-    (384, 8, 7, 2),
-    (512, 64, 7, 1),
-    (1024, 16, 7, 1),
-    (256, 16, 15, 2),
-    (512, 32, 4, 1),
-]
+SHAPES = [(384, 32, 7, 2), (384, 8, 7, 2), (512, 64, 7, 1)]
+SHAPES += [(1024, 16, 7, 1), (256, 16, 15, 2), (512, 32, 4, 1)]
 
 
 def measured_peak(
@@ -69,8 +64,8 @@ def measured_peak(
 ) -> tuple[int, int]:
     """Bytes that are held throughout, and the most that a training step holds beside them.
 
-    With the target where the shape knows it, else with features in bf16 that are all zero. ``seen``
-    has the softmaxes over so many tokens; ``full`` takes the objective by its definition.
+    The target's features are computed where the shape knows it, and else zeros in bf16. ``seen``:
+    tokens of the softmaxes, all where None. ``full``: the objective by its definition.
     """
     torch.manual_seed(0)
     drafter = Drafter(replace(shape, block_size=block_size).drafter_config()).to(device).train()
@@ -128,13 +123,8 @@ def _memory() -> Iterator[str]:
     worst = 0.0
     for seq_len, anchors, block, batch in SHAPES:
         for dtype in ("fp32", "bf16"):
-            sizes: dict[str, Any] = {
-                "seq_len": seq_len,
-                "num_anchors": anchors,
-                "block_size": block,
-                "batch_size": batch,
-                "dtype": dtype,
-            }
+            sizes: dict[str, Any] = {"seq_len": seq_len, "num_anchors": anchors}
+            sizes |= {"block_size": block, "batch_size": batch, "dtype": dtype}
             predicted = training_memory(
                 shape, features="cached", device="cpu", target_dtype="bf16", **sizes
             )
@@ -206,7 +196,6 @@ def _zeros(shape: Shape) -> FeatureSource:
 
 def _textbook(drafter: Drafter) -> Callable[..., Any]:
     """The objective from full logits, called like the chunked one."""
-    from dspark_lab.common import DSparkForwardOutput
 
     def objective(slots: Any, head: Tensor, w2: Tensor | None, **options: Any) -> Any:
         output = DSparkForwardOutput(
@@ -223,7 +212,7 @@ def _textbook(drafter: Drafter) -> Callable[..., Any]:
 
 
 def _bytes(values: list[Any]) -> int:
-    """Of all tensors, memory that two of them share once."""
+    """The bytes of all tensors; memory that two of them share counts once."""
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for value in values

@@ -12,7 +12,7 @@ from dspark_lab.chats import SHIPPED_CHATS, Chat, Encoded, encode, load_chats, l
 from dspark_lab.tuning import Spans, never_table, supervision
 
 CONVERSATIONS, ANCHORS, BLOCK, ROW = 100_000, 64, 7, 4096
-# The loop sees so many of them.
+# Conversations that the loop reads.
 FEW = 500
 
 
@@ -46,7 +46,7 @@ def run() -> Iterator[str]:
 
 
 def _conversations(count: int) -> list[Encoded]:
-    """Of one to four answers each, prompt and answer of random lengths."""
+    """Conversations of one to four answers, prompts and answers of random lengths."""
     rng = np.random.default_rng(0)
     chat = Chat(({"role": "assistant", "content": ""},), id="drawn")
     turns = rng.integers(1, 5, count)

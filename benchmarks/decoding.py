@@ -65,7 +65,7 @@ def _line(pair: Pair, temperature: float, prompts: int, tokens: int, runs: int) 
 def _generate(
     pair: Pair, prompt: str, temperature: float, tokens: int, seed: int
 ) -> tuple[int, float]:
-    """Tokens and seconds of transformers, the reading of the prompt included."""
+    """Tokens and seconds of transformers' ``generate``, the prompt's prefill included."""
     ids = torch.tensor([encode_prompt(pair.target, prompt)], device=pair.target.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     torch.manual_seed(seed)

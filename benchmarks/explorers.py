@@ -15,7 +15,7 @@ from dspark_lab.explore import (
 from dspark_lab.tuning import SERVERS, TRAINERS
 
 MOVES = 41
-# What each control is turned to, again and again; the last value is the one it starts with.
+# The values that each control takes in turn; it starts with the last one.
 TRAINING = {
     "num_anchors": (256, 1024, 64, 512),
     "block_size": (4, 11, 7),

@@ -1,8 +1,8 @@
 """The load simulator against a loop that serves one request after the other, step by step.
 
-The pocket pair's trace and its engine as they ship. The loop counts only what the figures of one
-rule need, and keeps no steps; the simulator should not be far behind it. The clock is this
-process's own time, which other work on the machine moves less than the wall's.
+The trace and engine are the pocket pair's, as they ship. The loop counts only what the figures of
+one rule need, and keeps no steps; the simulator should not be far behind it. The clock is the
+process's CPU time, which other work on the machine disturbs less than wall time.
 """
 
 import time
@@ -34,12 +34,8 @@ from dspark_lab.serving import (
 
 REQUESTS, SLOTS = 200, 7
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-POLICIES: list[Policy] = [
-    FixedLength(0),
-    FixedLength(SLOTS),
-    StaticThreshold(0.5),
-    PrefixScheduler(),
-]
+POLICIES: list[Policy] = [FixedLength(0), FixedLength(SLOTS)]
+POLICIES += [StaticThreshold(0.5), PrefixScheduler()]
 
 
 def run() -> Iterator[str]:
@@ -89,7 +85,7 @@ def _ours(
 
 
 def _tokens(answers: Answers, engine: Engine, policies: Sequence[Policy]) -> int:
-    """Of all steps of a table, those before and behind the requests that count among them."""
+    """Tokens of all steps of a table, with those before and behind the requests that count."""
     drawn = draw_requests(answers, REQUESTS)
     runs = (
         simulate(drawn, engine, policy, concurrency=limit)
@@ -127,15 +123,9 @@ def _served(requests: Requests, engine: Engine, slots: int, concurrency: int) ->
             number, which = next(order)
             if number == concurrency:
                 begin, steps, tokens = clock, 0, 0
+            request = {"number": number, "which": which, "start": clock}
             batch.append(
-                {
-                    "number": number,
-                    "which": which,
-                    "left": int(requests.tokens[which]),
-                    "start": clock,
-                    "rounds": 0,
-                    "accepted": 0,
-                }
+                request | {"left": int(requests.tokens[which]), "rounds": 0, "accepted": 0}
             )
         clock += seconds
         steps += 1

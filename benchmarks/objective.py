@@ -27,7 +27,7 @@ class Problem:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """Whose gradients are asked for; the head is frozen."""
+        """The tensors that need a gradient; the head is frozen."""
         s = self.slots
         assert s.latent is not None and s.confidence_pred is not None
         return s.hidden, s.latent, s.confidence_pred, self.w2
@@ -97,10 +97,8 @@ def run() -> Iterator[str]:
     yield f"the fp32 matrix products alone, all slots at once: {products(p) * 1e3:.2f} ms"
     yield "peak memory in MB for one row; the gradients, which every form must hold, are part of it"
     yield f"{'anchors':>9} {'gradients':>10} {'fp32':>8} {'bf16':>8} {'textbook fp32':>14}   share"
-    anchors = 32
-    while anchors <= 1024:
+    for anchors in (32, 64, 128, 256, 512, 1024):
         yield memory(anchors)
-        anchors *= 2
     if torch.cuda.is_available():
         yield from on_gpu()
 
@@ -114,7 +112,7 @@ def under_bf16(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def products(p: Problem) -> float:
-    """Seconds for what no form can do without: three logits and three gradients."""
+    """Seconds of the products that every form needs: three logits and three gradients."""
     s = p.slots
     assert s.latent is not None and s.target_hidden is not None
     hidden, teacher, latent = (

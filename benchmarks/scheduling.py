@@ -22,7 +22,7 @@ CONTEXT_LENGTH, MOST = 256, 128
 
 def run() -> Iterator[str]:
     confidence = np.random.default_rng(0).uniform(0.3, 1, (REQUESTS, SLOTS))
-    # Milliseconds of a step, and for each of its tokens: what a slot may cost to be worth it.
+    # Milliseconds of a step, and of each of its tokens.
     for name, step, token in (("dear", 1.0, 0.05), ("middling", 5.0, 0.01), ("cheap", 20.0, 0.001)):
         tokens = np.array([1, REQUESTS * (SLOTS + 1)])
         sps = StepsPerSecond(tokens, 1e3 / (step + token * tokens), 0, "imaginary")

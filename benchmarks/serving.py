@@ -2,9 +2,9 @@
 
 Costs are measured first, rates come from the shipped traces; then some of the trace's questions are
 decoded, plainly and at several lengths in turns, at temperature 1 with other draws than the trace
-had. Once as the lab decodes, with a cache that is cut, and once with a target that reads again
-after every rejection. One thread, and the clock is this process's own time, which other work on the
-machine moves less than the wall's.
+had: once as the lab decodes, with a cache that is cut, and once with a target that reads again
+after every rejection. One thread; the clock is the process's CPU time, which other work on the
+machine disturbs less than wall time.
 """
 
 import time
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from benchmarks.measure import median_seconds
-from dspark_lab.pairs import Pair, load_pair, load_traces, question
+from dspark_lab.pairs import Pair, in_turns, load_pair, load_traces, question
 from dspark_lab.serving import (
     acceptance_profile,
     advice,
@@ -27,7 +27,7 @@ from dspark_lab.serving import (
     threshold_table,
 )
 
-# Questions, tokens of each answer, rounds that a cost is the median of.
+# Questions, tokens of each answer, rounds whose median is a cost.
 SIZES = {"pocket": (30, 64, 30), "smollm2": (5, 48, 12)}
 LENGTHS = (1, 3, 5, 7)
 
@@ -54,7 +54,7 @@ def _run() -> Iterator[str]:
 
 
 def _check(pair: Pair, trace: pd.DataFrame, count: int, tokens: int, repeats: int) -> Iterator[str]:
-    asked = _asked(pair)
+    asked = [question(chat) for chat in in_turns(pair.held_out)]
     step = trace["prompt"].nunique() // count
     chosen = list(range(0, count * step, step))
     for replay in (False, True):
@@ -128,11 +128,3 @@ def _choices(pair: Pair, trace: pd.DataFrame, repeats: int) -> Iterator[str]:
         "best threshold": lambda: best_threshold(trace, one, temperature=value),
     }.items():
         yield f"{pair.name}: {name:<20} {median_seconds(call, runs=5) * 1e3:6.1f} ms"
-
-
-def _asked(pair: Pair) -> list[str]:
-    """The held-out questions in the order of the shipped traces: domains take turns."""
-    by_domain: dict[str | None, list[str]] = {}
-    for chat in pair.held_out:
-        by_domain.setdefault(chat.domain, []).append(question(chat))
-    return [one for turn in zip(*by_domain.values(), strict=False) for one in turn]

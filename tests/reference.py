@@ -49,23 +49,12 @@ def forward(
     out: list[list[list[Slot] | None]] = []
     for b, row in enumerate(anchors):
         lengths = [len(input_ids[b])] if seq_lens is None else seq_lens[b]
-        blocks = []
+        blocks: list[list[Slot] | None] = []
         for anchor, kept in zip(row, keep[b], strict=True):
-            if not kept:
-                blocks.append(None)
-                continue
             first, past = document_of(anchor, lengths)
-            blocks.append(
-                block(
-                    state,
-                    config,
-                    input_ids[b][first:past],
-                    features[b][first:past],
-                    loss_mask[b][first:past],
-                    None if last is None else last[b][first:past],
-                    anchor - first,
-                )
-            )
+            given = (input_ids[b], features[b], loss_mask[b], None if last is None else last[b])
+            document = [None if x is None else x[first:past] for x in given]
+            blocks.append(block(state, config, *document, anchor - first) if kept else None)
         out.append(blocks)
     return out
 
@@ -240,15 +229,14 @@ def accept_rate(slot: Slot) -> Tensor:
 class Objective:
     """The loss, its three terms and the figures; None where there is no teacher or no head.
 
-    ``accept`` is [batch][anchor][slot], with None where a slot has no logits. ``sums`` has a list
-    with an entry for each slot of a block under each name, and the number of ``blocks``.
+    ``sums`` has a list with an entry for each slot of a block under each name, and the number of
+    ``blocks``.
     """
 
     loss: Tensor
     ce: Tensor
     l1: Tensor | None
     confidence: Tensor | None
-    accept: list
     accept_mean: float | None
     tau: float | None
     confidence_error: float | None
@@ -325,18 +313,6 @@ def objective(
         ce=ce / weights,
         l1=l1 / weights if taught else None,
         confidence=confidence / weights if both else None,
-        accept=[
-            [
-                None
-                if block is None
-                else [
-                    None if s.logits is None or s.teacher is None else accept_rate(s).item()
-                    for s in block
-                ]
-                for block in row
-            ]
-            for row in rows
-        ],
         accept_mean=sum(sums["accept"]) / count if taught else None,
         tau=1 + sum(sums["survival"]) / blocks if taught else None,
         confidence_error=sum(sums["confidence_error"]) / count if both else None,

@@ -193,6 +193,12 @@ def wait_for_html(element, html):
         pytest.fail("the picture on the page is not the one that the controls' values make")
 
 
+def take_screenshot(page, output, name):
+    output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / name)
+
+
 def shown(explorer):
     """The HTML under an explorer's controls."""
     explorer.redraw()
@@ -239,9 +245,7 @@ def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, contro
     wait_for_html(picture, shown(explorer))
     nothing_went_wrong(page)
 
-    output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{Path(notebook).stem}-{theme}.png")
+    take_screenshot(page, output, f"{Path(notebook).stem}-{theme}.png")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -274,6 +278,4 @@ def test_tokens_appear_when_a_typed_prompt_is_run(page, lab, theme):
     assert len(set(lengths)) > 2, f"the answer did not grow before the reader's eyes: {lengths}"
     nothing_went_wrong(page)
 
-    output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"05_decode-{theme}.png")
+    take_screenshot(page, output, f"05_decode-{theme}.png")

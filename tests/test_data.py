@@ -1,6 +1,5 @@
 """What data/ promises: intact files, enough conversations, a tokenizer that does what it should."""
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -28,9 +27,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def test_checksums_hold_for_every_file() -> None:
     assert (DATA / "SHA256SUMS").read_text(encoding="utf-8") == checksums(DATA)
-    line = (DATA / "SHA256SUMS").read_text(encoding="utf-8").splitlines()[0]
-    digest, name = line.split("  ")
-    assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest
 
 
 def test_files_are_small() -> None:
@@ -40,7 +36,6 @@ def test_files_are_small() -> None:
 
 
 def test_there_are_enough_conversations_of_three_domains(records: list[dict[str, Any]]) -> None:
-    assert len(records) >= 600
     counts = Counter(record["domain"] for record in records)
     assert set(counts) == {"math", "code", "chat"}
     assert min(counts.values()) >= 200
@@ -59,10 +54,6 @@ def test_card_shows_the_numbers_of_the_file(
     records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert card_numbers(records, tokenizer) in (DATA / "README.md").read_text(encoding="utf-8")
-
-
-def test_ids_are_unique(records: list[dict[str, Any]]) -> None:
-    assert len({record["id"] for record in records}) == len(records)
 
 
 def test_conversations_answer_the_prompts_of_seed_0(records: list[dict[str, Any]]) -> None:

@@ -3,14 +3,15 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.make import generate as lab
 from data.make.generate import Message, Prompt
 from dspark_lab.chats import SHIPPED_CHATS, load_tokenizer
+from tests.samples import tiny_target
 
 PROMPTS = lab.make_prompts(30, seed=3)
 
@@ -36,12 +37,16 @@ def interrupted_after(calls: int) -> lab.Answer:
     return answer
 
 
+def run(out: Path, answer: lab.Answer = echo, seed: int = 3) -> bytes:
+    """What is in the file at the end."""
+    lab.generate(out, lab.make_prompts(30, seed), answer, seed=seed, batch_size=4)
+    return out.read_bytes()
+
+
 @pytest.fixture
 def whole(tmp_path: Path) -> bytes:
     """What one run without interruption writes."""
-    out = tmp_path / "whole.jsonl"
-    lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
-    return out.read_bytes()
+    return run(tmp_path / "whole.jsonl")
 
 
 def test_every_prompt_is_answered_in_order(whole: bytes) -> None:
@@ -57,17 +62,15 @@ def test_every_prompt_is_answered_in_order(whole: bytes) -> None:
 def test_interrupted_run_ends_with_the_same_file(calls: int, whole: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with pytest.raises(Interrupted):
-        lab.generate(out, PROMPTS, interrupted_after(calls), seed=3, batch_size=4)
-    lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
-    assert out.read_bytes() == whole
+        run(out, interrupted_after(calls))
+    assert run(out) == whole
 
 
 def test_torn_last_line_is_dropped_and_made_again(whole: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     for length in (1, len(whole) // 3, len(whole) // 2, len(whole) - 1):
         out.write_bytes(whole[:length])
-        lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
-        assert out.read_bytes() == whole
+        assert run(out) == whole
 
 
 def test_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
@@ -84,22 +87,15 @@ def test_written_lines_are_kept(whole: bytes, tmp_path: Path) -> None:
         b'"role": "assistant", "content": "', b'"role": "assistant", "content": "kept '
     )
     out.write_bytes(changed)
-    lab.generate(out, PROMPTS, echo, seed=3, batch_size=4)
-    assert out.read_bytes() == whole.replace(first, changed)
+    assert run(out) == whole.replace(first, changed)
 
 
-def test_complete_file_asks_the_model_nothing(whole: bytes, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    out.write_bytes(whole)
-    lab.generate(out, PROMPTS, interrupted_after(0), seed=3, batch_size=4)
-    assert out.read_bytes() == whole
-
-
-def test_file_of_another_seed_is_refused(whole: bytes, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    out.write_bytes(whole)
+def test_complete_file_asks_the_model_nothing_and_is_of_one_seed(
+    whole: bytes, tmp_path: Path
+) -> None:
+    assert run(tmp_path / "whole.jsonl", interrupted_after(0)) == whole
     with pytest.raises(ValueError, match="was started with other settings"):
-        lab.generate(out, lab.make_prompts(30, seed=4), echo, seed=4, batch_size=4)
+        run(tmp_path / "whole.jsonl", seed=4)
 
 
 def test_answer_that_was_cut_off_is_tried_again() -> None:
@@ -147,19 +143,10 @@ def test_batches_hold_every_prompt_once_and_one_kind_each() -> None:
 
 def test_an_answer_is_readable_text_without_markers() -> None:
     tokenizer = load_tokenizer(SHIPPED_CHATS.parent / "pocket" / "target")
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=1.0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model: Any = tiny_target(2, len(tokenizer)).model
     # This model likes a marker best, then the end of the turn, then a line break.
     liked = [tokenizer.get_vocab()[text] for text in ("<|im_start|>", "<|im_end|>", "\u010a")]
-    model.lm_head = torch.nn.Linear(16, len(tokenizer))
+    model.lm_head = torch.nn.Linear(32, len(tokenizer))
     with torch.no_grad():
         model.lm_head.bias[liked] = torch.tensor([300.0, 200.0, 100.0])
     how = lab.Sampling(temperature=1.0, top_k=8, top_p=1.0, max_new_tokens=6)
@@ -175,15 +162,7 @@ def test_an_answer_is_readable_text_without_markers() -> None:
 
 def test_an_answer_that_reaches_the_limit_is_not_finished() -> None:
     tokenizer = load_tokenizer(SHIPPED_CHATS.parent / "pocket" / "target")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_target(vocab_size=len(tokenizer)).model
     how = lab.Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=2)
     (found,) = lab.model_answer(model, tokenizer, how)([[{"role": "user", "content": "Hi"}]], 0)
     assert not found[1]
@@ -200,16 +179,9 @@ def test_card_and_checksums_describe_the_folder(whole: bytes, tmp_path: Path) ->
     def words(texts: list[str], add_special_tokens: bool) -> dict[str, list[list[str]]]:
         return {"input_ids": [text.split() for text in texts]}
 
+    asked, said = ({"role": r, "content": "one two three"} for r in ("user", "assistant"))
     records = [
-        {
-            "domain": "math",
-            "finished": index > 0,
-            "messages": [
-                {"role": "user", "content": "one?"},
-                {"role": "assistant", "content": "one two three"},
-            ],
-        }
-        for index in range(4)
+        {"domain": "math", "finished": index > 0, "messages": [asked, said]} for index in range(4)
     ]
     numbers = lab.card_numbers(records, words)
     assert "| math | 4 | 0 | 0 | 4 | 12 | 75.0% |" in numbers

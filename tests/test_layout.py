@@ -33,10 +33,8 @@ def defined(path: Path) -> set[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {
-                part.id for each in targets for part in ast.walk(each) if type(part) is ast.Name
-            }
+            parts = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+            names |= {part.id for part in parts if isinstance(part.ctx, ast.Store)}
     return names
 
 

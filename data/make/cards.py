@@ -21,9 +21,8 @@ def markdown_table(table: pd.DataFrame) -> str:
         "| " + " | ".join(map(str, table.columns)) + " |",
         "| " + " | ".join("--:" if right else "---" for right in numeric) + " |",
     ]
-    for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(_text(value) for value in row) + " |")
-    return "\n".join(lines)
+    rows = table.itertuples(index=False)
+    return "\n".join([*lines, *("| " + " | ".join(map(_text, row)) + " |" for row in rows)])
 
 
 def tau_lines(evaluations: Mapping[str, pd.DataFrame], what: str = "drafter") -> str:
@@ -60,14 +59,9 @@ def gain_lines(
     rows = []
     for name, (ours, baseline) in pairs.items():
         gain = compare_drafters(evaluations[ours], evaluations[baseline])
-        low, high = gain["low"], gain["high"]
-        rows.append(
-            {
-                "comparison": name,
-                "gain in tau": f"{gain['gain_percent']:+.1f} % ({low:+.1f} to {high:+.1f})",
-            }
-        )
-    return markdown_table(pd.DataFrame(rows))
+        interval = f"{gain['low']:+.1f} to {gain['high']:+.1f}"
+        rows.append((name, f"{gain['gain_percent']:+.1f} % ({interval})"))
+    return markdown_table(pd.DataFrame(rows, columns=["comparison", "gain in tau"]))
 
 
 def pocket_card(
@@ -82,17 +76,11 @@ def pocket_card(
         drafters: ``facts.json`` of each drafter's run.
         evaluations: of each drafter, from :func:`dspark_lab.rates.evaluate`.
     """
-    runs = pd.DataFrame(
-        [
-            {
-                "drafter": name,
-                "steps": facts["steps"],
-                "slots seen": f"{facts['slots']:,}",
-                "minutes": round(facts["seconds"] / 60, 1),
-            }
-            for name, facts in drafters.items()
-        ]
-    )
+    rows = [
+        (name, facts["steps"], f"{facts['slots']:,}", round(facts["seconds"] / 60, 1))
+        for name, facts in drafters.items()
+    ]
+    runs = pd.DataFrame(rows, columns=["drafter", "steps", "slots seen", "minutes"])
     gains = {
         "vanilla Markov head, K 7": ("dspark-k7", "dflash-k7"),
         "vanilla Markov head, K 15": ("dspark-k15", "dflash-k15"),

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from data.make.prompts import FOLLOW_UPS, SLOTS, SYSTEM_MESSAGES, TEMPLATES
 from dspark_lab.chats import SHIPPED_CHATS, load_tokenizer
 from dspark_lab.files import written_whole
+from dspark_lab.model import load_smollm2, save_tokenizer
 
 Message = dict[str, str]
 Record = dict[str, Any]
@@ -54,7 +55,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the user (and perhaps a system message) says, before any answer exists."""
+    """The user's turns, and perhaps a system message, before any answer exists."""
 
     id: str
     domain: str
@@ -121,7 +122,7 @@ def generate(
     batch_size: int = BATCH_SIZE,
     attempts: int = ATTEMPTS,
 ) -> None:
-    """Answers every prompt that `out` does not hold yet, then puts the lines in prompt order."""
+    """Answer every prompt that `out` does not hold yet, then put the lines in prompt order."""
     records = {record["id"]: record for record in read_records(out)}
     _check_same_prompts(out, records, prompts)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def generate(
 def converse(
     batch: Sequence[Prompt], answer: Answer, seed: int, attempts: int = ATTEMPTS
 ) -> list[Record]:
-    """Plays the batch turn by turn.
+    """Play the batch turn by turn.
 
     An answer that was cut off is tried again; if no attempt ends, the conversation does, there.
     """
@@ -184,17 +185,15 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(records: Iterable[Record], path: Path) -> None:
-    """One a line, all or none of them."""
+    """Write one record a line, all or none of them."""
     with written_whole(path) as partial:
         partial.write_text(_lines(records), encoding="utf-8")
 
 
 def complete_folder(conversations: Path) -> None:
-    """Adds the tokenizer where it is missing, rewrites the numbers in the card, then checksums."""
+    """Add the tokenizer where it is missing, then rewrite the card's numbers and the checksums."""
     folder = conversations.parent
     if not (folder / "tokenizer").exists():
-        from dspark_lab.model import load_smollm2, save_tokenizer
-
         save_tokenizer(load_smollm2()[1], folder / "tokenizer")
     card = folder / "README.md"
     before, _, rest = card.read_text(encoding="utf-8").partition(CARD_START)
@@ -208,7 +207,7 @@ def complete_folder(conversations: Path) -> None:
 
 
 def card_numbers(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Markdown: the sampling settings, and what each domain counts."""
+    """Markdown: the sampling settings, and the counts of each domain."""
     how = Sampling()
     lines = [
         f"Temperature {how.temperature}, top-k {how.top_k}, top-p {how.top_p}, at most "
@@ -241,13 +240,6 @@ def checksums(folder: Path) -> str:
         for path in files
         if path.name != "SHA256SUMS" and folder / "make" not in path.parents
     )
-
-
-def smollm2_answer() -> Answer:
-    """SmolLM2 as an `Answer`."""
-    from dspark_lab.model import load_smollm2
-
-    return model_answer(*load_smollm2(), Sampling())
 
 
 def model_answer(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Answer:
@@ -305,7 +297,7 @@ def _lines(records: Iterable[Record]) -> str:
 
 
 def _fill(template: str, rng: random.Random) -> str:
-    """Replaces each `{slot}` by a draw from its list.
+    """Replace each `{slot}` by a draw from its list.
 
     A slot that is named twice keeps its value; `{slot2}`, `{slot3}` are further, distinct draws.
     """
@@ -331,7 +323,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.card:
         prompts = make_prompts(options.count, options.seed)
-        generate(options.out, prompts, smollm2_answer(), options.seed)
+        generate(options.out, prompts, model_answer(*load_smollm2(), Sampling()), options.seed)
     if options.card or options.out == SHIPPED_CHATS:
         complete_folder(options.out)
 

@@ -154,7 +154,7 @@ def train_target(
 
 @torch.no_grad()
 def sharpen_(model: LlamaForCausalLM, temperature: float) -> LlamaForCausalLM:
-    """Divides the model's logits for good, in its last norm, and returns it."""
+    """Divide the model's logits for good, in its last norm, and return it."""
     model.model.norm.weight.div_(temperature)
     return model
 
@@ -204,12 +204,5 @@ def answer_again(
         for batch in make_batches(prompts, batch_size):
             records |= {record["id"]: record for record in converse(batch, answer, seed, 1)}
             bar.update(len(batch))
-    return [
-        Chat(
-            tuple(records[prompt.id]["messages"]),
-            prompt.id,
-            prompt.domain,
-            records[prompt.id]["finished"],
-        )
-        for prompt in prompts
-    ]
+    own = [records[prompt.id] for prompt in prompts]
+    return [Chat(tuple(r["messages"]), r["id"], r["domain"], r["finished"]) for r in own]

@@ -1,6 +1,6 @@
-"""What the prompts of the shipped conversations are made of: templates, and words to fill them.
+"""Templates of the shipped conversations' prompts, and words to fill their slots.
 
-This file is nothing but text. ``data.make.generate`` picks a template and fills its slots.
+This file is nothing but text. ``data.make.generate`` picks a template and fills it.
 """
 
 from collections.abc import Sequence

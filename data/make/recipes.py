@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -172,18 +173,10 @@ def make_answers(target: Target, chats: Sequence[Chat], path: Path, *, samples: 
 
 
 def write_chats(chats: Sequence[Chat], path: Path) -> None:
-    """As :func:`dspark_lab.chats.load_chats` reads them."""
+    """Write conversations as :func:`dspark_lab.chats.load_chats` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = (
-        {
-            "id": chat.id,
-            "domain": chat.domain,
-            "messages": list(chat.messages),
-            "finished": chat.finished,
-        }
-        for chat in chats
-    )
-    write_records(records, path)
+    fields = ("id", "domain", "messages", "finished")
+    write_records(({name: getattr(chat, name) for name in fields} for chat in chats), path)
 
 
 @dataclass(frozen=True)
@@ -235,7 +228,7 @@ POCKET_TRAINING = TrainConfig(
 def make_pocket_drafter(
     target: Target, folder: Path, name: str, config: TrainConfig, *, progress: bool = True
 ) -> None:
-    """Trains one of ``POCKET_DRAFTERS`` on ``folder/train.jsonl`` into ``folder/<name>``."""
+    """Train one of ``POCKET_DRAFTERS`` on ``folder/train.jsonl`` into ``folder/<name>``."""
     if (folder / name).exists():
         return
     recipe = POCKET_DRAFTERS[name]
@@ -283,13 +276,9 @@ SMOLLM2_TRAINING = TrainConfig(
 
 
 def make_smollm2_drafter(
-    work: Path,
-    chats: Sequence[Chat],
-    config: TrainConfig = SMOLLM2_TRAINING,
-    *,
-    progress: bool = True,
+    work: Path, chats: Sequence[Chat], config: TrainConfig = SMOLLM2_TRAINING, progress: bool = True
 ) -> None:
-    """Trains the drafter of SmolLM2 into ``work/dspark-k7``."""
+    """Train the drafter of SmolLM2 into ``work/dspark-k7``."""
     if (work / "dspark-k7").exists():
         return
     target = load_target("smollm2", dtype=torch.bfloat16)
@@ -354,7 +343,7 @@ REDUCED_POCKET = PocketRecipe(
 def make_pocket_pair(
     work: Path, out: Path, recipe: PocketRecipe = PocketRecipe(), *, progress: bool = True
 ) -> None:
-    """All stages, and what ships of them into ``out``, with its card."""
+    """Run all stages, and copy what ships into ``out``, with its card."""
     chats, held_out = split_questions(make_pocket_corpus(work))
     make_pocket_target(chats, held_out, work / "target", recipe.target)
     target = load_target(work / "target", local_files_only=True)
@@ -370,7 +359,7 @@ def make_pocket_pair(
 
 
 def card_pocket_pair(work: Path, out: Path, recipe: PocketRecipe) -> None:
-    """Evaluates what ships and writes its card."""
+    """Evaluate what ships, and write its card."""
     target = load_target(out / "target", local_files_only=True)
     assert target.tokenizer is not None
     held_out = [encode(chat, target.tokenizer, 512) for chat in load_chats(out / "held_out.jsonl")]
@@ -384,7 +373,7 @@ def card_pocket_pair(work: Path, out: Path, recipe: PocketRecipe) -> None:
 
 
 def make_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path]) -> None:
-    """All stages, and what ships of them into ``out``, with its card where there are prompts."""
+    """Run all stages, and copy what ships into ``out``, with its card where there are prompts."""
     chats, _ = split_chats(make_corpora(work))
     make_smollm2_drafter(work, chats)
     shutil.copytree(work / "dspark-k7", out / "dspark-k7", dirs_exist_ok=True)
@@ -401,7 +390,7 @@ ANSWERS = {
 
 
 def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int = 24) -> None:
-    """Evaluates what ships on the target's own answers, and writes the card.
+    """Evaluate what ships on the target's own answers, and write the card.
 
     The answers stay in the work folder: the prompts are not the project's.
     """
@@ -412,12 +401,8 @@ def card_smollm2_pair(work: Path, out: Path, prompts: Sequence[Path], limit: int
     for number, (name, sampling) in enumerate(ANSWERS.items()):
         path = work / f"answers-{number}.jsonl"
         if not path.exists():
-            answers = [
-                chat
-                for file in prompts
-                for chat in answer_prompts(target, file, sampling, limit=limit)
-            ]
-            write_chats(answers, path)
+            answers = [answer_prompts(target, file, sampling, limit=limit) for file in prompts]
+            write_chats(list(chain.from_iterable(answers)), path)
         encoded = [encode(chat, target.tokenizer, 1024) for chat in load_chats(path)]
         evaluations[name] = evaluate(drafter, target, encoded, num_anchors=16)
     text = smollm2_card(_facts(work), evaluations)
@@ -431,7 +416,7 @@ TRACED = {"pocket": (0.0, 1.0), "smollm2": (0.0, 0.7, 1.0)}
 def trace_pair(
     name: str, path: Path, temperatures: Sequence[float], *, most: int = 120, tokens: int = 64
 ) -> None:
-    """Decodes held-out questions with each drafter of a pair, and keeps the traces in one file.
+    """Decode held-out questions with each drafter of a pair, and keep the traces in one file.
 
     It has two more columns, ``drafter`` and ``temperature``; probabilities are in float32. A
     question has the same number as a prompt in each of them; domains take turns.
@@ -467,7 +452,7 @@ TIMED: dict[str, tuple[tuple[int, ...], int, int]] = {
 
 
 def time_pair(name: str, path: Path) -> None:
-    """Times decoding on this machine, and keeps the engine in one file."""
+    """Time decoding on this machine, and keep the engine in one file."""
     requests, repeats, threads = TIMED[name]
     torch.set_num_threads(threads)
     pair = load_pair(name)
@@ -486,17 +471,9 @@ def _train(
     cache: Path,
     progress: bool,
 ) -> dict[str, Any]:
-    """A run to its end, and what the cards say of it."""
-    history = train(
-        drafter,
-        target,
-        chats,
-        config,
-        out=run,
-        features="cached",
-        cache=cache,
-        progress=progress,
-    )
+    """Train to the end; return the facts for the card."""
+    options: dict[str, Any] = {"features": "cached", "cache": cache, "progress": progress}
+    history = train(drafter, target, chats, config, out=run, **options)
     if history.interrupted:
         raise KeyboardInterrupt
     steps = history.table()
