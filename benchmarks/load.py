@@ -123,10 +123,8 @@ def _served(requests: Requests, engine: Engine, slots: int, concurrency: int) ->
             number, which = next(order)
             if number == concurrency:
                 begin, steps, tokens = clock, 0, 0
-            request = {"number": number, "which": which, "start": clock}
-            batch.append(
-                request | {"left": int(requests.tokens[which]), "rounds": 0, "accepted": 0}
-            )
+            batch.append({"number": number, "which": which, "start": clock, "rounds": 0})
+            batch[-1] |= {"left": int(requests.tokens[which]), "accepted": 0}
         clock += seconds
         steps += 1
         for request in batch:

@@ -185,11 +185,9 @@ CONFIG = TrainConfig(
 
 def small_run(out: Path, config: TrainConfig = CONFIG, **options: Any) -> History:
     """A run that takes a moment, the same whenever and wherever it is called."""
-    torch.manual_seed(3)
-    chats = options.pop("chats", None) or random_chats(11)
-    drafter = options.pop("drafter", None) or tiny_drafter(4)
-    settings: dict[str, Any] = {"held_out": random_chats(3, seed=9), "progress": False} | options
-    return train(drafter, tiny_target(), chats, config, out=out, **settings)
+    settings: dict[str, Any] = {"drafter": tiny_drafter(4), "target": tiny_target()}
+    settings |= {"chats": random_chats(11), "held_out": random_chats(3, seed=9), "progress": False}
+    return train(config=config, out=out, **(settings | options))
 
 
 def ending(out: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:

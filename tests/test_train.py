@@ -176,9 +176,8 @@ def test_a_row_holds_one_conversation_or_as_many_as_fit(pack_length: int | None)
 
 
 def test_a_conversation_is_cut_to_its_first_tokens(tmp_path: Path) -> None:
-    chats = random_chats(2, low=30)
     config = TrainConfig(1, batch_size=2, max_length=16)
-    history = train(tiny_drafter(), tiny_target(), chats, config, out=tmp_path, progress=False)
+    history = small_run(tmp_path, config, chats=random_chats(2, low=30))
     assert history.rows[0]["tokens"] == 32
 
 
@@ -264,9 +263,8 @@ def test_conversations_without_a_label_are_counted(
 ) -> None:
     # An answer of one token is no label: its anchor would be a token of the prompt.
     lone = Encoded(torch.arange(9), torch.arange(9) == 7, CHAT)
-    chats = [*random_chats(2), lone]
-    config = TrainConfig(1, batch_size=1)
-    history = train(tiny_drafter(), tiny_target(), chats, config, out=tmp_path, progress=progress)
+    config, chats = TrainConfig(1, batch_size=1), [*random_chats(2), lone]
+    history = small_run(tmp_path, config, chats=chats, progress=progress)
     assert history.unlabelled == 1
     assert ("1 of 3 conversations have no label" in capsys.readouterr().err) == progress
 
@@ -331,9 +329,8 @@ def test_clipping_bounds_the_gradient_that_the_optimiser_sees(tmp_path: Path) ->
 
 def test_a_run_learns(tmp_path: Path) -> None:
     """Every conversation repeats its first token, which a drafter can hardly fail to find out."""
-    chats = [
-        Encoded(torch.full((24,), 7 * i % 60), torch.arange(24) > 3, CHAT) for i in range(1, 9)
-    ]
+    answer = torch.arange(24) > 3
+    chats = [Encoded(torch.full((24,), 7 * i % 60), answer, CHAT) for i in range(1, 9)]
     config = TrainConfig(24, batch_size=4, learning_rate=2e-2, warmup_steps=2, num_anchors=8)
     table = small_run(tmp_path, config, chats=chats, held_out=()).table()
     assert table["ce"].iloc[-1] < 0.7 * table["ce"].iloc[0]
@@ -356,7 +353,7 @@ def test_the_signs_of_a_run_weigh_its_ends(better: bool) -> None:
 
 def test_target_and_its_embeddings_stay_as_they_are(tmp_path: Path) -> None:
     target, drafter = tiny_target(), tiny_drafter()
-    train(drafter, target, random_chats(4), TrainConfig(2, batch_size=2), out=tmp_path)
+    small_run(tmp_path, target=target, drafter=drafter)
     assert drafter.embed_tokens.weight.data_ptr() == target.embed_weight.data_ptr()
     assert drafter.lm_head.weight.data_ptr() == target.head_weight.data_ptr()
     before = dict(tiny_target().model.named_parameters())
@@ -408,14 +405,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_used(
 
 @pytest.mark.parametrize("pack_length", [None, 80])
 def test_cached_features_make_the_same_run(pack_length: int | None, tmp_path: Path) -> None:
-    target = tiny_target()
-    target.model.double()
+    target, _ = runs.double_pair()
     config = replace(CONFIG, steps=3, max_length=40, pack_length=pack_length)
     losses = {}
     for features in ("live", "cached"):
-        options: dict[str, Any] = {"features": features, "progress": False}
-        drafter, out = tiny_drafter(4).double(), tmp_path / features
-        history = train(drafter, target, random_chats(11), config, out=out, **options)
+        options: dict[str, Any] = {"target": target, "drafter": tiny_drafter(4).double()}
+        history = small_run(tmp_path / features, config, features=features, **options)
         losses[features] = history.table()["loss"].tolist()
     assert losses["live"] == pytest.approx(losses["cached"], abs=2e-5)
     assert len(set(losses["live"])) == 3

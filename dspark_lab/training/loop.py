@@ -143,11 +143,7 @@ def train(
 
 
 def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: int) -> list[Encoded]:
-    """The first ``max_length`` tokens of each conversation.
-
-    Raises:
-        ValueError: the target has no tokenizer for what is not encoded yet.
-    """
+    """The first ``max_length`` tokens of each conversation."""
     encoded = []
     for chat in chats:
         if isinstance(chat, Encoded):
@@ -205,6 +201,7 @@ class Forward(nn.Module):
         self, blocks: Blocks, context: Tensor, last: Tensor, normaliser: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         bf16 = self.config.precision == "bf16"
+        terms: dict[str, Any] = self.config.term_weights_at(step)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
             slots = self.drafter.slots(blocks, context, last)
             w2 = self.drafter.markov_w2_weight
@@ -217,7 +214,7 @@ class Forward(nn.Module):
                 w2,
                 loss_decay_gamma=self.config.loss_decay_gamma,
                 normaliser=normaliser,
-                **self.config.term_weights_at(step),
+                **terms,
             )
         return objective.loss, objective.sums.stacked()
 

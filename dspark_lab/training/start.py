@@ -94,11 +94,7 @@ def spread_layers(num_layers: int) -> list[int]:
 
 @checked
 def mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) -> int:
-    """The token called ``name``; else the tokenizer's own, else the last that no chat contains.
-
-    Raises:
-        ValueError: the vocabulary has no such token, or the conversations contain every token.
-    """
+    """The token called ``name``; else the tokenizer's own, else the last that no chat contains."""
     vocabulary = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
     if name is not None:
         if name not in vocabulary:

@@ -44,12 +44,7 @@ class History:
 
     @classmethod
     def read(cls, out: str | os.PathLike[str]) -> History:
-        """The history of a run on disk up to its last checkpoint.
-
-        Raises:
-            FileNotFoundError: ``out`` holds no checkpoint yet.
-            ValueError: a damaged file, or metrics of fewer steps than the last checkpoint has.
-        """
+        """The history of a run on disk up to its last checkpoint, which there must be."""
         found = checkpoints(out)
         if not found:
             raise FileNotFoundError(f"{out} must hold a checkpoint of a run, got none")
@@ -66,11 +61,7 @@ class History:
         return pd.DataFrame([row for row in self.rows if "held_out_tau" in row])
 
     def signs(self) -> dict[str, bool]:
-        """Whether the run learns: its last tenth of steps, on average, against its first.
-
-        Raises:
-            ValueError: there are fewer than two steps.
-        """
+        """Whether the run learns: its last tenth of steps, on average, against its first."""
         steps = self.table()
         if len(steps) < 2:
             raise ValueError(f"signs need at least 2 steps, got {len(steps)}")
@@ -102,7 +93,7 @@ def read_metrics(out: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
-    """Add a line to a run's metrics."""
+    """Add a line to the metrics."""
     with write_errors(out / METRICS), (out / METRICS).open("a", encoding="utf-8") as file:
         file.write(_to_json(row))
 
@@ -122,19 +113,15 @@ def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
 
 
 def save_checkpoint(
-    out: Path,
-    drafter: Drafter,
-    optimizer: dict[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
+    out: Path, drafter: Drafter, moments: dict[str, Tensor], facts: Mapping[str, Any], keep: int
 ) -> None:
     """Write a checkpoint, complete or not at all, and remove the oldest beyond ``keep``."""
-    folder = out / f"{CHECKPOINT}{state['step']:06d}"
+    folder = out / f"{CHECKPOINT}{facts['step']:06d}"
     files.sync(out / METRICS)
     with write_errors(folder), files.replaced_whole(folder) as partial:
         save_drafter(drafter, partial)
-        save_file(optimizer, partial / OPTIMIZER)
-        files.write_json(partial / STATE, state)
+        save_file(moments, partial / OPTIMIZER)
+        files.write_json(partial / STATE, facts)
     for old in checkpoints(out)[:-keep]:
         # Renamed first, so that what looks like a checkpoint is always whole.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-old")))
