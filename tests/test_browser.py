@@ -23,22 +23,10 @@ from dspark_lab.explore import Explorer, explore_decoding
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "test-output"
-BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-)
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+BROWSERS += [f"/Applications/{n}.app/Contents/MacOS/{n}" for n in ("Google Chrome", "Chromium")]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 SECONDS = 1000  # Playwright counts in milliseconds.
 LOADED = 120 * SECONDS
 SETTLED = 5 * SECONDS
@@ -78,19 +66,17 @@ def lab(tmp_path, theme):
         nbformat.write(notebook, file)
     settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    for plugin, chosen in (
-        ("themes", {"theme": f"JupyterLab {theme.title()}"}),
-        ("notification", {"fetchNews": "false"}),
+    chosen = {"themes": {"theme": f"JupyterLab {theme.title()}"}}
+    for plugin, values in (chosen | {"notification": {"fetchNews": "false"}}).items():
+        (settings / f"{plugin}.jupyterlab-settings").write_text(json.dumps(values))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    for name in (
+        "JUPYTER_CONFIG",
+        "JUPYTER_RUNTIME",
+        "JUPYTERLAB_SETTINGS",
+        "JUPYTERLAB_WORKSPACES",
     ):
-        (settings / f"{plugin}.jupyterlab-settings").write_text(json.dumps(chosen))
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
-        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
-        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
-    }
+        environment[f"{name}_DIR"] = str(tmp_path / name.partition("_")[2].lower())
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             lab_command(), cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -227,7 +213,6 @@ def first_explorer(notebook):
         ("06_tune_training.ipynb", "block_size", 0.8),
         ("07_tune_serving.ipynb", "draft_length", 0.3),
     ],
-    ids=["anchors", "masks", "training budget", "serving"],
 )
 def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, control, share):
     run_all_cells(page, lab, notebook)
