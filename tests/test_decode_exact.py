@@ -36,9 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 PROMPT = [0, 1, 1, 0]
+SAMPLED = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": []}
 Answer = tuple[int, ...]
-
-
 Place = tuple[int, int, str, int]
 
 
@@ -139,6 +138,12 @@ def enumerate_answers(
             found[tuple(map(tuple, rows))] += path.weight
         paths += enumerator.others
     return found
+
+
+def enumerate_rounds(*models_and_prompts: Any, **options: Any) -> tuple[dict, list[Round]]:
+    """The same, and all rounds of all paths."""
+    rounds: list[Round] = []
+    return enumerate_answers(*models_and_prompts, on_round=rounds.append, **options), rounds
 
 
 def own_answers(
@@ -242,23 +247,11 @@ def early_stopping(confidence: Tensor) -> Tensor:
 @pytest.mark.parametrize("head", HEADS)
 def test_the_answers_are_distributed_as_the_targets_own(head):
     target, drafter = exact_target(), exact_drafter(head=head)
-    rounds: list[Round] = []
-    found = enumerate_answers(
-        target,
-        drafter,
-        PROMPT,
-        temperature=1.0,
-        max_new_tokens=4,
-        end_ids=[],
-        on_round=rounds.append,
-    )
-    assert distance(found, own_answers(target, PROMPT, max_new_tokens=4)) < 1e-6
+    found, rounds = enumerate_rounds(target, drafter, PROMPT, **SAMPLED)
+    assert distance(found, own_answers(target, PROMPT, **SAMPLED)) < 1e-6
     assert len(found) == 3**4
-    assert {(r.verified, r.accepted) for r in rounds if len(r.drafted) == 2} == {
-        (2, 0),
-        (2, 1),
-        (2, 2),
-    }
+    whole = {(r.verified, r.accepted) for r in rounds if len(r.drafted) == 2}
+    assert whole == {(2, 0), (2, 1), (2, 2)}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +269,7 @@ def test_the_answers_are_distributed_as_the_targets_own(head):
 )
 def test_so_they_are_with_every_setting(options):
     target, drafter = exact_target(seed=3), exact_drafter(head="rnn", seed=4)
-    settings = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": []} | options
+    settings = SAMPLED | options
     found = enumerate_answers(target, drafter, PROMPT, **settings)
     settings.pop("draft_length", None)
     expected = own_answers(target, PROMPT, **settings)
@@ -284,35 +277,22 @@ def test_so_they_are_with_every_setting(options):
     assert found.keys() == expected.keys()
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3])
-def test_so_they_are_with_a_token_or_two(limit):
-    target, drafter = exact_target(4), exact_drafter(4)
-    settings = {"temperature": 1.0, "max_new_tokens": limit, "end_ids": [3]}
-    found = enumerate_answers(target, drafter, [2], **settings)
-    assert distance(found, own_answers(target, [2], **settings)) < 1e-6
-
-
-def test_so_they_are_with_longer_blocks():
-    target, drafter = exact_target(2), exact_drafter(2, "gated", block_size=3)
-    settings = {"temperature": 1.0, "max_new_tokens": 5, "end_ids": [0]}
-    rounds: list[Round] = []
-    found = enumerate_answers(target, drafter, PROMPT, on_round=rounds.append, **settings)
+@pytest.mark.parametrize(
+    "vocab, drafter, options",
+    [
+        *((4, exact_drafter(4), {"max_new_tokens": limit, "end_ids": [3]}) for limit in (1, 2, 3)),
+        (2, exact_drafter(2, "gated", block_size=3), {"max_new_tokens": 5, "end_ids": [0]}),
+        (3, exact_drafter(head="rnn").float(), {"max_new_tokens": 3}),
+        (3, None, {"temperature": 0.9, "end_ids": [2]}),
+    ],
+    ids=["one token", "two tokens", "three tokens", "longer blocks", "another dtype", "no drafter"],
+)
+def test_so_they_are_with_few_tokens_and_other_drafters(vocab, drafter, options):
+    target, settings = exact_target(vocab), SAMPLED | options
+    found, rounds = enumerate_rounds(target, drafter, PROMPT, **settings)
     assert distance(found, own_answers(target, PROMPT, **settings)) < 1e-6
-    assert 3 in {r.accepted for r in rounds}
-
-
-def test_so_they_are_without_a_drafter():
-    target = exact_target()
-    settings = {"temperature": 0.9, "max_new_tokens": 4, "end_ids": [2]}
-    found = enumerate_answers(target, None, PROMPT, **settings)
-    assert distance(found, own_answers(target, PROMPT, **settings)) < 1e-6
-
-
-def test_so_they_are_with_a_drafter_of_another_dtype():
-    target, drafter = exact_target(), exact_drafter(head="rnn").float()
-    settings = {"temperature": 1.0, "max_new_tokens": 3, "end_ids": []}
-    found = enumerate_answers(target, drafter, PROMPT, **settings)
-    assert distance(found, own_answers(target, PROMPT, **settings)) < 1e-6
+    accepted = {r.accepted for r in rounds}
+    assert drafter is None or drafter.config.block_size < 3 or 3 in accepted
 
 
 def test_so_they_are_where_draft_and_target_are_one():
@@ -321,10 +301,8 @@ def test_so_they_are_where_draft_and_target_are_one():
     with torch.no_grad():
         target.head_weight.zero_()
         drafter.lm_head.weight.zero_()
-    settings = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": []}
-    rounds: list[Round] = []
-    found = enumerate_answers(target, drafter, PROMPT, on_round=rounds.append, **settings)
-    assert distance(found, dict.fromkeys(own_answers(target, PROMPT, **settings), 3**-4)) < 1e-6
+    found, rounds = enumerate_rounds(target, drafter, PROMPT, **SAMPLED)
+    assert distance(found, dict.fromkeys(own_answers(target, PROMPT, **SAMPLED), 3**-4)) < 1e-6
     assert all(r.accepted == r.verified for r in rounds)
 
 
@@ -337,11 +315,8 @@ def test_so_they_are_where_draft_and_target_are_one():
 def test_a_threshold_or_the_early_stopping_scheduler_changes_nothing(options, median, head, seed):
     target = exact_target()
     drafter = undecided(target, exact_drafter(head=head, seed=seed), PROMPT, median=median)
-    settings = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": [1]}
-    rounds: list[Round] = []
-    found = enumerate_answers(
-        target, drafter, PROMPT, on_round=rounds.append, **settings, **options
-    )
+    settings = SAMPLED | {"end_ids": [1]}
+    found, rounds = enumerate_rounds(target, drafter, PROMPT, **settings, **options)
     assert distance(found, own_answers(target, PROMPT, **settings)) < 1e-6
     lengths = {r.verified for r in rounds if len(r.drafted) == 2 and 1 not in r.tokens}
     assert len(lengths) > 1, "the length must vary for this to say anything"
@@ -350,26 +325,23 @@ def test_a_threshold_or_the_early_stopping_scheduler_changes_nothing(options, me
 def test_a_scheduler_that_looks_at_later_confidences_is_not_lossless():
     """Why the early stop is in the contract; and that the enumeration sees what is not lossless."""
     target, drafter = exact_target(), exact_drafter(seed=3)
-    settings = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": []}
     rounds: list[Round] = []
-    decode(target, drafter, [PROMPT] * 50, on_round=rounds.append, **settings)
-    later = torch.stack([r.confidence[1] for r in rounds if r.number == 0])
-    found = enumerate_answers(
-        target,
-        drafter,
-        PROMPT,
-        scheduler=lambda confidence: 2 * (confidence[:, 1] > later.median()),
-        **settings,
-    )
+    decode(target, drafter, [PROMPT] * 50, on_round=rounds.append, **SAMPLED)
+    median = torch.stack([r.confidence[1] for r in rounds if r.number == 0]).median()
+
+    def looks_ahead(confidence: Tensor) -> Tensor:
+        return 2 * (confidence[:, 1] > median)
+
+    found = enumerate_answers(target, drafter, PROMPT, scheduler=looks_ahead, **SAMPLED)
     assert sum(found.values()) == pytest.approx(1)
-    assert distance(found, own_answers(target, PROMPT, **settings)) > 1e-3
+    assert distance(found, own_answers(target, PROMPT, **SAMPLED)) > 1e-3
 
 
 def test_rows_that_share_a_scheduler_are_still_independent():
     """Which of two rows is verified hangs on both; what either of them answers does not."""
     prompts = [PROMPT, [1]]
     target, drafter = exact_target(2), exact_drafter(2, seed=4)
-    settings = {"temperature": 1.0, "max_new_tokens": 3, "end_ids": []}
+    settings = SAMPLED | {"max_new_tokens": 3}
     seen = set()
 
     def the_surer_row(confidence: Tensor) -> Tensor:
@@ -378,9 +350,8 @@ def test_rows_that_share_a_scheduler_are_still_independent():
             seen.add((confidence[0, 0].item(), chosen[0].item()))
         return chosen.long()
 
-    found = enumerate_answers(
-        target, drafter, *prompts, at_once=1, scheduler=the_surer_row, draft_length=1, **settings
-    )
+    options = {"at_once": 1, "scheduler": the_surer_row, "draft_length": 1}
+    found = enumerate_answers(target, drafter, *prompts, **options, **settings)
     assert distance(found, own_answers(target, *prompts, **settings)) < 1e-6
     assert any((sure, True) in seen and (sure, False) in seen for sure, _ in seen), (
         "the other row must matter for this to say anything"

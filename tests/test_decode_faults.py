@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark_lab.decoding.record import Block
 from dspark_lab.model import Drafter, Proposal, TargetCache
 from dspark_lab.model.drafter import DraftCache
 from dspark_lab.pairs import load_pair
@@ -20,6 +19,7 @@ from tests.faults import Fault, Function, changed_result, plant
 from tests.test_decode import ALPHA, chance_of_draws, draft_error, play
 from tests.test_decode_exact import (
     PROMPT,
+    SAMPLED,
     distance,
     enumerate_answers,
     exact_drafter,
@@ -31,11 +31,6 @@ from tests.test_decode_exact import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VERIFY = "dspark_lab.decoding.verification:"
-
-
-def rotated(block: Block) -> Block:
-    """The block with each token's probability in the next one's place."""
-    return replace(block, probs=block.probs.roll(1, dims=2))
 
 
 def forgets_an_accepted_token(commit: Function) -> Function:
@@ -50,14 +45,11 @@ def forgets_an_accepted_token(commit: Function) -> Function:
 def reads_less(rounds: bool) -> Callable[[Function], Function]:
     """Lacks the last token of a prompt, or of each round."""
 
-    def lacking(read: Function) -> Function:
-        def wrong(self: Drafter, context: Tensor, cache: DraftCache, counts: list[int]) -> None:
-            in_round = any(cache.rows.lengths)
-            read(self, context, cache, [count - (in_round == rounds) for count in counts])
+    def counted(self: Drafter, context: Tensor, cache: DraftCache, counts: list[int]) -> tuple:
+        in_round = any(cache.rows.lengths)
+        return self, context, cache, [count - (in_round == rounds) for count in counts]
 
-        return wrong
-
-    return lacking
+    return lambda read: lambda *arguments: read(*counted(*arguments))
 
 
 def reads_the_anchor_again(propose: Function) -> Function:
@@ -74,23 +66,23 @@ def reads_the_anchor_again(propose: Function) -> Function:
     return wrong
 
 
-FAULTS = {
-    "what is rejected is drawn from p": faults.FAULTS["a rejected token is drawn from p"],
+SHARED = [
+    "a rejected token is drawn from p",
+    "the acceptance ratio is inverted",
+    "the bonus token is drawn one slot early",
+    "the target keeps what was rejected",
+]
+FAULTS = {name: faults.FAULTS[name] for name in SHARED} | {
     "the residual is that of the next slot": Fault(
         VERIFY + "next_distribution",
         lambda right: lambda p, *rest: right(torch.cat([p[:, 1:], p[:, -1:]], dim=1), *rest),
     ),
-    "the acceptance ratio is inverted": faults.FAULTS["the acceptance ratio is inverted"],
     "every slot is accepted on its own": Fault(
         VERIFY + "accepted_prefix",
         lambda right: (
             lambda accepted, lengths: right(accepted.sort(dim=1, descending=True).values, lengths)
         ),
     ),
-    "the bonus token is drawn one slot early": faults.FAULTS[
-        "the bonus token is drawn one slot early"
-    ],
-    "the target keeps what was rejected": faults.FAULTS["the target keeps what was rejected"],
     "the target forgets an accepted token": Fault(
         "dspark_lab.model.target:TargetCache.commit", forgets_an_accepted_token
     ),
@@ -109,7 +101,8 @@ FAULTS = {
         "dspark_lab.decoding.text:up_to_end", lambda right: lambda tokens, ends: right(tokens, ())
     ),
     "the drafter's probability is another's than the one it drew from": Fault(
-        "dspark_lab.decoding.loop:Decoding._draft", changed_result(rotated)
+        "dspark_lab.decoding.loop:Decoding._draft",
+        changed_result(lambda block: replace(block, probs=block.probs.roll(1, dims=2))),
     ),
 }
 # The answers stay right with these.
@@ -133,7 +126,7 @@ def answers_differ() -> bool:
     """Whether an answer's probability is off, in a run with a threshold or one without."""
     target = exact_target()
     drafter = undecided(target, exact_drafter(seed=8), PROMPT, median=0.5)
-    settings = {"temperature": 1.0, "max_new_tokens": 4, "end_ids": [1]}
+    settings = SAMPLED | {"end_ids": [1]}
     expected = own_answers(target, PROMPT, **settings)
     return any(
         distance(enumerate_answers(target, drafter, PROMPT, **settings, **options), expected) > 1e-6
@@ -165,15 +158,7 @@ def test_a_fault_in_drafting_changes_the_draft(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "what is rejected is drawn from p",
-        "the acceptance ratio is inverted",
-        "the bonus token is drawn one slot early",
-        "the target keeps what was rejected",
-    ],
-)
+@pytest.mark.parametrize("name", SHARED)
 def test_a_fault_in_decoding_is_seen_in_draws_of_the_pocket_pair(name, monkeypatch):
     plant(monkeypatch, FAULTS[name])
     assert chance_of_draws(load_pair("pocket"), 40_000) < ALPHA

@@ -44,11 +44,9 @@ def to_text(token_id: int) -> str:
 
 @cache
 def run_of(name: str) -> tuple[Decoded, list[Round]]:
-    return run(**RUNS[name])
-
-
-def run(drafted: bool = True, **options: Any) -> tuple[Decoded, list[Round]]:
     """Answers of a tiny random pair, and their rounds. Both heads disagree often."""
+    options = dict(RUNS[name])
+    drafted = options.pop("drafted", True)
     target = exact_target(VOCAB)
     drafter = exact_drafter(VOCAB, block_size=3) if drafted else None
     if drafter is not None and {"threshold", "scheduler"} & options.keys():
@@ -102,17 +100,9 @@ def test_each_token_of_a_run_stands_in_its_round_with_what_became_of_it(name):
         lines = list(table[columns].itertuples(index=False, name=None))
         assert lines == read_rounds(answer[0], own)
         assert table["text"].tolist() == [to_text(token) for token in table["token"]]
-
-
-@every_run
-def test_the_kept_tokens_are_the_answer(name):
-    decoded, _ = run_of(name)
-    for prompt, answer in enumerate(decoded.tokens):
-        table = outcome_table(decoded, to_text, prompt)
         kept = table[table["kept"]]
         assert kept["token"].tolist() == answer
         assert kept["position"].tolist() == list(range(len(answer)))
-        assert "".join(kept["text"]) == "".join(map(to_text, answer))
         dropped = set(table.loc[~table["kept"], "outcome"])
         assert dropped <= {"rejected", "not reached", "not verified"}
 
@@ -123,16 +113,9 @@ def test_the_drafted_tokens_have_the_traces_numbers_and_the_others_none(name):
     tables = [outcome_table(decoded, to_text, prompt) for prompt in range(len(PROMPTS))]
     table = pd.concat(tables, ignore_index=True)
     drafted = table[table["slot"] >= 0].reset_index(drop=True)
-    trace = decoded.trace
-    assert len(drafted) == len(trace)
-    for column in ["round", "slot", "position", "token", *FROM_TRACE]:
-        pd.testing.assert_series_equal(drafted[column], trace[column])
-    assert (drafted["outcome"] == "accepted").tolist() == trace["accepted"].tolist()
-    assert (drafted["outcome"] != "not verified").tolist() == trace["verified"].tolist()
+    columns = ["round", "slot", "position", "token", *FROM_TRACE]
+    pd.testing.assert_frame_equal(drafted[columns], decoded.trace[columns])
     assert table.loc[table["slot"] < 0, FROM_TRACE].isna().all(axis=None)
-    if name != "nothing drafted":
-        corrected = table.loc[table["outcome"] == "corrected", "token"]
-        assert corrected.tolist() == trace["resampled"].dropna().tolist()
 
 
 def test_every_outcome_occurs_and_no_other():
@@ -145,34 +128,12 @@ def test_every_outcome_occurs_and_no_other():
     assert min(seen.values()) > 5, "each must occur for these tests to say anything"
 
 
-def test_an_accepted_end_of_turn_is_the_last_token_and_what_follows_was_not_verified():
-    decoded, rounds = run_of("everything verified")
-    last = {r.prompt: r for r in rounds}
-    ended = [r for r in last.values() if r.tokens[-1] == END and len(r.tokens) == r.accepted]
-    assert any(r.accepted < len(r.drafted) for r in ended)
-    for r in ended:
-        table = outcome_table(decoded, to_text, r.prompt)
-        behind = table[(table["round"] == r.number) & (table["slot"] >= r.accepted)]
-        assert set(behind["outcome"]) <= {"not verified"}
-        assert table[table["kept"]].iloc[-1]["outcome"] == "accepted"
-        assert table.iloc[-1]["slot"] == len(r.drafted) - 1
-
-
 def test_the_outcome_table_has_the_same_types_whatever_is_in_it():
     full = outcome_table(run_of("everything verified")[0], to_text)
     short = outcome_table(run_of("one token")[0], to_text)
     assert len(short) == 1 < len(full)
     assert full.dtypes.to_dict() == short.dtypes.to_dict()
     assert full.dtypes["kept"] == "bool" and full.dtypes["token"] == "int64"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "error"), [(16, ValueError), (-1, ValueError), ("0", TypeError)]
-)
-def test_a_prompt_that_was_not_answered_is_refused(prompt, error):
-    decoded, _ = run_of("two tokens")
-    with pytest.raises(error, match=f"prompt must .*got '?{prompt}"):
-        outcome_table(decoded, to_text, prompt)
 
 
 def hand_made(
@@ -183,18 +144,8 @@ def hand_made(
     tokens: list[int],
 ) -> Round:
     """A round in which as many slots were verified as there are rows of p, less one."""
-    return Round(
-        prompt=0,
-        number=3,
-        tokens=tokens,
-        text="",
-        drafted=drafted,
-        verified=len(p) - 1,
-        accepted=accepted,
-        draft_probs=torch.tensor(q, dtype=torch.float64).reshape(len(q), len(p[0])),
-        target_probs=torch.tensor(p, dtype=torch.float64),
-        confidence=None,
-    )
+    draft, target = torch.tensor(q).double(), torch.tensor(p).double()
+    return Round(0, 3, tokens, "", drafted, len(p) - 1, accepted, draft, target, None)
 
 
 REJECTED = hand_made(
@@ -219,50 +170,11 @@ def test_a_distribution_table_by_hand():
     assert table["drawn"].tolist() == [False, False, True, False]
 
 
-def test_the_targets_own_token_is_marked_only_where_it_was_drawn():
-    for slot in (1, 2):
-        assert not distribution_table(REJECTED, slot, to_text)["drawn"].any()
-    ended = hand_made([[0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]], [1], 1, [1])
-    assert not distribution_table(ended, 1, to_text)["drawn"].any()
-    bonus = hand_made([[0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]], [1], 1, [1, 0])
-    table = distribution_table(bonus, 1, to_text)
-    assert table.loc[table["drawn"], "token"].tolist() == [0]
-
-
-def test_behind_the_block_there_is_no_draft_and_the_target_draws_freely():
-    table = distribution_table(REJECTED, 2, to_text)
-    assert table["token"].tolist() == [1, -1]
-    assert table["draft"].tolist() == table["overlap"].tolist() == [0, 0]
-    assert table["residual"].tolist() == table["target"].tolist() == [1, 0]
-    assert not table["drafted"].any()
-
-
-def test_past_the_bonus_slot_the_target_is_unknown():
-    short = hand_made([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]], [[0.25, 0.75]], [1, 0, 1], 0, [1])
-    first = distribution_table(short, 0, to_text)
-    # The draft does not count where the target was not asked about it.
-    assert first["draft"].tolist() == [0.5, 0.5, 0] and first["target"].tolist() == [0.75, 0.25, 0]
-    assert first["residual"].tolist() == first["target"].tolist()
-    assert first["drafted"].tolist() == first["drawn"].tolist() == [True, False, False]
-    later = distribution_table(short, 2, to_text)
-    assert later["draft"].tolist() == [0.8, 0.2, 0.0]
-    assert later[["target", "overlap", "residual"]].isna().all(axis=None)
-    assert later["drafted"].tolist() == [True, False, False]
-    with pytest.raises(ValueError, match=r"slot must be in \[0, 2\], got 3"):
-        distribution_table(short, 3, to_text)
-
-
 def test_where_draft_and_target_are_one_there_is_no_residual():
     same = hand_made([[0.25, 0.75]], [[0.25, 0.75], [0.5, 0.5]], [1], 1, [1, 0])
     table = distribution_table(same, 0, to_text)
     assert table["residual"].tolist() == [0, 0, 0]
     assert table["overlap"].sum() == pytest.approx(1)
-
-
-def test_a_token_without_probability_is_not_among_the_likeliest():
-    greedy = hand_made([[0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], [1], 0, [0])
-    table = distribution_table(greedy, 0, to_text, top=3)
-    assert table["token"].tolist() == [0, 1, -1]
 
 
 @every_run
@@ -280,55 +192,45 @@ def test_the_distributions_of_a_run_are_those_of_its_trace(name):
             if slot < r.verified:
                 assert table["overlap"].sum() == pytest.approx(known["accept_rate"], abs=1e-6)
                 assert drafted["target"] == pytest.approx(known["target_prob"], abs=1e-6)
-            if table["drawn"].any():
-                assert table.loc[table["drawn"], "token"].tolist() == r.tokens[-1:]
 
 
 def check(table: pd.DataFrame, r: Round, slot: int, top: int) -> None:
-    """Every column, from the two distributions as lists."""
-    q = r.draft_probs[slot].tolist() if slot < len(r.drafted) else [0.0] * VOCAB
-    p = r.target_probs[slot].tolist() if slot <= r.verified else None
-    off = q if slot < r.verified else [0.0] * VOCAB
-    columns = {"draft": q}
-    if p is not None:
-        more = [max(0.0, a - b) for a, b in zip(p, off, strict=True)]
-        columns |= {
-            "target": p,
-            "overlap": [min(a, b) for a, b in zip(p, q, strict=True)],
-            "residual": [x / sum(more) if sum(more) else 0.0 for x in more],
-        }
-    best = set(r.drafted[slot : slot + 1])
-    if slot == r.accepted and len(r.tokens) > r.accepted:
-        best.add(r.tokens[-1])
-    for values in (q, p or []):
-        order = sorted(range(len(values)), key=lambda token: -values[token])
+    """Every column, from the two distributions as lists; past the bonus slot there is no p."""
+    nothing, unknown = [0.0] * VOCAB, [math.nan] * VOCAB
+    q = r.draft_probs[slot].tolist() if slot < len(r.drafted) else nothing
+    p = r.target_probs[slot].tolist() if slot <= r.verified else unknown
+    off = q if slot < r.verified else nothing
+    more = [max(0.0, a - b) for a, b in zip(p, off, strict=True)]
+    columns = {"draft": q, "target": p, "overlap": unknown, "residual": unknown}
+    if slot <= r.verified:
+        columns["overlap"] = list(map(min, p, q))
+        columns["residual"] = [x / sum(more) if sum(more) else 0.0 for x in more]
+    drafted = r.drafted[slot : slot + 1]
+    own = r.tokens[-1:] if slot == r.accepted < len(r.tokens) else []
+    best = {*drafted, *own}
+    for values in (q, p):
+        order = sorted(range(VOCAB), key=lambda token: -values[token])
         best.update(token for token in order[:top] if values[token] > 0)
     shown = table["token"].tolist()
     assert shown[-1] == -1 and set(shown[:-1]) == best and len(shown) == len(best) + 1
-    heights = [max(q[token], p[token] if p else 0.0) for token in shown[:-1]]
+    heights = [max(q[token], p[token] if slot <= r.verified else 0.0) for token in shown[:-1]]
     assert heights == sorted(heights, reverse=True)
     for name, values in columns.items():
         rest = sum(values) - sum(values[token] for token in shown[:-1])
         expected = [*(values[token] for token in shown[:-1]), rest]
-        assert table[name].tolist() == pytest.approx(expected, abs=1e-9)
-    if p is None:
-        assert table[["target", "overlap", "residual"]].isna().all(axis=None)
-    else:
-        assert math.isclose(table["residual"].sum(), 1) or p == q
+        assert table[name].tolist() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    for name, tokens in (("drafted", drafted), ("drawn", own)):
+        assert table.loc[table[name], "token"].tolist() == tokens
 
 
-@pytest.mark.parametrize(
-    ("slot", "top", "error", "match"),
-    [
-        (3, 8, ValueError, r"slot must be in \[0, 2\], got 3"),
-        (-1, 8, ValueError, "slot must be >= 0, got -1"),
-        (0.0, 8, TypeError, "slot must be an int"),
-        (0, 0, ValueError, "top must be >= 1, got 0"),
-    ],
-)
-def test_a_slot_that_is_not_there_is_refused(slot, top, error, match):
-    with pytest.raises(error, match=match):
-        distribution_table(REJECTED, slot, to_text, top)
+def test_a_prompt_or_a_slot_that_is_not_there_is_refused():
+    decoded, _ = run_of("two tokens")
+    with pytest.raises(ValueError, match="prompt must be below 16, got 16"):
+        outcome_table(decoded, to_text, 16)
+    with pytest.raises(ValueError, match=r"slot must be in \[0, 2\], got 3"):
+        distribution_table(REJECTED, 3, to_text)
+    with pytest.raises(ValueError, match="top must be >= 1, got 0"):
+        distribution_table(REJECTED, 0, to_text, 0)
 
 
 KINDS = {
@@ -346,7 +248,7 @@ KINDS = {
         "<pad>",
         "<unk>",
         "[MASK]",
-        "[UNUSED1]",
+        "[UNK1]",
     ],
 }
 
@@ -368,8 +270,8 @@ def test_every_text_is_of_one_kind(text):
     if kind == "number":
         assert rest[0].isnumeric()
     if rest[:1].isalpha():
-        assert kind == ("word" if rest != text or text[0].isupper() or text[0].istitle() else
-                        "inside a word")  # fmt: skip
+        begins = rest != text or text[0].isupper() or text[0].istitle()
+        assert kind == ("word" if begins else "inside a word")
 
 
 def test_token_kinds_keep_the_index_and_ask_for_each_token_once():

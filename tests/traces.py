@@ -5,6 +5,9 @@ verified, short rounds. The loops are the definitions that the tests hold tables
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +17,36 @@ from hypothesis import strategies as st
 PROBABILITY = st.one_of(st.integers(0, 10).map(lambda n: n / 10), st.floats(0, 1))
 
 SLOTS = 4
+
+
+class Made(NamedTuple):
+    """A round that was made up: of each slot a confidence and an accept rate."""
+
+    prompt: int
+    confidence: Sequence[float]
+    rate: Sequence[float]
+    verified: int
+    accepted: int
+    domain: str = "none"
+
+    @property
+    def reached(self) -> int:
+        """So many slots from the first on."""
+        return min(self.verified, self.accepted + 1)
+
+
+def trace_of(rounds: Iterable[Made]) -> pd.DataFrame:
+    """The trace of such rounds, those of a prompt in their order."""
+    rows, numbers = [], Counter[int]()
+    for r in rounds:
+        for slot, (confidence, rate) in enumerate(zip(r.confidence, r.rate, strict=True)):
+            verified = slot < r.verified
+            place = [r.prompt, r.domain, numbers[r.prompt], slot]
+            rates = [rate if verified else math.nan, confidence]
+            rows.append([*place, *rates, verified, slot < r.accepted])
+        numbers[r.prompt] += 1
+    columns = "prompt domain round slot accept_rate confidence verified accepted"
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 def made_trace(
@@ -28,30 +61,20 @@ def made_trace(
 ) -> pd.DataFrame:
     """A trace whose confidences are the true rates, noisy and scaled by known temperatures."""
     rng = np.random.default_rng(seed)
-    rows = []
-    for prompt in prompts:
-        for number in range(rounds):
-            slots = SLOTS if whole else int(rng.integers(1, SLOTS + 1))
-            asked = slots if whole else int(rng.integers(0, slots + 1))
-            alive = True
-            for slot in range(slots):
-                rate = float(np.clip(rng.beta(5, 2), 0.01, 0.99))
-                logit = math.log(rate / (1 - rate)) + noise * rng.normal()
-                verified = slot < asked
-                alive = alive and verified and bool(rng.random() < rate)
-                rows.append(
-                    {
-                        "prompt": prompt,
-                        "domain": domains[prompt % len(domains)],
-                        "round": number,
-                        "slot": slot,
-                        "accept_rate": rate if verified else math.nan,
-                        "confidence": 1 / (1 + math.exp(-logit / distortion[slot])),
-                        "verified": verified,
-                        "accepted": alive,
-                    }
-                )
-    return pd.DataFrame(rows)
+    made = []
+    for prompt in (prompt for prompt in prompts for _ in range(rounds)):
+        slots = SLOTS if whole else int(rng.integers(1, SLOTS + 1))
+        verified = slots if whole else int(rng.integers(0, slots + 1))
+        rates, confidences, accepted = [], [], 0
+        for slot in range(slots):
+            rates.append(float(np.clip(rng.beta(5, 2), 0.01, 0.99)))
+            logit = math.log(rates[-1] / (1 - rates[-1])) + noise * rng.normal()
+            confidences.append(1 / (1 + math.exp(-logit / distortion[slot])))
+            if accepted == slot < verified and rng.random() < rates[-1]:
+                accepted += 1
+        domain = domains[prompt % len(domains)]
+        made.append(Made(prompt, confidences, rates, verified, accepted, domain))
+    return trace_of(made)
 
 
 def rounds_by_hand(trace: pd.DataFrame) -> dict[tuple[int, int], list]:

@@ -2,7 +2,7 @@
 
     prompt -> the target reads it and draws the first anchor -> rounds, until the turn ends
 
-A round, in words (Leviathan et al. 2022, arXiv 2211.17192, algorithm 1; DSpark, section 3):
+A round (Leviathan et al. 2022, arXiv 2211.17192, algorithm 1; DSpark, section 3):
 
     draft:   the drafter's backbone runs once for a block behind the anchor; slot k's token x_k is
              drawn from q_k, which depends on the tokens drawn before it through the Markov head;
@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dspark_lab.checks import NotEmpty, checked
+from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Share, Size, checked
 from dspark_lab.decoding.random_numbers import RandomNumbers
 from dspark_lab.decoding.record import Block, Clock, Decoded, Record, Round
 from dspark_lab.decoding.settings import Scheduler, Settings, confident_prefix, scheduled
 from dspark_lab.decoding.text import Prompt, encode_prompt, end_tokens
-from dspark_lab.decoding.verification import Verdict, distribution, draw, verify
+from dspark_lab.decoding.verification import TopP, Verdict, distribution, draw, verify
 from dspark_lab.model import BlockDrafter, Target
 
 __all__ = ["Decoding", "decode", "decode_rounds"]
@@ -54,22 +54,13 @@ def decode(
     random_numbers: RandomNumbers | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> Decoded:
-    """Answers the prompts, all in one batch, as the target alone would.
-
-    The trace is a table with a row for each drafted slot: ``prompt``, ``domain``, ``round``,
-    ``slot``, ``position`` (of the slot's token in the answer), ``token``, ``draft_prob`` q(token),
-    ``target_prob`` p(token), ``accept_prob`` min(1, p / q), ``accept_rate`` sum of min(p, q) over
-    the vocabulary, ``confidence``, ``verified``, ``accepted`` (with all before it), and
-    ``resampled``, the token drawn in place of a rejected one. What was not verified has no target
-    and no rates (NaN). Slots past ``max_new_tokens`` are left out, those behind an accepted
-    end-of-turn count as not verified.
+    """Answer the prompts, all in one batch, as the target alone would.
 
     Args:
-        target: the model that decides.
-        drafter: the model that proposes; None for plain decoding with a cache.
+        drafter: None for plain decoding with a cache.
         prompts: user messages, or token ids.
         domains: of the prompts, for the tables.
-        temperature: 0 (the default) takes the likeliest token.
+        temperature: 0 takes the likeliest token.
         top_p: draw from the smallest set of likeliest tokens that holds so much probability.
         max_new_tokens: of each answer.
         threshold: verify up to the first slot whose confidence is below.
@@ -78,7 +69,7 @@ def decode(
             target's own as long as it decides whether slot k is verified from what is known before
             x_k is drawn: the confidences up to slot k, of any row, and smaller ones alone later.
         draft_length: draft at most so many slots of a block.
-        confidence_temperatures: of the confidences, one for each slot, as calibration finds them
+        confidence_temperatures: one for each slot, as calibration finds them
             (``SequentialTemperatures.temperatures``); threshold, scheduler and trace get the
             calibrated confidences.
         batch_size: prompts decoded together; by default all, or one where the target's attention
@@ -92,23 +83,9 @@ def decode(
         ValueError: among others, a drafter of another vocabulary or other layers than the
             target's, or a prompt that with its answer is too long for the target.
     """
-    decoding = decode_rounds(
-        target,
-        drafter,
-        prompts,
-        domains=domains,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        threshold=threshold,
-        scheduler=scheduler,
-        draft_length=draft_length,
-        confidence_temperatures=confidence_temperatures,
-        batch_size=batch_size,
-        end_ids=end_ids,
-        seed=seed,
-        random_numbers=random_numbers,
-    )
+    arguments = dict(locals())
+    del arguments["on_round"]
+    decoding = decode_rounds(**arguments)
     for round_ in decoding:
         if on_round is not None:
             on_round(round_)
@@ -122,23 +99,22 @@ def decode_rounds(
     prompts: Annotated[Sequence[Prompt], NotEmpty()],
     *,
     domains: Sequence[str] | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 256,
-    threshold: float | None = None,
+    temperature: NonNegative = 0.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: Count = 256,
+    threshold: Share | None = None,
     scheduler: Scheduler | None = None,
-    draft_length: int | None = None,
-    confidence_temperatures: Sequence[float] | None = None,
-    batch_size: int | None = None,
+    draft_length: Count | None = None,
+    confidence_temperatures: Sequence[Positive] | None = None,
+    batch_size: Count | None = None,
     end_ids: Sequence[int] | None = None,
-    seed: int = 0,
+    seed: Size = 0,
     random_numbers: RandomNumbers | None = None,
 ) -> Decoding:
-    """The rounds of :func:`decode`, one after the other, as they happen; its arguments.
+    """Return the rounds of :func:`decode` one after the other, as they happen; arguments as there.
 
     An iterator of :class:`Round` whose ``result()`` is what there is so far; to stop, ask for no
-    more. The first token of an answer is the target's own and belongs to no round: it stands before
-    the first round's tokens.
+    more. The first token of an answer is the target's own and belongs to no round.
     """
     settings = Settings(
         temperature=temperature,
@@ -150,7 +126,6 @@ def decode_rounds(
         confidence_temperatures=confidence_temperatures,
         batch_size=batch_size,
         end_ids=end_ids,
-        seed=seed,
     )
     settings.check_models(target, drafter)
     ids = [encode_prompt(target, prompt) for prompt in prompts]
@@ -163,7 +138,10 @@ def decode_rounds(
         )
     if domains is not None and len(domains) != len(ids):
         raise ValueError(f"domains must be one for each of {len(ids)} prompts, got {len(domains)}")
-    return Decoding(target, drafter, ids, domains, settings, random_numbers)
+    if random_numbers is None:
+        block_size = 0 if drafter is None else drafter.config.block_size
+        random_numbers = RandomNumbers(len(ids), seed, block_size)
+    return Decoding(target, drafter, ids, domains or ["none"] * len(ids), settings, random_numbers)
 
 
 @checked
@@ -178,17 +156,15 @@ class Decoding(Iterator[Round]):
         target: Target,
         drafter: BlockDrafter | None,
         ids: list[list[int]],
-        domains: Sequence[str] | None,
+        domains: Sequence[str],
         settings: Settings,
-        random_numbers: RandomNumbers | None,
+        random_numbers: RandomNumbers,
     ) -> None:
         self.target, self.drafter, self.settings = target, drafter, settings
-        self._ids = ids
-        block_size = 0 if drafter is None else drafter.config.block_size
+        self._ids, self._random = ids, random_numbers
         self._layers = [] if drafter is None else list(drafter.config.target_layer_ids)
-        self._random = random_numbers or RandomNumbers(len(ids), settings.seed, block_size)
         ends = end_tokens(target) if settings.end_ids is None else set(settings.end_ids)
-        self._record = Record(target, len(ids), domains, ends, settings.max_new_tokens)
+        self._record = Record(target, domains, ends, settings.max_new_tokens)
         self._clock = Clock(target.device)
         self._rounds = self._run()
 
@@ -197,17 +173,16 @@ class Decoding(Iterator[Round]):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Those of :class:`Decoded`, so far."""
+        """The seconds of :class:`Decoded`, so far."""
         return self._clock.seconds
 
     def result(self) -> Decoded:
-        """The answers, the trace and the rounds so far."""
+        """Return the answers, the trace and the rounds so far."""
         return self._record.result(self.seconds)
 
     def _run(self) -> Iterator[Round]:
         count = len(self._ids)
-        together = count if self.target.decodes_batches else 1
-        step = self.settings.batch_size or together
+        step = self.settings.batch_size or (count if self.target.decodes_batches else 1)
         for first in range(0, count, step):
             with torch.inference_mode(), self._clock("prompt"):
                 self._read_prompts(list(range(first, min(first + step, count))))
@@ -242,21 +217,21 @@ class Decoding(Iterator[Round]):
 
     def _draft(self, room: Int[Tensor, " batch"]) -> Block:
         """A block of each row; one without slots where no answer has room for a drafted token."""
-        drafter, settings = self.drafter, self.settings
+        drafter, settings, device = self.drafter, self.settings, self.target.device
         if drafter is None or not room.any():
             nothing = self.target.head_weight.new_empty(len(room), 0, self.target.hidden_size)
             return Block(self._anchors.new_empty(len(room), 0), self._distribution(nothing), None)
         probs: list[Tensor] = []
 
         def choose(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
-            q = distribution(logits, settings.temperature, settings.top_p).to(self.target.device)
+            q = distribution(logits, settings.temperature, settings.top_p).to(device)
             probs.append(q)
             return draw(q, self._random.draft(self._going))
 
         proposal = drafter.propose(self._anchors, self._context, choose, settings.draft_length)
         confidence = proposal.confidence
         if confidence is not None:
-            confidence = confidence.float().to(self.target.device)
+            confidence = confidence.float().to(device)
             if settings.confidence_temperatures is not None:
                 confidence /= confidence.new_tensor(settings.confidence_temperatures[: len(probs)])
             confidence = confidence.sigmoid()
@@ -301,7 +276,7 @@ class Decoding(Iterator[Round]):
         counts = (verdict.accepted + 1).tolist()
         self._anchors = verdict.next_token
         kept = self._keep_going(counts)
-        if self.drafter is not None and kept:
+        if kept:
             counts = [counts[row] for row in kept]
             self._read_context(context[kept, : max(counts)], counts)
 
@@ -318,5 +293,5 @@ class Decoding(Iterator[Round]):
     def _read_context(
         self, context: Float[Tensor, "batch new features"], counts: list[int]
     ) -> None:
-        assert self.drafter is not None
-        self.drafter.read(context.to(self.drafter.device), self._context, counts)
+        if self.drafter is not None:
+            self.drafter.read(context.to(self.drafter.device), self._context, counts)

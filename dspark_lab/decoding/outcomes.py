@@ -1,14 +1,12 @@
-"""Tables of a decoding run: an answer token by token, the distributions at one slot, the kinds of
-tokens, and where two greedy answers part.
-"""
+"""Tables of a decoding run: answers token by token, distributions at a slot, kinds of tokens."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -38,18 +36,13 @@ TOKEN_KINDS = ("word", "inside a word", "number", "punctuation", "white space", 
 OTHERS = "(all others)"
 
 _KEPT = ("accepted", "corrected", "bonus", "first")
-_FROM_TRACE = ["confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"]
+_COLUMNS = dict.fromkeys(("round", "slot", "position", "token"), "int64")
+_COLUMNS |= dict.fromkeys(("text", "outcome"), "object")
+_COLUMNS |= dict.fromkeys(
+    ("confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"), "float64"
+)
+_COLUMNS |= {"kept": "bool"}
 _OF_TARGET = ("target", "overlap", "residual")
-_COLUMNS = {
-    "round": "int64",
-    "slot": "int64",
-    "position": "int64",
-    "token": "int64",
-    "text": "object",
-    "outcome": "object",
-    **dict.fromkeys(_FROM_TRACE, "float64"),
-    "kept": "bool",
-}
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:unk|pad|mask|bos|eos)>|\[[A-Z]{3,}\d*\]", re.DOTALL)
 
 
@@ -57,67 +50,56 @@ _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:unk|pad|mask|bos|eos)>|\[[A-Z]{3,}\d*
 def outcome_table(
     decoded: Decoded, to_text: Callable[[int], str], prompt: Size = 0
 ) -> pd.DataFrame:
-    """An answer in reading order, with every token that was drafted for it.
+    """Return an answer in reading order, with every token that was drafted for it.
 
     A drafted token is *accepted*; *rejected*, the first verified one that was not; *not reached*,
     verified behind a rejected one; or *not verified*, because of a threshold, a scheduler or the
-    end of the turn before it. The target's own token is *corrected*, drawn in place of a rejected
-    one; a *bonus* behind slots that were all accepted, or that were none; or the answer's *first*.
-    A round ends with it, unless the turn ended before.
+    end of the turn before it. The target's own token, which ends a round unless the turn ended
+    before, is *corrected*, drawn in place of a rejected one; a *bonus*; or the answer's *first*.
 
-    A row for each token, a round's drafted ones before the target's own: ``round`` (-1 for the
-    first token), ``slot`` (-1 for the target's own), ``position`` in the answer (of a token that is
-    not part of it: where it would have stood), ``token``, ``text`` by ``to_text``, such as ``lambda
-    i: tokenizer.decode([i])``, ``outcome`` (one of ``OUTCOMES``), the trace's numbers (NaN for the
-    target's own) and ``kept``: the kept rows are the answer.
+    Returns:
+        a row for each token, a round's drafted ones before the target's own: ``round`` (-1 for the
+        first token), ``slot`` (-1 for the target's own), ``position`` in the answer (where it would
+        have stood, if it is not part of it), ``token``, ``text`` by ``to_text``, ``outcome``, the
+        trace's numbers (NaN for the target's own) and ``kept``: the kept rows are the answer.
     """
     if prompt >= len(decoded.tokens):
         raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
     answer = decoded.tokens[prompt]
-    rows: list[dict[str, Any]] = []
-
-    def add(round_: int, slot: int, position: int, token: int, outcome: str, known: dict) -> None:
-        row = {"round": round_, "slot": slot, "position": position, "token": token}
-        rows.append(row | {"text": to_text(token), "outcome": outcome, **known})
-
-    add(-1, -1, 0, answer[0], "first", {})
-    length = 1
+    first = pd.DataFrame({"round": [-1], "slot": -1, "position": 0, "outcome": "first"})
+    drafted = decoded.trace[decoded.trace["prompt"] == prompt].sort_values(["round", "slot"])
+    fates = [drafted["accepted"], ~drafted["verified"], drafted["resampled"].notna()]
+    outcome = np.select(fates, ["accepted", "not verified", "rejected"], "not reached")
     rounds = decoded.rounds[decoded.rounds["prompt"] == prompt].sort_values("round")
-    trace = decoded.trace[decoded.trace["prompt"] == prompt].sort_values(["round", "slot"])
-    drafted = dict(list(trace.groupby("round")))
-    for one in rounds.to_dict("records"):
-        number, verified, accepted = one["round"], one["verified"], one["accepted"]
-        for slot in drafted[number].to_dict("records") if one["drafted"] else []:
-            known = {name: slot[name] for name in _FROM_TRACE}
-            outcome = _drafted_outcome(slot["slot"], verified, accepted)
-            add(number, slot["slot"], slot["position"], slot["token"], outcome, known)
-        if one["tokens"] > accepted:
-            position = length + accepted
-            outcome = "corrected" if accepted < verified else "bonus"
-            add(number, -1, position, answer[position], outcome, {})
-        length += one["tokens"]
-    table = pd.DataFrame(rows, columns=list(_COLUMNS))
-    return table.assign(kept=table["outcome"].isin(_KEPT)).astype(_COLUMNS)
+    own = rounds.assign(slot=-1, position=rounds["tokens"].cumsum())
+    own["outcome"] = np.where(own["accepted"] < own["verified"], "corrected", "bonus")
+    own = pd.concat([first, own[own["tokens"] > own["accepted"]]])
+    own = own.assign(token=[answer[place] for place in own["position"]])
+    table = pd.concat([drafted.assign(outcome=outcome), own])
+    table = table.sort_values("round", kind="stable", ignore_index=True)
+    table["text"] = table["token"].map(to_text)
+    table["kept"] = table["outcome"].isin(_KEPT)
+    return table[list(_COLUMNS)].astype(_COLUMNS)
 
 
 @checked
 def distribution_table(
     round_: Round, slot: Size, to_text: Callable[[int], str], top: Count = 8
 ) -> pd.DataFrame:
-    """The draft's and the target's distribution at one slot of a round, token by token.
+    """Return the draft's and the target's distribution at one slot of a round, token by token.
 
-    Slots count from 0 to the one behind the last that was verified, the *bonus slot*, and on to the
-    last that was drafted. At the bonus slot the target has drawn or would have drawn without regard
-    to the drafter. Past it the target was not asked. Behind the end of the block nothing was
-    drafted: the draft is 0.
+    Slots count from 0 to the one behind the last that was verified, the *bonus slot*, where the
+    target draws without regard to the drafter, and on to the last that was drafted, where the
+    target was not asked. Behind the end of the block the draft is 0.
 
-    A row for each of the ``top`` likeliest tokens of both, for the drafted one and for the target's
-    own if it was drawn at this slot, in descending order of the larger probability; then one for
-    all others together. ``token`` (-1 for the others), ``text``; ``draft`` and ``target``,
-    probabilities; ``overlap``, the smaller of both, which sums to the accept rate; ``residual``,
-    the distribution to draw from in place of a rejected token: 0 everywhere where nothing can be
-    rejected, since the two are equal, and the target itself at the bonus slot; ``drafted`` and
-    ``drawn``, bool. Target, overlap and residual are NaN where the target was not asked.
+    Returns:
+        a row for each of the ``top`` likeliest tokens of both, for the drafted one and for the
+        target's own if it was drawn at this slot, in descending order of the larger probability;
+        then one for all others together. ``token`` (-1 for the others), ``text``; ``draft`` and
+        ``target``, probabilities; ``overlap``, the smaller of both, which sums to the accept rate;
+        ``residual``, the distribution in place of a rejected token: 0 everywhere where draft and
+        target are equal, and the target itself at the bonus slot; ``drafted`` and ``drawn``, bool.
+        Target, overlap and residual are NaN where the target was not asked.
     """
     last = max(len(round_.drafted) - 1, round_.verified)
     if slot > last:
@@ -133,22 +115,14 @@ def distribution_table(
         chosen.update(ids[best > 0].tolist())
     ids = torch.tensor(sorted(chosen))
     rest = torch.ones_like(values["draft"], dtype=torch.bool).index_fill(0, ids, False)
-    columns = {
-        name: [*column[ids].tolist(), column[rest].sum().item()] for name, column in values.items()
-    }
+    tokens = ids.tolist()
+    table = pd.DataFrame({"token": [*tokens, -1], "text": [*map(to_text, tokens), OTHERS]})
+    for name, column in values.items():
+        table[name] = [*column[ids].tolist(), column[rest].sum().item()]
     if slot > round_.verified:
         # Of no other tokens the sum would be 0.
-        columns |= {name: [torch.nan] * len(columns["draft"]) for name in _OF_TARGET}
-    tokens = ids.tolist()
-    table = pd.DataFrame(
-        {
-            "token": [*tokens, -1],
-            "text": [*map(to_text, tokens), OTHERS],
-            **columns,
-            "drafted": [*(token == drafted for token in tokens), False],
-            "drawn": [*(token == own for token in tokens), False],
-        }
-    )
+        table[list(_OF_TARGET)] = torch.nan
+    table["drafted"], table["drawn"] = table["token"] == drafted, table["token"] == own
     largest = table[["draft", "target"]].max(axis=1)
     largest.iloc[-1] = -1
     order = largest.sort_values(ascending=False, kind="stable").index
@@ -159,12 +133,11 @@ def distribution_table(
 def greedy_differences(
     target: Target, decoded: Decoded, plain: Decoded, prompts: Sequence[Prompt]
 ) -> pd.DataFrame:
-    """Where two greedy answers part, one row for each prompt whose answers do.
+    """Return where two greedy answers part, one row for each ``prompt`` whose answers do.
 
     ``position``: of the first token that differs, in the answer. ``margin``: by how much the
-    target's best logit exceeds its second best there, in units of the rounding of the best in the
-    target's dtype. Where that is a handful, the two are a tie that shapes of a matrix product
-    decide.
+    target's best logit exceeds its second best there, in units of its rounding in the target's
+    dtype. A handful is a tie, which the shapes of a matrix product decide.
     """
     answers = (len(decoded.tokens), len(plain.tokens), len(prompts))
     if len(set(answers)) > 1:
@@ -181,20 +154,19 @@ def greedy_differences(
         last = target.features(torch.tensor([ids]), [0]).last[0, -1]
         best, second = torch.mv(target.head_weight, last).topk(2).values.tolist()
         rounding = torch.finfo(target.dtype).eps * max(abs(best), abs(second))
-        rows.append({"prompt": index, "position": place, "margin": (best - second) / rounding})
+        rows.append([index, place, (best - second) / rounding])
     return pd.DataFrame(rows, columns=["prompt", "position", "margin"])
 
 
 @checked
 def token_kind(text: str) -> str:
-    """What sort of token it is, by its text alone: one of ``TOKEN_KINDS``.
+    """Return the kind of a token by its text alone: one of ``TOKEN_KINDS``.
 
     *Special* is no text at all, or a name in the brackets of control tokens, such as
-    ``<|im_end|>``, ``</s>`` or ``[MASK]``. *White space* is nothing else. Of any other text the
-    first character that is not white space decides: a digit makes it a *number*; a letter makes it
-    a *word* if white space stands before it or it is a capital, and else *inside a word*, which the
-    first word of a line in small letters is called, too, as are scripts without spaces or capitals;
-    all else is *punctuation*.
+    ``<|im_end|>``, ``</s>`` or ``[MASK]``. *White space* is nothing else. Otherwise the first
+    character that is not white space decides: a digit makes it a *number*; a letter a *word* if
+    white space stands before it or it is a capital, and else *inside a word* (so are the first word
+    of a line in small letters, and scripts without spaces or capitals); all else is *punctuation*.
     """
     body = text.lstrip()
     if not text or _SPECIAL.fullmatch(text):
@@ -218,14 +190,6 @@ def token_kinds(tokens: pd.Series, to_text: Callable[[int], str]) -> pd.Series:
     names = {token: token_kind(to_text(int(token))) for token in tokens.dropna().unique()}
     kinds = [None if pd.isna(token) else names[token] for token in tokens]
     return pd.Series(kinds, index=tokens.index, name="kind", dtype=object)
-
-
-def _drafted_outcome(slot: int, verified: int, accepted: int) -> str:
-    if slot >= verified:
-        return "not verified"
-    if slot < accepted:
-        return "accepted"
-    return "rejected" if slot == accepted else "not reached"
 
 
 def _distributions(round_: Round, slot: int) -> dict[str, Float[Tensor, " vocab"]]:

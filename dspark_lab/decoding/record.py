@@ -1,8 +1,8 @@
-"""What a decoding run leaves behind: its rounds, its answers, and the trace of every slot."""
+"""The rounds of a decoding run as they are recorded: answers, tables, and seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "Clock", "Decoded", "Record", "Round"]
 
-_ROUND_COLUMNS = ("prompt", "round", "drafted", "verified", "accepted", "tokens")
+_ROUND_COLUMNS = ("prompt", "domain", "round", "drafted", "verified", "accepted", "tokens")
 _NAN = float("nan")
 
 
@@ -30,11 +30,10 @@ _NAN = float("nan")
 class Round:
     """One round of one prompt.
 
-    ``tokens``: those that the answer grew by, the accepted ones and one of the target's own, cut at
-    the end of the turn. ``text``: the text that it grew by, where the target has a tokenizer.
-    ``drafted``: the block's tokens; the first ``verified`` of them were shown to the target, which
-    accepted the first ``accepted``. ``draft_probs`` ``[slot, vocab]`` is q, ``target_probs``
-    ``[verified + 1, vocab]`` is p, ``confidence`` ``[slot]`` or None.
+    ``tokens``, ``text``: what the answer grew by, the accepted tokens and one of the target's own,
+    cut at the end of the turn. ``drafted``: the block's tokens; the target was shown the first
+    ``verified`` and accepted the first ``accepted``. ``draft_probs`` is q, ``target_probs`` p;
+    ``confidence`` is None without such a head.
     """
 
     prompt: int
@@ -51,13 +50,22 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What :func:`dspark_lab.decoding.decode` returns.
+    """The answers of :func:`dspark_lab.decoding.decode`, and its tables.
 
     ``tokens``: the answer to each prompt, end-of-turn included. ``texts``: the same as text, empty
-    without a tokenizer. ``trace``: a row for each drafted slot. ``rounds``: a row for each round,
-    with ``prompt``, ``domain``, ``round``, ``drafted``, ``verified``, ``accepted`` slots and
-    ``tokens`` that the answer grew by. ``seconds``: spent on the ``prompt``, on ``draft``, on
-    ``verify`` and on the ``rest``.
+    without a tokenizer. ``seconds``: spent on the ``prompt``, on ``draft``, on ``verify`` and on
+    the ``rest``.
+
+    ``rounds``: a row for each round, with ``prompt``, ``domain``, ``round``, ``drafted``,
+    ``verified``, ``accepted`` slots and ``tokens`` that the answer grew by.
+
+    ``trace``: a row for each drafted slot: ``prompt``, ``domain``, ``round``, ``slot``,
+    ``position`` (of the slot's token in the answer), ``token``, ``draft_prob`` q(token),
+    ``target_prob`` p(token), ``accept_prob`` min(1, p / q), ``accept_rate`` sum of min(p, q) over
+    the vocabulary, ``confidence``, ``verified``, ``accepted`` (with all before it), and
+    ``resampled``, the token drawn in place of a rejected one. What was not verified has no target
+    and no rates (NaN). Slots past ``max_new_tokens`` are left out, those behind an accepted
+    end-of-turn count as not verified.
     """
 
     tokens: list[list[int]]
@@ -74,7 +82,7 @@ class Decoded:
 
     @property
     def tau(self) -> float:
-        """Tokens that a round yields on average, the target's own among them."""
+        """Mean tokens of a round, the target's own among them."""
         return float(self.rounds["tokens"].mean())
 
     @property
@@ -121,7 +129,7 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of :class:`Decoded`, so far."""
+        """The seconds of :class:`Decoded`, so far."""
         parts = {name: self._spent[name] for name in ("prompt", "draft", "verify")}
         return parts | {"rest": self._spent["rounds"] - parts["draft"] - parts["verify"]}
 
@@ -130,20 +138,14 @@ class Record:
     """The answers of a run as they grow, and its tables."""
 
     def __init__(
-        self,
-        target: Target,
-        count: int,
-        domains: Sequence[str] | None,
-        ends: set[int],
-        max_new_tokens: int,
+        self, target: Target, domains: Sequence[str], ends: set[int], max_new_tokens: int
     ) -> None:
-        self._domains = ["none"] * count if domains is None else list(domains)
-        self._ends, self._max_new_tokens = ends, max_new_tokens
-        self._answers: list[list[int]] = [[] for _ in range(count)]
-        self._texts = [StreamedText(target, ends) for _ in range(count)]
-        self._numbers = [0] * count
-        self._trace: dict[str, list] = {name: [] for name in TRACE_COLUMNS}
-        self._rounds: list[tuple[int, ...]] = []
+        self._domains, self._ends, self._max_new_tokens = domains, ends, max_new_tokens
+        self._answers: list[list[int]] = [[] for _ in domains]
+        self._texts = [StreamedText(target, ends) for _ in domains]
+        self._numbers = [0] * len(domains)
+        self._trace: list[list] = []
+        self._rounds: list[tuple] = []
 
     def room(self, prompt: int) -> int:
         """How many drafted tokens still fit into an answer, with one of the target's own."""
@@ -167,43 +169,41 @@ class Record:
         verdict: Verdict,
         p: Float[Tensor, "batch verified+1 vocab"],
     ) -> list[Round]:
-        """A round of each of these prompts, in the order of the rows.
-
-        ``drafted``: how many slots of the block fit into each answer; ``lengths``: how many of them
-        were verified; ``p``: the target's distributions.
-        """
-        values = {
-            "token": block.tokens,
-            "draft_prob": block.probs.gather(2, block.tokens.unsqueeze(2)).squeeze(2),
-            "confidence": torch.full_like(block.probs[..., 0], torch.nan)
-            if block.confidence is None
-            else block.confidence,
-            "target_prob": verdict.target_prob,
-            "accept_prob": verdict.accept_prob,
-            "accept_rate": verdict.accept_rate,
-        }
-        lists = {name: value.tolist() for name, value in values.items()}
+        """A round of each prompt; ``drafted`` slots fit its answer, ``lengths`` were verified."""
+        batch_tokens = block.tokens.tolist()
+        draft_probs = block.probs.gather(2, block.tokens.unsqueeze(2)).squeeze(2).tolist()
+        rates = (verdict.target_prob, verdict.accept_prob, verdict.accept_rate)
+        target_rates = torch.stack(rates, dim=2).tolist()
+        confidence = block.confidence
+        if confidence is None:
+            confidence = torch.full_like(block.probs[..., 0], torch.nan)
+        confidences = confidence.tolist()
         found = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
         rounds = []
-        for row, (accepted, token) in enumerate(found):
+        for row, (accepted, own) in enumerate(found):
             prompt, slots, verified = prompts[row], drafted[row], lengths[row]
-            slot_values = {name: value[row][:slots] for name, value in lists.items()}
-            new = up_to_end([*slot_values["token"][:accepted], token], self._ends)
+            tokens, answer = batch_tokens[row][:slots], self._answers[prompt]
+            key = (prompt, self._domains[prompt], self._numbers[prompt])
+            new = up_to_end([*tokens[:accepted], own], self._ends)
             if len(new) <= accepted:
                 # Behind an accepted end of turn nothing counts.
                 verified = accepted = len(new)
-            self._add_slots(prompt, slot_values, verified, accepted, token)
-            number, answer = self._numbers[prompt], self._answers[prompt]
-            self._rounds.append((prompt, number, slots, verified, accepted, len(new)))
+            self._rounds.append((*key, slots, verified, accepted, len(new)))
+            for slot, token in enumerate(tokens):
+                asked = slot < verified
+                line = [*key, slot, len(answer) + slot, token, draft_probs[row][slot]]
+                line += target_rates[row][slot] if asked else [_NAN] * len(rates)
+                line += [confidences[row][slot], asked, slot < accepted]
+                self._trace.append([*line, own if slot == accepted and asked else None])
             answer += new
             self._numbers[prompt] += 1
             rounds.append(
                 Round(
                     prompt=prompt,
-                    number=number,
+                    number=key[-1],
                     tokens=new,
                     text=self._texts[prompt].new(answer, self.is_over(prompt)),
-                    drafted=slot_values["token"],
+                    drafted=tokens,
                     verified=verified,
                     accepted=accepted,
                     draft_probs=block.probs[row, :slots],
@@ -213,38 +213,12 @@ class Record:
             )
         return rounds
 
-    def _add_slots(
-        self, prompt: int, values: dict[str, list], verified: int, accepted: int, next_token: int
-    ) -> None:
-        """A round's rows of the trace; what was not verified has no target and no rates."""
-        count, begin = len(values["token"]), len(self._answers[prompt])
-        unknown = [_NAN] * (count - verified)
-        columns: dict[str, Iterable] = {
-            "prompt": [prompt] * count,
-            "domain": [self._domains[prompt]] * count,
-            "round": [self._numbers[prompt]] * count,
-            "slot": range(count),
-            "position": range(begin, begin + count),
-            "token": values["token"],
-            "draft_prob": values["draft_prob"],
-            "target_prob": values["target_prob"][:verified] + unknown,
-            "accept_prob": values["accept_prob"][:verified] + unknown,
-            "accept_rate": values["accept_rate"][:verified] + unknown,
-            "confidence": values["confidence"],
-            "verified": [slot < verified for slot in range(count)],
-            "accepted": [slot < accepted for slot in range(count)],
-            "resampled": [next_token if s == accepted < verified else None for s in range(count)],
-        }
-        for name, column in columns.items():
-            self._trace[name].extend(column)
-
     def result(self, seconds: dict[str, float]) -> Decoded:
         """What there is so far, its tables by prompt and round."""
         import pandas as pd
 
-        trace = pd.DataFrame(self._trace).astype(TRACE_COLUMNS)
+        trace = pd.DataFrame(self._trace, columns=list(TRACE_COLUMNS)).astype(TRACE_COLUMNS)
         rounds = pd.DataFrame(self._rounds, columns=list(_ROUND_COLUMNS))
-        rounds.insert(1, "domain", rounds["prompt"].map(dict(enumerate(self._domains))))
         answers = [list(answer) for answer in self._answers]
         return Decoded(
             tokens=answers,

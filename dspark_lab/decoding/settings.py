@@ -9,9 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, checked
 from dspark_lab.decoding.text import require_tokens
-from dspark_lab.decoding.verification import TopP
 from dspark_lab.model import BlockDrafter, Target
 
 __all__ = ["Scheduler", "Settings", "confident_prefix", "scheduled"]
@@ -20,21 +18,19 @@ __all__ = ["Scheduler", "Settings", "confident_prefix", "scheduled"]
 Scheduler = Callable[[Float[Tensor, "batch slot"]], Int[Tensor, " batch"]]
 
 
-@checked
 @dataclass(frozen=True)
 class Settings:
     """The arguments of :func:`dspark_lab.decoding.decode_rounds` that say how to decode."""
 
-    temperature: NonNegative
-    top_p: TopP
-    max_new_tokens: Count
-    threshold: Share | None
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    threshold: float | None
     scheduler: Scheduler | None
-    draft_length: Count | None
-    confidence_temperatures: Sequence[Positive] | None
-    batch_size: Count | None
+    draft_length: int | None
+    confidence_temperatures: Sequence[float] | None
+    batch_size: int | None
     end_ids: Sequence[int] | None
-    seed: Size
 
     def check_models(self, target: Target, drafter: BlockDrafter | None) -> None:
         """Refuse settings that these models cannot follow, and a drafter of another target."""
@@ -57,17 +53,17 @@ class Settings:
                 f"drafter must read layers {list(c.target_layer_ids)} as {c.context_size} numbers, "
                 f"got a target with {target.num_layers} layers of {target.hidden_size}"
             )
-        if self.draft_length is not None and self.draft_length > c.block_size:
+        slots, given = self.draft_length or c.block_size, self.confidence_temperatures
+        if slots > c.block_size:
             raise ValueError(
-                f"draft_length must be at most block_size, {c.block_size}, got {self.draft_length}"
+                f"draft_length must be at most block_size, {c.block_size}, got {slots}"
             )
-        by_confidence = (self.threshold, self.scheduler, self.confidence_temperatures)
+        by_confidence = (self.threshold, self.scheduler, given)
         if not c.enable_confidence_head and by_confidence != (None, None, None):
             raise ValueError(
                 "threshold, scheduler and confidence_temperatures need a drafter with a confidence "
                 "head"
             )
-        slots, given = self.draft_length or c.block_size, self.confidence_temperatures
         if given is not None and len(given) < slots:
             raise ValueError(
                 f"confidence_temperatures must be one for each of {slots} slots, got {len(given)}"
@@ -86,8 +82,8 @@ def scheduled(
 ) -> Int[Tensor, " batch"]:
     """How many slots of each row the scheduler wants to verify.
 
-    Slots behind a row's ``room`` cannot become part of its answer. The scheduler sees them with
-    confidence 0, so that they take nothing from the other rows.
+    It sees slots behind a row's ``room``, which cannot become part of the answer, with confidence
+    0, so that they take nothing from the other rows.
     """
     slot = torch.arange(confidence.shape[1], device=confidence.device)
     outside = slot >= room.to(confidence.device).unsqueeze(1)

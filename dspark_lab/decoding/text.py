@@ -11,14 +11,7 @@ from torch import Tensor
 from dspark_lab.checks import checked
 from dspark_lab.model import Target
 
-__all__ = [
-    "Prompt",
-    "StreamedText",
-    "encode_prompt",
-    "end_tokens",
-    "require_tokens",
-    "up_to_end",
-]
+__all__ = ["Prompt", "StreamedText", "encode_prompt", "end_tokens", "require_tokens", "up_to_end"]
 
 # Prompts are of different lengths: an axis with an underscore need not agree with others.
 Prompt = str | Sequence[int] | Int[Tensor, " _seq"]
@@ -26,12 +19,7 @@ Prompt = str | Sequence[int] | Int[Tensor, " _seq"]
 
 @checked
 def encode_prompt(target: Target, prompt: Prompt) -> list[int]:
-    """A prompt's tokens: a user message goes through the chat template where there is one.
-
-    Raises:
-        ValueError: text for a target without a tokenizer, no token at all, or an id outside the
-            vocabulary.
-    """
+    """Return a prompt's tokens; a user message goes through the chat template, if there is one."""
     if isinstance(prompt, str):
         if target.tokenizer is None:
             raise ValueError(f"{target.name} has no tokenizer: a prompt must be token ids")
@@ -39,9 +27,7 @@ def encode_prompt(target: Target, prompt: Prompt) -> list[int]:
             encoding: Any = target.tokenizer(prompt)
         else:
             encoding = target.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=True,
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
             )
         ids = list(encoding["input_ids"])
     else:
@@ -60,7 +46,7 @@ def require_tokens(name: str, ids: Collection[int], vocab_size: int) -> None:
 
 
 def end_tokens(target: Target) -> set[int]:
-    """What ends an answer: the tokenizer's eos token, and those of the model's own settings."""
+    """The tokens that end an answer: the tokenizer's eos, and those of the model's settings."""
     found: list[Any] = [getattr(target.tokenizer, "eos_token_id", None)]
     for source in (target.model.config, getattr(target.model, "generation_config", None)):
         ids = getattr(source, "eos_token_id", None)

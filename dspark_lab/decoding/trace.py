@@ -1,15 +1,15 @@
-"""The trace of a decoding run: a table with one row for each drafted slot.
+"""The trace of a decoding run, a row for each drafted slot: its files, and how it is read.
 
-Its files, and the one way in which it is read and checked. Its columns: see
-:func:`dspark_lab.decoding.decode`.
+Its columns: see :class:`dspark_lab.decoding.Decoded`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -49,13 +49,17 @@ TRACE_COLUMNS = {
 }
 
 _SUFFIXES = (".parquet", ".csv")
+_KINDS: dict[str, tuple[Callable[..., bool], type]] = {
+    "integers": (pd.api.types.is_integer_dtype, np.int64),
+    "truth values": (pd.api.types.is_bool_dtype, bool),
+}
 # How far from [0, 1] a sum of a vocabulary's fp32 probabilities may end; it is clipped.
 _ROUNDING = 1e-5
 
 
 @checked
 def save_trace(trace: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Writes a trace as Parquet or CSV, by the name's suffix, whole or not at all."""
+    """Write a trace as Parquet or CSV, by the name's suffix, whole or not at all."""
     path = _trace_path(path)
     write = trace.to_csv if path.suffix == ".csv" else trace.to_parquet
     with written_whole(path) as partial:
@@ -64,16 +68,17 @@ def save_trace(trace: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 @checked
 def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A trace that :func:`save_trace` wrote, its columns of the same types.
-
-    Raises:
-        ValueError: another suffix, a file that cannot be read as one, or one with other columns.
-        OSError: no such file.
-    """
+    """Read a trace that :func:`save_trace` wrote, its columns of the same types."""
     path = _trace_path(path)
     with path.open("rb") as file:
         try:
-            table = _read_csv(file) if path.suffix == ".csv" else pd.read_parquet(file)
+            if path.suffix == ".csv":
+                # A domain may be called "NA" or "7"; only an empty number is missing.
+                empty = {name: [""] for name in TRACE_COLUMNS if name != "domain"}
+                options: dict[str, Any] = {"dtype": {"domain": "object"}, "keep_default_na": False}
+                table = pd.read_csv(file, na_values=empty, **options)
+            else:
+                table = pd.read_parquet(file)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} must hold a trace as {path.suffix[1:]}: {error}") from error
     missing = [name for name in TRACE_COLUMNS if name not in table]
@@ -85,19 +90,13 @@ def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
         raise ValueError(f"{path} must hold a trace: {error}") from error
 
 
-def _read_csv(file: BinaryIO) -> pd.DataFrame:
-    # A domain may be called "NA" or "7"; only an empty number is missing.
-    empty = {name: [""] for name in TRACE_COLUMNS if name != "domain"}
-    return pd.read_csv(file, dtype={"domain": "object"}, keep_default_na=False, na_values=empty)
-
-
 @dataclass(frozen=True, eq=False)
 class Rounds:
     """A trace as arrays, one row for each round, ordered by prompt and round.
 
     ``confidence``: NaN where the round has no such slot. ``accept_rate``: the analytic rate, NaN
-    where not verified. ``verified`` and ``accepted``: each a prefix of the round. ``prompt`` and
-    ``domain``: of the round's conversation. Made by :func:`rounds_of`.
+    where not verified. ``verified`` and ``accepted``: each a prefix of the round. Made by
+    :func:`rounds_of`.
     """
 
     confidence: Float[np.ndarray, "round slot"]
@@ -120,10 +119,9 @@ class Rounds:
         """The number of each round's conversation, counted from 0 in the order of the prompts."""
         return pd.factorize(self.prompt, sort=True)[0]
 
+    @checked
     def outcome(self, kind: Outcome = "empirical") -> Float[np.ndarray, "round slot"]:
-        """What became of each reached slot, NaN elsewhere: accepted or not, or its accept rate."""
-        if kind not in ("empirical", "analytic"):
-            raise ValueError(f"outcome must be 'empirical' or 'analytic', got {kind!r}")
+        """Whether each reached slot was accepted, or its accept rate; NaN elsewhere."""
         values = self.accepted.astype(np.float64) if kind == "empirical" else self.accept_rate
         return np.where(self.reached, values, np.nan)
 
@@ -148,10 +146,7 @@ class Rounds:
 
 @checked
 def rounds_of(trace: pd.DataFrame | Rounds) -> Rounds:
-    """The rounds of one decoding run, every slot of which has a confidence, see :func:`read_trace`.
-
-    Rounds are returned as they are.
-    """
+    """Return the rounds of one run, every slot with a confidence; rounds as they are."""
     if isinstance(trace, Rounds):
         return trace
     rounds, _ = read_trace(trace)
@@ -160,38 +155,38 @@ def rounds_of(trace: pd.DataFrame | Rounds) -> Rounds:
 
 
 def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot"]]:
-    """The rounds of a trace, and in which of its rows each slot stands; -1 where there is none.
+    """Return the rounds of a trace, and the row in which each slot stands; -1 where there is none.
 
     Args:
         trace: one row for each drafted slot of one run, in any order. Read are ``prompt``,
             ``domain``, ``round``, ``slot``, ``accept_rate`` (a probability where verified),
             ``confidence`` (a probability, or NaN), ``verified`` and ``accepted``.
-
-    Raises:
-        ValueError: among others, a prompt of two domains, a round whose slots are not 0, 1, 2, ...,
-            or a slot that is verified after one that was not or accepted without being reached.
     """
     code, prompts = pd.factorize(column(trace, "prompt", complete=True), sort=True)
     if len(trace) == 0:
         raise ValueError("trace must have at least one row, got 0")
-    domains = _one_domain_each(code, prompts, column(trace, "domain", complete=True))
-    number, place = _integers(trace, "round"), _integers(trace, "slot")
-    order = np.lexsort((place, number, code))
-    conversation, round_, slot = code[order], number[order], place[order]
-    first = np.ones(len(slot), dtype=bool)
-    first[1:] = (conversation[1:] != conversation[:-1]) | (round_[1:] != round_[:-1])
-    since = np.arange(len(slot))
-    since -= np.maximum.accumulate(np.where(first, since, 0))
+    domains = column(trace, "domain", complete=True)
+    domain = domains.groupby(code).transform("first")
+    for row in np.flatnonzero(domains != domain)[:1]:
+        raise ValueError(
+            f"a conversation must have one domain, got {domains.iloc[row]!r} and "
+            f"{domain.iloc[row]!r} for conversation {prompts[code[row]]}"
+        )
+    number, place = _typed(trace, "round", "integers"), _typed(trace, "slot", "integers")
+    keys = pd.DataFrame({"conversation": code, "round": number, "slot": place})
+    keys = keys.sort_values(list(keys))
+    order, rounds_in_order = keys.index.to_numpy(), keys.groupby(["conversation", "round"])
     rule = "the slots of a round must be 0, 1, 2, ..., each once, and every run a trace of its own"
-    _refuse(trace, "slot", order[slot != since], rule)
-
-    row = np.full((int(first.sum()), int(slot.max()) + 1), -1)
-    row[np.cumsum(first) - 1, slot] = order
+    _refuse(trace, "slot", order[keys["slot"] != rounds_in_order.cumcount()], rule)
+    first = order[keys["slot"] == 0]
+    row = np.full((len(first), keys["slot"].max() + 1), -1)
+    row[rounds_in_order.ngroup(), keys["slot"]] = order
 
     def spread(values: np.ndarray, empty: float | bool) -> np.ndarray:
         return np.where(row < 0, empty, values[row])
 
-    verified, accepted = (spread(_bools(trace, name), False) for name in ("verified", "accepted"))
+    verified = spread(_typed(trace, "verified", "truth values"), False)
+    accepted = spread(_typed(trace, "accepted", "truth values"), False)
     for name, prefix in (("verified", verified), ("accepted", accepted)):
         rule = f"{name} must be False after a slot that was not"
         _refuse(trace, name, row[prefix & ~_after(prefix)], rule)
@@ -203,15 +198,15 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
         accept_rate=np.where(verified, rate, np.nan),
         verified=verified,
         accepted=accepted,
-        prompt=prompts.take(conversation[first]).to_numpy(),
-        domain=domains.take(conversation[first]).to_numpy(dtype=object),
+        prompt=prompts.take(code[first]).to_numpy(),
+        domain=domains.iloc[first].to_numpy(dtype=object),
     )
     return rounds, row
 
 
 @checked
 def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Series:
-    """A column of a trace, refused where it is missing, or where a value of it must not be."""
+    """Return a column of a trace; refuse a missing column, or a missing value if ``complete``."""
     if name not in trace.columns:
         raise ValueError(f"trace must have a column {name!r}, got {list(trace.columns)}")
     values = trace[name]
@@ -221,12 +216,15 @@ def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Seri
     return values
 
 
-def _integers(trace: pd.DataFrame, name: str) -> Int[np.ndarray, " row"]:
-    """A column of whole numbers."""
+def _typed(
+    trace: pd.DataFrame, name: str, kind: Literal["integers", "truth values"]
+) -> Shaped[np.ndarray, " row"]:
+    """A column without gaps whose values are all of one kind."""
     values = column(trace, name, complete=True)
-    if not pd.api.types.is_integer_dtype(values):
-        raise TypeError(f"trace[{name!r}] must hold integers, got {values.dtype}")
-    return values.to_numpy(np.int64)
+    is_kind, dtype = _KINDS[kind]
+    if not is_kind(values):
+        raise TypeError(f"trace[{name!r}] must hold {kind}, got {values.dtype}")
+    return values.to_numpy(dtype)
 
 
 @checked
@@ -235,7 +233,7 @@ def probabilities(
     name: str,
     required: Literal["nowhere", "where verified", "in every row"] = "nowhere",
 ) -> Float[np.ndarray, " row"]:
-    """A column of probabilities, or NaN where none is required."""
+    """Return a column of probabilities; NaN where none is required."""
     values = column(trace, name)
     if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
         raise TypeError(f"trace[{name!r}] must hold numbers, got {values.dtype}")
@@ -245,26 +243,9 @@ def probabilities(
     if required != "nowhere":
         missing = np.isnan(numbers)
         if required == "where verified":
-            missing &= _bools(trace, "verified")
+            missing &= _typed(trace, "verified", "truth values")
         _refuse(trace, name, np.flatnonzero(missing), f"{name} must be a number {required}")
     return numbers.clip(0, 1)
-
-
-def _one_domain_each(
-    code: Int[np.ndarray, " row"], conversations: pd.Index, domains: pd.Series
-) -> pd.Index:
-    """The domain of each conversation; ``code`` numbers the conversation of each row."""
-    domain, names = pd.factorize(domains)
-    last = np.empty(len(conversations), dtype=np.int64)
-    last[code] = domain
-    two = last[code] != domain
-    if two.any():
-        row = int(two.argmax())
-        raise ValueError(
-            f"a conversation must have one domain, got {names[domain[row]]!r} and "
-            f"{names[last[code[row]]]!r} for conversation {conversations[code[row]]}"
-        )
-    return pd.Index(names).take(last)
 
 
 def reached_slots(
@@ -275,17 +256,8 @@ def reached_slots(
 
 
 def _after(prefix: Bool[np.ndarray, "round slot"]) -> Bool[np.ndarray, "round slot"]:
-    """Whether the slot before is in it; before the first slot there is nothing to ask."""
-    after = np.ones_like(prefix)
-    after[:, 1:] = prefix[:, :-1]
-    return after
-
-
-def _bools(trace: pd.DataFrame, name: str) -> Bool[np.ndarray, " row"]:
-    values = column(trace, name, complete=True)
-    if not pd.api.types.is_bool_dtype(values):
-        raise TypeError(f"trace[{name!r}] must hold truth values, got {values.dtype}")
-    return values.to_numpy(bool)
+    """Whether the slot before is in it; True at the first slot."""
+    return np.insert(prefix[:, :-1], 0, True, axis=1)
 
 
 def _refuse(trace: pd.DataFrame, name: str, rows: Int[np.ndarray, " bad"], rule: str) -> None:

@@ -1,12 +1,11 @@
-"""The rule of speculative decoding: which drafted tokens stand, and what comes behind them.
+"""The rule of speculative decoding: which drafted tokens stand, and what is drawn behind them.
 
     accept:  the drafted token x with probability min(1, p(x) / q(x)), if all before it were;
     correct: draw the first rejected token anew from max(0, p - q), normalised; where there is none,
              draw one more token from p.
 
 p is the target's distribution, q the drafter's (Leviathan et al. 2022, arXiv 2211.17192, algorithm
-1). Pure functions of probabilities, tokens and uniform random numbers: whatever q is, the tokens
-are distributed as p.
+1). Pure functions: whatever q is, the tokens are distributed as p.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from dspark_lab.checks import NonNegative, Within, checked
 
 __all__ = ["TopP", "Verdict", "distribution", "draw", "residual", "verify"]
 
+BySlot = Float[Tensor, "batch slot"]
 TopP = Annotated[float, Within(0, 1, above=True)]
 
 # Below it, logits are moved so that dividing them by the temperature cannot overflow.
@@ -30,18 +30,18 @@ _COLD = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What the target decides about a block of each row.
+    """The target's decision on a block of each row.
 
     ``accepted``: how many drafted tokens stand. ``next_token``: the target's own token behind them,
-    a correction or a bonus. Of each slot: ``target_prob`` p(x), ``accept_prob`` min(1, p(x) / q(x))
-    and ``accept_rate``, the sum of min(p, q) over the vocabulary.
+    a correction or a bonus. For each slot: ``target_prob`` p(x), ``accept_prob`` min(1, p / q) and
+    ``accept_rate``, the sum of min(p, q) over the vocabulary.
     """
 
     accepted: Int[Tensor, " batch"]
     next_token: Int[Tensor, " batch"]
-    target_prob: Float[Tensor, "batch slot"]
-    accept_prob: Float[Tensor, "batch slot"]
-    accept_rate: Float[Tensor, "batch slot"]
+    target_prob: BySlot
+    accept_prob: BySlot
+    accept_rate: BySlot
 
 
 @checked
@@ -55,12 +55,8 @@ def verify(
 ) -> Verdict:
     """Accept a prefix of each row's drafted tokens and draw one token of the target's behind it.
 
-    Args:
-        p: the target's distributions at the slots and behind the last of them.
-        q: the drafter's, which the tokens were drawn from.
-        tokens: the drafted tokens.
-        lengths: how many of them each row verifies; p has one place more than the largest.
-        accept_numbers, next_numbers: uniform in [0, 1).
+    ``tokens`` were drawn from q; each row verifies the first ``lengths`` of them, and p has one
+    place more than the longest row. The numbers are uniform in [0, 1).
     """
     slots = p.shape[1] - 1
     drafted = tokens[:, :slots].unsqueeze(2)
@@ -78,16 +74,12 @@ def verify(
     )
 
 
-def acceptance(
-    target_prob: Float[Tensor, "batch slot"], draft_prob: Float[Tensor, "batch slot"]
-) -> Float[Tensor, "batch slot"]:
+def acceptance(target_prob: BySlot, draft_prob: BySlot) -> BySlot:
     """The probability of accepting a drafted token, min(1, p(x) / q(x))."""
     return (target_prob / draft_prob).clamp(max=1)
 
 
-def accepts(
-    probability: Float[Tensor, "batch slot"], numbers: Float[Tensor, "batch slot"]
-) -> Bool[Tensor, "batch slot"]:
+def accepts(probability: BySlot, numbers: BySlot) -> Bool[Tensor, "batch slot"]:
     """Whether each token is accepted by itself, from a uniform number for each."""
     return numbers < probability
 
@@ -106,7 +98,7 @@ def next_distribution(
     accepted: Int[Tensor, " batch"],
     lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch vocab"]:
-    """What the token behind the accepted ones is drawn from: the residual if one was rejected."""
+    """The distribution behind the accepted tokens: the residual if one was rejected, else p."""
     row = torch.arange(len(p), device=p.device)
     # No draft is subtracted where no token was rejected, be it that none was verified.
     rejected = (accepted < lengths).unsqueeze(1)
@@ -118,7 +110,7 @@ def next_distribution(
 def residual(
     p: Float[Tensor, "*axes vocab"], q: Float[Tensor, "*axes vocab"]
 ) -> Float[Tensor, "*axes vocab"]:
-    """What a rejected token is drawn from: max(0, p - q), normalised.
+    """Return max(0, p - q), normalised: the distribution in place of a rejected token.
 
     Where p is q, no token is ever rejected, and p itself stands in.
     """
@@ -131,7 +123,7 @@ def residual(
 def distribution(
     logits: Float[Tensor, "*axes vocab"], temperature: NonNegative, top_p: TopP = 1.0
 ) -> Float[Tensor, "*axes vocab"]:
-    """Probabilities, in fp32 at least: the softmax at a temperature, then top-p.
+    """Return probabilities, in fp32 at least: the softmax at a temperature, then top-p.
 
     Temperature 0 puts everything on the likeliest token, the first of several. Top-p keeps the
     smallest set of likeliest tokens whose probabilities sum to at least ``top_p``.

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import read_trace
@@ -35,23 +35,21 @@ from dspark_lab.rates.survival import prefix_survival
 
 __all__ = ["rate_table", "sums_by_conversation", "tau_table", "trace_sums"]
 
+BySlot = Shaped[np.ndarray, "round slot"]
+ByRound = Shaped[np.ndarray, " round"]
+
 _SUMS = ["rounds", "reached", "passed", "survived"]
-_KEYS = ["kind", "conversation", "domain", "slot"]
 
 
 @checked
 def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
-    """The sums of a trace, of the kinds *on policy*, *empirical* and *predicted*.
+    """Return the sums of a trace, of the kinds *on policy*, *empirical* and *predicted*.
 
     A prediction passes as the confidence of a reached slot, and survives as the product of its
     round's confidences up to it, which is what a scheduler goes by. These products run over slots
-    past a rejection too, and treat a token's acceptance and the c* after it as independent, so that
-    even a head that gives every c* exactly has another survival than the empirical one; its
-    conditional rates are those on policy.
-
-    Args:
-        trace: as of :func:`dspark_lab.decoding.read_trace`; without confidences the prediction is
-            NaN.
+    past a rejection too, and treat a token's acceptance and the c* after it as independent: even
+    exact confidences have another survival than the empirical one. Without confidences the
+    prediction is NaN.
 
     Returns:
         a row for each ``kind``, ``conversation`` (the prompt) and ``slot``, with its ``domain`` and
@@ -71,33 +69,30 @@ def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
 
 
 def sums_by_conversation(
-    conversation: Shaped[np.ndarray, " round"],
-    domain: Shaped[np.ndarray, " round"],
-    reached: Shaped[np.ndarray, "round slot"],
-    kinds: dict[str, tuple[Shaped[np.ndarray, "round slot"], Shaped[np.ndarray, "round slot"]]],
+    conversation: ByRound, domain: ByRound, reached: BySlot, kinds: dict[str, tuple[BySlot, BySlot]]
 ) -> pd.DataFrame:
-    """The table of sums of rounds, those of a conversation in a row; ``kinds`` holds what passed
-    and what survived of each kind."""
+    """The table of sums of rounds in which each conversation is in one piece; ``kinds``: what
+    passed, and what survived."""
     starts = np.flatnonzero(np.append(True, conversation[1:] != conversation[:-1]))
-    count, slots = len(starts), reached.shape[1]
+    slots = reached.shape[1]
 
-    def total(values: Shaped[np.ndarray, "round slot"]) -> Float[np.ndarray, " sum"]:
+    def total(values: BySlot) -> Float[np.ndarray, " sum"]:
         return np.add.reduceat(values.astype(np.float64), starts, axis=0).ravel()
 
     common = pd.DataFrame(
         {
+            "kind": None,
             "conversation": conversation[starts].repeat(slots),
             "domain": domain[starts].repeat(slots),
-            "slot": np.tile(np.arange(slots), count),
-            "rounds": np.diff(np.append(starts, len(conversation))).astype(float).repeat(slots),
+            "slot": np.tile(np.arange(slots), len(starts)),
+            "rounds": total(np.ones_like(reached)),
             "reached": total(reached),
         }
     )
-    tables = []
-    for kind, (passed, survived) in kinds.items():
-        table = common.assign(passed=total(passed), survived=total(survived))
-        table.insert(0, "kind", kind)
-        tables.append(table)
+    tables = [
+        common.assign(kind=kind, passed=total(passed), survived=total(survived))
+        for kind, (passed, survived) in kinds.items()
+    ]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -105,24 +100,23 @@ def sums_by_conversation(
 def rate_table(
     sums: pd.DataFrame, by: str | Sequence[str] = (), *, resamples: Count = 1000, seed: Size = 0
 ) -> pd.DataFrame:
-    """Conditional rate and survival of each slot, for every kind in the sums.
+    """Return the conditional rate and the survival of each slot, for every kind in the sums.
 
     An interval is the 95 % percentile bootstrap of a ratio of sums, over the conversations that
-    enter its denominator. It is NaN where these are fewer than two, as they always are by
-    conversation. Groups of equally many conversations are resampled by the same draws.
+    enter its denominator; NaN where these are fewer than two. Groups of equally many conversations
+    are resampled by the same draws.
 
     Args:
         sums: of :func:`trace_sums`, :func:`teacher_forced_sums` and :func:`teacher_forced_answers`,
             concatenated.
         by: columns to keep apart, such as ``"domain"`` or ``"conversation"``, or one added to the
-            sums, such as the drafter. What is not named here is pooled.
+            sums, such as the drafter. The others are pooled.
 
     Returns:
         a row for each ``kind``, ``by`` and ``slot``, in the order of the sums: ``conversations``
         (that reach the slot), ``rounds`` (of all conversations), ``reached`` (slots),
         ``conditional`` with its interval ``low`` to ``high``, and ``survival`` with its interval
-        ``survival_low`` to ``survival_high``. What is undefined, such as the conditional rate of a
-        slot that was never reached, is NaN.
+        ``survival_low`` to ``survival_high``; NaN where undefined.
     """
     group = ["kind", *_columns_to_keep_apart(sums, by)]
     keys = [*group, "slot"]
@@ -144,9 +138,7 @@ def rate_table(
 def tau_table(
     sums: pd.DataFrame, by: str | Sequence[str] = (), *, resamples: Count = 1000, seed: Size = 0
 ) -> pd.DataFrame:
-    """Tau, in tokens per round, for every kind in the sums.
-
-    Of the kind *empirical* it is the mean of accepted slots + 1 over rounds, exactly.
+    """Return tau, in tokens per round, for every kind in the sums; *empirical* is exact.
 
     Arguments as of :func:`rate_table`. Returns a row for each ``kind`` and ``by``, in the order of
     the sums: ``conversations``, ``rounds``, ``tau`` and its interval ``low`` to ``high``.
@@ -167,16 +159,16 @@ def with_own_token(accepted: pd.DataFrame) -> pd.DataFrame:
 
 
 def _columns_to_keep_apart(sums: pd.DataFrame, by: str | Sequence[str]) -> list[str]:
-    """The columns that ``by`` names, of those by which sums can be kept apart."""
-    missing = [name for name in (*_KEYS, *_SUMS) if name not in sums.columns]
-    if missing or len(sums) == 0:
+    """The columns that ``by`` names; refuse others, and what is no table of sums."""
+    needed = ["kind", "conversation", "domain", "slot", *_SUMS]
+    if len(sums) == 0 or not set(needed) <= set(sums.columns):
         raise ValueError(
-            f"sums must have rows and the columns {[*_KEYS, *_SUMS]}, "
+            f"sums must have rows and the columns {needed}, "
             f"got {len(sums)} rows of {list(sums.columns)}"
         )
     allowed = [name for name in sums.columns if name not in ("kind", "slot", *_SUMS)]
     names = [by] if isinstance(by, str) else list(by)
-    if any(name not in allowed for name in names) or len(set(names)) < len(names):
+    if not set(names) <= set(allowed) or len(set(names)) < len(names):
         raise ValueError(f"by must name columns, each once, among {allowed}, got {names}")
     return names
 
@@ -184,17 +176,10 @@ def _columns_to_keep_apart(sums: pd.DataFrame, by: str | Sequence[str]) -> list[
 def _total(frame: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
     """The sums of values by keys, in the order in which these first appear. NaN stays NaN."""
     keys = list(dict.fromkeys(keys))
-    code = _group_numbers(frame, keys)
-    first = np.unique(code, return_index=True)[1]
-    result = frame[keys].iloc[first].reset_index(drop=True)
-    for name in values:
-        result[name] = np.bincount(code, frame[name])
-    return result
-
-
-def _group_numbers(frame: pd.DataFrame, keys: list[str]) -> Int[np.ndarray, " row"]:
-    """The number of each row's group, counted in the order in which groups first appear."""
-    return frame.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
+    code = frame.groupby(keys, sort=False, dropna=False).ngroup()
+    result = frame[keys].drop_duplicates(ignore_index=True)
+    # A groupby's sum compensates for rounding: other digits than a plain sum.
+    return result.assign(**{name: np.bincount(code, frame[name]) for name in values})
 
 
 def _ratios(
@@ -202,28 +187,23 @@ def _ratios(
 ) -> pd.DataFrame:
     """The ratio of two sums for each group, and its interval over the group's conversations.
 
-    ``each`` has a row for each group, named by ``keys``, and conversation. Returns ``keys``,
-    ``conversations`` (those with a denominator), the summed denominator, ``ratio``, ``low`` and
-    ``high``.
+    ``each`` has a row for each group and conversation. Returns ``keys``, ``conversations`` (those
+    with a denominator), the summed denominator, ``ratio``, ``low`` and ``high``.
     """
-    code = _group_numbers(each, keys)
+    code = each.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
     groups = _total(each, keys, [bottom, top])
     tops, bottoms = each[top].to_numpy(float), each[bottom].to_numpy(float)
     entering = np.flatnonzero(bottoms != 0)
     entering = entering[np.argsort(code[entering], kind="stable")]
     count = np.bincount(code[entering], minlength=len(groups))
     start = np.cumsum(count) - count
-    bounds = np.full((2, len(groups)), np.nan)
+    low, high = bounds = np.full((2, len(groups)), np.nan)
     for n in np.unique(count[count > 1]):
         alike = np.flatnonzero(count == n)
         members = entering[start[alike, None] + np.arange(n)]
         drawn = resampled(n, resamples, (seed, n), one_by_one=True)
         bounds[:, alike] = ratio_interval(tops[members], bottoms[members], drawn)
     total = groups[bottom].to_numpy(float)
-    return groups[keys].assign(
-        conversations=count,
-        **{bottom: total},
-        ratio=groups[top] / np.where(total == 0, np.nan, total),
-        low=bounds[0],
-        high=bounds[1],
-    )
+    ratio = groups[top] / np.where(total == 0, np.nan, total)
+    table = groups[keys].assign(conversations=count, **{bottom: total})
+    return table.assign(ratio=ratio, low=low, high=high)

@@ -18,10 +18,10 @@ _PIECE = 2**22
 def resampled(
     count: Count, resamples: Count, seed: Size | tuple[Size, Size], *, one_by_one: bool = False
 ) -> Int[np.ndarray, "resample conversation"]:
-    """How often each of ``count`` conversations is drawn when as many are, with replacement.
+    """Return how often each of ``count`` conversations is drawn when as many are, with replacement.
 
-    ``one_by_one`` draws conversation after conversation and counts, instead of drawing the counts:
-    the same distribution from other random numbers.
+    ``one_by_one`` draws the conversations and counts, instead of drawing the counts: the same
+    distribution from other random numbers.
     """
     rng = np.random.default_rng(seed)
     if not one_by_one:
@@ -37,10 +37,9 @@ def resampled(
 
 @checked
 def interval(
-    figures: Float[np.ndarray, "resample *figure"],
-    conversations: int | Int[np.ndarray, "*figure"],
+    figures: Float[np.ndarray, "resample *figure"], conversations: int | Int[np.ndarray, "*figure"]
 ) -> Float[np.ndarray, "bound *figure"]:
-    """The 95 % percentile interval of each figure, from its values in every resample.
+    """Return the 95 % percentile interval of each figure, from its values in every resample.
 
     Resamples in which a figure is undefined are left out. NaN where fewer than two
     ``conversations``, a number for all figures or for each, enter it.
@@ -62,7 +61,7 @@ def ratio_interval(
     bottom: Float[np.ndarray, "*figure conversation"],
     drawn: Int[np.ndarray, "resample conversation"],
 ) -> Float[np.ndarray, "bound *figure"]:
-    """The interval of sum(top) / sum(bottom) over conversations, for each figure."""
+    """Return the interval of sum(top) / sum(bottom) over conversations, for each figure."""
     times = drawn.T.astype(np.float64)
     ratios = (top @ times) / (bottom @ times)
     return interval(np.moveaxis(ratios, -1, 0), drawn.shape[1])
@@ -72,7 +71,7 @@ def ratio_interval(
 def bootstrap(
     values: ArrayLike, *, resamples: Count = 10_000, seed: Size = 0
 ) -> tuple[float, float, float]:
-    """The mean of one or more values and its interval; NaN of fewer than two."""
+    """Return the mean of one or more values and its interval; NaN of fewer than two."""
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or len(sample) == 0:
         raise ValueError(f"values must be one or more numbers, got shape {sample.shape}")

@@ -34,6 +34,8 @@ __all__ = [
     "temperature_scale",
 ]
 
+BySlot = Float[np.ndarray, "round slot"]
+
 _METHOD = "sequential_temperature_scaling"
 
 # From 1/5 to 5 in steps of 2 %, with 1 itself in the middle.
@@ -42,14 +44,11 @@ COARSE_GRID = TEMPERATURE_GRID[::3]
 
 
 def temperature_scale(confidence: ArrayLike, temperatures: ArrayLike) -> Float[np.ndarray, "..."]:
-    """sigmoid(logit(confidence) / temperature), entry by entry (Guo et al. 2017, section 4.2).
+    """Return sigmoid(logit(confidence) / temperature) (Guo et al. 2017, section 4.2).
 
     A temperature above 1 draws confidences towards 1/2. Their order under one temperature is kept;
-    0, 1 and NaN stay what they are.
-
-    Args:
-        confidence: ``[..., slot]``, probabilities; NaN where there is none.
-        temperatures: that broadcast against it, such as ``[slot]`` or ``[round, slot]``; above 0.
+    0, 1 and NaN stay what they are. ``temperatures`` broadcast against the ``[..., slot]``
+    confidences.
     """
     values = as_numbers("confidence", confidence)
     require_range("confidence", values)
@@ -64,10 +63,9 @@ def temperature_scale(confidence: ArrayLike, temperatures: ArrayLike) -> Float[n
 class SequentialTemperatures:
     """One temperature per slot of the block (DSpark's STS, arXiv 2607.05147).
 
-    A scheduler multiplies the confidences of a block, so what has to be right is their product up
-    to each slot. The temperatures are found from left to right: slot k's is the one that makes the
-    product of the calibrated confidences up to k agree best with the survival of slots 0 to k,
-    while the temperatures before it stay as they were found.
+    A scheduler multiplies the confidences of a block. So the temperatures are found from left to
+    right: slot k's makes the product of the calibrated confidences up to k agree best with the
+    survival of slots 0 to k, while the temperatures before it stay as they were found.
     """
 
     temperatures: tuple[Positive, ...]
@@ -89,7 +87,7 @@ class SequentialTemperatures:
     ) -> SequentialTemperatures:
         """Search ``grid`` for each slot, left to right, for the least expected calibration error.
 
-        Of equally good temperatures the one nearest to 1 is taken. Rounds whose survival up to a
+        Among equally good temperatures the one nearest to 1 is taken. Rounds whose survival up to a
         slot is unknown are left out there; a rejected slot settles all slots behind it.
 
         With accept rates as outcomes (products of c* over reached slots) the rounds that count at
@@ -99,42 +97,30 @@ class SequentialTemperatures:
 
         Args:
             confidence: ``[round, slot]``; NaN where the round has no such slot.
-            outcome: ``[round, slot]``, 0/1 or accept rates; NaN where the slot was not reached. As
-                :meth:`Rounds.outcome` returns it.
+            outcome: ``[round, slot]``, 0/1 or accept rates, as :meth:`Rounds.outcome` returns it;
+                NaN where the slot was not reached.
             otherwise: the temperature of non-identifiable slots: with fewer known rounds than bins,
-                or a survival that is 0 in all of them, or 1 in all. An error where None. With 1
-                they keep their confidences.
-            grid: temperatures to choose from. A warning is given where the choice is its lowest or
-                highest, which says that the grid is too narrow or the sample too small.
+                or a survival that is 0 in all of them, or 1 in all. An error where None.
+            grid: temperatures to choose from. The lowest or highest as a choice is warned of: the
+                grid is too narrow or the sample too small.
             bins, binning: of the calibration error.
         """
-        scaling, messages = _fit(
-            confidence, outcome, otherwise=otherwise, grid=grid, bins=bins, binning=binning
-        )
-        for message in messages:
-            warnings.warn(message, stacklevel=2)
-        return scaling
+        return _fit(confidence, outcome, otherwise=otherwise, grid=grid, bins=bins, binning=binning)
 
     @classmethod
     def fit_trace(cls, trace: pd.DataFrame | Rounds, **options: Any) -> SequentialTemperatures:
         """:meth:`fit` on a trace's confidences and on what was accepted; ``options`` as there."""
         rounds = rounds_of(trace)
-        scaling, messages = _fit(rounds.confidence, rounds.outcome(), **options)
-        for message in messages:
-            warnings.warn(message, stacklevel=2)
-        return scaling
+        return _fit(rounds.confidence, rounds.outcome(), **options)
 
     def apply(self, confidence: ArrayLike) -> Float[np.ndarray, "... slot"]:
-        """Calibrated confidences of ``[..., slot]`` ones, in the same order within each slot.
-
-        The block may be shorter than the one that was fitted. NaN stays NaN.
-        """
+        """Return calibrated confidences of blocks that are not longer than those fitted."""
         values = as_numbers("confidence", confidence)
         return temperature_scale(values, self.of_block(values))
 
     @checked
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``calibration.json`` into a drafter's folder, all of it or nothing."""
+        """Write ``calibration.json`` into a drafter's folder, whole or not at all."""
         place = Path(folder)
         if not place.is_dir():
             raise ValueError(f"folder must be an existing folder, got {place}")
@@ -144,12 +130,7 @@ class SequentialTemperatures:
     @classmethod
     @checked
     def load(cls, folder: str | os.PathLike[str]) -> SequentialTemperatures:
-        """Read the ``calibration.json`` that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: the folder holds no such file.
-            ValueError: the file is cut off, of another method, or its temperatures are none.
-        """
+        """Read the ``calibration.json`` that :meth:`save` wrote."""
         path = Path(folder) / CALIBRATION
         values = read_json(path)
         if values.get("method") != _METHOD:
@@ -182,14 +163,13 @@ def online_temperatures(
     start: SequentialTemperatures | None = None,
     grid: ArrayLike = COARSE_GRID,
     bins: Count = 15,
-) -> Float[np.ndarray, "round slot"]:
-    """Sequential temperature scaling that follows the traffic: recent rounds weigh more.
+) -> BySlot:
+    """Return temperatures that follow the traffic: recent rounds weigh more.
 
     Every ``every`` rounds all temperatures are found anew, left to right, on the rounds before,
     where a round that lies h rounds back weighs 0.5 ** (h / half_life); rounds more than ten half
     lives back are left out. So the temperatures of a round never come from that round or a later
-    one, and calibration errors measured with them are honest. A slot that is not identifiable yet
-    (fewer known rounds than bins, or survival of one class) keeps its temperature.
+    one. A slot that is not identifiable yet keeps its temperature.
 
     Args:
         confidence, outcome: as in :meth:`SequentialTemperatures.fit`, rounds in order of time.
@@ -200,7 +180,7 @@ def online_temperatures(
         bins: of equal width.
 
     Returns:
-        the temperatures in force at each round; :func:`temperature_scale` applies them.
+        the temperatures in force at each round, for :func:`temperature_scale`.
     """
     f, survival = _confidence_and_survival(confidence, outcome)
     choices = _nearest_to_1_first(grid)
@@ -209,13 +189,11 @@ def online_temperatures(
     # More rounds than there are make no difference, and an int has a largest half life.
     span = int(min(np.ceil(10 * half_life), len(f)))
     for now in range(0, len(f), every):
-        window = slice(max(0, now - span), now)
-        age = now - 1 - np.arange(window.start, now)
-        fixed = non_identifiable_slots(f[window], survival[window], bins)
-        weights = 0.5 ** (age / half_life)
-        current = search(
-            f[window], survival[window], weights, current, fixed, choices, bins, "width"
-        )
+        window = np.arange(max(0, now - span), now)
+        weights = 0.5 ** ((now - 1 - window) / half_life)
+        seen = f[window], survival[window]
+        fixed = non_identifiable_slots(*seen, bins)
+        current = search(*seen, weights, current, fixed, choices, bins, "width")
         temperatures[now : now + every] = current
     return temperatures
 
@@ -223,7 +201,7 @@ def online_temperatures(
 def disjoint_rounds(
     fit: pd.DataFrame | Rounds, *others: pd.DataFrame | Rounds
 ) -> tuple[Rounds, ...]:
-    """The rounds of each trace; refused where another one has a prompt of ``fit``."""
+    """Return the rounds of each trace; refuse another one that has a prompt of ``fit``."""
     first, *rest = map(rounds_of, (fit, *others))
     for other in rest:
         shared = np.intersect1d(first.prompt, other.prompt)
@@ -238,18 +216,13 @@ def disjoint_rounds(
 
 @checked
 def fit_identifiable_slots(rounds: Rounds, **options: Any) -> SequentialTemperatures:
-    """:meth:`SequentialTemperatures.fit` for tables: non-identifiable slots keep their confidences,
-    and nothing is warned of."""
-    return _fit(rounds.confidence, rounds.outcome(), otherwise=1.0, **options)[0]
+    """:meth:`SequentialTemperatures.fit` without warnings; other slots keep their confidences."""
+    return _fit(rounds.confidence, rounds.outcome(), otherwise=1.0, warn=False, **options)
 
 
 @checked
-def non_identifiable_slots(
-    confidence: Float[np.ndarray, "round slot"],
-    survival: Float[np.ndarray, "round slot"],
-    min_rounds: int,
-) -> dict[int, str]:
-    """The slots whose temperature the rounds cannot determine, each with the reason."""
+def non_identifiable_slots(confidence: BySlot, survival: BySlot, min_rounds: int) -> dict[int, str]:
+    """Return the slots whose temperature the rounds cannot determine, each with the reason."""
     reasons = {}
     for slot, known in enumerate(_known(confidence, survival).T):
         seen = survival[known, slot]
@@ -261,8 +234,8 @@ def non_identifiable_slots(
 
 
 def search(
-    f: Float[np.ndarray, "round slot"],
-    survival: Float[np.ndarray, "round slot"],
+    f: BySlot,
+    survival: BySlot,
     weights: Float[np.ndarray, " round"],
     start: Float[np.ndarray, " slot"],
     fixed: Container[int],
@@ -272,18 +245,16 @@ def search(
 ) -> Float[np.ndarray, " slot"]:
     """New temperatures, left to right; those of ``fixed`` slots stay as in ``start``.
 
-    A slot's is the first of ``choices`` whose product up to the slot has the least error.
+    A slot takes the first of ``choices`` whose product up to the slot has the least error.
     """
     found = start.copy()
     product = np.ones(len(f))
     for slot, known in enumerate(_known(f, survival).T):
         logit = _logit(f[:, slot])
         if slot not in fixed:
-            before, own, seen, weight = (
-                values[known] for values in (product, logit, survival[:, slot], weights)
-            )
+            before, own, seen = product[known], logit[known], survival[known, slot]
             errors = [
-                binned_error(before * _sigmoid(own / t), seen, bins, binning, weight)
+                binned_error(before * _sigmoid(own / t), seen, bins, binning, weights[known])
                 for t in choices
             ]
             found[slot] = choices[np.argmin(errors)]
@@ -300,8 +271,8 @@ def _fit(
     grid: ArrayLike = TEMPERATURE_GRID,
     bins: Count = 15,
     binning: Binning = "width",
-) -> tuple[SequentialTemperatures, list[str]]:
-    """The temperatures of :meth:`SequentialTemperatures.fit`, and the warnings."""
+    warn: bool = True,
+) -> SequentialTemperatures:
     f, survival = _confidence_and_survival(confidence, outcome)
     choices = _nearest_to_1_first(grid)
     fixed = non_identifiable_slots(f, survival, bins)
@@ -310,18 +281,16 @@ def _fit(
         raise ValueError(f"slot {slot}: {reason}; fit on more rounds or on fewer slots")
     start = np.full(f.shape[1], otherwise, dtype=np.float64)
     found = search(f, survival, np.ones(len(f)), start, fixed, choices, bins, binning)
-    ends = (choices.min(), choices.max()) if len(choices) > 2 else ()
-    messages = [
-        f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
-        for slot, best in enumerate(found)
-        if slot not in fixed and best in ends
-    ]
-    return SequentialTemperatures(tuple(found.tolist())), messages
+    ends = (choices.min(), choices.max()) if warn and len(choices) > 2 else ()
+    for slot, best in enumerate(found):
+        if slot not in fixed and best in ends:
+            # In the line that called fit or fit_trace, past these and the check of arguments.
+            words = f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
+            warnings.warn(words, stacklevel=4)
+    return SequentialTemperatures(tuple(found.tolist()))
 
 
-def _known(
-    confidence: Float[np.ndarray, "round slot"], survival: Float[np.ndarray, "round slot"]
-) -> Bool[np.ndarray, "round slot"]:
+def _known(confidence: BySlot, survival: BySlot) -> Bool[np.ndarray, "round slot"]:
     """Where both the survival up to a slot and all confidences up to it are known."""
     return ~np.isnan(survival) & ~np.isnan(np.cumsum(confidence, axis=1))
 
@@ -336,9 +305,7 @@ def _sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         return 1 / (1 + np.exp(-x))
 
 
-def _confidence_and_survival(
-    confidence: ArrayLike, outcome: ArrayLike
-) -> tuple[Float[np.ndarray, "round slot"], Float[np.ndarray, "round slot"]]:
+def _confidence_and_survival(confidence: ArrayLike, outcome: ArrayLike) -> tuple[BySlot, BySlot]:
     f, o = as_numbers("confidence", confidence), as_numbers("outcome", outcome)
     for name, values in (("confidence", f), ("outcome", o)):
         if values.ndim != 2 or values.size == 0:

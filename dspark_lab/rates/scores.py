@@ -25,27 +25,19 @@ __all__ = [
 ]
 
 Binning = Literal["width", "mass"]
+Sample = Float[np.ndarray, " sample"]
 
 
 @checked
 def reliability_table(
-    confidence: ArrayLike,
-    outcome: ArrayLike,
-    bins: Count = 15,
-    binning: Binning = "width",
+    confidence: ArrayLike, outcome: ArrayLike, bins: Count = 15, binning: Binning = "width"
 ) -> pd.DataFrame:
-    """Mean confidence beside mean outcome, bin by bin: the numbers of a reliability diagram.
+    """Return mean confidence and mean outcome, bin by bin: the numbers of a reliability diagram.
 
-    Bins of equal *width* cut [0, 1] evenly. Bins of equal *mass* are cut at the quantiles of the
-    confidences (linear interpolation), so that each holds about as many samples; where many
-    confidences are equal, neighbouring cuts coincide and bins stay empty. A confidence on a cut
-    belongs to the bin below it. Definition: Guo et al. 2017, section 2.
-
-    Args:
-        confidence: ``[sample]``, probabilities.
-        outcome: ``[sample]``, 0 or 1, or accept rates in between.
-        bins: how many; of equal mass, no more than samples.
-        binning: ``"width"`` or ``"mass"``.
+    Bins of equal *width* cut [0, 1] evenly. Bins of equal *mass*, at most as many as samples, are
+    cut at the quantiles of the confidences (linear interpolation), so that each holds about as many
+    samples; where many confidences are equal, cuts coincide and bins stay empty. A confidence on a
+    cut belongs to the bin below it (Guo et al. 2017, section 2).
 
     Returns:
         one row per bin, ascending, empty ones too: ``low`` and ``high`` (bounds of the bin),
@@ -62,44 +54,35 @@ def reliability_table(
     group = _bin(f, edges)
     count = np.bincount(group, minlength=bins)
     known = np.where(count > 0, count, np.nan)
-    mean_f = np.bincount(group, f, bins) / known
-    mean_o = np.bincount(group, o, bins) / known
-    return pd.DataFrame(
-        {
-            "low": edges[:-1],
-            "high": edges[1:],
-            "count": count,
-            "confidence": mean_f,
-            "outcome": mean_o,
-            "gap": mean_f - mean_o,
-        }
-    )
+    means = {"confidence": np.bincount(group, f, bins) / known}
+    means["outcome"] = np.bincount(group, o, bins) / known
+    means["gap"] = means["confidence"] - means["outcome"]
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": count, **means})
 
 
 @checked
 def expected_calibration_error(
     confidence: ArrayLike, outcome: ArrayLike, bins: Count = 15, binning: Binning = "width"
 ) -> float:
-    """Mean over samples of their bin's \\|mean confidence - mean outcome\\| (Guo et al. 2017).
+    """Return the mean over samples of their bin's \\|mean confidence - mean outcome\\|.
 
-    Between 0 and 1; NaN with fewer samples than bins. A finite sample of a perfectly calibrated
-    head has a positive error too, the more so the fewer samples a bin holds: compare numbers of
-    like sample sizes.
+    NaN with fewer samples than bins. A finite sample of a perfectly calibrated head has a positive
+    error too, the more so the fewer samples a bin holds: compare numbers of like sample sizes.
     """
     return error_or_nan(*_pairs(confidence, outcome), bins, binning)
 
 
 def brier(confidence: ArrayLike, outcome: ArrayLike) -> float:
-    """Mean squared distance of confidence and outcome."""
+    """Return the mean squared distance of confidence and outcome."""
     f, o = _pairs(confidence, outcome)
     return float(np.mean((f - o) ** 2))
 
 
 def auroc(confidence: ArrayLike, outcome: ArrayLike) -> float:
-    """The chance that an accepted slot has a higher confidence than a rejected one; ties count 1/2.
+    """Return the chance that an accepted slot has more confidence than a rejected one, a tie 1/2.
 
     An outcome between 0 and 1 counts as that share of an accepted slot and the rest of a rejected
-    one, both with the same confidence. NaN where all outcomes are 0 or all 1.
+    one. NaN where all outcomes are 0 or all 1.
     """
     # Imported here, so that `import dspark_lab` does not wait for it.
     from sklearn.metrics import roc_auc_score
@@ -112,15 +95,15 @@ def auroc(confidence: ArrayLike, outcome: ArrayLike) -> float:
 
 
 def as_numbers(name: str, values: ArrayLike) -> Float[np.ndarray, "..."]:
-    """The values as floats; refused where they are no numbers."""
+    """Return the values as floats; refuse what are no numbers."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold numbers, got {array.dtype} ({type(values).__name__})")
     return array.astype(np.float64)
 
 
-def as_probabilities(name: str, values: ArrayLike) -> Float[np.ndarray, " sample"]:
-    """The values as floats; refused where they are not one or more probabilities."""
+def as_probabilities(name: str, values: ArrayLike) -> Sample:
+    """Return the values as floats; refuse anything but one or more probabilities."""
     array = as_numbers(name, values)
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(f"{name} must be [sample] with one or more, got shape {array.shape}")
@@ -141,11 +124,7 @@ def require_range(name: str, values: Float[np.ndarray, "..."]) -> None:
 
 
 def binned_error(
-    f: Float[np.ndarray, " sample"],
-    o: Float[np.ndarray, " sample"],
-    bins: int,
-    binning: Binning,
-    weights: Float[np.ndarray, " sample"] | None = None,
+    f: Sample, o: Sample, bins: int, binning: Binning, weights: Sample | None = None
 ) -> float:
     """The expected calibration error of any number of samples, unchecked."""
     w = np.ones_like(f) if weights is None else weights
@@ -153,25 +132,20 @@ def binned_error(
     return float(np.abs(gaps).sum() / w.sum())
 
 
-def error_or_nan(
-    f: Float[np.ndarray, " sample"], o: Float[np.ndarray, " sample"], bins: int, binning: Binning
-) -> float:
+def error_or_nan(f: Sample, o: Sample, bins: int, binning: Binning) -> float:
     """The same, or NaN of fewer samples than bins."""
     return binned_error(f, o, bins, binning) if len(f) >= bins else float("nan")
 
 
 def resampled_errors(
-    f: Float[np.ndarray, " sample"],
-    o: Float[np.ndarray, " sample"],
+    f: Sample,
+    o: Sample,
     group: Int[np.ndarray, " sample"],
     drawn: Int[np.ndarray, "resample group"],
     bins: int,
     binning: Binning,
 ) -> Float[np.ndarray, " resample"]:
-    """The error where each group of samples counts as often as it was drawn, in bins of them all.
-
-    NaN where no sample was drawn.
-    """
+    """The error where each group counts as often as it was drawn; NaN without any sample."""
     groups = drawn.shape[1]
     cell = group * bins + _bin(f, _edges(f, bins, binning))
     gaps = np.bincount(cell, f - o, groups * bins).reshape(groups, bins)
@@ -179,20 +153,16 @@ def resampled_errors(
     return np.abs(drawn @ gaps).sum(axis=1) / np.where(count > 0, count, np.nan)
 
 
-def _pairs(
-    confidence: ArrayLike, outcome: ArrayLike
-) -> tuple[Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]:
+def _pairs(confidence: ArrayLike, outcome: ArrayLike) -> tuple[Sample, Sample]:
     f, o = as_probabilities("confidence", confidence), as_probabilities("outcome", outcome)
     if len(f) != len(o):
         raise ValueError(f"confidence and outcome must be as long, got {len(f)} and {len(o)}")
     return f, o
 
 
-def _edges(
-    f: Float[np.ndarray, " sample"], bins: int, binning: Binning
-) -> Float[np.ndarray, " edge"]:
+def _edges(f: Sample, bins: int, binning: Binning) -> Float[np.ndarray, " edge"]:
     """The bounds of the bins. A cut of equal mass at a sample, or between equal ones, is that very
-    number, without rounding: places in the order of samples are whole numbers of ``1 / bins``."""
+    number: places in the order of samples are whole numbers of ``1 / bins``, without rounding."""
     if binning == "width":
         return np.linspace(0, 1, bins + 1)
     ordered = np.sort(f)
@@ -201,8 +171,6 @@ def _edges(
     return low + (high - low) * (rest / bins)
 
 
-def _bin(
-    f: Float[np.ndarray, " sample"], edges: Float[np.ndarray, " edge"]
-) -> Int[np.ndarray, " sample"]:
+def _bin(f: Sample, edges: Float[np.ndarray, " edge"]) -> Int[np.ndarray, " sample"]:
     """The bin of each value; one that lies on a cut is in the bin below it."""
     return np.searchsorted(edges[1:-1], f, side="left")

@@ -1,4 +1,4 @@
-"""Survival along a block: the product of what becomes of each slot."""
+"""Survival along a block: the product of the outcomes of its slots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["prefix_survival", "slot_before"]
 
 @checked
 def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarray, "*axes slot"]:
-    """Whether, or how likely, all slots up to each one are accepted: the product of outcomes.
+    """Return whether, or how likely, all slots up to each one are accepted: a running product.
 
     Outcomes are 0 or 1, accept rates or confidences. Once one is 0 the product is 0, whatever is
     unknown (NaN) beyond it; otherwise it is NaN from the first unknown outcome on.
@@ -23,7 +23,5 @@ def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarra
 
 @checked
 def slot_before(values: Shaped[np.ndarray, "*axes slot"]) -> Shaped[np.ndarray, "*axes slot"]:
-    """The value of the slot before; 1 (or True) at the first. Of survival: who gets to the slot."""
-    before = np.ones_like(values)
-    before[..., 1:] = values[..., :-1]
-    return before
+    """Return the value of the slot before; 1 (or True) at the first slot."""
+    return np.insert(values[..., :-1], 0, 1, axis=-1)

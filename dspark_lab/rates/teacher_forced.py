@@ -1,8 +1,7 @@
 """Teacher-forced accept rates: of held-out conversations, and of answers that were decoded.
 
 Tau is here 1 + the expected number of a block's slots that survive verification at temperature 1,
-from the analytic accept rates, averaged over blocks. Intervals are over conversations: the blocks
-of one conversation resemble each other, so slots are no independent sample.
+from the analytic accept rates, averaged over blocks. Intervals are over conversations.
 """
 
 from __future__ import annotations
@@ -57,41 +56,29 @@ def evaluate(
     seed: Size = 0,
     features: FeatureSource | None = None,
 ) -> pd.DataFrame:
-    """Tau and accept rates of each conversation in which a whole block fits into an answer.
+    """Return tau and accept rates of each conversation in which a whole block fits into an answer.
 
     Blocks that an answer's end cuts are left out: their expected length says less of the drafter
-    than of where the answer ends. The anchors follow from ``seed`` and the conversation alone, not
-    from the drafter, so drafters of one block size meet the same blocks.
+    than of where the answer ends. The anchors follow from ``seed`` and the conversation alone, so
+    drafters of one block size meet the same blocks.
 
     Args:
-        drafter, target, encoded: drafter, teacher and conversations; the drafter's mode, eval or
-            training, makes no difference.
         num_anchors: at most so many blocks a conversation, drawn at random; all where None.
-        seed: of that draw.
         features: where the target's features come from; computed where None.
 
     Returns:
         a row for each conversation: ``conversation``, ``domain``, ``blocks``, ``tau`` (mean of the
         blocks), and for each slot k ``accept_k`` (mean accept rate) and ``survival_k`` (mean of
         their product up to it).
-
-    Raises:
-        ValueError: no conversation holds a whole block.
     """
     rows = []
-    for index, rates in _whole_blocks(drafter, target, encoded, num_anchors, seed, features):
-        chat = encoded[index].chat
+    found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
+    for index, domain, rates in found:
         survival = prefix_survival(rates.accept).mean(axis=0)
-        rows.append(
-            {
-                "conversation": chat.id,
-                "domain": chat.domain or "none",
-                "blocks": len(rates.accept),
-                "tau": 1 + survival.sum(),
-                **{f"accept_{k}": rate for k, rate in enumerate(rates.accept.mean(axis=0))},
-                **{f"survival_{k}": rate for k, rate in enumerate(survival)},
-            }
-        )
+        row: dict[str, Any] = {"conversation": encoded[index].chat.id, "domain": domain}
+        row |= {"blocks": len(rates.accept), "tau": 1 + survival.sum()}
+        row |= {f"accept_{k}": rate for k, rate in enumerate(rates.accept.mean(axis=0))}
+        rows.append(row | {f"survival_{k}": rate for k, rate in enumerate(survival)})
     return pd.DataFrame(rows)
 
 
@@ -105,32 +92,26 @@ def teacher_forced_sums(
     seed: Size = 0,
     features: FeatureSource | None = None,
 ) -> pd.DataFrame:
-    """The sums of the same blocks for :func:`rate_table`, with the predicted rates beside them.
+    """Return the sums of the same blocks for :func:`rate_table`, with the predicted rates.
 
     Where :func:`evaluate` averages over the blocks of a conversation first, these sums weigh each
-    block alike.
-
-    Arguments as of :func:`evaluate`. Returns the columns of :func:`trace_sums`, of the kinds
+    block alike. Arguments as there. Returns the columns of :func:`trace_sums`, of the kinds
     *teacher-forced* and *predicted, teacher-forced* (NaN without a confidence head); a conversation
     is its place in ``encoded``.
     """
-    found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
-    return block_sums(
-        (index, encoded[index].chat.domain or "none", rates) for index, rates in found
-    )
+    return block_sums(_whole_blocks(drafter, target, encoded, num_anchors, seed, features))
 
 
 @checked
 def teacher_forced_answers(
     drafter: Drafter, target: Target, decoded: Decoded, prompts: Sequence[Prompt]
 ) -> pd.DataFrame:
-    """The sums of texts that were decoded: from every token of an answer, and from real rounds.
+    """Return the sums of texts that were decoded: from every token, and from real rounds.
 
     A teacher-forced rate lets a block begin at every token alike. When decoding, a round begins
     where the one before ended, most often at a token that was hard to guess, and hard tokens come
-    together: easy stretches are crossed in few rounds, hard ones in many. At slot 0 the rate where
-    rounds began is the rate on policy; the further slots differ, because there the text and the
-    draft may have parted.
+    together. At slot 0 the rate where rounds began is the rate on policy; the further slots differ,
+    because there the text and the draft may have parted.
 
     Args:
         drafter, target, prompts: that the answers were decoded with, at temperature 1.
@@ -141,24 +122,21 @@ def teacher_forced_answers(
         ``"where rounds began"``. A conversation is the number of its prompt.
     """
     first = decoded.trace[decoded.trace["slot"] == 0]
-    found: dict[str, list[tuple[int, str, BlockRates]]] = {
-        "every token": [],
-        "where rounds began": [],
-    }
+    ways: dict[str, list] = {"every token": [], "where rounds began": []}
     for index, part in first.groupby("prompt"):
         ids, answer = encode_prompt(target, prompts[index]), decoded.tokens[index]
         rows = torch.tensor([ids + answer], device=target.device)
-        loss_mask = torch.arange(rows.shape[1], device=target.device)[None] >= len(ids)
+        batch = Batch.of_tokens(
+            rows, torch.arange(rows.shape[1], device=rows.device)[None] >= len(ids)
+        )
         features = target.features(rows, drafter.config.target_layer_ids)
         starts = (range(len(answer) - 1), part["position"] - 1)
-        for blocks, start in zip(found.values(), starts, strict=True):
+        for blocks, start in zip(ways.values(), starts, strict=True):
             anchors = torch.tensor(list(start), device=target.device) + len(ids)
-            rates = _block_rates(drafter, rows, loss_mask, features, anchors)
+            rates = _block_rates(drafter, batch, features, anchors)
             blocks.append((index, part["domain"].iloc[0], rates))
-    return pd.concat(
-        [block_sums(blocks).assign(anchors=name) for name, blocks in found.items()],
-        ignore_index=True,
-    )
+    tables = [block_sums(blocks).assign(anchors=name) for name, blocks in ways.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 @checked
@@ -170,7 +148,7 @@ def compare_drafters(
     resamples: Count = 10_000,
     seed: Size = 0,
 ) -> pd.Series:
-    """How much larger the mean of ``by`` is than the baseline's, in percent, with a 95 % interval.
+    """Return by how many percent the mean of ``by`` exceeds the baseline's, with a 95 % interval.
 
     Both tables must come from :func:`evaluate` on the same conversations, which are resampled
     together.
@@ -180,27 +158,20 @@ def compare_drafters(
     own, theirs = ours[by].to_numpy(), baseline[by].to_numpy()
     drawn = resampled(len(own), resamples, seed, one_by_one=True)
     low, high = 100 * (ratio_interval(own, theirs, drawn) - 1)
-    return pd.Series(
-        {
-            "ours": own.mean(),
-            "baseline": theirs.mean(),
-            "gain_percent": 100 * (own.mean() / theirs.mean() - 1),
-            "low": low,
-            "high": high,
-        }
-    )
+    gain = 100 * (own.mean() / theirs.mean() - 1)
+    figures = {"ours": own.mean(), "baseline": theirs.mean(), "gain_percent": gain}
+    return pd.Series({**figures, "low": low, "high": high})
 
 
 @checked
 def slot_table(
     evaluations: Mapping[str, pd.DataFrame], *, resamples: Count = 2000, seed: Size = 0
 ) -> pd.DataFrame:
-    """Acceptance along the block: one row for each drafter and slot, slots counted from 0.
+    """Return the acceptance along the block: a row for each ``drafter`` and ``slot``.
 
-    ``accept``: the mean accept rate of the slot, wherever it is reached or not. ``survival``: the
+    ``accept``: the mean accept rate of the slot, whether it is reached or not. ``survival``: the
     chance that the slot and all before it survive. ``conditional``: the chance that it survives
-    given that all before it did, which is survival divided by the survival of the slot before.
-    ``low`` and ``high``: the 95 % interval of ``conditional`` over conversations.
+    given that all before it did, with its 95 % interval over conversations, ``low`` to ``high``.
     """
     tables = []
     for drafter, table in evaluations.items():
@@ -208,20 +179,12 @@ def slot_table(
         survival = table[[f"survival_{k}" for k in slots]].to_numpy()
         reach = slot_before(survival)
         drawn = resampled(len(table), resamples, seed, one_by_one=True)
-        low, high = ratio_interval(survival.T, reach.T, drawn)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "drafter": drafter,
-                    "slot": slots,
-                    "accept": [table[f"accept_{k}"].mean() for k in slots],
-                    "survival": survival.mean(axis=0),
-                    "conditional": survival.mean(axis=0) / reach.mean(axis=0),
-                    "low": low,
-                    "high": high,
-                }
-            )
-        )
+        own = pd.DataFrame({"drafter": drafter, "slot": slots})
+        own["accept"] = [table[f"accept_{k}"].mean() for k in slots]
+        own["survival"] = survival.mean(axis=0)
+        own["conditional"] = survival.mean(axis=0) / reach.mean(axis=0)
+        own["low"], own["high"] = ratio_interval(survival.T, reach.T, drawn)
+        tables.append(own)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -229,7 +192,7 @@ def slot_table(
 def drafter_table(
     evaluations: Mapping[str, pd.DataFrame], *, resamples: Count = 10_000, seed: Size = 0
 ) -> pd.DataFrame:
-    """Tau of each drafter with its 95 % interval over conversations, over all and by domain."""
+    """Return tau of each drafter, over all and by domain, and its 95 % interval by conversation."""
     rows = []
     for drafter, table in evaluations.items():
         for domain, part in [("all", table), *table.groupby("domain", sort=False)]:
@@ -241,7 +204,7 @@ def drafter_table(
 
 @checked
 def whole_block_anchors(batch: Batch, block_size: Count) -> Int[Tensor, " anchor"]:
-    """The candidates of a batch of one document whose block is supervised to its last slot."""
+    """Return the candidates of one document whose block is supervised to its last slot."""
     seq_len = batch.input_ids.shape[1]
     candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask)[0].nonzero()[:, 0]
     if len(candidates) == 0:
@@ -262,29 +225,17 @@ class BlockRates:
 
 @torch.no_grad()
 def _block_rates(
-    drafter: Drafter,
-    input_ids: Int[Tensor, "1 seq"],
-    loss_mask: Bool[Tensor, "1 seq"],
-    features: Features,
-    anchors: Int[Tensor, " anchor"],
+    drafter: Drafter, batch: Batch, features: Features, anchors: Int[Tensor, " anchor"]
 ) -> BlockRates:
-    blocks = cut_blocks(
-        Batch.of_tokens(input_ids, loss_mask),
-        anchors[None],
-        torch.ones_like(anchors[None], dtype=torch.bool),
-        drafter.config.block_size,
-        mask_token_id=drafter.config.mask_token_id,
-    )
+    c, keep = drafter.config, torch.ones_like(anchors[None], dtype=torch.bool)
+    blocks = cut_blocks(batch, anchors[None], keep, c.block_size, mask_token_id=c.mask_token_id)
     slots = drafter.slots(blocks, features.context, features.last)
     accept = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).accept
     confidence = torch.full_like(accept, torch.nan)
     if slots.confidence_pred is not None:
         confidence = slots.confidence_pred.double().sigmoid()
-    return BlockRates(
-        accept[0].double().cpu().numpy(),
-        confidence[0].double().cpu().numpy(),
-        slots.eval_mask[0].cpu().numpy(),
-    )
+    columns = accept.double(), confidence.double(), slots.eval_mask
+    return BlockRates(*(column[0].cpu().numpy() for column in columns))
 
 
 def _whole_blocks(
@@ -294,13 +245,13 @@ def _whole_blocks(
     num_anchors: int | None,
     seed: int,
     features: FeatureSource | None,
-) -> Iterator[tuple[int, BlockRates]]:
-    """The number of each conversation that holds a whole block, and the rates of its blocks."""
+) -> Iterator[tuple[int, str, BlockRates]]:
+    """Number, domain and block rates of each conversation that holds a whole block."""
     source = features or live_features(target, drafter.config.target_layer_ids)
-    found = False
+    size, found = drafter.config.block_size, False
     for index, item in enumerate(encoded):
         batch = collate([item], pad_token_id=0)
-        anchors = whole_block_anchors(batch, drafter.config.block_size)
+        anchors = whole_block_anchors(batch, size)
         if num_anchors is not None and len(anchors) > num_anchors:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             drawn = torch.randperm(len(anchors), generator=generator)[:num_anchors]
@@ -310,17 +261,16 @@ def _whole_blocks(
         found = True
         batch.chat_index.fill_(index)
         batch = batch.to(target.device)
-        given, anchors = source(batch), anchors.to(target.device)
-        yield index, _block_rates(drafter, batch.input_ids, batch.loss_mask, given, anchors)
+        rates = _block_rates(drafter, batch, source(batch), anchors.to(target.device))
+        yield index, item.chat.domain or "none", rates
     if not found:
         raise ValueError(
-            f"no conversation holds {drafter.config.block_size + 1} supervised tokens in a row, "
-            "which a whole block needs"
+            f"no conversation holds {size + 1} supervised tokens in a row, as a whole block needs"
         )
 
 
 def block_sums(found: Iterable[tuple[Any, str, BlockRates]]) -> pd.DataFrame:
-    """The table of sums of conversations, each a label, a domain and the rates of its blocks.
+    """Return the table of sums of conversations: of each a label, a domain and its blocks' rates.
 
     Nothing is drawn, so a slot is reached with the probability that its block survives up to it:
     ``reached`` is an expected number. A slot that is not supervised counts like one that was not
@@ -339,6 +289,5 @@ def block_sums(found: Iterable[tuple[Any, str, BlockRates]]) -> pd.DataFrame:
         "teacher-forced": (survival, survival),
         "predicted, teacher-forced": (np.where(supervised, reached * confidence, 0), predicted),
     }
-    return sums_by_conversation(
-        np.repeat(labels, counts), np.repeat(domains, counts), reached, kinds
-    )
+    conversation, domain = np.repeat(labels, counts), np.repeat(domains, counts)
+    return sums_by_conversation(conversation, domain, reached, kinds)

@@ -2,8 +2,7 @@
 
 Verification stops before the first slot whose value lies below the threshold. Whether a slot is
 verified, and then accepted, depends on the slots before it alone, so cutting a round short changes
-nothing in front of the cut. Rounds begin where they began in the trace, although a real run would
-begin its next round earlier.
+nothing in front of the cut. Rounds begin where they began in the trace.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def highest_threshold(
     allowed: Bool[np.ndarray, "round slot"],
     on: Literal["slot", "product"] = "slot",
 ) -> Float[np.ndarray, "round slot"]:
-    """The highest threshold at which each slot is still verified.
+    """Return the highest threshold at which each slot is still verified.
 
     The threshold is on each slot's own value, or on the product of values up to it. -inf from the
     first slot on that is not ``allowed``.
@@ -48,7 +47,7 @@ def sums_by_threshold(
     thresholds: Float[np.ndarray, " threshold"],
     group: Int[np.ndarray, " round"],
 ) -> Float[np.ndarray, "group threshold slot"]:
-    """The summed weight of the slots that are verified at each threshold, by group of rounds.
+    """Return the summed weight of the slots verified at each threshold, by group of rounds.
 
     ``highest`` is of :func:`highest_threshold`; groups are numbered from 0.
     """
@@ -73,29 +72,25 @@ def threshold_sweep(
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
-    """Slots that a static threshold on each slot's confidence verifies and accepts.
+    """Return how many slots a static threshold on each slot's confidence verifies and accepts.
 
     A threshold can only cut what the trace verified: use a trace that was decoded without one.
 
     Args:
-        trace: of one drafter.
         thresholds: in [0, 1], by default every 0.05 below 1; 0 verifies all that the trace did.
         calibrated: scales the confidences first.
 
     Returns:
-        one row per threshold: ``threshold``, ``acceptance_rate`` (accepted over verified; NaN where
-        nothing is verified), ``verified`` and ``accepted`` (slots per round, without the target's
-        own token), each of the three with ``_low`` and ``_high``, and ``not_in_trace``: slots per
-        round that pass the threshold but that the trace did not verify, because it was cut there or
-        the answer ended. ``_low`` and ``_high`` are 95 % percentile bootstrap intervals over
-        conversations, all thresholds resampled together; NaN where fewer than two conversations
-        have a round or, for the acceptance rate, a verified slot.
+        one row per ``threshold``: ``acceptance_rate`` (accepted over verified; NaN where nothing is
+        verified), ``verified`` and ``accepted`` (slots per round, without the target's own token),
+        each of the three with ``_low`` and ``_high``, and ``not_in_trace``: slots per round that
+        pass the threshold but that the trace did not verify. ``_low`` and ``_high`` are 95 %
+        percentile bootstrap intervals over conversations, all thresholds resampled together; NaN
+        where fewer than two conversations have a round or, for acceptance, a verified slot.
     """
     rounds = rounds_of(trace)
     cuts = as_probabilities("thresholds", list(thresholds))
-    confidence = rounds.confidence
-    if calibrated is not None:
-        confidence = calibrated.apply(confidence)
+    confidence = calibrated.apply(rounds.confidence) if calibrated else rounds.confidence
     drafted = ~np.isnan(confidence)
     highest = highest_threshold(confidence, drafted)
     conversation = rounds.conversation
