@@ -152,7 +152,7 @@ def test_greedy_answers_are_those_of_transformers(head, end_ids):
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"scheduler": early_stopping}], ids=named)
 def test_greedy_answers_stay_the_same_with_a_shorter_verification(options):
     target = exact_target(VOCAB)
-    drafter = undecided(target, exact_drafter(VOCAB, block_size=2), *PROMPTS, median=0.7)
+    drafter = undecided(target, exact_drafter(VOCAB), *PROMPTS, median=0.7)
     decoded, rounds = play(target, drafter, PROMPTS, max_new_tokens=20, end_ids=[], **options)
     assert decoded.tokens == [generated(target, prompt, 20, []) for prompt in PROMPTS]
     assert len({r.verified for r in rounds}) > 1
@@ -179,10 +179,8 @@ def test_greedy_answers_are_right_for_other_families_of_models(family):
 
 
 def test_a_model_with_windows_decodes_its_prompts_one_by_one():
-    target, drafter = (
-        random_target("windows", torch.float64, vocab_size=VOCAB),
-        exact_drafter(VOCAB),
-    )
+    target = random_target("windows", torch.float64, vocab_size=VOCAB)
+    drafter = exact_drafter(VOCAB)
     assert not target.decodes_batches
     decoded = decode(target, drafter, PROMPTS, **SAMPLED)
     assert decoded.tokens == decode(target, drafter, PROMPTS, batch_size=1, **SAMPLED).tokens
@@ -318,6 +316,7 @@ def test_every_column_of_the_trace_follows_from_the_rounds(options):
     pd.testing.assert_frame_equal(decoded.trace, table, rtol=1e-12, atol=0)
     assert decoded.trace.dtypes.astype(str).to_dict() == TRACE_COLUMNS
     assert decoded.trace["resampled"].notna().any() and decoded.trace["accepted"].any()
+    assert max(len(r.drafted) for r in rounds) == options.get("draft_length", 3)
 
 
 def verified_by(options: dict, confidence: Sequence[float]) -> int:
@@ -328,11 +327,10 @@ def verified_by(options: dict, confidence: Sequence[float]) -> int:
     return next((k for k, sure in enumerate(confidence) if sure < bar), len(confidence))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"threshold": 0.5}, {"threshold": 1.0}, {"scheduler": early_stopping}],
-    ids=named,
-)
+LENGTHS = [{}, {"threshold": 0.5}, {"threshold": 1.0}, {"scheduler": early_stopping}]
+
+
+@pytest.mark.parametrize("options", LENGTHS, ids=named)
 def test_so_many_slots_are_verified_as_threshold_or_scheduler_say(options):
     """But none behind an accepted end of turn, nor where the answer would be too long."""
     target = exact_target(VOCAB)
@@ -355,13 +353,6 @@ def test_so_many_slots_are_verified_as_threshold_or_scheduler_say(options):
                 assert r.verified == verified_by(options, r.confidence.tolist())
                 assert len(r.tokens) == r.accepted + 1
     assert ended or options, "an end of turn within a block must occur"
-
-
-def test_the_draft_is_no_longer_than_asked_for():
-    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
-    for length in (1, 2, 3, None):
-        _, rounds = play(target, drafter, PROMPTS, draft_length=length, **SAMPLED)
-        assert max(len(r.drafted) for r in rounds) == (length or 3)
 
 
 def test_a_scheduler_sees_every_slot_and_is_cut_to_what_there_is():

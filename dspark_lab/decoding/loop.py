@@ -83,6 +83,7 @@ def decode(
         ValueError: among others, a drafter of another vocabulary or other layers than the
             target's, or a prompt that with its answer is too long for the target.
     """
+    # decode_rounds takes the same arguments, but for on_round.
     arguments = dict(locals())
     del arguments["on_round"]
     decoding = decode_rounds(**arguments)

@@ -167,7 +167,9 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
         raise ValueError("trace must have at least one row, got 0")
     domains = column(trace, "domain", complete=True)
     domain = domains.groupby(code).transform("first")
-    for row in np.flatnonzero(domains != domain)[:1]:
+    other = np.flatnonzero(domains != domain)
+    if len(other):
+        row = other[0]
         raise ValueError(
             f"a conversation must have one domain, got {domains.iloc[row]!r} and "
             f"{domain.iloc[row]!r} for conversation {prompts[code[row]]}"
