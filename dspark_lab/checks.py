@@ -38,7 +38,7 @@ class Within:
     high: float = math.inf
     above: bool = False
 
-    def check(self, name: str, value: Any, call: "Call") -> None:
+    def check(self, name: str, value: Any) -> None:
         fits = value > self.low if self.above else value >= self.low
         if self.high < math.inf:
             if not fits or value > self.high:
@@ -56,7 +56,7 @@ class Within:
 class NotEmpty:
     """At least one element."""
 
-    def check(self, name: str, value: Any, call: "Call") -> None:
+    def check(self, name: str, value: Any) -> None:
         if len(value) == 0:
             raise ValueError(f"{name} must not be empty")
 
@@ -65,7 +65,7 @@ class NotEmpty:
 class OfThisMachine:
     """A device on which tensors can be made here."""
 
-    def check(self, name: str, value: Any, call: "Call") -> None:
+    def check(self, name: str, value: Any) -> None:
         try:
             torch.empty(0, device=value)
         except Exception:  # torch has no common class for the ways that a device can be missing
@@ -78,11 +78,6 @@ class Axis:
     """The number is the length of this axis of the call's tensors."""
 
     axis: str
-
-    def check(self, name: str, value: Any, call: "Call") -> None:
-        if not call.bind(self.axis, value, name):
-            wanted = f"{call.sizes[self.axis]}, the {self.axis} of {call.origins[self.axis]}"
-            raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 Count = Annotated[int, Within(1)]
@@ -104,7 +99,7 @@ def checked(target: T) -> T:
       call's other arguments (ValueError). All tensors of a call are on one device (ValueError).
     - classes, unions, sequences and the like: an object of that kind (TypeError); a bool is no
       number. A value that a ``Literal`` does not list is a ValueError.
-    - ``Annotated``: each rule's ``check(name, value, call)``.
+    - ``Annotated``: each rule's ``check(name, value)``, and ``Axis``.
 
     Defaults are not checked. In a compiled graph nothing is, in debug mode results are too.
     """
@@ -321,7 +316,11 @@ def _annotated(base: Check, rules: Iterable[Any]) -> Check:
         if base.rest is not None:
             base.rest(name, value, call)
         for rule in rules:
-            rule.check(name, value, call)
+            if not isinstance(rule, Axis):
+                rule.check(name, value)
+            elif not call.bind(rule.axis, value, name):
+                wanted = f"{call.sizes[rule.axis]}, the {rule.axis} of {call.origins[rule.axis]}"
+                raise ValueError(f"{name} must be {wanted}, got {value}")
 
     return Check(base.allowed, base.is_kind, rest)
 
