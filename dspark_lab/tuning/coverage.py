@@ -52,7 +52,9 @@ class Supervision:
     """What one pass over a data set supervises, in expectation over the draws.
 
     ``labels`` are the ``supervised`` tokens that some draw supervises, and ``covered`` is the
-    expected number of them; ``expected_by_slot`` and ``weights`` are for slots k = 0, 1, ...
+    expected number of them, a ``share`` of the supervised tokens; ``expected_by_slot`` and
+    ``weights`` are for slots k = 0, 1, ..., ``expected`` and ``weighted`` their sums; ``times`` is
+    how often a supervised token is supervised, ``blocks`` how many a row keeps.
     """
 
     rows: int
@@ -61,32 +63,12 @@ class Supervision:
     labels: int
     expected_by_slot: Float[np.ndarray, " slot"]
     weights: Float[np.ndarray, " slot"]
+    expected: float
+    weighted: float
     covered: float
-
-    @property
-    def expected(self) -> float:
-        """Supervised slots."""
-        return float(self.expected_by_slot.sum())
-
-    @property
-    def weighted(self) -> float:
-        """The summed weight of the supervised slots."""
-        return float(self.expected_by_slot @ self.weights)
-
-    @property
-    def share(self) -> float:
-        """The share of supervised tokens that are covered."""
-        return self.covered / self.supervised
-
-    @property
-    def times(self) -> float:
-        """How often a supervised token is supervised, on average."""
-        return self.expected / self.supervised
-
-    @property
-    def blocks(self) -> float:
-        """Kept blocks per row: slot 0 of each is supervised, and of no other."""
-        return float(self.expected_by_slot[0]) / self.rows
+    share: float
+    times: float
+    blocks: float
 
 
 @checked
@@ -388,13 +370,23 @@ class _Reach:
 
     def supervision(self, num_anchors: int, gamma: float = 4.0) -> Supervision:
         spans, block_size = self.spans, self.slots.shape[1]
+        by_slot = _drawn(self.candidates, num_anchors) @ self.slots
+        weights = decay_weights(block_size, gamma).numpy()
+        expected = float(by_slot.sum())
         covered = self.tokens * _covered(self.candidates, num_anchors, block_size)
+        all_covered = float(covered.sum())
         return Supervision(
             *(spans.rows, spans.rows_without_label, spans.supervised),
             labels=int(self.slots[:, 0].sum()),
-            expected_by_slot=_drawn(self.candidates, num_anchors) @ self.slots,
-            weights=decay_weights(block_size, gamma).numpy(),
-            covered=float(covered.sum()),
+            expected_by_slot=by_slot,
+            weights=weights,
+            expected=expected,
+            weighted=float(by_slot @ weights),
+            covered=all_covered,
+            share=all_covered / spans.supervised,
+            times=expected / spans.supervised,
+            # Slot 0 of each kept block is supervised, and of no other.
+            blocks=float(by_slot[0]) / spans.rows,
         )
 
     def share(self, num_anchors: int) -> float:
