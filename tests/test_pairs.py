@@ -97,18 +97,11 @@ def test_every_shipped_trace_is_one_that_acceptance_reads(name: str) -> None:
         assert 1 < tau["empirical"] < run["slot"].max() + 2
 
 
-def in_turns(chats: list[Chat]) -> list[Chat]:
-    """The first of each domain, the second of each, and so on, while each has one more."""
-    domains = list(dict.fromkeys(chat.domain for chat in chats))
-    own = [[chat for chat in chats if chat.domain == domain] for domain in domains]
-    return [chats[turn] for turn in range(min(map(len, own))) for chats in own]
-
-
 @pytest.mark.parametrize("drafter", ["dspark-k7", "dflash-k15"])
 def test_a_fresh_answer_is_the_one_that_was_traced(drafter: str) -> None:
     """Greedy answers to the first questions; blocks at the shorter one's end are cut."""
     pair = load_pair("pocket", drafter)
-    chats = in_turns(pair.held_out)[:5]
+    chats = lab.in_turns(pair.held_out)[:5]
     assert len({chat.domain for chat in chats}) > 1
     fresh = decode(
         pair.target,
@@ -127,21 +120,12 @@ def test_a_fresh_answer_is_the_one_that_was_traced(drafter: str) -> None:
     assert error.max() < 1e-4
     # What the shipped trace says to be in an answer stands there: accepted and corrected tokens.
     early = shipped[shipped["prompt"] < len(chats)]
-    placed = pd.concat(
-        [
-            early.loc[early["accepted"], [*key, "position", "token"]],
-            early.dropna(subset="resampled")[[*key, "position", "resampled"]].rename(
-                columns={"resampled": "token"}
-            ),
-        ]
-    )
-    checked = 0
-    for row in placed.itertuples():
-        answer = fresh.tokens[row.prompt]
-        if row.position < len(answer):
-            assert answer[row.position] == row.token, row
-            checked += 1
-    assert checked > 40
+    corrected = early.dropna(subset="resampled").assign(token=early["resampled"])
+    placed = pd.concat([early[early["accepted"]], corrected])
+    seen = [row for row in placed.itertuples() if row.position < len(fresh.tokens[row.prompt])]
+    for row in seen:
+        assert fresh.tokens[row.prompt][row.position] == row.token, row
+    assert len(seen) > 40
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ A made-up trace holds everything that a real one may: rows behind a rejection, r
 verified, short rounds. The loops are the definitions that the tests hold tables against.
 """
 
+import heapq
+import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from hypothesis import strategies as st
+
+from dspark_lab.serving import Answers
 
 # Tenths make ties, and values that lie on a cut; the others are arbitrary.
 PROBABILITY = st.one_of(st.integers(0, 10).map(lambda n: n / 10), st.floats(0, 1))
@@ -102,6 +107,12 @@ def unlucky(trace: pd.DataFrame) -> pd.DataFrame:
     return trace.assign(accepted=trace["accepted"] & (trace["slot"] < 2))
 
 
+def equal_answers(rate: float, slots: int, tokens: int = 1) -> Answers:
+    """One conversation whose every slot is accepted with the same probability."""
+    same, one = np.full((1, slots), rate), np.array([1])
+    return Answers(same, same, 0 * one, one, tokens * one, np.array(["all"], dtype=object))
+
+
 TRACE = made_trace(0)
 RAGGED = made_trace(1, whole=False)
 
@@ -125,3 +136,25 @@ def ece_by_hand(confidence, outcome, edges) -> float:
             mean_o = sum(o for _, o in held) / len(held)
             total += len(held) / len(confidence) * abs(mean_f - mean_o)
     return total
+
+
+def survivals(confidence: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [list(itertools.accumulate(row, operator.mul)) for row in confidence]
+
+
+def schedule_by_hand(confidence: Sequence[Sequence[float]], sps) -> list[int]:
+    """Early stopping one slot at a time, knowing only the next slot of each request."""
+    requests, slots = len(confidence), len(confidence[0])
+    known = survivals(confidence)
+    heap = [(-row[0], 0, request) for request, row in enumerate(known)]
+    heapq.heapify(heap)
+    lengths, tokens, tau = [0] * requests, requests, float(requests)
+    while heap:
+        negative, slot, request = heapq.heappop(heap)
+        now, then = sps(np.array([tokens, tokens + 1])).tolist()
+        if negative == 0 or not (tau - negative) * then > tau * now:
+            break
+        tau, tokens, lengths[request] = tau - negative, tokens + 1, slot + 1
+        if slot + 1 < slots:
+            heapq.heappush(heap, (-known[request][slot + 1], slot + 1, request))
+    return lengths

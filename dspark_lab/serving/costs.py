@@ -1,7 +1,6 @@
-"""What a round of speculative decoding costs, and the accept rate from which it pays.
+"""The cost of a round of speculative decoding, and the accept rate from which on it pays.
 
-A round drafts K tokens, has the target read the anchor and the tokens that it verifies, and yields
-the accepted ones and one more. Per round:
+Per round of K drafted tokens:
 
     tokens:   tau = 1 + sum_k P(slots 0..k are verified and accepted);
     seconds:  draft(K) + verify(slots verified + 1) + overhead,
@@ -10,8 +9,7 @@ the accepted ones and one more. Per round:
 
 *Rollback* cuts the rejected tokens off the target's cache. A cache that cannot be cut (recurrent
 layers, sliding windows) goes back to where it was before the round, and the target reads the anchor
-and the accepted tokens again: *replay*. Neither is a fixed cost: the less is accepted, the more
-often both are paid.
+and the accepted tokens again: *replay*. The less is accepted, the more often both are paid.
 """
 
 from __future__ import annotations
@@ -34,17 +32,15 @@ Seconds = float | Sequence[float] | Callable[[int], float]
 @checked
 @dataclass(frozen=True)
 class RoundCosts:
-    """What a round costs, in seconds, and a plain step of the same target, which yields one token.
+    """Seconds of a round, and of a plain step of the same target, which yields one token.
 
     Args:
         draft_seconds: ``[K]``, of drafting 1, 2, ..., K tokens.
-        verify_seconds: ``[K + 1]``, of a target pass over 1, 2, ..., K + 1 tokens, the anchor and
-            the drafted ones.
-        replay_seconds: ``[K]``, of reading 1, 2, ..., K tokens again after a rejection, the anchor
-            and the accepted ones; empty where the cache can be cut.
-        rollback_seconds: more after every rejection, for cutting the cache.
+        verify_seconds: ``[K + 1]``, of a target pass over 1, 2, ..., K + 1 tokens, with the anchor.
+        replay_seconds: ``[K]``, of reading 1, 2, ..., K tokens again, the anchor and the accepted
+            ones, after a rejection; empty where the cache can be cut.
+        rollback_seconds: more after every rejection.
         overhead_seconds: more in every round.
-        source: where the numbers come from.
     """
 
     plain_seconds: Positive
@@ -65,10 +61,8 @@ class RoundCosts:
                 f"got {longest} and {len(self.verify_seconds)}"
             )
         if len(self.replay_seconds) not in (0, longest):
-            raise ValueError(
-                f"replay_seconds must be of no length or of {longest}, "
-                f"got {len(self.replay_seconds)}"
-            )
+            given = len(self.replay_seconds)
+            raise ValueError(f"replay_seconds must be of no length or of {longest}, got {given}")
 
     @classmethod
     @checked
@@ -86,8 +80,7 @@ class RoundCosts:
     ) -> RoundCosts:
         """For blocks of up to ``longest`` tokens, each cost a number, a list or a function.
 
-        With ``replay`` a rejection is followed by reading again what was accepted, in the time that
-        verifying as many tokens takes.
+        With ``replay`` the target reads again after a rejection, as fast as it verifies.
         """
         costs = cls(
             plain_seconds=plain_seconds,
@@ -101,34 +94,46 @@ class RoundCosts:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a block that the costs are known of."""
+        """The most tokens of a block."""
         return len(self.draft_seconds)
 
     def replaying(self) -> RoundCosts:
-        """The same for a target that has to read again, in the time that verifying takes."""
+        """The same for a target that has to read again, as fast as it verifies."""
         return replace(self, replay_seconds=self.verify_seconds[:-1])
 
     def cutting(self) -> RoundCosts:
         """The same for a target whose cache is cut in no time: no replay and no rollback."""
         return replace(self, replay_seconds=(), rollback_seconds=0.0)
 
-    def figures(self, outcomes: Outcomes) -> dict[str, Any]:
+    def figures(
+        self,
+        accepted: Float[np.ndarray, "*axes slot"],
+        verified: Float[np.ndarray, "*axes slot"] | None = None,
+        rejected: Float[np.ndarray, "*axes slot"] | None = None,
+    ) -> dict[str, Any]:
         """Expected tokens and seconds of a round, and its speed, by the columns of the tables.
 
-        ``tau``, ``draft_seconds``, ``verify_seconds``, ``replay_seconds``, ``rollback_seconds``,
-        ``overhead_seconds`` and ``round_seconds``, their sum; ``tokens_per_second``; ``speedup``
-        over plain decoding; ``without_replay``, the speed-up in a model without replay and
-        rollback, and ``without_overhead``, in one without overhead either.
+        Args:
+            accepted, verified, rejected: how often each slot is; the last two may be left out where
+                every slot is verified.
+
+        Returns:
+            ``tau``, ``draft_seconds``, ``verify_seconds``, ``replay_seconds``,
+            ``rollback_seconds``, ``overhead_seconds`` and ``round_seconds``, their sum;
+            ``tokens_per_second``; ``speedup`` over plain decoding; ``without_replay``, the speed-up
+            without replay and rollback, and ``without_overhead``, without overhead either.
         """
-        k = outcomes.accepted.shape[-1]
+        k = accepted.shape[-1]
+        if verified is None or rejected is None:
+            verified, rejected = np.ones_like(accepted), slot_before(accepted) - accepted
         verify = np.array(self.verify_seconds[: k + 1])
         replay = np.array(self.replay_seconds[:k] or [0.0] * k)
-        tau = 1 + outcomes.accepted.sum(axis=-1)
+        tau = 1 + accepted.sum(axis=-1)
         parts = {
             "draft_seconds": np.full_like(tau, self.draft_seconds[k - 1]),
-            "verify_seconds": expected_verify_seconds(verify, outcomes.verified),
-            "replay_seconds": expected_replay_seconds(replay, outcomes.rejected),
-            "rollback_seconds": self.rollback_seconds * outcomes.rejected.sum(axis=-1),
+            "verify_seconds": expected_verify_seconds(verify, verified),
+            "replay_seconds": expected_replay_seconds(replay, rejected),
+            "rollback_seconds": self.rollback_seconds * rejected.sum(axis=-1),
             "overhead_seconds": np.full_like(tau, self.overhead_seconds),
         }
         total = sum(parts.values())
@@ -143,20 +148,6 @@ class RoundCosts:
             "without_replay": plain / (total - after),
             "without_overhead": plain / (total - after - self.overhead_seconds),
         }
-
-
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    """How often each slot of a round is verified, accepted and rejected, ``[..., slot]`` each."""
-
-    verified: Float[np.ndarray, "*axes slot"]
-    accepted: Float[np.ndarray, "*axes slot"]
-    rejected: Float[np.ndarray, "*axes slot"]
-
-    @classmethod
-    def of_whole_blocks(cls, survival: Float[np.ndarray, "*axes slot"]) -> Outcomes:
-        """Where every slot is verified."""
-        return cls(np.ones_like(survival), survival, slot_before(survival) - survival)
 
 
 def expected_verify_seconds(
@@ -175,10 +166,9 @@ def expected_replay_seconds(
 
 @checked
 def break_even(costs: RoundCosts, draft_length: Count) -> float:
-    """The accept rate, the same at every slot, from which on drafting pays.
+    """The accept rate, the same at every slot, at and above which drafting pays.
 
-    At this rate a round is exactly as fast as plain steps; at any higher one, faster. inf where
-    even rate 1 is slower, 0 where every rate pays.
+    inf where even rate 1 is slower than plain steps, 0 where every rate pays.
     """
     require_lengths([draft_length], costs.longest)
     k, plain = draft_length, costs.plain_seconds

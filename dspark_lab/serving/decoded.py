@@ -1,9 +1,9 @@
-"""The speed that decoding really had: beside plain decoding, and beside the prediction."""
+"""Decoded speed, against plain decoding and against the prediction."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from dspark_lab.checks import Count, Size, checked
-from dspark_lab.decoding import Decoded, Prompt, decode_rounds, encode_prompt
+from dspark_lab.decoding import Decoded, Prompt, decode, encode_prompt
 from dspark_lab.files import now
 from dspark_lab.model import Drafter, Target, TargetCache
 from dspark_lab.rates import prefix_survival
@@ -29,30 +29,28 @@ def speed_table(
 
     Args:
         plain, drafted: from :func:`dspark_lab.decode`, without and with a drafter.
-        block_size: slots that were drafted a round.
 
     Returns:
         ``tokens_per_second`` and ``plain_tokens_per_second``, without the reading of the prompts;
-        ``gain``, their ratio; ``tau``, tokens that a round yields; ``draft``, ``verify`` and
-        ``rest``, their shares of a round's time; ``break_even_tau`` at which both would be as fast,
-        and ``break_even_rate``, the accept rate of every slot that gives it (inf: there is none).
+        ``gain``, their ratio; ``tau``; ``draft``, ``verify`` and ``rest``, their shares of a
+        round's time; ``break_even_tau`` at which both would be as fast, and ``break_even_rate``,
+        the accept rate of every slot that gives it (inf: there is none).
     """
     tokens, rounds, parts = _sum("drafted", drafted)
     plain_tokens, _, plain_parts = _sum("plain", plain)
-    seconds = sum(parts.values())
-    speed, plain_speed = tokens / seconds, plain_tokens / sum(plain_parts.values())
+    seconds = parts.sum()
+    speed, plain_speed = tokens / seconds, plain_tokens / plain_parts.sum()
     break_even_tau = seconds / rounds * plain_speed
-    return pd.Series(
-        {
-            "tokens_per_second": speed,
-            "plain_tokens_per_second": plain_speed,
-            "gain": speed / plain_speed,
-            "tau": tokens / rounds,
-            **{name: part / seconds for name, part in parts.items()},
-            "break_even_tau": break_even_tau,
-            "break_even_rate": break_even_rate(break_even_tau, block_size),
-        }
-    )
+    figures = {
+        "tokens_per_second": speed,
+        "plain_tokens_per_second": plain_speed,
+        "gain": speed / plain_speed,
+        "tau": tokens / rounds,
+        **parts / seconds,
+        "break_even_tau": break_even_tau,
+        "break_even_rate": break_even_rate(break_even_tau, block_size),
+    }
+    return pd.Series(figures)
 
 
 @checked
@@ -84,8 +82,7 @@ def decode_check(
         draft_lengths: by default all that the trace has.
         replay: after each rejection have the target read again what was accepted, in another cache,
             as if its own could not be cut.
-        costs: of each temperature, measured first where None.
-        repeats: of that measurement.
+        costs: of each temperature, measured first where None, with ``repeats``.
 
     Returns:
         a row for each ``temperature`` and ``draft_length``: ``rounds`` that were decoded; ``tau``
@@ -94,14 +91,14 @@ def decode_check(
         ``without_replay`` and ``without_overhead`` as in :meth:`RoundCosts.figures`.
     """
     ids = [encode_prompt(target, prompt) for prompt in prompts]
+    # Half an answer behind a prompt of middling length.
+    context = int(np.median([len(tokens) for tokens in ids])) + max_new_tokens // 2
     rows = []
     for temperature in temperatures:
         profile = acceptance_profile(trace, temperature=temperature, resamples=resamples, seed=seed)
         lengths = require_lengths(draft_lengths, len(profile.rates))
         if costs is None:
-            # Half an answer behind a prompt of middling length.
-            context = int(np.median([len(tokens) for tokens in ids])) + max_new_tokens // 2
-            here = measure_engine(
+            engine = measure_engine(
                 target,
                 drafter,
                 requests=(1,),
@@ -109,26 +106,30 @@ def decode_check(
                 context_length=context,
                 temperature=temperature,
                 repeats=repeats,
-            ).costs(replay=replay)
+            )
+            here = engine.costs()
+            if replay:
+                again = _replay_seconds(target, context, engine.longest, repeats)
+                here = dataclasses.replace(here, replay_seconds=again)
         else:
             here = costs[temperature]
         runs: dict[int, list[Decoded]] = {k: [] for k in (0, *lengths)}
         options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         for number, prompt in enumerate(ids):
             options["seed"] = seed + number
-            runs[0].append(_answered(target, None, prompt, **options))
+            runs[0].append(decode(target, None, [prompt], **options))
             for k in lengths:
-                options_k = options | {"draft_length": k, "replay": replay}
-                runs[k].append(_answered(target, drafter, prompt, **options_k))
+                run = decode(target, drafter, [prompt], draft_length=k, **options)
+                runs[k].append(_with_replay(target, prompt, run) if replay else run)
         for k in lengths:
             real = speed_table(runs[0], runs[k], k)
             figures = speedup_table(profile, here, [k]).iloc[0]
-            answers = np.array([len(one.tokens[0]) - 1 for one in runs[k]])
+            answers = np.array([len(run.tokens[0]) - 1 for run in runs[k]])
             tau = float(tau_of_answers(profile.survival[:k], answers))
             survival = prefix_survival(profile.samples[:, :k])
             low, high = profile.interval(tau_of_answers(survival, answers))
             row = {"temperature": temperature, "draft_length": k}
-            row["rounds"] = sum(len(one.rounds) for one in runs[k])
+            row["rounds"] = sum(len(run.rounds) for run in runs[k])
             row |= {"tau": tau, "tau_low": low, "tau_high": high}
             row |= {"tau_decoded": real["tau"], "tau_error": tau / real["tau"] - 1}
             # The last rounds yield less and cost as much.
@@ -140,52 +141,46 @@ def decode_check(
     return pd.DataFrame(rows)
 
 
-def _answered(
-    target: Target,
-    drafter: Drafter | None,
-    prompt: list[int],
-    replay: bool = False,
-    **options: Any,
-) -> Decoded:
-    """An answer; with ``replay``, the seconds of reading again are part of the rest."""
-    run, spent = decode_rounds(target, drafter, [prompt], **options), 0.0
-    if not replay:
-        for _ in run:
-            pass
-        return run.result()
+def _replay_seconds(target: Target, context: int, longest: int, repeats: int) -> list[float]:
+    """Median seconds of reading 1, 2, ... tokens again behind a context, without a distribution."""
+    cache = target.start_cache(1)
+    _read(target, cache, [0] * context)
+    times = [
+        [_read(target, cache, [0] * count, keep=False) for count in range(1, longest + 1)]
+        for _ in range(repeats)
+    ]
+    return np.median(times, axis=0).tolist()
+
+
+def _with_replay(target: Target, prompt: list[int], run: Decoded) -> Decoded:
+    """The run with the seconds of reading again, after each rejection, in the rest."""
     cache = target.start_cache(1)
     _read(target, cache, prompt)
-    anchor: int | None = None
-    for round_ in run:
-        if anchor is None:
-            anchor = run.result().tokens[0][0]
-        kept = [anchor, *round_.drafted[: round_.accepted]]
-        seconds = _read(target, cache, kept)
+    spent, begin = 0.0, 0
+    for round_ in run.rounds.itertuples():
+        seconds = _read(target, cache, run.tokens[0][begin : begin + round_.accepted + 1])
         if round_.accepted < round_.verified:
             spent += seconds
-        anchor = round_.tokens[-1]
-    done = run.result()
-    return replace(done, seconds=done.seconds | {"rest": done.seconds["rest"] + spent})
+        begin += round_.tokens
+    return dataclasses.replace(run, seconds=run.seconds | {"rest": run.seconds["rest"] + spent})
 
 
-def _read(target: Target, cache: TargetCache, tokens: Sequence[int]) -> float:
+@torch.inference_mode()
+def _read(target: Target, cache: TargetCache, tokens: Sequence[int], *, keep: bool = True) -> float:
     """Seconds that the target takes to read the tokens into a cache of one row."""
-    with torch.inference_mode():
-        rows = torch.tensor([list(tokens)], device=target.device)
-        begin = now(target.device)
-        target.advance(rows, cache, [])
-        spent = now(target.device) - begin
-        cache.commit([len(tokens)])
+    rows = torch.tensor([list(tokens)], device=target.device)
+    begin = now(target.device)
+    target.advance(rows, cache, [])
+    spent = now(target.device) - begin
+    cache.commit([len(tokens) * keep])
     return spent
 
 
-def _sum(name: str, decoded: Sequence[Decoded]) -> tuple[int, int, dict[str, float]]:
+def _sum(name: str, decoded: Sequence[Decoded]) -> tuple[int, int, pd.Series]:
     """Tokens, rounds, and seconds of each part of a round."""
-    tokens = sum(int(one.rounds["tokens"].sum()) for one in decoded)
-    rounds = sum(len(one.rounds) for one in decoded)
+    tokens = sum(int(run.rounds["tokens"].sum()) for run in decoded)
+    rounds = sum(len(run.rounds) for run in decoded)
     if rounds == 0:
         raise ValueError(f"{name} must hold at least one round, got none")
-    parts = {
-        part: sum(one.seconds[part] for one in decoded) for part in ("draft", "verify", "rest")
-    }
-    return tokens, rounds, parts
+    seconds = pd.DataFrame([run.seconds for run in decoded])
+    return tokens, rounds, seconds[["draft", "verify", "rest"]].sum()

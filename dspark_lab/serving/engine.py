@@ -1,14 +1,9 @@
 """The seconds of a serving engine: the target's by tokens of a step, all else by requests.
 
-    engine = measure_engine(target, drafter)      on the devices that they are on
-    engine.costs(requests=8)                      of a round, for speedup_table and its kin
-    load_table(trace, engine, policies)           many requests, simulated
-
 R requests that take their rounds together draft R blocks in one pass, and the target reads R + the
-verified slots in one step. So the target's seconds depend on the tokens of a step (SPS(B)), those
-of drafting on requests and slots, and all else on requests: the *rest* of a drafted round (drawing
-tokens, the drafter's reading of what was accepted, the cutting of both caches), and the *plain
-rest* of a step without a draft.
+verified slots in one step. All other seconds are the *rest* of a drafted round (drawing tokens, the
+drafter's reading of what was accepted, the cutting of both caches), and the *plain rest* of a step
+without a draft.
 """
 
 from __future__ import annotations
@@ -23,12 +18,19 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Count, checked
+from dspark_lab.checks import Count, Within, checked
 from dspark_lab.files import written_whole
 from dspark_lab.pairs import pair_folder
 from dspark_lab.rates import as_numbers
 from dspark_lab.serving.costs import RoundCosts, require_lengths
-from dspark_lab.serving.steps import StepsPerSecond, measured_points, read_points, seconds_at
+from dspark_lab.serving.steps import (
+    StepsPerSecond,
+    measured_points,
+    measured_values,
+    read_points,
+    require_columns,
+    seconds_at,
+)
 
 # In the folder of a pair that ships.
 ENGINE = "engine.csv"
@@ -40,14 +42,11 @@ _RESTS = {"rest": "rest", "plain rest": "plain_rest"}
 class Engine:
     """A target's speed, and the seconds of drafting and of the rest of a round.
 
-    Seconds are those of :func:`seconds_at`, at one number of requests or an array of them.
-
     Args:
-        requests: ``[point]``, rising whole numbers of at least 1.
-        draft: ``[point, slot]``, seconds of drafting 1, 2, ..., K tokens for each of so many
-            requests together.
-        rest: ``[point]``, seconds of all else of a round with a draft.
-        plain_rest: ``[point]``, seconds of all but the target's step without one.
+        requests: that take their rounds together, rising whole numbers of at least 1.
+        draft: seconds of drafting 1, 2, ..., K tokens for each of them.
+        rest: seconds of all else of a round with a draft but the target's step.
+        plain_rest: seconds of all but the target's step without one.
     """
 
     sps: StepsPerSecond
@@ -62,19 +61,8 @@ class Engine:
         requests = measured_points("requests", self.requests)
         object.__setattr__(self, "requests", requests)
         for name, axes in (("draft", "point, slot"), ("rest", "point"), ("plain_rest", "point")):
-            seconds = as_numbers(name, getattr(self, name))
-            if seconds.ndim != 1 + axes.count(",") or len(seconds) != len(requests):
-                points = len(requests)
-                raise ValueError(
-                    f"{name} must be [{axes}] with {points} points, got shape {seconds.shape}"
-                )
-            if seconds.size == 0:
-                raise ValueError(f"{name} must have one slot or more, got shape {seconds.shape}")
-            bad = ~(np.isfinite(seconds) & (seconds >= 0))
-            if bad.any():
-                raise ValueError(f"{name} must be seconds >= 0 and finite, got {seconds[bad][0]}")
-            seconds.flags.writeable = False
-            object.__setattr__(self, name, seconds)
+            values = measured_values(name, getattr(self, name), axes, len(requests), Within(0))
+            object.__setattr__(self, name, values)
 
     @classmethod
     @checked
@@ -102,7 +90,7 @@ class Engine:
         return self.draft.shape[1]
 
     def draft_seconds(self, requests: Any, draft_length: int) -> Any:
-        """Of drafting a block of so many slots for each of the requests."""
+        """Of drafting so many slots for each of the requests, a number of them or an array."""
         require_lengths([draft_length], self.longest)
         return self._at(requests, self.draft[:, draft_length - 1])
 
@@ -137,8 +125,7 @@ class Engine:
             raise TypeError(f"requests must be an int or an array of ints, got {requests!r}")
         if asked.size and asked.min() < 1:
             raise ValueError(f"requests must be >= 1, got {asked.min()}")
-        found = seconds_at(asked, self.requests, seconds)
-        return found if asked.ndim else float(found)
+        return seconds_at(asked, self.requests, seconds)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -170,37 +157,35 @@ class Engine:
     def read(cls, path: str | os.PathLike[str]) -> Engine:
         """From a CSV file that :meth:`save` wrote, or one with the columns of :attr:`table`."""
         table = read_points(path, _COLUMNS[1:])
-        if missing := [name for name in _COLUMNS if name not in table]:
-            raise ValueError(
-                f"an engine's table must have the columns {_COLUMNS}, got no {missing}"
-            )
+        require_columns(table, _COLUMNS)
+        parts = ["target", "draft", *_RESTS]
+        if missing := [part for part in parts if part not in set(table["part"])]:
+            raise ValueError(f"an engine's table must have the parts {parts}, got no {missing}")
         table["seconds"] = as_numbers("seconds", table["seconds"].to_numpy())
         twice = table.duplicated(_COLUMNS[:-1])
         if twice.any():
             raise ValueError(
                 "an engine's table must have one row for each point, got two of "
-                f"{table.loc[twice, _COLUMNS[:-1]].iloc[0].tolist()}"
+                f"{table.loc[twice, _COLUMNS[:-1]].to_dict('records')[0]}"
             )
-        parts = {part: table[table["part"] == part] for part in ("target", "draft", *_RESTS)}
-        if missing := [part for part, rows in parts.items() if rows.empty]:
+        steps = table[table["part"] == "target"]
+        sps = StepsPerSecond.of(steps.assign(steps_per_second=1 / steps["seconds"]))
+        curves = table[table["part"].isin(parts[1:])].pivot(
+            index="requests", columns=["part", "draft_length"], values="seconds"
+        )
+        if curves.isna().any(axis=None):
+            part, length = curves.columns[curves.isna().any()][0]
             raise ValueError(
-                f"an engine's table must have the parts {list(parts)}, got no {missing}"
+                f"an engine's table must have seconds of {part}, draft_length {length}, for each "
+                f"of the requests {curves.index.tolist()}"
             )
-        draft = parts["draft"].pivot(index="requests", columns="draft_length", values="seconds")
+        draft = curves["draft"].sort_index(axis=1)
         if draft.columns.tolist() != list(range(1, draft.shape[1] + 1)):
             raise ValueError(
                 f"draft must be of every length from 1 on, got {draft.columns.tolist()}"
             )
-        rests = [parts[part].set_index("requests")["seconds"].sort_index() for part in _RESTS]
-        for part, rest in zip(_RESTS, rests, strict=True):
-            if not rest.index.equals(draft.index):
-                raise ValueError(
-                    f"draft and {part} must be of the same numbers of requests, got "
-                    f"{draft.index.tolist()} and {rest.index.tolist()}"
-                )
-        steps = parts["target"]
-        sps = StepsPerSecond.of(steps.assign(steps_per_second=1 / steps["seconds"]))
-        return cls(sps, draft.index.to_numpy(), *(each.to_numpy() for each in (draft, *rests)))
+        rests = (curves[part].iloc[:, 0].to_numpy() for part in _RESTS)
+        return cls(sps, draft.index.to_numpy(), draft.to_numpy(), *rests)
 
 
 def load_engine(pair: str = "pocket") -> Engine:

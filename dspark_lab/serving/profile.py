@@ -1,10 +1,10 @@
-"""How often each slot of a block is accepted: the profile of one drafter at one temperature.
+"""The accept rate of each slot of a block, of one drafter at one temperature.
 
 Acceptance is counted as lifetimes are (Kaplan and Meier 1958): slot k's rate is over the rounds
 that reached it, and survival is the product of the rates. A round that the end of its answer cut
-short counts up to the cut, so tau is that of rounds in the middle of an answer, and short answers
-cost only precision. Rounds begin where they began in the trace: shorter blocks begin more often at
-easy tokens, so that a trace of long blocks promises a little less of short ones than they keep.
+short counts up to the cut, so tau is that of rounds in the middle of an answer. Rounds begin where
+they began in the trace: shorter blocks begin more often at easy tokens, so that a trace of long
+blocks promises a little less of short ones than they keep.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dspark_lab.serving.costs import require_lengths
 class AcceptanceProfile:
     """How often each slot is accepted, given that all before it were.
 
-    ``rates``: NaN where no round reached the slot. ``samples``: the same of conversations drawn
-    again, without rows where there are none. ``temperature`` and ``drafter``: None where unknown.
-    Made by :func:`acceptance_profile` or :meth:`of`.
+    Args:
+        rates: NaN where no round reached the slot.
+        samples: the same of conversations drawn again.
     """
 
     rates: Float[np.ndarray, " slot"]
@@ -61,7 +61,7 @@ class AcceptanceProfile:
         """Tokens that a round of so many slots yields on average, the target's own among them.
 
         ``tokens`` is the length of an answer without its first token, which no round yields: its
-        last rounds draft no more than is left and yield less. None is an endless answer.
+        last rounds draft no more than is left. None is an endless answer.
         """
         require_lengths([draft_length], len(self.rates))
         if tokens is None:
@@ -100,12 +100,12 @@ def acceptance_profile(
     """The accept rates of a trace, of one drafter at one temperature.
 
     A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached: the
-    limit of the share of accepted ones, with less noise. At temperature 0 the two are the same.
+    limit of the share of accepted ones, with less noise.
 
     Args:
-        trace: of whole blocks, decoded without threshold or scheduler; with a column ``drafter`` or
-            ``temperature`` where it holds several of them.
-        drafter, temperature: which rows to take; for a trace without the column, a label.
+        trace: of whole blocks, decoded without threshold or scheduler.
+        drafter, temperature: which rows to take, by the column of this name; for a trace without
+            the column, a label.
         resamples, seed: of the bootstrap over conversations.
     """
     trace, drafter, temperature = rows_of(trace, drafter, temperature)

@@ -1,7 +1,5 @@
 """Pre-drawn requests (common random numbers): answers of a trace and the draws of every round.
 
-    trace -> answers_of -> draw_requests -> Requests
-
 Everything random about a request is drawn beforehand: its answer, and for each round that it may
 need a block and how many of its slots are accepted. So policies that serve the same requests differ
 by what they do, not by chance. Rounds of another length are taken to begin where the trace's did.
@@ -38,7 +36,7 @@ class Geometric:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """The answers of a trace and the blocks drafted for them. Made by :func:`answers_of`.
+    """The answers of a trace and the blocks drafted for them, from :func:`answers_of`.
 
     ``accept_prob``: of each slot's drafted token, behind the drafted tokens before it, rejected or
     not. ``confidence``: NaN without a confidence head. A conversation has ``count`` rounds, from
@@ -54,18 +52,16 @@ class Answers:
 
     @property
     def slots(self) -> int:
-        """Of a block."""
         return self.accept_prob.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """Requests with all their random draws, the same whatever serves them.
+    """Requests with all their random draws, from :func:`draw_requests`.
 
     ``conversation``: of the trace. ``tokens``: of the answer. ``gap``: time since the request
     before it, in units of the mean. ``block``: the round of the trace that each round of the
-    request drafts anew. ``acceptable``: how many of its slots are accepted if all are verified;
-    verifying fewer accepts at most those. Made by :func:`draw_requests`.
+    request drafts anew. ``acceptable``: how many of its slots are accepted if all are verified.
     """
 
     answers: Answers
@@ -88,17 +84,15 @@ def answers_of(
 ) -> Answers:
     """The answers and blocks of a trace.
 
-    The trace has the acceptance probability of every verified slot's drafted token, behind a
-    rejected slot too, since the target read the drafted tokens. A block is drawn before any of it
-    is verified, so the product of these probabilities up to a slot is, given the block, the
-    probability that the slots up to there are accepted. (Products of the rates c* are not: a token
-    that was accepted is not distributed as one that was drafted.)
+    The product of the acceptance probabilities of a block's drafted tokens up to a slot is, given
+    the block, the probability that the slots up to there are accepted. (Products of the rates c*
+    are not: a token that was accepted is not distributed as one that was drafted.)
 
     Where an answer ends inside a block, the trace has nothing on the slots behind. To leave such
-    rounds out, or to take them as they are, would make rounds look short, since rounds with many
-    accepted slots are more likely to reach the end. They are completed from a whole round of their
-    domain, drawn with the probability that its slots up to there are accepted. An answer that ended
-    with the last slot of its block may be taken to have one token more than it had.
+    rounds out, or to take them as they are, would make rounds look short. They are completed from a
+    whole round of their domain, drawn with the probability that its slots up to there are accepted.
+    An answer that ended with the last slot of its block may be taken to have one token more than it
+    had.
 
     Args:
         trace: of one drafter at one temperature, decoded without threshold or scheduler; answers
@@ -113,10 +107,10 @@ def answers_of(
     asked, drafted, kept = (values.sum(axis=1) for values in (verified, row >= 0, accepted))
     stopped = (asked < drafted) & ((kept < asked) | (asked == 0))
     if stopped.any():
+        number = stopped.argmax()
         raise ValueError(
             "trace must be decoded without a threshold or scheduler, got a round of prompt "
-            f"{rounds.prompt[stopped.argmax()]} that verified {asked[stopped.argmax()]} of "
-            f"{drafted[stopped.argmax()]} slots"
+            f"{rounds.prompt[number]} that verified {asked[number]} of {drafted[number]} slots"
         )
     accept = np.where(verified, probabilities(trace, "accept_prob", "where verified")[row], np.nan)
     confidence = rounds.confidence.copy()
@@ -146,17 +140,15 @@ def draw_requests(
     within: Literal["conversation", "domain"] = "conversation",
     seed: Size = 0,
 ) -> Requests:
-    """Draws conversations of a trace and what becomes of every round.
+    """Draws conversations of a trace and the fate of every round.
 
     Args:
         trace: as :func:`answers_of` takes or returns it.
-        requests: how many.
         answer_tokens: a number for all, a distribution, or as many as the conversation had.
         domains: the mix, a weight for each domain that is wanted; by default each conversation of
             the trace is as likely as any other.
         within: where a request's rounds are drawn from, with replacement: its conversation, so that
             some requests are harder than others; or its domain, so that all are alike.
-        seed: of everything.
     """
     answers = answers_of(trace)
     # Independent streams, so that changing one thing leaves the other draws as they are.
@@ -173,9 +165,8 @@ def draw_requests(
     else:
         tokens = np.full(requests, answer_tokens)
 
-    pools = np.arange(len(answers.count))
-    if within == "domain":
-        pools = pd.factorize(answers.domain)[0]
+    by_domain = within == "domain"
+    pools = pd.factorize(answers.domain)[0] if by_domain else np.arange(len(answers.count))
     pool_of_round = pools.repeat(answers.count)
     members, size = np.argsort(pool_of_round, kind="stable"), np.bincount(pool_of_round)
     start, pool = np.cumsum(size) - size, pools[conversation, None]
@@ -207,10 +198,10 @@ def _complete(
 ) -> None:
     """Fill in what follows the first ``asked`` slots of each round, from whole rounds."""
     slots = accept.shape[1]
-    whole = asked == slots
     for name in pd.unique(domain):
-        givers = np.flatnonzero(whole & (domain == name))
-        cut = np.flatnonzero(~whole & (domain == name))
+        givers, cut = (
+            np.flatnonzero(ends & (domain == name)) for ends in (asked == slots, asked < slots)
+        )
         if len(cut) and not len(givers):
             raise ValueError(
                 f"trace must have a round of domain {name!r} that verified {slots} slots, got none"

@@ -5,11 +5,11 @@
     tau     = R + sum of admitted a        tokens that the step is expected to yield;
     Theta   = tau * SPS(B)                 tokens per second, to be maximised.
 
-The prefix scheduler (DSpark, arXiv 2607.05147) admits slots by falling a while Theta rises. It
-stops at the first slot that does not raise it: whether slot j is verified then depends only on what
-was known before its token was drawn, and the output distribution stays the target's own. A search
-for the highest Theta looks past that slot, at confidences that depend on its token, and so biases
-the output; :func:`output_distribution` says by how much.
+The prefix scheduler (DSpark, arXiv 2607.05147) admits slots by falling a and stops at the first
+that does not raise Theta: whether slot j is verified then depends only on what was known before its
+token was drawn, and the output distribution stays the target's own. A search for the highest Theta
+looks past that slot, at confidences that depend on its token, and so biases the output; see
+:func:`output_distribution`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.checks import checked
@@ -40,15 +40,13 @@ _FEW = 256
 def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
     """How many slots of each request the lossless prefix scheduler verifies.
 
-    Of equal a the earlier slot comes first, then the request of the lower number; since a never
-    rises along a request, its admitted slots are a prefix. Where SPS is
+    At equal a the earlier slot comes first, then the request of the lower number. Where SPS is
     :attr:`~dspark_lab.serving.StepsPerSecond.smooth`, no other choice of prefixes has a higher
     Theta. B counts the admitted slots alone: padding rows to the longest costs more.
 
     Args:
         confidence: ``[request, slot]``, in [0, 1]: probability that a slot is accepted given that
-            all before it were. 0 where the request has no such slot; a slot of survival 0 is never
-            admitted.
+            all before it were, 0 where the request has no such slot.
         sps: steps per second at each of an array of tokens per step, such as
             :class:`~dspark_lab.serving.StepsPerSecond`.
     """
@@ -66,9 +64,8 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
 def retrospective_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
     """How many slots of each request have the highest Theta of all: **biased**, for comparison.
 
-    No choice of prefixes has a higher Theta, whatever the SPS curve; of equally good ones it is the
-    shortest. But whether a slot is admitted may depend on its own token, through the confidences of
-    the slots after it. Arguments as of :func:`prefix_schedule`.
+    It is the shortest of equally good choices. Whether a slot is admitted may depend on its own
+    token, through the confidences of the slots after it. Arguments as for :func:`prefix_schedule`.
     """
     walk = _walk(*_candidates(confidence), sps)
     return walk.lengths(int(walk.theta.argmax()))
@@ -78,8 +75,7 @@ def retrospective_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray
 def prefix_scheduler(sps: Speed) -> Scheduler:
     """:func:`prefix_schedule` as the ``scheduler`` of :func:`dspark_lab.decode`.
 
-    ``decode`` pads a batch to its longest row, so it does not save the time that a serving engine
-    would.
+    ``decode`` pads a batch to its longest row and so saves less time than a serving engine.
     """
 
     def scheduler(confidence: Float[Tensor, "batch slot"]) -> Int[Tensor, " batch"]:
@@ -95,8 +91,8 @@ def schedule_table(confidence: Confidence, sps: Speed) -> pd.DataFrame:
     Returns:
         a row for each slot of survival > 0: ``request``, ``slot``, ``survival`` a; with the slots
         up to here admitted, ``tokens`` B, ``tau``, ``theta``, and ``theta_before``, without this
-        one; whether it is ``admitted`` by :func:`prefix_schedule` and by
-        :func:`retrospective_schedule` (``retrospective``).
+        one; whether :func:`prefix_schedule` has ``admitted`` it and whether
+        :func:`retrospective_schedule` has (``retrospective``).
     """
     walk = _walk(*_candidates(confidence), sps)
     number = np.arange(len(walk.survival))
@@ -121,17 +117,14 @@ def output_distribution(
 ) -> Float[np.ndarray, " vocab"]:
     """Exact distribution of a slot's output token when its draft decides whether it is verified.
 
-    A verified token is kept with probability min(1, p / q), or replaced by a draw from
-    max(0, p - q); without verification the target draws its own token. Lossless if it is p.
+    Verification is lossless if the result is p.
 
     Args:
         target_probs, draft_probs: ``[vocab]``, p and q.
         verified: ``[vocab]``, not 0 where the slot is verified when this token was drafted.
     """
-    p, q = (
-        as_probabilities("target_probs", target_probs),
-        as_probabilities("draft_probs", draft_probs),
-    )
+    p = as_probabilities("target_probs", target_probs)
+    q = as_probabilities("draft_probs", draft_probs)
     asked = np.asarray(verified, dtype=bool)
     kept = np.where(asked, np.minimum(p, q), 0)
     residual = np.maximum(p - q, 0)
@@ -155,8 +148,8 @@ class _Walk:
     @property
     def admitted(self) -> int:
         """How many come before the first that does not raise Theta."""
-        rises: Bool[np.ndarray, " candidate"] = self.theta[1:] > self.theta[:-1]
-        return len(rises) if rises.all() else int(rises.argmin())
+        rises = self.theta[1:] > self.theta[:-1]
+        return int(np.append(rises, False).argmin())
 
     def lengths(self, admitted: int) -> Int[np.ndarray, " request"]:
         """Slots of each request among the first ``admitted``."""
@@ -181,7 +174,7 @@ def _candidates(confidence: Confidence) -> tuple[int, Float[np.ndarray, " candid
 def _walk(
     requests: int, survival: Float[np.ndarray, " candidate"], sps: Speed, most: int | None = None
 ) -> _Walk:
-    """Over the slots of survival > 0, or the likeliest ``most`` and those as likely as the last."""
+    """The walk over slots of survival > 0, or the likeliest ``most`` and their equals."""
     least = np.partition(survival, -most)[-most] if most and most < len(survival) else 0.0
     order = np.flatnonzero((survival >= least) & (survival > 0))
     # Stable: of equal ones the earlier slot stays in front.

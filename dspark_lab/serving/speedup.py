@@ -11,13 +11,7 @@ import pandas as pd
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import column
 from dspark_lab.rates import prefix_survival
-from dspark_lab.serving.costs import (
-    Outcomes,
-    RoundCosts,
-    break_even,
-    break_even_rate,
-    require_lengths,
-)
+from dspark_lab.serving.costs import RoundCosts, break_even, break_even_rate, require_lengths
 from dspark_lab.serving.profile import AcceptanceProfile, acceptance_profile
 
 
@@ -30,17 +24,16 @@ def speedup_table(
     ``draft_lengths`` are by default all that have both a rate and a cost.
 
     Returns:
-        a row for each ``draft_length``: the columns of :meth:`RoundCosts.figures`;
-        ``break_even_rate``, see :func:`break_even`, and ``break_even_without_replay``; and
-        ``best_share``, the share of the profile's resamples in which the length is the fastest.
-        ``tau`` and ``speedup`` have 95 % bootstrap intervals ``_low`` to ``_high``, which take the
-        costs as given; they and the share are NaN for a profile without resamples.
+        a row for each ``draft_length``: the columns of :meth:`RoundCosts.figures`, ``tau`` and
+        ``speedup`` with 95 % bootstrap intervals ``_low`` to ``_high``; ``break_even_rate``, see
+        :func:`break_even`, and ``break_even_without_replay``; and ``best_share``, the share of the
+        profile's resamples in which the length is the fastest. Intervals and share are NaN for a
+        profile without resamples.
     """
     rows, speeds = [], []
     for k in require_lengths(draft_lengths, min(len(profile.rates), costs.longest)):
-        figures = costs.figures(Outcomes.of_whole_blocks(profile.survival[:k]))
-        survival = prefix_survival(profile.samples[:, :k])
-        sample = costs.figures(Outcomes.of_whole_blocks(survival))
+        figures = costs.figures(profile.survival[:k])
+        sample = costs.figures(prefix_survival(profile.samples[:, :k]))
         row = {"draft_length": k, **{name: float(value) for name, value in figures.items()}}
         for name in ("tau", "speedup"):
             row[f"{name}_low"], row[f"{name}_high"] = profile.interval(sample[name])
@@ -74,25 +67,23 @@ def temperature_table(
     """The same drafter at each temperature of a trace.
 
     Args:
-        trace: of one drafter, or with ``drafter`` chosen, with a column ``temperature``; or a
-            profile of each temperature, to which ``drafter``, ``resamples`` and ``seed`` do not
-            apply.
+        trace: with a column ``temperature``; or a profile of each temperature, to which
+            ``drafter``, ``resamples`` and ``seed`` do not apply.
         costs: of all temperatures, or of each.
+        drafter, resamples, seed: as in :func:`acceptance_profile`.
         draft_length: by default the fastest at the lowest temperature, as if it were chosen there.
-        resamples, seed: of the bootstrap over conversations.
 
     Returns:
-        a row for each ``temperature``, lowest first: ``draft_length``; ``accept_rate``, the rate
-        that would give the same tau if it were the same at every slot, ``break_even_rate`` and
-        ``break_even_without_replay``; ``tau``, ``speedup`` with their intervals,
-        ``without_replay`` and ``without_overhead`` as in :func:`speedup_table`; ``best_length`` of
-        this temperature (0: do not draft) and its ``best_speedup`` (1 where that is 0).
+        a row for each ``temperature``, lowest first: ``draft_length``; ``accept_rate``, that of
+        every slot which would give the same tau; ``break_even_rate``,
+        ``break_even_without_replay``, ``tau``, ``speedup`` with their intervals,
+        ``without_replay`` and ``without_overhead`` as in :func:`speedup_table`; ``best_length``
+        (0: do not draft) and its ``best_speedup`` (1 where that is 0).
     """
     if isinstance(trace, pd.DataFrame):
+        options: dict[str, Any] = {"drafter": drafter, "resamples": resamples, "seed": seed}
         profiles = [
-            acceptance_profile(
-                trace, drafter=drafter, temperature=value, resamples=resamples, seed=seed
-            )
+            acceptance_profile(trace, temperature=value, **options)
             for value in column(trace, "temperature", complete=True).unique().tolist()
         ]
     else:
@@ -108,29 +99,22 @@ def temperature_table(
         costs = dict.fromkeys(values, costs)
     if missing := [value for value in values if value not in costs]:
         raise ValueError(f"costs must be of every temperature, got none of {missing}")
-    rows: list[dict[str, Any]] = []
+    shared = ["break_even_rate", "break_even_without_replay", "tau", "tau_low", "tau_high"]
+    shared += ["speedup", "speedup_low", "speedup_high", "without_replay", "without_overhead"]
+    rows = []
     for value in values:
         table = speedup_table(by_temperature[value], costs[value])
         best = _fastest(table)
-        pays = bool(best["speedup"] > 1)
+        length, speed = int(best["draft_length"]), best["speedup"]
         if draft_length is None:
-            draft_length = int(best["draft_length"])
+            draft_length = length
         require_lengths([draft_length], len(table))
         row = table.iloc[draft_length - 1]
-        rows.append(
-            {
-                "temperature": value,
-                "draft_length": draft_length,
-                "accept_rate": break_even_rate(row["tau"], draft_length),
-                **row[["break_even_rate", "break_even_without_replay"]],
-                **row[["tau", "tau_low", "tau_high"]],
-                **row[["speedup", "speedup_low", "speedup_high"]],
-                **row[["without_replay", "without_overhead"]],
-                "best_length": int(best["draft_length"]) if pays else 0,
-                "best_speedup": best["speedup"] if pays else 1.0,
-            }
-        )
-    return pd.DataFrame(rows)
+        rate = break_even_rate(row["tau"], draft_length)
+        choice = (length, speed) if speed > 1 else (0, 1.0)
+        rows.append((value, draft_length, rate, *row[shared], *choice))
+    names = ["temperature", "draft_length", "accept_rate", *shared, "best_length", "best_speedup"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def advice(

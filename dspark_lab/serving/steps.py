@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Size, require
+from dspark_lab.checks import Size, Within, require
 from dspark_lab.files import written_whole
 from dspark_lab.rates import as_numbers
 
@@ -40,43 +40,32 @@ class StepsPerSecond:
 
     def __post_init__(self) -> None:
         tokens = measured_points("tokens", self.tokens)
-        speeds = as_numbers("steps_per_second", self.steps_per_second)
-        if tokens.shape != speeds.shape:
-            raise ValueError(
-                f"steps_per_second must be [point] of {len(tokens)}, got shape {speeds.shape}"
-            )
-        bad = ~(np.isfinite(speeds) & (speeds > 0))
-        if bad.any():
-            raise ValueError(
-                "steps_per_second must be positive and finite, got "
-                f"{speeds[bad][0]} at {tokens[bad][0]} tokens"
-            )
-        require("context_length", self.context_length, Size)
-        for name in ("device", "target"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
-        speeds.flags.writeable = False
         object.__setattr__(self, "tokens", tokens)
+        speeds = measured_values(
+            "steps_per_second", self.steps_per_second, "point", len(tokens), Within(0, above=True)
+        )
         object.__setattr__(self, "steps_per_second", speeds)
+        require("context_length", self.context_length, Size)
+        require("device", self.device, str)
+        require("target", self.target, str)
 
     def __call__(self, tokens: Any) -> Any:
-        """Steps per second at ``tokens`` per step, a number >= 0 or an array of any shape."""
+        """Steps per second at ``tokens`` per step, a number or an array."""
         return 1 / self.seconds(tokens)
 
     def seconds(self, tokens: Any) -> Any:
-        """Seconds per step at ``tokens`` per step, a number >= 0 or an array of any shape."""
+        """Seconds per step at ``tokens`` per step, a number or an array."""
         asked = np.asarray(tokens)
         if asked.size and not asked.min() >= 0:
             raise ValueError(f"tokens per step must be >= 0, got {asked.min()}")
-        found = seconds_at(asked, self.tokens, 1 / self.steps_per_second)
-        return found if asked.ndim else float(found)
+        return seconds_at(asked, self.tokens, 1 / self.steps_per_second)
 
     @property
     def smooth(self) -> bool:
         """Whether each further token costs at least as many seconds as the one before.
 
-        Early stopping then finds the best Theta, which rises once, then falls. In front of a cliff,
-        where one more token costs more than the next ones do, early stopping may halt.
+        Early stopping then finds the best Theta. In front of a cliff, where one more token costs
+        more than the next ones do, it may halt.
         """
         seconds = 1 / self.steps_per_second
         slopes = np.append(0, np.diff(seconds) / np.diff(self.tokens))
@@ -85,8 +74,7 @@ class StepsPerSecond:
     def smoothed(self) -> StepsPerSecond:
         """The lower convex envelope of the seconds, from the fastest step on; it is :attr:`smooth`.
 
-        Points that noise or a cliff lifts are left out: an optimistic curve, on which no bump of
-        the measurement halts a scheduler.
+        An optimistic curve, on which no bump of the measurement halts a scheduler.
         """
         seconds = 1 / self.steps_per_second
 
@@ -116,14 +104,9 @@ class StepsPerSecond:
     ) -> StepsPerSecond:
         """From a table with the columns ``tokens`` and ``steps_per_second``.
 
-        The other facts are read from columns of their name where they are not given; the first two
-        must be known.
+        Facts that are not given are columns of their name; only ``target`` may be unknown.
         """
-        if missing := [name for name in _COLUMNS[:2] if name not in table]:
-            raise ValueError(
-                f"table must have the columns tokens and steps_per_second, got no "
-                f"{' and no '.join(missing)}"
-            )
+        require_columns(table, _COLUMNS[:2])
         facts: dict[str, Any] = {}
         given = {"context_length": context_length, "device": device, "target": target}
         for name, value in given.items():
@@ -169,7 +152,7 @@ def seconds_at(
     if len(points) > 1:
         slope = max(0.0, (seconds[-1] - seconds[-2]) / (points[-1] - points[-2]))
         found = found + slope * np.maximum(asked - points[-1], 0)
-    return found
+    return found if np.ndim(asked) else float(found)
 
 
 def measured_points(name: str, values: Any) -> Int[np.ndarray, " point"]:
@@ -181,10 +164,7 @@ def measured_points(name: str, values: Any) -> Int[np.ndarray, " point"]:
         )
     whole = np.isfinite(numbers) & (numbers >= 1) & (numbers == np.floor(numbers))
     if not whole.all():
-        raise ValueError(
-            f"{name} must be whole numbers >= 1, got {numbers[~whole][0]} at point "
-            f"{(~whole).argmax()}"
-        )
+        raise ValueError(f"{name} must be whole numbers >= 1, got {numbers[~whole][0]}")
     points = numbers.astype(np.int64)
     if (np.diff(points) <= 0).any():
         raise ValueError(f"{name} must rise from point to point, got {points.tolist()}")
@@ -192,15 +172,28 @@ def measured_points(name: str, values: Any) -> Int[np.ndarray, " point"]:
     return points
 
 
+def measured_values(name: str, values: Any, axes: str, points: int, rule: Within) -> np.ndarray:
+    """The values as a read-only array of numbers of these axes, each within the rule."""
+    numbers = as_numbers(name, values)
+    if numbers.ndim != 1 + axes.count(",") or len(numbers) != points or numbers.size == 0:
+        raise ValueError(f"{name} must be [{axes}] with {points} points, got shape {numbers.shape}")
+    for place, number in np.ndenumerate(numbers):
+        rule.check(f"{name}{list(place)}", number)
+    numbers.flags.writeable = False
+    return numbers
+
+
+def require_columns(table: pd.DataFrame, names: Sequence[str]) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"table must have the columns {list(names)}, got no {missing}")
+
+
 def read_points(path: str | os.PathLike[str], numeric: Sequence[str]) -> pd.DataFrame:
     """A CSV file of measured points; ``device`` and ``target`` are text, even "NA" or "7"."""
+    text = {"device": "object", "target": "object"}
+    missing = dict.fromkeys(numeric, ["", "nan"])
     try:
-        return pd.read_csv(
-            path,
-            dtype={"device": "object", "target": "object"},
-            keep_default_na=False,
-            na_values=dict.fromkeys(numeric, ["", "nan"]),
-        )
+        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=missing)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{os.fspath(path)} must be a CSV file with the columns {', '.join(numeric)}, "

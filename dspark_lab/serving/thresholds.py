@@ -6,30 +6,16 @@ Thresholds are replayed on the rounds of a trace, see :mod:`dspark_lab.rates.thr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from dspark_lab import rates
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Rounds, rounds_of
-from dspark_lab.rates import (
-    TEMPERATURE_GRID,
-    Binning,
-    SequentialTemperatures,
-    as_probabilities,
-    disjoint_rounds,
-    fit_identifiable_slots,
-    highest_threshold,
-    interval,
-    prefix_survival,
-    resampled,
-    slot_before,
-    sums_by_threshold,
-)
-from dspark_lab.serving.costs import Outcomes, RoundCosts, expected_verify_seconds, require_lengths
+from dspark_lab.serving.costs import RoundCosts, expected_verify_seconds, require_lengths
 from dspark_lab.serving.profile import ratio, require_whole_blocks, rows_of
 
 # To look at, and to choose from.
@@ -45,7 +31,7 @@ def threshold_table(
     *,
     thresholds: Iterable[float] = _THRESHOLDS,
     draft_lengths: Sequence[int] | None = None,
-    calibrated: SequentialTemperatures | None = None,
+    calibrated: rates.SequentialTemperatures | None = None,
     drafter: str | None = None,
     temperature: float | None = None,
     resamples: Count = 200,
@@ -53,8 +39,8 @@ def threshold_table(
 ) -> pd.DataFrame:
     """Predicted speed under a static threshold on each slot's confidence.
 
-    The whole block is drafted, and paid for; verification stops before the first slot whose
-    confidence lies below the threshold. At threshold 0 a row is that of :func:`speedup_table`.
+    The whole block is drafted, and paid for. At threshold 0 a row is that of
+    :func:`speedup_table`.
 
     Args:
         trace: of whole blocks, of one drafter that has a confidence head, at one temperature.
@@ -67,12 +53,23 @@ def threshold_table(
         slots per round, and the columns of :meth:`RoundCosts.figures`, with the 95 % intervals
         ``_low`` to ``_high`` of ``tau`` and ``speedup``.
     """
-    counts = _Counts.of(trace, thresholds, calibrated, drafter, temperature)
-    longest = min(counts.slots, costs.longest)
+    rounds = _rounds(trace, drafter, temperature)
+    cuts = rates.as_probabilities("thresholds", list(thresholds))
+    counts = _counts(rounds, cuts, calibrated)
+    conversations, _, slots = counts.existing.shape
+    longest = min(slots, costs.longest)
     lengths = [longest] if draft_lengths is None else require_lengths(draft_lengths, longest)
-    drawn = resampled(counts.conversations, resamples, seed)
-    each = np.arange(len(counts.thresholds))
-    tables = [counts.table(costs, k, each, drawn) for k in lengths]
+    whole = np.ones((1, conversations), dtype=np.int64)
+    drawn = rates.resampled(conversations, resamples, seed)
+    tables = []
+    for k in lengths:
+        found, sample = (_figures(counts, costs, k, times) for times in (whole, drawn))
+        table = pd.DataFrame({"draft_length": k, "threshold": cuts})
+        table = table.assign(**{name: value[0] for name, value in found.items()})
+        for name in ("tau", "speedup"):
+            low, high = rates.interval(sample[name], conversations)
+            table[f"{name}_low"], table[f"{name}_high"] = low, high
+        tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -84,7 +81,7 @@ def best_threshold(
     test: pd.DataFrame | Rounds | None = None,
     thresholds: Iterable[float] = _FINE_THRESHOLDS,
     draft_lengths: Sequence[int] | None = None,
-    calibrated: SequentialTemperatures | None = None,
+    calibrated: rates.SequentialTemperatures | None = None,
     drafter: str | None = None,
     temperature: float | None = None,
     resamples: Count = 1000,
@@ -98,17 +95,28 @@ def best_threshold(
     All thresholds and draft lengths are tried; of equally fast ones the lowest is taken. Other
     arguments as in :func:`threshold_table`.
     """
-    counts = _Counts.of(trace, thresholds, calibrated, drafter, temperature)
-    lengths = require_lengths(draft_lengths, min(counts.slots, costs.longest))
-    whole = np.ones((1, counts.conversations), dtype=np.int64)
-    speeds = np.array([costs.figures(counts.outcomes(k, whole))["speedup"][0] for k in lengths])
-    if np.isnan(speeds).all():
+    rounds = _rounds(trace, drafter, temperature)
+    lengths = require_lengths(draft_lengths, min(rounds.verified.shape[1], costs.longest))
+    tried = threshold_table(
+        rounds,
+        costs,
+        thresholds=thresholds,
+        draft_lengths=lengths,
+        calibrated=calibrated,
+        resamples=1,
+    )
+    if tried["speedup"].isna().all():
         raise ValueError("trace must reach the slots of one draft length at least, got none")
-    length, best = np.unravel_index(np.nanargmax(speeds), speeds.shape)
-    if test is not None:
-        counts = _Counts.of(test, counts.thresholds, calibrated, drafter, temperature)
-    drawn = resampled(counts.conversations, resamples, seed)
-    return counts.table(costs, lengths[length], np.array([best]), drawn).iloc[0]
+    best = tried.loc[tried["speedup"].idxmax()]
+    return threshold_table(
+        rounds if test is None else _rounds(test, drafter, temperature),
+        costs,
+        thresholds=[best["threshold"]],
+        draft_lengths=[int(best["draft_length"])],
+        calibrated=calibrated,
+        resamples=resamples,
+        seed=seed,
+    ).iloc[0]
 
 
 @checked
@@ -120,8 +128,8 @@ def gain_table(
     thresholds: Sequence[float] = _FINER_THRESHOLDS,
     on: Literal["slot", "product"] = "slot",
     bins: Count = 15,
-    binning: Binning = "width",
-    grid: Sequence[float] = TEMPERATURE_GRID,
+    binning: rates.Binning = "width",
+    grid: Sequence[float] = rates.TEMPERATURE_GRID,
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
@@ -147,11 +155,11 @@ def gain_table(
         ``speed_high``, and, over raw, ``gain_percent`` with ``gain_low`` and ``gain_high``: 95 %
         bootstrap intervals over the conversations of ``test``, NaN with fewer than two.
     """
-    fitted, held = disjoint_rounds(fit, test)
+    fitted, held = rates.disjoint_rounds(fit, test)
     slots = max(rounds.verified.shape[1] for rounds in (fitted, held))
     require_lengths([slots], costs.longest)
-    allowed = as_probabilities("thresholds", thresholds)
-    scaling = fit_identifiable_slots(fitted, grid=grid, bins=bins, binning=binning)
+    allowed = rates.as_probabilities("thresholds", thresholds)
+    scaling = rates.fit_identifiable_slots(fitted, grid=grid, bins=bins, binning=binning)
     tried, levels = (_highest_thresholds(rounds, scaling, on) for rounds in (fitted, held))
 
     def sums(
@@ -160,7 +168,7 @@ def gain_table(
         """Tokens, seconds and verified slots, ``[group, threshold]`` each."""
         worth = np.nan_to_num(rounds.outcome("analytic"))
         verified, accepted = (
-            sums_by_threshold(highest, weight, thresholds, group)
+            rates.sums_by_threshold(highest, weight, thresholds, group)
             for weight in (rounds.verified, worth)
         )
         count = np.bincount(group)[:, None]
@@ -170,35 +178,30 @@ def gain_table(
         return count + accepted.sum(axis=2), count * seconds, verified.sum(axis=2)
 
     together = np.zeros(len(fitted), dtype=np.int64)
-    drawn = resampled(held.conversation.max() + 1, resamples, seed)
-    rows, speeds = [], {}
+    drawn = rates.resampled(held.conversation.max() + 1, resamples, seed)
+    rows, speeds = [], []
     for way, highest in tried.items():
         tokens, seconds, _ = sums(fitted, highest, allowed, together)
         best = allowed[[np.argmax(tokens / seconds)]]
         tokens, seconds, verified = sums(held, levels[way], best, held.conversation)
-        speeds[way] = np.append(
-            tokens.sum() / seconds.sum(), (drawn @ tokens[:, 0]) / (drawn @ seconds[:, 0])
-        )
-        rows.append(
-            {
-                "values": way,
-                "threshold": float("nan") if way == "everything" else best[0],
-                "verified": verified.sum() / len(held),
-                "accepted": tokens.sum() / len(held) - 1,
-            }
-        )
-    for row in rows:
-        speed = speeds[row["values"]]
-        gain = 100 * (speed / speeds["raw"] - 1)
-        row["speed"] = speed[0]
-        row["speed_low"], row["speed_high"] = interval(speed[1:], drawn.shape[1])
-        row["gain_percent"] = gain[0]
-        row["gain_low"], row["gain_high"] = interval(gain[1:], drawn.shape[1])
-    return pd.DataFrame(rows)
+        threshold = float("nan") if way == "everything" else best[0]
+        rows.append((way, threshold, verified.sum() / len(held), tokens.sum() / len(held) - 1))
+        sample = (drawn @ tokens[:, 0]) / (drawn @ seconds[:, 0])
+        speeds.append(np.append(tokens.sum() / seconds.sum(), sample))
+    table = pd.DataFrame(rows, columns=["values", "threshold", "verified", "accepted"])
+    speed = np.stack(speeds, axis=1)
+    raw = speed[:, [list(tried).index("raw")]]
+    for name, figure, values in (
+        ("speed", "speed", speed),
+        ("gain", "gain_percent", 100 * (speed / raw - 1)),
+    ):
+        table[figure] = values[0]
+        table[f"{name}_low"], table[f"{name}_high"] = rates.interval(values[1:], drawn.shape[1])
+    return table
 
 
 def _highest_thresholds(
-    rounds: Rounds, scaling: SequentialTemperatures, on: Literal["slot", "product"]
+    rounds: Rounds, scaling: rates.SequentialTemperatures, on: Literal["slot", "product"]
 ) -> dict[str, Float[np.ndarray, "round slot"]]:
     """The highest threshold that verifies each slot, under each way to decide."""
     values = {
@@ -208,12 +211,11 @@ def _highest_thresholds(
     }
     everything = np.where(rounds.verified, np.inf, -np.inf)
     return {"everything": everything} | {
-        way: highest_threshold(value, rounds.verified, on) for way, value in values.items()
+        way: rates.highest_threshold(value, rounds.verified, on) for way, value in values.items()
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _Counts:
+class _Counts(NamedTuple):
     """Rounds of each conversation by threshold and slot, ``[conversation, threshold, slot]``.
 
     ``existing`` have the slot and pass the threshold at all before it, ``passed`` at this one too.
@@ -221,101 +223,64 @@ class _Counts:
     pass the threshold at it, and ``accepted`` is their summed c*.
     """
 
-    thresholds: Float[np.ndarray, " threshold"]
     existing: np.ndarray
     passed: np.ndarray
     open: np.ndarray
     reached: np.ndarray
     accepted: np.ndarray
 
-    @classmethod
-    def of(
-        cls,
-        trace: pd.DataFrame | Rounds,
-        thresholds: Iterable[float],
-        calibrated: SequentialTemperatures | None,
-        drafter: str | None,
-        temperature: float | None,
-    ) -> _Counts:
-        if not isinstance(trace, Rounds):
-            trace, _, _ = rows_of(trace, drafter, temperature)
-        rounds = rounds_of(trace)
-        given = as_probabilities("thresholds", list(thresholds))
-        confidence = rounds.confidence
-        if calibrated is not None:
-            confidence = calibrated.apply(confidence)
-        exists, reached = ~np.isnan(confidence), rounds.reached
-        require_whole_blocks(rounds, exists)
-        own, before = thresholds_at(confidence, exists)
-        conversation = rounds.conversation
 
-        def count(highest: np.ndarray, weight: np.ndarray) -> np.ndarray:
-            return sums_by_threshold(highest, weight, given, conversation)
+def _rounds(trace: pd.DataFrame | Rounds, drafter: str | None, temperature: float | None) -> Rounds:
+    return rounds_of(
+        trace if isinstance(trace, Rounds) else rows_of(trace, drafter, temperature)[0]
+    )
 
-        return cls(
-            thresholds=given,
-            existing=count(before, exists),
-            passed=count(own, exists),
-            open=count(before, reached),
-            reached=count(own, reached),
-            accepted=count(own, np.where(reached, rounds.accept_rate, 0)),
-        )
 
-    @property
-    def conversations(self) -> int:
-        return len(self.existing)
+def _counts(
+    rounds: Rounds,
+    thresholds: Float[np.ndarray, " threshold"],
+    calibrated: rates.SequentialTemperatures | None,
+) -> _Counts:
+    confidence = rounds.confidence
+    if calibrated is not None:
+        confidence = calibrated.apply(confidence)
+    exists, reached = ~np.isnan(confidence), rounds.reached
+    require_whole_blocks(rounds, exists)
+    own, before = thresholds_at(confidence, exists)
 
-    @property
-    def slots(self) -> int:
-        return self.existing.shape[2]
+    def count(highest: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return rates.sums_by_threshold(highest, weight, thresholds, rounds.conversation)
 
-    def outcomes(
-        self,
-        draft_length: int,
-        drawn: Int[np.ndarray, "resample conversation"],
-        chosen: Int[np.ndarray, " threshold"] | slice = slice(None),
-    ) -> Outcomes:
-        """What happens to the slots, ``[resample, threshold, slot]``."""
+    return _Counts(
+        existing=count(before, exists),
+        passed=count(own, exists),
+        open=count(before, reached),
+        reached=count(own, reached),
+        accepted=count(own, np.where(reached, rounds.accept_rate, 0)),
+    )
 
-        def total(counts: np.ndarray) -> np.ndarray:
-            return np.tensordot(drawn, counts[:, chosen, :draft_length], axes=1)
 
-        opened, taken = total(self.open), total(self.accepted)
-        accepted = prefix_survival(ratio(taken, opened))
-        before = slot_before(accepted)
-        refused = ratio(total(self.reached) - taken, opened)
-        return Outcomes(
-            verified=prefix_survival(ratio(total(self.passed), total(self.existing))),
-            accepted=accepted,
-            rejected=np.where(before == 0, 0, before * refused),
-        )
-
-    def table(
-        self,
-        costs: RoundCosts,
-        draft_length: int,
-        chosen: Int[np.ndarray, " threshold"],
-        drawn: Int[np.ndarray, "resample conversation"],
-    ) -> pd.DataFrame:
-        whole = np.ones((1, self.conversations), dtype=np.int64)
-        found = self.outcomes(draft_length, whole, chosen)
-        sample = costs.figures(self.outcomes(draft_length, drawn, chosen))
-        table: dict[str, Any] = {
-            "draft_length": np.full(len(chosen), draft_length),
-            "threshold": self.thresholds[chosen],
-            "verified": found.verified.sum(axis=-1)[0],
-        }
-        table |= {name: value[0] for name, value in costs.figures(found).items()}
-        for name in ("tau", "speedup"):
-            table[f"{name}_low"], table[f"{name}_high"] = interval(sample[name], self.conversations)
-        return pd.DataFrame(table)
+def _figures(
+    counts: _Counts,
+    costs: RoundCosts,
+    draft_length: int,
+    drawn: Int[np.ndarray, "resample conversation"],
+) -> dict[str, Float[np.ndarray, "resample threshold"]]:
+    """``verified`` slots and the figures of a round, of conversations so many times each."""
+    total = _Counts(*(np.tensordot(drawn, each[..., :draft_length], axes=1) for each in counts))
+    accepted = rates.prefix_survival(ratio(total.accepted, total.open))
+    before = rates.slot_before(accepted)
+    refused = ratio(total.reached - total.accepted, total.open)
+    rejected = np.where(before == 0, 0, before * refused)
+    verified = rates.prefix_survival(ratio(total.passed, total.existing))
+    return {"verified": verified.sum(axis=-1), **costs.figures(accepted, verified, rejected)}
 
 
 def thresholds_at(
     confidence: Float[np.ndarray, "round slot"], exists: np.ndarray
 ) -> tuple[Float[np.ndarray, "round slot"], Float[np.ndarray, "round slot"]]:
     """The highest thresholds that let each slot through, and all slots before it."""
-    own = highest_threshold(confidence, exists)
-    before = slot_before(own)
+    own = rates.highest_threshold(confidence, exists)
+    before = rates.slot_before(own)
     before[:, 0] = np.inf
     return own, before

@@ -1,7 +1,4 @@
-"""Measured seconds: of the rounds of this lab's decoding, and of the target's steps.
-
-A figure is a median; a GPU's work is waited for.
-"""
+"""Measured seconds: of the rounds of this lab's decoding, and of the target's steps."""
 
 from __future__ import annotations
 
@@ -11,18 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from dspark_lab.checks import Count, Size, checked
-from dspark_lab.decoding import decode_rounds, distribution
+from dspark_lab.decoding import Decoding, decode_rounds, distribution
 from dspark_lab.files import now
 from dspark_lab.model import Drafter, Target
 from dspark_lab.serving.costs import require_lengths
 from dspark_lab.serving.engine import Engine
 from dspark_lab.serving.steps import StepsPerSecond, measured_points
 
-_PARTS = ("draft", "verify", "rest")
 # Rounds of one kind that are timed before it is another's turn.
 _ROUNDS_AT_A_TIME = 12
 
@@ -45,8 +40,7 @@ def measure_engine(
 ) -> Engine:
     """This lab's decoding as an :class:`Engine`, on the devices of these models.
 
-    The target's steps include its distributions; what drafting takes is linear between the measured
-    lengths.
+    The target's steps include its distributions; drafting is linear between the measured lengths.
 
     Args:
         requests: how many take their rounds together, rising; 1, 4 and 16 where None, or 1 alone
@@ -65,28 +59,36 @@ def measure_engine(
         )
     block_size = drafter.config.block_size
     lengths = sorted({*require_lengths(draft_lengths or [1, block_size], block_size)})
-    spent = _timed_rounds(
-        target,
-        drafter,
-        [(count, k) for count in counts for k in (0, *lengths)],
-        _random_prompt(target, context_length, seed),
-        temperature=temperature,
-        repeats=repeats,
-        warm_up=warm_up,
-        seed=seed,
-    )
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(target.vocab_size, (context_length,), generator=generator)
+    runs = {
+        (count, k): decode_rounds(
+            target,
+            drafter if k else None,
+            [prompt] * count,
+            draft_length=k or None,
+            # No round is the last one of an answer.
+            max_new_tokens=2 + (warm_up + repeats) * (k + 1),
+            temperature=temperature,
+            end_ids=(),
+            seed=seed,
+        )
+        for count in counts
+        for k in (0, *lengths)
+    }
+    spent = _timed_rounds(runs, repeats, warm_up)
     steps: dict[int, list[float]] = {}
-    for (count, k), seconds in spent.items():
-        steps.setdefault(count * (k + 1), []).append(seconds["verify"])
+    for (count, k), (_, verify, _) in spent.items():
+        steps.setdefault(count * (k + 1), []).append(verify)
     by_tokens = {tokens: statistics.median(seconds) for tokens, seconds in steps.items()}
-    drafts = [[spent[count, k]["draft"] for k in lengths] for count in counts]
+    drafts = [[spent[count, k][0] for k in lengths] for count in counts]
     slots = range(1, lengths[-1] + 1)
     return Engine(
         sps=_curve(target, by_tokens, context_length),
         requests=np.array(counts),
         draft=np.array([np.interp(slots, lengths, seconds) for seconds in drafts]),
-        rest=np.array([spent[count, lengths[-1]]["rest"] for count in counts]),
-        plain_rest=np.array([spent[n, 0]["draft"] + spent[n, 0]["rest"] for n in counts]),
+        rest=np.array([spent[count, lengths[-1]][2] for count in counts]),
+        plain_rest=np.array([spent[count, 0][0] + spent[count, 0][2] for count in counts]),
     )
 
 
@@ -104,15 +106,14 @@ def measure_steps_per_second(
 ) -> StepsPerSecond:
     """SPS(B) of a target on the device that it is on.
 
-    A step is what decoding does to verify: every row reads its tokens behind ``context_length``
-    cached ones, and each token gets its probabilities over the vocabulary. B tokens are R requests
-    of n tokens each: n is the largest divisor of B that is at most ``tokens_per_row``, as in a
-    server that verifies blocks of n - 1 slots. A target that decodes one row at a time reads all B
-    in it. After each step, outside the clock, the cache is cut back to the context.
+    As when decoding verifies, every row reads its tokens behind ``context_length`` cached ones, and
+    each token gets its probabilities over the vocabulary. B tokens are rows of n tokens: n is the
+    largest divisor of B that is at most ``tokens_per_row``. A target that decodes one row at a time
+    reads all B in it. The cutting of the cache is not timed.
 
     Args:
         tokens: B, rising.
-        context_length: of every row; drawn at random once and shared by all rows.
+        context_length: drawn at random once and shared by all rows.
         repeats, warm_up: steps at each B whose median counts, and steps before these.
     """
     sizes = measured_points("tokens", tokens).tolist()
@@ -149,67 +150,34 @@ def measure_steps_per_second(
     return _curve(target, seconds, context_length)
 
 
-def _random_prompt(target: Target, context_length: int, seed: int) -> Int[Tensor, " context"]:
-    """Tokens drawn from the whole vocabulary, to time decoding behind."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(target.vocab_size, (context_length,), generator=generator)
-
-
 def _timed_rounds(
-    target: Target,
-    drafter: Drafter,
-    kinds: Sequence[Kind],
-    prompt: Int[Tensor, " context"],
-    *,
-    temperature: float,
-    repeats: int,
-    warm_up: int,
-    seed: int,
-) -> dict[Kind, dict[str, float]]:
-    """Median seconds of the parts of a round, "draft", "verify" and "rest", for each kind.
+    runs: Mapping[Kind, Decoding], repeats: int, warm_up: int
+) -> dict[Kind, list[float]]:
+    """Median seconds of drafting, verifying and the rest of a round, for each kind.
 
     The kinds take turns, so that noise affects all of them equally, a few rounds at a time, so that
-    each finds its weights in the processor's caches as it would alone. No round is the last one of
-    an answer.
+    each finds its weights in the processor's caches as it would alone.
     """
-    rounds = warm_up + repeats
-    runs = {
-        (count, k): decode_rounds(
-            target,
-            drafter if k else None,
-            [prompt] * count,
-            draft_length=k or None,
-            max_new_tokens=2 + rounds * (k + 1),
-            temperature=temperature,
-            end_ids=(),
-            seed=seed,
-        )
-        for count, k in kinds
-    }
     # Seconds since the beginning, after each round.
-    clocks = {kind: [[0.0] * len(_PARTS)] for kind in runs}
-    for begin in range(0, rounds, _ROUNDS_AT_A_TIME):
-        turn = range(min(_ROUNDS_AT_A_TIME, rounds - begin))
-        for (count, k), run in runs.items():
-            for _ in turn:
-                for _ in range(count):
+    clocks = {kind: [[0.0] * 3] for kind in runs}
+    for begin in range(0, warm_up + repeats, _ROUNDS_AT_A_TIME):
+        for kind, run in runs.items():
+            for _ in range(min(_ROUNDS_AT_A_TIME, warm_up + repeats - begin)):
+                for _ in range(kind[0]):
                     next(run)
-                clocks[count, k].append([run.seconds[part] for part in _PARTS])
-    medians = {
-        kind: np.median(np.diff(clock, axis=0)[warm_up:], axis=0) for kind, clock in clocks.items()
-    }
+                clocks[kind].append([run.seconds[part] for part in ("draft", "verify", "rest")])
     return {
-        kind: dict(zip(_PARTS, seconds.tolist(), strict=True)) for kind, seconds in medians.items()
+        kind: np.median(np.diff(clock, axis=0)[warm_up:], axis=0).tolist()
+        for kind, clock in clocks.items()
     }
 
 
 def _curve(target: Target, seconds: Mapping[int, float], context_length: int) -> StepsPerSecond:
-    """Of a target whose steps took so many seconds, by tokens."""
-    tokens = np.array(sorted(seconds))
-    speeds = 1 / np.array([seconds[int(size)] for size in tokens])
+    tokens = sorted(seconds)
+    speeds = 1 / np.array([seconds[size] for size in tokens])
     # The last two parts of a folder's path say what it holds.
     name = "/".join(Path(target.name).parts[-2:])
-    return StepsPerSecond(tokens, speeds, context_length, _device(target), name)
+    return StepsPerSecond(np.array(tokens), speeds, context_length, _device(target), name)
 
 
 def _per_row(target: Target, size: int, most: int) -> int:
