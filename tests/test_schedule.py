@@ -207,12 +207,7 @@ def test_the_table_is_the_walk_slot_by_slot() -> None:
     # Rises twice, falls, rises above all before.
     sps = table_of([0, 0, 1.0, 0.9, 0.8, 0.4, 0.7])
     table = schedule_table(np.array(confidence), sps)
-    assert list(zip(table["request"], table["slot"], strict=True)) == [
-        (0, 0),
-        (1, 0),
-        (1, 1),
-        (0, 1),
-    ]
+    assert table[["request", "slot"]].to_numpy().tolist() == [[0, 0], [1, 0], [1, 1], [0, 1]]
     a = [0.9, 0.8, 0.8 * 0.9, 0.9 * 0.5]
     assert table["survival"].tolist() == pytest.approx(a)
     assert table["tokens"].tolist() == [3, 4, 5, 6]
@@ -223,12 +218,9 @@ def test_the_table_is_the_walk_slot_by_slot() -> None:
     assert table["theta"].tolist() == pytest.approx(expected[1:])
     assert table["admitted"].tolist() == [True, True, False, False]
     assert table["retrospective"].tolist() == [True] * 4
-    for column, scheduler in (
-        ("admitted", prefix_schedule),
-        ("retrospective", retrospective_schedule),
-    ):
-        counted = table.groupby("request")[column].sum()
-        assert counted.tolist() == scheduler(np.array(confidence), sps).tolist()
+    counted = table.groupby("request")[["admitted", "retrospective"]].sum()
+    for name, scheduler in zip(counted, (prefix_schedule, retrospective_schedule), strict=True):
+        assert counted[name].tolist() == scheduler(np.array(confidence), sps).tolist()
 
 
 def test_decoding_by_the_scheduler_verifies_what_it_says_and_answers_the_same() -> None:
@@ -249,10 +241,7 @@ def test_decoding_by_the_scheduler_verifies_what_it_says_and_answers_the_same() 
     seen = Counter()
     for number, confidence in enumerate(asked):
         batch = decoded.rounds[decoded.rounds["round"] == number]
-        wanted = [
-            min(n, d)
-            for n, d in zip(schedule_by_hand(confidence, sps), batch["drafted"], strict=True)
-        ]
+        wanted = np.minimum(schedule_by_hand(confidence, sps), batch["drafted"]).tolist()
         assert batch["verified"].tolist() == wanted
         seen.update(wanted)
     assert len(seen) > 1, "the lengths must vary for this to say anything"

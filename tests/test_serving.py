@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dspark_lab.decoding import decode
+from dspark_lab.decoding import decode, loop
 from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import load_pair, load_traces, question
 from dspark_lab.rates import SequentialTemperatures, threshold_sweep
@@ -542,13 +542,15 @@ def test_a_win_at_temperature_0_vanishes_at_1() -> None:
 
 @pytest.fixture
 def told_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading n tokens takes the target 1 + n / 8 s, a block 1/2 s, what was accepted 1/4 s."""
+    """Reading n tokens takes the target 1 + n / 8 s, a block 1/2 s, what was accepted 1/4 s, and a
+    distribution 1/2 s, which reading again has no use for."""
     tell_clock(
         monkeypatch,
         {
             (Target, "advance"): lambda _, ids, *__: 1 + ids.shape[1] / 8,
             (Drafter, "draft"): lambda *_: 0.5,
             (Drafter, "read"): lambda *_: 0.25,
+            (loop, "distribution"): lambda *_: 0.5,
         },
     )
 
@@ -567,18 +569,9 @@ def test_predicted_is_what_decoding_then_does(replay) -> None:
         drawn = decode(target, drafter, prompts, temperature=temperature, max_new_tokens=40, seed=5)
         parts.append(drawn.trace.assign(temperature=temperature))
     trace = pd.concat(parts)
-    table = decode_check(
-        target,
-        drafter,
-        prompts[:8],
-        trace,
-        draft_lengths=[1, 3],
-        temperatures=temperatures,
-        replay=replay,
-        repeats=2,
-        max_new_tokens=28,
-        resamples=200,
-    )
+    options = {"repeats": 2, "max_new_tokens": 28, "resamples": 200, "draft_lengths": [1, 3]}
+    options |= {"temperatures": temperatures, "replay": replay}
+    table = decode_check(target, drafter, prompts[:8], trace, **options)
     assert table["draft_length"].tolist() == [1, 3] * len(temperatures)
     for row in table.itertuples():
         assert row.tau_error == row.tau / row.tau_decoded - 1
@@ -589,7 +582,7 @@ def test_predicted_is_what_decoding_then_does(replay) -> None:
         assert row.speedup_error == row.speedup / row.speedup_decoded - 1
         # An answer's last round, one in ten here, costs less than the others.
         assert abs(row.speedup_error) < 1.5 * abs(row.tau_error) + 0.05
-        assert (row.without_replay > 1.1 * row.speedup) == replay
+        assert (row.without_replay > 1.05 * row.speedup) == replay
         assert row.without_overhead > row.without_replay
     # The last row's answers once more: tau is predicted for their lengths.
     profile = acceptance_profile(trace, temperature=3.0, resamples=1)

@@ -1,4 +1,4 @@
-"""What a drafter gains in serving."""
+"""Costs of a round, speed-up, thresholds, schedules and load: a drafter in serving."""
 
 import lazy_loader
 

@@ -22,15 +22,9 @@ from dspark_lab.checks import Count, Within, checked
 from dspark_lab.files import written_whole
 from dspark_lab.pairs import pair_folder
 from dspark_lab.rates import as_numbers
+from dspark_lab.serving import steps
 from dspark_lab.serving.costs import RoundCosts, require_lengths
-from dspark_lab.serving.steps import (
-    StepsPerSecond,
-    measured_points,
-    measured_values,
-    read_points,
-    require_columns,
-    seconds_at,
-)
+from dspark_lab.serving.steps import StepsPerSecond
 
 # In the folder of a pair that ships.
 ENGINE = "engine.csv"
@@ -58,10 +52,12 @@ class Engine:
     def __post_init__(self) -> None:
         if not isinstance(self.sps, StepsPerSecond):
             raise TypeError(f"sps must be a StepsPerSecond, got {type(self.sps).__name__}")
-        requests = measured_points("requests", self.requests)
+        requests = steps.measured_points("requests", self.requests)
         object.__setattr__(self, "requests", requests)
         for name, axes in (("draft", "point, slot"), ("rest", "point"), ("plain_rest", "point")):
-            values = measured_values(name, getattr(self, name), axes, len(requests), Within(0))
+            values = steps.measured_values(
+                name, getattr(self, name), axes, len(requests), Within(0)
+            )
             object.__setattr__(self, name, values)
 
     @classmethod
@@ -90,25 +86,25 @@ class Engine:
         return self.draft.shape[1]
 
     def draft_seconds(self, requests: Any, draft_length: int) -> Any:
-        """Of drafting so many slots for each of the requests, a number of them or an array."""
+        """Seconds of drafting so many slots for each of the requests, a number or an array."""
         require_lengths([draft_length], self.longest)
         return self._at(requests, self.draft[:, draft_length - 1])
 
     def rest_seconds(self, requests: Any) -> Any:
-        """Of all else of a round with a draft but the target's step."""
+        """Seconds of a drafted round without drafting and the target's step."""
         return self._at(requests, self.rest)
 
     def plain_rest_seconds(self, requests: Any) -> Any:
-        """Of all but the target's pass in a step without a draft."""
+        """Seconds of a step without a draft and without the target's pass."""
         return self._at(requests, self.plain_rest)
 
     def plain_seconds(self, requests: Any) -> Any:
-        """Of a whole step without a draft."""
+        """Seconds of a whole step without a draft."""
         return self.plain_rest_seconds(requests) + self.sps.seconds(requests)
 
     @checked
     def costs(self, requests: Count = 1, *, replay: bool = False) -> RoundCosts:
-        """Of a round and of a plain step, of so many requests together; see ``RoundCosts.of``."""
+        """Costs of a round and of a plain step of so many requests together."""
         return RoundCosts.of(
             self.longest,
             plain_seconds=self.plain_seconds(requests),
@@ -125,12 +121,12 @@ class Engine:
             raise TypeError(f"requests must be an int or an array of ints, got {requests!r}")
         if asked.size and asked.min() < 1:
             raise ValueError(f"requests must be >= 1, got {asked.min()}")
-        return seconds_at(asked, self.requests, seconds)
+        return steps.seconds_at(asked, self.requests, seconds)
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per measured point: ``part``, ``requests``, ``draft_length`` and ``tokens`` (0
-        where they do not apply), ``seconds``; and ``context_length``, ``device``, ``target``.
+        """A row for each measured point; ``requests``, ``draft_length`` and ``tokens`` are 0 where
+        they do not apply.
         """
         points = list(enumerate(self.requests.tolist()))
         rows = [("target", 0, 0, n, self.sps.seconds(n)) for n in self.sps.tokens.tolist()]
@@ -156,8 +152,8 @@ class Engine:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Engine:
         """From a CSV file that :meth:`save` wrote, or one with the columns of :attr:`table`."""
-        table = read_points(path, _COLUMNS[1:])
-        require_columns(table, _COLUMNS)
+        table = steps.read_points(path, _COLUMNS[1:])
+        steps.require_columns(table, _COLUMNS)
         parts = ["target", "draft", *_RESTS]
         if missing := [part for part in parts if part not in set(table["part"])]:
             raise ValueError(f"an engine's table must have the parts {parts}, got no {missing}")
@@ -168,8 +164,8 @@ class Engine:
                 "an engine's table must have one row for each point, got two of "
                 f"{table.loc[twice, _COLUMNS[:-1]].to_dict('records')[0]}"
             )
-        steps = table[table["part"] == "target"]
-        sps = StepsPerSecond.of(steps.assign(steps_per_second=1 / steps["seconds"]))
+        target = table[table["part"] == "target"]
+        sps = StepsPerSecond.of(target.assign(steps_per_second=1 / target["seconds"]))
         curves = table[table["part"].isin(parts[1:])].pivot(
             index="requests", columns=["part", "draft_length"], values="seconds"
         )

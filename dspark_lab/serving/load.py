@@ -4,7 +4,7 @@ A step of the engine (continuous batching):
 
     admit:   requests that have arrived join the batch, in order, as long as there is room;
     draft:   each of the R requests drafts a block;
-    length:  from the confidences of all blocks the policy chooses how many slots of each to verify;
+    length:  from all confidences the policy chooses how many slots of each block to verify;
     verify:  the target reads B = R + verified slots at once, which takes 1 / SPS(B) seconds;
     grow:    each answer grows by its accepted slots and one token of the target's own.
 
@@ -116,9 +116,8 @@ def simulate(
 ) -> LoadResult:
     """Serves requests under one policy.
 
-    The requests that count are served after ``warm_up`` others, and others follow until the last
-    that counts is complete, so that none of them sees an engine that fills or empties. The others
-    are the same requests once more: their last ones before, their first ones behind.
+    The requests that count come after ``warm_up`` others and before as many as it takes, so that
+    none of them sees an engine that fills or empties. The others are the same requests once more.
 
     Args:
         policy: :class:`FixedLength`, :class:`StaticThreshold`, :class:`PrefixScheduler`, or a

@@ -70,14 +70,12 @@ class AcceptanceProfile:
 
     def table(self) -> pd.DataFrame:
         """``slot``, ``rate`` and ``survival``, each of these with ``_low`` and ``_high``."""
-        found: dict[str, Any] = {"slot": np.arange(len(self.rates))}
-        for name, value, sample in (
-            ("rate", self.rates, self.samples),
-            ("survival", self.survival, prefix_survival(self.samples)),
-        ):
+        table = pd.DataFrame({"slot": np.arange(len(self.rates))})
+        rates, survival = (self.rates, self.samples), (self.survival, prefix_survival(self.samples))
+        for name, (value, sample) in (("rate", rates), ("survival", survival)):
             low, high = self.interval(sample)
-            found |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        return pd.DataFrame(found)
+            table = table.assign(**{name: value, f"{name}_low": low, f"{name}_high": high})
+        return table
 
     def interval(
         self, figures: Float[np.ndarray, "resample *figure"]
@@ -133,26 +131,21 @@ def rows_of(
     """The rows of one drafter at one temperature, and which these are."""
     labels: list[Any] = []
     for name, wanted in (("drafter", drafter), ("temperature", temperature)):
-        if name in trace.columns:
-            held = column(trace, name, complete=True).unique().tolist()
-            if wanted is None and len(held) > 1:
-                raise ValueError(
-                    f"trace must be of one {name}, or {name} must say which, got {sorted(held)}"
-                )
-            if wanted is not None and wanted not in held:
-                raise ValueError(f"{name} must be one of the trace's {sorted(held)}, got {wanted}")
-            if len(held) > 1:
-                trace = trace[trace[name] == wanted]
-            wanted = held[0] if wanted is None and held else wanted
-        labels.append(wanted)
+        held = column(trace, name, complete=True).unique().tolist() if name in trace else []
+        if wanted is None and len(held) > 1:
+            raise ValueError(
+                f"trace must be of one {name}, or {name} must say which, got {sorted(held)}"
+            )
+        if wanted is not None and held and wanted not in held:
+            raise ValueError(f"{name} must be one of the trace's {sorted(held)}, got {wanted}")
+        if len(held) > 1:
+            trace = trace[trace[name] == wanted]
+        labels.append(held[0] if wanted is None and held else wanted)
     return trace, *labels
 
 
 def require_whole_blocks(rounds: Rounds, drafted: Bool[np.ndarray, "round slot"]) -> None:
-    """Refuse a trace whose rounds a threshold or scheduler cut, and not the end of an answer.
-
-    An answer's end leaves a drafted slot unverified only behind an accepted one.
-    """
+    """Refuse rounds cut by more than the end of an answer, which comes behind an accepted slot."""
     verified = rounds.verified
     if not verified[:, 0].any():
         raise ValueError("trace must have a verified slot, got none")

@@ -88,11 +88,9 @@ def answers_of(
     the block, the probability that the slots up to there are accepted. (Products of the rates c*
     are not: a token that was accepted is not distributed as one that was drafted.)
 
-    Where an answer ends inside a block, the trace has nothing on the slots behind. To leave such
-    rounds out, or to take them as they are, would make rounds look short. They are completed from a
+    Rounds that the end of an answer cut are completed, so that rounds do not look short, from a
     whole round of their domain, drawn with the probability that its slots up to there are accepted.
-    An answer that ended with the last slot of its block may be taken to have one token more than it
-    had.
+    An answer that ended with the last slot of its block may seem to have one token more.
 
     Args:
         trace: of one drafter at one temperature, decoded without threshold or scheduler; answers

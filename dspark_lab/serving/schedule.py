@@ -32,7 +32,7 @@ Confidence = (
     Shaped[np.ndarray, "request slot"] | Float[Tensor, "request slot"] | Sequence[Sequence[float]]
 )
 
-# The fewest candidates that a schedule sorts first.
+# Candidates sorted first: sorting takes longest, and rarely are many admitted.
 _FEW = 256
 
 
@@ -53,7 +53,6 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
     requests, survival = _candidates(confidence)
     most = max(requests, _FEW)
     while True:
-        # Sorting takes longest, and rarely are many admitted.
         walk = _walk(requests, survival, sps, most)
         if walk.admitted < len(walk.order) or len(walk.order) == np.count_nonzero(survival):
             return walk.lengths(walk.admitted)
@@ -95,11 +94,11 @@ def schedule_table(confidence: Confidence, sps: Speed) -> pd.DataFrame:
         :func:`retrospective_schedule` has (``retrospective``).
     """
     walk = _walk(*_candidates(confidence), sps)
-    number = np.arange(len(walk.survival))
+    number, requests = np.arange(len(walk.survival)), max(walk.requests, 1)
     return pd.DataFrame(
         {
-            "request": walk.order % max(walk.requests, 1),
-            "slot": walk.order // max(walk.requests, 1),
+            "request": walk.order % requests,
+            "slot": walk.order // requests,
             "survival": walk.survival,
             "tokens": walk.requests + number + 1,
             "tau": walk.tau[1:],
@@ -134,10 +133,7 @@ def output_distribution(
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """Candidates by falling survival; ``tau`` and ``theta`` with the first n of them admitted.
-
-    ``order`` ``[candidate]`` is slot * requests + request.
-    """
+    """Candidates (slot * requests + request) by falling survival; the first n of them admitted."""
 
     requests: int
     order: Int[np.ndarray, " candidate"]

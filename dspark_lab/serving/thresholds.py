@@ -133,20 +133,20 @@ def gain_table(
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
-    """What scaling gains, and what perfect calibration would gain at most, in tokens and in speed.
+    """The gain of scaling, and of perfect calibration, in tokens and in speed.
 
     Four ways to decide how much of a drafted block is verified: ``everything``; a threshold on the
     ``raw`` confidence; on the ``scaled`` one; and on the ``oracle``, the true accept rate c*.
-    Temperatures and each way's fastest threshold are chosen on ``fit``; every figure is of
-    ``test``. Slots without an identifiable temperature keep their confidences. Speed is all tokens
-    over all seconds, without replay and rollback.
+    Temperatures and each way's fastest threshold are chosen on ``fit``; figures are of ``test``.
+    Slots without an identifiable temperature keep their confidences. Speed is all tokens over all
+    seconds, without replay and rollback.
 
     Args:
         fit, test: traces of whole blocks of one drafter, without a prompt in common.
         thresholds: to choose from, in [0, 1].
-        on: ``"slot"``, a threshold on each slot's own value, or ``"product"``, on the product up to
-            the slot, which is how a scheduler weighs slots. Under ``"slot"`` a miscalibration that
-            happens to favour early slots, which are worth more, can be faster than its repair.
+        on: each slot's own value, or the product up to the slot, as a scheduler weighs slots. Under
+            ``"slot"`` a miscalibration that happens to favour early slots, which are worth more,
+            can be faster than its repair.
         bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
 
     Returns:
@@ -204,15 +204,12 @@ def _highest_thresholds(
     rounds: Rounds, scaling: rates.SequentialTemperatures, on: Literal["slot", "product"]
 ) -> dict[str, Float[np.ndarray, "round slot"]]:
     """The highest threshold that verifies each slot, under each way to decide."""
-    values = {
-        "raw": rounds.confidence,
-        "scaled": scaling.apply(rounds.confidence),
-        "oracle": rounds.accept_rate,
-    }
-    everything = np.where(rounds.verified, np.inf, -np.inf)
-    return {"everything": everything} | {
-        way: rates.highest_threshold(value, rounds.verified, on) for way, value in values.items()
-    }
+    found = {"everything": np.where(rounds.verified, np.inf, -np.inf)}
+    scaled = scaling.apply(rounds.confidence)
+    values = {"raw": rounds.confidence, "scaled": scaled, "oracle": rounds.accept_rate}
+    for way, value in values.items():
+        found[way] = rates.highest_threshold(value, rounds.verified, on)
+    return found
 
 
 class _Counts(NamedTuple):
