@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Count, Within, checked
+from dspark_lab.checks import Count, NonNegative, checked
 from dspark_lab.files import written_whole
 from dspark_lab.pairs import pair_folder
 from dspark_lab.rates import as_numbers
@@ -56,7 +56,7 @@ class Engine:
         object.__setattr__(self, "requests", requests)
         for name, axes in (("draft", "point, slot"), ("rest", "point"), ("plain_rest", "point")):
             values = steps.measured_values(
-                name, getattr(self, name), axes, len(requests), Within(0)
+                name, getattr(self, name), axes, len(requests), NonNegative
             )
             object.__setattr__(self, name, values)
 

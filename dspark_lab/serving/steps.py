@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Size, Within, require
+from dspark_lab.checks import Positive, Size, require
 from dspark_lab.files import written_whole
 from dspark_lab.rates import as_numbers
 
@@ -42,7 +42,7 @@ class StepsPerSecond:
         tokens = measured_points("tokens", self.tokens)
         object.__setattr__(self, "tokens", tokens)
         speeds = measured_values(
-            "steps_per_second", self.steps_per_second, "point", len(tokens), Within(0, above=True)
+            "steps_per_second", self.steps_per_second, "point", len(tokens), Positive
         )
         object.__setattr__(self, "steps_per_second", speeds)
         require("context_length", self.context_length, Size)
@@ -172,13 +172,13 @@ def measured_points(name: str, values: Any) -> Int[np.ndarray, " point"]:
     return points
 
 
-def measured_values(name: str, values: Any, axes: str, points: int, rule: Within) -> np.ndarray:
-    """The values as a read-only array of numbers of these axes, each within the rule."""
+def measured_values(name: str, values: Any, axes: str, points: int, rule: Any) -> np.ndarray:
+    """The values as a read-only array of numbers of these axes that ``rule`` allows."""
     numbers = as_numbers(name, values)
     if numbers.ndim != 1 + axes.count(",") or len(numbers) != points or numbers.size == 0:
         raise ValueError(f"{name} must be [{axes}] with {points} points, got shape {numbers.shape}")
     for place, number in np.ndenumerate(numbers):
-        rule.check(f"{name}{list(place)}", number)
+        require(f"{name}{list(place)}", number, rule)
     numbers.flags.writeable = False
     return numbers
 
