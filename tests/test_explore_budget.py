@@ -360,7 +360,7 @@ def test_the_chosen_setting_looks_alike_in_every_panel():
 
 def test_a_budget_refuses_a_number_of_anchors_that_is_no_option():
     with pytest.raises(
-        ValueError, match=r"num_anchors must be one of \[4, 8, 16, 32, 64\], got 12"
+        ValueError, match=r"num_anchors must be one of \(4, 8, 16, 32, 64\), got 12"
     ):
         budget(num_anchors=12)
 
@@ -706,7 +706,7 @@ def test_too_many_blocks_to_look_at_are_said_in_words_and_can_be_left():
         ({"block_size": 0}, "block_size must be >= 1, got 0"),
         ({"seq_len": 0}, "seq_len must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"gamma": 0}, "loss_decay_gamma must be > 0, got 0"),
+        ({"gamma": 0}, "gamma must be > 0, got 0"),
         ({"dtype": "fp8"}, "dtype must be .*, got 'fp8'"),
         ({"features": "stale"}, "features must be .*, got 'stale'"),
         ({"per": "chat"}, "per must be 'row' or 'document', got 'chat'"),

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from dspark_lab import serving
 from dspark_lab.decoding import save_trace
 from dspark_lab.explore import (
     Explorer,
@@ -229,11 +230,11 @@ def test_a_part_that_costs_nothing_is_not_in_the_key_and_one_length_can_be_shown
 
 
 def test_a_draft_length_or_concurrency_that_the_table_lacks_is_refused():
-    with pytest.raises(ValueError, match=r"draft_length must be one of \[1, 2, 3, 4\], got 5"):
+    with pytest.raises(ValueError, match=r"draft_length must be one of \(1, 2, 3, 4\), got 5"):
         plot_round(GOOD, draft_length=5)
-    with pytest.raises(ValueError, match=r"concurrency must be one of \[1, 2, .*\], got 3"):
+    with pytest.raises(ValueError, match=r"concurrency must be one of \(1, 2, .*\), got 3"):
         plot_load(LOAD, concurrency=3)
-    with pytest.raises(ValueError, match=r"bold must be one of \['T 0'\], got 'T 1'"):
+    with pytest.raises(ValueError, match=r"bold must be one of \('T 0',\), got 'T 1'"):
         plot_speedup({"T 0": GOOD}, bold="T 1")
     with pytest.raises(ValueError, match="tables must hold at least one table, got none"):
         plot_speedup({})
@@ -609,17 +610,18 @@ def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
 def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
     calls: list[str] = []
 
-    def counting(name: str) -> None:
-        original = getattr(serving_module, name)
+    def counting(module: Any, name: str) -> None:
+        original = getattr(module, name)
 
         def counted(*given: Any, **options: Any) -> Any:
             calls.append(name)
             return original(*given, **options)
 
-        monkeypatch.setattr(serving_module, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
-    for name in ("acceptance_profile", "answers_of", "load_table", "plot_serving"):
-        counting(name)
+    for name in ("acceptance_profile", "answers_of", "load_table"):
+        counting(serving, name)
+    counting(serving_module, "plot_serving")
     explorer = explore()
     # Of each temperature once; plain decoding, three lengths, one threshold and the scheduler.
     assert calls.count("acceptance_profile") == calls.count("answers_of") == 2
@@ -792,7 +794,7 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
         asked.append((*models, seed))
         return ENGINE
 
-    monkeypatch.setattr(serving_module, "measure_engine", measured)
+    monkeypatch.setattr(serving, "measure_engine", measured)
     monkeypatch.setattr(serving_module, "decode", None)
     explorer = explore_serving(
         target(), {"mine": drafter()}, TEXTS, trace=TRACE, requests_simulated=2, seed=4
@@ -803,8 +805,9 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
 
 
 def test_with_trace_and_engine_no_model_is_loaded(monkeypatch):
-    for name in ("load_models", "load_pair", "load_traces", "load_engine", "decode"):
+    for name in ("load_models", "load_pair", "load_traces", "decode"):
         monkeypatch.setattr(serving_module, name, None)
+    monkeypatch.setattr(serving, "load_engine", None)
     explorer = explore_serving("no/such-target", "no/such-drafter", **OPTIONS)
     assert explorer.tables["settings"]["drafter"].tolist() == ["no/such-drafter"]
 
@@ -853,22 +856,22 @@ def test_prompts_alone_are_put_to_the_pocket_pair():
     [
         ({"export": "sglang"}, ValueError, r"export must be one of \('json', .*, got 'sglang'"),
         ({"requests": 3}, ValueError, r"requests must be one of \(1, 8, 64\), got 3"),
-        ({"threshold": 1.5}, ValueError, r"threshold must be in \[0, 1\], got 1.5"),
+        ({"threshold": 1.5}, ValueError, r"threshold must lie in \[0, 1\], got 1.5"),
         ({"threshold": "low"}, TypeError, "threshold must be a number, got 'low'"),
-        ({"temperature": 0.3}, ValueError, r"one of the trace's \[0.0, 1.0\], got 0.3"),
+        ({"temperature": 0.3}, ValueError, r"temperature must be one of \(0.0, 1.0\), got 0.3"),
         ({"draft_length": 0}, ValueError, "draft_length must be >= 1, got 0"),
         ({"draft_length": 4}, ValueError, "draft_length must be at most 3, got 4"),
         ({"trace": 3}, TypeError, "trace must be a DataFrame or .*, got 3"),
         ({"engine": 3}, TypeError, "engine must be an Engine or .*, got 3"),
         ({"engine": None}, ValueError, "engine must be given with a trace, or a target"),
-        ({"requests_simulated": 0}, ValueError, "requests must be >= 1, got 0"),
+        ({"requests_simulated": 0}, ValueError, "requests_simulated must be >= 1, got 0"),
         ({"trace": "no-such.parquet"}, OSError, "no-such"),
         ({"engine": "no-such.csv"}, OSError, "no-such"),
         (
             {"trace": None, "target": target(), "drafter": drafter(), "prompts": TEXTS}
             | {"temperatures": ()},
             ValueError,
-            "temperatures must hold at least one temperature, got none",
+            "temperatures must not be empty",
         ),
         (
             {"trace": None, "target": target(), "prompts": TEXTS}

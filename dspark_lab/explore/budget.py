@@ -22,56 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from dspark_lab import tuning
 from dspark_lab.chats import Chat, Encoded, encode
-from dspark_lab.checks import checked
+from dspark_lab.checks import Count, Positive, Share, checked
+from dspark_lab.explore import explorer, style
 from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
-from dspark_lab.explore.explorer import (
-    Explorer,
-    Frame,
-    checkbox,
-    doublings_slider,
-    dropdown,
-    slider,
-)
-from dspark_lab.explore.style import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    RED,
-    add_legend,
-    add_rules,
-    add_title,
-    legend_above,
-    line_look,
-    new_figure,
-    percent_axis,
-    png,
-)
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.model import DrafterConfig
-from dspark_lab.tuning import (
-    CARDS,
-    PER,
-    TRAINERS,
-    Dtype,
-    Per,
-    Shape,
-    Spans,
-    Step,
-    StepTime,
-    TrainingChoice,
-    TrainingSettings,
-    choose_training,
-    fit_table,
-    memory_table,
-    never_table,
-    row_blocks,
-    slot_supervision,
-    supervision_table,
-    training_cost,
-    usable_bytes,
-)
-from dspark_lab.tuning import export as exported
+from dspark_lab.tuning import Dtype, Per, Shape, Spans, StepTime
 
 # The entry among the cards that stands for the user's own measurement.
 MEASURED = "measured here"
@@ -80,18 +38,10 @@ _NUM_ANCHORS = tuple(2**power for power in range(2, 16))
 # A row of more blocks takes longer to look at than a slider may.
 _MOST_BLOCKS = 2**17
 # The mark of the chosen setting, in every panel.
-_CHOSEN: dict[str, Any] = {
-    "color": ORANGE,
-    "marker": "*",
-    "markersize": 13,
-    "markeredgecolor": INK,
-    "markeredgewidth": 0.6,
-    "linestyle": "none",
-    "clip_on": False,
-    "zorder": 4,
-}
-# Marks as a title writes them. A title is drawn in a third of the time that a legend takes, and the
-# explorer draws four panels for each step of a slider.
+_CHOSEN: dict[str, Any] = {"color": ORANGE, "marker": "*", "markersize": 13, "linestyle": "none"}
+_CHOSEN |= {"markeredgecolor": INK, "markeredgewidth": 0.6, "clip_on": False, "zorder": 4}
+# Marks as a title writes them: a title is drawn in a third of the time that a legend takes, and
+# sooner still at a given place (y=1).
 _STAR, _RING, _SQUARE = "★", "○", "□"
 # Dark is little, light is much, to any eye and in grey, too.
 _HEAT = matplotlib.colormaps["viridis"]
@@ -105,14 +55,13 @@ def plot_fit(
     """The largest number of anchors that fits, against the row's length, a line per block size.
 
     Args:
-        table: from :func:`dspark_lab.tuning.fit_table`: ``seq_len``, ``block_size``,
-            ``num_anchors`` (0, where nothing fits, has a place of its own) and ``full``; hollow
-            marks are where it is False.
+        table: from :func:`dspark_lab.tuning.fit_table`. 0 anchors, where nothing fits, have a place
+            of their own; marks are hollow where ``full`` is False.
         at: a row length and a number of anchors to mark as the chosen ones.
         ax: draw here instead of in a new figure.
     """
     if ax is None:
-        _, ax = new_figure(7, 3.8)
+        _, ax = style.new_figure(7, 3.8)
     blocks = table["block_size"].unique()
     key = [f"block {blocks[0]}"] if len(blocks) == 1 else []
     for i, (block_size, part) in enumerate(table.groupby("block_size")):
@@ -134,10 +83,10 @@ def plot_fit(
     ax.set_ylim(0 if 0 in numbers else 0.8 * min(numbers), 1.6 * max(1, *numbers))
     ax.set_xlabel("tokens of a row (seq_len)")
     ax.set_ylabel("most anchors that fit")
-    add_rules(ax)
-    _title(ax, "   ".join(key))
+    style.add_rules(ax)
+    style.add_title(ax, "   ".join(key), y=1)
     if len(blocks) > 1:
-        add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
+        style.add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
     return cast(Figure, ax.figure)
 
 
@@ -152,11 +101,9 @@ def plot_parts(
     """Where a training step's operations go, part by part, and its bytes.
 
     Args:
-        cost: from :func:`dspark_lab.tuning.training_cost`: ``part`` and ``operations``.
-        memory: from :func:`dspark_lab.tuning.memory_table`: ``part``, ``held`` and ``moment``; a
-            panel of its own.
-        limit: bytes that tensors may take, told in words.
-        seconds: of the step, told in words.
+        cost: from :func:`dspark_lab.tuning.training_cost`.
+        memory: from :func:`dspark_lab.tuning.memory_table`; a panel of its own.
+        limit, seconds: bytes that tensors may take, and the step's time, told in words.
         ax: draw the operations here instead of in a new figure, and no memory.
     """
     if memory is not None and ax is not None:
@@ -166,7 +113,7 @@ def plot_parts(
     if ax is None:
         most = max(len(cost), 0 if memory is None else len(memory))
         columns = 1 if memory is None else 2
-        _, axes = new_figure(4.8 * columns, 0.27 * most + 1.1, columns)
+        _, axes = style.new_figure(4.8 * columns, 0.27 * most + 1.1, columns)
         ax, *others = np.atleast_1d(axes)
         if memory is not None:
             _plot_bytes(others[0], memory, limit)
@@ -179,7 +126,7 @@ def plot_parts(
     title = f"a step: {EngFormatter(places=1)(total)} operations"
     if seconds is not None:
         title += f", {seconds:.3g} s"
-    _title(ax, title)
+    style.add_title(ax, title, y=1)
     return cast(Figure, ax.figure)
 
 
@@ -194,40 +141,28 @@ def plot_budget(
     """What a choice for training covers, gains, costs and leaves room for, in four panels.
 
     Args:
-        options: ``table`` of :func:`dspark_lab.choose_training`, a line per number of anchors, the
-            chosen one among them; one block size, one row length.
+        options: ``table`` of :func:`dspark_lab.choose_training` for one block size and row length.
         cost: from :func:`dspark_lab.tuning.training_cost`, of the chosen step.
         fit: from :func:`dspark_lab.tuning.fit_table`.
         num_anchors: the chosen one of the options.
         at: where it stands in ``fit``: the longest row, and its blocks.
     """
     options = options.sort_values("num_anchors")
-    if num_anchors not in options["num_anchors"].to_numpy():
-        raise ValueError(
-            f"num_anchors must be one of {options['num_anchors'].tolist()}, got {num_anchors}"
-        )
+    style.require_one_of("num_anchors", num_anchors, options["num_anchors"].tolist())
     chosen = options[options["num_anchors"] == num_anchors]
     width, height = 9.5, 5.6
     # Fixed margins, in inches, and fixed places of labels: finding the best ones would take long.
-    figure, axes = new_figure(
-        width,
-        height,
-        columns=2,
-        rows=2,
-        layout="none",
-        left=1.95 / width,
-        right=1 - 0.15 / width,
-        bottom=0.5 / height,
-        top=1 - 0.35 / height,
-        wspace=0.25,
-        hspace=0.5,
+    margins = {"left": 1.95 / width, "right": 1 - 0.15 / width}
+    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height}
+    figure, axes = style.new_figure(
+        width, height, columns=2, rows=2, layout="none", wspace=0.25, hspace=0.5, **margins
     )
     _plot_share(axes[0], options, chosen)
     _plot_gain(axes[1], options, chosen)
     plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=axes[2])
     plot_fit(fit, at=at, ax=axes[3])
-    places = ((0.55, 0.25), (0.55, 0.25), (1.8, 0.08), (0.55, 0.25))
-    for ax, (beside, under) in zip(axes, places, strict=True):
+    for ax in axes:
+        beside, under = (1.8, 0.08) if ax is axes[2] else (0.55, 0.25)
         _, _, wide, high = ax.get_position().bounds
         ax.xaxis.set_label_coords(0.5, -under / (height * high))
         ax.yaxis.set_label_coords(-beside / (width * wide), 0.5)
@@ -240,7 +175,7 @@ def _plot_share(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
     ax.set_ylim(0, 1.02)
     _budget_axes(ax, options, "tokens covered")
     n, share = chosen["num_anchors"].iloc[0], chosen["share"].iloc[0]
-    _title(ax, f"{_STAR} chosen: N {n:,} covers {share:.0%}")
+    style.add_title(ax, f"{_STAR} chosen: N {n:,} covers {share:.0%}", y=1)
 
 
 def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
@@ -250,7 +185,7 @@ def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
     best = possible.loc[[possible["gain_per_second"].idxmax()]]
     unit = best["gain_per_second"].iloc[0]
     gain = options["gain_per_second"] / unit
-    _line_and_marks(ax, options["num_anchors"], gain, options["fits"], 0)
+    _line_and_marks(ax, options["num_anchors"], gain, fits, 0)
     key = [f"{_STAR} chosen"]
     if fits.any():
         frame: dict[str, Any] = {"marker": "s", "markersize": 11, "fillstyle": "none"}
@@ -261,14 +196,14 @@ def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
     ax.plot(chosen["num_anchors"], chosen["gain_per_second"] / unit, **_CHOSEN)
     ax.set_ylim(0, 1.08 * gain.max())
     _budget_axes(ax, options, "gain/s, of the best")
-    _title(ax, "   ".join(key))
+    style.add_title(ax, "   ".join(key), y=1)
 
 
 def _line_and_marks(
     ax: Axes, x: pd.Series, y: pd.Series, filled: pd.Series, i: int, label: str = "", **look: Any
 ) -> None:
     """Line ``i``, with hollow marks where they are not to be filled."""
-    full, look = filled.to_numpy(dtype=bool), line_look(i) | {"markersize": 5} | look
+    full, look = filled.to_numpy(dtype=bool), style.line_look(i) | {"markersize": 5} | look
     ax.plot(x, y, linewidth=1.4, label=label, markevery=full, **look)
     ax.plot(x[~full], y[~full], **look | {"linestyle": "none", "fillstyle": "none"})
 
@@ -281,7 +216,7 @@ def _plot_bytes(ax: Axes, memory: pd.DataFrame, limit: float | None) -> None:
     title = f"{held.sum():.1f} GB at the fullest moment: {memory['moment'].iloc[0]}"
     if limit is not None and math.isfinite(limit):
         title += f"\n{held.sum() / (limit / 1e9):.0%} of the {limit / 1e9:.1f} GB that it may take"
-    _title(ax, title)
+    style.add_title(ax, title, y=1)
 
 
 def _bars(ax: Axes, names: pd.Series, values: np.ndarray, labels: list[str], colour: str) -> None:
@@ -297,7 +232,7 @@ def _bars(ax: Axes, names: pd.Series, values: np.ndarray, labels: list[str], col
 def _budget_axes(ax: Axes, options: pd.DataFrame, label: str) -> None:
     """Shares against ``num_anchors``."""
     ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 5, 10]))
-    percent_axis(ax, label)
+    style.percent_axis(ax, label)
     ax.set_xscale("log", base=2)
     _name_doublings(ax.xaxis, options["num_anchors"].tolist())
     ax.set_xlabel("num_anchors")
@@ -315,30 +250,24 @@ def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _title(ax: Axes, text: str) -> None:
-    # A place that is given need not be searched for.
-    add_title(ax, text, y=1)
-
-
 def plot_slots(table: pd.DataFrame) -> Figure:
     """How often each slot of a block has a label in a pass, and what that weighs in the loss.
 
     Args:
-        table: from :func:`dspark_lab.tuning.slot_supervision`: ``slot``, ``expected``,
-            ``weighted``.
+        table: from :func:`dspark_lab.tuning.slot_supervision`.
     """
-    figure, ax = new_figure(7, 3.2)
+    figure, ax = style.new_figure(7, 3.2)
     bar: dict[str, Any] = {"width": 0.38, "edgecolor": INK, "linewidth": 0}
-    label = "supervised slots"
-    ax.bar(table["slot"] - 0.2, table["expected"], color=BLUE, label=label, **bar)
-    bar |= {"color": ORANGE, "hatch": "////", "label": "their summed weight"}
-    ax.bar(table["slot"] + 0.2, table["weighted"], **bar)
+    plain = bar | {"color": BLUE, "label": "supervised slots"}
+    ax.bar(table["slot"] - 0.2, table["expected"], **plain)
+    hatched = bar | {"color": ORANGE, "hatch": "////", "label": "their summed weight"}
+    ax.bar(table["slot"] + 0.2, table["weighted"], **hatched)
     ax.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("slot of the block")
     ax.set_ylabel("expected in one pass over the data")
-    add_rules(ax)
-    legend_above(ax, 2)
+    style.add_rules(ax)
+    style.legend_above(ax, 2)
     return figure
 
 
@@ -346,11 +275,10 @@ def plot_front(table: pd.DataFrame) -> Figure:
     """What options gain a second, and what they gain for each byte that a step holds.
 
     Args:
-        table: of :func:`dspark_lab.choose_training`: ``num_anchors``, ``block_size``, ``seq_len``,
-            ``gain_per_second``, ``gain_per_byte``, ``fits`` and ``front``, whose options are named.
+        table: of :func:`dspark_lab.choose_training`; the options on its front are named.
     """
     front = table[table["front"]].sort_values("gain_per_second", ascending=False)
-    figure, ax = new_figure(7, max(3.6, 0.19 * len(front) + 1.1))
+    figure, ax = style.new_figure(7, max(3.6, 0.19 * len(front) + 1.1))
     dot: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none"}
     diamond = dot | {"marker": "D", "markersize": 6}
     kinds = (
@@ -359,33 +287,30 @@ def plot_front(table: pd.DataFrame) -> Figure:
         ("on the front: none beats it", table["front"], diamond | {"color": RED}),
     )
     for label, shown, look in kinds:
-        part = table[shown]
-        if len(part):
-            gain_per_gb = 1e9 * part["gain_per_byte"]
-            ax.plot(gain_per_gb, part["gain_per_second"], label=label, **look)
+        if shown.any():
+            part = table[shown]
+            ax.plot(1e9 * part["gain_per_byte"], part["gain_per_second"], label=label, **look)
     ax.set_ylim(0, 1.06 * table["gain_per_second"].max())
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_xlabel("gain of a step for each GB that it holds")
     ax.set_ylabel("gain per second")
-    _name_beside(ax, 1e9 * front["gain_per_byte"], front["gain_per_second"], _names(front, table))
-    add_rules(ax)
-    legend_above(ax, 3)
-    return figure
-
-
-def _names(front: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    """What sets the options apart; the row's length where there are several."""
     several = table["seq_len"].nunique() > 1
-    return [
-        f"N {n:,}, K {k:,}" + (f", S {s:,}" if several else "")
-        for n, k, s in zip(front["num_anchors"], front["block_size"], front["seq_len"], strict=True)
+    names = [
+        f"N {one.num_anchors:,}, K {one.block_size:,}" + f", S {one.seq_len:,}" * several
+        for one in front.itertuples()
     ]
+    _name_beside(ax, 1e9 * front["gain_per_byte"], front["gain_per_second"], names)
+    style.add_rules(ax)
+    style.legend_above(ax, 3)
+    return figure
 
 
 def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None:
     """Names in a column right of the axes, from high to low, each with a line from its point."""
-    to_name = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)}
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)}
+    look: dict[str, Any] = {"va": "center", "color": INK, "fontsize": 8, "annotation_clip": False}
+    look |= {"textcoords": "axes fraction", "arrowprops": line}
     gap = 0.17 / (cast(Figure, ax.figure).get_figheight() - 1.0)
     low, high = ax.get_ylim()
     heights = ((y - low) / (high - low)).tolist()
@@ -397,17 +322,7 @@ def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None
         heights[i] = floor = max(heights[i], floor)
         floor += gap
     for name, px, py, place in zip(names, x, y, heights, strict=True):
-        ax.annotate(
-            name,
-            (px, py),
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            va="center",
-            color=INK,
-            fontsize=8,
-            annotation_clip=False,
-            arrowprops=to_name,
-        )
+        ax.annotate(name, (px, py), xytext=(1.03, place), **look)
 
 
 def plot_sweeps(cells: pd.DataFrame) -> Figure:
@@ -417,24 +332,23 @@ def plot_sweeps(cells: pd.DataFrame) -> Figure:
     each has a frame, and one that is missing stays empty.
 
     Args:
-        cells: from :func:`dspark_lab.tuning.cell_table`: ``budget``, ``temperature``,
-            ``num_anchors``, ``block_size``, ``tau``, ``low`` and ``high`` (NaN where not known).
+        cells: from :func:`dspark_lab.tuning.cell_table`.
     """
     budgets = sorted(cells["budget"].unique())
     temperatures = sorted(cells["temperature"].unique())
     columns, rows = cells["num_anchors"].nunique(), cells["block_size"].nunique()
-    figure, axes = new_figure(
-        len(budgets) * (1.05 * columns + 0.7) + 0.9,
-        len(temperatures) * (0.6 * rows + 0.9) + 0.2,
-        columns=len(budgets),
-        rows=len(temperatures),
-    )
+    width = len(budgets) * (1.05 * columns + 0.7) + 0.9
+    height = len(temperatures) * (0.6 * rows + 0.9) + 0.2
+    figure, axes = style.new_figure(width, height, columns=len(budgets), rows=len(temperatures))
     axes = np.atleast_1d(axes)
     colours = Normalize(cells["tau"].min(), cells["tau"].max())
     for ax, (temperature, budget) in zip(axes, product(temperatures, budgets), strict=True):
         shown = (cells["budget"] == budget) & (cells["temperature"] == temperature)
         _heat_map(ax, cells[shown], colours)
-    _colour_bar(figure, axes, colours)
+    bar = figure.colorbar(ScalarMappable(colours, _HEAT), ax=list(axes), fraction=0.04, pad=0.02)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.set_label("tau (tokens per round)", color=INK, fontsize=9)
+    cast(Any, bar.outline).set_visible(False)
     return figure
 
 
@@ -446,15 +360,9 @@ def _heat_map(ax: Axes, cells: pd.DataFrame, colours: Normalize) -> None:
         words = f"{cell.tau:.2f}"
         if not math.isnan(cast(float, cell.low)):
             words += f"\n{cell.low:.2f} to {cell.high:.2f}"
-        ax.text(
-            columns.index(cell.num_anchors),
-            rows.index(cell.block_size),
-            words,
-            ha="center",
-            va="center",
-            color=_readable_on(_HEAT(colours(cell.tau))),
-            fontsize=8,
-        )
+        place = columns.index(cell.num_anchors), rows.index(cell.block_size)
+        colour = _readable_on(_HEAT(colours(cell.tau)))
+        ax.text(*place, words, ha="center", va="center", color=colour, fontsize=8)
     best = cells.loc[cells["tau"].idxmax()]
     corner = columns.index(best["num_anchors"]) - 0.5, rows.index(best["block_size"]) - 0.5
     ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=3, clip_on=False))
@@ -465,19 +373,9 @@ def _heat_map(ax: Axes, cells: pd.DataFrame, colours: Normalize) -> None:
         spine.set_visible(False)
     ax.set_xlabel("anchors (num_anchors)")
     ax.set_ylabel("slots of a block (block_size)")
-    add_title(
-        ax,
-        f"budget: {best['budget']}, temperature {best['temperature']:g}\n"
-        f"framed: the best, N {best['num_anchors']:,}, K {best['block_size']:,}",
-        y=1,
-    )
-
-
-def _colour_bar(figure: Figure, axes: Any, colours: Normalize) -> None:
-    bar = figure.colorbar(ScalarMappable(colours, _HEAT), ax=list(axes), fraction=0.04, pad=0.02)
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.set_label("tau (tokens per round)", color=INK, fontsize=9)
-    bar.outline.set_visible(False)
+    title = f"budget: {best['budget']}, temperature {best['temperature']:g}\n"
+    title += f"framed: the best, N {best['num_anchors']:,}, K {best['block_size']:,}"
+    style.add_title(ax, title, y=1)
 
 
 def _readable_on(colour: tuple[float, float, float, float]) -> str:
@@ -496,25 +394,25 @@ def explore_training_budget(
     model: Shape | str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig = "qwen3-4b",
     tokenizer: Any = None,
     *,
-    num_anchors: int = 512,
-    block_size: int = 7,
-    seq_len: int = 4096,
+    num_anchors: Count = 512,
+    block_size: Count = 7,
+    seq_len: Count = 4096,
     packed: bool = True,
     per: Per = "row",
-    batch_size: int = 1,
+    batch_size: Count = 1,
     card: str | None = None,
     time: StepTime | None = None,
     memory: float | None = None,
-    gamma: float = 4.0,
+    gamma: Positive = 4.0,
     export: str = "dspark-lab",
     dtype: Dtype = "bf16",
     features: Literal["live", "cached"] = "live",
     target_dtype: Dtype | None = None,
     objective: Literal["chunked", "full"] = "chunked",
-    supervised: float = 1.0,
-    vocabulary: int | None = None,
+    supervised: Share = 1.0,
+    vocabulary: Count | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
-) -> Explorer:
+) -> explorer.Explorer:
     """What a training step on these conversations covers, gains, costs and needs.
 
     Args:
@@ -523,8 +421,8 @@ def explore_training_budget(
         model: a shape, or what :meth:`dspark_lab.tuning.Shape.of` makes one of.
         tokenizer: a tokenizer, its name or folder; the shipped one where None.
         num_anchors, block_size, seq_len, packed, per, batch_size: where the controls start.
-        card: where that control starts, one of :data:`~dspark_lab.tuning.CARDS` or, with ``time``,
-            "measured here"; the latter or an H100 where None. Of a card's peak a share is assumed.
+        card: where that control starts, one of :data:`~dspark_lab.tuning.CARDS`, of whose peak a
+            share is assumed, or "measured here", the default with ``time``; an H100 otherwise.
         time: step times fitted on the user's own device; the choice "measured here".
         memory: bytes of that device; everything fits there where None.
         gamma: decay of the slots' weights.
@@ -540,36 +438,30 @@ def explore_training_budget(
         tokens), ``cost``, ``memory`` and ``fit``.
     """
     shape = model if isinstance(model, Shape) else Shape.of(model)
-    TrainingSettings(num_anchors, block_size, seq_len, batch_size, gamma)
-    step_options: dict[str, Any] = {
-        "dtype": dtype,
-        "features": features,
-        "target_dtype": target_dtype,
-        "objective": objective,
-        "supervised": supervised,
-        "vocabulary": vocabulary,
-        "device": device,
-    }
-    Step(seq_len, num_anchors, block_size, batch_size, **step_options).require_fit(shape)
+    step_options: dict[str, Any] = {"dtype": dtype, "features": features, "device": device}
+    step_options |= {"target_dtype": target_dtype, "objective": objective}
+    step_options |= {"supervised": supervised, "vocabulary": vocabulary}
+    tuning.Step(seq_len, num_anchors, block_size, batch_size, **step_options).require_fit(shape)
     if time is None and memory is not None:
         raise ValueError(f"memory must come with a time, got {memory} without")
-    if time is not None and not isinstance(time, StepTime):
-        raise TypeError(f"time must be a StepTime, got {type(time).__name__}")
-    cards: dict[str, tuple[Any, Any]] = {} if time is None else {MEASURED: (time, memory)}
-    cards |= {name: (name, name) for name in CARDS}
     if memory is not None:
-        usable_bytes(memory)
+        tuning.usable_bytes(memory)
+    cards: dict[str, tuple[Any, Any]] = {} if time is None else {MEASURED: (time, memory)}
+    cards |= {name: (name, name) for name in tuning.CARDS}
     controls = [
-        doublings_slider("num_anchors", num_anchors, _NUM_ANCHORS),
-        slider("block_size", block_size, 1, 16),
-        doublings_slider("seq_len", seq_len, _SEQ_LENS),
-        checkbox("packed", packed),
-        dropdown("per", per, PER),
-        slider("batch_size", batch_size, 1, 64),
-        dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
-        dropdown("export", export, ("json", *TRAINERS)),
+        explorer.doublings_slider("num_anchors", num_anchors, _NUM_ANCHORS),
+        explorer.slider("block_size", block_size, 1, 16),
+        explorer.doublings_slider("seq_len", seq_len, _SEQ_LENS),
+        explorer.checkbox("packed", packed),
+        explorer.dropdown("per", per, tuning.PER),
+        explorer.slider("batch_size", batch_size, 1, 64),
+        explorer.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
+        explorer.dropdown("export", export, ("json", *tuning.TRAINERS)),
     ]
-    encoded = _encoded(chats, tokenizer)
+    loaded = loaded_chats(chats)
+    if not all(isinstance(chat, Encoded) for chat in loaded):
+        tokenizer = loaded_tokenizer(tokenizer)
+    encoded = [chat if isinstance(chat, Encoded) else encode(chat, tokenizer) for chat in loaded]
 
     @lru_cache(maxsize=8)
     def spans_of(seq_len: int, packed: bool) -> Spans:
@@ -578,32 +470,22 @@ def explore_training_budget(
     @lru_cache(maxsize=8)
     def choice_of(
         spans: Spans, tried: tuple[int, ...], block_size: int, per: Per, batch_size: int, card: str
-    ) -> TrainingChoice:
+    ) -> tuning.TrainingChoice:
         card_time, card_memory = cards[card]
-        return choose_training(
-            spans,
-            shape,
-            time=card_time,
-            memory=card_memory,
-            num_anchors=tried,
-            block_sizes=(block_size,),
-            per=per,
-            batch_size=batch_size,
-            gamma=gamma,
-            **step_options,
-        )
+        options: dict[str, Any] = {"time": card_time, "memory": card_memory, "num_anchors": tried}
+        options |= {"block_sizes": (block_size,), "per": per, "batch_size": batch_size}
+        return tuning.choose_training(spans, shape, gamma=gamma, **options, **step_options)
 
-    def draw(chosen: SimpleNamespace) -> Frame:
+    def draw(chosen: SimpleNamespace) -> explorer.Frame:
         spans = spans_of(chosen.seq_len, chosen.packed)
-        n, k, per = chosen.num_anchors, chosen.block_size, chosen.per
-        batch_size = chosen.batch_size
+        n, k, per, batch_size = chosen.num_anchors, chosen.block_size, chosen.per, chosen.batch_size
         candidates = int(spans.candidates(per).max())
         if not candidates:
             raise ValueError(
                 "No conversation has two supervised tokens in a row among its first "
                 f"{chosen.seq_len:,}: there is nothing to learn from. Choose a longer row."
             )
-        blocks = row_blocks(spans, n, per)
+        blocks = tuning.row_blocks(spans, n, per)
         if blocks > _MOST_BLOCKS:
             raise ValueError(
                 f"{n:,} anchors for each document are {blocks:,} blocks a row, more than "
@@ -614,63 +496,44 @@ def explore_training_budget(
         line = choice.table[choice.table["num_anchors"] == n].iloc[0]
         longest = int(line["seq_len"])
         step = {"num_anchors": blocks, "block_size": k, "batch_size": batch_size, **step_options}
-        cost = training_cost(shape, seq_len=max(1, round(line["row_tokens"])), **step)
+        cost = tuning.training_cost(shape, seq_len=max(1, round(line["row_tokens"])), **step)
         room = cards[chosen.card][1] or math.inf
-        fit = fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
-        settings = TrainingSettings(n, k, chosen.seq_len, batch_size, gamma)
+        fit = tuning.fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
+        settings = tuning.TrainingSettings(n, k, chosen.seq_len, batch_size, gamma)
+        recommended = {} if choice.best is None else choice.best.to_dict()
+        recommended |= {"sure": choice.sure, "reason": choice.reason}
+        tables = {
+            "options": choice.table,
+            "recommended": pd.DataFrame([recommended]),
+            "settings": pd.DataFrame([asdict(settings)]),
+            "coverage": tuning.supervision_table(spans, tried, (k,), gamma=gamma, per=per),
+            "slots": tuning.slot_supervision(spans, n, k, gamma=gamma, per=per),
+            "never": tuning.never_table(spans),
+            "cost": cost,
+            "memory": tuning.memory_table(shape, seq_len=longest, **step),
+            "fit": fit,
+        }
         figure = plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, blocks))
-        return Frame(
-            {
-                "options": choice.table,
-                "recommended": _recommended(choice),
-                "settings": pd.DataFrame([asdict(settings)]),
-                "coverage": supervision_table(spans, tried, (k,), gamma=gamma, per=per),
-                "slots": slot_supervision(spans, n, k, gamma=gamma, per=per),
-                "never": never_table(spans),
-                "cost": cost,
-                "memory": memory_table(shape, seq_len=longest, **step),
-                "fit": fit,
-            },
-            html=_in_words(choice, line, settings, per, chosen.card, usable_bytes(room))
-            + f"<pre>{escape(exported(settings, chosen.export))}</pre>",
-            png=png(figure, dpi=100),
-            alt="what the chosen setting covers, gains, costs and leaves room for",
-        )
+        words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
+        words += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
+        alt = "what the chosen setting covers, gains, costs and leaves room for"
+        return explorer.Frame(tables, html=words, png=style.png(figure, dpi=100), alt=alt)
 
-    return Explorer("explore_training_budget", controls, draw)
+    return explorer.Explorer("explore_training_budget", controls, draw)
 
 
-def _encoded(chats: _Chats | None, tokenizer: Any) -> list[Encoded]:
-    loaded = loaded_chats(chats)
-    if not all(isinstance(chat, Encoded) for chat in loaded):
-        tokenizer = loaded_tokenizer(tokenizer)
-    return [chat if isinstance(chat, Encoded) else encode(chat, tokenizer) for chat in loaded]
-
-
-def _recommended(choice: TrainingChoice) -> pd.DataFrame:
-    best = {} if choice.best is None else choice.best.to_dict()
-    return pd.DataFrame([{**best, "sure": choice.sure, "reason": choice.reason}])
-
-
-def _in_words(
-    choice: TrainingChoice,
-    line: pd.Series,
-    settings: TrainingSettings,
-    per: Per,
-    card: str,
-    limit: float,
-) -> str:
+def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:
     """The recommendation, and the chosen setting, in a sentence each."""
-    counted = " for each document" if per == "document" else ""
+    counted = " for each document" if chosen.per == "document" else ""
     held, seconds = line["memory_bytes"] / 1e9, line["seconds"]
-    place = "on the device that was measured" if card == MEASURED else f"on {card}"
+    place = "on the device that was measured" if chosen.card == MEASURED else f"on {chosen.card}"
     room = "" if math.isinf(limit) else f" of {limit / 1e9:.1f} GB that it may take"
     said = (
-        f"Chosen: N {settings.num_anchors:,}{counted}, K {settings.block_size}, S "
-        f"{settings.seq_len:,} covers {line['share']:.0%} of the supervised tokens in a pass; a "
-        f"step {place} takes {seconds:.3g} s and {held:.1f} GB{room}"
+        f"Chosen: N {chosen.num_anchors:,}{counted}, K {chosen.block_size}, S {chosen.seq_len:,} "
+        f"covers {line['share']:.0%} of the supervised tokens in a pass; a step {place} takes "
+        f"{seconds:.3g} s and {held:.1f} GB{room}"
     )
-    if line["seq_len"] < settings.seq_len:
+    if line["seq_len"] < chosen.seq_len:
         said += f", as the longest row has {line['seq_len']:,.0f} tokens"
     said += "." if line["fits"] else ": it does not fit."
-    return f"<p>{escape(choice.reason)}</p><p>{escape(said)}</p>"
+    return f"<p>{escape(reason)}</p><p>{escape(said)}</p>"

@@ -18,6 +18,7 @@ import ipywidgets
 import pandas as pd
 
 from dspark_lab.checks import Within, checked, require
+from dspark_lab.explore.style import require_one_of
 
 # Changes that arrive within this time become one redraw, of the newest values only.
 SETTLE_SECONDS = 0.01
@@ -189,21 +190,16 @@ def number_slider(
 
 
 def dropdown(name: str, value: Any, options: Sequence[Any]) -> ipywidgets.Dropdown:
-    _require_one_of(name, value, options)
+    require_one_of(name, value, options)
     return ipywidgets.Dropdown(options=options, value=value, description=name, **_WIDE)
 
 
 def selection_slider(name: str, value: Any, options: Sequence[Any]) -> ipywidgets.SelectionSlider:
     """A slider over the given values."""
-    _require_one_of(name, value, options)
+    require_one_of(name, value, options)
     return ipywidgets.SelectionSlider(options=options, value=value, description=name, **_WIDE)
 
 
 def doublings_slider(name: str, value: int, options: Sequence[int]) -> ipywidgets.SelectionSlider:
     """A slider over doublings and the value that it starts from."""
     return selection_slider(name, value, sorted({*options, value}))
-
-
-def _require_one_of(name: str, value: Any, options: Sequence[Any]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {tuple(options)}, got {value!r}")

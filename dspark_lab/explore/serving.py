@@ -3,51 +3,26 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from html import escape
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.checks import Count, checked, require
+from dspark_lab import serving
+from dspark_lab.checks import Count, NotEmpty, Share, checked
 from dspark_lab.decoding import decode, load_trace, rounds_of
-from dspark_lab.explore.explorer import (
-    Explorer,
-    Frame,
-    alert,
-    checkbox,
-    dropdown,
-    number_slider,
-    selection_slider,
-    slider,
-)
-from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
+from dspark_lab.explore import explorer, style
+from dspark_lab.explore.models import DrafterLike, Prompts, TargetLike, load_models
 from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
-from dspark_lab.explore.style import add_title, new_figure, plain_text, png
-from dspark_lab.model import Drafter
 from dspark_lab.pairs import load_pair, load_traces
 from dspark_lab.rates import SequentialTemperatures
-from dspark_lab.serving import (
-    Engine,
-    FixedLength,
-    Policy,
-    PrefixScheduler,
-    StaticThreshold,
-    acceptance_profile,
-    advice,
-    answers_of,
-    load_engine,
-    load_table,
-    measure_engine,
-    speedup_table,
-    temperature_table,
-    threshold_table,
-)
+from dspark_lab.serving import Engine, FixedLength, Policy, PrefixScheduler, StaticThreshold
 from dspark_lab.tuning import SERVERS, ServingSettings
 from dspark_lab.tuning import export as exported
 
@@ -80,7 +55,7 @@ def plot_serving(
     """
     # Places are fixed: finding the best ones would take longer than all the drawing.
     places = {"left": 0.075, "right": 0.985, "bottom": 0.09, "top": 0.87}
-    figure, axes = new_figure(
+    figure, axes = style.new_figure(
         9.5, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.22, **places
     )
     for ax in axes:
@@ -90,18 +65,14 @@ def plot_serving(
     plot_speedup(speedups, chosen=draft_length, bold=bold, ax=axes[0])
     plot_round(speedups[bold], draft_length=draft_length, ax=axes[1])
     plot_load(load, concurrency=requests, axes=axes[2:])
-    for ax in axes[:3]:
+    titles = (
+        f"{requests} request{'s' * (requests != 1)} a step",
+        f"a round, {style.plain_text(bold)}",
+        f"simulated load{', without replay' * replay}",
+    )
+    for ax, title in zip(axes[:3], titles, strict=True):
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    for ax, title in zip(
-        axes[:3],
-        (
-            f"{requests} request{'s' * (requests != 1)} a step",
-            f"a round, {plain_text(bold)}",
-            f"simulated load{', without replay' if replay else ''}",
-        ),
-        strict=True,
-    ):
-        add_title(ax, title, y=1, pad=32)
+        style.add_title(ax, title, y=1, pad=32)
     return figure
 
 
@@ -113,18 +84,18 @@ def explore_serving(
     *,
     trace: pd.DataFrame | str | os.PathLike[str] | None = None,
     engine: Engine | str | os.PathLike[str] | None = None,
-    temperatures: Sequence[float] = (0.0, 1.0),
-    draft_length: int | None = None,
+    temperatures: Annotated[Sequence[float], NotEmpty()] = (0.0, 1.0),
+    draft_length: Count | None = None,
     temperature: float | None = None,
     requests: int = 1,
-    threshold: float = 0.3,
+    threshold: Share = 0.3,
     replay: bool = False,
     calibrated: SequentialTemperatures | None = None,
-    max_new_tokens: int = 64,
-    requests_simulated: int = 64,
+    max_new_tokens: Count = 64,
+    requests_simulated: Count = 64,
     export: str = "dspark-lab",
     seed: int = 0,
-) -> Explorer:
+) -> explorer.Explorer:
     """How fast a drafter serves, by draft length, temperature, load and policy.
 
     The picture shows the speed-up against the draft length at this load; where a round's time goes,
@@ -151,17 +122,14 @@ def explore_serving(
 
     Returns:
         an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen
-        temperature and load. Its ``tables`` are besides it ``load``
-        (:func:`dspark_lab.serving.load_table`), ``temperatures``
-        (:func:`dspark_lab.serving.temperature_table`, of the length that is fastest at the lowest),
-        ``thresholds`` (:func:`dspark_lab.serving.threshold_table`, for drafters with a confidence
-        head), ``profile``, ``steps`` of the engine and ``settings``, those that are exported.
+        temperature and load. Its ``tables`` are besides it ``load``, ``temperatures`` (of the
+        length that is fastest at the lowest) and ``thresholds`` (for drafters with a confidence
+        head), from the functions of :mod:`dspark_lab.serving` that end in ``_table``; ``profile``,
+        ``steps`` of the engine and ``settings``, those that are exported.
     """
-    export_control = dropdown("export", export, ("json", *SERVERS))
-    requests_control = selection_slider("requests", requests, CONCURRENCY)
-    threshold_control = number_slider("threshold", threshold, 0.0, 1.0)
-    if threshold > 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    export_control = explorer.dropdown("export", export, ("json", *SERVERS))
+    requests_control = explorer.selection_slider("requests", requests, CONCURRENCY)
+    threshold_control = explorer.number_slider("threshold", threshold, 0.0, 1.0)
     if isinstance(trace, (str, os.PathLike)):
         trace = load_trace(trace)
     if isinstance(engine, (str, os.PathLike)):
@@ -172,73 +140,57 @@ def explore_serving(
         )
     name = _name(drafter)
     trace = _of_one_drafter(trace, name, temperature)
-    serving = _Serving(trace, engine, calibrated, requests_simulated, seed)
-    if temperature is None:
-        temperature = serving.temperatures[-1]
-    if temperature not in serving.temperatures:
-        raise ValueError(
-            f"temperature must be one of the trace's {serving.temperatures}, got {temperature}"
-        )
-    if draft_length is None:
-        draft_length = serving.longest
-    require("draft_length", draft_length, Count)
-    if draft_length > serving.longest:
-        raise ValueError(f"draft_length must be at most {serving.longest}, got {draft_length}")
+    made = _Tables(trace, engine, calibrated, requests_simulated, seed)
+    held = list(made.profiles)
+    draft_length = draft_length or made.longest
+    if draft_length > made.longest:
+        raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
     controls = [
-        slider("draft_length", draft_length, 1, serving.longest),
-        dropdown("temperature", temperature, serving.temperatures),
+        explorer.slider("draft_length", draft_length, 1, made.longest),
+        explorer.dropdown("temperature", held[-1] if temperature is None else temperature, held),
         requests_control,
         threshold_control,
-        checkbox("replay", replay),
+        explorer.checkbox("replay", replay),
         export_control,
     ]
-    threshold_control.disabled = bool(serving.lacking)
-    serving.prepare(threshold)
+    threshold_control.disabled = bool(made.lacking)
+    # Simulations take long: with these, controls other than the threshold move at once.
+    for value, length in product(held, range(1, made.longest + 1)):
+        made.load(value, length, threshold)
 
     @lru_cache(maxsize=8)
-    def drawn(
-        draft_length: int, temperature: float, requests: int, threshold: float, replay: bool
-    ) -> bytes:
-        figure = plot_serving(
-            {f"T {t:g}": serving.speedups(t, requests, replay) for t in serving.temperatures},
-            serving.load(temperature, draft_length, threshold),
-            bold=f"T {temperature:g}",
-            draft_length=draft_length,
-            requests=requests,
-            replay=replay,
-        )
-        return png(figure, dpi=100)
+    def drawn(t: float, load: tuple[int, bool], draft_length: int, threshold: float) -> bytes:
+        speedups = {f"T {value:g}": made.speedups[value, load] for value in held}
+        policies = made.load(t, draft_length, threshold)
+        options: dict[str, Any] = {"draft_length": draft_length, "requests": load[0]}
+        options |= {"replay": load[1], "bold": f"T {t:g}"}
+        return style.png(plot_serving(speedups, policies, **options), dpi=100)
 
-    def draw(chosen: SimpleNamespace) -> Frame:
-        k, threshold = chosen.draft_length, chosen.threshold
-        temperature, requests, replay = chosen.temperature, chosen.requests, chosen.replay
+    def draw(chosen: SimpleNamespace) -> explorer.Frame:
+        t, k, threshold = chosen.temperature, chosen.draft_length, chosen.threshold
+        load = chosen.requests, chosen.replay
+        settings = ServingSettings(k, 0.0 if made.lacking else threshold, name)
         tables = {
-            "speedup": serving.speedups(temperature, requests, replay),
-            "load": serving.load(temperature, k, threshold),
-            "temperatures": serving.by_temperature(requests, replay),
+            "speedup": made.speedups[t, load],
+            "load": made.load(t, k, threshold),
+            "temperatures": made.by_temperature[load],
         }
-        if not serving.lacking:
-            tables["thresholds"] = serving.thresholds(temperature, k, requests, replay)
-        settings = ServingSettings(k, 0.0 if serving.lacking else threshold, name)
-        tables |= {
-            "profile": serving.profile(temperature).table(),
-            "steps": engine.sps.table,
-            "settings": pd.DataFrame([asdict(settings)]),
-        }
+        if not made.lacking:
+            tables["thresholds"] = made.thresholds(t, load, k)
+        tables["profile"] = made.profiles[t].table()
+        tables["steps"] = engine.sps.table
+        tables["settings"] = pd.DataFrame([asdict(settings)])
         sentences = [
-            serving.advice(temperature, requests, replay),
-            serving.lacking or _threshold_in_words(tables["thresholds"]),
-            _load_in_words(tables["load"], requests),
+            made.advice[t, load],
+            made.lacking or _threshold_in_words(tables["thresholds"]),
+            _load_in_words(tables["load"], chosen.requests),
         ]
-        return Frame(
-            tables,
-            html="".join(f"<p>{escape(text)}</p>" for text in sentences)
-            + _export_as_html(settings, chosen.export),
-            png=drawn(k, temperature, requests, threshold, replay),
-            alt="speed-up by draft length, where a round's time goes, and policies under load",
-        )
+        html = "".join(f"<p>{escape(text)}</p>" for text in sentences)
+        html += _export_as_html(settings, chosen.export)
+        alt = "speed-up by draft length, where a round's time goes, and policies under load"
+        return explorer.Frame(tables, html=html, png=drawn(t, load, k, threshold), alt=alt)
 
-    return Explorer("explore_serving", controls, draw)
+    return explorer.Explorer("explore_serving", controls, draw)
 
 
 def _made(
@@ -258,7 +210,7 @@ def _made(
         )
     if target is None:
         drafter = drafter or _SHIPPED_DRAFTER
-        engine = engine or load_engine()
+        engine = engine or serving.load_engine()
         if prompts is None:
             return load_traces(), engine, drafter
         pair = load_pair("pocket", _name(drafter))
@@ -269,35 +221,19 @@ def _made(
         raise ValueError(f"drafter must be one, got {list(models.drafters)}")
     [(name, loaded)] = models.drafters.items()
     if trace is None:
-        trace = _decoded(models, loaded, temperatures, max_new_tokens, seed)
+        options: dict[str, Any] = {"domains": models.domains, "max_new_tokens": max_new_tokens}
+        options |= {"batch_size": _BATCH_SIZE if models.target.decodes_batches else None}
+        options |= {"seed": seed}
+        traces = [
+            decode(
+                models.target, loaded, models.prompts, temperature=temperature, **options
+            ).trace.assign(temperature=float(temperature))
+            for temperature in temperatures
+        ]
+        trace = pd.concat(traces, ignore_index=True)
     if engine is None:
-        engine = measure_engine(models.target, loaded, seed=seed)
+        engine = serving.measure_engine(models.target, loaded, seed=seed)
     return trace, engine, name if isinstance(drafter, Mapping) else drafter
-
-
-def _decoded(
-    models: Models,
-    drafter: Drafter,
-    temperatures: Sequence[float],
-    max_new_tokens: int,
-    seed: int,
-) -> pd.DataFrame:
-    if len(temperatures) == 0:
-        raise ValueError("temperatures must hold at least one temperature, got none")
-    traces = [
-        decode(
-            models.target,
-            drafter,
-            models.prompts,
-            domains=models.domains,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            batch_size=_BATCH_SIZE if models.target.decodes_batches else None,
-            seed=seed,
-        ).trace.assign(temperature=float(temperature))
-        for temperature in temperatures
-    ]
-    return pd.concat(traces, ignore_index=True)
 
 
 def _name(drafter: Any) -> str:
@@ -307,8 +243,6 @@ def _name(drafter: Any) -> str:
 
 def _of_one_drafter(trace: pd.DataFrame, name: str, temperature: float | None) -> pd.DataFrame:
     """The rows of the named drafter, or of the only one, with their temperatures."""
-    if not isinstance(trace, pd.DataFrame):
-        raise TypeError(f"trace must be a pandas DataFrame or a file, got {type(trace).__name__}")
     if "drafter" in trace:
         held = sorted(trace["drafter"].unique())
         own = held[0] if name == _UNNAMED and len(held) == 1 else Path(name).name
@@ -324,10 +258,11 @@ def _of_one_drafter(trace: pd.DataFrame, name: str, temperature: float | None) -
     return trace
 
 
-class _Serving:
+class _Tables:
     """A trace of one drafter on an engine, and the tables of both, each made once.
 
-    ``lacking`` says why there is neither threshold nor scheduler, and is empty where there are.
+    Keys are a temperature and a load, which is the requests that share a step and whether replay
+    counts. ``lacking`` says why there is neither threshold nor scheduler; "" where there are.
     """
 
     def __init__(
@@ -338,39 +273,14 @@ class _Serving:
         requests_simulated: int,
         seed: int,
     ) -> None:
-        if not isinstance(engine, Engine):
-            raise TypeError(f"engine must be an Engine or a file, got {type(engine).__name__}")
-        self.temperatures = sorted(trace["temperature"].unique().tolist())
-        parts = {t: trace[trace["temperature"] == t] for t in self.temperatures}
-        self._engine = engine
-        self._drawn: dict[str, Any] = {"requests": requests_simulated, "seed": seed}
-        kept = lru_cache(maxsize=None)
-        costs = kept(lambda requests, replay: engine.costs(requests, replay=replay))
-        rounds = kept(lambda t: rounds_of(parts[t]))
-        self._answers = kept(lambda t: answers_of(parts[t], calibrated, seed=seed))
-        self._simulated = kept(self._simulate)
-        self.profile = kept(lambda t: acceptance_profile(parts[t], temperature=t))
-        self.speedups = kept(
-            lambda t, requests, replay: speedup_table(self.profile(t), costs(requests, replay))
-        )
-        self.advice = kept(
-            lambda t, requests, replay: advice(self.profile(t), costs(requests, replay))
-        )
-        self.by_temperature = kept(
-            lambda requests, replay: temperature_table(
-                [self.profile(t) for t in self.temperatures], costs(requests, replay)
-            )
-        )
-        self.thresholds = kept(
-            lambda t, draft_length, requests, replay: threshold_table(
-                rounds(t),
-                costs(requests, replay),
-                draft_lengths=[draft_length],
-                calibrated=calibrated,
-            )
-        )
-        slots = len(self.profile(self.temperatures[0]).rates)
-        self.longest = min(slots, engine.longest)
+        temperatures = sorted(trace["temperature"].unique().tolist())
+        parts = {t: trace[trace["temperature"] == t] for t in temperatures}
+        answers = {t: serving.answers_of(part, calibrated, seed=seed) for t, part in parts.items()}
+        self.profiles = {
+            t: serving.acceptance_profile(part, temperature=t) for t, part in parts.items()
+        }
+        slots = len(self.profiles[temperatures[0]].rates)
+        self.longest = longest = min(slots, engine.longest)
         self.lacking = ""
         if trace["confidence"].isna().all():
             self.lacking = "The drafter has no confidence head: no threshold and no scheduler."
@@ -379,6 +289,32 @@ class _Serving:
                 f"Blocks have {slots} slots and the engine knows {engine.longest}: no threshold "
                 "and no scheduler, which work on whole blocks."
             )
+        rounds = {} if self.lacking else {t: rounds_of(part) for t, part in parts.items()}
+        self.speedups, self.advice, self.by_temperature = {}, {}, {}
+        costs = {}
+        for load in product(CONCURRENCY, (False, True)):
+            costs[load] = cost = engine.costs(load[0], replay=load[1])
+            profiles = list(self.profiles.values())
+            self.by_temperature[load] = serving.temperature_table(profiles, cost)
+            for t, profile in self.profiles.items():
+                self.speedups[t, load] = serving.speedup_table(profile, cost)
+                self.advice[t, load] = serving.advice(profile, cost)
+
+        @cache
+        def thresholds(t: float, load: tuple[int, bool], draft_length: int) -> pd.DataFrame:
+            options: dict[str, Any] = {"draft_lengths": [draft_length], "calibrated": calibrated}
+            return serving.threshold_table(rounds[t], costs[load], **options)
+
+        @cache
+        def simulated(t: float, policy: Policy) -> pd.DataFrame:
+            # Plain decoding drafts nothing, and the simulator charges nothing for it.
+            drafted = (policy.slots or 1) if isinstance(policy, FixedLength) else longest
+            options: dict[str, Any] = {"draft_length": drafted, "requests": requests_simulated}
+            return serving.load_table(
+                answers[t], engine, [policy], CONCURRENCY, seed=seed, **options
+            )
+
+        self.thresholds, self._simulated = thresholds, simulated
 
     def load(self, temperature: float, draft_length: int, threshold: float) -> pd.DataFrame:
         """All policies under load, plain decoding first."""
@@ -387,29 +323,6 @@ class _Serving:
             policies += [StaticThreshold(threshold), PrefixScheduler()]
         tables = [self._simulated(temperature, policy) for policy in policies]
         return pd.concat(tables, ignore_index=True)
-
-    def prepare(self, threshold: float) -> None:
-        """What takes long and does not hang on a threshold, so that controls move at once."""
-        for requests, replay in product(CONCURRENCY, (False, True)):
-            self.by_temperature(requests, replay)
-            for temperature in self.temperatures:
-                self.speedups(temperature, requests, replay)
-                self.advice(temperature, requests, replay)
-        for temperature in self.temperatures:
-            for draft_length in range(1, self.longest + 1):
-                self.load(temperature, draft_length, threshold)
-
-    def _simulate(self, temperature: float, policy: Policy) -> pd.DataFrame:
-        # Plain decoding drafts nothing, and the simulator charges nothing for it.
-        drafted = (policy.slots or 1) if isinstance(policy, FixedLength) else self.longest
-        return load_table(
-            self._answers(temperature),
-            self._engine,
-            [policy],
-            CONCURRENCY,
-            draft_length=drafted,
-            **self._drawn,
-        )
 
 
 def _threshold_in_words(table: pd.DataFrame) -> str:
@@ -435,4 +348,4 @@ def _export_as_html(settings: ServingSettings, kind: str) -> str:
     try:
         return f"<pre>{escape(exported(settings, kind))}</pre>"
     except ValueError as problem:
-        return alert(problem)
+        return explorer.alert(problem)

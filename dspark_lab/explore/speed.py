@@ -14,25 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.explore.style import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    PINK,
-    RED,
-    add_band,
-    add_note,
-    add_rules,
-    add_title,
-    doubling_axis,
-    legend_above,
-    line_look,
-    new_figure,
-    percent_axis,
-    plain_text,
-    tables_by_name,
-)
+from dspark_lab.explore import style
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, add_note, plain_text
 from dspark_lab.serving import StepsPerSecond
 
 # The parts of a round in the order in which they happen, and how each is told from the others.
@@ -68,18 +51,18 @@ def plot_speedup(
             dashes. All are alike where None.
         ax: draw here instead of in a new figure.
     """
-    named = tables_by_name(tables)
-    if bold is not None and bold not in named:
-        raise ValueError(f"bold must be one of {list(named)}, got {bold!r}")
+    named = style.tables_by_name(tables)
+    if bold is not None:
+        style.require_one_of("bold", bold, named)
     if ax is None:
-        _, ax = new_figure(7, 3.8)
+        _, ax = style.new_figure(7, 3.8)
     forgets = False
     for i, (name, table) in enumerate(named.items()):
         thin = bold not in (None, name)
         words = filter(None, (plain_text(name), _best_in_words(table, "draft_length")))
         if not thin and _replay_counts(table):
             forgets = True
-            colour = line_look(i)["color"]
+            colour = style.line_look(i)["color"]
             ax.plot(table["draft_length"], table["without_replay"], "--", color=colour)
         look: dict[str, Any] = {"label": ": ".join(words), "linewidth": 1 if thin else 2}
         _plot_speed(ax, table, "draft_length", i, band=not thin, **look)
@@ -91,7 +74,7 @@ def plot_speedup(
     if forgets:
         handles.append(Line2D([], [], linestyle="--", color=INK, label="forgetting replay"))
     # Two lines of the legend, for as many as six.
-    legend_above(ax, 2 if len(handles) <= 4 else 3, handles=handles, handlelength=2.5)
+    style.legend_above(ax, 2 if len(handles) <= 4 else 3, handles=handles, handlelength=2.5)
     return cast(Figure, ax.figure)
 
 
@@ -108,12 +91,10 @@ def plot_round(
         ax: draw here instead of in a new figure.
     """
     if draft_length is not None:
-        held = table["draft_length"].tolist()
-        if draft_length not in held:
-            raise ValueError(f"draft_length must be one of {held}, got {draft_length}")
+        style.require_one_of("draft_length", draft_length, table["draft_length"].tolist())
         table = table[table["draft_length"] == draft_length]
     if ax is None:
-        _, ax = new_figure(7, 0.48 * len(table) + 1.4)
+        _, ax = style.new_figure(7, 0.48 * len(table) + 1.4)
     y = np.arange(len(table))
     total = 1000 * table["round_seconds"].to_numpy()
     plain = total * table["speedup"].to_numpy()
@@ -122,9 +103,9 @@ def plot_round(
         width = 1000 * table[f"{part}_seconds"].to_numpy()
         if not np.nan_to_num(width).any():
             continue
-        style: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.6, **look}
-        ax.barh(y - 0.14, width, 0.42, left=left, **style)
-        handles.append(Patch(label=_PART_NAMES.get(part, part), **style))
+        bar: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.6, **look}
+        ax.barh(y - 0.14, width, 0.42, left=left, **bar)
+        handles.append(Patch(label=_PART_NAMES.get(part, part), **bar))
         left = left + width
     outline: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.2}
     ax.barh(y + 0.22, plain, 0.24, **outline)
@@ -146,7 +127,7 @@ def plot_round(
     # Room for the words beside the longest bar.
     ax.set_xlim(0, 1.3 * np.nanmax(np.append([total, plain], 0)) or 1)
     ax.set_xlabel("ms of a round")
-    legend_above(ax, 3, handles=handles, columnspacing=1, handlelength=1.5)
+    style.legend_above(ax, 3, handles=handles, columnspacing=1, handlelength=1.5)
     return cast(Figure, ax.figure)
 
 
@@ -156,7 +137,7 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
     Args:
         table: from :func:`dspark_lab.serving.temperature_table`.
     """
-    figure, (left, right) = new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
     x = table["temperature"].to_numpy()
     forgets = _replay_counts(table)
     need = table["break_even_rate"].to_numpy()
@@ -180,7 +161,7 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
         side, shift = ("right", -5) if place > x.mean() else ("left", 5)
         add_note(left, "no rate pays", (place, 1), (shift, 0), ha=side, va="top")
     left.margins(y=0.1)
-    percent_axis(left, "accept rate of a slot")
+    style.percent_axis(left, "accept rate of a slot")
     label = f"K {table['draft_length'].iloc[0]}"
     _plot_speed(right, table, "temperature", 0, ringed=False, label=label)
     if forgets:
@@ -190,7 +171,7 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
         ax.set_xticks(x, [f"{value:g}" for value in x])
         ax.margins(x=0.12)
         ax.set_xlabel("temperature")
-        legend_above(ax, 2, handlelength=2.5)
+        style.legend_above(ax, 2, handlelength=2.5)
     return figure
 
 
@@ -203,19 +184,19 @@ def plot_thresholds_speed(table: pd.DataFrame, *, chosen: float | None = None) -
         table: from :func:`dspark_lab.serving.threshold_table`.
         chosen: a threshold to mark.
     """
-    figure, (left, right) = new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
     for i, (length, part) in enumerate(table.groupby("draft_length")):
         label = f"K {length}: {_best_in_words(part, 'threshold')}"
         _plot_speed(left, part, "threshold", i, label=label)
-        look = line_look(i) | {"markersize": 4, "label": f"K {length}"}
+        look = style.line_look(i) | {"markersize": 4, "label": f"K {length}"}
         right.plot(part["threshold"], part["verified"], **look)
     _plain_line(left)
     right.set_ylim(bottom=0)
     right.set_ylabel("verified slots per round")
-    add_rules(right)
+    style.add_rules(right)
     for ax in (left, right):
         _mark_chosen(ax, "threshold on the confidence", chosen)
-        legend_above(ax, 2)
+        style.legend_above(ax, 2)
     return figure
 
 
@@ -235,23 +216,21 @@ def plot_load(
     levels = sorted(set(table["concurrency"]))
     # No more names than there is room for.
     shown = levels[:: -(-len(levels) // 5)]
-    if concurrency is not None and concurrency not in levels:
-        raise ValueError(f"concurrency must be one of {levels}, got {concurrency}")
+    if concurrency is not None:
+        style.require_one_of("concurrency", concurrency, levels)
     if axes is None:
-        _, axes = new_figure(8.6, 3.9, columns=2, wspace=0.08)
+        _, axes = style.new_figure(8.6, 3.9, columns=2, wspace=0.08)
     left, right = axes
     fastest = table.loc[table["throughput"].idxmax(), "policy"]
     drafting = [policy for policy in table["policy"].unique() if policy != PLAIN]
     for policy, part in table.groupby("policy", sort=False):
-        style: dict[str, Any] = {"color": INK, "linestyle": "--", "marker": "x"}
+        look: dict[str, Any] = {"color": INK, "linestyle": "--", "marker": "x"}
         if policy != PLAIN:
             # Other looks than those of the temperatures in the panel above.
-            style = line_look(2 + drafting.index(policy) % 4)
-        for ax, x, y in (
-            (left, "per_user", "throughput"),
-            (right, "concurrency", "verified_per_request"),
-        ):
-            ax.plot(part[x], part[y], markersize=4, label=plain_text(policy), **style)
+            look = style.line_look(2 + drafting.index(policy) % 4)
+        look |= {"markersize": 4, "label": plain_text(policy)}
+        left.plot(part["per_user"], part["throughput"], **look)
+        right.plot(part["concurrency"], part["verified_per_request"], **look)
         if policy == fastest:
             for row in part[part["concurrency"].isin(shown)].itertuples(index=False):
                 add_note(left, f"{row.concurrency}", (row.per_user, row.throughput), (5, 3))
@@ -260,14 +239,14 @@ def plot_load(
     left.set_xlim(left=0)
     left.set_xlabel("tokens/s of one user")
     left.set_ylabel("tokens/s of all")
-    doubling_axis(right, shown)
+    style.doubling_axis(right, shown)
     _mark_chosen(right, "requests in the batch", concurrency)
     right.set_ylabel("verified per request")
     for ax in (left, right):
         ax.margins(y=0.1)
         ax.set_ylim(bottom=0)
-        add_rules(ax)
-    legend_above(left, 2)
+        style.add_rules(ax)
+    style.legend_above(left, 2)
     return cast(Figure, left.figure)
 
 
@@ -282,7 +261,7 @@ def plot_schedule(table: pd.DataFrame) -> Figure:
     """
     if table.empty:
         raise ValueError("table must hold at least one slot to admit, got none")
-    figure, ax = new_figure(7, 3.6)
+    figure, ax = style.new_figure(7, 3.6)
     number = np.arange(len(table) + 1)
     theta = np.append(table["theta_before"].iloc[0], table["theta"])
     stop, best = int(table["admitted"].sum()), int(table["retrospective"].sum())
@@ -301,8 +280,8 @@ def plot_schedule(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.set_xlabel("slots admitted, likeliest first")
     ax.set_ylabel("Theta, expected tokens/s")
-    add_rules(ax)
-    legend_above(ax, 2, markerscale=0.7)
+    style.add_rules(ax)
+    style.legend_above(ax, 2, markerscale=0.7)
     return figure
 
 
@@ -315,22 +294,22 @@ def plot_steps(table: pd.DataFrame | StepsPerSecond) -> Figure:
         table: steps per second, or their table.
     """
     steps = table if isinstance(table, StepsPerSecond) else StepsPerSecond.of(table)
-    figure, (left, right) = new_figure(8.6, 3.5, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(8.6, 3.5, columns=2, wspace=0.08)
     low, high = steps.tokens[0], steps.tokens[-1]
     between = np.unique(np.append(np.geomspace(low, high, 200).round(), steps.tokens))
-    for ax, style in ((left, {"color": BLUE}), (right, {"color": GREEN})):
+    for ax, colour in ((left, BLUE), (right, GREEN)):
         for tokens, look in ((between, "-"), (steps.tokens, "o")):
             value = 1000 * steps.seconds(tokens) if ax is left else tokens * steps(tokens)
-            ax.plot(tokens, value, look, markersize=5, **style)
+            ax.plot(tokens, value, look, markersize=5, color=colour)
         # No more names than there is room for.
-        doubling_axis(ax, steps.tokens[:: -(-len(steps.tokens) // 10)].tolist())
+        style.doubling_axis(ax, steps.tokens[:: -(-len(steps.tokens) // 10)].tolist())
         ax.set_xlabel("tokens per step")
         ax.set_ylim(bottom=0)
-        add_rules(ax)
+        style.add_rules(ax)
     left.set_ylabel("time of a step in ms")
     right.set_ylabel("tokens/s that are read")
     where = f"{steps.device}, context {steps.context_length}"
-    add_title(left, plain_text(where))
+    style.add_title(left, plain_text(where))
     return figure
 
 
@@ -357,9 +336,9 @@ def _plot_speed(
     **options: Any,
 ) -> None:
     """Line ``i`` of speed-ups: filled marks are wins, open ones losses, the fastest is ringed."""
-    look = line_look(i) | {"markersize": 5}
+    look = style.line_look(i) | {"markersize": 5}
     if band:
-        add_band(ax, table[x], table["speedup_low"], table["speedup_high"], look["color"])
+        style.add_band(ax, table[x], table["speedup_low"], table["speedup_high"], look["color"])
     ax.plot(table[x], table["speedup"], **look | {"fillstyle": "none"}, **options)
     wins = table[table["speedup"] > 1]
     ax.plot(wins[x], wins["speedup"], **look | {"fillstyle": "full", "linestyle": "none"})
@@ -385,7 +364,7 @@ def _plain_line(ax: Axes, side: str = "right") -> None:
     add_note(ax, "plain", (edge, 1), (shift, 2), x="axes fraction", ha=side)
     add_note(ax, "slower", (edge, 1), (shift, -3), x="axes fraction", ha=side, va="top")
     ax.set_ylabel("speed-up over plain")
-    add_rules(ax)
+    style.add_rules(ax)
 
 
 def _mark_chosen(ax: Axes, label: str, chosen: float | None) -> None:

@@ -31,9 +31,8 @@ def new_figure(
     **grid: object,
 ) -> tuple[Figure, Any]:
     """A figure in inches and its axes: one, or an array of them row by row."""
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), layout=layout, gridspec_kw=grid
-    )
+    size = width, height
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout=layout, gridspec_kw=grid)
     plt.close(figure)
     figure.set_facecolor("none")
     for ax in np.ravel(axes):
@@ -59,11 +58,8 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
 
 def line_look(i: int) -> dict[str, Any]:
     """Colour and mark of line ``i``; after six, marks are open, so that no two look alike."""
-    return {
-        "color": LINE_COLOURS[i % 6],
-        "marker": MARKERS[i % 6],
-        "fillstyle": "none" if i // 6 % 2 else "full",
-    }
+    fill = "none" if i // 6 % 2 else "full"
+    return {"color": LINE_COLOURS[i % 6], "marker": MARKERS[i % 6], "fillstyle": fill}
 
 
 def add_band(ax: Axes, x: pd.Series, low: pd.Series, high: pd.Series, colour: str) -> None:
@@ -86,16 +82,8 @@ def add_note(
     **options: Any,
 ) -> None:
     """Words ``shift`` points away from a place, whose coordinates ``x`` and ``y`` name."""
-    ax.annotate(
-        text,
-        place,
-        xycoords=(x, y),
-        xytext=shift,
-        textcoords="offset points",
-        color=INK,
-        fontsize=8,
-        **options,
-    )
+    look = {"color": INK, "fontsize": 8, **options}
+    ax.annotate(text, place, xycoords=(x, y), xytext=shift, textcoords="offset points", **look)
 
 
 def add_legend(ax: Axes, **options: Any) -> None:
@@ -147,3 +135,9 @@ def tables_by_name(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[st
     if not named:
         raise ValueError("tables must hold at least one table, got none")
     return named
+
+
+def require_one_of(name: str, value: Any, options: Iterable[Any]) -> None:
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {options}, got {value!r}")
