@@ -7,17 +7,10 @@ import pandas as pd
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dspark_lab import explore
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
-from dspark_lab.explore import (
-    Explorer,
-    block_table,
-    explore_anchors,
-    explore_masks,
-    mask_regions,
-    mask_table,
-    token_table,
-)
+from dspark_lab.explore import Explorer
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>"]
@@ -65,12 +58,12 @@ def alert(explorer: Explorer) -> str:
 
 
 def anchors(**start: object) -> Explorer:
-    return explore_anchors(CHATS, TOKENIZER, **start)
+    return explore.explore_anchors(CHATS, TOKENIZER, **start)
 
 
 def masks(**start: object) -> Explorer:
     """With few anchors and tokens, for speed."""
-    return explore_masks(CHATS, TOKENIZER, **({"num_anchors": 2, "block_size": 3} | start))
+    return explore.explore_masks(CHATS, TOKENIZER, **({"num_anchors": 2, "block_size": 3} | start))
 
 
 def tables_by_hand(
@@ -85,9 +78,9 @@ def tables_by_hand(
         return str(TOKENIZER.decode([token_id]))
 
     return {
-        "tokens": token_table(batch, blocks, to_text),
-        "blocks": block_table(blocks, to_text),
-        "mask": mask_table(mask_regions(blocks)),
+        "tokens": explore.token_table(batch, blocks, to_text),
+        "blocks": explore.block_table(blocks, to_text),
+        "mask": explore.mask_table(explore.mask_regions(blocks)),
     }
 
 

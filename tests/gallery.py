@@ -39,22 +39,21 @@ def small_blocks() -> Blocks:
     return draw_blocks(small_batch(), 3, 2, seed=0)
 
 
-COVERAGE = pd.DataFrame(
-    {
-        "block_size": [4, 4, 4, 7, 7, 7],
-        "num_anchors": [8, 16, 64] * 2,
-        "expected": [0.2, 0.4, 0.8, 0.3, 0.55, 0.95],
-        "sampled": [0.21, 0.39, 0.81, 0.29, 0.57, 0.94],
-    }
+def table(columns: str, *rows: tuple) -> pd.DataFrame:
+    """A table of these rows; words of ``columns`` are its columns."""
+    return pd.DataFrame(rows, columns=columns.split())
+
+
+COVERAGE = table(
+    "block_size num_anchors expected sampled",
+    *((4, 8, 0.2, 0.21), (4, 16, 0.4, 0.39), (4, 64, 0.8, 0.81)),
+    *((7, 8, 0.3, 0.29), (7, 16, 0.55, 0.57), (7, 64, 0.95, 0.94)),
 )
-PACKING = pd.DataFrame(
-    {
-        "row": ["unpacked"] * 2 + ["packed, 1024"] * 2,
-        "anchors per": ["document"] * 2 + ["row"] * 2,
-        "num_anchors": [16, 64] * 2,
-        "expected": [0.5, 0.9, 0.2, 0.45],
-    }
-)
+PACKING = table(
+    "row anchors_per num_anchors expected",
+    *(("unpacked", "document", 16, 0.5), ("unpacked", "document", 64, 0.9)),
+    *(("packed, 1024", "row", 16, 0.2), ("packed, 1024", "row", 64, 0.45)),
+).rename(columns={"anchors_per": "anchors per"})
 TILES = torch.tensor([[0, 1, 2, 2], [0, 0, 1, 2]], dtype=torch.int8)
 
 
@@ -87,19 +86,10 @@ def rates(drafters: list[str], slots: int = 3) -> pd.DataFrame:
 def bins(*counts: int) -> pd.DataFrame:
     """As `reliability_table` gives them, bins of equal width; an empty one has no means."""
     edges = np.linspace(0, 1, len(counts) + 1)
-    known = np.array(counts) > 0
-    confidence = np.where(known, (edges[:-1] + edges[1:]) / 2, NAN)
+    bins = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": counts})
+    confidence = bins[["low", "high"]].mean(axis=1).where(bins["count"] > 0)
     outcome = confidence**2
-    return pd.DataFrame(
-        {
-            "low": edges[:-1],
-            "high": edges[1:],
-            "count": counts,
-            "confidence": confidence,
-            "outcome": outcome,
-            "gap": confidence - outcome,
-        }
-    )
+    return bins.assign(confidence=confidence, outcome=outcome, gap=confidence - outcome)
 
 
 def biases(*columns: tuple[str, list]) -> pd.DataFrame:
@@ -113,49 +103,36 @@ def sweep(scale: float = 1.0) -> pd.DataFrame:
     cuts = np.linspace(0, 1, 21)
     verified = 6 * (1 - cuts) * scale
     rate = np.where(verified > 0, 0.3 + 0.7 * cuts, NAN)
-    return pd.DataFrame({"threshold": cuts, "acceptance_rate": rate, "verified": verified}).assign(
-        accepted=np.nan_to_num(rate) * verified
-    )
+    known = {"threshold": cuts, "acceptance_rate": rate, "verified": verified}
+    return pd.DataFrame(known | {"accepted": np.nan_to_num(rate) * verified})
 
 
-REPORT = pd.DataFrame(
-    {
-        "slot": [0, 1, 2, "all"],
-        "ece": [0.08, 0.06, NAN, 0.05],
-        "ece_scaled": [0.02, 0.07, NAN, 0.01],
-        "auroc": [0.8, 0.7, NAN, 0.78],
-        "auroc_scaled": [0.8, 0.7, NAN, 0.79],
-    }
+REPORT = table(
+    "slot ece ece_scaled auroc auroc_scaled",
+    (0, 0.08, 0.02, 0.8, 0.8),
+    (1, 0.06, 0.07, 0.7, 0.7),
+    (2, NAN, NAN, NAN, NAN),
+    ("all", 0.05, 0.01, 0.78, 0.79),
 )
-DRIFT = pd.DataFrame(
-    {
-        "start": [-100, 0, 100],
-        "rounds": [100, 100, 100],
-        "ece_raw": [0.05, 0.12, 0.11],
-        "ece_static": [0.02, 0.09, 0.1],
-        "ece_online": [0.03, 0.08, 0.01],
-    }
+DRIFT = table(
+    "start rounds ece_raw ece_static ece_online",
+    (-100, 100, 0.05, 0.02, 0.03),
+    (0, 100, 0.12, 0.09, 0.08),
+    (100, 100, 0.11, 0.1, 0.01),
 )
-GAIN = pd.DataFrame(
-    {
-        "values": ["everything", "raw", "scaled", "oracle"],
-        "threshold": [NAN, 0.38, 0.395, 0.27],
-        "gain_percent": [-6.4, 0.0, 0.2, 7.2],
-        "gain_low": [-8.4, 0.0, -0.3, 5.9],
-        "gain_high": [-4.1, 0.0, 0.7, 8.5],
-    }
+GAIN = table(
+    "values threshold gain_percent gain_low gain_high",
+    ("everything", NAN, -6.4, -8.4, -4.1),
+    ("raw", 0.38, 0.0, 0.0, 0.0),
+    ("scaled", 0.395, 0.2, -0.3, 0.7),
+    ("oracle", 0.27, 7.2, 5.9, 8.5),
 )
-REJECTED = pd.DataFrame(
-    {
-        "token": [3, 1, 2, -1],
-        "text": [" the", "$x$", "\n", OTHERS],
-        "draft": [0.6, 0.1, 0.25, 0.05],
-        "target": [0.2, 0.5, 0.2, 0.1],
-        "overlap": [0.2, 0.1, 0.2, 0.04],
-        "residual": [0.0, 0.875, 0.0, 0.125],
-        "drafted": [True, False, False, False],
-        "drawn": [False, True, False, False],
-    }
+REJECTED = table(
+    "token text draft target overlap residual drafted drawn",
+    (3, " the", 0.6, 0.2, 0.2, 0.0, True, False),
+    (1, "$x$", 0.1, 0.5, 0.1, 0.875, False, True),
+    (2, "\n", 0.25, 0.2, 0.2, 0.0, False, False),
+    (-1, OTHERS, 0.05, 0.1, 0.04, 0.125, False, False),
 )
 UNASKED = REJECTED.assign(target=NAN, overlap=NAN, residual=NAN, drawn=False)
 BONUS = REJECTED.assign(draft=0.0, overlap=0.0, residual=REJECTED["target"], drafted=False)
@@ -163,52 +140,32 @@ BONUS = REJECTED.assign(draft=0.0, overlap=0.0, residual=REJECTED["target"], dra
 
 def fit(*numbers: int, block_size: int = 7) -> pd.DataFrame:
     """As `fit_table` gives them, rows of 256, 512, ...; where the row is the limit, all but one."""
-    seq_len = 2 ** (8 + np.arange(len(numbers)))
-    return pd.DataFrame(
-        {
-            "seq_len": seq_len,
-            "block_size": block_size,
-            "num_anchors": numbers,
-            "held": 10**9,
-            "full": np.array(numbers) < seq_len - 1,
-        }
-    )
+    rows = [(256 * 2**i, block_size, number, 10**9) for i, number in enumerate(numbers)]
+    fits = table("seq_len block_size num_anchors held", *rows)
+    return fits.assign(full=fits["num_anchors"] < fits["seq_len"] - 1)
 
 
 FIT = pd.concat([fit(255, 511, 600, 500), fit(255, 300, 290, 200, block_size=15)])
 NONE_LEFT = fit(255, 100, 3, 0)
-COST = pd.DataFrame(
-    {"part": ["target forward", "MLP", "optimiser"], "operations": [6e12, 3.999e12, 1e9]}
-)
-MEMORY = pd.DataFrame(
-    {"part": ["weights", "gradients"], "held": [3_000_000_000, 0], "moment": "heads backward"}
-)
-SLOTS = pd.DataFrame(
-    {"slot": [0, 1, 2], "expected": [900.0, 800.0, 700.0], "weighted": [900.0, 600.0, 400.0]}
-)
+COST = table("part operations", ("target forward", 6e12), ("MLP", 3.999e12), ("optimiser", 1e9))
+MEMORY = table("part held", ("weights", 3_000_000_000), ("gradients", 0))
+MEMORY["moment"] = "heads backward"
+SLOTS = table("slot expected weighted", (0, 900.0, 900.0), (1, 800.0, 600.0), (2, 700.0, 400.0))
 
 
 def options(fits: int = 5, seq_lens: tuple[int, ...] = (4096,)) -> pd.DataFrame:
     """As `training` gives them for 4, 8, ..., 64 anchors, of which the first few fit."""
-    anchors = np.array([4, 8, 16, 32, 64])
     rate = np.array([10.0, 30.0, 40.0, 50.0, 35.0])
-    tables = [
-        pd.DataFrame(
-            {
-                "seq_len": seq_len,
-                "block_size": 7,
-                "num_anchors": anchors,
-                "share": [0.1, 0.3, 0.5, 0.7, 0.8],
-                "seconds": [0.1, 0.2, 0.3, 0.4567, 0.5],
-                "gain_per_second": rate,
-                "gain_per_byte": rate[::-1] * 1e-9,
-                "fits": np.arange(5) < fits,
-                "front": (rate >= 40) & (np.arange(5) < fits),
-            }
-        )
-        for seq_len in seq_lens
-    ]
-    return pd.concat(tables, ignore_index=True)
+    options = pd.DataFrame({"num_anchors": [4, 8, 16, 32, 64], "share": [0.1, 0.3, 0.5, 0.7, 0.8]})
+    options = options.assign(
+        block_size=7,
+        seconds=[0.1, 0.2, 0.3, 0.4567, 0.5],
+        gain_per_second=rate,
+        gain_per_byte=rate[::-1] * 1e-9,
+        fits=np.arange(5) < fits,
+        front=(rate >= 40) & (np.arange(5) < fits),
+    )
+    return pd.concat([options.assign(seq_len=n) for n in seq_lens], ignore_index=True)
 
 
 def crowd(count: int, most: float = 50) -> pd.DataFrame:
@@ -222,12 +179,10 @@ def crowd(count: int, most: float = 50) -> pd.DataFrame:
 
 def cells() -> pd.DataFrame:
     """As `cell_table` gives them; every tau is another one, the last the largest of its map."""
-    rows = [
-        {"budget": b, "temperature": t, "block_size": k, "num_anchors": n}
-        for b, t, k, n in product(("seconds", "slots"), (0.0, 1.0), (4, 7), (4, 12, 32))
-    ]
-    tau = 1 + 0.1 * np.arange(len(rows))
-    return pd.DataFrame(rows).assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
+    rows = product(("seconds", "slots"), (0.0, 1.0), (4, 7), (4, 12, 32))
+    cells = table("budget temperature block_size num_anchors", *rows)
+    tau = 1 + 0.1 * np.arange(len(cells))
+    return cells.assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
 
 
 def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
@@ -236,18 +191,13 @@ def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
     )
 
 
-COSTS = RoundCosts.of(
-    4, plain_seconds=0.010, draft_seconds=0.004, verify_seconds=[0.010, 0.011, 0.012, 0.013, 0.014]
-)
-
-
 def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.DataFrame:
     """As `speedup_table` gives it, with intervals made up."""
     costs = RoundCosts.of(
         4,
         plain_seconds=0.010,
         draft_seconds=0.004,
-        verify_seconds=COSTS.verify_seconds,
+        verify_seconds=[0.010, 0.011, 0.012, 0.013, 0.014],
         replay=replay,
         rollback_seconds=rollback,
         overhead_seconds=0.001,
@@ -260,44 +210,29 @@ def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.Da
 # 4 is the fastest of the first; nothing of the second pays.
 GOOD, BAD = speedup(0.9, 0.9, 0.9, 0.9), speedup(0.4, 0.3, 0.3, 0.3)
 REPLAYED = speedup(0.9, 0.8, 0.6, 0.5, replay=True, rollback=0.001)
-TEMPERATURES = pd.DataFrame(
-    {
-        "temperature": [0.0, 0.5, 1.0],
-        "draft_length": [4, 4, 4],
-        "accept_rate": [0.8, 0.7, 0.5],
-        "break_even_rate": [0.6, 0.65, np.inf],
-        "break_even_without_replay": [0.5, 0.55, 0.6],
-        "speedup": [1.3, 1.1, 0.8],
-        "speedup_low": [1.2, 0.95, 0.7],
-        "speedup_high": [1.45, 1.2, 0.9],
-        "without_replay": [1.5, 1.2, 0.95],
-    }
+TEMPERATURES = table(
+    "temperature draft_length accept_rate break_even_rate break_even_without_replay "
+    "speedup speedup_low speedup_high without_replay",
+    (0.0, 4, 0.8, 0.6, 0.5, 1.3, 1.2, 1.45, 1.5),
+    (0.5, 4, 0.7, 0.65, 0.55, 1.1, 0.95, 1.2, 1.2),
+    (1.0, 4, 0.5, np.inf, 0.6, 0.8, 0.7, 0.9, 0.95),
 )
-THRESHOLDS = pd.DataFrame(
-    {
-        "draft_length": [2] * 3 + [4] * 3,
-        "threshold": [0.0, 0.4, 0.8] * 2,
-        "verified": [2.0, 1.5, 0.5, 4.0, 2.5, 0.7],
-        "speedup": [1.1, 1.2, 0.7, 0.9, 1.3, 0.8],
-    }
+THRESHOLDS = table(
+    "draft_length threshold verified speedup",
+    *((2, 0.0, 2.0, 1.1), (2, 0.4, 1.5, 1.2), (2, 0.8, 0.5, 0.7)),
+    *((4, 0.0, 4.0, 0.9), (4, 0.4, 2.5, 1.3), (4, 0.8, 0.7, 0.8)),
 )
 THRESHOLDS = THRESHOLDS.assign(
     speedup_low=THRESHOLDS["speedup"] - 0.1, speedup_high=THRESHOLDS["speedup"] + 0.2
 )
 POLICIES = ("plain decoding", "fixed 4", "threshold 0.3", "prefix scheduler")
 LEVELS = (1, 2, 4, 8, 16, 32, 64)
-LOAD = pd.DataFrame(
-    [
-        {
-            "policy": policy,
-            "concurrency": level,
-            "throughput": 100.0 * level / (1 + level / (10 + 5 * i)),
-            "per_user": (100.0 + i) / (1 + level / 10),
-            "verified_per_request": 20.0 * i + level / 16 * (i == 3),
-        }
-        for i, policy in enumerate(POLICIES)
-        for level in LEVELS
-    ]
+LOAD = table("policy concurrency", *product(POLICIES, LEVELS))
+_number, _level = LOAD["policy"].map(POLICIES.index), LOAD["concurrency"]
+LOAD = LOAD.assign(
+    throughput=100.0 * _level / (1 + _level / (10 + 5 * _number)),
+    per_user=(100.0 + _number) / (1 + _level / 10),
+    verified_per_request=20.0 * _number + _level / 16 * (_number == 3),
 )
 STEPS = StepsPerSecond(np.array([1, 2, 3]), np.array([1.0, 0.5, 0.45]), 0, "imaginary $x$ $y$")
 # Slot 1 raises Theta only with the slot behind it.
@@ -310,10 +245,9 @@ def serving(replay: bool = False) -> Figure:
     return explore.plot_serving(tables, LOAD, bold="T 0", draft_length=3, requests=4, replay=replay)
 
 
-TRAINING = pd.DataFrame(
-    {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "accept_rate": [0.1, 0.2, 0.4]}
+TRAINING = table(
+    "step loss accept_rate tau", (1, 3.0, 0.1, 1.1), (2, 2.0, 0.2, 1.2), (3, 1.0, 0.4, 1.4)
 )
-TRAINING["tau"] = 1 + TRAINING["accept_rate"]
 ONE_KIND = rates(["one", "two"]).query("kind == 'on policy'")
 
 PICTURES: dict[str, Callable[[], Figure]] = {

@@ -2,11 +2,10 @@
 
 import asyncio
 import io
-import json
 import re
 from collections.abc import Iterator
-from functools import cache
 from html import unescape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from dspark_lab import serving
+from dspark_lab import explore, serving
 from dspark_lab.decoding import save_trace
-from dspark_lab.explore import (
-    Explorer,
-    explore_serving,
-    plot_load,
-    plot_round,
-    plot_schedule,
-    plot_serving,
-    plot_speedup,
-    plot_steps,
-    plot_temperatures,
-)
+from dspark_lab.explore import Explorer, explore_serving, plot_load, plot_round, plot_speedup
 from dspark_lab.explore import serving as serving_module
 from dspark_lab.explore.style import BLUE, INK, ORANGE, RED
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures
-from dspark_lab.serving import (
-    Engine,
-    FixedLength,
-    PrefixScheduler,
-    StaticThreshold,
-    StepsPerSecond,
-    acceptance_profile,
-    advice,
-    load_engine,
-    load_table,
-    schedule_table,
-    speedup_table,
-    temperature_table,
-    threshold_table,
-)
+from dspark_lab.serving import Engine, StepsPerSecond, acceptance_profile, speedup_table
 from dspark_lab.tuning import SERVERS, ServingSettings, export
+from tests import gallery
 from tests.explorers import WIDGET, picture
-from tests.gallery import (
-    BAD,
-    GOOD,
-    LEVELS,
-    LOAD,
-    POLICIES,
-    REPLAYED,
-    SCHEDULE,
-    SMOOTH,
-    STEPS,
-    TEMPERATURES,
-    THRESHOLDS,
-    picture_of,
-    pixels_of,
-    speedup,
-)
+from tests.gallery import BAD, GOOD, LOAD, REPLAYED, TEMPERATURES, picture_of, speedup
 from tests.pictures import bands, labelled, legend, points, tick_names, title, words
 from tests.word_pair import TEXTS, answers, drafter, target
 
@@ -79,12 +40,9 @@ def pairs(table: pd.DataFrame, x: str, y: str) -> list[list[float]]:
 
 def filled(ax: Axes) -> list[list[float]]:
     """Where marks are drawn full, over all lines."""
-    full = [line for line in ax.lines if line.get_fillstyle() == "full" and has_marks(line)]
+    marked = [line for line in ax.lines if line.get_marker() not in ("None", None, "")]
+    full = [line for line in marked if line.get_fillstyle() == "full"]
     return sorted(pair for line in full for pair in points(line))
-
-
-def has_marks(line) -> bool:
-    return line.get_marker() not in ("None", None, "")
 
 
 def rings(ax: Axes) -> list[list[float]]:
@@ -134,28 +92,36 @@ def test_only_marks_above_plain_decoding_are_filled_and_what_is_below_is_shaded(
 
 
 def test_the_line_of_plain_decoding_is_in_view_even_if_all_win_or_all_lose():
+    columns = ["speedup", "speedup_low", "speedup_high", "without_replay"]
     for shift in (-5, 5):
-        columns = ["speedup", "speedup_low", "speedup_high", "without_replay"]
-        moved = GOOD.assign(**{name: GOOD[name] + shift for name in columns})
-        [ax] = plot_speedup(moved).axes
+        [ax] = plot_speedup(GOOD.assign(**(GOOD[columns] + shift))).axes
         low, high = ax.get_ylim()
-        assert low < 1 < high
-        assert [1, 1] in [list(line.get_ydata()) for line in ax.lines]
+        assert low < 1 < high and [1, 1] in [list(line.get_ydata()) for line in ax.lines]
 
 
 def test_forgetting_replay_is_dashed_only_where_it_makes_a_difference():
     [ax] = picture_of("speedup of one").axes
     assert dashed(ax) == [pairs(REPLAYED, "draft_length", "without_replay")]
     assert legend(ax)[-1] == "forgetting replay" and legend(ax)[0].startswith("best ")
-    [plain] = picture_of("speedup").axes
-    assert dashed(plain) == [] and "forgetting replay" not in legend(plain)
+    assert dashed(picture_of("speedup").axes[0]) == []
+    same = TEMPERATURES.assign(without_replay=TEMPERATURES["speedup"])
+    left, right = explore.plot_temperatures(same).axes
+    assert dashed(right) == [] and len(labelled(left)) == 2
 
 
-def test_the_chosen_length_is_a_dotted_line_that_the_axis_names():
-    [ax] = picture_of("speedup").axes
-    assert dotted_at(ax) == [2] and ax.get_xlabel() == "draft length K (dotted 2)"
-    [free] = picture_of("speedup of one").axes
-    assert dotted_at(free) == [] and free.get_xlabel() == "draft length K"
+def test_what_is_chosen_is_dotted_on_the_axis_that_names_it_and_ringed_under_load():
+    for name, at, label in (
+        ("speedup", 2, "draft length K (dotted 2)"),
+        ("speed by threshold", 0.4, "threshold on the confidence (dotted 0.4)"),
+        ("load", 16, "requests in the batch (dotted 16)"),
+    ):
+        ax = picture_of(name).axes[-1]
+        assert dotted_at(ax) == [at] and ax.get_xlabel() == label
+    [free], (users, load) = picture_of("speedup of one").axes, plot_load(LOAD).axes
+    assert dotted_at(free) == dotted_at(load) == [] and free.get_xlabel() == "draft length K"
+    chosen = LOAD[LOAD["concurrency"] == 16]
+    assert rings(picture_of("load").axes[0]) == pairs(chosen, "per_user", "throughput")
+    assert rings(users) == []
 
 
 def test_the_bold_table_alone_has_a_band_and_dashes_and_the_thickest_line():
@@ -184,18 +150,17 @@ def test_the_parts_of_a_round_follow_each_other_and_end_where_it_does():
     [ax] = picture_of("rounds").axes
     names = ["draft", "verify", "replay", "rollback", "rest"]
     assert legend(ax) == [*names, "plain steps"]
-    drawn = bars(ax)
-    assert len(drawn) == 6 * 4
-    for row, table in enumerate(REPLAYED.itertuples()):
-        parts, plain = drawn[row:-4:4], drawn[-4 + row]
-        seconds = [getattr(table, f"{n}_seconds") for n in [*names[:4], "overhead"]]
-        ends = 1000 * np.cumsum(seconds)
-        assert [right for _, _, right in parts] == pytest.approx(ends)
-        assert [left for _, left, _ in parts] == pytest.approx([0, *ends[:-1]])
-        assert ends[-1] == pytest.approx(1000 * table.round_seconds)
-        # As many plain steps as a round yields tokens, 10 ms each.
-        assert plain[2] == pytest.approx(10 * table.tau)
-        assert parts[0][0] < plain[0] < row + 0.5 and abs(parts[0][0] - row) < 0.5
+    *parts, plain = np.array(bars(ax)).reshape(6, 4, 3)
+    seconds = REPLAYED[[f"{name}_seconds" for name in [*names[:4], "overhead"]]]
+    ends = 1000 * seconds.to_numpy().cumsum(axis=1).T
+    assert ends[-1] == pytest.approx(1000 * REPLAYED["round_seconds"])
+    for part, left, right in zip(parts, [0 * ends[0], *ends], ends, strict=False):
+        assert part[:, 1] == pytest.approx(left) and part[:, 2] == pytest.approx(right)
+    # As many plain steps as a round yields tokens, 10 ms each.
+    assert plain[:, 2] == pytest.approx(10 * REPLAYED["tau"])
+    rows = np.arange(4)
+    assert (rows - 0.5 < parts[0][:, 0]).all() and (parts[0][:, 0] < plain[:, 0]).all()
+    assert (plain[:, 0] < rows + 0.5).all()
     assert ax.yaxis_inverted()
     assert tick_names(ax.yaxis) == [
         f"K {k:.0f}\ntau {tau:.2f}" for k, tau in pairs(REPLAYED, "draft_length", "tau")
@@ -204,12 +169,8 @@ def test_the_parts_of_a_round_follow_each_other_and_end_where_it_does():
 
 def test_the_parts_of_a_round_are_told_apart_without_colour_too():
     [ax] = picture_of("rounds").axes
-    looks = [(to_hex(p.get_facecolor()), p.get_hatch()) for p in ax.patches[:20:4]]
-    assert looks[:3] == [
-        (ORANGE.lower(), "////"),
-        (BLUE.lower(), None),
-        (RED.lower(), "xxxx"),
-    ]
+    looks = [(to_hex(p.get_facecolor()).upper(), p.get_hatch()) for p in ax.patches[:20:4]]
+    assert looks[:3] == [(ORANGE, "////"), (BLUE, None), (RED, "xxxx")]
     assert looks[4] == (INK, None) and len(set(looks)) == 5
     assert ax.patches[-1].get_facecolor()[3] == 0
 
@@ -218,7 +179,7 @@ def test_beside_a_round_stands_how_fast_it_is_in_words():
     for table, word in ((REPLAYED, "faster"), (BAD, "slower")):
         [ax] = plot_round(table).axes
         assert words(ax) == [f"{speed:.2f}, {word}" for speed in table["speedup"]]
-        ends = [max(1000 * t.round_seconds, 10 * t.tau) for t in table.itertuples()]
+        ends = np.maximum(1000 * table["round_seconds"], 10 * table["tau"])
         assert [text.xy[0] for text in ax.texts] == pytest.approx(ends)
 
 
@@ -230,16 +191,14 @@ def test_a_part_that_costs_nothing_is_not_in_the_key_and_one_length_can_be_shown
 
 
 def test_a_draft_length_or_concurrency_that_the_table_lacks_is_refused():
-    with pytest.raises(ValueError, match=r"draft_length must be one of \(1, 2, 3, 4\), got 5"):
-        plot_round(GOOD, draft_length=5)
-    with pytest.raises(ValueError, match=r"concurrency must be one of \(1, 2, .*\), got 3"):
-        plot_load(LOAD, concurrency=3)
-    with pytest.raises(ValueError, match=r"bold must be one of \('T 0',\), got 'T 1'"):
-        plot_speedup({"T 0": GOOD}, bold="T 1")
-    with pytest.raises(ValueError, match="tables must hold at least one table, got none"):
-        plot_speedup({})
-    with pytest.raises(ValueError, match="table must hold at least one slot to admit, got none"):
-        plot_schedule(SCHEDULE.iloc[:0])
+    for draw, message in (
+        (lambda: plot_round(GOOD, draft_length=5), r"draft_length must be one of \(1, .*, got 5"),
+        (lambda: plot_load(LOAD, concurrency=3), r"concurrency must be one of \(1, .*, got 3"),
+        (lambda: plot_speedup({"T 0": GOOD}, bold="T 1"), r"bold must be one of .*, got 'T 1'"),
+        (lambda: explore.plot_schedule(gallery.SCHEDULE[:0]), "at least one slot to admit, got no"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw()
 
 
 def test_the_accept_rate_stands_against_both_break_even_rates():
@@ -265,7 +224,7 @@ def test_what_lies_between_accept_rate_and_break_even_says_whether_it_pays():
     spans = {c.get_label(): [s.tolist() for s in c.get_segments()] for c in left.collections}
     assert spans["pays"] == [[[0, 0.8], [0, 0.6]], [[0.5, 0.7], [0.5, 0.65]]]
     assert spans["does not pay"] == [[[1, 0.5], [1, 1]]]
-    all_win = plot_temperatures(TEMPERATURES.iloc[:2]).axes[0]
+    all_win = explore.plot_temperatures(TEMPERATURES.iloc[:2]).axes[0]
     assert "pays" in legend(all_win) and "does not pay" not in legend(all_win)
     assert words(all_win) == []
 
@@ -276,9 +235,6 @@ def test_the_speed_up_by_temperature_is_filled_while_it_wins():
     assert filled(right) == [[0, 1.3], [0.5, 1.1]]
     assert dashed(right) == [pairs(TEMPERATURES, "temperature", "without_replay")]
     assert bands(right) == [pytest.approx((0.7, 1.45))]
-    same = TEMPERATURES.assign(without_replay=TEMPERATURES["speedup"])
-    left, right = plot_temperatures(same).axes
-    assert dashed(right) == [] and len(labelled(left)) == 2
 
 
 def test_thresholds_are_shown_with_speed_and_verified_slots_for_each_length():
@@ -287,9 +243,8 @@ def test_thresholds_are_shown_with_speed_and_verified_slots_for_each_length():
     assert list(labelled(right)) == ["K 2", "K 4"]
     for ax, column in ((left, "speedup"), (right, "verified")):
         drawn = [points(line) for line in labelled(ax).values()]
-        parts = [part for _, part in THRESHOLDS.groupby("draft_length")]
+        parts = [part for _, part in gallery.THRESHOLDS.groupby("draft_length")]
         assert drawn == [pairs(part, "threshold", column) for part in parts]
-        assert dotted_at(ax) == [0.4] and "(dotted 0.4)" in ax.get_xlabel()
     assert filled(left) == [[0.0, 1.1], [0.4, 1.2], [0.4, 1.3]]
     assert rings(left) == [[0.4, 1.2], [0.4, 1.3]]
     assert bands(left) == [pytest.approx((0.6, 1.4)), pytest.approx((0.7, 1.5))]
@@ -297,17 +252,17 @@ def test_thresholds_are_shown_with_speed_and_verified_slots_for_each_length():
 
 def test_each_policy_is_a_line_in_both_panels_of_the_load():
     left, right = picture_of("load").axes
-    for ax, x, y in (
+    for ax, *columns in (
         (left, "per_user", "throughput"),
         (right, "concurrency", "verified_per_request"),
     ):
         lines = labelled(ax)
-        assert tuple(lines) == POLICIES
+        assert tuple(lines) == gallery.POLICIES
         for policy, line in lines.items():
-            assert points(line) == pairs(LOAD[LOAD["policy"] == policy], x, y)
+            assert points(line) == pairs(LOAD[LOAD["policy"] == policy], *columns)
         looks = {(line.get_color(), line.get_marker()) for line in lines.values()}
         assert len(looks) == 4 and lines["plain decoding"].get_color() == INK
-    assert legend(left) == list(POLICIES) and right.get_legend() is None
+    assert legend(left) == list(gallery.POLICIES) and right.get_legend() is None
 
 
 def test_concurrencies_are_written_at_the_policy_with_the_highest_throughput_alone():
@@ -323,19 +278,10 @@ def test_concurrencies_are_written_at_the_policy_with_the_highest_throughput_alo
 
 
 def test_concurrencies_are_evenly_spaced_from_doubling_to_doubling():
-    pixels_of("load")
+    gallery.pixels_of("load")
     right = picture_of("load").axes[1]
-    places = right.transData.transform([[level, 0] for level in LEVELS])[:, 0]
+    places = right.transData.transform([[level, 0] for level in gallery.LEVELS])[:, 0]
     assert np.diff(places) == pytest.approx(np.diff(places)[0])
-
-
-def test_the_chosen_concurrency_is_ringed_and_dotted():
-    left, right = picture_of("load").axes
-    chosen = LOAD[LOAD["concurrency"] == 16]
-    assert rings(left) == pairs(chosen, "per_user", "throughput")
-    assert dotted_at(right) == [16] and "(dotted 16)" in right.get_xlabel()
-    left, right = plot_load(LOAD).axes
-    assert rings(left) == [] and dotted_at(right) == []
 
 
 def test_theta_is_drawn_from_nothing_admitted_to_all_and_both_stops_are_marked():
@@ -353,36 +299,34 @@ def test_theta_is_drawn_from_nothing_admitted_to_all_and_both_stops_are_marked()
 
 def test_a_scheduler_that_stops_inside_fills_the_marks_up_to_there():
     steep = StepsPerSecond(np.array([1, 5]), np.array([1.0, 0.4]), 0, "imaginary")
-    table = schedule_table(np.array([[0.9, 0.5], [0.8, 0.1]]), steep)
+    table = serving.schedule_table(np.array([[0.9, 0.5], [0.8, 0.1]]), steep)
     count = int(table["admitted"].sum())
     assert 0 < count < len(table)
-    [ax] = plot_schedule(table).axes
+    [ax] = explore.plot_schedule(table).axes
     assert [x for x, _ in filled(ax)] == list(range(count + 1))
     assert f"prefix scheduler: stops at {count}" in legend(ax)
     rng = np.random.default_rng(0)
-    [large] = plot_schedule(schedule_table(rng.random((32, 7)), SMOOTH)).axes
+    table = serving.schedule_table(rng.random((32, 7)), gallery.SMOOTH)
+    [large] = explore.plot_schedule(table).axes
     assert filled(large) == [] and len(points(large.lines[0])) == 32 * 7 + 1
 
 
 def test_steps_are_drawn_in_milliseconds_and_tokens_a_second_with_what_lies_between():
     left, right = picture_of("steps").axes
-    for ax, low, middle, high in ((left, 10, 15, 20), (right, 100, None, 64 * 50)):
+    for ax, low, high in ((left, 10, 20), (right, 100, 64 * 50)):
         line, marks = ax.lines
-        assert points(marks) == [pytest.approx([1, low]), pytest.approx([64, high])]
-        between = dict(points(line))
-        assert between[1] == pytest.approx(low) and between[64] == pytest.approx(high)
-        if middle is not None:
-            # Linear in tokens.
-            assert between[32] == pytest.approx(10 + 10 * 31 / 63)
+        ends = [pytest.approx([1, low]), pytest.approx([64, high])]
+        assert points(marks) == [points(line)[0], points(line)[-1]] == ends
         assert tick_names(ax.xaxis) == ["1", "64"] and ax.get_xscale() == "log"
+    assert dict(points(left.lines[0]))[32] == pytest.approx(10 + 10 * 31 / 63), "linear in tokens"
     assert title(left) == "cpu, context 128"
 
 
 def test_steps_may_come_as_their_table_and_words_with_dollars_stay_words():
-    given, table = plot_steps(STEPS), plot_steps(STEPS.table)
-    for a, b in zip(given.axes, table.axes, strict=True):
-        assert [points(x) for x in a.lines] == [points(x) for x in b.lines]
-    assert title(given.axes[0]) == r"imaginary \$x\$ \$y\$, context 0"
+    given, table = (explore.plot_steps(x).axes for x in (gallery.STEPS, gallery.STEPS.table))
+    drawn = [[points(line) for ax in axes for line in ax.lines] for axes in (given, table)]
+    assert drawn[0] == drawn[1]
+    assert title(given[0]) == r"imaginary \$x\$ \$y\$, context 0"
     [ax] = plot_speedup({"$a$ $b$": GOOD}).axes
     assert legend(ax)[0].startswith(r"\$a\$ \$b\$: best")
 
@@ -407,12 +351,10 @@ def test_the_composite_is_made_of_the_four_pictures():
 
 def test_with_replay_the_composite_says_that_the_simulated_load_has_none():
     assert title(picture_of("serving").axes[2]) == "simulated load"
-    assert title(picture_of("serving with replay").axes[2]) == "simulated load, without replay"
-    assert "forgetting replay" in legend(picture_of("serving with replay").axes[0])
-    assert (
-        title(plot_serving({"a": GOOD}, LOAD, bold="a", draft_length=1, requests=1).axes[0])
-        == "1 request a step"
-    )
+    first, _, load, _ = picture_of("serving with replay").axes
+    assert title(load) == "simulated load, without replay" and "forgetting replay" in legend(first)
+    alone = explore.plot_serving({"a": GOOD}, LOAD, bold="a", draft_length=1, requests=1)
+    assert title(alone.axes[0]) == "1 request a step"
 
 
 SLOTS = 3
@@ -430,20 +372,19 @@ def few_concurrencies() -> Iterator[None]:
 def made_trace(seed: int, rate: float, prompts: int = 6, rounds: int = 8) -> pd.DataFrame:
     """Whole blocks of which each slot is accepted at about this rate; confidences say so."""
     rng = np.random.default_rng(seed)
-    rows: list[dict[str, Any]] = []
-    for prompt in range(prompts):
-        for number in range(rounds):
-            alive = True
-            for slot in range(SLOTS):
-                own = float(np.clip(rate + rng.normal(0, 0.1), 0.05, 0.95))
-                alive = alive and bool(rng.random() < own)
-                rows.append(
-                    {"prompt": prompt, "domain": "none", "round": number, "slot": slot}
-                    | {"position": 10 * number + slot, "token": 1, "draft_prob": 0.5}
-                    | {"target_prob": 0.5, "accept_prob": own, "accept_rate": own}
-                    | {"confidence": own, "verified": True, "accepted": alive, "resampled": pd.NA}
-                )
-    return pd.DataFrame(rows)
+    places = product(range(prompts), range(rounds), range(SLOTS))
+    table = pd.DataFrame(places, columns=["prompt", "round", "slot"])
+    rates = np.clip(rate + rng.normal(0, 0.1, len(table)), 0.05, 0.95)
+    drawn = pd.Series(rng.random(len(table)) < rates)
+    known = {"domain": "none", "token": 1, "draft_prob": 0.5, "target_prob": 0.5}
+    return table.assign(
+        **known,
+        position=10 * table["round"] + table["slot"],
+        **dict.fromkeys(("accept_prob", "accept_rate", "confidence"), rates),
+        verified=True,
+        accepted=drawn.groupby([table["prompt"], table["round"]]).cummin(),
+        resampled=pd.NA,
+    )
 
 
 COLD, HOT = made_trace(0, 0.8), made_trace(1, 0.4)
@@ -459,14 +400,14 @@ ENGINE = Engine(
 OPTIONS: dict[str, Any] = {"trace": TRACE, "engine": ENGINE, "requests_simulated": 4}
 
 
-def explore(**options: Any) -> Explorer:
+def shown(**options: Any) -> Explorer:
     return explore_serving(**(OPTIONS | options))
 
 
 @pytest.fixture(scope="module")
 def explored(few_concurrencies: None) -> Explorer:
     """An explorer whose controls every test sets."""
-    return explore()
+    return shown()
 
 
 def put(explorer: Explorer, **settings: Any) -> None:
@@ -496,12 +437,13 @@ def loads(
     own: pd.DataFrame, draft_length: int, threshold: float | None, requests: int = 4, seed: int = 0
 ) -> pd.DataFrame:
     """Plain decoding, the length, and where there is a confidence head, both others."""
-    policies = [(FixedLength(0), 1), (FixedLength(draft_length), draft_length)]
+    policies = {serving.FixedLength(0): 1, serving.FixedLength(draft_length): draft_length}
     if threshold is not None:
-        policies += [(StaticThreshold(threshold), SLOTS), (PrefixScheduler(), SLOTS)]
+        policies |= {serving.StaticThreshold(threshold): SLOTS, serving.PrefixScheduler(): SLOTS}
+    drawn = {"requests": requests, "seed": seed}
     tables = [
-        load_table(own, ENGINE, [policy], FEW, draft_length=drafted, requests=requests, seed=seed)
-        for policy, drafted in policies
+        serving.load_table(own, ENGINE, [policy], FEW, draft_length=drafted, **drawn)
+        for policy, drafted in policies.items()
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -515,8 +457,8 @@ def test_the_tables_are_what_the_library_says_of_the_chosen_settings(explored, s
     wanted = {
         "speedup": speedup_table(profile, costs),
         "load": loads(own, k, settings["threshold"]),
-        "temperatures": temperature_table(TRACE, costs),
-        "thresholds": threshold_table(own, costs, draft_lengths=[k]),
+        "temperatures": serving.temperature_table(TRACE, costs),
+        "thresholds": serving.threshold_table(own, costs, draft_lengths=[k]),
         "profile": profile.table(),
         "steps": CURVE.table,
     }
@@ -539,39 +481,23 @@ def said(explorer: Explorer) -> list[str]:
 @settings
 def test_below_the_picture_stands_what_to_choose(explored, settings):
     put(explored, **settings, export="json")
-    own, costs = (
-        part(settings["temperature"]),
-        ENGINE.costs(settings["requests"], replay=settings["replay"]),
-    )
-    profile = acceptance_profile(own, temperature=settings["temperature"])
+    costs = ENGINE.costs(settings["requests"], replay=settings["replay"])
+    temperature = settings["temperature"]
+    profile = acceptance_profile(part(temperature), temperature=temperature)
     first, second, third, exported = said(explored)
-    assert first == advice(profile, costs)
+    assert first == serving.advice(profile, costs)
     thresholds = explored.tables["thresholds"]
     best = thresholds.loc[thresholds["speedup"].idxmax()]
     assert f"best static threshold is {best['threshold']:g}: {best['speedup']:.2f} " in second
     here = explored.tables["load"]
     here = here[here["concurrency"] == settings["requests"]]
-    in_order = sorted(zip(here["policy"].map(third.index), here["throughput"], strict=True))
-    falling = [throughput for _, throughput in in_order]
-    assert len(falling) == 4 and falling == sorted(falling, reverse=True)
+    in_order = here.sort_values("policy", key=lambda names: names.map(third.index))
+    assert len(here) == 4 and in_order["throughput"].is_monotonic_decreasing
     for row in here.itertuples():
         words = f"{row.policy} {row.throughput:.0f} tokens/s, {row.per_user:.0f} for each user"
         assert words in third
     chosen = ServingSettings(settings["draft_length"], settings["threshold"])
     assert exported == export(chosen, "json")
-
-
-def test_the_advice_follows_temperature_and_load(explored):
-    heard = set()
-    for temperature in (0.0, 1.0):
-        for requests in (1, 64):
-            put(explored, temperature=temperature, requests=requests, replay=False)
-            heard.add(said(explored)[0])
-    assert len(heard) == 4
-    put(explored, temperature=0.0, requests=1)
-    assert said(explored)[0].startswith("Draft 3 a round")
-    put(explored, temperature=1.0, requests=64)
-    assert said(explored)[0].startswith("Do not draft")
 
 
 def test_every_move_but_the_exports_draws_another_picture(explored):
@@ -594,7 +520,7 @@ def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
         return original(speedups, load, **options)
 
     monkeypatch.setattr(serving_module, "plot_serving", watched)
-    explorer = explore(draft_length=2, temperature=0.0, requests=8, replay=True)
+    explorer = shown(draft_length=2, temperature=0.0, requests=8, replay=True)
     [(speedups, load, options)] = drawn
     assert list(speedups) == ["T 0", "T 1"]
     for temperature, table in zip((0.0, 1.0), speedups.values(), strict=True):
@@ -603,8 +529,7 @@ def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
         pd.testing.assert_frame_equal(table, wanted)
     pd.testing.assert_frame_equal(load, explorer.tables["load"])
     assert options == {"bold": "T 0", "draft_length": 2, "requests": 8, "replay": True}
-    image = Image.open(io.BytesIO(explorer._frame.png))
-    assert image.size == (950, 560)
+    assert Image.open(io.BytesIO(explorer._frame.png)).size == (950, 560)
 
 
 def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
@@ -622,7 +547,7 @@ def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
     for name in ("acceptance_profile", "answers_of", "load_table"):
         counting(serving, name)
     counting(serving_module, "plot_serving")
-    explorer = explore()
+    explorer = shown()
     # Of each temperature once; plain decoding, three lengths, one threshold and the scheduler.
     assert calls.count("acceptance_profile") == calls.count("answers_of") == 2
     assert calls.count("load_table") == 2 * 6 and calls.count("plot_serving") == 1
@@ -657,7 +582,7 @@ def test_a_server_without_thresholds_has_a_sentence_below_the_picture(explored):
 
 def test_a_drafter_without_a_confidence_head_has_neither_threshold_nor_scheduler():
     bare = TRACE.assign(confidence=np.nan)
-    explorer = explore(trace=bare, export="vllm")
+    explorer = shown(trace=bare, export="vllm")
     assert "thresholds" not in explorer.tables
     pd.testing.assert_frame_equal(explorer.tables["load"], loads(HOT, SLOTS, None))
     assert "no confidence head: no threshold and no scheduler" in said(explorer)[1]
@@ -668,38 +593,31 @@ def test_a_drafter_without_a_confidence_head_has_neither_threshold_nor_scheduler
 
 def test_an_engine_of_shorter_blocks_limits_the_length_and_leaves_whole_blocks_out():
     short = Engine.of(CURVE, 2, draft_seconds=0.002)
-    explorer = explore(engine=short)
+    explorer = shown(engine=short)
     assert explorer.controls["draft_length"].max == explorer.settings["draft_length"] == 2
     assert "Blocks have 3 slots and the engine knows 2" in said(explorer)[1]
     assert set(explorer.tables["load"]["policy"]) == {"plain decoding", "fixed 2"}
     long = Engine.of(CURVE, 9, draft_seconds=0.002)
-    assert explore(engine=long).controls["draft_length"].max == SLOTS
+    assert shown(engine=long).controls["draft_length"].max == SLOTS
 
 
 def test_controls_start_where_they_are_told_and_reach_what_the_trace_has():
-    explorer = explore(draft_length=2, temperature=0.0, requests=8, threshold=0.65, export="json")
-    assert explorer.settings == {
-        "draft_length": 2,
-        "temperature": 0.0,
-        "requests": 8,
-        "threshold": 0.65,
-        "replay": False,
-        "export": "json",
-    }
-    assert explorer.controls["temperature"].options == (0.0, 1.0)
-    assert explorer.controls["requests"].options == FEW
-    assert explorer.controls["export"].options == ("json", *SERVERS)
-    assert (explorer.controls["threshold"].min, explorer.controls["threshold"].max) == (0, 1)
-    assert explorer.controls["draft_length"].min == 1
-    for name, control in explorer.controls.items():
-        assert control.description == name
+    start = SETTINGS[1] | {"threshold": 0.65, "export": "json"}
+    explorer = shown(**start)
+    assert explorer.settings == start
+    controls = explorer.controls
+    assert controls["temperature"].options == (0.0, 1.0) and controls["requests"].options == FEW
+    assert controls["export"].options == ("json", *SERVERS)
+    assert (controls["threshold"].min, controls["threshold"].max) == (0, 1)
+    assert controls["draft_length"].min == 1
+    assert [control.description for control in controls.values()] == list(controls)
 
 
 def test_by_default_the_longest_draft_and_the_highest_temperature_are_shown():
-    explorer = explore()
+    explorer = shown()
     assert explorer.settings == SETTINGS[0] | {"export": "dspark-lab"}
     assert not explorer.controls["threshold"].disabled
-    cold = explore(trace=TRACE[TRACE["temperature"] == 0.0])
+    cold = shown(trace=TRACE[TRACE["temperature"] == 0.0])
     assert cold.controls["temperature"].options == (0.0,)
     assert cold.settings["temperature"] == 0.0
 
@@ -709,48 +627,46 @@ def test_trace_and_engine_may_be_files(tmp_path, explored):
     ENGINE.save(tmp_path / "engine.csv")
     put(explored, **SETTINGS[0])
     for kind in (Path, str):
-        explorer = explore(
-            trace=kind(tmp_path / "trace.parquet"), engine=kind(tmp_path / "engine.csv")
-        )
+        trace, engine = kind(tmp_path / "trace.parquet"), kind(tmp_path / "engine.csv")
+        explorer = shown(trace=trace, engine=engine)
         for name in ("speedup", "load", "thresholds"):
             pd.testing.assert_frame_equal(explorer.tables[name], explored.tables[name])
 
 
 def test_a_trace_of_one_temperature_needs_to_be_told_which():
-    explorer = explore(trace=HOT, temperature=0.7)
+    explorer = shown(trace=HOT, temperature=0.7)
     assert explorer.controls["temperature"].options == (0.7,)
     pd.testing.assert_frame_equal(
         explorer.table, speedup_table(acceptance_profile(HOT), ENGINE.costs())
     )
     with pytest.raises(ValueError, match="trace must have a column temperature, or temperature"):
-        explore(trace=HOT)
+        shown(trace=HOT)
 
 
 def test_of_several_drafters_one_is_named():
-    both = pd.concat(
-        [TRACE.assign(drafter="one"), HOT.assign(drafter="two", temperature=1.0)],
-        ignore_index=True,
-    )
-    two = explore(trace=both, drafter="two")
+    second = HOT.assign(drafter="two", temperature=1.0)
+    both = pd.concat([TRACE.assign(drafter="one"), second], ignore_index=True)
+    two = shown(trace=both, drafter="two")
     assert two.controls["temperature"].options == (1.0,)
     assert two.tables["settings"]["drafter"].tolist() == ["two"]
-    one = explore(trace=both, drafter="runs/one")
+    one = shown(trace=both, drafter="runs/one")
     assert one.controls["temperature"].options == (0.0, 1.0)
     assert one.tables["settings"]["drafter"].tolist() == ["runs/one"]
-    alone = explore(trace=both[both["drafter"] == "one"])
+    alone = shown(trace=both[both["drafter"] == "one"])
     pd.testing.assert_frame_equal(alone.table, one.table)
-    for given, shown in ((None, "DRAFTER"), ("three", "three")):
-        with pytest.raises(ValueError, match=rf"name of one of \['one', 'two'\], got '{shown}'"):
-            explore(trace=both, drafter=given)
+    for given, named in ((None, "DRAFTER"), ("three", "three")):
+        with pytest.raises(ValueError, match=rf"name of one of \['one', 'two'\], got '{named}'"):
+            shown(trace=both, drafter=given)
     with pytest.raises(ValueError, match=r"name of one of \['one'\], got 'two'"):
-        explore(trace=TRACE.assign(drafter="one"), drafter="two")
+        shown(trace=TRACE.assign(drafter="one"), drafter="two")
 
 
 def test_confidences_are_scaled_for_the_threshold_and_the_load(explored):
     calibrated = SequentialTemperatures((0.25,) * SLOTS)
     put(explored, **SETTINGS[0])
-    scaled, raw = explore(calibrated=calibrated), explored
-    wanted = threshold_table(HOT, ENGINE.costs(), draft_lengths=[SLOTS], calibrated=calibrated)
+    scaled, raw = shown(calibrated=calibrated), explored
+    options = {"draft_lengths": [SLOTS], "calibrated": calibrated}
+    wanted = serving.threshold_table(HOT, ENGINE.costs(), **options)
     pd.testing.assert_frame_equal(scaled.tables["thresholds"], wanted)
     assert not scaled.tables["thresholds"].equals(raw.tables["thresholds"])
     verified = [e.tables["load"].set_index("policy")["verified_per_request"] for e in (scaled, raw)]
@@ -759,32 +675,23 @@ def test_confidences_are_scaled_for_the_threshold_and_the_load(explored):
 
 
 def test_the_simulated_requests_are_as_many_as_told_and_of_the_seed():
-    explorer = explore(requests_simulated=7, seed=5)
+    explorer = shown(requests_simulated=7, seed=5)
     wanted = loads(HOT, SLOTS, 0.3, requests=7, seed=5)
     pd.testing.assert_frame_equal(explorer.tables["load"], wanted)
 
 
-@cache
-def decoded() -> Explorer:
-    return explore_serving(
-        target(),
-        drafter(),
-        TEXTS,
-        engine=Engine.of(CURVE, 2, draft_seconds=0.002),
-        temperatures=(0.5, 1.5),
-        max_new_tokens=12,
-        requests_simulated=2,
-        seed=3,
-    )
-
-
 def test_a_target_and_a_drafter_are_decoded_at_each_temperature():
-    assert decoded().controls["temperature"].options == (0.5, 1.5)
+    options = {"max_new_tokens": 12, "seed": 3}
+    engine = Engine.of(CURVE, 2, draft_seconds=0.002)
+    explorer = explore_serving(
+        target(), drafter(), TEXTS, engine=engine, temperatures=(0.5, 1.5), **options
+    )
+    assert explorer.controls["temperature"].options == (0.5, 1.5)
     for temperature in (0.5, 1.5):
-        decoded().controls["temperature"].value = temperature
-        run = answers(drafter(), TEXTS, temperature=temperature, max_new_tokens=12, seed=3)
+        explorer.controls["temperature"].value = temperature
+        run = answers(drafter(), TEXTS, temperature=temperature, **options)
         profile = acceptance_profile(run.trace).table()
-        pd.testing.assert_frame_equal(decoded().tables["profile"], profile)
+        pd.testing.assert_frame_equal(explorer.tables["profile"], profile)
 
 
 def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
@@ -796,9 +703,8 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
 
     monkeypatch.setattr(serving, "measure_engine", measured)
     monkeypatch.setattr(serving_module, "decode", None)
-    explorer = explore_serving(
-        target(), {"mine": drafter()}, TEXTS, trace=TRACE, requests_simulated=2, seed=4
-    )
+    options = {"trace": TRACE, "requests_simulated": 2, "seed": 4}
+    explorer = explore_serving(target(), {"mine": drafter()}, TEXTS, **options)
     assert asked == [(target(), drafter(), 4)]
     pd.testing.assert_frame_equal(explorer.tables["steps"], CURVE.table)
     assert explorer.tables["settings"]["drafter"].tolist() == ["mine"]
@@ -812,43 +718,26 @@ def test_with_trace_and_engine_no_model_is_loaded(monkeypatch):
     assert explorer.tables["settings"]["drafter"].tolist() == ["no/such-drafter"]
 
 
-@pytest.fixture(scope="module")
-def shipped(few_concurrencies: None) -> Explorer:
-    return explore_serving(requests_simulated=2)
-
-
-def test_without_arguments_the_pocket_pair_is_shown(shipped):
+def test_without_arguments_the_pocket_pair_is_shown():
+    shipped = explore_serving(requests_simulated=2)
     traces = load_traces("pocket")
     own = traces[(traces["drafter"] == "dspark-k7") & (traces["temperature"] == 1.0)]
-    costs = load_engine().costs()
+    costs = serving.load_engine().costs()
     pd.testing.assert_frame_equal(shipped.table, speedup_table(acceptance_profile(own), costs))
     assert shipped.settings["draft_length"] == shipped.controls["draft_length"].max == 7
     assert shipped.tables["settings"]["drafter"].tolist() == ["dspark-k7"]
-    pd.testing.assert_frame_equal(shipped.tables["steps"], load_engine().sps.table)
-
-
-def test_wins_at_temperature_0_that_replay_and_temperature_1_take_away_are_visible():
-    both = {"trace": load_traces("smollm2"), "engine": load_engine("smollm2")}
-    explorer = explore_serving(requests=1, temperature=1.0, **both)
-    table = explorer.tables["temperatures"].set_index("temperature")
-    assert table["speedup"][0.0] > 1 > table["speedup"][1.0]
-    assert "Do not draft" in said(explorer)[0]
-    put(explorer, temperature=0.0, replay=True)
-    table = explorer.tables["temperatures"].set_index("temperature")
-    assert table["without_replay"][0.0] > 1 > table["speedup"][0.0]
-    assert "only a model that forgets the cost of rejections" in said(explorer)[0]
+    pd.testing.assert_frame_equal(shipped.tables["steps"], serving.load_engine().sps.table)
 
 
 def test_prompts_alone_are_put_to_the_pocket_pair():
-    explorer = explore_serving(
-        prompts=["Hello", "What is 2 + 3?"],
-        temperatures=(1.0,),
-        max_new_tokens=6,
-        requests_simulated=2,
-    )
+    few = {"temperatures": (1.0,), "max_new_tokens": 6, "requests_simulated": 2}
+    explorer = explore_serving(prompts=["Hello", "What is 2 + 3?"], **few)
     assert explorer.tables["settings"]["drafter"].tolist() == ["dspark-k7"]
     assert explorer.controls["temperature"].options == (1.0,)
-    pd.testing.assert_frame_equal(explorer.tables["steps"], load_engine().sps.table)
+    pd.testing.assert_frame_equal(explorer.tables["steps"], serving.load_engine().sps.table)
+
+
+DECODED: dict[str, Any] = {"trace": None, "target": target(), "prompts": TEXTS}
 
 
 @pytest.mark.parametrize(
@@ -867,39 +756,29 @@ def test_prompts_alone_are_put_to_the_pocket_pair():
         ({"requests_simulated": 0}, ValueError, "requests_simulated must be >= 1, got 0"),
         ({"trace": "no-such.parquet"}, OSError, "no-such"),
         ({"engine": "no-such.csv"}, OSError, "no-such"),
+        ({"temperatures": ()}, ValueError, "temperatures must not be empty"),
         (
-            {"trace": None, "target": target(), "drafter": drafter(), "prompts": TEXTS}
-            | {"temperatures": ()},
-            ValueError,
-            "temperatures must not be empty",
-        ),
-        (
-            {"trace": None, "target": target(), "prompts": TEXTS}
-            | {"drafter": {"a": drafter(), "b": drafter(2)}},
+            DECODED | {"drafter": {"a": drafter(), "b": drafter(2)}},
             ValueError,
             r"drafter must be one, got \['a', 'b'\]",
         ),
-        (
-            {"trace": None, "target": target()},
-            ValueError,
-            "target and drafter must be given together",
-        ),
+        (DECODED, ValueError, "target and drafter must be given together"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_explored_is_refused_in_one_sentence(arguments, error, match):
     with pytest.raises(error, match=match):
-        explore(**arguments)
+        shown(**arguments)
 
 
 def test_a_trace_that_a_threshold_cut_is_refused():
     cut = TRACE.assign(verified=TRACE["verified"] & (TRACE["slot"] < 2))
     cut["accepted"] &= cut["verified"]
     with pytest.raises(ValueError, match="trace must be of whole blocks"):
-        explore(trace=cut.assign(accepted=False))
+        shown(trace=cut.assign(accepted=False))
 
 
-def test_the_explorer_is_named_by_its_call_and_has_a_picture_without_widgets(explored):
+def test_readers_without_widgets_get_the_call_and_the_picture(explored):
     put(explored, **SETTINGS[0], export="json")
     assert repr(explored) == (
         "explore_serving(draft_length=3, temperature=1.0, requests=1, threshold=0.3, "
@@ -907,4 +786,3 @@ def test_the_explorer_is_named_by_its_call_and_has_a_picture_without_widgets(exp
     )
     bundle = explored._repr_mimebundle_()
     assert {WIDGET, "text/plain", "image/png"} <= set(bundle)
-    json.dumps(bundle["text/plain"])

@@ -11,21 +11,18 @@ from dspark_lab.explore import plot_training, training
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def step_row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 3.0 / step, "accept_rate": 0.1 * step, "tau": 1 + 0.1 * step}
+
+
 def test_training_shows_every_step_and_can_be_empty() -> None:
-    table = pd.DataFrame(
-        {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "accept_rate": [0.1, 0.2, 0.4]}
-    )
-    table["tau"] = 1 + table["accept_rate"]
+    table = pd.DataFrame([step_row(step) for step in (1, 2, 3)])
     axes = plot_training(table).axes
     for ax, name in zip(axes, ("loss", "accept_rate", "tau"), strict=True):
         dots, course = ax.lines
         assert list(dots.get_ydata()) == list(table[name]) and list(dots.get_xdata()) == [1, 2, 3]
         assert len(course.get_ydata()) == 3
     assert all(len(ax.lines) == 0 for ax in plot_training(table.iloc[:0]).axes)
-
-
-def step_row(step: int) -> dict[str, Any]:
-    return {"step": step, "loss": 3.0 / step, "accept_rate": 0.1 * step, "tau": 1 + 0.1 * step}
 
 
 def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(

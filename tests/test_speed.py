@@ -5,24 +5,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_lab.decoding import Decoded, decode
 from dspark_lab.serving import break_even_rate, speed_table
 from tests.samples import tiny_drafter, tiny_target
-
-FIGURES = [
-    "tokens_per_second",
-    "plain_tokens_per_second",
-    "gain",
-    "tau",
-    "draft",
-    "verify",
-    "rest",
-    "break_even_tau",
-    "break_even_rate",
-]
 
 
 def a_run(
@@ -49,7 +37,6 @@ def test_the_figures_are_those_of_hand_made_runs():
     plain = [a_run([1] * 4, 0.0, 7.0, 1.0, prompt=50.0), a_run([1] * 2, 0.0, 4.0, 0.0)]
     drafted = [a_run([5], 0.5, 1.0, 0.5, prompt=90.0), a_run([3], 0.5, 1.25, 0.25)]
     table = speed_table(plain, drafted, block_size=2)
-    assert list(table.index) == FIGURES
     expected = {
         "tokens_per_second": 2.0,
         "plain_tokens_per_second": 0.5,
@@ -62,6 +49,7 @@ def test_the_figures_are_those_of_hand_made_runs():
         "break_even_tau": 1.0,
         "break_even_rate": 0.0,
     }
+    assert list(table.index) == list(expected)
     assert table.to_dict() == pytest.approx(expected, abs=1e-12)
 
 
@@ -125,21 +113,6 @@ def test_a_run_without_a_round_has_no_speed(name, nothing):
 @given(st.floats(0, 1), st.integers(1, 20))
 def test_the_break_even_rate_yields_tau(rate, block_size):
     assert break_even_rate(yielded(rate, block_size), block_size) == pytest.approx(rate, abs=1e-12)
-
-
-@given(st.floats(1, 3))
-def test_the_break_even_rate_of_short_blocks_has_a_closed_form(tau):
-    assert break_even_rate(tau, 2) == pytest.approx((math.sqrt(4 * tau - 3) - 1) / 2, abs=1e-12)
-    if tau <= 2:
-        assert break_even_rate(tau, 1) == pytest.approx(tau - 1, abs=1e-12)
-
-
-@given(st.integers(1, 20), st.floats(1, 30), st.floats(1, 30))
-def test_more_tokens_need_a_higher_rate(block_size, tau, other):
-    tau, other = sorted((tau, other))
-    assume(other - tau > 1e-6)
-    low, high = break_even_rate(tau, block_size), break_even_rate(other, block_size)
-    assert low < high or low == high == math.inf
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 15])

@@ -142,8 +142,7 @@ def plot_budget(
 
     Args:
         options: ``table`` of :func:`dspark_lab.choose_training` for one block size and row length.
-        cost: from :func:`dspark_lab.tuning.training_cost`, of the chosen step.
-        fit: from :func:`dspark_lab.tuning.fit_table`.
+        cost, fit: of the chosen step, as in :func:`plot_parts`, and as in :func:`plot_fit`.
         num_anchors: the chosen one of the options.
         at: where it stands in ``fit``: the longest row, and its blocks.
     """
@@ -251,11 +250,7 @@ def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
 
 
 def plot_slots(table: pd.DataFrame) -> Figure:
-    """How often each slot of a block has a label in a pass, and what that weighs in the loss.
-
-    Args:
-        table: from :func:`dspark_lab.tuning.slot_supervision`.
-    """
+    """Supervised slots and their weight, from :func:`~dspark_lab.tuning.slot_supervision`."""
     figure, ax = style.new_figure(7, 3.2)
     bar: dict[str, Any] = {"width": 0.38, "edgecolor": INK, "linewidth": 0}
     plain = bar | {"color": BLUE, "label": "supervised slots"}
@@ -272,10 +267,9 @@ def plot_slots(table: pd.DataFrame) -> Figure:
 
 
 def plot_front(table: pd.DataFrame) -> Figure:
-    """What options gain a second, and what they gain for each byte that a step holds.
+    """What options of :func:`dspark_lab.choose_training` gain a second, and for each byte held.
 
-    Args:
-        table: of :func:`dspark_lab.choose_training`; the options on its front are named.
+    Those on the front are named.
     """
     front = table[table["front"]].sort_values("gain_per_second", ascending=False)
     figure, ax = style.new_figure(7, max(3.6, 0.19 * len(front) + 1.1))
@@ -326,13 +320,10 @@ def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None
 
 
 def plot_sweeps(cells: pd.DataFrame) -> Figure:
-    """Tau of each cell of a sweep that trained its drafters, with its 95 % interval.
+    """Tau of the cells of :func:`dspark_lab.tuning.cell_table`, with its 95 % interval.
 
     A heat map for every budget (across) and temperature (down), in common colours; the best cell of
     each has a frame, and one that is missing stays empty.
-
-    Args:
-        cells: from :func:`dspark_lab.tuning.cell_table`.
     """
     budgets = sorted(cells["budget"].unique())
     temperatures = sorted(cells["temperature"].unique())

@@ -1,8 +1,4 @@
-"""``Explorer``: controls, and a picture that follows them; and the controls themselves.
-
-An explorer shows what tables and pictures make of its controls' values; it works nothing out
-itself. ``explorer.table`` is the table behind the picture, ``explorer.tables`` has all.
-"""
+"""``Explorer``: controls, and a picture that follows them; and the controls themselves."""
 
 import asyncio
 import gc
@@ -29,10 +25,9 @@ _WIDE = {"style": {"description_width": "9em"}, "layout": {"width": "27em"}}
 @checked
 @dataclass(frozen=True)
 class Frame:
-    """What an explorer shows for one setting of its controls, and the tables behind it.
+    """A picture (a PNG file and its description), HTML or both, and the tables behind them.
 
-    It shows a picture (a PNG file, with its description in words), HTML, or HTML below a picture.
-    Without tables, ``problem`` says why this setting cannot be shown.
+    Without tables, ``problem`` says why this setting of the controls cannot be shown.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -57,14 +52,14 @@ def alert(problem: object) -> str:
 
 @checked
 class Explorer(ipywidgets.VBox):
-    """Controls above a picture. The picture is replaced in place when a control moves.
+    """Controls above a picture, which is replaced in place when a control moves.
 
     While changes keep coming, as in a fast drag, only the newest values are drawn. A setting that
     cannot be drawn shows a sentence that says why, and leaves no table.
 
     Args:
         name: how the explorer is called in text.
-        controls: widgets with a ``value``; the description of each is its name.
+        controls: widgets, named by their description.
         draw: makes a frame from the controls' values, given as attributes by name, or raises
             ValueError with a sentence.
     """

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab import serving
+from dspark_lab import serving, tuning
 from dspark_lab.checks import Count, NotEmpty, Share, checked
 from dspark_lab.decoding import decode, load_trace, rounds_of
 from dspark_lab.explore import explorer, style
@@ -23,14 +23,12 @@ from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
 from dspark_lab.pairs import load_pair, load_traces
 from dspark_lab.rates import SequentialTemperatures
 from dspark_lab.serving import Engine, FixedLength, Policy, PrefixScheduler, StaticThreshold
-from dspark_lab.tuning import SERVERS, ServingSettings
-from dspark_lab.tuning import export as exported
 
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 _SHIPPED_DRAFTER = "dspark-k7"
 # What stands for a drafter without a name.
-_UNNAMED = ServingSettings(0).drafter
+_UNNAMED = tuning.ServingSettings(0).drafter
 # Answers decoded together where a trace is made.
 _BATCH_SIZE = 40
 
@@ -44,14 +42,10 @@ def plot_serving(
     requests: int,
     replay: bool = False,
 ) -> Figure:
-    """:func:`plot_speedup`, :func:`plot_round` and both panels of :func:`plot_load`.
+    """:func:`plot_speedup`, :func:`plot_round` of the ``bold`` table, and :func:`plot_load`.
 
-    Args:
-        speedups: at this load, by name.
-        load: of the simulated policies.
-        bold: the name of the table whose temperature was chosen.
-        draft_length, requests: the chosen ones.
-        replay: whether the tables of speed-up count it; the simulated load never does.
+    ``draft_length`` and ``requests`` are marked. ``replay`` says whether the tables of speed-up
+    count it; the simulated load never does.
     """
     # Places are fixed: finding the best ones would take longer than all the drawing.
     places = {"left": 0.075, "right": 0.985, "bottom": 0.09, "top": 0.87}
@@ -106,11 +100,10 @@ def explore_serving(
     Args:
         target, drafter, prompts: as in :func:`explore_acceptance`, with one drafter. Prompts alone
             are put to the pocket pair. Without a target, ``drafter`` names one in the trace.
-        trace: of whole blocks, or its file, with a column ``temperature``, or of the one that is
+        trace: of whole blocks, or its file, with a column ``temperature`` unless ``temperature`` is
             given; decoded where None.
-        engine: what a round costs, or its file; measured where None. Where neither it nor a target
-            is given, the one that ships with the pocket pair, for traces of that pair alone. Loads
-            that it was not measured at are extrapolated.
+        engine: what a round costs, or its file; measured where None, but that of the pocket pair
+            without a target. Loads that it was not measured at are extrapolated.
         temperatures: to decode at.
         draft_length, temperature, requests, threshold, replay, export: where the controls start. By
             default the longest draft that both trace and engine have, and the trace's highest
@@ -118,7 +111,6 @@ def explore_serving(
         calibrated: scales the confidences.
         max_new_tokens: of each answer that is decoded.
         requests_simulated: of each simulation of load.
-        seed: of decoding and of the simulated requests.
 
     Returns:
         an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen
@@ -127,7 +119,7 @@ def explore_serving(
         head), from the functions of :mod:`dspark_lab.serving` that end in ``_table``; ``profile``,
         ``steps`` of the engine and ``settings``, those that are exported.
     """
-    export_control = explorer.dropdown("export", export, ("json", *SERVERS))
+    export_control = explorer.dropdown("export", export, ("json", *tuning.SERVERS))
     requests_control = explorer.selection_slider("requests", requests, CONCURRENCY)
     threshold_control = explorer.number_slider("threshold", threshold, 0.0, 1.0)
     if isinstance(trace, (str, os.PathLike)):
@@ -169,7 +161,7 @@ def explore_serving(
     def draw(chosen: SimpleNamespace) -> explorer.Frame:
         t, k, threshold = chosen.temperature, chosen.draft_length, chosen.threshold
         load = chosen.requests, chosen.replay
-        settings = ServingSettings(k, 0.0 if made.lacking else threshold, name)
+        settings = tuning.ServingSettings(k, 0.0 if made.lacking else threshold, name)
         tables = {
             "speedup": made.speedups[t, load],
             "load": made.load(t, k, threshold),
@@ -275,10 +267,10 @@ class _Tables:
     ) -> None:
         temperatures = sorted(trace["temperature"].unique().tolist())
         parts = {t: trace[trace["temperature"] == t] for t in temperatures}
-        answers = {t: serving.answers_of(part, calibrated, seed=seed) for t, part in parts.items()}
         self.profiles = {
             t: serving.acceptance_profile(part, temperature=t) for t, part in parts.items()
         }
+        answers = {t: serving.answers_of(part, calibrated, seed=seed) for t, part in parts.items()}
         slots = len(self.profiles[temperatures[0]].rates)
         self.longest = longest = min(slots, engine.longest)
         self.lacking = ""
@@ -344,8 +336,8 @@ def _load_in_words(table: pd.DataFrame, requests: int) -> str:
     return f"With {requests} in the batch, simulated: {first}; then {'; '.join(others)}."
 
 
-def _export_as_html(settings: ServingSettings, kind: str) -> str:
+def _export_as_html(settings: tuning.ServingSettings, kind: str) -> str:
     try:
-        return f"<pre>{escape(exported(settings, kind))}</pre>"
+        return f"<pre>{escape(tuning.export(settings, kind))}</pre>"
     except ValueError as problem:
         return explorer.alert(problem)

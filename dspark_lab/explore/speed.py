@@ -29,7 +29,6 @@ _PARTS: dict[str, dict[str, Any]] = {
 PLAIN = "plain decoding"
 # A walk of more slots than this is a line without marks.
 _MOST_MARKS = 64
-_PART_NAMES = {"overhead": "rest"}
 
 
 def plot_speedup(
@@ -105,7 +104,7 @@ def plot_round(
             continue
         bar: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.6, **look}
         ax.barh(y - 0.14, width, 0.42, left=left, **bar)
-        handles.append(Patch(label=_PART_NAMES.get(part, part), **bar))
+        handles.append(Patch(label="rest" if part == "overhead" else part, **bar))
         left = left + width
     outline: dict[str, Any] = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.2}
     ax.barh(y + 0.22, plain, 0.24, **outline)
@@ -132,10 +131,9 @@ def plot_round(
 
 
 def plot_temperatures(table: pd.DataFrame) -> Figure:
-    """Where the accept rate falls below the break-even rate, the win is gone.
+    """Accept rate, break-even rate and speed-up of :func:`~dspark_lab.serving.temperature_table`.
 
-    Args:
-        table: from :func:`dspark_lab.serving.temperature_table`.
+    Where the accept rate falls below the break-even rate, the win is gone.
     """
     figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
     x = table["temperature"].to_numpy()
@@ -153,10 +151,12 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
             look = {"colors": colour, "linestyles": linestyle, "linewidth": 3}
             left.vlines(x[which], rates, ends, label=label, zorder=1, **look)
     left.plot(x, table["accept_rate"], "-o", color=BLUE, label="accept rate")
-    left.plot(x, _reachable(need), "--s", color=RED, fillstyle="none", label="break-even rate")
+    reachable = table.replace(np.inf, np.nan)
+    look = {"color": RED, "fillstyle": "none", "label": "break-even rate"}
+    left.plot(x, reachable["break_even_rate"], "--s", **look)
     if forgets:
         look = {"color": RED, "linewidth": 1.5, "label": "break-even, forgetting replay"}
-        left.plot(x, _reachable(table["break_even_without_replay"].to_numpy()), ":", **look)
+        left.plot(x, reachable["break_even_without_replay"], ":", **look)
     for place in x[np.isinf(need)]:
         side, shift = ("right", -5) if place > x.mean() else ("left", 5)
         add_note(left, "no rate pays", (place, 1), (shift, 0), ha=side, va="top")
@@ -176,13 +176,9 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
 
 
 def plot_thresholds_speed(table: pd.DataFrame, *, chosen: float | None = None) -> Figure:
-    """What a static threshold does to the speed and to the slots that are verified.
+    """Speed-up and verified slots by static threshold, and the ``chosen`` one marked.
 
-    The fastest threshold of each draft length is ringed.
-
-    Args:
-        table: from :func:`dspark_lab.serving.threshold_table`.
-        chosen: a threshold to mark.
+    From :func:`dspark_lab.serving.threshold_table`. The fastest of each draft length is ringed.
     """
     figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
     for i, (length, part) in enumerate(table.groupby("draft_length")):
@@ -253,11 +249,8 @@ def plot_load(
 def plot_schedule(table: pd.DataFrame) -> Figure:
     """Theta while slots are admitted one by one, and where the prefix scheduler stops.
 
-    Filled marks are admitted. A search for the best Theta of all, which would bias the answers,
-    may go on past a slot that lowers it.
-
-    Args:
-        table: from :func:`dspark_lab.serving.schedule_table`.
+    From :func:`dspark_lab.serving.schedule_table`. Filled marks are admitted. A search for the best
+    Theta of all, which would bias the answers, may go on past a slot that lowers it.
     """
     if table.empty:
         raise ValueError("table must hold at least one slot to admit, got none")
@@ -289,9 +282,6 @@ def plot_steps(table: pd.DataFrame | StepsPerSecond) -> Figure:
     """Seconds of a target's step, and its tokens per second, by tokens per step.
 
     Marks are measured, lines what is taken to lie between them.
-
-    Args:
-        table: steps per second, or their table.
     """
     steps = table if isinstance(table, StepsPerSecond) else StepsPerSecond.of(table)
     figure, (left, right) = style.new_figure(8.6, 3.5, columns=2, wspace=0.08)
@@ -308,8 +298,7 @@ def plot_steps(table: pd.DataFrame | StepsPerSecond) -> Figure:
         style.add_rules(ax)
     left.set_ylabel("time of a step in ms")
     right.set_ylabel("tokens/s that are read")
-    where = f"{steps.device}, context {steps.context_length}"
-    style.add_title(left, plain_text(where))
+    style.add_title(left, plain_text(f"{steps.device}, context {steps.context_length}"))
     return figure
 
 
@@ -342,8 +331,8 @@ def _plot_speed(
     ax.plot(table[x], table["speedup"], **look | {"fillstyle": "none"}, **options)
     wins = table[table["speedup"] > 1]
     ax.plot(wins[x], wins["speedup"], **look | {"fillstyle": "full", "linestyle": "none"})
-    if ringed and table["speedup"].notna().any():
-        best = table.loc[[table["speedup"].idxmax()]]
+    if ringed:
+        best = table.nlargest(1, "speedup")
         _ring(ax, best[x], best["speedup"], look["color"])
 
 
@@ -373,7 +362,3 @@ def _mark_chosen(ax: Axes, label: str, chosen: float | None) -> None:
         ax.axvline(chosen, color=INK, linestyle=":", linewidth=1.2)
         label += f" (dotted {chosen:g})"
     ax.set_xlabel(label)
-
-
-def _reachable(rates: np.ndarray) -> np.ndarray:
-    return np.where(np.isinf(rates), np.nan, rates)

@@ -19,20 +19,14 @@ REDRAW_SECONDS = 0.5
 
 
 def plot_training(table: pd.DataFrame) -> Figure:
-    """Loss, accept rate and tau by step: each value as a dot, their moving average as a line.
+    """Loss, accept rate and tau of :meth:`dspark_lab.training.History.table` by step.
 
-    Args:
-        table: columns ``step``, ``loss``, ``accept_rate`` and ``tau``, as
-            :meth:`dspark_lab.training.History.table` gives them.
+    Each value is a dot, their moving average a line.
     """
     figure, axes = new_figure(9, 2.8, columns=3)
     smooth = table.ewm(span=max(2, len(table) // 12)).mean() if len(table) else table
-    for ax, (name, title), colour in zip(
-        axes,
-        (("loss", "loss"), ("accept_rate", "accept rate"), ("tau", "tau (accepted length)")),
-        (INK, BLUE, RED),
-        strict=True,
-    ):
+    titles = {"loss": "loss", "accept_rate": "accept rate", "tau": "tau (accepted length)"}
+    for ax, (name, title), colour in zip(axes, titles.items(), (INK, BLUE, RED), strict=True):
         if len(table):
             ax.plot(table["step"], table[name], ".", color=colour, alpha=0.35, markersize=4)
             ax.plot(table["step"], smooth[name], color=colour)
@@ -74,9 +68,8 @@ class LiveCurve(ipywidgets.VBox):
 
     def redraw(self) -> None:
         """Draw what there is now."""
-        self._drawn_at = time.monotonic()
-        frame = Frame({}, png=png(plot_training(self.table)), alt="loss, accept rate and tau")
-        self._png = frame.png
+        self._drawn_at, self._png = time.monotonic(), png(plot_training(self.table))
+        frame = Frame({}, png=self._png, alt="loss, accept rate and tau")
         self._picture.value = frame.as_html()
         if self._rows:
             last = self._rows[-1]
@@ -91,8 +84,7 @@ class LiveCurve(ipywidgets.VBox):
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its picture, once there is one, for readers that run no widgets."""
         self.redraw()
-        bundle = super()._repr_mimebundle_(**options)
-        if not self._rows:
-            return bundle | {"text/plain": repr(self)}
-        picture = b64encode(self._png).decode("ascii")
-        return bundle | {"text/plain": repr(self), "image/png": picture}
+        bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+        if self._rows:
+            bundle["image/png"] = b64encode(self._png).decode("ascii")
+        return bundle
