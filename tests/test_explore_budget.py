@@ -5,6 +5,7 @@ import math
 import re
 from html import unescape
 from itertools import product
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -417,18 +418,14 @@ def test_the_chosen_setting_is_told_in_a_sentence():
 
 
 def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):
-    drawn = []
-
-    def noted(*tables, **chosen):
-        drawn.append(chosen)
-        return plot_budget(*tables, **chosen)
-
-    monkeypatch.setattr(budget_module, "plot_budget", noted)
+    drawn = Mock(side_effect=plot_budget)
+    monkeypatch.setattr(budget_module, "plot_budget", drawn)
     shown = explorer(packed=False, seq_len=512, per="document")
-    assert drawn[-1] == {"num_anchors": 8, "at": (LONGEST, 8)}
+    assert drawn.call_args.kwargs == {"num_anchors": 8, "at": (LONGEST, 8)}
     shown.controls["packed"].value = True
     spans = Spans.of(ENCODED, seq_len=512, row_length=512)
-    assert drawn[-1] == {"num_anchors": 8, "at": (512, round(8 * 30 / spans.rows))}
+    marked = 512, round(8 * 30 / spans.rows)
+    assert drawn.call_args.kwargs == {"num_anchors": 8, "at": marked}
 
 
 def test_what_does_not_fit_is_drawn_with_a_sentence_that_says_so():

@@ -8,7 +8,7 @@ from matplotlib.text import Text
 
 from dspark_lab import explore
 from dspark_lab.explore.style import INK
-from tests.gallery import PICTURES, biases, bins, picture_of, pixels_of, rates, sweep
+from tests.gallery import GOOD, PICTURES, STEPS, biases, bins, picture_of, pixels_of, rates, sweep
 from tests.pictures import shown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +85,8 @@ def test_names_with_dollars_are_no_maths():
             biases(("domain", ["$a$", "b"]), ("drafter", ["$a$", "c"])), ["domain", "drafter"]
         ),
         explore.plot_thresholds({"$a$": sweep()}),
+        explore.plot_speedup({"$a$": GOOD}),
+        explore.plot_steps(STEPS),
     ):
         figure.draw_without_rendering()
         texts = [text.get_text() for text in figure.findobj(Text) if "a" in text.get_text()]
