@@ -1,6 +1,6 @@
 """Arithmetic of the slots of a block: loss weights, accept rates, survival (DSpark, section 3)."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +25,7 @@ __all__ = [
 class _Divisor:
     """A number > 0 that fp32 can divide by; infinity is one."""
 
-    def check(self, name: str, value: float, call: Any) -> None:
+    def check(self, name: str, value: float) -> None:
         smallest = torch.finfo(torch.float32).tiny
         if not value >= smallest:
             raise ValueError(f"{name} must be > 0, at least {smallest:.3g}, got {value}")
