@@ -198,15 +198,7 @@ def _textbook(drafter: Drafter) -> Callable[..., Any]:
     """The objective from full logits, called like the chunked one."""
 
     def objective(slots: Any, head: Tensor, w2: Tensor | None, **options: Any) -> Any:
-        output = DSparkForwardOutput(
-            draft_logits=drafter.logits(slots.hidden, slots.latent),
-            target_ids=slots.target_ids,
-            eval_mask=slots.eval_mask,
-            block_keep_mask=slots.block_keep_mask,
-            confidence_pred=slots.confidence_pred,
-            aligned_target_logits=drafter.lm_head(slots.target_hidden.to(head.dtype)),
-        )
-        return output_objective(output, **options)
+        return output_objective(drafter.output(slots), **options)
 
     return objective
 

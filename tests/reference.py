@@ -237,7 +237,7 @@ class Objective:
     ce: Tensor
     l1: Tensor | None
     confidence: Tensor | None
-    accept_mean: float | None
+    accept_rate: float | None
     tau: float | None
     confidence_error: float | None
     confidence_bias: float | None
@@ -254,7 +254,7 @@ def objective(
     ce_weight: float = 0.1,
     l1_weight: float = 0.9,
     confidence_weight: float = 1.0,
-    gamma: float = 4.0,
+    loss_decay_gamma: float = 4.0,
 ) -> Objective:
     """The three terms over supervised slots, weighted exp(-k / gamma); needs at least one slot."""
     sums = {name: [0.0] * block_size for name in SUMS}
@@ -273,7 +273,7 @@ def objective(
             for k, slot in enumerate(block):
                 if not slot.supervised:
                     break
-                weight = math.exp(-k / gamma)
+                weight = math.exp(-k / loss_decay_gamma)
                 draft = torch.softmax(slot.logits, 0)
                 surprise = -torch.log(draft[slot.label])
                 weights += weight
@@ -313,7 +313,7 @@ def objective(
         ce=ce / weights,
         l1=l1 / weights if taught else None,
         confidence=confidence / weights if both else None,
-        accept_mean=sum(sums["accept"]) / count if taught else None,
+        accept_rate=sum(sums["accept"]) / count if taught else None,
         tau=1 + sum(sums["survival"]) / blocks if taught else None,
         confidence_error=sum(sums["confidence_error"]) / count if both else None,
         confidence_bias=sum(sums["confidence_bias"]) / count if both else None,

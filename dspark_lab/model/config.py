@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any
 
 from dspark_lab.checks import Count, NotEmpty, Positive, Size, Within, checked
@@ -11,8 +11,8 @@ from dspark_lab.model.heads import check_kind
 
 __all__ = ["ARCHITECTURE", "DrafterConfig"]
 
-# What a config.json may say of this drafter, or leave out; anything else is another model's.
 ARCHITECTURE = "Qwen3DSparkModel"
+# Fields that a config.json may leave out; with another value it is another model's.
 _FIXED = {
     "architectures": [ARCHITECTURE],
     "model_type": "qwen3",
@@ -29,7 +29,7 @@ class DrafterConfig:
 
     ``target_layer_ids`` are the target's layers whose states are the context feature (see
     :func:`dspark_lab.common.extract_context_feature`), each ``target_hidden_size`` wide, which is
-    ``hidden_size`` where None. ``num_anchors`` is what a training forward draws for each row.
+    ``hidden_size`` where None. A training forward draws ``num_anchors`` for each row.
     ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out.
     ``num_target_layers`` is there for other readers of a checkpoint.
     """
@@ -108,25 +108,23 @@ class DrafterConfig:
             # Where transformers looks for it from version 5 on; before, it is a field of its own.
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
-        values |= {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: value for name, value in asdict(self).items() if value is not None}
         values["target_layer_ids"] = list(self.target_layer_ids)
-        for name in ("target_hidden_size", "num_target_layers"):
-            if values[name] is None:
-                del values[name]
         if not self.has_markov_head:
-            # Rank 0 is how published checkpoints say so.
-            values["markov_rank"] = 0
+            values["markov_rank"] = 0  # as published checkpoints say it
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DrafterConfig:
-        """Reads the content of a ``config.json``; unknown keys are metadata.
+        """Read the content of a ``config.json``; unknown keys are metadata.
 
-        ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. Not read:
-        what concerns training alone, as ``attention_dropout``, and what a draft inherits from its
-        target's config without following it, as ``quantization_config``.
+        ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. Fields for
+        training alone, as ``attention_dropout``, and those that a draft inherits from its target's
+        config without following them, as ``quantization_config``, are not read.
 
-        Refused are another architecture or activation, sliding windows, scaled or partial RoPE.
+        Raises:
+            TypeError, ValueError: among others, another architecture or activation, sliding
+                windows, scaled or partial RoPE.
         """
         for name, allowed in _FIXED.items():
             if values.get(name) not in (None, allowed):

@@ -7,8 +7,7 @@ Rules, in words (DSpark, section 3; DFlash for the backbone):
     input:   slot 0 of a block is its anchor's token, every other slot a mask token;
     context: the target's features of a row are projected and normed once, and each layer makes keys
              and values of them with the same projections as of the slots;
-    mask:    a slot sees the context before its anchor and its own block, see
-             ``dspark_lab.attention.mask``;
+    mask:    a slot sees the context before its anchor and its own block;
     labels:  slot k of the block at anchor a predicts token a + k + 1; its previous token is a + k,
              and its teacher is the target's final hidden state at a + k.
 
@@ -17,7 +16,7 @@ Embedding and LM head are the target's own, frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import cast
@@ -35,7 +34,7 @@ from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput, sample_a
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.heads import build_markov_head
 from dspark_lab.model.layers import Layer, RMSNorm, rope
-from dspark_lab.model.protocol import DrafterSizes, Proposal, Slots
+from dspark_lab.model.protocol import Choose, DrafterSizes, Proposal, Slots
 from dspark_lab.model.rows import Rows, take
 from dspark_lab.model.slotwise import check_token_ids
 
@@ -58,10 +57,7 @@ class DraftCache:
 
 @checked
 class Drafter(nn.Module):
-    """A DSpark drafter; its parameters have the names of the published checkpoints.
-
-    Embedding and LM head are frozen. :meth:`use_target_embeddings` makes them the target's.
-    """
+    """A DSpark drafter; its parameters have the names of the published checkpoints."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -101,10 +97,8 @@ class Drafter(nn.Module):
         embed_weight: Float[Tensor, "vocab hidden"],
         head_weight: Float[Tensor, "vocab hidden"],
     ) -> None:
-        """Make the target's embedding and LM head the drafter's own, frozen.
-
-        They share memory where dtype and device are the drafter's.
-        """
+        """Make the target's embedding and LM head the drafter's own, frozen; they share memory
+        where dtype and device are the drafter's."""
         wanted = (self.config.vocab_size, self.config.hidden_size)
         for module, weight in ((self.embed_tokens, embed_weight), (self.lm_head, head_weight)):
             if weight.shape != wanted:
@@ -125,12 +119,11 @@ class Drafter(nn.Module):
 
     @property
     def sizes(self) -> DrafterSizes:
-        """What cost and memory follow from."""
         return drafter_sizes(self.config)
 
     @property
     def markov_w2_weight(self) -> Float[Tensor, "vocab rank"] | None:
-        """What maps the slots' ``latent`` to the Markov bias; None without a Markov head."""
+        """Maps the slots' ``latent`` to the Markov bias; None without a Markov head."""
         return None if self.markov_head is None else self.markov_head.markov_w2.weight
 
     @checked
@@ -144,8 +137,8 @@ class Drafter(nn.Module):
     ) -> Slots:
         """Run the backbone and both heads on a draw of blocks; stop before the vocabulary.
 
-        ``blocks`` must have the drafter's block size and mask token; without
-        ``target_last_hidden_states`` the slots have no teacher. The others as :meth:`forward`.
+        ``blocks`` must have the drafter's block size and mask token; the others as
+        :meth:`forward`.
         """
         last = target_last_hidden_states
         self._check_fit(blocks, target_hidden_states, last)
@@ -155,16 +148,9 @@ class Drafter(nn.Module):
             latent = self.markov_head.latent(blocks.prev_ids, hidden)
             embedding = self.markov_head.embed(blocks.prev_ids)
         row = torch.arange(len(hidden), device=hidden.device).view(-1, 1, 1)
-        return Slots(
-            hidden=hidden,
-            latent=latent,
-            confidence_pred=self.confidence(hidden, embedding),
-            target_hidden=None if last is None else last[row, blocks.prev_indices],
-            target_ids=blocks.target_ids,
-            prev_ids=blocks.prev_ids,
-            eval_mask=blocks.eval_mask,
-            block_keep_mask=blocks.block_keep_mask,
-        )
+        teacher = None if last is None else last[row, blocks.prev_indices]
+        marks = blocks.target_ids, blocks.prev_ids, blocks.eval_mask, blocks.block_keep_mask
+        return Slots(hidden, latent, self.confidence(hidden, embedding), teacher, *marks)
 
     @checked
     def forward(
@@ -188,11 +174,10 @@ class Drafter(nn.Module):
         :func:`dspark_lab.model.objective.dspark_objective`, which never holds them all.
 
         Args:
-            input_ids: the rows' tokens.
             target_hidden_states: context features of every token, of ``config.context_size``.
-            loss_mask: which tokens are supervised, see
-                :func:`dspark_lab.common.build_anchor_candidate_mask`.
-            target_last_hidden_states: the target's final hidden states, after its last norm.
+            loss_mask: see :func:`dspark_lab.common.build_anchor_candidate_mask`.
+            target_last_hidden_states: the target's final hidden states, after its last norm;
+                without them the slots have no teacher.
             doc_remaining, position_ids, seq_lens: of packed rows, all three or none; see
                 :class:`dspark_lab.chats.Batch`.
             anchor_positions, block_keep_mask: the blocks, both or none; ``config.num_anchors`` are
@@ -204,52 +189,37 @@ class Drafter(nn.Module):
         if input_ids.numel() == 0:
             raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
         check_token_ids("input_ids", input_ids, c.vocab_size)
-        batch = Batch.of_tokens(
-            input_ids,
-            loss_mask,
-            doc_remaining=doc_remaining,
-            position_ids=position_ids,
-            seq_lens=seq_lens,
-        )
+        packing = dict(doc_remaining=doc_remaining, position_ids=position_ids, seq_lens=seq_lens)
+        batch = Batch.of_tokens(input_ids, loss_mask, **packing)
         if (anchor_positions is None) != (block_keep_mask is None):
             absent = "anchor_positions" if anchor_positions is None else "block_keep_mask"
             raise ValueError(f"anchor_positions and block_keep_mask go together, got no {absent}")
         if anchor_positions is None or block_keep_mask is None:
+            seq_len, place, remaining = input_ids.shape[1], input_ids.device, batch.doc_remaining
             anchor_positions, block_keep_mask = sample_anchor_positions(
-                input_ids.shape[1],
-                loss_mask,
-                c.num_anchors,
-                input_ids.device,
-                batch.doc_remaining,
-                generator,
+                seq_len, loss_mask, c.num_anchors, place, remaining, generator
             )
         blocks = cut_blocks(
             batch, anchor_positions, block_keep_mask, c.block_size, mask_token_id=c.mask_token_id
         )
-        return self.output(
-            self.slots(blocks, target_hidden_states, target_last_hidden_states, backend=backend)
-        )
+        features = target_hidden_states, target_last_hidden_states
+        return self.output(self.slots(blocks, *features, backend=backend))
 
     def output(self, slots: Slots) -> DSparkForwardOutput:
         """The slots with full logits of drafter and target."""
-        target_logits = None
+        draft_logits, target_logits = self.lm_head(slots.hidden), None
+        if slots.latent is not None and self.markov_head is not None:
+            draft_logits = draft_logits + self.markov_head.markov_w2(slots.latent)
         if slots.target_hidden is not None:
             target_logits = self.lm_head(slots.target_hidden.to(self.lm_head.weight.dtype))
-        return DSparkForwardOutput(
-            draft_logits=self.logits(slots.hidden, slots.latent),
-            target_ids=slots.target_ids,
-            eval_mask=slots.eval_mask,
-            block_keep_mask=slots.block_keep_mask,
-            confidence_pred=slots.confidence_pred,
-            aligned_target_logits=target_logits,
-        )
+        marks = slots.target_ids, slots.eval_mask, slots.block_keep_mask
+        return DSparkForwardOutput(draft_logits, *marks, slots.confidence_pred, target_logits)
 
     def start_cache(self, batch: int) -> DraftCache:
-        """An empty cache of the context's keys and values, for :meth:`read` and :meth:`draft`."""
+        """An empty cache of the context's keys and values, for :meth:`read`."""
         c, like = self.config, self.fc.weight
         empty = like.new_empty(batch, c.num_key_value_heads, 0, c.head_dim)
-        states = [(empty, empty) for _ in self.layers]
-        return DraftCache(states, Rows([0] * batch, like.device))
+        return DraftCache([(empty, empty)] * len(self.layers), Rows([0] * batch, like.device))
 
     def read(
         self, context: Float[Tensor, "batch new features"], cache: DraftCache, counts: Sequence[int]
@@ -264,21 +234,15 @@ class Drafter(nn.Module):
             k, v = (torch.cat(pair, dim=2) for pair in zip(old, more, strict=True))
             cache.states[index] = take(k, cut), take(v, cut)
 
-    def draft(
-        self, anchor_ids: Int[Tensor, " batch"], cache: DraftCache
-    ) -> Float[Tensor, "batch slot hidden"]:
-        """The backbone's states of one block a row, its anchor right behind the row's context.
-
-        Up to rounding those of a training forward with this anchor.
-        """
+    def draft(self, anchor_ids: Int[Tensor, " batch"], cache: DraftCache) -> Tensor:
+        """The backbone's states ``[batch, slot, hidden]`` of one block a row, its anchor right
+        behind the row's context."""
         c = self.config
         ids = anchor_ids.new_full((len(anchor_ids), c.block_size), c.mask_token_id)
         ids[:, 0] = anchor_ids
         x = self.embed_tokens(ids)
         angles = rope(cache.rows.positions(c.block_size), c, x.dtype)
-        mask = None
-        if not cache.rows.even:
-            mask = cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
+        mask = None if cache.rows.even else cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
         for layer, old in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
             x = layer.around(x, partial(layer.self_attn.cached, old=old, angles=angles, mask=mask))
         return self.norm(x)
@@ -287,13 +251,12 @@ class Drafter(nn.Module):
         self,
         anchor_ids: Int[Tensor, " batch"],
         cache: DraftCache,
-        choose: Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]],
+        choose: Choose,
         length: int | None = None,
     ) -> Proposal:
-        """One block a row behind its context, left to right.
+        """One block a row behind its context, left to right, of at most ``length`` slots.
 
-        ``anchor_ids`` are the rows' last tokens, which are not in ``cache`` yet; ``choose`` takes a
-        slot's tokens from its logits; at most ``length`` slots are proposed.
+        ``anchor_ids`` are the rows' last tokens, which are not in ``cache`` yet.
         """
         previous = anchor_ids.to(self.device)
         states = self.draft(previous, cache)[:, :length]
@@ -308,20 +271,7 @@ class Drafter(nn.Module):
         before = torch.stack(embeddings, dim=1) if embeddings else None
         return Proposal(torch.stack(tokens, dim=1), self.confidence(states, before))
 
-    def logits(
-        self,
-        hidden: Float[Tensor, "*axes hidden"],
-        latent: Float[Tensor, "*axes rank"] | None = None,
-    ) -> Float[Tensor, "*axes vocab"]:
-        """The LM head's logits, with the Markov bias of ``latent`` where it is given."""
-        logits = self.lm_head(hidden)
-        if latent is not None and self.markov_head is not None:
-            logits = logits + self.markov_head.markov_w2(latent)
-        return logits
-
-    def _backbone(
-        self, blocks: Blocks, context: Tensor, backend: Backend
-    ) -> Float[Tensor, "batch anchor slot hidden"]:
+    def _backbone(self, blocks: Blocks, context: Tensor, backend: Backend) -> Tensor:
         x = self.embed_tokens(blocks.noise_ids.flatten(1))
         context = self.hidden_norm(self.fc(context.to(self.dtype)))
         positions = [blocks.context_position_ids, blocks.position_ids.flatten(1)]
@@ -329,20 +279,17 @@ class Drafter(nn.Module):
         ranges = ContextRanges.of(blocks)
         if backend == "auto":
             backend = choose_backend(x.device)
-        # One mask for all layers.
         tiles = block_mask(ranges) if backend == "flex" else None
         for layer in self.layers:
             x = layer(x, context, angles, ranges=ranges, backend=backend, tiles=tiles)
         return self.norm(x).unflatten(1, (-1, blocks.block_size))
 
     def confidence(
-        self,
-        hidden: Float[Tensor, "*axes hidden"],
-        embedding: Float[Tensor, "*axes rank"] | None,
+        self, hidden: Float[Tensor, "*axes hidden"], embedding: Float[Tensor, "*axes rank"] | None
     ) -> Float[Tensor, "*axes"] | None:
         """The confidence head's logits; None without such a head.
 
-        ``embedding`` is the Markov head's, of the previous token, or None where there is none.
+        ``embedding`` is the Markov head's, of the previous token; None without a Markov head.
         """
         if self.confidence_head is None:
             return None
@@ -385,15 +332,12 @@ def meta_drafter(config: DrafterConfig) -> Drafter:
 @checked
 @lru_cache(maxsize=1024)
 def drafter_sizes(config: DrafterConfig) -> DrafterSizes:
-    """The sizes of a drafter of this configuration."""
     drafter = meta_drafter(config)
-    head = drafter.markov_head
+    head, confidence = drafter.markov_head, drafter.confidence_head
     return DrafterSizes(
         trained_parameters=sum(p.numel() for p in drafter.parameters() if p.requires_grad),
         layer_parameters=sum(p.numel() for p in drafter.layers[0].parameters()),
         latent_weights=0 if head is None else head.latent_weights,
         latent_kept=0 if head is None else head.latent_kept(config.block_size),
-        confidence_width=(
-            0 if drafter.confidence_head is None else drafter.confidence_head.proj.in_features
-        ),
+        confidence_width=0 if confidence is None else confidence.proj.in_features,
     )

@@ -1,10 +1,9 @@
 """The target's features of a batch, computed when they are asked for or read from disk.
 
-A document's features depend on nothing but its own tokens, so they can be computed once and put
-into any batch afterwards. On disk they lie in safetensors files of a few conversations each, whose
-names are checksums of all that they follow from: the target, the layers, the dtype and the tokens.
-So a file either holds what is asked for or is not found, a run that was killed goes on where it
-stopped, and runs with other settings share a folder without harm.
+A document's features depend on its own tokens alone, so they are computed once and put into any
+batch. On disk they lie in safetensors files of a few conversations each, named by a checksum of
+the target, the layers, the dtype and the tokens: a run that was killed goes on where it stopped,
+and runs with other settings share a folder without harm.
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,8 +30,7 @@ from dspark_lab.model.target import Target
 
 __all__ = ["FeatureSource", "cached_features", "live_features"]
 
-# The features of a batch of the given conversations (their places in the list); the tokens of each
-# document stand where the batch has them, padding holds zeros or anything else.
+# The features of a batch; those of padding mean nothing.
 FeatureSource = Callable[[Batch], Features]
 
 _PER_FILE = 32
@@ -37,12 +38,8 @@ _PER_FILE = 32
 
 @checked
 def live_features(target: Target, layer_ids: Sequence[int]) -> FeatureSource:
-    """The target is asked for every batch."""
-
-    def source(batch: Batch) -> Features:
-        return target.batch_features(batch, layer_ids)
-
-    return source
+    """Ask the target for every batch."""
+    return partial(target.batch_features, layer_ids=layer_ids)
 
 
 @checked
@@ -55,83 +52,58 @@ def cached_features(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> FeatureSource:
-    """Computes the features that ``folder`` does not hold yet, then reads them from there.
+    """Compute the features that ``folder`` does not hold yet, then read them from there.
 
     The batches must be made of ``encoded``: their ``chat_index`` finds a document's features.
 
     Args:
-        target, encoded: the model and the conversations.
         layer_ids: see :meth:`dspark_lab.model.target.Target.features`.
-        folder: made where it does not exist; about
-            ``tokens * (len(layer_ids) + 1) * hidden_size`` numbers end in it.
+        folder: made where it does not exist; gets ``tokens * (len(layer_ids) + 1) * hidden_size``
+            numbers.
         dtype: of the numbers on disk; the target's where None.
-        progress: whether to show a bar.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = target.dtype if dtype is None else dtype
-    what: list[object] = [_fingerprint(target), list(layer_ids), str(stored)]
-    files: list[Path] = []
+    weights = {name: p.double().sum().item() for name, p in target.model.named_parameters()}
+    settings = [_checksum(str(target.dtype), weights), list(layer_ids), str(stored)]
     # Conversations of similar length go together, so that little is padding.
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     groups = [order[i : i + _PER_FILE] for i in range(0, len(order), _PER_FILE)]
-    place: dict[int, tuple[int, int]] = {}
+    places: dict[int, tuple[Any, int]] = {}
     for group in tqdm(groups, desc="features", disable=not progress):
         some = [encoded[index] for index in group]
-        path = folder / f"{_checksum(what, some)}.safetensors"
+        name = _checksum(settings, [item.input_ids.tolist() for item in some])
+        path = folder / f"{name[:32]}.safetensors"
         if not path.exists():
-            _write(path, target, some, layer_ids, stored)
-        place |= {index: (len(files), number) for number, index in enumerate(group)}
-        files.append(path)
-    handles = [safe_open(path, framework="pt", device="cpu") for path in files]
+            features = target.batch_features(collate(some, 0).to(target.device), layer_ids)
+            tensors = {}
+            for number, item in enumerate(some):
+                for part in ("context", "last"):
+                    state = getattr(features, part)[number, : len(item)]
+                    tensors[f"{number}.{part}"] = state.to("cpu", stored).contiguous()
+            with written_whole(path) as partial_file:
+                save_file(tensors, partial_file)
+        file = safe_open(path, framework="pt", device="cpu")
+        places |= {index: (file, number) for number, index in enumerate(group)}
 
     def source(batch: Batch) -> Features:
-        rows, seq_len = batch.input_ids.shape
-        hidden = target.hidden_size
-        context = torch.zeros(rows, seq_len, len(layer_ids) * hidden, dtype=stored)
-        last = torch.zeros(rows, seq_len, hidden, dtype=stored)
-        for row, (indices, lengths) in enumerate(
-            zip(batch.chat_index.tolist(), batch.seq_lens.tolist(), strict=True)
-        ):
-            first = 0
-            for index, length in zip(indices, lengths, strict=True):
-                if index < 0:
-                    continue
-                file, number = place[index]
-                tokens = slice(first, first + length)
-                context[row, tokens] = handles[file].get_tensor(f"{number}.context")
-                last[row, tokens] = handles[file].get_tensor(f"{number}.last")
-                first += length
+        rows, hidden = batch.input_ids.shape, target.hidden_size
+        context = torch.zeros(*rows, len(layer_ids) * hidden, dtype=stored)
+        last = torch.zeros(*rows, hidden, dtype=stored)
+        documents = zip(batch.chat_index.tolist(), batch.seq_lens.tolist(), strict=True)
+        for row, (indices, lengths) in enumerate(documents):
+            for index, length, end in zip(indices, lengths, accumulate(lengths), strict=True):
+                if index >= 0:
+                    file, number = places[index]
+                    tokens = slice(end - length, end)
+                    context[row, tokens] = file.get_tensor(f"{number}.context")
+                    last[row, tokens] = file.get_tensor(f"{number}.last")
         device = batch.input_ids.device
         return Features(context.to(device), last.to(device))
 
     return source
 
 
-def _write(
-    path: Path,
-    target: Target,
-    some: Sequence[Encoded],
-    layer_ids: Sequence[int],
-    dtype: torch.dtype,
-) -> None:
-    batch = collate(some, pad_token_id=0).to(target.device)
-    features = target.batch_features(batch, layer_ids)
-    tensors = {}
-    for number, item in enumerate(some):
-        length = len(item)
-        tensors[f"{number}.context"] = features.context[number, :length].to("cpu", dtype)
-        tensors[f"{number}.last"] = features.last[number, :length].to("cpu", dtype)
-    with written_whole(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-
-
-def _fingerprint(target: Target) -> str:
-    """Changes with the target's weights."""
-    sums = {name: p.double().sum().item() for name, p in target.model.named_parameters()}
-    return hashlib.sha256(json.dumps([str(target.dtype), sums]).encode()).hexdigest()
-
-
-def _checksum(what: list[object], some: Sequence[Encoded]) -> str:
-    tokens = [item.input_ids.tolist() for item in some]
-    return hashlib.sha256(json.dumps([what, tokens]).encode()).hexdigest()[:32]
+def _checksum(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

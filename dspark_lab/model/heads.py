@@ -1,6 +1,6 @@
 """Markov heads: a bias on a slot's logits that depends on the token before it.
 
-The backbone predicts the slots of a block side by side, none knowing what the others hold. A Markov
+The backbone predicts the slots of a block side by side, none knowing the others' tokens. A Markov
 head adds to each slot's logits a bias of rank r (DSpark, section 3.2):
 
     bias = markov_w2(latent),   latent of width r, made from e = markov_w1[previous token]
@@ -33,6 +33,7 @@ __all__ = ["MARKOV_HEADS", "MarkovHead", "MarkovKind", "build_markov_head"]
 MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
 Latent = Float[Tensor, "*axes rank"]
 Hidden = Float[Tensor, "*axes hidden"]
+Stepped = tuple[Latent | None, Latent]
 
 
 @dataclass(eq=False)
@@ -44,8 +45,8 @@ class _Kept:
 
 @checked
 class MarkovHead(nn.Module):
-    """The vanilla head, and what all kinds share. The latent is kept apart from the bias, so that
-    an objective can form the bias for a few slots at a time."""
+    """The vanilla head, and the base of the others. The latent is kept apart from the bias, so
+    that an objective can form the bias for a few slots at a time."""
 
     # Whether a slot's latent depends on earlier slots of its block.
     recurrent = False
@@ -75,9 +76,7 @@ class MarkovHead(nn.Module):
             outputs.append(output)
         return torch.stack(outputs, dim=-2)
 
-    def step(
-        self, state: Latent | None, embedding: Latent, hidden: Hidden
-    ) -> tuple[Latent | None, Latent]:
+    def step(self, state: Latent | None, embedding: Latent, hidden: Hidden) -> Stepped:
         """The next slot's state and this slot's latent. A block begins with the state None."""
         return None, embedding
 
@@ -118,9 +117,7 @@ class GatedHead(MarkovHead):
         super().__init__(vocab_size, rank, hidden_size)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
-    def step(
-        self, state: Latent | None, embedding: Latent, hidden: Hidden
-    ) -> tuple[Latent | None, Latent]:
+    def step(self, state: Latent | None, embedding: Latent, hidden: Hidden) -> Stepped:
         embedding = embedding.to(hidden.dtype)
         gate = self.gate_proj(torch.cat([hidden, embedding], dim=-1))
         return None, gate.sigmoid() * embedding
@@ -135,9 +132,7 @@ class RnnHead(MarkovHead):
         super().__init__(vocab_size, rank, hidden_size)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
-    def step(
-        self, state: Latent | None, embedding: Latent, hidden: Hidden
-    ) -> tuple[Latent | None, Latent]:
+    def step(self, state: Latent | None, embedding: Latent, hidden: Hidden) -> Stepped:
         embedding = embedding.to(hidden.dtype)
         if state is None:
             state = torch.zeros_like(embedding)
@@ -147,15 +142,11 @@ class RnnHead(MarkovHead):
         return keep * state + (1 - keep) * candidate.tanh(), output.tanh()
 
 
-MARKOV_HEADS: dict[str, type[MarkovHead]] = {
-    "vanilla": MarkovHead,
-    "gated": GatedHead,
-    "rnn": RnnHead,
-}
+MARKOV_HEADS: dict[str, type[MarkovHead]]
+MARKOV_HEADS = {"vanilla": MarkovHead, "gated": GatedHead, "rnn": RnnHead}
 
 
 def check_kind(markov_head_type: str) -> None:
-    """Refuse a kind of head that there is none of."""
     kinds = ("none", *MARKOV_HEADS)
     if markov_head_type not in kinds:
         raise ValueError(f"markov_head_type must be one of {kinds}, got {markov_head_type!r}")

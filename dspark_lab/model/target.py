@@ -7,20 +7,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import transformers
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dspark_lab.chats import Batch
 from dspark_lab.checks import Device, checked
@@ -51,14 +47,14 @@ _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 class TargetCache:
     """The keys and values of every layer for the tokens that each row has read."""
 
-    states: DynamicCache
+    states: transformers.DynamicCache
     rows: Rows
 
     def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
         """Row r keeps the first ``counts[r]`` of its new tokens; rows not in ``kept`` leave."""
         cut = self.rows.commit(counts, kept)
-        layers: list[Any] = list(self.states.layers)
-        for layer in layers:
+        layer: Any
+        for layer in self.states.layers:
             layer.keys, layer.values = take(layer.keys, cut), take(layer.values, cut)
 
 
@@ -75,8 +71,8 @@ class Target:
             whose layers cannot be found.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None = None
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None
     name: str = "in memory"
 
     def __post_init__(self) -> None:
@@ -96,10 +92,8 @@ class Target:
         wanted = (self.vocab_size, config.hidden_size)
         for what, weight in (("embedding", self.embed_weight), ("LM head", self.head_weight)):
             if weight.shape != wanted:
-                self._refuse(
-                    f"a target's {what} must be [vocab, hidden] = {wanted}",
-                    f"shape {tuple(weight.shape)}",
-                )
+                found = f"shape {tuple(weight.shape)}"
+                self._refuse(f"a target's {what} must be [vocab, hidden] = {wanted}", found)
         _ = self._layers  # refuses a model that has none
         if not self.embed_weight.is_meta:
             self._check_logits()
@@ -109,12 +103,10 @@ class Target:
 
     @property
     def embed_weight(self) -> Float[Tensor, "vocab hidden"]:
-        """Of the token embedding."""
         return cast(Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab hidden"]:
-        """Of the LM head, which may be the embedding's own."""
         return self.model.get_output_embeddings().weight
 
     @property
@@ -130,8 +122,17 @@ class Target:
         return len(self._layers)
 
     @cached_property
-    def _layers(self) -> torch.nn.ModuleList:
-        return _layers(self.model)
+    def _layers(self) -> nn.ModuleList:
+        """The outermost list in the base model that has as many entries as there are layers."""
+        count = self.model.config.get_text_config().num_hidden_layers
+        lists = [
+            (name.count("."), module)
+            for name, module in self.model.base_model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        ]
+        if not lists:
+            self._refuse(f"a target must have a list of its {count} layers", "none")
+        return min(lists, key=lambda found: found[0])[1]
 
     @property
     def device(self) -> torch.device:
@@ -152,19 +153,18 @@ class Target:
         position_ids: Int[Tensor, "batch seq"] | None = None,
         seq_lens: Int[Tensor, "batch docs"] | None = None,
     ) -> Features:
-        """One forward, without the LM head, that keeps the states of the chosen layers alone.
+        """Run the model once, without the LM head, and keep the states of the chosen layers alone.
 
         Rows may be padded on the right, with or without ``attention_mask``: a causal model's tokens
         never see what follows them. The features of padding are finite and mean nothing.
 
         Args:
-            input_ids: the rows' tokens.
             layer_ids: -1 for the embedding's output, i for the output of layer i (the mean of
                 parallel streams where it has several); for the last layer the state after the norm.
             attention_mask: False on padding; read only to refuse padding on the left.
+            position_ids: of packed rows, each token's position in its document; counted from 0
+                where None.
             seq_lens: of packed rows, the lengths of their documents; each then sees itself alone.
-            position_ids: of packed rows, each token's position in its document; by default counted
-                from 0.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -176,31 +176,41 @@ class Target:
         seq_lens = seq_lens.to(self.device)
         if position_ids is not None:
             position_ids = position_ids.to(self.device)
-        if not _obeys_mask(self.model):
+        if not self.decodes_batches:
             return self._apart(input_ids, ids, position_ids, seq_lens)
+        docs = context_doc_ids(seq_lens, input_ids.shape[1], self.device)
+        # Padding counts as one more document: every token sees one at least, and no score is NaN.
+        visible = (docs.unsqueeze(2) == docs.unsqueeze(1)).tril()
         if position_ids is None:
-            position_ids = _positions(seq_lens, input_ids.shape[1])
-        mask = _packed_mask(seq_lens, input_ids.shape[1], self.dtype)
+            position_ids = (visible.sum(dim=2) - 1).masked_fill_(docs == seq_lens.shape[1], 0)
+        mask = _additive(visible, self.dtype)
         return self._forward(input_ids, ids, attention_mask=mask, position_ids=position_ids)
 
     @checked
     def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
         """The features of a batch, its documents apart where a row holds several."""
-        packed = bool(batch.seq_lens[:, 1:].any())
-        return self.features(
-            batch.input_ids, layer_ids, seq_lens=batch.seq_lens if packed else None
-        )
+        seq_lens = batch.seq_lens if batch.seq_lens[:, 1:].any() else None
+        return self.features(batch.input_ids, layer_ids, seq_lens=seq_lens)
 
     @property
     def decodes_batches(self) -> bool:
-        """Whether its attention obeys a mask that tells rows of unequal length apart."""
-        return _obeys_mask(self.model)
+        """Whether a mask over all pairs of tokens is known to be all that joins them.
+
+        Sliding windows, recurrent layers and some attention kernels do not read such a mask.
+        """
+        config: Any = self.model.config
+        return (
+            config.model_type in _MASKED_FAMILIES
+            and getattr(config, "sliding_window", None) is None
+            and config._attn_implementation in ("eager", "sdpa")
+        )
 
     def start_cache(self, batch: int) -> TargetCache:
         """An empty cache of keys and values, for :meth:`advance`.
 
-        Refused for a model with recurrent layers, and for several rows where
-        :attr:`decodes_batches` is False.
+        Raises:
+            ValueError: a model with recurrent layers, or several rows without
+                :attr:`decodes_batches`.
         """
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -208,7 +218,7 @@ class Target:
             self._refuse("decoding needs layers of attention alone", sorted(kinds))
         if batch > 1 and not self.decodes_batches:
             self._refuse(f"a {type(self.model).__name__} decodes one row at a time", batch)
-        return TargetCache(DynamicCache(), Rows([0] * batch, self.device))
+        return TargetCache(transformers.DynamicCache(), Rows([0] * batch, self.device))
 
     @torch.no_grad()
     def advance(
@@ -216,8 +226,7 @@ class Target:
     ) -> Features:
         """The features of further tokens of each row, right behind those in ``cache``.
 
-        Up to rounding those of :meth:`features`. Before the next call :meth:`TargetCache.commit`
-        must say which tokens stay in the cache.
+        Before the next call :meth:`TargetCache.commit` must say which tokens stay in the cache.
         """
         rows, new = cache.rows, input_ids.shape[1]
         inputs: dict[str, Any] = {"past_key_values": cache.states, "use_cache": True}
@@ -266,28 +275,27 @@ class Target:
         return Features(context.flatten(2), last)
 
     def _apart(
-        self,
-        input_ids: Tensor,
-        layer_ids: list[int],
-        position_ids: Tensor | None,
-        seq_lens: Tensor,
+        self, input_ids: Tensor, layer_ids: list[int], position_ids: Tensor | None, seq_lens: Tensor
     ) -> Features:
         """Each document in a row of its own: dearer than a mask, and right for every model."""
-        row, doc = seq_lens.nonzero(as_tuple=True)
-        length = seq_lens[row, doc].unsqueeze(1)
-        start = (seq_lens.cumsum(1) - seq_lens)[row, doc].unsqueeze(1)
-        offset = torch.arange(int(length.max()), device=self.device)
-        place = start + offset.minimum(length - 1)
-        row = row.unsqueeze(1).expand_as(place)
+        places = [
+            (row, slice(end - length, end))
+            for row, lengths in enumerate(seq_lens.tolist())
+            for length, end in zip(lengths, accumulate(lengths), strict=True)
+            if length
+        ]
+
+        def in_rows(tokens: Tensor) -> Tensor:
+            return pad_sequence([tokens[place] for place in places], batch_first=True)
+
         # Not every model takes positions; without any, all count from 0.
-        given = {} if position_ids is None else {"position_ids": position_ids[row, place]}
-        alone = self._forward(input_ids[row, place], layer_ids, **given)
-        token = offset < length
+        given = {} if position_ids is None else {"position_ids": in_rows(position_ids)}
+        alone = self._forward(in_rows(input_ids), layer_ids, **given)
         together = []
-        for state in (alone.context, alone.last):
-            rows = state.new_zeros(*input_ids.shape, state.shape[2])
-            rows[row[token], place[token]] = state[token]
-            together.append(rows)
+        for states in (alone.context, alone.last):
+            together.append(states.new_zeros(*input_ids.shape, states.shape[2]))
+            for (row, tokens), state in zip(places, states, strict=True):
+                together[-1][row, tokens] = state[: tokens.stop - tokens.start]
         return Features(*together)
 
     def _check_rows(
@@ -303,21 +311,18 @@ class Target:
         check_token_ids("input_ids", input_ids, self.vocab_size)
         if attention_mask is not None and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
             raise ValueError(
-                "attention_mask must be False on the right only (padding), got a row with False "
-                "before True"
+                "attention_mask must be False on the right only, got a row with False before True"
             )
         if position_ids is not None and seq_lens is None:
             raise ValueError("position_ids must come with seq_lens, got position_ids alone")
         if seq_lens is not None:
-            lengths = seq_lens.tolist()
-            if not any(map(any, lengths)) or any(
-                sum(row) > longest or any(length < 0 for length in row) for row in lengths
-            ):
+            lengths = seq_lens.cpu()
+            if not lengths.any() or lengths.min() < 0 or lengths.sum(1).max() > longest:
                 raise ValueError(
                     f"seq_lens must be lengths of documents in rows of {longest} tokens, "
-                    f"got {lengths}"
+                    f"got {lengths.tolist()}"
                 )
-            longest = max(map(max, lengths))
+            longest = int(lengths.max())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             self._refuse(
@@ -330,7 +335,7 @@ class Target:
         ids = torch.arange(2, device=self.device).remainder(self.vocab_size).unsqueeze(0)
         found = self.model(ids, use_cache=False).logits.float()
         last = self._forward(ids, [0]).last
-        expected = torch.nn.functional.linear(last.to(self.dtype), self.head_weight).float()
+        expected = nn.functional.linear(last.to(self.dtype), self.head_weight).float()
         allowed = max(torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps) ** 0.5
         if found.shape != expected.shape or not torch.allclose(
             found, expected, rtol=0, atol=allowed * float(expected.abs().max())
@@ -349,7 +354,7 @@ def load_target(
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
 ) -> Target:
-    """``"smollm2"``, or any causal language model by folder or by hub id.
+    """Load ``"smollm2"``, or any causal language model by folder or by hub id.
 
     Never runs code that comes with a model, and reads safetensors alone. A model without tokenizer
     has ``tokenizer`` None.
@@ -360,14 +365,22 @@ def load_target(
             is not supported, see :class:`Target`.
     """
     if name_or_path == "smollm2":
-        model, tokenizer = load_smollm2(device, dtype)
-        return Target(model, tokenizer, "smollm2")
+        return Target(*load_smollm2(device, dtype), "smollm2")
     name = os.path.expanduser(name_or_path)
     if not isinstance(name_or_path, str) or name.startswith((".", "/")) or os.path.isdir(name):
-        _check_folder(Path(name))
+        folder = Path(name)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} with a model")
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"{folder} must hold its weights as *.safetensors, got none; pickled weights "
+                "(*.bin, *.pt) can run code when they are read, so they never are"
+                f"{checkpoints_inside(folder)}"
+            )
+        read_json(folder / "config.json")
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
@@ -389,25 +402,14 @@ def load_target(
     return Target(loaded.to(device), _tokenizer(name, options), name)
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder} with a model")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"{folder} must hold its weights as *.safetensors, got none; pickled weights (*.bin, "
-            f"*.pt) can run code when they are read, so they never are{checkpoints_inside(folder)}"
-        )
-    read_json(folder / "config.json")
-
-
-def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub id; None where there is none, for which transformers fails
-    with some models and makes an empty one with others."""
+def _tokenizer(name: str, options: dict[str, Any]) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub id; None without one, where transformers fails or makes an
+    empty one."""
     folder = Path(name)
     try:
         if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
             return None
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         if folder.is_dir():
             raise ValueError(f"{name}: its tokenizer cannot be read: {error}") from error
@@ -417,54 +419,9 @@ def _tokenizer(name: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | 
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
-def _layers(model: Any) -> torch.nn.ModuleList:
-    """The list of decoder layers: the outermost one in the base model that has as many entries."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [
-        (name.count("."), module)
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
-    ]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} must have a list of its {count} layers, got none")
-    return min(lists, key=lambda found: found[0])[1]
-
-
-def _obeys_mask(model: Any) -> bool:
-    """Whether a mask over all pairs of tokens is known to be all that joins them.
-
-    Sliding windows, recurrent layers and some attention kernels do not read such a mask.
-    """
-    config = model.config
-    return (
-        config.model_type in _MASKED_FAMILIES
-        and getattr(config, "sliding_window", None) is None
-        and config._attn_implementation in ("eager", "sdpa")
-    )
-
-
-def _positions(seq_lens: Int[Tensor, "batch docs"], seq_len: int) -> Int[Tensor, "batch seq"]:
-    """Each token's position in its document, counted from 0; 0 on padding."""
-    docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
-    starts = torch.nn.functional.pad(seq_lens.long().cumsum(1), (1, 0))
-    positions = torch.arange(seq_len, device=seq_lens.device) - starts.gather(1, docs)
-    return positions.masked_fill_(docs == seq_lens.shape[1], 0)
-
-
-def _packed_mask(
-    seq_lens: Int[Tensor, "batch docs"], seq_len: int, dtype: torch.dtype
-) -> Float[Tensor, "batch 1 query key"]:
-    """What to add to the scores so that a token sees its own document's tokens up to itself.
-
-    Padding counts as one document more, so every token sees one at least, and no score is NaN.
-    """
-    docs = context_doc_ids(seq_lens, seq_len, seq_lens.device)
-    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=docs.device).tril()
-    return _additive((docs.unsqueeze(2) == docs.unsqueeze(1)) & causal, dtype)
-
-
 def _additive(
     visible: Bool[Tensor, "batch query key"], dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 query key"]:
+    """The mask as what is added to the scores."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
