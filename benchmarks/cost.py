@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import median_seconds, peak_bytes
 from dspark_lab.attention import backends
 from dspark_lab.chats import Batch, Chat, Encoded
-from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.model import (
     Drafter,
     Features,
