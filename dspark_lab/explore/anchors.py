@@ -1,36 +1,23 @@
-"""Anchors: which tokens of a conversation are anchors, covered, or never a label.
+"""Anchors: which tokens of a conversation are anchors, covered, or never a label."""
 
-Tables of a draw of blocks, pictures of coverage, a conversation as coloured text, and the explorer.
-"""
-
-import html
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from html import escape
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from dspark_lab.attention import ContextRanges
 from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
-from dspark_lab.checks import checked
+from dspark_lab.checks import Within, checked
 from dspark_lab.common import build_anchor_candidate_mask
+from dspark_lab.explore import style
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, slider
-from dspark_lab.explore.style import (
-    INK,
-    add_legend,
-    add_note,
-    add_title,
-    doubling_axis,
-    line_look,
-    new_figure,
-    percent_axis,
-)
 from dspark_lab.tuning import token_coverage
 
 TOKEN_STATES = ("prompt", "not covered", "covered", "never a label", "padding")
@@ -43,10 +30,7 @@ def token_table(
     """What each token of one row is, before and after a draw of blocks.
 
     Args:
-        batch: the rows.
-        blocks: a draw of blocks on them.
         to_text: one token id to its text, such as ``lambda i: tokenizer.decode([i])``.
-        row: which row.
 
     Returns:
         one line per token: ``position`` in the row, ``document`` (-1 on padding), ``token_id``,
@@ -57,34 +41,26 @@ def token_table(
     one, drawn = batch.row(row), blocks.row(row)
     seq_len = drawn.seq_len
     candidates = build_anchor_candidate_mask(seq_len, one.loss_mask, one.doc_remaining)[0]
-    candidate = torch.nn.functional.pad(candidates, (0, 1))
     anchors = drawn.anchor_positions[drawn.block_keep_mask]
-    is_anchor = torch.zeros(seq_len, dtype=torch.bool).index_fill(0, anchors.cpu(), True)
-    supervised = one.loss_mask[0].cpu().numpy()
-    padding = ~one.attention_mask[0].cpu().numpy()
-    times = times_supervised(drawn)[0].cpu().numpy()
-    p_covered = token_coverage(one, drawn.num_anchors, drawn.block_size)[0].cpu().numpy()
-    document = drawn.doc_ids[0].cpu().numpy()
-    state = np.select(
-        [padding, ~supervised, times > 0, p_covered == 0],
-        ["padding", "prompt", "covered", "never a label"],
-        "not covered",
-    )
     token_ids = one.input_ids[0].tolist()
-    return pd.DataFrame(
+    padding = ~one.attention_mask[0].cpu().numpy()
+    table = pd.DataFrame(
         {
             "position": np.arange(seq_len),
-            "document": np.where(padding, -1, document),
+            "document": np.where(padding, -1, drawn.doc_ids[0].cpu().numpy()),
             "token_id": token_ids,
             "text": [to_text(token_id) for token_id in token_ids],
-            "supervised": supervised,
-            "candidate": candidate.cpu().numpy(),
-            "anchor": is_anchor.numpy(),
-            "times_supervised": times,
-            "p_covered": p_covered,
-            "state": state,
+            "supervised": one.loss_mask[0].cpu().numpy(),
+            "candidate": [*candidates.tolist(), False],
+            "anchor": np.isin(np.arange(seq_len), anchors.cpu().numpy()),
+            "times_supervised": times_supervised(drawn)[0].cpu().numpy(),
+            "p_covered": token_coverage(one, drawn.num_anchors, drawn.block_size)[0].cpu().numpy(),
         }
     )
+    covered, reached = table["times_supervised"] > 0, table["p_covered"] > 0
+    states = ["padding", "prompt", "covered", "never a label"]
+    state = np.select([padding, ~table["supervised"], covered, ~reached], states, "not covered")
+    return table.assign(state=state)
 
 
 @checked
@@ -99,25 +75,21 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
     """
     drawn, block_size = blocks.row(row), blocks.block_size
     ranges = ContextRanges.of(drawn)
-    kept = drawn.block_keep_mask[0].repeat_interleave(block_size).tolist()
-    labels = drawn.label_indices.flatten().tolist()
-    targets = drawn.target_ids.flatten().tolist()
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "block": np.repeat(np.arange(drawn.num_anchors), block_size),
-            "kept": kept,
+            "kept": drawn.block_keep_mask[0].repeat_interleave(block_size).tolist(),
             "slot": np.tile(np.arange(block_size), drawn.num_anchors),
             "position_id": drawn.position_ids.flatten().tolist(),
             "input": slot_inputs(drawn, to_text),
             "context": (ranges.end - ranges.start)[0].repeat_interleave(block_size).tolist(),
-            "label_position": labels,
-            "label": [
-                to_text(token_id) if keep and label < drawn.seq_len else ""
-                for token_id, keep, label in zip(targets, kept, labels, strict=True)
-            ],
+            "label_position": drawn.label_indices.flatten().tolist(),
+            "label": [to_text(token_id) for token_id in drawn.target_ids.flatten().tolist()],
             "supervised": drawn.eval_mask.flatten().tolist(),
         }
     )
+    labelled = table["kept"] & (table["label_position"] < drawn.seq_len)
+    return table.assign(label=table["label"].where(labelled, ""))
 
 
 @checked
@@ -126,15 +98,10 @@ def slot_inputs(blocks: Blocks, to_text: Callable[[int], str]) -> list[str]:
 
     Slot 0 of a kept block reads a token of the conversation, whatever its id.
     """
-    return [
-        "[mask]"
-        if token_id == blocks.mask_token_id and not (keep and slot == 0)
-        else to_text(token_id)
-        for keep, block in zip(
-            blocks.block_keep_mask[0].tolist(), blocks.noise_ids[0].tolist(), strict=True
-        )
-        for slot, token_id in enumerate(block)
-    ]
+    masked = blocks.noise_ids[0] == blocks.mask_token_id
+    masked[:, 0] &= ~blocks.block_keep_mask[0]
+    ids = zip(blocks.noise_ids[0].flatten().tolist(), masked.flatten().tolist(), strict=True)
+    return ["[mask]" if hidden else to_text(token_id) for token_id, hidden in ids]
 
 
 def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
@@ -144,21 +111,21 @@ def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
         table: from :func:`dspark_lab.tuning.coverage_table`.
         goal: a share to mark with a dotted line; None for none.
     """
-    figure, ax = new_figure(7, 3.6)
+    figure, ax = style.new_figure(7, 3.6)
     for i, (block_size, part) in enumerate(table.groupby("block_size")):
-        mark = line_look(i) | {"fillstyle": "none", "linestyle": "none"}
+        mark = style.line_look(i) | {"fillstyle": "none", "linestyle": "none"}
         label = f"block {block_size}"
         ax.plot(part["num_anchors"], part["expected"], color=mark["color"], label=label)
         ax.plot(part["num_anchors"], part["sampled"], **mark)
     if goal is not None:
-        ax.axhline(goal, color=INK, linestyle=":", linewidth=1)
-        add_note(ax, f"{goal:.0%}", (0, goal), (3, 2), x="axes fraction")
-    doubling_axis(ax, table["num_anchors"])
+        ax.axhline(goal, color=style.INK, linestyle=":", linewidth=1)
+        style.add_note(ax, f"{goal:.0%}", (0, goal), (3, 2), x="axes fraction")
+    style.doubling_axis(ax, table["num_anchors"])
     ax.set_xlabel("anchors per row (num_anchors)")
     ax.set_ylim(0, 1.02)
-    percent_axis(ax, "supervised tokens covered in one pass")
-    add_title(ax, "line: expected (closed form)   mark: sampled")
-    add_legend(ax, loc="lower right")
+    style.percent_axis(ax, "supervised tokens covered in one pass")
+    style.add_title(ax, "line: expected (closed form)   mark: sampled")
+    style.add_legend(ax, loc="lower right")
     return figure
 
 
@@ -169,15 +136,15 @@ def plot_packing(table: pd.DataFrame) -> Figure:
         table: columns ``row`` (what a row is, as text), ``anchors per`` (``row`` or ``document``),
             ``num_anchors`` and ``expected``.
     """
-    figure, ax = new_figure(7, 3.4)
+    figure, ax = style.new_figure(7, 3.4)
     for i, ((row, per), part) in enumerate(table.groupby(["row", "anchors per"], sort=False)):
-        look = line_look(i) | {"linestyle": "--" if per == "document" else "-"}
+        look = style.line_look(i) | {"linestyle": "--" if per == "document" else "-"}
         ax.plot(part["num_anchors"], part["expected"], label=f"{row}, per {per}", **look)
-    doubling_axis(ax, table["num_anchors"])
+    style.doubling_axis(ax, table["num_anchors"])
     ax.set_xlabel("anchors (num_anchors)")
     ax.set_ylim(0, 1.02)
-    percent_axis(ax, "supervised tokens covered")
-    add_legend(ax)
+    style.percent_axis(ax, "supervised tokens covered")
+    style.add_legend(ax)
     return figure
 
 
@@ -209,10 +176,8 @@ def token_text(table: pd.DataFrame) -> str:
     Args:
         table: from :func:`token_table`.
     """
-    shown = table[table["state"] != "padding"]
-    spans = []
-    document = 0
-    for token in shown.itertuples(index=False):
+    spans, document = [], 0
+    for token in table[table["state"] != "padding"].itertuples(index=False):
         if token.document != document:
             document = token.document
             spans.append(f'<div class="dspark-document">document {document}</div>')
@@ -223,32 +188,33 @@ def token_text(table: pd.DataFrame) -> str:
 @checked
 def token_legend(table: pd.DataFrame) -> str:
     """The key to :func:`token_text` in HTML, with the number of tokens of each kind."""
-    states = table["state"].value_counts()
-    entries = [
-        (f"dspark-{state.replace(' ', '-')}", f"{state} {states[state]}")
-        for state in ("prompt", "covered", "not covered", "never a label")
-        if state in states
-    ]
-    entries.append(("dspark-candidate", f"candidate {int(table['candidate'].sum())}"))
-    entries.append(("dspark-anchor", f"anchor {int(table['anchor'].sum())}"))
-    spans = [f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in entries]
+    counts = table["state"].value_counts()
+    states = ("prompt", "covered", "not covered", "never a label")
+    entries = [(state, counts[state]) for state in states if state in counts]
+    entries += [(name, table[name].sum()) for name in ("candidate", "anchor")]
+    spans = [f'<span class="{_class(name)}">{name} {count}</span>' for name, count in entries]
     return f'{_TOKEN_STYLE}<div class="dspark-key">{" ".join(spans)}</div>'
 
 
+def _class(name: str) -> str:
+    return f"dspark-{name.replace(' ', '-')}"
+
+
 def _token_span(token: Any) -> str:
-    kinds = [f"dspark-{token.state.replace(' ', '-')}"]
+    kinds = [token.state]
     facts = [f"position {token.position}", f"id {token.token_id}", token.state]
     if token.candidate:
-        kinds.append("dspark-anchor" if token.anchor else "dspark-candidate")
-        facts.append("anchor" if token.anchor else "candidate")
+        kind = "anchor" if token.anchor else "candidate"
+        kinds.append(kind)
+        facts.append(kind)
     if token.supervised:
         facts.append(f"supervised by {token.times_supervised} slots of this draw")
         facts.append(f"covered with probability {token.p_covered:.3f}")
     if token.document > 0:
         facts.append(f"document {token.document}")
-    text = html.escape(token.text).replace("\n", "⏎\n")
-    title = html.escape(" · ".join(facts), quote=True)
-    return f'<span class="{" ".join(kinds)}" title="{title}">{text}</span>'
+    text = escape(token.text).replace("\n", "⏎\n")
+    classes = " ".join(map(_class, kinds))
+    return f'<span class="{classes}" title="{escape(" · ".join(facts))}">{text}</span>'
 
 
 @checked
@@ -281,15 +247,11 @@ def explore_anchors(
         batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length)
         blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
         tokens = token_table(batch, blocks, rows.to_text)
-        return Frame(
-            {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)},
-            html=token_legend(tokens) + token_text(tokens),
-        )
+        tables = {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)}
+        return Frame(tables, html=token_legend(tokens) + token_text(tokens))
 
-    controls = [
-        *rows.controls(conversation, packed, row_length),
-        *draw_controls(num_anchors, block_size, seed),
-    ]
+    controls = rows.controls(conversation, packed, row_length)
+    controls += draw_controls(num_anchors, block_size, seed)
     return Explorer("explore_anchors", controls, draw)
 
 
@@ -306,8 +268,7 @@ class ConversationRows:
 
     def controls(self, conversation: int, packed: bool, row_length: int) -> list[Any]:
         last = len(self.chats) - 1
-        if not 0 <= conversation <= last:
-            raise ValueError(f"conversation must lie in [0, {last}], got {conversation}")
+        Within(0, last).check("conversation", conversation)
         return [
             slider("conversation", conversation, 0, last),
             checkbox("packed", packed),
@@ -317,24 +278,25 @@ class ConversationRows:
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
         """One row: a conversation alone, or packed with those that follow while they fit."""
         chosen = [_around_answer(self.encoded(index), context)]
-        room = row_length - len(chosen[0])
-        if packed and room < 0:
+        length = len(chosen[0])
+        if not packed:
+            return one_row(chosen, length, self.pad_token_id)
+        if length > row_length:
             raise ValueError(
-                f"Conversation {index} has {len(chosen[0])} tokens and does not fit into a row of "
+                f"Conversation {index} has {length} tokens and does not fit into a row of "
                 f"{row_length}. Choose a longer row."
             )
-        while packed and (index := index + 1) < len(self.chats):
-            following = _around_answer(self.encoded(index), context)
-            room -= len(following)
-            if room < 0:
+        for later in range(index + 1, len(self.chats)):
+            following = _around_answer(self.encoded(later), context)
+            length += len(following)
+            if length > row_length:
                 break
             chosen.append(following)
-        length = row_length if packed else len(chosen[0])
-        return one_row(chosen, length, self.pad_token_id)
+        return one_row(chosen, row_length, self.pad_token_id)
 
 
 def loaded_chats(chats: Any) -> Any:
-    """Conversations from what an explorer is given: themselves, their file, or the shipped ones."""
+    """Conversations themselves, of their file, or the shipped ones."""
     if chats is None or isinstance(chats, (str, os.PathLike)):
         chats = load_chats(chats)
     if len(chats) == 0:

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -17,41 +18,32 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import avg_pool2d
 
 from dspark_lab.attention import ContextRanges, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Chat
 from dspark_lab.checks import checked
-from dspark_lab.explore.anchors import ConversationRows, block_table, draw_controls, slot_inputs
+from dspark_lab.explore import style
+from dspark_lab.explore.anchors import ConversationRows, block_table, draw_controls
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
-from dspark_lab.explore.style import (
-    BLUE,
-    INK,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    legend_above,
-    new_figure,
-    png,
-    visible_text,
-)
 
 REGIONS = ("hidden", "context prefix", "own block", "dummy block")
-REGION_COLOURS = {"context prefix": SKY, "own block": RED, "dummy block": PINK}
+REGION_COLOURS = {"context prefix": style.SKY, "own block": style.RED, "dummy block": style.PINK}
 TILE_STATES = ("empty", "partial", "full")
-TILE_COLOURS = {"partial": ORANGE, "full": BLUE}
+TILE_COLOURS = {"partial": style.ORANGE, "full": style.BLUE}
 TILE_SIZES = (16, 32, 64, 128, 256)
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
 MOST_NAMED_CELLS = 48
 # A larger one has as many rows and columns as its axes surely have pixels, so that none is lost.
 MOST_ROWS, MOST_COLUMNS = 240, 480
 
+Regions = Int[Tensor, "query key"]
+States = Int[Tensor, "query_tile key_tile"]
+
 
 @checked
-def mask_regions(
-    blocks: Blocks, *, documents: bool = True, row: int = 0
-) -> Int[Tensor, "query key"]:
+def mask_regions(blocks: Blocks, *, documents: bool = True, row: int = 0) -> Regions:
     """Each pair of one row's attention mask as an index into ``REGIONS``, int8.
 
     With ``documents`` False, blocks see all documents before them, as a trainer would have it that
@@ -61,40 +53,28 @@ def mask_regions(
     if not documents:
         one = replace(one, doc_ids=torch.zeros_like(one.doc_ids))
     region = dense_mask(ContextRanges.of(one))[0].to(torch.int8)
-    own = torch.where(
-        one.block_keep_mask[0], REGIONS.index("own block"), REGIONS.index("dummy block")
-    )
-    region[:, one.seq_len :] *= own.to(torch.int8).repeat_interleave(one.block_size).unsqueeze(1)
+    own, dummy = REGIONS.index("own block"), REGIONS.index("dummy block")
+    own_region = torch.where(one.block_keep_mask[0], own, dummy).to(torch.int8)
+    region[:, one.seq_len :] *= own_region.repeat_interleave(one.block_size).unsqueeze(1)
     return region
 
 
 @checked
-def mask_table(regions: Int[Tensor, "query key"]) -> pd.DataFrame:
+def mask_table(regions: Regions) -> pd.DataFrame:
     """How many pairs of a mask belong to each region: ``region``, ``pairs``, ``share``."""
-    pairs = torch.bincount(regions.flatten().int(), minlength=len(REGIONS)).numpy()
-    return pd.DataFrame(
-        {"region": REGIONS, "pairs": pairs, "share": pairs / max(1, regions.numel())}
-    )
+    return _count_table(regions, "region", REGIONS, "pairs")
 
 
 @checked
-def tile_states(mask: BlockMask, *, row: int = 0) -> Int[Tensor, "query_tile key_tile"]:
+def tile_states(mask: BlockMask, *, row: int = 0) -> States:
     """Each tile of one row of a block mask as an index into ``TILE_STATES``, int8."""
-    states = _listed(mask.kv_num_blocks[row, 0], mask.kv_indices[row, 0])
-    states = states.to(torch.int8) * TILE_STATES.index("partial")
-    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        full = _listed(mask.full_kv_num_blocks[row, 0], mask.full_kv_indices[row, 0])
-        states = states.masked_fill(full, TILE_STATES.index("full"))
-    return states
+    return _states_by_row(mask)[row]
 
 
 @checked
-def tile_table(states: Int[Tensor, "query_tile key_tile"]) -> pd.DataFrame:
+def tile_table(states: States) -> pd.DataFrame:
     """How many tiles are in each state: ``state``, ``tiles``, ``share``."""
-    tiles = torch.bincount(states.flatten().int(), minlength=len(TILE_STATES)).numpy()
-    return pd.DataFrame(
-        {"state": TILE_STATES, "tiles": tiles, "share": tiles / max(1, tiles.sum())}
-    )
+    return _count_table(states, "state", TILE_STATES, "tiles")
 
 
 @checked
@@ -108,39 +88,33 @@ def sorting_table(
         tiles in each state over all rows; ``work``, the share of pairs that a kernel computes
         (partial and full tiles); and ``wasted``, the share of that work that the mask hides.
     """
-    block_size, keep = blocks.block_size, blocks.block_keep_mask
-    ranges = ContextRanges.of(blocks)
-    visible = int((ranges.end - ranges.start).sum() * block_size + keep.numel() * block_size**2)
+    drawn = ContextRanges.of(blocks)
+    orders = {"as drawn": drawn, "shuffled": ContextRanges.of(_shuffled(blocks, seed))}
+    block_size, all_blocks = blocks.block_size, blocks.block_keep_mask.numel()
+    visible = int((drawn.end - drawn.start).sum()) * block_size + all_blocks * block_size**2
     rows = []
-    for tile_size in tile_sizes:
-        for name, ordered in (("as drawn", blocks), ("shuffled", _shuffled(blocks, seed))):
-            mask = block_mask(ContextRanges.of(ordered), tile_size)
-            states = torch.cat([tile_states(mask, row=row) for row in range(len(keep))])
-            counts = tile_table(states).set_index("state")["tiles"]
-            computed = int(counts["partial"] + counts["full"]) * tile_size**2
-            rows.append(
-                {
-                    "tile_size": tile_size,
-                    "order": name,
-                    **counts.to_dict(),
-                    "work": (counts["partial"] + counts["full"]) / counts.sum(),
-                    "wasted": 1 - visible / computed,
-                }
-            )
-    return pd.DataFrame(rows)
+    for tile_size, (order, ranges) in product(tile_sizes, orders.items()):
+        states = _states_by_row(block_mask(ranges, tile_size)).flatten(0, 1)
+        empty, partial, full = counts = tile_table(states)["tiles"]
+        computed = partial + full
+        wasted = 1 - visible / (computed * tile_size**2)
+        rows.append((tile_size, order, *counts, computed / (empty + computed), wasted))
+    return pd.DataFrame(rows, columns=["tile_size", "order", *TILE_STATES, "work", "wasted"])
 
 
-def _listed(
-    count: Int[Tensor, " row"], columns: Int[Tensor, "row column"]
-) -> Bool[Tensor, "row column"]:
-    """Which columns each row lists: the first ``count`` of its entries."""
-    listed = torch.arange(columns.shape[1], device=columns.device) < count.unsqueeze(1)
-    # Adding up, since what stands behind the count may name a listed column again.
-    return torch.zeros_like(columns).scatter_add(1, columns.long(), listed.to(columns.dtype)) > 0
+def _count_table(cells: Tensor, kind: str, names: Sequence[str], counted: str) -> pd.DataFrame:
+    """How many cells have each value, which is an index into ``names``."""
+    counts = torch.bincount(cells.flatten().int(), minlength=len(names)).numpy()
+    return pd.DataFrame({kind: names, counted: counts, "share": counts / max(1, cells.numel())})
+
+
+def _states_by_row(mask: BlockMask) -> Int[Tensor, "row query_tile key_tile"]:
+    partial = BlockMask.from_kv_blocks(mask.kv_num_blocks, mask.kv_indices).to_dense()
+    return (2 * mask.to_dense() - partial)[:, 0].to(torch.int8)
 
 
 def plot_mask(
-    regions: Int[Tensor, "query key"],
+    regions: Regions,
     *,
     seq_len: int,
     block_size: int,
@@ -156,7 +130,6 @@ def plot_mask(
 
     Args:
         regions: from :func:`mask_regions`.
-        seq_len, block_size: the shape of what is shown.
         context_text: names of the context tokens; positions where None.
         slot_text: names of the slots' input tokens.
         ax: draw here instead of in a new figure.
@@ -165,66 +138,54 @@ def plot_mask(
     named = max(queries, keys) <= MOST_NAMED_CELLS
     if ax is None:
         width, height = (0.24 * keys + 1.6, 0.24 * queries + 1.9) if named else (8.0, 4.6)
-        _, ax = new_figure(width, height)
-    present = set(regions.unique().tolist())
-    colours = {
-        REGIONS.index(region): colour
-        for region, colour in REGION_COLOURS.items()
-        if REGIONS.index(region) in present
-    }
+        _, ax = style.new_figure(width, height)
+    present = [i for i in regions.unique().tolist() if REGIONS[i] in REGION_COLOURS]
+    colours = {i: REGION_COLOURS[REGIONS[i]] for i in present}
     _paint(ax, regions, colours)
-    ax.axvline(seq_len - 0.5, color=INK, linewidth=1)
+    ax.axvline(seq_len - 0.5, color=style.INK, linewidth=1)
     if named:
-        _name_cells(ax, regions, seq_len, block_size, context_text, slot_text)
+        _name_cells(ax, queries, seq_len, block_size, context_text, slot_text)
     else:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
         ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
-    legend_above(ax, 3, handles=handles)
+    style.legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
 
 
-def plot_tiles(
-    states: Int[Tensor, "query_tile key_tile"],
-    *,
-    seq_len: int,
-    tile_size: int,
-    ax: Axes | None = None,
-) -> Figure:
+def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None = None) -> Figure:
     """The tile map that a FlexAttention kernel works through: empty, partial, full.
 
     Args:
         states: from :func:`tile_states`.
         seq_len: context tokens in a row; a line marks where they end.
-        tile_size: queries and keys per tile.
         ax: draw here instead of in a new figure.
     """
     rows, columns = states.shape
     if ax is None:
-        _, ax = new_figure(8.0, 4.6)
+        _, ax = style.new_figure(8.0, 4.6)
     _paint(ax, states, {TILE_STATES.index(state): colour for state, colour in TILE_COLOURS.items()})
-    ax.axvline(seq_len / tile_size - 0.5, color=INK, linewidth=1)
+    ax.axvline(seq_len / tile_size - 0.5, color=style.INK, linewidth=1)
     if rows * columns <= 4000:
         _rule(ax, np.arange(rows), np.arange(columns), linewidth=0.3)
     for axis, tiles in ((ax.xaxis, columns), (ax.yaxis, rows)):
         axis.set_ticks(range(0, tiles, -(-tiles // 6)))
     ax.set_xlabel(f"key tiles of {tile_size}")
     ax.set_ylabel(f"query tiles of {tile_size}")
-    counts = [(state, int((states == i).sum())) for i, state in enumerate(TILE_STATES)]
-    handles = [
-        Patch(facecolor=TILE_COLOURS.get(state, "none"), edgecolor=INK, label=f"{state} {count}")
-        for state, count in counts
-    ]
-    legend_above(ax, 3, handles=handles)
+    handles = []
+    for state, count in zip(TILE_STATES, tile_table(states)["tiles"], strict=True):
+        colour = TILE_COLOURS.get(state, "none")
+        handles.append(Patch(facecolor=colour, edgecolor=style.INK, label=f"{state} {count}"))
+    style.legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
 
 
 @checked
 def mask_and_tiles(
-    regions: Int[Tensor, "query key"],
-    states: Int[Tensor, "query_tile key_tile"],
+    regions: Regions,
+    states: States,
     *,
     seq_len: int,
     block_size: int,
@@ -235,23 +196,15 @@ def mask_and_tiles(
     """:func:`plot_mask` and :func:`plot_tiles` side by side."""
     named = max(regions.shape) <= MOST_NAMED_CELLS
     width, height = 9.5, min(max(3.6, 0.15 * regions.shape[0] + 1.9), 6.5) if named else 3.6
-    figure, (mask_ax, tile_ax) = new_figure(
+    figure, (left, right) = style.new_figure(
         width, height, columns=2, layout="none", width_ratios=(3, 2), wspace=0.25
     )
     # Fixed margins, in inches: finding the best ones would take longer than all the drawing.
-    left, bottom = (1.35, 1.35) if named else (0.65, 0.55)
-    figure.subplots_adjust(
-        left=left / width, right=0.99, bottom=bottom / height, top=1 - 0.35 / height
-    )
-    plot_mask(
-        regions,
-        seq_len=seq_len,
-        block_size=block_size,
-        context_text=context_text,
-        slot_text=slot_text,
-        ax=mask_ax,
-    )
-    plot_tiles(states, seq_len=seq_len, tile_size=tile_size, ax=tile_ax)
+    margin, below = (1.35, 1.35) if named else (0.65, 0.55)
+    figure.subplots_adjust(margin / width, below / height, 0.99, 1 - 0.35 / height)
+    names = {"context_text": context_text, "slot_text": slot_text}
+    plot_mask(regions, seq_len=seq_len, block_size=block_size, ax=left, **names)
+    plot_tiles(states, seq_len=seq_len, tile_size=tile_size, ax=right)
     return figure
 
 
@@ -261,23 +214,21 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     Args:
         table: from :func:`sorting_table`.
     """
-    figure, ax = new_figure(7, 0.34 * len(table) + 1.3)
-    labels = [
-        f"{size} · {order}" for size, order in zip(table["tile_size"], table["order"], strict=True)
-    ]
-    total = table[list(TILE_STATES)].sum(axis=1)
+    figure, ax = style.new_figure(7, 0.34 * len(table) + 1.3)
+    labels = table["tile_size"].astype(str) + " · " + table["order"]
+    shares = table[list(TILE_STATES)].div(table[list(TILE_STATES)].sum(axis=1), axis=0)
+    look = {"edgecolor": style.INK, "linewidth": 0.6}
     left = np.zeros(len(table))
     for state in ("full", "partial", "empty"):
-        share = (table[state] / total).to_numpy()
         colour = TILE_COLOURS.get(state, "none")
-        ax.barh(labels, share, left=left, color=colour, edgecolor=INK, linewidth=0.6, label=state)
-        left = left + share
+        ax.barh(labels, shares[state], left=left, color=colour, label=state, **look)
+        left = left + shares[state]
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_xlabel("share of tiles")
     ax.set_ylabel("tile size · anchors")
-    legend_above(ax, 3)
+    style.legend_above(ax, 3)
     return figure
 
 
@@ -288,50 +239,45 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
     colour, and mixes their colours.
     """
     rows, columns = cells.shape
-    high, wide = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
-    padded = torch.nn.functional.pad(cells, (0, -columns % wide, 0, -rows % high), value=-1)
-    inside = _count(padded >= 0, high, wide)
+    pixel = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
+
+    def counted(chosen: Tensor) -> np.ndarray:
+        planes = chosen.float().unsqueeze(0)
+        return avg_pool2d(planes, pixel, ceil_mode=True, divisor_override=1)[0].double().numpy()
+
+    inside = counted(torch.ones_like(cells))
     image = np.zeros((*inside.shape, 4))
     for value, colour in colours.items():
-        share = _count(padded == value, high, wide) / inside
+        share = counted(cells == value) / inside
         image[..., :3] += share[..., None] * to_rgb(colour)
         image[..., 3] += share
     image[..., :3] /= np.maximum(image[..., 3:], 1e-9)
-    right, bottom = padded.shape[1] - 0.5, padded.shape[0] - 0.5
+    bottom, right = np.multiply(inside.shape, pixel) - 0.5
     ax.imshow(image, extent=(-0.5, right, bottom, -0.5), aspect="auto", interpolation="nearest")
     ax.set_xlim(-0.5, columns - 0.5)
     ax.set_ylim(rows - 0.5, -0.5)
-    for spine in ax.spines.values():
-        spine.set_visible(True)
-
-
-def _count(cells: Bool[Tensor, "row column"], high: int, wide: int) -> np.ndarray:
-    """How many of the cells under each pixel of ``high`` x ``wide`` cells are set."""
-    numbers = cells.numpy().astype(np.int32)
-    lines = np.add.reduce([numbers[line::high] for line in range(high)])
-    return np.add.reduce([lines[:, column::wide] for column in range(wide)])
+    ax.spines[:].set_visible(True)
 
 
 def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> None:
     """Lines above the given rows and left of the given columns of cells."""
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    ax.hlines(rows - 0.5, left, right, color=INK, linewidth=linewidth)
-    ax.vlines(columns - 0.5, bottom, top, color=INK, linewidth=linewidth)
+    ax.hlines(rows - 0.5, *ax.get_xlim(), color=style.INK, linewidth=linewidth)
+    ax.vlines(columns - 0.5, *ax.get_ylim(), color=style.INK, linewidth=linewidth)
 
 
 def _name_cells(
     ax: Axes,
-    regions: Tensor,
+    queries: int,
     seq_len: int,
     block_size: int,
     context_text: Sequence[str] | None,
     slot_text: Sequence[str] | None,
 ) -> None:
-    queries, keys = regions.shape
-    context = context_text or [str(position) for position in range(seq_len)]
-    slot = slot_text or [""] * queries
-    slots = [f"{i // block_size}.{i % block_size} {visible_text(slot[i])}" for i in range(queries)]
-    ax.set_xticks(range(keys), [visible_text(text) for text in context] + slots, rotation=90)
+    context = [style.visible_text(text) for text in context_text or map(str, range(seq_len))]
+    inputs = [style.visible_text(text) for text in slot_text or [""] * queries]
+    slots = [f"{i // block_size}.{i % block_size} {text}" for i, text in enumerate(inputs)]
+    keys = seq_len + queries
+    ax.set_xticks(range(keys), context + slots, rotation=90)
     ax.set_yticks(range(queries), slots)
     ax.tick_params(labelsize=7 if keys <= 40 else 6, length=0)
     _rule(ax, np.arange(queries), np.arange(keys), linewidth=0.3)
@@ -358,8 +304,7 @@ def explore_masks(
     """What each block of a conversation sees, pair by pair and tile by tile.
 
     Args:
-        chats: conversations, or a JSONL file of them; the shipped ones where None.
-        tokenizer: a tokenizer, its name or folder; the shipped one where None.
+        chats, tokenizer: as in :func:`explore_anchors`.
         num_anchors, block_size, tile_size, seed, conversation, packed, row_length: where the
             controls start.
         context: how many tokens around the first answer to keep; with few tokens and blocks the
@@ -377,24 +322,19 @@ def explore_masks(
             blocks = _shuffled(blocks, chosen.seed)
         regions = mask_regions(blocks)
         tiles = tile_states(block_mask(ContextRanges.of(blocks), chosen.tile_size))
+        table = block_table(blocks, rows.to_text)
         figure = mask_and_tiles(
             regions,
             tiles,
             seq_len=blocks.seq_len,
-            block_size=chosen.block_size,
+            block_size=blocks.block_size,
             tile_size=chosen.tile_size,
             context_text=[rows.to_text(token_id) for token_id in batch.input_ids[0].tolist()],
-            slot_text=slot_inputs(blocks, rows.to_text),
+            slot_text=table["input"].tolist(),
         )
-        return Frame(
-            {
-                "mask": mask_table(regions),
-                "tiles": tile_table(tiles),
-                "blocks": block_table(blocks, rows.to_text),
-            },
-            png=png(figure),
-            alt="the attention mask with its regions, and its tiles",
-        )
+        tables = {"mask": mask_table(regions), "tiles": tile_table(tiles), "blocks": table}
+        alt = "the attention mask with its regions, and its tiles"
+        return Frame(tables, png=style.png(figure), alt=alt)
 
     controls = [
         *rows.controls(conversation, packed, row_length),
