@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from html import escape
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_toke
 from dspark_lab.checks import Within, checked
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
-from dspark_lab.explore.explorer import Explorer, Frame, checkbox, slider
+from dspark_lab.explore.explorer import Explorer, Frame, checkbox, marked_text, slider
 from dspark_lab.tuning import token_coverage
 
 TOKEN_STATES = ("prompt", "not covered", "covered", "never a label", "padding")
@@ -192,12 +191,8 @@ def token_legend(table: pd.DataFrame) -> str:
     states = ("prompt", "covered", "not covered", "never a label")
     entries = [(state, counts[state]) for state in states if state in counts]
     entries += [(name, table[name].sum()) for name in ("candidate", "anchor")]
-    spans = [f'<span class="{_class(name)}">{name} {count}</span>' for name, count in entries]
+    spans = [marked_text(f"{name} {count}", [name]) for name, count in entries]
     return f'{_TOKEN_STYLE}<div class="dspark-key">{" ".join(spans)}</div>'
-
-
-def _class(name: str) -> str:
-    return f"dspark-{name.replace(' ', '-')}"
 
 
 def _token_span(token: Any) -> str:
@@ -212,9 +207,7 @@ def _token_span(token: Any) -> str:
         facts.append(f"covered with probability {token.p_covered:.3f}")
     if token.document > 0:
         facts.append(f"document {token.document}")
-    text = escape(token.text).replace("\n", "⏎\n")
-    classes = " ".join(map(_class, kinds))
-    return f'<span class="{classes}" title="{escape(" · ".join(facts))}">{text}</span>'
+    return marked_text(token.text.replace("\n", "⏎\n"), kinds, facts)
 
 
 @checked

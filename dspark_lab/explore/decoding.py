@@ -1,16 +1,11 @@
-"""Decoding: an answer as text, the distributions at one slot, and an answer that grows.
-
-``explore_decoding`` decodes one answer while you watch, and steps through it slot by slot.
-"""
+"""Decoding: an answer as text, the distributions at one slot, and an answer that grows."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 import ipywidgets
@@ -33,29 +28,9 @@ from dspark_lab.decoding import (
     distribution_table,
     outcome_table,
 )
-from dspark_lab.explore.explorer import (
-    Frame,
-    alert,
-    call_text,
-    checkbox,
-    control_box,
-    dropdown,
-    number_slider,
-    slider,
-)
+from dspark_lab.explore import explorer, style
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
-from dspark_lab.explore.style import (
-    BLUE,
-    INK,
-    ORANGE,
-    RED,
-    add_note,
-    add_title,
-    legend_above,
-    new_figure,
-    png,
-    visible_text,
-)
+from dspark_lab.explore.style import BLUE, INK, ORANGE, RED, visible_text
 from dspark_lab.serving import speed_table
 
 # While an answer grows, its text is shown anew when it is at least so old.
@@ -103,19 +78,14 @@ def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
 def outcome_legend(table: pd.DataFrame) -> str:
     """The key to :func:`outcome_text` in HTML, with the number of tokens of each outcome."""
     counts = column(table, "outcome").value_counts()
-    spans = [
-        f'<span class="{_outcome_class(outcome)}">{outcome} {counts[outcome]}</span>'
-        for outcome in OUTCOMES
-        if outcome in counts
-    ]
+    shown = [name for name in OUTCOMES if name in counts]
+    spans = [explorer.marked_text(f"{name} {counts[name]}", [name]) for name in shown]
     return f'{_OUTCOME_STYLE}<div class="dspark-outcomes">{" ".join(spans)}</div>'
 
 
 def _outcome_span(token: Any) -> str:
-    facts = ["first token" if token.round < 0 else f"round {token.round}"]
-    if token.slot >= 0:
-        facts = [f"round.slot {token.round}.{token.slot}"]
-    facts.append(token.outcome)
+    place = "first token" if token.round < 0 else f"round {token.round}"
+    facts = [place if token.slot < 0 else f"round.slot {token.round}.{token.slot}", token.outcome]
     for pairs in (
         (("confidence", token.confidence), ("accept rate", token.accept_rate)),
         (("draft probability", token.draft_prob), ("target probability", token.target_prob)),
@@ -124,13 +94,8 @@ def _outcome_span(token: Any) -> str:
         if known:
             facts.append(", ".join(known))
     # A line break that is not part of the answer does not break its line.
-    text = escape(token.text).replace("\n", "⏎\n" if token.kept else "⏎")
-    title = escape(" · ".join(facts), quote=True)
-    return f'<span class="{_outcome_class(token.outcome)}" title="{title}">{text}</span>'
-
-
-def _outcome_class(outcome: str) -> str:
-    return f"dspark-{outcome.replace(' ', '-')}"
+    text = token.text.replace("\n", "⏎\n" if token.kept else "⏎")
+    return explorer.marked_text(text, [token.outcome], facts)
 
 
 def _token_name(text: str, token: int) -> str:
@@ -148,25 +113,23 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
         table: from :func:`dspark_lab.decoding.distribution_table`.
         drafted_text: how the title names the drafted token; by default by its text in the table.
     """
-    figure, ax = new_figure(7.4, 0.36 * len(table) + 1.4)
+    figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
     overlap = table["overlap"].fillna(0)
-    for name, colour, hatch, shift in (
-        ("draft", ORANGE, "////", -0.19),
-        ("target", BLUE, "", 0.19),
-    ):
+    bars = {"draft": (ORANGE, "////", -0.19), "target": (BLUE, "", 0.19)}
+    for name, (colour, hatch, shift) in bars.items():
         ax.barh(y + shift, overlap, 0.34, color=colour, hatch=hatch, edgecolor=INK, linewidth=0)
         ax.barh(y + shift, table[name], 0.34, color="none", edgecolor=colour, linewidth=1.2)
     rest = table["residual"].where(table["residual"] > 0)
-    ax.plot(rest, y, "D", color=RED, markersize=5, fillstyle="none", clip_on=False)
+    diamond: dict[str, Any] = {"marker": "D", "color": RED, "fillstyle": "none", "markersize": 5}
+    ax.plot(rest, y, linestyle="", clip_on=False, **diamond)
     ends = table[["draft", "target", "residual"]].max(axis=1)
     for i, row in enumerate(table.itertuples(index=False)):
         words = ["drafted"] * row.drafted + ["drawn by the target"] * row.drawn
         if words:
-            add_note(ax, "← " + ",\n    ".join(words), (ends.iloc[i], i), (8, 0), va="center")
-    ax.set_yticks(
-        y, [_token_name(t, i) for t, i in zip(table["text"], table["token"], strict=True)]
-    )
+            note = "← " + ",\n    ".join(words)
+            style.add_note(ax, note, (ends.iloc[i], i), (8, 0), va="center")
+    ax.set_yticks(y, list(map(_token_name, table["text"], table["token"])))
     ax.set_ylim(len(table) - 0.4, -0.6)
     # Room for the words beside the longest bar, but no tick beyond certainty.
     longest = float(ends.max())
@@ -178,22 +141,19 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     ax.set_ylabel("token")
     if drafted_text is None and table["drafted"].any():
         drafted_text = table.loc[table["drafted"], "text"].iloc[0]
-    if drafted_text is None:
-        title = "nothing drafted"
-    elif table["overlap"].isna().any():
-        title = f"drafted {visible_text(drafted_text)}   the target was not asked"
-    else:
-        title = f"drafted {visible_text(drafted_text)}   accept rate {table['overlap'].sum():.3f}"
-    add_title(ax, title, pad=22)
+    title = "nothing drafted"
+    if drafted_text is not None:
+        asked = table["overlap"].notna().all()
+        rate = f"accept rate {table['overlap'].sum():.3f}" if asked else "the target was not asked"
+        title = f"drafted {visible_text(drafted_text)}   {rate}"
+    style.add_title(ax, title, pad=22)
     handles = [
         Patch(facecolor=ORANGE, edgecolor=INK, hatch="////", linewidth=0, label="draft"),
         Patch(facecolor=BLUE, linewidth=0, label="target"),
         Patch(facecolor="none", edgecolor=INK, label="outline: not shared"),
-        Line2D(
-            [], [], linestyle="", marker="D", color=RED, fillstyle="none", ms=5, label="residual"
-        ),
+        Line2D([], [], linestyle="", label="residual", **diamond),
     ]
-    legend_above(ax, 4, handles=handles)
+    style.legend_above(ax, 4, handles=handles)
     return figure
 
 
@@ -217,12 +177,11 @@ def explore_decoding(
             verifies every slot.
         run: whether to answer the first prompt at once.
     """
-    explorer = DecodingExplorer(
-        load_models(target, drafter, prompts), temperature, threshold, max_new_tokens, seed
-    )
+    models = load_models(target, drafter, prompts)
+    shown = DecodingExplorer(models, temperature, threshold, max_new_tokens, seed)
     if run:
-        explorer.run()
-    return explorer
+        shown.run()
+    return shown
 
 
 @checked
@@ -234,12 +193,7 @@ class DecodingExplorer(ipywidgets.VBox):
     """
 
     def __init__(
-        self,
-        models: Models,
-        temperature: float,
-        threshold: float,
-        max_new_tokens: int,
-        seed: int,
+        self, models: Models, temperature: float, threshold: float, max_new_tokens: int, seed: int
     ) -> None:
         self._models = models
         self.rounds: list[Round] = []
@@ -248,44 +202,38 @@ class DecodingExplorer(ipywidgets.VBox):
         self._problem, self._stopped = "not run yet", False
 
         labels = [(_short(prompt), index) for index, prompt in enumerate(models.prompts)]
+        names = list(models.drafters)
         wide = {"style": {"description_width": "9em"}, "layout": {"width": "54em"}}
         example = ipywidgets.Dropdown(options=labels, description="example", **wide)
-        prompt = ipywidgets.Textarea(
-            placeholder="or type a prompt", description="prompt", rows=2, **wide
-        )
+        placeholder = "or type a prompt"
         controls = [
             example,
-            prompt,
-            dropdown("drafter", next(iter(models.drafters)), list(models.drafters)),
-            number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
-            number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False),
-            slider("max_new_tokens", max_new_tokens, 1, 512),
-            slider("seed", seed, 0, 99),
+            ipywidgets.Textarea(placeholder=placeholder, description="prompt", rows=2, **wide),
+            explorer.dropdown("drafter", names[0], names),
+            explorer.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
+            explorer.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False),
+            explorer.slider("max_new_tokens", max_new_tokens, 1, 512),
+            explorer.slider("seed", seed, 0, 99),
         ]
         self.controls: dict[str, Any] = {control.description: control for control in controls}
         example.observe(self._take_example, names="value")
         self._take_example()
         self.run_button = ipywidgets.Button(description="Run", button_style="primary", icon="play")
-        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
-        self.drafts = checkbox("drafts in vain", True)
         self.run_button.on_click(self._clicked)
+        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
         self.stop_button.on_click(self._stop)
-        self._status, self._text = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
+        self.drafts = explorer.checkbox("drafts in vain", True)
         self.drafts.observe(self._show_again, names="value")
-        self.step = {"round": slider("round", 0, 0, 0), "slot": slider("slot", 0, 0, 0)}
+        self.step = {name: explorer.slider(name, 0, 0, 0) for name in ("round", "slot")}
         self.step["round"].observe(self._choose_round, names="value")
         self.step["slot"].observe(self._show_step, names="value")
-        self._step_picture = ipywidgets.HTML(layout={"width": "100%"})
-        super().__init__(
-            [
-                control_box(controls),
-                ipywidgets.HBox([self.run_button, self.stop_button, self.drafts]),
-                self._status,
-                self._text,
-                control_box(list(self.step.values())),
-                self._step_picture,
-            ]
-        )
+        wide_text = {"layout": {"width": "100%"}}
+        self._status, self._text = ipywidgets.HTML(), ipywidgets.HTML(**wide_text)
+        self._step_picture = ipywidgets.HTML(**wide_text)
+        above = explorer.control_box(controls)
+        buttons = ipywidgets.HBox([self.run_button, self.stop_button, self.drafts])
+        steps = explorer.control_box(list(self.step.values()))
+        super().__init__([above, buttons, self._status, self._text, steps, self._step_picture])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -318,38 +266,25 @@ class DecodingExplorer(ipywidgets.VBox):
 
     def run(self) -> None:
         """Answer the prompt with the controls' present values, and wait until it is done."""
-        if self._running:
+        if self.run_button.disabled:
             raise RuntimeError("a run must end or be stopped before the next, and one goes on")
-        self._begin()
         for _ in self._rounds_shown():
             pass
 
     def _clicked(self, _button: object) -> None:
-        if self._running:
+        if self.run_button.disabled:
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.run()
             return
-        self._begin()
-        self._task = loop.create_task(self._run_beside())
+        rounds = self._rounds_shown()
+        next(rounds)
+        self._task = loop.create_task(self._run_beside(rounds))
 
-    @property
-    def _running(self) -> bool:
-        return bool(self.run_button.disabled)
-
-    def _begin(self) -> None:
-        """Away with the last run, its buttons and its steps."""
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        self._stopped, self._problem = False, "it runs"
-        self.rounds, self.decoded, self.plain = [], None, None
-        for step in self.step.values():
-            step.max = 0
-        self._show_step()
-
-    async def _run_beside(self) -> None:
-        for _ in self._rounds_shown():
+    async def _run_beside(self, rounds: Iterator[None]) -> None:
+        for _ in rounds:
             # Other messages, such as a click on Stop, have their turn.
             await asyncio.sleep(0.001)
 
@@ -357,12 +292,19 @@ class DecodingExplorer(ipywidgets.VBox):
         self._stopped = True
 
     def _rounds_shown(self) -> Iterator[None]:
-        """Decodes with and without the drafter, and gives way after each round."""
+        """Clear away the last run; decode with and without the drafter, round by round."""
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        self._stopped, self._problem = False, "it runs"
+        self.rounds, self.decoded, self.plain = [], None, None
+        for step in self.step.values():
+            step.max = 0
+        self._show_step()
+        yield
         try:
             yield from self._decode()
         except (ValueError, TypeError) as problem:
             self._problem = str(problem)
-            self._status.value = alert(problem)
+            self._status.value = explorer.alert(problem)
             self._text.value = ""
         finally:
             self.run_button.disabled, self.stop_button.disabled = False, True
@@ -373,18 +315,16 @@ class DecodingExplorer(ipywidgets.VBox):
         typed = settings["prompt"]
         chosen = typed if typed.strip() else self._models.prompts[settings["example"]]
         options = {name: settings[name] for name in ("temperature", "max_new_tokens", "seed")}
-        drafter = self._models.drafters[self._drafter]
+        model, drafter = self._models.target, self._models.drafters[self._drafter]
         threshold = settings["threshold"] or None
-        decoding = decode_rounds(
-            self._models.target, drafter, [chosen], threshold=threshold, **options
-        )
+        decoding = decode_rounds(model, drafter, [chosen], threshold=threshold, **options)
         self._status.value = "reading the prompt"
-        shown = -math.inf
+        redraw_at = 0.0
         for round_ in self._until_stopped(decoding):
             draft, target = round_.draft_probs.cpu(), round_.target_probs.cpu()
             self.rounds.append(replace(round_, draft_probs=draft, target_probs=target))
-            if time.monotonic() - shown > REDRAW_SECONDS:
-                shown = time.monotonic()
+            if time.monotonic() > redraw_at:
+                redraw_at = time.monotonic() + REDRAW_SECONDS
                 self._show_answer(decoding.result())
                 self._status.value = f"round {len(self.rounds)}"
             yield
@@ -393,7 +333,7 @@ class DecodingExplorer(ipywidgets.VBox):
         self.step["round"].max = max(0, len(self.rounds) - 1)
         self._choose_round()
         self._status.value = "and now without the drafter, to compare"
-        plain = decode_rounds(self._models.target, None, [chosen], **options)
+        plain = decode_rounds(model, None, [chosen], **options)
         for _ in self._until_stopped(plain):
             yield
         self.plain = plain.result()
@@ -454,15 +394,15 @@ class DecodingExplorer(ipywidgets.VBox):
         return distribution_table(round_, self.step["slot"].value, self._models.to_text)
 
     def _show_step(self, _change: object = None) -> None:
-        if not self.rounds:
-            self._step_picture.value = ""
-            return
-        figure = plot_distributions(self._distributions())
-        alt = "what drafter and target give to the likeliest tokens of this slot"
-        self._step_picture.value = Frame({}, png=png(figure), alt=alt).as_html()
+        shown = explorer.Frame({})
+        if self.rounds:
+            figure = plot_distributions(self._distributions())
+            alt = "what drafter and target give to the likeliest tokens of this slot"
+            shown = explorer.Frame({}, png=style.png(figure), alt=alt)
+        self._step_picture.value = shown.as_html()
 
     def __repr__(self) -> str:
-        return call_text("explore_decoding", self.settings)
+        return explorer.call_text("explore_decoding", self.settings)
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its answer, or why there is none, for readers that run no widgets."""

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -48,6 +48,14 @@ class Frame:
 def alert(problem: object) -> str:
     """A sentence in HTML that stands where something cannot be shown."""
     return f'<p role="alert">{escape(str(problem))}</p>'
+
+
+def marked_text(text: str, kinds: Iterable[str], facts: Iterable[str] = ()) -> str:
+    """Text in HTML in the classes of its kinds; facts are shown when the pointer is over it."""
+    classes = " ".join(f"dspark-{kind.replace(' ', '-')}" for kind in kinds)
+    title = escape(" · ".join(facts))
+    tip = f' title="{title}"' if title else ""
+    return f'<span class="{classes}"{tip}>{escape(text)}</span>'
 
 
 @checked
