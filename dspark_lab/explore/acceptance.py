@@ -14,51 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dspark_lab import rates
+from dspark_lab.checks import checked
 from dspark_lab.decoding import Decoded, decode, outcome_table, token_kinds
+from dspark_lab.explore import style
 from dspark_lab.explore.decoding import outcome_legend, outcome_text
 from dspark_lab.explore.explorer import Explorer, Frame, dropdown, number_slider, slider
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
-from dspark_lab.explore.style import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    PINK,
-    RED,
-    add_band,
-    add_legend,
-    add_note,
-    add_rules,
-    add_title,
-    legend_above,
-    line_look,
-    new_figure,
-    percent_axis,
-    plain_text,
-    png,
-    tables_by_name,
-)
-from dspark_lab.rates import (
-    rate_table,
-    reliability_tables,
-    split_prompts,
-    study,
-    tau_table,
-    threshold_sweep,
-    trace_sums,
-)
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
+
+Rate = Literal["conditional", "survival"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 # Those of the views that look at the confidence alone.
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
-_RATE_OF_VIEW: dict[str, Literal["conditional", "survival"]] = {
-    "rates": "conditional",
-    "survival": "survival",
-}
-
+_RATE_OF_VIEW: dict[str, Rate] = {"rates": "conditional", "survival": "survival"}
 
 _PANELS_PER_LINE = 4
-_KIND_STYLES: dict[str, dict[str, Any]] = {
+_KIND_LOOKS: dict[str, dict[str, Any]] = {
     "on policy": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4},
     "empirical": {"color": GREEN, "linestyle": "none", "marker": "D", "fillstyle": "none"},
     "predicted": {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 4},
@@ -71,9 +44,8 @@ _RATES = {
 }
 
 
-def plot_rates(
-    table: pd.DataFrame, value: Literal["conditional", "survival"] = "conditional"
-) -> Figure:
+@checked
+def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
     """Acceptance along the block with its 95 % intervals.
 
     A table of several kinds of rate has a panel for each drafter, or whatever else the table is
@@ -84,33 +56,37 @@ def plot_rates(
             from :func:`dspark_lab.rates.slot_table`.
         value: the rate to show.
     """
-    if value not in _RATES:
-        raise ValueError(f"value must be one of {list(_RATES)}, got {value!r}")
     label, *interval = _RATES[value]
     groups = _groups(table)
     if "kind" in table and table["kind"].nunique() > 1:
-        figure, axes = _panels(len(groups), width=2.7, height=2.5)
+        figure, axes = _panels(len(groups))
         for ax, (name, part) in zip(axes, groups.items(), strict=True):
             for kind, line in part.groupby("kind", sort=False):
-                style = _KIND_STYLES.get(str(kind), {"color": INK, "linestyle": "-."})
-                _plot_rate(ax, line, value, interval, {"label": kind, **style})
-            add_title(ax, plain_text(name))
-        handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
-        _figure_legend(figure, list(handles.values()))
+                look = _KIND_LOOKS.get(str(kind), {"color": INK, "linestyle": "-."})
+                _plot_rate(ax, line, value, interval, {"label": kind, **look})
+            style.add_title(ax, plain_text(name))
+        named = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
+        where = {"loc": "outside upper left", "ncols": len(named), "handlelength": 3}
+        style.add_legend(figure, handles=list(named.values()), **where)
     else:
-        figure, ax = new_figure(7, 3.4)
+        figure, ax = style.new_figure(7, 3.4)
         axes = np.array([ax])
         for i, (name, part) in enumerate(groups.items()):
-            look = line_look(i) | {"linestyle": "-", "label": plain_text(name)}
+            look = style.line_look(i) | {"linestyle": "-", "label": plain_text(name)}
             _plot_rate(ax, part, value, interval, look)
         # Steps that whole percents can name.
         ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-        add_legend(ax)
-    for ax in axes:
+        style.add_legend(ax)
+    for i, ax in enumerate(axes):
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.set_xlabel("slot of the block")
-        percent_axis(ax, label)
-    _share_y(axes)
+        style.percent_axis(ax, label)
+        if i:
+            ax.sharey(axes[0])
+        if i % _PANELS_PER_LINE:
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+    axes[0].autoscale(axis="y")
     return figure
 
 
@@ -125,50 +101,27 @@ def _groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _plot_rate(
-    ax: Axes, line: pd.DataFrame, value: str, interval: list[str], style: dict[str, Any]
+    ax: Axes, line: pd.DataFrame, value: str, interval: list[str], look: dict[str, Any]
 ) -> None:
     low, high = (line[bound] for bound in interval)
-    if style["linestyle"] == "none":
-        ax.vlines(line["slot"], low, high, color=style["color"], linewidth=1.2)
+    if look["linestyle"] == "none":
+        ax.vlines(line["slot"], low, high, color=look["color"], linewidth=1.2)
     else:
-        add_band(ax, line["slot"], low, high, style["color"])
-    ax.plot(line["slot"], line[value], **style)
+        style.add_band(ax, line["slot"], low, high, look["color"])
+    ax.plot(line["slot"], line[value], **look)
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """Axes of one size each, in inches or wider where they are few, a few a line."""
+def _panels(count: int) -> tuple[Figure, np.ndarray]:
+    """Axes of one size each, a few a line."""
     columns = min(count, _PANELS_PER_LINE)
     lines = -(-count // columns)
     # No less than a legend in one line needs.
-    width = max(width * columns, 6.5)
-    figure, axes = new_figure(width + 0.5, height * lines + 0.5, columns, lines)
+    width = max(2.7 * columns, 6.5)
+    figure, axes = style.new_figure(width + 0.5, 2.5 * lines + 0.5, columns, lines)
     axes = np.atleast_1d(axes)
     for unused in axes[count:]:
         unused.remove()
     return figure, axes[:count]
-
-
-def _share_y(axes: np.ndarray) -> None:
-    """One y axis for all panels, labelled on the first of each line."""
-    for i, ax in enumerate(axes):
-        if i:
-            ax.sharey(axes[0])
-        if i % _PANELS_PER_LINE:
-            ax.set_ylabel("")
-            ax.tick_params(labelleft=False)
-    axes[0].autoscale(axis="y")
-
-
-def _figure_legend(figure: Figure, handles: list[Any]) -> None:
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=len(handles),
-        frameon=False,
-        labelcolor=INK,
-        fontsize=8,
-        handlelength=3,
-    )
 
 
 def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -180,33 +133,29 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
         tables: a name, such as ``"raw"`` or ``"scaled"``, and its table from
             :func:`dspark_lab.rates.reliability_table`; each gets a panel.
     """
-    tables = tables_by_name(tables)
+    tables = style.tables_by_name(tables)
     count = len(tables)
-    figure, axes = new_figure(
-        3.2 * count + 0.4, 4.7, columns=count, rows=2, layout="compressed", height_ratios=(1, 0.22)
-    )
-    most = max(int(table["count"].max()) for table in tables.values())
+    grid = {"columns": count, "rows": 2, "height_ratios": (1, 0.22)}
+    figure, axes = style.new_figure(3.2 * count + 0.4, 4.7, layout="compressed", **grid)
+    most = max(1, *(table["count"].max() for table in tables.values()))
     for i, (name, table) in enumerate(tables.items()):
-        colour, marker = line_look(i)["color"], line_look(i)["marker"]
+        look = style.line_look(i)
+        colour = look["color"]
         ax, strip = axes[i], axes[count + i]
         known = table[table["confidence"].notna()]
         ax.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
         ax.vlines(known["confidence"], known["confidence"], known["outcome"], colour, alpha=0.5)
         ax.plot(known["confidence"], known["outcome"], color=colour, linewidth=1)
-        marks = {"s": 12 + 110 * known["count"] / max(1, most), "marker": marker}
-        ax.scatter(known["confidence"], known["outcome"], color=colour, clip_on=False, **marks)
-        add_title(ax, plain_text(name))
+        marks = {"s": 12 + 110 * known["count"] / most, "marker": look["marker"], "color": colour}
+        ax.scatter(known["confidence"], known["outcome"], clip_on=False, **marks)
+        style.add_title(ax, plain_text(name))
+        ax.set(xlabel="confidence, mean of a bin", ylabel="outcome, mean of a bin")
         ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-        ax.set_xlabel("confidence, mean of a bin")
-        ax.set_ylabel("outcome, mean of a bin")
-        width = table["high"] - table["low"]
-        bars = strip.bar(table["low"], table["count"], width, align="edge", color=colour)
-        for bar in bars:
-            bar.set(edgecolor=INK, linewidth=0.4)
-        strip.set(xlim=(0, 1), ylim=(0, 1.05 * max(1, most)), box_aspect=0.22)
+        bars = {"width": table["high"] - table["low"], "align": "edge", "color": colour}
+        strip.bar(table["low"], table["count"], edgecolor=INK, linewidth=0.4, **bars)
+        strip.set(xlabel="confidence", ylabel="slots")
+        strip.set(xlim=(0, 1), ylim=(0, 1.05 * most), box_aspect=0.22)
         strip.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        strip.set_xlabel("confidence")
-        strip.set_ylabel("slots")
     return figure
 
 
@@ -225,36 +174,25 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
     places = list(dict.fromkeys(table[names[0]]))
     kinds = list(dict.fromkeys(table[names[1]])) if len(names) == 2 else [None]
     step = 0.8 / len(kinds)
-    height = max(0.34, 0.17 * len(kinds) + 0.1) * len(places) + 1.2
-    figure, ax = new_figure(7, height)
+    figure, ax = style.new_figure(7, max(0.34, 0.17 * len(kinds) + 0.1) * len(places) + 1.2)
     ax.axvline(0, color=INK, linewidth=1)
     for i, kind in enumerate(kinds):
         part = table if kind is None else table[table[names[1]] == kind]
         shift = step * (i - (len(kinds) - 1) / 2)
         y = [places.index(place) + shift for place in part[names[0]]]
-        style = line_look(i)
-        ax.hlines(y, part["bias_low"], part["bias_high"], color=style["color"], linewidth=1.5)
-        ax.plot(part["bias"], y, linestyle="none", label=plain_text(kind), **style)
+        _dots(ax, part["bias"], part["bias_low"], part["bias_high"], y, i, plain_text(kind))
     if len(kinds) > 1:
-        ax.hlines(
-            np.arange(len(places) - 1) + 0.5,
-            0,
-            1,
-            INK,
-            alpha=0.25,
-            linewidth=0.6,
-            transform=ax.get_yaxis_transform(),
-        )
-        add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5), title=plain_text(names[1]))
+        for between in range(1, len(places)):
+            ax.axhline(between - 0.5, color=INK, alpha=0.25, linewidth=0.6)
+        where = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        style.add_legend(ax, title=plain_text(names[1]), **where)
         ax.get_legend().get_title().set(color=INK, fontsize=8)
-    ax.set_yticks(range(len(places)), [plain_text(place) for place in places])
-    ax.set_ylim(len(places) - 0.5, -0.5)
-    _both_sides(ax)
+    _finish_dots(ax, [plain_text(place) for place in places])
     corners = {"x": "axes fraction", "y": "axes fraction"}
-    add_note(ax, "← underconfident", (0, 1), (0, 4), ha="left", **corners)
-    add_note(ax, "overconfident →", (1, 1), (0, 4), ha="right", **corners)
-    ax.set_xlabel("bias: mean of confidence − outcome, a difference of probabilities")
-    ax.set_ylabel(plain_text(names[0]))
+    style.add_note(ax, "← underconfident", (0, 1), (0, 4), ha="left", **corners)
+    style.add_note(ax, "overconfident →", (1, 1), (0, 4), ha="right", **corners)
+    label = "bias: mean of confidence − outcome, a difference of probabilities"
+    ax.set(xlabel=label, ylabel=plain_text(names[0]))
     return figure
 
 
@@ -266,11 +204,11 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
             ``threshold``, ``acceptance_rate``, ``verified`` and ``accepted``; columns such as
             ``verified_low`` and ``verified_high`` are drawn as bands.
     """
-    named = tables_by_name(tables)
-    figure, (left, right) = new_figure(8.6, 3.5 + 0.18 * (len(named) - 1), columns=2, wspace=0.08)
+    named = style.tables_by_name(tables)
+    height = 3.5 + 0.18 * (len(named) - 1)
+    figure, (left, right) = style.new_figure(8.6, height, columns=2, wspace=0.08)
     for i, (name, table) in enumerate(named.items()):
-        style = line_look(i) | {"markersize": 4}
-        every = max(1, len(table) // 10)
+        look = style.line_look(i) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
         name = plain_text(name)
         begin = name + ", " if name else ""
         for ax, column, label, linestyle in (
@@ -280,18 +218,16 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
         ):
             if f"{column}_low" in table.columns:
                 low, high = table[f"{column}_low"], table[f"{column}_high"]
-                add_band(ax, table["threshold"], low, high, style["color"])
-            line = {"label": label, "linestyle": linestyle, "markevery": every, **style}
-            ax.plot(table["threshold"], table[column], **line)
-    percent_axis(left, "acceptance rate (accepted / verified)")
-    right.set_ylabel("slots per round")
+                style.add_band(ax, table["threshold"], low, high, look["color"])
+            ax.plot(table["threshold"], table[column], label=label, linestyle=linestyle, **look)
+    style.percent_axis(left, "acceptance rate (accepted / verified)")
+    left.set_xlabel("threshold on the confidence")
+    right.set(xlabel="threshold on the confidence", ylabel="slots per round")
     right.set_ylim(bottom=0)
-    add_rules(right)
-    for ax in (left, right):
-        ax.set_xlabel("threshold on the confidence")
+    style.add_rules(right)
     if any(named):
-        legend_above(left, 2)
-    legend_above(right, 2, handlelength=3)
+        style.legend_above(left, 2)
+    style.legend_above(right, 2, handlelength=3)
     return figure
 
 
@@ -302,7 +238,7 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
         report: from :func:`dspark_lab.rates.calibration_report`: ``slot`` (with ``"all"``),
             ``ece``, ``ece_scaled``, ``auroc`` and ``auroc_scaled``.
     """
-    figure, (left, right) = new_figure(8.6, 3.4, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(8.6, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
     # What is not a slot of the block stands apart.
     x = np.arange(len(labels)) + 0.5 * np.array([not label.isdigit() for label in labels])
@@ -314,12 +250,12 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
         ax.set_xticks(x, labels)
         ax.set_xlabel("slot of the block")
     left.set_ylim(bottom=0)
-    percent_axis(left, "expected calibration error")
+    style.percent_axis(left, "expected calibration error")
     right.axhline(0.5, color=INK, linestyle=":", linewidth=1)
     right.set_ylim(top=1)
     right.set_ylabel("AUROC (0.5: chance)")
-    add_rules(right)
-    legend_above(left, 2)
+    style.add_rules(right)
+    style.legend_above(left, 2)
     return figure
 
 
@@ -330,25 +266,26 @@ def plot_drift(table: pd.DataFrame) -> Figure:
         table: from :func:`dspark_lab.rates.drift_table`: ``start``, ``rounds``, ``ece_raw``,
             ``ece_static`` and ``ece_online``.
     """
-    figure, ax = new_figure(7, 3.2)
-    lines = (
-        ("ece_raw", "raw", {"color": ORANGE, "linestyle": ":"}),
-        ("ece_static", "static temperatures", {"color": RED, "linestyle": "--"}),
-        ("ece_online", "online temperatures", {"color": BLUE, "linestyle": "-"}),
-    )
+    figure, ax = style.new_figure(7, 3.2)
+    lines = {
+        "raw": {"color": ORANGE, "linestyle": ":"},
+        "static": {"color": RED, "linestyle": "--"},
+        "online": {"color": BLUE, "linestyle": "-"},
+    }
     # A window's error is drawn over all of the window.
     ends = np.append(table["start"], table["start"].iloc[-1] + table["rounds"].iloc[-1])
-    for name, label, style in lines:
-        values = np.append(table[name], table[name].iloc[-1])
-        ax.plot(ends, values, drawstyle="steps-post", linewidth=1.8, label=label, **style)
+    for name, look in lines.items():
+        values = np.append(table[f"ece_{name}"], table[f"ece_{name}"].iloc[-1])
+        label = name if name == "raw" else f"{name} temperatures"
+        ax.plot(ends, values, drawstyle="steps-post", linewidth=1.8, label=label, **look)
     ax.axvline(0, color=INK, linewidth=1)
-    add_note(ax, "change of domain", (0, 1), (4, -2), y="axes fraction", va="top")
+    style.add_note(ax, "change of domain", (0, 1), (4, -2), y="axes fraction", va="top")
     # Room above the lines for the words.
     ax.margins(y=0.15)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("rounds since the change")
-    percent_axis(ax, "expected calibration error")
-    legend_above(ax, 3)
+    style.percent_axis(ax, "expected calibration error")
+    style.legend_above(ax, 3)
     return figure
 
 
@@ -359,27 +296,29 @@ def plot_gain(table: pd.DataFrame) -> Figure:
         table: from :func:`dspark_lab.serving.gain_table`: ``values``, ``threshold``,
             ``gain_percent``, ``gain_low`` and ``gain_high``.
     """
-    figure, ax = new_figure(7, 0.42 * len(table) + 1.0)
-    y = np.arange(len(table))
+    figure, ax = style.new_figure(7, 0.42 * len(table) + 1.0)
     ax.axvline(0, color=INK, linewidth=1)
+    names = []
     for i, row in enumerate(table.itertuples(index=False)):
-        style = line_look(i)
-        ax.hlines(i, row.gain_low, row.gain_high, color=style["color"], linewidth=1.5)
-        ax.plot([row.gain_percent], [i], linestyle="none", **style)
-    labels = [
-        name if pd.isna(threshold) else f"{name}, threshold {threshold:.3f}"
-        for name, threshold in zip(table["values"], table["threshold"], strict=True)
-    ]
-    ax.set_yticks(y, labels)
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    _both_sides(ax)
-    ax.set_xlabel("gain in speed over raw, in %")
-    ax.set_ylabel("verified by")
+        _dots(ax, [row.gain_percent], row.gain_low, row.gain_high, [i], i)
+        cut = "" if pd.isna(row.threshold) else f", threshold {row.threshold:.3f}"
+        names.append(f"{row.values}{cut}")
+    _finish_dots(ax, names)
+    ax.set(xlabel="gain in speed over raw, in %", ylabel="verified by")
     return figure
 
 
-def _both_sides(ax: Axes) -> None:
-    """Some of the axis on either side of 0."""
+def _dots(ax: Axes, x: Any, low: Any, high: Any, y: list[float], i: int, label: str = "") -> None:
+    """Draw numbers with their intervals in look ``i``."""
+    look = style.line_look(i)
+    ax.hlines(y, low, high, color=look["color"], linewidth=1.5)
+    ax.plot(x, y, linestyle="none", label=label, **look)
+
+
+def _finish_dots(ax: Axes, names: list[str]) -> None:
+    """Name the rows, the first on top, and show some of the axis on either side of 0."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     low, high = ax.get_xlim()
     reach = max(-low, high)
     ax.set_xlim(min(low, -0.25 * reach), max(high, 0.25 * reach))
@@ -414,13 +353,14 @@ def explore_acceptance(
         an explorer whose ``table`` is the one behind the view; ``tables["trace"]`` is the trace,
         ``tables["tau"]`` tau with its intervals.
     """
+    models = load_models(target, drafter, prompts)
+    names = list(models.drafters)
     controls = [
         dropdown("view", view, VIEWS),
+        dropdown("drafter", names[0], names),
         number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
+        slider("conversation", 0, 0, len(models.prompts) - 1),
     ]
-    models = load_models(target, drafter, prompts)
-    controls.insert(1, dropdown("drafter", next(iter(models.drafters)), list(models.drafters)))
-    controls.append(slider("conversation", 0, 0, len(models.prompts) - 1))
 
     @lru_cache(maxsize=8)
     def decoded(drafter: str, temperature: float) -> tuple[Decoded, dict[str, pd.DataFrame]]:
@@ -436,15 +376,14 @@ def explore_acceptance(
         )
         tables = {"trace": run.trace}
         if len(run.trace):
-            tables["tau"] = tau_table(trace_sums(run.trace))
+            tables["tau"] = rates.tau_table(rates.trace_sums(run.trace))
         return run, tables
 
     def draw(chosen: SimpleNamespace) -> Frame:
         drafter = models.drafters[chosen.drafter]
         if chosen.view in _OF_CONFIDENCE and not drafter.config.enable_confidence_head:
-            raise ValueError(
-                f"{chosen.view} needs a drafter with a confidence head, got {chosen.drafter}"
-            )
+            missing = f"needs a drafter with a confidence head, got {chosen.drafter}"
+            raise ValueError(f"{chosen.view} {missing}")
         run, tables = decoded(chosen.drafter, chosen.temperature)
         frame = _frame(chosen.view, run, models, chosen.conversation)
         return replace(frame, tables=frame.tables | tables)
@@ -459,18 +398,22 @@ def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
         return Frame({"tokens": table}, html=outcome_legend(table) + outcome_text(table))
     if view in _RATE_OF_VIEW:
         value = _RATE_OF_VIEW[view]
-        table = rate_table(trace_sums(run.trace))
-        return Frame({"rates": table}, png=png(plot_rates(table, value)), alt=f"{value} by slot")
-    if view == "reliability":
-        tables = reliability_tables(*split_prompts(run.trace))
+        name, alt = "rates", f"{value} by slot"
+        table = rates.rate_table(rates.trace_sums(run.trace))
+        figure = plot_rates(table, value)
+    elif view == "reliability":
+        name, alt = view, "reliability diagram"
+        tables = rates.reliability_tables(*rates.split_prompts(run.trace))
         table = pd.concat(tables, names=["values", "bin"]).reset_index()
         figure = plot_reliability(tables)
-        return Frame({"reliability": table}, png=png(figure), alt="reliability diagram")
-    if view == "thresholds":
-        table = threshold_sweep(run.trace)
+    elif view == "thresholds":
+        name, alt = view, "a sweep of thresholds"
+        table = rates.threshold_sweep(run.trace)
         figure = plot_thresholds(table)
-        return Frame({"thresholds": table}, png=png(figure), alt="a sweep of thresholds")
-    by = "domain" if view == "domains" else "kind"
-    kinds = token_kinds(run.trace["token"], models.to_text)
-    table = study(run.trace.assign(kind=kinds), by=[by])
-    return Frame({"bias": table}, png=png(plot_bias(table, by)), alt=f"bias by {by}")
+    else:
+        by = "domain" if view == "domains" else "kind"
+        name, alt = "bias", f"bias by {by}"
+        kinds = token_kinds(run.trace["token"], models.to_text)
+        table = rates.study(run.trace.assign(kind=kinds), by=[by])
+        figure = plot_bias(table, by)
+    return Frame({name: table}, png=style.png(figure), alt=alt)

@@ -120,8 +120,7 @@ def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
         ax.axhline(goal, color=style.INK, linestyle=":", linewidth=1)
         style.add_note(ax, f"{goal:.0%}", (0, goal), (3, 2), x="axes fraction")
     style.doubling_axis(ax, table["num_anchors"])
-    ax.set_xlabel("anchors per row (num_anchors)")
-    ax.set_ylim(0, 1.02)
+    ax.set(xlabel="anchors per row (num_anchors)", ylim=(0, 1.02))
     style.percent_axis(ax, "supervised tokens covered in one pass")
     style.add_title(ax, "line: expected (closed form)   mark: sampled")
     style.add_legend(ax, loc="lower right")
@@ -140,8 +139,7 @@ def plot_packing(table: pd.DataFrame) -> Figure:
         look = style.line_look(i) | {"linestyle": "--" if per == "document" else "-"}
         ax.plot(part["num_anchors"], part["expected"], label=f"{row}, per {per}", **look)
     style.doubling_axis(ax, table["num_anchors"])
-    ax.set_xlabel("anchors (num_anchors)")
-    ax.set_ylim(0, 1.02)
+    ax.set(xlabel="anchors (num_anchors)", ylim=(0, 1.02))
     style.percent_axis(ax, "supervised tokens covered")
     style.add_legend(ax)
     return figure

@@ -16,18 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from dspark_lab import decoding
 from dspark_lab.checks import checked
-from dspark_lab.decoding import (
-    OUTCOMES,
-    Decoded,
-    Decoding,
-    Prompt,
-    Round,
-    column,
-    decode_rounds,
-    distribution_table,
-    outcome_table,
-)
+from dspark_lab.decoding import Decoded, Decoding, Prompt, Round
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
 from dspark_lab.explore.style import BLUE, INK, ORANGE, RED, visible_text
@@ -77,8 +68,8 @@ def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
 @checked
 def outcome_legend(table: pd.DataFrame) -> str:
     """The key to :func:`outcome_text` in HTML, with the number of tokens of each outcome."""
-    counts = column(table, "outcome").value_counts()
-    shown = [name for name in OUTCOMES if name in counts]
+    counts = decoding.column(table, "outcome").value_counts()
+    shown = [name for name in decoding.OUTCOMES if name in counts]
     spans = [explorer.marked_text(f"{name} {counts[name]}", [name]) for name in shown]
     return f'{_OUTCOME_STYLE}<div class="dspark-outcomes">{" ".join(spans)}</div>'
 
@@ -137,8 +128,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     ax.set_xticks([tick for tick in ticks if tick <= 1])
     ax.set_xlim(0, 1.3 * longest)
     ax.xaxis.set_major_formatter("{x:.0%}")
-    ax.set_xlabel("probability")
-    ax.set_ylabel("token")
+    ax.set(xlabel="probability", ylabel="token")
     if drafted_text is None and table["drafted"].any():
         drafted_text = table.loc[table["drafted"], "text"].iloc[0]
     title = "nothing drafted"
@@ -248,7 +238,7 @@ class DecodingExplorer(ipywidgets.VBox):
         """
         if self.decoded is None:
             return {}
-        tables = {"tokens": outcome_table(self.decoded, self._models.to_text)}
+        tables = {"tokens": decoding.outcome_table(self.decoded, self._models.to_text)}
         if self.rounds:
             tables["distributions"] = self._distributions()
         tables |= {"rounds": self.decoded.rounds, "trace": self.decoded.trace}
@@ -317,36 +307,36 @@ class DecodingExplorer(ipywidgets.VBox):
         options = {name: settings[name] for name in ("temperature", "max_new_tokens", "seed")}
         model, drafter = self._models.target, self._models.drafters[self._drafter]
         threshold = settings["threshold"] or None
-        decoding = decode_rounds(model, drafter, [chosen], threshold=threshold, **options)
+        run = decoding.decode_rounds(model, drafter, [chosen], threshold=threshold, **options)
         self._status.value = "reading the prompt"
         redraw_at = 0.0
-        for round_ in self._until_stopped(decoding):
+        for round_ in self._until_stopped(run):
             draft, target = round_.draft_probs.cpu(), round_.target_probs.cpu()
             self.rounds.append(replace(round_, draft_probs=draft, target_probs=target))
             if time.monotonic() > redraw_at:
                 redraw_at = time.monotonic() + REDRAW_SECONDS
-                self._show_answer(decoding.result())
+                self._show_answer(run.result())
                 self._status.value = f"round {len(self.rounds)}"
             yield
-        self.decoded = decoding.result()
+        self.decoded = run.result()
         self._show_answer(self.decoded)
         self.step["round"].max = max(0, len(self.rounds) - 1)
         self._choose_round()
         self._status.value = "and now without the drafter, to compare"
-        plain = decode_rounds(model, None, [chosen], **options)
+        plain = decoding.decode_rounds(model, None, [chosen], **options)
         for _ in self._until_stopped(plain):
             yield
         self.plain = plain.result()
         self._status.value = self._in_words(self.decoded)
 
-    def _until_stopped(self, decoding: Decoding) -> Iterator[Round]:
-        for round_ in decoding:
+    def _until_stopped(self, run: Decoding) -> Iterator[Round]:
+        for round_ in run:
             yield round_
             if self._stopped:
                 return
 
     def _show_answer(self, decoded: Decoded) -> None:
-        table = outcome_table(decoded, self._models.to_text)
+        table = decoding.outcome_table(decoded, self._models.to_text)
         self._text.value = outcome_legend(table) + outcome_text(table, drafts=self.drafts.value)
 
     def _show_again(self, _change: object) -> None:
@@ -391,7 +381,7 @@ class DecodingExplorer(ipywidgets.VBox):
 
     def _distributions(self) -> pd.DataFrame:
         round_ = self.rounds[self.step["round"].value]
-        return distribution_table(round_, self.step["slot"].value, self._models.to_text)
+        return decoding.distribution_table(round_, self.step["slot"].value, self._models.to_text)
 
     def _show_step(self, _change: object = None) -> None:
         shown = explorer.Frame({})

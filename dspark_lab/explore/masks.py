@@ -172,8 +172,7 @@ def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None 
         _rule(ax, np.arange(rows), np.arange(columns), linewidth=0.3)
     for axis, tiles in ((ax.xaxis, columns), (ax.yaxis, rows)):
         axis.set_ticks(range(0, tiles, -(-tiles // 6)))
-    ax.set_xlabel(f"key tiles of {tile_size}")
-    ax.set_ylabel(f"query tiles of {tile_size}")
+    ax.set(xlabel=f"key tiles of {tile_size}", ylabel=f"query tiles of {tile_size}")
     handles = []
     for state, count in zip(TILE_STATES, tile_table(states)["tiles"], strict=True):
         colour = TILE_COLOURS.get(state, "none")
@@ -224,10 +223,8 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
         ax.barh(labels, shares[state], left=left, color=colour, label=state, **look)
         left = left + shares[state]
     ax.invert_yaxis()
-    ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter("{x:.0%}")
-    ax.set_xlabel("share of tiles")
-    ax.set_ylabel("tile size · anchors")
+    ax.set(xlim=(0, 1), xlabel="share of tiles", ylabel="tile size · anchors")
     style.legend_above(ax, 3)
     return figure
 
@@ -254,8 +251,7 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
     image[..., :3] /= np.maximum(image[..., 3:], 1e-9)
     bottom, right = np.multiply(inside.shape, pixel) - 0.5
     ax.imshow(image, extent=(-0.5, right, bottom, -0.5), aspect="auto", interpolation="nearest")
-    ax.set_xlim(-0.5, columns - 0.5)
-    ax.set_ylim(rows - 0.5, -0.5)
+    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     ax.spines[:].set_visible(True)
 
 

@@ -69,8 +69,7 @@ def load_models(
         name: one if isinstance(one, Drafter) else load_drafter(one, target=target)
         for name, one in drafters.items()
     }
-    chats = [prompt if isinstance(prompt, Chat) else None for prompt in prompts]
-    domains = [(chat.domain if chat else None) or "none" for chat in chats]
+    domains = [(isinstance(prompt, Chat) and prompt.domain) or "none" for prompt in prompts]
     asked = [question(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts]
     for one in loaded.values():
         # Refuses what does not fit together; no round of it is asked for.

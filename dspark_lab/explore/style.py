@@ -86,7 +86,7 @@ def add_note(
     ax.annotate(text, place, xycoords=(x, y), xytext=shift, textcoords="offset points", **look)
 
 
-def add_legend(ax: Axes, **options: Any) -> None:
+def add_legend(ax: Axes | Figure, **options: Any) -> None:
     ax.legend(frameon=False, labelcolor=INK, fontsize=8, **options)
 
 
