@@ -21,6 +21,7 @@ from dspark_lab.decoding import (
     Decoded,
     Round,
     decode,
+    decode_rounds,
     distribution_table,
     outcome_table,
 )
@@ -617,14 +618,14 @@ def failing(problem: Exception) -> Callable[..., Iterator[Round]]:
 
 def test_a_sentence_is_shown_as_text(monkeypatch):
     explorer = decoding()
-    monkeypatch.setattr(decoding_module, "decode_rounds", failing(ValueError("no <b>bold</b> & x")))
+    monkeypatch.setattr("dspark_lab.decoding.decode_rounds", failing(ValueError("no <b>bold</b> & x")))
     explorer.run()
     assert refusal(explorer) == "no &lt;b&gt;bold&lt;/b&gt; &amp; x"
 
 
 def test_an_error_that_is_no_refusal_is_not_hidden_and_leaves_the_buttons(monkeypatch):
     explorer = decoding()
-    monkeypatch.setattr(decoding_module, "decode_rounds", failing(RuntimeError("out of memory")))
+    monkeypatch.setattr("dspark_lab.decoding.decode_rounds", failing(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         explorer.run()
     assert buttons(explorer) == IDLE and explorer.tables == {}
@@ -735,14 +736,14 @@ def test_a_run_can_be_stopped_before_its_first_round():
 
 def test_a_second_click_does_not_start_a_second_run(monkeypatch):
     begun = []
-    original = decoding_module.decode_rounds
+    original = decode_rounds
 
     def counted(target: Target, drafter: Drafter | None, *rest: Any, **options: Any) -> Any:
         begun.append(drafter is not None)
         return original(target, drafter, *rest, **options)
 
     explorer = decoding(max_new_tokens=15, run=False)
-    monkeypatch.setattr(decoding_module, "decode_rounds", counted)
+    monkeypatch.setattr("dspark_lab.decoding.decode_rounds", counted)
 
     async def click_twice(rounds_before: int) -> None:
         explorer.run_button.click()

@@ -28,8 +28,6 @@ Rate = Literal["conditional", "survival"]
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 # Those of the views that look at the confidence alone.
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
-_RATE_OF_VIEW: dict[str, Rate] = {"rates": "conditional", "survival": "survival"}
-
 _PANELS_PER_LINE = 4
 _KIND_LOOKS: dict[str, dict[str, Any]] = {
     "on policy": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4},
@@ -54,12 +52,18 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
     Args:
         table: from :func:`dspark_lab.rates.rate_table`, kept apart by such as ``by="drafter"``, or
             from :func:`dspark_lab.rates.slot_table`.
-        value: the rate to show.
     """
     label, *interval = _RATES[value]
     groups = _groups(table)
     if "kind" in table and table["kind"].nunique() > 1:
-        figure, axes = _panels(len(groups))
+        columns = min(len(groups), _PANELS_PER_LINE)
+        lines = -(-len(groups) // columns)
+        # No less than a legend in one line needs.
+        width = max(2.7 * columns, 6.5)
+        figure, panels = style.new_figure(width + 0.5, 2.5 * lines + 0.5, columns, lines)
+        axes, unused = np.split(np.atleast_1d(panels), [len(groups)])
+        for ax in unused:
+            ax.remove()
         for ax, (name, part) in zip(axes, groups.items(), strict=True):
             for kind, line in part.groupby("kind", sort=False):
                 look = _KIND_LOOKS.get(str(kind), {"color": INK, "linestyle": "-."})
@@ -111,27 +115,11 @@ def _plot_rate(
     ax.plot(line["slot"], line[value], **look)
 
 
-def _panels(count: int) -> tuple[Figure, np.ndarray]:
-    """Axes of one size each, a few a line."""
-    columns = min(count, _PANELS_PER_LINE)
-    lines = -(-count // columns)
-    # No less than a legend in one line needs.
-    width = max(2.7 * columns, 6.5)
-    figure, axes = style.new_figure(width + 0.5, 2.5 * lines + 0.5, columns, lines)
-    axes = np.atleast_1d(axes)
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, axes[:count]
-
-
 def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Outcome against confidence, bin by bin; a calibrated head lies on the diagonal.
 
-    The larger a bin's mark, the more slots it holds; the strip below counts them.
-
-    Args:
-        tables: a name, such as ``"raw"`` or ``"scaled"``, and its table from
-            :func:`dspark_lab.rates.reliability_table`; each gets a panel.
+    The larger a bin's mark, the more slots it holds; the strip below counts them. Each table, from
+    :func:`dspark_lab.rates.reliability_table`, has a panel with its name, such as ``"raw"``.
     """
     tables = style.tables_by_name(tables)
     count = len(tables)
@@ -163,8 +151,7 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
     """How much too sure a confidence head is, with its 95 % interval, group by group.
 
     Args:
-        table: from :func:`dspark_lab.rates.study`, grouped by the same columns: ``bias``,
-            ``bias_low`` and ``bias_high``.
+        table: from :func:`dspark_lab.rates.study`, grouped by the same columns.
         by: one column, whose values stand on the axis, or two, the second of which is told apart by
             colours and marks.
     """
@@ -199,10 +186,8 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
 def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure:
     """What a static threshold buys, a higher acceptance rate, and what it costs.
 
-    Args:
-        tables: from :func:`dspark_lab.rates.threshold_sweep`, one or several by name:
-            ``threshold``, ``acceptance_rate``, ``verified`` and ``accepted``; columns such as
-            ``verified_low`` and ``verified_high`` are drawn as bands.
+    The tables, one or several by name, are from :func:`dspark_lab.rates.threshold_sweep`. Columns
+    such as ``verified_low`` and ``verified_high`` are drawn as bands.
     """
     named = style.tables_by_name(tables)
     height = 3.5 + 0.18 * (len(named) - 1)
@@ -234,9 +219,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
 def plot_calibration(report: pd.DataFrame) -> Figure:
     """The calibration error of each slot before and after scaling, and how well it ranks.
 
-    Args:
-        report: from :func:`dspark_lab.rates.calibration_report`: ``slot`` (with ``"all"``),
-            ``ece``, ``ece_scaled``, ``auroc`` and ``auroc_scaled``.
+    ``report`` is from :func:`dspark_lab.rates.calibration_report`.
     """
     figure, (left, right) = style.new_figure(8.6, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
@@ -260,11 +243,9 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
 
 
 def plot_drift(table: pd.DataFrame) -> Figure:
-    """The calibration error before and after an abrupt change of domain, window by window.
+    """The calibration error around an abrupt change of domain, window by window.
 
-    Args:
-        table: from :func:`dspark_lab.rates.drift_table`: ``start``, ``rounds``, ``ece_raw``,
-            ``ece_static`` and ``ece_online``.
+    ``table`` is from :func:`dspark_lab.rates.drift_table`.
     """
     figure, ax = style.new_figure(7, 3.2)
     lines = {
@@ -292,9 +273,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
 def plot_gain(table: pd.DataFrame) -> Figure:
     """What each way to choose what is verified gains in speed over the raw confidence.
 
-    Args:
-        table: from :func:`dspark_lab.serving.gain_table`: ``values``, ``threshold``,
-            ``gain_percent``, ``gain_low`` and ``gain_high``.
+    ``table`` is from :func:`dspark_lab.serving.gain_table`.
     """
     figure, ax = style.new_figure(7, 0.42 * len(table) + 1.0)
     ax.axvline(0, color=INK, linewidth=1)
@@ -350,8 +329,7 @@ def explore_acceptance(
             row at a time does so here, too.
 
     Returns:
-        an explorer whose ``table`` is the one behind the view; ``tables["trace"]`` is the trace,
-        ``tables["tau"]`` tau with its intervals.
+        an explorer with the view's table, ``trace`` and ``tau`` with its intervals.
     """
     models = load_models(target, drafter, prompts)
     names = list(models.drafters)
@@ -362,18 +340,13 @@ def explore_acceptance(
         slider("conversation", 0, 0, len(models.prompts) - 1),
     ]
 
+    options: dict[str, Any] = {"domains": models.domains, "max_new_tokens": max_new_tokens}
+    options |= {"batch_size": batch_size if models.target.decodes_batches else None, "seed": seed}
+
     @lru_cache(maxsize=8)
-    def decoded(drafter: str, temperature: float) -> tuple[Decoded, dict[str, pd.DataFrame]]:
-        run = decode(
-            models.target,
-            models.drafters[drafter],
-            models.prompts,
-            domains=models.domains,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size if models.target.decodes_batches else None,
-            seed=seed,
-        )
+    def decoded(name: str, temperature: float) -> tuple[Decoded, dict[str, pd.DataFrame]]:
+        drafter = models.drafters[name]
+        run = decode(models.target, drafter, models.prompts, temperature=temperature, **options)
         tables = {"trace": run.trace}
         if len(run.trace):
             tables["tau"] = rates.tau_table(rates.trace_sums(run.trace))
@@ -396,8 +369,8 @@ def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
     if view == "text":
         table = outcome_table(run, models.to_text, conversation)
         return Frame({"tokens": table}, html=outcome_legend(table) + outcome_text(table))
-    if view in _RATE_OF_VIEW:
-        value = _RATE_OF_VIEW[view]
+    if view in ("rates", "survival"):
+        value: Rate = "survival" if view == "survival" else "conditional"
         name, alt = "rates", f"{value} by slot"
         table = rates.rate_table(rates.trace_sums(run.trace))
         figure = plot_rates(table, value)

@@ -19,8 +19,6 @@ from dspark_lab.explore import style
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, marked_text, slider
 from dspark_lab.tuning import token_coverage
 
-TOKEN_STATES = ("prompt", "not covered", "covered", "never a label", "padding")
-
 
 @checked
 def token_table(
@@ -34,8 +32,9 @@ def token_table(
     Returns:
         one line per token: ``position`` in the row, ``document`` (-1 on padding), ``token_id``,
         ``text``, ``supervised``, ``candidate``, ``anchor``, ``times_supervised`` by this draw,
-        ``p_covered`` (probability that a draw of as many anchors covers it) and ``state``, one of
-        ``TOKEN_STATES``; *never a label* is supervised but first of its run: no anchor reaches it.
+        ``p_covered`` (probability that a draw of as many anchors covers it) and ``state``:
+        *prompt*, *not covered* or *covered* by this draw, *never a label*, which is supervised but
+        first of its run, so that no anchor reaches it, or *padding*.
     """
     one, drawn = batch.row(row), blocks.row(row)
     seq_len = drawn.seq_len
@@ -67,10 +66,9 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
     """What each slot of one row's blocks reads, where it stands, and what it should predict.
 
     Returns:
-        one line per slot: ``block``, ``kept``, ``slot``, ``position_id``, ``input`` (see
+        one line per slot: ``block``, ``kept``, ``slot``, ``position_id``, ``input`` (from
         :func:`slot_inputs`), ``context`` (how many context tokens it sees), ``label_position``,
-        ``label`` (text; empty where the label lies past the row or the block is a dummy) and
-        ``supervised``.
+        ``label`` (text; empty past the row and in dummy blocks) and ``supervised``.
     """
     drawn, block_size = blocks.row(row), blocks.block_size
     ranges = ContextRanges.of(drawn)
@@ -104,11 +102,9 @@ def slot_inputs(blocks: Blocks, to_text: Callable[[int], str]) -> list[str]:
 
 
 def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
-    """Coverage against ``num_anchors``: the closed form as lines, draws as marks.
+    """Coverage, from :func:`dspark_lab.tuning.coverage_table`, against ``num_anchors``.
 
-    Args:
-        table: from :func:`dspark_lab.tuning.coverage_table`.
-        goal: a share to mark with a dotted line; None for none.
+    Lines are the closed form, marks are draws; a dotted line is the ``goal``, a share.
     """
     figure, ax = style.new_figure(7, 3.6)
     for i, (block_size, part) in enumerate(table.groupby("block_size")):
@@ -130,9 +126,8 @@ def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
 def plot_packing(table: pd.DataFrame) -> Figure:
     """Coverage when rows hold several documents.
 
-    Args:
-        table: columns ``row`` (what a row is, as text), ``anchors per`` (``row`` or ``document``),
-            ``num_anchors`` and ``expected``.
+    The columns are ``row`` (what a row is, as text), ``anchors per`` (``row`` or ``document``),
+    ``num_anchors`` and ``expected``.
     """
     figure, ax = style.new_figure(7, 3.4)
     for i, ((row, per), part) in enumerate(table.groupby(["row", "anchors per"], sort=False)):
@@ -166,12 +161,9 @@ _TOKEN_STYLE = """<style>
 
 @checked
 def token_text(table: pd.DataFrame) -> str:
-    """A conversation as text in HTML, token by token, coloured by what each token is.
+    """A :func:`token_table` as text in HTML, each token in the colour of its state.
 
     Hovering over a token tells its position, id and state.
-
-    Args:
-        table: from :func:`token_table`.
     """
     spans, document = [], 0
     for token in table[table["state"] != "padding"].itertuples(index=False):
@@ -229,8 +221,7 @@ def explore_anchors(
             Packed, as many conversations share a row as fit, the chosen one first in line.
 
     Returns:
-        an explorer with the tables ``tokens`` (:func:`token_table`) and ``blocks``
-        (:func:`block_table`).
+        an explorer with the tables ``tokens`` and ``blocks``.
     """
     rows = ConversationRows(chats, tokenizer)
 
@@ -241,8 +232,7 @@ def explore_anchors(
         tables = {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)}
         return Frame(tables, html=token_legend(tokens) + token_text(tokens))
 
-    controls = rows.controls(conversation, packed, row_length)
-    controls += draw_controls(num_anchors, block_size, seed)
+    controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
     return Explorer("explore_anchors", controls, draw)
 
 
@@ -257,13 +247,25 @@ class ConversationRows:
         self.to_text = lru_cache(maxsize=None)(lambda token_id: tokenizer.decode([token_id]))
         self.encoded = lru_cache(maxsize=None)(lambda index: encode(self.chats[index], tokenizer))
 
-    def controls(self, conversation: int, packed: bool, row_length: int) -> list[Any]:
+    def controls(
+        self,
+        conversation: int,
+        packed: bool,
+        row_length: int,
+        num_anchors: int,
+        block_size: int,
+        seed: int,
+    ) -> list[Any]:
+        """The controls of a row and of a draw of blocks on it."""
         last = len(self.chats) - 1
         Within(0, last).check("conversation", conversation)
         return [
             slider("conversation", conversation, 0, last),
             checkbox("packed", packed),
             slider("row_length", row_length, 64, 4096, step=64),
+            slider("num_anchors", num_anchors, 1, 128),
+            slider("block_size", block_size, 1, 32),
+            slider("seed", seed, 0, 99),
         ]
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
@@ -303,15 +305,6 @@ def loaded_tokenizer(tokenizer: Any) -> Any:
         kind = type(tokenizer).__name__
         raise TypeError(f"tokenizer must be a tokenizer, its name or its folder, got {kind}")
     return tokenizer
-
-
-def draw_controls(num_anchors: int, block_size: int, seed: int) -> list[Any]:
-    """The controls of a draw of blocks."""
-    return [
-        slider("num_anchors", num_anchors, 1, 128),
-        slider("block_size", block_size, 1, 32),
-        slider("seed", seed, 0, 99),
-    ]
 
 
 def _around_answer(encoded: Encoded, context: int | None) -> Encoded:

@@ -50,15 +50,11 @@ _OUTCOME_STYLE = """<style>
 
 @checked
 def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
-    """An answer as text in HTML, token by token, coloured by what became of each.
+    """An answer, from :func:`dspark_lab.decoding.outcome_table`, as text in HTML.
 
-    Drafted tokens that are not part of the answer stand where they were proposed, small, struck
-    through or faint, before the token that came in their place. Hovering over a token tells its
-    round and slot, its outcome, its confidence and its rates.
-
-    Args:
-        table: from :func:`dspark_lab.decoding.outcome_table`.
-        drafts: whether to show what is not part of the answer.
+    Each token has the colour of its outcome. Drafted tokens that are not part of the answer stand,
+    unless ``drafts`` is False, where they were proposed, small, struck through or faint, before the
+    token that came in their place. Hovering over a token tells its round, slot, outcome and rates.
     """
     shown = table if drafts else table[table["kept"]]
     spans = [_outcome_span(token) for token in shown.itertuples(index=False)]
@@ -89,19 +85,14 @@ def _outcome_span(token: Any) -> str:
     return explorer.marked_text(text, [token.outcome], facts)
 
 
-def _token_name(text: str, token: int) -> str:
-    return text if token < 0 else visible_text(text) or f"(id {token})"
-
-
 def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> Figure:
-    """The draft's and the target's distribution at one slot, token by token.
+    """The two distributions at one slot, from :func:`dspark_lab.decoding.distribution_table`.
 
-    Of each pair of bars the filled part is the overlap, whose sum is the accept rate, in the title;
+    The filled part of each pair of bars is the overlap, whose sum is the accept rate, in the title;
     the outline is what one of them has more. A diamond, where it is not 0, is the probability with
     which the token is drawn in place of a rejected one.
 
     Args:
-        table: from :func:`dspark_lab.decoding.distribution_table`.
         drafted_text: how the title names the drafted token; by default by its text in the table.
     """
     figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
@@ -120,7 +111,9 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
         if words:
             note = "← " + ",\n    ".join(words)
             style.add_note(ax, note, (ends.iloc[i], i), (8, 0), va="center")
-    ax.set_yticks(y, list(map(_token_name, table["text"], table["token"])))
+    written = table["text"].map(visible_text)
+    named = written.where(written != "", "(id " + table["token"].astype(str) + ")")
+    ax.set_yticks(y, named.where(table["token"] >= 0, table["text"]))
     ax.set_ylim(len(table) - 0.4, -0.6)
     # Room for the words beside the longest bar, but no tick beyond certainty.
     longest = float(ends.max())

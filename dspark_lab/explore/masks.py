@@ -25,13 +25,14 @@ from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Chat
 from dspark_lab.checks import checked
 from dspark_lab.explore import style
-from dspark_lab.explore.anchors import ConversationRows, block_table, draw_controls
+from dspark_lab.explore.anchors import ConversationRows, block_table
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
+from dspark_lab.explore.style import BLUE, INK, ORANGE, PINK, RED, SKY, visible_text
 
 REGIONS = ("hidden", "context prefix", "own block", "dummy block")
-REGION_COLOURS = {"context prefix": style.SKY, "own block": style.RED, "dummy block": style.PINK}
+REGION_COLOURS = {"context prefix": SKY, "own block": RED, "dummy block": PINK}
 TILE_STATES = ("empty", "partial", "full")
-TILE_COLOURS = {"partial": style.ORANGE, "full": style.BLUE}
+TILE_COLOURS = {"partial": ORANGE, "full": BLUE}
 TILE_SIZES = (16, 32, 64, 128, 256)
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
 MOST_NAMED_CELLS = 48
@@ -46,7 +47,7 @@ States = Int[Tensor, "query_tile key_tile"]
 def mask_regions(blocks: Blocks, *, documents: bool = True, row: int = 0) -> Regions:
     """Each pair of one row's attention mask as an index into ``REGIONS``, int8.
 
-    With ``documents`` False, blocks see all documents before them, as a trainer would have it that
+    With ``documents`` False, blocks see all documents before them: the mask of a trainer that
     forgets that its rows are packed.
     """
     one = blocks.row(row)
@@ -84,9 +85,9 @@ def sorting_table(
     """Tiles with anchors in ascending order and shuffled: what sorting them is worth.
 
     Returns:
-        one line per tile size and order (``as drawn``, that is ascending, and ``shuffled``): the
-        tiles in each state over all rows; ``work``, the share of pairs that a kernel computes
-        (partial and full tiles); and ``wasted``, the share of that work that the mask hides.
+        for each tile size and order (``as drawn``, that is ascending, or ``shuffled``) the tiles in
+        each state over all rows; ``work``, the share of pairs that a kernel computes (partial and
+        full tiles); and ``wasted``, the share of that work that the mask hides.
     """
     drawn = ContextRanges.of(blocks)
     orders = {"as drawn": drawn, "shuffled": ContextRanges.of(_shuffled(blocks, seed))}
@@ -124,14 +125,13 @@ def plot_mask(
 ) -> Figure:
     """The attention mask with its regions in colour: queries down, keys across.
 
-    A small mask is drawn cell by cell with the tokens on its axes. A large one is averaged: the
-    deeper a pixel's colour, the larger the share of its pairs that is visible, so nothing that is
-    there falls between the pixels.
+    A small mask is drawn cell by cell with the tokens on its axes. In a large one, a pixel is as
+    deep as the share of its pairs that is visible, so nothing falls between the pixels.
 
     Args:
         regions: from :func:`mask_regions`.
-        context_text: names of the context tokens; positions where None.
-        slot_text: names of the slots' input tokens.
+        context_text, slot_text: names of the context tokens, their positions where None, and of the
+            slots' input tokens.
         ax: draw here instead of in a new figure.
     """
     queries, keys = regions.shape
@@ -142,9 +142,19 @@ def plot_mask(
     present = [i for i in regions.unique().tolist() if REGIONS[i] in REGION_COLOURS]
     colours = {i: REGION_COLOURS[REGIONS[i]] for i in present}
     _paint(ax, regions, colours)
-    ax.axvline(seq_len - 0.5, color=style.INK, linewidth=1)
+    ax.axvline(seq_len - 0.5, color=INK, linewidth=1)
     if named:
-        _name_cells(ax, queries, seq_len, block_size, context_text, slot_text)
+        context = [visible_text(text) for text in context_text or map(str, range(seq_len))]
+        inputs = [visible_text(text) for text in slot_text or [""] * queries]
+        slots = [f"{i // block_size}.{i % block_size} {text}" for i, text in enumerate(inputs)]
+        ax.set_xticks(range(keys), context + slots, rotation=90)
+        ax.set_yticks(range(queries), slots)
+        ax.tick_params(labelsize=7 if keys <= 40 else 6, length=0)
+        _rule(ax, np.arange(queries), np.arange(keys), linewidth=0.3)
+        edges = np.arange(block_size, queries, block_size)
+        _rule(ax, edges, seq_len + edges, linewidth=1)
+        ax.set_xlabel("keys: context tokens, then slots (block.slot input)")
+        ax.set_ylabel("queries: slots (block.slot input)")
     else:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
@@ -156,18 +166,15 @@ def plot_mask(
 
 
 def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None = None) -> Figure:
-    """The tile map that a FlexAttention kernel works through: empty, partial, full.
+    """The tiles that a FlexAttention kernel works through, from :func:`tile_states`.
 
-    Args:
-        states: from :func:`tile_states`.
-        seq_len: context tokens in a row; a line marks where they end.
-        ax: draw here instead of in a new figure.
+    A line marks where the ``seq_len`` context tokens end. ``ax`` is as in :func:`plot_mask`.
     """
     rows, columns = states.shape
     if ax is None:
         _, ax = style.new_figure(8.0, 4.6)
     _paint(ax, states, {TILE_STATES.index(state): colour for state, colour in TILE_COLOURS.items()})
-    ax.axvline(seq_len / tile_size - 0.5, color=style.INK, linewidth=1)
+    ax.axvline(seq_len / tile_size - 0.5, color=INK, linewidth=1)
     if rows * columns <= 4000:
         _rule(ax, np.arange(rows), np.arange(columns), linewidth=0.3)
     for axis, tiles in ((ax.xaxis, columns), (ax.yaxis, rows)):
@@ -176,7 +183,7 @@ def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None 
     handles = []
     for state, count in zip(TILE_STATES, tile_table(states)["tiles"], strict=True):
         colour = TILE_COLOURS.get(state, "none")
-        handles.append(Patch(facecolor=colour, edgecolor=style.INK, label=f"{state} {count}"))
+        handles.append(Patch(facecolor=colour, edgecolor=INK, label=f"{state} {count}"))
     style.legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
 
@@ -208,15 +215,11 @@ def mask_and_tiles(
 
 
 def plot_sorting(table: pd.DataFrame) -> Figure:
-    """Tiles in each state with anchors in ascending order and shuffled, as stacked bars.
-
-    Args:
-        table: from :func:`sorting_table`.
-    """
+    """The tiles in each state, from :func:`sorting_table`, as stacked bars."""
     figure, ax = style.new_figure(7, 0.34 * len(table) + 1.3)
     labels = table["tile_size"].astype(str) + " · " + table["order"]
     shares = table[list(TILE_STATES)].div(table[list(TILE_STATES)].sum(axis=1), axis=0)
-    look = {"edgecolor": style.INK, "linewidth": 0.6}
+    look = {"edgecolor": INK, "linewidth": 0.6}
     left = np.zeros(len(table))
     for state in ("full", "partial", "empty"):
         colour = TILE_COLOURS.get(state, "none")
@@ -257,30 +260,8 @@ def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) 
 
 def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> None:
     """Lines above the given rows and left of the given columns of cells."""
-    ax.hlines(rows - 0.5, *ax.get_xlim(), color=style.INK, linewidth=linewidth)
-    ax.vlines(columns - 0.5, *ax.get_ylim(), color=style.INK, linewidth=linewidth)
-
-
-def _name_cells(
-    ax: Axes,
-    queries: int,
-    seq_len: int,
-    block_size: int,
-    context_text: Sequence[str] | None,
-    slot_text: Sequence[str] | None,
-) -> None:
-    context = [style.visible_text(text) for text in context_text or map(str, range(seq_len))]
-    inputs = [style.visible_text(text) for text in slot_text or [""] * queries]
-    slots = [f"{i // block_size}.{i % block_size} {text}" for i, text in enumerate(inputs)]
-    keys = seq_len + queries
-    ax.set_xticks(range(keys), context + slots, rotation=90)
-    ax.set_yticks(range(queries), slots)
-    ax.tick_params(labelsize=7 if keys <= 40 else 6, length=0)
-    _rule(ax, np.arange(queries), np.arange(keys), linewidth=0.3)
-    edges = np.arange(block_size, queries, block_size)
-    _rule(ax, edges, seq_len + edges, linewidth=1)
-    ax.set_xlabel("keys: context tokens, then slots (block.slot input)")
-    ax.set_ylabel("queries: slots (block.slot input)")
+    ax.hlines(rows - 0.5, *ax.get_xlim(), color=INK, linewidth=linewidth)
+    ax.vlines(columns - 0.5, *ax.get_ylim(), color=INK, linewidth=linewidth)
 
 
 @checked
@@ -300,9 +281,7 @@ def explore_masks(
     """What each block of a conversation sees, pair by pair and tile by tile.
 
     Args:
-        chats, tokenizer: as in :func:`explore_anchors`.
-        num_anchors, block_size, tile_size, seed, conversation, packed, row_length: where the
-            controls start.
+        chats, tokenizer: as in :func:`explore_anchors`; all others are where the controls start.
         context: how many tokens around the first answer to keep; with few tokens and blocks the
             mask is drawn cell by cell.
 
@@ -332,13 +311,10 @@ def explore_masks(
         alt = "the attention mask with its regions, and its tiles"
         return Frame(tables, png=style.png(figure), alt=alt)
 
-    controls = [
-        *rows.controls(conversation, packed, row_length),
-        slider("context", context, 8, 1024),
-        *draw_controls(num_anchors, block_size, seed),
-        selection_slider("tile_size", tile_size, TILE_SIZES),
-        checkbox("shuffled", False),
-    ]
+    controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
+    controls.insert(3, slider("context", context, 8, 1024))
+    controls.append(selection_slider("tile_size", tile_size, TILE_SIZES))
+    controls.append(checkbox("shuffled", False))
     return Explorer("explore_masks", controls, draw)
 
 

@@ -42,32 +42,27 @@ def load_models(
     """Load what is not loaded yet; the pocket pair where neither target nor drafter is given."""
     if (target is None) != (drafter is None):
         raise ValueError("target and drafter must be given together, got one of them")
-    drafters: Mapping[str, DrafterLike]
     if target is None or drafter is None:
         pair = load_pair("pocket")
         target = pair.target
-        drafters = {name: pair.load_drafter(name) for name in drafter_names("pocket")}
+        drafter = {name: pair.load_drafter(name) for name in drafter_names("pocket")}
         if prompts is None:
             prompts = pair.held_out[:: len(pair.held_out) // _SHIPPED_PROMPTS]
-    elif isinstance(drafter, Mapping):
-        drafters = drafter
-    else:
-        name = "drafter" if isinstance(drafter, Drafter) else Path(drafter).name
-        drafters = {name: drafter}
     if not isinstance(target, Target):
         target = load_target(target)
+    if not isinstance(drafter, Mapping):
+        drafter = {"drafter" if isinstance(drafter, Drafter) else Path(drafter).name: drafter}
     if prompts is None:
         # Domains and kinds of questions take turns there: every n-th would be of one kind.
         prompts = random.Random(0).sample(load_chats(), _SHIPPED_PROMPTS)
     elif isinstance(prompts, (str, os.PathLike)):
         prompts = load_chats(prompts)
-    if len(prompts) == 0 or not drafters:
-        raise ValueError(
-            f"there must be a prompt and a drafter at least, got {len(prompts)} and {len(drafters)}"
-        )
+    if len(prompts) == 0 or not drafter:
+        counts = f"{len(prompts)} and {len(drafter)}"
+        raise ValueError(f"there must be a prompt and a drafter at least, got {counts}")
     loaded = {
         name: one if isinstance(one, Drafter) else load_drafter(one, target=target)
-        for name, one in drafters.items()
+        for name, one in drafter.items()
     }
     domains = [(isinstance(prompt, Chat) and prompt.domain) or "none" for prompt in prompts]
     asked = [question(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts]
