@@ -37,4 +37,5 @@ class Page(HTMLParser):
 
 ODD = ("<b>", "$x$", "\n", '"', "'", "&amp;", "</span><script>", "\" onclick='", "-->", "\t ")
 MARKUP = st.lists(st.sampled_from(["&", "lt", "quot", ";", "<", ">", "/", "b", '"', "'", "\n"]))
-ANY_TEXT = MARKUP.map("".join) | st.text(st.characters(exclude_characters="⏎\r"), max_size=6)
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="⏎\r")
+ANY_TEXT = MARKUP.map("".join) | st.text(CHARACTERS, max_size=6)

@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -9,21 +10,11 @@ import pytest
 import torch
 
 from data.make.recipes import write_chats
+from dspark_lab import explore
 from dspark_lab.chats import Chat
 from dspark_lab.decoding import Decoded, decode, encode_prompt, outcome_table, token_kinds
-from dspark_lab.explore import (
-    VIEWS,
-    Explorer,
-    explore_acceptance,
-    outcome_legend,
-    outcome_text,
-    plot_bias,
-    plot_rates,
-    plot_thresholds,
-)
 from dspark_lab.explore import acceptance as acceptance_module
 from dspark_lab.explore.style import BLUE, GREEN, ORANGE
-from dspark_lab.model import Drafter, Target
 from dspark_lab.rates import (
     rate_table,
     reliability_tables,
@@ -58,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("low", [0.651, 0.5, 0.05])
 def test_ticks_of_rates_are_what_their_labels_say(low):
     table = pd.DataFrame({"drafter": "one", "slot": [0, 1], "conditional": [low, 0.831]})
-    figure = plot_rates(table.assign(low=table["conditional"], high=table["conditional"]))
+    figure = explore.plot_rates(table.assign(low=table["conditional"], high=table["conditional"]))
     figure.draw_without_rendering()
     [ax] = figure.axes
     for place, label in zip(ax.get_yticks(), tick_names(ax.yaxis), strict=True):
@@ -68,15 +59,16 @@ def test_ticks_of_rates_are_what_their_labels_say(low):
 
 def test_each_drafter_has_a_panel_with_a_line_for_each_kind():
     drafters = ["one", "two", "three", "four", "five"]
-    table = rates(drafters)
+    parts = dict(list(rates(drafters).groupby(["drafter", "kind"])))
     figure = picture_of("rates")
     assert list(map(title, figure.axes)) == drafters
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(KINDS)
     for ax, name in zip(figure.axes, drafters, strict=True):
         lines = labelled(ax)
         assert tuple(lines) == KINDS
         for kind, line in lines.items():
-            part = table[(table["drafter"] == name) & (table["kind"] == kind)]
-            assert points(line) == part[["slot", "conditional"]].to_numpy().tolist()
+            wanted = parts[name, kind][["slot", "conditional"]]
+            assert points(line) == wanted.to_numpy().tolist()
         drawn = {kind: (line.get_color(), line.get_linestyle()) for kind, line in lines.items()}
         assert drawn["on policy"] == (BLUE, "-")
         assert drawn["predicted"] == (ORANGE, "--")
@@ -89,8 +81,7 @@ def test_panels_stand_four_a_line_on_one_scale():
     boxes = [ax.get_position() for ax in axes]
     assert len({round(box.y0, 3) for box in boxes[:4]}) == 1
     assert boxes[4].y1 < boxes[0].y0 and boxes[4].x0 == pytest.approx(boxes[0].x0)
-    assert len({ax.get_ylim() for ax in axes}) == 1
-    low, high = axes[0].get_ylim()
+    [(low, high)] = {ax.get_ylim() for ax in axes}
     table = rates(["one", "two", "three", "four", "five"])
     assert low < table["low"].min() and high > table["high"].max()
 
@@ -131,22 +122,16 @@ def test_rates_of_one_kind_are_a_line_with_its_band_for_each_drafter_in_one_pane
     assert bands(ax) == [pytest.approx(one) for one in wanted]
 
 
-def test_the_legend_of_the_rates_names_each_kind_once():
-    [legend] = picture_of("rates").legends
-    assert [text.get_text() for text in legend.get_texts()] == list(KINDS)
-
-
 def test_rates_kept_apart_by_something_else_have_their_panels_too():
     table = rates(["one", "two"]).rename(columns={"drafter": "domain"})
-    assert list(map(title, plot_rates(table).axes)) == ["one", "two"]
+    assert list(map(title, explore.plot_rates(table).axes)) == ["one", "two"]
     behind = rates(["one", "two"]).pipe(lambda t: t[[*t.columns.drop("drafter"), "drafter"]])
-    assert list(map(title, plot_rates(behind).axes)) == ["one", "two"]
+    assert list(map(title, explore.plot_rates(behind).axes)) == ["one", "two"]
 
 
 def test_reliability_shows_each_bin_that_has_a_mean_and_counts_them_all():
     tables = {"raw": bins(5, 0, 40, 90), "scaled": bins(9, 9, 9)}
     axes = picture_of("reliability").axes
-    assert len(axes) == 4
     for (name, table), ax, strip in zip(tables.items(), axes[:2], axes[2:], strict=True):
         assert title(ax) == name
         known = table.dropna()
@@ -154,17 +139,14 @@ def test_reliability_shows_each_bin_that_has_a_mean_and_counts_them_all():
         diagonal, line = ax.lines
         assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
         assert points(line) == known[["confidence", "outcome"]].to_numpy().tolist()
-        gaps = [[[f, f], [f, o]] for f, o in points(line)]
-        assert segments(ax) == gaps
+        assert segments(ax) == [[[f, f], [f, o]] for f, o in points(line)]
         marks = ax.collections[-1]
         assert marks.get_offsets().tolist() == points(line)
         order = np.argsort(known["count"].to_numpy(), kind="stable")
         assert (np.diff(marks.get_sizes()[order]) >= 0).all()
-        bars = strip.patches
-        assert [bar.get_height() for bar in bars] == table["count"].tolist()
-        assert [bar.get_x() for bar in bars] == pytest.approx(table["low"].tolist())
-        ends = [bar.get_x() + bar.get_width() for bar in bars]
-        assert ends == pytest.approx(table["high"].tolist())
+        drawn = [[bar.get_x(), bar.get_width(), bar.get_height()] for bar in strip.patches]
+        bars = np.array([table["low"], table["high"] - table["low"], table["count"]])
+        assert np.array(drawn).T == pytest.approx(bars)
         assert ax.get_xlim() == ax.get_ylim() == strip.get_xlim() == (0, 1)
     sizes = [ax.collections[-1].get_sizes() for ax in axes[:2]]
     assert sizes[0][-1] > sizes[1].max(), "one scale of marks for all panels"
@@ -180,102 +162,93 @@ def test_reliability_panels_are_square_and_their_strips_as_wide():
         assert below.x0 == pytest.approx(box.x0, abs=2) and below.x1 == pytest.approx(box.x1, abs=2)
 
 
-def test_a_bias_is_a_dot_with_its_interval_in_its_row():
-    table = biases(("domain", ["math", "code", "chat"]))
-    [ax] = picture_of("bias").axes
-    zero, dots = ax.lines
+def require_dots(picture: str, table: pd.DataFrame, name: str, rows: list[str]) -> None:
+    """Each number is a dot with its interval in its row."""
+    [ax] = picture_of(picture).axes
+    zero, *dots = ax.lines
     assert list(zero.get_xdata()) == [0, 0]
-    assert points(dots) == [[bias, row] for row, bias in enumerate(table["bias"])]
-    ends = zip(table["bias_low"], table["bias_high"], strict=True)
+    assert sum(map(points, dots), []) == [[x, row] for row, x in enumerate(table[name])]
+    prefix = name.removesuffix("_percent")
+    ends = zip(table[f"{prefix}_low"], table[f"{prefix}_high"], strict=True)
     assert segments(ax) == [[[low, row], [high, row]] for row, (low, high) in enumerate(ends)]
-    assert tick_names(ax.yaxis) == ["math", "code", "chat"]
+    assert tick_names(ax.yaxis) == rows
     assert ax.yaxis_inverted(), "first row on top"
 
 
-def test_the_sides_of_a_bias_are_named_and_both_are_there():
-    for shift in (-1, 0, 1):
-        table = biases(("domain", ["math", "code"]))
-        columns = ["bias", "bias_low", "bias_high"]
-        table[columns] += shift
-        [ax] = plot_bias(table, "domain").axes
-        low, high = ax.get_xlim()
-        assert min(-low, high) > 0.15 * (high - low)
-        places = {text.get_text(): text.xy[0] for text in ax.texts}
-        assert places == {"← underconfident": 0, "overconfident →": 1}
+def test_a_bias_is_a_dot_with_its_interval_in_its_row():
+    domains = ["math", "code", "chat"]
+    require_dots("bias", biases(("domain", domains)), "bias", domains)
+
+
+def test_a_gain_is_a_dot_with_its_interval_named_with_its_threshold():
+    cuts = {"raw": "0.380", "scaled": "0.395", "oracle": "0.270"}
+    rows = ["everything", *(f"{name}, threshold {cut}" for name, cut in cuts.items())]
+    require_dots("gain", GAIN, "gain_percent", rows)
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_the_sides_of_a_bias_are_named_and_both_are_there(shift):
+    table = biases(("domain", ["math", "code"])).set_index("domain") + shift
+    [ax] = explore.plot_bias(table.reset_index(), "domain").axes
+    low, high = ax.get_xlim()
+    assert min(-low, high) > 0.15 * (high - low)
+    places = {text.get_text(): text.xy[0] for text in ax.texts}
+    assert places == {"← underconfident": 0, "overconfident →": 1}
 
 
 def test_two_columns_of_biases_are_rows_and_marks_of_which_no_two_are_alike():
     table = biases(("domain", ["math", "code"]), ("drafter", list("abcdefgh")))
     [ax] = picture_of("bias by two").axes
     lines = labelled(ax)
-    assert list(lines) == list("abcdefgh")
     looks = {(li.get_color(), li.get_marker(), li.get_fillstyle()) for li in lines.values()}
     assert len(looks) == 8
-    places = []
     for name, line in lines.items():
         part = table[table["drafter"] == name]
         assert [x for x, _ in points(line)] == part["bias"].tolist()
         assert [round(y) for _, y in points(line)] == [0, 1]
-        places += [y for _, y in points(line)]
-    assert len(set(places)) == len(table)
-    legend = ax.get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == list("abcdefgh")
-    assert legend.get_title().get_text() == "drafter"
+    assert len({y for line in lines.values() for _, y in points(line)}) == len(table)
+    assert list(lines) == legend(ax) == list("abcdefgh")
+    assert ax.get_legend().get_title().get_text() == "drafter"
 
 
-@pytest.mark.parametrize(
-    "draw, match",
-    [
-        (
-            lambda: plot_rates(rates(["one"]), "tau"),
-            r"value must be one of .*'survival'.*, got 'tau'",
-        ),
-        *(
-            (
-                lambda by=by: plot_bias(biases(("domain", ["math"])), by),
-                r"by must be one or two of \['domain', .*, got \[",
-            )
-            for by in ("slot", [], ["domain", "slot"], ["domain"] * 3)
-        ),
-        (lambda: acceptance(view="mood"), "view must be one of .*'rates'.*, got 'mood'"),
-    ],
-)
-def test_what_there_is_none_of_is_refused(draw, match):
-    with pytest.raises(ValueError, match=match):
-        draw()
+@pytest.mark.parametrize("by", ["slot", [], ["domain", "slot"], ["domain"] * 3])
+def test_a_bias_is_shown_by_one_or_two_of_its_columns(by):
+    with pytest.raises(ValueError, match=r"by must be one or two of \['domain', .*, got \["):
+        explore.plot_bias(biases(("domain", ["math"])), by)
+
+
+def test_a_rate_or_a_view_that_there_is_none_of_is_refused():
+    with pytest.raises(ValueError, match="value must be .*'survival', got 'tau'"):
+        explore.plot_rates(rates(["one"]), "tau")
+    with pytest.raises(ValueError, match="view must be one of .*'rates'.*, got 'mood'"):
+        acceptance(view="mood")
 
 
 def test_thresholds_show_the_rate_on_the_left_and_its_cost_on_the_right():
     left, right = picture_of("thresholds").axes
     tables = {"raw": sweep(), "scaled": sweep(0.9)}
     assert list(labelled(left)) == ["raw", "scaled"]
-    assert list(labelled(right)) == [
-        f"{name}, {what}" for name in tables for what in ("verified", "accepted")
-    ]
-    for name, table in tables.items():
-        rate = labelled(left)[name]
+    costs = [(name, what) for name in tables for what in ("verified", "accepted")]
+    assert list(labelled(right)) == [f"{name}, {what}" for name, what in costs]
+    for name, what in costs:
+        table, rate, line = tables[name], labelled(left)[name], labelled(right)[f"{name}, {what}"]
         assert points(rate) == table[["threshold", "acceptance_rate"]].dropna().values.tolist()
-        for what, style in (("verified", "-"), ("accepted", "--")):
-            line = labelled(right)[f"{name}, {what}"]
-            assert points(line) == table[["threshold", what]].values.tolist()
-            assert line.get_linestyle() == style
-            assert (line.get_color(), line.get_marker()) == (rate.get_color(), rate.get_marker())
+        assert points(line) == table[["threshold", what]].values.tolist()
+        assert line.get_linestyle() == {"verified": "-", "accepted": "--"}[what]
+        assert (line.get_color(), line.get_marker()) == (rate.get_color(), rate.get_marker())
     assert right.get_ylim()[0] == 0
 
 
 def test_one_table_of_thresholds_needs_no_name_and_may_have_bands():
     table = sweep()
-    left, right = plot_thresholds(table).axes
+    left, right = explore.plot_thresholds(table).axes
     assert left.get_legend() is None and list(labelled(right)) == ["verified", "accepted"]
     assert len(left.collections) == len(right.collections) == 0
     for name in ("verified", "acceptance_rate"):
-        table = table.assign(
-            **{f"{name}_low": 0.9 * table[name], f"{name}_high": 1.1 * table[name]}
-        )
-    left, right = plot_thresholds(table).axes
+        table[f"{name}_low"], table[f"{name}_high"] = 0.9 * table[name], 1.1 * table[name]
+    left, right = explore.plot_thresholds(table).axes
     for ax, name in ((left, "acceptance_rate"), (right, "verified")):
-        [(_, highest)] = bands(ax)
-        assert highest == pytest.approx(1.1 * table[name].max())
+        assert [high for _, high in bands(ax)] == [pytest.approx(1.1 * table[name].max())]
 
 
 def test_calibration_joins_each_slots_error_before_and_after():
@@ -285,9 +258,8 @@ def test_calibration_joins_each_slots_error_before_and_after():
         assert [y for _, y in points(before)] == REPORT[name].dropna().tolist()
         assert [y for _, y in points(after)] == REPORT[f"{name}_scaled"].dropna().tolist()
         assert before.get_marker() != after.get_marker()
-        assert segments(ax) == [
-            list(pair) for pair in zip(points(before), points(after), strict=True)
-        ]
+        joined = zip(points(before), points(after), strict=True)
+        assert segments(ax) == list(map(list, joined))
         assert tick_names(ax.xaxis) == ["0", "1", "2", "all"]
         places = ax.get_xticks()
         assert places[3] - places[2] > places[2] - places[1] == 1, "all slots stand apart"
@@ -299,10 +271,9 @@ def test_calibration_joins_each_slots_error_before_and_after():
 def test_drift_holds_each_error_over_its_window_and_marks_the_change():
     [ax] = picture_of("drift").axes
     lines = labelled(ax)
-    names = ["ece_raw", "ece_static", "ece_online"]
-    assert [label.split()[0] for label in lines] == ["raw", "static", "online"]
-    for line, name in zip(lines.values(), names, strict=True):
-        values = DRIFT[name].tolist()
+    assert list(lines) == ["raw", "static temperatures", "online temperatures"]
+    for label, line in lines.items():
+        values = DRIFT[f"ece_{label.split()[0]}"].tolist()
         assert list(line.get_xdata()) == [-100, 0, 100, 200]
         assert list(line.get_ydata()) == [*values, values[-1]]
         assert line.get_drawstyle() == "steps-post"
@@ -311,28 +282,8 @@ def test_drift_holds_each_error_over_its_window_and_marks_the_change():
     assert words(ax) == ["change of domain"]
 
 
-def test_a_gain_is_a_dot_with_its_interval_named_with_its_threshold():
-    [ax] = picture_of("gain").axes
-    zero, *dots = ax.lines
-    assert list(zero.get_xdata()) == [0, 0]
-    gains = GAIN["gain_percent"]
-    assert [points(dot) for dot in dots] == [[[gain, row]] for row, gain in enumerate(gains)]
-    ends = zip(GAIN["gain_low"], GAIN["gain_high"], strict=True)
-    assert segments(ax) == [[[low, row], [high, row]] for row, (low, high) in enumerate(ends)]
-    assert tick_names(ax.yaxis) == [
-        "everything",
-        "raw, threshold 0.380",
-        "scaled, threshold 0.395",
-        "oracle, threshold 0.270",
-    ]
-    assert "%" in ax.get_xlabel()
-
-
-CONFIDENT = ("reliability", "domains", "token kinds", "thresholds")
-
-
-def acceptance(prompts: Any = QUESTIONS, drafters: Any = None, **options: Any) -> Explorer:
-    return explore_acceptance(target(), drafters or drafter(), prompts, **(HOT | options))
+def acceptance(prompts: Any = QUESTIONS, drafters: Any = None, **options: Any) -> explore.Explorer:
+    return explore.explore_acceptance(target(), drafters or drafter(), prompts, **(HOT | options))
 
 
 def expected(view: str, run: Decoded, conversation: int = 0) -> pd.DataFrame:
@@ -356,33 +307,25 @@ def expected(view: str, run: Decoded, conversation: int = 0) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def explored() -> Explorer:
+def explored() -> explore.Explorer:
     """An explorer of one drafter, whose view every test sets."""
     return acceptance()
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_a_views_table_is_what_the_library_says_of_the_same_trace(explored, view):
-    explored.controls["view"].value = view
-    run = answers(drafter())
-    pd.testing.assert_frame_equal(explored.table, expected(view, run), check_dtype=False)
-    pd.testing.assert_frame_equal(explored.tables["trace"], run.trace)
-    pd.testing.assert_frame_equal(explored.tables["tau"], tau_table(trace_sums(run.trace)))
-    assert list(explored.tables)[1:] == ["trace", "tau"]
-
-
-def test_every_view_has_a_picture_of_its_own(explored):
-    shown, words = set(), set()
-    for view in VIEWS:
+def test_a_views_table_is_what_the_library_says_of_the_same_trace_and_has_its_own_picture(explored):
+    run, pictures = answers(drafter()), {}
+    for view in explore.VIEWS:
         explored.controls["view"].value = view
-        if view == "text":
-            continue
-        found = re.match(
-            r'<img alt="([^"]+)" .*src="(data:image/png[^"]+)"', picture(explored).value
-        )
-        words.add(found[1])
-        shown.add(found[2])
-    assert len(shown) == len(words) == len(VIEWS) - 1
+        pd.testing.assert_frame_equal(explored.table, expected(view, run), check_dtype=False)
+        pd.testing.assert_frame_equal(explored.tables["trace"], run.trace)
+        pd.testing.assert_frame_equal(explored.tables["tau"], tau_table(trace_sums(run.trace)))
+        assert list(explored.tables)[1:] == ["trace", "tau"]
+        if view != "text":
+            alt, file = re.match(
+                r'<img alt="([^"]+)" .*src="(data:image/png[^"]+)"', picture(explored).value
+            ).groups()
+            pictures[alt] = file
+    assert len(pictures) == len(set(pictures.values())) == len(explore.VIEWS) - 1
 
 
 def test_the_text_view_is_the_chosen_conversation(explored):
@@ -392,31 +335,23 @@ def test_the_text_view_is_the_chosen_conversation(explored):
         explored.controls["conversation"].value = conversation
         table = expected("text", run, conversation)
         pd.testing.assert_frame_equal(explored.table, table)
-        assert picture(explored).value == outcome_legend(table) + outcome_text(table)
+        assert picture(explored).value == explore.outcome_legend(table) + explore.outcome_text(
+            table
+        )
     explored.controls["conversation"].value = len(QUESTIONS)
     assert explored.settings["conversation"] == len(QUESTIONS) - 1
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_the_view_to_start_with_can_be_chosen(view):
-    explorer = acceptance(QUESTIONS[:12], view=view, max_new_tokens=12)
-    assert explorer.settings == {
-        "view": view,
-        "drafter": "drafter",
-        "temperature": 1.5,
-        "conversation": 0,
-    }
-    run = answers(drafter(), QUESTIONS[:12])
-    pd.testing.assert_frame_equal(explorer.table, expected(view, run), check_dtype=False)
+def test_the_view_to_start_with_can_be_chosen():
+    explorer = acceptance(QUESTIONS[:12], view="survival")
+    start = {"view": "survival", "drafter": "drafter", "temperature": 1.5, "conversation": 0}
+    assert explorer.settings == start
+    table = expected("survival", answers(drafter(), QUESTIONS[:12]))
+    pd.testing.assert_frame_equal(explorer.table, table, check_dtype=False)
 
 
 def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
-    calls = []
-
-    def counted(target: Target, drafter: Drafter, prompts: Any, **options: Any) -> Decoded:
-        calls.append((drafter, options["temperature"]))
-        return decode(target, drafter, prompts, **options)
-
+    counted = mock.Mock(side_effect=decode)
     monkeypatch.setattr(acceptance_module, "decode", counted)
     both = {"one": drafter(1), "two": drafter(2)}
     explorer = acceptance(QUESTIONS[:4], both, max_new_tokens=5)
@@ -434,16 +369,11 @@ def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
         before = picture(explorer).value
         explorer.controls[name].value = value
         assert picture(explorer).value != before and explorer.frames_drawn == 2 + number
-        settings = explorer.settings
-        run = answers(
-            both[settings["drafter"]],
-            QUESTIONS[:4],
-            temperature=settings["temperature"],
-            max_new_tokens=5,
-        )
+        one, temperature = both[explorer.settings["drafter"]], explorer.settings["temperature"]
+        run = answers(one, QUESTIONS[:4], temperature=temperature, max_new_tokens=5)
         pd.testing.assert_frame_equal(explorer.tables["trace"], run.trace)
-    kinds = [(one, t) for one in both.values() for t in (1.5, 0.0)]
-    assert sorted(map(str, calls)) == sorted(map(str, kinds)) and len(calls) == 4
+    calls = [(call.args[1], call.kwargs["temperature"]) for call in counted.call_args_list]
+    assert len(calls) == 4 and set(calls) == {(one, t) for one in both.values() for t in (1.5, 0.0)}
 
 
 def test_the_domains_of_conversations_reach_the_tables():
@@ -459,18 +389,11 @@ def test_the_domains_of_conversations_reach_the_tables():
 def test_prompts_may_be_text_ids_conversations_or_a_file_of_them(tmp_path):
     ids = [encode_prompt(target(), text) for text in TEXTS]
     chats = [ask(text, name=text) for text in TEXTS]
-    write_chats(chats, tmp_path / "chats.jsonl")
-    ways = [
-        TEXTS,
-        ids,
-        [torch.tensor(own) for own in ids],
-        chats,
-        [TEXTS[0], ids[1], chats[2]],
-        tmp_path / "chats.jsonl",
-        str(tmp_path / "chats.jsonl"),
-    ]
+    file = tmp_path / "chats.jsonl"
+    write_chats(chats, file)
     trace = answers(drafter(), TEXTS).trace
-    for prompts in ways:
+    tensors, mixed = [torch.tensor(own) for own in ids], [TEXTS[0], ids[1], chats[2]]
+    for prompts in (TEXTS, ids, tensors, chats, mixed, file, str(file)):
         pd.testing.assert_frame_equal(acceptance(prompts).tables["trace"], trace)
 
 
@@ -486,14 +409,14 @@ def test_a_drafter_without_a_confidence_head_has_rates_and_elsewhere_a_sentence(
     explorer = acceptance(drafters={"sure": drafter(), "bare": bare})
     explorer.controls["drafter"].value = "bare"
     run = answers(bare)
-    for view in VIEWS:
+    for view in explore.VIEWS:
         explorer.controls["view"].value = view
-        if view in CONFIDENT:
-            assert alert(explorer) == (f"{view} needs a drafter with a confidence head, got bare")
+        if view in ("reliability", "domains", "token kinds", "thresholds"):
+            assert alert(explorer) == f"{view} needs a drafter with a confidence head, got bare"
             assert explorer.tables == {}
         else:
-            found = explorer.table
-            pd.testing.assert_frame_equal(found, expected(view, run), check_dtype=False)
+            table = expected(view, run)
+            pd.testing.assert_frame_equal(explorer.table, table, check_dtype=False)
     explorer.controls["view"].value = "thresholds"
     explorer.controls["drafter"].value = "sure"
     assert explorer.table["verified"].notna().all()
@@ -501,7 +424,7 @@ def test_a_drafter_without_a_confidence_head_has_rates_and_elsewhere_a_sentence(
 
 def test_every_drafter_with_a_head_has_every_view_if_its_rounds_are_enough():
     explorer = acceptance(QUESTIONS[:1], max_new_tokens=2)
-    for view in VIEWS:
+    for view in explore.VIEWS:
         explorer.controls["view"].value = view
         # What cannot be told from one conversation is a sentence, and not an error.
         assert explorer.tables or alert(explorer)
@@ -513,7 +436,7 @@ def test_a_target_that_decodes_one_row_at_a_time_is_explored_too():
     windows = random_target("windows")
     made = tiny_drafter(1)
     made.use_target_embeddings(windows.embed_weight, windows.head_weight)
-    explorer = explore_acceptance(windows, made, [[1, 2, 3], [4, 5]], max_new_tokens=4)
+    explorer = explore.explore_acceptance(windows, made, [[1, 2, 3], [4, 5]], max_new_tokens=4)
     options = {"temperature": 1.0, "max_new_tokens": 4}
     expected = decode(windows, made.eval(), [[1, 2, 3], [4, 5]], **options).trace
     pd.testing.assert_frame_equal(explorer.tables["trace"], expected)

@@ -1,24 +1,19 @@
 """Anchors: tables counted once more in plain loops, pictures, text, and the explorer."""
 
+from base64 import b64decode
+from itertools import product
+
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dspark_lab import explore
 from dspark_lab.blocks import cut_blocks, draw_blocks
 from dspark_lab.chats import Chat, collate, pack
-from dspark_lab.explore import (
-    block_table,
-    explore_anchors,
-    plot_coverage,
-    slot_inputs,
-    token_legend,
-    token_table,
-    token_text,
-)
 from tests import oracle
-from tests.draws import MASK, PAD, Draw, draws
+from tests.draws import MASK, PAD, draws
 from tests.explorers import (
     CHATS,
     LENGTHS,
@@ -29,6 +24,7 @@ from tests.explorers import (
     anchors,
     follows,
     make_tokenizer,
+    masks,
     picture,
     tables_by_hand,
 )
@@ -44,66 +40,45 @@ def to_text(token_id: int) -> str:
     return f"<{token_id}>"
 
 
-def token_tables(draw: Draw) -> list[pd.DataFrame]:
-    rows = range(len(draw.anchors))
-    return [token_table(draw.batch, draw.blocks, to_text, row=row) for row in rows]
-
-
-def block_tables(draw: Draw) -> list[pd.DataFrame]:
-    return [block_table(draw.blocks, to_text, row=row) for row in range(len(draw.anchors))]
-
-
-@given(draws())
-def test_a_tokens_state_is_what_this_draw_and_any_draw_do_with_it(draw):
-    expected = oracle.token_states(
-        draw.masks["loss_mask"], draw.batch.attention_mask.tolist(), draw.times, draw.reach
-    )
-    assert [table["state"].tolist() for table in token_tables(draw)] == expected
-
-
-@given(draws())
-def test_the_token_table_lists_each_token_with_its_place_and_its_part(draw):
-    candidates = oracle.candidate_mask(**draw.masks)
-    for row, table in enumerate(token_tables(draw)):
-        ids = draw.batch.input_ids[row].tolist()
-        real = draw.batch.attention_mask[row].tolist()
-        kept = {a for a, k in zip(draw.anchors[row], draw.keep[row], strict=True) if k}
-        assert table["position"].tolist() == list(range(draw.blocks.seq_len))
-        assert table["token_id"].tolist() == ids
-        assert table["text"].tolist() == [to_text(i) for i in ids]
-        assert table["document"].tolist() == [
-            doc if flag else -1 for doc, flag in zip(draw.docs[row], real, strict=True)
-        ]
-        assert table["supervised"].tolist() == draw.masks["loss_mask"][row]
-        assert table["candidate"].tolist() == candidates[row] + [False]
-        assert table["anchor"].tolist() == [p in kept for p in range(draw.blocks.seq_len)]
-        assert table["times_supervised"].tolist() == draw.times[row]
-
-
 @settings(max_examples=60)
 @given(draws())
-def test_p_covered_is_the_share_of_all_possible_draws_of_as_many_anchors(draw):
-    num_anchors = len(draw.anchors[0])
-    expected = oracle.coverage(
-        num_anchors=num_anchors, block_size=draw.blocks.block_size, **draw.masks
+def test_the_token_table_says_what_each_token_is_in_this_draw_and_in_any(draw):
+    candidates = oracle.candidate_mask(**draw.masks)
+    padded = draw.batch.attention_mask.tolist()
+    states = oracle.token_states(draw.masks["loss_mask"], padded, draw.times, draw.reach)
+    chances = oracle.coverage(
+        num_anchors=len(draw.anchors[0]), block_size=draw.blocks.block_size, **draw.masks
     )
-    for table, shares in zip(token_tables(draw), expected, strict=True):
-        assert table["p_covered"].tolist() == pytest.approx(shares)
+    for row, real in enumerate(padded):
+        table = explore.token_table(draw.batch, draw.blocks, to_text, row=row)
+        ids = draw.batch.input_ids[row].tolist()
+        kept = {a for a, k in zip(draw.anchors[row], draw.keep[row], strict=True) if k}
+        docs = zip(draw.docs[row], real, strict=True)
+        assert table.drop(columns="p_covered").to_dict("list") == {
+            "position": list(range(draw.blocks.seq_len)),
+            "document": [doc if flag else -1 for doc, flag in docs],
+            "token_id": ids,
+            "text": [to_text(i) for i in ids],
+            "supervised": draw.masks["loss_mask"][row],
+            "candidate": candidates[row] + [False],
+            "anchor": [position in kept for position in range(draw.blocks.seq_len)],
+            "times_supervised": draw.times[row],
+            "state": states[row],
+        }
+        assert table["p_covered"].tolist() == pytest.approx(chances[row])
 
 
 def test_an_answer_that_opens_a_packed_document_is_never_a_label():
     batch = pack(documents("aaa", "aa"), 7, PAD)
-    table = token_table(batch, draw_blocks(batch, 9, 4, seed=0), to_text)
-    label = "covered"
-    first = "never a label"
+    table = explore.token_table(batch, draw_blocks(batch, 9, 4, seed=0), to_text)
+    first, label = "never a label", "covered"
     assert table["state"].tolist() == [first, label, label, first, label, "padding", "padding"]
-    assert table["document"].tolist() == [0, 0, 0, 1, 1, -1, -1]
 
 
 def test_a_token_that_this_draw_misses_is_not_covered():
     batch = collate(documents(".aaaa."), PAD)
     blocks = cut_blocks(batch, torch.tensor([[1]]), torch.tensor([[True]]), 2)
-    table = token_table(batch, blocks, to_text)
+    table = explore.token_table(batch, blocks, to_text)
     states = ["prompt", "never a label", "covered", "covered", "not covered", "prompt"]
     assert table["state"].tolist() == states
     # One of three candidates is drawn; the token behind the second is reached from two of them.
@@ -112,36 +87,32 @@ def test_a_token_that_this_draw_misses_is_not_covered():
 
 @given(draws())
 def test_the_block_table_says_what_each_slot_reads_sees_and_predicts(draw):
-    inputs = oracle.noise_ids(
-        draw.batch.input_ids.tolist(), draw.anchors, draw.keep, MASK, draw.blocks.block_size
-    )
-    positions = oracle.position_ids(
-        draw.anchors, draw.blocks.block_size, draw.batch.position_ids.tolist()
-    )
-    mask = draw.dense_mask()
-    for row, table in enumerate(block_tables(draw)):
+    tokens, block_size = draw.batch.input_ids.tolist(), draw.blocks.block_size
+    inputs = oracle.noise_ids(tokens, draw.anchors, draw.keep, MASK, block_size)
+    positions = oracle.position_ids(draw.anchors, block_size, draw.batch.position_ids.tolist())
+    mask, seq_len = draw.dense_mask(), draw.blocks.seq_len
+    for row, anchors_of_row in enumerate(draw.anchors):
         expected = []
-        for block, anchor in enumerate(draw.anchors[row]):
-            for slot in range(draw.blocks.block_size):
-                query = block * draw.blocks.block_size + slot
-                label, kept = anchor + slot + 1, draw.keep[row][block]
-                shown = kept and label < draw.blocks.seq_len
-                token = inputs[row][query]
-                expected.append(
-                    {
-                        "block": block,
-                        "kept": kept,
-                        "slot": slot,
-                        "position_id": positions[row][query],
-                        "input": "[mask]" if token == MASK else to_text(token),
-                        "context": sum(mask[row][query][: draw.blocks.seq_len]),
-                        "label_position": label,
-                        "label": to_text(int(draw.batch.input_ids[row, label])) if shown else "",
-                        "supervised": draw.eval_mask[row][block][slot],
-                    }
-                )
+        for block, slot in product(range(len(anchors_of_row)), range(block_size)):
+            query = block * block_size + slot
+            label, kept = anchors_of_row[block] + slot + 1, draw.keep[row][block]
+            token = inputs[row][query]
+            expected.append(
+                {
+                    "block": block,
+                    "kept": kept,
+                    "slot": slot,
+                    "position_id": positions[row][query],
+                    "input": "[mask]" if token == MASK else to_text(token),
+                    "context": sum(mask[row][query][:seq_len]),
+                    "label_position": label,
+                    "label": to_text(tokens[row][label]) if kept and label < seq_len else "",
+                    "supervised": draw.eval_mask[row][block][slot],
+                }
+            )
+        table = explore.block_table(draw.blocks, to_text, row=row)
         assert table.to_dict("records") == expected
-        assert slot_inputs(draw.blocks.row(row), to_text) == table["input"].tolist()
+        assert explore.slot_inputs(draw.blocks.row(row), to_text) == table["input"].tolist()
 
 
 def test_an_anchor_whose_token_has_the_mask_tokens_number_is_still_shown_as_itself():
@@ -149,26 +120,19 @@ def test_an_anchor_whose_token_has_the_mask_tokens_number_is_still_shown_as_itse
     blocks = cut_blocks(
         batch, torch.tensor([[0, 0]]), torch.tensor([[True, False]]), 2, mask_token_id=0
     )
-    assert slot_inputs(blocks, to_text) == ["<0>", "[mask]", "[mask]", "[mask]"]
+    assert explore.slot_inputs(blocks, to_text) == ["<0>", "[mask]", "[mask]", "[mask]"]
 
 
 @pytest.mark.parametrize("row", [2, -1])
 def test_a_row_that_is_not_there_is_refused(row):
     batch = collate(documents("aaaa", "aaa"), PAD)
     blocks = draw_blocks(batch, 2, 2, seed=0)
-    with pytest.raises(ValueError, match=f"row must .*got {row}"):
-        token_table(batch, blocks, to_text, row=row)
-    with pytest.raises(ValueError, match=f"row must .*got {row}"):
-        block_table(blocks, to_text, row=row)
-
-
-def test_tables_stay_with_the_row_they_are_asked_for():
-    batch = pack(documents("..aaaaaaaaaaaaaaaaaaaa", "....aaaaaaaa", ".aaaa"), 36, PAD)
-    blocks = draw_blocks(batch, 5, 3, seed=2)
-    one, drawn = batch.row(1), blocks.row(1)
-    tokens = token_table(batch, blocks, to_text, row=1)
-    pd.testing.assert_frame_equal(tokens, token_table(one, drawn, to_text))
-    pd.testing.assert_frame_equal(block_table(blocks, to_text, row=1), block_table(drawn, to_text))
+    for refused in (
+        lambda: explore.token_table(batch, blocks, str, row=row),
+        lambda: blocks.row(row),
+    ):
+        with pytest.raises(ValueError, match=f"row must .*got {row}"):
+            refused()
 
 
 def test_the_coverage_lines_are_the_expected_and_the_marks_the_sampled_shares():
@@ -189,7 +153,7 @@ def test_the_coverage_lines_are_the_expected_and_the_marks_the_sampled_shares():
 
 @pytest.mark.parametrize(("goal", "heights"), [(0.75, [0.75, 0.75]), (None, [])])
 def test_the_goal_is_a_line_at_its_height_or_none(goal, heights):
-    (axes,) = plot_coverage(COVERAGE, goal=goal).axes
+    (axes,) = explore.plot_coverage(COVERAGE, goal=goal).axes
     assert [y for line in axes.get_lines()[4:] for y in line.get_ydata()] == heights
     assert words(axes) == (["75%"] if goal else [])
 
@@ -210,83 +174,56 @@ def tokens(*texts: str) -> pd.DataFrame:
     """The token table of a row with these tokens, the first of them a prompt."""
     batch = collate(documents("." + "a" * (len(texts) - 1)), 0)
     blocks = draw_blocks(batch, 2, 2, seed=0)
-    return token_table(batch, blocks, lambda token_id: texts[token_id])
+    return explore.token_table(batch, blocks, lambda token_id: texts[token_id])
 
 
-def test_the_token_text_is_every_token_and_no_markup_of_its_own():
-    page = Page(token_text(tokens(*ODD)))
-    assert page.text.replace("⏎", "") == "".join(ODD)
-    assert page.tags == ["style", "div"] + ["span"] * len(ODD)
-    assert set(page.attributes) == {"class", "title"}
-
-
+@example(list(ODD))
 @given(st.lists(ANY_TEXT, min_size=2, max_size=6))
-def test_any_text_can_be_read_back_from_the_token_text(texts):
-    page = Page(token_text(tokens(*texts)))
+def test_any_text_can_be_read_back_from_the_token_text_and_is_no_markup(texts):
+    page = Page(explore.token_text(tokens(*texts)))
     assert page.text.replace("⏎", "") == "".join(texts)
     assert page.tags == ["style", "div"] + ["span"] * len(texts)
-
-
-def test_a_line_break_is_shown_and_breaks_the_line():
-    assert Page(token_text(tokens("a", "\n", "b"))).text == "a⏎\nb"
+    assert set(page.attributes) == {"class", "title"}
 
 
 def test_a_tokens_class_and_tip_tell_what_it_is():
     batch = pack(documents("..aaaaa", ".a"), 12, 99)
-    blocks = draw_blocks(batch, 2, 2, seed=0)
-    table = token_table(batch, blocks, str)
-    page = Page(token_text(table))
-    shown = table[table["state"] != "padding"]
-    assert len(page.tips) == len(shown) == 9
-    lines = shown.itertuples()
-    for tip, classes, token in zip(page.tips, page.classes, lines, strict=True):
+    table = explore.token_table(batch, draw_blocks(batch, 2, 2, seed=0), str)
+    source = explore.token_text(table)
+    page, shown = Page(source), table[table["state"] != "padding"]
+    assert len(shown) == 9 and {"prompt", "covered", "never a label"} <= set(shown["state"])
+    for tip, classes, token in zip(page.tips, page.classes, shown.itertuples(), strict=True):
         facts = tip.split(" · ")
-        assert f"position {token.position}" in facts
-        assert f"id {token.token_id}" in facts
-        assert token.state in facts
+        assert {f"position {token.position}", f"id {token.token_id}", token.state} <= set(facts)
         assert ("anchor" in facts) == token.anchor
         assert ("candidate" in facts) == (token.candidate and not token.anchor)
         assert (f"covered with probability {token.p_covered:.3f}" in facts) == token.supervised
         assert ("document 1" in facts) == (token.document == 1)
         assert ("dspark-" + token.state.replace(" ", "-")) in classes.split()
         assert ("dspark-anchor" in classes.split()) == token.anchor
-    states = set(shown["state"])
-    assert {"prompt", "covered", "never a label"} <= states
-
-
-def test_every_class_of_the_token_text_has_a_style():
-    table = tokens(*"abcdefgh")
-    for source in (token_text(table), token_legend(table)):
-        for classes in Page(source).classes:
-            assert all(f".{name}{{" in source for name in classes.split())
+    for classes in [*page.classes, *Page(explore.token_legend(table)).classes]:
+        assert all(f".{name}{{" in source for name in classes.split())
 
 
 def test_the_legend_counts_the_tokens_of_each_kind():
     batch = pack(documents("..aaaaaaa", ".a"), 14, 99)
-    table = token_table(batch, draw_blocks(batch, 2, 2, seed=0), str)
-    counts = table["state"].value_counts()
-    expected = {f"{state} {counts[state]}" for state in counts.index if state != "padding"} | {
-        "candidate 6",
-        "anchor 2",
-    }
-    assert {word for word in Page(token_legend(table)).words if word.strip()} == expected
+    table = explore.token_table(batch, draw_blocks(batch, 2, 2, seed=0), str)
+    counts = table["state"].value_counts().drop("padding")
+    expected = {f"{state} {count}" for state, count in counts.items()}
+    entries = {word for word in Page(explore.token_legend(table)).words if word.strip()}
+    assert entries == expected | {"candidate 6", "anchor 2"}
 
 
-def test_a_packed_document_begins_under_its_number():
+def test_the_text_shows_line_breaks_and_numbers_of_documents_and_no_padding():
+    assert Page(explore.token_text(tokens("a", "\n", "b"))).text == "a⏎\nb"
     batch = pack(documents("..aa", ".a", ".a"), 9, 99)
-    table = token_table(batch, draw_blocks(batch, 2, 2, seed=0), lambda i: f"[{i}]")
-    assert Page(token_text(table)).text == "[0][1][2][3]document 1[4][5]document 2[6][7]"
-
-
-def test_padding_is_not_part_of_the_token_text():
-    batch = collate(documents(".aa"), 7, 6)
-    table = token_table(batch, draw_blocks(batch, 1, 1, seed=0), lambda i: f"[{i}]")
-    assert Page(token_text(table)).text == "[0][1][2]"
+    table = explore.token_table(batch, draw_blocks(batch, 2, 2, seed=0), lambda i: f"[{i}]")
+    assert Page(explore.token_text(table)).text == "[0][1][2][3]document 1[4][5]document 2[6][7]"
 
 
 def test_the_anchors_table_follows_every_slider():
     explorer = anchors()
-    moves: list[tuple[str, object, tuple]] = [
+    for name, value, by_hand in [
         ("num_anchors", 3, ([0], 26, 3, 7, 0)),
         ("block_size", 2, ([0], 26, 3, 2, 0)),
         ("seed", 5, ([0], 26, 3, 2, 5)),
@@ -295,28 +232,18 @@ def test_the_anchors_table_follows_every_slider():
         ("packed", True, ([1, 2], 128, 3, 2, 5)),
         ("row_length", 64, ([1], 64, 3, 2, 5)),
         ("conversation", 0, ([0, 1], 64, 3, 2, 5)),
-    ]
-    for name, value, by_hand in moves:
+    ]:
         follows(explorer, name, value, tables_by_hand(*by_hand))
-    assert list(explorer.tables) == ["tokens", "blocks"]
-
-
-def test_the_anchors_picture_is_the_text_of_its_table():
-    explorer = anchors(num_anchors=3)
-    expected = token_legend(explorer.table) + token_text(explorer.table)
-    assert picture(explorer).value == expected
-    assert "&lt;b&gt;" in expected and "<b>" not in expected
-
-
-def test_the_chosen_conversation_stands_first_in_its_packed_row():
-    explorer = anchors(conversation=1, packed=True, row_length=128)
-    documents = explorer.table["document"].tolist()
-    assert documents == [0] * LENGTHS[1] + [1] * LENGTHS[2] + [-1] * (128 - LENGTHS[1] - LENGTHS[2])
+        assert list(explorer.tables) == ["tokens", "blocks"]
+        shown = explore.token_legend(explorer.table) + explore.token_text(explorer.table)
+        assert picture(explorer).value == shown
 
 
 def test_an_answers_exclamation_mark_is_no_mask_token_though_its_number_is_0():
     messages = ({"role": "user", "content": "w1"}, {"role": "assistant", "content": "! !"})
-    explorer = explore_anchors([Chat(messages, id="!")], TOKENIZER, num_anchors=2, block_size=2)
+    explorer = explore.explore_anchors(
+        [Chat(messages, id="!")], TOKENIZER, num_anchors=2, block_size=2
+    )
     blocks = explorer.tables["blocks"]
     assert blocks["kept"].all()
     assert blocks["input"].tolist() == ["!", "[mask]"] * 2
@@ -324,27 +251,20 @@ def test_an_answers_exclamation_mark_is_no_mask_token_though_its_number_is_0():
 
 def test_a_row_that_is_too_short_is_said_in_words_and_can_be_left():
     explorer = anchors(conversation=2, packed=True, row_length=64)
-    for length in (96, 64):
-        assert "96 tokens" in alert(explorer) and "row of 64" in alert(explorer)
-        assert explorer.tables == {}
-        with pytest.raises(ValueError, match="explore_anchors has nothing to show"):
-            explorer.table  # noqa: B018
-        explorer.controls["row_length"].value = length + 32
-        assert len(explorer.table) == length + 32
-        explorer.controls["row_length"].value = 64
+    assert "96 tokens" in alert(explorer) and "row of 64" in alert(explorer)
+    explorer.controls["row_length"].value = 96
+    assert len(explorer.table) == 96
 
 
 def test_a_tokenizer_without_a_chat_template_is_said_in_words():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    assert "chat template" in alert(explore_anchors(CHATS, tokenizer))
+    assert "chat template" in alert(explore.explore_anchors(CHATS, tokenizer))
 
 
 def test_a_conversation_that_the_template_refuses_leaves_the_others_alone():
-    refuse = (
-        "{% if 'w59' in messages[-1]['content'] %}{{ raise_exception('Too long!') }}{% endif %}"
-    )
-    explorer = explore_anchors(CHATS, make_tokenizer(chat_template=refuse + TEMPLATE))
+    long = "{% if 'w59' in messages[-1]['content'] %}{{ raise_exception('Too long!') }}{% endif %}"
+    explorer = explore.explore_anchors(CHATS, make_tokenizer(chat_template=long + TEMPLATE))
     explorer.controls["conversation"].value = 2
     assert "Too long!" in alert(explorer)
     explorer.controls["conversation"].value = 1
@@ -360,28 +280,36 @@ def test_a_tokenizer_with_an_end_but_no_padding_will_do():
 
 
 def test_the_shipped_tokenizer_is_taken_where_none_is_given():
-    explorer = explore_anchors(CHATS[:1], num_anchors=2, block_size=2)
+    explorer = explore.explore_anchors(CHATS[:1], num_anchors=2, block_size=2)
     assert explorer.table["text"][0] == "<|im_start|>"
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("num_anchors", 4096), ("block_size", 100), ("seed", 1234), ("row_length", 5000)],
+    ("make", "name", "value"),
+    [
+        (anchors, "num_anchors", 4096),
+        (anchors, "block_size", 100),
+        (anchors, "seed", 1234),
+        (anchors, "row_length", 5000),
+        (masks, "context", 3000),
+    ],
 )
-def test_a_slider_reaches_the_value_that_it_starts_with(name, value):
-    explorer = anchors(**{name: value})
-    assert explorer.settings[name] == value
-    assert explorer.controls[name].max >= value
-    assert len(explorer.table) == LENGTHS[0]
+def test_a_slider_reaches_the_value_that_it_starts_with(make, name, value):
+    explorer = make(**{name: value})
+    assert explorer.settings[name] == value <= explorer.controls[name].max
+    assert explorer.tables
 
 
-def test_readers_that_run_no_widgets_get_the_text_of_the_anchors():
-    explorer = anchors()
-    bundle = explorer._repr_mimebundle_(include=None, exclude=None)
-    assert bundle[WIDGET]["model_id"] == explorer.model_id
-    assert bundle["text/html"] == picture(explorer).value
-    assert bundle["text/plain"] == repr(explorer)
-    explorer.controls["seed"].value = 3
-    again = explorer._repr_mimebundle_()
-    assert again["text/html"] == picture(explorer).value != bundle["text/html"]
-    assert again[WIDGET] == bundle[WIDGET]
+@pytest.mark.parametrize("make", [anchors, masks])
+def test_readers_that_run_no_widgets_get_what_is_shown(make):
+    explorer = make()
+    for seed in (0, 3):
+        explorer.controls["seed"].value = seed
+        bundle = explorer._repr_mimebundle_(include=None, exclude=None)
+        assert bundle[WIDGET]["model_id"] == explorer.model_id
+        assert bundle["text/plain"] == repr(explorer)
+        if make is anchors:
+            assert bundle["text/html"] == picture(explorer).value
+        else:
+            assert b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n\x1a\n")
+            assert bundle["image/png"] in picture(explorer).value
