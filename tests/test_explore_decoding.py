@@ -180,20 +180,11 @@ def test_any_text_can_be_read_back_from_the_answer_and_is_no_markup(texts):
 POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a random drafter for the shipped pocket target."""
-    pocket = load_pair().target
-    made = tiny_drafter(vocab_size=pocket.vocab_size, hidden_size=pocket.hidden_size)
-    path = tmp_path_factory.mktemp("checkpoints") / "mine"
-    save_drafter(made, path)
-    return path
-
-
-def test_target_and_drafter_may_be_folders(folder):
-    texts = ["What is 2 + 3?", "Hello"]
+def test_target_and_drafter_may_be_folders(tmp_path):
+    texts, folder = ["What is 2 + 3?", "Hello"], tmp_path / "mine"
     pair = load_pair()
     made = tiny_drafter(vocab_size=pair.target.vocab_size, hidden_size=pair.target.hidden_size)
+    save_drafter(made, folder)
     made.use_target_embeddings(pair.target.embed_weight, pair.target.head_weight)
     run = decode(pair.target, made.eval(), texts, max_new_tokens=4, temperature=1.0)
     for own in (folder, str(folder), f"{folder}/"):
@@ -219,7 +210,6 @@ def test_target_and_drafter_may_be_folders(folder):
         ({"drafter": {}}, ValueError, "a prompt and a drafter at least, got 3 and 0"),
         ({"temperature": -0.5}, ValueError, "temperature must be a finite .* >= 0.*, got -0.5"),
         ({"temperature": float("nan")}, ValueError, "temperature must be a finite .*, got nan"),
-        ({"temperature": float("inf")}, ValueError, "temperature must be a finite .*, got inf"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
         ({"prompts": [[1, VOCAB]]}, ValueError, rf"must lie in \[0, {VOCAB - 1}\], got {VOCAB}"),
         ({"prompts": [[]]}, ValueError, "a prompt must hold at least one token, got none"),
@@ -242,15 +232,9 @@ def test_the_pocket_pair_is_explored_where_nothing_is_given():
     assert list(explorer.controls["drafter"].options) == drafter_names("pocket")
     pair = load_pair()
     asked = pair.held_out[:: len(pair.held_out) // 40]
-    run = decode(
-        pair.target,
-        pair.drafter,
-        [question(chat) for chat in asked],
-        domains=[chat.domain for chat in asked],
-        temperature=1.0,
-        max_new_tokens=4,
-        batch_size=40,
-    )
+    questions, domains = zip(*((question(chat), chat.domain) for chat in asked), strict=True)
+    options = {"temperature": 1.0, "max_new_tokens": 4, "batch_size": 40}
+    run = decode(pair.target, pair.drafter, questions, domains=domains, **options)
     assert 40 <= len(run.tokens) < 60 and len(set(run.trace["domain"])) > 2
     assert explorer.settings["view"] == "rates"
     pd.testing.assert_frame_equal(explorer.tables["trace"], run.trace)
@@ -261,13 +245,11 @@ def test_the_pocket_pair_is_explored_where_nothing_is_given():
 
 
 def test_some_of_the_shipped_conversations_are_asked_of_a_target_of_ones_own():
-    explorer = explore_decoding(target(), drafter(), run=False)
+    explorers = [explore_decoding(target(), drafter(), run=False) for _ in range(2)]
+    labels, again = ([label for label, _ in e.controls["example"].options] for e in explorers)
     domains = {" ".join(question(chat).split())[:80]: chat.domain for chat in load_chats()}
-    labels = [label for label, _ in explorer.controls["example"].options]
-    assert len(labels) == 40 < len(domains)
+    assert labels == again and len(labels) == 40 < len(domains)
     assert {domains[label[:80]] for label in labels} == set(domains.values())
-    again = explore_decoding(target(), drafter(), run=False)
-    assert again.controls["example"].options == explorer.controls["example"].options
 
 
 def decoding(prompts: Any = TEXTS, drafters: Any = None, **options: Any) -> DecodingExplorer:

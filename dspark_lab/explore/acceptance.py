@@ -1,7 +1,5 @@
 """Accept rates and confidences: rates along a block, calibration, thresholds, and the explorer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache

@@ -293,19 +293,18 @@ class DecodingExplorer(ipywidgets.VBox):
             self.run_button.disabled, self.stop_button.disabled = False, True
 
     def _decode(self) -> Iterator[None]:
-        settings = self.settings
-        self._drafter = settings["drafter"]
+        settings, target = self.settings, self._models.target
+        self._drafter = self._models.drafters[settings["drafter"]]
         typed = settings["prompt"]
-        chosen = typed if typed.strip() else self._models.prompts[settings["example"]]
+        asked = [typed if typed.strip() else self._models.prompts[settings["example"]]]
         options = {name: settings[name] for name in ("temperature", "max_new_tokens", "seed")}
-        model, drafter = self._models.target, self._models.drafters[self._drafter]
         threshold = settings["threshold"] or None
-        run = decoding.decode_rounds(model, drafter, [chosen], threshold=threshold, **options)
+        run = decoding.decode_rounds(target, self._drafter, asked, threshold=threshold, **options)
         self._status.value = "reading the prompt"
         redraw_at = 0.0
         for round_ in self._until_stopped(run):
-            draft, target = round_.draft_probs.cpu(), round_.target_probs.cpu()
-            self.rounds.append(replace(round_, draft_probs=draft, target_probs=target))
+            draft_probs, target_probs = round_.draft_probs.cpu(), round_.target_probs.cpu()
+            self.rounds.append(replace(round_, draft_probs=draft_probs, target_probs=target_probs))
             if time.monotonic() > redraw_at:
                 redraw_at = time.monotonic() + REDRAW_SECONDS
                 self._show_answer(run.result())
@@ -316,7 +315,7 @@ class DecodingExplorer(ipywidgets.VBox):
         self.step["round"].max = max(0, len(self.rounds) - 1)
         self._choose_round()
         self._status.value = "and now without the drafter, to compare"
-        plain = decoding.decode_rounds(model, None, [chosen], **options)
+        plain = decoding.decode_rounds(target, None, asked, **options)
         for _ in self._until_stopped(plain):
             yield
         self.plain = plain.result()
@@ -341,8 +340,7 @@ class DecodingExplorer(ipywidgets.VBox):
         plain, decoded = self.plain, self.decoded
         if plain is None or decoded is None or plain.rounds.empty or decoded.rounds.empty:
             return None
-        drafter = self._models.drafters[self._drafter]
-        return speed_table([plain], [decoded], drafter.config.block_size)
+        return speed_table([plain], [decoded], self._drafter.config.block_size)
 
     def _in_words(self, decoded: Decoded) -> str:
         tokens, speed = len(decoded.tokens[0]), self._speed()
