@@ -1,5 +1,6 @@
 """Anchors: tables counted once more in plain loops, pictures, text, and the explorer."""
 
+import re
 from base64 import b64decode
 from itertools import product
 
@@ -313,3 +314,4 @@ def test_readers_that_run_no_widgets_get_what_is_shown(make):
         else:
             assert b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n\x1a\n")
             assert bundle["image/png"] in picture(explorer).value
+            assert re.search(r'<img alt="[^"]*mask[^"]*"', picture(explorer).value)

@@ -1,6 +1,5 @@
 """Masks: regions and tiles counted once more in plain loops, pictures, and the explorer."""
 
-import re
 import warnings
 from itertools import permutations
 
@@ -330,7 +329,3 @@ def test_a_mask_that_cannot_be_drawn_shows_no_old_picture():
     assert "image/png" not in bundle and 'role="alert"' in bundle["text/html"]
     explorer.controls["row_length"].value = 128
     assert picture(explorer).value == before
-
-
-def test_a_picture_has_words_for_those_who_do_not_see_it():
-    assert re.search(r'<img alt="[^"]*mask[^"]*"', picture(masks()).value)

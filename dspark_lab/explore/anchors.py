@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -241,11 +241,11 @@ class ConversationRows:
 
     def __init__(self, chats: Any, tokenizer: Any) -> None:
         self.chats = loaded_chats(chats)
-        self.tokenizer = tokenizer = loaded_tokenizer(tokenizer)
+        tokenizer = loaded_tokenizer(tokenizer)
         pad_token_id = tokenizer.pad_token_id
         self.pad_token_id = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
-        self.to_text = lru_cache(maxsize=None)(lambda token_id: tokenizer.decode([token_id]))
-        self.encoded = lru_cache(maxsize=None)(lambda index: encode(self.chats[index], tokenizer))
+        self.to_text = cache(lambda token_id: tokenizer.decode([token_id]))
+        self.encoded = cache(lambda index: encode(self.chats[index], tokenizer))
 
     def controls(
         self,
