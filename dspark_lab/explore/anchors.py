@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from dspark_lab.attention import ContextRanges
 from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
-from dspark_lab.checks import Within, checked
+from dspark_lab.checks import Within, checked, require
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, marked_text, slider
@@ -258,7 +258,7 @@ class ConversationRows:
     ) -> list[Any]:
         """The controls of a row and of a draw of blocks on it."""
         last = len(self.chats) - 1
-        Within(0, last).check("conversation", conversation)
+        require("conversation", conversation, Annotated[int, Within(0, last)])
         return [
             slider("conversation", conversation, 0, last),
             checkbox("packed", packed),
