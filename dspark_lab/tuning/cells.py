@@ -129,8 +129,8 @@ def run_sweep(
 
     Args:
         config: the sweep; ``work`` must hold no other.
-        work: folder for results, unfinished runs, and cached features. Nodes of a cluster that do
-            not see it use a folder of the same name of their own for the latter two.
+        work: for results, unfinished runs, and cached features; nodes of a cluster that do not see
+            it use one of the same name of their own for the latter two.
         processes, address: see :func:`dspark_lab.tuning.run_jobs`.
         run: called for each cell, :func:`run_cell` by default.
     """
@@ -163,31 +163,20 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
     if history.interrupted:
         raise KeyboardInterrupt
     spent = history.table()[["slots", "seconds"]].sum()
+    slots, seconds = int(spent["slots"]), round(float(spent["seconds"]), 1)
+    questions = [question(chat) for chat in held_out]
+    sampling = {"max_new_tokens": config.max_new_tokens, "seed": cell.seed}
     lines = []
     for temperature in config.temperatures:
-        decoded = decode(
-            target,
-            drafter,
-            [question(chat) for chat in held_out],
-            temperature=temperature,
-            max_new_tokens=config.max_new_tokens,
-            seed=cell.seed,
-        )
+        decoded = decode(target, drafter, questions, temperature=temperature, **sampling)
+        line = {**asdict(cell), "temperature": temperature, "steps": steps, "slots": slots}
+        tau, rounds = round(decoded.tau, 4), decoded.rounds
+        line |= {"seconds": seconds, "tau": tau, "rounds": len(rounds)}
         # Blocks cut at the end of an answer say nothing of the slots that were not there.
-        whole = decoded.rounds[decoded.rounds["drafted"] == cell.block_size]
-        shares = [float((whole["accepted"] > slot).mean()) for slot in range(cell.block_size)]
-        lines.append(
-            {
-                **asdict(cell),
-                "temperature": temperature,
-                "steps": steps,
-                "slots": int(spent["slots"]),
-                "seconds": round(float(spent["seconds"]), 1),
-                "tau": round(decoded.tau, 4),
-                "rounds": len(decoded.rounds),
-                **{f"accepted_{slot}": round(share, 4) for slot, share in enumerate(shares)},
-            }
-        )
+        accepted = rounds["accepted"][rounds["drafted"] == cell.block_size]
+        for slot in range(cell.block_size):
+            line[f"accepted_{slot}"] = round(float((accepted > slot).mean()), 4)
+        lines.append(line)
     return lines
 
 
@@ -195,10 +184,9 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
 def sweep_table(work: str | Path) -> pd.DataFrame:
     """What the finished cells in a work folder found, one line per cell and temperature.
 
-    ``budget``, ``num_anchors``, ``block_size``, ``seed``, ``temperature``; ``steps``, supervised
-    ``slots`` and ``seconds`` of training; ``tau`` (tokens per round) by real decoding over
-    ``rounds`` rounds, and ``accepted_0``, ...: the share of whole blocks whose slot was accepted,
-    with all before it.
+    ``steps``, supervised ``slots`` and ``seconds`` of training; ``tau`` (tokens per round) by real
+    decoding over ``rounds`` rounds, and ``accepted_0``, ...: the share of whole blocks whose slot
+    was accepted, with all before it.
     """
     files = sorted((Path(work) / "cells").glob("*.json"))
     lines = [line for path in files for line in read_json(path, list)]
@@ -218,13 +206,10 @@ def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
 def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
     """A sweep's seeds together: tau of each cell, with 95 % intervals.
 
-    The standard deviation between seeds is pooled over the cells of a budget and temperature, which
-    three seeds alone could not tell.
-
     Returns:
-        one line per ``budget``, ``temperature``, ``block_size`` and ``num_anchors``: ``tau`` (mean
-        over ``seeds``), ``low``, ``high`` (Student's t; NaN where no cell has two seeds),
-        ``steps``, ``slots`` and ``seconds`` (means).
+        one line per ``budget``, ``temperature``, ``block_size`` and ``num_anchors``: means over
+        ``seeds``, and ``low`` and ``high`` of tau (Student's t; NaN where no cell has two seeds).
+        The standard deviation is pooled over the cells of a budget and temperature.
     """
     from scipy import stats
 
@@ -245,7 +230,7 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
 
 
 def standard_error(spread: Any, seeds: Any) -> Any:
-    """Of the mean of so many drafters, each of which has this standard deviation."""
+    """The standard error of the mean of so many drafters, each with this standard deviation."""
     return spread / seeds**0.5
 
 
@@ -269,10 +254,7 @@ def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, i
 
 
 def _step_seconds(config: SweepConfig, num_anchors: int, block_size: int, work: Path) -> float:
-    """The median time of a training step, little changed by other work on the machine.
-
-    On a CPU the time of one thread's own work, on a GPU the clock's.
-    """
+    """The median time of a training step: on a CPU that of one thread's own work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     on_cpu = _materials(config)[0].device.type == "cpu"
@@ -296,29 +278,17 @@ def _trained(
     """A cell's drafter after so many steps."""
     target, chats, _ = _materials(config)
     torch.manual_seed(cell.seed)
+    mask, anchors = mask_token_id(None, target, chats), cell.num_anchors
     drafter = new_drafter(
-        target,
-        mask_token_id=mask_token_id(None, target, chats),
-        block_size=cell.block_size,
-        num_anchors=cell.num_anchors,
+        target, mask_token_id=mask, block_size=cell.block_size, num_anchors=anchors
     )
+    warmup = max(1, steps // 20)
     training = replace(
-        config.training,
-        steps=steps,
-        num_anchors=cell.num_anchors,
-        seed=cell.seed,
-        warmup_steps=max(1, steps // 20),
+        config.training, steps=steps, num_anchors=anchors, seed=cell.seed, warmup_steps=warmup
     )
+    places: dict[str, Any] = {"out": out, "cache": work / "features", "features": config.features}
     history = train(
-        drafter,
-        target,
-        chats,
-        training,
-        out=out,
-        features=config.features,
-        cache=work / "features",
-        progress=False,
-        on_metrics=on_metrics,
+        drafter, target, chats, training, **places, progress=False, on_metrics=on_metrics
     )
     return drafter, history
 
@@ -343,11 +313,8 @@ def _require_same_sweep(path: Path, config: SweepConfig) -> None:
     given = json.loads(json.dumps(asdict(config)))
     if not path.exists():
         write_json(path, given, indent=1)
-        return
     saved = read_json(path)
-    other = [name for name in given if saved.get(name) != given[name]]
+    other = ", ".join(name for name in given if saved.get(name) != given[name])
     if other:
-        raise ValueError(
-            f"{path.parent} must be a new folder or one of the same sweep, "
-            f"got one with other {', '.join(other)}"
-        )
+        wanted = "a new folder or one of the same sweep"
+        raise ValueError(f"{path.parent} must be {wanted}, got one with other {other}")

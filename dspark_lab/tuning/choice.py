@@ -55,9 +55,9 @@ _RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
 class TrainingChoice:
     """The result of :func:`choose_training`.
 
-    ``best`` and ``runner_up``: rows of ``table`` (None where nothing fits, or nothing else does).
-    ``sure``: the probability that the best gains faster than the runner-up, given the error of the
-    step times; NaN where that error is not known. ``reason``: a sentence.
+    ``best`` and ``runner_up`` are rows of ``table``, None where nothing fits, or nothing else does.
+    ``sure`` is the probability that the best gains faster than the runner-up, given the error of
+    the step times; NaN where that is not known.
     """
 
     table: pd.DataFrame
@@ -73,9 +73,8 @@ class TrainingChoice:
         """The best option, to be exported; a ValueError where nothing fits."""
         if self.best is None:
             raise ValueError(self.reason)
-        names = ("num_anchors", "block_size", "seq_len")
-        anchors, block_size, seq_len = (int(self.best[name]) for name in names)
-        return TrainingSettings(anchors, block_size, seq_len, self.batch_size, self.gamma)
+        sizes = self.best[["num_anchors", "block_size", "seq_len"]].astype(int)
+        return TrainingSettings(*sizes.tolist(), self.batch_size, self.gamma)
 
 
 @checked
@@ -127,21 +126,19 @@ def choose_training(
         seq_lens: tokens that conversations are cut to, or the length of packed rows, in which no
             conversation is cut further; the longest conversation where None.
         packed: whether conversations share rows.
-        per: what ``num_anchors`` counts for, ``"row"`` or ``"document"``. Per document a step has
-            that many blocks for each of a row's documents.
+        per: what ``num_anchors`` counts for. Per document a step has that many blocks for each of a
+            row's documents.
         gamma: of the slots' weights.
-        usable: share of the memory that tensors may take.
-        batch_size, dtype, features, target_dtype, objective, supervised, vocabulary, device: as in
+        usable: share of the memory that tensors may take. All others as in
             :class:`~dspark_lab.tuning.Step`.
 
     Returns:
-        a choice whose ``table`` has a line per option: ``seq_len``, ``block_size``,
-        ``num_anchors``; ``row_tokens`` (mean), ``share`` (of the supervised tokens that a pass
-        covers); per step ``covered`` (different tokens), ``weighted`` (summed weight of all
-        supervised slots) and ``gain``; ``operations``, ``memory_bytes`` (of a step of longest rows)
-        and ``seconds``; ``gain_per_second``, ``gain_per_byte``, ``gain_per_operation``; ``fits``;
-        and ``front``, whether it is on the Pareto front of these three rates: no option that fits
-        is better in one and as good in the others.
+        a choice whose ``table`` has a line per option: ``row_tokens`` (mean), ``share`` (of the
+        supervised tokens that a pass covers); per step ``covered`` (different tokens), ``weighted``
+        (summed weight of all supervised slots), ``gain``, ``operations``, ``memory_bytes`` (of
+        longest rows) and ``seconds``; ``gain_per_second``, ``gain_per_byte`` and
+        ``gain_per_operation``; ``fits``; and ``front``, whether no option that fits is better in
+        one of these three rates and as good in the others.
     """
     step_time = time if isinstance(time, StepTime) else card_time(time)
     limit = math.inf if memory is None else usable_bytes(memory, usable)
@@ -186,8 +183,8 @@ def predict_sweep(
 ) -> TrainingChoice:
     """What :func:`choose_training` says about the cells of a sweep before it is run.
 
-    Steps are as fast as the sweep's plan assumed: a cell of the budget of seconds has as many steps
-    as its seconds pay for. The choice uses a fit to these times, and the fit's error.
+    Step times are fitted to the sweep's plan: a cell of the budget of seconds has as many steps as
+    its seconds pay for.
 
     Args:
         sweep: from :func:`sweep_table` or :func:`load_sweep`.
@@ -209,9 +206,8 @@ def predict_sweep(
     operations = operations.set_index(cell)["operations"]
     missing = [key for key in operations.index if key not in steps.index]
     if missing:
-        raise ValueError(
-            f"sweep must hold every block size and anchor count of config, got none of {missing}"
-        )
+        wanted = "every block size and anchor count of config"
+        raise ValueError(f"sweep must hold {wanted}, got none of {missing}")
     measured = pd.DataFrame({"operations": operations, "seconds": config.seconds / steps})
     return choose_training(data, shape, time=fit_step_time(measured.dropna()), **options)
 
@@ -225,11 +221,10 @@ def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         cells: from :func:`cell_table`.
 
     Returns:
-        one line per budget, temperature and block size, and one for all block sizes ("all"):
-        ``recommended`` (the anchors, and the block size where all are compared), its ``tau`` with
-        ``low`` and ``high``, ``found_best`` and ``best_tau``, ``lost`` (relative, of tau),
-        ``decided`` (whether the two intervals are apart) and ``rank_correlation`` (Spearman's, of
-        gain a second with tau).
+        one line per budget, temperature and block size, and one for "all" block sizes:
+        ``recommended``, its ``tau`` with ``low`` and ``high``, ``found_best`` and ``best_tau``,
+        ``lost`` (relative, of tau), ``decided`` (whether the two intervals are apart) and
+        ``rank_correlation`` (Spearman's, of gain a second with tau).
     """
     cell = ["block_size", "num_anchors"]
     both = cells.merge(predicted[[*cell, "gain_per_second"]], on=cell, how="left")
@@ -260,9 +255,7 @@ def _rows(
     """The spans for each row length."""
     if isinstance(data, (Spans, Batch)):
         if seq_lens is not None or packed:
-            raise ValueError(
-                "spans and batches have their rows already: neither seq_lens nor packed"
-            )
+            raise ValueError("spans and batches have their rows already: no seq_lens, no packed")
         spans = Spans.of(data)
         return {int(spans.row_tokens.max()): spans}
     return {
@@ -275,10 +268,9 @@ def _front(
     rates: Float[np.ndarray, "option rate"], fits: Bool[np.ndarray, " option"]
 ) -> Bool[np.ndarray, " option"]:
     """Whether no option that fits is better in one rate and as good in the others."""
-    as_good = (rates[:, None] <= rates[None]).all(axis=2)
-    better = (rates[:, None] < rates[None]).any(axis=2)
-    beaten = (as_good & better & fits[None]).any(axis=1)
-    return np.asarray(np.logical_not(beaten))
+    as_good = (rates[:, None] <= rates).all(axis=2)
+    better = (rates[:, None] < rates).any(axis=2)
+    return ~(as_good & better & fits).any(axis=1)
 
 
 def _ranked(table: pd.DataFrame) -> pd.DataFrame:
@@ -322,9 +314,9 @@ def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) ->
 
 def _option(option: pd.Series, table: pd.DataFrame) -> str:
     """What is varied, by name."""
-    names = {"num_anchors": "N", "block_size": "K", "seq_len": "S"}
-    varied = [name for name in names if name == "num_anchors" or table[name].nunique() > 1]
-    return ", ".join(f"{names[name]} {option[name]:,.0f}" for name in varied)
+    names = (("num_anchors", "N"), ("block_size", "K"), ("seq_len", "S"))
+    varied = [each for each in names if each[1] == "N" or table[each[0]].nunique() > 1]
+    return ", ".join(f"{letter} {option[name]:,.0f}" for name, letter in varied)
 
 
 def _more(ratio: float) -> str:

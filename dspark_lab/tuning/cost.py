@@ -59,19 +59,24 @@ def expected_work(
     kept = min(num_anchors, candidates)
     queries = num_anchors * block_size
     pairs = kept * block_size * max(candidates - 1, 0) / 2 + queries * block_size
-    first, last = _runs(num_anchors, block_size)
+    # The first and the last block of each row of tiles.
+    first_query = np.arange(0, queries, TILE)
+    first = first_query // block_size
+    last = (np.minimum(first_query + TILE, queries) - 1) // block_size
     # The last kept block of each run sees the most context, and its tiles are those of the run.
     deepest = np.minimum(last, kept - 1)
     reaches = np.zeros((len(first), 1))
     if kept:
         beyond = _exceeds(deepest, kept, candidates, np.arange(0, seq_len, TILE))
         reaches = beyond * (deepest >= first)[:, None]
-    tiles = reaches.sum() + _own_tiles(first, last, seq_len, block_size)
+    # Tiles that hold a block's view of itself.
+    begin = (seq_len + first * block_size) // TILE
+    past = -(-(seq_len + (last + 1) * block_size) // TILE)
+    tiles = reaches.sum() + (past - begin).sum()
     # Where context and slots meet in a tile, it is one tile, not two.
     border = seq_len // TILE
     if kept and seq_len % TILE:
-        shares = (seq_len + first * block_size) // TILE == border
-        tiles -= reaches[shares, border].sum()
+        tiles -= reaches[begin == border, border].sum()
     return AttentionWork(batch_size * float(pairs), batch_size * float(tiles) * TILE**2)
 
 
@@ -96,13 +101,12 @@ def training_cost(
     Arguments as in :class:`~dspark_lab.tuning.Step`; sizes left out are the shape's own.
 
     Returns:
-        a line per part, in the order of the step: ``part``; ``forward`` and ``backward``,
-        operations by the mask's true pairs; ``tile_forward`` and ``tile_backward``, by its tiles
-        (the same but for attention); ``operations``, forward and backward by tiles, which determine
-        the time; ``bytes_moved`` between memory and processor, every operand of every product
-        once; ``bytes_held``, what the part saves for the backward pass, holds throughout (target,
-        optimiser) or while it runs (objective); ``counted``, whether ``torch.utils.flop_counter``
-        knows such operations. :func:`training_memory` has the most bytes held at one time.
+        a line per ``part``, in the order of the step: ``forward`` and ``backward``, operations by
+        the mask's true pairs; ``tile_forward`` and ``tile_backward``, by its tiles (the same but
+        for attention); ``operations``, both by tiles, which determine the time; ``bytes_moved``,
+        every operand of every product once; ``bytes_held``, what the part saves for the backward
+        pass, holds throughout (target, optimiser) or while it runs (objective); ``counted``,
+        whether ``torch.utils.flop_counter`` knows such operations.
     """
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     seq_len, block_size = seq_len or shape.seq_len, block_size or shape.block_size
@@ -222,23 +226,6 @@ def _causal_pairs(layers: Layers, tokens: int) -> float:
     return share * float(sees.sum()) + (1 - share) * whole
 
 
-def _runs(
-    anchors: int, block_size: int
-) -> tuple[Int[np.ndarray, " tile"], Int[np.ndarray, " tile"]]:
-    """The first and the last block of each row of tiles."""
-    queries = anchors * block_size
-    first_query = np.arange(0, queries, TILE)
-    last_query = np.minimum(first_query + TILE, queries) - 1
-    return first_query // block_size, last_query // block_size
-
-
-def _own_tiles(first: np.ndarray, last: np.ndarray, seq_len: int, block_size: int) -> int:
-    """Tiles that hold a block's view of itself."""
-    begin = (seq_len + first * block_size) // TILE
-    past = -(-(seq_len + (last + 1) * block_size) // TILE)
-    return int((past - begin).sum())
-
-
 def _exceeds(
     rank: Int[np.ndarray, " rank"],
     drawn: int,
@@ -256,9 +243,8 @@ def _exceeds(
     def log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
         possible = (k >= 0) & (k <= n)
         k = np.where(possible, k, 0)
-        return np.where(
-            possible, log_factorial[n] - log_factorial[k] - log_factorial[n - k], -np.inf
-        )
+        logs = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
+        return np.where(possible, logs, -np.inf)
 
     # Ten standard deviations (each at most half the root of ``drawn``) on either side of the mean
     # hold all but 1e-22 of the distribution.

@@ -81,10 +81,7 @@ def supervision(
         data: spans, made once for many choices, or what they are made of.
         num_anchors: drawn in each unit, all of its candidates where there are fewer.
         gamma: of the weights w_k = exp(-k / gamma), in slots.
-        per: the unit, ``"row"`` or ``"document"``.
-
-    Raises:
-        ValueError: no row has a label.
+        per: the unit.
     """
     return _labelled(data, block_size, per).supervision(num_anchors, gamma)
 
@@ -101,11 +98,8 @@ def supervision_table(
     """:func:`supervision` for each choice.
 
     Returns:
-        one line per unit, block size and anchor count: ``per``, ``block_size``, ``num_anchors``,
-        ``blocks`` (kept per row), ``supervised`` (tokens), ``labels`` (of these, those that can be
-        one), ``expected`` (supervised slots), ``weighted`` (their summed weight), ``covered``
-        (tokens supervised at all), ``share`` (covered over supervised), ``times`` (expected over
-        supervised), ``rows_without_label``.
+        one line per ``per``, ``block_size`` and ``num_anchors``, with the numbers of
+        :class:`Supervision` in columns of the same names.
     """
     spans = Spans.of(data)
     lines = []
@@ -145,13 +139,12 @@ def never_table(data: Data) -> pd.DataFrame:
     """Counts the tokens that can never be a label, whatever is drawn, by reason.
 
     *Prompt* is everything that is not supervised. The first token of a run of two or more is an
-    anchor, but no anchor stands before it; one alone in its run is neither. *Cut off* are the
-    supervised tokens beyond ``seq_len``.
+    anchor, but no anchor stands before it. *Cut off* are supervised tokens beyond ``seq_len``.
 
     Returns:
-        one line per ``reason``: ``tokens``, ``of_tokens`` (share of all, padding and what was cut
-        off included), ``of_supervised`` (share of supervised tokens, what was cut off included; NaN
-        for prompt and padding) and ``documents`` (that hold such a token; 0 for padding).
+        one line per ``reason``: ``tokens``, their share ``of_tokens`` (padding and what was cut off
+        included) and ``of_supervised`` tokens (NaN for prompt and padding), and the ``documents``
+        that hold such a token (0 for padding).
     """
     spans = Spans.of(data)
     kept, run_document, documents = spans.run_kept, spans.run_document, spans.documents
@@ -190,38 +183,32 @@ def token_supervision(
 
     Args:
         data, num_anchors, block_size, gamma, per: as in :func:`supervision`.
-        document: the tokens of this document alone; of all documents where None, which takes memory
-            for each token of the data set.
+        document: the tokens of this one alone; of all documents where None.
 
     Returns:
         one line per token, those beyond the cut included: ``document``, ``position`` in it,
         ``supervised``, ``anchors`` (candidates that reach it), ``slot_0``, ``slot_1``, ...
-        (expected times at each slot), ``times`` (their sum), ``weighted`` (summed weight),
-        ``p_covered`` (probability that it is supervised at all) and ``reason`` (why it can never be
-        a label, one of ``REASONS``; empty where it can).
+        (expected times at each slot), ``times`` (their sum), ``weighted``, ``p_covered`` and
+        ``reason`` (why it can never be a label, one of ``REASONS``; empty where it can).
     """
     spans = Spans.of(data)
-    weights = decay_weights(block_size, gamma).numpy()
-    unit, candidates = spans.unit(per), spans.candidates(per)
-    runs, first, end = np.arange(len(spans.run_document)), 0, spans.documents
-    if document is not None:
-        if document >= spans.documents:
-            raise ValueError(f"document must lie in [0, {spans.documents - 1}], got {document}")
-        first, end = document, document + 1
-        runs = runs[slice(*np.searchsorted(spans.run_document, (first, end)))]
-    tokens = spans.document_tokens[first:end]
-    lines = tokens.cumsum() - tokens
+    if document is not None and document >= spans.documents:
+        raise ValueError(f"document must lie in [0, {spans.documents - 1}], got {document}")
+    documents = np.arange(spans.documents) if document is None else np.array([document])
+    runs = np.flatnonzero(np.isin(spans.run_document, documents))
+    tokens = spans.document_tokens[documents]
     of_run = spans.run_tokens[runs]
     run, offset = np.repeat(runs, of_run), _offsets(of_run)
     in_document = spans.run_document[run]
-    line = lines[in_document - first] + spans.run_start[run] + offset
+    before = tokens.cumsum() - tokens
+    line = before[in_document - documents[0]] + spans.run_start[run] + offset
     kept = spans.run_kept[run]
     anchors = np.where(offset < kept, np.minimum(offset, block_size), 0)
     of_token = [offset >= kept, offset > 0, kept > 1]
     reason = np.select(of_token, ["cut off", "", "first of its run"], "alone in its run")
     # Only the units that the document draws from are worked out.
-    drawn_from, place = np.unique(unit[in_document], return_inverse=True)
-    size = candidates[drawn_from]
+    drawn_from, place = np.unique(spans.unit(per)[in_document], return_inverse=True)
+    size = spans.candidates(per)[drawn_from]
     drawn = _drawn(size, num_anchors)[place]
     covered = _covered(size, num_anchors, block_size)[place, anchors]
     slots = (np.arange(block_size) < anchors[:, None]) * drawn[:, None]
@@ -234,13 +221,13 @@ def token_supervision(
     times = spread(slots, 0)
     return pd.DataFrame(
         {
-            "document": np.repeat(np.arange(first, end), tokens),
+            "document": np.repeat(documents, tokens),
             "position": _offsets(tokens),
             "supervised": spread(np.ones(len(line), dtype=bool), False),
             "anchors": spread(anchors, 0),
             **{f"slot_{slot}": times[:, slot] for slot in range(block_size)},
             "times": times.sum(axis=1),
-            "weighted": times @ weights,
+            "weighted": times @ decay_weights(block_size, gamma).numpy(),
             "p_covered": spread(covered, 0),
             "reason": spread(reason.astype(object), "prompt"),
         }
@@ -270,9 +257,9 @@ def coverage_table(
     """The share of supervised tokens that one pass over ``batch`` covers, for each choice.
 
     Returns:
-        one line per block size and anchor count: ``block_size``, ``num_anchors``, ``blocks`` (kept
-        per row, mean), ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws), and
-        ``supervisions`` (expected, per supervised token).
+        one line per ``block_size`` and ``num_anchors``: ``blocks`` (kept per row, mean),
+        ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws), and ``supervisions``
+        (expected, per supervised token).
     """
     spans = _supervised(Spans.of(batch))
     lines = []
@@ -303,8 +290,8 @@ def packing_table(
     Per document, coverage is that of unpacked rows, whatever the row's length.
 
     Returns:
-        one line per kind of row and anchor count: ``row`` (as text), ``anchors per`` (``document``
-        or ``row``), ``documents`` (per row, mean), ``num_anchors`` and ``expected``.
+        one line per ``row`` (its kind) and ``num_anchors``: ``anchors per`` (``document`` or
+        ``row``), ``documents`` (per row, mean) and ``expected``.
     """
     rows: dict[str, tuple[Spans, Per]] = {"unpacked": (Spans.of(encoded), "document")}
     rows |= {f"packed, {n}": (Spans.of(encoded, row_length=n), "row") for n in row_lengths}
@@ -328,8 +315,8 @@ def anchors_needed(
     """The smallest ``num_anchors`` whose expected coverage reaches a goal.
 
     Returns:
-        one line per ``block_size`` and ``goal``: ``num_anchors`` (missing where no number reaches
-        it), ``expected`` at that number, and ``ceiling``, the coverage of all candidates.
+        one line per ``block_size`` and ``goal``: ``num_anchors`` (missing where none reaches it),
+        ``expected`` at that number, and ``ceiling``, the coverage of all candidates.
     """
     spans = _supervised(Spans.of(data))
     lines = []
@@ -396,9 +383,7 @@ class _Reach:
 def _labelled(data: Data, block_size: int, per: Per) -> _Reach:
     reach = _Reach.of(Spans.of(data), block_size, per)
     if not reach.slots.any():
-        raise ValueError(
-            "no row has a label: nowhere in the data are two supervised tokens next to each other"
-        )
+        raise ValueError("no row has a label: no two supervised tokens are next to each other")
     return reach
 
 
@@ -419,7 +404,7 @@ def _offsets(counts: Int[np.ndarray, " group"]) -> Int[np.ndarray, " token"]:
 
 
 def _drawn(candidates: Int[np.ndarray, " unit"], num_anchors: int) -> Float[np.ndarray, " unit"]:
-    """The probability of each candidate to be an anchor."""
+    """The probability that a candidate is an anchor."""
     return np.minimum(candidates, num_anchors) / np.maximum(candidates, 1)
 
 

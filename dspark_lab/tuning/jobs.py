@@ -31,7 +31,6 @@ def run_jobs(
 
     Args:
         function: of a module that the workers can import.
-        jobs: arguments by key.
         processes: at once, on this machine; on Ray a job asks for one CPU, and the cluster decides.
         address: of a Ray cluster, as ``ray.init`` takes it ("auto", "host:6379", "ray://..."); its
             nodes must have this package. Where a session of Ray is open already it is used.
@@ -66,9 +65,8 @@ def _in_processes(
         finally:
             pool.shutdown(cancel_futures=True)
         if deaths >= MOST_DEATHS:
-            raise RuntimeError(
-                f"workers died {deaths} times without a result; left: {', '.join(left)}"
-            )
+            names = ", ".join(left)
+            raise RuntimeError(f"workers died {deaths} times without a result; left: {names}")
 
 
 def _on_ray(
@@ -79,9 +77,8 @@ def _on_ray(
     try:
         import ray
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"address {address!r} needs Ray: pip install 'dspark-lab[ray]'"
-        ) from None
+        needs = f"address {address!r} needs Ray: pip install 'dspark-lab[ray]'"
+        raise ModuleNotFoundError(needs) from None
     opened = not ray.is_initialized()
     if opened:
         ray.init(address=address, log_to_driver=False)

@@ -9,7 +9,6 @@ is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Annotated, Literal
 
@@ -17,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from dspark_lab.checks import Count, Share, Within, checked
-from dspark_lab.model import most_slots
 from dspark_lab.tuning.moments import PARTS, StepBytes
 from dspark_lab.tuning.shape import CARDS, TARGETS, Card, Shape
 from dspark_lab.tuning.step import Dtype, Step
@@ -70,8 +68,7 @@ def memory_table(
     """The bytes of :func:`training_memory` at the fullest moment, part by part.
 
     Returns:
-        a line per ``part``, in a fixed order: ``held`` (bytes then), ``moment`` (its name, the same
-        in all lines). The lines add up to the peak.
+        a line per ``part``: ``held`` (bytes then), ``moment`` (its name, the same in all lines).
     """
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     step = Step(seq_len, num_anchors, block_size or shape.block_size, batch_size, *options)
@@ -121,9 +118,7 @@ def fit_table(
     Args:
         memory: bytes, or a card of :data:`~dspark_lab.tuning.CARDS`.
         usable: share of the memory that tensors may take; the rest is the driver's, the kernels'
-            and what lies idle between tensors.
-        batch_size, dtype, features, target_dtype, objective, supervised, vocabulary, device: as in
-            :class:`~dspark_lab.tuning.Step`.
+            and what lies idle between tensors. All others as in :class:`~dspark_lab.tuning.Step`.
 
     Returns:
         a line per ``seq_len`` and ``block_size``: ``num_anchors`` (0 where not even one fits; at
@@ -134,8 +129,7 @@ def fit_table(
     limit = usable_bytes(memory, usable)
     lines = []
     for seq_len, block_size in product(seq_lens, block_sizes):
-        step = Step(seq_len, 1, block_size, batch_size, *options)
-        most, held = _most_anchors(shape, step, limit)
+        most, held = _most_anchors(shape, Step(seq_len, 1, block_size, batch_size, *options), limit)
         lines.append((seq_len, block_size, most, held, most < max(1, seq_len - 1)))
     return pd.DataFrame(lines, columns=["seq_len", "block_size", "num_anchors", "held", "full"])
 
@@ -177,26 +171,8 @@ def card_table(
 
 def _most_anchors(shape: Shape, step: Step, limit: float) -> tuple[int, int]:
     """The largest number of anchors that fits, or 0, and the bytes of that many, or of one."""
-
-    def peaks(anchors: np.ndarray) -> np.ndarray:
-        many = step.with_each(anchors)
-        return np.broadcast_to(StepBytes(shape, many).peak, anchors.shape)
-
-    candidates = max(1, step.seq_len - 1)
-    # More anchors hold more, except that their chunks of logits may be smaller, by at most what a
-    # whole chunk holds. So a few numbers bracket the answer.
-    vocab = step.vocabulary or shape.vocab_size
-    width = vocab + shape.drafter.hidden_size + shape.markov_rank
-    chunk_bytes = 20 * most_slots(vocab, step.device == "cuda") * width
-    few = np.unique(np.linspace(1, candidates, 65).astype(int))
-    held = peaks(few)
-    if held[-1] <= limit:
-        return candidates, int(held[-1])
-    first = few[held <= limit][-1] if (held <= limit).any() else 1
-    beyond = few[held > limit + chunk_bytes]
-    tried = np.arange(first, (beyond[0] if len(beyond) else candidates) + 1)
-    held = peaks(tried)
-    fits = np.flatnonzero(held <= limit)
-    if not len(fits):
-        return 0, int(StepBytes(shape, replace(step, num_anchors=1)).peak)
-    return int(tried[fits[-1]]), int(held[fits[-1]])
+    anchors = np.arange(1, max(2, step.seq_len))
+    held = np.broadcast_to(StepBytes(shape, step.with_each(anchors)).peak, anchors.shape)
+    # One anchor more may hold less, since its logits may come in smaller chunks.
+    most = int(anchors[held <= limit].max(initial=0))
+    return most, int(held[max(most, 1) - 1])

@@ -22,11 +22,7 @@ from dspark_lab.files import written_whole
 @checked
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What decides coverage and cost of a training run.
-
-    ``batch_size`` rows a step on each device, ``seq_len`` tokens of a row, ``num_anchors`` blocks a
-    row.
-    """
+    """What decides coverage and cost of a training run; ``batch_size`` rows on each device."""
 
     num_anchors: Count
     block_size: Count
@@ -38,10 +34,9 @@ class TrainingSettings:
 @checked
 @dataclass(frozen=True)
 class ServingSettings:
-    """How a drafter is to be served.
+    """How a drafter, by its checkpoint's folder or hub id, is to be served.
 
-    ``draft_length`` slots are drafted; 0 means not to draft. ``threshold`` on the confidence, 0 for
-    none. ``drafter``: the checkpoint's folder or hub id.
+    ``draft_length`` 0 means not to draft, ``threshold`` 0 no threshold on the confidence.
     """
 
     draft_length: Size
@@ -58,7 +53,6 @@ def export(
     """The settings as text, which is also written to ``path`` where one is given.
 
     Args:
-        settings: what was chosen.
         kind: "json", or one of ``TRAINERS`` (for training) or ``SERVERS`` (for serving).
 
     Raises:
@@ -67,6 +61,10 @@ def export(
     writers = TRAINERS if isinstance(settings, TrainingSettings) else SERVERS
     if kind not in ("json", *writers):
         raise ValueError(f"kind must be one of {['json', *writers]}, got {kind!r}")
+    threshold = getattr(settings, "threshold", 0)
+    if threshold and kind not in ("json", "dspark-lab"):
+        lacking = f"{kind} has no threshold on the confidence of a slot"
+        raise ValueError(f"{lacking}: choose threshold 0, got {threshold}")
     text = json.dumps(asdict(settings), indent=2) if kind == "json" else writers[kind](settings)
     text += "\n"
     if path is not None:
@@ -117,7 +115,6 @@ def _decode(s: ServingSettings) -> str:
 
 
 def _vllm(s: ServingSettings) -> str:
-    _require_no_threshold("vllm", s)
     if s.draft_length == 0:
         return "# without --speculative-config"
     config = {"method": "dspark", "model": s.drafter, "num_speculative_tokens": s.draft_length}
@@ -125,7 +122,6 @@ def _vllm(s: ServingSettings) -> str:
 
 
 def _tensorrt_llm(s: ServingSettings) -> str:
-    _require_no_threshold("tensorrt-llm", s)
     if s.draft_length == 0:
         return "# without speculative_config"
     return _yaml(
@@ -138,14 +134,6 @@ def _tensorrt_llm(s: ServingSettings) -> str:
 
 def _yaml(head: str, **values: Any) -> str:
     return "\n".join([f"{head}:", *(f"  {name}: {value}" for name, value in values.items())])
-
-
-def _require_no_threshold(server: str, s: ServingSettings) -> None:
-    if s.threshold:
-        raise ValueError(
-            f"{server} has no threshold on the confidence of a slot: choose threshold 0, "
-            f"got {s.threshold}"
-        )
 
 
 TRAINERS: dict[str, Callable[[Any], str]] = {

@@ -150,17 +150,13 @@ class Shape:
         have: by default five layers and five context layers, or fewer if the target has fewer.
 
         Args:
-            source: a name in :data:`TARGETS`; a ``config.json``, or the folder that holds it; its
-                content; a :class:`~dspark_lab.model.DrafterConfig`. A multimodal model may have the
-                numbers in ``text_config``.
+            source: a name in :data:`TARGETS`; a ``config.json``, its folder or its content; a
+                :class:`~dspark_lab.model.DrafterConfig`. Layers must be dense (no mixtures of
+                experts, no recurrent states).
             target: the target's ``config.json`` or its content, where ``source`` is a drafter.
             num_hidden_layers: layers of the drafter.
             context_layers: target layers that a context feature consists of.
             block_size, num_anchors, seq_len: default sizes of a training step.
-
-        Raises:
-            ValueError: not a preset, a configuration without the numbers, or one whose layers are
-                not dense (mixtures of experts, recurrent states).
         """
         shape = _shape_of(source)
         if target is not None:
@@ -181,12 +177,10 @@ class Shape:
         return replace(shape, **{name: v for name, v in changes.items() if v is not None})
 
     def __post_init__(self) -> None:
-        kinds = ("none", *MARKOV_HEADS)
-        if self.markov_head_type not in kinds:
-            raise ValueError(
-                f"markov_head_type must be one of {kinds}, got {self.markov_head_type!r}"
-            )
-        if self.markov_rank == 0 or self.markov_head_type == "none":
+        kind, kinds = self.markov_head_type, ("none", *MARKOV_HEADS)
+        if kind not in kinds:
+            raise ValueError(f"markov_head_type must be one of {kinds}, got {kind!r}")
+        if self.markov_rank == 0 or kind == "none":
             # Make both say that there is no Markov head.
             object.__setattr__(self, "markov_rank", 0)
             object.__setattr__(self, "markov_head_type", "none")
@@ -194,11 +188,8 @@ class Shape:
     @property
     def reads_markov(self) -> bool:
         """Whether the confidence head reads the previous token's Markov embedding."""
-        return (
-            self.enable_confidence_head
-            and self.confidence_head_with_markov
-            and self.markov_rank > 0
-        )
+        has_markov = self.markov_rank > 0
+        return has_markov and self.enable_confidence_head and self.confidence_head_with_markov
 
     @cached_property
     def sizes(self) -> DrafterSizes:
@@ -207,7 +198,7 @@ class Shape:
 
     @property
     def target_parameters(self) -> int:
-        """Parameters of the target, embedding and LM head included; 0 where it is not known."""
+        """Those of the target, embedding and LM head included; 0 where it is not known."""
         if self.target is None:
             return 0
         table = self.vocab_size * self.target.hidden_size
@@ -230,10 +221,8 @@ class Shape:
         if other.target is None:
             raise ValueError("target must be the configuration of a target, got a drafter's")
         if other.vocab_size != self.vocab_size:
-            raise ValueError(
-                f"drafter and target must have one vocabulary, got {self.vocab_size} and "
-                f"{other.vocab_size} tokens"
-            )
+            sizes = f"{self.vocab_size} and {other.vocab_size} tokens"
+            raise ValueError(f"drafter and target must have one vocabulary, got {sizes}")
         return replace(self, name=other.name, target=other.target, tied=other.tied)
 
 
@@ -319,11 +308,9 @@ def _of_drafter(config: DrafterConfig) -> Shape:
 
 
 def _number(config: Mapping[str, Any], name: str) -> int:
-    if name not in config:
-        raise ValueError(f"config must hold {name}, which it does not")
-    value = config[name]
+    value = config.get(name)
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        raise ValueError(f"config must hold {name}, an int >= 1, got {value!r}")
     return value
 
 

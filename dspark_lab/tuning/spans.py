@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ PER: tuple[Per, ...] = get_args(Per)
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Supervised tokens of a data set. All arrays are int64.
+    """Supervised tokens of a data set.
 
     Documents are the conversations in the given order (of a batch: row by row), runs are in the
     order of the documents, and a row is what anchors are drawn from.
@@ -77,10 +77,9 @@ class Spans:
         if row_length is not None:
             longest = int(kept.argmax())
             if kept[longest] > row_length:
-                raise ValueError(
-                    f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens, more "
-                    f"than length {row_length} of a row; cut it with seq_len={row_length}"
-                )
+                has = f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens"
+                wanted = f"length {row_length} of a row; cut it with seq_len={row_length}"
+                raise ValueError(f"{has}, more than {wanted}")
             row, _ = packed_places(kept, row_length)
             row_tokens = np.full(row.max() + 1, row_length)
         mask = torch.cat([item.loss_mask for item in encoded])
@@ -102,7 +101,6 @@ class Spans:
 
     @property
     def documents(self) -> int:
-        """The number of conversations."""
         return len(self.document_tokens)
 
     @cached_property
@@ -113,7 +111,6 @@ class Spans:
 
     @cached_property
     def supervised(self) -> int:
-        """Supervised tokens in the rows."""
         return int(self.run_kept.sum())
 
     @cached_property
@@ -126,32 +123,26 @@ class Spans:
         return self.document_row if per == "row" else np.arange(self.documents)
 
     def candidates(self, per: Per) -> Int[np.ndarray, " unit"]:
-        """Candidates of each row or document."""
         units = self.rows if per == "row" else self.documents
         run_unit = self.unit(per)[self.run_document]
         return sum_by(run_unit, np.maximum(self.run_kept - 1, 0), units)
 
     @cached_property
-    def groups(self) -> dict[Per, RunGroups]:
-        """The runs by the candidates of their row or document, grouped once."""
+    def groups(self) -> dict[Per, tuple[Int[np.ndarray, " n"], ...]]:
+        """The runs in groups whose rows or documents have equally many candidates.
+
+        The candidates of each group, then the group and the length of each run.
+        """
         inside, groups = self.run_kept > 0, {}
         for per in PER:
             candidates = self.candidates(per)[self.unit(per)[self.run_document[inside]]]
             found, run_group = np.unique(candidates, return_inverse=True)
-            groups[per] = RunGroups(found, run_group.ravel(), self.run_kept[inside])
+            groups[per] = (found, run_group.ravel(), self.run_kept[inside])
         return groups
 
 
 # What coverage takes: spans, made once for many choices, or what they are made of.
 Data = Spans | Batch | Encoded | Sequence[Encoded]
-
-
-class RunGroups(NamedTuple):
-    """The runs, in one group where their rows or documents have equally many candidates."""
-
-    candidates: Int[np.ndarray, " group"]
-    run_group: Int[np.ndarray, " run"]
-    run_length: Int[np.ndarray, " run"]
 
 
 def sum_by(

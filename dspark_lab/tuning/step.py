@@ -52,13 +52,11 @@ class Step:
     def require_fit(self, shape: Shape) -> None:
         """Refuse "live" features without the target's shape, or more words than the model has."""
         if self.features == "live" and shape.target is None:
-            raise ValueError(
-                "features 'live' need the target's shape: give Shape.of its target, or say 'cached'"
-            )
-        if self.vocabulary is not None and self.vocabulary > shape.vocab_size:
-            raise ValueError(
-                f"vocabulary must be at most the model's, {shape.vocab_size}, got {self.vocabulary}"
-            )
+            wanted = "give Shape.of its target, or say 'cached'"
+            raise ValueError(f"features 'live' need the target's shape: {wanted}")
+        most, words = shape.vocab_size, self.vocabulary
+        if words is not None and words > most:
+            raise ValueError(f"vocabulary must be at most the model's, {most}, got {words}")
 
     def with_each(self, num_anchors: Int[np.ndarray, " choice"]) -> Step:
         """The same step for many numbers of anchors at once; counts of slots are then arrays."""
@@ -68,12 +66,10 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
         return self.batch_size * self.seq_len
 
     @property
     def slots(self) -> Any:
-        """Slots of all blocks of all rows."""
         return self.batch_size * self.num_anchors * self.block_size
 
     @property
@@ -87,8 +83,7 @@ class Step:
     def labels_beyond_rows(self) -> Any:
         """Slots whose label lies beyond the row's end: three standard deviations above their mean.
 
-        With anchors drawn uniformly from a row of one document, a block lacks 1, 2, ..., or
-        ``block_size - 1`` labels with probability 1 / candidates each.
+        A block lacks 1, 2, ..., or ``block_size - 1`` labels with probability 1 / candidates each.
         """
         candidates = max(self.seq_len - 1, 1)
         lacking = np.minimum(np.arange(self.block_size), candidates)
@@ -97,12 +92,10 @@ class Step:
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of a number in a matrix product."""
         return WIDTH[self.dtype]
 
     @property
     def target_bytes(self) -> int:
-        """Bytes of a weight of the target."""
         return WIDTH[self.target_dtype or self.dtype]
 
     @property

@@ -72,10 +72,9 @@ def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> 
     """
     operations, seconds = _columns("table", table)
     if len(np.unique(operations)) < 2:
-        raise ValueError(
-            "table must hold steps of two different numbers of operations at least, got "
-            f"{len(operations)} of {sorted(set(operations.tolist()))}"
-        )
+        wanted = "steps of two different numbers of operations at least"
+        got = f"{len(operations)} of {sorted(set(operations.tolist()))}"
+        raise ValueError(f"table must hold {wanted}, got {got}")
     fixed, per_operation = _fit(operations, seconds)
     if held_out is not None:
         others, times = _columns("held_out", held_out)
@@ -109,15 +108,13 @@ def measure_steps(
 
     Args:
         shape: of the drafter; its weights are random.
-        seq_lens, num_anchors, block_sizes: every combination is measured; the shape's own block
-            size where None.
-        batch_size, dtype: as in :class:`~dspark_lab.tuning.Step`.
+        seq_lens, num_anchors, block_sizes: to be combined; the shape's own block size where None.
         target: runs in every step, on its own device.
         device: of the steps without a target.
         warmup, runs: steps that are not timed, and that are.
 
     Returns:
-        a line per combination: the sizes, ``operations``, ``seconds`` (the median), ``fastest``,
+        a line per combination: sizes, ``operations``, ``seconds`` (the median), ``fastest``,
         ``slowest``, ``device``, ``dtype``.
     """
     place = torch.device(device) if target is None else target.device
@@ -133,7 +130,9 @@ def measure_steps(
                 drafter.use_target_embeddings(target.embed_weight, target.head_weight)
         optimizer = torch.optim.AdamW(_trained(drafter), lr=1e-5, fused=True)
         for seq_len, anchors in product(seq_lens, num_anchors):
-            batch = _random_batch(shape.vocab_size, batch_size, seq_len, seed).to(place)
+            rows, generator = (batch_size, seq_len), torch.Generator().manual_seed(seed)
+            ids = torch.randint(shape.vocab_size, rows, generator=generator)
+            batch = Batch.of_tokens(ids, torch.ones(rows, dtype=torch.bool)).to(place)
             blocks = draw_blocks(batch, anchors, block_size, seed=seed)
             read = _features(target, drafter, batch)
             run = partial(_train_once, drafter, optimizer, batch, blocks, read, dtype)
@@ -212,12 +211,6 @@ def _columns(name: str, table: pd.DataFrame) -> list[Float[np.ndarray, " step"]]
             raise ValueError(f"{name}'s {column} must be finite numbers > 0, got {values.tolist()}")
         found.append(values)
     return found
-
-
-def _random_batch(vocab_size: int, batch_size: int, seq_len: int, seed: int) -> Batch:
-    rows, generator = (batch_size, seq_len), torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab_size, rows, generator=generator)
-    return Batch.of_tokens(ids, torch.ones(rows, dtype=torch.bool))
 
 
 def _features(target: Target | None, drafter: Drafter, batch: Batch) -> Callable[[], Features]:

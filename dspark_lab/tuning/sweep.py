@@ -50,7 +50,6 @@ class Options(SweepConfig):
         """The settings are checked in :meth:`config`, outside the parser."""
 
     def config(self) -> SweepConfig:
-        """The sweep alone."""
         names = ("batch_size", "max_length", "learning_rate")
         training = replace(TRAINING, **{name: getattr(self, name) for name in names})
         given = {field.name: getattr(self, field.name) for field in fields(SweepConfig)}
@@ -58,12 +57,10 @@ class Options(SweepConfig):
 
 
 def parsed(arguments: Sequence[str] | None = None) -> Options:
-    """The options on the command line."""
     return tyro.cli(Options, prog=PROGRAM, args=arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     try:
         options = parsed(arguments)
         table = run_sweep(
