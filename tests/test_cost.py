@@ -10,7 +10,7 @@ that adds in place (`addmm_`). These are counted here by looking inside with the
 
 import json
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from dspark_lab.attention import block_attention, training_block_mask, training_
 from dspark_lab.model import Drafter, DrafterConfig, objective, output_objective
 from dspark_lab.tuning import (
     TARGETS,
-    AttentionWork,
     Layers,
     Shape,
     cost,
@@ -39,13 +38,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["none", "vanilla", "gated", "rnn"]
 PROJECTIONS = ["context projection", "attention projections", "MLP", "heads"]
 BATCH, SEQ_LEN, ANCHORS, BLOCK = 2, 20, 6, 3
-SIZES: dict[str, Any] = {
-    "seq_len": SEQ_LEN,
-    "num_anchors": ANCHORS,
-    "block_size": BLOCK,
-    "batch_size": BATCH,
-    "features": "cached",
-}
+SIZES: dict[str, Any] = {"seq_len": SEQ_LEN, "num_anchors": ANCHORS, "block_size": BLOCK}
+SIZES |= {"batch_size": BATCH, "features": "cached"}
 
 
 def drafter_of(kind: str, confidence: bool = True) -> Drafter:
@@ -67,12 +61,8 @@ def step_of(drafter: Drafter, backend: str = "blockwise") -> tuple[Any, Any]:
         torch.randn(BATCH, SEQ_LEN, c.hidden_size),
     )
     anchors = torch.stack([torch.randperm(SEQ_LEN - BLOCK)[:ANCHORS].sort().values for _ in "ab"])
-    blocks = {
-        "anchor_positions": anchors,
-        "block_keep_mask": torch.ones_like(anchors, dtype=torch.bool),
-        "backend": backend,
-    }
-    return inputs, blocks
+    keep = torch.ones_like(anchors, dtype=torch.bool)
+    return inputs, {"anchor_positions": anchors, "block_keep_mask": keep, "backend": backend}
 
 
 def counted(call: Any, **formulas: Any) -> float:
@@ -85,9 +75,6 @@ def counted(call: Any, **formulas: Any) -> float:
 
 def line(table: Any, part: str) -> Any:
     return table.set_index("part").loc[part]
-
-
-# Shapes
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -108,10 +95,7 @@ def test_a_preset_has_the_parameters_of_the_real_models(name):
     )
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
-        drafter = Drafter(shape.drafter_config())
     assert shape.target_parameters == sum(p.numel() for p in target.parameters())
-    trained = [p.numel() for p in drafter.parameters() if p.requires_grad]
-    assert shape.sizes.trained_parameters == sum(trained)
     # Read from its own file, the target has the same shape.
     read = Shape.of(config.to_dict())
     for size in ("vocab_size", "tied", "target_parameters"):
@@ -140,7 +124,8 @@ def test_a_shape_is_read_from_a_file_a_folder_or_its_content(tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     shapes = [Shape.of(given) for given in (config, path, str(path), tmp_path)]
-    assert len({(s.drafter, s.target, s.context_size) for s in shapes}) == 1
+    shapes.append(Shape.of(tiny_drafter().config, target=config))
+    assert len({(s.target, s.context_size) for s in shapes}) == 1
     assert shapes[0].target == Layers(3, 32, 48, 4, 2, 8, qk_norm=False)
     # Three layers of a target of three; context features of all but its last.
     assert shapes[0].drafter == Layers(3, 32, 48, 4, 2, 8)
@@ -166,8 +151,6 @@ def test_what_a_caller_says_changes_the_drafter_alone():
     assert shape.markov_head_type == "none" and not shape.reads_markov
     assert shape.sizes.confidence_width == 0
     assert shape.target == TARGETS["qwen3-4b"].target
-    with_target = Shape.of(tiny_drafter().config, target=tiny_target().model.config.to_dict())
-    assert with_target.target == Layers(3, 32, 48, 4, 2, 8, qk_norm=False)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +169,6 @@ def test_what_a_caller_says_changes_the_drafter_alone():
 def test_what_is_no_shape_is_refused(source, options, error, match):
     with pytest.raises(error, match=match):
         Shape.of(source, **options)
-
-
-# Operations of a training step
 
 
 @pytest.mark.parametrize("confidence", [True, False], ids=["confidence", "plain"])
@@ -231,16 +211,12 @@ def test_the_chunked_objectives_products_are_those_inside_its_operator(kind):
     slots = slots_of(drafter, *inputs, **blocks)
     head = drafter.lm_head.weight.detach()
     w2 = None if slots.latent is None else drafter.markov_w2_weight.detach()
-    count = slots.eval_mask.numel()
-    given = (
-        slots.hidden.detach().flatten(0, 2),
-        None if slots.latent is None else slots.latent.detach().flatten(0, 2),
-        slots.target_hidden.flatten(0, 2),
-        slots.target_ids.flatten(),
-        slots.eval_mask.flatten(),
-        torch.full((count,), 1 / count),
-    )
-    assert slots.eval_mask.all()
+    latent = None if slots.latent is None else slots.latent.detach().flatten(0, 2)
+    hidden, last = slots.hidden.detach().flatten(0, 2), slots.target_hidden.flatten(0, 2)
+    ids, counted_slots = slots.target_ids.flatten(), slots.eval_mask.flatten()
+    assert counted_slots.all()
+    weights = torch.full((len(ids),), 1 / len(ids))
+    given = (hidden, latent, last, ids, counted_slots, weights)
 
     def addmm_(total, left, right, *_, out_shape=None, **options):
         return 2 * left[0] * left[1] * right[1]
@@ -264,14 +240,6 @@ def test_a_cpu_computes_the_logits_of_supervised_slots_alone():
     assert few["operations"] == whole["operations"] / 4
 
 
-def flash_forward(q, k, v, *_, out_shape=None, **options):
-    return sdpa_flop_count(q, k, v)
-
-
-def flash_backward(d_out, q, k, v, *_, out_shape=None, **options):
-    return sdpa_backward_flop_count(d_out, q, k, v)
-
-
 def test_attention_is_what_pytorch_counts_for_the_pairs_that_the_mask_shows():
     drafter = tiny_drafter()
     c = drafter.config
@@ -284,12 +252,17 @@ def test_attention_is_what_pytorch_counts_for_the_pairs_that_the_mask_shows():
             *((c.num_key_value_heads, SEQ_LEN + ANCHORS * BLOCK),) * 2,
         )
     )
+
+    def flash(q, k, v, *_, out_shape=None, **options):
+        return sdpa_flop_count(q, k, v)
+
+    def flash_backward(d_out, q, k, v, *_, out_shape=None, **options):
+        return sdpa_backward_flop_count(d_out, q, k, v)
+
     kept: list[Any] = []
     sizes = {"seq_len": SEQ_LEN, "block_size": BLOCK, **blocks}
     name = "_scaled_dot_product_flash_attention_for_cpu"
-    forward = counted(
-        lambda: kept.append(block_attention(q, k, v, **sizes)), **{name: flash_forward}
-    )
+    forward = counted(lambda: kept.append(block_attention(q, k, v, **sizes)), **{name: flash})
     backward = counted(kept[0].sum().backward, **{f"{name}_backward": flash_backward})
     # The counter takes every slot to see every key.
     dense = BATCH * ANCHORS * BLOCK * (SEQ_LEN + ANCHORS * BLOCK)
@@ -300,7 +273,7 @@ def test_attention_is_what_pytorch_counts_for_the_pairs_that_the_mask_shows():
 
 
 # Tokens, anchors, slots.
-DRAWN = [(2, 1, 1), (9, 1, 3), (9, 3, 1), (10, 2, 5), (11, 4, 3), (8, 9, 3), (12, 3, 4), (7, 2, 2)]
+DRAWN = [(1, 2, 3), (2, 1, 1), (9, 1, 3), (9, 3, 1), (10, 2, 5), (11, 4, 3), (8, 9, 3), (12, 3, 4)]
 
 
 @pytest.mark.parametrize("seq_len, num_anchors, block_size", DRAWN)
@@ -321,10 +294,6 @@ def test_the_expected_work_is_the_mean_over_every_draw(
     work = expected_work(seq_len, num_anchors, block_size, batch_size=3)
     assert work.pairs == pytest.approx(3 * pairs, rel=1e-12)
     assert work.tiled == pytest.approx(3 * tiled, rel=1e-12)
-
-
-def test_a_row_of_one_token_has_blocks_that_see_themselves_alone():
-    assert expected_work(1, 2, 3) == AttentionWork(pairs=18, tiled=128**2)
 
 
 def test_large_draws_lose_no_precision():
@@ -354,10 +323,9 @@ def test_the_targets_forward_is_what_pytorch_counts_with_causal_attention():
 def test_a_window_hides_what_lies_before_it(window, sliding):
     layers = Layers(4, 16, 16, 2, 1, 8, window=window, sliding=sliding)
     pairs = 0
-    for layer in range(4):
-        for token in range(SEQ_LEN):
-            first = max(0, token - window + 1) if layer < sliding else 0
-            pairs += token + 1 - first
+    for layer, token in product(range(4), range(SEQ_LEN)):
+        first = max(0, token - window + 1) if layer < sliding else 0
+        pairs += token + 1 - first
     shape = Shape("x", 32, layers, layers, 1, 16)
     products = 2 * SEQ_LEN * 4 * (layers.attention_weights + layers.mlp_weights)
     table = training_cost(shape, seq_len=SEQ_LEN, num_anchors=2)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,17 +50,6 @@ def test_an_address_without_ray_says_what_to_install(monkeypatch):
         list(run_jobs(chores.double, {"a": (1,)}, address="auto"))
 
 
-CONFIG = SweepConfig(
-    num_anchors=(4, 8),
-    block_sizes=(2, 3),
-    seeds=(0,),
-    slots=20_000,
-    seconds=2,
-    prompts=3,
-    features="live",
-)
-
-
 @pytest.fixture
 def cluster(monkeypatch) -> Iterator:
     """Two nodes of one CPU each, the first of which this process is part of."""
@@ -70,9 +60,8 @@ def cluster(monkeypatch) -> Iterator:
     from ray.cluster_utils import Cluster
 
     size = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    nodes = Cluster(
-        initialize_head=True, connect=True, head_node_args=size | {"include_dashboard": False}
-    )
+    head = size | {"include_dashboard": False}
+    nodes = Cluster(initialize_head=True, connect=True, head_node_args=head)
     nodes.second = nodes.add_node(**size)
     yield nodes
     ray.shutdown()
@@ -112,13 +101,15 @@ def test_a_sweep_on_two_nodes_completes_each_cell_once_though_a_worker_and_a_nod
     (tmp_path / "doomed").mkdir()
     for node in (first, second):
         (tmp_path / "doomed" / node).touch()
+    sizes: dict[str, Any] = {"num_anchors": (4, 8), "block_sizes": (2, 3), "seeds": (0,)}
+    config = SweepConfig(**sizes, slots=20_000, seconds=2, prompts=3, features="live")
     tables = []
-    sweep = threading.Thread(
-        target=lambda: tables.append(
-            run_sweep(CONFIG, tmp_path, address="auto", progress=False, run=noted_cell)
-        ),
-        daemon=True,
-    )
+
+    def run() -> None:
+        options: dict[str, Any] = {"address": "auto", "progress": False, "run": noted_cell}
+        tables.append(run_sweep(config, tmp_path, **options))
+
+    sweep = threading.Thread(target=run, daemon=True)
     sweep.start()
     killed, process = first_cell(tmp_path, first, sweep)
     os.kill(process, signal.SIGKILL)
@@ -126,10 +117,10 @@ def test_a_sweep_on_two_nodes_completes_each_cell_once_though_a_worker_and_a_nod
     cluster.remove_node(cluster.second, allow_graceful=False)
     sweep.join()
 
-    cells = sorted(cell.key for cell in CONFIG.cells())
+    cells = sorted(cell.key for cell in config.cells())
     assert sorted(path.stem for path in (tmp_path / "cells").iterdir()) == cells
     lines = tables[0].groupby(["budget", "num_anchors", "block_size", "seed"]).size()
-    assert (lines == len(CONFIG.temperatures)).all() and len(lines) == len(cells)
+    assert (lines == len(config.temperatures)).all() and len(lines) == len(cells)
     # The two that were in hand when their worker and their node died began again, and no other.
     names = [path.name.split()[1] for path in (tmp_path / "begun").iterdir()]
     again = sorted(name for name in set(names) if names.count(name) > 1)

@@ -22,11 +22,11 @@ def steps(operations: object, seconds: object) -> pd.DataFrame:
 
 
 def squares(table: pd.DataFrame, fixed: float, slope: float) -> float:
-    """The sum of squared relative errors, one step at a time."""
-    total = 0.0
-    for step in table.itertuples():
-        total += ((fixed + slope * step.operations) / step.seconds - 1) ** 2
-    return total
+    """The sum of squared relative errors."""
+    return sum(
+        ((fixed + slope * operations) / seconds - 1) ** 2
+        for operations, seconds in table[["operations", "seconds"]].to_numpy()
+    )
 
 
 @given(
@@ -47,6 +47,7 @@ def test_a_fit_says_its_two_numbers():
     fit = fit_step_time(steps(operations, 0.02 + operations / 5e10))
     assert (fit.error, fit.held_out) == (pytest.approx(0, abs=1e-9), 4)
     assert str(fit).startswith("20.0 ms a step and 50.0 billion operations a second; error on 4")
+    assert "inf" not in str(fit_step_time(steps([1, 2, 3], [1.0, 4.0, 9.0])))
 
 
 positive = st.floats(0.01, 100)
@@ -66,14 +67,6 @@ def test_no_other_two_numbers_from_0_up_fit_better(pairs, more, less):
     for fixed in (0.0, fit.seconds_per_step * more, table["seconds"].min() * more):
         for slope in (0.0, fit.seconds_per_operation * less, less):
             assert best <= squares(table, fixed, slope) + 1e-9 * (1 + best)
-
-
-def test_times_that_fall_or_rise_too_fast_leave_one_number_at_0():
-    fit = fit_step_time(steps([1, 2, 3], [3.0, 2.0, 1.0]))
-    assert fit.seconds_per_operation == 0 and fit.seconds_per_step > 0
-    fit = fit_step_time(steps([1, 2, 3], [1.0, 4.0, 9.0]))
-    assert fit.seconds_per_step == 0 and fit.seconds_per_operation > 0
-    assert "inf" not in str(fit)
 
 
 def test_the_error_is_that_on_the_steps_that_were_held_out():
@@ -101,18 +94,6 @@ def test_without_others_each_step_is_predicted_from_the_rest():
     assert str(fit).endswith("unknown")
 
 
-def test_noise_of_some_percent_gives_an_error_of_some_percent():
-    # 40 steps, seed fixed. The mean of |N(0, 0.05)| is 4.0 %; with 40 of them its standard error is
-    # 0.4 %, so [2.5 %, 6 %] is missed by chance in fewer than one of 5,000 seeds.
-    rng = np.random.default_rng(0)
-    operations = np.geomspace(1e9, 1e11, 40)
-    seconds = (0.05 + operations / 4e10) * (1 + 0.05 * rng.standard_normal(40))
-    fit = fit_step_time(steps(operations, seconds))
-    assert 0.025 < fit.error < 0.06
-    assert fit.seconds_per_step == pytest.approx(0.05, rel=0.15)
-    assert fit.seconds_per_operation == pytest.approx(1 / 4e10, rel=0.1)
-
-
 @pytest.mark.parametrize(
     "table, error, match",
     [
@@ -122,7 +103,6 @@ def test_noise_of_some_percent_gives_an_error_of_some_percent():
         (steps([1, math.nan], [1.0, 2.0]), ValueError, "table's operations must be finite"),
         (steps([], []), ValueError, "must be finite numbers > 0, got ..$"),
     ],
-    ids=["column", "one", "zero", "nan", "none"],
 )
 def test_what_is_no_table_of_steps_is_refused(table, error, match):
     with pytest.raises(error, match=match):
@@ -167,8 +147,3 @@ def test_a_measurement_leaves_the_random_numbers_as_they_are():
     torch.manual_seed(5)
     measure_steps(shape, (8,), (2,), runs=1, warmup=0)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="device must be a device of this machine"):
-        measure_steps(Shape.of(tiny_drafter().config), device="abacus")

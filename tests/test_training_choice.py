@@ -71,11 +71,8 @@ def test_only_what_fits_is_chosen_and_what_does_not_is_named():
 
 
 def test_memory_is_that_of_a_step_of_longest_rows():
-    longest = max(map(len, CHATS))
-    line = chosen().table.iloc[0]
-    assert line["memory_bytes"] == training_memory(
-        SHAPE, seq_len=longest, num_anchors=2, block_size=3, batch_size=1
-    )
+    sizes = {"seq_len": max(map(len, CHATS)), "num_anchors": 2, "block_size": 3}
+    assert chosen().table["memory_bytes"].iloc[0] == training_memory(SHAPE, **sizes)
 
 
 def test_the_front_holds_what_no_other_option_beats():
@@ -105,8 +102,6 @@ def test_a_card_is_taken_at_a_share_of_its_peak_and_says_that_it_is_assumed():
     assert math.isnan(choice.sure) and "speed assumed, not measured" in choice.reason
     with pytest.raises(ValueError, match="utilisation must lie in"):
         card_time("H100", 0)
-    with pytest.raises(ValueError, match="card must be one of .*got 'H1000'"):
-        card_time("H1000")
 
 
 def test_packed_rows_are_as_long_as_asked_and_spans_keep_theirs():
@@ -160,20 +155,14 @@ def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
 
 
 @pytest.mark.parametrize(
-    "options, error, match",
+    "options, match",
     [
-        ({"num_anchors": ()}, ValueError, "num_anchors must not be empty"),
-        ({"block_sizes": ()}, ValueError, "block_sizes must not be empty"),
-        ({"seq_lens": ()}, ValueError, "seq_lens must not be empty"),
-        ({"data": []}, ValueError, "data must not be empty"),
-        ({"time": None}, TypeError, "time must be .*got None"),
-        ({"time": "H1000"}, ValueError, "card must be one of .*got 'H1000'"),
-        ({"memory": "H1000"}, ValueError, "memory must be bytes or one of .*got 'H1000'"),
-        ({"gamma": 1e-300}, ValueError, "^gamma must be > 0.*got 1e-300"),
-        ({"usable": 0}, ValueError, "usable must lie in"),
+        ({"num_anchors": ()}, "num_anchors must not be empty"),
+        ({"time": "H1000"}, "card must be one of .*got 'H1000'"),
+        ({"memory": "H1000"}, "memory must be bytes or one of .*got 'H1000'"),
+        ({"gamma": 1e-300}, "^gamma must be > 0.*got 1e-300"),
     ],
 )
-def test_what_cannot_be_chosen_from_is_refused(options, error, match):
-    given = {"data": CHATS, "shape": SHAPE, "time": TIME, "memory": 1e9} | options
-    with pytest.raises(error, match=match):
-        choose_training(**given)
+def test_what_cannot_be_chosen_from_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        chosen(**options)

@@ -165,7 +165,7 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
     spent = history.table()[["slots", "seconds"]].sum()
     slots, seconds = int(spent["slots"]), round(float(spent["seconds"]), 1)
     questions = [question(chat) for chat in held_out]
-    sampling = {"max_new_tokens": config.max_new_tokens, "seed": cell.seed}
+    sampling: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "seed": cell.seed}
     lines = []
     for temperature in config.temperatures:
         decoded = decode(target, drafter, questions, temperature=temperature, **sampling)
@@ -262,18 +262,14 @@ def _step_seconds(config: SweepConfig, num_anchors: int, block_size: int, work: 
     times: list[float] = []
     cell = Cell("seconds", num_anchors, block_size, 0)
     with tempfile.TemporaryDirectory() as folder:
-        _trained(cell, config, 9, work, Path(folder), lambda row: times.append(clock()))
+        out = Path(folder)
+        _trained(cell, config, 9, work, out, on_metrics=lambda row: times.append(clock()))
     torch.set_num_threads(threads)
     return statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
 
 
 def _trained(
-    cell: Cell,
-    config: SweepConfig,
-    steps: int,
-    work: Path,
-    out: Path,
-    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    cell: Cell, config: SweepConfig, steps: int, work: Path, out: Path, **options: Any
 ) -> tuple[Drafter, History]:
     """A cell's drafter after so many steps."""
     target, chats, _ = _materials(config)
@@ -286,11 +282,8 @@ def _trained(
     training = replace(
         config.training, steps=steps, num_anchors=anchors, seed=cell.seed, warmup_steps=warmup
     )
-    places: dict[str, Any] = {"out": out, "cache": work / "features", "features": config.features}
-    history = train(
-        drafter, target, chats, training, **places, progress=False, on_metrics=on_metrics
-    )
-    return drafter, history
+    options |= {"out": out, "cache": work / "features", "features": config.features}
+    return drafter, train(drafter, target, chats, training, progress=False, **options)
 
 
 @lru_cache(maxsize=1)

@@ -73,8 +73,8 @@ class TrainingChoice:
         """The best option, to be exported; a ValueError where nothing fits."""
         if self.best is None:
             raise ValueError(self.reason)
-        sizes = self.best[["num_anchors", "block_size", "seq_len"]].astype(int)
-        return TrainingSettings(*sizes.tolist(), self.batch_size, self.gamma)
+        anchors, block_size, seq_len = map(int, self.best[["num_anchors", "block_size", "seq_len"]])
+        return TrainingSettings(anchors, block_size, seq_len, self.batch_size, self.gamma)
 
 
 @checked
@@ -270,7 +270,7 @@ def _front(
     """Whether no option that fits is better in one rate and as good in the others."""
     as_good = (rates[:, None] <= rates).all(axis=2)
     better = (rates[:, None] < rates).any(axis=2)
-    return ~(as_good & better & fits).any(axis=1)
+    return np.asarray(~(as_good & better & fits).any(axis=1))
 
 
 def _ranked(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ are all its tokens but the last, and its first token is never a label. *Per* row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -128,7 +128,7 @@ class Spans:
         return sum_by(run_unit, np.maximum(self.run_kept - 1, 0), units)
 
     @cached_property
-    def groups(self) -> dict[Per, tuple[Int[np.ndarray, " n"], ...]]:
+    def groups(self) -> Mapping[Per, tuple[Int[np.ndarray, " n"], ...]]:
         """The runs in groups whose rows or documents have equally many candidates.
 
         The candidates of each group, then the group and the length of each run.

@@ -76,14 +76,12 @@ def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> 
         got = f"{len(operations)} of {sorted(set(operations.tolist()))}"
         raise ValueError(f"table must hold {wanted}, got {got}")
     fixed, per_operation = _fit(operations, seconds)
+    errors = _left_out_errors(operations, seconds)
     if held_out is not None:
         others, times = _columns("held_out", held_out)
         errors = np.abs((fixed + per_operation * others) / times - 1)
-    else:
-        errors = _left_out_errors(operations, seconds)
-    if not len(errors):
-        return StepTime(fixed, per_operation, math.nan, math.nan, 0)
-    return StepTime(fixed, per_operation, float(errors.mean()), float(errors.max()), len(errors))
+    mean, worst = (errors.mean(), errors.max()) if len(errors) else (math.nan, math.nan)
+    return StepTime(fixed, per_operation, float(mean), float(worst), len(errors))
 
 
 @checked
