@@ -53,6 +53,7 @@ def a_shape(
 THIN = Layers(2, 128, 384, 4, 1, 32)
 FLAT = Layers(1, 64, 128, 2, 2, 32)
 NARROW = Layers(3, 96, 288, 3, 1, 32)
+DEEP = Layers(4, 128, 256, 4, 4, 32)
 MEASURED: dict[str, Any] = {
     "usual": (a_shape(), (256, 16, 7, 1)),
     "four rows": (a_shape(), (128, 16, 7, 4)),
