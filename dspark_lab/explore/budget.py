@@ -58,7 +58,6 @@ def plot_fit(
         table: from :func:`dspark_lab.tuning.fit_table`. 0 anchors, where nothing fits, have a place
             of their own; marks are hollow where ``full`` is False.
         at: a row length and a number of anchors to mark as the chosen ones.
-        ax: draw here instead of in a new figure.
     """
     if ax is None:
         _, ax = style.new_figure(7, 3.8)
@@ -104,16 +103,16 @@ def plot_parts(
         cost: from :func:`dspark_lab.tuning.training_cost`.
         memory: from :func:`dspark_lab.tuning.memory_table`; a panel of its own.
         limit, seconds: bytes that tensors may take, and the step's time, told in words.
-        ax: draw the operations here instead of in a new figure, and no memory.
+        ax: for the operations, without memory.
     """
     if memory is not None and ax is not None:
         raise ValueError("memory must be None where ax is given, got both")
     if limit is not None and memory is None:
         raise ValueError(f"limit must come with a memory table, got {limit} without")
     if ax is None:
-        most = max(len(cost), 0 if memory is None else len(memory))
-        columns = 1 if memory is None else 2
-        _, axes = style.new_figure(4.8 * columns, 0.27 * most + 1.1, columns)
+        panels = [cost] if memory is None else [cost, memory]
+        height = 0.27 * max(map(len, panels)) + 1.1
+        _, axes = style.new_figure(4.8 * len(panels), height, len(panels))
         ax, *others = np.atleast_1d(axes)
         if memory is not None:
             _plot_bytes(others[0], memory, limit)
@@ -156,25 +155,22 @@ def plot_budget(
     figure, axes = style.new_figure(
         width, height, columns=2, rows=2, layout="none", wspace=0.25, hspace=0.5, **margins
     )
-    _plot_share(axes[0], options, chosen)
-    _plot_gain(axes[1], options, chosen)
-    plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=axes[2])
-    plot_fit(fit, at=at, ax=axes[3])
+    covered, gain, parts, fits = axes
+    covered.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
+    covered.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
+    covered.set_ylim(0, 1.02)
+    _budget_axes(covered, options, "tokens covered")
+    words = f"{_STAR} chosen: N {num_anchors:,} covers {chosen['share'].iloc[0]:.0%}"
+    style.add_title(covered, words, y=1)
+    _plot_gain(gain, options, chosen)
+    plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=parts)
+    plot_fit(fit, at=at, ax=fits)
     for ax in axes:
-        beside, under = (1.8, 0.08) if ax is axes[2] else (0.55, 0.25)
+        beside, under = (1.8, 0.08) if ax is parts else (0.55, 0.25)
         _, _, wide, high = ax.get_position().bounds
         ax.xaxis.set_label_coords(0.5, -under / (height * high))
         ax.yaxis.set_label_coords(-beside / (width * wide), 0.5)
     return figure
-
-
-def _plot_share(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
-    ax.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
-    ax.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
-    ax.set_ylim(0, 1.02)
-    _budget_axes(ax, options, "tokens covered")
-    n, share = chosen["num_anchors"].iloc[0], chosen["share"].iloc[0]
-    style.add_title(ax, f"{_STAR} chosen: N {n:,} covers {share:.0%}", y=1)
 
 
 def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
@@ -289,11 +285,9 @@ def plot_front(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_xlabel("gain of a step for each GB that it holds")
     ax.set_ylabel("gain per second")
-    several = table["seq_len"].nunique() > 1
-    names = [
-        f"N {one.num_anchors:,}, K {one.block_size:,}" + f", S {one.seq_len:,}" * several
-        for one in front.itertuples()
-    ]
+    name = "N {0.num_anchors:,}, K {0.block_size:,}"
+    name += ", S {0.seq_len:,}" * (table["seq_len"].nunique() > 1)
+    names = [name.format(one) for one in front.itertuples()]
     _name_beside(ax, 1e9 * front["gain_per_byte"], front["gain_per_second"], names)
     style.add_rules(ax)
     style.legend_above(ax, 3)
@@ -305,16 +299,11 @@ def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None
     line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)}
     look: dict[str, Any] = {"va": "center", "color": INK, "fontsize": 8, "annotation_clip": False}
     look |= {"textcoords": "axes fraction", "arrowprops": line}
-    gap = 0.17 / (cast(Figure, ax.figure).get_figheight() - 1.0)
+    below = 0.17 / (cast(Figure, ax.figure).get_figheight() - 1.0) * np.arange(len(names))
     low, high = ax.get_ylim()
-    heights = ((y - low) / (high - low)).tolist()
     # Downwards, none nearer than a line's height to the one above; then up again from the floor.
-    for i in range(1, len(heights)):
-        heights[i] = min(heights[i], heights[i - 1] - gap)
-    floor = 0.0
-    for i in range(len(heights) - 1, -1, -1):
-        heights[i] = floor = max(heights[i], floor)
-        floor += gap
+    heights = np.minimum.accumulate((y - low) / (high - low) + below) - below
+    heights = np.maximum(heights, below[::-1])
     for name, px, py, place in zip(names, x, y, heights, strict=True):
         ax.annotate(name, (px, py), xytext=(1.03, place), **look)
 
@@ -440,9 +429,9 @@ def explore_training_budget(
     cards: dict[str, tuple[Any, Any]] = {} if time is None else {MEASURED: (time, memory)}
     cards |= {name: (name, name) for name in tuning.CARDS}
     controls = [
-        explorer.doublings_slider("num_anchors", num_anchors, _NUM_ANCHORS),
+        explorer.selection_slider("num_anchors", num_anchors, sorted({*_NUM_ANCHORS, num_anchors})),
         explorer.slider("block_size", block_size, 1, 16),
-        explorer.doublings_slider("seq_len", seq_len, _SEQ_LENS),
+        explorer.selection_slider("seq_len", seq_len, sorted({*_SEQ_LENS, seq_len})),
         explorer.checkbox("packed", packed),
         explorer.dropdown("per", per, tuning.PER),
         explorer.slider("batch_size", batch_size, 1, 64),
@@ -478,10 +467,8 @@ def explore_training_budget(
             )
         blocks = tuning.row_blocks(spans, n, per)
         if blocks > _MOST_BLOCKS:
-            raise ValueError(
-                f"{n:,} anchors for each document are {blocks:,} blocks a row, more than "
-                f"{_MOST_BLOCKS:,}. Choose fewer."
-            )
+            much = f"{n:,} anchors for each document are {blocks:,} blocks a row"
+            raise ValueError(f"{much}, more than {_MOST_BLOCKS:,}. Choose fewer.")
         tried = tuple(sorted({n, *(other for other in _NUM_ANCHORS if other <= candidates)}))
         choice = choice_of(spans, tried, k, per, batch_size, chosen.card)
         line = choice.table[choice.table["num_anchors"] == n].iloc[0]

@@ -198,11 +198,5 @@ def dropdown(name: str, value: Any, options: Sequence[Any]) -> ipywidgets.Dropdo
 
 
 def selection_slider(name: str, value: Any, options: Sequence[Any]) -> ipywidgets.SelectionSlider:
-    """A slider over the given values."""
     require_one_of(name, value, options)
     return ipywidgets.SelectionSlider(options=options, value=value, description=name, **_WIDE)
-
-
-def doublings_slider(name: str, value: int, options: Sequence[int]) -> ipywidgets.SelectionSlider:
-    """A slider over doublings and the value that it starts from."""
-    return selection_slider(name, value, sorted({*options, value}))

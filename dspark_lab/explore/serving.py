@@ -26,11 +26,8 @@ from dspark_lab.serving import Engine, FixedLength, Policy, PrefixScheduler, Sta
 
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
-_SHIPPED_DRAFTER = "dspark-k7"
 # What stands for a drafter without a name.
 _UNNAMED = tuning.ServingSettings(0).drafter
-# Answers decoded together where a trace is made.
-_BATCH_SIZE = 40
 
 
 def plot_serving(
@@ -109,15 +106,13 @@ def explore_serving(
             default the longest draft that both trace and engine have, and the trace's highest
             temperature. A threshold of 0 is none.
         calibrated: scales the confidences.
-        max_new_tokens: of each answer that is decoded.
         requests_simulated: of each simulation of load.
 
     Returns:
         an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen
-        temperature and load. Its ``tables`` are besides it ``load``, ``temperatures`` (of the
-        length that is fastest at the lowest) and ``thresholds`` (for drafters with a confidence
-        head), from the functions of :mod:`dspark_lab.serving` that end in ``_table``; ``profile``,
-        ``steps`` of the engine and ``settings``, those that are exported.
+        temperature and load. ``tables`` also has ``load``, ``temperatures`` (of the length that is
+        fastest at the lowest), ``thresholds`` (with a confidence head), ``profile``, ``steps`` of
+        the engine, and ``settings`` (those exported).
     """
     export_control = explorer.dropdown("export", export, ("json", *tuning.SERVERS))
     requests_control = explorer.selection_slider("requests", requests, CONCURRENCY)
@@ -153,10 +148,10 @@ def explore_serving(
     @lru_cache(maxsize=8)
     def drawn(t: float, load: tuple[int, bool], draft_length: int, threshold: float) -> bytes:
         speedups = {f"T {value:g}": made.speedups[value, load] for value in held}
-        policies = made.load(t, draft_length, threshold)
-        options: dict[str, Any] = {"draft_length": draft_length, "requests": load[0]}
-        options |= {"replay": load[1], "bold": f"T {t:g}"}
-        return style.png(plot_serving(speedups, policies, **options), dpi=100)
+        marked: dict[str, Any] = {"draft_length": draft_length, "requests": load[0]}
+        marked |= {"replay": load[1], "bold": f"T {t:g}"}
+        figure = plot_serving(speedups, made.load(t, draft_length, threshold), **marked)
+        return style.png(figure, dpi=100)
 
     def draw(chosen: SimpleNamespace) -> explorer.Frame:
         t, k, threshold = chosen.temperature, chosen.draft_length, chosen.threshold
@@ -178,7 +173,10 @@ def explore_serving(
             _load_in_words(tables["load"], chosen.requests),
         ]
         html = "".join(f"<p>{escape(text)}</p>" for text in sentences)
-        html += _export_as_html(settings, chosen.export)
+        try:
+            html += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
+        except ValueError as problem:
+            html += explorer.alert(problem)
         alt = "speed-up by draft length, where a round's time goes, and policies under load"
         return explorer.Frame(tables, html=html, png=drawn(t, load, k, threshold), alt=alt)
 
@@ -197,11 +195,9 @@ def _made(
 ) -> tuple[pd.DataFrame, Engine, Any]:
     """Trace, engine and drafter, where one of the first two is not given."""
     if target is None and trace is not None:
-        raise ValueError(
-            "engine must be given with a trace, or a target and a drafter to measure, got neither"
-        )
+        raise ValueError("engine must be given with a trace, or a target to measure, got neither")
     if target is None:
-        drafter = drafter or _SHIPPED_DRAFTER
+        drafter = drafter or "dspark-k7"
         engine = engine or serving.load_engine()
         if prompts is None:
             return load_traces(), engine, drafter
@@ -214,14 +210,11 @@ def _made(
     [(name, loaded)] = models.drafters.items()
     if trace is None:
         options: dict[str, Any] = {"domains": models.domains, "max_new_tokens": max_new_tokens}
-        options |= {"batch_size": _BATCH_SIZE if models.target.decodes_batches else None}
-        options |= {"seed": seed}
-        traces = [
-            decode(
-                models.target, loaded, models.prompts, temperature=temperature, **options
-            ).trace.assign(temperature=float(temperature))
-            for temperature in temperatures
-        ]
+        options |= {"batch_size": 40 if models.target.decodes_batches else None, "seed": seed}
+        traces = []
+        for t in temperatures:
+            run = decode(models.target, loaded, models.prompts, temperature=t, **options)
+            traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
         engine = serving.measure_engine(models.target, loaded, seed=seed)
@@ -243,9 +236,7 @@ def _of_one_drafter(trace: pd.DataFrame, name: str, temperature: float | None) -
         trace = trace[trace["drafter"] == own]
     if "temperature" not in trace:
         if temperature is None:
-            raise ValueError(
-                "trace must have a column temperature, or temperature must say its own, got neither"
-            )
+            raise ValueError("trace or call must have a temperature, got neither")
         trace = trace.assign(temperature=float(temperature))
     return trace
 
@@ -334,10 +325,3 @@ def _load_in_words(table: pd.DataFrame, requests: int) -> str:
         for row in here.itertuples(index=False)
     ]
     return f"With {requests} in the batch, simulated: {first}; then {'; '.join(others)}."
-
-
-def _export_as_html(settings: tuning.ServingSettings, kind: str) -> str:
-    try:
-        return f"<pre>{escape(tuning.export(settings, kind))}</pre>"
-    except ValueError as problem:
-        return explorer.alert(problem)

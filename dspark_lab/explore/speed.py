@@ -26,7 +26,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "rollback": {"facecolor": PINK, "hatch": "...."},
     "overhead": {"facecolor": INK},
 }
-PLAIN = "plain decoding"
+_PLAIN = "plain decoding"
 # A walk of more slots than this is a line without marks.
 _MOST_MARKS = 64
 
@@ -48,11 +48,9 @@ def plot_speedup(
         chosen: a draft length to mark.
         bold: the name of the table that stands out; the others are thin and have neither band nor
             dashes. All are alike where None.
-        ax: draw here instead of in a new figure.
     """
     named = style.tables_by_name(tables)
-    if bold is not None:
-        style.require_one_of("bold", bold, named)
+    style.require_one_of("bold", bold, (None, *named))
     if ax is None:
         _, ax = style.new_figure(7, 3.8)
     forgets = False
@@ -82,12 +80,8 @@ def plot_round(
 ) -> Figure:
     """Where the time of a round goes, beside the plain steps that yield as many tokens.
 
-    A round pays where its bar is shorter than the outlined one below it.
-
-    Args:
-        table: from :func:`dspark_lab.serving.speedup_table`.
-        draft_length: the one to show; all where None.
-        ax: draw here instead of in a new figure.
+    From :func:`dspark_lab.serving.speedup_table`, for one ``draft_length`` or all. A round pays
+    where its bar is shorter than the outlined one below it.
     """
     if draft_length is not None:
         style.require_one_of("draft_length", draft_length, table["draft_length"].tolist())
@@ -111,11 +105,9 @@ def plot_round(
     handles.append(Patch(label="plain steps", **outline))
     for row, round_, steps, speed in zip(y, total, plain, table["speedup"], strict=True):
         if np.isfinite(speed):
-            word = "faster" if speed > 1 else "slower"
-            add_note(ax, f"{speed:.2f}, {word}", (max(round_, steps), row), (5, 0), va="center")
-    names = [
-        f"K {k}\ntau {tau:.2f}" for k, tau in zip(table["draft_length"], table["tau"], strict=True)
-    ]
+            words = f"{speed:.2f}, {'faster' if speed > 1 else 'slower'}"
+            add_note(ax, words, (max(round_, steps), row), (5, 0), va="center")
+    names = [f"K {one.draft_length}\ntau {one.tau:.2f}" for one in table.itertuples()]
     if draft_length is None:
         ax.set_yticks(y, names)
         ax.set_ylabel("draft length, tokens per round")
@@ -144,12 +136,11 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
         (pays, GREEN, "-", "pays"),
         (~pays, RED, ":", "does not pay"),
     ):
-        # A rate that none reaches is drawn as certainty.
-        ends = np.minimum(need[which], 1)
-        rates = table["accept_rate"][which]
         if which.any():
-            look = {"colors": colour, "linestyles": linestyle, "linewidth": 3}
-            left.vlines(x[which], rates, ends, label=label, zorder=1, **look)
+            look = {"colors": colour, "linestyles": linestyle, "linewidth": 3, "zorder": 1}
+            # A rate that none reaches is drawn as certainty.
+            ends = np.minimum(need[which], 1)
+            left.vlines(x[which], table["accept_rate"][which], ends, label=label, **look)
     left.plot(x, table["accept_rate"], "-o", color=BLUE, label="accept rate")
     reachable = table.replace(np.inf, np.nan)
     look = {"color": RED, "fillstyle": "none", "label": "break-even rate"}
@@ -202,26 +193,21 @@ def plot_load(
     """Policies under load: throughput against the speed of one user, and what they verify.
 
     One line for each policy, one mark for each concurrency, some of which are written at the marks
-    of the policy with the highest throughput. Further up and to the right is better.
-
-    Args:
-        table: from :func:`dspark_lab.serving.load_table`.
-        concurrency: one to mark.
-        axes: draw in these two instead of in a new figure.
+    of the policy with the highest throughput. Further up and to the right is better. From
+    :func:`dspark_lab.serving.load_table`; ``concurrency`` is one to mark.
     """
     levels = sorted(set(table["concurrency"]))
     # No more names than there is room for.
     shown = levels[:: -(-len(levels) // 5)]
-    if concurrency is not None:
-        style.require_one_of("concurrency", concurrency, levels)
+    style.require_one_of("concurrency", concurrency, (None, *levels))
     if axes is None:
         _, axes = style.new_figure(8.6, 3.9, columns=2, wspace=0.08)
     left, right = axes
     fastest = table.loc[table["throughput"].idxmax(), "policy"]
-    drafting = [policy for policy in table["policy"].unique() if policy != PLAIN]
+    drafting = [policy for policy in table["policy"].unique() if policy != _PLAIN]
     for policy, part in table.groupby("policy", sort=False):
         look: dict[str, Any] = {"color": INK, "linestyle": "--", "marker": "x"}
-        if policy != PLAIN:
+        if policy != _PLAIN:
             # Other looks than those of the temperatures in the panel above.
             look = style.line_look(2 + drafting.index(policy) % 4)
         look |= {"markersize": 4, "label": plain_text(policy)}
@@ -337,12 +323,11 @@ def _plot_speed(
 
 
 def _ring(ax: Axes, x: pd.Series, y: pd.Series, colour: str) -> None:
-    """A ring around points."""
     ax.plot(x, y, "o", color=colour, fillstyle="none", markersize=11, clip_on=False)
 
 
 def _plain_line(ax: Axes, side: str = "right") -> None:
-    """The line that drafting has to beat; what lies below it is shaded."""
+    """Draw the line that drafting has to beat, and shade what lies below."""
     low, high = ax.get_ylim()
     reach = 0.15 * max(high - low, 0.2)
     low, high = min(low, 1 - reach), max(high, 1 + reach)
@@ -357,7 +342,7 @@ def _plain_line(ax: Axes, side: str = "right") -> None:
 
 
 def _mark_chosen(ax: Axes, label: str, chosen: float | None) -> None:
-    """The name of the x axis, and a dotted line at what was chosen on it."""
+    """Name the x axis, and draw a dotted line at what was chosen on it."""
     if chosen is not None:
         ax.axvline(chosen, color=INK, linestyle=":", linewidth=1.2)
         label += f" (dotted {chosen:g})"

@@ -72,11 +72,8 @@ class LiveCurve(ipywidgets.VBox):
         frame = Frame({}, png=self._png, alt="loss, accept rate and tau")
         self._picture.value = frame.as_html()
         if self._rows:
-            last = self._rows[-1]
-            self._line.value = (
-                f"step {last['step']}: loss {last['loss']:.3f}, accept rate "
-                f"{last['accept_rate']:.3f}, tau {last['tau']:.2f}"
-            )
+            words = "step {step}: loss {loss:.3f}, accept rate {accept_rate:.3f}, tau {tau:.2f}"
+            self._line.value = words.format(**self._rows[-1])
 
     def __repr__(self) -> str:
         return "LiveCurve()"
