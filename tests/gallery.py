@@ -11,18 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dspark_lab import explore
+from dspark_lab import explore, serving
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, pack
 from dspark_lab.decoding import OTHERS
 from dspark_lab.explore import REGIONS, mask_regions, sorting_table
-from dspark_lab.serving import (
-    AcceptanceProfile,
-    RoundCosts,
-    StepsPerSecond,
-    schedule_table,
-    speedup_table,
-)
+from dspark_lab.serving import StepsPerSecond
 from tests.pictures import pixels
 from tests.samples import documents
 
@@ -193,7 +187,7 @@ def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
 
 def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.DataFrame:
     """As `speedup_table` gives it, with intervals made up."""
-    costs = RoundCosts.of(
+    costs = serving.RoundCosts.of(
         4,
         plain_seconds=0.010,
         draft_seconds=0.004,
@@ -202,9 +196,10 @@ def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.Da
         rollback_seconds=rollback,
         overhead_seconds=0.001,
     )
-    table = speedup_table(AcceptanceProfile(np.array(rates), np.empty((0, 4))), costs)
-    bounds = {"speedup_low": table["speedup"] - 0.05, "speedup_high": table["speedup"] + 0.04}
-    return table.assign(**bounds)
+    profile = serving.AcceptanceProfile(np.array(rates), np.empty((0, 4)))
+    table = serving.speedup_table(profile, costs)
+    speed = table["speedup"]
+    return table.assign(speedup_low=speed - 0.05, speedup_high=speed + 0.04)
 
 
 # 4 is the fastest of the first; nothing of the second pays.
@@ -236,11 +231,11 @@ LOAD = LOAD.assign(
 )
 STEPS = StepsPerSecond(np.array([1, 2, 3]), np.array([1.0, 0.5, 0.45]), 0, "imaginary $x$ $y$")
 # Slot 1 raises Theta only with the slot behind it.
-SCHEDULE = schedule_table(np.array([[0.8, 0.9]]), STEPS)
+SCHEDULE = serving.schedule_table(np.array([[0.8, 0.9]]), STEPS)
 SMOOTH = StepsPerSecond(np.array([1, 64]), np.array([100.0, 50.0]), 128, "cpu")
 
 
-def serving(replay: bool = False) -> Figure:
+def composite(replay: bool = False) -> Figure:
     tables = {"T 0": REPLAYED if replay else GOOD, "T 1": BAD}
     return explore.plot_serving(tables, LOAD, bold="T 0", draft_length=3, requests=4, replay=replay)
 
@@ -301,8 +296,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "load": lambda: explore.plot_load(LOAD, concurrency=16),
     "schedule": lambda: explore.plot_schedule(SCHEDULE),
     "steps": lambda: explore.plot_steps(SMOOTH),
-    "serving": serving,
-    "serving with replay": lambda: serving(replay=True),
+    "serving": composite,
+    "serving with replay": lambda: composite(replay=True),
     "serving at five": lambda: explore.plot_serving(
         {f"T 0.{i}": REPLAYED for i in range(5)}, LOAD, bold="T 0.2", draft_length=4, requests=64
     ),
