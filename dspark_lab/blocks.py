@@ -7,14 +7,14 @@ a + k + 1; its teacher is the target's distribution behind token a + k.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import Count, Size, checked
+from dspark_lab.checks import Count, Size, Within, checked, require
 from dspark_lab.common import (
     build_eval_mask,
     context_doc_ids,
@@ -63,7 +63,6 @@ class Blocks:
 
     @property
     def num_anchors(self) -> int:
-        """Blocks of a row, dummies among them."""
         return self.noise_ids.shape[1]
 
     @property
@@ -72,9 +71,7 @@ class Blocks:
 
     def row(self, index: int) -> "Blocks":
         """The blocks of one row of the batch."""
-        rows = len(self.noise_ids)
-        if not 0 <= index < rows:
-            raise ValueError(f"row must lie in [0, {rows - 1}], got {index}")
+        require("row", index, Annotated[int, Within(0, len(self.noise_ids) - 1)])
         return self._each(lambda tensor: tensor[index : index + 1])
 
     def reordered(self, order: Int[Tensor, "anchor"]) -> "Blocks":
@@ -100,10 +97,10 @@ def draw_blocks(
     """Sample anchors and cut a block at each; ``seed`` None draws from torch's own stream."""
     seq_len, device = batch.input_ids.shape[1], batch.input_ids.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    anchors_and_keep = sample_anchor_positions(
+    drawn = sample_anchor_positions(
         seq_len, batch.loss_mask, num_anchors, device, batch.doc_remaining, generator
     )
-    return cut_blocks(batch, *anchors_and_keep, block_size, mask_token_id=mask_token_id)
+    return cut_blocks(batch, *drawn, block_size, mask_token_id=mask_token_id)
 
 
 @checked

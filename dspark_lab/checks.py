@@ -18,7 +18,7 @@ import types
 import typing
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import torch
@@ -112,7 +112,8 @@ def checked(target: T) -> T:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        seen, given = Call(), len(args)
+        seen: Call = {}
+        given = len(args)
         for position, name, check in _read_signature(function):
             if position < given:
                 check(name, args[position], seen)
@@ -120,7 +121,9 @@ def checked(target: T) -> T:
                 check(name, kwargs[name], seen)
         result = function(*args, **kwargs)
         if DEBUG:
-            _check_result(function, result, seen)
+            seen.pop(_DEVICE, None)  # a result may be elsewhere
+            check = _Names(function).read(inspect.signature(function).return_annotation)
+            check(f"the result of {function.__name__}", result, seen)
         return result
 
     return call  # type: ignore[return-value]
@@ -138,7 +141,7 @@ def shown(value: Any) -> str:
 
 def require(name: str, value: Any, annotation: Any) -> None:
     """Refuse a value that ``annotation`` does not allow."""
-    _Names(require).read(annotation)(name, value, Call())
+    _Names(require).read(annotation)(name, value, {})
 
 
 def debug_range(name: str, value: Tensor, low: int, high: int) -> None:
@@ -147,30 +150,13 @@ def debug_range(name: str, value: Tensor, low: int, high: int) -> None:
         return
     smallest, largest = int(value.min()), int(value.max())
     if smallest < low or largest >= high:
-        got = f"got values from {smallest} to {largest}"
-        raise ValueError(f"{name} must lie in [{low}, {high - 1}], {got}")
+        raise ValueError(f"{name} must lie in [{low}, {high - 1}], got {smallest} to {largest}")
 
 
-@dataclass
-class Call:
-    """What the arguments of one call that were checked so far have in common."""
-
-    sizes: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    device: torch.device | None = None
-    placed: str = ""
-
-    def bind(self, axis: str, size: Any, name: str) -> bool:
-        """Whether ``axis`` has this size, or had none so far."""
-        self.origins.setdefault(axis, name)
-        return self.sizes.setdefault(axis, size) == size
-
-    def place(self, name: str, device: torch.device) -> None:
-        if self.device is None:
-            self.device, self.placed = device, name
-        elif device != self.device:
-            got = f"{self.placed} on {self.device}, {name} on {device}"
-            raise ValueError(f"all tensors must be on one device, got {got}")
+# What the arguments of one call that were checked so far agree on: the sizes of named axes and the
+# device, each with the name of the argument that had it first.
+Call = dict[str, tuple[Any, str]]
+_DEVICE = "the device"
 
 
 class Check(NamedTuple):
@@ -189,12 +175,6 @@ class Check(NamedTuple):
 
 
 ANYTHING = Check("anything", lambda value: True)
-
-
-def _check_result(function: Callable[..., Any], result: Any, call: Call) -> None:
-    call.device = None  # a result may be elsewhere
-    check = _Names(function).read(inspect.signature(function).return_annotation)
-    check(f"the result of {function.__name__}", result, call)
 
 
 @functools.cache
@@ -242,12 +222,9 @@ class _Names(dict[str, Any]):
         kind = type(None) if annotation is None else origin or annotation
         if not inspect.isclass(kind) or kind in (Any, object, inspect.Parameter.empty):
             return ANYTHING
-        if kind is tuple and arguments and arguments[-1] is not Ellipsis:
-            return _tuple([self.read(argument) for argument in arguments])
-        if issubclass(kind, abc.Mapping) and len(arguments) == 2:
-            return _mapping(kind, *map(self.read, arguments))
         if issubclass(kind, abc.Iterable) and arguments:
-            return _elements(kind, self.read(arguments[0]))
+            fixed = kind is tuple and Ellipsis not in arguments
+            return _container(kind, [self.read(argument) for argument in arguments], fixed)
         return _kind(kind)
 
 
@@ -318,8 +295,10 @@ def _annotated(base: Check, rules: Iterable[Any]) -> Check:
         for rule in rules:
             if not isinstance(rule, Axis):
                 rule.check(name, value)
-            elif not call.bind(rule.axis, value, name):
-                wanted = f"{call.sizes[rule.axis]}, the {rule.axis} of {call.origins[rule.axis]}"
+                continue
+            length, origin = call.setdefault(rule.axis, (value, name))
+            if value != length:
+                wanted = f"{length}, the {rule.axis} of {origin}"
                 raise ValueError(f"{name} must be {wanted}, got {value}")
 
     return Check(base.allowed, base.is_kind, rest)
@@ -348,37 +327,25 @@ def _union(checks: list[Check]) -> Check:
     )
 
 
-def _elements(kind: type, element: Check) -> Check:
-    """A sequence, set or other iterable; the elements of one that can be read twice are checked."""
-    outer = _kind(kind)
+def _container(kind: type, checks: list[Check], fixed: bool) -> Check:
+    """An iterable and its elements (if they can be read twice), ``fixed``: one for each check."""
+    outer, first = _kind(kind), checks[0]
 
     def rest(name: str, value: Any, call: Call) -> None:
-        if isinstance(value, abc.Collection) and not element.exact.issuperset(map(type, value)):
+        if fixed:
+            if len(value) != len(checks):
+                raise ValueError(f"{name} must hold {len(checks)} values, got {shown(value)}")
+            for check, part in zip(checks, value, strict=True):
+                check(f"each of {name}", part, call)
+        elif issubclass(kind, abc.Mapping):
+            for key, part in value.items():
+                first(f"each key of {name}", key, call)
+                checks[-1](f"{name}[{key!r}]", part, call)
+        elif isinstance(value, abc.Collection) and not first.exact.issuperset(map(type, value)):
             for part in value:
-                element(f"each of {name}", part, call)
+                first(f"each of {name}", part, call)
 
-    return Check(outer.allowed, outer.is_kind, None if element is ANYTHING else rest)
-
-
-def _tuple(elements: list[Check]) -> Check:
-    def rest(name: str, value: Any, call: Call) -> None:
-        if len(value) != len(elements):
-            raise ValueError(f"{name} must hold {len(elements)} values, got {shown(value)}")
-        for element, part in zip(elements, value, strict=True):
-            element(f"each of {name}", part, call)
-
-    return Check("a tuple", lambda value: isinstance(value, tuple), rest)
-
-
-def _mapping(kind: type, key: Check, element: Check) -> Check:
-    outer = _kind(kind)
-
-    def rest(name: str, value: Any, call: Call) -> None:
-        for held, part in value.items():
-            key(f"each key of {name}", held, call)
-            element(f"{name}[{held!r}]", part, call)
-
-    return Check(outer.allowed, outer.is_kind, rest)
+    return Check(outer.allowed, outer.is_kind, None if checks == [ANYTHING] else rest)
 
 
 # What the elements of an array must be, in words and as a part of its dtype's name.
@@ -415,10 +382,14 @@ def _array(annotation: Any) -> Check:
         if len(sizes) != len(axes) or any(sizes[place] != length for place, length in lengths):
             raise ValueError(f"{name} must be [{listed}], got shape {shape}")
         for place, axis in named:
-            if not call.bind(axis, sizes[place], name):
-                agreed = f"{axis} = {call.sizes[axis]} as in {call.origins[axis]}"
+            length, origin = call.setdefault(axis, (sizes[place], name))
+            if sizes[place] != length:
+                agreed = f"{axis} = {length} as in {origin}"
                 raise ValueError(f"{name} must be [{listed}] with {agreed}, got shape {shape}")
         if isinstance(value, Tensor):
-            call.place(name, value.device)
+            device, origin = call.setdefault(_DEVICE, (value.device, name))
+            if value.device != device:
+                got = f"{origin} on {device}, {name} on {value.device}"
+                raise ValueError(f"all tensors must be on one device, got {got}")
 
     return Check(outer.allowed, outer.is_kind, rest)

@@ -13,9 +13,8 @@ many tokens of its document follow each token; without it a row is one document.
 any bool, integer or float dtype; a token is supervised where it is > 0.5. ``block_keep_mask`` is
 False for dummy anchors, which fill the rows that have too few candidates.
 
-No function synchronises with the host, and each compiles with ``fullgraph=True``. Arguments are
-checked by their annotations (a wrong kind or dtype is a TypeError, a wrong value or shape a
-ValueError); the contents of tensors only with ``DSPARK_LAB_DEBUG=1``.
+No function synchronises with the host, and each compiles with ``fullgraph=True``. The contents of
+tensors are checked only with ``DSPARK_LAB_DEBUG=1``.
 """
 
 import warnings
@@ -122,15 +121,14 @@ def sample_anchor_positions(
 ) -> tuple[Int[Tensor, "batch anchor"], Bool[Tensor, "batch anchor"]]:
     """Draw anchors uniformly without replacement from each row's candidates.
 
-    One ``torch.rand(batch, seq_len - 1)`` on ``device`` gives every position a number; the
-    candidates with the smallest numbers become anchors, of equal numbers the earlier position, just
-    as if all had been sorted. So one seed gives here the very anchors that it gives in the
-    published trainers, compiled or not.
+    One ``torch.rand(batch, seq_len - 1)`` gives every position a number; the candidates with the
+    smallest numbers become anchors, of equal numbers the earlier position. So one seed gives here
+    the very anchors that it gives in the published trainers, compiled or not.
 
     Args:
         seq_len, loss_mask, doc_remaining: see :func:`build_anchor_candidate_mask`.
         num_anchors: blocks per row.
-        device: where the random numbers are drawn; must be the device of ``loss_mask``.
+        device: that of ``loss_mask``.
         generator: instead of the device's default one, outside ``torch.compile`` alone.
 
     Returns:
@@ -138,9 +136,9 @@ def sample_anchor_positions(
         candidates than ``num_anchors`` ends in *dummy anchors*: position 0, keep False.
     """
     candidates = build_anchor_candidate_mask(seq_len, loss_mask, doc_remaining)
-    _require_device("device", torch.device(device), candidates.device)
+    _require_device("device", torch.device(device), "loss_mask", candidates.device)
     if generator is not None:
-        _require_device("generator", generator.device, candidates.device)
+        _require_device("generator", generator.device, "loss_mask", candidates.device)
 
     width = candidates.shape[1]
     noise = _uniform(candidates, generator)
@@ -182,13 +180,11 @@ def build_eval_mask(
         seq_len, loss_mask: see :func:`build_anchor_candidate_mask`.
         label_indices: anchor + 1 to anchor + block_size; may point past the row's end.
         safe_label_indices: the same clamped into the row, 0 for dummy anchors.
-        block_keep_mask: False for dummy anchors.
         doc_remaining, anchor_positions: in a packed row, both.
     """
     if (doc_remaining is None) != (anchor_positions is None):
         given = "anchor_positions" if doc_remaining is None else "doc_remaining"
-        both = "doc_remaining and anchor_positions"
-        raise ValueError(f"{both} go together, got {given} without the other")
+        raise ValueError(f"doc_remaining and anchor_positions go together, got {given} alone")
     if seq_len == 0:
         return torch.zeros_like(label_indices, dtype=torch.bool)
     debug_range("safe_label_indices", safe_label_indices, 0, seq_len)
@@ -240,9 +236,7 @@ def create_noise_embed(
         if mask_token_id >= weight.shape[0]:
             embedding = f"the embedding, [0, {weight.shape[0] - 1}]"
             raise ValueError(f"mask_token_id must lie in {embedding}, got {mask_token_id}")
-        if weight.device != input_ids.device:
-            wanted = f"on the device of input_ids, {input_ids.device}"
-            raise ValueError(f"embed_tokens must be {wanted}, got {weight.device}")
+        _require_device("embed_tokens", weight.device, "input_ids", input_ids.device)
     batch, seq_len = input_ids.shape
     debug_range("anchor_positions", anchor_positions, 0, max(seq_len, 1))
 
@@ -275,8 +269,7 @@ def validate_target_layer_ids(layer_ids: LayerIds, num_target_layers: Count) -> 
     """The ids as a list, if a target of ``num_target_layers`` layers has them all.
 
     Each must be -1 (the embedding's output) or a layer, 0 to ``num_target_layers - 1``, in strictly
-    increasing order. Ids -1 and ``num_target_layers - 1`` are allowed with a warning: common
-    serving engines cannot capture the embedding's output or the state after the last layer.
+    increasing order. The first and the last of these pass with a warning.
     """
     ids = [int(layer_id) for layer_id in layer_ids]
     last = num_target_layers - 1
@@ -300,8 +293,8 @@ def context_doc_ids(
 ) -> Int[Tensor, "batch seq"]:
     """Which document of a packed row each token belongs to: 0 for the first, and so on.
 
-    The id is the number of documents that end at or before the token, so entries of length 0 at the
-    end of ``seq_lens`` split nothing, and padding after the last document has an id of its own.
+    The id counts the documents that end at or before the token, so padding after the last one has
+    an id of its own.
     """
     debug_range("seq_lens", seq_lens, 0, seq_len + 1)
     ends = seq_lens.to(device).long().cumsum(dim=1)
@@ -313,10 +306,9 @@ def context_doc_ids(
 def pin_rope_inv_freq_fp32(rotary_emb: nn.Module | None) -> None:
     """Give a RoPE module that was cast to a narrower float its fp32 frequencies back, in place.
 
-    Rounded frequencies turn out of phase as positions grow, and no cast back undoes the rounding:
-    the buffers ``inv_freq``, ``original_inv_freq`` and ``<layer type>_inv_freq`` are taken from a
-    fresh module of the same class and ``config``. Buffers that are not narrower than fp32 or on the
-    meta device stay as they are.
+    No cast back undoes the rounding: the buffers ``inv_freq``, ``original_inv_freq`` and ``<layer
+    type>_inv_freq`` are taken from a fresh module of the same class and ``config``. Buffers that
+    are not narrower than fp32 or on the meta device stay as they are.
     """
     if rotary_emb is None:
         return
@@ -370,9 +362,7 @@ def _take(row: Tensor, index: Int[Tensor, "batch *axes"]) -> Tensor:
 
 
 @checked
-def _side_by_side(
-    hidden_states: Sequence[Float[Tensor, "batch seq hidden"]],
-) -> Float[Tensor, "batch seq features"]:
+def _side_by_side(hidden_states: Sequence[Float[Tensor, "batch seq hidden"]]) -> Tensor:
     return torch.cat(list(hidden_states), dim=-1)
 
 
@@ -394,7 +384,7 @@ def _(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 
-def _require_device(name: str, given: torch.device, wanted: torch.device) -> None:
+def _require_device(name: str, given: torch.device, other: str, wanted: torch.device) -> None:
     """Refuse a device that is not ``wanted``; one without an index means any of its type."""
     if given.type != wanted.type or given.index not in (None, wanted.index):
-        raise ValueError(f"{name} must be on the device of loss_mask, {wanted}, got {given}")
+        raise ValueError(f"{name} must be on the device of {other}, {wanted}, got {given}")

@@ -18,11 +18,7 @@ DATA = _CHECKOUT if (_CHECKOUT / "SHA256SUMS").is_file() else _PACKAGE / "data"
 
 
 def shipped(name: str) -> Path:
-    """The path of a file or folder in ``data/``, such as ``"pocket/traces.parquet"``.
-
-    Raises:
-        FileNotFoundError: it is too large for a wheel, and this installation came from one.
-    """
+    """The path of a file or folder in ``data/``; those too large for a wheel need a checkout."""
     path = DATA / name
     if not path.exists():
         raise FileNotFoundError(
@@ -47,8 +43,8 @@ def written_whole(path: Path) -> Iterator[Path]:
 def replaced_whole(folder: Path) -> Iterator[Path]:
     """An empty folder beside ``folder`` to fill, which takes its place at the end.
 
-    On an error it goes and the old folder stays. A process that is killed leaves the old or the new
-    folder complete, in the moment of replacement under the name ``previous_version(folder)``.
+    On an error the old folder stays. A process that is killed leaves the old or the new folder
+    complete, in the moment of replacement under the name ``previous_version(folder)``.
     """
     partial, previous = _partial(folder), previous_version(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

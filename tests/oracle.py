@@ -5,7 +5,6 @@ cleverness here; a reader checks each function against its sentence. Index b is 
 batch, p or j a position in it, n an anchor or its block, k a slot of a block.
 """
 
-import math
 from itertools import combinations
 
 
@@ -263,22 +262,3 @@ def regions(anchors, keep, seq_len, block_size, docs=None):
             )
         out.append(rows)
     return out
-
-
-def attention(q, k, v, mask, scale):
-    """Softmax attention of one head: q [query][dim], k and v [key][dim], mask [query][key]."""
-    out = []
-    for i, query in enumerate(q):
-        seen = [j for j in range(len(k)) if mask[i][j]]
-        scores = [scale * sum(a * b for a, b in zip(query, k[j], strict=True)) for j in seen]
-        weights = distribution(scores)
-        dims = range(len(v[0]))
-        out.append([sum(w * v[j][d] for w, j in zip(weights, seen, strict=True)) for d in dims])
-    return out
-
-
-def distribution(logits):
-    """Softmax of a list of numbers."""
-    top = max(logits)
-    weights = [math.exp(x - top) for x in logits]
-    return [weight / sum(weights) for weight in weights]

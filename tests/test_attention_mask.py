@@ -5,18 +5,13 @@ closed form with those counted from the oracle's mask, and with those that PyTor
 create_block_mask makes of the mask function.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-import dspark_lab
+from dspark_lab import checks
 from dspark_lab.attention import training_block_mask, training_dense_mask, training_mask_mod
 from tests import oracle
 from tests.draws import Draw, cuts, tile_lists
@@ -59,46 +54,31 @@ def picture(mask):
     return ["".join("1" if seen else "." for seen in row) for row in mask]
 
 
-def test_a_block_sees_the_context_before_its_anchor_and_all_of_itself(device):
-    """The second block is a dummy: it sees itself and no context."""
-    anchors, keep = [[2, 0]], [[True, False]]
-    where = torch.tensor(anchors, device=device), torch.tensor(keep, device=device)
-    mask = training_dense_mask(*where, seq_len=4, block_size=2)
-    assert mask.dtype == torch.bool
-    assert mask.device.type == device.type
-    assert picture(mask[0].tolist()) == ["11..11..", "11..11..", "......11", "......11"]
-    assert picture(oracle.dense_mask(anchors, keep, 4, 2)[0]) == picture(mask[0].tolist())
+# What a block sees: anchors, kept ones, tokens of the row, slots of a block, documents; the mask.
+BY_HAND = {
+    "the context before its anchor and all of itself, a dummy itself": (
+        [2, 0], "10", 4, 2, None, ["11..11..", "11..11..", "......11", "......11"]
+    ),
+    "all before its anchor, not the anchor": (
+        [0, 1, 3], "111", 4, 1, None, ["....1..", "1....1.", "111...1"]
+    ),
+    "no context from a dummy wherever it is": ([3], "0", 4, 2, None, ["....11", "....11"]),
+    "its own document only": (
+        [2, 3, 5], "111", 6, 1, "000111", ["11....1..", ".......1.", "...11...1"]
+    ),
+    "itself without context": ([0, 0], "00", 0, 2, None, ["11..", "11..", "..11", "..11"]),
+}  # fmt: skip
 
 
-def test_the_anchor_does_not_see_its_own_context_position(device):
-    anchors = torch.arange(5, device=device)[None]
-    keep = torch.ones(1, 5, dtype=torch.bool, device=device)
-    mask = training_dense_mask(anchors, keep, seq_len=5, block_size=1)
-    context = mask[0, :, :5]
-    assert not context.diagonal().any()
-    assert context.sum(1).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_dummy_block_sees_itself_and_no_context_wherever_its_anchor_is(device):
-    anchors = torch.tensor([[0, 3, 2]], device=device)
-    keep = torch.zeros(1, 3, dtype=torch.bool, device=device)
-    mask = training_dense_mask(anchors, keep, seq_len=4, block_size=2)
-    assert not mask[:, :, :4].any()
-    assert mask[0, :, 4:].sum(1).tolist() == [2] * 6
-
-
-def test_context_is_the_same_document_only(device):
-    anchors = torch.tensor([[2, 3, 5]], device=device)
-    keep = torch.ones(1, 3, dtype=torch.bool, device=device)
-    docs = torch.tensor([[0, 0, 0, 1, 1, 1]], device=device)
-    mask = training_dense_mask(anchors, keep, seq_len=6, block_size=1, doc_ids=docs)
-    assert picture(mask[0, :, :6].tolist()) == ["11....", "......", "...11."]
-
-
-def test_without_context_a_block_sees_itself(device):
-    where = torch.zeros(2, 3, dtype=torch.long, device=device)
-    mask = training_dense_mask(where, where.bool(), seq_len=0, block_size=2)
-    assert picture(mask[1].tolist()) == ["11....", "11....", "..11..", "..11..", "....11", "....11"]
+@pytest.mark.parametrize("case", BY_HAND.values(), ids=BY_HAND)
+def test_a_block_sees(case, device):
+    anchors, kept, seq_len, block_size, documents, expected = case
+    where = torch.tensor([anchors], device=device), torch.tensor([[k == "1" for k in kept]])
+    docs = None if documents is None else torch.tensor([list(map(int, documents))], device=device)
+    sizes = {"seq_len": seq_len, "block_size": block_size, "doc_ids": docs}
+    mask = training_dense_mask(where[0], where[1].to(device), **sizes)
+    assert (mask.dtype, mask.device.type) == (torch.bool, device.type)
+    assert picture(mask[0].tolist()) == expected
 
 
 # The three forms
@@ -168,22 +148,10 @@ def test_the_closed_form_makes_the_lists_that_pytorch_makes(block_size, seq_len,
     assert every_pair(training_mask_mod(*args, **sizes), 2, *shape[2:], device).equal(dense)
 
 
-def test_the_default_tile_is_128(device):
-    args, sizes = random_blocks(device, 1, 500, 30, 7, packed=False)
-    assert training_block_mask(*args, **sizes).BLOCK_SIZE == (128, 128)
-
-
 # Cost
 
 S, N, K = 4096, 512, 7
 PAIRS = N * K * (S + N * K)
-
-
-def test_the_recorder_sees_the_dense_mask(device):
-    args, sizes = random_blocks(device, 1, S, N, K, packed=False)
-    with Recorder() as recorder:
-        training_dense_mask(*args, **sizes)
-    assert recorder.largest >= PAIRS
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -192,7 +160,10 @@ def test_the_closed_form_makes_nothing_of_size_queries_by_keys(tile_size, packed
     args, sizes = random_blocks(device, 1, S, N, K, packed)
     with Recorder() as recorder:
         got = training_block_mask(*args, **sizes, tile_size=tile_size)
-    assert 0 < recorder.largest < PAIRS / 200
+    with Recorder() as of_the_dense_mask:
+        training_dense_mask(*args, **sizes)
+    assert 0 < recorder.largest < PAIRS / 200 and of_the_dense_mask.largest >= PAIRS
+    assert (training_block_mask(*args, **sizes).BLOCK_SIZE == got.BLOCK_SIZE) == (tile_size == 128)
     if packed and tile_size == 128:
         mask_mod = training_mask_mod(*args, **sizes)
         expected = create_block_mask(mask_mod, 1, 1, N * K, S + N * K, device=device)
@@ -209,27 +180,11 @@ def test_the_block_mask_itself_can_be_compiled(device):
     assert every_pair(got.mask_mod, *dense.shape, device).equal(dense)
 
 
-# Debug mode
-
-OUTSIDE = """
-import torch
-from dspark_lab.attention import training_block_mask, training_dense_mask
-
-keep = torch.ones(1, 2, dtype=torch.bool)
-for form in (training_dense_mask, training_block_mask):
-    for anchor in (0, 4, 5, -1):
-        try:
-            form(torch.tensor([[1, anchor]]), keep, seq_len=5, block_size=2)
-            print("passed")
-        except ValueError as error:
-            print("refused", str(anchor) in str(error))
-"""
-
-
-def test_debug_mode_refuses_an_anchor_outside_the_row():
-    root = str(Path(dspark_lab.__file__).parents[1])
-    environment = {**os.environ, "DSPARK_LAB_DEBUG": "1", "PYTHONPATH": root}
-    done = subprocess.run(
-        [sys.executable, "-c", OUTSIDE], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines() == ["passed", "passed", "refused True", "refused True"] * 2
+@pytest.mark.parametrize("form", [training_dense_mask, training_block_mask])
+@pytest.mark.parametrize("anchor", [5, -1])
+def test_debug_mode_refuses_an_anchor_outside_the_row(anchor, form, monkeypatch):
+    monkeypatch.setattr(checks, "DEBUG", True)
+    keep, sizes = torch.ones(1, 2, dtype=torch.bool), {"seq_len": 5, "block_size": 2}
+    form(torch.tensor([[0, 4]]), keep, **sizes)
+    with pytest.raises(ValueError, match=rf"anchor_positions must lie in \[0, 4\], got .*{anchor}"):
+        form(torch.tensor([[1, anchor]]), keep, **sizes)

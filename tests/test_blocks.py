@@ -41,54 +41,27 @@ def tokens(batch: Batch, positions: list[list[list[int]]]) -> list[list[list[int
 
 
 @given(cuts())
-def test_slot_k_stands_k_tokens_after_its_anchor_in_the_anchors_document(cut):
-    size = cut.blocks.block_size
-    expected = oracle.position_ids(cut.anchors, size, cut.batch.position_ids.tolist())
-    assert cut.blocks.position_ids.tolist() == in_blocks(expected, size)
-
-
-@given(cuts())
-def test_slot_0_of_a_kept_block_reads_the_anchors_token_and_every_other_slot_the_mask_token(cut):
-    ids, size = cut.batch.input_ids.tolist(), cut.blocks.block_size
-    expected = oracle.noise_ids(ids, cut.anchors, cut.keep, MASK, size)
-    assert cut.blocks.noise_ids.tolist() == in_blocks(expected, size)
-    assert cut.blocks.mask_token_id == MASK
-
-
-@given(cuts())
-def test_slot_k_predicts_the_token_k_plus_1_after_its_anchor(cut):
-    size, seq_len = cut.blocks.block_size, cut.blocks.seq_len
-    safe = oracle.safe_labels(cut.anchors, cut.keep, size, seq_len)
-    assert cut.blocks.label_indices.tolist() == oracle.labels(cut.anchors, size)
-    assert cut.blocks.safe_label_indices.tolist() == safe
-    assert cut.blocks.target_ids.tolist() == tokens(cut.batch, safe)
-
-
-@given(cuts())
-def test_supervision_stops_at_the_first_token_that_is_not_the_answers_or_the_documents(cut):
-    assert cut.blocks.eval_mask.tolist() == cut.eval_mask
-
-
-@given(cuts())
-def test_times_supervised_counts_the_supervised_slots_of_each_token(cut):
-    assert times_supervised(cut.blocks).tolist() == cut.times
-
-
-@given(cuts())
-def test_slot_k_follows_the_token_k_after_its_anchor(cut):
-    last, size = cut.blocks.seq_len - 1, cut.blocks.block_size
-    prev = [[[min(a + k, last) for k in range(size)] for a in row] for row in cut.anchors]
-    assert cut.blocks.prev_indices.tolist() == prev
-    assert cut.blocks.prev_ids.tolist() == tokens(cut.batch, prev)
-
-
-@given(cuts())
-def test_blocks_know_their_rows(cut):
-    blocks = cut.blocks
-    assert blocks.seq_len == cut.batch.input_ids.shape[1]
-    assert (blocks.num_anchors, blocks.block_size) == blocks.noise_ids.shape[1:]
-    assert blocks.context_position_ids.equal(cut.batch.position_ids)
-    assert blocks.doc_ids.tolist() == cut.docs
+def test_position_input_label_and_supervision_of_every_slot_are_those_of_the_loops(cut):
+    blocks, ids, positions = cut.blocks, cut.batch.input_ids.tolist(), cut.batch.position_ids
+    size, seq_len = blocks.block_size, blocks.seq_len
+    labels = oracle.safe_labels(cut.anchors, cut.keep, size, seq_len)
+    before = [[[min(a + k, seq_len - 1) for k in range(size)] for a in row] for row in cut.anchors]
+    expected = {
+        "position_ids": in_blocks(oracle.position_ids(cut.anchors, size, positions.tolist()), size),
+        "noise_ids": in_blocks(oracle.noise_ids(ids, cut.anchors, cut.keep, MASK, size), size),
+        "label_indices": oracle.labels(cut.anchors, size),
+        "safe_label_indices": labels,
+        "target_ids": tokens(cut.batch, labels),
+        "prev_indices": before,
+        "prev_ids": tokens(cut.batch, before),
+        "eval_mask": cut.eval_mask,
+        "doc_ids": cut.docs,
+        "context_position_ids": positions.tolist(),
+    }
+    assert {name: getattr(blocks, name).tolist() for name in expected} == expected
+    assert times_supervised(blocks).tolist() == cut.times
+    assert (len(ids[0]), MASK) == (seq_len, blocks.mask_token_id)
+    assert (blocks.num_anchors, size) == blocks.noise_ids.shape[1:]
 
 
 @given(cuts())
@@ -122,15 +95,6 @@ def long_row() -> Batch:
     return pack(documents("..aaaaaaaaaaaaaaaa", "...aaaaaaaaaaaaa.aaaaa"), 48, PAD)
 
 
-def test_one_seed_gives_one_draw_and_another_seed_another():
-    once, again = (
-        [draw_blocks(long_row(), 5, 4, seed=seed).anchor_positions.tolist() for seed in range(4)]
-        for _ in range(2)
-    )
-    assert once == again
-    assert all(once.count(anchors) == 1 for anchors in once)
-
-
 def test_without_a_seed_a_draw_is_the_next_of_torchs_own_stream():
     batch = long_row()
     torch.manual_seed(3)
@@ -150,23 +114,6 @@ def test_a_seeded_draw_leaves_torchs_own_stream_alone():
     assert torch.get_rng_state().equal(before)
 
 
-def test_a_row_without_candidates_holds_dummy_blocks_alone():
-    blocks = draw_blocks(collate(documents("...a", "aa.."), PAD), 3, 2, mask_token_id=9, seed=0)
-    assert blocks.block_keep_mask.tolist() == [[False] * 3, [True, False, False]]
-    assert blocks.noise_ids.tolist() == [[[9, 9]] * 3, [[4, 9], [9, 9], [9, 9]]]
-    assert blocks.eval_mask.tolist() == [
-        [[False, False]] * 3,
-        [[True, False], [False, False], [False, False]],
-    ]
-
-
-def test_a_block_ends_with_its_document_though_the_next_one_begins_with_an_answer():
-    batch = pack(documents("aaaa", "aaa"), 8, PAD)
-    blocks = cut_blocks(batch, torch.tensor([[2, 4]]), torch.tensor([[True, True]]), 3)
-    assert blocks.eval_mask.tolist() == [[[True, False, False], [True, True, False]]]
-    assert blocks.position_ids.tolist() == [[[2, 3, 4], [0, 1, 2]]]
-
-
 def test_everything_but_the_masks_is_long():
     short = torch.tensor([[4, 2]], dtype=torch.int32)
     blocks = cut_blocks(collate(documents("aaaaaa"), PAD), short, torch.tensor([[True, True]]), 2)
@@ -178,18 +125,6 @@ def test_everything_but_the_masks_is_long():
     assert kinds.pop("anchor_positions") == torch.int32
     masks = {"block_keep_mask": torch.bool, "eval_mask": torch.bool}
     assert kinds == dict.fromkeys(kinds, torch.int64) | masks
-
-
-def test_a_compiled_draw_has_no_graph_break():
-    batch = long_row()
-
-    def draw() -> Blocks:
-        return draw_blocks(batch, 5, 4, mask_token_id=3)
-
-    torch.manual_seed(2)
-    expected = draw()
-    torch.manual_seed(2)
-    require_equal(torch.compile(draw, fullgraph=True, backend="eager")(), expected)
 
 
 def test_rows_of_tokens_are_one_document_each_unless_told_otherwise():

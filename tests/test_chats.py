@@ -77,15 +77,6 @@ PLAIN = (
     "{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
-MISTRAL = (
-    "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}"
-    "{% elif m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
-    "{% set ns.system = '' %}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
-    "{% endif %}{% endfor %}"
-)
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
     "{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
@@ -129,19 +120,6 @@ write_chatml = writer("<|im_start|>{role}\n", "<|im_end|>", "\n")
 write_llama3 = writer(
     "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", first="<s>", strip=True
 )
-
-
-def write_mistral(messages) -> Pieces:
-    pieces, system = [("<s>", PROMPT)], ""
-    for m in messages:
-        if m["role"] == "system":
-            system = m["content"] + "\n\n"
-        elif m["role"] == "user":
-            pieces += [(f"[INST] {system}{m['content']} [/INST]", PROMPT)]
-            system = ""
-        else:
-            pieces += [(" ", SPACE), (m["content"] + "</s>", ANSWER)]
-    return pieces
 
 
 def write_llama2(messages) -> Pieces:
@@ -188,7 +166,6 @@ TEMPLATES: dict[str, tuple[str, Callable[[list], Pieces]]] = {
     "llama3 marked, end inside": (LLAMA3_MARKED, write_llama3),
     "zephyr": (ZEPHYR, writer("<|{role}|>\n", "</s>", "\n")),
     "plain": (PLAIN, writer("{Role}: ", "", "\n\n")),
-    "mistral": (MISTRAL, write_mistral),
     "llama2": (LLAMA2, write_llama2),
     "qwen3": (QWEN3, write_qwen3),
 }
@@ -280,16 +257,14 @@ def expected_mask(tokenizer, ids: list[int], pieces: Pieces) -> list[bool]:
 def test_the_mask_of_a_small_conversation_token_by_token():
     tokenizer = with_template(byte_level("words"), CHATML)
     encoded = encode(chat("hello", "the answer", "is", "42."), tokenizer)
-    by_hand = [
-        ("<|im_start|>", False), ("user", False), ("Ċ", False),
-        ("hello", False), ("<|im_end|>", False), ("Ċ", False),
-        ("<|im_start|>", False), ("assistant", False), ("Ċ", False),
-        ("the", True), ("Ġanswer", True), ("<|im_end|>", True), ("Ċ", False),
-        ("<|im_start|>", False), ("user", False), ("Ċ", False),
-        ("is", False), ("<|im_end|>", False), ("Ċ", False),
-        ("<|im_start|>", False), ("assistant", False), ("Ċ", False),
-        ("42", True), (".", True), ("<|im_end|>", True), ("Ċ", False),
-    ]  # fmt: skip
+    prompts = (
+        "<|im_start|> user Ċ hello <|im_end|> Ċ <|im_start|> assistant Ċ",
+        ("Ċ <|im_start|> user Ċ is <|im_end|> Ċ <|im_start|> assistant Ċ"),
+    )
+    by_hand = [(token, False) for token in prompts[0].split()]
+    by_hand += [("the", True), ("Ġanswer", True), ("<|im_end|>", True)]
+    by_hand += [(token, False) for token in prompts[1].split()]
+    by_hand += [("42", True), (".", True), ("<|im_end|>", True), ("Ċ", False)]
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
     assert list(zip(tokens, encoded.loss_mask.tolist(), strict=True)) == by_hand
     assert encoded.input_ids.dtype == torch.long and encoded.loss_mask.dtype == torch.bool
@@ -343,15 +318,6 @@ def test_the_mask_agrees_with_the_template_written_piece_by_piece(name):
         assert encoded.loss_mask.tolist() == expected_mask(tokenizer, ids, pieces)
 
     check()
-
-
-@pytest.mark.parametrize("splitting", ["words", "trimmed"])
-def test_a_token_that_joins_the_prompt_to_the_answer_is_prompt(splitting):
-    tokenizer = with_template(byte_level(splitting), CHATML)
-    encoded = encode(chat("hello", "\n\nthe"), tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
-    assert tokens[-6:] == ["assistant", "ĊĊ", "Ċ", "the", "<|im_end|>", "Ċ"]
-    assert encoded.loss_mask[-6:].tolist() == [False, False, True, True, True, False]
 
 
 ENDED = "'<|head|>\n' + m['content'] + '<|end|>\n'"
@@ -414,8 +380,9 @@ END, FOUR = "<|im_end|>", ["hello", "the", "is", "42"]
 UPPER = "m['content'] | upper }}"
 # A template, the turns, and what of their text is supervised.
 SUPERVISED = {
-    "the first word behind the template's space": (MISTRAL, ["hello", "answer"], " answer</s>"),
+    "the first word behind the template's space": (LLAMA2, ["hello", "answer"], " answer </s>"),
     "an empty answer's end of turn": (CHATML, ["hello", ""] * 2, END + END),
+    "no token that joins the prompt to the answer": (CHATML, ["hello", "\n\nthe"], f"\nthe{END}"),
     "the end of turn of an answer that spells one": (CHATML, ["", "the" + END], f"the{END}{END}"),
     "the same with markers": (CHATML_MARKED, ["", "the" + END], f"the{END}{END}"),
     "not the next turn's header": (CHATML.replace(END + "\n", "\n"), FOUR, "the42"),
@@ -538,17 +505,14 @@ def test_only_newlines_end_a_line(tmp_path):
         ("", "blank line"),
         ([USER, ASSISTANT], "must be a JSON object, got a list"),
         ({"text": "hello"}, r"must have 'messages', .* got keys \['text'\]"),
-        ({"prompt": "hello"}, "'prompt' and 'response'"),
         ({"prompt": "hello", "response": None}, "response must be a string, got null"),
         ({"messages": "hello"}, "messages must be a list, got a string"),
         ({"messages": []}, "at least one message"),
         ({"messages": [USER]}, "at least one of role 'assistant'"),
         ({"messages": [USER, "the"]}, r"messages\[1\] must be an object, got a string"),
         ({"messages": [{"role": "user"}, ASSISTANT]}, r"messages\[0\] must have 'content'"),
-        ({"messages": [{"content": "hello"}, ASSISTANT]}, r"messages\[0\] must have 'role'"),
         ({"messages": [{"role": "narrator", "content": ""}]}, "got 'narrator'"),
         ({"messages": [{"role": 3, "content": ""}]}, "role must be a string, got a number"),
-        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "got a number"),
         ({"messages": [USER, {"role": "assistant", "content": ["the"]}]}, "'text', got a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "got 'image_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "string, got null"),

@@ -17,8 +17,11 @@ from torch._subclasses.fake_tensor import (
 
 from dspark_lab import common
 from dspark_lab.attention import block_attention, training_block_mask, training_dense_mask
+from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.chats import pack
 from tests.draws import label_positions, tile_lists
 from tests.recorder import Recorder, tensors
+from tests.samples import documents
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -41,6 +44,10 @@ def dense(anchors, keep, seq_len, block_size, docs):
 def attend(q, k, v, anchors, keep, seq_len, block_size, docs):
     sizes = {"seq_len": seq_len, "block_size": block_size, "doc_ids": docs}
     return block_attention(q, k, v, anchors, keep, **sizes, backend="dense")
+
+
+def accept(head, features):
+    return head(features)
 
 
 def arguments(device, size: Size) -> dict[str, tuple]:
@@ -78,7 +85,7 @@ def arguments(device, size: Size) -> dict[str, tuple]:
         "noise": (common.create_noise_embed, embed, ids, anchors, keep, VOCAB - 1, block_size),
         "features": (common.extract_context_feature, hidden, [-1, 0, 2]),
         "documents": (common.context_doc_ids, lens, seq_len, device),
-        "accept rate": (head, torch.rand(batch, num_anchors, block_size, 6, device=device)),
+        "accept rate": (accept, head, torch.rand(batch, num_anchors, block_size, 6, device=device)),
         "dense mask": (dense, *where, None),
         "dense mask, packed": (dense, *where, docs),
         "tile lists": (tiled, *where, None),
@@ -101,15 +108,13 @@ def outcome(function, *args):
     """Tensors of the result, from a fixed seed."""
     torch.manual_seed(42)
     with torch.no_grad():
-        return tensors(function(*args))
+        result = function(*args)
+        return tensors(vars(result) if isinstance(result, Blocks) else result)
 
 
 def assert_same(got, expected):
-    assert len(got) == len(expected) > 0
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert a.device == b.device
-        assert torch.equal(a, b)
+    assert expected
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 # No host synchronisation
@@ -192,28 +197,17 @@ def fresh_compiler():
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("attention")])
 def test_compiled_whole_and_dynamic_it_gives_the_same(name, device, fresh_compiler):
     function = arguments(device, SIZE)[name][0]
-    if isinstance(function, nn.Module):
-        function = functional_head
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, size in enumerate(SIZES):
-        _, *args = adapt(arguments(device, size)[name])
+        _, *args = arguments(device, size)[name]
         expected = outcome(function, *args)
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             assert_same(outcome(compiled, *args), expected)
     for size in CORNERS:
         calls = arguments(device, size)
         if name in calls:
-            _, *args = adapt(calls[name])
+            _, *args = calls[name]
             assert_same(outcome(compiled, *args), outcome(function, *args))
-
-
-def functional_head(head, features):
-    return head(features)
-
-
-def adapt(call):
-    """A module is compiled as the argument of a function, so that one compilation serves all."""
-    return (functional_head, *call) if isinstance(call[0], nn.Module) else call
 
 
 def test_layer_ids_are_checked_inside_a_compiled_function(fresh_compiler):
@@ -238,41 +232,12 @@ def test_the_output_is_built_inside_a_compiled_function(fresh_compiler):
     assert got.confidence_pred is None
 
 
-def everything(seq_len, loss_mask, num_anchors, block_size, embed, ids, lens, positions):
-    """A training step's use of the module, packed, in one graph."""
-    docs = common.context_doc_ids(lens, seq_len, loss_mask.device)
-    last = torch.cumsum(lens, 1).gather(1, docs.clamp(max=lens.shape[1] - 1))
-    remaining = (last - 1 - torch.arange(seq_len, device=docs.device)).clamp(min=0)
-    anchors, keep = common.sample_anchor_positions(
-        seq_len, loss_mask, num_anchors, loss_mask.device, remaining
-    )
-    label, safe = label_positions(anchors, keep, block_size, seq_len)
-    supervised = common.build_eval_mask(seq_len, loss_mask, label, safe, keep, remaining, anchors)
-    noise = common.create_noise_embed(embed, ids, anchors, keep, VOCAB - 1, block_size)
-    place = common.create_position_ids(anchors, block_size, positions)
-    features = common.extract_context_feature([noise, noise * 2, noise * 3], [-1, 1])
-    return docs, anchors, keep, supervised, noise, place, features
-
-
-def test_the_default_compiler_draws_the_same_anchors(device, fresh_compiler, cpp_compiler):
+def test_the_default_compiler_draws_the_same_blocks(device, fresh_compiler, cpp_compiler):
     """Inductor has a random stream of its own; the anchors still come from torch.rand's."""
-    compiled = torch.compile(everything, fullgraph=True, dynamic=True)
-    embed = nn.Embedding(VOCAB, 4, device=device)
-    for batch, seq_len, num_anchors, block_size in SIZES[:2]:
-        torch.manual_seed(seq_len)
-        args = (
-            seq_len,
-            (torch.rand(batch, seq_len) < 0.9).to(device),
-            num_anchors,
-            block_size,
-            embed,
-            torch.randint(VOCAB, (batch, seq_len)).to(device),
-            torch.tensor([[4, 3, 0]] * batch).to(device),
-            torch.randint(99, (batch, seq_len)).to(device),
-        )
-        expected = outcome(everything, *args)
-        got = outcome(compiled, *args)
-        after_compiled = torch.rand(3, device=device)
-        assert_same(got, expected)
-        outcome(everything, *args)
-        assert torch.equal(torch.rand(3, device=device), after_compiled)
+    compiled = torch.compile(draw_blocks, fullgraph=True, dynamic=True)
+    for length in (14, 23):
+        batch = pack(documents("..aaaaaaaaaaa", "aaa.aaaa"), length, 0).to(device)
+        expected = outcome(draw_blocks, batch, 5, 4)
+        following = torch.rand(3, device=device)
+        assert_same(outcome(compiled, batch, 5, 4), expected)
+        assert torch.equal(torch.rand(3, device=device), following)

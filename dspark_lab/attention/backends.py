@@ -1,7 +1,7 @@
 """Attention of every slot to what the training mask lets it see, and its three back ends."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,19 +38,17 @@ def block_attention(
     - ``dense``: torch's SDPA with the dense mask, on any device;
     - ``flex``: FlexAttention with the closed-form block mask; the choice for GPUs. Compile the
       model around it; on the CPU it runs forward only, for inputs that need no gradient;
-    - ``blockwise``: for the CPU; each group of blocks meets only its own context prefix and
-      itself, and no mask of size queries times keys is ever formed. Computes in fp32 at least.
+    - ``blockwise``: for the CPU; forms no mask of size queries times keys. Computes in fp32 at
+      least.
 
     Args:
         q: the slots of all blocks, block after block.
-        k, v: the context's ``seq_len`` keys and values, followed by those of the slots; the heads
-            of ``q`` may share them.
+        k, v: those of the context's tokens, then of the slots; heads of ``q`` may share them.
         anchor_positions, block_keep_mask, seq_len, block_size, doc_ids: see
             :func:`dspark_lab.attention.context_ranges`.
         scale: factor on the scores; 1 / sqrt(head_dim) where None.
         backend: ``auto`` takes ``flex`` on CUDA and ``blockwise`` on the CPU.
-        block_mask: for ``flex``, that of the same blocks, so that several layers share one; made
-            here where None.
+        block_mask: for ``flex``, that of the same blocks, where several layers share one.
     """
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
@@ -71,23 +69,19 @@ def attend(
 ) -> Float[Tensor, "batch heads query head_dim"]:
     """:func:`block_attention` under the mask of ``ranges``, for layers that share one draw."""
     _check_fit(q, k, v, ranges)
-    device, grouped = q.device.type, q.shape[1] != k.shape[1]
-    if backend == "auto":
-        backend = choose_backend(q.device)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
+    device = q.device.type
+    backend = choose_backend(q.device) if backend == "auto" else backend
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if backend == "dense":
         mask = dense_mask(ranges).unsqueeze(1)
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     if backend == "flex":
         needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
         if device == "cpu" and torch.is_grad_enabled() and needs_gradient:
-            instead = "use 'blockwise' or 'dense' there"
-            raise ValueError(f"backend 'flex' has no backward pass on the CPU; {instead}")
+            raise ValueError("backend 'flex' has no backward pass on the CPU, 'blockwise' has one")
         tiles = block_mask(ranges) if tiles is None else tiles
-        return flex_attention(q, k, v, block_mask=tiles, scale=scale, enable_gqa=grouped)
+        return flex_attention(q, k, v, block_mask=tiles, **options)
     if device != "cpu":
         raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
     sizes = ranges.seq_len, ranges.block_size, float(scale)
@@ -107,12 +101,11 @@ def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or heads % kv_heads:
-        got = f"{kv_heads} and {heads}"
-        raise ValueError(f"the heads of k and v must divide those of q, got {got}")
+        raise ValueError(f"the heads of k and v must divide those of q, got {kv_heads} and {heads}")
     for name, tensor, length in (("q", q, ranges.queries), ("k", k, ranges.keys)):
         if tensor.shape[2] != length:
             wanted = f"{length} positions at block_size {ranges.block_size}"
             raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")
-    wanted_device = ranges.start.device
-    if q.device != wanted_device:
-        raise ValueError(f"q must be on the device of the blocks, {wanted_device}, got {q.device}")
+    device = ranges.start.device
+    if q.device != device:
+        raise ValueError(f"q must be on the device of the blocks, {device}, got {q.device}")

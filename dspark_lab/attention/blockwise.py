@@ -1,11 +1,9 @@
 """Block attention on the CPU that does only the work the training mask keeps.
 
-A dense kernel multiplies every slot with every key and throws most of it away. Here torch's own
-fused kernel is called on pieces: a few consecutive blocks against keys that they see. With its
-output the kernel returns the logarithm of the sum that its softmax divides by, and from these the
-pieces are joined as if one softmax had run over all. Given the joined output and logarithm, the
-kernel's backward pass yields each piece's part of the gradient. No piece grows with queries times
-keys, and neither does memory.
+Torch's own fused kernel is called on pieces: a few consecutive blocks against keys that they see.
+With its output the kernel returns the logarithm of the sum that its softmax divides by, and from
+these the pieces are joined as if one softmax had run over all. Given the joined output and
+logarithm, the kernel's backward pass yields each piece's part of the gradient.
 
 It is one opaque operator for the compiler, because the context ranges decide the sizes of the
 pieces and are read on the host.
@@ -22,8 +20,7 @@ Index = tuple[Any, ...]
 
 # The most queries and keys of a piece. Forward it has few queries, so that their anchors lie close
 # together and little of its keys is hidden from some; backward, the keys are cut instead.
-FORWARD_QUERIES, FORWARD_KEYS = 96, 2048
-BACKWARD_QUERIES, BACKWARD_KEYS = 128, 128
+FORWARD, BACKWARD = (96, 2048), (128, 128)
 # Among their own slots, the blocks of a piece see 1 / blocks of the pairs, so a piece has few.
 OWN_QUERIES = 48
 
@@ -35,21 +32,15 @@ _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 def blockwise_attention(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, seq_len: int, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The attention of :func:`dspark_lab.attention.block_attention`, which checks the shapes.
+    """The attention, and the logarithm of the sum that each query's softmax divides by.
 
-    ``ranges`` are the blocks' context prefixes, first their starts, then their ends,
-    ``[2, batch, anchor]``.
-
-    Returns:
-        the attention's output, and ``[batch, heads, anchor * slot]``, the logarithm of the sum that
-        each query's softmax divides by.
+    ``ranges`` are the starts and ends of the blocks' context prefixes, ``[2, batch, anchor]``.
     """
     query, key, value = _split(q, k), _share(k, q), _share(v, q)
     out = torch.zeros(q.shape, dtype=query.dtype)
     log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=query.dtype)
     results, sums = _split(out, k), _split(log_sum, k)
-    most = FORWARD_QUERIES, FORWARD_KEYS
-    for slots, keys, bias in _pieces(ranges, seq_len, block_size, *most, query.dtype):
+    for slots, keys, bias in _pieces(ranges, seq_len, block_size, FORWARD, query.dtype):
         seen, seen_sum = _kernel(query[slots], key[keys], value[keys], attn_mask=bias, scale=scale)
         joined_sum = torch.logaddexp(sums[slots], seen_sum)
         share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
@@ -80,19 +71,10 @@ def _backward(
     result, d_result = _split(out, k), _split(d_out, k)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
     d_queries = _split(d_query, k)
-    most = BACKWARD_QUERIES, BACKWARD_KEYS
-    for slots, keys, bias in _pieces(ranges, seq_len, block_size, *most, query.dtype):
+    for slots, keys, bias in _pieces(ranges, seq_len, block_size, BACKWARD, query.dtype):
+        piece = d_result[slots], query[slots], key[keys], value[keys], result[slots], sums[slots]
         query_part, key_part, value_part = _kernel_backward(
-            d_result[slots],
-            query[slots],
-            key[keys],
-            value[keys],
-            result[slots],
-            sums[slots],
-            0.0,
-            False,
-            attn_mask=bias,
-            scale=scale,
+            *piece, 0.0, False, attn_mask=bias, scale=scale
         )
         d_queries[slots] += query_part
         for gradient, part in ((d_key, key_part), (d_value, value_part)):
@@ -104,19 +86,13 @@ def _backward(
 
 
 def _pieces(
-    ranges: Tensor,
-    seq_len: int,
-    block_size: int,
-    most_queries: int,
-    most_keys: int,
-    dtype: torch.dtype,
+    ranges: Tensor, seq_len: int, block_size: int, most: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[tuple[Index, Index, Tensor | None]]:
     """Cut the mask of each batch row into pieces that hold all that is visible.
 
-    Yields where the slots are, where the keys are, and what to add to the scores of a piece: a very
-    low number where a key is hidden, or None where all is visible. Not -inf, so that a query that
-    sees nothing of a piece has a result there, of no weight.
+    Yields where the slots are, where the keys are, and the bias; None where all is visible.
     """
+    most_queries, most_keys = most
     own = max(1, OWN_QUERIES // block_size)
     apart = _bias(~torch.eye(own, dtype=torch.bool), block_size, dtype)
     apart = apart.repeat_interleave(block_size, dim=-1)
@@ -158,7 +134,10 @@ def _slots(blocks: slice, block_size: int) -> slice:
 
 
 def _bias(hidden: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """A number to add to the scores of each slot: very low where ``hidden``, ``[anchor, key]``."""
+    """A number to add to the scores of each slot: very low where ``hidden``, ``[anchor, key]``.
+
+    Not -inf, so that a query that sees nothing of a piece has a result there, of no weight.
+    """
     bias = hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)
     return bias.repeat_interleave(block_size, dim=0)[None, None]
 

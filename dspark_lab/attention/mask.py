@@ -7,12 +7,8 @@ slot of block b sees exactly
     context prefix: the context tokens of the anchor's document before the anchor itself, and
     own block:      all slots of block b, earlier and later ones.
 
-The anchor's token is not part of the context prefix: it enters through slot 0. A dummy block
-(``block_keep_mask`` False) has an empty prefix and sees only itself, so that no row of the mask is
-empty.
-
-The mask function and the dense mask ask the rule at every pair; the tiles of the block mask follow
-from the context prefixes in closed form.
+The anchor's own token enters through slot 0. A dummy block (``block_keep_mask`` False) has an empty
+prefix and sees only itself, so that no row of the mask is empty.
 """
 
 from collections.abc import Callable
@@ -42,7 +38,6 @@ class ContextRanges:
     @classmethod
     @checked
     def of(cls, blocks: Blocks) -> "ContextRanges":
-        """The context prefixes of a draw of blocks."""
         return context_ranges(
             blocks.anchor_positions,
             blocks.block_keep_mask,
@@ -128,10 +123,9 @@ def dense_mask(ranges: ContextRanges) -> Bool[Tensor, "batch query key"]:
 def block_mask(ranges: ContextRanges, tile_size: Count = 128) -> BlockMask:
     """The rule as FlexAttention's ``BlockMask``, the same as ``create_block_mask`` makes of it.
 
-    ``create_block_mask`` asks the rule at every pair and counts what each tile holds. Here a tile's
-    state (empty, partial, full) follows from the context ranges of the few blocks that its queries
-    belong to, so time and memory grow with the number of tiles. The backward pass reads the
-    transposed lists.
+    ``create_block_mask`` asks the rule at every pair. Here a tile's state (empty, partial, full)
+    follows from the context ranges of the few blocks that its queries belong to, so time and memory
+    grow with the number of tiles.
     """
     tiles = _classify_tiles(ranges, tile_size)
     (kv_num, full_kv_num), (kv_indices, full_kv_indices) = _list_tiles(tiles)
@@ -159,7 +153,7 @@ def training_mask_mod(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
 ) -> MaskMod:
-    """:func:`mask_mod` on the ranges that :func:`context_ranges` makes of these arguments."""
+    """:func:`mask_mod` of :func:`context_ranges`."""
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
@@ -174,7 +168,7 @@ def training_dense_mask(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
 ) -> Bool[Tensor, "batch query key"]:
-    """:func:`dense_mask` on the ranges that :func:`context_ranges` makes of these arguments."""
+    """:func:`dense_mask` of :func:`context_ranges`."""
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
@@ -190,10 +184,7 @@ def training_block_mask(
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     tile_size: int = 128,
 ) -> BlockMask:
-    """:func:`block_mask` on the ranges that :func:`context_ranges` makes of these arguments.
-
-    Compiled kernels want a ``tile_size`` that is a multiple of 128 on most GPUs.
-    """
+    """:func:`block_mask` of :func:`context_ranges`; most GPUs want multiples of 128 as tiles."""
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
@@ -205,9 +196,8 @@ def _classify_tiles(
 ) -> Bool[Tensor, "2 batch 1 query_tile key_tile"]:
     """Which tiles are partial (first) and which are full (second); the rest are empty.
 
-    A tile's queries belong to a run of consecutive blocks. It is touched where one of these blocks
-    sees one of its keys, and full where all of them see all of its keys. A tile that reaches past
-    the last query or key is never full.
+    A tile's queries belong to a run of consecutive blocks. It is full where all of these blocks see
+    all of its keys; a tile that reaches past the last query or key never is.
     """
     queries, seq_len, block_size = ranges.queries, ranges.seq_len, ranges.block_size
     device = ranges.start.device
@@ -251,5 +241,9 @@ def tiles_of_ranges(start: Tensor, end: Tensor, tile_size: int) -> tuple[Tensor,
 
 def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """How many tiles of each row are set, and the columns: set ones first, both parts ascending."""
-    columns = tiles.int().argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(-1, dtype=torch.int32), columns.int()
+    # A sort says the same in one line, but takes a fifth longer where the mask is compiled.
+    column = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
+    set_so_far = tiles.cumsum(-1, dtype=torch.int32)
+    count = tiles.sum(-1, dtype=torch.int32)
+    place = torch.where(tiles, set_so_far - 1, count.unsqueeze(-1) + column - set_so_far)
+    return count, torch.empty_like(place).scatter(-1, place.long(), column.expand_as(place))

@@ -43,11 +43,9 @@ def render_and_locate(tokenizer: Tokenizer, messages: Messages) -> Rendered:
 
 
 def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span], bool]:
-    """The template marks its answers with ``{% generation %}``: text, spans, ends inside them?
-
-    The tokens are found from the characters, not by transformers' own ``assistant_masks``, which
-    lose the last bytes of an answer that ends in a character of several tokens.
-    """
+    """The template marks its answers with ``{% generation %}``: text, spans, ends inside them?"""
+    # Not transformers' own ``assistant_masks``, which lose the last bytes of an answer that ends
+    # in a character of several tokens.
     text, spans = _render_marked(tokenizer, messages)
     if not spans:
         raise ValueError("the chat template's {% generation %} markers enclose nothing of it")
@@ -60,9 +58,8 @@ def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list
 def _unmarked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:
     """Text and spans, from a second rendering with a placeholder for each answer.
 
-    What stands around the placeholders is the template's own. Where that, joined with the answers,
-    gives the text, the spans are known by arithmetic; where it does not, the template treats some
-    answer specially, and they are located one by one.
+    Where what stands around the placeholders, joined with the answers, gives the text, the spans
+    are known by arithmetic; else the template changes some answer, and they are located one by one.
     """
     text = _render(tokenizer, messages)
     placeholders = _placeholders(messages, text)
@@ -154,11 +151,8 @@ def _generation_prompt(tokenizer: Tokenizer, messages: Messages, turn: int) -> s
 
 
 def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return str(tokenizer.apply_chat_template(messages, **options))
 
 
 def _render_marked(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:

@@ -61,12 +61,8 @@ def load_chats(path: str | os.PathLike[str] | None = None) -> list[Chat]:
     ``id`` (a string or an integer) defaults to ``"<file stem>:<line>"``; ``domain`` is a string or
     absent; ``finished`` is true, false or absent (true). Other keys are metadata and not read,
     except those whose content would be lost, which are refused unless empty: tools, tool calls,
-    reasoning beside the content, a message ``weight`` other than 1. Blank lines may end the file
-    and stand nowhere else; a byte order mark is fine.
-
-    Raises:
-        ValueError: ``"path:line: ..."``, the first line that is anything else or repeats an id; or
-            a file without conversations.
+    reasoning beside the content, a message ``weight`` other than 1. Blank lines may end the file. A
+    line that is anything else or repeats an id is a ValueError, ``"path:line: ..."``.
     """
     path = Path(SHIPPED_CHATS if path is None else path)
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")

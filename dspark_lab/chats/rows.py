@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.chats.tokens import Encoded
-from dspark_lab.checks import Count, Device, NotEmpty, Size, checked
+from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
 
 if TYPE_CHECKING:
     import pandas
@@ -54,11 +54,7 @@ class Batch:
         position_ids: Int[Tensor, "batch seq"] | None = None,
         seq_lens: Int[Tensor, "batch doc"] | None = None,
     ) -> Batch:
-        """Rows of tokens without padding, each one document or as the last three arguments say.
-
-        ``loss_mask`` may have any dtype, see
-        :func:`dspark_lab.common.build_anchor_candidate_mask`.
-        """
+        """Rows of tokens without padding, each one document or as the last three arguments say."""
         given = {"doc_remaining": doc_remaining, "position_ids": position_ids, "seq_lens": seq_lens}
         missing = [name for name, value in given.items() if value is None]
         if len(missing) in (1, 2):
@@ -76,15 +72,11 @@ class Batch:
 
     @checked
     def to(self, device: Device) -> Batch:
-        """The same batch with every tensor on ``device``."""
         return self._changed(lambda tensor: tensor.to(device))
 
-    @checked
-    def row(self, row: Size) -> Batch:
+    def row(self, row: int) -> Batch:
         """The batch of one row alone."""
-        rows = len(self.input_ids)
-        if row >= rows:
-            raise ValueError(f"row must lie in [0, {rows - 1}], got {row}")
+        require("row", row, Annotated[int, Within(0, len(self.input_ids) - 1)])
         return self._changed(lambda tensor: tensor[row : row + 1])
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -95,11 +87,9 @@ class Batch:
 def collate(encoded: Conversations, pad_token_id: Size, length: Count | None = None) -> Batch:
     """One conversation a row, padded on the right to the longest or to ``length`` tokens.
 
-    A tokenizer without a pad token can pad with its eos token: padding is never supervised and
-    never attended to.
+    A tokenizer without a pad token can pad with its eos token.
     """
-    if length is None:
-        length = max(len(item) for item in encoded)
+    length = max(len(item) for item in encoded) if length is None else length
     _check_lengths(encoded, length)
     return _fill([[index] for index in range(len(encoded))], encoded, pad_token_id, length)
 
@@ -108,8 +98,8 @@ def collate(encoded: Conversations, pad_token_id: Size, length: Count | None = N
 def pack(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
     """Several conversations a row of ``length`` tokens; none is split, each is there once.
 
-    First-fit decreasing: the conversations, longest first (equal lengths in the given order), go
-    each into the first row with room.
+    First-fit decreasing: longest first (equal lengths in the given order), each goes into the first
+    row with room.
     """
     _check_lengths(encoded, length)
     row, start = packed_places(np.array([len(item) for item in encoded]), length)
@@ -132,8 +122,7 @@ def one_row(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
 def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
     """One row for each domain ("none" for none), in order of appearance, and its counts of tokens.
 
-    The columns are ``conversations``, ``tokens``, ``supervised_tokens``, ``median_length``,
-    ``longest`` and ``without_labels``, the conversations in which there is nothing to train on.
+    Conversations ``without_labels`` have nothing to train on.
     """
     import pandas as pd
 
@@ -188,9 +177,8 @@ def packed_places(
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
     for item in encoded:
         if len(item) > length:
-            advice = f"truncate it with encode(..., max_length={length})"
-            got = f"conversation {item.chat.id!r} has {len(item)} tokens"
-            raise ValueError(f"{got}, more than length {length}; {advice}")
+            got = f"conversation {item.chat.id!r} has {len(item)} tokens, more than length {length}"
+            raise ValueError(f"{got}; truncate it with encode(..., max_length={length})")
 
 
 def _fill(

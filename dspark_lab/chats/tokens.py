@@ -55,10 +55,7 @@ class Encoded:
 
 @checked
 def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """A fast tokenizer with a chat template; without a name, the shipped one of SmolLM2.
-
-    Never runs code that comes with a tokenizer.
-    """
+    """A fast tokenizer with a chat template, by default the shipped one. None runs its own code."""
     from transformers import AutoTokenizer
 
     if name_or_path is None:
@@ -74,20 +71,16 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
 def encode(chat: Chat, tokenizer: Tokenizer, max_length: Count | None = None) -> Encoded:
     """The tokens of a conversation, and which of them the assistant wrote.
 
-    ``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``. With
-    ``max_length`` the first ``max_length`` tokens are kept, and perhaps none of them supervised.
+    ``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``, the first
+    ``max_length`` of them, perhaps none of these supervised.
 
     The answers are found in the template's text: where its ``{% generation %}`` markers say, or,
     without markers, by rendering the conversation once more with a placeholder for each answer. An
     answer that the template shortens (white space, the thinking of earlier turns) is supervised as
-    the template writes it. The end-of-turn is the special token right behind an answer, or the
-    tokenizer's eos token behind white space; an empty answer has one too. Markers that already
-    enclose the end-of-turn are taken as they are. Behind an answer that was cut off (a chat that is
-    not ``finished``) the end-of-turn is not supervised.
-
-    Raises:
-        ValueError: a template that refuses the conversation or rewrites an answer beyond
-            recognition.
+    the template writes it; one that it rewrites beyond recognition is a ValueError. The end-of-turn
+    is the special token right behind an answer, or the tokenizer's eos token behind white space;
+    markers that enclose it are taken as they are. Behind an answer that was cut off (a chat that is
+    not ``finished``) it is not supervised.
     """
     from jinja2 import TemplateError
 
