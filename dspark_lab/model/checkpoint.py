@@ -241,6 +241,7 @@ def _read_headers(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / INDEX} must hold a weight_map from tensors to files, got {file_of!r}"
         )
+    files: dict[str, dict[str, Any]] = {}
     for name, file in file_of.items():
         if not isinstance(file, str) or Path(file).name != file or Path(file).suffix in _PICKLES:
             raise ValueError(
@@ -248,13 +249,12 @@ def _read_headers(folder: Path) -> dict[str, Any]:
             )
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / INDEX} names {file}, which is not there")
-    files = {file: _read_header(folder / file) for file in sorted(set(file_of.values()))}
-    stored = {name: part for parts in files.values() for name, part in parts.items()}
-    for name, file in file_of.items():
+        if file not in files:
+            files[file] = _read_header(folder / file)
         if name not in files[file]:
             raise ValueError(f"{folder / file} must hold {name}, as {INDEX} says; it does not")
-        stored[name] = files[file][name]
-    return stored
+    stored = {name: part for parts in files.values() for name, part in parts.items()}
+    return stored | {name: files[file][name] for name, file in file_of.items()}
 
 
 def _read_header(path: Path) -> dict[str, Any]:

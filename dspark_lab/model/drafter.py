@@ -186,9 +186,7 @@ class Drafter(nn.Module):
             backend: see :func:`dspark_lab.attention.block_attention`.
         """
         c = self.config
-        if input_ids.numel() == 0:
-            raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
-        check_token_ids("input_ids", input_ids, c.vocab_size)
+        check_token_ids(input_ids, c.vocab_size)
         packing = dict(doc_remaining=doc_remaining, position_ids=position_ids, seq_lens=seq_lens)
         batch = Batch.of_tokens(input_ids, loss_mask, **packing)
         if (anchor_positions is None) != (block_keep_mask is None):

@@ -136,18 +136,17 @@ def output_objective(
     """
     _require_teacher(output.aligned_target_logits, l1_weight, confidence_weight)
     debug_range("target_ids", output.target_ids, 0, output.draft_logits.shape[-1])
-    wide = at_least_fp32(output.draft_logits.dtype)
-    weights = slot_weights(output.eval_mask, loss_decay_gamma, wide)
-    share = _share(weights, normaliser)
-    log_probs = output.draft_logits.to(wide).log_softmax(dim=-1)
+    weights, share = _weigh(
+        output.eval_mask, loss_decay_gamma, output.draft_logits.dtype, normaliser
+    )
+    log_probs = output.draft_logits.to(share.dtype).log_softmax(dim=-1)
     ce = -log_probs.gather(-1, output.target_ids.long().unsqueeze(-1)).squeeze(-1)
     l1 = torch.full_like(ce, torch.nan)
     loss = ce_weight * (share * ce).sum()
     if output.aligned_target_logits is not None:
         l1 = distance(output.draft_logits, output.aligned_target_logits.detach())
         loss = loss + l1_weight * (share * l1).sum()
-    slots = output.confidence_pred, output.eval_mask
-    return _finish(loss, share, weights, ce, l1, *slots, confidence_weight)
+    return _finish(loss, share, weights, ce, l1, output, confidence_weight)
 
 
 @checked
@@ -183,39 +182,27 @@ def dspark_objective(
     _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
     inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
     _check_weights(*inputs)
-    wide = at_least_fp32(slots.hidden.dtype)
-    weights = slot_weights(slots.eval_mask, loss_decay_gamma, wide)
-    share = _share(weights, normaliser)
-    asks = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     device, dtype = slots.hidden.device.type, slots.hidden.dtype
+    weights, share = _weigh(slots.eval_mask, loss_decay_gamma, dtype, normaliser)
+    asks = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    head_asks = torch.is_grad_enabled() and lm_head_weight.requires_grad
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
 
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.flatten(0, 2).to(dtype)
-
+    states = [
+        None if x is None else x.flatten(0, 2).to(dtype)
+        for x in (slots.hidden, slots.latent, slots.target_hidden)
+    ]
+    marks = slots.target_ids.flatten().long(), slots.eval_mask.flatten(), share.flatten()
+    heads = [None if x is None else x.to(dtype) for x in (lm_head_weight, markov_w2_weight)]
+    settings = float(ce_weight), float(l1_weight), chunk, asks, head_asks
     # The products are in `dtype` already, and everything else stays wide.
     with torch.autocast(device, enabled=False):
-        loss, ce, l1, *_ = _chunked(
-            flat(slots.hidden),
-            flat(slots.latent),
-            flat(slots.target_hidden),
-            slots.target_ids.flatten().long(),
-            slots.eval_mask.flatten(),
-            share.flatten(),
-            lm_head_weight.to(dtype),
-            None if markov_w2_weight is None else markov_w2_weight.to(dtype),
-            float(ce_weight),
-            float(l1_weight),
-            chunk,
-            asks,
-            torch.is_grad_enabled() and lm_head_weight.requires_grad,
-        )
-    mask = slots.eval_mask
-    ce, l1 = ce.detach().view(mask.shape), l1.detach().view(mask.shape)
+        loss, ce, l1, *_ = _chunked(*states, *marks, *heads, *settings)
+    ce, l1 = (x.detach().view(slots.eval_mask.shape) for x in (ce, l1))
     if slots.target_hidden is None:
         l1 = torch.full_like(l1, torch.nan)
-    return _finish(loss, share, weights, ce, l1, slots.confidence_pred, mask, confidence_weight)
+    return _finish(loss, share, weights, ce, l1, slots, confidence_weight)
 
 
 @checked
@@ -418,11 +405,11 @@ def _finish(
     weights: Tensor,
     ce: Tensor,
     l1: Tensor,
-    confidence_pred: Tensor | None,
-    eval_mask: Tensor,
+    slots: Slots | DSparkForwardOutput,
     confidence_weight: float,
 ) -> Objective:
     """Add the confidence term and form the sums."""
+    confidence_pred, eval_mask = slots.confidence_pred, slots.eval_mask
     accept = torch.where(eval_mask, rate_of_distance(l1.detach()), torch.nan)
     confidence = error = bias = cumulative = torch.full_like(accept, torch.nan)
     survives = survival(accept, eval_mask)
@@ -456,10 +443,13 @@ def _finish(
     return Objective(loss, accept, sums)
 
 
-def _share(weights: Tensor, normaliser: Tensor | None) -> Tensor:
-    """The weights, divided; all zero stays zero."""
+def _weigh(
+    eval_mask: Tensor, gamma: float, dtype: torch.dtype, normaliser: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weights of the slots, and the same divided; all zero stays zero."""
+    weights = slot_weights(eval_mask, gamma, at_least_fp32(dtype))
     total = weights.sum() if normaliser is None else normaliser.to(weights.dtype)
-    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+    return weights, weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight: float) -> None:

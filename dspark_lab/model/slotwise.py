@@ -34,13 +34,15 @@ class _Divisor:
 DecayGamma = Annotated[float, _Divisor()]
 
 
-def check_token_ids(name: str, ids: Int[Tensor, "*axes"], vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary; on a GPU, which would have to wait, in debug mode."""
+def check_token_ids(ids: Int[Tensor, "batch seq"], vocab_size: int) -> None:
+    """Refuse no tokens and ids outside the vocabulary (the latter on a GPU in debug mode alone)."""
+    if ids.numel() == 0:
+        raise ValueError(f"input_ids must hold tokens, got shape {tuple(ids.shape)}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        debug_range(name, ids, 0, vocab_size)
-    elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        debug_range("input_ids", ids, 0, vocab_size)
+    elif not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
-            f"{name} must lie in the vocabulary, [0, {vocab_size - 1}], got ids from "
+            f"input_ids must lie in the vocabulary, [0, {vocab_size - 1}], got ids from "
             f"{int(ids.min())} to {int(ids.max())}"
         )
 

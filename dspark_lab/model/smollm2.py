@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,18 +129,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     _require_gguf_readers()
     print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        save_tokenizer(_read_gguf_tokenizer(gguf), partial)
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
+        save_tokenizer(_read_gguf_tokenizer(gguf), Path(partial))
         _read_gguf_model(gguf).save_pretrained(partial)
         try:
-            partial.rename(folder)
+            Path(partial).rename(folder)
         except OSError:
             # Another process may have won the race, with the same content.
             if not folder.exists():
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_gguf_model(gguf: Path) -> transformers.LlamaForCausalLM:

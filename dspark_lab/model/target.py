@@ -169,7 +169,9 @@ class Target:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ids = validate_target_layer_ids(layer_ids, self.num_layers)
-        self._check_rows(input_ids, attention_mask, position_ids, seq_lens)
+        if position_ids is not None and seq_lens is None:
+            raise ValueError("position_ids must come with seq_lens, got position_ids alone")
+        self._check_rows(input_ids, attention_mask, seq_lens)
         input_ids = input_ids.to(self.device)
         if seq_lens is None:
             return self._forward(input_ids, ids)
@@ -241,7 +243,8 @@ class Target:
         context = self.embed_weight.new_empty(*input_ids.shape, len(layer_ids), self.hidden_size)
         copied: list[int] = []
 
-        def copy(index: int, state: Tensor) -> None:
+        def copy(index: int, state: Tensor | tuple[Tensor, ...]) -> None:
+            state = state[0] if isinstance(state, tuple) else state
             if state.dim() == 4:  # hyper-connections: [batch, seq, streams, hidden]
                 state = state.mean(dim=2)
             # A copy, because a model may go on to change its states in place.
@@ -249,10 +252,10 @@ class Target:
             copied.append(index)
 
         def copy_input(index: int, _module: Any, args: Any, kwargs: Any) -> None:
-            copy(index, args[0] if args else kwargs["hidden_states"])
+            copy(index, args or kwargs["hidden_states"])
 
         def copy_output(index: int, _module: Any, _args: Any, output: Any) -> None:
-            copy(index, output[0] if isinstance(output, tuple) else output)
+            copy(index, output)
 
         hooks = []
         for index, layer_id in enumerate(layer_ids):
@@ -299,22 +302,14 @@ class Target:
         return Features(*together)
 
     def _check_rows(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        seq_lens: Tensor | None,
+        self, input_ids: Tensor, attention_mask: Tensor | None, seq_lens: Tensor | None
     ) -> None:
         longest = input_ids.shape[1]
-        if input_ids.numel() == 0:
-            raise ValueError(f"input_ids must hold tokens, got shape {tuple(input_ids.shape)}")
-        check_token_ids("input_ids", input_ids, self.vocab_size)
+        check_token_ids(input_ids, self.vocab_size)
         if attention_mask is not None and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
             raise ValueError(
                 "attention_mask must be False on the right only, got a row with False before True"
             )
-        if position_ids is not None and seq_lens is None:
-            raise ValueError("position_ids must come with seq_lens, got position_ids alone")
         if seq_lens is not None:
             lengths = seq_lens.cpu()
             if not lengths.any() or lengths.min() < 0 or lengths.sum(1).max() > longest:
