@@ -9,6 +9,7 @@ Nothing of ``dspark_lab`` is used. Index b is a row, n a block of it, k a slot o
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -227,25 +228,12 @@ def accept_rate(slot: Slot) -> Tensor:
 
 @dataclass
 class Objective:
-    """The loss, its three terms and the figures; None where there is no teacher or no head.
-
-    ``sums`` has a list with an entry for each slot of a block under each name, and the number of
-    ``blocks``.
-    """
+    """The loss, the figures, and the sums by slot of a block; NaN without a teacher or a head."""
 
     loss: Tensor
-    ce: Tensor
-    l1: Tensor | None
-    confidence: Tensor | None
-    accept_rate: float | None
-    tau: float | None
-    confidence_error: float | None
-    confidence_bias: float | None
-    sums: dict
-
-
-SUMS = ["count", "weight", "ce", "l1", "confidence", "accept", "confidence_error"]
-SUMS += ["confidence_bias", "survival", "cumulative_bias"]
+    figures: dict[str, Tensor]
+    sums: dict[str, Tensor]
+    blocks: int
 
 
 def objective(
@@ -257,65 +245,39 @@ def objective(
     loss_decay_gamma: float = 4.0,
 ) -> Objective:
     """The three terms over supervised slots, weighted exp(-k / gamma); needs at least one slot."""
-    sums = {name: [0.0] * block_size for name in SUMS}
-    blocks = 0
-    weights, ce, l1, confidence = 0.0, 0.0, 0.0, 0.0
-    slots = [slot for row in rows for block in row if block is not None for slot in block]
-    some = next(slot for slot in slots if slot.supervised)
-    taught, confident = some.teacher is not None, some.confidence is not None
-
-    for row in rows:
-        for block in row:
-            if block is None:
-                continue
-            blocks += block[0].supervised
-            survives = believed = 1.0
-            for k, slot in enumerate(block):
-                if not slot.supervised:
-                    break
-                weight = math.exp(-k / loss_decay_gamma)
-                draft = torch.softmax(slot.logits, 0)
-                surprise = -torch.log(draft[slot.label])
-                weights += weight
-                ce = ce + weight * surprise
-                sums["count"][k] += 1
-                sums["weight"][k] += weight
-                sums["ce"][k] += weight * surprise.item()
-                if not taught:
-                    continue
+    zero, unknown = (torch.tensor(x, dtype=torch.float64) for x in (0.0, math.nan))
+    of_slots: dict[str, list[Tensor]] = defaultdict(lambda: [zero] * block_size)
+    blocks = [block for row in rows for block in row if block is not None]
+    for block in blocks:
+        survives = believed = 1.0
+        for k, slot in enumerate(block):
+            if not slot.supervised:
+                break
+            weight = math.exp(-k / loss_decay_gamma)
+            draft = torch.softmax(slot.logits, 0)
+            distance = rate = belief = unknown
+            if slot.teacher is not None:
                 distance = (draft - torch.softmax(slot.teacher, 0)).abs().sum()
-                rate = accept_rate(slot).item()
-                survives *= rate
-                l1 = l1 + weight * distance
-                sums["l1"][k] += weight * distance.item()
-                sums["accept"][k] += rate
-                sums["survival"][k] += survives
-                if not confident:
-                    continue
-                belief = torch.sigmoid(slot.confidence)
-                bce = -rate * torch.log(belief) - (1 - rate) * torch.log(1 - belief)
-                believed *= belief.item()
-                confidence = confidence + weight * bce
-                sums["confidence"][k] += weight * bce.item()
-                sums["confidence_error"][k] += abs(belief.item() - rate)
-                sums["confidence_bias"][k] += belief.item() - rate
-                sums["cumulative_bias"][k] += believed - survives
+                rate = accept_rate(slot).detach()
+                if slot.confidence is not None:
+                    belief = torch.sigmoid(slot.confidence)
+            bce = -rate * torch.log(belief) - (1 - rate) * torch.log(1 - belief)
+            survives, believed = survives * rate, believed * belief
+            terms = {"count": 1, "weight": weight, "ce": -weight * torch.log(draft[slot.label])}
+            terms |= {"l1": weight * distance, "confidence": weight * bce, "accept": rate}
+            terms |= {"confidence_error": abs(belief - rate), "confidence_bias": belief - rate}
+            terms |= {"survival": survives, "cumulative_bias": believed - survives}
+            for name, value in terms.items():
+                of_slots[name][k] = of_slots[name][k] + value
 
-    count = sum(sums["count"])
-    both = taught and confident
-    loss = ce_weight * ce / weights
-    if taught:
-        loss = loss + l1_weight * l1 / weights
-    if both:
-        loss = loss + confidence_weight * confidence / weights
-    return Objective(
-        loss=loss,
-        ce=ce / weights,
-        l1=l1 / weights if taught else None,
-        confidence=confidence / weights if both else None,
-        accept_rate=sum(sums["accept"]) / count if taught else None,
-        tau=1 + sum(sums["survival"]) / blocks if taught else None,
-        confidence_error=sum(sums["confidence_error"]) / count if both else None,
-        confidence_bias=sum(sums["confidence_bias"]) / count if both else None,
-        sums={**sums, "blocks": blocks},
-    )
+    sums = {name: torch.stack(values) for name, values in of_slots.items()}
+    total = {name: values.sum() for name, values in sums.items()}
+    supervised = sum(block[0].supervised for block in blocks)
+    figures = {name: total[name] / total["weight"] for name in ("ce", "l1", "confidence")}
+    figures |= {"tau": 1 + total["survival"] / supervised}
+    figures |= {"accept_rate": total["accept"] / total["count"]}
+    for name in ("confidence_error", "confidence_bias"):
+        figures[name] = total[name] / total["count"]
+    weights = {"ce": ce_weight, "l1": l1_weight, "confidence": confidence_weight}
+    known = [weights[name] * figures[name] for name in weights if not figures[name].isnan()]
+    return Objective(sum(known), figures, sums, supervised)

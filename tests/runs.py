@@ -9,7 +9,6 @@ import pickle
 import shutil
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -28,7 +27,7 @@ from data.make.pocket import train_tokenizer
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Encoded, load_chats
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.model import Drafter, FeatureSource, Objective, Target, output_objective
+from dspark_lab.model import Drafter, FeatureSource, Target
 from dspark_lab.training import BatchOrder, History, TrainConfig, checkpoints, loop, state, train
 from dspark_lab.training.processes import whole
 from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
@@ -108,13 +107,6 @@ def target_on_disk(folder: Path) -> tuple[Path, Path]:
     config = LlamaConfig(vocab_size=300, num_hidden_layers=3, **shape)
     LlamaForCausalLM(config).save_pretrained(target)
     return target, data
-
-
-def joined_objective(
-    drafter: Drafter, target: Target, parts: list[tuple[Batch, Blocks]], **options: Any
-) -> Objective:
-    """The objective by its definition, of several batches as the rows of one."""
-    return output_objective(joined_output(drafter, target, parts), **options)
 
 
 def joined_output(
@@ -199,6 +191,12 @@ def ending(out: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
     files = ("model.safetensors", "optimizer.safetensors")
     weights, optimizer = ((last / name).read_bytes() for name in files)
     return weights, optimizer, lines
+
+
+def count_lines(out: Path) -> int:
+    """Lines of the metrics so far."""
+    metrics = out / state.METRICS
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def kill(*_: Any) -> None:
@@ -287,36 +285,6 @@ def killed_run(rank: int, out: Path, moment: str) -> None:
     """``small_run``, killed at a moment of its second save or in the step before it."""
     setattr(*_deadly_patches()[moment])
     small_run(out)
-
-
-def kill_when(step: int, out: Path, delay: float) -> int:
-    """``small_run`` in a process that is killed ``delay`` seconds after it reported ``step``.
-
-    It cannot end before: after its last step but one it waits for a word that never comes. Returns
-    the exit code.
-    """
-    ours, theirs = _PROCESSES.Pipe()
-    process = _PROCESSES.Process(target=_reporting_run, args=(out, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    while ours.recv() < step:
-        pass
-    time.sleep(delay)
-    process.kill()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def _reporting_run(out: Path, pipe: Connection) -> None:
-    _settle_in()
-
-    def report(row: dict[str, Any]) -> None:
-        pipe.send(row["step"])
-        if row["step"] == STEPS - 1:
-            pipe.recv()
-
-    small_run(out, on_metrics=report)
 
 
 def _settle_in() -> None:

@@ -20,6 +20,7 @@ import pytest
 from playwright.sync_api import TimeoutError, expect, sync_playwright
 
 from dspark_lab.explore import Explorer, explore_decoding
+from tests import test_packaging
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "test-output"
@@ -70,13 +71,10 @@ def lab(tmp_path, theme):
     for plugin, values in (chosen | {"notification": {"fetchNews": "false"}}).items():
         (settings / f"{plugin}.jupyterlab-settings").write_text(json.dumps(values))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    for name in (
-        "JUPYTER_CONFIG",
-        "JUPYTER_RUNTIME",
-        "JUPYTERLAB_SETTINGS",
-        "JUPYTERLAB_WORKSPACES",
-    ):
-        environment[f"{name}_DIR"] = str(tmp_path / name.partition("_")[2].lower())
+    for kind in (
+        "JUPYTER_CONFIG JUPYTER_RUNTIME JUPYTERLAB_SETTINGS JUPYTERLAB_WORKSPACES"
+    ).split():
+        environment[f"{kind}_DIR"] = str(tmp_path / kind.partition("_")[2].lower())
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             lab_command(), cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -94,11 +92,7 @@ def lab(tmp_path, theme):
 
 def lab_command():
     """The command of `make lab` on a machine without a display, on a port that it finds itself."""
-    hidden = {"DISPLAY", "WAYLAND_DISPLAY", "MAKEFLAGS", "MAKELEVEL"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    make = ["make", "--dry-run", "--no-print-directory", "lab", "PORT=0"]
-    lines = subprocess.check_output(make, cwd=ROOT, env=environment, text=True).splitlines()
-    command = shlex.split(lines[-1])
+    command = shlex.split(test_packaging.lab_command(PORT="0"))
     assert command[1:3] == ["-m", "jupyterlab"]
     if "--no-browser" not in command:  # macOS always has a display
         command.append("--no-browser")

@@ -35,15 +35,13 @@ def test_files_are_small() -> None:
     assert max(sizes) < 40_000_000
 
 
-def test_there_are_enough_conversations_of_three_domains(records: list[dict[str, Any]]) -> None:
+def test_there_are_enough_conversations_of_three_domains_and_few_unfinished(
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
     counts = Counter(record["domain"] for record in records)
     assert set(counts) == {"math", "code", "chat"}
     assert min(counts.values()) >= 200
-
-
-def test_there_are_enough_assistant_tokens(
-    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> None:
+    assert sum(record["finished"] for record in records) >= 0.9 * len(records)
     messages = [message for record in records for message in record["messages"]]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     tokens = tokenizer(answers, add_special_tokens=False)["input_ids"]
@@ -74,15 +72,10 @@ def test_user_and_assistant_take_turns_and_no_answer_is_empty(
         assert all(message["content"].strip() for message in record["messages"]), record["id"]
 
 
-def test_few_conversations_are_unfinished(records: list[dict[str, Any]]) -> None:
-    assert sum(record["finished"] for record in records) >= 0.9 * len(records)
-
-
-def test_tokenizer_gives_text_back_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokenizer_gives_text_back_and_cuts_digits_off_before_spaces(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-
-
-def test_tokenizer_cuts_digits_off_before_spaces(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.tokenize("a\n\n12  3") == ["a", "ĊĊ", "1", "2", "ĠĠ", "3"]
 
 

@@ -4,7 +4,6 @@ None makes anything crash. What must see it is the enumeration of every answer, 
 answers stay right and only the draft gets worse, the training forward.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -30,94 +29,89 @@ from tests.test_decode_exact import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VERIFY = "dspark_lab.decoding.verification:"
+VERIFY = "decoding.verification:"
 
 
-def forgets_an_accepted_token(commit: Function) -> Function:
-    def wrong(self: TargetCache, counts: list[int], kept: list[int] | None = None) -> None:
-        if kept is not None:
-            counts = [count - (count > 1) for count in counts]
-        commit(self, counts, kept)
+def forgets_an_accepted_token(
+    commit: Function, cache: TargetCache, counts: list[int], kept: list[int] | None = None
+) -> None:
+    if kept is not None:
+        counts = [count - (count > 1) for count in counts]
+    commit(cache, counts, kept)
 
-    return wrong
 
-
-def reads_less(rounds: bool) -> Callable[[Function], Function]:
+def reads_less(rounds: bool) -> Function:
     """Lacks the last token of a prompt, or of each round."""
 
-    def counted(self: Drafter, context: Tensor, cache: DraftCache, counts: list[int]) -> tuple:
+    def wrong(read: Function, drafter: Drafter, context: Tensor, cache: DraftCache, counts) -> None:
         in_round = any(cache.rows.lengths)
-        return self, context, cache, [count - (in_round == rounds) for count in counts]
-
-    return lambda read: lambda *arguments: read(*counted(*arguments))
-
-
-def reads_the_anchor_again(propose: Function) -> Function:
-    def wrong(self: Drafter, anchor_ids: Tensor, cache: DraftCache, choose, length) -> Proposal:
-        chosen: list[Tensor] = []
-
-        def choose_in_vain(logits: Tensor) -> Tensor:
-            chosen.append(choose(logits))
-            return anchor_ids
-
-        proposal = propose(self, anchor_ids, cache, choose_in_vain, length)
-        return replace(proposal, tokens=torch.stack(chosen, dim=1))
+        read(drafter, context, cache, [count - (in_round == rounds) for count in counts])
 
     return wrong
 
 
+def reads_the_anchor_again(
+    propose: Function, drafter: Drafter, anchor_ids: Tensor, cache: DraftCache, choose, length
+) -> Proposal:
+    chosen: list[Tensor] = []
+
+    def choose_in_vain(logits: Tensor) -> Tensor:
+        chosen.append(choose(logits))
+        return anchor_ids
+
+    proposal = propose(drafter, anchor_ids, cache, choose_in_vain, length)
+    return replace(proposal, tokens=torch.stack(chosen, dim=1))
+
+
+THRESHOLD = "the threshold reads the confidence behind the token"
+CONTEXT = "the drafter's context is that of the token before"
 SHARED = [
     "a rejected token is drawn from p",
     "the acceptance ratio is inverted",
     "the bonus token is drawn one slot early",
     "the target keeps what was rejected",
 ]
-FAULTS = {name: faults.FAULTS[name] for name in SHARED} | {
+FAULTS = {name: faults.FAULTS[name] for name in [*SHARED, THRESHOLD]} | {
     "the residual is that of the next slot": Fault(
         VERIFY + "next_distribution",
-        lambda right: lambda p, *rest: right(torch.cat([p[:, 1:], p[:, -1:]], dim=1), *rest),
+        lambda right, p, *rest: right(torch.cat([p[:, 1:], p[:, -1:]], dim=1), *rest),
     ),
     "every slot is accepted on its own": Fault(
         VERIFY + "accepted_prefix",
-        lambda right: (
-            lambda accepted, lengths: right(accepted.sort(dim=1, descending=True).values, lengths)
+        lambda right, accepted, lengths: right(
+            accepted.sort(dim=1, descending=True).values, lengths
         ),
     ),
     "the target forgets an accepted token": Fault(
-        "dspark_lab.model.target:TargetCache.commit", forgets_an_accepted_token
+        "model.target:TargetCache.commit", forgets_an_accepted_token
     ),
     "a slot that was not verified is taken off": Fault(
         VERIFY + "next_distribution",
-        lambda right: lambda p, q, accepted, lengths: right(p, q, accepted, lengths + 1),
+        lambda right, p, q, accepted, lengths: right(p, q, accepted, lengths + 1),
     ),
     "what was not verified is accepted": Fault(
         VERIFY + "accepted_prefix",
-        lambda right: lambda accepted, lengths: right(accepted, lengths + accepted.shape[1]),
+        lambda right, accepted, lengths: right(accepted, lengths + accepted.shape[1]),
     ),
-    "the threshold reads the confidence behind the token": faults.FAULTS[
-        "the threshold reads the confidence behind the token"
-    ],
     "an end of turn ends nothing among the accepted": Fault(
-        "dspark_lab.decoding.text:up_to_end", lambda right: lambda tokens, ends: right(tokens, ())
+        "decoding.text:up_to_end", lambda right, tokens, ends: right(tokens, ())
     ),
     "the drafter's probability is another's than the one it drew from": Fault(
-        "dspark_lab.decoding.loop:Decoding._draft",
+        "decoding.loop:Decoding._draft",
         changed_result(lambda block: replace(block, probs=block.probs.roll(1, dims=2))),
     ),
 }
 # The answers stay right with these.
 DRAFT_FAULTS = {
+    CONTEXT: faults.FAULTS[CONTEXT],
     "the drafter's context is a token short": Fault(
-        "dspark_lab.model.drafter:Drafter.read", reads_less(rounds=True)
+        "model.drafter:Drafter.read", reads_less(rounds=True)
     ),
-    "the drafter's context is that of the token before": faults.FAULTS[
-        "the drafter's context is that of the token before"
-    ],
     "the Markov head reads the anchor again": Fault(
-        "dspark_lab.model.drafter:Drafter.propose", reads_the_anchor_again
+        "model.drafter:Drafter.propose", reads_the_anchor_again
     ),
     "the drafter reads the prompt without its last token": Fault(
-        "dspark_lab.model.drafter:Drafter.read", reads_less(rounds=False)
+        "model.drafter:Drafter.read", reads_less(rounds=False)
     ),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import FAULTS, environment_with
+from tests.faults import NOTEBOOKS, environment_with
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,8 +31,10 @@ def test_without_a_fault_the_notebooks_pass() -> None:
     assert run.returncode == 0, run.stdout
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_with_a_planted_fault_its_notebook_shows_another_output(name: str) -> None:
-    run = run_notebooks(FAULTS[name].notebook, fault=name)
-    assert run.returncode != 0, f"{FAULTS[name].notebook} does not notice that {name}"
+@pytest.mark.parametrize(
+    ("notebook", "name"), [(file, name) for file, faults in NOTEBOOKS.items() for name in faults]
+)
+def test_with_a_planted_fault_its_notebook_shows_another_output(notebook: str, name: str) -> None:
+    run = run_notebooks(notebook, fault=name)
+    assert run.returncode != 0, f"{notebook} does not notice that {name}"
     assert "Cell outputs differ" in run.stdout and "1 failed" in run.stdout, run.stdout

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import re
 import resource
 import signal
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+import tyro
 from safetensors.torch import load_file
 
 from dspark_lab.chats import Encoded
-from dspark_lab.model import Target, load_drafter, load_target, output_objective, save_drafter
+from dspark_lab.model import Target, load_drafter, load_target, output_objective
 from dspark_lab.rates import evaluate
 from dspark_lab.training import (
     BatchOrder,
@@ -33,7 +32,7 @@ from dspark_lab.training import (
     state,
     train,
 )
-from dspark_lab.training.__main__ import main, parsed
+from dspark_lab.training.__main__ import Options, main
 from dspark_lab.training.start import spread_layers
 from tests import runs
 from tests.runs import CONFIG, STEPS, ending, in_processes, small_run
@@ -68,35 +67,21 @@ def interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
     return press
 
 
-def count_lines(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-# Settings
-
-
 @pytest.mark.parametrize(
-    ("name", "value", "kind", "message"),
+    ("name", "value", "message"),
     [
-        ("steps", 0, ValueError, "steps must be >= 1, got 0"),
-        ("batch_size", 2.0, TypeError, "batch_size must be an int, got 2.0"),
-        ("accumulate", True, TypeError, "accumulate must be an int"),
-        ("seed", -1, ValueError, "seed must be >= 0"),
-        ("pack_length", 100, ValueError, "pack_length must be at least max_length, 2048, got 100"),
-        ("schedule", "step", ValueError, "schedule must be .*'linear'.* got 'step'"),
-        ("learning_rate", math.nan, ValueError, "learning_rate must be finite, got nan"),
-        ("beta2", 1, ValueError, r"beta2 must lie in \[0, 0.99"),
-        ("ce_only_fraction", 1.5, ValueError, r"ce_only_fraction must lie in \[0, 1\], got 1.5"),
-        ("l1_weight", "0.9", TypeError, "l1_weight must be a number, got '0.9'"),
-        ("loss_decay_gamma", 1e-300, ValueError, "loss_decay_gamma must .*, got 1e-300"),
-        ("loss_decay_gamma", math.inf, ValueError, "loss_decay_gamma must .*, got inf"),
+        ("steps", 0, "steps must be >= 1, got 0"),
+        ("seed", -1, "seed must be >= 0"),
+        ("pack_length", 100, "pack_length must be at least max_length, 2048, got 100"),
+        ("schedule", "step", "schedule must be .*'linear'.* got 'step'"),
+        ("learning_rate", math.nan, "learning_rate must be finite, got nan"),
+        ("beta2", 1, r"beta2 must lie in \[0, 0.99"),
+        ("ce_only_fraction", 1.5, r"ce_only_fraction must lie in \[0, 1\], got 1.5"),
+        ("loss_decay_gamma", 1e-300, "loss_decay_gamma must .*, got 1e-300"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(
-    name: str, value: Any, kind: type[Exception], message: str
-) -> None:
-    with pytest.raises(kind, match=message):
+def test_a_setting_that_cannot_be_is_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         TrainConfig(**({"steps": 1} | {name: value}))
 
 
@@ -124,17 +109,14 @@ def test_terms_move_from_cross_entropy_to_the_given_weights() -> None:
     assert list(TrainConfig(10).term_weights_at(0).values()) == [0.1, 0.9, 1.0]
 
 
-# The order of the data
-
-
 def batches(order: BatchOrder, step: int) -> list[tuple[list[int], int]]:
     """For each micro-batch of a step the conversations in it and the seed of its blocks."""
     found = order.micro_batches(step)
     return [(sorted(batch.chat_index.flatten().tolist()), seed) for batch, seed in found]
 
 
-def order_of(config: TrainConfig, **place: int) -> BatchOrder:
-    return BatchOrder(random_chats(20), config, **place)
+def order_of(config: TrainConfig) -> BatchOrder:
+    return BatchOrder(random_chats(20), config)
 
 
 def test_an_epoch_holds_every_conversation_once_in_an_order_of_its_own() -> None:
@@ -175,12 +157,6 @@ def test_a_row_holds_one_conversation_or_as_many_as_fit(pack_length: int | None)
         assert torch.equal(torch.cat(here), ids[: int(lengths.sum())])
 
 
-def test_a_conversation_is_cut_to_its_first_tokens(tmp_path: Path) -> None:
-    config = TrainConfig(1, batch_size=2, max_length=16)
-    history = small_run(tmp_path, config, chats=random_chats(2, low=30))
-    assert history.rows[0]["tokens"] == 32
-
-
 def test_a_step_follows_from_seed_and_number_alone() -> None:
     config = TrainConfig(9, batch_size=3, accumulate=2)
     order = order_of(config)
@@ -188,18 +164,6 @@ def test_a_step_follows_from_seed_and_number_alone() -> None:
         assert batches(order, step) == batches(order_of(config), step)
     seeds = [seed for step in range(9) for _, seed in batches(order, step)]
     assert len(set(seeds)) == 18
-
-
-def test_processes_share_what_one_would_accumulate() -> None:
-    alone = order_of(TrainConfig(9, batch_size=2, accumulate=4))
-    config = TrainConfig(9, batch_size=2, accumulate=2)
-    ranks = [order_of(config, rank=rank, processes=2) for rank in (0, 1)]
-    for step in range(9):
-        shared = batches(ranks[0], step) + batches(ranks[1], step)
-        assert sorted(batches(alone, step)) == sorted(shared)
-
-
-# The gradient of a step
 
 
 def double_run(
@@ -231,9 +195,8 @@ def test_gradient_of_an_accumulated_step_is_that_of_the_joined_batch(
         found = runs.gradients(run.drafter)
         run.drafter.zero_grad()
         parts = runs.parts_of_step(chats, config, run.drafter, step)
-        joined = runs.joined_objective(
-            run.drafter, target, parts, **config.term_weights_at(step), loss_decay_gamma=4.0
-        )
+        output = runs.joined_output(run.drafter, target, parts)
+        joined = output_objective(output, **config.term_weights_at(step))
         joined.loss.backward()
         expected = runs.gradients(run.drafter)
         run.drafter.zero_grad()
@@ -291,9 +254,6 @@ def test_vocabulary_of_seen_tokens_is_a_softmax_over_them(tmp_path: Path) -> Non
     torch.testing.assert_close(found, runs.gradients(run.drafter))
 
 
-# What a step does with it
-
-
 def test_weight_decay_is_for_matrices_alone(tmp_path: Path) -> None:
     after = {}
     for decay in (0.0, 0.5):
@@ -327,16 +287,6 @@ def test_clipping_bounds_the_gradient_that_the_optimiser_sees(tmp_path: Path) ->
     assert seen[0] > 0.05
 
 
-def test_a_run_learns(tmp_path: Path) -> None:
-    """Every conversation repeats its first token, which a drafter can hardly fail to find out."""
-    answer = torch.arange(24) > 3
-    chats = [Encoded(torch.full((24,), 7 * i % 60), answer, CHAT) for i in range(1, 9)]
-    config = TrainConfig(24, batch_size=4, learning_rate=2e-2, warmup_steps=2, num_anchors=8)
-    table = small_run(tmp_path, config, chats=chats, held_out=()).table()
-    assert table["ce"].iloc[-1] < 0.7 * table["ce"].iloc[0]
-    assert table["tau"].iloc[-1] > table["tau"].iloc[0]
-
-
 @pytest.mark.parametrize("better", [True, False])
 def test_the_signs_of_a_run_weigh_its_ends(better: bool) -> None:
     # Of 20 steps the first and last two count; what lies between pulls the other way.
@@ -360,17 +310,7 @@ def test_target_and_its_embeddings_stay_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[name]) for name, p in target.model.named_parameters())
 
 
-def test_bfloat16_is_for_products_and_weights_stay_wide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    narrow: list[bool] = []
-    objective = loop.dspark_objective
-
-    def looked_at(*given: Any, **named: Any) -> Any:
-        narrow.append(torch.is_autocast_enabled("cpu"))
-        return objective(*given, **named)
-
-    monkeypatch.setattr(loop, "dspark_objective", looked_at)
+def test_bfloat16_is_for_products_and_weights_stay_wide(tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
         drafter = tiny_drafter(4).bfloat16()
@@ -381,7 +321,6 @@ def test_bfloat16_is_for_products_and_weights_stay_wide(
         # A step of 1e-2 x warm-up moves weights by less than bfloat16 could tell.
         assert any(not torch.equal(p, p.bfloat16().float()) for p in trained)
         losses[precision] = history.rows[1]["loss"]
-    assert narrow == [False, False, True, True]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]
 
@@ -417,9 +356,6 @@ def test_cached_features_make_the_same_run(pack_length: int | None, tmp_path: Pa
     assert list((tmp_path / "cached" / "features").glob("*.safetensors"))
 
 
-# Metrics
-
-
 def test_every_step_has_a_line_that_any_json_reader_reads(whole: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -443,7 +379,7 @@ def test_metrics_are_those_of_the_joined_batch(tmp_path: Path) -> None:
     drafter, target, chats = tiny_drafter(4), tiny_target(), random_chats(11)
     drafter.use_target_embeddings(target.embed_weight, target.head_weight)
     parts = runs.parts_of_step(chats, config, drafter, 0)
-    joined = runs.joined_objective(drafter, target, parts)
+    joined = output_objective(runs.joined_output(drafter, target, parts))
     expected = joined.sums.summary() | {"loss": joined.loss.item()}
     [row] = history.rows
     for name in ("loss", "ce", "l1", "confidence", "accept_rate", "tau"):
@@ -466,13 +402,12 @@ def test_history_and_callback_have_every_line(tmp_path: Path) -> None:
 
     def note(row: dict[str, Any]) -> None:
         seen.append(row)
-        assert count_lines(tmp_path) == len(seen)
+        assert runs.count_lines(tmp_path) == len(seen)
 
     history = small_run(tmp_path, replace(CONFIG, steps=3), on_metrics=note)
     assert seen == history.rows and not history.interrupted
     assert history.table()["step"].tolist() == [1, 2, 3]
-    looked = [row["held_out_tau"] for row in seen if "held_out_tau" in row]
-    assert history.evaluations()["held_out_tau"].tolist() == looked and looked
+    assert history.evaluations()["step"].tolist() == [2, 3]
 
 
 def test_evaluation_line_is_that_of_the_checkpoint(whole: Path) -> None:
@@ -485,38 +420,22 @@ def test_evaluation_line_is_that_of_the_checkpoint(whole: Path) -> None:
     assert last["accept_by_slot"] == pytest.approx(rates, abs=1e-4)
 
 
-# Killed
-
-
 @pytest.mark.parametrize("moment", runs.MOMENTS)
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     moment: str, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    died = in_processes(1, runs.killed_run, out, moment, folder=tmp_path)
-    assert died == [-signal.SIGKILL]
-    assert checkpoints(out)
-    for checkpoint in checkpoints(out):
-        load_drafter(checkpoint, target=tiny_target())
+    # The second time it is killed on its way from a checkpoint.
+    for _ in range(2):
+        died = in_processes(1, runs.killed_run, out, moment, folder=tmp_path)
+        assert died == [-signal.SIGKILL]
+        assert checkpoints(out)
+        for checkpoint in checkpoints(out):
+            load_drafter(checkpoint, target=tiny_target())
     small_run(out)
     assert ending(out) == ending(whole)
     left = sorted(path.name for path in out.iterdir())
     assert left == [f"checkpoint-{STEPS:06d}", "metrics.jsonl"]
-
-
-def test_a_run_killed_at_any_time_and_again_ends_with_the_same_bits(
-    whole: Path, tmp_path: Path
-) -> None:
-    rng = random.Random(0)
-    out = tmp_path / "killed"
-    for step in (1, 3, 5):
-        assert runs.kill_when(step, out, delay=0.03 * rng.random()) == -signal.SIGKILL
-        assert count_lines(out) >= step
-    small_run(out)
-    assert ending(out) == ending(whole)
-
-
-# Interrupted
 
 
 # A checkpoint is due after the fourth step, none after the third.
@@ -557,34 +476,8 @@ def test_a_second_interrupt_is_as_always(
     assert ending(tmp_path) == ending(whole)
 
 
-# Where nothing can be written
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device"),
-        SafetensorError("Error while serializing: No space left on device (os error 28)"),
-    ],
-)
-@pytest.mark.parametrize("what", ["save_drafter", "save_file"])
-def test_a_full_disk_is_said_and_the_earlier_checkpoint_goes_on(
-    what: str, error: Exception, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*given: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(state, what, runs.on_call(2, getattr(state, what), full))
-    with pytest.raises(OSError, match=r"checkpoint-000004, .* intact: .*No space left on device"):
-        small_run(tmp_path)
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-000002"]
-    monkeypatch.undo()
-    small_run(tmp_path)
-    assert ending(tmp_path) == ending(whole)
-
-
 def run_with_small_files(rank: int, out: Path, most: int) -> str:
-    """Under a limit that the kernel sets to the size of files, as on a disk that is full."""
+    """Under the kernel's limit to the size of files, which is as a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
         small_run(out)
@@ -593,13 +486,16 @@ def run_with_small_files(rank: int, out: Path, most: int) -> str:
     return "all was written"
 
 
-def test_a_limit_of_the_kernel_is_a_clear_error_too(whole: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_the_earlier_checkpoint_goes_on(
+    whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     small_run(out, on_metrics=interrupt_at(2))
     most = (out / "checkpoint-000002" / "optimizer.safetensors").stat().st_size - 1000
     [said] = in_processes(1, run_with_small_files, out, most, folder=tmp_path)
     assert f"could not write {out}/checkpoint-000004" in said
     assert "what was saved before is intact: " in said
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-000002"]
     small_run(out)
     assert ending(out) == ending(whole)
 
@@ -615,8 +511,6 @@ def test_metrics_that_cannot_be_written_are_named(whole: Path, tmp_path: Path) -
     with pytest.raises(OSError, match=r"could not write .*metrics.jsonl, .*: No space left"):
         small_run(tmp_path, on_metrics=fill_the_disk)
     kept.replace(metrics)
-    with metrics.open("a") as file:
-        file.write('{"step": 4, "lo')
     small_run(tmp_path)
     assert ending(tmp_path) == ending(whole)
 
@@ -629,11 +523,6 @@ def test_a_place_that_is_no_folder_is_refused_before_anything_is_done(tmp_path: 
     with pytest.raises(OSError, match=f"could not write {file}/run.*Not a directory"):
         small_run(file / "run")
     assert file.read_text() == "mine"
-    with pytest.raises(OSError, match="could not write /proc/nowhere/run"):
-        small_run(Path("/proc/nowhere/run"))
-
-
-# Resuming
 
 
 def test_a_finished_run_is_read_and_not_repeated(whole: Path) -> None:
@@ -652,10 +541,7 @@ def test_a_finished_run_is_read_and_not_repeated(whole: Path) -> None:
     ("change", "message"),
     [
         ({"config": replace(CONFIG, seed=1)}, "seed must be as in the run .*, 0, got 1"),
-        ({"config": replace(CONFIG, steps=9)}, "steps must be as in the run .*, 7, got 9"),
-        ({"config": replace(CONFIG, beta2=0.99)}, "beta2 must be as in .*, 0.95, got 0.99"),
         ({"drafter": tiny_drafter(block_size=4)}, "block_size must be as in .*, 3, got 4"),
-        ({"drafter": tiny_drafter(markov_head_type="rnn")}, "markov_head_type must be as in"),
         ({"chats": random_chats(11, seed=1)}, "data must be as in the run"),
         ({"resume": False}, "holds a run already"),
     ],
@@ -669,24 +555,18 @@ def test_a_run_is_not_gone_on_with_by_another(
     assert ending(whole) == before
 
 
-def without(step: int) -> Callable[[bytes], bytes]:
-    def damage(data: bytes) -> bytes:
-        lines = data.splitlines(keepends=True)
-        return b"".join(line for line in lines if not line.startswith(b'{"step": %d' % step))
-
-    return damage
+def without_step_4(metrics: bytes) -> bytes:
+    lines = metrics.splitlines(keepends=True)
+    return b"".join(line for line in lines if not line.startswith(b'{"step": 4'))
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("*/optimizer.safetensors", lambda data: data[:1000], "must be a whole safetensors file"),
-        ("*/state.json", lambda data: b"", "must be a JSON file"),
         ("*/state.json", lambda data: data[:20], "must be a JSON file"),
-        ("*/state.json", lambda data: b"[]", "must hold a JSON object, got list"),
         ("*/state.json", lambda data: b"{}", "must hold step, got None"),
-        ("metrics.jsonl", without(4), "must have a line .* 4 steps .* none for step 4"),
-        ("metrics.jsonl", without(1), "must have a line .* 4 steps .* none for step 1"),
+        ("metrics.jsonl", without_step_4, "must have a line .* 4 steps .* none for step 4"),
         ("metrics.jsonl", lambda data: data[:9] + b"\n" + data, "must hold a step's metrics in"),
         ("metrics.jsonl", lambda data: b"[1]\n" + data, "must hold a step's metrics in each"),
     ],
@@ -708,15 +588,6 @@ def test_a_history_is_read_from_disk(whole: Path, begun: Path, tmp_path: Path) -
     assert not History.read(whole).interrupted
     with pytest.raises(FileNotFoundError, match="must hold a checkpoint of a run, got none"):
         History.read(tmp_path)
-
-
-def test_lines_beyond_the_checkpoint_are_cut_off(whole: Path, begun: Path) -> None:
-    with (begun / "metrics.jsonl").open("a") as file:
-        for step in (5, 6):
-            file.write(json.dumps({"step": step, "loss": -1.0}) + "\n")
-        file.write('{"step": 7, "lo')
-    small_run(begun)
-    assert ending(begun) == ending(whole)
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -762,20 +633,6 @@ def test_what_the_caller_has_frozen_stays_so_and_comes_back(tmp_path: Path) -> N
     torch.testing.assert_close(ended["whole"], ended["stopped"], rtol=0, atol=0)
 
 
-def test_a_trained_drafter_may_be_saved_and_trained_again_in_bfloat16(
-    whole: Path, tmp_path: Path
-) -> None:
-    target = tiny_target()
-    drafter = load_drafter(checkpoints(whole)[-1], target=target)
-    save_drafter(drafter, tmp_path / "small", dtype=torch.bfloat16)
-    small = load_drafter(tmp_path / "small", target=target)
-    history = small_run(tmp_path / "run", replace(CONFIG, steps=1), drafter=small)
-    assert small.fc.weight.dtype == torch.float32
-    assert len(history.table()) == 1
-
-
-# What is refused before it begins
-
 ONE_STEP = TrainConfig(1, batch_size=1, max_length=64)
 SHORT = [Encoded(torch.arange(9), torch.arange(9) > 5, CHAT)]
 CUT_OFF = [Encoded(torch.arange(70), torch.arange(70) > 62, CHAT)] * 4
@@ -785,12 +642,8 @@ CUT_OFF = [Encoded(torch.arange(70), torch.arange(70) > 62, CHAT)] * 4
     ("change", "kind", "message"),
     [
         ({"drafter": None}, TypeError, "drafter must be .*Drafter.*, got None"),
-        ({"target": "smollm2"}, TypeError, "target must be .*Target.*, got 'smollm2'"),
-        ({"config": {"steps": 1}}, TypeError, "config must be .*TrainConfig.*, got {'steps': 1}"),
         ({"chats": ["hello"]}, TypeError, "chats.* must be .*Chat.*Encoded.*, got .*'hello'"),
-        ({"out": None}, TypeError, "out must be .*, got None"),
         ({"features": "disk"}, ValueError, "features must be .*'live'.*'cached'.*, got 'disk'"),
-        ({"parallel": "dp"}, ValueError, "parallel must be .*'fsdp2'.*, got 'dp'"),
         ({"parallel": "ddp"}, ValueError, "'ddp' needs torch.distributed to be initialised"),
         ({"config": TrainConfig(1, 3)}, ValueError, "batch_size must be at most .*, 2, got 3"),
         ({"chats": [CHAT]}, ValueError, "target has no tokenizer"),
@@ -806,9 +659,6 @@ def test_a_wrong_argument_is_refused_before_anything_is_done(
     with pytest.raises(kind, match=message):
         train(**(given | change))
     assert not (tmp_path / "run").exists()
-
-
-# Where a drafter starts
 
 
 def test_a_drafter_starts_from_the_targets_last_layers() -> None:
@@ -836,16 +686,13 @@ def test_what_does_not_fit_the_target_stays_random() -> None:
         assert torch.equal(p, before[name]) != taken, name
 
 
-@pytest.mark.parametrize("count", range(1, 41))
-def test_layers_to_read_are_spread_and_leave_the_last_out(count: int) -> None:
-    ids = spread_layers(count)
-    assert ids == sorted(set(ids)) and len(ids) == max(1, min(5, count - 1))
-    assert -1 <= ids[0] and ids[-1] == count - 2
-    gaps = {b - a for a, b in zip(ids, ids[1:], strict=False)}
-    assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-# The command line
+def test_layers_to_read_are_spread_and_leave_the_last_out() -> None:
+    for count in range(1, 41):
+        ids = spread_layers(count)
+        assert ids == sorted(set(ids)) and len(ids) == max(1, min(5, count - 1))
+        assert -1 <= ids[0] and ids[-1] == count - 2
+        gaps = {b - a for a, b in zip(ids, ids[1:], strict=False)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -905,7 +752,6 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
         ("--learning-rate -1", "learning_rate must be >= 0, got -1"),
         ("--mask-token <nothing>", "mask_token must be a token .*'<nothing>'"),
         ("--layer-ids 1,a", "layer_ids must be integers with commas between, got '1,a'"),
-        ("--max-length 8 --batch-size 2", "chats must hold something to learn"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(
@@ -916,21 +762,14 @@ def test_the_command_line_says_what_is_wrong(
         main(command.split())
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("--schedule up", "invalid choice 'up' for argument '--schedule'"),
-        ("--steps", "--steps"),
-        ("--step-size 3", "Unrecognized options: --step-size"),
-    ],
-)
 def test_the_command_line_names_a_flag_that_it_does_not_know(
-    more: str, message: str, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as refused:
-        main(f"--out run --steps 1 {more}".split())
+        main("--out run --steps 1 --step-size 3".split())
     assert refused.value.code == 2
-    assert message in " ".join(re.sub("[│╭╰╮╯─]", "", capsys.readouterr().err).split())
+    said = " ".join(re.sub("[│╭╰╮╯─]", "", capsys.readouterr().err).split())
+    assert "Unrecognized options: --step-size" in said
 
 
 FLAGS = """
@@ -950,11 +789,12 @@ def test_the_command_line_has_the_flags_and_defaults_that_it_always_had(
 ) -> None:
     needed = ["--out", "run", "--steps", "3"]
     device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
-    assert parsed(needed) == parsed([*needed, *device, *FLAGS.split()])
+    given = [*needed, *device, *FLAGS.split()]
+    assert tyro.cli(Options, args=needed) == tyro.cli(Options, args=given)
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
     assert shown.startswith("usage: python -m dspark_lab.training ")
-    flags = {word for word in [*needed, *device, *FLAGS.split()] if word.startswith("--")}
+    flags = {word for word in given if word.startswith("--")}
     assert set(re.findall(r"^\W*(--\w[\w-]*)", shown, re.M)) == flags

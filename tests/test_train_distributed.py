@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dspark_lab.model import load_drafter, load_target
+from dspark_lab.model import load_drafter, load_target, output_objective
 from dspark_lab.training import Processes, Run, TrainConfig, checkpoints, loop, train
 from dspark_lab.training.processes import whole
 from tests import runs
@@ -55,7 +55,7 @@ def test_gradient_of_two_processes_is_that_of_the_joined_batch(
     for step in range(4):
         parts = runs.parts_of_step(runs.uneven_chats(16), GRADIENT, drafter, step, processes=2)
         terms = GRADIENT.term_weights_at(step)
-        joined = runs.joined_objective(drafter, target, parts, **terms)
+        joined = output_objective(runs.joined_output(drafter, target, parts), **terms)
         drafter.zero_grad()
         joined.loss.backward()
         expected = runs.gradients(drafter)
@@ -192,22 +192,18 @@ def test_torchrun_trains_stops_and_goes_on(parallel: str, tmp_path: Path) -> Non
     command += "--steps 1000000000 --batch-size 2 --num-anchors 2".split()
     command += "--layers 1 --markov-rank 4".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    metrics, said = tmp_path / "run" / "metrics.jsonl", tmp_path / "said"
+    out, said = tmp_path / "run", tmp_path / "said"
     reached = [0]
     for _ in range(2):
         with said.open("w") as file:
             process = subprocess.Popen(command, env=environment, stderr=file)
-        while process.poll() is None and count_lines(metrics) <= reached[-1] + 3:
+        while process.poll() is None and runs.count_lines(out) <= reached[-1] + 3:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         process.wait()
         assert "the same command goes on" in said.read_text(), said.read_text()[-3000:]
-        last = checkpoints(tmp_path / "run")[-1]
-        reached.append(count_lines(metrics))
+        last = checkpoints(out)[-1]
+        reached.append(runs.count_lines(out))
         assert int(last.name.removeprefix("checkpoint-")) == reached[-1]
         load_drafter(last, target=load_target(target, local_files_only=True))
     assert reached[2] > reached[1] > 3
-
-
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -67,15 +67,10 @@ class Options:
     mask_token: str | None = None
 
 
-def parsed(arguments: Sequence[str] | None = None) -> Options:
-    """The options on the command line."""
-    return tyro.cli(Options, prog=PROGRAM, args=arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; under torchrun one process of many."""
     try:
-        options = parsed(arguments)
+        options = tyro.cli(Options, prog=PROGRAM, args=arguments)
         parallel: Parallel = options.parallel or ("ddp" if "LOCAL_RANK" in os.environ else "none")
         with ExitStack() as stack:
             if parallel != "none":

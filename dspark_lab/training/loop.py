@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,15 +76,14 @@ def train(
     the same call goes on from there.
 
     Args:
-        drafter: its weights are the start, unless there is a checkpoint to resume from. With
-            "fsdp2" it is left in shards, and the last checkpoint holds it whole.
+        drafter: with "fsdp2" it is left in shards; the last checkpoint holds it whole.
         chats: conversations, encoded already or with the target's tokenizer here.
         out: a folder, made where it does not exist; all processes must see it.
         held_out: conversations to evaluate on.
         features: ask the target for every batch, or read them from ``cache``, by default
             ``out/features``, where they lie in bfloat16 unless the target is float64.
-        parallel: over the processes of ``torch.distributed``, which must be initialised; each calls
-            this function with the same arguments.
+        parallel: over the processes of an initialised ``torch.distributed``, each of which makes
+            this call.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
         progress: show a bar, and say how many conversations have no label.
         on_metrics: called with each new line of the metrics, in the main process.
@@ -202,37 +201,28 @@ class Forward(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         bf16 = self.config.precision == "bf16"
         terms: dict[str, Any] = self.config.term_weights_at(step)
+        terms["loss_decay_gamma"] = self.config.loss_decay_gamma
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
             slots = self.drafter.slots(blocks, context, last)
             w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
                 w2 = None if w2 is None else w2[self.seen]
-            objective = dspark_objective(
-                slots,
-                self.head,
-                w2,
-                loss_decay_gamma=self.config.loss_decay_gamma,
-                normaliser=normaliser,
-                **terms,
-            )
+            objective = dspark_objective(slots, self.head, w2, normaliser=normaliser, **terms)
         return objective.loss, objective.sums.stacked()
 
 
+@dataclass
 class BatchOrder:
     """The micro-batches of one process; each epoch has its own order, from the seed alone."""
 
-    def __init__(
-        self,
-        tokens: Sequence[Encoded],
-        config: TrainConfig,
-        *,
-        pad_token_id: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.tokens, self.config, self.pad_token_id = tokens, config, pad_token_id
-        self.rank, self.processes = rank, processes
+    tokens: Sequence[Encoded]
+    config: TrainConfig
+    pad_token_id: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
         self.epoch, self.groups = -1, [[0]]
 
     def micro_batches(self, step: int) -> Iterator[tuple[Batch, int]]:
@@ -297,17 +287,13 @@ class Run:
         self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
         matrices = [p for p in self.trained.values() if p.dim() > 1]
         vectors = [p for p in self.trained.values() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-        place = {"rank": processes.rank, "processes": processes.size}
-        self.order = BatchOrder(tokens, config, pad_token_id=pad_token_id, **place)
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        betas = (config.beta1, config.beta2)
+        self.optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)
+        self.order = BatchOrder(tokens, config, pad_token_id, processes.rank, processes.size)
         self.step = 0
         # A checkpoint must agree with these, too.
         self.facts = {"data": state.digest(tokens), "processes": processes.size}
@@ -320,17 +306,14 @@ class Run:
         Returns this process's part of the loss and of the stacked sums, and its tokens.
         """
         config, drafter = self.config, self.drafter
+        block_size, mask_id = drafter.config.block_size, drafter.config.mask_token_id
         micro, tokens = [], 0
         total = torch.zeros((), device=drafter.device, dtype=drafter.dtype)
         for batch, seed in self.order.micro_batches(self.step):
             tokens += int(batch.seq_lens.sum())
             batch = batch.to(drafter.device)
             blocks = draw_blocks(
-                batch,
-                config.num_anchors,
-                drafter.config.block_size,
-                mask_token_id=drafter.config.mask_token_id,
-                seed=seed,
+                batch, config.num_anchors, block_size, mask_token_id=mask_id, seed=seed
             )
             total += slot_weights(blocks.eval_mask, config.loss_decay_gamma, drafter.dtype).sum()
             micro.append((batch, blocks))
