@@ -32,10 +32,9 @@ NOT_IN_WHEEL = ("smollm2/dspark-k7", f"smollm2/{TRACES}")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A target and a drafter of it.
+    """A target and a drafter of it, ``chats`` with the target's own answers, and ``held_out`` ones.
 
-    ``chats`` are conversations with the target's own answers to train on, ``held_out`` those that
-    no shipped drafter has seen.
+    No shipped drafter has seen the latter.
     """
 
     name: str
@@ -58,10 +57,8 @@ class Pair:
 @checked
 def drafter_names(pair: str = "pocket") -> list[str]:
     """The drafters that ship with a pair, the default one first."""
-    folder = pair_folder(pair)
-    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    drafters = [name for name in names if name != "target"]
-    return sorted(drafters, key=lambda name: (name != "dspark-k7", name))
+    names = {path.parent.name for path in pair_folder(pair).glob("*/config.json")} - {"target"}
+    return sorted(names, key=lambda name: (name != "dspark-k7", name))
 
 
 @checked

@@ -35,10 +35,10 @@ class RoundCosts:
     """Seconds of a round, and of a plain step of the same target, which yields one token.
 
     Args:
-        draft_seconds: ``[K]``, of drafting 1, 2, ..., K tokens.
-        verify_seconds: ``[K + 1]``, of a target pass over 1, 2, ..., K + 1 tokens, with the anchor.
-        replay_seconds: ``[K]``, of reading 1, 2, ..., K tokens again, the anchor and the accepted
-            ones, after a rejection; empty where the cache can be cut.
+        draft_seconds: of 1, 2, ..., K tokens.
+        verify_seconds: of a target pass over 1, 2, ..., K + 1 tokens, with the anchor.
+        replay_seconds: of reading 1, 2, ..., K tokens again, the anchor and the accepted ones;
+            empty where the cache can be cut.
         rollback_seconds: more after every rejection.
         overhead_seconds: more in every round.
     """
@@ -94,7 +94,7 @@ class RoundCosts:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a block."""
+        """Most tokens of a block."""
         return len(self.draft_seconds)
 
     def replaying(self) -> RoundCosts:
@@ -111,17 +111,14 @@ class RoundCosts:
         verified: Float[np.ndarray, "*axes slot"] | None = None,
         rejected: Float[np.ndarray, "*axes slot"] | None = None,
     ) -> dict[str, Any]:
-        """Expected tokens and seconds of a round, and its speed, by the columns of the tables.
+        """Expected tokens ``tau``, seconds and speed of a round, by the columns of the tables.
+
+        ``without_replay`` is the speed-up without replay and rollback, ``without_overhead`` that
+        without overhead either.
 
         Args:
             accepted, verified, rejected: how often each slot is; the last two may be left out where
                 every slot is verified.
-
-        Returns:
-            ``tau``, ``draft_seconds``, ``verify_seconds``, ``replay_seconds``,
-            ``rollback_seconds``, ``overhead_seconds`` and ``round_seconds``, their sum;
-            ``tokens_per_second``; ``speedup`` over plain decoding; ``without_replay``, the speed-up
-            without replay and rollback, and ``without_overhead``, without overhead either.
         """
         k = accepted.shape[-1]
         if verified is None or rejected is None:
@@ -153,14 +150,14 @@ class RoundCosts:
 def expected_verify_seconds(
     verify: Float[np.ndarray, " tokens"], verified: Float[np.ndarray, "*axes slot"]
 ) -> Float[np.ndarray, "*axes"]:
-    """Mean seconds of a target pass over the anchor and the slots that are verified."""
+    """Mean seconds of a target pass, the anchor's token included."""
     return verify[0] + verified @ np.diff(verify)
 
 
 def expected_replay_seconds(
     replay: Float[np.ndarray, " tokens"], rejected: Float[np.ndarray, "*axes slot"]
 ) -> Float[np.ndarray, "*axes"]:
-    """Mean seconds of reading again: a rejection at slot k re-reads the anchor and k tokens."""
+    """Mean seconds of reading again; after a rejection at slot k, the anchor and k tokens."""
     return rejected @ replay
 
 
@@ -198,7 +195,7 @@ def break_even_rate(tau: float, block_size: Count) -> float:
 
 
 def _pays_from(balance: Float[np.ndarray, " power"]) -> float:
-    """The lowest rate from which on a polynomial in the rate stays >= 0 up to rate 1."""
+    """The lowest rate from which on a polynomial in the rate is >= 0, up to rate 1."""
     at = np.polynomial.Polynomial(balance)
     if at(1.0) < 0:
         return float("inf")
@@ -215,7 +212,7 @@ def _pays_from(balance: Float[np.ndarray, " power"]) -> float:
 
 @checked
 def require_lengths(draft_lengths: Sequence[Count] | None, longest: int) -> list[int]:
-    """The lengths in the order given, all up to ``longest`` where None; longer ones are refused."""
+    """The lengths as given, or all up to ``longest``; longer ones are refused."""
     found = list(range(1, longest + 1)) if draft_lengths is None else list(draft_lengths)
     if not found:
         raise ValueError("draft_lengths must hold at least one length, got none")
@@ -225,7 +222,6 @@ def require_lengths(draft_lengths: Sequence[Count] | None, longest: int) -> list
 
 
 def _for_each_length(seconds: Seconds, count: int) -> tuple[float, ...]:
-    """The seconds of 1, 2, ..., ``count`` tokens."""
     if callable(seconds):
         return tuple(float(seconds(n)) for n in range(1, count + 1))
     if isinstance(seconds, (int, float)):

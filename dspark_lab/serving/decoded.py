@@ -25,16 +25,11 @@ from dspark_lab.serving.timing import measure_engine
 def speed_table(
     plain: Sequence[Decoded], drafted: Sequence[Decoded], block_size: Count
 ) -> pd.Series:
-    """Speculative against plain decoding of the same prompts, in one process.
+    """Speculative against plain decoding of the same prompts, by :func:`dspark_lab.decode`.
 
-    Args:
-        plain, drafted: from :func:`dspark_lab.decode`, without and with a drafter.
-
-    Returns:
-        ``tokens_per_second`` and ``plain_tokens_per_second``, without the reading of the prompts;
-        ``gain``, their ratio; ``tau``; ``draft``, ``verify`` and ``rest``, their shares of a
-        round's time; ``break_even_tau`` at which both would be as fast, and ``break_even_rate``,
-        the accept rate of every slot that gives it (inf: there is none).
+    The reading of the prompts is left out. ``draft``, ``verify`` and ``rest`` are shares of a
+    round's time; at ``break_even_tau``, and at the ``break_even_rate`` of every slot that gives it
+    (inf: there is none), both would be as fast.
     """
     tokens, rounds, parts = _sum("drafted", drafted)
     plain_tokens, _, plain_parts = _sum("plain", plain)
@@ -71,24 +66,21 @@ def decode_check(
 ) -> pd.DataFrame:
     """Predictions from a trace and from costs against what decoding really does.
 
-    Prompts are decoded one at a time, plainly and at each length in turns. The prediction is for
-    answers as long as those that came out, with their last, shorter rounds. Its seconds are of this
-    process: on a busy machine they are off.
+    Prompts are decoded one at a time, plainly and at each length in turns. Predictions are for
+    answers as long as those that came out; on a busy machine, seconds are off.
 
     Args:
-        prompts: to decode; where the trace is of others, the answers differ as well.
         trace: of this drafter alone, with a column ``temperature`` that holds all of
-            ``temperatures``.
+            ``temperatures``; where it is of other prompts, the answers differ as well.
         draft_lengths: by default all that the trace has.
         replay: after each rejection have the target read again what was accepted, in another cache,
             as if its own could not be cut.
         costs: of each temperature, measured first where None, with ``repeats``.
 
     Returns:
-        a row for each ``temperature`` and ``draft_length``: ``rounds`` that were decoded; ``tau``
-        predicted with its bootstrap interval ``tau_low`` to ``tau_high``, ``tau_decoded``, and
-        ``tau_error``, the predicted over the decoded less 1; the same for ``speedup``; and
-        ``without_replay`` and ``without_overhead`` as in :meth:`RoundCosts.figures`.
+        a row for each temperature and length. ``tau`` and ``speedup`` are predicted, and over
+        ``tau_decoded`` and ``speedup_decoded`` too high by the shares ``tau_error`` and
+        ``speedup_error``; other columns as in :meth:`RoundCosts.figures`.
     """
     ids = [encode_prompt(target, prompt) for prompt in prompts]
     # Half an answer behind a prompt of middling length.
@@ -142,7 +134,7 @@ def decode_check(
 
 
 def _replay_seconds(target: Target, context: int, longest: int, repeats: int) -> list[float]:
-    """Median seconds of reading 1, 2, ... tokens again behind a context, without a distribution."""
+    """Median seconds of reading 1, 2, ... tokens again behind a context."""
     cache = target.start_cache(1)
     _read(target, cache, [0] * context)
     times = [
@@ -167,7 +159,6 @@ def _with_replay(target: Target, prompt: list[int], run: Decoded) -> Decoded:
 
 @torch.inference_mode()
 def _read(target: Target, cache: TargetCache, tokens: Sequence[int], *, keep: bool = True) -> float:
-    """Seconds that the target takes to read the tokens into a cache of one row."""
     rows = torch.tensor([list(tokens)], device=target.device)
     begin = now(target.device)
     target.advance(rows, cache, [])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from dspark_lab.checks import Count, NonNegative, checked
-from dspark_lab.files import written_whole
 from dspark_lab.pairs import pair_folder
 from dspark_lab.rates import as_numbers
 from dspark_lab.serving import steps
@@ -36,11 +34,8 @@ _RESTS = {"rest": "rest", "plain rest": "plain_rest"}
 class Engine:
     """A target's speed, and the seconds of drafting and of the rest of a round.
 
-    Args:
-        requests: that take their rounds together, rising whole numbers of at least 1.
-        draft: seconds of drafting 1, 2, ..., K tokens for each of them.
-        rest: seconds of all else of a round with a draft but the target's step.
-        plain_rest: seconds of all but the target's step without one.
+    ``requests`` take their rounds together, rising whole numbers of at least 1; ``draft`` is of 1,
+    2, ..., K tokens for each of them.
     """
 
     sps: StepsPerSecond
@@ -55,9 +50,8 @@ class Engine:
         requests = steps.measured_points("requests", self.requests)
         object.__setattr__(self, "requests", requests)
         for name, axes in (("draft", "point, slot"), ("rest", "point"), ("plain_rest", "point")):
-            values = steps.measured_values(
-                name, getattr(self, name), axes, len(requests), NonNegative
-            )
+            given, points = getattr(self, name), len(requests)
+            values = steps.measured_values(name, given, axes, points, NonNegative)
             object.__setattr__(self, name, values)
 
     @classmethod
@@ -82,20 +76,18 @@ class Engine:
 
     @property
     def longest(self) -> int:
-        """The most slots of a block."""
+        """Most slots of a block."""
         return self.draft.shape[1]
 
     def draft_seconds(self, requests: Any, draft_length: int) -> Any:
-        """Seconds of drafting so many slots for each of the requests, a number or an array."""
+        """Seconds of drafting so many slots for each of ``requests``, a number or an array."""
         require_lengths([draft_length], self.longest)
         return self._at(requests, self.draft[:, draft_length - 1])
 
     def rest_seconds(self, requests: Any) -> Any:
-        """Seconds of a drafted round without drafting and the target's step."""
         return self._at(requests, self.rest)
 
     def plain_rest_seconds(self, requests: Any) -> Any:
-        """Seconds of a step without a draft and without the target's pass."""
         return self._at(requests, self.plain_rest)
 
     def plain_seconds(self, requests: Any) -> Any:
@@ -125,29 +117,20 @@ class Engine:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each measured point; ``requests``, ``draft_length`` and ``tokens`` are 0 where
-        they do not apply.
-        """
-        points = list(enumerate(self.requests.tolist()))
+        """A row for each measured point; 0 where a number does not apply."""
         rows = [("target", 0, 0, n, self.sps.seconds(n)) for n in self.sps.tokens.tolist()]
-        rows += [
-            ("draft", count, k + 1, 0, self.draft[point, k])
-            for point, count in points
-            for k in range(self.longest)
-        ]
-        rows += [
-            (part, count, 0, 0, getattr(self, name)[point])
-            for part, name in _RESTS.items()
-            for point, count in points
-        ]
+        for (point, slot), seconds in np.ndenumerate(self.draft):
+            rows.append(("draft", self.requests[point], slot + 1, 0, seconds))
+        for part, name in _RESTS.items():
+            of_rest = zip(self.requests, getattr(self, name), strict=True)
+            rows += [(part, count, 0, 0, seconds) for count, seconds in of_rest]
         return pd.DataFrame(rows, columns=_COLUMNS).assign(
             context_length=self.sps.context_length, device=self.sps.device, target=self.sps.target
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :attr:`table` as CSV, atomically."""
-        with written_whole(Path(path)) as partial:
-            self.table.to_csv(partial, index=False)
+        steps.save_points(self.table, path)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Engine:
@@ -160,9 +143,9 @@ class Engine:
         table["seconds"] = as_numbers("seconds", table["seconds"].to_numpy())
         twice = table.duplicated(_COLUMNS[:-1])
         if twice.any():
+            point = table.loc[twice, _COLUMNS[:-1]].to_dict("records")[0]
             raise ValueError(
-                "an engine's table must have one row for each point, got two of "
-                f"{table.loc[twice, _COLUMNS[:-1]].to_dict('records')[0]}"
+                f"an engine must have one row for each point, got two of {point}"
             )
         target = table[table["part"] == "target"]
         sps = StepsPerSecond.of(target.assign(steps_per_second=1 / target["seconds"]))
@@ -177,9 +160,8 @@ class Engine:
             )
         draft = curves["draft"].sort_index(axis=1)
         if draft.columns.tolist() != list(range(1, draft.shape[1] + 1)):
-            raise ValueError(
-                f"draft must be of every length from 1 on, got {draft.columns.tolist()}"
-            )
+            given = draft.columns.tolist()
+            raise ValueError(f"draft must be of every length from 1 on, got {given}")
         rests = (curves[part].iloc[:, 0].to_numpy() for part in _RESTS)
         return cls(sps, draft.index.to_numpy(), draft.to_numpy(), *rests)
 

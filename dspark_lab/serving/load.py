@@ -34,8 +34,7 @@ Lengths = Int[np.ndarray, " request"]
 # How many slots of each request to verify, from the confidences of all and the engine's speed.
 Policy = Callable[[Confidences, Speed], Lengths]
 
-_REQUESTS = ["request", "domain", "arrival", "start", "end", "tokens", "rounds", "verified"]
-_REQUESTS += ["accepted", "measured"]
+_REQUESTS = "request domain arrival start end tokens rounds verified accepted measured".split()
 _STEPS = ["start", "seconds", "requests", "verified", "batch_tokens", "tokens"]
 
 
@@ -82,20 +81,14 @@ class PrefixScheduler:
 class LoadResult:
     """The result of :func:`simulate`, all times in seconds.
 
-    ``figures``, of the measured requests and of the steps while they are served: ``throughput``,
-    tokens of all requests per second; ``per_user``, tokens per second of a request from its start
-    to its end, mean, with the quantiles ``per_user_p10`` and ``per_user_p50``; ``wait`` for the
-    start and ``latency``, arrival to end, means; ``tokens_per_round``, ``rounds_per_request`` and
-    ``verified_per_request``; ``acceptance``, accepted over verified slots, NaN where there are
-    none; ``batch_requests``, ``verified_per_step`` and ``batch_tokens``, means over steps;
-    ``busy``, the share of time spent in steps.
+    ``requests`` are in the order of admission: ``request`` is the number among those drawn, ``end``
+    NaN where the run stopped before, and ``measured`` says whether it counts. Of ``steps``,
+    ``tokens`` are those by which answers grew.
 
-    ``requests``, in the order of admission: ``request`` (its number among those drawn), ``domain``,
-    ``arrival``, ``start`` (admission), ``end`` (NaN where the run stopped before), ``tokens`` so
-    far, ``rounds``, ``verified`` and ``accepted`` slots, and ``measured``, whether it counts.
-
-    ``steps``: ``start``, ``seconds``, ``requests`` in the batch, ``verified`` slots,
-    ``batch_tokens``, their sum, and ``tokens`` by which answers grew.
+    ``figures`` are of the measured requests and of the steps while they are served: ``throughput``,
+    tokens of all requests per second; ``per_user``, those of one request from its start to its end,
+    mean and quantiles; ``wait`` for the start and ``latency``, arrival to end; ``acceptance``,
+    accepted over verified slots; ``busy``, the share of time spent in steps.
     """
 
     requests: pd.DataFrame
@@ -121,9 +114,8 @@ def simulate(
 
     Args:
         policy: :class:`FixedLength`, :class:`StaticThreshold`, :class:`PrefixScheduler`, or a
-            function of the confidences ``[request, slot]`` in the batch and of the engine's speed
-            (steps per second at B tokens per step, with drafting and rest) that returns how many
-            slots of each to verify.
+            function of the batch's confidences ``[request, slot]`` and of the engine's speed (steps
+            per second at B tokens per step, all included) that returns slots to verify of each.
         concurrency: the most requests in the batch.
         rate: arrivals per second, a Poisson process; by default the batch is always full.
         draft_length: by default all of the trace's slots. Plain decoding drafts none.
@@ -144,7 +136,7 @@ def simulate(
     reading = engine.sps.seconds(np.arange(concurrency * (slots + 1) + 1))
     planned = None
     if isinstance(policy, (FixedLength, StaticThreshold)):
-        # These do not look at the batch.
+        # Independent of the batch.
         by_block = np.array(_slots_to_verify(policy, confidence, reading))
         planned = by_block[requests.block].tolist()
     other_seconds, read_seconds = [0.0, *other.tolist()], reading.tolist()
@@ -213,14 +205,8 @@ def load_table(
 ) -> pd.DataFrame:
     """Policies at several concurrencies, all serving the same requests.
 
-    Args:
-        trace, requests, answer_tokens, domains, within, seed: see :func:`draw_requests`.
-        policies: by name, or a sequence of them, each named by its text.
-        engine, concurrency, rate, draft_length, warm_up: see :func:`simulate`.
-
-    Returns:
-        a row for each policy and concurrency: ``policy``, ``concurrency``, and the ``figures`` of a
-        :class:`LoadResult`.
+    Arguments are as in :func:`draw_requests` and :func:`simulate`. ``policies`` in a sequence are
+    named by their text. A row holds the ``figures`` of a :class:`LoadResult`.
     """
     drawn = draw_requests(
         trace, requests, answer_tokens=answer_tokens, domains=domains, within=within, seed=seed
@@ -236,8 +222,6 @@ def load_table(
 
 @dataclass(slots=True)
 class _Request:
-    """An admitted request; ``request`` is its number among those drawn."""
-
     request: int
     arrival: float
     start: float
@@ -250,7 +234,7 @@ class _Request:
 
 
 def answer_growth(accepted: int, left: int) -> int:
-    """Tokens that an answer grows by: the accepted ones and one of the target's own, if left."""
+    """The accepted tokens and one of the target's own, as far as they are left."""
     return min(accepted + 1, left)
 
 

@@ -1,10 +1,9 @@
 """The accept rate of each slot of a block, of one drafter at one temperature.
 
 Acceptance is counted as lifetimes are (Kaplan and Meier 1958): slot k's rate is over the rounds
-that reached it, and survival is the product of the rates. A round that the end of its answer cut
-short counts up to the cut, so tau is that of rounds in the middle of an answer. Rounds begin where
-they began in the trace: shorter blocks begin more often at easy tokens, so that a trace of long
-blocks promises a little less of short ones than they keep.
+that reached it, survival is the product of the rates, and a round that the end of its answer cut
+counts up to the cut. Shorter blocks begin more often at easy tokens, so that a trace of long blocks
+promises a little less of short ones than they keep.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ from dspark_lab.serving.costs import require_lengths
 class AcceptanceProfile:
     """How often each slot is accepted, given that all before it were.
 
-    Args:
-        rates: NaN where no round reached the slot.
-        samples: the same of conversations drawn again.
+    ``rates`` are NaN where no round reached the slot; ``samples`` are of conversations drawn again.
     """
 
     rates: Float[np.ndarray, " slot"]
@@ -58,10 +55,10 @@ class AcceptanceProfile:
 
     @checked
     def tau(self, draft_length: Count, tokens: Count | None = None) -> float:
-        """Tokens that a round of so many slots yields on average, the target's own among them.
+        """Mean tokens of a round of so many slots, the target's own among them.
 
-        ``tokens`` is the length of an answer without its first token, which no round yields: its
-        last rounds draft no more than is left. None is an endless answer.
+        ``tokens`` is the length of an answer without its first token, whose last rounds draft no
+        more than is left. None is an endless answer.
         """
         require_lengths([draft_length], len(self.rates))
         if tokens is None:
@@ -97,24 +94,19 @@ def acceptance_profile(
 ) -> AcceptanceProfile:
     """The accept rates of a trace, of one drafter at one temperature.
 
-    A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached: the
-    limit of the share of accepted ones, with less noise.
+    A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached.
 
     Args:
         trace: of whole blocks, decoded without threshold or scheduler.
-        drafter, temperature: which rows to take, by the column of this name; for a trace without
-            the column, a label.
-        resamples, seed: of the bootstrap over conversations.
+        drafter, temperature: which rows to take; for a trace without the column, a label.
     """
     trace, drafter, temperature = rows_of(trace, drafter, temperature)
     rounds, row = read_trace(trace)
     require_whole_blocks(rounds, row >= 0)
     sums = trace_sums(trace)
     sums = sums[sums["kind"] == "on policy"]
-    passed, reached = (
-        sums.pivot(index="conversation", columns="slot", values=name).to_numpy(float)
-        for name in ("passed", "reached")
-    )
+    table = sums.pivot(index="conversation", columns="slot", values=["passed", "reached"])
+    passed, reached = table["passed"].to_numpy(float), table["reached"].to_numpy(float)
     drawn = resampled(len(reached), resamples, seed)
     return AcceptanceProfile(
         rates=ratio(passed.sum(axis=0), reached.sum(axis=0)),
@@ -163,7 +155,6 @@ def require_whole_blocks(rounds: Rounds, drafted: Bool[np.ndarray, "round slot"]
 def ratio(
     part: Float[np.ndarray, "*axes"], whole: Float[np.ndarray, "*axes"]
 ) -> Float[np.ndarray, "*axes"]:
-    """NaN where there is nothing to divide by."""
     return part / np.where(whole == 0, np.nan, whole)
 
 
@@ -178,7 +169,7 @@ def tau_of_answers(
 def _rounds_needed(
     survival: Float[np.ndarray, "*axes slot"], tokens: int
 ) -> Float[np.ndarray, "tokens *axes"]:
-    """Mean rounds that 0, 1, ..., ``tokens`` more tokens take, when the last one is cut."""
+    """Mean rounds that 0, 1, ..., ``tokens`` more tokens take."""
     ends = -np.diff(np.concatenate([survival, np.zeros_like(survival[..., :1])], axis=-1))
     # How often a round yields 1, 2, ..., K + 1 tokens.
     yields = np.concatenate([1 - survival[..., :1], ends], axis=-1)

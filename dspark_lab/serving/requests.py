@@ -38,8 +38,7 @@ class Geometric:
 class Answers:
     """The answers of a trace and the blocks drafted for them, from :func:`answers_of`.
 
-    ``accept_prob``: of each slot's drafted token, behind the drafted tokens before it, rejected or
-    not. ``confidence``: NaN without a confidence head. A conversation has ``count`` rounds, from
+    ``confidence`` is NaN without a confidence head. A conversation has ``count`` rounds, from
     ``first`` on, which yielded ``tokens``.
     """
 
@@ -59,9 +58,8 @@ class Answers:
 class Requests:
     """Requests with all their random draws, from :func:`draw_requests`.
 
-    ``conversation``: of the trace. ``tokens``: of the answer. ``gap``: time since the request
-    before it, in units of the mean. ``block``: the round of the trace that each round of the
-    request drafts anew. ``acceptable``: how many of its slots are accepted if all are verified.
+    ``gap`` is the time since the request before it, in units of the mean; ``block`` the round of
+    the trace that a round drafts anew, of which ``acceptable`` slots are accepted if verified.
     """
 
     answers: Answers
@@ -84,13 +82,12 @@ def answers_of(
 ) -> Answers:
     """The answers and blocks of a trace.
 
-    The product of the acceptance probabilities of a block's drafted tokens up to a slot is, given
-    the block, the probability that the slots up to there are accepted. (Products of the rates c*
-    are not: a token that was accepted is not distributed as one that was drafted.)
+    Slots are accepted with the probabilities of the drafted tokens, not with the rates c*, whose
+    product is none: an accepted token is not distributed as a drafted one.
 
-    Rounds that the end of an answer cut are completed, so that rounds do not look short, from a
-    whole round of their domain, drawn with the probability that its slots up to there are accepted.
-    An answer that ended with the last slot of its block may seem to have one token more.
+    Rounds that the end of an answer cut are completed from a whole round of their domain, drawn
+    with the probability that its slots up to there are accepted. An answer that ended with the last
+    slot of its block may seem to have one token more.
 
     Args:
         trace: of one drafter at one temperature, decoded without threshold or scheduler; answers
@@ -142,11 +139,10 @@ def draw_requests(
 
     Args:
         trace: as :func:`answers_of` takes or returns it.
-        answer_tokens: a number for all, a distribution, or as many as the conversation had.
-        domains: the mix, a weight for each domain that is wanted; by default each conversation of
-            the trace is as likely as any other.
-        within: where a request's rounds are drawn from, with replacement: its conversation, so that
-            some requests are harder than others; or its domain, so that all are alike.
+        answer_tokens: by default as many as the conversation had.
+        domains: a weight for each that is wanted; by default conversations are equally likely.
+        within: where rounds are drawn from: the conversation, so that some requests are harder than
+            others, or its domain, so that all are alike.
     """
     answers = answers_of(trace)
     # Independent streams, so that changing one thing leaves the other draws as they are.
@@ -194,7 +190,7 @@ def _complete(
     domain: Shaped[np.ndarray, " round"],
     rng: np.random.Generator,
 ) -> None:
-    """Fill in what follows the first ``asked`` slots of each round, from whole rounds."""
+    """Fill in what follows the first ``asked`` slots of each round."""
     slots = accept.shape[1]
     for name in pd.unique(domain):
         givers, cut = (
@@ -217,7 +213,6 @@ def _complete(
 def _conversation_weights(
     domain: Shaped[np.ndarray, " conversation"], weights: Mapping[str, float] | None
 ) -> Float[np.ndarray, " conversation"]:
-    """How likely each conversation is, up to a factor."""
     if weights is None:
         return np.ones(len(domain))
     code, names = pd.factorize(domain)

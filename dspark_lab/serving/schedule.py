@@ -45,10 +45,8 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
     Theta. B counts the admitted slots alone: padding rows to the longest costs more.
 
     Args:
-        confidence: ``[request, slot]``, in [0, 1]: probability that a slot is accepted given that
-            all before it were, 0 where the request has no such slot.
-        sps: steps per second at each of an array of tokens per step, such as
-            :class:`~dspark_lab.serving.StepsPerSecond`.
+        confidence: in [0, 1], 0 where the request has no such slot.
+        sps: steps per second at each of an array of tokens per step.
     """
     requests, survival = _candidates(confidence)
     most = max(requests, _FEW)
@@ -63,8 +61,7 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
 def retrospective_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
     """How many slots of each request have the highest Theta of all: **biased**, for comparison.
 
-    It is the shortest of equally good choices. Whether a slot is admitted may depend on its own
-    token, through the confidences of the slots after it. Arguments as for :func:`prefix_schedule`.
+    It is the shortest of equally good choices; arguments as for :func:`prefix_schedule`.
     """
     walk = _walk(*_candidates(confidence), sps)
     return walk.lengths(int(walk.theta.argmax()))
@@ -87,11 +84,9 @@ def prefix_scheduler(sps: Speed) -> Scheduler:
 def schedule_table(confidence: Confidence, sps: Speed) -> pd.DataFrame:
     """The slots in the order of admission, and what each does to Theta.
 
-    Returns:
-        a row for each slot of survival > 0: ``request``, ``slot``, ``survival`` a; with the slots
-        up to here admitted, ``tokens`` B, ``tau``, ``theta``, and ``theta_before``, without this
-        one; whether :func:`prefix_schedule` has ``admitted`` it and whether
-        :func:`retrospective_schedule` has (``retrospective``).
+    A row for each slot of survival > 0: ``tokens``, ``tau`` and ``theta`` are with the slots up to
+    here, ``theta_before`` without this one; :func:`prefix_schedule` takes those ``admitted``, and
+    :func:`retrospective_schedule` those ``retrospective``.
     """
     walk = _walk(*_candidates(confidence), sps)
     number, requests = np.arange(len(walk.survival)), max(walk.requests, 1)
@@ -119,8 +114,8 @@ def output_distribution(
     Verification is lossless if the result is p.
 
     Args:
-        target_probs, draft_probs: ``[vocab]``, p and q.
-        verified: ``[vocab]``, not 0 where the slot is verified when this token was drafted.
+        target_probs, draft_probs: p and q.
+        verified: whether the slot is, for each token that may be drafted.
     """
     p = as_probabilities("target_probs", target_probs)
     q = as_probabilities("draft_probs", draft_probs)
@@ -143,12 +138,10 @@ class _Walk:
 
     @property
     def admitted(self) -> int:
-        """How many come before the first that does not raise Theta."""
         rises = self.theta[1:] > self.theta[:-1]
         return int(np.append(rises, False).argmin())
 
     def lengths(self, admitted: int) -> Int[np.ndarray, " request"]:
-        """Slots of each request among the first ``admitted``."""
         chosen = self.order[:admitted] % max(self.requests, 1)
         return np.bincount(chosen, minlength=self.requests).astype(np.int64, copy=False)
 
@@ -160,9 +153,8 @@ def _candidates(confidence: Confidence) -> tuple[int, Float[np.ndarray, " candid
     if array.ndim != 2:
         raise ValueError(f"confidence must be [request, slot], got shape {array.shape}")
     if array.size and not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError(
-            f"confidence must lie in [0, 1], got values from {array.min()} to {array.max()}"
-        )
+        span = f"from {array.min()} to {array.max()}"
+        raise ValueError(f"confidence must lie in [0, 1], got values {span}")
     # A product of numbers of at most 1 never rises, rounding included.
     return len(array), prefix_survival(array).T.ravel()
 

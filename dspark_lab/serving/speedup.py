@@ -24,11 +24,9 @@ def speedup_table(
     ``draft_lengths`` are by default all that have both a rate and a cost.
 
     Returns:
-        a row for each ``draft_length``: the columns of :meth:`RoundCosts.figures`, ``tau`` and
-        ``speedup`` with 95 % bootstrap intervals ``_low`` to ``_high``; ``break_even_rate``, see
-        :func:`break_even`, and ``break_even_without_replay``; and ``best_share``, the share of the
-        profile's resamples in which the length is the fastest. Intervals and share are NaN for a
-        profile without resamples.
+        a row for each length: the figures of :meth:`RoundCosts.figures`, with 95 % bootstrap
+        intervals ``_low`` to ``_high``, the rates of :func:`break_even`, and ``best_share``, the
+        share of resamples in which the length is the fastest; NaN without resamples.
     """
     rows, speeds = [], []
     for k in require_lengths(draft_lengths, min(len(profile.rates), costs.longest)):
@@ -70,30 +68,23 @@ def temperature_table(
         trace: with a column ``temperature``; or a profile of each temperature, to which
             ``drafter``, ``resamples`` and ``seed`` do not apply.
         costs: of all temperatures, or of each.
-        drafter, resamples, seed: as in :func:`acceptance_profile`.
-        draft_length: by default the fastest at the lowest temperature, as if it were chosen there.
+        draft_length: by default the fastest at the lowest temperature.
 
     Returns:
-        a row for each ``temperature``, lowest first: ``draft_length``; ``accept_rate``, that of
-        every slot which would give the same tau; ``break_even_rate``,
-        ``break_even_without_replay``, ``tau``, ``speedup`` with their intervals,
-        ``without_replay`` and ``without_overhead`` as in :func:`speedup_table`; ``best_length``
-        (0: do not draft) and its ``best_speedup`` (1 where that is 0).
+        a row for each temperature, lowest first, with columns as in :func:`speedup_table`, with
+        ``accept_rate``, that of every slot which would give the same tau, and with ``best_length``
+        (0: do not draft) and its ``best_speedup``.
     """
     if isinstance(trace, pd.DataFrame):
         options: dict[str, Any] = {"drafter": drafter, "resamples": resamples, "seed": seed}
-        profiles = [
-            acceptance_profile(trace, temperature=value, **options)
-            for value in column(trace, "temperature", complete=True).unique().tolist()
-        ]
+        found = column(trace, "temperature", complete=True).unique().tolist()
+        profiles = [acceptance_profile(trace, temperature=value, **options) for value in found]
     else:
         profiles = list(trace)
     by_temperature = {profile.temperature: profile for profile in profiles}
     if not profiles or None in by_temperature or len(by_temperature) < len(profiles):
-        raise ValueError(
-            "profiles must be one or more, each of another known temperature, got "
-            f"{[profile.temperature for profile in profiles]}"
-        )
+        given = [profile.temperature for profile in profiles]
+        raise ValueError(f"profiles must each be of another known temperature, got {given}")
     values = sorted(value for value in by_temperature if value is not None)
     if isinstance(costs, RoundCosts):
         costs = dict.fromkeys(values, costs)
@@ -106,8 +97,7 @@ def temperature_table(
         table = speedup_table(by_temperature[value], costs[value])
         best = _fastest(table)
         length, speed = int(best["draft_length"]), best["speedup"]
-        if draft_length is None:
-            draft_length = length
+        draft_length = draft_length or length
         require_lengths([draft_length], len(table))
         row = table.iloc[draft_length - 1]
         rate = break_even_rate(row["tau"], draft_length)

@@ -27,7 +27,7 @@ class StepsPerSecond:
     """SPS(B), called with a number or an array of tokens per step; see :func:`seconds_at`.
 
     Args:
-        tokens: ``[point]``, B, rising whole numbers of at least 1.
+        tokens: B, rising whole numbers of at least 1.
         context_length: tokens that each request had read before the step.
         device: its name and the precision.
     """
@@ -41,10 +41,8 @@ class StepsPerSecond:
     def __post_init__(self) -> None:
         tokens = measured_points("tokens", self.tokens)
         object.__setattr__(self, "tokens", tokens)
-        speeds = measured_values(
-            "steps_per_second", self.steps_per_second, "point", len(tokens), Positive
-        )
-        object.__setattr__(self, "steps_per_second", speeds)
+        name, given = "steps_per_second", self.steps_per_second
+        object.__setattr__(self, name, measured_values(name, given, "point", len(tokens), Positive))
         require("context_length", self.context_length, Size)
         require("device", self.device, str)
         require("target", self.target, str)
@@ -64,17 +62,16 @@ class StepsPerSecond:
     def smooth(self) -> bool:
         """Whether each further token costs at least as many seconds as the one before.
 
-        Early stopping then finds the best Theta. In front of a cliff, where one more token costs
-        more than the next ones do, it may halt.
+        Early stopping then finds the best Theta; in front of a cliff it may halt.
         """
         seconds = 1 / self.steps_per_second
         slopes = np.append(0, np.diff(seconds) / np.diff(self.tokens))
         return bool((np.diff(slopes) >= -1e-12 * seconds.max()).all())
 
     def smoothed(self) -> StepsPerSecond:
-        """The lower convex envelope of the seconds, from the fastest step on; it is :attr:`smooth`.
+        """The lower convex envelope of the seconds, from the fastest step on: an optimistic curve.
 
-        An optimistic curve, on which no bump of the measurement halts a scheduler.
+        No bump of the measurement halts a scheduler on it.
         """
         seconds = 1 / self.steps_per_second
 
@@ -110,9 +107,8 @@ class StepsPerSecond:
         facts: dict[str, Any] = {}
         given = {"context_length": context_length, "device": device, "target": target}
         for name, value in given.items():
-            found = [value]
-            if value is None and name in table:
-                found = table[name].unique().tolist()
+            column = value is None and name in table
+            found = table[name].unique().tolist() if column else [value]
             if len(found) > 1:
                 raise ValueError(f"{name} must be the same in every row, got {found}")
             if found and found[0] is not None:
@@ -123,8 +119,7 @@ class StepsPerSecond:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :attr:`table` as CSV, atomically."""
-        with written_whole(Path(path)) as partial:
-            self.table.to_csv(partial, index=False)
+        save_points(self.table, path)
 
     @classmethod
     def read(
@@ -186,6 +181,11 @@ def measured_values(name: str, values: Any, axes: str, points: int, rule: Any) -
 def require_columns(table: pd.DataFrame, names: Sequence[str]) -> None:
     if missing := [name for name in names if name not in table]:
         raise ValueError(f"table must have the columns {list(names)}, got no {missing}")
+
+
+def save_points(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    with written_whole(Path(path)) as partial:
+        table.to_csv(partial, index=False)
 
 
 def read_points(path: str | os.PathLike[str], numeric: Sequence[str]) -> pd.DataFrame:

@@ -39,19 +39,14 @@ def threshold_table(
 ) -> pd.DataFrame:
     """Predicted speed under a static threshold on each slot's confidence.
 
-    The whole block is drafted, and paid for. At threshold 0 a row is that of
-    :func:`speedup_table`.
+    The whole block is drafted, and paid for. A row holds the ``verified`` slots per round and
+    otherwise what :func:`speedup_table` says, which it equals at threshold 0.
 
     Args:
         trace: of whole blocks, of one drafter that has a confidence head, at one temperature.
         draft_lengths: by default the longest that has both a slot and a cost.
         calibrated: scales the confidences first.
         drafter, temperature: as in :func:`acceptance_profile`; not for rounds.
-
-    Returns:
-        a row for each draft length and threshold: ``draft_length``, ``threshold``, ``verified``
-        slots per round, and the columns of :meth:`RoundCosts.figures`, with the 95 % intervals
-        ``_low`` to ``_high`` of ``tau`` and ``speedup``.
     """
     rounds = _rounds(trace, drafter, temperature)
     cuts = rates.as_probabilities("thresholds", list(thresholds))
@@ -90,10 +85,8 @@ def best_threshold(
     """The fastest pair of draft length and static threshold, as a row of :func:`threshold_table`.
 
     The fastest of many is faster on the trace that it was chosen on than elsewhere; ``test``, a
-    trace of other conversations, gives figures without that bias.
-
-    All thresholds and draft lengths are tried; of equally fast ones the lowest is taken. Other
-    arguments as in :func:`threshold_table`.
+    trace of other conversations, gives figures without that bias. Of equally fast ones the lowest
+    is taken. Other arguments as in :func:`threshold_table`.
     """
     rounds = _rounds(trace, drafter, temperature)
     lengths = require_lengths(draft_lengths, min(rounds.verified.shape[1], costs.longest))
@@ -138,22 +131,19 @@ def gain_table(
     Four ways to decide how much of a drafted block is verified: ``everything``; a threshold on the
     ``raw`` confidence; on the ``scaled`` one; and on the ``oracle``, the true accept rate c*.
     Temperatures and each way's fastest threshold are chosen on ``fit``; figures are of ``test``.
-    Slots without an identifiable temperature keep their confidences. Speed is all tokens over all
-    seconds, without replay and rollback.
+    Slots without an identifiable temperature keep their confidences.
 
     Args:
         fit, test: traces of whole blocks of one drafter, without a prompt in common.
-        thresholds: to choose from, in [0, 1].
         on: each slot's own value, or the product up to the slot, as a scheduler weighs slots. Under
-            ``"slot"`` a miscalibration that happens to favour early slots, which are worth more,
-            can be faster than its repair.
+            ``"slot"`` a miscalibration that favours early slots, which are worth more, can be
+            faster than its repair.
         bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
 
     Returns:
-        one row for each way: ``values``, its name, ``threshold`` (NaN for everything), ``verified``
-        and ``accepted`` (slots per round), ``speed`` (tokens per second) with ``speed_low`` and
-        ``speed_high``, and, over raw, ``gain_percent`` with ``gain_low`` and ``gain_high``: 95 %
-        bootstrap intervals over the conversations of ``test``, NaN with fewer than two.
+        a row for each way: ``verified`` and ``accepted`` slots per round, ``speed`` in tokens per
+        second, without replay and rollback, and ``gain_percent`` over raw, with 95 % bootstrap
+        intervals over the conversations of ``test``, NaN with fewer than two.
     """
     fitted, held = rates.disjoint_rounds(fit, test)
     slots = max(rounds.verified.shape[1] for rounds in (fitted, held))
@@ -167,10 +157,8 @@ def gain_table(
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, seconds and verified slots, ``[group, threshold]`` each."""
         worth = np.nan_to_num(rounds.outcome("analytic"))
-        verified, accepted = (
-            rates.sums_by_threshold(highest, weight, thresholds, group)
-            for weight in (rounds.verified, worth)
-        )
+        verified = rates.sums_by_threshold(highest, rounds.verified, thresholds, group)
+        accepted = rates.sums_by_threshold(highest, worth, thresholds, group)
         count = np.bincount(group)[:, None]
         verify = np.array(costs.verify_seconds[: verified.shape[2] + 1])
         seconds = expected_verify_seconds(verify, verified / count[..., None])
@@ -191,11 +179,8 @@ def gain_table(
     table = pd.DataFrame(rows, columns=["values", "threshold", "verified", "accepted"])
     speed = np.stack(speeds, axis=1)
     raw = speed[:, [list(tried).index("raw")]]
-    for name, figure, values in (
-        ("speed", "speed", speed),
-        ("gain", "gain_percent", 100 * (speed / raw - 1)),
-    ):
-        table[figure] = values[0]
+    for name, values in (("speed", speed), ("gain", 100 * (speed / raw - 1))):
+        table["speed" if name == "speed" else "gain_percent"] = values[0]
         table[f"{name}_low"], table[f"{name}_high"] = rates.interval(values[1:], drawn.shape[1])
     return table
 
@@ -203,7 +188,6 @@ def gain_table(
 def _highest_thresholds(
     rounds: Rounds, scaling: rates.SequentialTemperatures, on: Literal["slot", "product"]
 ) -> dict[str, Float[np.ndarray, "round slot"]]:
-    """The highest threshold that verifies each slot, under each way to decide."""
     found = {"everything": np.where(rounds.verified, np.inf, -np.inf)}
     scaled = scaling.apply(rounds.confidence)
     values = {"raw": rounds.confidence, "scaled": scaled, "oracle": rounds.accept_rate}
@@ -228,9 +212,9 @@ class _Counts(NamedTuple):
 
 
 def _rounds(trace: pd.DataFrame | Rounds, drafter: str | None, temperature: float | None) -> Rounds:
-    return rounds_of(
-        trace if isinstance(trace, Rounds) else rows_of(trace, drafter, temperature)[0]
-    )
+    if isinstance(trace, pd.DataFrame):
+        trace = rows_of(trace, drafter, temperature)[0]
+    return rounds_of(trace)
 
 
 def _counts(
@@ -263,7 +247,7 @@ def _figures(
     draft_length: int,
     drawn: Int[np.ndarray, "resample conversation"],
 ) -> dict[str, Float[np.ndarray, "resample threshold"]]:
-    """``verified`` slots and the figures of a round, of conversations so many times each."""
+    """``verified`` slots and the figures of a round, conversations ``drawn`` so many times."""
     total = _Counts(*(np.tensordot(drawn, each[..., :draft_length], axes=1) for each in counts))
     accepted = rates.prefix_survival(ratio(total.accepted, total.open))
     before = rates.slot_before(accepted)

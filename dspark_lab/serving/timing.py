@@ -47,8 +47,7 @@ def measure_engine(
             for a target that decodes one row at a time.
         draft_lengths: one slot and a whole block where None.
         context_length: tokens of a random prompt; rounds add to it.
-        temperature: of decoding; drawing costs more than taking the likeliest.
-        repeats, warm_up: rounds that count, and rounds before these that do not.
+        repeats, warm_up: rounds that count, and rounds before these.
     """
     if requests is None:
         requests = (1, 4, 16) if target.decodes_batches else (1,)
@@ -106,14 +105,13 @@ def measure_steps_per_second(
 ) -> StepsPerSecond:
     """SPS(B) of a target on the device that it is on.
 
-    As when decoding verifies, every row reads its tokens behind ``context_length`` cached ones, and
-    each token gets its probabilities over the vocabulary. B tokens are rows of n tokens: n is the
-    largest divisor of B that is at most ``tokens_per_row``. A target that decodes one row at a time
-    reads all B in it. The cutting of the cache is not timed.
+    As when decoding verifies, every row reads its tokens behind ``context_length`` cached ones,
+    drawn once and shared by all rows, and each token gets its probabilities over the vocabulary. A
+    row's tokens are the largest divisor of B that is at most ``tokens_per_row``; a target that
+    decodes one row at a time reads all B in it. The cutting of the cache is not timed.
 
     Args:
         tokens: B, rising.
-        context_length: drawn at random once and shared by all rows.
         repeats, warm_up: steps at each B whose median counts, and steps before these.
     """
     sizes = measured_points("tokens", tokens).tolist()
@@ -158,7 +156,6 @@ def _timed_rounds(
     The kinds take turns, so that noise affects all of them equally, a few rounds at a time, so that
     each finds its weights in the processor's caches as it would alone.
     """
-    # Seconds since the beginning, after each round.
     clocks = {kind: [[0.0] * 3] for kind in runs}
     for begin in range(0, warm_up + repeats, _ROUNDS_AT_A_TIME):
         for kind, run in runs.items():
