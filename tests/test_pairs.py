@@ -16,19 +16,13 @@ from dspark_lab.pairs import PAIRS, drafter_names, load_pair, load_traces, quest
 from dspark_lab.rates import compare_drafters, evaluate, tau_table, trace_sums
 
 
-def test_the_pocket_pair_has_six_drafters_and_a_default() -> None:
-    assert drafter_names("pocket")[0] == "dspark-k7"
-    assert set(drafter_names("pocket")) == set(POCKET_DRAFTERS)
-
-
 def test_every_pocket_drafter_shares_the_targets_frozen_embedding() -> None:
+    assert drafter_names()[0] == "dspark-k7" and set(drafter_names()) == set(POCKET_DRAFTERS)
     for name, recipe in POCKET_DRAFTERS.items():
         pair = load_pair("pocket", name)
         config = pair.drafter.config
-        assert (config.block_size, config.has_markov_head) == (
-            recipe.block_size,
-            recipe.kind != "none",
-        )
+        assert config.block_size == recipe.block_size
+        assert config.has_markov_head == (recipe.kind != "none")
         for own, shared in (
             (pair.drafter.embed_tokens.weight, pair.target.embed_weight),
             (pair.drafter.lm_head.weight, pair.target.head_weight),
@@ -49,10 +43,8 @@ def test_the_markov_head_pays_on_held_out_conversations() -> None:
 
 def test_no_held_out_question_was_trained_on() -> None:
     pair = load_pair()
-    asked = [
-        {chat.messages[-2]["content"] for chat in chats} for chats in (pair.chats, pair.held_out)
-    ]
-    assert not asked[0] & asked[1]
+    trained, held_out = (set(map(question, chats)) for chats in (pair.chats, pair.held_out))
+    assert not trained & held_out
 
 
 def test_a_name_that_does_not_ship_is_refused() -> None:
@@ -103,13 +95,8 @@ def test_a_fresh_answer_is_the_one_that_was_traced(drafter: str) -> None:
     pair = load_pair("pocket", drafter)
     chats = lab.in_turns(pair.held_out)[:5]
     assert len({chat.domain for chat in chats}) > 1
-    fresh = decode(
-        pair.target,
-        pair.drafter,
-        [question(chat) for chat in chats],
-        domains=[chat.domain for chat in chats],
-        max_new_tokens=16,
-    )
+    options = {"domains": [chat.domain for chat in chats], "max_new_tokens": 16}
+    fresh = decode(pair.target, pair.drafter, [question(chat) for chat in chats], **options)
     traces = traces_of("pocket")
     shipped = traces[(traces["drafter"] == drafter) & (traces["temperature"] == 0)]
     key = ["prompt", "round", "slot"]
@@ -123,8 +110,7 @@ def test_a_fresh_answer_is_the_one_that_was_traced(drafter: str) -> None:
     corrected = early.dropna(subset="resampled").assign(token=early["resampled"])
     placed = pd.concat([early[early["accepted"]], corrected])
     seen = [row for row in placed.itertuples() if row.position < len(fresh.tokens[row.prompt])]
-    for row in seen:
-        assert fresh.tokens[row.prompt][row.position] == row.token, row
+    assert all(fresh.tokens[row.prompt][row.position] == row.token for row in seen)
     assert len(seen) > 40
 
 

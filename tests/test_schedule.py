@@ -74,29 +74,6 @@ def best_theta(confidence: Confidence, sps) -> float:
     )
 
 
-GRIDS = {
-    **dict.fromkeys([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1)], (0.0, 0.35, 0.6, 0.9, 1.0)),
-    **dict.fromkeys([(2, 3), (3, 2)], (0.3, 0.8, 1.0)),
-    (3, 3): (0.5, 0.9),
-}
-
-
-@pytest.mark.parametrize("sps", SMOOTH.values(), ids=SMOOTH)
-@pytest.mark.parametrize("shape", GRIDS, ids="x".join(["{0[0]}", "{0[1]}"]).format)
-def test_no_choice_of_prefixes_beats_early_stopping_on_a_smooth_curve(shape, sps) -> None:
-    requests, slots = shape
-    assert sps.smooth
-    seen = set()
-    for values in itertools.product(GRIDS[shape], repeat=requests * slots):
-        confidence = [list(values[r * slots : (r + 1) * slots]) for r in range(requests)]
-        lengths = prefix_schedule(np.array(confidence), sps).tolist()
-        found = theta(confidence, lengths, sps)
-        assert found == pytest.approx(best_theta(confidence, sps), rel=1e-12)
-        seen.add(sum(lengths))
-    if sps is SMOOTH["square"]:
-        assert len(seen) > 1, "the lengths must vary for this to say anything"
-
-
 tenths = st.integers(0, 10).map(lambda n: n / 10)
 some_speeds = st.lists(st.integers(1, 20).map(float), min_size=16, max_size=16)
 
@@ -107,6 +84,15 @@ def confidences(most_requests: int, most_slots: int):
         return st.lists(row, min_size=1, max_size=most_requests)
 
     return st.integers(1, most_slots).flatmap(rows)
+
+
+@settings(max_examples=300)
+@given(confidences(3, 3), st.sampled_from(sorted(SMOOTH)))
+def test_no_choice_of_prefixes_beats_early_stopping_on_a_smooth_curve(confidence, name) -> None:
+    sps = SMOOTH[name]
+    lengths = prefix_schedule(np.array(confidence), sps).tolist()
+    assert sps.smooth
+    assert theta(confidence, lengths, sps) == pytest.approx(best_theta(confidence, sps), rel=1e-12)
 
 
 @settings(max_examples=150)
@@ -136,15 +122,14 @@ def test_a_thousand_requests_are_scheduled_as_by_the_walk(decimals, last) -> Non
         confidence.tolist(), sps
     )
     retrospective = retrospective_schedule(confidence, sps)
-    # The curve is smooth, so there is nothing better.
+    # Nothing is better on a smooth curve.
     assert retrospective.tolist() == lengths.tolist()
 
 
-def test_of_equally_good_schedules_the_shortest_is_taken() -> None:
+@pytest.mark.parametrize("scheduler", [prefix_schedule, retrospective_schedule])
+def test_of_equally_good_schedules_the_shortest_is_taken(scheduler) -> None:
     # 1.5 * 2, then 2 * 1.5: the second slot changes nothing.
-    sps = table_of([0, 1.0, 2.0, 1.5])
-    for scheduler in (prefix_schedule, retrospective_schedule):
-        assert scheduler(np.array([[0.5, 1.0]]), sps).tolist() == [1]
+    assert scheduler(np.array([[0.5, 1.0]]), table_of([0, 1.0, 2.0, 1.5])).tolist() == [1]
 
 
 @pytest.mark.parametrize("scheduler", [prefix_schedule, retrospective_schedule])
@@ -312,18 +297,6 @@ def test_the_answers_of_requests_that_share_a_step_stay_the_targets_own(rows, sp
         assert found[pairs] == own
 
 
-def test_the_enumeration_sees_the_bias_of_the_retrospective_search() -> None:
-    # Token 0 is A: target (0.7, 0.3), draft (0.5, 0.5), 0.8, then 0.9 after A and 0 after B.
-    half = Fraction(1, 2)
-    row = ((Fraction(3, 10), half, half), (half, half, half), (0.8, 0.9, 0.0))
-    for scheduler, expected in (
-        (prefix_schedule, Fraction(7, 10)),
-        (retrospective_schedule, Fraction(85, 100)),
-    ):
-        found = joint_answers([row], CLIFF, scheduler)
-        assert sum(share for ((a, _),), share in found.items() if a == 0) == expected
-
-
 @pytest.mark.parametrize(
     "scheduler, lengths, exact",
     [(prefix_schedule, [0, 0], [0.7, 0.3]), (retrospective_schedule, [2, 0], [0.85, 0.15])],
@@ -334,12 +307,18 @@ def test_the_worked_example_is_that_of_the_design(scheduler, lengths, exact) -> 
     Theta is 1 with nothing admitted, (1 + 0.8) * 0.5 = 0.9 with the first slot: early stopping ends
     here. After A both slots give (1 + 0.8 + 0.72) * 0.45 = 1.134, so a retrospective search
     verifies A, which is always accepted, and leaves B to the target: 0.5 + 0.5 * 0.7 = 0.85.
+    The enumeration above sees the same bias.
     """
     assert not CLIFF.smooth
     found = [scheduler(np.array([[0.8, after]]), CLIFF).item() for after in (0.9, 0.0)]
     assert found == lengths
     output = output_distribution([0.7, 0.3], [0.5, 0.5], found)
     assert output.tolist() == pytest.approx(exact, abs=1e-15)
+    half = Fraction(1, 2)
+    row = ((Fraction(3, 10), half, half), (half, half, half), (0.8, 0.9, 0.0))
+    answered = joint_answers([row], CLIFF, scheduler)
+    first = sum(share for ((token, _),), share in answered.items() if token == 0)
+    assert float(first) == pytest.approx(exact[0], abs=1e-15)
 
 
 def test_output_is_rejected_and_corrected_token_by_token() -> None:
@@ -366,18 +345,11 @@ def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tokens": []}, "one or more points"),
-        ({"tokens": [[1]]}, "one or more points"),
         ({"tokens": [1]}, "steps_per_second must be [point] with 1 points, got shape (2,)"),
-        ({"tokens": [4, 4]}, "tokens must rise from point to point, got [4, 4]"),
         ({"tokens": [4, 1]}, "tokens must rise from point to point, got [4, 1]"),
-        ({"tokens": [0, 1]}, "tokens must be whole numbers >= 1, got 0"),
-        ({"tokens": [1, 1.5]}, "tokens must be whole numbers >= 1, got 1.5"),
         ({"tokens": [1, math.nan]}, "tokens must be whole numbers >= 1, got nan"),
         ({"tokens": ["1", "2"]}, "tokens must hold numbers"),
         ({"steps_per_second": [2.0, 0.0]}, "steps_per_second[1] must be > 0, got 0.0"),
-        ({"steps_per_second": [2.0, -1.0]}, "steps_per_second[1] must be > 0, got -1.0"),
-        ({"steps_per_second": [math.nan, 1.0]}, "steps_per_second[0] must be finite, got nan"),
         ({"steps_per_second": [math.inf, 1.0]}, "steps_per_second[0] must be finite, got inf"),
         ({"context_length": 1.5}, "context_length must be an int"),
         ({"context_length": -1}, "context_length must be >= 0, got -1"),
@@ -415,12 +387,7 @@ def test_a_smoothed_curve_is_the_lower_convex_envelope(points) -> None:
             )
         assert smoothed.seconds(b) == pytest.approx(expected)
     # Below the first point a curve holds, so it is smooth where it is its own envelope.
-    same = all(smoothed.seconds(b) == pytest.approx(s, abs=1e-9) for b, s in points_of(sps))
-    assert sps.smooth == same
-
-
-def points_of(sps: StepsPerSecond) -> list[tuple[int, float]]:
-    return [(int(b), 1 / s) for b, s in zip(sps.tokens, sps.steps_per_second, strict=True)]
+    assert sps.smooth == np.allclose(smoothed.seconds(np.array(tokens)), seconds, rtol=0, atol=1e-9)
 
 
 def test_a_saved_curve_is_read_back_with_its_facts(tmp_path) -> None:

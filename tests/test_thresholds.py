@@ -6,11 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dspark_lab.rates import (
-    SequentialTemperatures,
-    temperature_scale,
-    threshold_sweep,
-)
+from dspark_lab.rates import SequentialTemperatures, temperature_scale, threshold_sweep
 from tests.traces import RAGGED, SLOTS, TRACE, rounds_by_hand
 
 

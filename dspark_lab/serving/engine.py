@@ -118,6 +118,7 @@ class Engine:
     @property
     def table(self) -> pd.DataFrame:
         """A row for each measured point; 0 where a number does not apply."""
+        rows: list[tuple[Any, ...]]
         rows = [("target", 0, 0, n, self.sps.seconds(n)) for n in self.sps.tokens.tolist()]
         for (point, slot), seconds in np.ndenumerate(self.draft):
             rows.append(("draft", self.requests[point], slot + 1, 0, seconds))
@@ -144,9 +145,7 @@ class Engine:
         twice = table.duplicated(_COLUMNS[:-1])
         if twice.any():
             point = table.loc[twice, _COLUMNS[:-1]].to_dict("records")[0]
-            raise ValueError(
-                f"an engine must have one row for each point, got two of {point}"
-            )
+            raise ValueError(f"an engine must have one row for each point, got two of {point}")
         target = table[table["part"] == "target"]
         sps = StepsPerSecond.of(target.assign(steps_per_second=1 / target["seconds"]))
         curves = table[table["part"].isin(parts[1:])].pivot(

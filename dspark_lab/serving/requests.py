@@ -193,9 +193,8 @@ def _complete(
     """Fill in what follows the first ``asked`` slots of each round."""
     slots = accept.shape[1]
     for name in pd.unique(domain):
-        givers, cut = (
-            np.flatnonzero(ends & (domain == name)) for ends in (asked == slots, asked < slots)
-        )
+        givers = np.flatnonzero((asked == slots) & (domain == name))
+        cut = np.flatnonzero((asked < slots) & (domain == name))
         if len(cut) and not len(givers):
             raise ValueError(
                 f"trace must have a round of domain {name!r} that verified {slots} slots, got none"

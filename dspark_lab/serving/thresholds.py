@@ -6,7 +6,7 @@ Thresholds are replayed on the rounds of a trace, see :mod:`dspark_lab.rates.thr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -90,26 +90,15 @@ def best_threshold(
     """
     rounds = _rounds(trace, drafter, temperature)
     lengths = require_lengths(draft_lengths, min(rounds.verified.shape[1], costs.longest))
-    tried = threshold_table(
-        rounds,
-        costs,
-        thresholds=thresholds,
-        draft_lengths=lengths,
-        calibrated=calibrated,
-        resamples=1,
-    )
+    options: dict[str, Any] = {"thresholds": thresholds, "draft_lengths": lengths}
+    tried = threshold_table(rounds, costs, calibrated=calibrated, resamples=1, **options)
     if tried["speedup"].isna().all():
         raise ValueError("trace must reach the slots of one draft length at least, got none")
     best = tried.loc[tried["speedup"].idxmax()]
-    return threshold_table(
-        rounds if test is None else _rounds(test, drafter, temperature),
-        costs,
-        thresholds=[best["threshold"]],
-        draft_lengths=[int(best["draft_length"])],
-        calibrated=calibrated,
-        resamples=resamples,
-        seed=seed,
-    ).iloc[0]
+    options = {"thresholds": [best["threshold"]], "draft_lengths": [int(best["draft_length"])]}
+    shown = rounds if test is None else _rounds(test, drafter, temperature)
+    options |= {"calibrated": calibrated, "resamples": resamples, "seed": seed}
+    return threshold_table(shown, costs, **options).iloc[0]
 
 
 @checked
