@@ -451,7 +451,7 @@ CUT = pd.concat([ANY, trace_of([(99, [0.5] * 4, 1, 1)])])
     [
         (trace_of([(4, [0.5] * 3, 2, 1)]), None, "scheduler.* 4 that verified 2 of 3 slots"),
         (trace_of([(4, [0.5] * 3, 0, 0)]), None, "scheduler.* 4 that verified 0 of 3 slots"),
-        (CUT, None, "a round of domain 'all' that verified 3 slots"),
+        (CUT, None, "a round of domain 'all' that verified 4 slots"),
         (pd.concat([ANY, ANY]), None, "every run a trace of its own"),
         (ANSWERS, {"law": 1}, r"among \['chat', 'code'\], got 'law'"),
         (ANSWERS, {"code": 0}, "domains must have a weight above 0"),
