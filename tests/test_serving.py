@@ -556,12 +556,12 @@ def test_predicted_is_what_decoding_then_does(replay) -> None:
     as tau is."""
     target, drafter = tiny_target(), tiny_drafter()
     prompts = torch.randint(60, (20, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = []
     temperatures = (3.0,) if replay else (1.0, 3.0)
-    options = {"max_new_tokens": 40, "seed": 5}
-    trace = pd.concat(
-        decode(target, drafter, prompts, temperature=t, **options).trace.assign(temperature=t)
-        for t in temperatures
-    )
+    for temperature in temperatures:
+        drawn = decode(target, drafter, prompts, temperature=temperature, max_new_tokens=40, seed=5)
+        parts.append(drawn.trace.assign(temperature=temperature))
+    trace = pd.concat(parts)
     options = {"repeats": 2, "max_new_tokens": 28, "resamples": 200, "draft_lengths": [1, 3]}
     options |= {"temperatures": temperatures, "replay": replay}
     table = decode_check(target, drafter, prompts[:8], trace, **options)

@@ -85,14 +85,19 @@ def decode_check(
     ids = [encode_prompt(target, prompt) for prompt in prompts]
     # Half an answer behind a prompt of middling length.
     context = int(np.median([len(tokens) for tokens in ids])) + max_new_tokens // 2
-    measured: dict[str, Any] = {"requests": (1,), "context_length": context, "repeats": repeats}
     rows = []
     for temperature in temperatures:
         profile = acceptance_profile(trace, temperature=temperature, resamples=resamples, seed=seed)
         lengths = require_lengths(draft_lengths, len(profile.rates))
         if costs is None:
             engine = measure_engine(
-                target, drafter, temperature=temperature, draft_lengths=lengths, **measured
+                target,
+                drafter,
+                requests=(1,),
+                draft_lengths=lengths,
+                context_length=context,
+                temperature=temperature,
+                repeats=repeats,
             )
             here = engine.costs()
             if replay:

@@ -84,7 +84,9 @@ def temperature_table(
     by_temperature = {profile.temperature: profile for profile in profiles}
     if not profiles or None in by_temperature or len(by_temperature) < len(profiles):
         given = [profile.temperature for profile in profiles]
-        raise ValueError(f"profiles must be given, each of another known temperature, got {given}")
+        raise ValueError(
+            f"profiles must be one or more, each of another known temperature, got {given}"
+        )
     values = sorted(value for value in by_temperature if value is not None)
     if isinstance(costs, RoundCosts):
         costs = dict.fromkeys(values, costs)
