@@ -1,6 +1,7 @@
 """Accept rates and confidences: pictures of tables made by hand, and the explorer."""
 
 import re
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -8,36 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from data.make.recipes import write_chats
-from dspark_lab import explore
-from dspark_lab.chats import Chat
+from dspark_lab import explore, rates
 from dspark_lab.decoding import Decoded, decode, encode_prompt, outcome_table, token_kinds
-from dspark_lab.explore import acceptance as acceptance_module
+from dspark_lab.explore import models
 from dspark_lab.explore.style import BLUE, GREEN, ORANGE
-from dspark_lab.rates import (
-    rate_table,
-    reliability_tables,
-    split_prompts,
-    study,
-    tau_table,
-    threshold_sweep,
-    trace_sums,
-)
+from tests import gallery
 from tests.explorers import alert, picture
-from tests.gallery import (
-    DRIFT,
-    GAIN,
-    KINDS,
-    ONE_KIND,
-    REPORT,
-    biases,
-    bins,
-    picture_of,
-    pixels_of,
-    rates,
-    sweep,
-)
+from tests.gallery import DRIFT, GAIN, KINDS, ONE_KIND, REPORT, biases, bins, picture_of, sweep
 from tests.pictures import bands, labelled, legend, points, segments, tick_names, title, words
 from tests.samples import tiny_drafter
 from tests.test_target import random_target
@@ -57,18 +38,28 @@ def test_ticks_of_rates_are_what_their_labels_say(low):
         assert number == pytest.approx(100 * place)
 
 
+def require_rates(ax: Axes, table: pd.DataFrame, by: str, value: str, low: str, high: str) -> None:
+    """Each part of a table is a line with its band; the empirical one has marks with bars."""
+    parts = dict(list(table.groupby(by, sort=False)))
+    lines = labelled(ax)
+    assert list(lines) == list(parts)
+    for name, line in lines.items():
+        assert points(line) == parts[name][["slot", value]].to_numpy().tolist()
+    bars = parts.pop("empirical", table.head(0))[["slot", low, high]].to_numpy().tolist()
+    assert segments(ax) == [[[slot, a], [slot, b]] for slot, a, b in bars]
+    wanted = [(part[low].min(), part[high].max()) for part in parts.values()]
+    assert bands(ax) == [pytest.approx(one) for one in wanted]
+
+
 def test_each_drafter_has_a_panel_with_a_line_for_each_kind():
     drafters = ["one", "two", "three", "four", "five"]
-    parts = dict(list(rates(drafters).groupby(["drafter", "kind"])))
+    table = gallery.rates(drafters)
     figure = picture_of("rates")
     assert list(map(title, figure.axes)) == drafters
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(KINDS)
     for ax, name in zip(figure.axes, drafters, strict=True):
+        require_rates(ax, table[table["drafter"] == name], "kind", "conditional", "low", "high")
         lines = labelled(ax)
-        assert tuple(lines) == KINDS
-        for kind, line in lines.items():
-            wanted = parts[name, kind][["slot", "conditional"]]
-            assert points(line) == wanted.to_numpy().tolist()
         drawn = {kind: (line.get_color(), line.get_linestyle()) for kind, line in lines.items()}
         assert drawn["on policy"] == (BLUE, "-")
         assert drawn["predicted"] == (ORANGE, "--")
@@ -82,50 +73,28 @@ def test_panels_stand_four_a_line_on_one_scale():
     assert len({round(box.y0, 3) for box in boxes[:4]}) == 1
     assert boxes[4].y1 < boxes[0].y0 and boxes[4].x0 == pytest.approx(boxes[0].x0)
     [(low, high)] = {ax.get_ylim() for ax in axes}
-    table = rates(["one", "two", "three", "four", "five"])
+    table = gallery.rates(["one", "two", "three", "four", "five"])
     assert low < table["low"].min() and high > table["high"].max()
 
 
-@pytest.mark.parametrize(
-    ("picture", "value", "low", "high"),
-    [
-        ("rates of one", "conditional", "low", "high"),
-        ("survival", "survival", "survival_low", "survival_high"),
-    ],
-)
-def test_an_interval_is_a_band_or_where_there_is_no_line_a_bar(picture, value, low, high):
-    table = rates(["one"] if picture == "rates of one" else ["one", "two"])
-    table = table[table["drafter"] == "one"]
-    ax = picture_of(picture).axes[0]
-    for kind, line in labelled(ax).items():
-        part = table[table["kind"] == kind]
-        assert points(line) == part[["slot", value]].to_numpy().tolist()
-    part = table[table["kind"] == "empirical"]
-    bars = [[[k, a], [k, b]] for k, a, b in zip(part["slot"], part[low], part[high], strict=True)]
-    assert segments(ax) == bars
-    parts = table[table["kind"] != "empirical"].groupby("kind", sort=False)
-    wanted = [(part[low].min(), part[high].max()) for _, part in parts]
-    assert bands(ax) == [pytest.approx(one) for one in wanted]
+def test_survival_has_its_own_lines_and_intervals():
+    table = gallery.rates(["one", "two"]).query("drafter == 'one'")
+    ax = picture_of("survival").axes[0]
+    require_rates(ax, table, "kind", "survival", "survival_low", "survival_high")
 
 
 def test_rates_of_one_kind_are_a_line_with_its_band_for_each_drafter_in_one_panel():
     [ax] = picture_of("rates of one kind").axes
-    lines = labelled(ax)
-    assert list(lines) == legend(ax) == ["one", "two"]
-    for name, line in lines.items():
-        part = ONE_KIND[ONE_KIND["drafter"] == name]
-        assert points(line) == part[["slot", "conditional"]].to_numpy().tolist()
-    looks = {(line.get_color(), line.get_marker()) for line in lines.values()}
+    require_rates(ax, ONE_KIND, "drafter", "conditional", "low", "high")
+    assert legend(ax) == ["one", "two"]
+    looks = {(line.get_color(), line.get_marker()) for line in labelled(ax).values()}
     assert len(looks) == 2
-    parts = ONE_KIND.groupby("drafter", sort=False)
-    wanted = [(part["low"].min(), part["high"].max()) for _, part in parts]
-    assert bands(ax) == [pytest.approx(one) for one in wanted]
 
 
 def test_rates_kept_apart_by_something_else_have_their_panels_too():
-    table = rates(["one", "two"]).rename(columns={"drafter": "domain"})
+    table = gallery.rates(["one", "two"]).rename(columns={"drafter": "domain"})
     assert list(map(title, explore.plot_rates(table).axes)) == ["one", "two"]
-    behind = rates(["one", "two"]).pipe(lambda t: t[[*t.columns.drop("drafter"), "drafter"]])
+    behind = table.assign(drafter=table.pop("domain"))
     assert list(map(title, explore.plot_rates(behind).axes)) == ["one", "two"]
 
 
@@ -154,7 +123,7 @@ def test_reliability_shows_each_bin_that_has_a_mean_and_counts_them_all():
 
 
 def test_reliability_panels_are_square_and_their_strips_as_wide():
-    pixels_of("reliability")
+    gallery.pixels_of("reliability")
     figure = picture_of("reliability")
     for ax, strip in zip(figure.axes[:2], figure.axes[2:], strict=True):
         box, below = ax.get_window_extent(), strip.get_window_extent()
@@ -219,7 +188,7 @@ def test_a_bias_is_shown_by_one_or_two_of_its_columns(by):
 
 def test_a_rate_or_a_view_that_there_is_none_of_is_refused():
     with pytest.raises(ValueError, match="value must be .*'survival', got 'tau'"):
-        explore.plot_rates(rates(["one"]), "tau")
+        explore.plot_rates(gallery.rates(["one"]), "tau")
     with pytest.raises(ValueError, match="view must be one of .*'rates'.*, got 'mood'"):
         acceptance(view="mood")
 
@@ -286,24 +255,19 @@ def acceptance(prompts: Any = QUESTIONS, drafters: Any = None, **options: Any) -
     return explore.explore_acceptance(target(), drafters or drafter(), prompts, **(HOT | options))
 
 
-def expected(view: str, run: Decoded, conversation: int = 0) -> pd.DataFrame:
+def expected(view: str, run: Decoded) -> pd.DataFrame:
     """The table behind a view, from the library's functions."""
-    trace = run.trace
-    if view in ("rates", "survival"):
-        return rate_table(trace_sums(trace))
-    if view == "reliability":
-        raw, scaled = reliability_tables(*split_prompts(trace)).values()
-        both = [t.assign(bin=range(len(t))) for t in (raw, scaled)]
-        named = [t.assign(values=v) for t, v in zip(both, ("raw", "scaled"), strict=True)]
-        table = pd.concat(named, ignore_index=True)
-        return table[["values", "bin", *raw.columns]]
-    if view == "thresholds":
-        return threshold_sweep(trace, [i / 20 for i in range(20)])
+    trace = run.trace.assign(kind=token_kinds(run.trace["token"], to_text))
     if view == "text":
-        return outcome_table(run, to_text, conversation)
-    if view == "token kinds":
-        trace = trace.assign(kind=token_kinds(trace["token"], to_text))
-    return study(trace, by=["domain" if view == "domains" else "kind"])
+        return outcome_table(run, to_text, 0)
+    if view == "reliability":
+        tables = rates.reliability_tables(*rates.split_prompts(trace))
+        return pd.concat(tables, names=["values", "bin"]).reset_index()
+    if view == "thresholds":
+        return rates.threshold_sweep(trace)
+    if view in ("domains", "token kinds"):
+        return rates.study(trace, by=["domain" if view == "domains" else "kind"])
+    return rates.rate_table(rates.trace_sums(trace))
 
 
 @pytest.fixture(scope="module")
@@ -314,11 +278,12 @@ def explored() -> explore.Explorer:
 
 def test_a_views_table_is_what_the_library_says_of_the_same_trace_and_has_its_own_picture(explored):
     run, pictures = answers(drafter()), {}
+    tau = rates.tau_table(rates.trace_sums(run.trace))
     for view in explore.VIEWS:
         explored.controls["view"].value = view
         pd.testing.assert_frame_equal(explored.table, expected(view, run), check_dtype=False)
         pd.testing.assert_frame_equal(explored.tables["trace"], run.trace)
-        pd.testing.assert_frame_equal(explored.tables["tau"], tau_table(trace_sums(run.trace)))
+        pd.testing.assert_frame_equal(explored.tables["tau"], tau)
         assert list(explored.tables)[1:] == ["trace", "tau"]
         if view != "text":
             alt, file = re.match(
@@ -333,28 +298,21 @@ def test_the_text_view_is_the_chosen_conversation(explored):
     run = answers(drafter())
     for conversation in (0, 5, len(QUESTIONS) - 1):
         explored.controls["conversation"].value = conversation
-        table = expected("text", run, conversation)
+        table = outcome_table(run, to_text, conversation)
         pd.testing.assert_frame_equal(explored.table, table)
-        assert picture(explored).value == explore.outcome_legend(table) + explore.outcome_text(
-            table
-        )
+        shown = explore.outcome_legend(table) + explore.outcome_text(table)
+        assert picture(explored).value == shown
     explored.controls["conversation"].value = len(QUESTIONS)
     assert explored.settings["conversation"] == len(QUESTIONS) - 1
 
 
-def test_the_view_to_start_with_can_be_chosen():
-    explorer = acceptance(QUESTIONS[:12], view="survival")
-    start = {"view": "survival", "drafter": "drafter", "temperature": 1.5, "conversation": 0}
-    assert explorer.settings == start
-    table = expected("survival", answers(drafter(), QUESTIONS[:12]))
-    pd.testing.assert_frame_equal(explorer.table, table, check_dtype=False)
-
-
 def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
     counted = mock.Mock(side_effect=decode)
-    monkeypatch.setattr(acceptance_module, "decode", counted)
+    monkeypatch.setattr(models, "decode", counted)
     both = {"one": drafter(1), "two": drafter(2)}
-    explorer = acceptance(QUESTIONS[:4], both, max_new_tokens=5)
+    explorer = acceptance(QUESTIONS[:4], both, view="reliability", max_new_tokens=5)
+    start = {"view": "reliability", "drafter": "one", "temperature": 1.5, "conversation": 0}
+    assert explorer.settings == start
     moves: list[tuple[str, Any]] = [
         ("drafter", "two"),
         ("temperature", 0.0),
@@ -392,16 +350,11 @@ def test_prompts_may_be_text_ids_conversations_or_a_file_of_them(tmp_path):
     file = tmp_path / "chats.jsonl"
     write_chats(chats, file)
     trace = answers(drafter(), TEXTS).trace
-    tensors, mixed = [torch.tensor(own) for own in ids], [TEXTS[0], ids[1], chats[2]]
-    for prompts in (TEXTS, ids, tensors, chats, mixed, file, str(file)):
+    # The first question of a conversation is asked.
+    longer = replace(chats[2], messages=chats[2].messages + ask("w4").messages)
+    mixed = [TEXTS[0], torch.tensor(ids[1]), longer]
+    for prompts in (TEXTS, ids, chats, mixed, file, str(file)):
         pd.testing.assert_frame_equal(acceptance(prompts).tables["trace"], trace)
-
-
-def test_a_conversations_first_question_is_asked():
-    messages = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5")]
-    chat = Chat(tuple({"role": role, "content": text} for role, text in messages), id="long")
-    trace = acceptance([chat]).tables["trace"]
-    pd.testing.assert_frame_equal(trace, answers(drafter(), ["w1 w2"]).trace)
 
 
 def test_a_drafter_without_a_confidence_head_has_rates_and_elsewhere_a_sentence():

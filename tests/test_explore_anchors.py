@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dspark_lab import explore
 from dspark_lab.blocks import cut_blocks, draw_blocks
-from dspark_lab.chats import Chat, collate, pack
+from dspark_lab.chats import collate, pack
 from tests import oracle
 from tests.draws import MASK, PAD, draws
 from tests.explorers import (
@@ -70,13 +70,6 @@ def test_the_token_table_says_what_each_token_is_in_this_draw_and_in_any(draw):
         assert table["p_covered"].tolist() == pytest.approx(chances.tolist())
 
 
-def test_an_answer_that_opens_a_packed_document_is_never_a_label():
-    batch = pack(documents("aaa", "aa"), 7, PAD)
-    table = explore.token_table(batch, draw_blocks(batch, 9, 4, seed=0), to_text)
-    first, label = "never a label", "covered"
-    assert table["state"].tolist() == [first, label, label, first, label, "padding", "padding"]
-
-
 def test_a_token_that_this_draw_misses_is_not_covered():
     batch = collate(documents(".aaaa."), PAD)
     blocks = cut_blocks(batch, torch.tensor([[1]]), torch.tensor([[True]]), 2)
@@ -94,26 +87,23 @@ def test_the_block_table_says_what_each_slot_reads_sees_and_predicts(draw):
     positions = oracle.position_ids(draw.anchors, block_size, draw.batch.position_ids.tolist())
     mask, seq_len = draw.dense_mask(), draw.blocks.seq_len
     for row, anchors_of_row in enumerate(draw.anchors):
-        expected = []
-        for block, slot in product(range(len(anchors_of_row)), range(block_size)):
-            query = block * block_size + slot
-            label, kept = anchors_of_row[block] + slot + 1, draw.keep[row][block]
-            token = inputs[row][query]
-            expected.append(
-                {
-                    "block": block,
-                    "kept": kept,
-                    "slot": slot,
-                    "position_id": positions[row][query],
-                    "input": "[mask]" if token == MASK else to_text(token),
-                    "context": sum(mask[row][query][:seq_len]),
-                    "label_position": label,
-                    "label": to_text(tokens[row][label]) if kept and label < seq_len else "",
-                    "supervised": draw.eval_mask[row][block][slot],
-                }
-            )
+        slots = list(product(range(len(anchors_of_row)), range(block_size)))
+        kept = [draw.keep[row][block] for block, _ in slots]
+        labels = [anchors_of_row[block] + slot + 1 for block, slot in slots]
+        known = [own and label < seq_len for own, label in zip(kept, labels, strict=True)]
+        shown = zip(labels, known, strict=True)
         table = explore.block_table(draw.blocks, to_text, row=row)
-        assert table.to_dict("records") == expected
+        assert table.to_dict("list") == {
+            "block": [block for block, _ in slots],
+            "kept": kept,
+            "slot": [slot for _, slot in slots],
+            "position_id": positions[row],
+            "input": ["[mask]" if token == MASK else to_text(token) for token in inputs[row]],
+            "context": [sum(line[:seq_len]) for line in mask[row]],
+            "label_position": labels,
+            "label": [to_text(tokens[row][label]) if flag else "" for label, flag in shown],
+            "supervised": sum(draw.eval_mask[row], []),
+        }
         assert explore.slot_inputs(draw.blocks.row(row), to_text) == table["input"].tolist()
 
 
@@ -129,12 +119,9 @@ def test_an_anchor_whose_token_has_the_mask_tokens_number_is_still_shown_as_itse
 def test_a_row_that_is_not_there_is_refused(row):
     batch = collate(documents("aaaa", "aaa"), PAD)
     blocks = draw_blocks(batch, 2, 2, seed=0)
-    for refused in (
-        lambda: explore.token_table(batch, blocks, str, row=row),
-        lambda: blocks.row(row),
-    ):
+    for rows in (batch, blocks):
         with pytest.raises(ValueError, match=f"row must .*got {row}"):
-            refused()
+            rows.row(row)
 
 
 def test_the_coverage_lines_are_the_expected_and_the_marks_the_sampled_shares():
@@ -166,10 +153,7 @@ def test_the_packing_lines_are_the_expected_shares_dashed_per_document():
     assert unpacked.get_xydata().tolist() == [[16, 0.5], [64, 0.9]]
     assert packed.get_xydata().tolist() == [[16, 0.2], [64, 0.45]]
     assert (unpacked.get_linestyle(), packed.get_linestyle()) == ("--", "-")
-    assert legend(axes) == [
-        "unpacked, per document",
-        "packed, 1024, per row",
-    ]
+    assert legend(axes) == ["unpacked, per document", "packed, 1024, per row"]
 
 
 def tokens(*texts: str) -> pd.DataFrame:
@@ -241,27 +225,11 @@ def test_the_anchors_table_follows_every_slider():
         assert picture(explorer).value == shown
 
 
-def test_an_answers_exclamation_mark_is_no_mask_token_though_its_number_is_0():
-    messages = ({"role": "user", "content": "w1"}, {"role": "assistant", "content": "! !"})
-    explorer = explore.explore_anchors(
-        [Chat(messages, id="!")], TOKENIZER, num_anchors=2, block_size=2
-    )
-    blocks = explorer.tables["blocks"]
-    assert blocks["kept"].all()
-    assert blocks["input"].tolist() == ["!", "[mask]"] * 2
-
-
 def test_a_row_that_is_too_short_is_said_in_words_and_can_be_left():
     explorer = anchors(conversation=2, packed=True, row_length=64)
     assert "96 tokens" in alert(explorer) and "row of 64" in alert(explorer)
     explorer.controls["row_length"].value = 96
     assert len(explorer.table) == 96
-
-
-def test_a_tokenizer_without_a_chat_template_is_said_in_words():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
-    assert "chat template" in alert(explore.explore_anchors(CHATS, tokenizer))
 
 
 def test_a_conversation_that_the_template_refuses_leaves_the_others_alone():
@@ -288,13 +256,7 @@ def test_the_shipped_tokenizer_is_taken_where_none_is_given():
 
 @pytest.mark.parametrize(
     ("make", "name", "value"),
-    [
-        (anchors, "num_anchors", 4096),
-        (anchors, "block_size", 100),
-        (anchors, "seed", 1234),
-        (anchors, "row_length", 5000),
-        (masks, "context", 3000),
-    ],
+    [(anchors, "num_anchors", 4096), (anchors, "row_length", 5000), (masks, "context", 3000)],
 )
 def test_a_slider_reaches_the_value_that_it_starts_with(make, name, value):
     explorer = make(**{name: value})

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -17,12 +17,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from dspark_lab import explore
 from dspark_lab.attention import training_mask_mod
 from dspark_lab.blocks import draw_blocks
-from dspark_lab.chats import collate, pack
+from dspark_lab.chats import pack
 from dspark_lab.explore.masks import REGION_COLOURS, TILE_COLOURS
+from dspark_lab.explore.style import visible_text
 from tests import oracle
 from tests.draws import PAD, Draw, draws
 from tests.explorers import alert, follows, masks, picture, tables_by_hand
-from tests.gallery import OWN, SEEN, TILES, large_regions, picture_of, pixels_of, small_blocks
+from tests.gallery import OWN, SEEN, TILES, large_regions, picture_of, small_blocks
 from tests.pictures import legend, pixels, tick_names
 from tests.samples import documents
 
@@ -81,19 +82,13 @@ def test_a_mask_without_full_tiles_has_partial_ones_and_none_past_its_counts():
     assert explore.tile_states(block_mask).tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 0]]
 
 
-def direct_counts(draw: Draw, order: tuple[int, ...], tile_size: int) -> dict[str, float]:
-    """A line of the sorting table, by looking at every pair."""
-    anchors = [[row[i] for i in order] for row in draw.anchors]
-    keep = [[row[i] for i in order] for row in draw.keep]
-    masks = oracle.dense_mask(anchors, keep, draw.blocks.seq_len, draw.blocks.block_size, draw.docs)
+def direct_counts(draw: Draw, tile_size: int) -> list[float]:
+    """The numbers of a line of the sorting table, by looking at every pair."""
+    masks = draw.dense_mask()
     kinds = [kind for mask in masks for row in oracle.tile_kinds(mask, tile_size) for kind in row]
-    worked = len(kinds) - kinds.count("empty")
-    visible = sum(sum(row) for mask in masks for row in mask)
-    return {
-        **{state: kinds.count(state) for state in explore.TILE_STATES},
-        "work": worked / len(kinds),
-        "wasted": 1 - visible / (worked * tile_size**2),
-    }
+    counts = [kinds.count(state) for state in explore.TILE_STATES]
+    worked, visible = sum(counts[1:]), np.array(masks).sum()
+    return [*counts, worked / sum(counts), 1 - visible / (worked * tile_size**2)]
 
 
 def test_the_sorting_table_counts_the_tiles_of_both_orders():
@@ -104,20 +99,14 @@ def test_the_sorting_table_counts_the_tiles_of_both_orders():
     table = explore.sorting_table(draw.blocks, tile_sizes=(3, 8))
     assert table["tile_size"].tolist() == [3, 3, 8, 8]
     assert table["order"].tolist() == ["as drawn", "shuffled"] * 2
-    lines = table[[*explore.TILE_STATES, "work", "wasted"]].to_dict("records")
-    for tile_size, (drawn, shuffled) in zip((3, 8), (lines[:2], lines[2:]), strict=True):
-        assert drawn == pytest.approx(direct_counts(draw, tuple(range(5)), tile_size))
-        orders = permutations(range(5))
-        assert any(shuffled == pytest.approx(direct_counts(draw, o, tile_size)) for o in orders)
-
-
-def test_shuffled_anchors_are_more_work_in_every_tile_size():
-    blocks = draw_blocks(collate(documents("." * 8 + "a" * 1016), PAD), 64, 4, seed=0)
-    table = explore.sorting_table(blocks, tile_sizes=(16, 32, 64))
-    numbers = table.set_index("order")[["partial", "work", "wasted"]]
-    assert (numbers.loc["shuffled"].to_numpy() > numbers.loc["as drawn"].to_numpy()).all()
-    pd.testing.assert_frame_equal(table, explore.sorting_table(blocks, tile_sizes=(16, 32, 64)))
-    assert not explore.sorting_table(blocks, tile_sizes=(16, 32, 64), seed=1).equals(table)
+    lines = table[[*explore.TILE_STATES, "work", "wasted"]].values.tolist()
+    orders = [Draw(batch, draw.blocks.reordered(torch.tensor(o))) for o in permutations(range(5))]
+    for tile_size, drawn, shuffled in ((3, *lines[:2]), (8, *lines[2:])):
+        assert drawn == pytest.approx(direct_counts(draw, tile_size))
+        assert any(shuffled == pytest.approx(direct_counts(o, tile_size)) for o in orders)
+    pd.testing.assert_frame_equal(table, explore.sorting_table(draw.blocks, tile_sizes=(3, 8)))
+    others = [explore.sorting_table(draw.blocks, tile_sizes=(3, 8), seed=i) for i in (1, 2, 3)]
+    assert not all(other.equals(table) for other in others)
 
 
 def image(figure: Figure) -> np.ndarray:
@@ -146,15 +135,6 @@ def test_each_pair_or_tile_is_one_cell_in_a_colour_of_its_own(picture, cells, na
     left, right, bottom, top = picture_of(picture).axes[0].images[0].get_extent()
     assert (left, right) == (-0.5, cells.shape[1] - 0.5)
     assert (top, bottom) == (-0.5, cells.shape[0] - 0.5)
-
-
-@pytest.mark.parametrize("picture", ["small mask", "large mask", "tiles", "sorting"])
-def test_every_colour_of_a_picture_is_in_its_png(picture):
-    colours = REGION_COLOURS if "mask" in picture else TILE_COLOURS
-    values = pixels_of(picture)
-    for colour in colours.values():
-        same = np.abs(values[..., :3] - 255 * np.array(to_rgb(colour))).max(axis=-1) < 2
-        assert (same & (values[..., 3] > 250)).sum() > 20, colour
 
 
 def test_the_legend_names_the_regions_that_are_there_and_counts_the_tiles_of_each_state():
@@ -219,39 +199,28 @@ def test_the_line_between_context_and_slots_stands_between_their_cells():
         assert list(line.get_xdata()) == [column, column]
 
 
-def axis_labels(text: str) -> list[str]:
-    """How a token's text stands on the axes: as a context token, then as a slot's input."""
-    regions = torch.full((1, 2), OWN, dtype=torch.int8)
-    names = {"context_text": [text], "slot_text": [text]}
+def test_tokens_are_named_on_both_axes():
+    texts = ["$x$", "$\\frac{$", " a\n"]
+    regions = torch.full((3, 6), OWN, dtype=torch.int8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = explore.plot_mask(regions, seq_len=1, block_size=1, **names)
+        names = {"context_text": texts, "slot_text": texts}
+        figure = explore.plot_mask(regions, seq_len=3, block_size=3, **names)
         pixels(figure)
-    context, slot = tick_names(figure.axes[0].xaxis)
-    assert tick_names(figure.axes[0].yaxis) == [slot] and slot.startswith("0.0 ")
-    return [context, slot.removeprefix("0.0 ")]
+    context, slots = tick_names(figure.axes[0].xaxis), tick_names(figure.axes[0].yaxis)
+    assert context[:3] == ["\\$x\\$", "\\$\\frac{\\$", "␣a⏎"]
+    assert context[3:] == slots == [f"0.{i} {name}" for i, name in enumerate(context[:3])]
 
 
-@pytest.mark.parametrize("text", ["$", "$x$", "\\$", "$\\frac{$", "a$b_c$", "<b>", "\"'", "%s{0}"])
-def test_a_token_is_named_on_the_axes_as_it_is_written_and_never_as_maths(text):
-    for label in axis_labels(text):
-        assert label.replace("\\$", "$") == text
-        # matplotlib reads maths between two dollars that no backslash precedes.
-        assert label.count("$") == label.count("\\$")
-
-
-@pytest.mark.parametrize("text", ["\n", " ", " a b\n", "\t", "\r\n", "\u00a0"])
-def test_white_space_is_visible_on_the_axes(text):
-    for label in axis_labels(text):
-        assert label and not any(character.isspace() for character in label)
-
-
-@pytest.mark.parametrize("text", ["a" * 40, "a" * 10 + "$" + "b" * 9, "$" * 13])
-def test_a_long_token_is_named_by_its_beginning(text):
-    for label in axis_labels(text):
-        assert label.endswith("…")
-        beginning = label[:-1].replace("\\$", "$")
-        assert 3 <= len(beginning) < 14 and text.startswith(beginning)
+@example("a" * 10 + "$" + "b" * 9)
+@given(st.text("$\\ \n\t\r\u00a0ab<", max_size=20) | st.text(max_size=20))
+def test_a_tokens_name_is_its_beginning_with_visible_white_space_and_no_maths(text):
+    name, beginning = visible_text(text), text if len(text) <= 12 else text[:11] + "…"
+    # matplotlib reads maths between two dollars that no backslash precedes.
+    assert name.count("$") == name.count("\\$") == beginning.count("$")
+    for shown, character in zip(name.replace("\\$", "$"), beginning, strict=True):
+        visible = character.isprintable() and character != " "
+        assert shown == character if visible else shown in "⏎⇥␣·"
 
 
 def test_without_names_the_context_is_numbered_and_slots_are_block_dot_slot():
@@ -269,6 +238,7 @@ def test_the_sorting_bars_are_the_shares_of_each_state_and_fill_their_row():
     assert legend(axes) == ["full", "partial", "empty"]
     for bars, state in zip(axes.containers, ("full", "partial", "empty"), strict=True):
         assert [bar.get_x() for bar in bars] == pytest.approx(ends.tolist())
+        assert state == "empty" or to_hex(bars[0].get_facecolor()) == TILE_COLOURS[state].lower()
         widths = [bar.get_width() for bar in bars]
         assert widths == pytest.approx((table[state] / total).tolist())
         ends += widths

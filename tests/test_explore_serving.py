@@ -22,6 +22,7 @@ from dspark_lab import explore, serving
 from dspark_lab.decoding import save_trace
 from dspark_lab.explore import Explorer, explore_serving, plot_load, plot_round, plot_speedup
 from dspark_lab.explore import serving as serving_module
+from dspark_lab.explore.models import Models
 from dspark_lab.explore.style import BLUE, INK, ORANGE, RED
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures
@@ -662,7 +663,7 @@ def test_a_target_and_a_drafter_are_decoded_at_each_temperature():
 def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
     measured = Mock(return_value=ENGINE)
     monkeypatch.setattr(serving, "measure_engine", measured)
-    monkeypatch.setattr(serving_module, "decode", None)
+    monkeypatch.setattr(Models, "decode", None)
     options = {"trace": TRACE, "requests_simulated": 2, "seed": 4}
     explorer = explore_serving(target(), {"mine": drafter()}, TEXTS, **options)
     measured.assert_called_once_with(target(), drafter(), seed=4)
@@ -671,7 +672,7 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
 
 
 def test_with_trace_and_engine_no_model_is_loaded(monkeypatch):
-    for name in ("load_models", "load_pair", "load_traces", "decode"):
+    for name in ("load_models", "load_pair", "load_traces"):
         monkeypatch.setattr(serving_module, name, None)
     monkeypatch.setattr(serving, "load_engine", None)
     explorer = explore_serving("no/such-target", "no/such-drafter", **OPTIONS)

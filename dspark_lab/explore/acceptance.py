@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
 from dspark_lab.checks import checked
-from dspark_lab.decoding import Decoded, decode, outcome_table, token_kinds
+from dspark_lab.decoding import Decoded, outcome_table, token_kinds
 from dspark_lab.explore import style
 from dspark_lab.explore.decoding import outcome_legend, outcome_text
 from dspark_lab.explore.explorer import Explorer, Frame, dropdown, number_slider, slider
@@ -24,7 +24,6 @@ from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_
 Rate = Literal["conditional", "survival"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
-# Those of the views that look at the confidence alone.
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
 _PANELS_PER_LINE = 4
 _KIND_LOOKS: dict[str, dict[str, Any]] = {
@@ -34,9 +33,10 @@ _KIND_LOOKS: dict[str, dict[str, Any]] = {
     "teacher-forced": {"color": INK, "linestyle": "-", "linewidth": 1},
     "predicted, teacher-forced": {"color": PINK, "linestyle": ":", "linewidth": 1.5},
 }
+# Each rate's label and columns.
 _RATES = {
-    "conditional": ("accept rate, given all before", "low", "high"),
-    "survival": ("accepted with all before it", "survival_low", "survival_high"),
+    "conditional": ("accept rate, given all before", "conditional", "low", "high"),
+    "survival": ("accepted with all before it", "survival", "survival_low", "survival_high"),
 }
 
 
@@ -44,14 +44,10 @@ _RATES = {
 def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
     """Acceptance along the block with its 95 % intervals.
 
-    A table of several kinds of rate has a panel for each drafter, or whatever else the table is
-    kept apart by; a table of one kind has a line for each in a single panel.
-
-    Args:
-        table: from :func:`dspark_lab.rates.rate_table`, kept apart by such as ``by="drafter"``, or
-            from :func:`dspark_lab.rates.slot_table`.
+    The table is from :func:`dspark_lab.rates.rate_table` or :func:`dspark_lab.rates.slot_table`,
+    kept apart by such as ``by="drafter"``: a panel for each, or a line if it has one kind of rate.
     """
-    label, *interval = _RATES[value]
+    label, *names = _RATES[value]
     groups = _groups(table)
     if "kind" in table and table["kind"].nunique() > 1:
         columns = min(len(groups), _PANELS_PER_LINE)
@@ -65,7 +61,7 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
         for ax, (name, part) in zip(axes, groups.items(), strict=True):
             for kind, line in part.groupby("kind", sort=False):
                 look = _KIND_LOOKS.get(str(kind), {"color": INK, "linestyle": "-."})
-                _plot_rate(ax, line, value, interval, {"label": kind, **look})
+                _plot_rate(ax, line, names, {"label": kind, **look})
             style.add_title(ax, plain_text(name))
         named = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
         where = {"loc": "outside upper left", "ncols": len(named), "handlelength": 3}
@@ -75,7 +71,7 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
         axes = np.array([ax])
         for i, (name, part) in enumerate(groups.items()):
             look = style.line_look(i) | {"linestyle": "-", "label": plain_text(name)}
-            _plot_rate(ax, part, value, interval, look)
+            _plot_rate(ax, part, names, look)
         # Steps that whole percents can name.
         ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         style.add_legend(ax)
@@ -102,15 +98,13 @@ def _groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {", ".join(map(str, key)): part for key, part in parts}
 
 
-def _plot_rate(
-    ax: Axes, line: pd.DataFrame, value: str, interval: list[str], look: dict[str, Any]
-) -> None:
-    low, high = (line[bound] for bound in interval)
+def _plot_rate(ax: Axes, line: pd.DataFrame, names: list[str], look: dict[str, Any]) -> None:
+    rate, low, high = (line[name] for name in names)
     if look["linestyle"] == "none":
         ax.vlines(line["slot"], low, high, color=look["color"], linewidth=1.2)
     else:
         style.add_band(ax, line["slot"], low, high, look["color"])
-    ax.plot(line["slot"], line[value], **look)
+    ax.plot(line["slot"], rate, **look)
 
 
 def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -148,10 +142,8 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
     """How much too sure a confidence head is, with its 95 % interval, group by group.
 
-    Args:
-        table: from :func:`dspark_lab.rates.study`, grouped by the same columns.
-        by: one column, whose values stand on the axis, or two, the second of which is told apart by
-            colours and marks.
+    The table is from :func:`dspark_lab.rates.study`, grouped by the same columns: ``by`` one, whose
+    values stand on the axis, or two, the second of which is told apart by colours and marks.
     """
     names = [by] if isinstance(by, str) else list(by)
     if len(names) not in (1, 2) or any(name not in table.columns for name in names):
@@ -215,10 +207,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
 
 
 def plot_calibration(report: pd.DataFrame) -> Figure:
-    """The calibration error of each slot before and after scaling, and how well it ranks.
-
-    ``report`` is from :func:`dspark_lab.rates.calibration_report`.
-    """
+    """ECE and AUROC before and after scaling, from :func:`dspark_lab.rates.calibration_report`."""
     figure, (left, right) = style.new_figure(8.6, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
     # What is not a slot of the block stands apart.
@@ -241,10 +230,7 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
 
 
 def plot_drift(table: pd.DataFrame) -> Figure:
-    """The calibration error around an abrupt change of domain, window by window.
-
-    ``table`` is from :func:`dspark_lab.rates.drift_table`.
-    """
+    """Calibration errors around a change of domain, from :func:`dspark_lab.rates.drift_table`."""
     figure, ax = style.new_figure(7, 3.2)
     lines = {
         "raw": {"color": ORANGE, "linestyle": ":"},
@@ -269,10 +255,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
 
 
 def plot_gain(table: pd.DataFrame) -> Figure:
-    """What each way to choose what is verified gains in speed over the raw confidence.
-
-    ``table`` is from :func:`dspark_lab.serving.gain_table`.
-    """
+    """Gains in speed over the raw confidence, from :func:`dspark_lab.serving.gain_table`."""
     figure, ax = style.new_figure(7, 0.42 * len(table) + 1.0)
     ax.axvline(0, color=INK, linewidth=1)
     names = []
@@ -319,12 +302,9 @@ def explore_acceptance(
         drafter: a drafter, a checkpoint's folder, or several by name.
         prompts: user messages, token ids or conversations (their first question), or a JSONL file
             of conversations; some 40 of the shipped ones where None.
-        temperature, view: where the controls start. The views are ``VIEWS``: conditional accept
-            rates and survival by slot; reliability before and after scaling, which is fitted on
-            half of the conversations and shown on the others; bias by domain and by kind of token;
-            a sweep of thresholds; and an answer as text.
-        max_new_tokens, batch_size, seed: see :func:`dspark_lab.decode`; a target that decodes one
-            row at a time does so here, too.
+        temperature, view: where the controls start; the view is one of ``VIEWS``. Reliability is
+            shown before and after scaling, fitted on half of the conversations, on the others.
+        max_new_tokens, batch_size, seed: as in :func:`dspark_lab.decode`.
 
     Returns:
         an explorer with the view's table, ``trace`` and ``tau`` with its intervals.
@@ -338,21 +318,18 @@ def explore_acceptance(
         slider("conversation", 0, 0, len(models.prompts) - 1),
     ]
 
-    options: dict[str, Any] = {"domains": models.domains, "max_new_tokens": max_new_tokens}
-    options |= {"batch_size": batch_size if models.target.decodes_batches else None, "seed": seed}
-
     @lru_cache(maxsize=8)
     def decoded(name: str, temperature: float) -> tuple[Decoded, dict[str, pd.DataFrame]]:
-        drafter = models.drafters[name]
-        run = decode(models.target, drafter, models.prompts, temperature=temperature, **options)
+        options = {"max_new_tokens": max_new_tokens, "seed": seed}
+        run = models.decode(name, batch_size, temperature=temperature, **options)
         tables = {"trace": run.trace}
         if len(run.trace):
             tables["tau"] = rates.tau_table(rates.trace_sums(run.trace))
         return run, tables
 
     def draw(chosen: SimpleNamespace) -> Frame:
-        drafter = models.drafters[chosen.drafter]
-        if chosen.view in _OF_CONFIDENCE and not drafter.config.enable_confidence_head:
+        config = models.drafters[chosen.drafter].config
+        if chosen.view in _OF_CONFIDENCE and not config.enable_confidence_head:
             missing = f"needs a drafter with a confidence head, got {chosen.drafter}"
             raise ValueError(f"{chosen.view} {missing}")
         run, tables = decoded(chosen.drafter, chosen.temperature)

@@ -26,15 +26,10 @@ def token_table(
 ) -> pd.DataFrame:
     """What each token of one row is, before and after a draw of blocks.
 
-    Args:
-        to_text: one token id to its text, such as ``lambda i: tokenizer.decode([i])``.
-
-    Returns:
-        one line per token: ``position`` in the row, ``document`` (-1 on padding), ``token_id``,
-        ``text``, ``supervised``, ``candidate``, ``anchor``, ``times_supervised`` by this draw,
-        ``p_covered`` (probability that a draw of as many anchors covers it) and ``state``:
-        *prompt*, *not covered* or *covered* by this draw, *never a label*, which is supervised but
-        first of its run, so that no anchor reaches it, or *padding*.
+    ``to_text`` is such as ``lambda i: tokenizer.decode([i])``. ``document`` is -1 on padding,
+    ``p_covered`` the probability that a draw of as many anchors covers the token. ``state`` is
+    *prompt*, *not covered* or *covered* by this draw, *never a label* (supervised but first of its
+    run, so that no anchor reaches it) or *padding*.
     """
     one, drawn = batch.row(row), blocks.row(row)
     seq_len = drawn.seq_len
@@ -65,10 +60,8 @@ def token_table(
 def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> pd.DataFrame:
     """What each slot of one row's blocks reads, where it stands, and what it should predict.
 
-    Returns:
-        one line per slot: ``block``, ``kept``, ``slot``, ``position_id``, ``input`` (from
-        :func:`slot_inputs`), ``context`` (how many context tokens it sees), ``label_position``,
-        ``label`` (text; empty past the row and in dummy blocks) and ``supervised``.
+    ``input`` is from :func:`slot_inputs`, ``context`` counts the context tokens that a slot sees,
+    ``label`` is empty past the row and in dummy blocks.
     """
     drawn, block_size = blocks.row(row), blocks.block_size
     ranges = ContextRanges.of(drawn)
@@ -102,10 +95,7 @@ def slot_inputs(blocks: Blocks, to_text: Callable[[int], str]) -> list[str]:
 
 
 def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
-    """Coverage, from :func:`dspark_lab.tuning.coverage_table`, against ``num_anchors``.
-
-    Lines are the closed form, marks are draws; a dotted line is the ``goal``, a share.
-    """
+    """Coverage, from :func:`dspark_lab.tuning.coverage_table`, and ``goal``, a share, dotted."""
     figure, ax = style.new_figure(7, 3.6)
     for i, (block_size, part) in enumerate(table.groupby("block_size")):
         mark = style.line_look(i) | {"fillstyle": "none", "linestyle": "none"}
@@ -124,10 +114,9 @@ def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
 
 
 def plot_packing(table: pd.DataFrame) -> Figure:
-    """Coverage when rows hold several documents.
+    """Coverage, ``expected``, by ``num_anchors`` for each ``row``, a name of what a row holds.
 
-    The columns are ``row`` (what a row is, as text), ``anchors per`` (``row`` or ``document``),
-    ``num_anchors`` and ``expected``.
+    ``anchors per`` says whether they are per ``row`` or per ``document``.
     """
     figure, ax = style.new_figure(7, 3.4)
     for i, ((row, per), part) in enumerate(table.groupby(["row", "anchors per"], sort=False)):
@@ -161,10 +150,7 @@ _TOKEN_STYLE = """<style>
 
 @checked
 def token_text(table: pd.DataFrame) -> str:
-    """A :func:`token_table` as text in HTML, each token in the colour of its state.
-
-    Hovering over a token tells its position, id and state.
-    """
+    """A :func:`token_table` as text in HTML in the colours of the states, which tips explain."""
     spans, document = [], 0
     for token in table[table["state"] != "padding"].itertuples(index=False):
         if token.document != document:
@@ -176,7 +162,7 @@ def token_text(table: pd.DataFrame) -> str:
 
 @checked
 def token_legend(table: pd.DataFrame) -> str:
-    """The key to :func:`token_text` in HTML, with the number of tokens of each kind."""
+    """The key to :func:`token_text` in HTML with the tokens of each kind counted."""
     counts = table["state"].value_counts()
     states = ("prompt", "covered", "not covered", "never a label")
     entries = [(state, counts[state]) for state in states if state in counts]
@@ -187,11 +173,9 @@ def token_legend(table: pd.DataFrame) -> str:
 
 def _token_span(token: Any) -> str:
     kinds = [token.state]
-    facts = [f"position {token.position}", f"id {token.token_id}", token.state]
     if token.candidate:
-        kind = "anchor" if token.anchor else "candidate"
-        kinds.append(kind)
-        facts.append(kind)
+        kinds.append("anchor" if token.anchor else "candidate")
+    facts = [f"position {token.position}", f"id {token.token_id}", *kinds]
     if token.supervised:
         facts.append(f"supervised by {token.times_supervised} slots of this draw")
         facts.append(f"covered with probability {token.p_covered:.3f}")
@@ -245,7 +229,7 @@ class ConversationRows:
         pad_token_id = tokenizer.pad_token_id
         self.pad_token_id = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
         self.to_text = cache(lambda token_id: tokenizer.decode([token_id]))
-        self.encoded = cache(lambda index: encode(self.chats[index], tokenizer))
+        self._encoded = cache(lambda index: encode(self.chats[index], tokenizer))
 
     def controls(
         self,
@@ -270,17 +254,15 @@ class ConversationRows:
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
         """One row: a conversation alone, or packed with those that follow while they fit."""
-        chosen = [_around_answer(self.encoded(index), context)]
+        chosen = [_around_answer(self._encoded(index), context)]
         length = len(chosen[0])
         if not packed:
             return one_row(chosen, length, self.pad_token_id)
         if length > row_length:
-            raise ValueError(
-                f"Conversation {index} has {length} tokens and does not fit into a row of "
-                f"{row_length}. Choose a longer row."
-            )
+            what = f"Conversation {index} has {length} tokens and does not fit into a row of"
+            raise ValueError(f"{what} {row_length}. Choose a longer row.")
         for later in range(index + 1, len(self.chats)):
-            following = _around_answer(self.encoded(later), context)
+            following = _around_answer(self._encoded(later), context)
             length += len(following)
             if length > row_length:
                 break

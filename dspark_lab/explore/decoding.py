@@ -27,7 +27,6 @@ from dspark_lab.serving import speed_table
 # While an answer grows, its text is shown anew when it is at least so old.
 REDRAW_SECONDS = 0.1
 
-
 # How the outcome text marks its tokens; half transparent colours let either theme show through.
 _OUTCOME_STYLE = """<style>
 .dspark-answer{font:13px/1.9 var(--jp-code-font-family,monospace);white-space:pre-wrap;
@@ -52,9 +51,8 @@ _OUTCOME_STYLE = """<style>
 def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
     """An answer, from :func:`dspark_lab.decoding.outcome_table`, as text in HTML.
 
-    Each token has the colour of its outcome. Drafted tokens that are not part of the answer stand,
-    unless ``drafts`` is False, where they were proposed, small, struck through or faint, before the
-    token that came in their place. Hovering over a token tells its round, slot, outcome and rates.
+    Each token has the colour of its outcome, and a tip with its numbers. Unless ``drafts`` is
+    False, drafted tokens that are not part of the answer stand before what came in their place.
     """
     shown = table if drafts else table[table["kept"]]
     spans = [_outcome_span(token) for token in shown.itertuples(index=False)]
@@ -63,7 +61,7 @@ def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
 
 @checked
 def outcome_legend(table: pd.DataFrame) -> str:
-    """The key to :func:`outcome_text` in HTML, with the number of tokens of each outcome."""
+    """The key to :func:`outcome_text` in HTML with the tokens of each outcome counted."""
     counts = decoding.column(table, "outcome").value_counts()
     shown = [name for name in decoding.OUTCOMES if name in counts]
     spans = [explorer.marked_text(f"{name} {counts[name]}", [name]) for name in shown]
@@ -88,12 +86,9 @@ def _outcome_span(token: Any) -> str:
 def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> Figure:
     """The two distributions at one slot, from :func:`dspark_lab.decoding.distribution_table`.
 
-    The filled part of each pair of bars is the overlap, whose sum is the accept rate, in the title;
-    the outline is what one of them has more. A diamond, where it is not 0, is the probability with
-    which the token is drawn in place of a rejected one.
-
-    Args:
-        drafted_text: how the title names the drafted token; by default by its text in the table.
+    The filled part of each pair of bars is the overlap, whose sum is the accept rate; a diamond is
+    the probability with which the token is drawn in place of a rejected one. ``drafted_text`` names
+    the drafted token in the title, in place of its text in the table.
     """
     figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
@@ -154,11 +149,8 @@ def explore_decoding(
 ) -> DecodingExplorer:
     """One answer, decoded while you watch, and then slot by slot.
 
-    Args:
-        target, drafter, prompts: see :func:`explore_acceptance`.
-        temperature, threshold, max_new_tokens, seed: where the controls start; a threshold of 0
-            verifies every slot.
-        run: whether to answer the first prompt at once.
+    ``target``, ``drafter`` and ``prompts`` are as in :func:`explore_acceptance`, the rest is where
+    the controls start; a threshold of 0 verifies every slot. ``run`` answers the first prompt.
     """
     models = load_models(target, drafter, prompts)
     shown = DecodingExplorer(models, temperature, threshold, max_new_tokens, seed)

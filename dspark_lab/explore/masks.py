@@ -84,10 +84,8 @@ def sorting_table(
 ) -> pd.DataFrame:
     """Tiles with anchors in ascending order and shuffled: what sorting them is worth.
 
-    Returns:
-        for each tile size and order (``as drawn``, that is ascending, or ``shuffled``) the tiles in
-        each state over all rows; ``work``, the share of pairs that a kernel computes (partial and
-        full tiles); and ``wasted``, the share of that work that the mask hides.
+    The tiles in each state are those of all rows; ``work`` is the share of pairs that a kernel
+    computes (partial and full tiles), ``wasted`` the share of that work that the mask hides.
     """
     drawn = ContextRanges.of(blocks)
     orders = {"as drawn": drawn, "shuffled": ContextRanges.of(_shuffled(blocks, seed))}
@@ -125,22 +123,16 @@ def plot_mask(
 ) -> Figure:
     """The attention mask with its regions in colour: queries down, keys across.
 
-    A small mask is drawn cell by cell with the tokens on its axes. In a large one, a pixel is as
-    deep as the share of its pairs that is visible, so nothing falls between the pixels.
-
-    Args:
-        regions: from :func:`mask_regions`.
-        context_text, slot_text: names of the context tokens, their positions where None, and of the
-            slots' input tokens.
-        ax: draw here instead of in a new figure.
+    ``regions`` are from :func:`mask_regions`. A small mask has the texts of its context tokens (or
+    their positions) and of its slots' inputs on its axes. In a large one, a pixel is as deep as the
+    share of its pairs that is visible. ``ax`` takes the place of a new figure.
     """
     queries, keys = regions.shape
     named = max(queries, keys) <= MOST_NAMED_CELLS
     if ax is None:
         width, height = (0.24 * keys + 1.6, 0.24 * queries + 1.9) if named else (8.0, 4.6)
         _, ax = style.new_figure(width, height)
-    present = [i for i in regions.unique().tolist() if REGIONS[i] in REGION_COLOURS]
-    colours = {i: REGION_COLOURS[REGIONS[i]] for i in present}
+    colours = {i: REGION_COLOURS[REGIONS[i]] for i in regions.unique().tolist() if i}
     _paint(ax, regions, colours)
     ax.axvline(seq_len - 0.5, color=INK, linewidth=1)
     if named:
@@ -166,10 +158,7 @@ def plot_mask(
 
 
 def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None = None) -> Figure:
-    """The tiles that a FlexAttention kernel works through, from :func:`tile_states`.
-
-    A line marks where the ``seq_len`` context tokens end. ``ax`` is as in :func:`plot_mask`.
-    """
+    """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
     if ax is None:
         _, ax = style.new_figure(8.0, 4.6)
@@ -280,13 +269,9 @@ def explore_masks(
 ) -> Explorer:
     """What each block of a conversation sees, pair by pair and tile by tile.
 
-    Args:
-        chats, tokenizer: as in :func:`explore_anchors`; all others are where the controls start.
-        context: how many tokens around the first answer to keep; with few tokens and blocks the
-            mask is drawn cell by cell.
-
-    Returns:
-        an explorer with the tables ``mask``, ``tiles`` and ``blocks``.
+    ``context`` is how many tokens around the first answer to keep: with few of them and few blocks
+    the mask is drawn cell by cell. All other arguments are as in :func:`explore_anchors`, and the
+    tables ``mask``, ``tiles`` and ``blocks``.
     """
     rows = ConversationRows(chats, tokenizer)
 
@@ -313,8 +298,7 @@ def explore_masks(
 
     controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
     controls.insert(3, slider("context", context, 8, 1024))
-    controls.append(selection_slider("tile_size", tile_size, TILE_SIZES))
-    controls.append(checkbox("shuffled", False))
+    controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
     return Explorer("explore_masks", controls, draw)
 
 

@@ -5,9 +5,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dspark_lab.chats import Chat, load_chats
-from dspark_lab.decoding import Prompt, decode_rounds
+from dspark_lab.decoding import Decoded, Prompt, decode, decode_rounds
 from dspark_lab.model import Drafter, Target, load_drafter, load_target
 from dspark_lab.pairs import drafter_names, load_pair, question
 
@@ -32,6 +33,12 @@ class Models:
         if self.target.tokenizer is None:
             return f"{token} "
         return str(self.target.tokenizer.decode([token]))
+
+    def decode(self, drafter: str, batch_size: int | None, **options: Any) -> Decoded:
+        """Answer all prompts, one by one where the target decodes no batches."""
+        options["batch_size"] = batch_size if self.target.decodes_batches else None
+        options["domains"] = self.domains
+        return decode(self.target, self.drafters[drafter], self.prompts, **options)
 
 
 def load_models(
@@ -60,13 +67,11 @@ def load_models(
     if len(prompts) == 0 or not drafter:
         counts = f"{len(prompts)} and {len(drafter)}"
         raise ValueError(f"there must be a prompt and a drafter at least, got {counts}")
-    loaded = {
-        name: one if isinstance(one, Drafter) else load_drafter(one, target=target)
-        for name, one in drafter.items()
-    }
     domains = [(isinstance(prompt, Chat) and prompt.domain) or "none" for prompt in prompts]
     asked = [question(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts]
-    for one in loaded.values():
+    loaded = {}
+    for name, one in drafter.items():
+        loaded[name] = one if isinstance(one, Drafter) else load_drafter(one, target=target)
         # Refuses what does not fit together; no round of it is asked for.
-        decode_rounds(target, one, asked, max_new_tokens=1)
+        decode_rounds(target, loaded[name], asked, max_new_tokens=1)
     return Models(target, loaded, asked, domains)

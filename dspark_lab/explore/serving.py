@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import serving, tuning
 from dspark_lab.checks import Count, NotEmpty, Share, checked
-from dspark_lab.decoding import decode, load_trace, rounds_of
+from dspark_lab.decoding import load_trace, rounds_of
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.models import DrafterLike, Prompts, TargetLike, load_models
 from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
@@ -209,11 +209,10 @@ def _made(
         raise ValueError(f"drafter must be one, got {list(models.drafters)}")
     [(name, loaded)] = models.drafters.items()
     if trace is None:
-        options: dict[str, Any] = {"domains": models.domains, "max_new_tokens": max_new_tokens}
-        options |= {"batch_size": 40 if models.target.decodes_batches else None, "seed": seed}
+        options = {"max_new_tokens": max_new_tokens, "seed": seed}
         traces = []
         for t in temperatures:
-            run = decode(models.target, loaded, models.prompts, temperature=t, **options)
+            run = models.decode(name, batch_size=40, temperature=t, **options)
             traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
