@@ -38,8 +38,9 @@ def test_ticks_of_rates_are_what_their_labels_say(low):
         assert number == pytest.approx(100 * place)
 
 
-def require_rates(ax: Axes, table: pd.DataFrame, by: str, value: str, low: str, high: str) -> None:
+def require_rates(ax: Axes, table: pd.DataFrame, by: str, value: str = "conditional") -> None:
     """Each part of a table is a line with its band; the empirical one has marks with bars."""
+    low, high = ("low", "high") if value == "conditional" else ("survival_low", "survival_high")
     parts = dict(list(table.groupby(by, sort=False)))
     lines = labelled(ax)
     assert list(lines) == list(parts)
@@ -58,7 +59,7 @@ def test_each_drafter_has_a_panel_with_a_line_for_each_kind():
     assert list(map(title, figure.axes)) == drafters
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(KINDS)
     for ax, name in zip(figure.axes, drafters, strict=True):
-        require_rates(ax, table[table["drafter"] == name], "kind", "conditional", "low", "high")
+        require_rates(ax, table[table["drafter"] == name], "kind")
         lines = labelled(ax)
         drawn = {kind: (line.get_color(), line.get_linestyle()) for kind, line in lines.items()}
         assert drawn["on policy"] == (BLUE, "-")
@@ -77,15 +78,15 @@ def test_panels_stand_four_a_line_on_one_scale():
     assert low < table["low"].min() and high > table["high"].max()
 
 
-def test_survival_has_its_own_lines_and_intervals():
+def test_survival_has_its_own_lines_and_a_table_needs_no_drafters():
     table = gallery.rates(["one", "two"]).query("drafter == 'one'")
-    ax = picture_of("survival").axes[0]
-    require_rates(ax, table, "kind", "survival", "survival_low", "survival_high")
+    require_rates(picture_of("survival").axes[0], table, "kind", "survival")
+    require_rates(picture_of("rates of one").axes[0], gallery.rates(["one"]), "kind")
 
 
 def test_rates_of_one_kind_are_a_line_with_its_band_for_each_drafter_in_one_panel():
     [ax] = picture_of("rates of one kind").axes
-    require_rates(ax, ONE_KIND, "drafter", "conditional", "low", "high")
+    require_rates(ax, ONE_KIND, "drafter")
     assert legend(ax) == ["one", "two"]
     looks = {(line.get_color(), line.get_marker()) for line in labelled(ax).values()}
     assert len(looks) == 2
