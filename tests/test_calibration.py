@@ -114,21 +114,12 @@ def test_reliability_is_that_of_the_held_conversations_scaled_by_hand(
         pd.testing.assert_frame_equal(tables[name], reliability_table(confidence, seen, **options))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"outcome": "soft"}, "outcome must be 'empirical' or 'analytic', got 'soft'"),
-        ({"binning": "equal"}, "binning must be 'width' or 'mass', got 'equal'"),
-        ({"bins": 5000, "binning": "mass"}, "5000 bins of equal mass need"),
-        ({"grid": []}, "grid must be one or more positive temperatures"),
-        ({"fit": None}, "fit must be a DataFrame or a Rounds, got None"),
-        ({"test": TRACE.assign(confidence=math.nan)}, "confidence must be a number"),
-    ],
-)
-def test_reliability_of_what_is_none_is_refused(options, words) -> None:
+def test_reliability_of_what_is_none_is_refused() -> None:
     fit, test = split_prompts(TRACE)
-    with pytest.raises((ValueError, TypeError), match=words):
-        reliability_tables(**{"fit": fit, "test": test} | options)
+    with pytest.raises(ValueError, match="5000 bins of equal mass need"):
+        reliability_tables(fit, test, bins=5000, binning="mass")
+    with pytest.raises(ValueError, match="confidence must be a number"):
+        reliability_tables(fit, test.assign(confidence=math.nan))
 
 
 def claims(fit: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:
@@ -224,8 +215,6 @@ def test_a_report_on_one_conversation_has_no_intervals() -> None:
     report = calibration_report(fit, test[test["prompt"] == test["prompt"].iloc[0]], bins=5)
     bounds = ["ece_low", "ece_high", "ece_scaled_low", "ece_scaled_high"]
     assert report["ece"].notna().all() and report[bounds].isna().all(axis=None)
-    with pytest.raises(ValueError, match="resamples must be >= 1, got 0"):
-        calibration_report(fit, test, resamples=0)
 
 
 def test_online_scaling_recovers_from_a_change_that_static_temperatures_do_not() -> None:

@@ -35,11 +35,6 @@ def frame(drafter: str, rounds: Sequence[Made], temperature: float = 1.0) -> pd.
     return trace_of(rounds).assign(drafter=drafter, temperature=temperature)
 
 
-TRACE = pd.concat(
-    [frame("own", [Made(0, (0.5,), (0.5,), 1, 1)], temperature=value) for value in (0.0, 1.0)]
-)
-
-
 @cache
 def made_up(drafter: str, prompts: int = 24, rounds: int = 8) -> tuple[Made, ...]:
     """Rounds with rates about 0.9, confidences that know something of them, and some cut short."""
@@ -152,18 +147,11 @@ def test_claims_of_a_drafter_that_is_missing_are_left_out(traces, names):
     assert found["claim"].tolist() == wanted and found.columns.tolist() == COLUMNS
 
 
-@pytest.mark.parametrize(
-    ("traces", "options", "error", "message"),
-    [
-        (TRACE, {"temperature": 0.7}, ValueError, r"must be one of \[0.0, 1.0\], got 0.7"),
-        (TRACE, {"resamples": 0}, ValueError, "resamples must be >= 1, got 0"),
-        (TRACE.drop(columns="drafter"), {}, ValueError, "must have a column 'drafter'"),
-        (None, {}, TypeError, "traces must be a DataFrame, got None"),
-    ],
-)
-def test_what_is_no_set_of_traces_is_refused(traces, options, error, message):
-    with pytest.raises(error, match=message):
-        claims_table(traces, **options)
+def test_what_is_no_set_of_traces_is_refused(traces):
+    with pytest.raises(ValueError, match=r"must be one of \[0.0, 1.0\], got 0.7"):
+        claims_table(traces, temperature=0.7)
+    with pytest.raises(ValueError, match="must have a column 'drafter'"):
+        claims_table(traces.drop(columns="drafter"))
 
 
 def mean_rate(run: Rounds) -> float:
@@ -268,35 +256,31 @@ def test_runs_of_other_prompts_are_held_against_each_other_on_those_they_share()
         interval_of(claims.tau_gain, few, [r for r in theirs if r.prompt >= 10])
 
 
+RISE, FALL, RANGE = (0, INF), (-INF, 0), (3, 8)
+
+
 @pytest.mark.parametrize(
-    ("allowed", "yes", "no", "undecided"),
+    ("allowed", "holds", "intervals"),
     [
-        (
-            (0, INF),
-            [(0.1, 2)],
-            [(-2, -0.1)],
-            [(-0.1, 2), (0, 2), (-2, 0), (0, 0), (NAN, NAN)],
-        ),
-        ((-INF, 0), [(-2, -0.1)], [(0.1, 2)], [(-2, 0.1), (-2, 0)]),
-        (
-            (3, 8),
-            [(4, 5)],
-            [(1, 2.9), (8.1, 9)],
-            [(2.9, 5), (5, 8.1), (2, 9), (1, 3), (8, 9), (NAN, NAN)],
-        ),
+        (RISE, "yes", [(0.1, 2)]),
+        (RISE, "no", [(-2, -0.1)]),
+        (RISE, "undecided", [(-0.1, 2), (0, 2), (-2, 0), (0, 0), (NAN, NAN)]),
+        (FALL, "yes", [(-2, -0.1)]),
+        (FALL, "no", [(0.1, 2)]),
+        (FALL, "undecided", [(-2, 0.1), (-2, 0)]),
+        (RANGE, "yes", [(4, 5)]),
+        (RANGE, "no", [(1, 2.9), (8.1, 9)]),
+        (RANGE, "undecided", [(2.9, 5), (5, 8.1), (2, 9), (1, 3), (8, 9), (NAN, NAN)]),
     ],
 )
-def test_a_verdict_is_given_where_the_interval_leaves_no_doubt(allowed, yes, no, undecided):
-    for holds, intervals in (("yes", yes), ("no", no), ("undecided", undecided)):
-        assert {claims.verdict(*bounds, allowed) for bounds in intervals} == {holds}
+def test_a_verdict_is_given_where_the_interval_leaves_no_doubt(allowed, holds, intervals):
+    assert {claims.verdict(*bounds, allowed) for bounds in intervals} == {holds}
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "holds"),
-    [(-2, -0.1, "no"), (-2, 0, "yes"), (-2, 1, "yes"), (0.5, 1, "yes"), (NAN, NAN, "undecided")],
-)
-def test_what_need_only_not_be_refuted_holds_unless_the_interval_excludes_it(low, high, holds):
-    assert claims.verdict(low, high, (0.0, INF), unless_refuted=True) == holds
+def test_what_need_only_not_be_refuted_holds_unless_the_interval_excludes_it():
+    intervals = [(-2, -0.1), (-2, 0), (-2, 1), (0.5, 1), (NAN, NAN)]
+    found = [claims.verdict(*bounds, RISE, unless_refuted=True) for bounds in intervals]
+    assert found == ["no", "yes", "yes", "yes", "undecided"]
 
 
 # An interval of which each claim holds, and one of which it does not.

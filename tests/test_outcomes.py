@@ -136,43 +136,14 @@ def test_the_outcome_table_has_the_same_types_whatever_is_in_it():
     assert full.dtypes["kept"] == "bool" and full.dtypes["token"] == "int64"
 
 
-def hand_made(
-    q: Sequence[Sequence[float]],
-    p: Sequence[Sequence[float]],
-    drafted: list[int],
-    accepted: int,
-    tokens: list[int],
-) -> Round:
-    """A round in which as many slots were verified as there are rows of p, less one."""
-    draft, target = torch.tensor(q).double(), torch.tensor(p).double()
-    return Round(0, 3, tokens, "", drafted, len(p) - 1, accepted, draft, target, None)
-
-
-REJECTED = hand_made(
-    q=[[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.1, 0.7]],
-    p=[[0.2, 0.4, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]],
-    drafted=[0, 3],
-    accepted=0,
-    tokens=[2],
-)
-
-
-def test_a_distribution_table_by_hand():
-    table = distribution_table(REJECTED, 0, to_text, top=1)
-    assert table["token"].tolist() == [0, 1, 2, -1]
-    assert table["text"].tolist() == ["<0>", "<1>", "<2>", OTHERS]
-    assert table["draft"].tolist() == pytest.approx([0.5, 0.3, 0.2, 0.0])
-    assert table["target"].tolist() == pytest.approx([0.2, 0.4, 0.3, 0.1])
-    assert table["overlap"].tolist() == pytest.approx([0.2, 0.3, 0.2, 0.0])
-    # Of the 0.3 that the target has more, a third for each of the tokens 1, 2 and 3.
-    assert table["residual"].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
-    assert table["drafted"].tolist() == [True, False, False, False]
-    assert table["drawn"].tolist() == [False, False, True, False]
+def same_distributions() -> Round:
+    """A round of one slot whose draft is the target's distribution, and its bonus slot."""
+    draft, target = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    return Round(0, 3, [1, 0], "", [1], 1, 1, draft.double(), target.double(), None)
 
 
 def test_where_draft_and_target_are_one_there_is_no_residual():
-    same = hand_made([[0.25, 0.75]], [[0.25, 0.75], [0.5, 0.5]], [1], 1, [1, 0])
-    table = distribution_table(same, 0, to_text)
+    table = distribution_table(same_distributions(), 0, to_text)
     assert table["residual"].tolist() == [0, 0, 0]
     assert table["overlap"].sum() == pytest.approx(1)
 
@@ -213,6 +184,7 @@ def check(table: pd.DataFrame, r: Round, slot: int, top: int) -> None:
         best.update(token for token in order[:top] if values[token] > 0)
     shown = table["token"].tolist()
     assert shown[-1] == -1 and set(shown[:-1]) == best and len(shown) == len(best) + 1
+    assert table["text"].tolist() == [*map(to_text, shown[:-1]), OTHERS]
     heights = [max(q[token], p[token] if slot <= r.verified else 0.0) for token in shown[:-1]]
     assert heights == sorted(heights, reverse=True)
     for name, values in columns.items():
@@ -227,10 +199,8 @@ def test_a_prompt_or_a_slot_that_is_not_there_is_refused():
     decoded, _ = run_of("two tokens")
     with pytest.raises(ValueError, match="prompt must be below 16, got 16"):
         outcome_table(decoded, to_text, 16)
-    with pytest.raises(ValueError, match=r"slot must be in \[0, 2\], got 3"):
-        distribution_table(REJECTED, 3, to_text)
-    with pytest.raises(ValueError, match="top must be >= 1, got 0"):
-        distribution_table(REJECTED, 0, to_text, 0)
+    with pytest.raises(ValueError, match=r"slot must be in \[0, 1\], got 2"):
+        distribution_table(same_distributions(), 2, to_text)
 
 
 KINDS = {
@@ -239,17 +209,7 @@ KINDS = {
     "number": ["7", " 42", "٣", "½", "1st", "\n3"],
     "punctuation": [".", " (", "'s", "__", "```", "->", "\ufffd", "€", "<", "<b>", "[x]", "\u200b"],
     "white space": [" ", "\n", "\n   ", "\t", "\u00a0", "\r\n"],
-    "special": [
-        "",
-        "<|im_end|>",
-        "<|x\ny|>",
-        "<s>",
-        "</s>",
-        "<pad>",
-        "<unk>",
-        "[MASK]",
-        "[UNK1]",
-    ],
+    "special": ["", "<|im_end|>", "<|x\ny|>", "<s>", "</s>", "<pad>", "<unk>", "[MASK]", "[UNK1]"],
 }
 
 

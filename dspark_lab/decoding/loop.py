@@ -28,11 +28,9 @@ from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Share, Siz
 from dspark_lab.decoding.random_numbers import RandomNumbers
 from dspark_lab.decoding.record import Block, Clock, Decoded, Record, Round
 from dspark_lab.decoding.settings import Scheduler, Settings, confident_prefix, scheduled
-from dspark_lab.decoding.text import Prompt, encode_prompt, end_tokens
+from dspark_lab.decoding.text import Prompt, encode_prompt, end_tokens, require_tokens
 from dspark_lab.decoding.verification import TopP, Verdict, distribution, draw, verify
 from dspark_lab.model import BlockDrafter, Target
-
-__all__ = ["Decoding", "decode", "decode_rounds"]
 
 
 def decode(
@@ -59,29 +57,22 @@ def decode(
     Args:
         drafter: None for plain decoding with a cache.
         prompts: user messages, or token ids.
-        domains: of the prompts, for the tables.
         temperature: 0 takes the likeliest token.
         top_p: draw from the smallest set of likeliest tokens that holds so much probability.
-        max_new_tokens: of each answer.
         threshold: verify up to the first slot whose confidence is below.
-        scheduler: given the confidences ``[batch, slot]``, returns how many slots to verify of each
-            row; slots that do not fit into the answer have confidence 0. The output stays the
-            target's own as long as it decides whether slot k is verified from what is known before
-            x_k is drawn: the confidences up to slot k, of any row, and smaller ones alone later.
-        draft_length: draft at most so many slots of a block.
+        scheduler: returns how many slots to verify of each row; slots that do not fit into the
+            answer have confidence 0. The output stays the target's own as long as it decides
+            whether slot k is verified from what is known before x_k is drawn: the confidences up to
+            slot k, of any row, and smaller ones alone later.
+        draft_length: at most so many slots of a block.
         confidence_temperatures: one for each slot, as calibration finds them
             (``SequentialTemperatures.temperatures``); threshold, scheduler and trace get the
             calibrated confidences.
         batch_size: prompts decoded together; by default all, or one where the target's attention
             cannot tell rows of unequal length apart.
         end_ids: tokens that end an answer; by default the tokenizer's and the model's own.
-        seed: of the draws; those of a prompt do not depend on the other prompts.
-        random_numbers: instead of those of the seed.
+        seed: of the random numbers; those of a prompt do not depend on the other prompts.
         on_round: called with each round as soon as it is over, for text that streams.
-
-    Raises:
-        ValueError: among others, a drafter of another vocabulary or other layers than the
-            target's, or a prompt that with its answer is too long for the target.
     """
     # decode_rounds takes the same arguments, but for on_round.
     arguments = dict(locals())
@@ -114,81 +105,68 @@ def decode_rounds(
 ) -> Decoding:
     """Return the rounds of :func:`decode` one after the other, as they happen; arguments as there.
 
-    An iterator of :class:`Round` whose ``result()`` is what there is so far; to stop, ask for no
-    more. The first token of an answer is the target's own and belongs to no round.
+    An iterator of :class:`Round` whose ``result()`` is what there is so far. The first token of an
+    answer is the target's own and belongs to no round.
     """
     settings = Settings(
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        threshold=threshold,
-        scheduler=scheduler,
-        draft_length=draft_length,
-        confidence_temperatures=confidence_temperatures,
-        batch_size=batch_size,
-        end_ids=end_ids,
+        temperature, top_p, threshold, scheduler, draft_length, confidence_temperatures
     )
     settings.check_models(target, drafter)
+    if end_ids is not None:
+        require_tokens("each of end_ids", end_ids, target.vocab_size)
     ids = [encode_prompt(target, prompt) for prompt in prompts]
     limit = target.model.config.get_text_config().max_position_embeddings
     longest = max(map(len, ids)) + max_new_tokens
     if longest > limit:
-        raise ValueError(
-            f"a prompt and its answer must have at most {limit} tokens "
-            f"(max_position_embeddings), got up to {longest}"
-        )
+        rule = f"at most {limit} tokens (max_position_embeddings)"
+        raise ValueError(f"a prompt and its answer must have {rule}, got {longest}")
     if domains is not None and len(domains) != len(ids):
         raise ValueError(f"domains must be one for each of {len(ids)} prompts, got {len(domains)}")
     if random_numbers is None:
         block_size = 0 if drafter is None else drafter.config.block_size
         random_numbers = RandomNumbers(len(ids), seed, block_size)
-    return Decoding(target, drafter, ids, domains or ["none"] * len(ids), settings, random_numbers)
+    ends = end_tokens(target) if end_ids is None else set(end_ids)
+    record = Record(target, domains or ["none"] * len(ids), ends, max_new_tokens)
+    together = batch_size or (len(ids) if target.decodes_batches else 1)
+    return Decoding(target, drafter, ids, settings, random_numbers, record, together)
 
 
 @checked
 class Decoding(Iterator[Round]):
-    """A run of :func:`decode_rounds` and its state between rounds.
-
-    Row r of every tensor is the prompt ``_going[r]``.
-    """
+    """A run of :func:`decode_rounds`. Row r of every tensor is the prompt ``_going[r]``."""
 
     def __init__(
         self,
         target: Target,
         drafter: BlockDrafter | None,
         ids: list[list[int]],
-        domains: Sequence[str],
         settings: Settings,
         random_numbers: RandomNumbers,
+        record: Record,
+        batch_size: int,
     ) -> None:
         self.target, self.drafter, self.settings = target, drafter, settings
         self._ids, self._random = ids, random_numbers
+        self._record, self._batch_size = record, batch_size
         self._layers = [] if drafter is None else list(drafter.config.target_layer_ids)
-        ends = end_tokens(target) if settings.end_ids is None else set(settings.end_ids)
-        self._record = Record(target, domains, ends, settings.max_new_tokens)
         self._clock = Clock(target.device)
+        self.seconds = self._clock.seconds
         self._rounds = self._run()
 
     def __next__(self) -> Round:
         return next(self._rounds)
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The seconds of :class:`Decoded`, so far."""
-        return self._clock.seconds
-
     def result(self) -> Decoded:
-        """Return the answers, the trace and the rounds so far."""
+        """Return what there is so far."""
         return self._record.result(self.seconds)
 
     def _run(self) -> Iterator[Round]:
-        count = len(self._ids)
-        step = self.settings.batch_size or (count if self.target.decodes_batches else 1)
-        for first in range(0, count, step):
+        every = range(len(self._ids))
+        for first in every[:: self._batch_size]:
             with torch.inference_mode(), self._clock("prompt"):
-                self._read_prompts(list(range(first, min(first + step, count))))
+                self._read_prompts(list(every[first : first + self._batch_size]))
             while self._going:
-                with torch.inference_mode(), self._clock("rounds"):
+                with torch.inference_mode(), self._clock("rest"):
                     rounds = self._round()
                 yield from rounds
 

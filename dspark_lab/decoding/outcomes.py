@@ -18,17 +18,6 @@ from dspark_lab.decoding.text import Prompt, encode_prompt
 from dspark_lab.decoding.verification import residual
 from dspark_lab.model import Target
 
-__all__ = [
-    "OTHERS",
-    "OUTCOMES",
-    "TOKEN_KINDS",
-    "distribution_table",
-    "greedy_differences",
-    "outcome_table",
-    "token_kind",
-    "token_kinds",
-]
-
 # A drafted token is one of the first four, the target's own one of the last three.
 OUTCOMES = ("accepted", "rejected", "not reached", "not verified", "corrected", "bonus", "first")
 TOKEN_KINDS = ("word", "inside a word", "number", "punctuation", "white space", "special")
@@ -58,10 +47,9 @@ def outcome_table(
     before, is *corrected*, drawn in place of a rejected one; a *bonus*; or the answer's *first*.
 
     Returns:
-        a row for each token, a round's drafted ones before the target's own: ``round`` (-1 for the
-        first token), ``slot`` (-1 for the target's own), ``position`` in the answer (where it would
-        have stood, if it is not part of it), ``token``, ``text`` by ``to_text``, ``outcome``, the
-        trace's numbers (NaN for the target's own) and ``kept``: the kept rows are the answer.
+        a row for each token, a round's drafted ones before the target's own: the ``outcome``, the
+        columns of the trace (NaN for the target's own, ``slot`` -1, and ``round`` -1 for the first
+        token), ``text``, and ``kept``: the kept rows are the answer.
     """
     if prompt >= len(decoded.tokens):
         raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
@@ -93,13 +81,11 @@ def distribution_table(
     target was not asked. Behind the end of the block the draft is 0.
 
     Returns:
-        a row for each of the ``top`` likeliest tokens of both, for the drafted one and for the
-        target's own if it was drawn at this slot, in descending order of the larger probability;
-        then one for all others together. ``token`` (-1 for the others), ``text``; ``draft`` and
-        ``target``, probabilities; ``overlap``, the smaller of both, which sums to the accept rate;
-        ``residual``, the distribution in place of a rejected token: 0 everywhere where draft and
-        target are equal, and the target itself at the bonus slot; ``drafted`` and ``drawn``, bool.
-        Target, overlap and residual are NaN where the target was not asked.
+        a row for each of the ``top`` likeliest ``token`` of both, the ``drafted`` one and the
+        target's own ``drawn`` here, by the larger probability; then one for all others (-1).
+        ``overlap``: the smaller of ``draft`` and ``target``, which sums to the accept rate.
+        ``residual``: the distribution in place of a rejected token; 0 where draft and target are
+        equal, the target itself at the bonus slot. NaN where the target was not asked.
     """
     last = max(len(round_.drafted) - 1, round_.verified)
     if slot > last:
@@ -139,11 +125,9 @@ def greedy_differences(
     target's best logit exceeds its second best there, in units of its rounding in the target's
     dtype. A handful is a tie, which the shapes of a matrix product decide.
     """
-    answers = (len(decoded.tokens), len(plain.tokens), len(prompts))
-    if len(set(answers)) > 1:
-        raise ValueError(
-            f"there must be two answers to each of {answers[2]} prompts, got {answers[:2]}"
-        )
+    answers, count = (len(decoded.tokens), len(plain.tokens)), len(prompts)
+    if set(answers) != {count}:
+        raise ValueError(f"there must be two answers to each of {count} prompts, got {answers}")
     rows = []
     for index, (one, other) in enumerate(zip(decoded.tokens, plain.tokens, strict=True)):
         if one == other:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from dspark_lab.checks import Size, checked
 
-__all__ = ["RandomNumbers"]
-
 
 @checked
 class RandomNumbers:

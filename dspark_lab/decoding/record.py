@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,11 +17,6 @@ from dspark_lab.decoding.verification import Verdict
 from dspark_lab.files import now
 from dspark_lab.model import Target
 
-if TYPE_CHECKING:
-    import pandas
-
-__all__ = ["Block", "Clock", "Decoded", "Record", "Round"]
-
 _ROUND_COLUMNS = ("prompt", "domain", "round", "drafted", "verified", "accepted", "tokens")
 _NAN = float("nan")
 
@@ -31,9 +26,8 @@ class Round:
     """One round of one prompt.
 
     ``tokens``, ``text``: what the answer grew by, the accepted tokens and one of the target's own,
-    cut at the end of the turn. ``drafted``: the block's tokens; the target was shown the first
-    ``verified`` and accepted the first ``accepted``. ``draft_probs`` is q, ``target_probs`` p;
-    ``confidence`` is None without such a head.
+    cut at the end of the turn. The target was shown the first ``verified`` tokens of ``drafted``
+    and accepted the first ``accepted``. ``draft_probs`` is q, ``target_probs`` p.
     """
 
     prompt: int
@@ -53,16 +47,14 @@ class Decoded:
     """The answers of :func:`dspark_lab.decoding.decode`, and its tables.
 
     ``tokens``: the answer to each prompt, end-of-turn included. ``texts``: the same as text, empty
-    without a tokenizer. ``seconds``: spent on the ``prompt``, on ``draft``, on ``verify`` and on
-    the ``rest``.
+    without a tokenizer. ``seconds``: by ``prompt``, ``draft``, ``verify`` and the ``rest``.
 
-    ``rounds``: a row for each round, with ``prompt``, ``domain``, ``round``, ``drafted``,
-    ``verified``, ``accepted`` slots and ``tokens`` that the answer grew by.
+    ``rounds``: a row for each round, with its numbers of slots and of ``tokens`` that the answer
+    grew by.
 
-    ``trace``: a row for each drafted slot: ``prompt``, ``domain``, ``round``, ``slot``,
-    ``position`` (of the slot's token in the answer), ``token``, ``draft_prob`` q(token),
-    ``target_prob`` p(token), ``accept_prob`` min(1, p / q), ``accept_rate`` sum of min(p, q) over
-    the vocabulary, ``confidence``, ``verified``, ``accepted`` (with all before it), and
+    ``trace``: a row for each drafted slot: ``position`` of its ``token`` in the answer,
+    ``draft_prob`` q(token), ``target_prob`` p(token), ``accept_prob`` min(1, p / q),
+    ``accept_rate`` sum of min(p, q) over the vocabulary, ``accepted`` (with all before it), and
     ``resampled``, the token drawn in place of a rejected one. What was not verified has no target
     and no rates (NaN). Slots past ``max_new_tokens`` are left out, those behind an accepted
     end-of-turn count as not verified.
@@ -70,8 +62,8 @@ class Decoded:
 
     tokens: list[list[int]]
     texts: list[str]
-    trace: pandas.DataFrame
-    rounds: pandas.DataFrame
+    trace: pd.DataFrame
+    rounds: pd.DataFrame
     seconds: dict[str, float]
 
     @property
@@ -86,12 +78,9 @@ class Decoded:
         return float(self.rounds["tokens"].mean())
 
     @property
-    def summary(self) -> pandas.Series:
-        """``tokens`` of all answers, ``rounds``, ``tau``, slots ``verified`` and ``accepted`` a
-        round, and ``acceptance_rate``, accepted over verified ones; NaN where there were none.
-        """
-        import pandas as pd
-
+    def summary(self) -> pd.Series:
+        """Tokens and rounds of all answers, tau, slots verified and accepted a round, and their
+        ratio; NaN where there were none."""
         verified, accepted = self.rounds["verified"], self.rounds["accepted"]
         return pd.Series(
             {
@@ -115,23 +104,21 @@ class Block:
 
 
 class Clock:
-    """Seconds of the parts of a run, on the target's device."""
+    """The seconds of :class:`Decoded`, so far, on the target's device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._spent = {"prompt": 0.0, "draft": 0.0, "verify": 0.0, "rounds": 0.0}
+        self.seconds = dict.fromkeys(("prompt", "draft", "verify", "rest"), 0.0)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         begin = now(self._device)
         yield
-        self._spent[part] += now(self._device) - begin
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The seconds of :class:`Decoded`, so far."""
-        parts = {name: self._spent[name] for name in ("prompt", "draft", "verify")}
-        return parts | {"rest": self._spent["rounds"] - parts["draft"] - parts["verify"]}
+        spent = now(self._device) - begin
+        self.seconds[part] += spent
+        if part in ("draft", "verify"):
+            # They lie within the clock of the rest.
+            self.seconds["rest"] -= spent
 
 
 class Record:
@@ -215,8 +202,6 @@ class Record:
 
     def result(self, seconds: dict[str, float]) -> Decoded:
         """What there is so far, its tables by prompt and round."""
-        import pandas as pd
-
         trace = pd.DataFrame(self._trace, columns=list(TRACE_COLUMNS)).astype(TRACE_COLUMNS)
         rounds = pd.DataFrame(self._rounds, columns=list(_ROUND_COLUMNS))
         answers = [list(answer) for answer in self._answers]
@@ -225,5 +210,5 @@ class Record:
             texts=[text.whole(a) for text, a in zip(self._texts, answers, strict=True)],
             trace=trace.sort_values(["prompt", "round", "slot"], ignore_index=True),
             rounds=rounds.sort_values(["prompt", "round"], ignore_index=True),
-            seconds=seconds,
+            seconds=dict(seconds),
         )

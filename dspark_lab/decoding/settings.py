@@ -9,10 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dspark_lab.decoding.text import require_tokens
 from dspark_lab.model import BlockDrafter, Target
-
-__all__ = ["Scheduler", "Settings", "confident_prefix", "scheduled"]
 
 # How many slots of each row to verify, from the confidences of them all.
 Scheduler = Callable[[Float[Tensor, "batch slot"]], Int[Tensor, " batch"]]
@@ -24,29 +21,22 @@ class Settings:
 
     temperature: float
     top_p: float
-    max_new_tokens: int
     threshold: float | None
     scheduler: Scheduler | None
     draft_length: int | None
     confidence_temperatures: Sequence[float] | None
-    batch_size: int | None
-    end_ids: Sequence[int] | None
 
     def check_models(self, target: Target, drafter: BlockDrafter | None) -> None:
         """Refuse settings that these models cannot follow, and a drafter of another target."""
-        if self.end_ids is not None:
-            require_tokens("each of end_ids", self.end_ids, target.vocab_size)
         if drafter is None:
             for name in ("threshold", "scheduler", "draft_length", "confidence_temperatures"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a drafter, got none")
             return
         c = drafter.config
-        if c.vocab_size != target.vocab_size:
-            raise ValueError(
-                f"drafter and target must share a vocabulary, got {c.vocab_size} and "
-                f"{target.vocab_size} tokens"
-            )
+        own, theirs = c.vocab_size, target.vocab_size
+        if own != theirs:
+            raise ValueError(f"drafter and target must share a vocabulary, got {own} and {theirs}")
         width = len(c.target_layer_ids) * target.hidden_size
         if c.context_size != width or max(c.target_layer_ids) >= target.num_layers:
             raise ValueError(
@@ -55,19 +45,14 @@ class Settings:
             )
         slots, given = self.draft_length or c.block_size, self.confidence_temperatures
         if slots > c.block_size:
-            raise ValueError(
-                f"draft_length must be at most block_size, {c.block_size}, got {slots}"
-            )
+            raise ValueError(f"draft_length must be at most block_size {c.block_size}, got {slots}")
         by_confidence = (self.threshold, self.scheduler, given)
         if not c.enable_confidence_head and by_confidence != (None, None, None):
-            raise ValueError(
-                "threshold, scheduler and confidence_temperatures need a drafter with a confidence "
-                "head"
-            )
+            names = "threshold, scheduler and confidence_temperatures"
+            raise ValueError(f"{names} need a drafter with a confidence head")
         if given is not None and len(given) < slots:
-            raise ValueError(
-                f"confidence_temperatures must be one for each of {slots} slots, got {len(given)}"
-            )
+            words = f"one for each of {slots} slots"
+            raise ValueError(f"confidence_temperatures must be {words}, got {len(given)}")
 
 
 def confident_prefix(
@@ -82,8 +67,7 @@ def scheduled(
 ) -> Int[Tensor, " batch"]:
     """How many slots of each row the scheduler wants to verify.
 
-    It sees slots behind a row's ``room``, which cannot become part of the answer, with confidence
-    0, so that they take nothing from the other rows.
+    It sees slots behind a row's ``room`` with confidence 0: they take nothing from other rows.
     """
     slot = torch.arange(confidence.shape[1], device=confidence.device)
     outside = slot >= room.to(confidence.device).unsqueeze(1)
@@ -94,7 +78,6 @@ def scheduled(
         wanted = torch.empty(0)
     if wanted.shape != room.shape or wanted.dtype.is_floating_point or (wanted < 0).any():
         found = given.tolist() if isinstance(given, Tensor) else repr(given)
-        raise ValueError(
-            f"scheduler must return {len(room)} whole numbers of slots, at least 0, got {found}"
-        )
+        rule = f"scheduler must return {len(room)} whole numbers of slots, at least 0"
+        raise ValueError(f"{rule}, got {found}")
     return wanted.minimum(room)

@@ -11,8 +11,6 @@ from torch import Tensor
 from dspark_lab.checks import checked
 from dspark_lab.model import Target
 
-__all__ = ["Prompt", "StreamedText", "encode_prompt", "end_tokens", "require_tokens", "up_to_end"]
-
 # Prompts are of different lengths: an axis with an underscore need not agree with others.
 Prompt = str | Sequence[int] | Int[Tensor, " _seq"]
 

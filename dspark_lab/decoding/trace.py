@@ -18,35 +18,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from dspark_lab.checks import Size, checked
 from dspark_lab.files import written_whole
 
-__all__ = [
-    "TRACE_COLUMNS",
-    "Rounds",
-    "column",
-    "load_trace",
-    "probabilities",
-    "read_trace",
-    "rounds_of",
-    "save_trace",
-]
-
 Outcome = Literal["empirical", "analytic"]
 
-TRACE_COLUMNS = {
-    "prompt": "int64",
-    "domain": "object",
-    "round": "int64",
-    "slot": "int64",
-    "position": "int64",
-    "token": "int64",
-    "draft_prob": "float64",
-    "target_prob": "float64",
-    "accept_prob": "float64",
-    "accept_rate": "float64",
-    "confidence": "float64",
-    "verified": "bool",
-    "accepted": "bool",
-    "resampled": "Int64",
-}
+TRACE_COLUMNS = {"prompt": "int64", "domain": "object"}
+TRACE_COLUMNS |= dict.fromkeys(("round", "slot", "position", "token"), "int64")
+TRACE_COLUMNS |= dict.fromkeys(("draft_prob", "target_prob", "accept_prob"), "float64")
+TRACE_COLUMNS |= {"accept_rate": "float64", "confidence": "float64"}
+TRACE_COLUMNS |= {"verified": "bool", "accepted": "bool", "resampled": "Int64"}
 
 _SUFFIXES = (".parquet", ".csv")
 _KINDS: dict[str, tuple[Callable[..., bool], type]] = {
@@ -79,15 +57,12 @@ def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
                 table = pd.read_csv(file, na_values=empty, **options)
             else:
                 table = pd.read_parquet(file)
-        except (ValueError, OSError) as error:
+            missing = [name for name in TRACE_COLUMNS if name not in table]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            return table.astype(TRACE_COLUMNS)
+        except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path} must hold a trace as {path.suffix[1:]}: {error}") from error
-    missing = [name for name in TRACE_COLUMNS if name not in table]
-    if missing:
-        raise ValueError(f"{path} must hold a trace, but it has no {', '.join(missing)}")
-    try:
-        return table.astype(TRACE_COLUMNS)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a trace: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +70,7 @@ class Rounds:
     """A trace as arrays, one row for each round, ordered by prompt and round.
 
     ``confidence``: NaN where the round has no such slot. ``accept_rate``: the analytic rate, NaN
-    where not verified. ``verified`` and ``accepted``: each a prefix of the round. Made by
-    :func:`rounds_of`.
+    where not verified. ``verified`` and ``accepted``: each a prefix of the round.
     """
 
     confidence: Float[np.ndarray, "round slot"]
@@ -157,10 +131,8 @@ def rounds_of(trace: pd.DataFrame | Rounds) -> Rounds:
 def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot"]]:
     """Return the rounds of a trace, and the row in which each slot stands; -1 where there is none.
 
-    Args:
-        trace: one row for each drafted slot of one run, in any order. Read are ``prompt``,
-            ``domain``, ``round``, ``slot``, ``accept_rate`` (a probability where verified),
-            ``confidence`` (a probability, or NaN), ``verified`` and ``accepted``.
+    The rows are of one run, in any order. Read are ``prompt``, ``domain``, ``round``, ``slot``,
+    ``accept_rate`` (where verified), ``confidence`` (or NaN), ``verified`` and ``accepted``.
     """
     code, prompts = pd.factorize(column(trace, "prompt", complete=True), sort=True)
     if len(trace) == 0:
@@ -169,11 +141,9 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
     domain = domains.groupby(code).transform("first")
     other = np.flatnonzero(domains != domain)
     if len(other):
-        row = other[0]
-        raise ValueError(
-            f"a conversation must have one domain, got {domains.iloc[row]!r} and "
-            f"{domain.iloc[row]!r} for conversation {prompts[code[row]]}"
-        )
+        found = f"{domains.iloc[other[0]]!r} and {domain.iloc[other[0]]!r}"
+        where = f"conversation {prompts[code[other[0]]]}"
+        raise ValueError(f"a conversation must have one domain, got {found} for {where}")
     number, place = _typed(trace, "round", "integers"), _typed(trace, "slot", "integers")
     keys = pd.DataFrame({"conversation": code, "round": number, "slot": place})
     keys = keys.sort_values(list(keys))

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from dspark_lab.checks import NonNegative, Within, checked
 
-__all__ = ["TopP", "Verdict", "distribution", "draw", "residual", "verify"]
-
 BySlot = Float[Tensor, "batch slot"]
 TopP = Annotated[float, Within(0, 1, above=True)]
 

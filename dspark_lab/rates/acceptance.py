@@ -33,8 +33,6 @@ from dspark_lab.decoding import read_trace
 from dspark_lab.rates.intervals import ratio_interval, resampled
 from dspark_lab.rates.survival import prefix_survival
 
-__all__ = ["rate_table", "sums_by_conversation", "tau_table", "trace_sums"]
-
 BySlot = Shaped[np.ndarray, "round slot"]
 ByRound = Shaped[np.ndarray, " round"]
 
@@ -49,12 +47,8 @@ def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
     round's confidences up to it, which is what a scheduler goes by. These products run over slots
     past a rejection too, and treat a token's acceptance and the c* after it as independent: even
     exact confidences have another survival than the empirical one. Without confidences the
-    prediction is NaN.
-
-    Returns:
-        a row for each ``kind``, ``conversation`` (the prompt) and ``slot``, with its ``domain`` and
-        the sums ``rounds`` (the same for each slot of a conversation), ``reached``, ``passed`` and
-        ``survived``. Tables of traces whose prompts have different labels can be concatenated.
+    prediction is NaN. A conversation is a prompt; each of its slots repeats its ``rounds``. Tables
+    of traces whose prompts have different labels can be concatenated.
     """
     rounds, _ = read_trace(trace)
     reached, confidence = rounds.reached, rounds.confidence
@@ -71,8 +65,7 @@ def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
 def sums_by_conversation(
     conversation: ByRound, domain: ByRound, reached: BySlot, kinds: dict[str, tuple[BySlot, BySlot]]
 ) -> pd.DataFrame:
-    """The table of sums of rounds in which each conversation is in one piece; ``kinds``: what
-    passed, and what survived."""
+    """The table of sums, where conversations are in one piece; ``kinds``: what passed, survived."""
     starts = np.flatnonzero(np.append(True, conversation[1:] != conversation[:-1]))
     slots = reached.shape[1]
 
@@ -113,10 +106,9 @@ def rate_table(
             sums, such as the drafter. The others are pooled.
 
     Returns:
-        a row for each ``kind``, ``by`` and ``slot``, in the order of the sums: ``conversations``
-        (that reach the slot), ``rounds`` (of all conversations), ``reached`` (slots),
-        ``conditional`` with its interval ``low`` to ``high``, and ``survival`` with its interval
-        ``survival_low`` to ``survival_high``; NaN where undefined.
+        a row for each ``kind``, ``by`` and ``slot``, in the order of the sums. ``conversations``:
+        those that reach the slot. ``rounds``: of all conversations. ``low`` to ``high``: the
+        interval of ``conditional``.
     """
     group = ["kind", *_columns_to_keep_apart(sums, by)]
     keys = [*group, "slot"]
@@ -140,8 +132,7 @@ def tau_table(
 ) -> pd.DataFrame:
     """Return tau, in tokens per round, for every kind in the sums; *empirical* is exact.
 
-    Arguments as of :func:`rate_table`. Returns a row for each ``kind`` and ``by``, in the order of
-    the sums: ``conversations``, ``rounds``, ``tau`` and its interval ``low`` to ``high``.
+    Arguments and rows as of :func:`rate_table`, slots pooled.
     """
     keys = ["kind", *_columns_to_keep_apart(sums, by)]
     # Every slot repeats the rounds of its conversation.
@@ -162,10 +153,8 @@ def _columns_to_keep_apart(sums: pd.DataFrame, by: str | Sequence[str]) -> list[
     """The columns that ``by`` names; refuse others, and what is no table of sums."""
     needed = ["kind", "conversation", "domain", "slot", *_SUMS]
     if len(sums) == 0 or not set(needed) <= set(sums.columns):
-        raise ValueError(
-            f"sums must have rows and the columns {needed}, "
-            f"got {len(sums)} rows of {list(sums.columns)}"
-        )
+        found = f"{len(sums)} rows of {list(sums.columns)}"
+        raise ValueError(f"sums must have rows and the columns {needed}, got {found}")
     allowed = [name for name in sums.columns if name not in ("kind", "slot", *_SUMS)]
     names = [by] if isinstance(by, str) else list(by)
     if not set(names) <= set(allowed) or len(set(names)) < len(names):
@@ -187,8 +176,7 @@ def _ratios(
 ) -> pd.DataFrame:
     """The ratio of two sums for each group, and its interval over the group's conversations.
 
-    ``each`` has a row for each group and conversation. Returns ``keys``, ``conversations`` (those
-    with a denominator), the summed denominator, ``ratio``, ``low`` and ``high``.
+    ``each`` has a row for each group and conversation.
     """
     code = each.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
     groups = _total(each, keys, [bottom, top])

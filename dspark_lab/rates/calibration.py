@@ -22,8 +22,6 @@ from dspark_lab.rates import scaling, scores
 from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.survival import prefix_survival
 
-__all__ = ["calibration_report", "drift_table", "reliability_tables", "split_prompts", "study"]
-
 
 @checked
 def split_prompts(
@@ -69,17 +67,15 @@ def calibration_report(
 
     Args:
         fit, test: traces of one drafter without a prompt in common, as from :func:`split_prompts`.
-        outcome: of ``test``, see :class:`Rounds`.
+        outcome: of ``test``.
         bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
 
     Returns:
-        one row for each ``slot``, and a last one, ``"all"``, of all reached slots together:
-        ``temperature``, ``samples`` (reached) and ``outcome`` (mean); ``confidence`` (mean),
-        ``ece`` with its interval ``ece_low`` to ``ece_high``, ``brier``, ``auroc``, and
-        ``ece_product``, the error of the product up to the slot against survival; and these of
-        scaled confidences, with ``_scaled`` behind the figure's name. NaN where undefined: a
-        temperature of a non-identifiable slot, no samples, fewer samples than bins, one class only,
-        or for an interval fewer than two conversations.
+        one row for each ``slot``, and a last one, ``"all"``, of all reached slots (``samples``)
+        together. ``outcome`` and ``confidence`` are means, ``ece_low`` to ``ece_high`` is the
+        interval of ``ece``, and ``ece_product`` the error of the product up to the slot against
+        survival; ``_scaled`` marks the figures of scaled confidences. NaN where undefined: a
+        temperature of a non-identifiable slot, too few samples, one class only.
     """
     fitted, held = scaling.disjoint_rounds(fit, test)
     calibrated = scaling.fit_identifiable_slots(fitted, grid=grid, bins=bins, binning=binning)
@@ -170,8 +166,7 @@ def drift_table(
         fit, before: rounds of the first domain, of other prompts.
         after: of the second domain, with blocks of the same length.
         half_life, every, bins, grid: as in :func:`online_temperatures`.
-        window: rounds in a row of the table; windows that are not full are left out. Small windows
-            add the same chance error to all three figures.
+        window: rounds in a row of the table. Small ones add the same chance error to all figures.
 
     Returns:
         one row per window: ``start`` (its first round, counted from the change, negative before
@@ -202,10 +197,8 @@ def drift_table(
             row[f"ece_{way}"] = scores.error_or_nan(product, lived, bins, "width")
         rows.append(row)
     if not rows:
-        raise ValueError(
-            f"window must fit into before or after, got {window} for {len(parts[1])} and "
-            f"{len(parts[2])} rounds"
-        )
+        found = f"{window} for {len(parts[1])} and {len(parts[2])} rounds"
+        raise ValueError(f"window must fit into before or after, got {found}")
     return pd.DataFrame(rows)
 
 
@@ -224,26 +217,18 @@ def study(
     slots; ``variance`` its variance; ``spread`` the standard deviation, over conversations, of
     their mean errors: how far off a head that is right on average can be for one user. Against
     accept rates the variance is the head's own; against 0/1 outcomes it holds their chance too.
-    ``_low`` and ``_high`` are 95 % percentile bootstrap intervals over conversations. A
-    conversation is a prompt number within a domain: in all traces the same.
+    Intervals are 95 % percentile bootstraps over conversations, prompt numbers within a domain: in
+    all traces the same. NaN with no samples, or for spread and intervals one conversation.
 
     Args:
         traces: one trace, or several told apart by columns ``drafter`` and ``temperature``.
         by: columns to group by, in this order; leave some out for margins.
-
-    Returns:
-        one row per group of reached slots: the columns of ``by``, ``conversations``, ``samples``
-        (slots with a confidence), ``confidence`` and ``outcome`` (means), and the three figures
-        with their intervals. NaN where undefined: no samples, or for spread and intervals fewer
-        than two conversations.
     """
     for name in by:
         column(traces, name)
     groups = [name for name in ("drafter", "temperature") if name in traces.columns]
-    parts = [traces]
-    if groups:
-        parts = [part for _, part in traces.groupby(groups, sort=False, dropna=False)]
-    frame = pd.concat([_reached_rows(part, outcome) for part in parts], ignore_index=True)
+    runs = traces.groupby(groups, sort=False, dropna=False) if groups else [(None, traces)]
+    frame = pd.concat([_reached_rows(run, outcome) for _, run in runs], ignore_index=True)
     rows = []
     for key, part in frame.groupby(list(by), dropna=False):
         labels = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))

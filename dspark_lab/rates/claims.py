@@ -1,8 +1,7 @@
 """Published findings about DSpark held against traces.
 
 The published figures are of drafters of Qwen3-4B at temperature 1 (DSpark, arXiv 2607.05147); the
-lab's models are far smaller, so what is compared is the direction more than the number. A finding
-that does not show up here is a result like any other.
+lab's models are far smaller: compare the direction more than the number.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dspark_lab.rates.scores import auroc, expected_calibration_error
 from dspark_lab.rates.survival import prefix_survival
 from dspark_lab.rates.thresholds import threshold_sweep
 
-__all__ = ["claims_table"]
+Figure = Callable[..., float]
 
 
 def tau(run: Rounds) -> float:
@@ -71,48 +70,50 @@ def roc_area(run: Rounds) -> float:
     return auroc(*run.pairs())
 
 
-def threshold_effect(run: Rounds, figure: str, unit: float = 1.0) -> float:
+def threshold_effect(run: Rounds, figure: str) -> float:
     """How much a figure of the sweep rises from no threshold to 0.9."""
     none, high = threshold_sweep(run, [0.0, 0.9], resamples=1)[figure]
-    return unit * float(high - none)
+    return float(high - none)
 
 
-_ABOVE_0, _BELOW_0 = (0.0, np.inf), (-np.inf, 0.0)
-_MARKOV, _PLAIN, _LONG = ["dspark-k7"], ["dflash-k7"], ["dspark-k15", "dflash-k15"]
+def acceptance_rise(run: Rounds) -> float:
+    return 100 * threshold_effect(run, "acceptance_rate")
+
+
+_RISE, _FALL = (0.0, np.inf), (-np.inf, 0.0)
+_MARKOV, _PLAIN = ["dspark-k7"], ["dflash-k7"]
+_SHORT, _LONG = _MARKOV + _PLAIN, ["dspark-k15", "dflash-k15"]
+_ALL, _SCALED, _HELD = ["all"], ["scaled"], ["held"]
 _NOT_REFUTED = "with it acceptance does not fall"
 _AT_SLOT_1 = partial(rate_change, slot=1)
-_ACCEPTANCE_RISE = partial(threshold_effect, figure="acceptance_rate", unit=100)
+_VERIFIED_RISE = partial(threshold_effect, figure="verified")
 
-# Claim, published, runs that the figure is of, figure, range in which the claim holds, unit.
-Claim = tuple[str, str, list[str], Callable[..., float], tuple[float, float], str]
-# fmt: off
-HEADS: list[Claim] = [  # of drafters
-    ("a Markov head raises tau, K 7", "+16 %", _MARKOV + _PLAIN, tau_gain, _ABOVE_0, "%"),
-    ("a Markov head raises tau, K 15", "+30 %", _LONG, tau_gain, _ABOVE_0, "%"),
-    ("its gain grows from K 7 to K 15", "+14 points", _MARKOV + _PLAIN + _LONG, tau_gain_growth,
-     _ABOVE_0, "points"),
-    ("without it acceptance falls along the block", "0.87 to 0.78", _PLAIN, rate_change, _BELOW_0,
-     "points"),
-    ("without it acceptance falls at slot 1", "falls", _PLAIN, _AT_SLOT_1, _BELOW_0, "points"),
-    (_NOT_REFUTED, "flat", _MARKOV, rate_change, _ABOVE_0, "points"),
-    ("a gated head beats the vanilla one", "a variant", ["gated-k7", *_MARKOV], tau_gain,
-     _ABOVE_0, "%"),
-    ("an RNN head beats the vanilla one", "a variant", ["rnn-k7", *_MARKOV], tau_gain,
-     _ABOVE_0, "%"),
+# Claim, published, runs that the figure is of, figure, range in which the claim holds.
+Claim = tuple[str, str, list[str], Figure, tuple[float, float]]
+# Claims about drafters.
+HEADS: list[Claim] = [
+    ("a Markov head raises tau, K 7", "+16 %", _SHORT, tau_gain, _RISE),
+    ("a Markov head raises tau, K 15", "+30 %", _LONG, tau_gain, _RISE),
+    ("its gain grows from K 7 to K 15", "+14 points", _SHORT + _LONG, tau_gain_growth, _RISE),
+    ("without it acceptance falls along the block", "0.87 to 0.78", _PLAIN, rate_change, _FALL),
+    ("without it acceptance falls at slot 1", "falls", _PLAIN, _AT_SLOT_1, _FALL),
+    (_NOT_REFUTED, "flat", _MARKOV, rate_change, _RISE),
+    ("a gated head beats the vanilla one", "a variant", ["gated-k7", *_MARKOV], tau_gain, _RISE),
+    ("an RNN head beats the vanilla one", "a variant", ["rnn-k7", *_MARKOV], tau_gain, _RISE),
 ]
-CONFIDENCE: list[Claim] = [  # of one drafter; "held" is the half that scaling was not fitted on
-    ("the raw confidence is too high", "too high", ["all"], bias, _ABOVE_0, "points"),
-    ("raw calibration error", "3 to 8 %", ["all"], slot_error, (3.0, 8.0), "%"),
-    ("calibration error after scaling", "about 1 %", ["scaled"], product_error, (0.0, 1.5), "%"),
-    ("scaling lowers the error", "to about 1 %", ["scaled", "held"], product_error_change,
-     _BELOW_0, "points"),
-    ("AUROC of the confidence", "0.81 to 0.91", ["all"], roc_area, (0.81, 0.91), ""),
-    ("a threshold raises the acceptance rate", "45.7 to 95.7 %", ["all"], _ACCEPTANCE_RISE,
-     _ABOVE_0, "points"),
-    ("at the price of verified slots", "fewer", ["all"],
-     partial(threshold_effect, figure="verified"), _BELOW_0, "a round"),
+# Claims about one drafter's confidence; "held" is the half that scaling was not fitted on.
+CONFIDENCE: list[Claim] = [
+    ("the raw confidence is too high", "too high", _ALL, bias, _RISE),
+    ("raw calibration error", "3 to 8 %", _ALL, slot_error, (3.0, 8.0)),
+    ("calibration error after scaling", "about 1 %", _SCALED, product_error, (0.0, 1.5)),
+    ("scaling lowers the error", "to about 1 %", _SCALED + _HELD, product_error_change, _FALL),
+    ("AUROC of the confidence", "0.81 to 0.91", _ALL, roc_area, (0.81, 0.91)),
+    ("a threshold raises the acceptance rate", "45.7 to 95.7 %", _ALL, acceptance_rise, _RISE),
+    ("at the price of verified slots", "fewer", _ALL, _VERIFIED_RISE, _FALL),
 ]
-# fmt: on
+# The unit of each figure that is not in points.
+_UNITS: dict[Figure, str] = dict.fromkeys((tau_gain, slot_error, product_error), "%")
+_UNITS |= {roc_area: "", _VERIFIED_RISE: "a round"}
 
 
 @checked
@@ -131,15 +132,14 @@ def claims_table(
         temperature: of the runs to look at.
 
     Returns:
-        a row for each claim: ``claim``, ``drafter``, ``published``, ``here``, ``low``, ``high``,
-        ``unit`` and ``holds``: yes or no where the interval leaves no doubt, else undecided.
+        a row for each claim. ``here``: its figure, with the interval ``low`` to ``high``.
+        ``holds``: yes or no where the interval leaves no doubt, else undecided.
     """
     at = column(traces, "temperature")
     chosen = traces[at == temperature]
     if chosen.empty:
-        raise ValueError(
-            f"temperature must be one of {sorted(at.unique().tolist())}, got {temperature}"
-        )
+        known = sorted(at.unique().tolist())
+        raise ValueError(f"temperature must be one of {known}, got {temperature}")
     parts = {name: part for name, part in chosen.groupby(column(chosen, "drafter"), sort=False)}
     runs = {name: rounds_of(part) for name, part in parts.items()}
     wanted = [(claim, claim[2], runs) for claim in HEADS if set(claim[2]) <= runs.keys()]
@@ -151,8 +151,8 @@ def claims_table(
             own = {"all": runs[name], "held": held, "scaled": scaled}
             wanted += [(claim, [name], own) for claim in CONFIDENCE]
     rows = []
-    for (claim, published, names, figure, allowed, unit), drafters, among in wanted:
-        of = [among[name] for name in names]
+    for (claim, published, names, figure, allowed), drafters, among in wanted:
+        of, unit = [among[name] for name in names], _UNITS.get(figure, "points")
         here, low, high = figure_and_interval(figure, of, resamples, seed)
         holds = verdict(low, high, allowed, unless_refuted=claim == _NOT_REFUTED)
         rows.append([claim, ", ".join(drafters), published, here, low, high, unit, holds])
@@ -172,7 +172,7 @@ def verdict(
 
 
 def figure_and_interval(
-    figure: Callable[..., float], runs: Sequence[Rounds], resamples: int, seed: int
+    figure: Figure, runs: Sequence[Rounds], resamples: int, seed: int
 ) -> tuple[float, float, float]:
     """The figure of all conversations, and its interval when these are drawn anew."""
     shared = sorted(set.intersection(*(set(run.prompt.tolist()) for run in runs)))

@@ -8,8 +8,6 @@ from numpy.typing import ArrayLike
 
 from dspark_lab.checks import Count, Size, checked
 
-__all__ = ["bootstrap", "interval", "ratio_interval", "resampled"]
-
 # Numbers that are drawn at a time.
 _PIECE = 2**22
 

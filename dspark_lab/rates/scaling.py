@@ -6,6 +6,7 @@ Temperatures are here always those of the confidence head, never the one that to
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Container
 from dataclasses import dataclass
@@ -24,16 +25,6 @@ from dspark_lab.model import CALIBRATION
 from dspark_lab.rates.scores import Binning, as_numbers, binned_error, require_range
 from dspark_lab.rates.survival import prefix_survival
 
-__all__ = [
-    "TEMPERATURE_GRID",
-    "SequentialTemperatures",
-    "disjoint_rounds",
-    "fit_identifiable_slots",
-    "non_identifiable_slots",
-    "online_temperatures",
-    "temperature_scale",
-]
-
 BySlot = Float[np.ndarray, "round slot"]
 
 _METHOD = "sequential_temperature_scaling"
@@ -46,9 +37,8 @@ COARSE_GRID = TEMPERATURE_GRID[::3]
 def temperature_scale(confidence: ArrayLike, temperatures: ArrayLike) -> Float[np.ndarray, "..."]:
     """Return sigmoid(logit(confidence) / temperature) (Guo et al. 2017, section 4.2).
 
-    A temperature above 1 draws confidences towards 1/2. Their order under one temperature is kept;
-    0, 1 and NaN stay what they are. ``temperatures`` broadcast against the ``[..., slot]``
-    confidences.
+    A temperature above 1 draws confidences towards 1/2; 0, 1 and NaN stay what they are.
+    ``temperatures`` broadcast against the ``[..., slot]`` confidences.
     """
     values = as_numbers("confidence", confidence)
     require_range("confidence", values)
@@ -75,6 +65,7 @@ class SequentialTemperatures:
             raise ValueError("temperatures must hold one or more numbers, got none")
 
     @classmethod
+    @checked
     def fit(
         cls,
         confidence: ArrayLike,
@@ -90,10 +81,9 @@ class SequentialTemperatures:
         Among equally good temperatures the one nearest to 1 is taken. Rounds whose survival up to a
         slot is unknown are left out there; a rejected slot settles all slots behind it.
 
-        With accept rates as outcomes (products of c* over reached slots) the rounds that count at
+        Prefer 0/1 outcomes, unless all slots are known: with accept rates the rounds that count at
         slot k are those that reached it, which favours states where the earlier rates were high; a
-        head that is right on average then looks too careful. Prefer 0/1 outcomes, and leave rates
-        to fully known blocks.
+        head that is right on average then looks too careful.
 
         Args:
             confidence: ``[round, slot]``; NaN where the round has no such slot.
@@ -101,17 +91,28 @@ class SequentialTemperatures:
                 NaN where the slot was not reached.
             otherwise: the temperature of non-identifiable slots: with fewer known rounds than bins,
                 or a survival that is 0 in all of them, or 1 in all. An error where None.
-            grid: temperatures to choose from. The lowest or highest as a choice is warned of: the
-                grid is too narrow or the sample too small.
-            bins, binning: of the calibration error.
+            grid: temperatures to choose from; the lowest or highest as a choice is warned of.
         """
-        return _fit(confidence, outcome, otherwise=otherwise, grid=grid, bins=bins, binning=binning)
+        f, survival = _confidence_and_survival(confidence, outcome)
+        choices = _nearest_to_1_first(grid)
+        fixed = non_identifiable_slots(f, survival, bins)
+        if fixed and otherwise is None:
+            slot, reason = next(iter(fixed.items()))
+            raise ValueError(f"slot {slot}: {reason}; fit on more rounds or on fewer slots")
+        start = np.full(f.shape[1], otherwise, dtype=np.float64)
+        found = search(f, survival, np.ones(len(f)), start, fixed, choices, bins, binning)
+        ends = (choices.min(), choices.max()) if len(choices) > 2 else ()
+        for slot, best in enumerate(found):
+            if slot not in fixed and best in ends:
+                words = f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
+                warnings.warn(words, stacklevel=_level_of_caller())
+        return cls(tuple(found.tolist()))
 
     @classmethod
     def fit_trace(cls, trace: pd.DataFrame | Rounds, **options: Any) -> SequentialTemperatures:
         """:meth:`fit` on a trace's confidences and on what was accepted; ``options`` as there."""
         rounds = rounds_of(trace)
-        return _fit(rounds.confidence, rounds.outcome(), **options)
+        return cls.fit(rounds.confidence, rounds.outcome(), **options)
 
     def apply(self, confidence: ArrayLike) -> Float[np.ndarray, "... slot"]:
         """Return calibrated confidences of blocks that are not longer than those fitted."""
@@ -145,11 +146,9 @@ class SequentialTemperatures:
     def of_block(self, values: Float[np.ndarray, "... slot"]) -> Float[np.ndarray, " slot"]:
         """The temperatures of the slots of ``values``."""
         slots = values.shape[-1] if values.ndim else 0
-        if not 0 < slots <= len(self.temperatures):
-            raise ValueError(
-                f"the last axis must be 1 to {len(self.temperatures)} slots, as many as there are "
-                f"temperatures, got shape {values.shape}"
-            )
+        most = len(self.temperatures)
+        if not 0 < slots <= most:
+            raise ValueError(f"the last axis must be 1 to {most} slots, got shape {values.shape}")
         return np.asarray(self.temperatures[:slots])
 
 
@@ -164,23 +163,18 @@ def online_temperatures(
     grid: ArrayLike = COARSE_GRID,
     bins: Count = 15,
 ) -> BySlot:
-    """Return temperatures that follow the traffic: recent rounds weigh more.
+    """Return the temperatures in force at each round, which follow the traffic.
 
-    Every ``every`` rounds all temperatures are found anew, left to right, on the rounds before,
-    where a round that lies h rounds back weighs 0.5 ** (h / half_life); rounds more than ten half
-    lives back are left out. So the temperatures of a round never come from that round or a later
-    one. A slot that is not identifiable yet keeps its temperature.
+    Every ``every`` rounds all temperatures are found anew, left to right, on the rounds before
+    alone, where a round that lies h rounds back weighs 0.5 ** (h / half_life); rounds more than ten
+    half lives back are left out. A slot that is not identifiable yet keeps its temperature.
 
     Args:
         confidence, outcome: as in :meth:`SequentialTemperatures.fit`, rounds in order of time.
         half_life: in rounds.
-        every: rounds between two searches.
         start: temperatures to begin with; 1 where None.
         grid: coarser than the offline one, since the window is short.
         bins: of equal width.
-
-    Returns:
-        the temperatures in force at each round, for :func:`temperature_scale`.
     """
     f, survival = _confidence_and_survival(confidence, outcome)
     choices = _nearest_to_1_first(grid)
@@ -207,9 +201,8 @@ def disjoint_rounds(
         shared = np.intersect1d(first.prompt, other.prompt)
         if len(shared):
             raise ValueError(
-                f"fit and test must have no prompt in common, got {len(shared)} in both, such as "
-                f"{shared[0]}; cut one trace with split_prompts, or number the prompts of two runs "
-                "apart"
+                f"fit and test must have no prompt in common, got {len(shared)}, as {shared[0]}; "
+                "cut one trace with split_prompts, or number the prompts of two runs apart"
             )
     return first, *rest
 
@@ -217,7 +210,9 @@ def disjoint_rounds(
 @checked
 def fit_identifiable_slots(rounds: Rounds, **options: Any) -> SequentialTemperatures:
     """:meth:`SequentialTemperatures.fit` without warnings; other slots keep their confidences."""
-    return _fit(rounds.confidence, rounds.outcome(), otherwise=1.0, warn=False, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is at the end of the grid")
+        return SequentialTemperatures.fit_trace(rounds, otherwise=1.0, **options)
 
 
 @checked
@@ -262,32 +257,12 @@ def search(
     return found
 
 
-@checked
-def _fit(
-    confidence: ArrayLike,
-    outcome: ArrayLike,
-    *,
-    otherwise: Positive | None = None,
-    grid: ArrayLike = TEMPERATURE_GRID,
-    bins: Count = 15,
-    binning: Binning = "width",
-    warn: bool = True,
-) -> SequentialTemperatures:
-    f, survival = _confidence_and_survival(confidence, outcome)
-    choices = _nearest_to_1_first(grid)
-    fixed = non_identifiable_slots(f, survival, bins)
-    if fixed and otherwise is None:
-        slot, reason = next(iter(fixed.items()))
-        raise ValueError(f"slot {slot}: {reason}; fit on more rounds or on fewer slots")
-    start = np.full(f.shape[1], otherwise, dtype=np.float64)
-    found = search(f, survival, np.ones(len(f)), start, fixed, choices, bins, binning)
-    ends = (choices.min(), choices.max()) if warn and len(choices) > 2 else ()
-    for slot, best in enumerate(found):
-        if slot not in fixed and best in ends:
-            # In the line that called fit or fit_trace, past these and the check of arguments.
-            words = f"slot {slot}: the best temperature, {best:.3g}, is at the end of the grid"
-            warnings.warn(words, stacklevel=4)
-    return SequentialTemperatures(tuple(found.tolist()))
+def _level_of_caller() -> int:
+    """The stack level, seen from the function that calls this, of the code outside the library."""
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _known(confidence: BySlot, survival: BySlot) -> Bool[np.ndarray, "round slot"]:
@@ -309,9 +284,8 @@ def _confidence_and_survival(confidence: ArrayLike, outcome: ArrayLike) -> tuple
     f, o = as_numbers("confidence", confidence), as_numbers("outcome", outcome)
     for name, values in (("confidence", f), ("outcome", o)):
         if values.ndim != 2 or values.size == 0:
-            raise ValueError(
-                f"{name} must be [round, slot] with one or more of both, got shape {values.shape}"
-            )
+            wanted = "[round, slot] with one or more of both"
+            raise ValueError(f"{name} must be {wanted}, got shape {values.shape}")
         require_range(name, values)
     if f.shape != o.shape:
         raise ValueError(f"confidence and outcome must have one shape, got {f.shape} and {o.shape}")

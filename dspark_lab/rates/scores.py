@@ -14,16 +14,6 @@ from numpy.typing import ArrayLike
 
 from dspark_lab.checks import Count, checked
 
-__all__ = [
-    "Binning",
-    "as_numbers",
-    "as_probabilities",
-    "auroc",
-    "brier",
-    "expected_calibration_error",
-    "reliability_table",
-]
-
 Binning = Literal["width", "mass"]
 Sample = Float[np.ndarray, " sample"]
 
@@ -40,16 +30,13 @@ def reliability_table(
     cut belongs to the bin below it (Guo et al. 2017, section 2).
 
     Returns:
-        one row per bin, ascending, empty ones too: ``low`` and ``high`` (bounds of the bin),
-        ``count``, ``confidence`` and ``outcome`` (means, NaN where undefined), and ``gap``,
-        confidence minus outcome: positive where the head is overconfident.
+        one row per bin from ``low`` to ``high``, empty ones too: ``count``, means of ``confidence``
+        and ``outcome``, and their ``gap``, positive where the head is overconfident.
     """
     f, o = _pairs(confidence, outcome)
     if binning == "mass" and len(f) < bins:
-        raise ValueError(
-            f"{bins} bins of equal mass need at least as many samples, got {len(f)}; "
-            "take fewer bins"
-        )
+        wanted = f"{bins} bins of equal mass need at least as many samples"
+        raise ValueError(f"{wanted}, got {len(f)}; take fewer bins")
     edges = _edges(f, bins, binning)
     group = _bin(f, edges)
     count = np.bincount(group, minlength=bins)
@@ -118,9 +105,8 @@ def require_range(name: str, values: Float[np.ndarray, "..."]) -> None:
     """Refuse a number outside [0, 1]; NaN passes."""
     known = values[~np.isnan(values)]
     if known.size and not (known.min() >= 0 and known.max() <= 1):
-        raise ValueError(
-            f"{name} must lie in [0, 1], got values from {known.min()} to {known.max()}"
-        )
+        found = f"values from {known.min()} to {known.max()}"
+        raise ValueError(f"{name} must lie in [0, 1], got {found}")
 
 
 def binned_error(

@@ -7,8 +7,6 @@ from jaxtyping import Float, Shaped
 
 from dspark_lab.checks import checked
 
-__all__ = ["prefix_survival", "slot_before"]
-
 
 @checked
 def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarray, "*axes slot"]:

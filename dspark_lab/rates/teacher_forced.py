@@ -33,18 +33,6 @@ from dspark_lab.rates.acceptance import sums_by_conversation
 from dspark_lab.rates.intervals import bootstrap, ratio_interval, resampled
 from dspark_lab.rates.survival import prefix_survival, slot_before
 
-__all__ = [
-    "BlockRates",
-    "block_sums",
-    "compare_drafters",
-    "drafter_table",
-    "evaluate",
-    "slot_table",
-    "teacher_forced_sums",
-    "teacher_forced_answers",
-    "whole_block_anchors",
-]
-
 
 @checked
 def evaluate(
@@ -67,9 +55,8 @@ def evaluate(
         features: where the target's features come from; computed where None.
 
     Returns:
-        a row for each conversation: ``conversation``, ``domain``, ``blocks``, ``tau`` (mean of the
-        blocks), and for each slot k ``accept_k`` (mean accept rate) and ``survival_k`` (mean of
-        their product up to it).
+        a row for each conversation, with the means of its ``blocks``: ``tau``, and for each slot k
+        the accept rate ``accept_k`` and ``survival_k``, the product of the rates up to it.
     """
     rows = []
     found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
@@ -95,9 +82,8 @@ def teacher_forced_sums(
     """Return the sums of the same blocks for :func:`rate_table`, with the predicted rates.
 
     Where :func:`evaluate` averages over the blocks of a conversation first, these sums weigh each
-    block alike. Arguments as there. Returns the columns of :func:`trace_sums`, of the kinds
-    *teacher-forced* and *predicted, teacher-forced* (NaN without a confidence head); a conversation
-    is its place in ``encoded``.
+    block alike. Arguments as there. The kinds are *teacher-forced* and *predicted, teacher-forced*
+    (NaN without a confidence head); a conversation is its place in ``encoded``.
     """
     return block_sums(_whole_blocks(drafter, target, encoded, num_anchors, seed, features))
 
@@ -106,20 +92,12 @@ def teacher_forced_sums(
 def teacher_forced_answers(
     drafter: Drafter, target: Target, decoded: Decoded, prompts: Sequence[Prompt]
 ) -> pd.DataFrame:
-    """Return the sums of texts that were decoded: from every token, and from real rounds.
+    """Return the sums of texts that were decoded at temperature 1, by ``anchors``.
 
-    A teacher-forced rate lets a block begin at every token alike. When decoding, a round begins
+    A teacher-forced rate lets a block begin at *every token* alike. When decoding, a round begins
     where the one before ended, most often at a token that was hard to guess, and hard tokens come
-    together. At slot 0 the rate where rounds began is the rate on policy; the further slots differ,
-    because there the text and the draft may have parted.
-
-    Args:
-        drafter, target, prompts: that the answers were decoded with, at temperature 1.
-        decoded: from :func:`dspark_lab.decoding.decode`.
-
-    Returns:
-        as :func:`teacher_forced_sums`, with one more column, ``anchors``: ``"every token"`` or
-        ``"where rounds began"``. A conversation is the number of its prompt.
+    together. At slot 0 the rate *where rounds began* is the rate on policy; the further slots
+    differ, because there the text and the draft may have parted. A conversation is a prompt.
     """
     first = decoded.trace[decoded.trace["slot"] == 0]
     ways: dict[str, list] = {"every token": [], "where rounds began": []}
@@ -264,17 +242,15 @@ def _whole_blocks(
         rates = _block_rates(drafter, batch, source(batch), anchors.to(target.device))
         yield index, item.chat.domain or "none", rates
     if not found:
-        raise ValueError(
-            f"no conversation holds {size + 1} supervised tokens in a row, as a whole block needs"
-        )
+        needed = f"{size + 1} supervised tokens in a row"
+        raise ValueError(f"no conversation holds {needed}, as a whole block needs")
 
 
 def block_sums(found: Iterable[tuple[Any, str, BlockRates]]) -> pd.DataFrame:
     """Return the table of sums of conversations: of each a label, a domain and its blocks' rates.
 
-    Nothing is drawn, so a slot is reached with the probability that its block survives up to it:
-    ``reached`` is an expected number. A slot that is not supervised counts like one that was not
-    verified.
+    Nothing is drawn: ``reached`` is the expected number of slots whose block survives up to them. A
+    slot that is not supervised counts like one that was not verified.
     """
     labels, domains, rates = zip(*found, strict=True)
     counts = [len(one.accept) for one in rates]

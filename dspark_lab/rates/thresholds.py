@@ -1,8 +1,7 @@
 """A static threshold applied to the rounds of a trace.
 
-Verification stops before the first slot whose value lies below the threshold. Whether a slot is
-verified, and then accepted, depends on the slots before it alone, so cutting a round short changes
-nothing in front of the cut. Rounds begin where they began in the trace.
+Verification stops before the first slot whose value lies below the threshold. What became of a slot
+depends on the slots before it alone, so cutting a round short changes nothing in front of the cut.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from dspark_lab.decoding import Rounds, rounds_of
 from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.scaling import SequentialTemperatures
 from dspark_lab.rates.scores import as_probabilities
-
-__all__ = ["highest_threshold", "sums_by_threshold", "threshold_sweep"]
 
 _THRESHOLDS = tuple(step / 20 for step in range(20))
 
@@ -81,12 +78,11 @@ def threshold_sweep(
         calibrated: scales the confidences first.
 
     Returns:
-        one row per ``threshold``: ``acceptance_rate`` (accepted over verified; NaN where nothing is
-        verified), ``verified`` and ``accepted`` (slots per round, without the target's own token),
-        each of the three with ``_low`` and ``_high``, and ``not_in_trace``: slots per round that
-        pass the threshold but that the trace did not verify. ``_low`` and ``_high`` are 95 %
-        percentile bootstrap intervals over conversations, all thresholds resampled together; NaN
-        where fewer than two conversations have a round or, for acceptance, a verified slot.
+        one row per ``threshold``. ``verified`` and ``accepted``: slots per round, without the
+        target's own token. ``acceptance_rate``: their ratio, NaN where nothing is verified.
+        ``_low`` to ``_high``: the 95 % percentile bootstrap interval over conversations, all
+        thresholds resampled together; NaN where fewer than two enter. ``not_in_trace``: slots per
+        round that pass the threshold but that the trace did not verify.
     """
     rounds = rounds_of(trace)
     cuts = as_probabilities("thresholds", list(thresholds))
