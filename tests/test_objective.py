@@ -152,6 +152,26 @@ def assert_same_gradients(got: dict, expected: dict, bound: float) -> None:
         assert_near(got[name], value, bound, f"gradient of {name}")
 
 
+def assert_as_in_float64(
+    given: Case, device: torch.device, bound: float = 1e-6, **options
+) -> tuple[Objective, Objective]:
+    """The chunked form has the textbook's values and gradients; returns both."""
+    given, truth = given.to(device), given.to(torch.float64)
+    got, expected = chunked(given, **options), textbook(truth)
+    assert_same(got, expected, bound)
+    found = gradients(given, got.loss)
+    assert all(x.isfinite().all() for x in found.values())
+    assert_same_gradients(found, gradients(truth, expected.loss), bound)
+    return got, expected
+
+
+def smallest_distance(given: Case) -> float:
+    """The least |log p / q| of any token: at 0, rounding decides the gradient's sign(p - q)."""
+    output = full_logits(given.to(torch.float64))
+    p, q = output.draft_logits.softmax(-1), output.aligned_target_logits.softmax(-1)
+    return float((p / q).log().abs().min())
+
+
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
 cases = st.builds(
     case,
@@ -168,7 +188,8 @@ terms = st.fixed_dictionaries(
         "ce_weight": st.sampled_from([0.1, 0.0, 2.0]),
         "l1_weight": st.sampled_from([0.9, 0.0, 0.3]),
         "confidence_weight": st.sampled_from([1.0, 0.0, 0.4]),
-        "loss_decay_gamma": st.sampled_from([4.0, 1.5, math.inf]),
+        # With the last, weights underflow; a slot without weight counts all the same.
+        "loss_decay_gamma": st.sampled_from([4.0, 1.5, math.inf, 0.001]),
     }
 )
 
@@ -224,22 +245,12 @@ def test_the_form_from_hidden_states_is_the_textbook_in_float64(device) -> None:
 
 
 def test_fp32_is_the_float64_textbook_to_a_millionth(device) -> None:
-    """Except where p and q are nearer to each other than fp32 tells: sign(p - q) is open there."""
-
     @settings(max_examples=40)
     @given(seed=st.integers(0, 9999), size=sizes, vocab=st.sampled_from([7, 90, 500]))
     def check(seed, size, vocab):
         given = case(seed, size, vocab, supervised=0.9)
-        truth = given.to(torch.float64)
-        output = full_logits(truth)
-        p, q = output.draft_logits.softmax(-1), output.aligned_target_logits.softmax(-1)
-        assume(((p / q).log().abs() > 1e-5).all())
-        expected = output_objective(output)
-        assume(expected.sums.blocks > 0)
-        given = given.to(device)
-        got = chunked(given, chunk=7)
-        assert_same(got, expected, 1e-6)
-        assert_same_gradients(gradients(given, got.loss), gradients(truth, expected.loss), 1e-6)
+        assume(given.eval_mask.any() and smallest_distance(given) > 1e-5)
+        assert_as_in_float64(given, device, chunk=7)
 
     check()
 
@@ -248,16 +259,11 @@ def test_sums_over_a_large_vocabulary_stay_exact(device) -> None:
     """A millionth still, where fp32 softmax itself is off by several."""
     given = case(size=(1, 4, 4), vocab=49_152, width=64, rank=16, supervised=1.0)
     given = replace(given, head=given.head * 0.35, w2=given.w2 * 0.35)
-    truth = given.to(torch.float64)
-    output = full_logits(truth)
-    p, q = output.draft_logits.softmax(-1), output.aligned_target_logits.softmax(-1)
-    assert ((p / q).log().abs() > 1e-6).all()
-    off = output.draft_logits.float().softmax(-1).double() / p - 1
+    assert smallest_distance(given) > 1e-6
+    logits = full_logits(given.to(torch.float64)).draft_logits
+    off = logits.float().softmax(-1).double() / logits.softmax(-1) - 1
     assert off.mean().abs().item() > 1e-6
-    expected, given = output_objective(output), given.to(device)
-    got = chunked(given, chunk=11)
-    assert_same(got, expected, 1e-6)
-    assert_same_gradients(gradients(given, got.loss), gradients(truth, expected.loss), 1e-6)
+    assert_as_in_float64(given, device, chunk=11)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
@@ -267,13 +273,8 @@ def test_extreme_logits_give_finite_values_and_true_gradients(device, scale, chu
     given = case(seed=1, supervised=1.0)
     larger = ("hidden", "target_hidden", "confidence_pred")
     given = replace(given, **{name: getattr(given, name) * scale for name in larger})
-    truth, given = given.to(torch.float64), given.to(device)
-    expected, got = textbook(truth), chunked(given, chunk=chunk)
+    got, expected = assert_as_in_float64(given, device, chunk=chunk)
     assert expected.loss.item() > scale / 10
-    assert_same(got, expected, 1e-6)
-    found = gradients(given, got.loss)
-    assert all(x.isfinite().all() for x in found.values())
-    assert_same_gradients(found, gradients(truth, expected.loss), 1e-6)
     assert ((got.accept >= 0) & (got.accept <= 1)).all()
 
 
@@ -314,14 +315,6 @@ def test_what_unsupervised_slots_hold_has_no_influence(device, poison, way, monk
     assert_same_gradients(found, gradients(given, expected.loss), 0)
     for name in ("hidden", "latent", "confidence_pred"):
         assert not found[name][idle].any(), name
-
-
-def test_no_slot_is_lost_where_its_weight_vanishes() -> None:
-    """exp(-k / gamma) underflows; the slot's accept rate counts all the same."""
-    given = case(supervised=1.0).to(torch.float32)
-    got, expected = (form(given, loss_decay_gamma=0.02) for form in (chunked, textbook))
-    assert got.sums.weight[-1] == 0
-    assert_same(got, expected, 1e-6)
 
 
 @both_forms
@@ -377,16 +370,11 @@ def test_a_confidence_term_without_weight_is_reported_and_trains_nothing(form) -
     assert not gradients(given, got.loss)["confidence_pred"].any()
 
 
-def test_the_target_is_a_constant() -> None:
+@both_forms
+def test_the_target_is_a_constant(form) -> None:
     given = case().to(torch.float64)
-    output = full_logits(given)
-    output.aligned_target_logits = output.aligned_target_logits.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        output_objective(output).loss, output.aligned_target_logits, materialize_grads=True
-    )
-    assert not gradient.any()
     teacher = given.target_hidden.requires_grad_()
-    (gradient,) = torch.autograd.grad(chunked(given).loss, teacher, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(form(given).loss, teacher, materialize_grads=True)
     assert not gradient.any()
 
 
