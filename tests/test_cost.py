@@ -23,14 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspark_lab.attention import block_attention, training_block_mask, training_dense_mask
 from dspark_lab.model import Drafter, DrafterConfig, objective, output_objective
-from dspark_lab.tuning import (
-    TARGETS,
-    Layers,
-    Shape,
-    cost,
-    expected_work,
-    training_cost,
-)
+from dspark_lab.tuning import TARGETS, Layers, Shape, cost, expected_work, training_cost
 from tests.samples import slots_of, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")

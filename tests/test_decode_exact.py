@@ -113,11 +113,7 @@ class Enumerator(RandomNumbers):
 
 
 def enumerate_answers(
-    target: Target,
-    drafter: Drafter | None,
-    *prompts: list[int],
-    at_once: int = 150,
-    **options: Any,
+    target: Target, drafter: Drafter | None, *prompts: list[int], at_once: int = 150, **options: Any
 ) -> dict[tuple[Answer, ...], float]:
     """What each tuple of answers to the prompts weighs, over all paths, ``at_once`` in a batch."""
     found: dict[tuple[Answer, ...], float] = defaultdict(float)

@@ -151,10 +151,7 @@ def test_the_front_shows_every_option_once_and_tells_its_kinds_apart():
 def test_the_options_of_the_front_are_named_and_no_others():
     (ax,) = picture_of("front").axes
     names = {text.get_text(): text.xy for text in ax.texts}
-    assert names == {
-        "N 32, K 7": (pytest.approx(30), 50),
-        "N 16, K 7": (pytest.approx(40), 40),
-    }
+    assert names == {"N 32, K 7": (pytest.approx(30), 50), "N 16, K 7": (pytest.approx(40), 40)}
     (ax,) = explore.plot_front(options(seq_lens=(512, 4096))).axes
     assert sorted(words(ax)) == [f"N {n}, K 7, S {s}" for n in (16, 32) for s in ("4,096", "512")]
     (ax,) = explore.plot_front(options(0)).axes

@@ -3,30 +3,10 @@ from .config import ARCHITECTURE, DrafterConfig
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
 from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
-from .objective import (
-    Objective,
-    Sums,
-    chunk_sizes,
-    dspark_objective,
-    most_slots,
-    output_objective,
-)
+from .objective import Objective, Sums, chunk_sizes, dspark_objective, most_slots, output_objective
 from .protocol import BlockDrafter, DrafterSizes, Features, Proposal, Slots
-from .slotwise import (
-    DecayGamma,
-    accept_rates,
-    at_least_fp32,
-    decay_weights,
-    slot_weights,
-    survival,
-)
-from .smollm2 import (
-    fetch_smollm2,
-    load_smollm2,
-    save_tokenizer,
-    smollm2_cache,
-    split_digits,
-)
+from .slotwise import DecayGamma, accept_rates, at_least_fp32, decay_weights, slot_weights, survival
+from .smollm2 import fetch_smollm2, load_smollm2, save_tokenizer, smollm2_cache, split_digits
 from .target import Target, TargetCache, load_target
 
 __all__ = [

@@ -27,8 +27,6 @@ from dspark_lab.model.config import ARCHITECTURE, DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
 from dspark_lab.model.protocol import TargetWeights
 
-__all__ = ["CALIBRATION", "checkpoints_inside", "load_drafter", "save_drafter"]
-
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 from dspark_lab.checks import Count, NotEmpty, Positive, Size, Within, checked
 from dspark_lab.model.heads import check_kind
 
-__all__ = ["ARCHITECTURE", "DrafterConfig"]
-
 ARCHITECTURE = "Qwen3DSparkModel"
 # Fields that a config.json may leave out; with another value it is another model's.
 _FIXED = {

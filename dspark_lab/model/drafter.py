@@ -38,8 +38,6 @@ from dspark_lab.model.protocol import Choose, DrafterSizes, Proposal, Slots
 from dspark_lab.model.rows import Rows, take
 from dspark_lab.model.slotwise import check_token_ids
 
-__all__ = ["Drafter", "drafter_sizes", "meta_drafter"]
-
 
 @dataclass(frozen=True, eq=False)
 class DraftCache:

@@ -28,8 +28,6 @@ from dspark_lab.files import written_whole
 from dspark_lab.model.protocol import Features
 from dspark_lab.model.target import Target
 
-__all__ = ["FeatureSource", "cached_features", "live_features"]
-
 # The features of a batch; those of padding mean nothing.
 FeatureSource = Callable[[Batch], Features]
 

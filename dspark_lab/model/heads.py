@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 from dspark_lab.checks import Count, Size, checked
 
-__all__ = ["MARKOV_HEADS", "MarkovHead", "MarkovKind", "build_markov_head"]
-
 MarkovKind = Literal["none", "vanilla", "gated", "rnn"]
 Latent = Float[Tensor, "*axes rank"]
 Hidden = Float[Tensor, "*axes hidden"]

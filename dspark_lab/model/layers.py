@@ -15,8 +15,6 @@ from dspark_lab.attention import attend
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.slotwise import at_least_fp32
 
-__all__ = ["Layer", "RMSNorm", "rope"]
-
 
 class RMSNorm(nn.Module):
     """Root mean square norm over the last axis, computed in fp32 at least."""

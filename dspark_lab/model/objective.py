@@ -37,8 +37,6 @@ from dspark_lab.model.slotwise import (
     survival,
 )
 
-__all__ = ["Objective", "Sums", "chunk_sizes", "dspark_objective", "most_slots", "output_objective"]
-
 # Logits on CPU and GPU: of a chunk, enough for fast matrix products; of a tile of it, which goes
 # through softmax and gradient together, few enough to stay in the cache.
 _CHUNK = 192 * 49152, 448 * 151936

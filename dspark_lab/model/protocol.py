@@ -21,8 +21,6 @@ from dspark_lab.attention import Backend
 from dspark_lab.blocks import Blocks
 from dspark_lab.checks import checked
 
-__all__ = ["BlockDrafter", "DrafterSizes", "Features", "Proposal", "Slots", "TargetWeights"]
-
 # Takes one token of each row from its logits.
 Choose = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 

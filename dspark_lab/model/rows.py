@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Rows", "take"]
-
 
 class Rows:
     """The lengths of a cache's rows, on the host."""

@@ -9,18 +9,6 @@ from torch import Tensor
 from dspark_lab.checks import Count, checked, debug_range
 from dspark_lab.common import DSparkForwardOutput
 
-__all__ = [
-    "DecayGamma",
-    "accept_rates",
-    "at_least_fp32",
-    "check_token_ids",
-    "decay_weights",
-    "distance",
-    "rate_of_distance",
-    "slot_weights",
-    "survival",
-]
-
 
 class _Divisor:
     """A number > 0 that fp32 can divide by; infinity is one."""

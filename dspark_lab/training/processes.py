@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dspark_lab.checks import checked
 from dspark_lab.model import Drafter
 
-__all__ = ["Parallel", "Processes", "fill", "whole"]
-
 Parallel = Literal["none", "ddp", "fsdp2"]
 
 

@@ -11,8 +11,6 @@ from dspark_lab.chats import Encoded
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target
 
-__all__ = ["init_from_target", "mask_token_id", "new_drafter"]
-
 
 @checked
 def new_drafter(

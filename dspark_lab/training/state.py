@@ -23,8 +23,6 @@ from dspark_lab.chats import Encoded
 from dspark_lab.checks import checked
 from dspark_lab.model import Drafter, save_drafter
 
-__all__ = ["METRICS", "History", "checkpoints"]
-
 METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint-"
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
 
