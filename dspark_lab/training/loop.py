@@ -399,12 +399,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, and remove old ones beyond the limit."""
-        drafter, moments = self.whole_drafter(), {}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                gathered = whole(value)
-                if self.processes.main:
-                    moments[f"{name}/{key}"] = gathered.cpu()
+        drafter, moments = self.whole_drafter(), self._moments()
         if self.processes.main:
             facts = {"step": self.step, "config": asdict(self.config), **self.facts}
             state.save_checkpoint(self.out, drafter, moments, facts, self.config.keep_checkpoints)
@@ -414,9 +409,25 @@ class Run:
         """The drafter, or a copy with whole parameters, which all processes must ask for."""
         if self.processes.parallel != "fsdp2":
             return self.drafter
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
         copy = Drafter(self.drafter.config).to(self.drafter.device, self.drafter.dtype)
-        copy.load_state_dict({name: whole(x) for name, x in self.drafter.state_dict().items()})
+        copy.load_state_dict(get_model_state_dict(self.drafter, options=options))
         return copy
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's whole state on the CPU; with shards, on the main process alone."""
+        kept = {name: self.optimizer.state.get(p, {}) for name, p in self.trained.items()}
+        if self.processes.parallel == "fsdp2":
+            from torch.distributed.checkpoint import state_dict
+
+            options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            gathered: Any = state_dict.get_optimizer_state_dict(
+                self.drafter, self.optimizer, options=options
+            )
+            kept = gathered.get("state", {})
+        return {f"{name}/{key}": x.cpu() for name, held in kept.items() for key, x in held.items()}
 
     def _load(self, folder: Path) -> None:
         saved, shape = state.read_state(folder), read_json(folder / "config.json")
