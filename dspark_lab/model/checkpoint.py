@@ -59,7 +59,7 @@ def save_drafter(
     Args:
         include_embeddings: write the frozen embedding and LM head too; without them, loading needs
             the target.
-        dtype: of the tensors in the file; as they are where None.
+        dtype: of the tensors in the file.
         max_shard_bytes: most bytes of a file, unless one tensor is larger; one file where None.
     """
     from huggingface_hub import split_torch_state_dict_into_shards as split_by_size
@@ -118,7 +118,6 @@ def load_drafter(
     Raises:
         TypeError, ValueError: a configuration or a file of weights that is none, is damaged, or
             does not fit the other or the target; named with the file.
-        OSError: the folder or a file of it is missing (FileNotFoundError) or cannot be read.
     """
     _check_dtype(dtype)
     path = _find_folder(folder)
@@ -149,9 +148,8 @@ def load_drafter(
     drafter.load_state_dict(state, strict=False, assign=True)
     frozen = {name: state[name] for name in (_EMBEDDING, _HEAD) if name in state}
     if tied and not absent and not torch.equal(frozen[_EMBEDDING], frozen[_HEAD]):
-        raise ValueError(
-            f"{path}: {CONFIG} says tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
-        )
+        wrong = f"tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
+        raise ValueError(f"{path}: {CONFIG} says {wrong}")
     if one_for_both:
         frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
     elif target is not None:
@@ -228,23 +226,20 @@ def _read_headers(folder: Path) -> dict[str, Any]:
         return _read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        wanted = f"{folder} must hold {WEIGHTS} or {INDEX}"
         if pickles:
-            raise ValueError(
-                f"{folder} must hold {WEIGHTS} or {INDEX}, got a pickle, which is never loaded: "
-                f"{_listed(pickles)}"
-            )
-        raise FileNotFoundError(f"{folder} must hold {WEIGHTS} or {INDEX}, got neither")
+            found = f"a pickle, which is never loaded: {_listed(pickles)}"
+            raise ValueError(f"{wanted}, got {found}")
+        raise FileNotFoundError(f"{wanted}, got neither")
     file_of = read_json(folder / INDEX).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
-        raise ValueError(
-            f"{folder / INDEX} must hold a weight_map from tensors to files, got {file_of!r}"
-        )
+        wanted = "a weight_map from tensors to files"
+        raise ValueError(f"{folder / INDEX} must hold {wanted}, got {file_of!r}")
     files: dict[str, dict[str, Any]] = {}
     for name, file in file_of.items():
         if not isinstance(file, str) or Path(file).name != file or Path(file).suffix in _PICKLES:
-            raise ValueError(
-                f"{folder / INDEX}: {name} must be in a safetensors file beside, got {file!r}"
-            )
+            wanted = "in a safetensors file beside"
+            raise ValueError(f"{folder / INDEX}: {name} must be {wanted}, got {file!r}")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / INDEX} names {file}, which is not there")
         if file not in files:
@@ -278,9 +273,8 @@ def _check_tensors(folder: Path, stored: dict[str, Any], drafter: Drafter) -> No
         raise ValueError(f"{folder} must hold {_listed(missing)}, as {CONFIG} says; it does not")
     surplus = sorted(name for name in stored if name not in expected)
     if surplus:
-        raise ValueError(
-            f"{folder} must hold the tensors of {CONFIG} alone, got {_listed(surplus)} too"
-        )
+        wanted = f"the tensors of {CONFIG} alone"
+        raise ValueError(f"{folder} must hold {wanted}, got {_listed(surplus)} too")
     wrong = []
     for name, part in stored.items():
         if part.get_shape() != expected[name]:
@@ -300,9 +294,9 @@ def _check_target(folder: Path, config: DrafterConfig, target: TargetWeights) ->
             f"the drafter was made for, got {found[0]} and {found[1]}"
         )
     if config.target_layer_ids[-1] >= target.num_layers:
+        wanted = f"the layers {list(config.target_layer_ids)}"
         raise ValueError(
-            f"{folder}: target must have the layers {list(config.target_layer_ids)}, got one of "
-            f"{target.num_layers} layers"
+            f"{folder}: target must have {wanted}, got one of {target.num_layers} layers"
         )
 
 
@@ -314,10 +308,8 @@ def _common_dtype(folder: Path, stored: dict[str, Any], values: dict[str, Any]) 
     for dtype in _DTYPES.values():
         if str(dtype) == f"torch.{named}":
             return dtype
-    raise ValueError(
-        f"{folder}: tensors are of {' and '.join(kinds)}, and {CONFIG} names none of them as "
-        f"dtype, got {named}; pass dtype="
-    )
+    lacking = f"{CONFIG} names none of them as dtype, got {named}; pass dtype="
+    raise ValueError(f"{folder}: tensors are of {' and '.join(kinds)}, and {lacking}")
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:

@@ -56,11 +56,9 @@ class DrafterConfig:
     initializer_range: Positive = 0.02
 
     def __post_init__(self) -> None:
-        if self.mask_token_id >= self.vocab_size:
-            raise ValueError(
-                f"mask_token_id must lie in the vocabulary, [0, {self.vocab_size - 1}], "
-                f"got {self.mask_token_id}"
-            )
+        mask, last = self.mask_token_id, self.vocab_size - 1
+        if mask > last:
+            raise ValueError(f"mask_token_id must lie in the vocabulary, [0, {last}], got {mask}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "num_key_value_heads must divide num_attention_heads, "
@@ -118,11 +116,8 @@ class DrafterConfig:
 
         ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. Fields for
         training alone, as ``attention_dropout``, and those that a draft inherits from its target's
-        config without following them, as ``quantization_config``, are not read.
-
-        Raises:
-            TypeError, ValueError: among others, another architecture or activation, sliding
-                windows, scaled or partial RoPE.
+        config without following them, as ``quantization_config``, are not read. Another
+        architecture or activation, sliding windows, scaled or partial RoPE are refused.
         """
         for name, allowed in _FIXED.items():
             if values.get(name) not in (None, allowed):

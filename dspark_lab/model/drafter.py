@@ -100,10 +100,8 @@ class Drafter(nn.Module):
         wanted = (self.config.vocab_size, self.config.hidden_size)
         for module, weight in ((self.embed_tokens, embed_weight), (self.lm_head, head_weight)):
             if weight.shape != wanted:
-                raise ValueError(
-                    f"the target's embedding and LM head must be [vocab, hidden] = {wanted}, "
-                    f"got shape {tuple(weight.shape)}"
-                )
+                needs = f"embedding and LM head must be [vocab, hidden] = {wanted}"
+                raise ValueError(f"the target's {needs}, got shape {tuple(weight.shape)}")
             shared = weight.detach().to(device=self.device, dtype=self.dtype)
             module.weight = nn.Parameter(shared, requires_grad=False)
 
@@ -173,14 +171,12 @@ class Drafter(nn.Module):
 
         Args:
             target_hidden_states: context features of every token, of ``config.context_size``.
-            loss_mask: see :func:`dspark_lab.common.build_anchor_candidate_mask`.
             target_last_hidden_states: the target's final hidden states, after its last norm;
                 without them the slots have no teacher.
             doc_remaining, position_ids, seq_lens: of packed rows, all three or none; see
                 :class:`dspark_lab.chats.Batch`.
             anchor_positions, block_keep_mask: the blocks, both or none; ``config.num_anchors`` are
-                drawn where None.
-            generator: for the draw, see :func:`dspark_lab.common.sample_anchor_positions`.
+                drawn with ``generator`` where None.
             backend: see :func:`dspark_lab.attention.block_attention`.
         """
         c = self.config
@@ -230,19 +226,6 @@ class Drafter(nn.Module):
             k, v = (torch.cat(pair, dim=2) for pair in zip(old, more, strict=True))
             cache.states[index] = take(k, cut), take(v, cut)
 
-    def draft(self, anchor_ids: Int[Tensor, " batch"], cache: DraftCache) -> Tensor:
-        """The backbone's states ``[batch, slot, hidden]`` of one block a row, its anchor right
-        behind the row's context."""
-        c = self.config
-        ids = anchor_ids.new_full((len(anchor_ids), c.block_size), c.mask_token_id)
-        ids[:, 0] = anchor_ids
-        x = self.embed_tokens(ids)
-        angles = rope(cache.rows.positions(c.block_size), c, x.dtype)
-        mask = None if cache.rows.even else cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
-        for layer, old in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
-            x = layer.around(x, partial(layer.self_attn.cached, old=old, angles=angles, mask=mask))
-        return self.norm(x)
-
     def propose(
         self,
         anchor_ids: Int[Tensor, " batch"],
@@ -254,8 +237,15 @@ class Drafter(nn.Module):
 
         ``anchor_ids`` are the rows' last tokens, which are not in ``cache`` yet.
         """
-        previous = anchor_ids.to(self.device)
-        states = self.draft(previous, cache)[:, :length]
+        c, previous = self.config, anchor_ids.to(self.device)
+        ids = previous.new_full((len(previous), c.block_size), c.mask_token_id)
+        ids[:, 0] = previous
+        x = self.embed_tokens(ids)
+        angles = rope(cache.rows.positions(c.block_size), c, x.dtype)
+        mask = None if cache.rows.even else cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
+        for layer, old in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
+            x = layer.around(x, partial(layer.self_attn.cached, old=old, angles=angles, mask=mask))
+        states = self.norm(x)[:, :length]
         state, tokens, embeddings = None, [], []
         for hidden, logits in zip(states.unbind(1), self.lm_head(states).unbind(1), strict=True):
             if self.markov_head is not None:

@@ -54,11 +54,8 @@ def cached_features(
 
     The batches must be made of ``encoded``: their ``chat_index`` finds a document's features.
 
-    Args:
-        layer_ids: see :meth:`dspark_lab.model.target.Target.features`.
-        folder: made where it does not exist; gets ``tokens * (len(layer_ids) + 1) * hidden_size``
-            numbers.
-        dtype: of the numbers on disk; the target's where None.
+    ``layer_ids`` as in :meth:`dspark_lab.model.target.Target.features`. The folder gets
+    ``tokens * (len(layer_ids) + 1) * hidden_size`` numbers of ``dtype``, the target's where None.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -81,10 +81,8 @@ class Sums:
     def summary(self) -> dict[str, Any]:
         """Figures as Python numbers; one that is undefined (0 / 0, no teacher) is NaN.
 
-        ``ce``, ``l1``, ``confidence``: weighted means. ``accept_rate``, ``confidence_error``,
-        ``confidence_bias``: means over supervised slots. ``tau``: 1 + summed survival / blocks, the
-        expected accepted length. ``*_by_slot``: lists with an entry per slot. ``slots`` and
-        ``blocks``: counts.
+        ``ce``, ``l1``, ``confidence`` are weighted means, the others means over supervised slots;
+        ``tau`` is 1 + summed survival / blocks, the expected accepted length.
         """
         s = Sums.from_stacked(self.stacked().double().cpu())
         weight, count = s.weight.sum(), s.count.sum()
@@ -160,7 +158,7 @@ def dspark_objective(
     normaliser: Float[Tensor, ""] | None = None,
     chunk: Count | None = None,
 ) -> Objective:
-    """The objective from hidden states, ``chunk`` slots at a time.
+    """The objective from hidden states, ``chunk`` slots at a time (:func:`most_slots` where None).
 
     Softmaxes and sums are in fp32 at least. The matrix products are in the dtype of
     ``slots.hidden``, or in autocast's where that is on; weights of another dtype are converted once
@@ -175,7 +173,6 @@ def dspark_objective(
         loss_decay_gamma: in slots; the larger, the more late slots count.
         normaliser: the divisor in place of this batch's summed weights: over several batches or
             processes, theirs together.
-        chunk: most slots whose logits exist at one time; where None, see :func:`most_slots`.
     """
     _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
     inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
@@ -218,12 +215,8 @@ def chunk_sizes(
 ) -> tuple[Any, Any, Any]:
     """How :func:`dspark_objective` divides its slots: even chunks, each gone through by tiles.
 
-    Args:
-        slots: whose logits are computed: on a GPU all, on a CPU the supervised ones.
-        chunk: most slots of a chunk; :func:`most_slots` where None.
-
-    Returns:
-        the number of chunks, the slots of the largest, and the slots of a tile; arrays for arrays.
+    ``slots`` are those whose logits are computed: on a GPU all, on a CPU the supervised ones.
+    Returns the number of chunks, the slots of the largest, and those of a tile; arrays for arrays.
     """
     most = most_slots(vocab_size, on_gpu) if chunk is None else chunk
     chunks = np.maximum(1, -(-slots // most))
@@ -452,10 +445,8 @@ def _weigh(
 
 def _require_teacher(teacher: Tensor | None, l1_weight: float, confidence_weight: float) -> None:
     if teacher is None and (l1_weight != 0 or confidence_weight != 0):
-        raise ValueError(
-            "without the target's states only ce can be computed: l1_weight and confidence_weight "
-            f"must be 0, got {l1_weight} and {confidence_weight}"
-        )
+        wanted = "without the target's states l1_weight and confidence_weight must be 0"
+        raise ValueError(f"{wanted}, got {l1_weight} and {confidence_weight}")
 
 
 @checked

@@ -70,10 +70,9 @@ class Proposal:
 class DrafterSizes:
     """What the cost and the memory of a drafter follow from, counted on the module itself.
 
-    ``trained_parameters`` of the whole, ``layer_parameters`` of one layer of the backbone; of a
-    slot's latent ``latent_weights``, the numbers in the matrices that make it, and
-    ``latent_kept``, those that one slot keeps for the backward pass; ``confidence_width``, the
-    numbers of a slot that the confidence head reads, 0 without one.
+    ``layer_parameters`` are of one layer; ``latent_weights`` are in the matrices that make a slot's
+    latent, ``latent_kept`` numbers a slot stay for the backward pass; ``confidence_width`` is what
+    the confidence head reads of a slot, 0 without one.
     """
 
     trained_parameters: int

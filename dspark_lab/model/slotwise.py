@@ -29,9 +29,9 @@ def check_token_ids(ids: Int[Tensor, "batch seq"], vocab_size: int) -> None:
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         debug_range("input_ids", ids, 0, vocab_size)
     elif not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        found = f"ids from {int(ids.min())} to {int(ids.max())}"
         raise ValueError(
-            f"input_ids must lie in the vocabulary, [0, {vocab_size - 1}], got ids from "
-            f"{int(ids.min())} to {int(ids.max())}"
+            f"input_ids must lie in the vocabulary, [0, {vocab_size - 1}], got {found}"
         )
 
 

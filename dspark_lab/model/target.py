@@ -160,8 +160,7 @@ class Target:
             layer_ids: -1 for the embedding's output, i for the output of layer i (the mean of
                 parallel streams where it has several); for the last layer the state after the norm.
             attention_mask: False on padding; read only to refuse padding on the left.
-            position_ids: of packed rows, each token's position in its document; counted from 0
-                where None.
+            position_ids: each token's in its document; counted from 0 where None.
             seq_lens: of packed rows, the lengths of their documents; each then sees itself alone.
         """
         with warnings.catch_warnings():
@@ -305,22 +304,17 @@ class Target:
         longest = input_ids.shape[1]
         check_token_ids(input_ids, self.vocab_size)
         if attention_mask is not None and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
-            raise ValueError(
-                "attention_mask must be False on the right only, got a row with False before True"
-            )
+            raise ValueError("attention_mask must be False on the right only, got one on the left")
         if seq_lens is not None:
             lengths = seq_lens.cpu()
             if not lengths.any() or lengths.min() < 0 or lengths.sum(1).max() > longest:
-                raise ValueError(
-                    f"seq_lens must be lengths of documents in rows of {longest} tokens, "
-                    f"got {lengths.tolist()}"
-                )
+                wanted = f"lengths of documents in rows of {longest} tokens"
+                raise ValueError(f"seq_lens must be {wanted}, got {lengths.tolist()}")
             longest = int(lengths.max())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
-            self._refuse(
-                f"a document must have at most {limit} tokens (max_position_embeddings)", longest
-            )
+            most = f"at most {limit} tokens (max_position_embeddings)"
+            self._refuse(f"a document must have {most}", longest)
 
     @torch.no_grad()
     def _check_logits(self) -> None:
@@ -349,13 +343,8 @@ def load_target(
 ) -> Target:
     """Load ``"smollm2"``, or any causal language model by folder or by hub id.
 
-    Never runs code that comes with a model, and reads safetensors alone. A model without tokenizer
-    has ``tokenizer`` None.
-
-    Raises:
-        OSError: a folder or model that is not there (FileNotFoundError) or cannot be read.
-        ValueError: weights that are missing, misshapen or cut off; a broken tokenizer; a model that
-            is not supported, see :class:`Target`.
+    Never runs code that comes with a model, and reads safetensors alone. Weights that are missing,
+    misshapen or cut off, and a broken tokenizer are a ValueError.
     """
     if name_or_path == "smollm2":
         return Target(*load_smollm2(device, dtype), "smollm2")

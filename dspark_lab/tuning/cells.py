@@ -184,9 +184,8 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
 def sweep_table(work: str | Path) -> pd.DataFrame:
     """What the finished cells in a work folder found, one line per cell and temperature.
 
-    ``steps``, supervised ``slots`` and ``seconds`` of training; ``tau`` (tokens per round) by real
-    decoding over ``rounds`` rounds, and ``accepted_0``, ...: the share of whole blocks whose slot
-    was accepted, with all before it.
+    ``slots`` are supervised; ``tau`` (tokens per round) is by real decoding; ``accepted_0``, ...:
+    the share of whole blocks whose slot was accepted, with all before it.
     """
     files = sorted((Path(work) / "cells").glob("*.json"))
     lines = [line for path in files for line in read_json(path, list)]
@@ -204,12 +203,10 @@ def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
 
 @checked
 def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
-    """A sweep's seeds together: tau of each cell, with 95 % intervals.
+    """Means over the seeds of each cell, with Student's 95 % interval of tau, ``low`` to ``high``.
 
-    Returns:
-        one line per ``budget``, ``temperature``, ``block_size`` and ``num_anchors``: means over
-        ``seeds``, and ``low`` and ``high`` of tau (Student's t; NaN where no cell has two seeds).
-        The standard deviation is pooled over the cells of a budget and temperature.
+    Its standard deviation is pooled over the cells of a budget and temperature, and NaN where none
+    of them has two seeds.
     """
     from scipy import stats
 

@@ -122,23 +122,17 @@ def choose_training(
         data: conversations; or spans or a batch, whose rows are then as they are.
         time: of steps, as fitted; or a card, of whose peak :data:`UTILISATION` is assumed.
         memory: bytes, or a card; everything fits where None.
-        num_anchors, block_sizes: the choices.
         seq_lens: tokens that conversations are cut to, or the length of packed rows, in which no
             conversation is cut further; the longest conversation where None.
-        packed: whether conversations share rows.
-        per: what ``num_anchors`` counts for. Per document a step has that many blocks for each of a
-            row's documents.
-        gamma: of the slots' weights.
+        per: what ``num_anchors`` counts for.
         usable: share of the memory that tensors may take. All others as in
             :class:`~dspark_lab.tuning.Step`.
 
     Returns:
-        a choice whose ``table`` has a line per option: ``row_tokens`` (mean), ``share`` (of the
-        supervised tokens that a pass covers); per step ``covered`` (different tokens), ``weighted``
-        (summed weight of all supervised slots), ``gain``, ``operations``, ``memory_bytes`` (of
-        longest rows) and ``seconds``; ``gain_per_second``, ``gain_per_byte`` and
-        ``gain_per_operation``; ``fits``; and ``front``, whether no option that fits is better in
-        one of these three rates and as good in the others.
+        a choice whose ``table`` has a line per option: ``share`` (of the supervised tokens that a
+        pass covers); per step ``covered`` (different tokens), ``weighted`` (summed weight of all
+        supervised slots) and ``memory_bytes`` (of longest rows); ``front``, whether no option that
+        fits is better in one of the three rates of ``gain`` and as good in the others.
     """
     step_time = time if isinstance(time, StepTime) else card_time(time)
     limit = math.inf if memory is None else usable_bytes(memory, usable)
@@ -184,12 +178,7 @@ def predict_sweep(
     """What :func:`choose_training` says about the cells of a sweep before it is run.
 
     Step times are fitted to the sweep's plan: a cell of the budget of seconds has as many steps as
-    its seconds pay for.
-
-    Args:
-        sweep: from :func:`sweep_table` or :func:`load_sweep`.
-        data: on which its drafters were trained.
-        config: of the sweep; of the shipped one where None.
+    its seconds pay for. ``data`` trained the drafters; ``config`` None is the shipped sweep's.
     """
     config = config or SweepConfig()
     options: dict[str, Any] = {
@@ -214,17 +203,12 @@ def predict_sweep(
 
 @checked
 def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Compares a recommendation with drafters that were trained.
-
-    Args:
-        predicted: the ``table`` of a :class:`TrainingChoice`.
-        cells: from :func:`cell_table`.
+    """Compares the ``table`` of a :class:`TrainingChoice` with trained cells (:func:`cell_table`).
 
     Returns:
-        one line per budget, temperature and block size, and one for "all" block sizes:
-        ``recommended``, its ``tau`` with ``low`` and ``high``, ``found_best`` and ``best_tau``,
-        ``lost`` (relative, of tau), ``decided`` (whether the two intervals are apart) and
-        ``rank_correlation`` (Spearman's, of gain a second with tau).
+        one line per budget, temperature and block size, and one for "all" block sizes; ``lost`` is
+        relative, of tau, ``decided`` whether the two intervals are apart, ``rank_correlation``
+        Spearman's, of gain a second with tau.
     """
     cell = ["block_size", "num_anchors"]
     both = cells.merge(predicted[[*cell, "gain_per_second"]], on=cell, how="left")

@@ -37,10 +37,8 @@ _OPTIMISER = (16, 0, 4 * 10)
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """Pairs of query and key, over all rows of a batch, for one head of one layer.
-
-    ``pairs`` that the mask shows; ``tiled``, all pairs of the tiles that hold one of them.
-    """
+    """Pairs of query and key that the mask shows, over all rows of a batch, for one head of one
+    layer; ``tiled``, all pairs of the tiles that hold one of them."""
 
     pairs: float
     tiled: float
@@ -101,12 +99,11 @@ def training_cost(
     Arguments as in :class:`~dspark_lab.tuning.Step`; sizes left out are the shape's own.
 
     Returns:
-        a line per ``part``, in the order of the step: ``forward`` and ``backward``, operations by
-        the mask's true pairs; ``tile_forward`` and ``tile_backward``, by its tiles (the same but
-        for attention); ``operations``, both by tiles, which determine the time; ``bytes_moved``,
-        every operand of every product once; ``bytes_held``, what the part saves for the backward
-        pass, holds throughout (target, optimiser) or while it runs (objective); ``counted``,
-        whether ``torch.utils.flop_counter`` knows such operations.
+        a line per ``part``, in the order of the step: operations by the mask's true pairs and by
+        its tiles (``tile_``; ``operations`` is their sum, which determines the time);
+        ``bytes_moved``, every operand of every product once; ``bytes_held``, what the part saves
+        for the backward pass, holds throughout (target, optimiser) or while it runs (objective);
+        ``counted``, whether ``torch.utils.flop_counter`` knows such operations.
     """
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     seq_len, block_size = seq_len or shape.seq_len, block_size or shape.block_size

@@ -77,11 +77,8 @@ def supervision(
 ) -> Supervision:
     """What one pass over the data supervises, in closed form.
 
-    Args:
-        data: spans, made once for many choices, or what they are made of.
-        num_anchors: drawn in each unit, all of its candidates where there are fewer.
-        gamma: of the weights w_k = exp(-k / gamma), in slots.
-        per: the unit.
+    Each row, or document (``per``), has ``num_anchors`` drawn, or all of its candidates where there
+    are fewer. Slot k has the weight w_k = exp(-k / gamma).
     """
     return _labelled(data, block_size, per).supervision(num_anchors, gamma)
 
@@ -95,12 +92,7 @@ def supervision_table(
     gamma: DecayGamma = 4.0,
     per: Per | Sequence[Per] = "row",
 ) -> pd.DataFrame:
-    """:func:`supervision` for each choice.
-
-    Returns:
-        one line per ``per``, ``block_size`` and ``num_anchors``, with the numbers of
-        :class:`Supervision` in columns of the same names.
-    """
+    """:func:`supervision` for each choice, a line each, the columns as :class:`Supervision`."""
     spans = Spans.of(data)
     lines = []
     for unit, block_size in product([per] if isinstance(per, str) else per, block_sizes):
@@ -115,12 +107,7 @@ def supervision_table(
 def slot_supervision(
     data: Data, num_anchors: Count, block_size: Count, *, gamma: DecayGamma = 4.0, per: Per = "row"
 ) -> pd.DataFrame:
-    """:func:`supervision` slot by slot.
-
-    Returns:
-        one line per ``slot``: ``weight`` (w_k), ``expected`` (supervised slots), ``weighted`` and
-        ``most`` (supervised slots if every candidate were an anchor).
-    """
+    """:func:`supervision` slot by slot; ``most`` is expected if every candidate were an anchor."""
     reach = _labelled(data, block_size, per)
     found = reach.supervision(num_anchors, gamma)
     return pd.DataFrame(
@@ -143,8 +130,7 @@ def never_table(data: Data) -> pd.DataFrame:
 
     Returns:
         one line per ``reason``: ``tokens``, their share ``of_tokens`` (padding and what was cut off
-        included) and ``of_supervised`` tokens (NaN for prompt and padding), and the ``documents``
-        that hold such a token (0 for padding).
+        included) and ``of_supervised`` tokens, and the ``documents`` that hold such a token.
     """
     spans = Spans.of(data)
     kept, run_document, documents = spans.run_kept, spans.run_document, spans.documents
@@ -181,15 +167,12 @@ def token_supervision(
 ) -> pd.DataFrame:
     """How often each token is supervised, at each slot, and whether at all.
 
-    Args:
-        data, num_anchors, block_size, gamma, per: as in :func:`supervision`.
-        document: the tokens of this one alone; of all documents where None.
+    Arguments as in :func:`supervision`; ``document`` None stands for all.
 
     Returns:
-        one line per token, those beyond the cut included: ``document``, ``position`` in it,
-        ``supervised``, ``anchors`` (candidates that reach it), ``slot_0``, ``slot_1``, ...
-        (expected times at each slot), ``times`` (their sum), ``weighted``, ``p_covered`` and
-        ``reason`` (why it can never be a label, one of ``REASONS``; empty where it can).
+        one line per token, those beyond the cut included; ``anchors`` are the candidates that reach
+        it, ``slot_0``, ... the expected times at each slot, ``times`` their sum, ``reason`` is why
+        it can never be a label, one of ``REASONS``, or empty.
     """
     spans = Spans.of(data)
     if document is not None and document >= spans.documents:
@@ -254,12 +237,10 @@ def coverage_table(
     draws: Count = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The share of supervised tokens that one pass over ``batch`` covers, for each choice.
+    """The share of supervised tokens that one pass over ``batch`` covers, a line for each choice.
 
-    Returns:
-        one line per ``block_size`` and ``num_anchors``: ``blocks`` (kept per row, mean),
-        ``expected`` (closed form), ``sampled`` (mean over ``draws`` draws), and ``supervisions``
-        (expected, per supervised token).
+    ``blocks`` are kept per row; the share is ``expected`` in closed form, ``sampled`` over
+    ``draws`` draws; ``supervisions`` are expected, per supervised token.
     """
     spans = _supervised(Spans.of(batch))
     lines = []
@@ -287,11 +268,8 @@ def packing_table(
 ) -> pd.DataFrame:
     """Coverage of packed rows when ``num_anchors`` counts per row, and when per document.
 
-    Per document, coverage is that of unpacked rows, whatever the row's length.
-
-    Returns:
-        one line per ``row`` (its kind) and ``num_anchors``: ``anchors per`` (``document`` or
-        ``row``), ``documents`` (per row, mean) and ``expected``.
+    Per document, coverage is that of unpacked rows, whatever the row's length. A line for each kind
+    of ``row`` and ``num_anchors``; ``documents`` are the mean per row.
     """
     rows: dict[str, tuple[Spans, Per]] = {"unpacked": (Spans.of(encoded), "document")}
     rows |= {f"packed, {n}": (Spans.of(encoded, row_length=n), "row") for n in row_lengths}
@@ -312,11 +290,9 @@ def anchors_needed(
     *,
     per: Per = "row",
 ) -> pd.DataFrame:
-    """The smallest ``num_anchors`` whose expected coverage reaches a goal.
+    """The smallest ``num_anchors`` whose expected coverage reaches a goal, missing where none does.
 
-    Returns:
-        one line per ``block_size`` and ``goal``: ``num_anchors`` (missing where none reaches it),
-        ``expected`` at that number, and ``ceiling``, the coverage of all candidates.
+    A line for each ``block_size`` and ``goal``; ``ceiling`` is the coverage of all candidates.
     """
     spans = _supervised(Spans.of(data))
     lines = []

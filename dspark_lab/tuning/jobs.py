@@ -36,7 +36,6 @@ def run_jobs(
             nodes must have this package. Where a session of Ray is open already it is used.
 
     Raises:
-        ModuleNotFoundError: an address without Ray (``pip install 'dspark-lab[ray]'``).
         RuntimeError: workers died 3 times in a row without a result.
     """
     if address is None:

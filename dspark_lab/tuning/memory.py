@@ -65,11 +65,7 @@ def memory_table(
     vocabulary: Count | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> pd.DataFrame:
-    """The bytes of :func:`training_memory` at the fullest moment, part by part.
-
-    Returns:
-        a line per ``part``: ``held`` (bytes then), ``moment`` (its name, the same in all lines).
-    """
+    """The bytes ``held`` (:func:`training_memory`) at the fullest ``moment``, part by part."""
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     step = Step(seq_len, num_anchors, block_size or shape.block_size, batch_size, *options)
     sizes = StepBytes(shape, step)
@@ -121,9 +117,8 @@ def fit_table(
             and what lies idle between tensors. All others as in :class:`~dspark_lab.tuning.Step`.
 
     Returns:
-        a line per ``seq_len`` and ``block_size``: ``num_anchors`` (0 where not even one fits; at
-        most ``seq_len - 1``, all that a row has), ``held`` (bytes of that many, or of one where
-        none fits), ``full`` (whether memory, not the row, is the limit).
+        a line each: ``num_anchors`` (0 where not even one fits; at most ``seq_len - 1``), ``held``
+        (bytes of that many, or of one), ``full`` (whether memory, not the row, is the limit).
     """
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     limit = usable_bytes(memory, usable)
@@ -149,11 +144,8 @@ def card_table(
 ) -> pd.DataFrame:
     """Which drafter trains on which card: published configurations and common cards by default.
 
-    Arguments as in :func:`fit_table`.
-
-    Returns:
-        a line per ``target`` and ``card``: ``held_gb`` (10^9 bytes of a step of ``num_anchors``),
-        ``memory_gb`` (of the card), ``fits``, and ``most_anchors``, the largest number that fits.
+    Arguments as in :func:`fit_table`. ``held_gb`` (10^9 bytes) are of a step of ``num_anchors``,
+    ``memory_gb`` of the card; ``most_anchors`` is the largest number that fits.
     """
     lines = []
     for target in targets:

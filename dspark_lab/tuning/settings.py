@@ -52,11 +52,7 @@ def export(
 ) -> str:
     """The settings as text, which is also written to ``path`` where one is given.
 
-    Args:
-        kind: "json", or one of ``TRAINERS`` (for training) or ``SERVERS`` (for serving).
-
-    Raises:
-        ValueError: the server cannot do what was chosen.
+    ``kind`` is "json", or one of ``TRAINERS`` (for training) or ``SERVERS`` (for serving).
     """
     writers = TRAINERS if isinstance(settings, TrainingSettings) else SERVERS
     if kind not in ("json", *writers):

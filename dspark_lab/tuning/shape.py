@@ -156,7 +156,6 @@ class Shape:
             target: the target's ``config.json`` or its content, where ``source`` is a drafter.
             num_hidden_layers: layers of the drafter.
             context_layers: target layers that a context feature consists of.
-            block_size, num_anchors, seq_len: default sizes of a training step.
         """
         shape = _shape_of(source)
         if target is not None:

@@ -29,17 +29,9 @@ class Spans:
     """Supervised tokens of a data set.
 
     Documents are the conversations in the given order (of a batch: row by row), runs are in the
-    order of the documents, and a row is what anchors are drawn from.
-
-    ================= ==========================================================================
-    run_document      [run] index of its document
-    run_start         [run] position of its first token in the document
-    run_tokens        [run] its supervised tokens, those beyond the cut included
-    document_tokens   [document] its tokens, those beyond the cut included
-    document_kept     [document] its tokens before the cut, which are in the row
-    document_row      [document] index of its row
-    row_tokens        [row] tokens of the row, padding included
-    ================= ==========================================================================
+    order of the documents. ``run_start`` is a position in the run's document; ``run_tokens`` and
+    ``document_tokens`` include what is beyond the cut, ``document_kept`` does not; ``row_tokens``
+    include padding.
     """
 
     run_document: Int[np.ndarray, " run"]
@@ -55,13 +47,10 @@ class Spans:
     def of(
         cls, data: Data, *, seq_len: Count | None = None, row_length: Count | None = None
     ) -> Spans:
-        """The spans of conversations or of a batch.
+        """The spans of a batch with its rows as they are, or of conversations, each its own row.
 
-        Args:
-            data: a batch with its rows as they are, or conversations, each a row of its own.
-            seq_len: cuts each conversation to its first ``seq_len`` tokens.
-            row_length: packs the conversations into rows of that many tokens, exactly as
-                :func:`dspark_lab.chats.pack` does; none may be longer.
+        ``seq_len`` cuts each conversation to its first tokens; ``row_length`` packs them into rows
+        of that many tokens, exactly as :func:`dspark_lab.chats.pack` does; none may be longer.
         """
         if isinstance(data, (Spans, Batch)):
             if seq_len is not None or row_length is not None:

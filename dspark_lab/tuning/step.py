@@ -23,8 +23,6 @@ class Step:
     """A training step on one micro-batch, for models of a :class:`~dspark_lab.tuning.Shape`.
 
     Attributes:
-        seq_len, num_anchors, block_size: tokens of a row, blocks of a row, slots of a block.
-        batch_size: rows.
         dtype: of the matrix products.
         features: "live" runs the target on every batch; "cached" reads features in bf16 from disk,
             so that only the target's embedding and LM head stay in memory.

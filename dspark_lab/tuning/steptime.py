@@ -64,11 +64,9 @@ class StepTime:
 def fit_step_time(table: pd.DataFrame, held_out: pd.DataFrame | None = None) -> StepTime:
     """The two numbers, neither below 0, that minimise the sum of squared relative errors.
 
-    Args:
-        table: ``operations`` and ``seconds`` of some steps, as :func:`measure_steps` makes it; at
-            least two different numbers of operations.
-        held_out: the same of other steps, on which the error is taken; where None, each step of
-            ``table`` is predicted from a fit to the others.
+    ``table`` has ``operations`` and ``seconds`` of some steps, as :func:`measure_steps` makes it.
+    The error is taken on ``held_out``, other such steps; where None, each step of ``table`` is
+    predicted from a fit to the others.
     """
     operations, seconds = _columns("table", table)
     if len(np.unique(operations)) < 2:
@@ -102,18 +100,9 @@ def measure_steps(
     """Times whole training steps of a drafter of this shape, on random tokens.
 
     Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training``; the target's
-    own forward too where it is given, random features otherwise. All tokens are supervised.
-
-    Args:
-        shape: of the drafter; its weights are random.
-        seq_lens, num_anchors, block_sizes: to be combined; the shape's own block size where None.
-        target: runs in every step, on its own device.
-        device: of the steps without a target.
-        warmup, runs: steps that are not timed, and that are.
-
-    Returns:
-        a line per combination: sizes, ``operations``, ``seconds`` (the median), ``fastest``,
-        ``slowest``, ``device``, ``dtype``.
+    own forward too where it is given, on its own device, random features otherwise. All tokens are
+    supervised. A line for each combination of sizes (``block_sizes`` None is the shape's own);
+    ``seconds`` are the median of ``runs`` steps after ``warmup``.
     """
     place = torch.device(device) if target is None else target.device
     features: Literal["cached", "live"] = "cached" if target is None else "live"
