@@ -77,11 +77,6 @@ def assert_same(got, expected, **tolerance) -> None:
         torch.testing.assert_close(getattr(got, name), value, **tolerance)
 
 
-def test_config_sizes_follow_from_the_fields():
-    assert CONFIG.context_size == 24
-    assert replace(CONFIG, target_hidden_size=7).context_size == 14
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["none", *HEADS])
 def test_the_output_is_complete(head, dtype):
@@ -197,21 +192,6 @@ def test_forward_and_backward_are_one_graph(backend, compiler, request):
 def test_a_config_comes_back_from_its_dictionary(changes):
     config = replace(CONFIG, **changes)
     assert DrafterConfig.from_dict(config.to_dict()) == config
-
-
-def test_the_rnn_steps_as_it_reads_a_whole_block():
-    """Decoding goes one slot at a time, from a state of zeros; 2 rows, 3 blocks, 5 slots."""
-    torch.manual_seed(2)
-    head = build_markov_head("rnn", 23, 3, 12).double()
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter)
-    previous = torch.randint(23, (2, 3, 5))
-    hidden = torch.randn(2, 3, 5, 12, dtype=torch.float64)
-    state = torch.zeros(2, 3, 3, dtype=torch.float64)
-    expected = head.latent(previous, hidden)
-    for k in range(5):
-        state, latent = head.step(state, head.embed(previous[:, :, k]), hidden[:, :, k])
-        torch.testing.assert_close(latent, expected[:, :, k])
 
 
 class HalfHead(MarkovHead):

@@ -244,12 +244,14 @@ def test_target_is_frozen_and_in_eval_mode():
     assert (lab.name, lab.tokenizer) == ("in memory", None)
 
 
-def test_one_forward_without_the_lm_head():
+def test_one_forward_without_the_lm_head_or_the_drafters_warnings_of_layer_ids():
     lab = random_target("llama")
     ran = []
     for name, module in lab.model.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    lab.features(random_ids(), [-1, 1], seq_lens=LENGTHS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lab.features(random_ids(), EVERY_ID, seq_lens=LENGTHS)
     assert "lm_head" not in ran and "" not in ran
     assert all(ran.count(name) == 1 for name in ("model", "model.layers.0", "model.layers.2"))
 
@@ -300,13 +302,6 @@ def test_no_hook_stays_behind_when_the_model_fails(broken):
     failing.remove()
     hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in lab.model.modules()]
     assert not any(hooks)
-
-
-def test_serving_warnings_of_layer_ids_are_left_to_the_drafter():
-    lab = random_target("llama")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lab.features(random_ids(), EVERY_ID)
 
 
 def test_long_padding_and_long_rows_of_short_documents_are_fine():
@@ -449,14 +444,11 @@ def test_a_folder_of_checkpoints_names_them(folder, tmp_path):
         load_target(tmp_path)
 
 
-def test_missing_folder_is_said_to_be_missing(tmp_path, monkeypatch):
+def test_missing_folder_and_hub_id_are_said_to_be_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for missing in (tmp_path / "no", str(tmp_path / "no"), "./no", "~/no/such/model", Path("a/b")):
         with pytest.raises(FileNotFoundError, match="there is no folder .* with a model"):
             load_target(missing)
-
-
-def test_hub_id_that_is_not_cached_is_an_oserror_offline():
     with pytest.raises(OSError):
         load_target("nobody/nothing", local_files_only=True)
 

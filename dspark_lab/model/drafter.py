@@ -273,10 +273,7 @@ class Drafter(nn.Module):
     def confidence(
         self, hidden: Float[Tensor, "*axes hidden"], embedding: Float[Tensor, "*axes rank"] | None
     ) -> Float[Tensor, "*axes"] | None:
-        """The confidence head's logits; None without such a head.
-
-        ``embedding`` is the Markov head's, of the previous token; None without a Markov head.
-        """
+        """The confidence head's logits, None without it; ``embedding`` is the previous token's."""
         if self.confidence_head is None:
             return None
         if self.config.reads_markov:

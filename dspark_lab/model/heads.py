@@ -43,8 +43,7 @@ class _Kept:
 
 @checked
 class MarkovHead(nn.Module):
-    """The vanilla head, and the base of the others. The latent is kept apart from the bias, so
-    that an objective can form the bias for a few slots at a time."""
+    """The vanilla head, and the base of the others; an objective forms the bias in chunks."""
 
     # Whether a slot's latent depends on earlier slots of its block.
     recurrent = False

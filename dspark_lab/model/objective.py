@@ -456,7 +456,6 @@ def _check_weights(
     lm_head_weight: Float[Tensor, "vocab hidden"],
     markov_w2_weight: Float[Tensor, "vocab rank"] | None,
 ) -> None:
-    """Refuse weights that do not fit the slots."""
     if (latent is None) != (markov_w2_weight is None):
         given = "markov_w2_weight" if latent is None else "slots.latent"
         raise ValueError(f"slots.latent and markov_w2_weight go together, got {given} alone")

@@ -29,10 +29,9 @@ def check_token_ids(ids: Int[Tensor, "batch seq"], vocab_size: int) -> None:
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         debug_range("input_ids", ids, 0, vocab_size)
     elif not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        wanted = f"in the vocabulary, [0, {vocab_size - 1}]"
         found = f"ids from {int(ids.min())} to {int(ids.max())}"
-        raise ValueError(
-            f"input_ids must lie in the vocabulary, [0, {vocab_size - 1}], got {found}"
-        )
+        raise ValueError(f"input_ids must lie {wanted}, got {found}")
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

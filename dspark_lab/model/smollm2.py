@@ -30,10 +30,7 @@ CACHE_VARIABLE = "DSPARK_LAB_CACHE"
 def load_smollm2(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct, frozen and in eval mode, with its tokenizer.
-
-    The first call converts the GGUF (about 15 s); later calls read the cache (well below 1 s).
-    """
+    """SmolLM2-135M-Instruct, frozen and in eval mode, with its tokenizer."""
     folder = smollm2_cache()
     if not folder.exists():
         gguf = installed_gguf()

@@ -207,9 +207,7 @@ class Target:
     def start_cache(self, batch: int) -> TargetCache:
         """An empty cache of keys and values, for :meth:`advance`.
 
-        Raises:
-            ValueError: a model with recurrent layers, or several rows without
-                :attr:`decodes_batches`.
+        Refuses recurrent layers, and several rows without :attr:`decodes_batches`.
         """
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
