@@ -5,8 +5,9 @@ import json
 import shlex
 
 import pytest
+import tyro
 
-from dspark_lab.training.__main__ import parsed
+from dspark_lab.training.__main__ import Options
 from dspark_lab.tuning import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
 
 CHOSEN = TrainingSettings(
@@ -22,7 +23,7 @@ def test_json_is_read_back_as_the_same_settings():
 
 def test_the_labs_own_flags_are_understood_by_its_trainer():
     words = ["--out", "run", "--steps", "1", *shlex.split(export(CHOSEN, "dspark-lab"))]
-    options = parsed(words)
+    options = tyro.cli(Options, args=words)
     training = options.training
     assert (training.num_anchors, options.block_size, training.max_length) == (384, 7, 2048)
     assert (training.batch_size, training.loss_decay_gamma) == (3, 5.0)
