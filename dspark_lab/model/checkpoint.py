@@ -59,7 +59,6 @@ def save_drafter(
     Args:
         include_embeddings: write the frozen embedding and LM head too; without them, loading needs
             the target.
-        dtype: of the tensors in the file.
         max_shard_bytes: most bytes of a file, unless one tensor is larger; one file where None.
     """
     from huggingface_hub import split_torch_state_dict_into_shards as split_by_size
@@ -105,15 +104,13 @@ def load_drafter(
 ) -> Drafter:
     """Read a drafter from a checkpoint folder, in eval mode, embedding and LM head frozen.
 
-    The folder may come from any trainer that writes the published layout. With
-    ``tie_word_embeddings`` one of embedding and LM head stands for both.
+    With ``tie_word_embeddings`` one of embedding and LM head stands for both.
 
     Args:
         folder: a folder, or ``owner/name`` on the Hugging Face hub where there is no such folder.
         target: the :class:`dspark_lab.model.Target` whose embedding and LM head the drafter shares
             where the checkpoint leaves them out. Always checked to fit the drafter.
-        dtype: of the parameters. Where None: as stored, or, where the file holds several, the one
-            that ``config.json`` names.
+        dtype: where None as stored, or, of several, the one that ``config.json`` names.
 
     Raises:
         TypeError, ValueError: a configuration or a file of weights that is none, is damaged, or

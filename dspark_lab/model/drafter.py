@@ -319,7 +319,6 @@ def drafter_sizes(config: DrafterConfig) -> DrafterSizes:
     head, confidence = drafter.markov_head, drafter.confidence_head
     return DrafterSizes(
         trained_parameters=sum(p.numel() for p in drafter.parameters() if p.requires_grad),
-        layer_parameters=sum(p.numel() for p in drafter.layers[0].parameters()),
         latent_weights=0 if head is None else head.latent_weights,
         latent_kept=0 if head is None else head.latent_kept(config.block_size),
         confidence_width=0 if confidence is None else confidence.proj.in_features,

@@ -73,7 +73,6 @@ class Sums:
 
     @classmethod
     def from_stacked(cls, rows: Float[Tensor, "field slot"]) -> Sums:
-        """The inverse of :meth:`stacked`."""
         values = {field.name: row for field, row in zip(fields(cls), rows, strict=True)}
         values["blocks"] = values["blocks"][0]
         return cls(**values)

@@ -70,13 +70,11 @@ class Proposal:
 class DrafterSizes:
     """What the cost and the memory of a drafter follow from, counted on the module itself.
 
-    ``layer_parameters`` are of one layer; ``latent_weights`` are in the matrices that make a slot's
-    latent, ``latent_kept`` numbers a slot stay for the backward pass; ``confidence_width`` is what
-    the confidence head reads of a slot, 0 without one.
+    ``latent_weights`` are in the matrices that make a slot's latent, ``latent_kept`` numbers a slot
+    stay for the backward pass; the confidence head reads ``confidence_width`` numbers of a slot.
     """
 
     trained_parameters: int
-    layer_parameters: int
     latent_weights: int
     latent_kept: float
     confidence_width: int

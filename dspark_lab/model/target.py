@@ -61,12 +61,9 @@ class TargetCache:
 class Target:
     """A frozen causal language model of transformers, and its tokenizer where it has one.
 
-    The model is put into eval mode and its parameters stop asking for gradients.
-
-    Raises:
-        ValueError: a model whose logits are not ``head_weight`` times its final hidden state (a
-            bias, a scale, a soft cap on top), whose embedding is not as wide as its layers, or
-            whose layers cannot be found.
+    Refuses a model whose logits are not ``head_weight`` times its final hidden state (a bias, a
+    scale, a soft cap on top), whose embedding is not as wide as its layers, or whose layers cannot
+    be found.
     """
 
     model: transformers.PreTrainedModel

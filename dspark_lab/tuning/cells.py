@@ -73,8 +73,7 @@ class SweepConfig:
         held_out: JSONL of conversations whose questions are asked.
         device: of target and drafters.
         features: of the target, stored first or asked for every batch.
-        training: all other settings of a run; ``steps``, ``num_anchors``, ``seed`` and
-            ``warmup_steps`` (a twentieth of the steps) are the cell's.
+        training: all other settings of a run; steps, anchors, seed and warmup are the cell's.
     """
 
     num_anchors: Annotated[tuple[Count, ...], NotEmpty()] = (4, 12, 32, 96)

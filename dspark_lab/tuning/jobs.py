@@ -29,14 +29,13 @@ def run_jobs(
 ) -> Iterator[tuple[str, Any]]:
     """Calls ``function(*arguments)`` for each job and yields ``(key, result)`` in order of arrival.
 
+    A RuntimeError where workers died 3 times in a row without a result.
+
     Args:
         function: of a module that the workers can import.
         processes: at once, on this machine; on Ray a job asks for one CPU, and the cluster decides.
         address: of a Ray cluster, as ``ray.init`` takes it ("auto", "host:6379", "ray://..."); its
             nodes must have this package. Where a session of Ray is open already it is used.
-
-    Raises:
-        RuntimeError: workers died 3 times in a row without a result.
     """
     if address is None:
         return _in_processes(function, jobs, processes)

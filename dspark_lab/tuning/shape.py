@@ -99,7 +99,7 @@ class Layers:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the layers and of the norm behind the last one."""
+        """Those of the layers and of the norm behind the last one."""
         return self.count * self.layer_parameters + self.hidden_size
 
 
@@ -197,7 +197,7 @@ class Shape:
 
     @property
     def target_parameters(self) -> int:
-        """Those of the target, embedding and LM head included; 0 where it is not known."""
+        """Embedding and LM head included; 0 where the target is not known."""
         if self.target is None:
             return 0
         table = self.vocab_size * self.target.hidden_size

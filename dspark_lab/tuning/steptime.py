@@ -97,11 +97,11 @@ def measure_steps(
     runs: Count = 5,
     seed: Size = 0,
 ) -> pd.DataFrame:
-    """Times whole training steps of a drafter of this shape, on random tokens.
+    """Times whole training steps of a drafter of this shape, on random tokens, all supervised.
 
     Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training``; the target's
-    own forward too where it is given, on its own device, random features otherwise. All tokens are
-    supervised. A line for each combination of sizes (``block_sizes`` None is the shape's own);
+    own forward too where it is given, on its own device, random features otherwise. A line for each
+    combination of sizes (``block_sizes`` None is the shape's own);
     ``seconds`` are the median of ``runs`` steps after ``warmup``.
     """
     place = torch.device(device) if target is None else target.device
