@@ -20,7 +20,6 @@ from dspark_lab.model import (
     build_markov_head,
     dspark_objective,
     load_drafter,
-    load_target,
     output_objective,
     save_drafter,
 )
@@ -93,9 +92,11 @@ HALF_ROPE = {"rope_theta": 1e6, "partial_rotary_factor": 0.5}
 FULL_ALONE = "layer_types must all be 'full_attention', got .*"
 TABLES = {
     config: [
-        ({"block_size": ...}, ValueError, "config must hold block_size,"),
-        ({"head_dim": ..., "mask_token_id": ...}, ValueError, "hold head_dim, mask_token_id,"),
-        ({"vocab_size": 0}, ValueError, "vocab_size must be >= 1, got 0"),
+        (
+            {"head_dim": ..., "block_size": ...},
+            ValueError,
+            "config must hold head_dim, block_size,",
+        ),
         ({"num_key_value_heads": 3}, ValueError, "num_key_value_heads must divide .* 4, got 3"),
         ({"head_dim": 5}, ValueError, "head_dim must be even, got 5"),
         ({"mask_token_id": 64}, ValueError, r"in the vocabulary, \[0, 63\], got 64"),
@@ -109,7 +110,6 @@ TABLES = {
         ({"layer_types": ["full_attention", "sliding"]}, ValueError, FULL_ALONE + "sliding"),
         ({"layer_types": 2}, TypeError, "layer_types must be a list, got 2"),
         ({"rope_scaling": YARN}, ValueError, "rope_scaling .* 'default' alone, got .*yarn"),
-        ({"rope_scaling": {"type": "linear"}}, ValueError, "rope_scaling .*linear"),
         ({"rope_parameters": HALF_ROPE}, ValueError, "rope_parameters .*partial_rotary_factor"),
         ({"rope_parameters": "default"}, TypeError, "rope_parameters must be an object"),
         (NO_ROPE, ValueError, "must hold rope_theta"),
@@ -127,7 +127,6 @@ TABLES = {
         ({"anchor_positions": IDS[:, :1]}, ValueError, "go together, got no block_keep_mask"),
         ({"block_keep_mask": YES[:, :1]}, ValueError, "go together, got no anchor_positions"),
         ({"seq_lens": LENGTHS}, ValueError, "go together, got no doc_remaining, position_ids"),
-        ({"backend": "fast"}, ValueError, "'fast'"),
     ],
     forward_of_blocks: [
         ({"block_size": 4}, ValueError, "block_size of blocks must be the drafter's, 3, got 4"),
@@ -158,7 +157,6 @@ TABLES = {
         ({"layer_ids": []}, ValueError, "layer_ids must not be empty"),
         ({"layer_ids": [3]}, ValueError, r"must lie in \[-1, 2\]"),
         ({"input_ids": IDS[:, :0]}, ValueError, "input_ids must hold tokens"),
-        ({"input_ids": IDS + 60}, ValueError, r"the vocabulary, \[0, 63\], got ids from 60 to 68"),
         ({"input_ids": IDS - 1}, ValueError, r"the vocabulary, \[0, 63\], got ids from -1 to 7"),
         ({"input_ids": IDS.repeat(1, 2)}, ValueError, "at most 12 tokens .* got 18"),
         ({"attention_mask": IDS > 2}, ValueError, "on the right only"),
@@ -168,7 +166,6 @@ TABLES = {
         ({"seq_lens": LENGTHS[:, :0]}, ValueError, "lengths of documents in rows of 9 tokens"),
         ({"seq_lens": LENGTHS - 4}, ValueError, "lengths of documents in rows of 9 tokens, got"),
     ],
-    load_target: [({"name_or_path": None}, TypeError, "name_or_path must be .*, got None")],
     load_drafter: [({"folder": ".", "dtype": torch.int8}, ValueError, "of .*, got torch.int8")],
     save: [({"dtype": torch.int8}, ValueError, "dtype must be one of .*, got torch.int8")],
 }
