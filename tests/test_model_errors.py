@@ -92,11 +92,7 @@ HALF_ROPE = {"rope_theta": 1e6, "partial_rotary_factor": 0.5}
 FULL_ALONE = "layer_types must all be 'full_attention', got .*"
 TABLES = {
     config: [
-        (
-            {"head_dim": ..., "block_size": ...},
-            ValueError,
-            "config must hold head_dim, block_size,",
-        ),
+        ({"head_dim": ..., "block_size": ...}, ValueError, "must hold head_dim, block_size,"),
         ({"num_key_value_heads": 3}, ValueError, "num_key_value_heads must divide .* 4, got 3"),
         ({"head_dim": 5}, ValueError, "head_dim must be even, got 5"),
         ({"mask_token_id": 64}, ValueError, r"in the vocabulary, \[0, 63\], got 64"),

@@ -291,8 +291,8 @@ def _check_target(folder: Path, config: DrafterConfig, target: TargetWeights) ->
             f"the drafter was made for, got {found[0]} and {found[1]}"
         )
     if config.target_layer_ids[-1] >= target.num_layers:
-        wanted = f"target must have the layers {list(config.target_layer_ids)}"
-        raise ValueError(f"{folder}: {wanted}, got one of {target.num_layers} layers")
+        needs = f"target must have the layers {list(config.target_layer_ids)}"
+        raise ValueError(f"{folder}: {needs}, got one of {target.num_layers} layers")
 
 
 def _common_dtype(folder: Path, stored: dict[str, Any], values: dict[str, Any]) -> torch.dtype:
