@@ -32,10 +32,7 @@ NOT_IN_WHEEL = ("smollm2/dspark-k7", f"smollm2/{TRACES}")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A target and a drafter of it, ``chats`` with the target's own answers, and ``held_out`` ones.
-
-    No shipped drafter has seen the latter.
-    """
+    """A target, a drafter, ``chats`` with the target's answers, and others that no drafter saw."""
 
     name: str
     target: Target
@@ -92,8 +89,7 @@ def load_pair(
 def load_traces(pair: str = "pocket") -> pandas.DataFrame:
     """Traces of :func:`dspark_lab.decode` on held-out questions, for each drafter of a pair.
 
-    They have two more columns, ``drafter`` and ``temperature``. A prompt number means the same
-    question throughout.
+    Two more columns are ``drafter`` and ``temperature``; a prompt number means one question.
     """
     pair_folder(pair)
     return load_trace(shipped(f"{pair}/{TRACES}"))

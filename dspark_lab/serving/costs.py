@@ -7,9 +7,8 @@ Per round of K drafted tokens:
               and after a rejection with a tokens accepted, rollback + replay(a + 1);
     speed-up: tau * seconds of a plain step / seconds of a round.
 
-*Rollback* cuts the rejected tokens off the target's cache. A cache that cannot be cut (recurrent
-layers, sliding windows) goes back to where it was before the round, and the target reads the anchor
-and the accepted tokens again: *replay*. The less is accepted, the more often both are paid.
+*Rollback* cuts the rejected tokens off the target's cache. Where it cannot be cut (recurrent
+layers, sliding windows), the target reads the anchor and the accepted tokens again: *replay*.
 """
 
 from __future__ import annotations
@@ -111,14 +110,10 @@ class RoundCosts:
         verified: Float[np.ndarray, "*axes slot"] | None = None,
         rejected: Float[np.ndarray, "*axes slot"] | None = None,
     ) -> dict[str, Any]:
-        """Expected tokens ``tau``, seconds and speed of a round, by the columns of the tables.
+        """Expected tokens ``tau``, seconds and speed of a round, from how often each slot is so.
 
-        ``without_replay`` is the speed-up without replay and rollback, ``without_overhead`` that
-        without overhead either.
-
-        Args:
-            accepted, verified, rejected: how often each slot is; the last two may be left out where
-                every slot is verified.
+        By default every slot is verified. ``without_replay`` is the speed-up without replay and
+        rollback, ``without_overhead`` that without overhead either.
         """
         k = accepted.shape[-1]
         if verified is None or rejected is None:

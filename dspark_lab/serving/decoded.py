@@ -25,11 +25,10 @@ from dspark_lab.serving.timing import measure_engine
 def speed_table(
     plain: Sequence[Decoded], drafted: Sequence[Decoded], block_size: Count
 ) -> pd.Series:
-    """Speculative against plain decoding of the same prompts, by :func:`dspark_lab.decode`.
+    """Speculative against plain decoding of the same prompts, without the reading of these.
 
-    The reading of the prompts is left out. ``draft``, ``verify`` and ``rest`` are shares of a
-    round's time; at ``break_even_tau``, and at the ``break_even_rate`` of every slot that gives it
-    (inf: there is none), both would be as fast.
+    ``draft``, ``verify`` and ``rest`` are shares of a round's time; at ``break_even_tau``, and at
+    the ``break_even_rate`` of every slot that gives it (inf: none), both would be as fast.
     """
     tokens, rounds, parts = _sum("drafted", drafted)
     plain_tokens, _, plain_parts = _sum("plain", plain)
@@ -70,34 +69,26 @@ def decode_check(
     answers as long as those that came out; on a busy machine, seconds are off.
 
     Args:
-        trace: of this drafter alone, with a column ``temperature`` that holds all of
-            ``temperatures``; where it is of other prompts, the answers differ as well.
+        trace: of this drafter alone, with a column ``temperature``.
         draft_lengths: by default all that the trace has.
-        replay: after each rejection have the target read again what was accepted, in another cache,
-            as if its own could not be cut.
+        replay: read again what was accepted after each rejection, as if no cache could be cut.
         costs: of each temperature, measured first where None, with ``repeats``.
 
     Returns:
-        a row for each temperature and length. ``tau`` and ``speedup`` are predicted, and over
-        ``tau_decoded`` and ``speedup_decoded`` too high by the shares ``tau_error`` and
-        ``speedup_error``; other columns as in :meth:`RoundCosts.figures`.
+        a row for each temperature and length. The errors are the shares by which the predicted
+        ``tau`` and ``speedup`` are too high; other columns as in :meth:`RoundCosts.figures`.
     """
     ids = [encode_prompt(target, prompt) for prompt in prompts]
     # Half an answer behind a prompt of middling length.
     context = int(np.median([len(tokens) for tokens in ids])) + max_new_tokens // 2
+    measured: dict[str, Any] = {"requests": (1,), "context_length": context, "repeats": repeats}
     rows = []
     for temperature in temperatures:
         profile = acceptance_profile(trace, temperature=temperature, resamples=resamples, seed=seed)
         lengths = require_lengths(draft_lengths, len(profile.rates))
         if costs is None:
             engine = measure_engine(
-                target,
-                drafter,
-                requests=(1,),
-                draft_lengths=lengths,
-                context_length=context,
-                temperature=temperature,
-                repeats=repeats,
+                target, drafter, draft_lengths=lengths, temperature=temperature, **measured
             )
             here = engine.costs()
             if replay:

@@ -1,9 +1,8 @@
 """The seconds of a serving engine: the target's by tokens of a step, all else by requests.
 
-R requests that take their rounds together draft R blocks in one pass, and the target reads R + the
-verified slots in one step. All other seconds are the *rest* of a drafted round (drawing tokens, the
-drafter's reading of what was accepted, the cutting of both caches), and the *plain rest* of a step
-without a draft.
+R requests draft R blocks in one pass, and the target reads R + the verified slots in one step. All
+other seconds are the *rest* of a drafted round (drawing tokens, the drafter's reading of what was
+accepted, the cutting of both caches), and the *plain rest* of a step without a draft.
 """
 
 from __future__ import annotations

@@ -81,14 +81,10 @@ class PrefixScheduler:
 class LoadResult:
     """The result of :func:`simulate`, all times in seconds.
 
-    ``requests`` are in the order of admission: ``request`` is the number among those drawn, ``end``
-    NaN where the run stopped before, and ``measured`` says whether it counts. Of ``steps``,
-    ``tokens`` are those by which answers grew.
-
-    ``figures`` are of the measured requests and of the steps while they are served: ``throughput``,
-    tokens of all requests per second; ``per_user``, those of one request from its start to its end,
-    mean and quantiles; ``wait`` for the start and ``latency``, arrival to end; ``acceptance``,
-    accepted over verified slots; ``busy``, the share of time spent in steps.
+    ``requests`` are in the order of admission; those ``measured`` count, and ``end`` is NaN where
+    the run stopped before. ``figures`` are of these and of the steps while they are served:
+    ``throughput`` in tokens of all requests per second, ``per_user`` in those of one from its start
+    to its end, ``latency`` from arrival to end, ``busy`` the share of time spent in steps.
     """
 
     requests: pd.DataFrame
@@ -109,17 +105,15 @@ def simulate(
 ) -> LoadResult:
     """Serves requests under one policy.
 
-    The requests that count come after ``warm_up`` others and before as many as it takes, so that
-    none of them sees an engine that fills or empties. The others are the same requests once more.
+    The same requests once more come before those that count, ``warm_up`` of them (by default
+    ``concurrency``), and after them, so that none sees an engine that fills or empties.
 
     Args:
-        policy: :class:`FixedLength`, :class:`StaticThreshold`, :class:`PrefixScheduler`, or a
-            function of the batch's confidences ``[request, slot]`` and of the engine's speed (steps
-            per second at B tokens per step, all included) that returns slots to verify of each.
+        policy: one of the classes of this module, or a function of the batch's confidences
+            ``[request, slot]`` and of the engine's :data:`Speed` that returns slots to verify.
         concurrency: the most requests in the batch.
         rate: arrivals per second, a Poisson process; by default the batch is always full.
         draft_length: by default all of the trace's slots. Plain decoding drafts none.
-        warm_up: as many as ``concurrency`` by default.
     """
     warm_up = concurrency if warm_up is None else warm_up
     answers = requests.answers

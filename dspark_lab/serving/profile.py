@@ -1,9 +1,8 @@
 """The accept rate of each slot of a block, of one drafter at one temperature.
 
-Acceptance is counted as lifetimes are (Kaplan and Meier 1958): slot k's rate is over the rounds
-that reached it, survival is the product of the rates, and a round that the end of its answer cut
-counts up to the cut. Shorter blocks begin more often at easy tokens, so that a trace of long blocks
-promises a little less of short ones than they keep.
+Counted as lifetimes are (Kaplan and Meier 1958): slot k's rate is over the rounds that reached it,
+survival is the product of the rates, and a round that the end of its answer cut counts up to the
+cut. A trace of long blocks promises a little less of short ones than they keep.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class AcceptanceProfile:
     def tau(self, draft_length: Count, tokens: Count | None = None) -> float:
         """Mean tokens of a round of so many slots, the target's own among them.
 
-        ``tokens`` is the length of an answer without its first token, whose last rounds draft no
-        more than is left. None is an endless answer.
+        ``tokens`` is the length of an answer without its first token; None is an endless one.
         """
         require_lengths([draft_length], len(self.rates))
         if tokens is None:
@@ -94,11 +92,9 @@ def acceptance_profile(
 ) -> AcceptanceProfile:
     """The accept rates of a trace, of one drafter at one temperature.
 
-    A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached.
-
-    Args:
-        trace: of whole blocks, decoded without threshold or scheduler.
-        drafter, temperature: which rows to take; for a trace without the column, a label.
+    A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached; the
+    trace must be of whole blocks. ``drafter`` and ``temperature`` say which rows to take, or label
+    a trace without the column.
     """
     trace, drafter, temperature = rows_of(trace, drafter, temperature)
     rounds, row = read_trace(trace)

@@ -1,8 +1,7 @@
 """Pre-drawn requests (common random numbers): answers of a trace and the draws of every round.
 
-Everything random about a request is drawn beforehand: its answer, and for each round that it may
-need a block and how many of its slots are accepted. So policies that serve the same requests differ
-by what they do, not by chance. Rounds of another length are taken to begin where the trace's did.
+Everything random about a request is drawn beforehand, so that policies that serve the same requests
+differ by what they do. Rounds of another length are taken to begin where the trace's did.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class Geometric:
 class Answers:
     """The answers of a trace and the blocks drafted for them, from :func:`answers_of`.
 
-    ``confidence`` is NaN without a confidence head. A conversation has ``count`` rounds, from
-    ``first`` on, which yielded ``tokens``.
+    A conversation has ``count`` rounds, from ``first`` on, which yielded ``tokens``.
     """
 
     accept_prob: Float[np.ndarray, "round slot"]
@@ -82,16 +80,13 @@ def answers_of(
 ) -> Answers:
     """The answers and blocks of a trace.
 
-    Slots are accepted with the probabilities of the drafted tokens, not with the rates c*, whose
-    product is none: an accepted token is not distributed as a drafted one.
-
-    Rounds that the end of an answer cut are completed from a whole round of their domain, drawn
-    with the probability that its slots up to there are accepted. An answer that ended with the last
-    slot of its block may seem to have one token more.
+    Slots are accepted with the probabilities of the drafted tokens, not with the rates c*: an
+    accepted token is not distributed as a drafted one. Rounds that the end of an answer cut are
+    completed from a whole round of their domain, drawn with the probability that its slots up to
+    there are accepted.
 
     Args:
-        trace: of one drafter at one temperature, decoded without threshold or scheduler; answers
-            are returned as they are.
+        trace: of whole blocks, of one drafter at one temperature; answers are returned as they are.
         calibrated: scales the confidences.
         seed: of the completion.
     """
@@ -141,8 +136,7 @@ def draw_requests(
         trace: as :func:`answers_of` takes or returns it.
         answer_tokens: by default as many as the conversation had.
         domains: a weight for each that is wanted; by default conversations are equally likely.
-        within: where rounds are drawn from: the conversation, so that some requests are harder than
-            others, or its domain, so that all are alike.
+        within: rounds are drawn from the conversation, or from its domain, so that all are alike.
     """
     answers = answers_of(trace)
     # Independent streams, so that changing one thing leaves the other draws as they are.

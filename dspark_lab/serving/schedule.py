@@ -7,9 +7,8 @@
 
 The prefix scheduler (DSpark, arXiv 2607.05147) admits slots by falling a and stops at the first
 that does not raise Theta: whether slot j is verified then depends only on what was known before its
-token was drawn, and the output distribution stays the target's own. A search for the highest Theta
-looks past that slot, at confidences that depend on its token, and so biases the output; see
-:func:`output_distribution`.
+token was drawn, and the output stays the target's own. A search for the highest Theta looks past
+that slot, at confidences that depend on its token, and biases the output.
 """
 
 from __future__ import annotations
@@ -40,9 +39,8 @@ _FEW = 256
 def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
     """How many slots of each request the lossless prefix scheduler verifies.
 
-    At equal a the earlier slot comes first, then the request of the lower number. Where SPS is
-    :attr:`~dspark_lab.serving.StepsPerSecond.smooth`, no other choice of prefixes has a higher
-    Theta. B counts the admitted slots alone: padding rows to the longest costs more.
+    At equal a the earlier slot comes first, then the lower request. No choice of prefixes has a
+    higher Theta where SPS is :attr:`~dspark_lab.serving.StepsPerSecond.smooth`.
 
     Args:
         confidence: in [0, 1], 0 where the request has no such slot.
@@ -59,10 +57,7 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
 
 @checked
 def retrospective_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " request"]:
-    """How many slots of each request have the highest Theta of all: **biased**, for comparison.
-
-    It is the shortest of equally good choices; arguments as for :func:`prefix_schedule`.
-    """
+    """The shortest schedule of the highest Theta of all: **biased**, for comparison."""
     walk = _walk(*_candidates(confidence), sps)
     return walk.lengths(int(walk.theta.argmax()))
 
@@ -84,9 +79,8 @@ def prefix_scheduler(sps: Speed) -> Scheduler:
 def schedule_table(confidence: Confidence, sps: Speed) -> pd.DataFrame:
     """The slots in the order of admission, and what each does to Theta.
 
-    A row for each slot of survival > 0: ``tokens``, ``tau`` and ``theta`` are with the slots up to
-    here, ``theta_before`` without this one; :func:`prefix_schedule` takes those ``admitted``, and
-    :func:`retrospective_schedule` those ``retrospective``.
+    A row for each slot of survival > 0, whose ``tokens``, ``tau`` and ``theta`` include the slots
+    before it, and whether either schedule takes it: ``admitted``, ``retrospective``.
     """
     walk = _walk(*_candidates(confidence), sps)
     number, requests = np.arange(len(walk.survival)), max(walk.requests, 1)
@@ -111,11 +105,8 @@ def output_distribution(
 ) -> Float[np.ndarray, " vocab"]:
     """Exact distribution of a slot's output token when its draft decides whether it is verified.
 
-    Verification is lossless if the result is p.
-
-    Args:
-        target_probs, draft_probs: p and q.
-        verified: whether the slot is, for each token that may be drafted.
+    ``verified`` says so for each token that may be drafted. Lossless if the result is p, the
+    ``target_probs``.
     """
     p = as_probabilities("target_probs", target_probs)
     q = as_probabilities("draft_probs", draft_probs)

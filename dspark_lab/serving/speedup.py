@@ -21,12 +21,9 @@ def speedup_table(
 ) -> pd.DataFrame:
     """Predicted speed for each number of tokens drafted a round.
 
-    ``draft_lengths`` are by default all that have both a rate and a cost.
-
-    Returns:
-        a row for each length: the figures of :meth:`RoundCosts.figures`, with 95 % bootstrap
-        intervals ``_low`` to ``_high``, the rates of :func:`break_even`, and ``best_share``, the
-        share of resamples in which the length is the fastest; NaN without resamples.
+    A row for each length, by default all that have both a rate and a cost: the figures of
+    :meth:`RoundCosts.figures`, with 95 % bootstrap intervals, the rates of :func:`break_even`, and
+    ``best_share``, how often the length is the fastest of a resample (NaN without any).
     """
     rows, speeds = [], []
     for k in require_lengths(draft_lengths, min(len(profile.rates), costs.longest)):
@@ -71,9 +68,8 @@ def temperature_table(
         draft_length: by default the fastest at the lowest temperature.
 
     Returns:
-        a row for each temperature, lowest first, with columns as in :func:`speedup_table`, with
-        ``accept_rate``, that of every slot which would give the same tau, and with ``best_length``
-        (0: do not draft) and its ``best_speedup``.
+        columns as in :func:`speedup_table`, ``accept_rate``, that of every slot which would give
+        the same tau, and ``best_length`` (0: do not draft) with its ``best_speedup``.
     """
     if isinstance(trace, pd.DataFrame):
         options: dict[str, Any] = {"drafter": drafter, "resamples": resamples, "seed": seed}

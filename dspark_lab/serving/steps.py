@@ -26,10 +26,8 @@ _COLUMNS = ["tokens", "steps_per_second", "context_length", "device", "target"]
 class StepsPerSecond:
     """SPS(B), called with a number or an array of tokens per step; see :func:`seconds_at`.
 
-    Args:
-        tokens: B, rising whole numbers of at least 1.
-        context_length: tokens that each request had read before the step.
-        device: its name and the precision.
+    ``context_length`` is what each request had read before the step; ``device`` includes the
+    precision.
     """
 
     tokens: Int[np.ndarray, " point"]
@@ -48,7 +46,6 @@ class StepsPerSecond:
         require("target", self.target, str)
 
     def __call__(self, tokens: Any) -> Any:
-        """Steps per second at ``tokens`` per step, a number or an array."""
         return 1 / self.seconds(tokens)
 
     def seconds(self, tokens: Any) -> Any:
@@ -69,10 +66,7 @@ class StepsPerSecond:
         return bool((np.diff(slopes) >= -1e-12 * seconds.max()).all())
 
     def smoothed(self) -> StepsPerSecond:
-        """The lower convex envelope of the seconds, from the fastest step on: an optimistic curve.
-
-        No bump of the measurement halts a scheduler on it.
-        """
+        """The lower convex envelope of the seconds: no measured bump halts a scheduler on it."""
         seconds = 1 / self.steps_per_second
 
         def slope(low: int, high: int) -> float:

@@ -18,7 +18,6 @@ from dspark_lab.decoding import Rounds, rounds_of
 from dspark_lab.serving.costs import RoundCosts, expected_verify_seconds, require_lengths
 from dspark_lab.serving.profile import ratio, require_whole_blocks, rows_of
 
-# To look at, and to choose from.
 _THRESHOLDS = tuple(step / 20 for step in range(20))
 _FINE_THRESHOLDS = tuple(step / 100 for step in range(101))
 _FINER_THRESHOLDS = tuple(np.linspace(0, 1, 201).tolist())
@@ -43,10 +42,9 @@ def threshold_table(
     otherwise what :func:`speedup_table` says, which it equals at threshold 0.
 
     Args:
-        trace: of whole blocks, of one drafter that has a confidence head, at one temperature.
+        trace, drafter, temperature: as in :func:`acceptance_profile`; rounds are taken as they are.
         draft_lengths: by default the longest that has both a slot and a cost.
         calibrated: scales the confidences first.
-        drafter, temperature: as in :func:`acceptance_profile`; not for rounds.
     """
     rounds = _rounds(trace, drafter, temperature)
     cuts = rates.as_probabilities("thresholds", list(thresholds))
@@ -85,8 +83,7 @@ def best_threshold(
     """The fastest pair of draft length and static threshold, as a row of :func:`threshold_table`.
 
     The fastest of many is faster on the trace that it was chosen on than elsewhere; ``test``, a
-    trace of other conversations, gives figures without that bias. Of equally fast ones the lowest
-    is taken. Other arguments as in :func:`threshold_table`.
+    trace of other conversations, gives figures without that bias.
     """
     rounds = _rounds(trace, drafter, temperature)
     lengths = require_lengths(draft_lengths, min(rounds.verified.shape[1], costs.longest))
@@ -117,22 +114,19 @@ def gain_table(
 ) -> pd.DataFrame:
     """The gain of scaling, and of perfect calibration, in tokens and in speed.
 
-    Four ways to decide how much of a drafted block is verified: ``everything``; a threshold on the
-    ``raw`` confidence; on the ``scaled`` one; and on the ``oracle``, the true accept rate c*.
-    Temperatures and each way's fastest threshold are chosen on ``fit``; figures are of ``test``.
-    Slots without an identifiable temperature keep their confidences.
+    Verified is ``everything``, or up to a threshold on the ``raw`` confidence, on the ``scaled``
+    one, or on the ``oracle``, the true accept rate c*. Temperatures and each way's fastest
+    threshold are chosen on ``fit``; figures are of ``test``.
 
     Args:
         fit, test: traces of whole blocks of one drafter, without a prompt in common.
-        on: each slot's own value, or the product up to the slot, as a scheduler weighs slots. Under
-            ``"slot"`` a miscalibration that favours early slots, which are worth more, can be
-            faster than its repair.
+        on: each slot's own value, or the product up to the slot. Under ``"slot"`` a miscalibration
+            that favours early slots, which are worth more, can be faster than its repair.
         bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
 
     Returns:
-        a row for each way: ``verified`` and ``accepted`` slots per round, ``speed`` in tokens per
-        second, without replay and rollback, and ``gain_percent`` over raw, with 95 % bootstrap
-        intervals over the conversations of ``test``, NaN with fewer than two.
+        a row for each way: slots per round, ``speed`` in tokens per second without replay and
+        rollback, and ``gain_percent`` over raw, with 95 % bootstrap intervals.
     """
     fitted, held = rates.disjoint_rounds(fit, test)
     slots = max(rounds.verified.shape[1] for rounds in (fitted, held))
@@ -188,9 +182,8 @@ def _highest_thresholds(
 class _Counts(NamedTuple):
     """Rounds of each conversation by threshold and slot, ``[conversation, threshold, slot]``.
 
-    ``existing`` have the slot and pass the threshold at all before it, ``passed`` at this one too.
-    ``open`` are those in which, besides, verification would reach the slot; of these ``reached``
-    pass the threshold at it, and ``accepted`` is their summed c*.
+    ``existing`` have the slot and pass before it, ``passed`` at it too. Of those ``open``
+    verification would reach it; ``reached`` pass there too, and ``accepted`` is their summed c*.
     """
 
     existing: np.ndarray

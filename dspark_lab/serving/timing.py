@@ -43,10 +43,8 @@ def measure_engine(
     The target's steps include its distributions; drafting is linear between the measured lengths.
 
     Args:
-        requests: how many take their rounds together, rising; 1, 4 and 16 where None, or 1 alone
-            for a target that decodes one row at a time.
+        requests: how many take their rounds together, rising; 1, 4 and 16 where None, or 1 alone.
         draft_lengths: one slot and a whole block where None.
-        context_length: tokens of a random prompt; rounds add to it.
         repeats, warm_up: rounds that count, and rounds before these.
     """
     if requests is None:
@@ -105,10 +103,9 @@ def measure_steps_per_second(
 ) -> StepsPerSecond:
     """SPS(B) of a target on the device that it is on.
 
-    As when decoding verifies, every row reads its tokens behind ``context_length`` cached ones,
-    drawn once and shared by all rows, and each token gets its probabilities over the vocabulary. A
-    row's tokens are the largest divisor of B that is at most ``tokens_per_row``; a target that
-    decodes one row at a time reads all B in it. The cutting of the cache is not timed.
+    Every row reads its tokens behind the same ``context_length`` cached ones, and each token gets
+    its probabilities. A row's tokens are the largest divisor of B that is at most
+    ``tokens_per_row``; a target that decodes one row at a time reads all B in it.
 
     Args:
         tokens: B, rising.
