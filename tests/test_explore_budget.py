@@ -40,7 +40,7 @@ def hollow(ax: Axes) -> list[list[float]]:
     return [point for line in lines if line.get_markersize() < 10 for point in points(line)]
 
 
-def test_the_fit_has_a_line_of_the_tables_numbers_for_each_block_size():
+def test_the_fit_is_a_line_for_each_block_size_hollow_where_the_row_is_the_limit():
     (ax,) = picture_of("fit").axes
     lines = labelled(ax)
     assert list(lines) == legend(ax) == ["block 7", "block 15"]
@@ -48,12 +48,8 @@ def test_the_fit_has_a_line_of_the_tables_numbers_for_each_block_size():
         line = lines[f"block {block_size}"]
         assert points(line) == part[["seq_len", "num_anchors"]].to_numpy().tolist()
     assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 2
-
-
-def test_marks_are_hollow_where_the_row_and_not_the_memory_is_the_limit():
-    (ax,) = picture_of("fit").axes
     assert hollow(ax) == [[256, 255], [512, 511], [256, 255]]
-    filled = [line.get_markevery() for line in labelled(ax).values()]
+    filled = [line.get_markevery() for line in lines.values()]
     assert [marks.tolist() for marks in filled] == [[False] * 2 + [True] * 2, [False] + [True] * 3]
     assert "hollow: row is the limit" in title(ax)
     assert "hollow" not in title(plot_fit(fit(100, 100)).axes[0])
@@ -136,7 +132,7 @@ def test_each_slot_has_a_bar_of_its_supervisions_and_one_of_their_weight():
     assert weighted[0].get_hatch() and not expected[0].get_hatch()
 
 
-def test_the_front_shows_every_option_once_and_tells_its_kinds_apart():
+def test_the_front_shows_every_option_once_by_its_kind_and_names_its_own():
     (ax,) = picture_of("front").axes
     fits, unfit, front = ax.lines
     assert points(fits) == [[pytest.approx(35), 10], [pytest.approx(50), 30]]
@@ -146,10 +142,6 @@ def test_the_front_shows_every_option_once_and_tells_its_kinds_apart():
     assert front.get_marker() != fits.get_marker()
     assert (fits.get_color(), unfit.get_color(), front.get_color()) == (BLUE, INK, RED)
     assert legend(ax) == ["fits", "does not fit", "on the front: none beats it"]
-
-
-def test_the_options_of_the_front_are_named_and_no_others():
-    (ax,) = picture_of("front").axes
     names = {text.get_text(): text.xy for text in ax.texts}
     assert names == {"N 32, K 7": (pytest.approx(30), 50), "N 16, K 7": (pytest.approx(40), 40)}
     (ax,) = explore.plot_front(options(seq_lens=(512, 4096))).axes
@@ -175,7 +167,7 @@ def map_of(ax: Axes) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
     return numbers, {place: text.get_text() for place, text in words.items()}
 
 
-def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval():
+def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval_and_the_best_has_a_frame():
     *_, ax, _ = picture_of("sweeps").axes
     numbers, words = map_of(ax)
     # Those of the last of the four maps.
@@ -184,10 +176,6 @@ def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval():
     assert len(words) == 6
     assert tick_names(ax.xaxis) == ["4", "12", "32"] and tick_names(ax.yaxis) == ["4", "7"]
     assert title(ax).startswith("budget: slots, temperature 1\n")
-
-
-def test_the_best_cell_has_a_frame_and_its_name():
-    ax = picture_of("sweeps").axes[3]
     (frame,) = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     assert frame.get_xy() == (1.5, 0.5) and frame.get_width() == frame.get_height() == 1
     assert not frame.get_fill() and to_hex(frame.get_edgecolor()).upper() == RED
@@ -248,9 +236,7 @@ def test_the_panels_of_a_budget_are_the_share_the_gain_of_the_best_that_fits_par
     assert title(parts) == "a step: 10.0 T operations, 0.3 s"
     assert points(fits.lines[0]) == NONE_LEFT[["seq_len", "num_anchors"]].to_numpy().tolist()
     assert title(fits) == "block 7   ★ chosen   hollow: row is the limit"
-
-
-def test_the_chosen_setting_is_marked_in_three_panels_and_looks_alike_in_all():
+    # The chosen setting is marked in three panels and looks alike in all.
     axes = picture_of("budget").axes
     assert [stars(ax) for ax in axes] == [[[16, 0.5]], [[16, 0.8]], [], [[300, 16]]]
     chosen = [line for ax in axes for line in ax.lines if line.get_marker() == "*"]
@@ -265,9 +251,7 @@ def test_options_that_do_not_fit_are_hollow_and_never_the_best():
     assert title(ax) == "★ chosen   □ best that fits: N 8   ○ too large"
     low, high = ax.get_ylim()
     assert low == 0 and high > 5 / 3
-
-
-def test_where_nothing_fits_there_is_no_best():
+    # Where nothing fits there is no best.
     ax = gallery.budget(0).axes[1]
     assert not [line for line in ax.lines if line.get_marker() == "s"]
     assert len(hollow(ax)) == 5 and title(ax) == "★ chosen   ○ too large"
@@ -280,13 +264,10 @@ def test_the_ticks_of_gains_stay_few_where_much_more_would_be_gained_by_what_is_
     assert points(ax.lines[0])[3] == [32, 90] and len(ax.get_yticks()) <= 6
 
 
-def test_a_budget_refuses_a_number_of_anchors_that_is_no_option():
+def test_a_budget_refuses_a_number_that_is_no_option_and_draws_options_in_order():
     message = r"num_anchors must be one of \(4, 8, 16, 32, 64\), got 12"
     with pytest.raises(ValueError, match=message):
         gallery.budget(num_anchors=12)
-
-
-def test_options_out_of_order_are_drawn_in_order():
     shuffled = options().iloc[[3, 0, 4, 2, 1]]
     figure = plot_budget(shuffled, COST, NONE_LEFT, num_anchors=16, at=(300, 16))
     for ax, like in zip(figure.axes[:2], picture_of("budget").axes, strict=False):
@@ -432,9 +413,7 @@ def test_a_measured_time_is_an_entry_of_its_own_that_comes_first():
     assert explorer(time=TIME, card="L4").controls["card"].value == "L4"
     assert explorer().controls["card"].options == tuple(CARDS)
     assert explorer().controls["card"].value == "H100"
-
-
-def test_without_a_memory_all_fits_on_the_measured_device():
+    # Without a memory, all fits on the measured device.
     shown = explorer(time=TIME)
     assert shown.table["fits"].all() and not shown.tables["fit"]["full"].any()
     assert "that it may take" not in sentences(shown)[1] and sentences(shown)[1].endswith(" GB.")
@@ -502,15 +481,13 @@ def test_a_model_is_a_shape_or_what_one_is_made_of(tmp_path):
         pd.testing.assert_frame_equal(table, first)
 
 
-def test_rows_too_short_for_an_answer_are_said_in_words_and_can_be_left():
+def test_rows_too_short_and_too_many_blocks_are_said_in_words_and_can_be_left():
     shown = explorer(documents("." * 280 + "a" * 10))
     assert shown.tables == {}
     assert "among its first 256" in picture(shown).value and "longer row" in picture(shown).value
     shown.controls["seq_len"].value = 512
     assert list(shown.tables) == NAMES
-
-
-def test_too_many_blocks_to_look_at_are_said_in_words_and_can_be_left():
+    # Too many blocks to look at.
     shown = explorer(random_chats(60), num_anchors=32768, seq_len=8192, per="document")
     assert "32,768 anchors for each document are 1,966,080 blocks a row" in picture(shown).value
     assert shown.tables == {}

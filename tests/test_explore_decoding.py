@@ -581,8 +581,13 @@ def test_run_and_stop_take_turns():
     assert seen == dict.fromkeys(said, BUSY) and buttons(explorer) == IDLE
 
 
-def test_readers_that_run_no_widgets_get_the_answer_and_no_timing():
+def test_widgets_are_made_once_and_readers_that_run_none_get_the_answer_and_no_timing():
     explorer = decoding()
+    above, buttons, *_, steps, _ = before = list(explorer.children)
+    assert list(above.children) == list(explorer.controls.values())
+    run, stop = explorer.run_button, explorer.stop_button
+    assert list(buttons.children) == [run, stop, explorer.drafts]
+    assert list(steps.children) == list(explorer.step.values())
     one, other = explorer._repr_mimebundle_(include=None, exclude=None), decoding()
     assert one.pop(WIDGET)["model_id"] == explorer.model_id
     assert one == {"text/plain": repr(explorer), "text/html": shown(explorer, ANSWER)}
@@ -591,12 +596,10 @@ def test_readers_that_run_no_widgets_get_the_answer_and_no_timing():
     explorer.controls["seed"].value = 5
     explorer.run()
     assert explorer._repr_mimebundle_()["text/html"] != one["text/html"]
-
-
-def test_an_explorer_of_decoding_is_named_by_its_call_and_its_settings():
-    assert repr(decoding(seed=4, threshold=0.25)) == (
+    assert all(a is b for a, b in zip(before, explorer.children, strict=True))
+    assert repr(explorer) == (
         "explore_decoding(example=0, prompt='w1 w2 w3', drafter='drafter', temperature=1.0, "
-        "threshold=0.25, max_new_tokens=9, seed=4)"
+        "threshold=0.0, max_new_tokens=9, seed=5)"
     )
 
 
@@ -614,18 +617,6 @@ def test_ids_are_decoded_for_a_target_without_a_tokenizer():
     assert set(rates.table["kind"]) <= {"number"}
     with pytest.raises(ValueError, match="in memory has no tokenizer: a prompt must be token ids"):
         explore_acceptance(bare, made, ["w1"])
-
-
-def test_the_explorer_is_made_of_widgets_once():
-    explorer = decoding()
-    before = list(explorer.children)
-    explorer.controls["seed"].value = 2
-    explorer.run()
-    assert all(a is b for a, b in zip(before, explorer.children, strict=True))
-    assert list(explorer.children[0].children) == list(explorer.controls.values())
-    run, stop = explorer.run_button, explorer.stop_button
-    assert list(explorer.children[1].children) == [run, stop, explorer.drafts]
-    assert list(explorer.children[4].children) == list(explorer.step.values())
 
 
 def test_drafts_in_vain_can_be_hidden_and_are_still_in_the_tables():

@@ -119,9 +119,7 @@ def test_what_is_as_fast_as_plain_decoding_is_no_win_and_what_is_slower_is_shade
     box = span.get_bbox()
     assert (box.y0, box.y1) == (low, 1) and low < BAD["speedup_low"].min() and high > 1
     assert words(ax) == ["plain", "slower"]
-
-
-def test_the_line_of_plain_decoding_is_in_view_even_if_all_win_or_all_lose():
+    # The line of plain decoding is in view even if all win or all lose.
     columns = ["speedup", "speedup_low", "speedup_high", "without_replay"]
     for shift in (-5, 5):
         [ax] = plot_speedup(GOOD.assign(**(GOOD[columns] + shift))).axes
@@ -178,7 +176,7 @@ def bars(ax: Axes) -> list[tuple[float, float, float]]:
     return [((box.y0 + box.y1) / 2, box.x0, box.x1) for box in boxes]
 
 
-def test_the_parts_of_a_round_follow_each_other_and_end_where_it_does():
+def test_the_parts_of_a_round_follow_each_other_end_where_it_does_and_look_different():
     [ax] = picture_of("rounds").axes
     names = ["draft", "verify", "replay", "rollback", "rest"]
     assert legend(ax) == [*names, "plain steps"]
@@ -195,10 +193,7 @@ def test_the_parts_of_a_round_follow_each_other_and_end_where_it_does():
     assert (plain[:, 0] < rows + 0.5).all() and ax.yaxis_inverted()
     wanted = [f"K {k:.0f}\ntau {tau:.2f}" for k, tau in pairs(REPLAYED, "draft_length", "tau")]
     assert tick_names(ax.yaxis) == wanted
-
-
-def test_the_parts_of_a_round_are_told_apart_without_colour_too():
-    [ax] = picture_of("rounds").axes
+    # Told apart without colour, too.
     looks = [(to_hex(p.get_facecolor()).upper(), p.get_hatch()) for p in ax.patches[:20:4]]
     assert looks[:3] == [(ORANGE, "////"), (BLUE, None), (RED, "xxxx")]
     assert looks[4] == (INK, None) and len(set(looks)) == 5
@@ -235,7 +230,7 @@ def test_what_the_table_lacks_is_refused(plot, table, options, message):
         plot(table, **options)
 
 
-def test_the_accept_rate_stands_against_both_break_even_rates():
+def test_accept_rate_and_both_break_even_rates_are_lines_and_between_them_stands_what_pays():
     left, _ = picture_of("temperatures").axes
     wanted = {
         "accept rate": "accept_rate",
@@ -251,10 +246,6 @@ def test_the_accept_rate_stands_against_both_break_even_rates():
     assert tick_names(left.xaxis) == ["0", "0.5", "1"]
     [note] = left.texts
     assert note.get_text() == "no rate pays" and note.xy == (1.0, 1)
-
-
-def test_what_lies_between_accept_rate_and_break_even_says_whether_it_pays():
-    left, _ = picture_of("temperatures").axes
     spans = {c.get_label(): [s.tolist() for s in c.get_segments()] for c in left.collections}
     assert spans["pays"] == [[[0, 0.8], [0, 0.6]], [[0.5, 0.7], [0.5, 0.65]]]
     assert spans["does not pay"] == [[[1, 0.5], [1, 1]]]
@@ -263,14 +254,10 @@ def test_what_lies_between_accept_rate_and_break_even_says_whether_it_pays():
     assert words(all_win) == []
 
 
-def test_plain_decoding_is_grey_and_both_panels_of_the_load_have_one_key():
+def test_the_load_has_one_key_grey_plain_decoding_and_concurrencies_at_the_best_policy():
     left, right = picture_of("load").axes
     assert {labelled(ax)["plain decoding"].get_color() for ax in (left, right)} == {INK}
     assert legend(left) == list(gallery.POLICIES) and right.get_legend() is None
-
-
-def test_concurrencies_are_written_at_the_policy_with_the_highest_throughput_alone():
-    left, right = picture_of("load").axes
     best = LOAD[LOAD["policy"] == "prefix scheduler"]
     assert LOAD["throughput"].max() == best["throughput"].max()
     named = best[best["concurrency"].isin([1, 4, 16, 64])]
@@ -335,9 +322,6 @@ def test_the_composite_is_made_of_the_four_pictures():
     boxes = [ax.get_position() for ax in figure.axes]
     assert boxes[0].x0 == boxes[2].x0 < boxes[1].x0 == boxes[3].x0
     assert boxes[0].y0 == boxes[1].y0 > boxes[2].y1 == boxes[3].y1
-
-
-def test_with_replay_the_composite_says_that_the_simulated_load_has_none():
     first, _, load, _ = picture_of("serving with replay").axes
     assert title(load) == "simulated load, without replay" and "forgetting replay" in legend(first)
     alone = explore.plot_serving({"a": GOOD}, LOAD, bold="a", draft_length=1, requests=1)
@@ -520,12 +504,11 @@ def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
     once = {"acceptance_profile": 2, "answers_of": 2, "load_table": 2 * 6, "plot_serving": 1}
     assert calls() == once
     seen = {explorer._frame.png}
-    for name, value in {"draft_length": 1, "temperature": 0.0, "requests": 8}.items():
+    moves = {"draft_length": 1, "temperature": 0.0, "requests": 8, "replay": True}
+    for name, value in moves.items():
         put(explorer, **{name: value})
         assert calls() == {"plot_serving": 1} and explorer._frame.png not in seen
         seen.add(explorer._frame.png)
-    put(explorer, replay=True)
-    assert calls() == {"plot_serving": 1} and explorer._frame.png not in seen
     put(explorer, export="json")
     assert calls() == {}
     put(explorer, threshold=0.45)
@@ -567,7 +550,7 @@ def test_an_engine_of_shorter_blocks_limits_the_length_and_leaves_whole_blocks_o
     assert shown(engine=long).controls["draft_length"].max == SLOTS
 
 
-def test_controls_start_where_they_are_told_and_reach_what_the_trace_has():
+def test_controls_start_where_they_are_told_or_at_the_longest_draft_and_the_highest_temperature():
     start = SETTINGS[1] | {"threshold": 0.65, "export": "json"}
     explorer = shown(**start)
     assert explorer.settings == start
@@ -577,15 +560,10 @@ def test_controls_start_where_they_are_told_and_reach_what_the_trace_has():
     assert (controls["threshold"].min, controls["threshold"].max) == (0, 1)
     assert controls["draft_length"].min == 1
     assert [control.description for control in controls.values()] == list(controls)
-
-
-def test_by_default_the_longest_draft_and_the_highest_temperature_are_shown():
-    explorer = shown()
-    assert explorer.settings == SETTINGS[0] | {"export": "dspark-lab"}
-    assert not explorer.controls["threshold"].disabled
-    cold = shown(trace=TRACE[TRACE["temperature"] == 0.0])
-    assert cold.controls["temperature"].options == (0.0,)
-    assert cold.settings["temperature"] == 0.0
+    free, cold = shown(), shown(trace=TRACE[TRACE["temperature"] == 0.0])
+    assert free.settings == SETTINGS[0] | {"export": "dspark-lab"}
+    assert not free.controls["threshold"].disabled
+    assert cold.controls["temperature"].options == (0.0,) and cold.settings["temperature"] == 0.0
 
 
 def test_trace_and_engine_may_be_files(tmp_path, explored):
@@ -627,7 +605,7 @@ def test_of_several_drafters_one_is_named():
         shown(trace=TRACE.assign(drafter="one"), drafter="two")
 
 
-def test_confidences_are_scaled_for_the_threshold_and_the_load(explored):
+def test_confidences_are_scaled_and_requests_simulated_as_told(explored):
     calibrated = SequentialTemperatures((0.25,) * SLOTS)
     put(explored, **SETTINGS[0])
     scaled, raw = shown(calibrated=calibrated), explored
@@ -638,12 +616,8 @@ def test_confidences_are_scaled_for_the_threshold_and_the_load(explored):
     verified = [e.tables["load"].set_index("policy")["verified_per_request"] for e in (scaled, raw)]
     assert not verified[0]["threshold 0.3"].equals(verified[1]["threshold 0.3"])
     assert verified[0]["fixed 3"].equals(verified[1]["fixed 3"])
-
-
-def test_the_simulated_requests_are_as_many_as_told_and_of_the_seed():
-    explorer = shown(requests_simulated=7, seed=5)
     wanted = loads(HOT, SLOTS, 0.3, requests=7, seed=5)
-    pd.testing.assert_frame_equal(explorer.tables["load"], wanted)
+    pd.testing.assert_frame_equal(shown(requests_simulated=7, seed=5).tables["load"], wanted)
 
 
 def test_a_target_and_a_drafter_are_decoded_at_each_temperature():
@@ -699,6 +673,8 @@ def test_prompts_alone_are_put_to_the_pocket_pair():
 
 
 DECODED: dict[str, Any] = {"trace": None, "target": target(), "prompts": TEXTS}
+TWO = {"a": drafter(), "b": drafter(2)}
+CUT = TRACE.assign(verified=TRACE["verified"] & (TRACE["slot"] < 2), accepted=False)
 
 
 @pytest.mark.parametrize(
@@ -711,21 +687,12 @@ DECODED: dict[str, Any] = {"trace": None, "target": target(), "prompts": TEXTS}
         ({"engine": None}, ValueError, "engine must be given with a trace, or a target"),
         ({"trace": "no-such.parquet"}, OSError, "no-such"),
         ({"engine": "no-such.csv"}, OSError, "no-such"),
-        (
-            DECODED | {"drafter": {"a": drafter(), "b": drafter(2)}},
-            ValueError,
-            r"drafter must be one, got \['a', 'b'\]",
-        ),
+        (DECODED | {"drafter": TWO}, ValueError, r"drafter must be one, got \['a', 'b'\]"),
         (DECODED, ValueError, "target and drafter must be given together"),
+        ({"trace": CUT}, ValueError, "trace must be of whole blocks"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_explored_is_refused_in_one_sentence(arguments, error, match):
     with pytest.raises(error, match=match):
         shown(**arguments)
-
-
-def test_a_trace_that_a_threshold_cut_is_refused():
-    cut = TRACE.assign(verified=TRACE["verified"] & (TRACE["slot"] < 2), accepted=False)
-    with pytest.raises(ValueError, match="trace must be of whole blocks"):
-        shown(trace=cut)

@@ -21,9 +21,7 @@ from tests.explorers import (
     LENGTHS,
     TOKENIZER,
     alert,
-    anchors,
     make_tokenizer,
-    masks,
     picture,
     tables_by_hand,
 )
@@ -93,7 +91,7 @@ def test_quick_changes_in_a_running_loop_are_one_redraw_of_the_newest_value(paus
     assert picture(explorer).value == "<i>{'number': 50}</i>"
 
 
-def test_no_stale_frame_is_drawn_after_a_drag_that_outpaces_the_drawing():
+def test_a_drag_that_outpaces_the_drawing_is_seen_while_it_goes_on_and_leaves_no_stale_frame():
     clock, drawn = Clock(), []
 
     def slow(chosen: SimpleNamespace) -> Frame:
@@ -112,23 +110,9 @@ def test_no_stale_frame_is_drawn_after_a_drag_that_outpaces_the_drawing():
         return before
 
     before = run(clock, drag())
-    assert before < 50
+    assert 3 < before < 50
     assert drawn == sorted(set(drawn)) and drawn[-1] == 100
     assert len(drawn) - before <= 1
-
-
-def test_a_drag_without_a_pause_is_seen_while_it_goes_on():
-    clock = Clock()
-    explorer, drawn = counting()
-
-    async def drag() -> int:
-        for _ in range(200):
-            explorer.controls["number"].value += 1
-            clock.now += SETTLE_SECONDS / 10
-            await asyncio.sleep(0)
-        return len(drawn)
-
-    assert 15 <= run(clock, drag()) <= 21
 
 
 def test_what_is_read_or_shown_before_the_loop_goes_on_is_of_the_newest_value():
@@ -153,6 +137,7 @@ def test_what_is_read_or_shown_before_the_loop_goes_on_is_of_the_newest_value():
 def test_the_picture_is_replaced_in_place_and_never_blank():
     explorer, _ = counting()
     shown, children = picture(explorer), explorer.children
+    controls = explorer.children[0].children
     values: list[str] = []
     shown.observe(lambda change: values.append(change["new"]), names="value")
     for number in (3, 13, 4):
@@ -163,6 +148,7 @@ def test_the_picture_is_replaced_in_place_and_never_blank():
         "<i>{'number': 4}</i>",
     ]
     assert explorer.children is children and picture(explorer) is shown
+    assert explorer.children[0].children is controls
 
 
 def test_an_impossible_setting_shows_a_sentence_leaves_no_table_and_can_be_left():
@@ -175,26 +161,6 @@ def test_an_impossible_setting_shows_a_sentence_leaves_no_table_and_can_be_left(
     explorer.controls["number"].value = 14
     assert explorer.table["number"].tolist() == [14]
     assert picture(explorer).value == "<i>{'number': 14}</i>"
-
-
-BOTH = pytest.mark.parametrize("make", [anchors, masks])
-
-
-@BOTH
-def test_an_explorers_redraw_makes_no_new_widget(make):
-    explorer = make()
-    before, old = [*explorer.children, *explorer.children[0].children], picture(explorer).value
-    explorer.controls["num_anchors"].value = 3
-    assert picture(explorer).value != old
-    after = [*explorer.children, *explorer.children[0].children]
-    assert list(map(id, after)) == list(map(id, before))
-
-
-@BOTH
-def test_an_explorer_is_named_by_its_call_and_its_settings(make):
-    text = repr(make(num_anchors=2, block_size=3, seed=4))
-    assert re.match(r"explore_(anchors|masks)\(conversation=0, packed=False, ", text)
-    assert "num_anchors=2, block_size=3, seed=4" in text
 
 
 @pytest.mark.parametrize("explore", [explore_anchors, explore_masks])

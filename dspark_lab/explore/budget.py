@@ -99,11 +99,9 @@ def plot_parts(
 ) -> Figure:
     """Where a training step's operations go, part by part, and its bytes.
 
-    Args:
-        cost: from :func:`dspark_lab.tuning.training_cost`.
-        memory: from :func:`dspark_lab.tuning.memory_table`; a panel of its own.
-        limit, seconds: bytes that tensors may take, and the step's time, told in words.
-        ax: for the operations, without memory.
+    The tables are from :func:`dspark_lab.tuning.training_cost` and
+    :func:`dspark_lab.tuning.memory_table`. ``limit``, bytes that tensors may take, and ``seconds``
+    of the step are told in words; ``ax`` is for the operations, without memory.
     """
     if memory is not None and ax is not None:
         raise ValueError("memory must be None where ax is given, got both")
@@ -183,8 +181,8 @@ def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
     _line_and_marks(ax, options["num_anchors"], gain, fits, 0)
     key = [f"{_STAR} chosen"]
     if fits.any():
-        frame: dict[str, Any] = {"marker": "s", "markersize": 11, "fillstyle": "none"}
-        ax.plot(best["num_anchors"], [1], color=GREEN, markeredgewidth=1.8, **frame)
+        frame: dict[str, Any] = {"markersize": 11, "fillstyle": "none", "markeredgewidth": 1.8}
+        ax.plot(best["num_anchors"], [1], "s", color=GREEN, **frame)
         key.append(f"{_SQUARE} best that fits: N {best['num_anchors'].iloc[0]:,}")
     if not fits.all():
         key.append(f"{_RING} too large")
@@ -396,18 +394,15 @@ def explore_training_budget(
     """What a training step on these conversations covers, gains, costs and needs.
 
     Args:
-        chats: conversations, tokens already or not, or a JSONL file of them; the shipped ones where
-            None.
+        chats, tokenizer: as in :func:`explore_anchors`; conversations may be encoded already.
         model: a shape, or what :meth:`dspark_lab.tuning.Shape.of` makes one of.
-        tokenizer: a tokenizer, its name or folder; the shipped one where None.
-        num_anchors, block_size, seq_len, packed, per, batch_size: where the controls start.
+        num_anchors, block_size, seq_len, packed, per, batch_size, export: where the controls start;
+            ``export`` at "json" or one of :data:`~dspark_lab.tuning.TRAINERS`.
         card: where that control starts, one of :data:`~dspark_lab.tuning.CARDS`, of whose peak a
             share is assumed, or "measured here", the default with ``time``; an H100 otherwise.
         time: step times fitted on the user's own device; the choice "measured here".
         memory: bytes of that device; everything fits there where None.
         gamma: decay of the slots' weights.
-        export: where the control of the export starts: "json", or one of
-            :data:`~dspark_lab.tuning.TRAINERS`.
         dtype, features, target_dtype, objective, supervised, vocabulary, device: see
             :class:`dspark_lab.tuning.Step`.
 
@@ -447,14 +442,7 @@ def explore_training_budget(
     def spans_of(seq_len: int, packed: bool) -> Spans:
         return Spans.of(encoded, seq_len=seq_len, row_length=seq_len if packed else None)
 
-    @lru_cache(maxsize=8)
-    def choice_of(
-        spans: Spans, tried: tuple[int, ...], block_size: int, per: Per, batch_size: int, card: str
-    ) -> tuning.TrainingChoice:
-        card_time, card_memory = cards[card]
-        options: dict[str, Any] = {"time": card_time, "memory": card_memory, "num_anchors": tried}
-        options |= {"block_sizes": (block_size,), "per": per, "batch_size": batch_size}
-        return tuning.choose_training(spans, shape, gamma=gamma, **options, **step_options)
+    choice_of = lru_cache(maxsize=8)(tuning.choose_training)
 
     def draw(chosen: SimpleNamespace) -> explorer.Frame:
         spans = spans_of(chosen.seq_len, chosen.packed)
@@ -470,12 +458,15 @@ def explore_training_budget(
             much = f"{n:,} anchors for each document are {blocks:,} blocks a row"
             raise ValueError(f"{much}, more than {_MOST_BLOCKS:,}. Choose fewer.")
         tried = tuple(sorted({n, *(other for other in _NUM_ANCHORS if other <= candidates)}))
-        choice = choice_of(spans, tried, k, per, batch_size, chosen.card)
+        time, memory = cards[chosen.card]
+        asked: dict[str, Any] = {"time": time, "memory": memory, "num_anchors": tried}
+        asked |= {"block_sizes": (k,), "per": per, "batch_size": batch_size, "gamma": gamma}
+        choice = choice_of(spans, shape, **asked, **step_options)
         line = choice.table[choice.table["num_anchors"] == n].iloc[0]
         longest = int(line["seq_len"])
         step = {"num_anchors": blocks, "block_size": k, "batch_size": batch_size, **step_options}
         cost = tuning.training_cost(shape, seq_len=max(1, round(line["row_tokens"])), **step)
-        room = cards[chosen.card][1] or math.inf
+        room = memory or math.inf
         fit = tuning.fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
         settings = tuning.TrainingSettings(n, k, chosen.seq_len, batch_size, gamma)
         recommended = {} if choice.best is None else choice.best.to_dict()

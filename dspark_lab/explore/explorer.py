@@ -3,8 +3,7 @@
 import asyncio
 import gc
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 import ipywidgets
 import pandas as pd
+from ipywidgets import ValueWidget
 
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore.style import require_one_of
@@ -62,21 +62,13 @@ def marked_text(text: str, kinds: Iterable[str], facts: Iterable[str] = ()) -> s
 class Explorer(ipywidgets.VBox):
     """Controls above a picture, which is replaced in place when a control moves.
 
-    While changes keep coming, as in a fast drag, only the newest values are drawn. A setting that
-    cannot be drawn shows a sentence that says why, and leaves no table.
-
-    Args:
-        name: how the explorer is called in text.
-        controls: widgets, named by their description.
-        draw: makes a frame from the controls' values, given as attributes by name, or raises
-            ValueError with a sentence.
+    While changes keep coming, as in a fast drag, only the newest values are drawn. ``draw`` makes a
+    frame from the controls' values, attributes named by the controls' descriptions. Where it raises
+    ValueError, the sentence is shown, and there is no table.
     """
 
     def __init__(
-        self,
-        name: str,
-        controls: Sequence[ipywidgets.ValueWidget],
-        draw: Callable[[SimpleNamespace], Frame],
+        self, name: str, controls: Sequence[ValueWidget], draw: Callable[[SimpleNamespace], Frame]
     ) -> None:
         self.name, self._draw = name, draw
         self.controls: dict[str, Any] = {control.description: control for control in controls}
@@ -111,13 +103,18 @@ class Explorer(ipywidgets.VBox):
 
     def redraw(self) -> None:
         """Draw the controls' present values now."""
-        with _paused_gc():
-            try:
-                self._frame = self._draw(SimpleNamespace(**self.settings))
-            except (ValueError, TypeError) as problem:
-                self._frame = Frame({}, html=alert(problem), problem=str(problem))
-            self._stale = False
-            self._picture.value = self._frame.as_html()
+        collects = gc.isenabled()
+        # A full collection of garbage takes longer than a picture.
+        gc.disable()
+        try:
+            self._frame = self._draw(SimpleNamespace(**self.settings))
+        except (ValueError, TypeError) as problem:
+            self._frame = Frame({}, html=alert(problem), problem=str(problem))
+        finally:
+            if collects:
+                gc.enable()
+        self._stale = False
+        self._picture.value = self._frame.as_html()
         self.frames_drawn += 1
 
     def _changed(self, _change: object) -> None:
@@ -147,18 +144,6 @@ class Explorer(ipywidgets.VBox):
         if self._frame.png:
             return bundle | {"image/png": b64encode(self._frame.png).decode("ascii")}
         return bundle | {"text/html": self._frame.html}
-
-
-@contextmanager
-def _paused_gc() -> Iterator[None]:
-    """Pause garbage collection while drawing: a full collection takes longer than a picture."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def call_text(name: str, settings: dict[str, Any]) -> str:

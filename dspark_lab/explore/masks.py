@@ -283,15 +283,10 @@ def explore_masks(
         regions = mask_regions(blocks)
         tiles = tile_states(block_mask(ContextRanges.of(blocks), chosen.tile_size))
         table = block_table(blocks, rows.to_text)
-        figure = mask_and_tiles(
-            regions,
-            tiles,
-            seq_len=blocks.seq_len,
-            block_size=blocks.block_size,
-            tile_size=chosen.tile_size,
-            context_text=[rows.to_text(token_id) for token_id in batch.input_ids[0].tolist()],
-            slot_text=table["input"].tolist(),
-        )
+        drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+        drawn["context_text"] = list(map(rows.to_text, batch.input_ids[0].tolist()))
+        drawn["slot_text"] = table["input"].tolist()
+        figure = mask_and_tiles(regions, tiles, tile_size=chosen.tile_size, **drawn)
         tables = {"mask": mask_table(regions), "tiles": tile_table(tiles), "blocks": table}
         alt = "the attention mask with its regions, and its tiles"
         return Frame(tables, png=style.png(figure), alt=alt)

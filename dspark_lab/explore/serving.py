@@ -89,10 +89,8 @@ def explore_serving(
 ) -> explorer.Explorer:
     """How fast a drafter serves, by draft length, temperature, load and policy.
 
-    The picture shows the speed-up against the draft length at this load; where a round's time goes,
-    beside plain steps; and plain decoding, the chosen length, the chosen threshold and the prefix
-    scheduler under simulated load. Threshold and scheduler work on whole blocks, and need a drafter
-    with a confidence head. Below stand what to choose and the chosen values for a server.
+    The picture is :func:`plot_serving`; below it stand what to choose and the chosen values for a
+    server. Threshold and scheduler work on whole blocks, and need a drafter with a confidence head.
 
     Args:
         target, drafter, prompts: as in :func:`explore_acceptance`, with one drafter. Prompts alone
@@ -122,8 +120,9 @@ def explore_serving(
     if isinstance(engine, (str, os.PathLike)):
         engine = Engine.read(engine)
     if trace is None or engine is None:
+        options = {"max_new_tokens": max_new_tokens, "seed": seed}
         trace, engine, drafter = _made(
-            target, drafter, prompts, trace, engine, temperatures, max_new_tokens, seed
+            target, drafter, prompts, trace, engine, temperatures, **options
         )
     name = _name(drafter)
     trace = _of_one_drafter(trace, name, temperature)
@@ -190,8 +189,7 @@ def _made(
     trace: pd.DataFrame | None,
     engine: Engine | None,
     temperatures: Sequence[float],
-    max_new_tokens: int,
-    seed: int,
+    **options: int,
 ) -> tuple[pd.DataFrame, Engine, Any]:
     """Trace, engine and drafter, where one of the first two is not given."""
     if target is None and trace is not None:
@@ -209,14 +207,13 @@ def _made(
         raise ValueError(f"drafter must be one, got {list(models.drafters)}")
     [(name, loaded)] = models.drafters.items()
     if trace is None:
-        options = {"max_new_tokens": max_new_tokens, "seed": seed}
         traces = []
         for t in temperatures:
             run = models.decode(name, batch_size=40, temperature=t, **options)
             traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
-        engine = serving.measure_engine(models.target, loaded, seed=seed)
+        engine = serving.measure_engine(models.target, loaded, seed=options["seed"])
     return trace, engine, name if isinstance(drafter, Mapping) else drafter
 
 
@@ -248,12 +245,7 @@ class _Tables:
     """
 
     def __init__(
-        self,
-        trace: pd.DataFrame,
-        engine: Engine,
-        calibrated: SequentialTemperatures | None,
-        requests_simulated: int,
-        seed: int,
+        self, trace: pd.DataFrame, engine: Engine, calibrated: Any, requests: int, seed: int
     ) -> None:
         temperatures = sorted(trace["temperature"].unique().tolist())
         parts = {t: trace[trace["temperature"] == t] for t in temperatures}
@@ -291,7 +283,7 @@ class _Tables:
         def simulated(t: float, policy: Policy) -> pd.DataFrame:
             # Plain decoding drafts nothing, and the simulator charges nothing for it.
             drafted = (policy.slots or 1) if isinstance(policy, FixedLength) else longest
-            options: dict[str, Any] = {"draft_length": drafted, "requests": requests_simulated}
+            options: dict[str, Any] = {"draft_length": drafted, "requests": requests}
             return serving.load_table(
                 answers[t], engine, [policy], CONCURRENCY, seed=seed, **options
             )

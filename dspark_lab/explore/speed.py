@@ -46,8 +46,7 @@ def plot_speedup(
     Args:
         tables: from :func:`dspark_lab.serving.speedup_table`, one or several by name.
         chosen: a draft length to mark.
-        bold: the name of the table that stands out; the others are thin and have neither band nor
-            dashes. All are alike where None.
+        bold: the name of the one table with a thick line, a band and dashes; all alike where None.
     """
     named = style.tables_by_name(tables)
     style.require_one_of("bold", bold, (None, *named))
@@ -132,10 +131,8 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
     forgets = _replay_counts(table)
     need = table["break_even_rate"].to_numpy()
     pays = table["accept_rate"].to_numpy() > need
-    for which, colour, linestyle, label in (
-        (pays, GREEN, "-", "pays"),
-        (~pays, RED, ":", "does not pay"),
-    ):
+    kinds = ((pays, GREEN, "-", "pays"), (~pays, RED, ":", "does not pay"))
+    for which, colour, linestyle, label in kinds:
         if which.any():
             look = {"colors": colour, "linestyles": linestyle, "linewidth": 3, "zorder": 1}
             # A rate that none reaches is drawn as certainty.
@@ -192,9 +189,8 @@ def plot_load(
 ) -> Figure:
     """Policies under load: throughput against the speed of one user, and what they verify.
 
-    One line for each policy, one mark for each concurrency, some of which are written at the marks
-    of the policy with the highest throughput. Further up and to the right is better. From
-    :func:`dspark_lab.serving.load_table`; ``concurrency`` is one to mark.
+    From :func:`dspark_lab.serving.load_table`; further up and to the right is better.
+    ``concurrency`` is one to mark.
     """
     levels = sorted(set(table["concurrency"]))
     # No more names than there is room for.

@@ -72,14 +72,7 @@ def add_title(ax: Axes, text: str, **options: Any) -> None:
 
 
 def add_note(
-    ax: Axes,
-    text: str,
-    place: tuple[Any, Any],
-    shift: tuple[float, float],
-    *,
-    x: str = "data",
-    y: str = "data",
-    **options: Any,
+    ax: Axes, text: str, place: Any, shift: Any, *, x: str = "data", y: str = "data", **options: Any
 ) -> None:
     """Words ``shift`` points away from a place, whose coordinates ``x`` and ``y`` name."""
     look = {"color": INK, "fontsize": 8, **options}
