@@ -297,6 +297,8 @@ def explore_acceptance(
 ) -> Explorer:
     """How well the confidence head predicts what the target accepts, on answers decoded for it.
 
+    The tables are the view's, ``trace`` and ``tau`` with its intervals.
+
     Args:
         target: a target, its folder or hub id; the pocket target where None.
         drafter: a drafter, a checkpoint's folder, or several by name.
@@ -305,9 +307,6 @@ def explore_acceptance(
         temperature, view: where the controls start; the view is one of ``VIEWS``. Reliability is
             shown before and after scaling, fitted on half of the conversations, on the others.
         max_new_tokens, batch_size, seed: as in :func:`dspark_lab.decode`.
-
-    Returns:
-        an explorer with the view's table, ``trace`` and ``tau`` with its intervals.
     """
     models = load_models(target, drafter, prompts)
     names = list(models.drafters)

@@ -198,14 +198,13 @@ def explore_anchors(
 ) -> Explorer:
     """Which tokens of a conversation are anchors, covered, or never a label.
 
+    The tables are ``tokens`` and ``blocks``.
+
     Args:
         chats: conversations, or a JSONL file of them; the shipped ones where None.
         tokenizer: a tokenizer, its name or folder; the shipped one where None.
         num_anchors, block_size, seed, conversation, packed, row_length: where the controls start.
             Packed, as many conversations share a row as fit, the chosen one first in line.
-
-    Returns:
-        an explorer with the tables ``tokens`` and ``blocks``.
     """
     rows = ConversationRows(chats, tokenizer)
 

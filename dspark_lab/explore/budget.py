@@ -54,10 +54,8 @@ def plot_fit(
 ) -> Figure:
     """The largest number of anchors that fits, against the row's length, a line per block size.
 
-    Args:
-        table: from :func:`dspark_lab.tuning.fit_table`. 0 anchors, where nothing fits, have a place
-            of their own; marks are hollow where ``full`` is False.
-        at: a row length and a number of anchors to mark as the chosen ones.
+    From :func:`dspark_lab.tuning.fit_table`. 0 anchors, where nothing fits, have a place of their
+    own; marks are hollow where ``full`` is False. ``at`` is a row length and a number to mark.
     """
     if ax is None:
         _, ax = style.new_figure(7, 3.8)

@@ -41,12 +41,9 @@ def plot_speedup(
     """Speed-up over plain decoding against draft length, with its 95 % interval.
 
     The fastest length of each line is ringed. Dashed, where it differs, is what a model would
-    promise that forgets what rejections cost.
-
-    Args:
-        tables: from :func:`dspark_lab.serving.speedup_table`, one or several by name.
-        chosen: a draft length to mark.
-        bold: the name of the one table with a thick line, a band and dashes; all alike where None.
+    promise that forgets what rejections cost. The tables, one or several by name, are from
+    :func:`dspark_lab.serving.speedup_table`. ``chosen`` is a draft length to mark, ``bold`` names
+    the one table with a thick line, a band and dashes; all are alike where None.
     """
     named = style.tables_by_name(tables)
     style.require_one_of("bold", bold, (None, *named))
