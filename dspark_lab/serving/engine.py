@@ -33,8 +33,7 @@ _RESTS = {"rest": "rest", "plain rest": "plain_rest"}
 class Engine:
     """A target's speed, and the seconds of drafting and of the rest of a round.
 
-    ``requests`` take their rounds together, rising whole numbers of at least 1; ``draft`` is of 1,
-    2, ..., K tokens for each of them.
+    ``requests``, rising, take their rounds together; ``draft`` is of 1, 2, ..., K tokens for each.
     """
 
     sps: StepsPerSecond
@@ -75,7 +74,6 @@ class Engine:
 
     @property
     def longest(self) -> int:
-        """Most slots of a block."""
         return self.draft.shape[1]
 
     def draft_seconds(self, requests: Any, draft_length: int) -> Any:

@@ -199,8 +199,7 @@ def load_table(
 ) -> pd.DataFrame:
     """Policies at several concurrencies, all serving the same requests.
 
-    Arguments are as in :func:`draw_requests` and :func:`simulate`. ``policies`` in a sequence are
-    named by their text. A row holds the ``figures`` of a :class:`LoadResult`.
+    Arguments are as in :func:`draw_requests` and :func:`simulate`; a row holds the ``figures``.
     """
     drawn = draw_requests(
         trace, requests, answer_tokens=answer_tokens, domains=domains, within=within, seed=seed
@@ -235,7 +234,6 @@ def answer_growth(accepted: int, left: int) -> int:
 def _slots_to_verify(
     policy: Policy, confidence: Confidences, seconds: Float[np.ndarray, " tokens"]
 ) -> list[int]:
-    """The slots of each request that the policy chooses; ``seconds`` of a step by its tokens."""
     size, slots = confidence.shape
     lengths = np.asarray(policy(confidence, lambda tokens: 1 / seconds[tokens]))
     if lengths.shape != (size,) or lengths.dtype.kind not in "iu":

@@ -64,7 +64,6 @@ class AcceptanceProfile:
         return float(tau_of_answers(self.survival[:draft_length], np.array([tokens])))
 
     def table(self) -> pd.DataFrame:
-        """``slot``, ``rate`` and ``survival``, each of these with ``_low`` and ``_high``."""
         table = pd.DataFrame({"slot": np.arange(len(self.rates))})
         rates, survival = (self.rates, self.samples), (self.survival, prefix_survival(self.samples))
         for name, (value, sample) in (("rate", rates), ("survival", survival)):

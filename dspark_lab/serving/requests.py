@@ -56,8 +56,8 @@ class Answers:
 class Requests:
     """Requests with all their random draws, from :func:`draw_requests`.
 
-    ``gap`` is the time since the request before it, in units of the mean; ``block`` the round of
-    the trace that a round drafts anew, of which ``acceptable`` slots are accepted if verified.
+    ``gap`` is the time since the request before, in units of the mean; a round drafts the ``block``
+    of the trace anew, and ``acceptable`` slots of it are accepted if verified.
     """
 
     answers: Answers

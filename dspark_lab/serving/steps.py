@@ -59,7 +59,7 @@ class StepsPerSecond:
     def smooth(self) -> bool:
         """Whether each further token costs at least as many seconds as the one before.
 
-        Early stopping then finds the best Theta; in front of a cliff it may halt.
+        Early stopping then finds the best Theta.
         """
         seconds = 1 / self.steps_per_second
         slopes = np.append(0, np.diff(seconds) / np.diff(self.tokens))
@@ -81,7 +81,6 @@ class StepsPerSecond:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per measured point; ``context_length``, ``device`` and ``target`` in each."""
         return pd.DataFrame({name: getattr(self, name) for name in _COLUMNS})
 
     @classmethod
@@ -134,8 +133,7 @@ def seconds_at(
 ) -> Any:
     """Seconds at ``asked`` from those at measured points: linear between them, constant below.
 
-    Above the last point they go on as between the last two, or stay where those fall or there is
-    only one.
+    Above the last point they go on as between the last two, but never fall.
     """
     found = np.interp(asked, points, seconds)
     if len(points) > 1:
