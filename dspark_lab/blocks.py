@@ -70,16 +70,13 @@ class Blocks:
         return self.noise_ids.shape[2]
 
     def row(self, index: int) -> "Blocks":
-        """The blocks of one row of the batch."""
         require("row", index, Annotated[int, Within(0, len(self.noise_ids) - 1)])
         return self._each(lambda tensor: tensor[index : index + 1])
 
     def reordered(self, order: Int[Tensor, "anchor"]) -> "Blocks":
-        """The same blocks in another order."""
         return self._each(lambda tensor: tensor[:, order], but=("context_position_ids", "doc_ids"))
 
     def _each(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> "Blocks":
-        """The blocks with every tensor changed, ``but`` some."""
         names = [name for name in vars(self) if name not in (*but, "mask_token_id")]
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         return replace(self, **changed)

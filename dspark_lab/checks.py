@@ -42,9 +42,8 @@ class Within:
         fits = value > self.low if self.above else value >= self.low
         if self.high < math.inf:
             if not fits or value > self.high:
-                bracket = "(" if self.above else "["
-                wanted = f"lie in {bracket}{self.low}, {self.high}]"
-                raise ValueError(f"{name} must {wanted}, got {value}")
+                limits = f"{'(' if self.above else '['}{self.low}, {self.high}]"
+                raise ValueError(f"{name} must lie in {limits}, got {value}")
         elif value != value or value in (math.inf, -math.inf):
             raise ValueError(f"{name} must be finite, got {value}")
         elif not fits:
@@ -202,7 +201,6 @@ class _Names(dict[str, Any]):
         return Any
 
     def read(self, annotation: Any) -> Check:
-        """The check of an annotation."""
         if isinstance(annotation, typing.ForwardRef):
             annotation = annotation.__forward_arg__
         if isinstance(annotation, str):

@@ -126,14 +126,12 @@ def sample_anchor_positions(
     the very anchors that it gives in the published trainers, compiled or not.
 
     Args:
-        seq_len, loss_mask, doc_remaining: see :func:`build_anchor_candidate_mask`.
-        num_anchors: blocks per row.
         device: that of ``loss_mask``.
         generator: instead of the device's default one, outside ``torch.compile`` alone.
 
     Returns:
-        ``anchor_positions``, long, ascending; and ``block_keep_mask``, bool. A row with fewer
-        candidates than ``num_anchors`` ends in *dummy anchors*: position 0, keep False.
+        ``anchor_positions``, long, ascending; and ``block_keep_mask``. A row with fewer candidates
+        than ``num_anchors`` ends in *dummy anchors*: position 0, keep False.
     """
     candidates = build_anchor_candidate_mask(seq_len, loss_mask, doc_remaining)
     _require_device("device", torch.device(device), "loss_mask", candidates.device)
@@ -176,11 +174,9 @@ def build_eval_mask(
     supervised, in a packed row its label belongs to the anchor's document, and all of this holds
     for every earlier slot of the block: supervision is a contiguous prefix.
 
-    Args:
-        seq_len, loss_mask: see :func:`build_anchor_candidate_mask`.
-        label_indices: anchor + 1 to anchor + block_size; may point past the row's end.
-        safe_label_indices: the same clamped into the row, 0 for dummy anchors.
-        doc_remaining, anchor_positions: in a packed row, both.
+    ``label_indices`` are anchor + 1 to anchor + block_size and may point past the row's end;
+    ``safe_label_indices`` are the same clamped into the row, 0 for dummy anchors. A packed row
+    needs both ``doc_remaining`` and ``anchor_positions``.
     """
     if (doc_remaining is None) != (anchor_positions is None):
         given = "anchor_positions" if doc_remaining is None else "doc_remaining"

@@ -17,13 +17,8 @@ def candidate_mask(loss_mask, doc_remaining=None):
     """p is a candidate where p and p + 1 are both supervised, and p + 1 is p's document's."""
     out = []
     for b, row in enumerate(supervised(loss_mask)):
-        flags = []
-        for p in range(len(row) - 1):
-            flag = row[p] and row[p + 1]
-            if doc_remaining is not None and doc_remaining[b][p] < 1:
-                flag = False
-            flags.append(flag)
-        out.append(flags)
+        ends = [doc_remaining is not None and doc_remaining[b][p] < 1 for p in range(len(row))]
+        out.append([row[p] and row[p + 1] and not ends[p] for p in range(len(row) - 1)])
     return out
 
 
@@ -146,17 +141,10 @@ def dense_mask(anchors, keep, seq_len, block_size, docs=None):
     """The training mask, [batch][query][key]."""
     out = []
     for b, row in enumerate(anchors):
-        queries = len(row) * block_size
-        row_docs = None if docs is None else docs[b]
-        out.append(
-            [
-                [
-                    visible(query, key, row, keep[b], seq_len, block_size, row_docs)
-                    for key in range(seq_len + queries)
-                ]
-                for query in range(queries)
-            ]
-        )
+        queries = range(len(row) * block_size)
+        keys = range(seq_len + len(queries))
+        rule = row, keep[b], seq_len, block_size, None if docs is None else docs[b]
+        out.append([[visible(query, key, *rule) for key in keys] for query in queries])
     return out
 
 
@@ -181,11 +169,6 @@ def tile_kinds(mask, tile_size):
 def tile_lists(kinds, kind):
     """For each row of tiles, the columns of this kind, ascending."""
     return [[j for j, value in enumerate(row) if value == kind] for row in kinds]
-
-
-def transposed(rows):
-    """Columns as rows."""
-    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def times_supervised(seq_len, anchors, slots):
@@ -254,11 +237,7 @@ def regions(anchors, keep, seq_len, block_size, docs=None):
         rows = []
         for query, row in enumerate(mask):
             own = "own block" if keep[b][query // block_size] else "dummy block"
-            rows.append(
-                [
-                    ("context prefix" if key < seq_len else own) if seen else "hidden"
-                    for key, seen in enumerate(row)
-                ]
-            )
+            names = ["context prefix"] * seq_len + [own] * (len(row) - seq_len)
+            rows.append([n if seen else "hidden" for n, seen in zip(names, row, strict=True)])
         out.append(rows)
     return out

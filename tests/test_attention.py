@@ -6,10 +6,10 @@ no backward pass, so there it is compared forward only.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 from dspark_lab.attention import block_attention, choose_backend, training_block_mask
 from tests import oracle
@@ -52,7 +52,7 @@ class Problem:
     loudness: float = 1.0
 
     def tensors(self, device, dtype=torch.float32):
-        """q, k, v; anchors, keep; the keyword arguments; the oracle's mask as a tensor."""
+        """q, k, v; the other arguments; the oracle's mask as a tensor."""
         rng = torch.Generator().manual_seed(sum(map(ord, self.name)))
         queries = self.num_anchors * self.block_size
         keys = self.seq_len + queries
@@ -75,9 +75,10 @@ class Problem:
         mask = oracle.dense_mask(anchors.tolist(), keep.tolist(), *rule)
         mask = torch.tensor(mask, device=device)
         q, k, v = (t.to(device, dtype) for t in (q, k, v))
-        options = {"seq_len": self.seq_len, "block_size": self.block_size, "scale": self.scale}
+        options = {"anchor_positions": anchors.to(device), "block_keep_mask": keep.to(device)}
+        options |= {"seq_len": self.seq_len, "block_size": self.block_size, "scale": self.scale}
         options["doc_ids"] = None if docs is None else docs.to(device)
-        return (q, k, v), (anchors.to(device), keep.to(device)), options, mask
+        return (q, k, v), options, mask
 
 
 PROBLEMS = [
@@ -132,25 +133,22 @@ TOLERANCES = {torch.float32: (3e-6, 2e-5), torch.float64: (1e-10, 1e-10)}
     [(name, dtype) for name in EAGER for dtype in TOLERANCES] + [("flex", torch.float32)],
 )
 def test_every_backend_agrees_to_rounding(backend, dtype, problem, device):
-    qkv, where, options, mask = problem.tensors(device, dtype)
+    qkv, options, mask = problem.tensors(device, dtype)
     tolerances = TOLERANCES[dtype]
     if problem.loudness > 1 and dtype == torch.float32:
         tolerances = 2e-5, 3e-4
     with torch.no_grad():
-        got = block_attention(*qkv, *where, **options, backend=backend)
+        got = block_attention(*qkv, **options, backend=backend)
     assert (got.shape, got.dtype, got.device) == (qkv[0].shape, dtype, qkv[0].device)
     close(got, reference(*qkv, mask, problem.scale), tolerances[0])
     if backend == "flex" and device.type == "cpu":
         return  # FlexAttention has no backward pass there
     torch.manual_seed(0)
     weight = torch.randn(qkv[0].shape, dtype=torch.float64).to(device)
-    got = with_gradients(
-        lambda q, k, v: block_attention(q, k, v, *where, **options, backend=backend), *qkv, weight
-    )
+    attend = partial(block_attention, **options, backend=backend)
+    got = with_gradients(attend, *qkv, weight)
     doubles = [t.double() for t in qkv]
-    expected = with_gradients(
-        lambda q, k, v: reference(q, k, v, mask, problem.scale), *doubles, weight
-    )
+    expected = with_gradients(partial(reference, mask=mask, scale=problem.scale), *doubles, weight)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
         close(a, b, tolerances[1])
@@ -160,8 +158,8 @@ def test_every_backend_agrees_to_rounding(backend, dtype, problem, device):
 @pytest.mark.parametrize("backend", EAGER)
 def test_half_precision_stays_half_and_close(backend, dtype, device):
     problem = Problem("half", packed=True)
-    qkv, where, options, mask = problem.tensors(device, dtype)
-    got = block_attention(*qkv, *where, **options, backend=backend)
+    qkv, options, mask = problem.tensors(device, dtype)
+    got = block_attention(*qkv, **options, backend=backend)
     assert got.dtype == dtype
     close(got, reference(*qkv, mask, None), 2e-2 if dtype == torch.bfloat16 else 3e-3)
 
@@ -169,10 +167,10 @@ def test_half_precision_stays_half_and_close(backend, dtype, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads_and_positions_may_lie_the_other_way_round_in_memory(backend, device):
     problem = Problem("strided", heads=4, kv_heads=2)
-    qkv, where, options, mask = problem.tensors(device)
+    qkv, options, mask = problem.tensors(device)
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]
     assert not any(t.is_contiguous() for t in strided)
-    got = block_attention(*strided, *where, **options, backend=backend)
+    got = block_attention(*strided, **options, backend=backend)
     close(got, reference(*qkv, mask, None), 3e-6)
 
 
@@ -180,12 +178,10 @@ def test_heads_and_positions_may_lie_the_other_way_round_in_memory(backend, devi
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_gradient_for_one_input_alone_is_the_same(backend, which, device):
     problem = Problem("one gradient", heads=4, kv_heads=2, packed=True)
-    qkv, where, options, mask = problem.tensors(device)
+    qkv, options, mask = problem.tensors(device)
     grads = []
-    for function in (
-        lambda *t: block_attention(*t, *where, **options, backend=backend),
-        lambda *t: reference(*t, mask, None),
-    ):
+    attend = partial(block_attention, **options, backend=backend)
+    for function in (attend, partial(reference, mask=mask, scale=None)):
         leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate(qkv)]
         function(*leaves).square().sum().backward()
         assert [t.grad is not None for t in leaves] == [i == which for i in range(3)]
@@ -196,11 +192,9 @@ def test_a_gradient_for_one_input_alone_is_the_same(backend, which, device):
 @pytest.mark.parametrize("backend", EAGER)
 def test_an_unseen_key_has_no_gradient_at_all(backend, device):
     problem = Problem("unseen", packed=True)
-    qkv, where, options, mask = problem.tensors(device)
-    weight = torch.ones_like(qkv[0])
-    _, _, k_grad, v_grad = with_gradients(
-        lambda q, k, v: block_attention(q, k, v, *where, **options, backend=backend), *qkv, weight
-    )
+    qkv, options, mask = problem.tensors(device)
+    attend = partial(block_attention, **options, backend=backend)
+    _, _, k_grad, v_grad = with_gradients(attend, *qkv, torch.ones_like(qkv[0]))
     unseen = ~mask.any(dim=1)
     assert unseen.any()
     for grad in (k_grad, v_grad):
@@ -208,88 +202,61 @@ def test_an_unseen_key_has_no_gradient_at_all(backend, device):
 
 
 def test_the_default_is_flex_on_cuda_and_blockwise_on_the_cpu(device):
-    qkv, where, options, _ = Problem("default").tensors(device)
+    qkv, options, _ = Problem("default").tensors(device)
     chosen = {"cpu": "blockwise", "cuda": "flex"}[device.type]
     assert choose_backend(device) == chosen and choose_backend(torch.device("meta")) == "dense"
     with torch.no_grad():
-        expected = block_attention(*qkv, *where, **options, backend=chosen)
+        expected = block_attention(*qkv, **options, backend=chosen)
         for given in ({}, {"backend": "auto"}):
-            assert torch.equal(block_attention(*qkv, *where, **options, **given), expected)
+            assert torch.equal(block_attention(*qkv, **options, **given), expected)
 
 
 def test_flex_says_that_it_has_no_gradient_on_the_cpu():
-    qkv, where, options, _ = Problem("no gradient").tensors("cpu")
+    qkv, options, _ = Problem("no gradient").tensors("cpu")
     for which in range(3):
         leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate(qkv)]
         with pytest.raises((ValueError, NotImplementedError), match="(?i)flex") as caught:
-            block_attention(*leaves, *where, **options, backend="flex")
+            block_attention(*leaves, **options, backend="flex")
         assert "dense" in str(caught.value) or "blockwise" in str(caught.value)
 
 
 def test_blockwise_refuses_a_device_that_is_not_the_cpu():
-    qkv, where, options, _ = Problem("meta").tensors("meta")
+    qkv, options, _ = Problem("meta").tensors("meta")
     with pytest.raises(ValueError, match="(?s)(?=.*blockwise)(?=.*(?i:cpu))(?=.*meta)"):
-        block_attention(*qkv, *where, **options, backend="blockwise")
+        block_attention(*qkv, **options, backend="blockwise")
 
 
 @pytest.mark.parametrize("backend", EAGER)
 def test_compiled_whole_it_gives_the_same_with_gradients(backend, device):
     torch._dynamo.reset()
-    qkv, where, options, _ = Problem("compiled", heads=4, packed=True).tensors(device)
+    qkv, options, _ = Problem("compiled", heads=4, packed=True).tensors(device)
     weight = torch.randn_like(qkv[0])
-
-    def attend(q, k, v):
-        return block_attention(q, k, v, *where, **options, backend=backend)
-
+    attend = partial(block_attention, **options, backend=backend)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     got = with_gradients(compiled, *qkv, weight)
     for a, b in zip(got, with_gradients(attend, *qkv, weight), strict=True):
         close(a, b, 1e-6)
 
 
-def tiles(device):
-    """Several tiles of each kind, and a last one that hangs over the edge."""
-    problem = Problem("tiles", heads=4, seq_len=700, num_anchors=50, block_size=7, dummies="none")
-    qkv, where, options, mask = problem.tensors(device)
-    return qkv, where, options, reference(*qkv, mask, None)
-
-
-def test_the_compiled_kernel_reads_the_tiles(device, cpp_compiler):
+def test_the_compiled_kernel_reads_tiles_made_before(device, cpp_compiler):
     """Not compiled, FlexAttention asks the mask function about every pair; the kernel does not."""
     torch._dynamo.reset()
-    qkv, where, options, expected = tiles(device)
+    # Several tiles of each kind, and a last one that hangs over the edge.
+    problem = Problem("tiles", heads=4, seq_len=700, num_anchors=50, block_size=7, dummies="none")
+    qkv, options, mask = problem.tensors(device)
     del options["scale"]
-    block_mask = training_block_mask(*where, **options)
-    kinds = [block_mask.kv_num_blocks, block_mask.full_kv_num_blocks]
-    assert all(numbers.any() for numbers in kinds)
+    tiles = training_block_mask(**options)
+    assert tiles.kv_num_blocks.any() and tiles.full_kv_num_blocks.any()
+    compiled = torch.compile(block_attention, fullgraph=True)
     with torch.no_grad():
-        got = torch.compile(flex_attention)(*qkv, block_mask=block_mask, enable_gqa=True)
-    close(got, expected, 3e-6)
-
-
-@pytest.mark.slow
-def test_flex_compiles_whole_with_tiles_made_before(device, cpp_compiler):
-    torch._dynamo.reset()
-    qkv, where, options, expected = tiles(device)
-    del options["scale"]
-    block_mask = training_block_mask(*where, **options)
-
-    def attend(q, k, v, anchors, keep, docs, mask):
-        kwargs = {**options, "doc_ids": docs, "backend": "flex", "block_mask": mask}
-        return block_attention(q, k, v, anchors, keep, **kwargs)
-
-    with torch.no_grad():
-        got = torch.compile(attend, fullgraph=True)(*qkv, *where, options["doc_ids"], block_mask)
-    close(got, expected, 3e-6)
+        got = compiled(*qkv, **options, backend="flex", block_mask=tiles)
+    close(got, reference(*qkv, mask, None), 3e-6)
 
 
 def test_the_number_of_threads_does_not_matter():
-    qkv, where, options, _ = Problem("long", num_anchors=60, block_size=7).tensors("cpu")
+    qkv, options, _ = Problem("long", num_anchors=60, block_size=7).tensors("cpu")
     weight = torch.ones_like(qkv[0])
-
-    def attend(q, k, v):
-        return block_attention(q, k, v, *where, **options, backend="blockwise")
-
+    attend = partial(block_attention, **options, backend="blockwise")
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)

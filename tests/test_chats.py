@@ -6,8 +6,6 @@ tokens are laid over the pieces by their bytes, not by a tokenizer's offsets.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -257,16 +255,14 @@ def expected_mask(tokenizer, ids: list[int], pieces: Pieces) -> list[bool]:
 def test_the_mask_of_a_small_conversation_token_by_token():
     tokenizer = with_template(byte_level("words"), CHATML)
     encoded = encode(chat("hello", "the answer", "is", "42."), tokenizer)
-    prompts = (
-        "<|im_start|> user Ċ hello <|im_end|> Ċ <|im_start|> assistant Ċ",
-        ("Ċ <|im_start|> user Ċ is <|im_end|> Ċ <|im_start|> assistant Ċ"),
+    by_hand = (
+        "<|im_start|> user Ċ hello <|im_end|> Ċ <|im_start|> assistant Ċ [the] [Ġanswer] "
+        "[<|im_end|>] Ċ <|im_start|> user Ċ is <|im_end|> Ċ <|im_start|> assistant Ċ [42] [.] "
+        "[<|im_end|>] Ċ"
     )
-    by_hand = [(token, False) for token in prompts[0].split()]
-    by_hand += [("the", True), ("Ġanswer", True), ("<|im_end|>", True)]
-    by_hand += [(token, False) for token in prompts[1].split()]
-    by_hand += [("42", True), (".", True), ("<|im_end|>", True), ("Ċ", False)]
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
-    assert list(zip(tokens, encoded.loss_mask.tolist(), strict=True)) == by_hand
+    pairs = zip(tokens, encoded.loss_mask, strict=True)
+    assert [f"[{token}]" if mine else token for token, mine in pairs] == by_hand.split()
     assert encoded.input_ids.dtype == torch.long and encoded.loss_mask.dtype == torch.bool
 
 
@@ -548,20 +544,11 @@ def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():
         Chat((USER, ASSISTANT | {"name": "Bo"}), id="x")
 
 
-def test_importing_chats_imports_neither_transformers_nor_pandas():
-    code = "import sys, dspark_lab.chats.rows; print({'transformers', 'pandas'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "set()"
-
-
-def test_a_tokenizer_is_loaded_from_a_folder_and_checked(tmp_path):
+def test_a_tokenizer_is_loaded_from_a_folder(tmp_path):
     with_template(byte_level("words"), CHATML).save_pretrained(tmp_path / "good")
     tokenizer = load_tokenizer(tmp_path / "good")
     encoded = encode(chat("hello", "the"), tokenizer)
     assert supervised_text(encoded, tokenizer) == "the<|im_end|>"
-    with_template(byte_level("words"), None).save_pretrained(tmp_path / "bad")
-    with pytest.raises(ValueError, match="chat template"):
-        load_tokenizer(tmp_path / "bad")
 
 
 def test_the_shipped_conversations_are_supervised_answer_by_answer():
@@ -647,10 +634,7 @@ def test_collating_pads_on_the_right_to_the_longest_and_keeps_the_order():
     assert batch.doc_remaining.tolist() == [[1, 0, 0], [2, 1, 0]]
     assert batch.seq_lens.tolist() == [[2], [3]]
     assert batch.chat_index.tolist() == [[0], [1]]
-    bools = {name for name, tensor in vars(batch).items() if tensor.dtype == torch.bool}
-    assert bools == {"loss_mask", "attention_mask"}
-    longs = {name for name, tensor in vars(batch).items() if tensor.dtype == torch.long}
-    assert longs == set(vars(batch)) - bools
+    assert all(t.dtype in (torch.bool, torch.long) for t in vars(batch).values())
 
 
 def test_a_batch_moves_with_all_its_tensors(device):
@@ -665,11 +649,9 @@ def test_a_conversation_longer_than_the_row_is_refused_by_name(make):
         make(documents("aa", "aaaaa"), length=4, pad_token_id=PAD)
 
 
-def test_an_encoded_conversation_made_by_hand_must_fit_together():
-    made = Chat((USER, ASSISTANT), id="odd")
-    for ids, mask, match in ((3, 2, "must be .seq. with seq = 3"), (0, 0, "'odd' must hold a")):
-        with pytest.raises(ValueError, match=match):
-            Encoded(torch.zeros(ids).long(), torch.zeros(mask).bool(), made)
+def test_an_encoded_conversation_holds_a_token():
+    with pytest.raises(ValueError, match="'odd' must hold a token"):
+        Encoded(torch.zeros(0).long(), torch.zeros(0).bool(), Chat((USER, ASSISTANT), id="odd"))
 
 
 def test_describe_counts_each_domain():

@@ -210,26 +210,18 @@ def test_compiled_whole_and_dynamic_it_gives_the_same(name, device, fresh_compil
             assert_same(outcome(compiled, *args), outcome(function, *args))
 
 
-def test_layer_ids_are_checked_inside_a_compiled_function(fresh_compiler):
-    def pick(x, layer_ids):
-        return x[:, common.validate_target_layer_ids(layer_ids, 6)]
-
-    x = torch.arange(12).reshape(2, 6)
-    compiled = torch.compile(pick, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, [0, 2, 4]), pick(x, [0, 2, 4]))
-
-
-def test_the_output_is_built_inside_a_compiled_function(fresh_compiler):
-    def build(x):
-        ids = x.argmax(-1)
+def test_layer_ids_are_checked_and_the_output_is_built_inside_a_compiled_function(fresh_compiler):
+    def build(x, layer_ids):
+        logits = x[..., common.validate_target_layer_ids(layer_ids, 9)]
+        ids = logits.argmax(-1)
         keep = ids[..., 0] >= 0
-        return common.DSparkForwardOutput(x, ids, eval_mask=ids > 0, block_keep_mask=keep)
+        return common.DSparkForwardOutput(logits, ids, eval_mask=ids > 0, block_keep_mask=keep)
 
     x = torch.rand(1, 2, 3, 9)
-    got = torch.compile(build, fullgraph=True, backend="aot_eager")(x)
-    assert isinstance(got, common.DSparkForwardOutput)
-    assert torch.equal(got.target_ids, x.argmax(-1))
-    assert got.confidence_pred is None
+    got = torch.compile(build, fullgraph=True, backend="aot_eager")(x, [0, 2, 4])
+    assert isinstance(got, common.DSparkForwardOutput) and got.confidence_pred is None
+    assert torch.equal(got.draft_logits, x[..., [0, 2, 4]])
+    assert torch.equal(got.target_ids, got.draft_logits.argmax(-1))
 
 
 def test_the_default_compiler_draws_the_same_blocks(device, fresh_compiler, cpp_compiler):

@@ -27,11 +27,11 @@ class Interrupted(Exception):
 
 
 def interrupted_after(calls: int) -> lab.Answer:
+    left = iter(range(calls))
+
     def answer(conversations: list[list[Message]], seed: int) -> list[tuple[str, bool]]:
-        nonlocal calls
-        if calls == 0:
+        if next(left, None) is None:
             raise Interrupted
-        calls -= 1
         return echo(conversations, seed)
 
     return answer
@@ -71,10 +71,7 @@ def test_torn_last_line_is_dropped_and_made_again(whole: bytes, tmp_path: Path) 
     for length in (1, len(whole) // 3, len(whole) // 2, len(whole) - 1):
         out.write_bytes(whole[:length])
         assert run(out) == whole
-
-
-def test_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
+    # Torn inside a character.
     out.write_bytes('{"id": "math-0001"}\n{"id": "é'.encode()[:-1])
     assert lab.read_records(out) == [{"id": "math-0001"}]
     assert out.read_bytes() == b'{"id": "math-0001"}\n'
@@ -83,9 +80,8 @@ def test_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
 def test_written_lines_are_kept(whole: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     first, *_ = whole.splitlines(keepends=True)
-    changed = first.replace(
-        b'"role": "assistant", "content": "', b'"role": "assistant", "content": "kept '
-    )
+    changed = first.replace(b'"assistant", "content": "', b'"assistant", "content": "kept ')
+    assert changed != first
     out.write_bytes(changed)
     assert run(out) == whole.replace(first, changed)
 
@@ -158,14 +154,9 @@ def test_an_answer_is_readable_text_without_markers() -> None:
     assert found == answer(asked, 5) != answer(asked, 6)
     for text, finished in found:
         assert finished and text.strip() and "<|" not in text
-
-
-def test_an_answer_that_reaches_the_limit_is_not_finished() -> None:
-    tokenizer = load_tokenizer(SHIPPED_CHATS.parent / "pocket" / "target")
-    model = tiny_target(vocab_size=len(tokenizer)).model
-    how = lab.Sampling(temperature=1.0, top_k=2048, top_p=1.0, max_new_tokens=2)
-    (found,) = lab.model_answer(model, tokenizer, how)([[{"role": "user", "content": "Hi"}]], 0)
-    assert not found[1]
+    # One that reaches the limit before its turn ends is not finished.
+    model.lm_head.bias.data[liked[1]] = -300
+    assert not any(finished for _, finished in lab.model_answer(model, tokenizer, how)(asked, 5))
 
 
 def test_card_and_checksums_describe_the_folder(whole: bytes, tmp_path: Path) -> None:
@@ -180,10 +171,8 @@ def test_card_and_checksums_describe_the_folder(whole: bytes, tmp_path: Path) ->
         return {"input_ids": [text.split() for text in texts]}
 
     asked, said = ({"role": r, "content": "one two three"} for r in ("user", "assistant"))
-    records = [
-        {"domain": "math", "finished": index > 0, "messages": [asked, said]} for index in range(4)
-    ]
-    numbers = lab.card_numbers(records, words)
+    one = {"domain": "math", "messages": [asked, said]}
+    numbers = lab.card_numbers([one | {"finished": index > 0} for index in range(4)], words)
     assert "| math | 4 | 0 | 0 | 4 | 12 | 75.0% |" in numbers
     assert "| code | 0 | 0 | 0 | 0 | 0 | 0.0% |" in numbers
     assert "| all | 4 | 0 | 0 | 4 | 12 | 75.0% |" in numbers

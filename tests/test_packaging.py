@@ -45,11 +45,6 @@ def project_ranges() -> list[Requirement]:
     return [Requirement(line) for group in groups for line in group]
 
 
-def pins_on(machine: dict[str, str]) -> list[Requirement]:
-    pins = [Requirement(line) for line in LOCK]
-    return [pin for pin in pins if pin.marker is None or pin.marker.evaluate(machine)]
-
-
 def version_of(pin: Requirement) -> str:
     (specifier,) = pin.specifier
     assert specifier.operator == "=="
@@ -58,7 +53,8 @@ def version_of(pin: Requirement) -> str:
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda m: "-".join(m.values()))
 def test_the_lock_pins_each_dependency_once_and_inside_its_range(machine):
-    pins = pins_on(machine)
+    pins = [Requirement(line) for line in LOCK]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate(machine)]
     versions = {pin.name: version_of(pin) for pin in pins}
     assert len(versions) == len(pins)
     for wanted in project_ranges():
@@ -97,13 +93,9 @@ def test_the_version_has_one_source():
 
 
 def test_the_package_never_unpickles():
+    unpickles = r"(?m)^\s*(import|from) (pickle|cloudpickle|joblib|dill)\b|\btorch\.load\("
     for file in (ROOT / "dspark_lab").rglob("*.py"):
-        unpickles = re.search(
-            r"^\s*(import|from) (pickle|cloudpickle|joblib|dill)\b|\btorch\.load\(",
-            file.read_text(),
-            re.MULTILINE,
-        )
-        assert not unpickles, file
+        assert not re.search(unpickles, file.read_text()), file
 
 
 def lab_command(**environment: str) -> str:

@@ -138,13 +138,10 @@ def test_a_traced_pair_is_one_file_that_load_trace_reads(traced: Path) -> None:
     assert list(trace.columns) == [*TRACE_COLUMNS, "drafter", "temperature"]
     assert trace.dtypes[list(TRACE_COLUMNS)].astype(str).to_dict() == TRACE_COLUMNS
     runs = trace.groupby(["drafter", "temperature"])["prompt"].unique()
-    expected = {(name, t) for name in drafter_names() for t in (0.0, 1.0)}
-    assert set(runs.index) == expected
+    assert set(runs.index) == {(name, t) for name in drafter_names() for t in (0.0, 1.0)}
     assert all(prompts.tolist() == [0, 1, 2, 3] for prompts in runs)
     assert trace["position"].max() < 8
-
-
-def test_probabilities_are_stored_in_float32_and_nothing_else_is(traced: Path) -> None:
+    # Probabilities, and nothing else, are stored in float32.
     stored = pd.read_parquet(traced).dtypes.astype(str).to_dict()
     narrow = {name: "float32" for name, kind in TRACE_COLUMNS.items() if kind == "float64"}
     assert len(narrow) == 5
@@ -156,14 +153,9 @@ def test_probabilities_are_stored_in_float32_and_nothing_else_is(traced: Path) -
 def test_a_traced_run_is_what_decode_traces(traced: Path, name: str, temperature: float) -> None:
     pair = load_pair("pocket", name)
     chats = in_turns(pair.held_out)[:4]
-    own = decode(
-        pair.target,
-        pair.drafter,
-        [question(chat) for chat in chats],
-        domains=[chat.domain for chat in chats],
-        temperature=temperature,
-        max_new_tokens=8,
-    ).trace
+    options = {"domains": [chat.domain for chat in chats], "temperature": temperature}
+    prompts = [question(chat) for chat in chats]
+    own = decode(pair.target, pair.drafter, prompts, max_new_tokens=8, **options).trace
     trace = load_trace(traced)
     found = trace[(trace["drafter"] == name) & (trace["temperature"] == temperature)]
     found = found[list(TRACE_COLUMNS)].reset_index(drop=True)

@@ -31,7 +31,7 @@ def block_attention(
     backend: Backend = "auto",
     block_mask: BlockMask | None = None,
 ) -> Float[Tensor, "batch heads query head_dim"]:
-    """Attention of every slot to what the training mask lets it see.
+    """Attention of every slot to what the training mask lets it see, see :func:`context_ranges`.
 
     Three back ends give the same result and the same gradients, up to rounding:
 
@@ -44,8 +44,6 @@ def block_attention(
     Args:
         q: the slots of all blocks, block after block.
         k, v: those of the context's tokens, then of the slots; heads of ``q`` may share them.
-        anchor_positions, block_keep_mask, seq_len, block_size, doc_ids: see
-            :func:`dspark_lab.attention.context_ranges`.
         scale: factor on the scores; 1 / sqrt(head_dim) where None.
         backend: ``auto`` takes ``flex`` on CUDA and ``blockwise`` on the CPU.
         block_mask: for ``flex``, that of the same blocks, where several layers share one.

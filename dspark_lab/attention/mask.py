@@ -48,12 +48,10 @@ class ContextRanges:
 
     @property
     def queries(self) -> int:
-        """Slots of a row."""
         return self.start.shape[1] * self.block_size
 
     @property
     def keys(self) -> int:
-        """Context tokens and slots of a row."""
         return self.seq_len + self.queries
 
 
@@ -194,11 +192,9 @@ def training_block_mask(
 def _classify_tiles(
     ranges: ContextRanges, tile_size: int
 ) -> Bool[Tensor, "2 batch 1 query_tile key_tile"]:
-    """Which tiles are partial (first) and which are full (second); the rest are empty.
-
-    A tile's queries belong to a run of consecutive blocks. It is full where all of these blocks see
-    all of its keys; a tile that reaches past the last query or key never is.
-    """
+    """Which tiles are partial (first) and which are full (second); the rest are empty."""
+    # A tile's queries belong to a run of consecutive blocks. It is full where all of these blocks
+    # see all of its keys; a tile that reaches past the last query or key never is.
     queries, seq_len, block_size = ranges.queries, ranges.seq_len, ranges.block_size
     device = ranges.start.device
     first_query = torch.arange(0, queries, tile_size, device=device)

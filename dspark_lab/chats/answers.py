@@ -19,8 +19,7 @@ Span = tuple[int, int]
 class Rendered:
     """The template's text, and where in it the answers are, in characters, in order.
 
-    ``ends_inside``: the answers' spans already hold the end-of-turn. ``spaced``: the model
-    generates the space before an answer, see :mod:`dspark_lab.chats.tokens`.
+    ``ends_inside``: they hold the end-of-turn. ``spaced``: the model generates the space before.
     """
 
     text: str
@@ -43,7 +42,6 @@ def render_and_locate(tokenizer: Tokenizer, messages: Messages) -> Rendered:
 
 
 def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span], bool]:
-    """The template marks its answers with ``{% generation %}``: text, spans, ends inside them?"""
     # Not transformers' own ``assistant_masks``, which lose the last bytes of an answer that ends
     # in a character of several tokens.
     text, spans = _render_marked(tokenizer, messages)
@@ -75,10 +73,7 @@ def _unmarked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, li
     if "".join(parts) == text:
         ends = list(accumulate(len(part) for part in parts))
         return text, list(zip(ends[0:-2:2], ends[1:-2:2], strict=True))
-    spans = [
-        _locate_one(tokenizer, messages, text, turn, placeholder)
-        for turn, placeholder in placeholders.items()
-    ]
+    spans = [_locate_one(tokenizer, messages, text, *answer) for answer in placeholders.items()]
     if any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
         raise _cannot_locate(*placeholders)
     return text, spans
@@ -134,7 +129,6 @@ def _placeholders(messages: Messages, text: str) -> dict[int, str]:
 
 
 def _with_answers(messages: Messages, answers: dict[int, str]) -> Messages:
-    """The messages, with the contents of some turns replaced."""
     return [
         {"role": message["role"], "content": answers.get(turn, message["content"])}
         for turn, message in enumerate(messages)

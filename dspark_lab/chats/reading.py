@@ -109,10 +109,9 @@ def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
             raise ValueError(f"{lists[0]} must be a list, got {_kind(raw)}")
         messages = [_message(f"{lists[0]}[{i}]", message) for i, message in enumerate(raw)]
     elif "prompt" in record and "response" in record:
-        messages = [
-            {"role": role, "content": _string(key, record[key])}
-            for role, key in (("user", "prompt"), ("assistant", "response"))
-        ]
+        prompt, response = (_string(key, record[key]) for key in ("prompt", "response"))
+        messages = [{"role": "user", "content": prompt}]
+        messages += [{"role": "assistant", "content": response}]
     else:
         wanted = "'messages', 'conversations', or 'prompt' and 'response'"
         raise ValueError(f"must have {wanted}, got keys {sorted(record)}")
@@ -126,11 +125,10 @@ def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
     finished = record.get("finished", True)
     if not isinstance(finished, bool):
         raise ValueError(f"finished must be true or false, got {_kind(finished)}")
-    return Chat(messages=tuple(messages), id=str(name), domain=domain, finished=finished)
+    return Chat(messages, str(name), domain, finished)
 
 
 def _message(where: str, raw: Any) -> dict[str, str]:
-    """A message of a file, in either spelling, as a role and a text."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} must be an object, got {_kind(raw)}")
     role_key, content_key = ("from", "value") if "from" in raw else ("role", "content")
@@ -184,7 +182,6 @@ def _refuse_if_not_empty(record: dict[str, Any], keys: Sequence[str], where: str
 
 
 def _kind(value: Any) -> str:
-    """The kind of a value, in JSON's words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}

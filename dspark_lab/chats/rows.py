@@ -64,18 +64,15 @@ class Batch:
             position_ids = torch.arange(seq_len, device=input_ids.device).expand(rows, -1)
             doc_remaining = seq_len - 1 - position_ids
             seq_lens = position_ids.new_full((rows, 1), seq_len)
-        attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        everywhere = torch.ones_like(input_ids, dtype=torch.bool)
         none = torch.full_like(seq_lens, -1)
-        return cls(
-            input_ids, loss_mask, attention_mask, position_ids, doc_remaining, seq_lens, none
-        )
+        return cls(input_ids, loss_mask, everywhere, position_ids, doc_remaining, seq_lens, none)
 
     @checked
     def to(self, device: Device) -> Batch:
         return self._changed(lambda tensor: tensor.to(device))
 
     def row(self, row: int) -> Batch:
-        """The batch of one row alone."""
         require("row", row, Annotated[int, Within(0, len(self.input_ids) - 1)])
         return self._changed(lambda tensor: tensor[row : row + 1])
 

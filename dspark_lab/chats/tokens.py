@@ -79,8 +79,7 @@ def encode(chat: Chat, tokenizer: Tokenizer, max_length: Count | None = None) ->
     answer that the template shortens (white space, the thinking of earlier turns) is supervised as
     the template writes it; one that it rewrites beyond recognition is a ValueError. The end-of-turn
     is the special token right behind an answer, or the tokenizer's eos token behind white space;
-    markers that enclose it are taken as they are. Behind an answer that was cut off (a chat that is
-    not ``finished``) it is not supervised.
+    markers that enclose it are taken as they are. Behind a cut-off answer it is not supervised.
     """
     from jinja2 import TemplateError
 
