@@ -104,32 +104,13 @@ def test_a_study_by_a_column_that_is_not_there_is_refused() -> None:
         study(TRACE)
 
 
-def test_the_studys_interval_covers_the_bias_as_often_as_it_says() -> None:
-    """Of 120 studies of 40 conversations 92 to 95 % cover; below 0.85 has a chance under 1e-3.
-
-    The conversations' own offsets are drawn around a bias of 0.05, so an interval over slots
-    would cover it only 40 % of the time.
-    """
-    inside = 0
-    for seed in range(120):
-        rng = np.random.default_rng(seed)
-        offsets = np.repeat(0.05 + rng.normal(0, 0.05, 40), 25)
-        error = offsets + rng.normal(0, 0.05, 1000)
-        trace = pd.DataFrame(
-            {
-                "prompt": np.repeat(np.arange(40), 25),
-                "domain": "chat",
-                "round": np.tile(np.arange(25), 40),
-                "slot": 0,
-                "accept_rate": 0.5,
-                "confidence": np.clip(0.5 + error, 0, 1),
-                "verified": True,
-                "accepted": False,
-            }
-        )
-        [row] = study(trace, by=("slot",), resamples=200, seed=seed).to_dict("records")
-        inside += row["bias_low"] <= 0.05 <= row["bias_high"]
-    assert 0.85 <= inside / 120
+def test_the_studys_intervals_are_over_conversations() -> None:
+    """Ten times the same rounds of each say no more than once; sqrt(12) is of 12 conversations."""
+    copies = [TRACE.assign(round=TRACE["round"] + 40 * copy) for copy in range(10)]
+    once, often = (study(trace, by=("slot",)) for trace in (TRACE, pd.concat(copies)))
+    pd.testing.assert_frame_equal(once.drop(columns="samples"), often.drop(columns="samples"))
+    width = 2 * 1.96 * once["spread"] / math.sqrt(12)
+    assert (once["bias_high"] - once["bias_low"]).tolist() == pytest.approx(width, rel=0.25)
 
 
 def test_a_single_conversation_has_a_bias_but_no_interval() -> None:

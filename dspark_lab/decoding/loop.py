@@ -64,14 +64,11 @@ def decode(
             answer have confidence 0. The output stays the target's own as long as it decides
             whether slot k is verified from what is known before x_k is drawn: the confidences up to
             slot k, of any row, and smaller ones alone later.
-        draft_length: at most so many slots of a block.
-        confidence_temperatures: one for each slot, as calibration finds them
-            (``SequentialTemperatures.temperatures``); threshold, scheduler and trace get the
-            calibrated confidences.
-        batch_size: prompts decoded together; by default all, or one where the target's attention
-            cannot tell rows of unequal length apart.
+        confidence_temperatures: as in ``SequentialTemperatures.temperatures``; threshold, scheduler
+            and trace get the calibrated confidences.
+        batch_size: by default all prompts, or one where the target's attention cannot tell rows of
+            unequal length apart.
         end_ids: tokens that end an answer; by default the tokenizer's and the model's own.
-        seed: of the random numbers; those of a prompt do not depend on the other prompts.
         on_round: called with each round as soon as it is over, for text that streams.
     """
     # decode_rounds takes the same arguments, but for on_round.
@@ -105,8 +102,7 @@ def decode_rounds(
 ) -> Decoding:
     """Return the rounds of :func:`decode` one after the other, as they happen; arguments as there.
 
-    An iterator of :class:`Round` whose ``result()`` is what there is so far. The first token of an
-    answer is the target's own and belongs to no round.
+    The first token of an answer is the target's own and belongs to no round.
     """
     settings = Settings(
         temperature, top_p, threshold, scheduler, draft_length, confidence_temperatures
@@ -219,7 +215,6 @@ class Decoding(Iterator[Round]):
     def _lengths(
         self, confidence: Float[Tensor, "batch slot"] | None, room: Int[Tensor, " batch"]
     ) -> Int[Tensor, " batch"]:
-        """How many slots of each row the target verifies, of those that fit into its answer."""
         lengths, settings = room, self.settings
         if confidence is not None and settings.threshold is not None:
             sure = confident_prefix(confidence, settings.threshold)
@@ -233,7 +228,7 @@ class Decoding(Iterator[Round]):
         return distribution(logits, self.settings.temperature, self.settings.top_p)
 
     def _read_prompts(self, prompts: list[int]) -> None:
-        """Target and drafter read a batch of prompts, and the target draws a token for each."""
+        """Read a batch of prompts, and draw the first token of each answer."""
         self._going = prompts
         self._cache = self.target.start_cache(len(prompts))
         ids = [torch.tensor(self._ids[prompt]) for prompt in prompts]

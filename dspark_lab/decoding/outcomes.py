@@ -46,10 +46,8 @@ def outcome_table(
     end of the turn before it. The target's own token, which ends a round unless the turn ended
     before, is *corrected*, drawn in place of a rejected one; a *bonus*; or the answer's *first*.
 
-    Returns:
-        a row for each token, a round's drafted ones before the target's own: the ``outcome``, the
-        columns of the trace (NaN for the target's own, ``slot`` -1, and ``round`` -1 for the first
-        token), ``text``, and ``kept``: the kept rows are the answer.
+    The columns are those of the trace (NaN for the target's own tokens, ``slot`` -1, and ``round``
+    -1 for the first) with ``text``, ``outcome`` and ``kept``: the kept rows are the answer.
     """
     if prompt >= len(decoded.tokens):
         raise ValueError(f"prompt must be below {len(decoded.tokens)}, got {prompt}")
@@ -76,16 +74,14 @@ def distribution_table(
 ) -> pd.DataFrame:
     """Return the draft's and the target's distribution at one slot of a round, token by token.
 
-    Slots count from 0 to the one behind the last that was verified, the *bonus slot*, where the
-    target draws without regard to the drafter, and on to the last that was drafted, where the
-    target was not asked. Behind the end of the block the draft is 0.
+    Behind the verified slots lies the *bonus slot*, where the target draws without regard to the
+    drafter; behind the end of the block the draft is 0.
 
     Returns:
         a row for each of the ``top`` likeliest ``token`` of both, the ``drafted`` one and the
         target's own ``drawn`` here, by the larger probability; then one for all others (-1).
-        ``overlap``: the smaller of ``draft`` and ``target``, which sums to the accept rate.
-        ``residual``: the distribution in place of a rejected token; 0 where draft and target are
-        equal, the target itself at the bonus slot. NaN where the target was not asked.
+        ``overlap`` sums to the accept rate; ``residual`` is the distribution in place of a rejected
+        token, the target itself at the bonus slot. NaN where the target was not asked.
     """
     last = max(len(round_.drafted) - 1, round_.verified)
     if slot > last:
@@ -121,9 +117,8 @@ def greedy_differences(
 ) -> pd.DataFrame:
     """Return where two greedy answers part, one row for each ``prompt`` whose answers do.
 
-    ``position``: of the first token that differs, in the answer. ``margin``: by how much the
-    target's best logit exceeds its second best there, in units of its rounding in the target's
-    dtype. A handful is a tie, which the shapes of a matrix product decide.
+    ``margin``: by how much the target's best logit exceeds its second best there, in roundings of
+    its dtype. A handful is a tie, which the shapes of a matrix product decide.
     """
     answers, count = (len(decoded.tokens), len(plain.tokens)), len(prompts)
     if set(answers) != {count}:
@@ -147,10 +142,9 @@ def token_kind(text: str) -> str:
     """Return the kind of a token by its text alone: one of ``TOKEN_KINDS``.
 
     *Special* is no text at all, or a name in the brackets of control tokens, such as
-    ``<|im_end|>``, ``</s>`` or ``[MASK]``. *White space* is nothing else. Otherwise the first
-    character that is not white space decides: a digit makes it a *number*; a letter a *word* if
-    white space stands before it or it is a capital, and else *inside a word* (so are the first word
-    of a line in small letters, and scripts without spaces or capitals); all else is *punctuation*.
+    ``<|im_end|>``, ``</s>`` or ``[MASK]``. Otherwise the first character that is not white space
+    decides: a digit makes it a *number*; a letter a *word* if white space stands before it or it is
+    a capital, and else *inside a word*, as in scripts without spaces; all else is *punctuation*.
     """
     body = text.lstrip()
     if not text or _SPECIAL.fullmatch(text):

@@ -16,8 +16,7 @@ from dspark_lab.checks import Size, checked
 class RandomNumbers:
     """Numbers in [0, 1) from a seed. A prompt's do not depend on the others in its batch.
 
-    Each prompt has three streams: to draw the drafted tokens, to accept them, and to draw the
-    target's own tokens. ``prompts`` are the numbers of the prompts that the batch's rows hold.
+    ``prompts`` are the numbers of the prompts that the batch's rows hold.
     """
 
     def __init__(self, count: Size, seed: Size, block_size: Size) -> None:
@@ -27,7 +26,7 @@ class RandomNumbers:
         )
 
     def draft(self, prompts: Sequence[int]) -> Float[Tensor, " batch"]:
-        """To draw the tokens of one slot of the block from the drafter's distributions."""
+        """To draw the tokens of one slot of the block."""
         return _uniform(self._draft, prompts, 1).squeeze(1)
 
     def accept(self, prompts: Sequence[int]) -> Float[Tensor, "batch slot"]:

@@ -68,7 +68,7 @@ class Decoded:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all prompts, without reading the prompts and drawing their first tokens."""
+        """Without reading the prompts and drawing their first tokens."""
         seconds = sum(self.seconds.values()) - self.seconds["prompt"]
         return float(self.rounds["tokens"].sum()) / seconds if seconds > 0 else _NAN
 

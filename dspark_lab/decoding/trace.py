@@ -131,8 +131,7 @@ def rounds_of(trace: pd.DataFrame | Rounds) -> Rounds:
 def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot"]]:
     """Return the rounds of a trace, and the row in which each slot stands; -1 where there is none.
 
-    The rows are of one run, in any order. Read are ``prompt``, ``domain``, ``round``, ``slot``,
-    ``accept_rate`` (where verified), ``confidence`` (or NaN), ``verified`` and ``accepted``.
+    The rows are of one run, in any order; the tokens and their own probabilities are not needed.
     """
     code, prompts = pd.factorize(column(trace, "prompt", complete=True), sort=True)
     if len(trace) == 0:
@@ -191,7 +190,6 @@ def column(trace: pd.DataFrame, name: str, *, complete: bool = False) -> pd.Seri
 def _typed(
     trace: pd.DataFrame, name: str, kind: Literal["integers", "truth values"]
 ) -> Shaped[np.ndarray, " row"]:
-    """A column without gaps whose values are all of one kind."""
     values = column(trace, name, complete=True)
     is_kind, dtype = _KINDS[kind]
     if not is_kind(values):

@@ -30,9 +30,8 @@ _COLD = 1e-6
 class Verdict:
     """The target's decision on a block of each row.
 
-    ``accepted``: how many drafted tokens stand. ``next_token``: the target's own token behind them,
-    a correction or a bonus. For each slot: ``target_prob`` p(x), ``accept_prob`` min(1, p / q) and
-    ``accept_rate``, the sum of min(p, q) over the vocabulary.
+    ``accepted``: how many drafted tokens stand. ``next_token``: the target's own token behind them.
+    The rates of each slot: see :class:`dspark_lab.decoding.Decoded`.
     """
 
     accepted: Int[Tensor, " batch"]

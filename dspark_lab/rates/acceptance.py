@@ -15,9 +15,9 @@ The table of sums has a row for each kind, conversation and slot:
     survival_k    = survived_k / rounds     the slot and all before it survive;
     tau           = 1 + sum_k survival_k    tokens of a round, the target's own token included.
 
-A slot that was not verified (a threshold, the end of a turn, a limit on tokens) was not accepted:
-it lowers survival and tau, and does not enter a conditional rate. Tau counts the target's token in
-every round, also where the turn ends before it. A round without a row in the trace does not count.
+A slot that was not verified was not accepted: it lowers survival and tau, and does not enter a
+conditional rate. Tau counts the target's token in every round, also where the turn ends before it.
+A round without a row in the trace does not count.
 """
 
 from __future__ import annotations
@@ -43,12 +43,10 @@ _SUMS = ["rounds", "reached", "passed", "survived"]
 def trace_sums(trace: pd.DataFrame) -> pd.DataFrame:
     """Return the sums of a trace, of the kinds *on policy*, *empirical* and *predicted*.
 
-    A prediction passes as the confidence of a reached slot, and survives as the product of its
-    round's confidences up to it, which is what a scheduler goes by. These products run over slots
-    past a rejection too, and treat a token's acceptance and the c* after it as independent: even
-    exact confidences have another survival than the empirical one. Without confidences the
-    prediction is NaN. A conversation is a prompt; each of its slots repeats its ``rounds``. Tables
-    of traces whose prompts have different labels can be concatenated.
+    A prediction survives as the product of its round's confidences up to it, which is what a
+    scheduler goes by. These products run over slots past a rejection too, and treat a token's
+    acceptance and the c* after it as independent: even exact confidences have another survival than
+    the empirical one. A conversation is a prompt; tables of other prompts can be concatenated.
     """
     rounds, _ = read_trace(trace)
     reached, confidence = rounds.reached, rounds.confidence
@@ -102,13 +100,11 @@ def rate_table(
     Args:
         sums: of :func:`trace_sums`, :func:`teacher_forced_sums` and :func:`teacher_forced_answers`,
             concatenated.
-        by: columns to keep apart, such as ``"domain"`` or ``"conversation"``, or one added to the
-            sums, such as the drafter. The others are pooled.
+        by: columns to keep apart, such as ``"domain"``, or one added to the sums.
 
     Returns:
-        a row for each ``kind``, ``by`` and ``slot``, in the order of the sums. ``conversations``:
-        those that reach the slot. ``rounds``: of all conversations. ``low`` to ``high``: the
-        interval of ``conditional``.
+        a row for each ``kind``, ``by`` and ``slot``, with the ``conversations`` that reach the
+        slot, the ``rounds`` of all, and ``low`` to ``high``, the interval of ``conditional``.
     """
     group = ["kind", *_columns_to_keep_apart(sums, by)]
     keys = [*group, "slot"]
@@ -130,10 +126,7 @@ def rate_table(
 def tau_table(
     sums: pd.DataFrame, by: str | Sequence[str] = (), *, resamples: Count = 1000, seed: Size = 0
 ) -> pd.DataFrame:
-    """Return tau, in tokens per round, for every kind in the sums; *empirical* is exact.
-
-    Arguments and rows as of :func:`rate_table`, slots pooled.
-    """
+    """Return tau, in tokens per round, as :func:`rate_table` with the slots pooled."""
     keys = ["kind", *_columns_to_keep_apart(sums, by)]
     # Every slot repeats the rounds of its conversation.
     once = sums.assign(rounds=sums["rounds"].where(sums["slot"] == 0, 0))
@@ -150,7 +143,6 @@ def with_own_token(accepted: pd.DataFrame) -> pd.DataFrame:
 
 
 def _columns_to_keep_apart(sums: pd.DataFrame, by: str | Sequence[str]) -> list[str]:
-    """The columns that ``by`` names; refuse others, and what is no table of sums."""
     needed = ["kind", "conversation", "domain", "slot", *_SUMS]
     if len(sums) == 0 or not set(needed) <= set(sums.columns):
         found = f"{len(sums)} rows of {list(sums.columns)}"
@@ -174,10 +166,7 @@ def _total(frame: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFr
 def _ratios(
     each: pd.DataFrame, keys: list[str], top: str, bottom: str, resamples: int, seed: int
 ) -> pd.DataFrame:
-    """The ratio of two sums for each group, and its interval over the group's conversations.
-
-    ``each`` has a row for each group and conversation.
-    """
+    """The ratio of two sums for each group, with its interval; a row is a conversation's."""
     code = each.groupby(keys, sort=False, dropna=False).ngroup().to_numpy()
     groups = _total(each, keys, [bottom, top])
     tops, bottoms = each[top].to_numpy(float), each[bottom].to_numpy(float)

@@ -27,11 +27,7 @@ from dspark_lab.rates.survival import prefix_survival
 def split_prompts(
     trace: pd.DataFrame, share: float = 0.5, *, seed: Size = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cut a trace in two by conversation: to fit on, and to report on.
-
-    Conversations are drawn at random within each domain, ``share`` of them (rounded to whole ones)
-    for fitting, whatever the order of the rows.
-    """
+    """Cut a trace in two by conversation, drawn within each domain: to fit on, and to report on."""
     prompt, domain = column(trace, "prompt"), column(trace, "domain")
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, got {share}")
@@ -60,22 +56,19 @@ def calibration_report(
 ) -> pd.DataFrame:
     """Return the calibration of each slot before and after scaling, on conversations held out.
 
-    Temperatures are found on what ``fit`` accepted; every figure is of ``test``. Non-identifiable
-    slots keep their confidences. Intervals are 95 % percentile bootstraps over the conversations of
-    ``test``, temperatures and bins kept. Resampling adds chance of its own, which a calibration
-    error takes for miscalibration: its interval lies too high, the more so the nearer it is to 0.
+    Temperatures are found on what ``fit`` accepted, as :meth:`SequentialTemperatures.fit` does;
+    non-identifiable slots keep their confidences. Every figure is of ``test``. Intervals are 95 %
+    percentile bootstraps over its conversations, temperatures and bins kept. Resampling adds chance
+    of its own, which a calibration error takes for miscalibration: its interval lies too high, the
+    more so the nearer it is to 0.
 
     Args:
         fit, test: traces of one drafter without a prompt in common, as from :func:`split_prompts`.
-        outcome: of ``test``.
-        bins, binning, grid: as in :meth:`SequentialTemperatures.fit`.
 
     Returns:
-        one row for each ``slot``, and a last one, ``"all"``, of all reached slots (``samples``)
-        together. ``outcome`` and ``confidence`` are means, ``ece_low`` to ``ece_high`` is the
-        interval of ``ece``, and ``ece_product`` the error of the product up to the slot against
-        survival; ``_scaled`` marks the figures of scaled confidences. NaN where undefined: a
-        temperature of a non-identifiable slot, too few samples, one class only.
+        one row for each ``slot``, and a last one, ``"all"``, of all reached slots together.
+        ``ece_product`` is the error of the product up to the slot against survival; ``_scaled``
+        marks the figures of scaled confidences. NaN where undefined.
     """
     fitted, held = scaling.disjoint_rounds(fit, test)
     calibrated = scaling.fit_identifiable_slots(fitted, grid=grid, bins=bins, binning=binning)
@@ -132,8 +125,7 @@ def reliability_tables(
 ) -> dict[str, pd.DataFrame]:
     """Return the reliability of all reached slots of ``test``, before and after scaling on ``fit``.
 
-    Arguments as in :func:`calibration_report`. Returns ``raw`` and ``scaled``, each as
-    :func:`reliability_table`.
+    Arguments as in :func:`calibration_report`; ``raw`` and ``scaled`` as :func:`reliability_table`.
     """
     fitted, held = scaling.disjoint_rounds(fit, test)
     calibrated = scaling.fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
@@ -164,14 +156,12 @@ def drift_table(
 
     Args:
         fit, before: rounds of the first domain, of other prompts.
-        after: of the second domain, with blocks of the same length.
         half_life, every, bins, grid: as in :func:`online_temperatures`.
         window: rounds in a row of the table. Small ones add the same chance error to all figures.
 
     Returns:
-        one row per window: ``start`` (its first round, counted from the change, negative before
-        it), ``rounds``, and the calibration error of all the products of a block against survival,
-        ``ece_raw``, ``ece_static`` and ``ece_online``; NaN with fewer samples than bins.
+        one row per window: its ``start``, counted from the change, and the calibration errors of
+        all the products of a block against survival; NaN with fewer samples than bins.
     """
     parts = scaling.disjoint_rounds(fit, before, after)
     widths = [part.confidence.shape[1] for part in parts]
@@ -218,11 +208,7 @@ def study(
     their mean errors: how far off a head that is right on average can be for one user. Against
     accept rates the variance is the head's own; against 0/1 outcomes it holds their chance too.
     Intervals are 95 % percentile bootstraps over conversations, prompt numbers within a domain: in
-    all traces the same. NaN with no samples, or for spread and intervals one conversation.
-
-    Args:
-        traces: one trace, or several told apart by columns ``drafter`` and ``temperature``.
-        by: columns to group by, in this order; leave some out for margins.
+    all traces the same. Traces are told apart by columns ``drafter`` and ``temperature``.
     """
     for name in by:
         column(traces, name)
@@ -249,7 +235,6 @@ def _mean(values: Float[np.ndarray, " sample"]) -> float:
 
 
 def _reached_rows(trace: pd.DataFrame, outcome: Outcome) -> pd.DataFrame:
-    """The reached rows of a trace, with their outcomes and the errors of their confidences."""
     rounds, row = read_trace(trace)
     reached = rounds.reached
     confidence, chosen = rounds.confidence[reached], rounds.outcome(outcome)[reached]

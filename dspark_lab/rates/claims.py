@@ -125,15 +125,13 @@ def claims_table(
     Conversations are resampled together in all runs of a claim. An interval is the spread of the
     resampled figures, moved so that their mean is the figure.
 
-    Args:
-        traces: as :func:`dspark_lab.pairs.load_traces` returns them. The claims about heads are of
-            the drafters of the shipped pairs, where all that one needs have a trace; those about a
-            confidence are of every drafter whose name begins with dspark.
-        temperature: of the runs to look at.
+    The claims about heads are of the drafters of the shipped pairs, where all that one needs have a
+    trace; those about a confidence are of every drafter whose name begins with dspark. ``holds`` is
+    yes or no where the interval leaves no doubt, else undecided.
 
-    Returns:
-        a row for each claim. ``here``: its figure, with the interval ``low`` to ``high``.
-        ``holds``: yes or no where the interval leaves no doubt, else undecided.
+    Args:
+        traces: as :func:`dspark_lab.pairs.load_traces` returns them.
+        temperature: of the runs to look at.
     """
     at = column(traces, "temperature")
     chosen = traces[at == temperature]
@@ -163,7 +161,7 @@ def claims_table(
 def verdict(
     low: float, high: float, allowed: tuple[float, float], *, unless_refuted: bool = False
 ) -> str:
-    """Whether an interval lies within the allowed range (or ``unless_refuted`` only meets it)."""
+    """Whether an interval lies within the allowed range, or ``unless_refuted`` only meets it."""
     least, most = allowed
     if high < least or low > most:
         return "no"

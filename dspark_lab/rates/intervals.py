@@ -18,8 +18,7 @@ def resampled(
 ) -> Int[np.ndarray, "resample conversation"]:
     """Return how often each of ``count`` conversations is drawn when as many are, with replacement.
 
-    ``one_by_one`` draws the conversations and counts, instead of drawing the counts: the same
-    distribution from other random numbers.
+    ``one_by_one`` draws conversations instead of counts: other random numbers.
     """
     rng = np.random.default_rng(seed)
     if not one_by_one:
@@ -39,8 +38,7 @@ def interval(
 ) -> Float[np.ndarray, "bound *figure"]:
     """Return the 95 % percentile interval of each figure, from its values in every resample.
 
-    Resamples in which a figure is undefined are left out. NaN where fewer than two
-    ``conversations``, a number for all figures or for each, enter it.
+    Undefined figures are left out. NaN where fewer than two ``conversations`` enter it.
     """
     entering = np.broadcast_to(np.asarray(conversations) > 1, figures.shape[1:])
     undefined = np.isnan(figures)

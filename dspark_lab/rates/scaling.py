@@ -78,17 +78,14 @@ class SequentialTemperatures:
     ) -> SequentialTemperatures:
         """Search ``grid`` for each slot, left to right, for the least expected calibration error.
 
-        Among equally good temperatures the one nearest to 1 is taken. Rounds whose survival up to a
-        slot is unknown are left out there; a rejected slot settles all slots behind it.
-
-        Prefer 0/1 outcomes, unless all slots are known: with accept rates the rounds that count at
-        slot k are those that reached it, which favours states where the earlier rates were high; a
-        head that is right on average then looks too careful.
+        Among equally good temperatures the one nearest to 1 is taken. Prefer 0/1 outcomes, unless
+        all slots are known: with accept rates the rounds that count at slot k are those that
+        reached it, which favours states where the earlier rates were high; a head that is right on
+        average then looks too careful.
 
         Args:
             confidence: ``[round, slot]``; NaN where the round has no such slot.
-            outcome: ``[round, slot]``, 0/1 or accept rates, as :meth:`Rounds.outcome` returns it;
-                NaN where the slot was not reached.
+            outcome: ``[round, slot]``, as :meth:`Rounds.outcome` returns it.
             otherwise: the temperature of non-identifiable slots: with fewer known rounds than bins,
                 or a survival that is 0 in all of them, or 1 in all. An error where None.
             grid: temperatures to choose from; the lowest or highest as a choice is warned of.
@@ -165,16 +162,10 @@ def online_temperatures(
 ) -> BySlot:
     """Return the temperatures in force at each round, which follow the traffic.
 
-    Every ``every`` rounds all temperatures are found anew, left to right, on the rounds before
-    alone, where a round that lies h rounds back weighs 0.5 ** (h / half_life); rounds more than ten
-    half lives back are left out. A slot that is not identifiable yet keeps its temperature.
-
-    Args:
-        confidence, outcome: as in :meth:`SequentialTemperatures.fit`, rounds in order of time.
-        half_life: in rounds.
-        start: temperatures to begin with; 1 where None.
-        grid: coarser than the offline one, since the window is short.
-        bins: of equal width.
+    Every ``every`` rounds all temperatures are found anew, as in :class:`SequentialTemperatures`,
+    on the rounds before alone, where a round that lies h rounds back weighs 0.5 ** (h / half_life);
+    rounds more than ten half lives back are left out. A slot that is not identifiable yet keeps its
+    temperature, at first that of ``start``, or 1.
     """
     f, survival = _confidence_and_survival(confidence, outcome)
     choices = _nearest_to_1_first(grid)

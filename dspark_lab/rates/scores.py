@@ -25,18 +25,13 @@ def reliability_table(
     """Return mean confidence and mean outcome, bin by bin: the numbers of a reliability diagram.
 
     Bins of equal *width* cut [0, 1] evenly. Bins of equal *mass*, at most as many as samples, are
-    cut at the quantiles of the confidences (linear interpolation), so that each holds about as many
-    samples; where many confidences are equal, cuts coincide and bins stay empty. A confidence on a
-    cut belongs to the bin below it (Guo et al. 2017, section 2).
-
-    Returns:
-        one row per bin from ``low`` to ``high``, empty ones too: ``count``, means of ``confidence``
-        and ``outcome``, and their ``gap``, positive where the head is overconfident.
+    cut at the quantiles of the confidences, so that each holds about as many samples; where many
+    are equal, bins stay empty. A confidence on a cut belongs to the bin below it (Guo et al. 2017,
+    section 2). ``gap`` is positive where the head is overconfident.
     """
     f, o = _pairs(confidence, outcome)
     if binning == "mass" and len(f) < bins:
-        wanted = f"{bins} bins of equal mass need at least as many samples"
-        raise ValueError(f"{wanted}, got {len(f)}; take fewer bins")
+        raise ValueError(f"{bins} bins of equal mass need at least as many samples, got {len(f)}")
     edges = _edges(f, bins, binning)
     group = _bin(f, edges)
     count = np.bincount(group, minlength=bins)

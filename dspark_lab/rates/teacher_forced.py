@@ -47,16 +47,10 @@ def evaluate(
     """Return tau and accept rates of each conversation in which a whole block fits into an answer.
 
     Blocks that an answer's end cuts are left out: their expected length says less of the drafter
-    than of where the answer ends. The anchors follow from ``seed`` and the conversation alone, so
-    drafters of one block size meet the same blocks.
-
-    Args:
-        num_anchors: at most so many blocks a conversation, drawn at random; all where None.
-        features: where the target's features come from; computed where None.
-
-    Returns:
-        a row for each conversation, with the means of its ``blocks``: ``tau``, and for each slot k
-        the accept rate ``accept_k`` and ``survival_k``, the product of the rates up to it.
+    than of where the answer ends. ``num_anchors`` draws at most so many blocks of a conversation,
+    from ``seed`` and the conversation alone: drafters of one block size meet the same blocks. A row
+    has the means of a conversation's ``blocks``: ``tau``, and for each slot k the accept rate
+    ``accept_k`` and ``survival_k``, the product of the rates up to it.
     """
     rows = []
     found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
@@ -79,11 +73,9 @@ def teacher_forced_sums(
     seed: Size = 0,
     features: FeatureSource | None = None,
 ) -> pd.DataFrame:
-    """Return the sums of the same blocks for :func:`rate_table`, with the predicted rates.
+    """Return the sums of the blocks of :func:`evaluate` for :func:`rate_table`, with predictions.
 
-    Where :func:`evaluate` averages over the blocks of a conversation first, these sums weigh each
-    block alike. Arguments as there. The kinds are *teacher-forced* and *predicted, teacher-forced*
-    (NaN without a confidence head); a conversation is its place in ``encoded``.
+    Here each block weighs alike, not each conversation. A conversation is its place in ``encoded``.
     """
     return block_sums(_whole_blocks(drafter, target, encoded, num_anchors, seed, features))
 
@@ -128,8 +120,7 @@ def compare_drafters(
 ) -> pd.Series:
     """Return by how many percent the mean of ``by`` exceeds the baseline's, with a 95 % interval.
 
-    Both tables must come from :func:`evaluate` on the same conversations, which are resampled
-    together.
+    Both tables come from :func:`evaluate` on the same conversations, which are resampled together.
     """
     if ours["conversation"].tolist() != baseline["conversation"].tolist():
         raise ValueError("both tables must be of the same conversations, in the same order")
@@ -147,9 +138,8 @@ def slot_table(
 ) -> pd.DataFrame:
     """Return the acceptance along the block: a row for each ``drafter`` and ``slot``.
 
-    ``accept``: the mean accept rate of the slot, whether it is reached or not. ``survival``: the
-    chance that the slot and all before it survive. ``conditional``: the chance that it survives
-    given that all before it did, with its 95 % interval over conversations, ``low`` to ``high``.
+    ``accept``: the mean accept rate, whether the slot is reached or not. ``conditional``: the
+    chance that it survives given that all before it did, ``low`` to ``high`` its 95 % interval.
     """
     tables = []
     for drafter, table in evaluations.items():
@@ -242,15 +232,13 @@ def _whole_blocks(
         rates = _block_rates(drafter, batch, source(batch), anchors.to(target.device))
         yield index, item.chat.domain or "none", rates
     if not found:
-        needed = f"{size + 1} supervised tokens in a row"
-        raise ValueError(f"no conversation holds {needed}, as a whole block needs")
+        raise ValueError(f"no conversation holds a block: {size + 1} supervised tokens in a row")
 
 
 def block_sums(found: Iterable[tuple[Any, str, BlockRates]]) -> pd.DataFrame:
-    """Return the table of sums of conversations: of each a label, a domain and its blocks' rates.
+    """Return the sums of conversations, each a label, a domain and its blocks' rates.
 
-    Nothing is drawn: ``reached`` is the expected number of slots whose block survives up to them. A
-    slot that is not supervised counts like one that was not verified.
+    ``reached`` is an expected number. A slot that is not supervised counts as not verified.
     """
     labels, domains, rates = zip(*found, strict=True)
     counts = [len(one.accept) for one in rates]

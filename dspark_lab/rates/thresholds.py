@@ -30,8 +30,8 @@ def highest_threshold(
 ) -> Float[np.ndarray, "round slot"]:
     """Return the highest threshold at which each slot is still verified.
 
-    The threshold is on each slot's own value, or on the product of values up to it. -inf from the
-    first slot on that is not ``allowed``.
+    It is on each slot's own value, or on the product of values up to it; -inf from the first slot
+    that is not ``allowed``.
     """
     along = np.minimum.accumulate if on == "slot" else np.multiply.accumulate
     return np.where(allowed, along(np.where(allowed, values, 0), axis=1), -np.inf)
@@ -44,10 +44,7 @@ def sums_by_threshold(
     thresholds: Float[np.ndarray, " threshold"],
     group: Int[np.ndarray, " round"],
 ) -> Float[np.ndarray, "group threshold slot"]:
-    """Return the summed weight of the slots verified at each threshold, by group of rounds.
-
-    ``highest`` is of :func:`highest_threshold`; groups are numbered from 0.
-    """
+    """Return the summed weight of the slots verified at each threshold, by group of rounds."""
     slots = highest.shape[1]
     order = np.argsort(thresholds)
     # A slot counts at the thresholds up to its highest: count those, then sum from the last on.
@@ -73,16 +70,11 @@ def threshold_sweep(
 
     A threshold can only cut what the trace verified: use a trace that was decoded without one.
 
-    Args:
-        thresholds: in [0, 1], by default every 0.05 below 1; 0 verifies all that the trace did.
-        calibrated: scales the confidences first.
-
     Returns:
         one row per ``threshold``. ``verified`` and ``accepted``: slots per round, without the
-        target's own token. ``acceptance_rate``: their ratio, NaN where nothing is verified.
-        ``_low`` to ``_high``: the 95 % percentile bootstrap interval over conversations, all
-        thresholds resampled together; NaN where fewer than two enter. ``not_in_trace``: slots per
-        round that pass the threshold but that the trace did not verify.
+        target's own token. ``acceptance_rate``: their ratio. ``_low`` to ``_high``: the 95 %
+        percentile bootstrap over conversations, all thresholds resampled together.
+        ``not_in_trace``: slots per round that pass the threshold but were not verified.
     """
     rounds = rounds_of(trace)
     cuts = as_probabilities("thresholds", list(thresholds))
