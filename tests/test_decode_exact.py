@@ -177,8 +177,7 @@ def own_answers(
 def probabilities(logits: Sequence[float], temperature: float, top_p: float) -> list[float]:
     """Softmax at a temperature; the likeliest tokens until they hold ``top_p``, scaled up to 1."""
     weights = [math.exp(x / temperature) for x in logits]
-    whole = sum(weights)
-    probs = [w / whole for w in weights]
+    probs = [w / sum(weights) for w in weights]
     kept: set[int] = set()
     for token in sorted(range(len(probs)), key=lambda token: -probs[token]):
         if sum(probs[t] for t in kept) < top_p:

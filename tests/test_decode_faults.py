@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dspark_lab.model import Drafter, Proposal, TargetCache
 from dspark_lab.model.drafter import DraftCache
+from dspark_lab.pairs import load_pair
 from tests import faults
 from tests.faults import Fault, Function, changed_result, plant
-from tests.test_decode import draft_error, play
+from tests.test_decode import ALPHA, chance_of_draws, draft_error, play
 from tests.test_decode_exact import (
     PROMPT,
     SAMPLED,
@@ -148,3 +149,10 @@ def test_a_fault_in_decoding_changes_the_answers(name, monkeypatch):
 def test_a_fault_in_drafting_changes_the_draft(name, monkeypatch):
     plant(monkeypatch, DRAFT_FAULTS[name])
     assert drafts_differ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_a_fault_in_decoding_is_seen_in_draws_of_the_pocket_pair(name, monkeypatch):
+    plant(monkeypatch, FAULTS[name])
+    assert chance_of_draws(load_pair("pocket"), 40_000) < ALPHA
