@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -285,6 +286,36 @@ def killed_run(rank: int, out: Path, moment: str) -> None:
     """``small_run``, killed at a moment of its second save or in the step before it."""
     setattr(*_deadly_patches()[moment])
     small_run(out)
+
+
+def kill_when(step: int, out: Path, delay: float) -> int:
+    """``small_run`` in a process that is killed ``delay`` seconds after it reported ``step``.
+
+    It cannot end before: after its last step but one it waits for a word that never comes. Returns
+    the exit code.
+    """
+    ours, theirs = _PROCESSES.Pipe()
+    process = _PROCESSES.Process(target=_reporting_run, args=(out, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    while ours.recv() < step:
+        pass
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _reporting_run(out: Path, pipe: Connection) -> None:
+    _settle_in()
+
+    def report(row: dict[str, Any]) -> None:
+        pipe.send(row["step"])
+        if row["step"] == STEPS - 1:
+            pipe.recv()
+
+    small_run(out, on_metrics=report)
 
 
 def _settle_in() -> None:

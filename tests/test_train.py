@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import resource
 import signal
@@ -425,17 +426,25 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     moment: str, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    # The second time it is killed on its way from a checkpoint.
-    for _ in range(2):
-        died = in_processes(1, runs.killed_run, out, moment, folder=tmp_path)
-        assert died == [-signal.SIGKILL]
-        assert checkpoints(out)
-        for checkpoint in checkpoints(out):
-            load_drafter(checkpoint, target=tiny_target())
+    assert in_processes(1, runs.killed_run, out, moment, folder=tmp_path) == [-signal.SIGKILL]
+    assert checkpoints(out)
+    for checkpoint in checkpoints(out):
+        load_drafter(checkpoint, target=tiny_target())
     small_run(out)
     assert ending(out) == ending(whole)
-    others = {path.name for path in out.iterdir()} - {path.name for path in checkpoints(out)}
-    assert others == {"metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {checkpoints(out)[-1].name, "metrics.jsonl"}
+
+
+def test_a_run_killed_at_any_time_and_again_ends_with_the_same_bits(
+    whole: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    out = tmp_path / "killed"
+    for step in (1, 3, 5):
+        assert runs.kill_when(step, out, delay=0.03 * rng.random()) == -signal.SIGKILL
+        assert runs.count_lines(out) >= step
+    small_run(out)
+    assert ending(out) == ending(whole)
 
 
 # A checkpoint is due after the fourth step, none after the third.

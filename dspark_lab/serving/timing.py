@@ -112,7 +112,8 @@ def measure_steps_per_second(
         repeats, warm_up: steps at each B whose median counts, and steps before these.
     """
     sizes = measured_points("tokens", tokens).tolist()
-    per_row = {size: _per_row(target, size, tokens_per_row) for size in sizes}
+    most = tokens_per_row if target.decodes_batches else max(sizes)
+    per_row = {n: max(k for k in range(1, min(most, n) + 1) if n % k == 0) for n in sizes}
     limit = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
     longest = context_length + max(per_row.values())
     if limit is not None and longest > limit:
@@ -172,12 +173,6 @@ def _curve(target: Target, seconds: Mapping[int, float], context_length: int) ->
     # The last two parts of a folder's path say what it holds.
     name = "/".join(Path(target.name).parts[-2:])
     return StepsPerSecond(np.array(tokens), speeds, context_length, _device(target), name)
-
-
-def _per_row(target: Target, size: int, most: int) -> int:
-    if not target.decodes_batches:
-        return size
-    return next(count for count in range(min(most, size), 0, -1) if size % count == 0)
 
 
 def _device(target: Target) -> str:
