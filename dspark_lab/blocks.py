@@ -23,8 +23,6 @@ from dspark_lab.common import (
     sample_anchor_positions,
 )
 
-__all__ = ["Blocks", "cut_blocks", "draw_blocks", "times_supervised"]
-
 
 @checked
 @dataclass(frozen=True, eq=False)

@@ -93,7 +93,6 @@ def choose_backend(device: torch.device) -> Backend:
 
 
 def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:
-    """Refuse queries, keys and values that do not fit each other or the blocks."""
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")

@@ -269,7 +269,6 @@ def plot_gain(table: pd.DataFrame) -> Figure:
 
 
 def _dots(ax: Axes, x: Any, low: Any, high: Any, y: list[float], i: int, label: str = "") -> None:
-    """Draw numbers with their intervals in look ``i``."""
     look = style.line_look(i)
     ax.hlines(y, low, high, color=look["color"], linewidth=1.5)
     ax.plot(x, y, linestyle="none", label=label, **look)

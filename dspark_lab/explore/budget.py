@@ -138,7 +138,6 @@ def plot_budget(
     Args:
         options: ``table`` of :func:`dspark_lab.choose_training` for one block size and row length.
         cost, fit: of the chosen step, as in :func:`plot_parts`, and as in :func:`plot_fit`.
-        num_anchors: the chosen one of the options.
         at: where it stands in ``fit``: the longest row, and its blocks.
     """
     options = options.sort_values("num_anchors")
@@ -221,7 +220,6 @@ def _bars(ax: Axes, names: pd.Series, values: np.ndarray, labels: list[str], col
 
 
 def _budget_axes(ax: Axes, options: pd.DataFrame, label: str) -> None:
-    """Shares against ``num_anchors``."""
     ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 5, 10]))
     style.percent_axis(ax, label)
     ax.set_xscale("log", base=2)

@@ -99,12 +99,9 @@ def explore_serving(
             given; decoded where None.
         engine: what a round costs, or its file; measured where None, but that of the pocket pair
             without a target. Loads that it was not measured at are extrapolated.
-        temperatures: to decode at.
         draft_length, temperature, requests, threshold, replay, export: where the controls start. By
             default the longest draft that both trace and engine have, and the trace's highest
             temperature. A threshold of 0 is none.
-        calibrated: scales the confidences.
-        requests_simulated: of each simulation of load.
 
     Returns:
         an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen

@@ -87,8 +87,6 @@ def answers_of(
 
     Args:
         trace: of whole blocks, of one drafter at one temperature; answers are returned as they are.
-        calibrated: scales the confidences.
-        seed: of the completion.
     """
     if isinstance(trace, Answers):
         return trace
@@ -133,7 +131,6 @@ def draw_requests(
     """Draws conversations of a trace and the fate of every round.
 
     Args:
-        trace: as :func:`answers_of` takes or returns it.
         answer_tokens: by default as many as the conversation had.
         domains: a weight for each that is wanted; by default conversations are equally likely.
         within: rounds are drawn from the conversation, or from its domain, so that all are alike.

@@ -141,5 +141,4 @@ def advice(
 
 
 def _fastest(table: pd.DataFrame) -> pd.Series:
-    """The fastest row, the first of several."""
     return table.loc[table["speedup"].idxmax()]

@@ -44,7 +44,6 @@ def threshold_table(
     Args:
         trace, drafter, temperature: as in :func:`acceptance_profile`; rounds are taken as they are.
         draft_lengths: by default the longest that has both a slot and a cost.
-        calibrated: scales the confidences first.
     """
     rounds = _rounds(trace, drafter, temperature)
     cuts = rates.as_probabilities("thresholds", list(thresholds))

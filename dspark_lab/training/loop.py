@@ -77,7 +77,6 @@ def train(
         drafter: with "fsdp2" it is left in shards; the last checkpoint holds it whole.
         chats: conversations, encoded already or with the target's tokenizer here.
         out: a folder, made where it does not exist; all processes must see it.
-        held_out: conversations to evaluate on.
         features: ask the target for every batch, or read them from ``cache``, by default
             ``out/features``, where they lie in bfloat16 unless the target is float64.
         parallel: over the processes of an initialised ``torch.distributed``, each of which makes

@@ -267,7 +267,6 @@ def _step_seconds(config: SweepConfig, num_anchors: int, block_size: int, work: 
 def _trained(
     cell: Cell, config: SweepConfig, steps: int, work: Path, out: Path, **options: Any
 ) -> tuple[Drafter, History]:
-    """A cell's drafter after so many steps."""
     target, chats, _ = _materials(config)
     torch.manual_seed(cell.seed)
     mask, anchors = mask_token_id(None, target, chats), cell.num_anchors

@@ -236,7 +236,6 @@ def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 def _rows(
     data: Spans | Batch | Sequence[Encoded], seq_lens: Sequence[int] | None, packed: bool
 ) -> dict[int, Spans]:
-    """The spans for each row length."""
     if isinstance(data, (Spans, Batch)):
         if seq_lens is not None or packed:
             raise ValueError("spans and batches have their rows already: no seq_lens, no packed")
@@ -297,7 +296,6 @@ def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) ->
 
 
 def _option(option: pd.Series, table: pd.DataFrame) -> str:
-    """What is varied, by name."""
     names = (("num_anchors", "N"), ("block_size", "K"), ("seq_len", "S"))
     varied = [each for each in names if each[1] == "N" or table[each[0]].nunique() > 1]
     return ", ".join(f"{letter} {option[name]:,.0f}" for name, letter in varied)

@@ -198,7 +198,6 @@ def _in_layers(
 
 
 def _target_row(shape: Shape, step: Step) -> tuple[str, float, float, float, float]:
-    """The target's forward pass without its LM head."""
     layers, tokens = shape.target, step.tokens
     assert layers is not None
     d, inner = layers.hidden_size, layers.intermediate_size
