@@ -281,7 +281,7 @@ def slow_rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         monkeypatch,
         {
             (Target, "advance"): lambda _, ids, *__: 1 + ids.numel() / 8,
-            (Drafter, "draft"): lambda _, anchors, *__: len(anchors) / 2,
+            (Drafter, "propose"): lambda _, anchors, *__: len(anchors) / 2,
             (Drafter, "read"): lambda _, __, ___, counts: len(counts) / 4,
             (RandomNumbers, "draft"): lambda *_: 1 / 16,
             (RandomNumbers, "target"): own,

@@ -500,7 +500,7 @@ def told_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch,
         {
             (Target, "advance"): lambda _, ids, *__: 1 + ids.shape[1] / 8,
-            (Drafter, "draft"): lambda *_: 0.5,
+            (Drafter, "propose"): lambda *_: 0.5,
             (Drafter, "read"): lambda *_: 0.25,
             (loop, "distribution"): lambda *_: 0.5,
         },
