@@ -132,22 +132,16 @@ def test_a_product_of_exact_confidences_is_not_the_survival() -> None:
         assert table.loc[kind, "survival"].tolist() == pytest.approx([0.8, survival])
 
 
-def test_a_trace_of_shorter_rounds_counts_at_every_slot_it_is_pooled_at() -> None:
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_pooled_traces_count_at_every_slot_and_an_added_column_keeps_them_apart(prompt) -> None:
     short = trace_sums(trace_of([a_round(0, [0.5], verified=1, accepted=1)]))
-    long = trace_sums(trace_of([a_round(1, [0.5, 0.5], verified=2, accepted=2)]))
-    both = pd.concat([short, long])
+    long = trace_sums(trace_of([a_round(prompt, [0.5, 0.5], verified=2, accepted=2)]))
+    both = pd.concat([short.assign(drafter="short"), long.assign(drafter="long")])
     table = rate_table(both).query("kind == 'empirical'")
     assert table["rounds"].tolist() == [2, 2] and table["survival"].tolist() == [1, 0.5]
-    assert tau_table(both).set_index("kind").loc["empirical", "tau"] == 1 + table["survival"].sum()
-
-
-def test_an_added_column_keeps_drafters_apart() -> None:
-    good = trace_sums(trace_of([a_round(0, [0.9], verified=1, accepted=1)]))
-    bad = trace_sums(trace_of([a_round(0, [0.1], verified=1, accepted=0)]))
-    sums = pd.concat([good.assign(drafter="good"), bad.assign(drafter="bad")])
-    apart = tau_table(sums, "drafter").set_index(["drafter", "kind"])["tau"]
-    assert apart["good", "empirical"] == 2 and apart["bad", "empirical"] == 1
-    assert tau_table(sums).set_index("kind").loc["empirical", "tau"] == 1.5
+    assert tau_table(both).set_index("kind").loc["empirical", "tau"] == 2.5
+    apart = tau_table(both, "drafter").set_index(["drafter", "kind"])["tau"]
+    assert apart["short", "empirical"] == 2 and apart["long", "empirical"] == 3
 
 
 def conversations(rng: np.random.Generator, count: int, rounds: int) -> pd.DataFrame:
@@ -182,7 +176,7 @@ def test_intervals_cover_about_as_often_as_they_say() -> None:
         assert 0.85 <= inside[figure] / 150 <= 0.99, (figure, inside[figure])
 
 
-def test_a_domains_interval_is_over_its_own_conversations() -> None:
+def test_a_groups_interval_is_over_its_own_conversations_and_one_has_none() -> None:
     trace = conversations(np.random.default_rng(3), 12, 3)
     trace["domain"] = np.where(trace["prompt"] < 8, "math", "code")
     sums = trace_sums(trace)
@@ -190,10 +184,6 @@ def test_a_domains_interval_is_over_its_own_conversations() -> None:
         part = rate_table(sums, "domain").query("domain == @domain").drop(columns="domain")
         alone = rate_table(trace_sums(trace[trace["domain"] == domain]))
         pd.testing.assert_frame_equal(part.reset_index(drop=True), alone)
-
-
-def test_one_conversation_has_no_interval() -> None:
-    sums = trace_sums(conversations(np.random.default_rng(4), 5, 4))
     assert rate_table(sums, "conversation")[["low", "high", "survival_low"]].isna().all(axis=None)
     assert tau_table(sums, ["conversation", "domain"])[["low", "high"]].isna().all(axis=None)
     single = tau_table(sums[sums["conversation"] == 3])

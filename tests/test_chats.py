@@ -252,9 +252,10 @@ def expected_mask(tokenizer, ids: list[int], pieces: Pieces) -> list[bool]:
     return mask
 
 
-def test_the_mask_of_a_small_conversation_token_by_token():
+def test_the_mask_of_a_small_conversation_token_by_token_whole_and_cut_off():
     tokenizer = with_template(byte_level("words"), CHATML)
-    encoded = encode(chat("hello", "the answer", "is", "42."), tokenizer)
+    small = chat("hello", "the answer", "is", "42.")
+    encoded = encode(small, tokenizer)
     by_hand = (
         "<|im_start|> user Ċ hello <|im_end|> Ċ <|im_start|> assistant Ċ [the] [Ġanswer] "
         "[<|im_end|>] Ċ <|im_start|> user Ċ is <|im_end|> Ċ <|im_start|> assistant Ċ [42] [.] "
@@ -264,6 +265,10 @@ def test_the_mask_of_a_small_conversation_token_by_token():
     pairs = zip(tokens, encoded.loss_mask, strict=True)
     assert [f"[{token}]" if mine else token for token, mine in pairs] == by_hand.split()
     assert encoded.input_ids.dtype == torch.long and encoded.loss_mask.dtype == torch.bool
+    for length in range(1, len(encoded) + 3):
+        part = encode(small, tokenizer, max_length=length)
+        assert part.input_ids.tolist() == encoded.input_ids.tolist()[:length]
+        assert part.loss_mask.tolist() == encoded.loss_mask.tolist()[:length]
 
 
 fragments = st.sampled_from(
@@ -446,15 +451,6 @@ def test_slow_tokenizers_and_tokenizers_without_a_template_are_refused():
         encode(chat("hello", "the"), with_template(byte_level("words"), None))
 
 
-def test_truncation_keeps_the_first_tokens():
-    tokenizer = with_template(byte_level("words"), CHATML)
-    whole = encode(chat("hello", "the answer"), tokenizer)
-    for length in range(1, len(whole) + 3):
-        part = encode(chat("hello", "the answer"), tokenizer, max_length=length)
-        assert part.input_ids.tolist() == whole.input_ids.tolist()[:length]
-        assert part.loss_mask.tolist() == whole.loss_mask.tolist()[:length]
-
-
 USER = {"role": "user", "content": "hello"}
 ASSISTANT = {"role": "assistant", "content": "the"}
 
@@ -537,11 +533,13 @@ def test_a_file_without_conversations_and_a_missing_file(tmp_path):
         load_chats(tmp_path / "nowhere.jsonl")
 
 
-def test_a_chat_made_by_hand_is_checked_like_one_from_a_file():
+def test_a_chat_made_by_hand_is_checked_like_one_from_a_file_and_holds_a_token():
     with pytest.raises(ValueError, match="role 'assistant'"):
         Chat((USER,), id="x")
     with pytest.raises(ValueError, match=r"messages\[1\] must have 'role' and 'content' alone"):
         Chat((USER, ASSISTANT | {"name": "Bo"}), id="x")
+    with pytest.raises(ValueError, match="'odd' must hold a token"):
+        Encoded(torch.zeros(0).long(), torch.zeros(0).bool(), Chat((USER, ASSISTANT), id="odd"))
 
 
 def test_a_tokenizer_is_loaded_from_a_folder(tmp_path):
@@ -578,18 +576,22 @@ def test_an_answer_that_was_cut_off_does_not_end_its_turn(name):
 PAD = 1000
 
 
-def test_one_row_keeps_the_order_and_refuses_what_does_not_fit():
+def test_one_row_keeps_the_order_and_no_row_takes_what_does_not_fit():
     encoded = documents("aaa", "a" * 7, "aa")
     batch = one_row(encoded, 14, pad_token_id=0)
     assert batch.input_ids.tolist() == [[*range(12), 0, 0]]
     assert batch.chat_index.tolist() == [[0, 1, 2]] and batch.seq_lens.tolist() == [[3, 7, 2]]
     with pytest.raises(ValueError, match="12 tokens, got 11"):
         one_row(encoded, 11, pad_token_id=0)
+    match = "'hand-made' has 5 tokens, more than length 4; .*max_length=4"
+    for make in (collate, pack):
+        with pytest.raises(ValueError, match=match):
+            make(documents("aa", "aaaaa"), length=4, pad_token_id=PAD)
 
 
-@given(st.lists(st.text("a.", min_size=1, max_size=12), min_size=1, max_size=20))
-def test_packing_keeps_every_conversation_whole_and_once(marks):
-    encoded, length = documents(*marks), 15
+@given(st.lists(st.text("a.", min_size=1, max_size=12), min_size=1), st.integers(12, 20))
+def test_packing_keeps_every_conversation_whole_and_once_by_first_fit_decreasing(marks, length):
+    encoded = documents(*marks)
     batch = pack(encoded, length, PAD)
     seen = []
     for row in range(len(batch.input_ids)):
@@ -609,19 +611,14 @@ def test_packing_keeps_every_conversation_whole_and_once(marks):
     remaining, positions = oracle.packed_rows(batch.seq_lens.tolist(), length)
     assert batch.doc_remaining.tolist() == remaining
     assert batch.position_ids.tolist() == positions
-
-
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(12, 20))
-def test_packing_is_first_fit_decreasing(lengths, length):
     rows: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(marks)), key=lambda i: (-len(marks[i]), i)):
         for row in rows:
-            if sum(lengths[i] for i in row) + lengths[index] <= length:
+            if sum(len(marks[i]) for i in row) + len(marks[index]) <= length:
                 row.append(index)
                 break
         else:
             rows.append([index])
-    batch = pack(documents(*("a" * n for n in lengths)), length, PAD)
     assert [[i for i in row if i >= 0] for row in batch.chat_index.tolist()] == rows
 
 
@@ -640,18 +637,6 @@ def test_collating_pads_on_the_right_to_the_longest_and_keeps_the_order():
 def test_a_batch_moves_with_all_its_tensors(device):
     batch = pack(documents("aa", "aaa"), 4, PAD).to(device)
     assert {tensor.device.type for tensor in vars(batch).values()} == {device.type}
-
-
-@pytest.mark.parametrize("make", [collate, pack])
-def test_a_conversation_longer_than_the_row_is_refused_by_name(make):
-    match = "'hand-made' has 5 tokens, more than length 4; .*max_length=4"
-    with pytest.raises(ValueError, match=match):
-        make(documents("aa", "aaaaa"), length=4, pad_token_id=PAD)
-
-
-def test_an_encoded_conversation_holds_a_token():
-    with pytest.raises(ValueError, match="'odd' must hold a token"):
-        Encoded(torch.zeros(0).long(), torch.zeros(0).bool(), Chat((USER, ASSISTANT), id="odd"))
 
 
 def test_describe_counts_each_domain():

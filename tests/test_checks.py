@@ -40,14 +40,7 @@ if TYPE_CHECKING:
 class Named(typing.Protocol):
     name: str
 
-    def speak(self) -> str: ...
-
-
-class Speaker:
-    name = "me"
-
-    def speak(self) -> str:
-        return "hello"
+    def touch(self) -> None: ...
 
 
 def long(*shape: int, **kwargs: Any) -> Tensor:
@@ -77,7 +70,7 @@ GOOD: list[tuple[Any, list[Any]]] = [
     (Mapping[str, Positive], [{}, {"a": 1}]),
     (Callable[[int], int], [abs, nn.ReLU()]),
     (nn.Module, [nn.ReLU()]),
-    (Named, [Speaker()]),
+    (Named, [Path("a")]),
     (Device, ["cpu", torch.device("meta")]),
     (Vector, [np.zeros(3)]),
     (Float[np.ndarray, "*axes"], [np.zeros((1, 2))]),
@@ -117,7 +110,7 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     (Mapping[str, Positive], {1: 1}, TypeError, "each key of x must be a string, got 1 (int)"),
     (Callable[[int], int], 1, TypeError, "must be a function, got 1 (int)"),
     (nn.Module, "m", TypeError, "must be a Module, got 'm' (str)"),
-    (Named, 1, TypeError, "must be a Named (with name, speak), got 1 (int)"),
+    (Named, 1, TypeError, "must be a Named (with name, touch), got 1 (int)"),
     (Device, "nonsense", ValueError, "must be a device of this machine, such as 'cpu'"),
     (Device, 1.5, TypeError, "must be a device or a string, got 1.5 (float)"),
     (Vector, np.zeros((1, 3)), ValueError, "must be [rows], got shape (1, 3)"),
@@ -192,16 +185,14 @@ def test_tensors_of_a_call_agree(changed, error, message):
 
 def test_a_number_must_be_its_axis_s_length():
     @checked
-    def function(
-        row: Shaped[Tensor, "batch seq"], seq_len: SeqLen, n: Annotated[int, Axis("batch")]
-    ):
+    def read(row: Shaped[Tensor, "batch seq"], seq_len: SeqLen, n: Annotated[int, Axis("batch")]):
         pass
 
-    function(torch.zeros(2, 6), 6, 2)
+    read(torch.zeros(2, 6), 6, 2)
     with pytest.raises(ValueError, match="seq_len must be 6, the seq of row, got 5"):
-        function(torch.zeros(2, 6), 5, 2)
+        read(torch.zeros(2, 6), 5, 2)
     with pytest.raises(ValueError, match="n must be 2, the batch of row, got 1"):
-        function(torch.zeros(2, 6), 6, n=1)
+        read(torch.zeros(2, 6), 6, n=1)
 
 
 @checked

@@ -91,10 +91,10 @@ def read_rounds(first: int, rounds: Sequence[Round]) -> list[tuple[int, int, int
 
 
 @every_run
-def test_each_token_of_a_run_stands_in_its_round_with_what_became_of_it(name):
+def test_each_token_stands_in_its_round_and_drafted_ones_alone_have_the_traces_numbers(name):
     decoded, rounds = run_of(name)
-    for prompt, answer in enumerate(decoded.tokens):
-        table = outcome_table(decoded, to_text, prompt)
+    tables = [outcome_table(decoded, to_text, prompt) for prompt in range(len(PROMPTS))]
+    for prompt, (answer, table) in enumerate(zip(decoded.tokens, tables, strict=True)):
         own = [r for r in rounds if r.prompt == prompt]
         columns = ["round", "slot", "position", "token", "outcome"]
         lines = list(table[columns].itertuples(index=False, name=None))
@@ -105,12 +105,6 @@ def test_each_token_of_a_run_stands_in_its_round_with_what_became_of_it(name):
         assert kept["position"].tolist() == list(range(len(answer)))
         dropped = set(table.loc[~table["kept"], "outcome"])
         assert dropped <= {"rejected", "not reached", "not verified"}
-
-
-@every_run
-def test_the_drafted_tokens_have_the_traces_numbers_and_the_others_none(name):
-    decoded, _ = run_of(name)
-    tables = [outcome_table(decoded, to_text, prompt) for prompt in range(len(PROMPTS))]
     table = pd.concat(tables, ignore_index=True)
     drafted = table[table["slot"] >= 0].reset_index(drop=True)
     columns = ["round", "slot", "position", "token", *FROM_TRACE]
@@ -136,14 +130,10 @@ def test_the_outcome_table_has_the_same_types_whatever_is_in_it():
     assert full.dtypes["kept"] == "bool" and full.dtypes["token"] == "int64"
 
 
-def same_distributions() -> Round:
-    """A round of one slot whose draft is the target's distribution, and its bonus slot."""
-    draft, target = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    return Round(0, 3, [1, 0], "", [1], 1, 1, draft.double(), target.double(), None)
-
-
 def test_where_draft_and_target_are_one_there_is_no_residual():
-    table = distribution_table(same_distributions(), 0, to_text)
+    draft, target = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    same = Round(0, 3, [1, 0], "", [1], 1, 1, draft.double(), target.double(), None)
+    table = distribution_table(same, 0, to_text)
     assert table["residual"].tolist() == [0, 0, 0]
     assert table["overlap"].sum() == pytest.approx(1)
 
@@ -196,11 +186,11 @@ def check(table: pd.DataFrame, r: Round, slot: int, top: int) -> None:
 
 
 def test_a_prompt_or_a_slot_that_is_not_there_is_refused():
-    decoded, _ = run_of("two tokens")
+    decoded, rounds = run_of("everything verified")
     with pytest.raises(ValueError, match="prompt must be below 16, got 16"):
         outcome_table(decoded, to_text, 16)
-    with pytest.raises(ValueError, match=r"slot must be in \[0, 1\], got 2"):
-        distribution_table(same_distributions(), 2, to_text)
+    with pytest.raises(ValueError, match=r"slot must be in \[0, 3\], got 4"):
+        distribution_table(rounds[0], 4, to_text)
 
 
 KINDS = {
@@ -234,7 +224,7 @@ def test_every_text_is_of_one_kind(text):
         assert kind == ("word" if begins else "inside a word")
 
 
-def test_token_kinds_keep_the_index_and_ask_for_each_token_once():
+def test_token_kinds_keep_the_index_ask_for_each_token_once_and_take_ids_alone():
     asked = Counter[int]()
     texts = {5: " so", 6: "ing", 7: "8"}
 
@@ -249,9 +239,6 @@ def test_token_kinds_keep_the_index_and_ask_for_each_token_once():
     assert kinds.isna().tolist() == [False] * 4 + [True, False]
     assert set(asked.values()) == {1}
     assert token_kinds(pd.Series([], dtype="int64"), ask).tolist() == []
-
-
-@pytest.mark.parametrize("tokens", [[1, 2], pd.Series(["a"]), pd.Series([1.5])], ids=str)
-def test_tokens_that_are_no_series_of_ids_are_refused(tokens):
-    with pytest.raises(TypeError, match="tokens must .*, got"):
-        token_kinds(tokens, to_text)
+    for wrong in ([1, 2], pd.Series(["a"]), pd.Series([1.5])):
+        with pytest.raises(TypeError, match="tokens must .*, got"):
+            token_kinds(wrong, to_text)
