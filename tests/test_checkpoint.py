@@ -68,14 +68,8 @@ PUBLISHED_CONFIG = """{
 }"""
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 SIZES |= {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "markov_rank": 5}
-CONFIG = DrafterConfig(
-    **SIZES,
-    target_layer_ids=(0, 2, 3),
-    block_size=3,
-    mask_token_id=19,
-    num_anchors=4,
-    rope_theta=5e5,
-)
+SIZES |= {"target_layer_ids": (0, 2, 3), "block_size": 3, "mask_token_id": 19, "num_anchors": 4}
+CONFIG = DrafterConfig(**SIZES, rope_theta=5e5)
 
 
 @pytest.fixture
@@ -199,7 +193,7 @@ def test_published_names_and_shapes_come_back_with_every_bit(folder, head, confi
     assert_same(load_drafter(folder, target=None if include else target_of(drafter)), drafter)
 
 
-def test_the_config_holds_the_published_fields(folder):
+def test_the_config_holds_the_published_fields_and_rank_zero_without_a_markov_head(folder):
     save_drafter(make_drafter(), folder)
     metadata = ("bos_token_id", "eos_token_id", "max_window_layers", "num_target_layers")
     metadata += ("sliding_window", "transformers_version", "use_cache")
@@ -212,9 +206,6 @@ def test_the_config_holds_the_published_fields(folder):
         "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
         "rope_theta": 5e5,
     }
-
-
-def test_a_drafter_without_markov_head_has_rank_zero():
     config = replace(CONFIG, markov_head_type="none", confidence_head_with_markov=False)
     assert (config.markov_rank, config.to_dict()["markov_rank"]) == (5, 0)
 
@@ -561,19 +552,15 @@ def test_a_checkpoint_is_replaced_as_a_whole(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_parents_are_made_and_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "a" / "b", str(tmp_path / "empty")):
-        save_drafter(make_drafter(), folder, include_embeddings=True)
-        assert_same(load_drafter(folder), make_drafter())
-
-
-def test_a_link_to_a_checkpoint_stays_a_link(whole, tmp_path):
-    link = tmp_path / "latest"
-    link.symlink_to(whole, target_is_directory=True)
-    save_drafter(make_drafter(seed=2), link, include_embeddings=True)
+def test_parents_are_made_an_empty_folder_is_filled_and_a_link_stays_a_link(tmp_path):
+    empty, link = tmp_path / "empty", tmp_path / "latest"
+    empty.mkdir()
+    link.symlink_to(empty, target_is_directory=True)
+    for seed, folder in enumerate((tmp_path / "a" / "b", str(empty), link)):
+        save_drafter(make_drafter(seed=seed), folder, include_embeddings=True)
+        assert_same(load_drafter(folder), make_drafter(seed=seed))
     assert link.is_symlink()
-    assert_same(load_drafter(whole), make_drafter(seed=2))
+    assert_same(load_drafter(empty), make_drafter(seed=2))
 
 
 ANOTHER = "without a config.json of architecture Qwen3DSpark"

@@ -43,7 +43,12 @@ def made(**changes: object) -> Engine:
 ENGINE = made()
 
 
-def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
+def measured(target: Target | None = None, block_size: int = 3, **changes: object) -> Engine:
+    drafter, options = tiny_drafter(block_size=block_size), {"context_length": 5} | changes
+    return serving.measure_engine(target or tiny_target(), drafter, **options)
+
+
+def test_seconds_are_linear_between_points_hold_below_and_get_no_faster_above() -> None:
     """Drafting 1 takes 1, 2 and 8 s for 2, 4 and 10 requests: from 4 on 1 s for each request."""
     assert [ENGINE.draft_seconds(n, 1) for n in (1, 2, 3, 4, 5, 10, 12)] == [1, 1, 1.5, 2, 3, 8, 10]
     assert [ENGINE.draft_seconds(n, 2) for n in (3, 7, 13)] == [1.875, 5.5, 11.5]
@@ -52,9 +57,6 @@ def test_seconds_are_linear_between_points_hold_below_and_go_on_above() -> None:
     assert [ENGINE.plain_seconds(n) for n in (1, 3, 12)] == [2.125, 2.1875, 3.25]
     assert ENGINE.plain_seconds(32) == 3 + 1.0 + 22 * 0.125
     assert ENGINE.longest == 3
-
-
-def test_above_the_last_point_nothing_gets_faster() -> None:
     assert [ENGINE.rest_seconds(n) for n in (10, 11, 1000)] == [0.5] * 3
     assert ENGINE.draft_seconds(20, 3) == 6.0 + 10 * 0.5
     falling = made(draft=[[3.0], [2.0], [1.0]])
@@ -208,7 +210,8 @@ def test_curves_are_written_whole_or_not_at_all(kind, tmp_path, monkeypatch) -> 
 
 
 TABLE = ENGINE.table
-OF_DRAFT, OF_REST = TABLE["part"] == "draft", TABLE["part"] == "rest"
+OF_REST = TABLE["part"] == "rest"
+OF_FOUR, SECOND_SLOT = TABLE["requests"] == 4, TABLE["draft_length"] == 2
 
 
 @pytest.mark.parametrize(
@@ -217,15 +220,9 @@ OF_DRAFT, OF_REST = TABLE["part"] == "draft", TABLE["part"] == "rest"
         (TABLE.drop(columns=["tokens", "part"]), "got no ['part', 'tokens']"),
         (TABLE[~OF_REST], "'rest', 'plain rest'], got no ['rest']"),
         (TABLE[TABLE["part"] != "target"], "got no ['target']"),
-        (TABLE[TABLE["draft_length"] != 2], "draft must be of every length from 1 on, got [1, 3]"),
-        (
-            TABLE[~(OF_REST & (TABLE["requests"] == 4))],
-            "seconds of rest, draft_length 0, for each of the requests [2, 4, 10]",
-        ),
-        (
-            TABLE[~(OF_DRAFT & (TABLE["requests"] == 4) & (TABLE["draft_length"] == 2))],
-            "seconds of draft, draft_length 2, for each of the requests [2, 4, 10]",
-        ),
+        (TABLE[~SECOND_SLOT], "draft must be of every length from 1 on, got [1, 3]"),
+        (TABLE[~(OF_REST & OF_FOUR)], "rest, draft_length 0, for each of the requests [2, 4, 10]"),
+        (TABLE[~(OF_FOUR & SECOND_SLOT)], "draft, draft_length 2, for each of the requests [2, 4"),
         (pd.concat([TABLE, TABLE[OF_REST]]), "one row for each point, got two of {'part': 'rest'"),
         (TABLE.drop(columns="device"), "device must be given, or be a column"),
         (TABLE.assign(seconds=-1.0), "steps_per_second[0] must be > 0, got -1.0"),
@@ -293,8 +290,7 @@ def slow_rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_measured_engine_is_that_of_the_calls(slow_rounds) -> None:
     """The target is linear, so what is measured on it holds in between; so is drafting."""
-    options = {"context_length": 5, "repeats": 2, "warm_up": 1}
-    engine = serving.measure_engine(tiny_target(), tiny_drafter(), requests=(1, 3), **options)
+    engine = measured(requests=(1, 3), repeats=2, warm_up=1)
     # Of one and of three requests: plain, with one slot, with three.
     assert engine.sps.tokens.tolist() == [1, 2, 3, 4, 6, 12]
     steps = [1.125, 1.25, 1.375, 1.5, 1.75, 2.5]
@@ -310,22 +306,25 @@ def test_a_measured_engine_is_that_of_the_calls(slow_rounds) -> None:
 
 
 def test_draft_lengths_to_measure_can_be_chosen(slow_rounds) -> None:
-    options = {"requests": (1,), "context_length": 5, "temperature": 1.0, "repeats": 1}
-    few = serving.measure_engine(tiny_target(), tiny_drafter(), draft_lengths=[2, 1], **options)
+    few = measured(requests=(1,), temperature=1.0, repeats=1, draft_lengths=[2, 1])
     assert few.sps.tokens.tolist() == [1, 2, 3]
     assert few.draft.tolist() == [[0.5 + 1 / 16, 0.5 + 2 / 16]]
-    with pytest.raises(ValueError, match="draft_length must be at most 3, got 4"):
-        serving.measure_engine(tiny_target(), tiny_drafter(), draft_lengths=[4])
+    for wrong, message in (
+        ({"draft_lengths": [4]}, "draft_length must be at most 3, got 4"),
+        ({"requests": (4, 1)}, r"requests must rise .*, got \[4, 1\]"),
+        ({"temperature": -1.0}, "temperature must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(**wrong)
 
 
 def test_costs_are_medians_of_the_rounds_behind_the_warm_up(slow_rounds) -> None:
-    options = {"requests": (2,), "context_length": 5}
-    even = serving.measure_engine(tiny_target(), tiny_drafter(), repeats=1, warm_up=0, **options)
+    even = measured(requests=(2,), repeats=1, warm_up=0)
     slow_rounds[:] = [0, 1, 3]
-    uneven = serving.measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
+    uneven = measured(requests=(2,), repeats=3, warm_up=2)
     pd.testing.assert_frame_equal(uneven.table, even.table)
     slow_rounds[:] = [2, 3]
-    slow = serving.measure_engine(tiny_target(), tiny_drafter(), repeats=3, warm_up=2, **options)
+    slow = measured(requests=(2,), repeats=3, warm_up=2)
     assert slow.rest[0] == pytest.approx(even.rest[0] + 50)
 
 
@@ -334,9 +333,7 @@ def test_steps_of_as_many_tokens_are_one_point_of_the_curve(monkeypatch) -> None
         return {key: [0.1, 1.0 + sum(key), 0.2] for key in runs}
 
     monkeypatch.setattr(timing, "_timed_rounds", spent)
-    engine = serving.measure_engine(
-        tiny_target(), tiny_drafter(), requests=(1, 2), context_length=5
-    )
+    engine = measured(requests=(1, 2))
     # 2 tokens: one request with one slot and two without; 4: one with three, two with one.
     assert engine.sps.tokens.tolist() == [1, 2, 4, 8]
     seconds = [2.0, (3 + 3) / 2, (5 + 4) / 2, 6.0]
@@ -347,10 +344,9 @@ def test_steps_of_as_many_tokens_are_one_point_of_the_curve(monkeypatch) -> None
 def test_a_target_that_decodes_one_row_at_a_time_is_measured_at_one_request(slow_rounds) -> None:
     target = tiny_target()
     target.model.config.model_type = "of a family that is not known"
-    options = {"context_length": 5, "repeats": 1, "warm_up": 0}
-    assert serving.measure_engine(target, tiny_drafter(), **options).requests.tolist() == [1]
+    assert measured(target, repeats=1, warm_up=0).requests.tolist() == [1]
     with pytest.raises(ValueError, match=r"decodes one row at a time, got \[1, 2\]"):
-        serving.measure_engine(target, tiny_drafter(), requests=(1, 2), **options)
+        measured(target, requests=(1, 2))
 
 
 def test_one_seed_measures_on_the_same_tokens_and_another_on_others(monkeypatch) -> None:
@@ -365,8 +361,7 @@ def test_one_seed_measures_on_the_same_tokens_and_another_on_others(monkeypatch)
     read = []
     for seed in (3, 3, 4):
         seen.clear()
-        options = {"context_length": 5, "repeats": 1, "warm_up": 0, "seed": seed}
-        serving.measure_engine(tiny_target(), tiny_drafter(), requests=(2,), **options)
+        measured(requests=(2,), repeats=1, warm_up=0, seed=seed)
         read.append([ids for ids in seen if len(ids[0]) == 5])
     # The contexts of plain decoding, of one slot, of three.
     assert read[0] == read[1] and len(read[0]) == 3
@@ -376,12 +371,12 @@ def test_one_seed_measures_on_the_same_tokens_and_another_on_others(monkeypatch)
 def test_no_token_ends_a_measurement(slow_rounds) -> None:
     target = tiny_target()
     target.model.generation_config.eos_token_id = list(range(64))
-    engine = serving.measure_engine(target, tiny_drafter(), requests=(1,), repeats=3)
+    engine = measured(target, requests=(1,), repeats=3)
     assert engine.draft.tolist() == [[0.5625, 0.625, 0.6875]]
 
 
 def test_blocks_of_one_slot_are_measured_too_by_default_for_three_batches(slow_rounds) -> None:
-    engine = serving.measure_engine(tiny_target(), tiny_drafter(block_size=1), repeats=1)
+    engine = measured(block_size=1, repeats=1)
     assert engine.requests.tolist() == [1, 4, 16]
     assert engine.draft.tolist() == [[1 / 2 + 1 / 16], [2 + 1 / 16], [8 + 1 / 16]]
 

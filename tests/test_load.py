@@ -122,8 +122,7 @@ def serve_by_hand(
 
 
 ANSWERS = answers_of(with_probs(made_trace(0)))
-FIXED = [FixedLength(0), FixedLength(2), FixedLength(SLOTS)]
-POLICIES = [*FIXED, StaticThreshold(0.7), serving.PrefixScheduler()]
+POLICIES = [*map(FixedLength, (0, 2, SLOTS)), StaticThreshold(0.7), serving.PrefixScheduler()]
 
 
 @settings(max_examples=60)
@@ -395,7 +394,6 @@ def test_without_confidences_only_fixed_lengths_serve() -> None:
         (lambda c, s: None, "whole number of slots for each of 2 requests, got None"),
         (lambda c, s: np.array([0, -1]), r"must verify 0 to 4 slots, got \[0, -1\]"),
     ],
-    ids=["long", "floats", "None", "negative"],
 )
 def test_a_policy_that_cannot_be_is_refused(policy, message) -> None:
     with pytest.raises(ValueError, match=message):
@@ -416,7 +414,6 @@ CUT = pd.concat([ANY, trace_of([(99, [0.5] * 4, 1, 1)])])
         (ANSWERS, {"law": 1}, r"among \['chat', 'code'\], got 'law'"),
         (ANSWERS, {"code": 0}, "domains must have a weight above 0"),
     ],
-    ids=["rejected", "nothing", "no whole round", "several runs", "unknown domain", "no weight"],
 )
 def test_requests_that_cannot_be_drawn_are_refused(trace, domains, message) -> None:
     with pytest.raises(ValueError, match=message):

@@ -492,27 +492,19 @@ def test_a_win_at_temperature_0_vanishes_at_1() -> None:
             serving.temperature_table(wrong, costs)
 
 
-@pytest.fixture
-def told_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading n tokens takes the target 1 + n / 8 s, a block 1/2 s, what was accepted 1/4 s, and a
-    distribution 1/2 s, which reading again has no use for."""
-    tell_clock(
-        monkeypatch,
-        {
-            (Target, "advance"): lambda _, ids, *__: 1 + ids.shape[1] / 8,
-            (Drafter, "propose"): lambda *_: 0.5,
-            (Drafter, "read"): lambda *_: 0.25,
-            (loop, "distribution"): lambda *_: 0.5,
-        },
-    )
-
-
-@pytest.mark.usefixtures("told_clock")
 @pytest.mark.parametrize("replay", [False, True])
-def test_predicted_is_what_decoding_then_does(replay) -> None:
+def test_predicted_is_what_decoding_then_does(replay, monkeypatch) -> None:
     """By a clock that is told, so that only tokens are left to chance: tau within 3.3 errors of the
     prediction, by which one right one in 1,000 would be refused, and the speed-up about as far off
     as tau is."""
+    seconds = {
+        (Target, "advance"): lambda _, ids, *__: 1 + ids.shape[1] / 8,
+        (Drafter, "propose"): lambda *_: 0.5,
+        (Drafter, "read"): lambda *_: 0.25,
+        # Reading again has no use for a distribution.
+        (loop, "distribution"): lambda *_: 0.5,
+    }
+    tell_clock(monkeypatch, seconds)
     target, drafter = tiny_target(), tiny_drafter()
     prompts = torch.randint(60, (20, 4), generator=torch.Generator().manual_seed(0)).tolist()
     parts = []
