@@ -67,14 +67,11 @@ KINDS = ("on policy", "empirical", "predicted", "teacher-forced", "predicted, te
 
 def rates(drafters: list[str], slots: int = 3) -> pd.DataFrame:
     """As `rate_table` gives them; every number is another one."""
-    rows = []
-    for i, (kind, drafter, slot) in enumerate(product(KINDS, drafters, range(slots))):
-        rate = 0.4 + 0.005 * i
-        lived = rate / (2 + slot)
-        known = {"conditional": rate, "low": rate - 0.03, "high": rate + 0.02}
-        known |= {"survival": lived, "survival_low": lived - 0.01, "survival_high": lived + 0.02}
-        rows.append({"kind": kind, "drafter": drafter, "slot": slot, **known})
-    return pd.DataFrame(rows)
+    rates = table("kind drafter slot", *product(KINDS, drafters, range(slots)))
+    rate = 0.4 + 0.005 * np.arange(len(rates))
+    lived = rate / (2 + rates["slot"])
+    rates = rates.assign(conditional=rate, low=rate - 0.03, high=rate + 0.02)
+    return rates.assign(survival=lived, survival_low=lived - 0.01, survival_high=lived + 0.02)
 
 
 def bins(*counts: int) -> pd.DataFrame:
@@ -149,16 +146,11 @@ SLOTS = table("slot expected weighted", (0, 900.0, 900.0), (1, 800.0, 600.0), (2
 
 def options(fits: int = 5, seq_lens: tuple[int, ...] = (4096,)) -> pd.DataFrame:
     """As `training` gives them for 4, 8, ..., 64 anchors, of which the first few fit."""
-    rate = np.array([10.0, 30.0, 40.0, 50.0, 35.0])
+    rate, fitting = np.array([10.0, 30.0, 40.0, 50.0, 35.0]), np.arange(5) < fits
     options = pd.DataFrame({"num_anchors": [4, 8, 16, 32, 64], "share": [0.1, 0.3, 0.5, 0.7, 0.8]})
-    options = options.assign(
-        block_size=7,
-        seconds=[0.1, 0.2, 0.3, 0.4567, 0.5],
-        gain_per_second=rate,
-        gain_per_byte=rate[::-1] * 1e-9,
-        fits=np.arange(5) < fits,
-        front=(rate >= 40) & (np.arange(5) < fits),
-    )
+    options = options.assign(block_size=7, seconds=[0.1, 0.2, 0.3, 0.4567, 0.5])
+    options = options.assign(gain_per_second=rate, gain_per_byte=rate[::-1] * 1e-9)
+    options = options.assign(fits=fitting, front=(rate >= 40) & fitting)
     return pd.concat([options.assign(seq_len=n) for n in seq_lens], ignore_index=True)
 
 
@@ -187,14 +179,10 @@ def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
 
 def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.DataFrame:
     """As `speedup_table` gives it, with intervals made up."""
+    seconds = {"plain_seconds": 0.010, "draft_seconds": 0.004, "overhead_seconds": 0.001}
+    verify = [0.010, 0.011, 0.012, 0.013, 0.014]
     costs = serving.RoundCosts.of(
-        4,
-        plain_seconds=0.010,
-        draft_seconds=0.004,
-        verify_seconds=[0.010, 0.011, 0.012, 0.013, 0.014],
-        replay=replay,
-        rollback_seconds=rollback,
-        overhead_seconds=0.001,
+        4, verify_seconds=verify, replay=replay, rollback_seconds=rollback, **seconds
     )
     profile = serving.AcceptanceProfile(np.array(rates), np.empty((0, 4)))
     table = serving.speedup_table(profile, costs)

@@ -40,7 +40,7 @@ def hollow(ax: Axes) -> list[list[float]]:
     return [point for line in lines if line.get_markersize() < 10 for point in points(line)]
 
 
-def test_the_fit_is_a_line_for_each_block_size_hollow_where_the_row_is_the_limit():
+def test_the_fit_is_a_line_for_each_block_size_on_axes_that_double_hollow_where_the_row_limits():
     (ax,) = picture_of("fit").axes
     lines = labelled(ax)
     assert list(lines) == legend(ax) == ["block 7", "block 15"]
@@ -53,10 +53,7 @@ def test_the_fit_is_a_line_for_each_block_size_hollow_where_the_row_is_the_limit
     assert [marks.tolist() for marks in filled] == [[False] * 2 + [True] * 2, [False] + [True] * 3]
     assert "hollow: row is the limit" in title(ax)
     assert "hollow" not in title(plot_fit(fit(100, 100)).axes[0])
-
-
-def test_both_axes_of_the_fit_double_from_tick_to_tick_and_name_plain_numbers():
-    (ax,) = picture_of("fit").axes
+    # Plain numbers, as far from each other as from the next.
     assert tick_names(ax.xaxis) == ["256", "512", "1024", "2048"]
     assert tick_names(ax.yaxis) == ["64", "128", "256", "512", "1024"]
     for places in ([(256, tick) for tick in ax.get_yticks()], [(x, 64) for x in ax.get_xticks()]):
@@ -111,13 +108,10 @@ def test_memory_has_a_panel_of_its_own_that_names_the_moment_and_what_is_allowed
     )
     for limit in (None, float("inf")):
         assert "may take" not in title(explore.plot_parts(COST, MEMORY, limit=limit).axes[1])
-
-
-def test_parts_refuse_a_limit_without_memory_and_memory_in_one_panel():
     with pytest.raises(ValueError, match="limit must come with a memory table, got 1.0 without"):
         explore.plot_parts(COST, limit=1.0)
     with pytest.raises(ValueError, match="memory must be None where ax is given, got both"):
-        explore.plot_parts(COST, MEMORY, ax=picture_of("parts").axes[0])
+        explore.plot_parts(COST, MEMORY, ax=ax)
 
 
 def test_each_slot_has_a_bar_of_its_supervisions_and_one_of_their_weight():
@@ -167,7 +161,7 @@ def map_of(ax: Axes) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
     return numbers, {place: text.get_text() for place, text in words.items()}
 
 
-def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval_and_the_best_has_a_frame():
+def test_a_cell_of_the_sweep_holds_what_is_known_of_it_and_the_best_has_a_frame():
     *_, ax, _ = picture_of("sweeps").axes
     numbers, words = map_of(ax)
     # Those of the last of the four maps.
@@ -180,11 +174,25 @@ def test_a_cell_of_the_sweep_holds_its_tau_and_its_interval_and_the_best_has_a_f
     assert frame.get_xy() == (1.5, 0.5) and frame.get_width() == frame.get_height() == 1
     assert not frame.get_fill() and to_hex(frame.get_edgecolor()).upper() == RED
     assert title(ax).endswith("framed: the best, N 32, K 7")
+    table = gallery.cells().assign(low=NAN, high=NAN).drop(index=19)
+    numbers, words = map_of(explore.plot_sweeps(table).axes[3])
+    assert np.isnan(numbers[0, 1]) and np.isnan(numbers).sum() == 1
+    assert words[0, 0] == "2.80" and (0, 1) not in words
 
 
-def test_the_words_of_every_cell_are_readable():
+def test_the_sweeps_stand_in_order_in_common_colours_on_which_every_word_is_readable():
+    *maps, bar = picture_of("sweeps").axes
+    # Budgets across, temperatures down.
+    assert [title(ax).split("\n")[0] for ax in maps] == [
+        f"budget: {name}, temperature {t}" for t in (0, 1) for name in ("seconds", "slots")
+    ]
+    assert [map_of(ax)[0][0, 0] for ax in maps] == pytest.approx([1.0, 2.2, 1.6, 2.8])
+    places = [ax.get_position() for ax in maps]
+    assert places[0].x1 < places[1].x0 and places[0].y0 > places[2].y1
+    assert bar.get_ylabel() == "tau (tokens per round)"
     seen = set()
-    for ax in picture_of("sweeps").axes:
+    for ax in maps:
+        assert ax.images[0].get_clim() == pytest.approx((1.0, 3.3))
         for image, text in product(ax.images, ax.texts):
             column, row = map(round, text.get_position())
             below = image.cmap(image.norm(image.get_array()[row, column]))[:3]
@@ -195,29 +203,8 @@ def test_the_words_of_every_cell_are_readable():
     assert seen == {"black", "white"}
 
 
-def test_a_sweep_without_intervals_or_with_a_cell_missing_is_drawn():
-    table = gallery.cells().assign(low=NAN, high=NAN).drop(index=19)
-    *_, ax, _ = explore.plot_sweeps(table).axes
-    numbers, words = map_of(ax)
-    assert np.isnan(numbers[0, 1]) and np.isnan(numbers).sum() == 1
-    assert words[0, 0] == "2.80" and (0, 1) not in words
-
-
-def test_the_sweeps_stand_budgets_across_and_temperatures_down_in_common_colours():
-    *maps, bar = picture_of("sweeps").axes
-    assert [title(ax).split("\n")[0] for ax in maps] == [
-        f"budget: {name}, temperature {t}" for t in (0, 1) for name in ("seconds", "slots")
-    ]
-    assert [map_of(ax)[0][0, 0] for ax in maps] == pytest.approx([1.0, 2.2, 1.6, 2.8])
-    for ax in maps:
-        assert ax.images[0].get_clim() == pytest.approx((1.0, 3.3))
-    places = [ax.get_position() for ax in maps]
-    assert places[0].x1 < places[1].x0 and places[0].y0 > places[2].y1
-    assert bar.get_ylabel() == "tau (tokens per round)"
-
-
 def test_the_panels_of_a_budget_are_the_share_the_gain_of_the_best_that_fits_parts_and_fit():
-    share, gain, parts, fits = picture_of("budget").axes
+    share, gain, parts, fits = axes = picture_of("budget").axes
     assert points(share.lines[0]) == options()[["num_anchors", "share"]].to_numpy().tolist()
     assert title(share) == "★ chosen: N 16 covers 50%"
     assert points(gain.lines[0]) == [[4, 0.2], [8, 0.6], [16, 0.8], [32, 1], [64, 0.7]]
@@ -230,14 +217,19 @@ def test_the_panels_of_a_budget_are_the_share_the_gain_of_the_best_that_fits_par
     assert points(fits.lines[0]) == NONE_LEFT[["seq_len", "num_anchors"]].to_numpy().tolist()
     assert title(fits) == "block 7   ★ chosen   hollow: row is the limit"
     # The chosen setting is marked in three panels and looks alike in all.
-    axes = picture_of("budget").axes
     assert [stars(ax) for ax in axes] == [[[16, 0.5]], [[16, 0.8]], [], [[300, 16]]]
     chosen = [line for ax in axes for line in ax.lines if line.get_marker() == "*"]
     assert {line.get_color() for line in chosen} == {ORANGE}
     assert len({line.get_markersize() for line in chosen}) == 1
+    shuffled = options().iloc[[3, 0, 4, 2, 1]]
+    figure = plot_budget(shuffled, COST, NONE_LEFT, num_anchors=16, at=(300, 16))
+    for ax, like in zip(figure.axes[:2], axes, strict=False):
+        assert points(ax.lines[0]) == points(like.lines[0])
+    with pytest.raises(ValueError, match=r"num_anchors must be one of \(4, 8, .*, got 12"):
+        gallery.budget(num_anchors=12)
 
 
-def test_options_that_do_not_fit_are_hollow_and_never_the_best():
+def test_options_that_do_not_fit_are_hollow_and_never_the_best_and_the_ticks_stay_few():
     ax = picture_of("budget, little fits").axes[1]
     assert hollow(ax) == [[16, pytest.approx(4 / 3)], [32, pytest.approx(5 / 3)], [64, 35 / 30]]
     assert stars(ax) == [[64, 35 / 30]]
@@ -249,22 +241,10 @@ def test_options_that_do_not_fit_are_hollow_and_never_the_best():
     assert not [line for line in ax.lines if line.get_marker() == "s"]
     assert len(hollow(ax)) == 5 and title(ax) == "★ chosen   ○ too large"
     assert max(y for _, y in points(ax.lines[0])) == 1
-
-
-def test_the_ticks_of_gains_stay_few_where_much_more_would_be_gained_by_what_is_too_large():
+    # Much more would be gained by what is too large.
     table = options(1).assign(gain_per_second=[1.0, 20.0, 60.0, 90.0, 70.0])
     ax = plot_budget(table, COST, NONE_LEFT, num_anchors=4, at=(300, 4)).axes[1]
     assert points(ax.lines[0])[3] == [32, 90] and len(ax.get_yticks()) <= 6
-
-
-def test_a_budget_refuses_a_number_that_is_no_option_and_draws_options_in_order():
-    message = r"num_anchors must be one of \(4, 8, 16, 32, 64\), got 12"
-    with pytest.raises(ValueError, match=message):
-        gallery.budget(num_anchors=12)
-    shuffled = options().iloc[[3, 0, 4, 2, 1]]
-    figure = plot_budget(shuffled, COST, NONE_LEFT, num_anchors=16, at=(300, 16))
-    for ax, like in zip(figure.axes[:2], picture_of("budget").axes, strict=False):
-        assert points(ax.lines[0]) == points(like.lines[0])
 
 
 ENCODED = random_chats(30)
@@ -303,8 +283,11 @@ def by_hand(**settings) -> dict[str, pd.DataFrame]:
     sizes = {"num_anchors": blocks, "block_size": block_size, **rows}
     longest, mean = int(spans.row_tokens.max()), round(spans.row_tokens.mean())
     choices = {"num_anchors": tried, "block_sizes": (block_size,), **per, **rows}
+    choice = tuning.choose_training(spans, SHAPE, time=card, memory=card, **choices)
+    best = choice.best.to_dict() | {"sure": choice.sure, "reason": choice.reason}
     return {
-        "options": tuning.choose_training(spans, SHAPE, time=card, memory=card, **choices).table,
+        "options": choice.table,
+        "recommended": pd.DataFrame([best]),
         "coverage": tuning.supervision_table(spans, tried, (block_size,), **per),
         "slots": tuning.slot_supervision(spans, num_anchors, block_size, **per),
         "never": tuning.never_table(spans),
@@ -318,8 +301,11 @@ MOVES = [("num_anchors", 16), ("block_size", 5), ("packed", False), ("per", "doc
 MOVES += [("packed", True), ("batch_size", 3), ("seq_len", 512), ("card", "T4"), ("per", "row")]
 
 
-def test_the_picture_and_all_tables_follow_every_control():
+def test_the_picture_all_tables_and_the_recommendation_follow_every_control():
     shown = explorer()
+    assert shown.table["num_anchors"].tolist() == [4, 8, 16, 32, 64, 128]
+    best = shown.tables["recommended"]["gain_per_second"].item()
+    assert best == shown.table["gain_per_second"].max()
     for number, (name, value) in enumerate(MOVES):
         before = picture(shown).value
         shown.controls[name].value = value
@@ -328,6 +314,7 @@ def test_the_picture_and_all_tables_follow_every_control():
         assert list(tables) == NAMES and shown.table is tables["options"]
         for table, expected in by_hand(**shown.settings).items():
             pd.testing.assert_frame_equal(tables[table], expected)
+        assert sentences(shown)[0] == tables["recommended"]["reason"].item()
 
 
 def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
@@ -339,19 +326,6 @@ def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
         assert '"' not in picture(shown).value.split("<pre>")[1], "escaped"
     assert shown.tables["settings"].to_dict("records") == [vars(chosen)]
     assert shown.tables["recommended"]["num_anchors"].item() != 4
-
-
-def test_the_recommendation_is_tunes_own_sentence_and_its_best_line():
-    shown = explorer()
-    spans = Spans.of(ENCODED, seq_len=256, row_length=256)
-    tried = [4, 8, 16, 32, 64, 128]
-    sizes = {"num_anchors": tried, "block_sizes": (3,)}
-    choice = tuning.choose_training(spans, SHAPE, time="H100", memory="H100", **sizes)
-    assert shown.table["num_anchors"].tolist() == tried
-    recommended = shown.tables["recommended"]
-    assert sentences(shown)[0] == choice.reason == recommended["reason"].item()
-    assert recommended["num_anchors"].item() == choice.best["num_anchors"]
-    assert recommended["gain_per_second"].item() == shown.table["gain_per_second"].max()
 
 
 def test_the_chosen_setting_is_told_in_a_sentence():
@@ -426,13 +400,10 @@ def test_controls_start_where_they_are_told_even_between_their_steps():
     assert list(anchors) == sorted(anchors) and set(anchors) == {100, *(2**i for i in range(2, 16))}
     assert set(shown.controls["seq_len"].options) == {300, *SEQ_LENS}
     assert shown.controls["per"].options == tuning.PER
-
-
-def test_more_anchors_than_a_row_has_candidates_are_shown_beside_those_that_it_has():
-    shown = explorer(num_anchors=4096)
-    tried = shown.table["num_anchors"].tolist()
-    assert tried[-2:] == [128, 4096]
-    assert shown.table["share"].iloc[-1] == pytest.approx(shown.table["share"].max())
+    # More anchors than a row has candidates stand beside those that it has.
+    table = explorer(num_anchors=4096).table
+    assert table["num_anchors"].tolist()[-2:] == [128, 4096]
+    assert table["share"].iloc[-1] == pytest.approx(table["share"].max())
 
 
 def test_gamma_dtype_and_options_reach_the_tables():

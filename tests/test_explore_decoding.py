@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dspark_lab import explore
 from dspark_lab.chats import load_chats
 from dspark_lab.decoding import (
     OTHERS,
@@ -24,14 +25,7 @@ from dspark_lab.decoding import (
     distribution_table,
     outcome_table,
 )
-from dspark_lab.explore import (
-    DecodingExplorer,
-    explore_acceptance,
-    explore_decoding,
-    outcome_legend,
-    outcome_text,
-    plot_distributions,
-)
+from dspark_lab.explore import DecodingExplorer, explore_decoding, outcome_legend, outcome_text
 from dspark_lab.explore import decoding as decoding_module
 from dspark_lab.model import Drafter, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
@@ -48,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("table", [REJECTED, BONUS], ids=["rejected", "bonus"])
 def test_distributions_are_pairs_of_bars_filled_where_they_overlap(table):
-    [ax] = plot_distributions(table).axes
+    [ax] = explore.plot_distributions(table).axes
     filled, draft, also_filled, target = ax.containers
     columns = ("overlap", "draft", "overlap", "target")
     for bars, column in zip(ax.containers, columns, strict=True):
@@ -69,22 +63,26 @@ def test_the_title_names_the_drafted_token_and_the_accept_rate():
         (UNASKED, None, "drafted ␣the   the target was not asked"),
         (BONUS, None, "nothing drafted"),
     ):
-        assert title(plot_distributions(table, drafted).axes[0]) == expected
+        assert title(explore.plot_distributions(table, drafted).axes[0]) == expected
 
 
-def test_the_drafted_and_the_drawn_token_are_marked_in_words():
-    [ax] = plot_distributions(REJECTED).axes
+def test_tokens_are_named_as_they_are_written_and_the_drafted_and_the_drawn_marked_in_words():
+    [ax] = explore.plot_distributions(REJECTED).axes
+    assert tick_names(ax.yaxis) == ["␣the", r"\$x\$", "⏎", "(all others)"]
+    assert ax.yaxis_inverted(), "the likeliest token on top"
     marks = {text.xy[1]: text.get_text() for text in ax.texts}
     assert marks == {0: "← drafted", 1: "← drawn by the target"}
-    both = REJECTED.assign(drawn=REJECTED["drafted"])
-    assert words(plot_distributions(both).axes[0]) == ["← drafted,\n    drawn by the target"]
-    assert words(plot_distributions(UNASKED).axes[0]) == ["← drafted"]
+    [both] = explore.plot_distributions(REJECTED.assign(drawn=REJECTED["drafted"])).axes
+    assert words(both) == ["← drafted,\n    drawn by the target"]
+    assert words(explore.plot_distributions(UNASKED).axes[0]) == ["← drafted"]
+    [ax] = explore.plot_distributions(REJECTED.assign(text=["", "a", "b", OTHERS])).axes
+    assert tick_names(ax.yaxis)[0] == "(id 3)"
 
 
 @pytest.mark.parametrize("largest", [1.0 + 1e-7, 1.0, 0.3])
 def test_the_words_beside_a_bar_begin_behind_it_and_end_inside_the_axes(largest):
     both = REJECTED.assign(drawn=REJECTED["drafted"], residual=0.0, target=[largest, 0, 0, 0])
-    figure = plot_distributions(both.assign(draft=[largest, 0, 0, 0]))
+    figure = explore.plot_distributions(both.assign(draft=[largest, 0, 0, 0]))
     figure.draw_without_rendering()
     [ax] = figure.axes
     [mark] = ax.texts
@@ -92,14 +90,6 @@ def test_the_words_beside_a_bar_begin_behind_it_and_end_inside_the_axes(largest)
     assert end + 2 < box.x0 and box.x1 < ax.get_window_extent().x1
     ticks = ax.get_xticks()
     assert len(ticks) > 3 and max(ticks) <= 1
-
-
-def test_tokens_of_a_distribution_are_named_as_they_are_written():
-    [ax] = plot_distributions(REJECTED).axes
-    assert tick_names(ax.yaxis) == ["␣the", r"\$x\$", "⏎", "(all others)"]
-    [ax] = plot_distributions(REJECTED.assign(text=["", "a", "b", OTHERS])).axes
-    assert tick_names(ax.yaxis)[0] == "(id 3)"
-    assert ax.yaxis_inverted(), "the likeliest token on top"
 
 
 def outcomes(*tokens: tuple[int, int, str, str], **numbers: float) -> pd.DataFrame:
@@ -123,13 +113,10 @@ ROUNDS = outcomes(
 )
 
 
-def test_the_answer_is_read_with_each_draft_before_what_came_in_its_place():
-    assert Page(outcome_text(ROUNDS)).text == "To add <b>⏎ we⏎\n x!"
-    assert Page(outcome_text(ROUNDS, drafts=False)).text == "To add we⏎\n!"
-
-
-def test_each_token_has_the_class_of_its_outcome():
+def test_each_draft_stands_before_what_came_in_its_place_in_the_class_of_its_outcome():
     page = Page(outcome_text(ROUNDS))
+    assert page.text == "To add <b>⏎ we⏎\n x!"
+    assert Page(outcome_text(ROUNDS, drafts=False)).text == "To add we⏎\n!"
     assert set(ROUNDS["outcome"]) == set(OUTCOMES)
     assert page.classes == [f"dspark-{outcome.replace(' ', '-')}" for outcome in ROUNDS["outcome"]]
     for source in (outcome_text(ROUNDS), outcome_legend(ROUNDS)):
@@ -176,7 +163,7 @@ def test_any_text_can_be_read_back_from_the_answer_and_is_no_markup(texts):
     assert set(page.attributes) == {"class", "title"}
 
 
-POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
+POCKET = str(Path(__file__).resolve().parents[1] / "data" / "pocket" / "target")
 
 
 def test_target_and_drafter_may_be_folders(tmp_path):
@@ -186,12 +173,12 @@ def test_target_and_drafter_may_be_folders(tmp_path):
     made.use_target_embeddings(pair.target.embed_weight, pair.target.head_weight)
     run = decode(pair.target, made.eval(), ["Hello"], max_new_tokens=4, temperature=1.0)
     for own in (folder, f"{folder}/", {"mine": folder}, {"mine": made}):
-        explorer = explore_acceptance(str(POCKET / "target"), own, ["Hello"], max_new_tokens=4)
+        explorer = explore.explore_acceptance(POCKET, own, ["Hello"], max_new_tokens=4)
         assert explorer.controls["drafter"].options == ("mine",)
         pd.testing.assert_frame_equal(explorer.tables["trace"], run.trace)
 
 
-@pytest.mark.parametrize("explore", [explore_acceptance, explore_decoding])
+@pytest.mark.parametrize("explored", [explore.explore_acceptance, explore_decoding])
 @pytest.mark.parametrize(
     "arguments, error, match",
     [
@@ -208,14 +195,14 @@ def test_target_and_drafter_may_be_folders(tmp_path):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_explored_is_refused_in_one_sentence(explore, arguments, error, match):
+def test_what_cannot_be_explored_is_refused_in_one_sentence(explored, arguments, error, match):
     given = {"target": target(), "drafter": drafter(), "prompts": TEXTS} | arguments
     with pytest.raises(error, match=match):
-        explore(**given)
+        explored(**given)
 
 
 def test_the_pocket_pair_is_explored_where_nothing_is_given():
-    explorer = explore_acceptance(max_new_tokens=4)
+    explorer = explore.explore_acceptance(max_new_tokens=4)
     assert list(explorer.controls["drafter"].options) == drafter_names("pocket")
     pair = load_pair()
     asked = pair.held_out[:: len(pair.held_out) // 40]
@@ -331,13 +318,12 @@ def test_choosing_an_example_fills_in_its_text_and_a_typed_prompt_wins_over_it(m
 
 
 def test_long_and_broken_prompts_are_short_labels():
-    explorer = decoding(["w1\n\n  w2", "w3 " * 50, [5] * 60], run=False)
-    first, second, third = (label for label, _ in explorer.controls["example"].options)
-    assert first == "w1 w2"
+    prompts = ["w1\n\n  w2", "w3 " * 50, [5] * 60, torch.tensor([4, 5])]
+    explorer = decoding(prompts, run=False)
+    first, second, third, tensor = (label for label, _ in explorer.controls["example"].options)
+    assert first == "w1 w2" and tensor == "[4, 5]"
     assert second.endswith("…") and third.endswith("…") and len(second) <= len(third) == 90
     assert explorer.controls["prompt"].value == "w1\n\n  w2"
-    tensors = decoding([torch.tensor([4, 5])], run=False)
-    assert [label for label, _ in tensors.controls["example"].options] == ["[4, 5]"]
 
 
 def test_the_tables_and_the_line_below_are_those_of_the_run():
@@ -369,7 +355,7 @@ def test_the_tables_and_the_line_below_are_those_of_the_run():
 
 
 def test_every_slot_of_every_round_can_be_stepped_to_and_a_step_draws_one_picture(monkeypatch):
-    drawn = mock.Mock(side_effect=plot_distributions)
+    drawn = mock.Mock(side_effect=explore.plot_distributions)
     monkeypatch.setattr(decoding_module, "plot_distributions", drawn)
     explorer = decoding(drafters=drafter(2, block_size=3), max_new_tokens=14, threshold=0.4, seed=3)
     rounds, step = explorer.rounds, explorer.step
@@ -613,10 +599,12 @@ def test_ids_are_decoded_for_a_target_without_a_tokenizer():
     explorer.controls["prompt"].value = "w1"
     explorer.run()
     assert refusal(explorer) == "in memory has no tokenizer: a prompt must be token ids"
-    rates = explore_acceptance(bare, made, [[1, 2], [3]], max_new_tokens=6, view="token kinds")
+    rates = explore.explore_acceptance(
+        bare, made, [[1, 2], [3]], max_new_tokens=6, view="token kinds"
+    )
     assert set(rates.table["kind"]) <= {"number"}
     with pytest.raises(ValueError, match="in memory has no tokenizer: a prompt must be token ids"):
-        explore_acceptance(bare, made, ["w1"])
+        explore.explore_acceptance(bare, made, ["w1"])
 
 
 def test_drafts_in_vain_can_be_hidden_and_are_still_in_the_tables():

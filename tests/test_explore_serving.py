@@ -127,9 +127,10 @@ def test_what_is_as_fast_as_plain_decoding_is_no_win_and_what_is_slower_is_shade
         assert low < 1 < high and [1, 1] in [list(line.get_ydata()) for line in ax.lines]
 
 
-def test_forgetting_replay_is_dashed_only_where_it_makes_a_difference():
+def test_forgetting_replay_is_dashed_only_where_it_differs_and_of_several_only_for_the_bold():
+    replayed = [pairs(REPLAYED, "draft_length", "without_replay")]
     [ax] = picture_of("speedup of one").axes
-    assert dashed(ax) == [pairs(REPLAYED, "draft_length", "without_replay")]
+    assert dashed(ax) == replayed
     assert legend(ax)[-1] == "forgetting replay" and legend(ax)[0].startswith("best ")
     assert dashed(picture_of("speedup").axes[0]) == []
     _, right = picture_of("temperatures").axes
@@ -137,6 +138,12 @@ def test_forgetting_replay_is_dashed_only_where_it_makes_a_difference():
     same = TEMPERATURES.assign(without_replay=TEMPERATURES["speedup"])
     left, right = explore.plot_temperatures(same).axes
     assert dashed(right) == [] and len(labelled(left)) == 2
+    # The bold table alone has a band, too, and the thickest line.
+    [ax] = picture_of("bold").axes
+    bold, thin = labelled(ax).values()
+    assert dashed(ax) == replayed and bold.get_linewidth() > thin.get_linewidth()
+    wanted = (REPLAYED["speedup_low"].min(), REPLAYED["speedup_high"].max())
+    assert bands(ax) == [pytest.approx(wanted)]
 
 
 def test_what_is_chosen_is_dotted_on_the_axis_that_names_it_and_ringed_under_load():
@@ -152,15 +159,6 @@ def test_what_is_chosen_is_dotted_on_the_axis_that_names_it_and_ringed_under_loa
     chosen = LOAD[LOAD["concurrency"] == 16]
     assert rings(picture_of("load").axes[0]) == pairs(chosen, "per_user", "throughput")
     assert rings(users) == []
-
-
-def test_the_bold_table_alone_has_a_band_and_dashes_and_the_thickest_line():
-    [ax] = picture_of("bold").axes
-    bold, thin = labelled(ax).values()
-    assert bold.get_linewidth() > thin.get_linewidth()
-    wanted = (REPLAYED["speedup_low"].min(), REPLAYED["speedup_high"].max())
-    assert bands(ax) == [pytest.approx(wanted)]
-    assert dashed(ax) == [pairs(REPLAYED, "draft_length", "without_replay")]
 
 
 def test_lengths_that_no_round_reached_leave_gaps():
@@ -198,9 +196,7 @@ def test_the_parts_of_a_round_follow_each_other_end_where_it_does_and_look_diffe
     assert looks[:3] == [(ORANGE, "////"), (BLUE, None), (RED, "xxxx")]
     assert looks[4] == (INK, None) and len(set(looks)) == 5
     assert ax.patches[-1].get_facecolor()[3] == 0
-
-
-def test_beside_a_round_stands_how_fast_it_is_in_words():
+    # Beside a round stands how fast it is.
     for table, word in ((REPLAYED, "faster"), (BAD, "slower")):
         [ax] = plot_round(table).axes
         assert words(ax) == [f"{speed:.2f}, {word}" for speed in table["speedup"]]
@@ -279,9 +275,7 @@ def test_theta_is_drawn_from_nothing_admitted_to_all_and_both_stops_are_marked()
     assert points(best) == [pytest.approx([2, theta[2]])]
     assert stop.get_marker() != best.get_marker()
     assert filled(ax) == [[0, 1.0]]
-
-
-def test_a_scheduler_that_stops_inside_fills_the_marks_up_to_there():
+    # A scheduler that stops inside fills the marks up to there.
     steep = StepsPerSecond(np.array([1, 5]), np.array([1.0, 0.4]), 0, "imaginary")
     table = serving.schedule_table(np.array([[0.9, 0.5], [0.8, 0.1]]), steep)
     count = int(table["admitted"].sum())
@@ -359,6 +353,7 @@ def made_trace(seed: int, rate: float, prompts: int = 6, rounds: int = 8) -> pd.
 
 
 COLD, HOT = made_trace(0, 0.8), made_trace(1, 0.4)
+PARTS = {0.0: COLD, 1.0: HOT}
 TRACE = pd.concat([COLD.assign(temperature=0.0), HOT.assign(temperature=1.0)], ignore_index=True)
 CURVE = StepsPerSecond(np.array([1, 16, 64]), np.array([100.0, 80.0, 20.0]), 128, "imaginary")
 ENGINE = Engine(
@@ -400,10 +395,6 @@ SETTINGS: list[dict[str, Any]] = [
 settings = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"K {s['draft_length']}")
 
 
-def part(temperature: float) -> pd.DataFrame:
-    return {0.0: COLD, 1.0: HOT}[temperature]
-
-
 def loads(
     own: pd.DataFrame, draft_length: int, threshold: float | None, requests: int = 4, seed: int = 0
 ) -> pd.DataFrame:
@@ -419,11 +410,19 @@ def loads(
     return pd.concat(tables, ignore_index=True)
 
 
+def said(explorer: Explorer) -> list[str]:
+    """The sentences and the export below the picture."""
+    shown = picture(explorer).value
+    assert shown.startswith("<img alt=")
+    found = re.findall(r"<(?:p|pre)(?: [^>]*)?>(.*?)</(?:p|pre)>", shown, flags=re.DOTALL)
+    return [unescape(text) for text in found]
+
+
 @settings
-def test_the_tables_are_what_the_library_says_of_the_chosen_settings(explored, settings):
-    put(explored, **settings)
+def test_tables_and_sentences_are_what_the_library_says_of_the_chosen_settings(explored, settings):
+    put(explored, **settings, export="json")
     k, temperature = settings["draft_length"], settings["temperature"]
-    own, costs = part(temperature), ENGINE.costs(settings["requests"], replay=settings["replay"])
+    own, costs = PARTS[temperature], ENGINE.costs(settings["requests"], replay=settings["replay"])
     profile = acceptance_profile(own)
     wanted = {
         "speedup": speedup_table(profile, costs),
@@ -439,36 +438,19 @@ def test_the_tables_are_what_the_library_says_of_the_chosen_settings(explored, s
     pd.testing.assert_frame_equal(explored.table, wanted["speedup"])
     chosen = {"draft_length": k, "threshold": settings["threshold"], "drafter": "DRAFTER"}
     assert explored.tables["settings"].to_dict("records") == [chosen]
-
-
-def said(explorer: Explorer) -> list[str]:
-    """The sentences and the export below the picture."""
-    shown = picture(explorer).value
-    assert shown.startswith("<img alt=")
-    found = re.findall(r"<(?:p|pre)(?: [^>]*)?>(.*?)</(?:p|pre)>", shown, flags=re.DOTALL)
-    return [unescape(text) for text in found]
-
-
-@settings
-def test_below_the_picture_stands_what_to_choose(explored, settings):
-    put(explored, **settings, export="json")
-    costs = ENGINE.costs(settings["requests"], replay=settings["replay"])
-    temperature = settings["temperature"]
-    profile = acceptance_profile(part(temperature), temperature=temperature)
+    # Below the picture stands what to choose.
     first, second, third, exported = said(explored)
-    assert first == serving.advice(profile, costs)
-    thresholds = explored.tables["thresholds"]
+    assert first == serving.advice(acceptance_profile(own, temperature=temperature), costs)
+    thresholds, here = wanted["thresholds"], wanted["load"]
     best = thresholds.loc[thresholds["speedup"].idxmax()]
     assert f"best static threshold is {best['threshold']:g}: {best['speedup']:.2f} " in second
-    here = explored.tables["load"]
     here = here[here["concurrency"] == settings["requests"]]
     in_order = here.sort_values("policy", key=lambda names: names.map(third.index))
     assert len(here) == 4 and in_order["throughput"].is_monotonic_decreasing
     for row in here.itertuples():
         words = f"{row.policy} {row.throughput:.0f} tokens/s, {row.per_user:.0f} for each user"
         assert words in third
-    chosen = ServingSettings(settings["draft_length"], settings["threshold"])
-    assert exported == export(chosen, "json")
+    assert exported == export(ServingSettings(k, settings["threshold"]), "json")
 
 
 def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
@@ -478,7 +460,7 @@ def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
     [((speedups, load), options)] = drawn.call_args_list
     assert list(speedups) == ["T 0", "T 1"]
     for temperature, table in zip((0.0, 1.0), speedups.values(), strict=True):
-        profile = acceptance_profile(part(temperature))
+        profile = acceptance_profile(PARTS[temperature])
         wanted = speedup_table(profile, ENGINE.costs(8, replay=True))
         pd.testing.assert_frame_equal(table, wanted)
     pd.testing.assert_frame_equal(load, explorer.tables["load"])
@@ -653,23 +635,19 @@ def test_with_trace_and_engine_no_model_is_loaded(monkeypatch):
     assert explorer.tables["settings"]["drafter"].tolist() == ["no/such-drafter"]
 
 
-def test_without_arguments_the_pocket_pair_is_shown():
+def test_without_arguments_and_with_prompts_alone_the_pocket_pair_is_shown():
     shipped = explore_serving(requests_simulated=2)
     traces = load_traces("pocket")
     own = traces[(traces["drafter"] == "dspark-k7") & (traces["temperature"] == 1.0)]
     costs = serving.load_engine().costs()
     pd.testing.assert_frame_equal(shipped.table, speedup_table(acceptance_profile(own), costs))
     assert shipped.settings["draft_length"] == shipped.controls["draft_length"].max == 7
-    assert shipped.tables["settings"]["drafter"].tolist() == ["dspark-k7"]
-    pd.testing.assert_frame_equal(shipped.tables["steps"], serving.load_engine().sps.table)
-
-
-def test_prompts_alone_are_put_to_the_pocket_pair():
     few = {"temperatures": (1.0,), "max_new_tokens": 6, "requests_simulated": 2}
-    explorer = explore_serving(prompts=["Hello", "What is 2 + 3?"], **few)
-    assert explorer.tables["settings"]["drafter"].tolist() == ["dspark-k7"]
-    assert explorer.controls["temperature"].options == (1.0,)
-    pd.testing.assert_frame_equal(explorer.tables["steps"], serving.load_engine().sps.table)
+    asked = explore_serving(prompts=["Hello", "What is 2 + 3?"], **few)
+    assert asked.controls["temperature"].options == (1.0,)
+    for explorer in (shipped, asked):
+        assert explorer.tables["settings"]["drafter"].tolist() == ["dspark-k7"]
+        pd.testing.assert_frame_equal(explorer.tables["steps"], serving.load_engine().sps.table)
 
 
 DECODED: dict[str, Any] = {"trace": None, "target": target(), "prompts": TEXTS}

@@ -16,15 +16,8 @@ import dspark_lab as lab
 from data.make.recipes import write_chats
 from dspark_lab.explore import Explorer, Frame, explore_anchors, explore_masks
 from dspark_lab.explore.explorer import SETTLE_SECONDS, slider
-from tests.explorers import (
-    CHATS,
-    LENGTHS,
-    TOKENIZER,
-    alert,
-    make_tokenizer,
-    picture,
-    tables_by_hand,
-)
+from tests import explorers
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,14 +127,20 @@ def test_what_is_read_or_shown_before_the_loop_goes_on_is_of_the_newest_value():
     assert bundle["text/html"] == "<i>{'number': 6}</i>"
 
 
-def test_the_picture_is_replaced_in_place_and_never_blank():
+def test_the_picture_is_replaced_in_place_also_by_a_sentence_that_leaves_no_table_and_can_be_left():
     explorer, _ = counting()
     shown, children = picture(explorer), explorer.children
     controls = explorer.children[0].children
     values: list[str] = []
     shown.observe(lambda change: values.append(change["new"]), names="value")
-    for number in (3, 13, 4):
+    for number in (3, 13):
         explorer.controls["number"].value = number
+    assert alert(explorer) == "13 is &lt;b&gt;unlucky&lt;/b&gt;"
+    assert explorer.tables == {}
+    with pytest.raises(ValueError, match="counting has nothing to show: 13 is <b>unlucky</b>"):
+        explorer.table  # noqa: B018
+    explorer.controls["number"].value = 4
+    assert explorer.table["number"].tolist() == [4]
     assert values == [
         "<i>{'number': 3}</i>",
         '<p role="alert">13 is &lt;b&gt;unlucky&lt;/b&gt;</p>',
@@ -151,26 +150,14 @@ def test_the_picture_is_replaced_in_place_and_never_blank():
     assert explorer.children[0].children is controls
 
 
-def test_an_impossible_setting_shows_a_sentence_leaves_no_table_and_can_be_left():
-    explorer, _ = counting()
-    explorer.controls["number"].value = 13
-    assert alert(explorer) == "13 is &lt;b&gt;unlucky&lt;/b&gt;"
-    assert explorer.tables == {}
-    with pytest.raises(ValueError, match="counting has nothing to show: 13 is <b>unlucky</b>"):
-        explorer.table  # noqa: B018
-    explorer.controls["number"].value = 14
-    assert explorer.table["number"].tolist() == [14]
-    assert picture(explorer).value == "<i>{'number': 14}</i>"
-
-
 @pytest.mark.parametrize("explore", [explore_anchors, explore_masks])
 @pytest.mark.parametrize("as_given", [str, Path])
 def test_a_users_own_file_and_tokenizer_folder_are_one_call(tmp_path, explore, as_given):
     write_chats(CHATS, tmp_path / "mine.jsonl")
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    explorers.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     given = as_given(tmp_path / "mine.jsonl"), as_given(tmp_path / "tokenizer")
     explorer = explore(*given, num_anchors=2, block_size=3, conversation=1)
-    expected = tables_by_hand([1], LENGTHS[1], 2, 3)["blocks"]
+    expected = explorers.tables_by_hand([1], LENGTHS[1], 2, 3)["blocks"]
     pd.testing.assert_frame_equal(explorer.tables["blocks"], expected)
     assert explorer.controls["conversation"].max == 2
 
