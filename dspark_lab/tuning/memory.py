@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dspark_lab.checks import Count, Share, Within, checked
+from dspark_lab.model import most_slots
 from dspark_lab.tuning.moments import PARTS, StepBytes
 from dspark_lab.tuning.shape import CARDS, TARGETS, Card, Shape
 from dspark_lab.tuning.step import Dtype, Step
@@ -163,8 +164,20 @@ def card_table(
 
 def _most_anchors(shape: Shape, step: Step, limit: float) -> tuple[int, int]:
     """The largest number of anchors that fits, or 0, and the bytes of that many, or of one."""
-    anchors = np.arange(1, max(2, step.seq_len))
-    held = np.broadcast_to(StepBytes(shape, step.with_each(anchors)).peak, anchors.shape)
-    # One anchor more may hold less, since its logits may come in smaller chunks.
+
+    def peaks(anchors: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(StepBytes(shape, step.with_each(anchors)).peak, anchors.shape)
+
+    # One anchor more may hold less, since its logits may come in smaller chunks, by at most what a
+    # whole chunk holds. So a few numbers bracket the answer.
+    vocab = step.vocabulary or shape.vocab_size
+    width = vocab + shape.drafter.hidden_size + shape.markov_rank
+    chunk_bytes = 20 * most_slots(vocab, step.device == "cuda") * width
+    few = np.unique(np.linspace(1, max(1, step.seq_len - 1), 65).astype(int))
+    held = peaks(few)
+    first = int(few[held <= limit].max(initial=1))
+    last = int(few[held > limit + chunk_bytes].min(initial=few[-1]))
+    anchors = np.arange(first, last + 1)
+    held = peaks(anchors)
     most = int(anchors[held <= limit].max(initial=0))
-    return most, int(held[max(most, 1) - 1])
+    return most, int(held[max(most, first) - first])
