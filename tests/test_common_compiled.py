@@ -194,7 +194,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("attention")])
+COMPILED = [name for name in NAMES if not name.startswith("attention")]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_whole_and_dynamic_it_gives_the_same(name, device, fresh_compiler):
     function = arguments(device, SIZE)[name][0]
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -203,6 +206,18 @@ def test_compiled_whole_and_dynamic_it_gives_the_same(name, device, fresh_compil
         expected = outcome(function, *args)
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             assert_same(outcome(compiled, *args), expected)
+
+
+CORNER_NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("tile lists") else name
+    for name in COMPILED
+]
+
+
+@pytest.mark.parametrize("name", CORNER_NAMES)
+def test_compiled_it_gives_the_same_at_the_corners(name, device, fresh_compiler):
+    function = arguments(device, SIZE)[name][0]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in CORNERS:
         calls = arguments(device, size)
         if name in calls:

@@ -123,6 +123,9 @@ def test_a_shape_is_read_from_a_file_a_folder_or_its_content(tmp_path: Path):
     # Three layers of a target of three; context features of all but its last.
     assert shapes[0].drafter == Layers(3, 32, 48, 4, 2, 8)
     assert (shapes[0].context_layers, shapes[0].context_size) == (2, 64)
+    path.write_text(json.dumps(config)[:-9])
+    with pytest.raises(ValueError, match=f"{path} must be a JSON file"):
+        Shape.of(tmp_path)
 
 
 def test_the_numbers_of_a_model_of_text_and_images_lie_deeper():

@@ -23,6 +23,7 @@ from .trace import (
     read_trace,
     rounds_of,
     save_trace,
+    slot_before,
 )
 from .verification import Verdict, distribution, residual, verify
 
@@ -54,6 +55,7 @@ __all__ = [
     "residual",
     "rounds_of",
     "save_trace",
+    "slot_before",
     "token_kind",
     "token_kinds",
     "verify",

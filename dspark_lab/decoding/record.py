@@ -79,8 +79,7 @@ class Decoded:
 
     @property
     def summary(self) -> pd.Series:
-        """Tokens and rounds of all answers, tau, slots verified and accepted a round, and their
-        ratio; NaN where there were none."""
+        """Tokens and rounds of all answers, tau, slots a round and their ratio; NaN of none."""
         verified, accepted = self.rounds["verified"], self.rounds["accepted"]
         return pd.Series(
             {

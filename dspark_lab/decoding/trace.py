@@ -160,7 +160,7 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
     accepted = spread(_typed(trace, "accepted", "truth values"), False)
     for name, prefix in (("verified", verified), ("accepted", accepted)):
         rule = f"{name} must be False after a slot that was not"
-        _refuse(trace, name, row[prefix & ~_after(prefix)], rule)
+        _refuse(trace, name, row[prefix & ~slot_before(prefix)], rule)
     rule = "accepted must be False where not verified"
     _refuse(trace, "accepted", row[accepted & ~verified], rule)
     rate = spread(probabilities(trace, "accept_rate", "where verified"), np.nan)
@@ -222,12 +222,13 @@ def reached_slots(
     verified: Bool[np.ndarray, "round slot"], accepted: Bool[np.ndarray, "round slot"]
 ) -> Bool[np.ndarray, "round slot"]:
     """The verified slots before which all are accepted."""
-    return verified & _after(accepted)
+    return verified & slot_before(accepted)
 
 
-def _after(prefix: Bool[np.ndarray, "round slot"]) -> Bool[np.ndarray, "round slot"]:
-    """Whether the slot before is in it; True at the first slot."""
-    return np.insert(prefix[:, :-1], 0, True, axis=1)
+@checked
+def slot_before(values: Shaped[np.ndarray, "*axes slot"]) -> Shaped[np.ndarray, "*axes slot"]:
+    """Return the value of the slot before; 1 (or True) at the first slot."""
+    return np.insert(values[..., :-1], 0, 1, axis=-1)
 
 
 def _refuse(trace: pd.DataFrame, name: str, rows: Int[np.ndarray, " bad"], rule: str) -> None:

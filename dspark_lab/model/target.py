@@ -380,8 +380,7 @@ def load_target(
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> transformers.PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub id; None without one, where transformers fails or makes an
-    empty one."""
+    """The tokenizer of a folder or hub id; None where there is none that knows a token."""
     folder = Path(name)
     try:
         if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):

@@ -20,7 +20,7 @@ from .scores import (
     expected_calibration_error,
     reliability_table,
 )
-from .survival import prefix_survival, slot_before
+from .survival import prefix_survival
 from .teacher_forced import (
     BlockRates,
     block_sums,
@@ -64,7 +64,6 @@ __all__ = [
     "reliability_table",
     "reliability_tables",
     "resampled",
-    "slot_before",
     "slot_table",
     "split_prompts",
     "study",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from dspark_lab.checks import checked
 
@@ -17,9 +17,3 @@ def prefix_survival(outcome: Float[np.ndarray, "*axes slot"]) -> Float[np.ndarra
     """
     rejected = np.logical_or.accumulate(outcome == 0, axis=-1)
     return np.where(rejected, 0.0, np.cumprod(outcome, axis=-1))
-
-
-@checked
-def slot_before(values: Shaped[np.ndarray, "*axes slot"]) -> Shaped[np.ndarray, "*axes slot"]:
-    """Return the value of the slot before; 1 (or True) at the first slot."""
-    return np.insert(values[..., :-1], 0, 1, axis=-1)

@@ -20,7 +20,7 @@ from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import Batch, Encoded, collate
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.common import build_anchor_candidate_mask
-from dspark_lab.decoding import Decoded, Prompt, encode_prompt
+from dspark_lab.decoding import Decoded, Prompt, encode_prompt, slot_before
 from dspark_lab.model import (
     Drafter,
     Features,
@@ -31,7 +31,7 @@ from dspark_lab.model import (
 )
 from dspark_lab.rates.acceptance import sums_by_conversation
 from dspark_lab.rates.intervals import bootstrap, ratio_interval, resampled
-from dspark_lab.rates.survival import prefix_survival, slot_before
+from dspark_lab.rates.survival import prefix_survival
 
 
 @checked

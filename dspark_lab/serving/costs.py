@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dspark_lab.checks import Count, NonNegative, Positive, checked
-from dspark_lab.rates import slot_before
+from dspark_lab.decoding import slot_before
 
 # One number for every length, one for each, or a function of the length.
 Seconds = float | Sequence[float] | Callable[[int], float]

@@ -16,15 +16,8 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from dspark_lab.checks import Count, Size, checked
-from dspark_lab.decoding import Rounds, column, read_trace
-from dspark_lab.rates import (
-    as_probabilities,
-    interval,
-    prefix_survival,
-    resampled,
-    slot_before,
-    trace_sums,
-)
+from dspark_lab.decoding import Rounds, column, read_trace, slot_before
+from dspark_lab.rates import as_probabilities, interval, prefix_survival, resampled, trace_sums
 from dspark_lab.serving.costs import require_lengths
 
 

@@ -6,7 +6,8 @@ Thresholds are replayed on the rounds of a trace, see :mod:`dspark_lab.rates.thr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 
 from dspark_lab import rates
 from dspark_lab.checks import Count, Size, checked
-from dspark_lab.decoding import Rounds, rounds_of
+from dspark_lab.decoding import Rounds, rounds_of, slot_before
 from dspark_lab.serving.costs import RoundCosts, expected_verify_seconds, require_lengths
 from dspark_lab.serving.profile import ratio, require_whole_blocks, rows_of
 
@@ -86,15 +87,15 @@ def best_threshold(
     """
     rounds = _rounds(trace, drafter, temperature)
     lengths = require_lengths(draft_lengths, min(rounds.verified.shape[1], costs.longest))
-    options: dict[str, Any] = {"thresholds": thresholds, "draft_lengths": lengths}
-    tried = threshold_table(rounds, costs, calibrated=calibrated, resamples=1, **options)
+    table_of = partial(threshold_table, costs=costs, calibrated=calibrated)
+    tried = table_of(rounds, thresholds=thresholds, draft_lengths=lengths, resamples=1)
     if tried["speedup"].isna().all():
         raise ValueError("trace must reach the slots of one draft length at least, got none")
     best = tried.loc[tried["speedup"].idxmax()]
-    options = {"thresholds": [best["threshold"]], "draft_lengths": [int(best["draft_length"])]}
+    cut, length = [best["threshold"]], [int(best["draft_length"])]
     shown = rounds if test is None else _rounds(test, drafter, temperature)
-    options |= {"calibrated": calibrated, "resamples": resamples, "seed": seed}
-    return threshold_table(shown, costs, **options).iloc[0]
+    table = table_of(shown, thresholds=cut, draft_lengths=length, resamples=resamples, seed=seed)
+    return table.iloc[0]
 
 
 @checked
@@ -231,7 +232,7 @@ def _figures(
     """``verified`` slots and the figures of a round, conversations ``drawn`` so many times."""
     total = _Counts(*(np.tensordot(drawn, each[..., :draft_length], axes=1) for each in counts))
     accepted = rates.prefix_survival(ratio(total.accepted, total.open))
-    before = rates.slot_before(accepted)
+    before = slot_before(accepted)
     refused = ratio(total.reached - total.accepted, total.open)
     rejected = np.where(before == 0, 0, before * refused)
     verified = rates.prefix_survival(ratio(total.passed, total.existing))
@@ -243,6 +244,6 @@ def thresholds_at(
 ) -> tuple[Float[np.ndarray, "round slot"], Float[np.ndarray, "round slot"]]:
     """The highest thresholds that let each slot through, and all slots before it."""
     own = rates.highest_threshold(confidence, exists)
-    before = rates.slot_before(own)
+    before = slot_before(own)
     before[:, 0] = np.inf
     return own, before

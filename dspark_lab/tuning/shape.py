@@ -7,7 +7,6 @@ Shape.of(drafter.config, target="config.json")    an existing drafter and its ta
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_lab.checks import Count, Size, checked
+from dspark_lab.files import read_json
 from dspark_lab.model import ARCHITECTURE, MARKOV_HEADS, DrafterConfig, DrafterSizes, drafter_sizes
 
 
@@ -250,7 +250,7 @@ def _shape_of(source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig
         path = path / "config.json"
     if not path.exists() and path.suffix != ".json":
         raise ValueError(f"a shape must be one of {list(TARGETS)} or a config.json, got {source!r}")
-    return _of_config(json.loads(path.read_text(encoding="utf-8")), path.parent.name or "config")
+    return _of_config(read_json(path), path.parent.name or "config")
 
 
 def _of_config(config: Mapping[str, Any], name: str) -> Shape:
