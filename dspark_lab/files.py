@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,20 @@ def write_json(path: Path, values: Any, indent: int = 2) -> None:
     """Write ``values`` as JSON to ``path``, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_csv(path: str | os.PathLike[str], columns: Sequence[str], **options: Any) -> Any:
+    """The table of a CSV file; a ValueError if it cannot be read or lacks one of ``columns``."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, **options)
+        if missing := [name for name in columns if name not in table]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except ValueError as error:  # those of pandas are among them
+        wanted = f"a CSV file with the columns {', '.join(columns)}"
+        raise ValueError(f"{os.fspath(path)} must be {wanted}: {error}") from error
+    return table
 
 
 def now(device: torch.device) -> float:

@@ -15,17 +15,13 @@ from tests.traces import RAGGED, SLOTS, TRACE, made_trace, reached_by_hand
 def test_pairs_are_those_of_reached_slots(trace) -> None:
     rounds = rounds_of(trace)
     reached = reached_by_hand(trace)
-    for slot in (None, 0, 2, SLOTS - 1):
-        kept = [row for row in reached if slot in (None, row.slot)]
-        for kind in ("empirical", "analytic"):
-            confidence, outcome = rounds.pairs(slot, kind)
-            expected = [
-                (r.confidence, float(r.accepted) if kind == "empirical" else r.accept_rate)
-                for r in kept
-            ]
-            assert sorted(zip(confidence, outcome, strict=True)) == sorted(expected)
-    with pytest.raises(ValueError, match="slot must be below 4, got 4"):
-        rounds.pairs(4)
+    for kind in ("empirical", "analytic"):
+        confidence, outcome = rounds.pairs(kind)
+        expected = [
+            (r.confidence, float(r.accepted) if kind == "empirical" else r.accept_rate)
+            for r in reached
+        ]
+        assert sorted(zip(confidence, outcome, strict=True)) == sorted(expected)
 
 
 def test_rows_behind_a_rejection_do_not_count_but_their_survival_is_known() -> None:

@@ -217,7 +217,10 @@ OF_FOUR, SECOND_SLOT = TABLE["requests"] == 4, TABLE["draft_length"] == 2
 @pytest.mark.parametrize(
     "table, message",
     [
-        (TABLE.drop(columns=["tokens", "part"]), "got no ['part', 'tokens']"),
+        (
+            TABLE.drop(columns=["tokens", "part"]),
+            "draft_length, tokens, seconds: it has no part, tokens",
+        ),
         (TABLE[~OF_REST], "'rest', 'plain rest'], got no ['rest']"),
         (TABLE[TABLE["part"] != "target"], "got no ['target']"),
         (TABLE[~SECOND_SLOT], "draft must be of every length from 1 on, got [1, 3]"),

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dspark_lab.checks import Size, checked
+from dspark_lab.checks import checked
 from dspark_lab.files import written_whole
 
 Outcome = Literal["empirical", "analytic"]
@@ -101,15 +101,11 @@ class Rounds:
 
     @checked
     def pairs(
-        self, slot: Size | None = None, kind: Outcome = "empirical"
+        self, kind: Outcome = "empirical"
     ) -> tuple[Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]:
-        """Confidence and outcome of all reached slots, or of those at one place in the block."""
+        """Confidence and outcome of all reached slots."""
         outcome = self.outcome(kind)
         taken = ~np.isnan(outcome)
-        if slot is not None:
-            if slot >= outcome.shape[1]:
-                raise ValueError(f"slot must be below {outcome.shape[1]}, got {slot}")
-            taken[:, np.arange(outcome.shape[1]) != slot] = False
         return self.confidence[taken], outcome[taken]
 
     @checked

@@ -131,7 +131,7 @@ def reliability_tables(
     calibrated = scaling.fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
     scaled = replace(held, confidence=calibrated.apply(held.confidence))
     return {
-        name: scores.reliability_table(*rounds.pairs(kind=outcome), bins, binning)
+        name: scores.reliability_table(*rounds.pairs(outcome), bins, binning)
         for name, rounds in {"raw": held, "scaled": scaled}.items()
     }
 

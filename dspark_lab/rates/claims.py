@@ -46,7 +46,7 @@ def rate_change(run: Rounds, slot: int = 6) -> float:
 
 
 def bias(run: Rounds) -> float:
-    confidence, rate = run.pairs(kind="analytic")
+    confidence, rate = run.pairs("analytic")
     return 100 * float((confidence - rate).mean())
 
 

@@ -133,8 +133,7 @@ class Engine:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Engine:
         """From a CSV file that :meth:`save` wrote, or one with the columns of :attr:`table`."""
-        table = steps.read_points(path, _COLUMNS[1:])
-        steps.require_columns(table, _COLUMNS)
+        table = steps.read_points(path, _COLUMNS)
         parts = ["target", "draft", *_RESTS]
         if missing := [part for part in parts if part not in set(table["part"])]:
             raise ValueError(f"an engine's table must have the parts {parts}, got no {missing}")

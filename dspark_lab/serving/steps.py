@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from dspark_lab.checks import Positive, Size, require
-from dspark_lab.files import written_whole
+from dspark_lab.files import read_csv, written_whole
 from dspark_lab.rates import as_numbers
 
 # Steps per second at each of an array of whole numbers of tokens per step.
@@ -96,7 +96,8 @@ class StepsPerSecond:
 
         Facts that are not given are columns of their name; only ``target`` may be unknown.
         """
-        require_columns(table, _COLUMNS[:2])
+        if missing := [name for name in _COLUMNS[:2] if name not in table]:
+            raise ValueError(f"table must have the columns {_COLUMNS[:2]}, got no {missing}")
         facts: dict[str, Any] = {}
         given = {"context_length": context_length, "device": device, "target": target}
         for name, value in given.items():
@@ -170,24 +171,13 @@ def measured_values(name: str, values: Any, axes: str, points: int, rule: Any) -
     return numbers
 
 
-def require_columns(table: pd.DataFrame, names: Sequence[str]) -> None:
-    if missing := [name for name in names if name not in table]:
-        raise ValueError(f"table must have the columns {list(names)}, got no {missing}")
-
-
 def save_points(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     with written_whole(Path(path)) as partial:
         table.to_csv(partial, index=False)
 
 
-def read_points(path: str | os.PathLike[str], numeric: Sequence[str]) -> pd.DataFrame:
+def read_points(path: str | os.PathLike[str], columns: Sequence[str]) -> pd.DataFrame:
     """A CSV file of measured points; ``device`` and ``target`` are text, even "NA" or "7"."""
-    text = {"device": "object", "target": "object"}
-    missing = dict.fromkeys(numeric, ["", "nan"])
-    try:
-        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=missing)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)} must be a CSV file with the columns {', '.join(numeric)}, "
-            f"got one that cannot be read: {error}"
-        ) from error
+    text = dict.fromkeys(("part", "device", "target"), "object")
+    missing = {name: ["", "nan"] for name in columns if name not in text}
+    return read_csv(path, columns, dtype=text, keep_default_na=False, na_values=missing)

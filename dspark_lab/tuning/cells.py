@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dspark_lab.chats import Chat, Encoded, encode, load_chats
 from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, checked
 from dspark_lab.decoding import decode
-from dspark_lab.files import read_json, shipped, write_json
+from dspark_lab.files import read_csv, read_json, shipped, write_json
 from dspark_lab.model import Drafter, Target, load_target
 from dspark_lab.pairs import in_turns, load_pair, question
 from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, train
@@ -38,6 +38,8 @@ from dspark_lab.tuning.spans import Spans
 
 Budget = Literal["slots", "seconds"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
+# The columns that a table of results is sorted by.
+_BY = ["budget", "temperature", "block_size", "num_anchors", "seed"]
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,13 @@ def sweep_table(work: str | Path) -> pd.DataFrame:
     lines = [line for path in files for line in read_json(path, list)]
     if not lines:
         return pd.DataFrame()
-    by = ["budget", "temperature", "block_size", "num_anchors", "seed"]
-    return pd.DataFrame(lines).sort_values(by, ignore_index=True)
+    return pd.DataFrame(lines).sort_values(_BY, ignore_index=True)
 
 
 @checked
 def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
     """A table of :func:`sweep_table` from CSV; the shipped one of the pocket target by default."""
-    return pd.read_csv(path or shipped("pocket/sweep.csv"))
+    return read_csv(path or shipped("pocket/sweep.csv"), [*_BY, "tau"])
 
 
 @checked
