@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, astuple, replace
 from itertools import product
 from pathlib import Path
+from runpy import run_module
 
 import pandas as pd
 import pytest
@@ -25,8 +25,10 @@ from dspark_lab.tuning import (
 )
 from dspark_lab.tuning import cells as lab
 from dspark_lab.tuning.sweep import main, parsed
+from tests.runs import target_on_disk
 
 SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=100, seconds=3)
+SMALL = replace(SMALL, prompts=2, max_new_tokens=8, features="live")
 SECONDS = {"n2-k2": 0.5, "n3-k2": 0.75}
 
 
@@ -107,15 +109,14 @@ def test_steps_are_what_the_budgets_pay(here):
 
 
 def test_a_real_cell_trains_so_many_steps_and_decodes_at_each_temperature(tmp_path):
-    config = replace(SMALL, prompts=2, max_new_tokens=8, features="live")
-    lines = lab.run_cell(Cell("slots", 2, 2, 0), config, 2, tmp_path)
+    lines = lab.run_cell(Cell("slots", 2, 2, 0), SMALL, 2, tmp_path)
     assert [line["temperature"] for line in lines] == [0.0, 1.0]
     for line in lines:
         assert line["steps"] == 2 and line["slots"] > 0
         # Every answer has 8 tokens at most, the first of which belongs to no round.
         assert 1 <= line["tau"] <= 3 and 2 <= line["rounds"] <= 14
         assert line["accepted_0"] >= line["accepted_1"] >= 0
-    again = lab.run_cell(Cell("slots", 2, 2, 0), config, 2, tmp_path / "again")
+    again = lab.run_cell(Cell("slots", 2, 2, 0), SMALL, 2, tmp_path / "again")
     assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
 
 
@@ -148,16 +149,23 @@ def test_the_command_line_has_the_flags_that_it_always_had():
     assert changed.config() == replace(config, **given)
 
 
-def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path):
-    """Jobs of ``__main__`` would be looked for in the worker's own ``__main__``."""
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "dspark_lab.tuning.sweep"]
-    command += "--num-anchors 2 --block-sizes 2 --seeds 0 --slots 40 --seconds 1".split()
+def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path, monkeypatch, capsys):
+    """Jobs of ``__main__`` would be looked for in the worker's own ``__main__``.
+
+    The worker is a new process that imports the module as ``python -m`` does, warnings as errors.
+    """
+    target, data = target_on_disk(tmp_path)
+    command = ["--target", str(target), "--data", str(data), "--held-out", str(data)]
+    command += "--num-anchors 2 --block-sizes 2 --seeds 0 --slots 4 --seconds 1".split()
     command += "--prompts 1 --max-new-tokens 4 --temperatures 0 --features live".split()
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "table.csv")]
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "step_seconds.json").write_text('{"n2-k2": 1.0}')
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said == f"2 lines in {tmp_path / 'table.csv'}\n"
+    monkeypatch.setattr(sys, "argv", ["sweep", *command, "--batch-size", "2"])
+    monkeypatch.setattr(sys, "warnoptions", ["error::RuntimeWarning"])
+    monkeypatch.delitem(sys.modules, "dspark_lab.tuning.sweep")
+    run_module("dspark_lab.tuning.sweep", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out == f"2 lines in {tmp_path / 'table.csv'}\n"
     assert load_sweep(tmp_path / "table.csv")["steps"].tolist() == [1, 1]
 
 
