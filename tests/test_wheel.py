@@ -1,7 +1,7 @@
 """The wheel carries what the lab needs, and works away from a checkout.
 
-Built twice, from the working tree and from the sdist, in a temporary folder; installed without its
-dependencies, which are those of the environment that runs the tests.
+Built twice, from the working tree and, uncompressed, from the sdist, in a temporary folder;
+installed without its dependencies, which are those of the environment that runs the tests.
 """
 
 import os
@@ -17,15 +17,34 @@ import pytest
 from dspark_lab.pairs import NOT_IN_WHEEL
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = "import sys, setuptools.build_meta as build; print(build.build_{}(sys.argv[1]))"
+SDIST = "import setuptools; setuptools.setup()", "sdist", "--formats=tar", "--dist-dir"
+WHEEL = "import sys, setuptools.build_meta as b; b.build_wheel(sys.argv[1], {})"
+STORED = {"--build-option": ["--compression=stored"]}
+PROGRAM = """
+import dspark_lab as lab
+from dspark_lab.pairs import load_traces
+from dspark_lab.serving import load_engine
+from dspark_lab.tuning import load_sweep
+
+print(lab.__file__)
+anchors, pair = lab.explore_anchors(), lab.load_pair()
+load_traces(), load_engine("smollm2"), load_sweep()
+print(len(anchors.table), pair.drafter.config.block_size, len(lab.load_chats()))
+for load in (lab.load_pair, load_traces):
+    try:
+        load("smollm2")
+    except FileNotFoundError as error:
+        print(error)
+"""
 LEFT_OUT = (".git", ".venv", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
-    command = [sys.executable, "-c", BUILD.format(kind), str(out)]
+def build(source: Path, out: Path, *code: str) -> Path:
+    command = [sys.executable, "-c", *code, str(out)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return out / done.stdout.splitlines()[-1]
+    (built,) = out.iterdir()
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +53,28 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("packages")
     checkout = folder / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    with tarfile.open(build("sdist", checkout, folder)) as archive:
-        archive.extractall(folder / "sdist", filter="data")
-    (unpacked,) = (folder / "sdist").iterdir()
-    return [build("wheel", source, folder / source.name) for source in (checkout, unpacked)]
+    with tarfile.open(build(checkout, folder / "sdist", *SDIST)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return [
+        build(checkout, folder / "wheel", WHEEL.format(None)),
+        build(unpacked, folder / "stored", WHEEL.format(STORED)),
+    ]
 
 
 @pytest.fixture(scope="module")
-def installed(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site-packages")
+def said(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What ``PROGRAM`` prints in an empty folder, the wheel's package first."""
+    installed, folder = (tmp_path_factory.mktemp(name) for name in ("site-packages", "empty"))
     with zipfile.ZipFile(wheels[-1]) as wheel:
-        wheel.extractall(folder)
-    return folder
-
-
-def call(installed: Path, folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+        wheel.extractall(installed)
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, "-c", f"import dspark_lab as lab\n{program}"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    file, *lines = done.stdout.splitlines()
+    assert Path(file) == installed / "dspark_lab" / "__init__.py"
+    return lines
 
 
 def test_the_wheel_carries_all_data_but_what_is_too_large(wheels: list[Path]) -> None:
@@ -62,39 +85,23 @@ def test_the_wheel_carries_all_data_but_what_is_too_large(wheels: list[Path]) ->
     }
     expected = {name for name in shipped if not name.startswith(NOT_IN_WHEEL)}
     assert len(expected) < len(shipped)
+    contents = []
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
-            names = set(archive.namelist())
-        prefix = "dspark_lab/data/"
+            contents.append({info.filename: info.CRC for info in archive.infolist()})
+        names, prefix = set(contents[-1]), "dspark_lab/data/"
         assert {n.removeprefix(prefix) for n in names if n.startswith(prefix)} == expected
         sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dspark_lab").rglob("*.py*")}
         assert {n for n in sources if "__pycache__" not in n} <= names
-        assert wheel.stat().st_size <= 45_000_000
+    assert contents[0] == contents[1]
+    assert wheels[0].stat().st_size <= 45_000_000
 
 
-def test_the_main_calls_work_from_the_wheel_in_any_folder(installed: Path, tmp_path: Path) -> None:
-    done = call(
-        installed,
-        tmp_path,
-        "print(lab.__file__)\n"
-        "anchors = lab.explore_anchors()\n"
-        "pair = lab.load_pair()\n"
-        "print(len(anchors.table), pair.drafter.config.block_size, len(lab.load_chats()))\n"
-        "from dspark_lab.pairs import load_traces\n"
-        "from dspark_lab.serving import load_engine\n"
-        "from dspark_lab.tuning import load_sweep\n"
-        "load_traces(), load_engine('smollm2'), load_sweep()\n",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    file, found = done.stdout.splitlines()[-2:]
-    assert Path(file) == installed / "dspark_lab" / "__init__.py"
-    assert found.split()[1:] == ["7", "720"]
+def test_the_main_calls_work_from_the_wheel_in_any_folder(said: list[str]) -> None:
+    assert said[0].split()[1:] == ["7", "720"]
 
 
-@pytest.mark.parametrize("program", ["lab.load_pair('smollm2')", "load_traces('smollm2')"])
-def test_what_does_not_travel_says_where_to_get_it(
-    program: str, installed: Path, tmp_path: Path
-) -> None:
-    done = call(installed, tmp_path, f"from dspark_lab.pairs import load_traces\n{program}")
-    assert done.returncode == 1
-    assert "does not come with the wheel; a checkout of the repository has it" in done.stderr
+def test_what_does_not_travel_says_where_to_get_it(said: list[str]) -> None:
+    assert len(said) == 3
+    for line in said[1:]:
+        assert "does not come with the wheel; a checkout of the repository has it" in line
