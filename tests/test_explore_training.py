@@ -41,6 +41,24 @@ def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(
     assert len(drawn) == 4 and all(b - a > 0.5 for a, b in zip(drawn, drawn[1:], strict=False))
 
 
+def test_live_curve_costs_a_run_at_most_a_tenth_of_its_time(monkeypatch: pytest.MonkeyPatch):
+    """Each picture takes 2 seconds, each step 1."""
+    now, drawn = [0.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+
+    def slow_png(figure: object) -> bytes:
+        drawn.append(now[0])
+        now[0] += 2
+        return b""
+
+    monkeypatch.setattr(training, "png", slow_png)
+    curve = training.LiveCurve()
+    for step in range(1, 100):
+        curve(step_row(step))
+        now[0] += 1
+    assert 2 * len(drawn) <= 0.1 * now[0] + 2 and len(drawn) >= 5
+
+
 def test_live_curve_has_a_picture_once_there_are_steps() -> None:
     curve = training.LiveCurve()
     assert "image/png" not in curve._repr_mimebundle_()

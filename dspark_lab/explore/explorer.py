@@ -163,8 +163,7 @@ def checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
 def slider(name: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
     """A slider that reaches from ``low`` to ``high``, and further if it starts further out."""
     require(name, value, Annotated[int, Within(low)])
-    high = max(high, value)
-    return ipywidgets.IntSlider(value, low, high, step, description=name, **_WIDE)
+    return ipywidgets.IntSlider(value, low, max(high, value), step, description=name, **_WIDE)
 
 
 def number_slider(

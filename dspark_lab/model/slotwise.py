@@ -47,8 +47,7 @@ def decay_weights(
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, " slot"]:
     """w_k = exp(-k / gamma), the loss weight of slot k (DSpark, section 3.4); gamma may be inf."""
-    slot = torch.arange(block_size, device=device, dtype=dtype)
-    return torch.exp(-slot / loss_decay_gamma)
+    return torch.exp(-torch.arange(block_size, device=device, dtype=dtype) / loss_decay_gamma)
 
 
 @checked

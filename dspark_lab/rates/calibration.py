@@ -129,10 +129,10 @@ def reliability_tables(
     """
     fitted, held = scaling.disjoint_rounds(fit, test)
     calibrated = scaling.fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
-    scaled = replace(held, confidence=calibrated.apply(held.confidence))
+    parts = {"raw": held, "scaled": replace(held, confidence=calibrated.apply(held.confidence))}
     return {
-        name: scores.reliability_table(*rounds.pairs(outcome), bins, binning)
-        for name, rounds in {"raw": held, "scaled": scaled}.items()
+        name: scores.reliability_table(*part.pairs(outcome), bins, binning)
+        for name, part in parts.items()
     }
 
 
