@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 5
 END = 2
-PROMPTS = [[0, 3, 1], [2], [4, 4, 1, 0, 2, 3, 1], [1, 0]] * 4
+PROMPTS = [[0, 3, 1], [2], [4, 4, 1, 0, 2, 3, 1], [1, 0]] * 2
 FROM_TRACE = ["confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"]
 
 
@@ -187,8 +187,8 @@ def check(table: pd.DataFrame, r: Round, slot: int, top: int) -> None:
 
 def test_a_prompt_or_a_slot_that_is_not_there_is_refused():
     decoded, rounds = run_of("everything verified")
-    with pytest.raises(ValueError, match="prompt must be below 16, got 16"):
-        outcome_table(decoded, to_text, 16)
+    with pytest.raises(ValueError, match="prompt must be below 8, got 8"):
+        outcome_table(decoded, to_text, 8)
     with pytest.raises(ValueError, match=r"slot must be in \[0, 3\], got 4"):
         distribution_table(rounds[0], 4, to_text)
 
