@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WALK = """
 import torch
 import dspark_lab as lab
@@ -55,18 +57,18 @@ longer(torch.zeros(2, dtype=torch.long))
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def done() -> subprocess.CompletedProcess:
+    """The walk, and behind it the lie."""
     environment = os.environ | {"DSPARK_LAB_DEBUG": "1"}
     root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", WALK + LIE]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
-def test_every_annotated_result_holds():
-    done = run(WALK)
+def test_every_annotated_result_holds(done):
     assert done.stdout.endswith("walked\n"), done.stderr[-3000:]
 
 
-def test_a_result_of_another_shape_would_be_noticed():
-    done = run(LIE)
+def test_a_result_of_another_shape_would_be_noticed(done):
     assert "the result of longer must be [batch] with batch = 2 as in ids" in done.stderr
