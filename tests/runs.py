@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything once, which saves seconds each.
 """
 
+import gc
 import json
 import os
 import pickle
@@ -319,6 +320,8 @@ def _reporting_run(out: Path, pipe: Connection) -> None:
 
 
 def _settle_in() -> None:
+    # A collection of what the server imported would take most of a small run's time.
+    gc.freeze()
     torch.set_num_threads(1)
     # tqdm's own lock is one between processes, which a killed process would leave behind.
     tqdm.set_lock(threading.RLock())
