@@ -302,7 +302,7 @@ def conversations(draw, thinking: bool = False) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_mask_agrees_with_the_template_written_piece_by_piece(name):
-    @settings(deadline=None, derandomize=True, max_examples=150)
+    @settings(deadline=None, derandomize=True, max_examples=100)
     @given(conversations(thinking=name == "qwen3"), st.sampled_from(sorted(SPLITTING)))
     @example([{"role": "assistant", "content": ""}], "words")
     @example([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] * 2, "words")
