@@ -4,6 +4,7 @@ The `device` fixture repeats a test on the CPU and, where there is one, on a CUD
 repetition carries the marker `gpu`.
 """
 
+import gc
 import shutil
 from collections.abc import Iterator
 
@@ -13,6 +14,14 @@ from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+
+# Garbage is not looked for among what imports make, which stays: that would take seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 needs_cuda = [
