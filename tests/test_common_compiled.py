@@ -208,13 +208,8 @@ def test_compiled_whole_and_dynamic_it_gives_the_same(name, device, fresh_compil
             assert_same(outcome(compiled, *args), expected)
 
 
-CORNER_NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name.startswith("tile lists") else name
-    for name in COMPILED
-]
-
-
-@pytest.mark.parametrize("name", CORNER_NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_it_gives_the_same_at_the_corners(name, device, fresh_compiler):
     function = arguments(device, SIZE)[name][0]
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
