@@ -100,7 +100,7 @@ def checked(target: T) -> T:
       number. A value that a ``Literal`` does not list is a ValueError.
     - ``Annotated``: each rule's ``check(name, value)``, and ``Axis``.
 
-    Defaults are not checked. In a compiled graph nothing is, in debug mode results are too.
+    Defaults are not checked, and nothing in a compiled graph; debug mode checks results as well.
     """
     if inspect.isclass(target):
         setattr(target, "__init__", checked(target.__init__))  # noqa: B010 (mypy: no assignment)

@@ -122,7 +122,7 @@ def sample_anchor_positions(
     """Draw anchors uniformly without replacement from each row's candidates.
 
     One ``torch.rand(batch, seq_len - 1)`` gives every position a number; the candidates with the
-    smallest numbers become anchors, of equal numbers the earlier position. So one seed gives here
+    smallest numbers become anchors; ties go to the earlier position. So one seed gives here
     the very anchors that it gives in the published trainers, compiled or not.
 
     Args:
@@ -130,8 +130,8 @@ def sample_anchor_positions(
         generator: instead of the device's default one, outside ``torch.compile`` alone.
 
     Returns:
-        ``anchor_positions``, long, ascending; and ``block_keep_mask``. A row with fewer candidates
-        than ``num_anchors`` ends in *dummy anchors*: position 0, keep False.
+        ``anchor_positions``, long, and ``block_keep_mask``. The kept ones ascend; a row with fewer
+        candidates than ``num_anchors`` ends in *dummy anchors*: position 0, keep False.
     """
     candidates = build_anchor_candidate_mask(seq_len, loss_mask, doc_remaining)
     _require_device("device", torch.device(device), "loss_mask", candidates.device)
@@ -265,7 +265,7 @@ def validate_target_layer_ids(layer_ids: LayerIds, num_target_layers: Count) -> 
     """The ids as a list, if a target of ``num_target_layers`` layers has them all.
 
     Each must be -1 (the embedding's output) or a layer, 0 to ``num_target_layers - 1``, in strictly
-    increasing order. The first and the last of these pass with a warning.
+    increasing order. -1 and the last layer pass with a warning.
     """
     ids = [int(layer_id) for layer_id in layer_ids]
     last = num_target_layers - 1

@@ -30,7 +30,7 @@ def shipped(name: str) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; the file takes its place at the end, or goes on error."""
+    """A file beside ``path`` to write, which replaces it at the end and is removed on error."""
     partial = _partial(path)
     try:
         yield partial

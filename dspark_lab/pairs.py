@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas
     import transformers
 
-# The shipped conversations of each domain from this number on are held out, and so is whoever asks
-# the same question.
+# The shipped conversations of each domain from this number on are held out; others that ask one of
+# their questions are left out of training.
 FIRST_HELD_OUT = 201
 PAIRS = ("pocket", "smollm2")
 TRACES = "traces.parquet"

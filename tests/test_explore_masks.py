@@ -61,6 +61,8 @@ def test_a_tiles_state_is_how_many_of_its_pairs_are_visible(draw, tile_size):
         states = explore.tile_states(block_mask, row=row)
         assert named(states, explore.TILE_STATES) == kinds
         require_counts(explore.tile_table(states), kinds, "state", explore.TILE_STATES, "tiles")
+    with pytest.raises(ValueError, match="row must lie in"):
+        explore.tile_states(block_mask, row=row + 1)
 
 
 def test_tiles_of_a_mask_that_pytorch_made_are_read_the_same():

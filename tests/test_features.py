@@ -29,6 +29,8 @@ def test_cached_features_are_those_of_the_target(packed, tmp_path):
     torch.testing.assert_close(found.context[kept], live.context[kept], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.last[kept], live.last[kept], atol=1e-5, rtol=1e-5)
     assert found.context.shape == live.context.shape
+    with pytest.raises(ValueError, match="batch must be of stored conversations, got index -1"):
+        cached(Batch.of_tokens(batch.input_ids, batch.loss_mask))
 
 
 def count_forwards(monkeypatch) -> list[int]:

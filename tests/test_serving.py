@@ -448,8 +448,8 @@ def test_advice_says_what_to_do_and_why() -> None:
     slow = AcceptanceProfile.of([0.3] * 4, temperature=1.0)
     assert serving.advice(slow, costs.replaying()) == (
         "Do not draft: even the best length, 1, gives 0.72 times the speed of plain decoding at "
-        "temperature 1: slots are accepted at a rate of 0.30, and it pays from 0.55 on; only a "
-        "model that forgets the cost of rejections would say 1.18."
+        "temperature 1: slots are accepted at a rate of 0.30, and it pays from 0.55 on; "
+        "without the cost of rejections it would be 1.18."
     )
     hopeless = RoundCosts.of(4, plain_seconds=1, draft_seconds=9, verify_seconds=1)
     assert serving.advice(plain, hopeless).endswith("a rate of 0.72, and no accept rate would pay.")

@@ -26,7 +26,7 @@ REFUSED = [
     (lambda: serving.StaticThreshold(1.5), r"threshold must lie in \[0, 1\], got 1.5"),
     (lambda: serving.Geometric(0.5), "mean must be >= 1, got 0.5"),
     (lambda: serving.draw_requests(ANSWERS, 5, domains={"code": -1}), "must be >= 0, got -1"),
-    (lambda: serving.measure_steps_per_second(TARGET, context_length=25), "at most 32 together"),
+    (lambda: serving.measure_steps_per_second(TARGET, context_length=25), "at most 32 tokens"),
     (lambda: serving.threshold_table(None, COSTS), "must be a DataFrame or a Rounds"),
 ]
 

@@ -90,7 +90,7 @@ def pocket_card(
     gains = {n: p for n, p in gains.items() if p[0] in evaluations and p[1] in evaluations}
     return f"""# The pocket pair
 
-A language model small enough to train in minutes on a laptop, and drafters for it: the lab's fruit fly. Its answers read as text on the topics of the lab's prompts; they are not to be believed.
+A language model small enough to train in minutes on a laptop, and drafters for it. Its answers read as text on the topics of the lab's prompts; they are not to be believed.
 
 | folder | what it is |
 | --- | --- |
@@ -106,7 +106,7 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 
 ## Target
 
-Trained from nothing on {target["conversations"]:,} conversations of SmolLM2-135M-Instruct, {target["tokens"]:,} tokens of its own vocabulary, {target["tokens_seen"]:,} seen in all, {round(target["seconds"] / 60)} minutes. Then its logits were divided by {target["temperature"]} for good (folded into its last norm): sampled at temperature 1 it talks as the trained model does at {target["temperature"]}.
+Trained from scratch on {target["conversations"]:,} conversations of SmolLM2-135M-Instruct, {target["tokens"]:,} tokens of its own vocabulary, {target["tokens_seen"]:,} tokens seen in all, {round(target["seconds"] / 60)} minutes. Then its logits were divided by {target["temperature"]} for good (folded into its last norm): sampled at temperature 1 it talks as the trained model does at {target["temperature"]}.
 
 Perplexity on the answers of {target["held_out_conversations"]} held-out conversations of SmolLM2, per token of this vocabulary: **{target["trained_perplexity"]}** as trained, {target["held_out_perplexity"]} after the division.
 
@@ -164,7 +164,7 @@ Tau, teacher-forced at temperature 1, on the target's own answers to {len(first)
 
 {tau_lines(evaluations, "answers")}
 
-For comparison: published trainer code reached 1.35 after 400 steps of two conversations on the same kind of machine.
+For comparison: published trainer code reached a tau of 1.35 after 400 steps of two conversations on the same kind of machine.
 
 ## Recipe
 

@@ -1,7 +1,7 @@
 """The pocket target: a language model of a few million parameters, made in minutes.
 
 SmolLM2's conversations become a byte-level BPE vocabulary of 2,048 and a Llama of four layers that
-was trained on them from nothing. It speaks on the topics of the lab's prompts only, and it is small
+was trained on them from scratch. It speaks on the topics of the lab's prompts only, and it is small
 enough that a drafter for it trains in minutes on two cores.
 
 Everything follows from a seed.

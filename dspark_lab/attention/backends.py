@@ -45,7 +45,7 @@ def block_attention(
         q: the slots of all blocks, block after block.
         k, v: those of the context's tokens, then of the slots; heads of ``q`` may share them.
         scale: factor on the scores; 1 / sqrt(head_dim) where None.
-        backend: ``auto`` takes ``flex`` on CUDA and ``blockwise`` on the CPU.
+        backend: ``auto`` takes ``flex`` on CUDA, ``blockwise`` on the CPU, elsewhere ``dense``.
         block_mask: for ``flex``, that of the same blocks, where several layers share one.
     """
     ranges = context_ranges(

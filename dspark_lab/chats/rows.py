@@ -150,6 +150,10 @@ def packed_places(
     All documents of one length go in one step: they fill the first row with room as far as it goes,
     then the next. No length may be above ``row_length``.
     """
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_length:
+        raise ValueError(
+            f"lengths must lie in [1, {row_length}], got {lengths.min()} to {lengths.max()}"
+        )
     order = np.argsort(-lengths, kind="stable")
     _, first = np.unique(-lengths[order], return_index=True)
     # One row for each document is always enough.

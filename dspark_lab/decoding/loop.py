@@ -64,6 +64,7 @@ def decode(
             answer have confidence 0. The output stays the target's own as long as it decides
             whether slot k is verified from what is known before x_k is drawn: the confidences up to
             slot k, of any row, and smaller ones alone later.
+        max_new_tokens, draft_length: of an answer, and of a round's block (by default a whole one).
         confidence_temperatures: as in ``SequentialTemperatures.temperatures``; threshold, scheduler
             and trace get the calibrated confidences.
         batch_size: by default all prompts, or one where the target's attention cannot tell rows of
@@ -72,8 +73,7 @@ def decode(
         on_round: called with each round as soon as it is over, for text that streams.
     """
     # decode_rounds takes the same arguments, but for on_round.
-    arguments = dict(locals())
-    del arguments["on_round"]
+    arguments = {name: value for name, value in locals().items() if name != "on_round"}
     decoding = decode_rounds(**arguments)
     for round_ in decoding:
         if on_round is not None:
@@ -111,11 +111,7 @@ def decode_rounds(
     if end_ids is not None:
         require_tokens("each of end_ids", end_ids, target.vocab_size)
     ids = [encode_prompt(target, prompt) for prompt in prompts]
-    limit = target.model.config.get_text_config().max_position_embeddings
-    longest = max(map(len, ids)) + max_new_tokens
-    if longest > limit:
-        rule = f"at most {limit} tokens (max_position_embeddings)"
-        raise ValueError(f"a prompt and its answer must have {rule}, got {longest}")
+    target.require_room("a prompt and its answer", max(map(len, ids)) + max_new_tokens)
     if domains is not None and len(domains) != len(ids):
         raise ValueError(f"domains must be one for each of {len(ids)} prompts, got {len(domains)}")
     if random_numbers is None:
@@ -258,7 +254,7 @@ class Decoding(Iterator[Round]):
         """The rows that go on. The target's cache keeps ``counts`` of each row's last tokens."""
         kept = [row for row, prompt in enumerate(self._going) if not self._record.is_over(prompt)]
         self._cache.commit(counts, kept)
-        if self.drafter is not None:
+        if self.drafter is not None and len(kept) < len(self._going):
             self._context.keep(kept)
         self._going = [self._going[row] for row in kept]
         self._anchors = self._anchors[kept]

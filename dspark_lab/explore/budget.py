@@ -40,8 +40,7 @@ _MOST_BLOCKS = 2**17
 # The mark of the chosen setting, in every panel.
 _CHOSEN: dict[str, Any] = {"color": ORANGE, "marker": "*", "markersize": 13, "linestyle": "none"}
 _CHOSEN |= {"markeredgecolor": INK, "markeredgewidth": 0.6, "clip_on": False, "zorder": 4}
-# Marks as a title writes them: a title is drawn in a third of the time that a legend takes, and
-# sooner still at a given place (y=1).
+# Marks as a title writes them: a title is drawn in a third of the time that a legend takes.
 _STAR, _RING, _SQUARE = "★", "○", "□"
 # Dark is little, light is much, to any eye and in grey, too.
 _HEAT = matplotlib.colormaps["viridis"]

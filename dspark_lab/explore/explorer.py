@@ -104,7 +104,7 @@ class Explorer(ipywidgets.VBox):
     def redraw(self) -> None:
         """Draw the controls' present values now."""
         collects = gc.isenabled()
-        # A full collection of garbage takes longer than a picture.
+        # No garbage collection while drawing: a full one takes longer than the picture.
         gc.disable()
         try:
             self._frame = self._draw(SimpleNamespace(**self.settings))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool2d
 from dspark_lab.attention import ContextRanges, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Chat
-from dspark_lab.checks import checked
+from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
@@ -69,7 +69,9 @@ def mask_table(regions: Regions) -> pd.DataFrame:
 @checked
 def tile_states(mask: BlockMask, *, row: int = 0) -> States:
     """Each tile of one row of a block mask as an index into ``TILE_STATES``, int8."""
-    return _states_by_row(mask)[row]
+    states = _states_by_row(mask)
+    require("row", row, Annotated[int, Within(0, len(states) - 1)])
+    return states[row]
 
 
 @checked

@@ -40,8 +40,8 @@ def plot_speedup(
 ) -> Figure:
     """Speed-up over plain decoding against draft length, with its 95 % interval.
 
-    The fastest length of each line is ringed. Dashed, where it differs, is what a model would
-    promise that forgets what rejections cost. The tables, one or several by name, are from
+    The fastest length of each line is ringed. Dashed, where it differs, is the speed-up
+    without what rejections cost. The tables, one or several by name, are from
     :func:`dspark_lab.serving.speedup_table`. ``chosen`` is a draft length to mark, ``bold`` names
     the one table with a thick line, a band and dashes; all are alike where None.
     """

@@ -113,7 +113,7 @@ def load_drafter(
         dtype: where None as stored, or, of several, the one that ``config.json`` names.
 
     Raises:
-        TypeError, ValueError: a configuration or a file of weights that is none, is damaged, or
+        TypeError, ValueError: an invalid or damaged configuration or file of weights, or one that
             does not fit the other or the target; named with the file.
     """
     _check_dtype(dtype)

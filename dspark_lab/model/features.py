@@ -89,7 +89,9 @@ def cached_features(
         documents = zip(batch.chat_index.tolist(), batch.seq_lens.tolist(), strict=True)
         for row, (indices, lengths) in enumerate(documents):
             for index, length, end in zip(indices, lengths, accumulate(lengths), strict=True):
-                if index >= 0:
+                if length and index not in places:
+                    raise ValueError(f"batch must be of stored conversations, got index {index}")
+                if length:
                     file, number = places[index]
                     tokens = slice(end - length, end)
                     context[row, tokens] = file.get_tensor(f"{number}.context")

@@ -13,8 +13,8 @@ and the kinds differ in the latent alone, where h is the slot's hidden state:
              g, c, o = joint_proj [s; e; h], and the next slot's s is
              sigmoid(g) * s + (1 - sigmoid(g)) * tanh(c).
 
-A new kind is a subclass of :class:`MarkovHead` and its line in :data:`MARKOV_HEADS`; drafter,
-checkpoint, decoding, cost and memory follow from the module.
+A new kind is a subclass of :class:`MarkovHead`, its line in :data:`MARKOV_HEADS` and its name in
+:data:`MarkovKind`; drafter, checkpoint, decoding, cost and memory follow from the module.
 """
 
 import copy
@@ -43,7 +43,7 @@ class _Kept:
 
 @checked
 class MarkovHead(nn.Module):
-    """The vanilla head, and the base of the others; an objective forms the bias in chunks."""
+    """The vanilla head, and the base of the others."""
 
     # Whether a slot's latent depends on earlier slots of its block.
     recurrent = False

@@ -81,7 +81,7 @@ class DrafterSizes:
 
 
 class BlockDrafter(Protocol):
-    """All that the rest of the library asks of a drafter.
+    """All that decoding and the counting of costs ask of a drafter.
 
     Its ``config`` has ``block_size``, ``mask_token_id``, ``vocab_size``, ``target_layer_ids``,
     ``context_size`` and ``enable_confidence_head``.

@@ -46,7 +46,7 @@ class Rows:
     def commit(
         self, counts: Sequence[int], kept: Sequence[int] | None = None
     ) -> slice | Int[Tensor, "2 kept columns"]:
-        """Row r keeps ``counts[r]`` of its new columns; returns what :meth:`take` cuts a cache by.
+        """Row r keeps ``counts[r]`` of its new columns; returns what :func:`take` cuts a cache by.
 
         ``kept`` are the rows that go on; the others leave the cache.
         """

@@ -23,7 +23,7 @@ DecayGamma = Annotated[float, _Divisor()]
 
 
 def check_token_ids(ids: Int[Tensor, "batch seq"], vocab_size: int) -> None:
-    """Refuse no tokens and ids outside the vocabulary (the latter on a GPU in debug mode alone)."""
+    """Refuse an empty tensor, and ids outside the vocabulary (on a GPU in debug mode alone)."""
     if ids.numel() == 0:
         raise ValueError(f"input_ids must hold tokens, got shape {tuple(ids.shape)}")
     if ids.device.type != "cpu" or torch.compiler.is_compiling():

@@ -116,6 +116,13 @@ class Target:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    def require_room(self, what: str, tokens: int) -> None:
+        """Refuse more tokens in one document than its config allows, where that says so."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and tokens > most:
+            wanted = f"{what} must have at most {most} tokens (max_position_embeddings)"
+            self._refuse(wanted, tokens)
+
     @cached_property
     def _layers(self) -> nn.ModuleList:
         """The outermost list in the base model that has as many entries as there are layers."""
@@ -190,7 +197,7 @@ class Target:
 
     @property
     def decodes_batches(self) -> bool:
-        """Whether a mask over all pairs of tokens is known to be all that joins them.
+        """Whether tokens are known to interact only as an attention mask allows.
 
         Sliding windows, recurrent layers and some attention kernels do not read such a mask.
         """
@@ -272,7 +279,7 @@ class Target:
     def _apart(
         self, input_ids: Tensor, layer_ids: list[int], position_ids: Tensor | None, seq_lens: Tensor
     ) -> Features:
-        """Each document in a row of its own: dearer than a mask, and right for every model."""
+        """Each document in a row of its own: slower than a mask, and right for every model."""
         places = [
             (row, slice(end - length, end))
             for row, lengths in enumerate(seq_lens.tolist())
@@ -306,10 +313,7 @@ class Target:
                 wanted = f"lengths of documents in rows of {longest} tokens"
                 raise ValueError(f"seq_lens must be {wanted}, got {lengths.tolist()}")
             longest = int(lengths.max())
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            most = f"at most {limit} tokens (max_position_embeddings)"
-            self._refuse(f"a document must have {most}", longest)
+        self.require_room("a document", longest)
 
     @torch.no_grad()
     def _check_logits(self) -> None:

@@ -32,7 +32,7 @@ from .teacher_forced import (
     teacher_forced_sums,
     whole_block_anchors,
 )
-from .thresholds import highest_threshold, sums_by_threshold, threshold_sweep
+from .thresholds import THRESHOLDS, highest_threshold, sums_by_threshold, threshold_sweep
 
 __all__ = [
     "BlockRates",
@@ -40,6 +40,7 @@ __all__ = [
     "Binning",
     "SequentialTemperatures",
     "TEMPERATURE_GRID",
+    "THRESHOLDS",
     "as_numbers",
     "as_probabilities",
     "auroc",

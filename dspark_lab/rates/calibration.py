@@ -85,7 +85,7 @@ def calibration_report(
         taken = ~np.isnan(seen[:, part])
         f, o = confidence[:, part][taken], seen[:, part][taken]
         known = ~np.isnan(survival[:, part]) & ~np.isnan(confidence[:, part])
-        product, lived = np.cumprod(confidence, axis=1)[:, part][known], survival[:, part][known]
+        product, survived = np.cumprod(confidence, axis=1)[:, part][known], survival[:, part][known]
         low = high = float("nan")
         error = scores.error_or_nan(f, o, bins, binning)
         if not np.isnan(error):
@@ -99,7 +99,7 @@ def calibration_report(
             f"ece{suffix}_high": high,
             f"brier{suffix}": _mean((f - o) ** 2),
             f"auroc{suffix}": scores.auroc(f, o) if len(o) else float("nan"),
-            f"ece_product{suffix}": scores.error_or_nan(product, lived, bins, binning),
+            f"ece_product{suffix}": scores.error_or_nan(product, survived, bins, binning),
         }
 
     scaled = calibrated.apply(held.confidence)
@@ -181,10 +181,10 @@ def drift_table(
     for start in range(-(len(parts[1]) // window) * window, len(parts[2]) - window + 1, window):
         here = slice(change + start, change + start + window)
         row: dict[str, float] = {"start": start, "rounds": window}
-        lived = survival[here][known[here]]
+        survived = survival[here][known[here]]
         for way, confidence in ways.items():
             product = np.cumprod(confidence[here], axis=1)[known[here]]
-            row[f"ece_{way}"] = scores.error_or_nan(product, lived, bins, "width")
+            row[f"ece_{way}"] = scores.error_or_nan(product, survived, bins, "width")
         rows.append(row)
     if not rows:
         found = f"{window} for {len(parts[1])} and {len(parts[2])} rounds"

@@ -48,7 +48,7 @@ def evaluate(
 
     Blocks that an answer's end cuts are left out: their expected length says less of the drafter
     than of where the answer ends. ``num_anchors`` draws at most so many blocks of a conversation,
-    from ``seed`` and the conversation alone: drafters of one block size meet the same blocks. A row
+    from ``seed`` and its place alone: drafters of one block size meet the same blocks. A row
     has the means of a conversation's ``blocks``: ``tau``, and for each slot k the accept rate
     ``accept_k`` and ``survival_k``, the product of the rates up to it.
     """

@@ -19,7 +19,7 @@ from dspark_lab.rates.intervals import interval, resampled
 from dspark_lab.rates.scaling import SequentialTemperatures
 from dspark_lab.rates.scores import as_probabilities
 
-_THRESHOLDS = tuple(step / 20 for step in range(20))
+THRESHOLDS = tuple(step / 20 for step in range(20))
 
 
 @checked
@@ -60,7 +60,7 @@ def sums_by_threshold(
 @checked
 def threshold_sweep(
     trace: pd.DataFrame | Rounds,
-    thresholds: Iterable[float] = _THRESHOLDS,
+    thresholds: Iterable[float] = THRESHOLDS,
     calibrated: SequentialTemperatures | None = None,
     *,
     resamples: Count = 1000,

@@ -128,7 +128,7 @@ def draw_requests(
     within: Literal["conversation", "domain"] = "conversation",
     seed: Size = 0,
 ) -> Requests:
-    """Draws conversations of a trace and the fate of every round.
+    """Draws conversations of a trace and the outcome of every round.
 
     Args:
         answer_tokens: by default as many as the conversation had.
@@ -184,20 +184,20 @@ def _complete(
     """Fill in what follows the first ``asked`` slots of each round."""
     slots = accept.shape[1]
     for name in pd.unique(domain):
-        givers = np.flatnonzero((asked == slots) & (domain == name))
+        whole_rounds = np.flatnonzero((asked == slots) & (domain == name))
         cut = np.flatnonzero((asked < slots) & (domain == name))
-        if len(cut) and not len(givers):
+        if len(cut) and not len(whole_rounds):
             raise ValueError(
                 f"trace must have a round of domain {name!r} that verified {slots} slots, got none"
             )
-        survival = prefix_survival(accept[givers])
+        survival = prefix_survival(accept[whole_rounds])
         for length in np.unique(asked[cut]):
-            takers = cut[asked[cut] == length]
+            cut_rounds = cut[asked[cut] == length]
             alive = survival[:, length - 1]
             share = alive / alive.sum() if alive.sum() > 0 else None
-            chosen = rng.choice(givers, size=len(takers), p=share)
+            chosen = rng.choice(whole_rounds, size=len(cut_rounds), p=share)
             for values in (accept, confidence):
-                values[takers, length:] = values[chosen, length:]
+                values[cut_rounds, length:] = values[chosen, length:]
 
 
 def _conversation_weights(

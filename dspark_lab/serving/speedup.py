@@ -124,7 +124,7 @@ def advice(
             f"decoding{where}: slots are accepted at a rate of {rate:.2f}, and {needed}"
         )
         if (hopeful := best["without_replay"]) > 1:
-            reason += f"; only a model that forgets the cost of rejections would say {hopeful:.2f}"
+            reason += f"; without the cost of rejections it would be {hopeful:.2f}"
         return f"Do not draft: {reason}."
     reason = (
         f"{speed:.2f}{spread} times the speed of plain decoding{where}, with {best['tau']:.2f} "

@@ -19,7 +19,6 @@ from dspark_lab.decoding import Rounds, rounds_of, slot_before
 from dspark_lab.serving.costs import RoundCosts, expected_verify_seconds, require_lengths
 from dspark_lab.serving.profile import ratio, require_whole_blocks, rows_of
 
-_THRESHOLDS = tuple(step / 20 for step in range(20))
 _FINE_THRESHOLDS = tuple(step / 100 for step in range(101))
 _FINER_THRESHOLDS = tuple(np.linspace(0, 1, 201).tolist())
 
@@ -29,7 +28,7 @@ def threshold_table(
     trace: pd.DataFrame | Rounds,
     costs: RoundCosts,
     *,
-    thresholds: Iterable[float] = _THRESHOLDS,
+    thresholds: Iterable[float] = rates.THRESHOLDS,
     draft_lengths: Sequence[int] | None = None,
     calibrated: rates.SequentialTemperatures | None = None,
     drafter: str | None = None,

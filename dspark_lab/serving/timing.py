@@ -114,13 +114,8 @@ def measure_steps_per_second(
     sizes = measured_points("tokens", tokens).tolist()
     most = tokens_per_row if target.decodes_batches else max(sizes)
     per_row = {n: max(k for k in range(1, min(most, n) + 1) if n % k == 0) for n in sizes}
-    limit = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = context_length + max(per_row.values())
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"context_length and a row's tokens must be at most {limit} together "
-            f"(max_position_embeddings), got {longest}"
-        )
+    behind = context_length + max(per_row.values())
+    target.require_room("context_length and a row's tokens", behind)
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(rows: int, length: int) -> Tensor:

@@ -30,7 +30,7 @@ class TrainConfig:
         learning_rate: AdamW's highest, after the warm-up.
         warmup_steps: steps over which the learning rate rises from 0.
         schedule: how it falls afterwards.
-        final_lr_ratio: the last learning rate as a share of the highest.
+        final_lr_ratio: what it falls to, one step after the last, as a share of the highest.
         weight_decay: of matrices; vectors have none.
         beta1: AdamW's first.
         beta2: AdamW's second.

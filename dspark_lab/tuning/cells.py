@@ -185,8 +185,8 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
 def sweep_table(work: str | Path) -> pd.DataFrame:
     """What the finished cells in a work folder found, one line per cell and temperature.
 
-    ``slots`` are supervised; ``tau`` (tokens per round) is by real decoding; ``accepted_0``, ...:
-    the share of whole blocks whose slot was accepted, with all before it.
+    ``slots`` are supervised, ``seconds`` the clock's; ``tau`` (tokens per round) is by decoding;
+    ``accepted_0``, ...: the share of whole blocks whose slot was accepted, with all before it.
     """
     files = sorted((Path(work) / "cells").glob("*.json"))
     lines = [line for path in files for line in read_json(path, list)]

@@ -27,8 +27,8 @@ from dspark_lab.tuning.step import Dtype, Step
 
 # Queries and keys of a tile of FlexAttention.
 TILE = 128
-# For each word of a slot's two softmaxes: operations forward, on a logit of the drafter (8), of the
-# target (6) and on both (4), and for the gradient; and bytes, since such a number crosses memory 31
+# For each entry of a slot's two softmaxes: operations forward, on a drafter's logit (8), a target's
+# (6) and on both (4), and for the gradient; and bytes, since such a number crosses memory 31
 # times (read or written, no two operations fused).
 _OBJECTIVE = (18, 5, 4 * 31)
 # AdamW, for each weight: two moments (3 and 4), decay (1), the step (5), clipping (3); and bytes.

@@ -70,7 +70,7 @@ def _in_processes(
 def _on_ray(
     function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], address: str
 ) -> Iterator[tuple[str, Any]]:
-    # Ray reports its use to its makers unless told not to.
+    # Switch off Ray's usage statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -33,9 +33,8 @@ class Card:
     bytes_per_second: float
 
 
-# From the vendors' data sheets, without sparsity: gigabytes of memory, bf16 tensor peak in 10^12
-# operations and memory bandwidth in gigabytes a second. Vendors sell 2**30 bytes as a gigabyte of
-# memory, except where they say 141 or 180.
+# Gigabytes of memory (2**30 bytes, but for 141 and 180), bf16 tensor peak without sparsity in 10^12
+# operations and memory bandwidth in gigabytes, both a second.
 CARDS = {
     name: Card(name, memory * (10**9 if memory > 100 else 2**30), peak * 1e12, bandwidth * 1e9)
     for name, memory, peak, bandwidth in (

@@ -48,13 +48,13 @@ class Step:
     device: Literal["cuda", "cpu"] = "cuda"
 
     def require_fit(self, shape: Shape) -> None:
-        """Refuse "live" features without the target's shape, or more words than the model has."""
+        """Refuse "live" features without the target's shape, or a vocabulary above the model's."""
         if self.features == "live" and shape.target is None:
             wanted = "give Shape.of its target, or say 'cached'"
             raise ValueError(f"features 'live' need the target's shape: {wanted}")
-        most, words = shape.vocab_size, self.vocabulary
-        if words is not None and words > most:
-            raise ValueError(f"vocabulary must be at most the model's, {most}, got {words}")
+        most, vocabulary = shape.vocab_size, self.vocabulary
+        if vocabulary is not None and vocabulary > most:
+            raise ValueError(f"vocabulary must be at most the model's, {most}, got {vocabulary}")
 
     def with_each(self, num_anchors: Int[np.ndarray, " choice"]) -> Step:
         """The same step for many numbers of anchors at once; counts of slots are then arrays."""

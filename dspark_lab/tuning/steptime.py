@@ -101,8 +101,8 @@ def measure_steps(
 
     Forward, objective, backward, clipping and AdamW, as in ``dspark_lab.training``; the target's
     own forward too where it is given, on its own device, random features otherwise. A line for each
-    combination of sizes (``block_sizes`` None is the shape's own);
-    ``seconds`` are the median of ``runs`` steps after ``warmup``.
+    combination of sizes (``block_sizes`` None is the shape's own); ``seconds`` are the median of
+    ``runs`` steps after ``warmup``.
     """
     place = torch.device(device) if target is None else target.device
     features: Literal["cached", "live"] = "cached" if target is None else "live"
