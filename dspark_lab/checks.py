@@ -353,6 +353,7 @@ _NUMBERS = {
     Int: ("hold integers", "int"),
     Float: ("hold floats", "float"),
 }
+_dtype_name = functools.cache(str)  # NumPy makes the name anew, which takes longer than a check
 
 
 def _array(annotation: Any) -> Check:
@@ -370,7 +371,7 @@ def _array(annotation: Any) -> Check:
     variadic = next((i for i, axis in enumerate(axes) if axis[0] == "*" or axis == "..."), None)
 
     def rest(name: str, value: Any, call: Call) -> None:
-        if dtype_part not in str(value.dtype):
+        if dtype_part not in _dtype_name(value.dtype):
             raise TypeError(f"{name} must {wanted}, got {value.dtype}")
         shape = tuple(value.shape)
         sizes: tuple[Any, ...] = shape

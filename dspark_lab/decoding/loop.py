@@ -72,7 +72,6 @@ def decode(
         end_ids: tokens that end an answer; by default the tokenizer's and the model's own.
         on_round: called with each round as soon as it is over, for text that streams.
     """
-    # decode_rounds takes the same arguments, but for on_round.
     arguments = {name: value for name, value in locals().items() if name != "on_round"}
     decoding = decode_rounds(**arguments)
     for round_ in decoding:

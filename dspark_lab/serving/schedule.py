@@ -50,8 +50,9 @@ def prefix_schedule(confidence: Confidence, sps: Speed) -> Int[np.ndarray, " req
     most = max(requests, _FEW)
     while True:
         walk = _walk(requests, survival, sps, most)
-        if walk.admitted < len(walk.order) or len(walk.order) == np.count_nonzero(survival):
-            return walk.lengths(walk.admitted)
+        admitted, candidates = walk.admitted, len(walk.order)
+        if admitted < candidates or candidates == np.count_nonzero(survival):
+            return walk.lengths(admitted)
         most *= 8
 
 
@@ -130,7 +131,7 @@ class _Walk:
     @property
     def admitted(self) -> int:
         rises = self.theta[1:] > self.theta[:-1]
-        return int(np.append(rises, False).argmin())
+        return len(rises) if rises.all() else int(rises.argmin())
 
     def lengths(self, admitted: int) -> Int[np.ndarray, " request"]:
         chosen = self.order[:admitted] % max(self.requests, 1)
@@ -159,7 +160,7 @@ def _walk(
     # Stable: of equal ones the earlier slot stays in front.
     order = order[np.argsort(-survival[order], kind="stable")]
     survival = survival[order]
-    tau = np.append(requests, survival).cumsum()
+    tau = np.concatenate([[requests], survival]).cumsum()
     sizes = np.arange(requests, requests + len(tau))
     speeds = np.asarray(sps(sizes), dtype=np.float64)
     if speeds.shape != sizes.shape or not (speeds.min() > 0 and speeds.max() < np.inf):
