@@ -113,8 +113,7 @@ def load_drafter(
         dtype: where None as stored, or, of several, the one that ``config.json`` names.
 
     Raises:
-        TypeError, ValueError: an invalid or damaged configuration or file of weights, or one that
-            does not fit the other or the target; named with the file.
+        TypeError, ValueError: a damaged or unfit configuration or file of weights, by its name.
     """
     _check_dtype(dtype)
     path = _find_folder(folder)

@@ -95,8 +95,7 @@ class Drafter(nn.Module):
         embed_weight: Float[Tensor, "vocab hidden"],
         head_weight: Float[Tensor, "vocab hidden"],
     ) -> None:
-        """Make the target's embedding and LM head the drafter's own, frozen; they share memory
-        where dtype and device are the drafter's."""
+        """Make the target's embedding and LM head the drafter's own, frozen, shared if alike."""
         wanted = (self.config.vocab_size, self.config.hidden_size)
         for module, weight in ((self.embed_tokens, embed_weight), (self.lm_head, head_weight)):
             if weight.shape != wanted:

@@ -178,7 +178,8 @@ def simulate(
                 missing -= request.measured
         steps.append((begin, seconds, size, verified, size + verified, grown))
         batch = [request for request in batch if request.left]
-    return _result(requests, admitted, pd.DataFrame(steps, columns=_STEPS))
+    columns = dict(zip(_STEPS, map(np.array, zip(*steps, strict=True)), strict=True))
+    return _result(requests, admitted, columns)
 
 
 @checked
@@ -246,14 +247,14 @@ def _slots_to_verify(
     return lengths.tolist()
 
 
-def _result(requests: Requests, admitted: list[_Request], steps: pd.DataFrame) -> LoadResult:
+def _result(requests: Requests, admitted: list[_Request], steps: dict[str, Any]) -> LoadResult:
     of = {name: np.array([getattr(r, name) for r in admitted]) for name in _Request.__slots__}
     of["domain"] = requests.answers.domain[requests.conversation[of["request"]]]
     of["tokens"] = requests.tokens[of["request"]] - of["left"]
-    served = pd.DataFrame({name: of[name] for name in _REQUESTS})
-    counted = served[served["measured"]]
-    begin, end = counted["start"].iloc[0], counted["end"].max()
-    during = steps[steps["start"] >= begin]
+    # Arrays until the end: a table for each figure would take longer than the simulation.
+    counted = {name: of[name][of["measured"]] for name in _REQUESTS}
+    begin, end = counted["start"][0], counted["end"].max()
+    during = {name: values[steps["start"] >= begin] for name, values in steps.items()}
     speed = counted["tokens"] / (counted["end"] - counted["start"])
     asked = counted["verified"].sum()
     figures = {
@@ -272,4 +273,5 @@ def _result(requests: Requests, admitted: list[_Request], steps: pd.DataFrame) -
         "batch_tokens": during["batch_tokens"].mean(),
         "busy": during["seconds"].sum() / (end - begin),
     }
-    return LoadResult(served, steps, pd.Series(figures, dtype=np.float64))
+    served = pd.DataFrame({name: of[name] for name in _REQUESTS})
+    return LoadResult(served, pd.DataFrame(steps), pd.Series(figures, dtype=np.float64))
