@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dspark_lab.blocks import draw_blocks
-from dspark_lab.chats import Batch, collate, pack
+from dspark_lab.chats import Batch, collate, pack, packed_places
 from dspark_lab.tuning import (
     PER,
     REASONS,
@@ -369,6 +369,7 @@ def test_tables_hold_numbers_in_their_columns():
         (lambda e: token_supervision(e, 4, 4, document=4), ValueError, r"must lie in \[0, 3\]"),
         (lambda e: packing_table(e, (39,)), ValueError, "more than length 39 of a row; cut it"),
         (lambda e: anchors_needed(e, (0.5, 0)), ValueError, "goals.* must lie in"),
+        (lambda _: packed_places(np.array([3, 6]), 5), ValueError, "got 3 to 6"),
     ],
 )
 def test_an_impossible_choice_says_what_is_wrong(call, error, sentence):
