@@ -238,6 +238,7 @@ def test_compiled_whole_it_gives_the_same_with_gradients(backend, device):
         close(a, b, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_compiled_kernel_reads_tiles_made_before(device, cpp_compiler):
     """Not compiled, FlexAttention asks the mask function about every pair; the kernel does not."""
     torch._dynamo.reset()

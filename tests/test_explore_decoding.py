@@ -357,7 +357,7 @@ def test_the_tables_and_the_line_below_are_those_of_the_run():
 def test_every_slot_of_every_round_can_be_stepped_to_and_a_step_draws_one_picture(monkeypatch):
     drawn = mock.Mock(side_effect=explore.plot_distributions)
     monkeypatch.setattr(decoding_module, "plot_distributions", drawn)
-    explorer = decoding(drafters=drafter(2, block_size=3), max_new_tokens=14, threshold=0.4, seed=3)
+    explorer = decoding(drafters=drafter(2, block_size=3), max_new_tokens=10, threshold=0.4, seed=3)
     rounds, step = explorer.rounds, explorer.step
     assert len({r.accepted for r in rounds}) > 1 and len({r.verified for r in rounds}) > 1
     assert step["round"].max == len(rounds) - 1 and step["round"].value == 0

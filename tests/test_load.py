@@ -254,7 +254,7 @@ def test_blocks_that_are_drafted_shorter_are_verified_no_further() -> None:
     for policy in (StaticThreshold(0.0), FixedLength(2)):
         short = simulate(requests, ENGINE, policy, concurrency=2, draft_length=2)
         assert (short.steps["verified"] == 2 * short.steps["requests"]).all()
-    with pytest.raises(ValueError, match=r"must verify 0 to 2 slots, got \[3, "):
+    with pytest.raises(ValueError, match=r"0 to 2 whole slots .*, got \[3, "):
         simulate(requests, ENGINE, FixedLength(3), concurrency=2, draft_length=2)
     with pytest.raises(ValueError, match="draft_length must be at most 4, got 5"):
         simulate(requests, ENGINE, FixedLength(3), concurrency=2, draft_length=5)
@@ -389,10 +389,10 @@ def test_without_confidences_only_fixed_lengths_serve() -> None:
 @pytest.mark.parametrize(
     "policy, message",
     [
-        (FixedLength(5), r"must verify 0 to 4 slots, got \[5, 5, "),
-        (lambda c, s: np.ones(1), "whole number of slots for each of 2 requests"),
-        (lambda c, s: None, "whole number of slots for each of 2 requests, got None"),
-        (lambda c, s: np.array([0, -1]), r"must verify 0 to 4 slots, got \[0, -1\]"),
+        (FixedLength(5), r"0 to 4 whole slots for each of .*, got \[5, 5, "),
+        (lambda c, s: np.ones(1), r"0 to 4 whole slots for each of 2 requests, got \[1\.0\]"),
+        (lambda c, s: None, "0 to 4 whole slots for each of 2 requests, got None"),
+        (lambda c, s: np.array([0, -1]), r"0 to 4 whole slots .*, got \[0, -1\]"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(policy, message) -> None:

@@ -133,21 +133,23 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
     if len(trace) == 0:
         raise ValueError("trace must have at least one row, got 0")
     domains = column(trace, "domain", complete=True)
-    domain = domains.groupby(code).transform("first")
-    other = np.flatnonzero(domains != domain)
+    domain, _ = pd.factorize(domains)
+    _, begin = np.unique(code, return_index=True)
+    other = np.flatnonzero(domain != domain[begin[code]])
     if len(other):
-        found = f"{domains.iloc[other[0]]!r} and {domain.iloc[other[0]]!r}"
-        where = f"conversation {prompts[code[other[0]]]}"
-        raise ValueError(f"a conversation must have one domain, got {found} for {where}")
+        prompt, own = prompts[code[other[0]]], domains.iloc[begin[code[other[0]]]]
+        found = f"{domains.iloc[other[0]]!r} and {own!r} for conversation {prompt}"
+        raise ValueError(f"a conversation must have one domain, got {found}")
     number, place = _typed(trace, "round", "integers"), _typed(trace, "slot", "integers")
-    keys = pd.DataFrame({"conversation": code, "round": number, "slot": place})
-    keys = keys.sort_values(list(keys))
-    order, rounds_in_order = keys.index.to_numpy(), keys.groupby(["conversation", "round"])
+    order = np.lexsort((place, number, code))
+    slot = place[order]
+    begins = np.append(True, (np.diff(code[order]) != 0) | (np.diff(number[order]) != 0))
+    starts, of_round = np.flatnonzero(begins), begins.cumsum() - 1
     rule = "the slots of a round must be 0, 1, 2, ..., each once, and every run a trace of its own"
-    _refuse(trace, "slot", order[keys["slot"] != rounds_in_order.cumcount()], rule)
-    first = order[keys["slot"] == 0]
-    row = np.full((len(first), keys["slot"].max() + 1), -1)
-    row[rounds_in_order.ngroup(), keys["slot"]] = order
+    _refuse(trace, "slot", order[slot != np.arange(len(slot)) - starts[of_round]], rule)
+    first = order[starts]
+    row = np.full((len(first), slot.max() + 1), -1)
+    row[of_round, slot] = order
 
     def spread(values: np.ndarray, empty: float | bool) -> np.ndarray:
         return np.where(row < 0, empty, values[row])

@@ -47,7 +47,7 @@ def load_smollm2(
     model = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True
     )
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -237,13 +237,10 @@ def _slots_to_verify(
 ) -> list[int]:
     size, slots = confidence.shape
     lengths = np.asarray(policy(confidence, lambda tokens: 1 / seconds[tokens]))
-    if lengths.shape != (size,) or lengths.dtype.kind not in "iu":
-        raise ValueError(
-            f"a policy must return a whole number of slots for each of {size} requests, "
-            f"got {lengths}"
-        )
-    if lengths.min() < 0 or lengths.max() > slots:
-        raise ValueError(f"a policy must verify 0 to {slots} slots, got {lengths.tolist()}")
+    whole = lengths.shape == (size,) and lengths.dtype.kind in "iu"
+    if not (whole and 0 <= lengths.min() and lengths.max() <= slots):
+        wanted = f"0 to {slots} whole slots for each of {size} requests"
+        raise ValueError(f"a policy must return {wanted}, got {lengths.tolist()}")
     return lengths.tolist()
 
 

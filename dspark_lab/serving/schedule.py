@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dspark_lab.checks import checked
 from dspark_lab.decoding import Scheduler
-from dspark_lab.rates import as_numbers, as_probabilities, prefix_survival
+from dspark_lab.rates import as_numbers, as_probabilities
 from dspark_lab.serving.steps import Speed
 
 Confidence = (
@@ -148,7 +148,7 @@ def _candidates(confidence: Confidence) -> tuple[int, Float[np.ndarray, " candid
         span = f"from {array.min()} to {array.max()}"
         raise ValueError(f"confidence must lie in [0, 1], got values {span}")
     # A product of numbers of at most 1 never rises, rounding included.
-    return len(array), prefix_survival(array).T.ravel()
+    return len(array), array.cumprod(axis=1).T.ravel()
 
 
 def _walk(
@@ -156,7 +156,7 @@ def _walk(
 ) -> _Walk:
     """The walk over slots of survival > 0, or the likeliest ``most`` and their equals."""
     least = np.partition(survival, -most)[-most] if most and most < len(survival) else 0.0
-    order = np.flatnonzero((survival >= least) & (survival > 0))
+    order = np.flatnonzero(survival >= least if least > 0 else survival)
     # Stable: of equal ones the earlier slot stays in front.
     order = order[np.argsort(-survival[order], kind="stable")]
     survival = survival[order]
