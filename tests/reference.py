@@ -3,9 +3,9 @@
 The method of DSpark (arXiv 2607.05147) in float64, in loops over rows, blocks, layers, heads, slots
 and keys: every tensor here is one vector, or one matrix that multiplies one vector. A block is
 computed from its anchor's document alone, cut out of the row and counted from its own first token,
-so there is no mask, no padding and no packing to get wrong. Parameters come from a state dict with
-the published names, so the gradient of the loss in each of them is autograd's, through the loops.
-Nothing of ``dspark_lab`` is used. Index b is a row, n a block of it, k a slot of the block.
+so no mask, padding or packing can be wrong. Parameters come from a state dict with the published
+names; gradients are autograd's, through the loops. Nothing of ``dspark_lab`` is used. Index b is a
+row, n a block of it, k a slot of the block.
 """
 
 import math

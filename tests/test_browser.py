@@ -1,8 +1,7 @@
 """The notebooks in a browser: JupyterLab as `make lab` starts it, every cell run, a slider dragged.
 
 Drives Chromium through Playwright and keeps screenshots in test-output/, one for each notebook and
-theme. Knows JupyterLab's page and the explorers' controls; what a picture should show is tested
-elsewhere, here it must follow its slider.
+theme. What a picture should show is tested elsewhere, here it must follow its slider.
 """
 
 import json

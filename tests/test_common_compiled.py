@@ -1,9 +1,8 @@
 """The utilities and the mask under torch.compile, without host synchronisation, on one device.
 
-Synchronisation is shown with fake tensors: they have shapes and no values, so a function that
-asks for a value (.item(), a branch on a tensor, a shape that depends on data) raises. Stray
-devices are shown with the meta device: a tensor that is made anywhere else is recorded.
-Both detectors are first shown to detect.
+Fake tensors show synchronisation: they have no values, so what asks for one (.item(), a branch on a
+tensor, a shape that depends on data) raises. The meta device shows stray devices: a tensor made
+anywhere else is recorded. Both detectors are first shown to detect.
 """
 
 import pytest

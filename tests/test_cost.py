@@ -3,9 +3,8 @@
 Operations are compared with `torch.utils.flop_counter` on the lab's own models; attention's pairs
 with the dense mask, its tiles with the block mask, as means over every possible draw.
 
-The counter knows matrix products and SDPA's CUDA kernels. It does not see into custom operators, as
-the chunked objective and the blockwise attention are, nor know the CPU's fused SDPA, nor a product
-that adds in place (`addmm_`). These are counted here by looking inside with the missing formulas.
+The counter knows matrix products and SDPA's CUDA kernels, but not the CPU's fused SDPA, `addmm_`,
+or the custom operators (chunked objective, blockwise attention): formulas given here count these.
 """
 
 import json

@@ -562,11 +562,10 @@ def test_draws_from_a_seed_are_distributed_as_the_targets_own(options):
 def chance_of_draws(pair: Pair, draws: int, **options: Any) -> float:
     """The p-value of so many tokens, in sampled answers to many prompts, under the target.
 
-    A token's place is where it falls in [0, 1) when the vocabulary is laid out by its probability,
-    those first that the drafter likes better than the target does (p - q ascending; without a draft
-    q is 0). That place is uniform, given all before it, whatever the drafter; a token that is not
-    drawn as the target would moves it most. p is that of forwards without a cache. The places are
-    counted in 20 bins.
+    A token's place in [0, 1) is where it falls when the vocabulary is laid out by p, those first
+    that the drafter likes better than the target (p - q ascending; q is 0 without a draft). It is
+    uniform given all before it, whatever the drafter; a token not drawn as the target would moves
+    it most. p is that of forwards without a cache; places are counted in 20 bins.
     """
     prompts = sorted((question(chat) for chat in pair.held_out), key=len)[:150]
     generator = torch.Generator().manual_seed(0)

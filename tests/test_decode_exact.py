@@ -1,9 +1,8 @@
 """Decoding changes nothing: every way that chance can fall, weighed, against the target by itself.
 
-Where `decode` would draw, an `Enumerator` gives the choice, and every choice is tried in turn, so
-what an answer's paths weigh together is its probability, with no sampling error. What it should be
-comes from the model of transformers alone: a full forward for every token, no cache, and the chain
-rule. Vocabularies of two to four tokens, models in float64.
+Where `decode` would draw, an `Enumerator` gives every choice in turn: the weight of an answer's
+paths is its probability, without sampling error. It should be that of transformers' model alone: a
+full forward for every token, no cache. Vocabularies of two to four tokens, models in float64.
 """
 
 import math
@@ -56,10 +55,9 @@ class Path:
 class Enumerator(RandomNumbers):
     """Chooses instead of drawing: a path gives the choices, and where it ends, the first way.
 
-    Each path is that of ``prompts`` rows. ``paths`` are those gone in the end, ``others`` those
-    that turn off where one of these was the first to go on. The random numbers only say whose they
-    are, twice the prompt's number, plus one for the target's own token; `accepts` and `draw` choose
-    in place of those of the library.
+    A path is of ``prompts`` rows. ``paths`` are those gone in the end, ``others`` turn off where
+    one of these was the first to go on. A random number says whose it is: twice the prompt's
+    number, plus one for the target's own token. `accepts` and `draw` replace the library's.
     """
 
     def __init__(self, paths: Sequence[Path], prompts: int) -> None:

@@ -1,6 +1,7 @@
 """The house: what imports what, where names are defined, and who offers them."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def defined(path: Path) -> set[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            parts = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
-            names |= {part.id for part in parts if isinstance(part.ctx, ast.Store)}
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
     return names
 
 
@@ -95,14 +97,19 @@ def test_a_package_offers_what_its_files_define_and_nothing_else(stub):
     assert not files & set(names), "a file hides a name that is offered"
 
 
-def test_a_file_lists_only_what_it_defines():
+def test_a_name_is_defined_in_one_file_which_lists_nothing_else():
+    homes = {"main": "", "PROGRAM": "", "Options": ""}  # of each command
     for path in FILES:
         assert set(listed(path)) <= defined(path), room(path)
+        for name in defined(path):
+            home = homes.setdefault(name, room(path))
+            assert name.startswith("_") or home in ("", room(path)), f"{name} in {home} too"
 
 
 def test_outside_a_package_its_names_are_imported_from_the_package():
     rooms = {path.stem for path in PACKAGE.iterdir()}
     for path in FILES:
+        assert not re.search(r"^(from|import) data\b", path.read_text(), re.M)
         for module, name in imported(path):
             parts = module.split(".")
             whole = module == "dspark_lab" and name in rooms
@@ -112,7 +119,10 @@ def test_outside_a_package_its_names_are_imported_from_the_package():
 
 def test_no_file_or_package_has_the_name_of_a_call_at_the_door():
     door = set(listed(PACKAGE / "__init__.pyi"))
-    assert {"decode", "train", "evaluate", "explore_anchors"} <= door
+    explorers = "acceptance anchors decoding masks serving training_budget".split()
+    calls = "choose_training decode encode evaluate export load_chats load_drafter load_pair"
+    calls += " load_target load_tokenizer train"
+    assert {*calls.split(), *(f"explore_{name}" for name in explorers)} <= door
     assert not door & ({path.stem for path in FILES} | {path.parent.name for path in FILES})
 
 

@@ -287,7 +287,6 @@ def test_the_worked_example_is_that_of_the_design(scheduler, lengths, exact) -> 
     Theta is 1 with nothing admitted, (1 + 0.8) * 0.5 = 0.9 with the first slot: early stopping ends
     here. After A both slots give (1 + 0.8 + 0.72) * 0.45 = 1.134, so a retrospective search
     verifies A, which is always accepted, and leaves B to the target: 0.5 + 0.5 * 0.7 = 0.85.
-    The enumeration above sees the same bias.
     """
     assert not CLIFF.smooth
     found = [scheduler(np.array([[0.8, after]]), CLIFF).item() for after in (0.9, 0.0)]

@@ -8,7 +8,7 @@ import torch
 from dspark_lab.chats import Encoded, collate
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.decoding import decode
-from dspark_lab.model import accept_rates, output_objective
+from dspark_lab.model import output_objective
 from dspark_lab.rates import (
     BlockRates,
     block_sums,
@@ -37,8 +37,13 @@ def by_hand(target, drafter, item: Encoded) -> list[list[float]]:
     for anchor in range(len(item) - drafter.config.block_size):
         block = item.loss_mask[anchor : anchor + drafter.config.block_size + 1]
         if bool(block.all()):
-            rates.append(accept_rates(forward(target, drafter, item, [anchor]))[0, 0].tolist())
+            rates.append(true_rates(forward(target, drafter, item, [anchor]))[0, 0].tolist())
     return rates
+
+
+def true_rates(output: DSparkForwardOutput) -> torch.Tensor:
+    logits = output.draft_logits, output.aligned_target_logits
+    return torch.minimum(*(x.softmax(dim=-1) for x in logits)).sum(dim=-1)
 
 
 def forward(target, drafter, item: Encoded, anchors: list[int]) -> DSparkForwardOutput:
@@ -179,7 +184,7 @@ def test_where_rounds_began_slot_0_has_the_rate_on_policy() -> None:
         item = Encoded(torch.tensor(text), answered, CHAT)
         # Blocks that the answer's end cuts have a slot 0 too.
         output = forward(target, drafter, item, list(range(len(ids), len(text) - 1)))
-        assert every == pytest.approx(accept_rates(output)[..., 0].mean().item(), rel=1e-5)
+        assert every == pytest.approx(true_rates(output)[..., 0].mean().item(), rel=1e-5)
         assert every != pytest.approx(began, rel=1e-3)
 
 

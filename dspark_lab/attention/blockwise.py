@@ -134,7 +134,7 @@ def _slots(blocks: slice, block_size: int) -> slice:
 
 
 def _bias(hidden: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of each slot: very low where ``hidden``, ``[anchor, key]``."""
+    """The numbers to add to each slot's scores: very low where ``hidden``, ``[anchor, key]``."""
     # Not -inf, so that a query that sees nothing of a piece has a result there, of no weight.
     bias = hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)
     return bias.repeat_interleave(block_size, dim=0)[None, None]

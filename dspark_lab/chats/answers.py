@@ -136,7 +136,7 @@ def _with_answers(messages: Messages, answers: dict[int, str]) -> Messages:
 
 
 def _generation_prompt(tokenizer: Tokenizer, messages: Messages, turn: int) -> str:
-    """What the template adds to the messages before ``turn`` to make the model answer."""
+    """The text that the template adds to the messages before ``turn`` to make the model answer."""
     if turn == 0:
         return ""
     said = _render(tokenizer, messages[:turn])

@@ -200,7 +200,7 @@ class Record:
         return rounds
 
     def result(self, seconds: dict[str, float]) -> Decoded:
-        """What there is so far, its tables by prompt and round."""
+        """The record so far, its tables by prompt and round."""
         trace = pd.DataFrame(self._trace, columns=list(TRACE_COLUMNS)).astype(TRACE_COLUMNS)
         rounds = pd.DataFrame(self._rounds, columns=list(_ROUND_COLUMNS))
         answers = [list(answer) for answer in self._answers]

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dspark_lab.checks import NonNegative, Within, checked
+from dspark_lab.model import at_least_fp32
 
-BySlot = Float[Tensor, "batch slot"]
+PerSlot = Float[Tensor, "batch slot"]
 TopP = Annotated[float, Within(0, 1, above=True)]
 
 # Below it, logits are moved so that dividing them by the temperature cannot overflow.
@@ -36,9 +37,9 @@ class Verdict:
 
     accepted: Int[Tensor, " batch"]
     next_token: Int[Tensor, " batch"]
-    target_prob: BySlot
-    accept_prob: BySlot
-    accept_rate: BySlot
+    target_prob: PerSlot
+    accept_prob: PerSlot
+    accept_rate: PerSlot
 
 
 @checked
@@ -71,12 +72,12 @@ def verify(
     )
 
 
-def acceptance(target_prob: BySlot, draft_prob: BySlot) -> BySlot:
+def acceptance(target_prob: PerSlot, draft_prob: PerSlot) -> PerSlot:
     """The probability of accepting a drafted token, min(1, p(x) / q(x))."""
     return (target_prob / draft_prob).clamp(max=1)
 
 
-def accepts(probability: BySlot, numbers: BySlot) -> Bool[Tensor, "batch slot"]:
+def accepts(probability: PerSlot, numbers: PerSlot) -> Bool[Tensor, "batch slot"]:
     """Whether each token is accepted by itself, from a uniform number for each."""
     return numbers < probability
 
@@ -125,7 +126,7 @@ def distribution(
     Temperature 0 puts everything on the likeliest token, the first of several. Top-p keeps the
     smallest set of likeliest tokens whose probabilities sum to at least ``top_p``.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(at_least_fp32(logits.dtype))
     if temperature == 0:
         return torch.zeros_like(wide).scatter_(-1, wide.argmax(dim=-1, keepdim=True), 1)
     if temperature < _COLD:

@@ -174,7 +174,7 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
 
 
 def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure:
-    """What a static threshold buys, a higher acceptance rate, and what it costs.
+    """The gain of a static threshold, a higher acceptance rate, and its cost.
 
     The tables, one or several by name, are from :func:`dspark_lab.rates.threshold_sweep`. Columns
     such as ``verified_low`` and ``verified_high`` are drawn as bands.
@@ -283,6 +283,7 @@ def _finish_dots(ax: Axes, names: list[str]) -> None:
     ax.set_xlim(min(low, -0.25 * reach), max(high, 0.25 * reach))
 
 
+@checked
 def explore_acceptance(
     target: TargetLike | None = None,
     drafter: DrafterLike | Mapping[str, DrafterLike] | None = None,

@@ -24,7 +24,7 @@ from dspark_lab.tuning import token_coverage
 def token_table(
     batch: Batch, blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0
 ) -> pd.DataFrame:
-    """What each token of one row is, before and after a draw of blocks.
+    """The state of each token of one row, before and after a draw of blocks.
 
     ``to_text`` is such as ``lambda i: tokenizer.decode([i])``. ``document`` is -1 on padding,
     ``p_covered`` the probability that a draw of as many anchors covers the token. ``state`` is
@@ -58,7 +58,7 @@ def token_table(
 
 @checked
 def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> pd.DataFrame:
-    """What each slot of one row's blocks reads, where it stands, and what it should predict.
+    """Each slot of one row's blocks: its input, its position, and its label.
 
     ``input`` is from :func:`slot_inputs`, ``context`` counts the context tokens that a slot sees,
     ``label`` is empty past the row and in dummy blocks.

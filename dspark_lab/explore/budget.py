@@ -132,7 +132,7 @@ def plot_budget(
     num_anchors: int,
     at: tuple[int, int],
 ) -> Figure:
-    """What a choice for training covers, gains, costs and leaves room for, in four panels.
+    """Coverage, gain, cost and memory of a choice for training, in four panels.
 
     Args:
         options: ``table`` of :func:`dspark_lab.choose_training` for one block size and row length.
@@ -256,7 +256,7 @@ def plot_slots(table: pd.DataFrame) -> Figure:
 
 
 def plot_front(table: pd.DataFrame) -> Figure:
-    """What options of :func:`dspark_lab.choose_training` gain a second, and for each byte held.
+    """The gain of options of :func:`dspark_lab.choose_training`, a second and a byte held.
 
     Those on the front are named.
     """
@@ -386,7 +386,7 @@ def explore_training_budget(
     vocabulary: Count | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> explorer.Explorer:
-    """What a training step on these conversations covers, gains, costs and needs.
+    """Coverage, gain, cost and memory of a training step on these conversations.
 
     Args:
         chats, tokenizer: as in :func:`explore_anchors`; conversations may be encoded already.

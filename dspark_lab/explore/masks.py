@@ -269,7 +269,7 @@ def explore_masks(
     row_length: int = 512,
     context: int = 512,
 ) -> Explorer:
-    """What each block of a conversation sees, pair by pair and tile by tile.
+    """The mask of each block of a conversation, pair by pair and tile by tile.
 
     ``context`` is how many tokens around the first answer to keep: with few of them and few blocks
     the mask is drawn cell by cell. All other arguments are as in :func:`explore_anchors`, and the

@@ -15,7 +15,7 @@ from dspark_lab.explore.explorer import Frame
 from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure, png
 
 # A training curve is drawn again when it is so old, and then costs a run a tenth of its time.
-REDRAW_SECONDS, TIMES_ITS_DRAWING = 0.5, 9
+_REDRAW_SECONDS, _TIMES_ITS_DRAWING = 0.5, 9
 
 
 def plot_training(table: pd.DataFrame) -> Figure:
@@ -71,7 +71,7 @@ class LiveCurve(ipywidgets.VBox):
         begin = time.monotonic()
         self._png = png(plot_training(self.table))
         drawn = time.monotonic()
-        self._due = drawn + max(REDRAW_SECONDS, TIMES_ITS_DRAWING * (drawn - begin))
+        self._due = drawn + max(_REDRAW_SECONDS, _TIMES_ITS_DRAWING * (drawn - begin))
         frame = Frame({}, png=self._png, alt="loss, accept rate and tau")
         self._picture.value = frame.as_html()
         if self._rows:

@@ -1,11 +1,11 @@
-from .checkpoint import CALIBRATION, load_drafter, save_drafter
+from .checkpoint import CALIBRATION, WEIGHTS, load_drafter, save_drafter
 from .config import ARCHITECTURE, DrafterConfig
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
 from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
 from .objective import Objective, Sums, chunk_sizes, dspark_objective, most_slots, output_objective
 from .protocol import BlockDrafter, DrafterSizes, Features, Proposal, Slots
-from .slotwise import DecayGamma, accept_rates, at_least_fp32, decay_weights, slot_weights, survival
+from .slotwise import DecayGamma, at_least_fp32, decay_weights, slot_weights, survival
 from .smollm2 import fetch_smollm2, load_smollm2, save_tokenizer, smollm2_cache, split_digits
 from .target import Target, TargetCache, load_target
 
@@ -13,6 +13,7 @@ __all__ = [
     "ARCHITECTURE",
     "CALIBRATION",
     "MARKOV_HEADS",
+    "WEIGHTS",
     "BlockDrafter",
     "DecayGamma",
     "Drafter",
@@ -28,7 +29,6 @@ __all__ = [
     "Sums",
     "Target",
     "TargetCache",
-    "accept_rates",
     "at_least_fp32",
     "build_markov_head",
     "cached_features",

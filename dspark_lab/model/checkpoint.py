@@ -64,7 +64,7 @@ def save_drafter(
     from huggingface_hub import split_torch_state_dict_into_shards as split_by_size
 
     _check_dtype(dtype)
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(os.path.realpath(Path(folder).expanduser()))
     _check_replaceable(folder)
     for unfinished in folder.parent.glob(f".{folder.name}.partial*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -196,7 +196,7 @@ def _find_folder(folder: str | os.PathLike[str]) -> Path:
     if path.exists():
         what = "a pickle, which is never loaded" if path.suffix in _PICKLES else "a file"
         raise ValueError(f"{path} must be a folder with {CONFIG} and {WEIGHTS}, got {what}")
-    previous = previous_version(path.resolve())
+    previous = previous_version(Path(os.path.realpath(path)))
     if previous.is_dir():
         warnings.warn(
             f"a save to {path} was interrupted; loading the checkpoint before it, from {previous}",

@@ -111,6 +111,7 @@ class DrafterConfig:
         return values
 
     @classmethod
+    @checked
     def from_dict(cls, values: Mapping[str, Any]) -> DrafterConfig:
         """Read the content of a ``config.json``; unknown keys are metadata.
 

@@ -27,7 +27,7 @@ Choose = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a drafter reads of the target, in the target's dtype.
+    """The target's states that a drafter reads, in the target's dtype.
 
     ``context`` is as :func:`dspark_lab.common.extract_context_feature` gives it; ``last`` is the
     final hidden state after the last norm, which the LM head maps to the target's logits.
@@ -68,7 +68,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class DrafterSizes:
-    """What the cost and the memory of a drafter follow from, counted on the module itself.
+    """The sizes that a drafter's cost and memory follow from, counted on the module itself.
 
     ``latent_weights`` are in the matrices that make a slot's latent, ``latent_kept`` numbers a slot
     stay for the backward pass; the confidence head reads ``confidence_width`` numbers of a slot.

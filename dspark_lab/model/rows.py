@@ -34,7 +34,7 @@ class Rows:
         return all(length == self.width for length in self.lengths)
 
     def mask(self, new: int, *, causal: bool = True) -> Bool[Tensor, "batch new key"]:
-        """What each of ``new`` tokens sees: its row's columns, and the new ones (up to itself)."""
+        """The keys of each of ``new`` tokens: its row's columns, and new ones (up to itself)."""
         own = _column(self.lengths).to(self.device)
         old = torch.arange(self.width, device=self.device) < own
         seen = torch.ones(new, new, dtype=torch.bool, device=self.device)

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dspark_lab.checks import Count, checked, debug_range
-from dspark_lab.common import DSparkForwardOutput
+from dspark_lab.checks import Count, Device, checked, debug_range
 
 
 class _Divisor:
@@ -34,6 +33,7 @@ def check_token_ids(ids: Int[Tensor, "batch seq"], vocab_size: int) -> None:
         raise ValueError(f"input_ids must lie {wanted}, got {found}")
 
 
+@checked
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, norms and softmaxes: fp32 for narrower numbers, fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
@@ -44,7 +44,7 @@ def decay_weights(
     block_size: Count,
     loss_decay_gamma: DecayGamma,
     dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> Float[Tensor, " slot"]:
     """w_k = exp(-k / gamma), the loss weight of slot k (DSpark, section 3.4); gamma may be inf."""
     return torch.exp(-torch.arange(block_size, device=device, dtype=dtype) / loss_decay_gamma)
@@ -67,14 +67,6 @@ def survival(
     return torch.where(eval_mask, rates, 0).cumprod(dim=-1)
 
 
-@checked
-def accept_rates(output: DSparkForwardOutput) -> Float[Tensor, "batch anchor slot"]:
-    """c* = 1 - ||p - q||_1 / 2 of every slot, supervised or not, in fp32 at least (section 3.3)."""
-    if output.aligned_target_logits is None:
-        raise ValueError("accept rates need aligned_target_logits, which the output does not have")
-    return rate_of_distance(distance(output.draft_logits, output.aligned_target_logits))
-
-
 def distance(
     draft_logits: Float[Tensor, "*axes vocab"], target_logits: Float[Tensor, "*axes vocab"]
 ) -> Float[Tensor, "*axes"]:
@@ -85,5 +77,5 @@ def distance(
 
 
 def rate_of_distance(l1: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """c* from l1 = ||p - q||_1, which rounding may take a little above 2."""
+    """c* = 1 - l1 / 2 (section 3.3) from l1 = ||p - q||_1, which may end a rounding above 2."""
     return (1 - l1 / 2).clamp(min=0)

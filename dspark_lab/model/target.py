@@ -62,8 +62,7 @@ class Target:
     """A frozen causal language model of transformers, and its tokenizer where it has one.
 
     Refuses a model whose logits are not ``head_weight`` times its final hidden state (a bias, a
-    scale, a soft cap on top), whose embedding is not as wide as its layers, or whose layers cannot
-    be found.
+    scale or a cap on top), whose embedding is of another width, or whose layers are not found.
     """
 
     model: transformers.PreTrainedModel

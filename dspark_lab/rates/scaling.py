@@ -25,7 +25,7 @@ from dspark_lab.model import CALIBRATION
 from dspark_lab.rates.scores import Binning, as_numbers, binned_error, require_range
 from dspark_lab.rates.survival import prefix_survival
 
-BySlot = Float[np.ndarray, "round slot"]
+Chance = Float[np.ndarray, "round slot"]
 
 _METHOD = "sequential_temperature_scaling"
 
@@ -159,7 +159,7 @@ def online_temperatures(
     start: SequentialTemperatures | None = None,
     grid: ArrayLike = COARSE_GRID,
     bins: Count = 15,
-) -> BySlot:
+) -> Chance:
     """Return the temperatures in force at each round, which follow the traffic.
 
     Every ``every`` rounds all temperatures are found anew, as in :class:`SequentialTemperatures`,
@@ -207,7 +207,7 @@ def fit_identifiable_slots(rounds: Rounds, **options: Any) -> SequentialTemperat
 
 
 @checked
-def non_identifiable_slots(confidence: BySlot, survival: BySlot, min_rounds: int) -> dict[int, str]:
+def non_identifiable_slots(confidence: Chance, survival: Chance, min_rounds: int) -> dict[int, str]:
     """Return the slots whose temperature the rounds cannot determine, each with the reason."""
     reasons = {}
     for slot, known in enumerate(_known(confidence, survival).T):
@@ -220,8 +220,8 @@ def non_identifiable_slots(confidence: BySlot, survival: BySlot, min_rounds: int
 
 
 def search(
-    f: BySlot,
-    survival: BySlot,
+    f: Chance,
+    survival: Chance,
     weights: Float[np.ndarray, " round"],
     start: Float[np.ndarray, " slot"],
     fixed: Container[int],
@@ -256,7 +256,7 @@ def _level_of_caller() -> int:
     return level
 
 
-def _known(confidence: BySlot, survival: BySlot) -> Bool[np.ndarray, "round slot"]:
+def _known(confidence: Chance, survival: Chance) -> Bool[np.ndarray, "round slot"]:
     """Where both the survival up to a slot and all confidences up to it are known."""
     return ~np.isnan(survival) & ~np.isnan(np.cumsum(confidence, axis=1))
 
@@ -271,7 +271,7 @@ def _sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         return 1 / (1 + np.exp(-x))
 
 
-def _confidence_and_survival(confidence: ArrayLike, outcome: ArrayLike) -> tuple[BySlot, BySlot]:
+def _confidence_and_survival(confidence: ArrayLike, outcome: ArrayLike) -> tuple[Chance, Chance]:
     f, o = as_numbers("confidence", confidence), as_numbers("outcome", outcome)
     for name, values in (("confidence", f), ("outcome", o)):
         if values.ndim != 2 or values.size == 0:

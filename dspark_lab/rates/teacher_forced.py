@@ -235,6 +235,7 @@ def _whole_blocks(
         raise ValueError(f"no conversation holds a block: {size + 1} supervised tokens in a row")
 
 
+@checked
 def block_sums(found: Iterable[tuple[Any, str, BlockRates]]) -> pd.DataFrame:
     """Return the sums of conversations, each a label, a domain and its blocks' rates.
 

@@ -13,7 +13,7 @@ import torch
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, Prompt, decode, encode_prompt
 from dspark_lab.files import now
-from dspark_lab.model import Drafter, Target, TargetCache
+from dspark_lab.model import BlockDrafter, Target, TargetCache
 from dspark_lab.rates import prefix_survival
 from dspark_lab.serving.costs import RoundCosts, break_even_rate, require_lengths
 from dspark_lab.serving.profile import acceptance_profile, tau_of_answers
@@ -50,7 +50,7 @@ def speed_table(
 @checked
 def decode_check(
     target: Target,
-    drafter: Drafter,
+    drafter: BlockDrafter,
     prompts: Sequence[Prompt],
     trace: pd.DataFrame,
     *,

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Count, NonNegative, checked
+from dspark_lab.checks import Count, NonNegative, checked, require
 from dspark_lab.pairs import pair_folder
 from dspark_lab.rates import as_numbers
 from dspark_lab.serving import steps
@@ -43,8 +43,7 @@ class Engine:
     plain_rest: Float[np.ndarray, " point"]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sps, StepsPerSecond):
-            raise TypeError(f"sps must be a StepsPerSecond, got {type(self.sps).__name__}")
+        require("sps", self.sps, StepsPerSecond)
         requests = steps.measured_points("requests", self.requests)
         object.__setattr__(self, "requests", requests)
         for name, axes in (("draft", "point, slot"), ("rest", "point"), ("plain_rest", "point")):
@@ -131,6 +130,7 @@ class Engine:
         steps.save_points(self.table, path)
 
     @classmethod
+    @checked
     def read(cls, path: str | os.PathLike[str]) -> Engine:
         """From a CSV file that :meth:`save` wrote, or one with the columns of :attr:`table`."""
         table = steps.read_points(path, _COLUMNS)

@@ -35,6 +35,7 @@ class AcceptanceProfile:
     drafter: str | None = None
 
     @classmethod
+    @checked
     def of(cls, rates: Sequence[float], *, temperature: float | None = None) -> AcceptanceProfile:
         """From plain numbers, such as published ones; without intervals."""
         values = as_probabilities("rates", list(rates))

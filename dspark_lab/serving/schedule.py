@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.checks import checked
-from dspark_lab.decoding import Scheduler
+from dspark_lab.decoding import Scheduler, residual
 from dspark_lab.rates import as_numbers, as_probabilities
 from dspark_lab.serving.steps import Speed
 
@@ -113,9 +113,8 @@ def output_distribution(
     q = as_probabilities("draft_probs", draft_probs)
     asked = np.asarray(verified, dtype=bool)
     kept = np.where(asked, np.minimum(p, q), 0)
-    residual = np.maximum(p - q, 0)
-    residual = residual / residual.sum() if residual.any() else p
-    return kept + (q[asked].sum() - kept.sum()) * residual + q[~asked].sum() * p
+    corrected = residual(torch.from_numpy(p), torch.from_numpy(q)).numpy()
+    return kept + (q[asked].sum() - kept.sum()) * corrected + q[~asked].sum() * p
 
 
 @dataclass(frozen=True, eq=False)

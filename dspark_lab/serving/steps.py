@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Positive, Size, require
+from dspark_lab.checks import Positive, Size, checked, require
 from dspark_lab.files import read_csv, written_whole
 from dspark_lab.rates import as_numbers
 
@@ -84,6 +84,7 @@ class StepsPerSecond:
         return pd.DataFrame({name: getattr(self, name) for name in _COLUMNS})
 
     @classmethod
+    @checked
     def of(
         cls,
         table: pd.DataFrame,
@@ -116,6 +117,7 @@ class StepsPerSecond:
         save_points(self.table, path)
 
     @classmethod
+    @checked
     def read(
         cls,
         path: str | os.PathLike[str],

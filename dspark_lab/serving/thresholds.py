@@ -1,6 +1,6 @@
 """The speed of a static threshold on the confidence, and how much better confidences would help.
 
-Thresholds are replayed on the rounds of a trace, see :mod:`dspark_lab.rates.thresholds`.
+Thresholds are applied to the rounds of a trace, see :mod:`dspark_lab.rates.thresholds`.
 """
 
 from __future__ import annotations

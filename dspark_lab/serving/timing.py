@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoding, decode_rounds, distribution
 from dspark_lab.files import now
-from dspark_lab.model import Drafter, Target
+from dspark_lab.model import BlockDrafter, Target
 from dspark_lab.serving.costs import require_lengths
 from dspark_lab.serving.engine import Engine
 from dspark_lab.serving.steps import StepsPerSecond, measured_points
@@ -28,7 +28,7 @@ Kind = tuple[int, int]
 @checked
 def measure_engine(
     target: Target,
-    drafter: Drafter,
+    drafter: BlockDrafter,
     *,
     requests: Sequence[Count] | None = None,
     draft_lengths: Sequence[Count] | None = None,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from dspark_lab.checks import Count, NonNegative, Share, Size, Within, checked
+from dspark_lab.model import DecayGamma
 
 Beta = Annotated[float, Within(0, math.nextafter(1, 0))]
-# Below this, slot weights exp(-k / gamma) are 0 / 0 in fp32.
-Gamma = Annotated[float, Within(1e-30, sys.float_info.max)]
+Gamma = Annotated[DecayGamma, Within(0, sys.float_info.max)]  # finite, for the sake of JSON
 
 
 @checked

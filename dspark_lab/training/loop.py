@@ -34,10 +34,12 @@ from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
 from dspark_lab.checks import checked
 from dspark_lab.files import read_json
 from dspark_lab.model import (
+    WEIGHTS,
     Drafter,
     FeatureSource,
     Sums,
     Target,
+    at_least_fp32,
     cached_features,
     dspark_objective,
     live_features,
@@ -99,7 +101,7 @@ def train(
     unlabelled = sum(not item.has_label for item in tokens)
     if unlabelled and progress and processes.main:
         tqdm.write(f"{unlabelled} of {len(tokens)} conversations have no label", sys.stderr)
-    drafter.to(target.device, torch.promote_types(drafter.dtype, torch.float32))
+    drafter.to(target.device, at_least_fp32(drafter.dtype))
     drafter.use_target_embeddings(target.embed_weight, target.head_weight)
     drafter.train()
     pad_token_id = getattr(target.tokenizer, "pad_token_id", None) or 0
@@ -243,8 +245,7 @@ class BatchOrder:
     def _shuffled(self, epoch: int) -> list[list[int]]:
         """Groups of conversations of similar length, so that little of a batch is padding.
 
-        Each pool of at most sixteen batches is sorted by itself, so that batches differ from epoch
-        to epoch.
+        Each pool of at most sixteen batches is sorted by itself: batches differ between epochs.
         """
         size = self.config.batch_size
         rng = random.Random(f"{self.config.seed}/{epoch}")
@@ -433,7 +434,7 @@ class Run:
         state.require_same(folder, asdict(self.config), saved["config"])
         state.require_same(folder, self.drafter.config.to_dict(), shape)
         state.require_same(folder, self.facts, saved)
-        weights = state.read_tensors(folder / state.WEIGHTS)
+        weights = state.read_tensors(folder / WEIGHTS)
         moments = state.read_tensors(folder / state.OPTIMIZER)
         with torch.no_grad():
             for name, parameter in self.weights.items():

@@ -24,7 +24,7 @@ from dspark_lab.checks import checked
 from dspark_lab.model import Drafter, save_drafter
 
 METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint-"
-STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
 @dataclass
@@ -41,6 +41,7 @@ class History:
     unlabelled: int | None = None
 
     @classmethod
+    @checked
     def read(cls, out: str | os.PathLike[str]) -> History:
         """The history of a run on disk up to its last checkpoint, which there must be."""
         found = checkpoints(out)

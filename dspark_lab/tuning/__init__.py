@@ -1,4 +1,4 @@
-"""What a training run supervises, costs and should be set to."""
+"""Coverage, cost and the best settings of a training run."""
 
 import lazy_loader
 

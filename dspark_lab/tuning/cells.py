@@ -59,7 +59,7 @@ class Cell:
 @checked
 @dataclass(frozen=True)
 class SweepConfig:
-    """What is swept, and what each drafter may spend.
+    """The settings to sweep, and the budget of each drafter.
 
     Args:
         num_anchors: blocks of a row.
@@ -183,7 +183,7 @@ def run_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[di
 
 @checked
 def sweep_table(work: str | Path) -> pd.DataFrame:
-    """What the finished cells in a work folder found, one line per cell and temperature.
+    """The results of the finished cells in a work folder, one line per cell and temperature.
 
     ``slots`` are supervised, ``seconds`` the clock's; ``tau`` (tokens per round) is by decoding;
     ``accepted_0``, ...: the share of whole blocks whose slot was accepted, with all before it.

@@ -175,7 +175,7 @@ def predict_sweep(
     shape: Shape,
     config: SweepConfig | None = None,
 ) -> TrainingChoice:
-    """What :func:`choose_training` says about the cells of a sweep before it is run.
+    """The figures of :func:`choose_training` for the cells of a sweep before it is run.
 
     Step times are fitted to the sweep's plan: a cell of the budget of seconds has as many steps as
     its seconds pay for. ``data`` trained the drafters; ``config`` None is the shipped sweep's.

@@ -49,7 +49,7 @@ _FOUND = (
 
 @dataclass(frozen=True, eq=False)
 class Supervision:
-    """What one pass over a data set supervises, in expectation over the draws.
+    """The supervision of one pass over a data set, in expectation over the draws.
 
     ``labels`` are the ``supervised`` tokens that some draw supervises, and ``covered`` is the
     expected number of them, a ``share`` of the supervised tokens; ``expected_by_slot`` and
@@ -75,7 +75,7 @@ class Supervision:
 def supervision(
     data: Data, num_anchors: Count, block_size: Count, *, gamma: DecayGamma = 4.0, per: Per = "row"
 ) -> Supervision:
-    """What one pass over the data supervises, in closed form.
+    """The supervision of one pass over the data, in closed form.
 
     Each row, or document (``per``), has ``num_anchors`` drawn, or all of its candidates where there
     are fewer. Slot k has the weight w_k = exp(-k / gamma).

@@ -55,7 +55,7 @@ class StepBytes:
         return sum(self.always().values()) + fullest
 
     def always(self) -> dict[str, int]:
-        """What the step holds throughout, by part."""
+        """The bytes that the step holds throughout, by part."""
         shape, step = self.shape, self.step
         shared = step.target_bytes == 4
         own = 4 * shape.vocab_size * self.hidden * (1 if shared and shape.tied else 2)
@@ -75,7 +75,7 @@ class StepBytes:
         }
 
     def kept(self) -> dict[str, Any]:
-        """What the drafter's forward pass saves for the backward pass, by part."""
+        """The bytes that the drafter's forward pass saves for the backward pass, by part."""
         number, shape, width = self.number, self.shape, self.sizes.confidence_width
         saved = {part: self.layers.count * held for part, held in self._layer().items()}
         # Cosines and sines; the first layer's input is frozen and needs no gradient.
@@ -162,11 +162,11 @@ class StepBytes:
         }
 
     def _frozen_input(self) -> Any:
-        """What the first layer does not save, since its input is the frozen embedding's."""
+        """The bytes that the first layer saves less: its input is the frozen embedding's."""
         return 4 * self.slots * self.hidden
 
     def _layer(self) -> dict[str, Any]:
-        """What one layer saves: the inputs of its products, of its norms and of its attention."""
+        """The bytes that one layer saves: inputs of its products, norms and attention."""
         layers, number, norm = self.layers, self.number, self.norm
         slots, keys, hidden, query, key = self.slots, self.keys, self.hidden, self.query, self.key
         return {
@@ -197,7 +197,7 @@ class StepBytes:
         }
 
     def _objective(self) -> tuple[Any, Any]:
-        """What the objective holds at its fullest, and what it leaves for the backward pass."""
+        """The bytes of the objective at its fullest, and those left for the backward pass."""
         number, hidden, rank, vocab = self.number, self.hidden, self.rank, self.vocab
         slots, feature = self.slots, self.step.feature_bytes
         # The results of the forward pass live as long as the objective runs.

@@ -22,7 +22,7 @@ from dspark_lab.files import written_whole
 @checked
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What decides coverage and cost of a training run; ``batch_size`` rows on each device."""
+    """The settings behind coverage and cost; ``batch_size`` rows on each device."""
 
     num_anchors: Count
     block_size: Count

@@ -32,7 +32,7 @@ class Step:
             all slots with the gradient left to autograd.
         supervised: share of the slots that have a label. A CPU computes logits for these alone.
         vocabulary: size of the vocabulary in the softmaxes; all tokens where None.
-        device: sets how many slots a chunk of logits has.
+        device: decides the chunks of logits, the slots counted and what is saved.
     """
 
     seq_len: Count
