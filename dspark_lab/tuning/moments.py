@@ -162,7 +162,7 @@ class StepBytes:
         }
 
     def _frozen_input(self) -> Any:
-        """The bytes that the first layer saves less: its input is the frozen embedding's."""
+        """The bytes by which the first layer saves less: its input is the frozen embedding's."""
         return 4 * self.slots * self.hidden
 
     def _layer(self) -> dict[str, Any]:
