@@ -143,6 +143,12 @@ def require(name: str, value: Any, annotation: Any) -> None:
     _Names(require).read(annotation)(name, value, {})
 
 
+def may_be_read(value: Tensor) -> bool:
+    """Whether a check may ask for values: of a device's tensors, which waits, in debug mode."""
+    known = (DEBUG or value.device.type == "cpu") and not value.is_meta
+    return known and not torch.compiler.is_compiling()
+
+
 def debug_range(name: str, value: Tensor, low: int, high: int) -> None:
     """In debug mode, refuse a tensor with a value outside ``low`` to ``high - 1``."""
     if not DEBUG or torch.compiler.is_compiling() or value.numel() == 0 or value.is_meta:

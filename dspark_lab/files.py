@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, JSON, the shipped data, and a clock for device work."""
+"""Atomic writes of files and folders, JSON, the shipped data, and a device's clock and door."""
 
 import json
 import os
@@ -122,6 +122,14 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor on a device; where that is CUDA, the host does not wait for its own to arrive."""
+    device = torch.device(device)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sync(path: Path) -> None:

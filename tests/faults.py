@@ -135,12 +135,14 @@ MASKS: dict[str, Fault] = {
     ),
     "blocks see each other": Fault(
         "attention.mask:in_own_block",
-        lambda right, query, key, seq_len, _: right(query, key, seq_len, 2**40),
+        lambda right, key, first, _: right(key, first, 2**40),
     ),
     "a block is causal": Fault(
-        "attention.mask:in_own_block",
-        lambda right, query, key, seq_len, block_size: (
-            right(query, key, seq_len, block_size) & (key <= seq_len + query)
+        "attention.mask:mask_mod",
+        lambda right, ranges: (
+            lambda batch, head, query, key: (
+                right(ranges)(batch, head, query, key) & (key <= ranges.seq_len + query)
+            )
         ),
     ),
     "dummy blocks do not see themselves": Fault(

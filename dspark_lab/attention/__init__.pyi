@@ -1,4 +1,5 @@
-from .backends import Backend, attend, block_attention, choose_backend
+from .backends import Backend, MaskForm, attend, block_attention, choose_backend, mask_form
+from .compiled import Compiled
 from .mask import (
     ContextRanges,
     block_mask,
@@ -12,13 +13,16 @@ from .mask import (
 
 __all__ = [
     "Backend",
+    "Compiled",
     "ContextRanges",
+    "MaskForm",
     "attend",
     "block_attention",
     "block_mask",
     "choose_backend",
     "context_ranges",
     "dense_mask",
+    "mask_form",
     "mask_mod",
     "training_block_mask",
     "training_dense_mask",

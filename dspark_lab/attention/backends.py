@@ -6,14 +6,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from dspark_lab.attention.blockwise import blockwise_attention
+from dspark_lab.attention.compiled import Compiled
 from dspark_lab.attention.mask import ContextRanges, block_mask, context_ranges, dense_mask
 from dspark_lab.checks import BlockSize, Finite, SeqLen, checked
 
 Backend = Literal["auto", "dense", "flex", "blockwise"]
+MaskForm = BlockMask | Tensor
 
 
 @checked
@@ -36,8 +38,9 @@ def block_attention(
     Three back ends give the same result and the same gradients, up to rounding:
 
     - ``dense``: torch's SDPA with the dense mask, on any device;
-    - ``flex``: FlexAttention with the closed-form block mask; the choice for GPUs. Compile the
-      model around it; on the CPU it runs forward only, for inputs that need no gradient;
+    - ``flex``: FlexAttention with the closed-form block mask; the choice for GPUs, where it runs
+      compiled, or, if that fails, ``dense`` in its place with a warning. On the CPU it runs forward
+      only, for inputs that need no gradient, and is compiled with the model around it alone;
     - ``blockwise``: for the CPU; forms no mask of size queries times keys. Computes in fp32 at
       least.
 
@@ -46,12 +49,14 @@ def block_attention(
         k, v: those of the context's tokens, then of the slots; heads of ``q`` may share them.
         scale: factor on the scores; 1 / sqrt(head_dim) where None.
         backend: ``auto`` takes ``flex`` on CUDA, ``blockwise`` on the CPU, elsewhere ``dense``.
-        block_mask: for ``flex``, that of the same blocks, where several layers share one.
+        block_mask: for ``flex``, that of the same blocks, where several calls share one.
     """
     ranges = context_ranges(
         anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
     )
-    return attend(q, k, v, ranges, scale=scale, backend=backend, tiles=block_mask)
+    backend = choose_backend(q.device) if backend == "auto" else backend
+    form = block_mask if backend == "flex" else None
+    return attend(q, k, v, ranges, scale=scale, backend=backend, form=form)
 
 
 @checked
@@ -63,33 +68,66 @@ def attend(
     *,
     scale: Finite | None = None,
     backend: Backend = "auto",
-    tiles: BlockMask | None = None,
+    form: MaskForm | None = None,
 ) -> Float[Tensor, "batch heads query head_dim"]:
-    """:func:`block_attention` under the mask of ``ranges``, for layers that share one draw."""
+    """:func:`block_attention` under the mask of ``ranges``, for layers that share one draw.
+
+    ``form`` is what :func:`mask_form` makes for the same ``ranges`` and ``backend``, so that the
+    layers share it, too.
+    """
     _check_fit(q, k, v, ranges)
-    device = q.device.type
     backend = choose_backend(q.device) if backend == "auto" else backend
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if backend == "dense":
-        mask = dense_mask(ranges).unsqueeze(1)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    on_cpu = q.device.type == "cpu"
+    options: dict[str, Any] = {"scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale}
+    # A constant also where the compiler does not know the number of heads.
+    options["enable_gqa"] = True if q.shape[1] != k.shape[1] else False
     if backend == "flex":
         needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
-        if device == "cpu" and torch.is_grad_enabled() and needs_gradient:
+        if on_cpu and torch.is_grad_enabled() and needs_gradient:
             raise ValueError("backend 'flex' has no backward pass on the CPU, 'blockwise' has one")
-        tiles = block_mask(ranges) if tiles is None else tiles
-        return flex_attention(q, k, v, block_mask=tiles, **options)
-    if device != "cpu":
+    if backend == "blockwise" and not on_cpu:
         raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
-    sizes = ranges.seq_len, ranges.block_size, float(scale)
-    return blockwise_attention(q, k, v, torch.stack([ranges.start, ranges.end]), *sizes)[0]
+    form = mask_form(ranges, backend) if form is None else form
+    if backend == "flex":
+        run = flex_attention if on_cpu else flex
+        return run(q, k, v, block_mask=form, **options)
+    if backend == "dense":
+        return _dense(q, k, v, form, **options)
+    sizes = ranges.seq_len, ranges.block_size, float(options["scale"])
+    return blockwise_attention(q, k, v, form, *sizes)[0]
+
+
+@checked
+def mask_form(ranges: ContextRanges, backend: Backend) -> MaskForm:
+    """The mask as a back end reads it: a ``BlockMask``, a dense mask, or starts and ends alone."""
+    if backend == "flex":
+        return block_mask(ranges)
+    return dense_mask(ranges) if backend == "dense" else torch.stack([ranges.start, ranges.end])
 
 
 @checked
 def choose_backend(device: torch.device) -> Backend:
     """The back end that ``auto`` takes on a device."""
-    return "flex" if device.type == "cuda" else "blockwise" if device.type == "cpu" else "dense"
+    if device.type == "cuda":
+        return "dense" if flex.failed else "flex"
+    return "blockwise" if device.type == "cpu" else "dense"
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch query key"], **options: Any
+) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), **options)
+
+
+def _dense_for_flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **options: Any
+) -> Tensor:
+    sizes = len(q), None, q.shape[2], k.shape[2]
+    mask = create_mask(block_mask.mask_mod, *sizes, device=q.device)
+    return _dense(q, k, v, mask.squeeze(1), **options)
+
+
+flex = Compiled(flex_attention, _dense_for_flex)
 
 
 def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:

@@ -89,20 +89,23 @@ def in_context_prefix(key: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return (key >= start) & (key < end)
 
 
-def in_own_block(query: Tensor, key: Tensor, seq_len: int, block_size: int) -> Tensor:
-    """Whether a key is a slot of the query's block."""
-    return (key >= seq_len) & ((key - seq_len) // block_size == query // block_size)
+def in_own_block(key: Tensor, first: Tensor, block_size: int) -> Tensor:
+    """Whether a key is one of the ``block_size`` slots from the block's first one on."""
+    return (key >= first) & (key < first + block_size)
 
 
 @checked
 def mask_mod(ranges: ContextRanges) -> MaskMod:
     """The rule as a function of (batch row, head, query, key), for FlexAttention."""
-    start, end, seq_len, block_size = ranges.start, ranges.end, ranges.seq_len, ranges.block_size
+    start, end, block_size = ranges.start, ranges.end, ranges.block_size
+    # The row's length is in a tensor: as a number, a kernel would be compiled for every length.
+    number = torch.arange(start.shape[1], device=start.device)
+    first_slot = ranges.seq_len + number * block_size
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
         context_prefix = in_context_prefix(key, start[batch, block], end[batch, block])
-        return context_prefix | in_own_block(query, key, seq_len, block_size)
+        return context_prefix | in_own_block(key, first_slot[block], block_size)
 
     return visible
 

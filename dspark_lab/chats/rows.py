@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark_lab.chats.tokens import Encoded
 from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
+from dspark_lab.files import upload
 
 if TYPE_CHECKING:
     import pandas
@@ -68,9 +69,23 @@ class Batch:
         none = torch.full_like(seq_lens, -1)
         return cls(input_ids, loss_mask, everywhere, position_ids, doc_remaining, seq_lens, none)
 
+    @property
+    def documents(self) -> list[list[tuple[int, int]]]:
+        """Conversation and length of each row's documents, on the host.
+
+        A batch that :meth:`to` brought to a device knows them without asking it.
+        """
+        if "_documents" in vars(self):
+            return vars(self)["_documents"]
+        rows = zip(self.chat_index.tolist(), self.seq_lens.tolist(), strict=True)
+        return [[pair for pair in zip(*row, strict=True) if pair[1]] for row in rows]
+
     @checked
     def to(self, device: Device) -> Batch:
-        return self._changed(lambda tensor: tensor.to(device))
+        moved = self._changed(lambda tensor: upload(tensor, device))
+        if moved.input_ids.device.type != "cpu":
+            vars(moved)["_documents"] = self.documents
+        return moved
 
     def row(self, row: int) -> Batch:
         require("row", row, Annotated[int, Within(0, len(self.input_ids) - 1)])

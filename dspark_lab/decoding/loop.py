@@ -30,6 +30,7 @@ from dspark_lab.decoding.record import Block, Clock, Decoded, Record, Round
 from dspark_lab.decoding.settings import Scheduler, Settings, confident_prefix, scheduled
 from dspark_lab.decoding.text import Prompt, encode_prompt, end_tokens, require_tokens
 from dspark_lab.decoding.verification import TopP, Verdict, distribution, draw, verify
+from dspark_lab.files import upload
 from dspark_lab.model import BlockDrafter, Target
 
 
@@ -141,8 +142,16 @@ class Decoding(Iterator[Round]):
         self._record, self._batch_size = record, batch_size
         self._layers = [] if drafter is None else list(drafter.config.target_layer_ids)
         self._clock = Clock(target.device)
-        self.seconds = self._clock.seconds
+        given = settings.confidence_temperatures
+        self._temperatures = None
+        if given is not None:
+            self._temperatures = torch.tensor(given, dtype=torch.float32, device=target.device)
         self._rounds = self._run()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of :class:`Decoded` so far."""
+        return self._clock.seconds
 
     def __next__(self) -> Round:
         return next(self._rounds)
@@ -163,32 +172,36 @@ class Decoding(Iterator[Round]):
 
     def _round(self) -> list[Round]:
         """One round of every row: draft, length, read, verify, commit."""
-        room = torch.tensor([self._record.room(prompt) for prompt in self._going])
+        device = self.target.device
+        room = [self._record.room(prompt) for prompt in self._going]
         with self._clock("draft"):
             block = self._draft(room)
-            room = room.clamp(max=block.tokens.shape[1])
+            most = block.tokens.shape[1]
+            room = [min(slots, most) for slots in room]
             lengths = self._lengths(block.confidence, room)
         with self._clock("verify"):
-            drafted = block.tokens[:, : lengths.max()]
-            read = torch.cat([self._anchors.unsqueeze(1), drafted], dim=1)
+            # The host knows the longest length; on a GPU it knows the longest that it may be.
+            longest = max(room) if lengths.is_cuda else int(lengths.max())
+            read = torch.cat([self._anchors.unsqueeze(1), block.tokens[:, :longest]], dim=1)
             features = self.target.advance(read, self._cache, self._layers)
             p = self._distribution(features.last)
+        lengths = upload(lengths, device)
         verdict = verify(
             p,
             block.probs,
             block.tokens,
-            lengths.to(p.device),
-            self._random.accept(self._going)[:, : block.tokens.shape[1]].to(p.device),
-            self._random.target(self._going).to(p.device),
+            lengths,
+            upload(self._random.accept(self._going)[:, :most], device),
+            upload(self._random.target(self._going), device),
         )
-        rounds = self._record.add(self._going, block, room.tolist(), lengths.tolist(), verdict, p)
-        self._commit(verdict, features.context)
+        rounds, accepted = self._record.add(self._going, block, room, lengths, verdict, p)
+        self._commit(verdict, accepted, features.context)
         return rounds
 
-    def _draft(self, room: Int[Tensor, " batch"]) -> Block:
+    def _draft(self, room: Sequence[int]) -> Block:
         """A block of each row; one without slots where no answer has room for a drafted token."""
         drafter, settings, device = self.drafter, self.settings, self.target.device
-        if drafter is None or not room.any():
+        if drafter is None or not any(room):
             nothing = self.target.head_weight.new_empty(len(room), 0, self.target.hidden_size)
             return Block(self._anchors.new_empty(len(room), 0), self._distribution(nothing), None)
         probs: list[Tensor] = []
@@ -196,26 +209,29 @@ class Decoding(Iterator[Round]):
         def choose(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
             q = distribution(logits, settings.temperature, settings.top_p).to(device)
             probs.append(q)
-            return draw(q, self._random.draft(self._going))
+            return draw(q, upload(self._random.draft(self._going), device))
 
         proposal = drafter.propose(self._anchors, self._context, choose, settings.draft_length)
         confidence = proposal.confidence
         if confidence is not None:
             confidence = confidence.float().to(device)
-            if settings.confidence_temperatures is not None:
-                confidence /= confidence.new_tensor(settings.confidence_temperatures[: len(probs)])
+            if self._temperatures is not None:
+                confidence /= self._temperatures[: len(probs)]
             confidence = confidence.sigmoid()
         return Block(proposal.tokens, torch.stack(probs, dim=1), confidence)
 
     def _lengths(
-        self, confidence: Float[Tensor, "batch slot"] | None, room: Int[Tensor, " batch"]
+        self, confidence: Float[Tensor, "batch slot"] | None, room: Sequence[int]
     ) -> Int[Tensor, " batch"]:
-        lengths, settings = room, self.settings
+        """How many slots of each row to verify, where the answer is at hand without waiting."""
+        lengths, settings = torch.tensor(room), self.settings
         if confidence is not None and settings.threshold is not None:
             sure = confident_prefix(confidence, settings.threshold)
-            lengths = lengths.minimum(sure.to(room.device))
+            lengths = upload(lengths, sure.device).minimum(sure)
         if confidence is not None and settings.scheduler is not None:
-            lengths = lengths.minimum(scheduled(settings.scheduler, confidence, room))
+            # It is the caller's own, and decides on the host.
+            wanted = scheduled(settings.scheduler, confidence, torch.tensor(room))
+            lengths = lengths.cpu().minimum(wanted)
         return lengths
 
     def _distribution(self, states: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes vocab"]:
@@ -225,38 +241,51 @@ class Decoding(Iterator[Round]):
     def _read_prompts(self, prompts: list[int]) -> None:
         """Read a batch of prompts, and draw the first token of each answer."""
         self._going = prompts
-        self._cache = self.target.start_cache(len(prompts))
         ids = [torch.tensor(self._ids[prompt]) for prompt in prompts]
         lengths = [len(row) for row in ids]
-        rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.target.device)
+        # A row's tokens, and those that a last round may try and not keep.
+        block_size = 0 if self.drafter is None else self.drafter.config.block_size
+        capacity = max(lengths) + self._record.max_new_tokens + block_size + 1
+        self._cache = self.target.start_cache(len(prompts), capacity)
+        rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        rows = upload(rows, self.target.device)
         features = self.target.advance(rows, self._cache, self._layers)
         self._cache.commit(lengths)
         if self.drafter is not None:
-            self._context = self.drafter.start_cache(len(prompts))
+            self._context = self.drafter.start_cache(len(prompts), capacity)
             self._read_context(features.context, lengths)
         row = torch.arange(len(lengths), device=rows.device)
-        last = features.last[row, torch.tensor(lengths, device=rows.device) - 1]
-        self._anchors = draw(self._distribution(last), self._random.target(prompts))
+        last = features.last[row, upload(torch.tensor(lengths), rows.device) - 1]
+        numbers = upload(self._random.target(prompts), rows.device)
+        self._anchors = draw(self._distribution(last), numbers)
         self._record.begin(prompts, self._anchors.tolist())
         self._keep_going([0] * len(prompts))
 
-    def _commit(self, verdict: Verdict, context: Float[Tensor, "batch read features"]) -> None:
+    def _commit(
+        self, verdict: Verdict, accepted: list[int], context: Float[Tensor, "batch read features"]
+    ) -> None:
         """Both caches keep the anchor and the accepted tokens; answers that are over leave."""
-        counts = (verdict.accepted + 1).tolist()
+        counts = [count + 1 for count in accepted]
         self._anchors = verdict.next_token
+        before = len(counts)
         kept = self._keep_going(counts)
         if kept:
             counts = [counts[row] for row in kept]
-            self._read_context(context[kept, : max(counts)], counts)
+            context = context[:, : max(counts)]
+            if len(kept) < before:
+                context = context[upload(torch.tensor(kept), context.device)]
+            self._read_context(context, counts)
 
     def _keep_going(self, counts: list[int]) -> list[int]:
         """The rows that go on. The target's cache keeps ``counts`` of each row's last tokens."""
         kept = [row for row, prompt in enumerate(self._going) if not self._record.is_over(prompt)]
         self._cache.commit(counts, kept)
-        if self.drafter is not None and len(kept) < len(self._going):
-            self._context.keep(kept)
-        self._going = [self._going[row] for row in kept]
-        self._anchors = self._anchors[kept]
+        if len(kept) < len(self._going):
+            if self.drafter is not None:
+                self._context.keep(kept)
+            self._going = [self._going[row] for row in kept]
+            rows = torch.tensor(kept, dtype=torch.long)
+            self._anchors = self._anchors[upload(rows, self._anchors.device)]
         return kept
 
     def _read_context(

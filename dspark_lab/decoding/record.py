@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 from dspark_lab.decoding.text import StreamedText, up_to_end
 from dspark_lab.decoding.trace import TRACE_COLUMNS
 from dspark_lab.decoding.verification import Verdict
-from dspark_lab.files import now
 from dspark_lab.model import Target
 
 _ROUND_COLUMNS = ("prompt", "domain", "round", "drafted", "verified", "accepted", "tokens")
@@ -103,21 +104,42 @@ class Block:
 
 
 class Clock:
-    """The seconds of :class:`Decoded`, so far, on the target's device."""
+    """The seconds of :class:`Decoded`, so far, on the target's device.
+
+    On CUDA the device itself notes its times, which are read when somebody asks: no part waits.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds = dict.fromkeys(("prompt", "draft", "verify", "rest"), 0.0)
+        self._seconds = dict.fromkeys(("prompt", "draft", "verify", "rest"), 0.0)
+        self._noted: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        begin = now(self._device)
+        begin = self._now()
         yield
-        spent = now(self._device) - begin
-        self.seconds[part] += spent
-        if part in ("draft", "verify"):
-            # They lie within the clock of the rest.
-            self.seconds["rest"] -= spent
+        self._noted.append((part, begin, self._now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+        for part, begin, end in self._noted:
+            spent = begin.elapsed_time(end) / 1000 if on_cuda else end - begin
+            self._seconds[part] += spent
+            if part in ("draft", "verify"):
+                # They lie within the clock of the rest.
+                self._seconds["rest"] -= spent
+        self._noted.clear()
+        return dict(self._seconds)
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class Record:
@@ -126,7 +148,7 @@ class Record:
     def __init__(
         self, target: Target, domains: Sequence[str], ends: set[int], max_new_tokens: int
     ) -> None:
-        self._domains, self._ends, self._max_new_tokens = domains, ends, max_new_tokens
+        self._domains, self._ends, self.max_new_tokens = domains, ends, max_new_tokens
         self._answers: list[list[int]] = [[] for _ in domains]
         self._texts = [StreamedText(target, ends) for _ in domains]
         self._numbers = [0] * len(domains)
@@ -135,11 +157,11 @@ class Record:
 
     def room(self, prompt: int) -> int:
         """How many drafted tokens still fit into an answer, with one of the target's own."""
-        return self._max_new_tokens - len(self._answers[prompt]) - 1
+        return self.max_new_tokens - len(self._answers[prompt]) - 1
 
     def is_over(self, prompt: int) -> bool:
         answer = self._answers[prompt]
-        return answer[-1] in self._ends or len(answer) >= self._max_new_tokens
+        return answer[-1] in self._ends or len(answer) >= self.max_new_tokens
 
     def begin(self, prompts: Sequence[int], tokens: Sequence[int]) -> None:
         """The first token of each answer, which belongs to no round."""
@@ -151,23 +173,31 @@ class Record:
         prompts: Sequence[int],
         block: Block,
         drafted: Sequence[int],
-        lengths: Sequence[int],
+        lengths: Int[Tensor, " batch"],
         verdict: Verdict,
-        p: Float[Tensor, "batch verified+1 vocab"],
-    ) -> list[Round]:
-        """A round of each prompt; ``drafted`` slots fit its answer, ``lengths`` were verified."""
-        batch_tokens = block.tokens.tolist()
-        draft_probs = block.probs.gather(2, block.tokens.unsqueeze(2)).squeeze(2).tolist()
-        rates = (verdict.target_prob, verdict.accept_prob, verdict.accept_rate)
-        target_rates = torch.stack(rates, dim=2).tolist()
+        p: Float[Tensor, "batch read vocab"],
+    ) -> tuple[list[Round], list[int]]:
+        """A round of each prompt, and how many of its tokens the target accepted.
+
+        ``drafted`` slots fit its answer, ``lengths`` of them were verified.
+        """
         confidence = block.confidence
         if confidence is None:
             confidence = torch.full_like(block.probs[..., 0], torch.nan)
-        confidences = confidence.tolist()
-        found = zip(verdict.accepted.tolist(), verdict.next_token.tolist(), strict=True)
-        rounds = []
-        for row, (accepted, own) in enumerate(found):
-            prompt, slots, verified = prompts[row], drafted[row], lengths[row]
+        draft_prob = block.probs.gather(2, block.tokens.unsqueeze(2)).squeeze(2)
+        rates = (verdict.target_prob, verdict.accept_prob, verdict.accept_rate)
+        whole = torch.stack([lengths, verdict.accepted, verdict.next_token], dim=1)
+        # All that the host has to know comes to it at once: the only time that a round waits.
+        parts = [whole, block.tokens, draft_prob, confidence, *rates]
+        numbers = torch.cat([part.double() for part in parts], dim=1).cpu()
+        host = numbers.split([part.shape[1] for part in parts], dim=1)
+        (wholes, batch_tokens), figures = (x.long().tolist() for x in host[:2]), host[2:]
+        draft_probs, confidences = (x.tolist() for x in figures[:2])
+        target_rates = torch.stack(figures[2:], dim=2).tolist()
+        rounds, counts = [], []
+        for row, (verified, accepted, own) in enumerate(wholes):
+            counts.append(accepted)
+            prompt, slots = prompts[row], drafted[row]
             tokens, answer = batch_tokens[row][:slots], self._answers[prompt]
             key = (prompt, self._domains[prompt], self._numbers[prompt])
             new = up_to_end([*tokens[:accepted], own], self._ends)
@@ -197,7 +227,7 @@ class Record:
                     confidence=None if block.confidence is None else block.confidence[row, :slots],
                 )
             )
-        return rounds
+        return rounds, counts
 
     def result(self, seconds: dict[str, float]) -> Decoded:
         """The record so far, its tables by prompt and round."""

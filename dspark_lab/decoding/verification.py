@@ -98,10 +98,12 @@ def next_distribution(
 ) -> Float[Tensor, "batch vocab"]:
     """The distribution behind the accepted tokens: the residual if one was rejected, else p."""
     row = torch.arange(len(p), device=p.device)
+    behind = p[row, accepted]
+    if q.shape[1] == 0:
+        return behind
     # No draft is subtracted where no token was rejected, be it that none was verified.
     rejected = (accepted < lengths).unsqueeze(1)
-    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)[row, accepted] * rejected
-    return residual(p[row, accepted], q)
+    return residual(behind, q[row, accepted.clamp(max=q.shape[1] - 1)] * rejected)
 
 
 @checked
@@ -135,7 +137,7 @@ def distribution(
     probs = (wide / temperature).softmax(dim=-1)
     if top_p < 1:
         values, order = probs.sort(dim=-1, descending=True)
-        values[values.cumsum(dim=-1) - values >= top_p] = 0
+        values = values.masked_fill(values.cumsum(dim=-1) - values >= top_p, 0)
         probs = torch.zeros_like(probs).scatter_(-1, order, values)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs

@@ -26,16 +26,17 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, ContextRanges, block_mask, choose_backend
+from dspark_lab.attention import Backend, ContextRanges, choose_backend, mask_form
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
 from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput, sample_anchor_positions
+from dspark_lab.files import upload
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.heads import build_markov_head
 from dspark_lab.model.layers import Layer, RMSNorm, rope
 from dspark_lab.model.protocol import Choose, DrafterSizes, Proposal, Slots
-from dspark_lab.model.rows import Rows, take
+from dspark_lab.model.rows import KeyValues, Rows
 from dspark_lab.model.slotwise import check_token_ids
 
 
@@ -43,14 +44,15 @@ from dspark_lab.model.slotwise import check_token_ids
 class DraftCache:
     """The keys and values that each layer made of the context of each row."""
 
-    states: list[tuple[Tensor, Tensor]]
+    states: list[KeyValues]
     rows: Rows
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other rows."""
-        cut = self.rows.commit([0] * len(self.rows.lengths), rows)
-        for index, (keys, values) in enumerate(self.states):
-            self.states[index] = take(keys, cut), take(values, cut)
+        self.rows.commit([0] * len(self.rows.lengths), rows)
+        kept = upload(torch.tensor(rows, dtype=torch.long), self.rows.device)
+        for states in self.states:
+            states.keep(kept)
 
 
 @checked
@@ -206,11 +208,13 @@ class Drafter(nn.Module):
         marks = slots.target_ids, slots.eval_mask, slots.block_keep_mask
         return DSparkForwardOutput(draft_logits, *marks, slots.confidence_pred, target_logits)
 
-    def start_cache(self, batch: int) -> DraftCache:
-        """An empty cache of the context's keys and values, for :meth:`read`."""
-        c, like = self.config, self.fc.weight
-        empty = like.new_empty(batch, c.num_key_value_heads, 0, c.head_dim)
-        return DraftCache([(empty, empty)] * len(self.layers), Rows([0] * batch, like.device))
+    def start_cache(self, batch: int, capacity: int) -> DraftCache:
+        """An empty cache of the context's keys and values, for :meth:`read`.
+
+        It has room for ``capacity`` tokens a row, a block's slots among them.
+        """
+        rows = Rows(batch, capacity, self.device)
+        return DraftCache([KeyValues(rows) for _ in self.layers], rows)
 
     def read(
         self, context: Float[Tensor, "batch new features"], cache: DraftCache, counts: Sequence[int]
@@ -218,12 +222,9 @@ class Drafter(nn.Module):
         """Append to ``cache`` the first ``counts[r]`` features of each row r."""
         states = self.hidden_norm(self.fc(context.to(self.dtype)))
         angles = rope(cache.rows.positions(context.shape[1]), self.config, states.dtype)
-        cut = cache.rows.commit(counts)
-        for index, layer in enumerate(cast("list[Layer]", self.layers)):
-            old = cache.states[index]
-            more = layer.self_attn.keys_values(states, angles)
-            k, v = (torch.cat(pair, dim=2) for pair in zip(old, more, strict=True))
-            cache.states[index] = take(k, cut), take(v, cut)
+        for layer, kept in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
+            kept.write(*layer.self_attn.keys_values(states, angles))
+        cache.rows.commit(counts)
 
     def propose(
         self,
@@ -242,8 +243,8 @@ class Drafter(nn.Module):
         x = self.embed_tokens(ids)
         angles = rope(cache.rows.positions(c.block_size), c, x.dtype)
         mask = None if cache.rows.even else cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
-        for layer, old in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
-            x = layer.around(x, partial(layer.self_attn.cached, old=old, angles=angles, mask=mask))
+        for layer, kept in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
+            x = layer.around(x, partial(layer.self_attn.cached, kept=kept, angles=angles, mask=mask))
         states = self.norm(x)[:, :length]
         state, tokens, embeddings = None, [], []
         for hidden, logits in zip(states.unbind(1), self.lm_head(states).unbind(1), strict=True):
@@ -264,9 +265,9 @@ class Drafter(nn.Module):
         ranges = ContextRanges.of(blocks)
         if backend == "auto":
             backend = choose_backend(x.device)
-        tiles = block_mask(ranges) if backend == "flex" else None
+        form = mask_form(ranges, backend)
         for layer in self.layers:
-            x = layer(x, context, angles, ranges=ranges, backend=backend, tiles=tiles)
+            x = layer(x, context, angles, ranges=ranges, backend=backend, form=form)
         return self.norm(x).unflatten(1, (-1, blocks.block_size))
 
     def confidence(

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from dspark_lab.chats import Batch, Encoded, collate
 from dspark_lab.checks import checked
-from dspark_lab.files import written_whole
+from dspark_lab.files import upload, written_whole
 from dspark_lab.model.protocol import Features
 from dspark_lab.model.target import Target
 
@@ -86,18 +85,18 @@ def cached_features(
         rows, hidden = batch.input_ids.shape, target.hidden_size
         context = torch.zeros(*rows, len(layer_ids) * hidden, dtype=stored)
         last = torch.zeros(*rows, hidden, dtype=stored)
-        documents = zip(batch.chat_index.tolist(), batch.seq_lens.tolist(), strict=True)
-        for row, (indices, lengths) in enumerate(documents):
-            for index, length, end in zip(indices, lengths, accumulate(lengths), strict=True):
-                if length and index not in places:
+        for row, documents in enumerate(batch.documents):
+            start = 0
+            for index, length in documents:
+                if index not in places:
                     raise ValueError(f"batch must be of stored conversations, got index {index}")
-                if length:
-                    file, number = places[index]
-                    tokens = slice(end - length, end)
-                    context[row, tokens] = file.get_tensor(f"{number}.context")
-                    last[row, tokens] = file.get_tensor(f"{number}.last")
+                file, number = places[index]
+                tokens = slice(start, start + length)
+                context[row, tokens] = file.get_tensor(f"{number}.context")
+                last[row, tokens] = file.get_tensor(f"{number}.last")
+                start += length
         device = batch.input_ids.device
-        return Features(context.to(device), last.to(device))
+        return Features(upload(context, device), upload(last, device))
 
     return source
 

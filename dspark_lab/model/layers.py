@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dspark_lab.attention import attend
 from dspark_lab.model.config import DrafterConfig
+from dspark_lab.model.rows import KeyValues
 from dspark_lab.model.slotwise import at_least_fp32
 
 
@@ -75,13 +76,13 @@ class Attention(nn.Module):
     def cached(
         self,
         x: Tensor,
-        old: tuple[Tensor, Tensor],
+        kept: KeyValues,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """The same for one block a row, whose context's keys and values are ``old``."""
-        q, own = self.queries(x, angles), self.keys_values(x, angles)
-        k, v = (torch.cat(pair, dim=2) for pair in zip(old, own, strict=True))
+        """The same for one block a row, with its context's keys and values ``kept``."""
+        q = self.queries(x, angles)
+        k, v = kept.write(*self.keys_values(x, angles))
         seen = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
         )

@@ -16,6 +16,7 @@ same pass, so that memory does not grow with the number of anchors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,9 +38,12 @@ from dspark_lab.model.slotwise import (
     survival,
 )
 
-# Logits on CPU and GPU: of a chunk, enough for fast matrix products; of a tile of it, which goes
-# through softmax and gradient together, few enough to stay in the cache.
-_CHUNK = 192 * 49152, 448 * 151936
+# Logits of a chunk on a CPU, enough for fast matrix products. On a GPU products of more slots than
+# these are no faster, and two fp32 logits of each may fill a share of the memory that is free.
+_CHUNK = 192 * 49152
+_GPU_SLOTS, _FREE_SHARE = 2048, 1 / 8
+# Logits on CPU and GPU of a tile of a chunk, which goes through softmax and gradient together: few
+# enough to stay in the cache.
 _TILE = 16 * 49152, 2**23
 
 
@@ -200,9 +204,14 @@ def dspark_objective(
 
 
 @checked
-def most_slots(vocab_size: Count, on_gpu: bool) -> int:
-    """The most slots whose logits :func:`dspark_objective` makes at one time by default."""
-    return max(1, _CHUNK[on_gpu] // vocab_size)
+def most_slots(vocab_size: Count, on_gpu: bool, free_bytes: float = math.inf) -> int:
+    """The most slots whose logits :func:`dspark_objective` makes at one time by default.
+
+    ``free_bytes``: of a GPU's memory; the more is free, the larger the chunks, up to a limit.
+    """
+    if not on_gpu:
+        return max(1, _CHUNK // vocab_size)
+    return max(1, int(min(_GPU_SLOTS, free_bytes * _FREE_SHARE / (8 * vocab_size))))
 
 
 @checked
@@ -245,6 +254,8 @@ def _chunked(
     ce, l1 = share.new_zeros(count), share.new_zeros(count)
     d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
     chosen, on_gpu = _chosen(supervised), hidden.device.type != "cpu"
+    if chunk is None and hidden.is_cuda:
+        chunk = most_slots(vocab, on_gpu, _free_bytes(hidden.device))
     chunks, most, few = map(int, chunk_sizes(len(chosen), vocab, on_gpu, chunk))
     logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
     narrow = hidden.dtype != share.dtype
@@ -299,6 +310,12 @@ def _chosen(supervised: Tensor) -> Tensor:
     if supervised.device.type == "cpu":
         return supervised.nonzero().squeeze(1)
     return torch.arange(len(supervised), device=supervised.device)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What a CUDA device can still give, with what torch has taken of it and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _losses_(

@@ -1,10 +1,11 @@
-"""Which columns of a key/value cache belong to which row, where rows are of unequal length.
+"""Keys and values of rows of unequal length, in memory that is allocated once.
 
-    a cache holds `width` columns for every row, of which the first `lengths[row]` are the row's;
-    new columns are put behind all the others, at `width` and on;
-    `commit` says how many of the new ones each row keeps, and closes the gaps.
+    row r holds `lengths[r]` tokens, in its first columns;
+    new tokens are written right behind them, and are the row's own once `commit` says so;
+    what is not committed is written over by the next ones.
 
-So a rejected token is never seen again, whatever the other rows accepted.
+So a rejected token is never seen again, whatever the other rows accepted, and nothing is moved. The
+lengths are on the host: no device is ever asked for them.
 """
 
 from __future__ import annotations
@@ -15,66 +16,87 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dspark_lab.files import upload
+
 
 class Rows:
-    """The lengths of a cache's rows, on the host."""
+    """The lengths of a cache's rows, each of which has room for ``capacity`` tokens."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths = list(lengths)
-        self.width = max(self.lengths, default=0)
-        self.device = device
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.lengths, self.capacity, self.device = [0] * batch, capacity, device
+        self._places: dict[int, Tensor] = {}
 
-    def positions(self, new: int) -> Int[Tensor, "batch new"]:
-        """Where the next ``new`` tokens of each row stand, counted from 0."""
-        return _column(self.lengths).to(self.device) + torch.arange(new, device=self.device)
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
 
     @property
     def even(self) -> bool:
-        """Whether every column is every row's."""
+        """Whether all rows hold as many tokens."""
         return all(length == self.width for length in self.lengths)
 
+    def positions(self, new: int) -> Int[Tensor, "batch new"]:
+        """Where the next ``new`` tokens of each row stand, counted from 0."""
+        if new not in self._places:
+            lengths = upload(torch.tensor(self.lengths), self.device)
+            self._places[new] = lengths.unsqueeze(1) + torch.arange(new, device=self.device)
+        return self._places[new]
+
     def mask(self, new: int, *, causal: bool = True) -> Bool[Tensor, "batch new key"]:
-        """The keys of each of ``new`` tokens: its row's columns, and new ones (up to itself)."""
-        own = _column(self.lengths).to(self.device)
-        old = torch.arange(self.width, device=self.device) < own
-        seen = torch.ones(new, new, dtype=torch.bool, device=self.device)
-        if causal:
-            seen = seen.tril()
-        batch = len(self.lengths)
-        return torch.cat([old.unsqueeze(1).expand(-1, new, -1), seen.expand(batch, -1, -1)], dim=2)
+        """The keys of each of ``new`` tokens: its row's own, and the new ones (up to itself)."""
+        last = self.positions(new).unsqueeze(2)
+        if not causal:
+            last = last[:, -1:].expand(-1, new, -1)
+        return torch.arange(self.width + new, device=self.device) <= last
 
-    def commit(
-        self, counts: Sequence[int], kept: Sequence[int] | None = None
-    ) -> slice | Int[Tensor, "2 kept columns"]:
-        """Row r keeps ``counts[r]`` of its new columns; returns what :func:`take` cuts a cache by.
-
-        ``kept`` are the rows that go on; the others leave the cache.
-        """
-        rows = list(range(len(self.lengths)) if kept is None else kept)
-        even, width = self.even and len(rows) == len(self.lengths), self.width
-        before = [self.lengths[row] for row in rows]
-        self.lengths = [n + counts[row] for n, row in zip(before, rows, strict=True)]
-        self.width = max(self.lengths, default=0)
-        if even:
-            return slice(0, self.width)
-        old, own = (_column(n) for n in (before, self.lengths))
-        column = torch.arange(self.width)
-        moved = torch.where(column < old, column, column - old + width)
-        # What lies past a row's length is nobody's; any column will do.
-        moved = torch.where(column < own, moved, 0)
-        row = _column(rows).expand_as(moved)
-        return torch.stack([row, moved]).to(self.device)
+    def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
+        """Row r keeps ``counts[r]`` of its new tokens; only the rows ``kept`` go on."""
+        rows = range(len(self.lengths)) if kept is None else kept
+        self.lengths = [self.lengths[row] + counts[row] for row in rows]
+        self._places.clear()
 
 
-def take(
-    states: Float[Tensor, "batch heads width head_dim"], cut: slice | Int[Tensor, "2 kept columns"]
-) -> Float[Tensor, "kept heads columns head_dim"]:
-    """The columns that :meth:`Rows.commit` left."""
-    if isinstance(cut, slice):
-        return states[:, :, cut]
-    row, column = cut
-    return states[row, :, column].transpose(1, 2)
+class KeyValues:
+    """The keys and values of one layer of attention for the tokens of ``rows``."""
 
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
-def _column(numbers: Sequence[int]) -> Int[Tensor, "batch 1"]:
-    return torch.tensor(numbers, dtype=torch.long).unsqueeze(1)
+    def write(
+        self,
+        keys: Float[Tensor, "batch heads new head_dim"],
+        values: Float[Tensor, "batch heads new head_dim"],
+    ) -> tuple[Float[Tensor, "batch heads key head_dim"], Float[Tensor, "batch heads key head_dim"]]:
+        """Put new tokens behind those of their rows; return all columns up to the last new one."""
+        rows, new = self.rows, keys.shape[2]
+        behind = rows.width + new
+        if behind > rows.capacity:
+            raise ValueError(f"a cache has room for {rows.capacity} tokens a row, got {behind}")
+        if self.keys is None or self.values is None:
+            # Not empty: what nobody may see must still be a number.
+            room = (len(keys), keys.shape[1], rows.capacity)
+            self.keys, self.values = (x.new_zeros(*room, x.shape[3]) for x in (keys, values))
+        seen = []
+        for store, written in ((self.keys, keys), (self.values, values)):
+            store = store[: len(keys), :, :behind]
+            if rows.even:
+                store[:, :, rows.width :] = written
+            else:
+                place = rows.positions(new)[:, None, :, None].expand_as(written)
+                store.scatter_(2, place, written)
+            seen.append(store)
+        return seen[0], seen[1]
+
+    def keep(self, kept: Int[Tensor, " kept"]) -> None:
+        """Make these rows the first ones; more rows than there were need new memory."""
+        if self.keys is None or self.values is None:
+            return
+        if len(kept) > len(self.keys):
+            self.keys, self.values = self.keys[kept], self.values[kept]
+            return
+        width = self.rows.width
+        for store in (self.keys, self.values):
+            store[: len(kept), :, :width] = store[kept, :, :width]

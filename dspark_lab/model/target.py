@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import Device, checked
+from dspark_lab.checks import Device, checked, may_be_read
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
-from dspark_lab.files import read_json
+from dspark_lab.files import read_json, upload
 from dspark_lab.model.checkpoint import checkpoints_inside
 from dspark_lab.model.protocol import Features
-from dspark_lab.model.rows import Rows, take
+from dspark_lab.model.rows import KeyValues, Rows
 from dspark_lab.model.slotwise import check_token_ids
 from dspark_lab.model.smollm2 import load_smollm2
 
@@ -41,19 +41,46 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
+class _Layer(transformers.cache_utils.DynamicLayer):
+    """What transformers asks of one layer's cache."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows, self.states = rows, KeyValues(rows)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.states.write(keys, values)
+
+    def get_seq_length(self) -> int:
+        return self.rows.width
+
+
+class _Passing(transformers.cache_utils.DynamicLayer):
+    """Keeps nothing. Without a cache, transformers asks the device whether rows are packed."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
 @dataclass(frozen=True, eq=False)
 class TargetCache:
     """The keys and values of every layer for the tokens that each row has read."""
 
-    states: transformers.DynamicCache
+    states: transformers.Cache
     rows: Rows
 
     def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
         """Row r keeps the first ``counts[r]`` of its new tokens; rows not in ``kept`` leave."""
-        cut = self.rows.commit(counts, kept)
-        layer: Any
-        for layer in self.states.layers:
-            layer.keys, layer.values = take(layer.keys, cut), take(layer.values, cut)
+        leaves = kept is not None and list(kept) != list(range(len(self.rows.lengths)))
+        self.rows.commit(counts, kept)
+        if leaves:
+            rows = upload(torch.tensor(kept, dtype=torch.long), self.rows.device)
+            layer: Any
+            for layer in self.states.layers:
+                layer.states.keep(rows)
 
 
 @checked
@@ -162,37 +189,72 @@ class Target:
         Args:
             layer_ids: -1 for the embedding's output, i for the output of layer i (the mean of
                 parallel streams where it has several); for the last layer the state after the norm.
-            attention_mask: False on padding; read only to refuse padding on the left.
+            attention_mask: False on padding; read to refuse padding on the left.
             position_ids: each token's in its document; counted from 0 where None.
             seq_lens: of packed rows, the lengths of their documents; each then sees itself alone.
+
+        On a GPU the values of both are checked in debug mode alone, so that nothing waits for them;
+        a model that needs a row for each document waits for ``seq_lens`` (but see
+        :meth:`batch_features`).
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ids = validate_target_layer_ids(layer_ids, self.num_layers)
+        ids = self._layer_ids(layer_ids)
         if position_ids is not None and seq_lens is None:
             raise ValueError("position_ids must come with seq_lens, got position_ids alone")
-        self._check_rows(input_ids, attention_mask, seq_lens)
-        input_ids = input_ids.to(self.device)
+        check_token_ids(input_ids, self.vocab_size)
+        if attention_mask is not None and may_be_read(attention_mask):
+            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+                wanted = "attention_mask must be False on the right only"
+                raise ValueError(f"{wanted}, got one on the left")
+        lengths = None
+        if seq_lens is not None and (may_be_read(seq_lens) or not self.decodes_batches):
+            lengths = seq_lens.tolist()
+            self._check_lengths(lengths, input_ids.shape[1])
+        elif seq_lens is None:
+            self.require_room("a document", input_ids.shape[1])
+        return self._read(input_ids, ids, position_ids, seq_lens, lengths)
+
+    @checked
+    @torch.no_grad()
+    def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
+        """The features of a batch, its documents apart where a row holds several."""
+        lengths = [[length for _, length in documents] for documents in batch.documents]
+        if all(len(documents) <= 1 for documents in lengths):
+            return self.features(batch.input_ids, layer_ids)
+        check_token_ids(batch.input_ids, self.vocab_size)
+        self._check_lengths(lengths, batch.input_ids.shape[1])
+        ids = self._layer_ids(layer_ids)
+        return self._read(batch.input_ids, ids, None, batch.seq_lens, lengths)
+
+    def _layer_ids(self, layer_ids: Sequence[int]) -> list[int]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return validate_target_layer_ids(layer_ids, self.num_layers)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        layer_ids: list[int],
+        position_ids: Tensor | None,
+        seq_lens: Tensor | None,
+        lengths: list[list[int]] | None,
+    ) -> Features:
+        """The features of checked rows; ``lengths`` are ``seq_lens`` on the host, where known."""
+        input_ids = upload(input_ids, self.device)
         if seq_lens is None:
-            return self._forward(input_ids, ids)
-        seq_lens = seq_lens.to(self.device)
+            return self._forward(input_ids, layer_ids)
+        seq_lens = upload(seq_lens, self.device)
         if position_ids is not None:
-            position_ids = position_ids.to(self.device)
+            position_ids = upload(position_ids, self.device)
         if not self.decodes_batches:
-            return self._apart(input_ids, ids, position_ids, seq_lens)
+            assert lengths is not None
+            return self._apart(input_ids, layer_ids, position_ids, lengths)
         docs = context_doc_ids(seq_lens, input_ids.shape[1], self.device)
         # Padding counts as one more document: every token sees one at least, and no score is NaN.
         visible = (docs.unsqueeze(2) == docs.unsqueeze(1)).tril()
         if position_ids is None:
             position_ids = (visible.sum(dim=2) - 1).masked_fill_(docs == seq_lens.shape[1], 0)
         mask = _additive(visible, self.dtype)
-        return self._forward(input_ids, ids, attention_mask=mask, position_ids=position_ids)
-
-    @checked
-    def batch_features(self, batch: Batch, layer_ids: Sequence[int]) -> Features:
-        """The features of a batch, its documents apart where a row holds several."""
-        seq_lens = batch.seq_lens if batch.seq_lens[:, 1:].any() else None
-        return self.features(batch.input_ids, layer_ids, seq_lens=seq_lens)
+        return self._forward(input_ids, layer_ids, attention_mask=mask, position_ids=position_ids)
 
     @property
     def decodes_batches(self) -> bool:
@@ -207,10 +269,11 @@ class Target:
             and config._attn_implementation in ("eager", "sdpa")
         )
 
-    def start_cache(self, batch: int) -> TargetCache:
+    def start_cache(self, batch: int, capacity: int) -> TargetCache:
         """An empty cache of keys and values, for :meth:`advance`.
 
-        Refuses recurrent layers, and several rows without :attr:`decodes_batches`.
+        It has room for ``capacity`` tokens a row, those of the last :meth:`advance` among them,
+        whether they stay or not; the memory is taken once. Refuses recurrent layers, and several rows without :attr:`decodes_batches`.
         """
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -218,7 +281,8 @@ class Target:
             self._refuse("decoding needs layers of attention alone", sorted(kinds))
         if batch > 1 and not self.decodes_batches:
             self._refuse(f"a {type(self.model).__name__} decodes one row at a time", batch)
-        return TargetCache(transformers.DynamicCache(), Rows([0] * batch, self.device))
+        rows = Rows(batch, capacity, self.device)
+        return TargetCache(transformers.Cache(layer_class_to_replicate=partial(_Layer, rows)), rows)
 
     @torch.no_grad()
     def advance(
@@ -263,6 +327,8 @@ class Target:
             elif layer_id < len(layers) - 1:
                 hook = partial(copy_output, index)
                 hooks.append(layers[layer_id].register_forward_hook(hook))
+        if self.decodes_batches and "past_key_values" not in inputs:
+            inputs["past_key_values"] = transformers.Cache(layer_class_to_replicate=_Passing)
         try:
             output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
         finally:
@@ -276,13 +342,17 @@ class Target:
         return Features(context.flatten(2), last)
 
     def _apart(
-        self, input_ids: Tensor, layer_ids: list[int], position_ids: Tensor | None, seq_lens: Tensor
+        self,
+        input_ids: Tensor,
+        layer_ids: list[int],
+        position_ids: Tensor | None,
+        lengths: list[list[int]],
     ) -> Features:
         """Each document in a row of its own: slower than a mask, and right for every model."""
         places = [
             (row, slice(end - length, end))
-            for row, lengths in enumerate(seq_lens.tolist())
-            for length, end in zip(lengths, accumulate(lengths), strict=True)
+            for row, documents in enumerate(lengths)
+            for length, end in zip(documents, accumulate(documents), strict=True)
             if length
         ]
 
@@ -299,20 +369,13 @@ class Target:
                 together[-1][row, tokens] = state[: tokens.stop - tokens.start]
         return Features(*together)
 
-    def _check_rows(
-        self, input_ids: Tensor, attention_mask: Tensor | None, seq_lens: Tensor | None
-    ) -> None:
-        longest = input_ids.shape[1]
-        check_token_ids(input_ids, self.vocab_size)
-        if attention_mask is not None and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
-            raise ValueError("attention_mask must be False on the right only, got one on the left")
-        if seq_lens is not None:
-            lengths = seq_lens.cpu()
-            if not lengths.any() or lengths.min() < 0 or lengths.sum(1).max() > longest:
-                wanted = f"lengths of documents in rows of {longest} tokens"
-                raise ValueError(f"seq_lens must be {wanted}, got {lengths.tolist()}")
-            longest = int(lengths.max())
-        self.require_room("a document", longest)
+    def _check_lengths(self, lengths: list[list[int]], row: int) -> None:
+        """Refuse lengths of documents that rows of ``row`` tokens, or the target, cannot hold."""
+        flat = [length for documents in lengths for length in documents]
+        if not any(flat) or min(flat) < 0 or max(map(sum, lengths)) > row:
+            wanted = f"lengths of documents in rows of {row} tokens"
+            raise ValueError(f"seq_lens must be {wanted}, got {lengths}")
+        self.require_room("a document", max(flat))
 
     @torch.no_grad()
     def _check_logits(self) -> None:

@@ -126,7 +126,7 @@ def decode_check(
 
 def _replay_seconds(target: Target, context: int, longest: int, repeats: int) -> list[float]:
     """Median seconds of reading 1, 2, ... tokens again behind a context."""
-    cache = target.start_cache(1)
+    cache = target.start_cache(1, context + longest)
     _read(target, cache, [0] * context)
     times = [
         [_read(target, cache, [0] * count, keep=False) for count in range(1, longest + 1)]
@@ -137,7 +137,7 @@ def _replay_seconds(target: Target, context: int, longest: int, repeats: int) ->
 
 def _with_replay(target: Target, prompt: list[int], run: Decoded) -> Decoded:
     """The run with the seconds of reading again, after each rejection, in the rest."""
-    cache = target.start_cache(1)
+    cache = target.start_cache(1, len(prompt) + len(run.tokens[0]) + 1)
     _read(target, cache, prompt)
     spent, begin = 0.0, 0
     for round_ in run.rounds.itertuples():

@@ -126,7 +126,7 @@ def measure_steps_per_second(
     seconds: dict[int, float] = {}
     for size, count in per_row.items():
         rows = size // count
-        cache = target.start_cache(1)
+        cache = target.start_cache(1, behind)
         target.advance(context, cache, [])
         cache.commit([context_length], [0] * rows)
         times = []

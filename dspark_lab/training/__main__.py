@@ -39,6 +39,7 @@ class Options:
         device: of target and drafter.
         target_dtype: of the target's weights.
         parallel: under torchrun, by default ddp.
+        compile: run the drafter through torch.compile.
         drafter: a checkpoint to start from; its shape stands instead of the options that follow.
         layers: layers of a new drafter.
         block_size: slots of a block.
@@ -58,6 +59,7 @@ class Options:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     target_dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: Literal["ddp", "fsdp2"] | None = None
+    compile: bool = False
     drafter: str | None = None
     layers: int = 2
     block_size: int = 7
@@ -118,6 +120,7 @@ def _train(options: Options, parallel: Parallel) -> History:
         features=options.features,
         cache=options.cache,
         parallel=parallel,
+        compile=options.compile,
     )
 
 

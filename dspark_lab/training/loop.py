@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dspark_lab.attention import Compiled
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
 from dspark_lab.checks import checked
@@ -37,6 +38,7 @@ from dspark_lab.model import (
     WEIGHTS,
     Drafter,
     FeatureSource,
+    Slots,
     Sums,
     Target,
     at_least_fp32,
@@ -64,6 +66,7 @@ def train(
     features: Literal["live", "cached"] = "live",
     cache: str | os.PathLike[str] | None = None,
     parallel: Parallel = "none",
+    compile: bool = False,
     resume: bool = True,
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
@@ -83,6 +86,8 @@ def train(
             ``out/features``, where they lie in bfloat16 unless the target is float64.
         parallel: over the processes of an initialised ``torch.distributed``, each of which makes
             this call.
+        compile: run the drafter through ``torch.compile``, or, where that fails, without it after a
+            warning. It changes results by rounding. On CUDA attention is compiled in any case.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
         progress: show a bar, and say how many conversations have no label.
         on_metrics: called with each new line of the metrics, in the main process.
@@ -105,7 +110,7 @@ def train(
     drafter.use_target_embeddings(target.embed_weight, target.head_weight)
     drafter.train()
     pad_token_id = getattr(target.tokenizer, "pad_token_id", None) or 0
-    run = Run(drafter, config, tokens, out, processes, pad_token_id)
+    run = Run(drafter, config, tokens, out, processes, pad_token_id, compile)
     rows = run.start(resume)
     layer_ids = drafter.config.target_layer_ids
     if features == "live":
@@ -179,9 +184,21 @@ def _require_use(
 class Forward(nn.Module):
     """Slots and objective as one module, for the parallel wrappers."""
 
-    def __init__(self, drafter: Drafter, config: TrainConfig, tokens: Sequence[Encoded]) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        config: TrainConfig,
+        tokens: Sequence[Encoded],
+        compile: Literal["no", "whole", "layers"] = "no",
+    ) -> None:
         super().__init__()
         self.drafter, self.config = drafter, config
+        self.slots: Callable[..., Slots] = drafter.slots
+        if compile == "whole":
+            self.slots = Compiled(drafter.slots, drafter.slots)
+        elif compile == "layers":
+            for layer in drafter.layers:
+                layer.forward = Compiled(layer.forward, layer.forward)
         vocab_size = drafter.config.vocab_size
         seen = torch.arange(vocab_size)
         if config.vocabulary == "seen":
@@ -202,7 +219,7 @@ class Forward(nn.Module):
         terms: dict[str, Any] = self.config.term_weights_at(step)
         terms["loss_decay_gamma"] = self.config.loss_decay_gamma
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.drafter.slots(blocks, context, last)
+            slots = self.slots(blocks, context, last)
             w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
@@ -274,11 +291,15 @@ class Run:
         out: Path,
         processes: Processes,
         pad_token_id: int = 0,
+        compile: bool = False,
     ) -> None:
         self.drafter, self.config, self.out, self.processes = drafter, config, out, processes
         # Zero-weight terms leave parameters unused.
         unused = config.ce_only_fraction > 0 or config.confidence_weight == 0
-        self.forward = processes.wrap(Forward(drafter, config, tokens), drafter, unused)
+        # Gathering shards stands between the layers and cannot be compiled.
+        part = "layers" if processes.parallel == "fsdp2" else "whole"
+        step = Forward(drafter, config, tokens, part if compile else "no")
+        self.forward = processes.wrap(step, drafter, unused)
         frozen = {id(drafter.embed_tokens.weight), id(drafter.lm_head.weight)}
         named = dict(drafter.named_parameters())
         self.weights = {name: p for name, p in named.items() if id(p) not in frozen}
