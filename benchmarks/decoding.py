@@ -27,16 +27,18 @@ def run() -> Iterator[str]:
                 yield f"{name}: left out, {error}"
                 continue
             for temperature in (0.0, 1.0):
-                yield f"{name}, {str(dtype)[6:]}, temperature {temperature:.0f}: " + _line(
-                    pair, temperature, *SIZES[name]
-                )
+                runs = measured(pair, temperature, *SIZES[name])
+                yield f"{name}, {str(dtype)[6:]}, temperature {temperature:.0f}: " + _line(runs)
 
 
-def _line(pair: Pair, temperature: float, prompts: int, tokens: int, runs: int) -> str:
+def measured(
+    pair: Pair, temperature: float, prompts: int, tokens: int, runs: int
+) -> list[dict[str, float]]:
+    """The speed table of each run, and in it the gain over ``generate``."""
     step = len(pair.held_out) // prompts
     questions = [question(chat) for chat in pair.held_out[::step]][:prompts]
     options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": tokens}
-    tables, checks = [], []
+    tables = []
     for drafter in (None, pair.drafter):
         decode(pair.target, drafter, questions[:1], **options)
     for seed in range(runs):
@@ -46,16 +48,20 @@ def _line(pair: Pair, temperature: float, prompts: int, tokens: int, runs: int) 
             drafted.append(decode(pair.target, pair.drafter, [prompt], seed=seed, **options))
             count, spent = _generate(pair, prompt, temperature, tokens, seed)
             generated = [generated[0] + count, generated[1] + spent]
-        table = speed_table(plain, drafted, pair.drafter.config.block_size)
+        table = dict(speed_table(plain, drafted, pair.drafter.config.block_size))
+        table["against_generate"] = table["tokens_per_second"] * generated[1] / generated[0]
         tables.append(table)
-        checks.append(table["tokens_per_second"] * generated[1] / generated[0])
-    order = sorted(range(runs), key=lambda index: tables[index]["gain"])
-    middle = tables[order[runs // 2]]
-    gains, checks = [tables[index]["gain"] for index in order], sorted(checks)
+    return tables
+
+
+def _line(tables: list[dict[str, float]]) -> str:
+    tables = sorted(tables, key=lambda table: table["gain"])
+    middle = tables[len(tables) // 2]
+    gains, checks = (sorted(t[name] for t in tables) for name in ("gain", "against_generate"))
     return (
         f"{middle['tokens_per_second']:.0f} tokens/s, plain "
         f"{middle['plain_tokens_per_second']:.0f}: {middle['gain']:.2f} x "
-        f"({gains[0]:.2f} to {gains[-1]:.2f}), generate {checks[runs // 2]:.2f} x "
+        f"({gains[0]:.2f} to {gains[-1]:.2f}), generate {checks[len(checks) // 2]:.2f} x "
         f"({checks[0]:.2f} to {checks[-1]:.2f}); tau {middle['tau']:.2f}; draft "
         f"{middle['draft']:.0%}, verify {middle['verify']:.0%}, rest {middle['rest']:.0%}; "
         f"breaks even at tau {middle['break_even_tau']:.2f}, rate {middle['break_even_rate']:.2f}"

@@ -1,6 +1,6 @@
-"""The block mask in closed form against ``create_block_mask`` on the same rule."""
+"""The block mask in closed form against ``create_block_mask`` on the same rule, on the CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ SEQ_LEN, ANCHORS, BLOCK = 4096, 512, 7
 
 
 def run() -> Iterator[str]:
-    yield from _against_create_block_mask("cpu")
-    if torch.cuda.is_available():
-        yield from _against_create_block_mask("cuda")
+    closed_form, from_rule = forms(SEQ_LEN, ANCHORS, "cpu")
+    shape = f"S {SEQ_LEN}, N {ANCHORS}, K {BLOCK}"
+    yield compare(f"{shape}, against create_block_mask", closed_form, from_rule)
+    ours, theirs = torch.compile(training_block_mask), torch.compile(create_block_mask)
+    yield compare(f"{shape}, both compiled", lambda: closed_form(ours), lambda: from_rule(theirs))
     for scale in (1, 2, 4, 8):
         anchors, keep = _anchors(1024 * scale, 128 * scale, "cpu")
 
@@ -31,22 +33,22 @@ def run() -> Iterator[str]:
         )
 
 
-def _against_create_block_mask(device: str) -> Iterator[str]:
-    anchors, keep = _anchors(SEQ_LEN, ANCHORS, device)
-    sizes: dict[str, Any] = {"seq_len": SEQ_LEN, "block_size": BLOCK}
-    queries = ANCHORS * BLOCK
+def forms(
+    seq_len: int, num_anchors: int, device: str, block_size: int = BLOCK
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The mask of one draw in closed form and by ``create_block_mask``, or what stands for it."""
+    anchors, keep = _anchors(seq_len, num_anchors, device)
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size}
+    queries = num_anchors * block_size
 
     def closed_form(make=training_block_mask):
         return make(anchors, keep, **sizes)
 
     def from_rule(make=create_block_mask):
         rule = training_mask_mod(anchors, keep, **sizes)
-        return make(rule, 1, None, queries, SEQ_LEN + queries, device=device)
+        return make(rule, 1, None, queries, seq_len + queries, device=device)
 
-    shape = f"{device}: S {SEQ_LEN}, N {ANCHORS}, K {BLOCK}"
-    yield compare(f"{shape}, against create_block_mask", closed_form, from_rule)
-    ours, theirs = torch.compile(training_block_mask), torch.compile(create_block_mask)
-    yield compare(f"{shape}, both compiled", lambda: closed_form(ours), lambda: from_rule(theirs))
+    return closed_form, from_rule
 
 
 def _anchors(seq_len: int, num_anchors: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

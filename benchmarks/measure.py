@@ -1,4 +1,4 @@
-"""Timing one call against another in the same process, and counting the bytes a call holds."""
+"""Timing calls against each other in the same process, and counting the bytes a call holds."""
 
 import statistics
 import time
@@ -23,22 +23,38 @@ def median_seconds(call: Callable[[], object], runs: int = 21) -> float:
     return statistics.median(seconds(call) for _ in range(runs))
 
 
+def take_turns(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each of ``runs`` calls, one after the other, so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return times
+
+
 def compare(
     name: str, ours: Callable[[], object], baseline: Callable[[], object], runs: int = 11
 ) -> str:
-    """Both medians, and the ratio pair by pair: the two take turns, so drift hits both alike."""
+    """Both medians, and the ratio pair by pair."""
     ours(), baseline()
-    pairs = [(seconds(ours), seconds(baseline)) for _ in range(runs)]
-    ratios = sorted(theirs / own for own, theirs in pairs)
-    own, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    times = take_turns({"ours": ours, "theirs": baseline}, runs)
+    ratios = sorted(b / a for a, b in zip(*times.values(), strict=True))
+    own, theirs = map(statistics.median, times.values())
     return (
         f"{name:<58} {own * 1e3:9.2f} ms  {theirs * 1e3:9.2f} ms   "
         f"{statistics.median(ratios):7.1f} x  ({ratios[0]:.1f} to {ratios[-1]:.1f})"
     )
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """The most memory that tensors made during the call hold at one time, in bytes."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         call()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]

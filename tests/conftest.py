@@ -1,7 +1,6 @@
-"""The device that a test runs on, and a hypothesis profile that never varies.
+"""A hypothesis profile that never varies, and fixtures of many files.
 
-The `device` fixture repeats a test on the CPU and, where there is one, on a CUDA GPU; the
-repetition carries the marker `gpu`.
+Every test runs on the CPU, but for those marked `gpu`, most of them in `tests/test_gpu.py`.
 """
 
 import gc
@@ -22,18 +21,6 @@ gc.disable()
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-
-
-needs_cuda = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device that every tensor of the test lives on."""
-    return torch.device(request.param)
 
 
 @pytest.fixture

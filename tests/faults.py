@@ -135,7 +135,7 @@ MASKS: dict[str, Fault] = {
     ),
     "blocks see each other": Fault(
         "attention.mask:in_own_block",
-        lambda right, key, first, _: right(key, first, 2**40),
+        lambda right, key, first, past: right(key, first, past + 2**40),
     ),
     "a block is causal": Fault(
         "attention.mask:mask_mod",

@@ -24,15 +24,6 @@ EAGER = ["dense", "blockwise"]
 BACKENDS = [*EAGER, "flex"]
 
 
-@pytest.fixture(autouse=True)
-def skip_what_the_device_lacks(request):
-    """The blockwise back end is for the CPU alone."""
-    chosen = getattr(request.node, "callspec", None)
-    chosen = chosen.params if chosen else {}
-    if chosen.get("backend") == "blockwise" and chosen.get("device") == "cuda":
-        pytest.skip("blockwise is for the CPU")
-
-
 @dataclass
 class Problem:
     """Shapes of one attention call."""
@@ -51,7 +42,7 @@ class Problem:
     scale: float | None = None
     loudness: float = 1.0
 
-    def tensors(self, device, dtype=torch.float32):
+    def tensors(self, dtype=torch.float32, device="cpu"):
         """q, k, v; the other arguments; the oracle's mask as a tensor."""
         rng = torch.Generator().manual_seed(sum(map(ord, self.name)))
         queries = self.num_anchors * self.block_size
@@ -132,8 +123,8 @@ TOLERANCES = {torch.float32: (3e-6, 2e-5), torch.float64: (1e-10, 1e-10)}
     ("backend", "dtype"),
     [(name, dtype) for name in EAGER for dtype in TOLERANCES] + [("flex", torch.float32)],
 )
-def test_every_backend_agrees_to_rounding(backend, dtype, problem, device):
-    qkv, options, mask = problem.tensors(device, dtype)
+def test_every_backend_agrees_to_rounding(backend, dtype, problem):
+    qkv, options, mask = problem.tensors(dtype)
     tolerances = TOLERANCES[dtype]
     if problem.loudness > 1 and dtype == torch.float32:
         tolerances = 2e-5, 3e-4
@@ -141,10 +132,10 @@ def test_every_backend_agrees_to_rounding(backend, dtype, problem, device):
         got = block_attention(*qkv, **options, backend=backend)
     assert (got.shape, got.dtype, got.device) == (qkv[0].shape, dtype, qkv[0].device)
     close(got, reference(*qkv, mask, problem.scale), tolerances[0])
-    if backend == "flex" and device.type == "cpu":
-        return  # FlexAttention has no backward pass there
+    if backend == "flex":
+        return
     torch.manual_seed(0)
-    weight = torch.randn(qkv[0].shape, dtype=torch.float64).to(device)
+    weight = torch.randn(qkv[0].shape, dtype=torch.float64)
     attend = partial(block_attention, **options, backend=backend)
     got = with_gradients(attend, *qkv, weight)
     doubles = [t.double() for t in qkv]
@@ -156,18 +147,18 @@ def test_every_backend_agrees_to_rounding(backend, dtype, problem, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", EAGER)
-def test_half_precision_stays_half_and_close(backend, dtype, device):
+def test_half_precision_stays_half_and_close(backend, dtype):
     problem = Problem("half", packed=True)
-    qkv, options, mask = problem.tensors(device, dtype)
+    qkv, options, mask = problem.tensors(dtype)
     got = block_attention(*qkv, **options, backend=backend)
     assert got.dtype == dtype
     close(got, reference(*qkv, mask, None), 2e-2 if dtype == torch.bfloat16 else 3e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_heads_and_positions_may_lie_the_other_way_round_in_memory(backend, device):
+def test_heads_and_positions_may_lie_the_other_way_round_in_memory(backend):
     problem = Problem("strided", heads=4, kv_heads=2)
-    qkv, options, mask = problem.tensors(device)
+    qkv, options, mask = problem.tensors()
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]
     assert not any(t.is_contiguous() for t in strided)
     got = block_attention(*strided, **options, backend=backend)
@@ -176,9 +167,9 @@ def test_heads_and_positions_may_lie_the_other_way_round_in_memory(backend, devi
 
 @pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_gradient_for_one_input_alone_is_the_same(backend, which, device):
+def test_a_gradient_for_one_input_alone_is_the_same(backend, which):
     problem = Problem("one gradient", heads=4, kv_heads=2, packed=True)
-    qkv, options, mask = problem.tensors(device)
+    qkv, options, mask = problem.tensors()
     grads = []
     attend = partial(block_attention, **options, backend=backend)
     for function in (attend, partial(reference, mask=mask, scale=None)):
@@ -190,9 +181,9 @@ def test_a_gradient_for_one_input_alone_is_the_same(backend, which, device):
 
 
 @pytest.mark.parametrize("backend", EAGER)
-def test_an_unseen_key_has_no_gradient_at_all(backend, device):
+def test_an_unseen_key_has_no_gradient_at_all(backend):
     problem = Problem("unseen", packed=True)
-    qkv, options, mask = problem.tensors(device)
+    qkv, options, mask = problem.tensors()
     attend = partial(block_attention, **options, backend=backend)
     _, _, k_grad, v_grad = with_gradients(attend, *qkv, torch.ones_like(qkv[0]))
     unseen = ~mask.any(dim=1)
@@ -201,18 +192,17 @@ def test_an_unseen_key_has_no_gradient_at_all(backend, device):
         assert (grad.movedim(1, 2)[unseen] == 0).all()
 
 
-def test_the_default_is_flex_on_cuda_and_blockwise_on_the_cpu(device):
-    qkv, options, _ = Problem("default").tensors(device)
-    chosen = {"cpu": "blockwise", "cuda": "flex"}[device.type]
-    assert choose_backend(device) == chosen and choose_backend(torch.device("meta")) == "dense"
-    with torch.no_grad():
-        expected = block_attention(*qkv, **options, backend=chosen)
-        for given in ({}, {"backend": "auto"}):
-            assert torch.equal(block_attention(*qkv, **options, **given), expected)
+def test_the_default_is_flex_on_cuda_and_blockwise_on_the_cpu():
+    qkv, options, _ = Problem("default").tensors()
+    expected = block_attention(*qkv, **options, backend="blockwise")
+    for given in ({}, {"backend": "auto"}):
+        assert torch.equal(block_attention(*qkv, **options, **given), expected)
+    chosen = {"cpu": "blockwise", "cuda": "flex", "meta": "dense"}
+    assert {name: choose_backend(torch.device(name)) for name in chosen} == chosen
 
 
 def test_flex_says_that_it_has_no_gradient_on_the_cpu():
-    qkv, options, _ = Problem("no gradient").tensors("cpu")
+    qkv, options, _ = Problem("no gradient").tensors()
     for which in range(3):
         leaves = [t.clone().requires_grad_(i == which) for i, t in enumerate(qkv)]
         with pytest.raises((ValueError, NotImplementedError), match="(?i)flex") as caught:
@@ -221,15 +211,15 @@ def test_flex_says_that_it_has_no_gradient_on_the_cpu():
 
 
 def test_blockwise_refuses_a_device_that_is_not_the_cpu():
-    qkv, options, _ = Problem("meta").tensors("meta")
+    qkv, options, _ = Problem("meta").tensors(device="meta")
     with pytest.raises(ValueError, match="(?s)(?=.*blockwise)(?=.*(?i:cpu))(?=.*meta)"):
         block_attention(*qkv, **options, backend="blockwise")
 
 
 @pytest.mark.parametrize("backend", EAGER)
-def test_compiled_whole_it_gives_the_same_with_gradients(backend, device):
+def test_compiled_whole_it_gives_the_same_with_gradients(backend):
     torch._dynamo.reset()
-    qkv, options, _ = Problem("compiled", heads=4, packed=True).tensors(device)
+    qkv, options, _ = Problem("compiled", heads=4, packed=True).tensors()
     weight = torch.randn_like(qkv[0])
     attend = partial(block_attention, **options, backend=backend)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -239,12 +229,12 @@ def test_compiled_whole_it_gives_the_same_with_gradients(backend, device):
 
 
 @pytest.mark.slow
-def test_the_compiled_kernel_reads_tiles_made_before(device, cpp_compiler):
+def test_the_compiled_kernel_reads_tiles_made_before(cpp_compiler):
     """Not compiled, FlexAttention asks the mask function about every pair; the kernel does not."""
     torch._dynamo.reset()
     # Several tiles of each kind, and a last one that hangs over the edge.
     problem = Problem("tiles", heads=4, seq_len=700, num_anchors=50, block_size=7, dummies="none")
-    qkv, options, mask = problem.tensors(device)
+    qkv, options, mask = problem.tensors()
     del options["scale"]
     tiles = training_block_mask(**options)
     assert tiles.kv_num_blocks.any() and tiles.full_kv_num_blocks.any()
@@ -255,7 +245,7 @@ def test_the_compiled_kernel_reads_tiles_made_before(device, cpp_compiler):
 
 
 def test_the_number_of_threads_does_not_matter():
-    qkv, options, _ = Problem("long", num_anchors=60, block_size=7).tensors("cpu")
+    qkv, options, _ = Problem("long", num_anchors=60, block_size=7).tensors()
     weight = torch.ones_like(qkv[0])
     attend = partial(block_attention, **options, backend="blockwise")
     results = []

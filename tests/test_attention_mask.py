@@ -30,10 +30,10 @@ def where(draw: Draw) -> tuple[tuple, dict]:
     return (blocks.anchor_positions, blocks.block_keep_mask), sizes
 
 
-def every_pair(mask_mod, batch, queries, keys, device):
+def every_pair(mask_mod, batch, queries, keys):
     """The mask function asked about every pair at once."""
-    b, q, kv = (torch.arange(n, device=device) for n in (batch, queries, keys))
-    zero = torch.zeros((), dtype=torch.long, device=device)
+    b, q, kv = (torch.arange(n) for n in (batch, queries, keys))
+    zero = torch.zeros((), dtype=torch.long)
     answer = mask_mod(b[:, None, None], zero, q[None, :, None], kv[None, None, :])
     return answer.expand(batch, queries, keys)
 
@@ -71,13 +71,13 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("case", BY_HAND.values(), ids=BY_HAND)
-def test_a_block_sees(case, device):
+def test_a_block_sees(case):
     anchors, kept, seq_len, block_size, documents, expected = case
-    where = torch.tensor([anchors], device=device), torch.tensor([[k == "1" for k in kept]])
-    docs = None if documents is None else torch.tensor([list(map(int, documents))], device=device)
+    where = torch.tensor([anchors]), torch.tensor([[k == "1" for k in kept]])
+    docs = None if documents is None else torch.tensor([list(map(int, documents))])
     sizes = {"seq_len": seq_len, "block_size": block_size, "doc_ids": docs}
-    mask = training_dense_mask(where[0], where[1].to(device), **sizes)
-    assert (mask.dtype, mask.device.type) == (torch.bool, device.type)
+    mask = training_dense_mask(*where, **sizes)
+    assert mask.dtype == torch.bool
     assert picture(mask[0].tolist()) == expected
 
 
@@ -90,7 +90,7 @@ def test_the_dense_form_and_the_mask_function_match_the_oracle(draw):
     expected = draw.dense_mask()
     assert training_dense_mask(*args, **sizes).tolist() == expected
     mask_mod, shape = training_mask_mod(*args, **sizes), torch.tensor(expected).shape
-    assert every_pair(mask_mod, *shape, "cpu").tolist() == expected
+    assert every_pair(mask_mod, *shape).tolist() == expected
     # As under vmap, with indices that are tensors without axes.
     batch, queries, keys = shape
     assert create_mask(mask_mod, batch, 1, queries, keys, device="cpu")[:, 0].tolist() == expected
@@ -117,13 +117,13 @@ def test_the_tile_lists_are_those_counted_from_the_oracle(draw, tile_size):
 # Against PyTorch's own tiles
 
 
-def random_blocks(device, batch, seq_len, num_anchors, block_size, packed):
+def random_blocks(batch, seq_len, num_anchors, block_size, packed):
     """Anchors in any order, the last one at the row's end, most of them kept."""
     torch.manual_seed(seq_len * block_size)
-    anchors = torch.randint(seq_len, (batch, num_anchors), device=device)
+    anchors = torch.randint(seq_len, (batch, num_anchors))
     anchors[:, -1] = seq_len - 1
-    keep = torch.rand(batch, num_anchors, device=device) < 0.9
-    docs = (torch.arange(seq_len, device=device) // 50).repeat(batch, 1) if packed else None
+    keep = torch.rand(batch, num_anchors) < 0.9
+    docs = (torch.arange(seq_len) // 50).repeat(batch, 1) if packed else None
     return (anchors, keep), {"seq_len": seq_len, "block_size": block_size, "doc_ids": docs}
 
 
@@ -135,26 +135,26 @@ def assert_same_lists(got: BlockMask, expected: BlockMask):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seq_len", [1, 127, 128, 129, 256, 700])
 @pytest.mark.parametrize("block_size", [1, 7, 16, 130])
-def test_the_closed_form_makes_the_lists_that_pytorch_makes(block_size, seq_len, packed, device):
+def test_the_closed_form_makes_the_lists_that_pytorch_makes(block_size, seq_len, packed):
     num_anchors = -(-300 // block_size)
-    args, sizes = random_blocks(device, 2, seq_len, num_anchors, block_size, packed)
+    args, sizes = random_blocks(2, seq_len, num_anchors, block_size, packed)
     queries = num_anchors * block_size
     shape = 2, 1, queries, seq_len + queries
     for tile in (16, 17, 128, 255):
         got = training_block_mask(*args, **sizes, tile_size=tile)
         mask_mod = training_mask_mod(*args, **sizes)
-        assert_same_lists(got, create_block_mask(mask_mod, *shape, device=device, BLOCK_SIZE=tile))
+        assert_same_lists(got, create_block_mask(mask_mod, *shape, device="cpu", BLOCK_SIZE=tile))
     dense = training_dense_mask(*args, **sizes)
-    assert every_pair(training_mask_mod(*args, **sizes), 2, *shape[2:], device).equal(dense)
+    assert every_pair(training_mask_mod(*args, **sizes), 2, *shape[2:]).equal(dense)
 
 
-def test_the_block_mask_itself_can_be_compiled(device):
+def test_the_block_mask_itself_can_be_compiled():
     torch._dynamo.reset()
-    args, sizes = random_blocks(device, 2, 70, 9, 5, packed=True)
+    args, sizes = random_blocks(2, 70, 9, 5, packed=True)
     got = torch.compile(training_block_mask, fullgraph=True, backend="aot_eager")(*args, **sizes)
     assert_same_lists(got, training_block_mask(*args, **sizes))
     dense = training_dense_mask(*args, **sizes)
-    assert every_pair(got.mask_mod, *dense.shape, device).equal(dense)
+    assert every_pair(got.mask_mod, *dense.shape).equal(dense)
 
 
 # Cost
@@ -165,8 +165,8 @@ PAIRS = N * K * (S + N * K)
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tile_size", [128, 64])
-def test_the_closed_form_makes_nothing_of_size_queries_by_keys(tile_size, packed, device):
-    args, sizes = random_blocks(device, 1, S, N, K, packed)
+def test_the_closed_form_makes_nothing_of_size_queries_by_keys(tile_size, packed):
+    args, sizes = random_blocks(1, S, N, K, packed)
     with Recorder() as recorder:
         got = training_block_mask(*args, **sizes, tile_size=tile_size)
     with Recorder() as of_the_dense_mask:

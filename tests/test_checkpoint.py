@@ -341,14 +341,10 @@ def test_a_file_of_another_dtype_comes_back_in_it_or_as_asked(folder, stored):
     assert_same(load_drafter(folder, dtype=torch.float32), make_drafter(dtype=stored).float())
 
 
-def test_embeddings_of_the_target_come_in_the_dtype_and_on_the_device_of_the_drafter(
-    folder, device
-):
-    drafter = make_drafter(dtype=torch.bfloat16).to(device)
+def test_embeddings_of_the_target_come_in_the_dtype_of_the_drafter(folder):
+    drafter = make_drafter(dtype=torch.bfloat16)
     save_drafter(drafter, folder)
-    loaded = load_drafter(folder, target=target_of(make_drafter()), device=device)
-    assert {value.device.type for value in loaded.parameters()} == {device.type}
-    assert_same(loaded, drafter)
+    assert_same(load_drafter(folder, target=target_of(make_drafter())), drafter)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -74,12 +74,12 @@ def test_every_argument_is_taken_by_position_and_by_keyword(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, *INTEGERS, *FLOATS], ids=str)
-def test_every_loss_mask_dtype_means_the_same(dtype, device):
-    mask = torch.tensor([[1, 1, 0, 1, 1, 1]]).to(dtype).to(device)
+def test_every_loss_mask_dtype_means_the_same(dtype):
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1]]).to(dtype)
     got = common.build_anchor_candidate_mask(6, mask)
     assert got.dtype == torch.bool
     assert got.tolist() == [[True, False, False, True, True]]
-    anchors, keep = common.sample_anchor_positions(6, mask, 4, device)
+    anchors, keep = common.sample_anchor_positions(6, mask, 4, "cpu")
     assert anchors.tolist() == [[0, 3, 4, 0]]
     assert keep.tolist() == [[True, True, True, False]]
     assert eval_mask(mask, anchors, keep, 2).tolist() == [
@@ -88,14 +88,14 @@ def test_every_loss_mask_dtype_means_the_same(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_exactly_one_half_is_not_supervised_and_the_next_float_is(dtype, device):
+def test_exactly_one_half_is_not_supervised_and_the_next_float_is(dtype):
     half = torch.tensor([0.5]).to(dtype)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[half.itemsize]
     above, below = (half.view(bits) + 1).view(dtype), (half.view(bits) - 1).view(dtype)
     one = torch.ones(1).to(dtype)
     for value, expected in [(half, False), (above, True), (below, False), (one, True)]:
         row = torch.cat([one.view(bits), value.view(bits), one.view(bits)]).view(dtype)
-        got = common.build_anchor_candidate_mask(3, row[None].to(device))
+        got = common.build_anchor_candidate_mask(3, row[None])
         assert got.tolist() == [[expected, expected]]
 
 
@@ -106,10 +106,8 @@ def test_exactly_one_half_is_not_supervised_and_the_next_float_is(dtype, device)
         ([2**63 - 1, 2**63 - 1, -(2**63), 1], [True, False, False]),
     ],
 )
-def test_the_largest_values_are_supervised_and_nan_and_the_smallest_are_not(
-    values, expected, device
-):
-    row = torch.tensor([values], device=device)
+def test_the_largest_values_are_supervised_and_nan_and_the_smallest_are_not(values, expected):
+    row = torch.tensor([values])
     assert common.build_anchor_candidate_mask(len(values), row).tolist() == [expected]
 
 
@@ -127,11 +125,9 @@ def test_the_largest_values_are_supervised_and_nan_and_the_smallest_are_not(
         ([], None, []),
     ],
 )
-def test_anchor_needs_two_supervised_tokens_of_one_document(
-    loss_mask, doc_remaining, expected, device
-):
-    mask = torch.tensor([loss_mask], device=device)
-    remaining = None if doc_remaining is None else torch.tensor([doc_remaining], device=device)
+def test_anchor_needs_two_supervised_tokens_of_one_document(loss_mask, doc_remaining, expected):
+    mask = torch.tensor([loss_mask])
+    remaining = None if doc_remaining is None else torch.tensor([doc_remaining])
     got = common.build_anchor_candidate_mask(len(loss_mask), mask, remaining)
     assert got.dtype == torch.bool and got.tolist() == [expected]
 
@@ -152,9 +148,9 @@ def test_anchor_needs_two_supervised_tokens_of_one_document(
         ([], 3, []),
     ],
 )
-def test_all_candidates_become_anchors_where_they_are_few(loss_mask, num_anchors, expected, device):
-    mask = torch.tensor([loss_mask, [0] * len(loss_mask)], device=device)
-    anchors, keep = common.sample_anchor_positions(len(loss_mask), mask, num_anchors, device)
+def test_all_candidates_become_anchors_where_they_are_few(loss_mask, num_anchors, expected):
+    mask = torch.tensor([loss_mask, [0] * len(loss_mask)])
+    anchors, keep = common.sample_anchor_positions(len(loss_mask), mask, num_anchors, "cpu")
     dummies = num_anchors - len(expected)
     assert anchors.dtype == torch.long and keep.dtype == torch.bool
     assert anchors.tolist() == [expected + [0] * dummies, [0] * num_anchors]
@@ -178,12 +174,12 @@ def test_all_candidates_become_anchors_where_they_are_few(loss_mask, num_anchors
         ("an empty row", [], None, [0], [0], ["000"]),
     ],
 )
-def test_supervision_stops_at(stops_at, loss_mask, doc_remaining, anchors, keep, expected, device):
-    mask, anchors = (torch.tensor([row], device=device) for row in (loss_mask, anchors))
+def test_supervision_stops_at(stops_at, loss_mask, doc_remaining, anchors, keep, expected):
+    mask, anchors = (torch.tensor([row]) for row in (loss_mask, anchors))
     packed = {}
     if doc_remaining is not None:
-        packed["doc_remaining"] = torch.tensor([doc_remaining], device=device)
-    got = eval_mask(mask, anchors, torch.tensor([keep], device=device).bool(), 3, **packed)
+        packed["doc_remaining"] = torch.tensor([doc_remaining])
+    got = eval_mask(mask, anchors, torch.tensor([keep]).bool(), 3, **packed)
     assert ["".join(str(int(flag)) for flag in block) for block in got[0].tolist()] == expected
 
 
@@ -198,44 +194,42 @@ def test_supervision_stops_at(stops_at, loss_mask, doc_remaining, anchors, keep,
         ([0, 0], [], [0, 1, 2, 0, 1, 2]),
     ],
 )
-def test_positions_run_on_from_the_anchors_within_its_document(
-    anchors, positions, expected, device
-):
+def test_positions_run_on_from_the_anchors_within_its_document(anchors, positions, expected):
     if positions is not None:
-        positions = torch.tensor([positions], dtype=torch.long, device=device)
-    got = common.create_position_ids(torch.tensor([anchors], device=device), 3, positions)
+        positions = torch.tensor([positions], dtype=torch.long)
+    got = common.create_position_ids(torch.tensor([anchors]), 3, positions)
     assert got.dtype == torch.long and got.tolist() == [expected]
 
 
-def test_noise_for_an_empty_row_is_all_mask_tokens(device):
-    embed = nn.Embedding(4, 2, device=device)
-    input_ids = torch.zeros(2, 0, dtype=torch.long, device=device)
-    anchors = torch.zeros(2, 3, dtype=torch.long, device=device)
+def test_noise_for_an_empty_row_is_all_mask_tokens():
+    embed = nn.Embedding(4, 2)
+    input_ids = torch.zeros(2, 0, dtype=torch.long)
+    anchors = torch.zeros(2, 3, dtype=torch.long)
     got = common.create_noise_embed(embed, input_ids, anchors, anchors.bool(), 3, 2)
     assert torch.equal(got, embed.weight[3].expand(2, 6, 2))
 
 
-def test_noise_goes_through_the_forward_of_the_embedding(device):
+def test_noise_goes_through_the_forward_of_the_embedding():
     class Scaled(nn.Embedding):
         def forward(self, input):
             return super().forward(input) * 3
 
-    embed = Scaled(4, 2, device=device, dtype=torch.bfloat16)
-    ids = torch.tensor([[1, 2]], device=device)
-    keep = torch.ones(1, 1, dtype=torch.bool, device=device)
+    embed = Scaled(4, 2, dtype=torch.bfloat16)
+    ids = torch.tensor([[1, 2]])
+    keep = torch.ones(1, 1, dtype=torch.bool)
     got = common.create_noise_embed(embed, ids, ids[:, :1], keep, 0, 2)
-    assert torch.equal(got, 3 * embed.weight[torch.tensor([[2, 0]], device=device)])
+    assert torch.equal(got, 3 * embed.weight[torch.tensor([[2, 0]])])
 
 
-def test_context_features_count_from_the_embedding_output(device):
-    hidden = [torch.full((1, 2, 2), float(i), device=device) for i in range(4)]
+def test_context_features_count_from_the_embedding_output():
+    hidden = [torch.full((1, 2, 2), float(i)) for i in range(4)]
     got = common.extract_context_feature(hidden, [-1, 0, 2])
     assert got.tolist() == [[[0.0, 0.0, 1.0, 1.0, 3.0, 3.0]] * 2]
     assert common.extract_context_feature(tuple(hidden), [1]).tolist() == [[[2.0, 2.0]] * 2]
 
 
-def test_context_features_keep_dtype_and_gradient(device):
-    hidden = [torch.randn(1, 2, 3, device=device, dtype=torch.bfloat16) for _ in range(3)]
+def test_context_features_keep_dtype_and_gradient():
+    hidden = [torch.randn(1, 2, 3, dtype=torch.bfloat16) for _ in range(3)]
     hidden[2].requires_grad_()
     got = common.extract_context_feature(hidden, [0, 1])
     assert got.dtype == torch.bfloat16
@@ -277,11 +271,9 @@ def test_the_embedding_and_the_last_layer_warn_but_pass(ids):
         ([0, 0, 0], 0, []),
     ],
 )
-def test_a_position_belongs_to_the_document_whose_end_lies_ahead(
-    lengths, seq_len, expected, dtype, device
-):
-    lens = torch.tensor([lengths], dtype=dtype, device=device)
-    got = common.context_doc_ids(lens, seq_len, device)
+def test_a_position_belongs_to_the_document_whose_end_lies_ahead(lengths, seq_len, expected, dtype):
+    lens = torch.tensor([lengths], dtype=dtype)
+    got = common.context_doc_ids(lens, seq_len, "cpu")
     assert got.dtype == torch.long
     assert got.tolist() == [expected] == oracle.doc_ids([lengths], seq_len)
 
@@ -338,15 +330,14 @@ def test_rounded_frequencies_without_a_config_are_refused():
 # The confidence head
 
 
-def test_accept_rate_is_one_linear_map_and_stays_a_logit(device):
-    head = common.AcceptRatePredictor(3).to(device)
+def test_accept_rate_is_one_linear_map_and_stays_a_logit():
+    head = common.AcceptRatePredictor(3)
     assert isinstance(head.proj, nn.Linear)
     assert set(head.state_dict()) == {"proj.weight", "proj.bias"}
     with torch.no_grad():
         head.proj.weight.copy_(torch.tensor([[1.0, -2.0, 0.5]]))
         head.proj.bias.fill_(10.0)
-    features = torch.tensor([[[2.0, 1.0, 4.0], [0.0, 10.0, 0.0]]], device=device)
+    features = torch.tensor([[[2.0, 1.0, 4.0], [0.0, 10.0, 0.0]]])
     got = head(features)
     assert got.tolist() == [[12.0, -10.0]]
-    assert got.device.type == device.type
     assert head(features=features[0, 0]).tolist() == 12.0

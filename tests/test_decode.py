@@ -280,6 +280,29 @@ def test_caches_after_rejections_are_as_good_as_none(head, prompts, options):
     assert len(prompts) == 1 or len(set(last.values())) > 1, "rows must leave at different times"
 
 
+def test_caches_are_allocated_once_though_rows_are_uneven_and_leave():
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    decoding = decode_rounds(target, drafter, PROMPTS, **SAMPLED, seed=2)
+    memory = set()
+    for _ in decoding:
+        layers = [layer.states for layer in decoding._cache.states.layers]
+        stores = [x for held in (*layers, *decoding._context.states) for x in vars(held).values()]
+        memory.add(tuple(x.data_ptr() for x in stores if isinstance(x, torch.Tensor)))
+        uneven = len(set(decoding._cache.rows.lengths)) > 1
+    assert len(memory) == 1 and len(set(*memory)) == 2 * (3 + 2)
+    assert len({len(answer) for answer in decoding.result().tokens}) > 1 and not uneven
+
+
+def test_only_once_a_round_its_figures_come_to_the_host(monkeypatch):
+    target, drafter = exact_target(VOCAB), exact_drafter(VOCAB, block_size=3)
+    moved = Counter()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: moved.update(["cpu"]) or x.to("cpu"))
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: moved.update(["item"]))
+    decoding = decode_rounds(target, drafter, PROMPTS[:1], **SAMPLED, threshold=0.5, seed=2)
+    rounds = sum(1 for _ in decoding)
+    assert moved == {"cpu": rounds} and rounds > 2
+
+
 OPTIONS: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"draft_length": 1}]
 OPTIONS += [{"scheduler": early_stopping, "draft_length": 2}, {"temperature": 0.5, "top_p": 0.8}]
 

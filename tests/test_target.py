@@ -23,6 +23,7 @@ from torch import Tensor
 from dspark_lab import chats
 from dspark_lab.common import extract_context_feature
 from dspark_lab.model import Target, load_target, target
+from tests.recorder import Recorder
 from tests.samples import documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,9 +102,9 @@ def assert_as_alone(lab: Target, found, ids: Tensor, lengths: Tensor, tolerance:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_context_is_extracted_from_the_output_hidden_states(family, dtype, tied, device):
-    model = random_model(family, tie_word_embeddings=tied).to(device, dtype)
-    lab, ids = Target(model), random_ids().to(device)
+def test_context_is_extracted_from_the_output_hidden_states(family, dtype, tied):
+    model = random_model(family, tie_word_embeddings=tied).to(dtype)
+    lab, ids = Target(model), random_ids()
     assert (lab.embed_weight is lab.head_weight) == tied
     with torch.no_grad():
         expected = model.base_model(ids, output_hidden_states=True, use_cache=False)
@@ -119,8 +120,8 @@ def test_context_is_extracted_from_the_output_hidden_states(family, dtype, tied,
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_document_has_the_features_it_has_alone(family, dtype, kernel, device):
-    lab = Target(random_model(family, attn_implementation=kernel).to(device, dtype))
+def test_packed_document_has_the_features_it_has_alone(family, dtype, kernel):
+    lab = Target(random_model(family, attn_implementation=kernel).to(dtype))
     assert_packed_as_alone(lab, TYPES[dtype])
 
 
@@ -141,8 +142,8 @@ def test_kernel_that_takes_no_mask_gets_none(monkeypatch):
 
 
 def assert_packed_as_alone(lab: Target, tolerance: float) -> None:
-    ids, lengths = random_ids().to(lab.device), LENGTHS.to(lab.device)
-    packed = lab.features(ids, EVERY_ID, seq_lens=lengths)
+    ids = random_ids()
+    packed = lab.features(ids, EVERY_ID, seq_lens=LENGTHS)
     assert_as_alone(lab, packed, ids, LENGTHS, tolerance)
     joined = lab.features(ids, EVERY_ID)
     for row, tokens in places(LENGTHS):
@@ -199,6 +200,37 @@ def test_only_rows_of_several_documents_need_a_mask():
     for batch in (chats.collate(encoded, 0), packed, packed.row(0), packed.row(1)):
         lab.batch_features(batch, [0])
     assert [mask is None for mask in masks] == [True, False, True, False]
+
+
+def on_meta(lab: Target) -> Target:
+    """The same model where no tensor has a value: what asks for one fails."""
+    return Target(lab.model.to("meta"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_the_features_of_a_batch_are_made_on_its_device_and_ask_it_nothing(family):
+    lab, encoded = on_meta(random_target(family)), documents("paaaaaaaa", "pa", "paa")
+    for batch in (chats.collate(encoded, 0), chats.pack(encoded, 9, pad_token_id=0)):
+        moved = batch.to("meta")
+        with Recorder() as recorder:
+            lab.batch_features(moved, [0, 2])
+        assert recorder.devices == {"meta"}
+    # Transformers itself does ask, unless there is a cache.
+    with pytest.raises(RuntimeError, match="meta"):
+        lab.model.base_model(moved.input_ids, use_cache=False)
+
+
+def test_reading_behind_rows_of_unequal_length_asks_the_device_nothing():
+    lab = on_meta(random_target("llama"))
+    cache, ids = lab.start_cache(3, 12), torch.zeros(3, 4, dtype=torch.long, device="meta")
+    for kept, counts in (([0, 1, 2], [4, 4, 4]), ([0, 1, 2], [1, 3, 2]), ([2, 0], [1, 1, 1])):
+        features = lab.advance(ids, cache, [0, 1])
+        assert features.last.shape == (*ids.shape, lab.hidden_size)
+        cache.commit(counts, kept)
+        ids = ids[: len(kept)]
+    assert cache.rows.lengths == [7, 6]
+    with pytest.raises(ValueError, match="room for 12 tokens a row, got 13"):
+        lab.advance(ids.new_zeros(2, 6), cache, [0])
 
 
 class Streams(torch.nn.Module):
@@ -379,16 +411,15 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("size", ["20KB", "1GB"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_model_is_the_same_target_again(family, size, tmp_path, device):
+def test_saved_model_is_the_same_target_again(family, size, tmp_path):
     first, ids = random_target(family), random_ids()
     first.model.save_pretrained(tmp_path, max_shard_size=size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "20KB")
-    found = load_target(tmp_path, local_files_only=True, device=device)
+    found = load_target(tmp_path, local_files_only=True)
     assert (found.name, found.tokenizer) == (str(tmp_path), None)
-    assert found.device == ids.to(device).device
     assert not found.embed_weight.requires_grad and not found.model.training
     expected = first.features(ids, [-1, 1])
-    torch.testing.assert_close(found.features(ids, [-1, 1]).context.cpu(), expected.context)
+    torch.testing.assert_close(found.features(ids, [-1, 1]).context, expected.context)
 
 
 def test_dtype_is_the_callers(folder):

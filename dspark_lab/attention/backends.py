@@ -79,7 +79,7 @@ def attend(
     backend = choose_backend(q.device) if backend == "auto" else backend
     on_cpu = q.device.type == "cpu"
     options: dict[str, Any] = {"scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale}
-    # A constant also where the compiler does not know the number of heads.
+    # A branch, so that it is a constant to a compiler that does not know the numbers of heads.
     options["enable_gqa"] = True if q.shape[1] != k.shape[1] else False
     if backend == "flex":
         needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
@@ -87,14 +87,14 @@ def attend(
             raise ValueError("backend 'flex' has no backward pass on the CPU, 'blockwise' has one")
     if backend == "blockwise" and not on_cpu:
         raise ValueError(f"backend 'blockwise' runs on the CPU, got tensors on {q.device}")
-    form = mask_form(ranges, backend) if form is None else form
+    mask: Any = mask_form(ranges, backend) if form is None else form
     if backend == "flex":
-        run = flex_attention if on_cpu else flex
-        return run(q, k, v, block_mask=form, **options)
+        run = flex_attention if on_cpu else flex if _has_kernel(q) else dense_for_flex
+        return run(q, k, v, block_mask=mask, **options)
     if backend == "dense":
-        return _dense(q, k, v, form, **options)
+        return _dense(q, k, v, mask, **options)
     sizes = ranges.seq_len, ranges.block_size, float(options["scale"])
-    return blockwise_attention(q, k, v, form, *sizes)[0]
+    return blockwise_attention(q, k, v, mask, *sizes)[0]
 
 
 @checked
@@ -113,13 +113,18 @@ def choose_backend(device: torch.device) -> Backend:
     return "blockwise" if device.type == "cpu" else "dense"
 
 
+def _has_kernel(q: Tensor) -> bool:
+    """Whether FlexAttention has kernels for such heads on a GPU."""
+    return q.shape[-1] >= 16 and q.dtype != torch.float64
+
+
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch query key"], **options: Any
 ) -> Tensor:
     return scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), **options)
 
 
-def _dense_for_flex(
+def dense_for_flex(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **options: Any
 ) -> Tensor:
     sizes = len(q), None, q.shape[2], k.shape[2]
@@ -127,7 +132,7 @@ def _dense_for_flex(
     return _dense(q, k, v, mask.squeeze(1), **options)
 
 
-flex = Compiled(flex_attention, _dense_for_flex)
+flex = Compiled(flex_attention, dense_for_flex)
 
 
 def _check_fit(q: Tensor, k: Tensor, v: Tensor, ranges: ContextRanges) -> None:

@@ -89,23 +89,27 @@ def in_context_prefix(key: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return (key >= start) & (key < end)
 
 
-def in_own_block(key: Tensor, first: Tensor, block_size: int) -> Tensor:
-    """Whether a key is one of the ``block_size`` slots from the block's first one on."""
-    return (key >= first) & (key < first + block_size)
+def in_own_block(key: Tensor, first: Tensor, past: Tensor) -> Tensor:
+    """Whether a key is one of the slots ``first`` to ``past - 1``."""
+    return (key >= first) & (key < past)
 
 
 @checked
 def mask_mod(ranges: ContextRanges) -> MaskMod:
     """The rule as a function of (batch row, head, query, key), for FlexAttention."""
-    start, end, block_size = ranges.start, ranges.end, ranges.block_size
-    # The row's length is in a tensor: as a number, a kernel would be compiled for every length.
-    number = torch.arange(start.shape[1], device=start.device)
-    first_slot = ranges.seq_len + number * block_size
+    # All of it in tensors, of each query: for numbers, such as the row's length, a kernel would be
+    # compiled anew.
+    start, end = (
+        of_block.repeat_interleave(ranges.block_size, dim=1)
+        for of_block in (ranges.start, ranges.end)
+    )
+    number = torch.arange(ranges.queries, device=start.device) // ranges.block_size
+    first = ranges.seq_len + number * ranges.block_size
+    past = first + ranges.block_size
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
-        context_prefix = in_context_prefix(key, start[batch, block], end[batch, block])
-        return context_prefix | in_own_block(key, first_slot[block], block_size)
+        context_prefix = in_context_prefix(key, start[batch, query], end[batch, query])
+        return context_prefix | in_own_block(key, first[query], past[query])
 
     return visible
 

@@ -83,7 +83,8 @@ class Batch:
     @checked
     def to(self, device: Device) -> Batch:
         moved = self._changed(lambda tensor: upload(tensor, device))
-        if moved.input_ids.device.type != "cpu":
+        known = "_documents" in vars(self) or self.input_ids.device.type == "cpu"
+        if known and moved.input_ids.device.type != "cpu":
             vars(moved)["_documents"] = self.documents
         return moved
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, ContextRanges, choose_backend, mask_form
+from dspark_lab.attention import Backend, ContextRanges, MaskForm, choose_backend, mask_form
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
@@ -131,15 +131,17 @@ class Drafter(nn.Module):
         target_last_hidden_states: Float[Tensor, "batch seq hidden"] | None = None,
         *,
         backend: Backend = "auto",
+        form: MaskForm | None = None,
     ) -> Slots:
         """Run the backbone and both heads on a draw of blocks; stop before the vocabulary.
 
-        ``blocks`` must have the drafter's block size and mask token; the others as
-        :meth:`forward`.
+        ``blocks`` must have the drafter's block size and mask token; ``form`` is the mask of them
+        for this back end where it is made already (:func:`dspark_lab.attention.mask_form`); the
+        others as :meth:`forward`.
         """
         last = target_last_hidden_states
         self._check_fit(blocks, target_hidden_states, last)
-        hidden = self._backbone(blocks, target_hidden_states, backend)
+        hidden = self._backbone(blocks, target_hidden_states, backend, form)
         latent = embedding = None
         if self.markov_head is not None:
             latent = self.markov_head.latent(blocks.prev_ids, hidden)
@@ -222,8 +224,8 @@ class Drafter(nn.Module):
         """Append to ``cache`` the first ``counts[r]`` features of each row r."""
         states = self.hidden_norm(self.fc(context.to(self.dtype)))
         angles = rope(cache.rows.positions(context.shape[1]), self.config, states.dtype)
-        for layer, kept in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
-            kept.write(*layer.self_attn.keys_values(states, angles))
+        for layer, past in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
+            past.write(*layer.self_attn.keys_values(states, angles))
         cache.rows.commit(counts)
 
     def propose(
@@ -243,8 +245,9 @@ class Drafter(nn.Module):
         x = self.embed_tokens(ids)
         angles = rope(cache.rows.positions(c.block_size), c, x.dtype)
         mask = None if cache.rows.even else cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
-        for layer, kept in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
-            x = layer.around(x, partial(layer.self_attn.cached, kept=kept, angles=angles, mask=mask))
+        for layer, past in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
+            attention = partial(layer.self_attn.cached, past=past, angles=angles, mask=mask)
+            x = layer.around(x, attention)
         states = self.norm(x)[:, :length]
         state, tokens, embeddings = None, [], []
         for hidden, logits in zip(states.unbind(1), self.lm_head(states).unbind(1), strict=True):
@@ -257,7 +260,9 @@ class Drafter(nn.Module):
         before = torch.stack(embeddings, dim=1) if embeddings else None
         return Proposal(torch.stack(tokens, dim=1), self.confidence(states, before))
 
-    def _backbone(self, blocks: Blocks, context: Tensor, backend: Backend) -> Tensor:
+    def _backbone(
+        self, blocks: Blocks, context: Tensor, backend: Backend, form: MaskForm | None
+    ) -> Tensor:
         x = self.embed_tokens(blocks.noise_ids.flatten(1))
         context = self.hidden_norm(self.fc(context.to(self.dtype)))
         positions = [blocks.context_position_ids, blocks.position_ids.flatten(1)]
@@ -265,7 +270,7 @@ class Drafter(nn.Module):
         ranges = ContextRanges.of(blocks)
         if backend == "auto":
             backend = choose_backend(x.device)
-        form = mask_form(ranges, backend)
+        form = mask_form(ranges, backend) if form is None else form
         for layer in self.layers:
             x = layer(x, context, angles, ranges=ranges, backend=backend, form=form)
         return self.norm(x).unflatten(1, (-1, blocks.block_size))

@@ -76,13 +76,13 @@ class Attention(nn.Module):
     def cached(
         self,
         x: Tensor,
-        kept: KeyValues,
+        past: KeyValues,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """The same for one block a row, with its context's keys and values ``kept``."""
+        """The same for one block a row, with its context's keys and values, ``past``."""
         q = self.queries(x, angles)
-        k, v = kept.write(*self.keys_values(x, angles))
+        k, v = past.write(*self.keys_values(x, angles))
         seen = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
         )

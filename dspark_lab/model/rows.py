@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dspark_lab.files import upload
 
+PerHead = Float[Tensor, "batch heads key head_dim"]
+
 
 class Rows:
     """The lengths of a cache's rows, each of which has room for ``capacity`` tokens."""
@@ -34,7 +36,7 @@ class Rows:
     @property
     def even(self) -> bool:
         """Whether all rows hold as many tokens."""
-        return all(length == self.width for length in self.lengths)
+        return len(set(self.lengths)) <= 1
 
     def positions(self, new: int) -> Int[Tensor, "batch new"]:
         """Where the next ``new`` tokens of each row stand, counted from 0."""
@@ -65,11 +67,7 @@ class KeyValues:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def write(
-        self,
-        keys: Float[Tensor, "batch heads new head_dim"],
-        values: Float[Tensor, "batch heads new head_dim"],
-    ) -> tuple[Float[Tensor, "batch heads key head_dim"], Float[Tensor, "batch heads key head_dim"]]:
+    def write(self, keys: PerHead, values: PerHead) -> tuple[PerHead, PerHead]:
         """Put new tokens behind those of their rows; return all columns up to the last new one."""
         rows, new = self.rows, keys.shape[2]
         behind = rows.width + new

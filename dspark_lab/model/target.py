@@ -272,8 +272,8 @@ class Target:
     def start_cache(self, batch: int, capacity: int) -> TargetCache:
         """An empty cache of keys and values, for :meth:`advance`.
 
-        It has room for ``capacity`` tokens a row, those of the last :meth:`advance` among them,
-        whether they stay or not; the memory is taken once. Refuses recurrent layers, and several rows without :attr:`decodes_batches`.
+        It has room for ``capacity`` tokens a row, those of an :meth:`advance` that do not stay
+        among them. Refuses recurrent layers, and several rows without :attr:`decodes_batches`.
         """
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -29,11 +29,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspark_lab.attention import Compiled
+from dspark_lab.attention import Compiled, ContextRanges, choose_backend, mask_form
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
 from dspark_lab.checks import checked
-from dspark_lab.files import read_json
+from dspark_lab.files import read_json, upload
 from dspark_lab.model import (
     WEIGHTS,
     Drafter,
@@ -218,8 +218,11 @@ class Forward(nn.Module):
         bf16 = self.config.precision == "bf16"
         terms: dict[str, Any] = self.config.term_weights_at(step)
         terms["loss_decay_gamma"] = self.config.loss_decay_gamma
+        # Made here, since what it takes to compile it for every length is long.
+        backend = choose_backend(context.device)
+        form = mask_form(ContextRanges.of(blocks), backend)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.slots(blocks, context, last)
+            slots = self.slots(blocks, context, last, backend=backend, form=form)
             w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
@@ -297,13 +300,16 @@ class Run:
         # Zero-weight terms leave parameters unused.
         unused = config.ce_only_fraction > 0 or config.confidence_weight == 0
         # Gathering shards stands between the layers and cannot be compiled.
-        part = "layers" if processes.parallel == "fsdp2" else "whole"
+        part: Literal["whole", "layers"] = "layers" if processes.parallel == "fsdp2" else "whole"
         step = Forward(drafter, config, tokens, part if compile else "no")
         self.forward = processes.wrap(step, drafter, unused)
         frozen = {id(drafter.embed_tokens.weight), id(drafter.lm_head.weight)}
         named = dict(drafter.named_parameters())
         self.weights = {name: p for name, p in named.items() if id(p) not in frozen}
         self.trained = {name: p for name, p in self.weights.items() if p.requires_grad}
+        # What no term trains while the confidence head's has no weight.
+        head = drafter.confidence_head
+        self.untrained = [] if head is None else list(head.parameters())
         matrices = [p for p in self.trained.values() if p.dim() > 1]
         vectors = [p for p in self.trained.values() if p.dim() <= 1]
         groups = [
@@ -348,6 +354,10 @@ class Run:
                 (loss * self.processes.size).backward()
             losses.append(loss.detach())
             sums.append(stacked)
+        if config.term_weights_at(self.step)["confidence_weight"] == 0:
+            # As where nothing is compiled. A compiled drafter has zeros, which age AdamW's moments.
+            for parameter in self.untrained:
+                parameter.grad = None
         return torch.stack(losses).sum(), torch.stack(sums).sum(dim=0), tokens
 
     def advance(
@@ -358,7 +368,8 @@ class Run:
         loss, stacked, tokens = self.backward(source)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm or math.inf)
         # Everything that is reported crosses to the host at once.
-        figures = torch.cat([loss.new_tensor([tokens, len(interrupts)]), loss.view(1)])
+        counted = upload(torch.tensor([tokens, len(interrupts)], dtype=loss.dtype), loss.device)
+        figures = torch.cat([counted, loss.view(1)])
         figures = self.processes.total(torch.cat([figures, stacked.flatten()]))
         figures = torch.cat([figures, whole(norm).view(1)]).double().cpu()
         all_tokens, asked, all_loss = figures[:3].tolist()
