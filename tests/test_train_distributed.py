@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,17 @@ TOGETHER = replace(CONFIG, steps=4, checkpoint_every=2, evaluate_every=4)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def gradients_of_steps(rank: int, out: Path, parallel: Any) -> list[tuple[Any, ...]]:
+def gradients_of_steps(rank: int, out: Path, parallel: Any, compile: bool) -> list[tuple[Any, ...]]:
     """Of four steps, with the same weights: gradients, and what this process had of them."""
+    torch.compile = partial(torch.compile, backend="eager")
+    warnings.filterwarnings("error", "torch.compile does not work here")
     target, drafter = runs.double_pair()
     if parallel == "fsdp2" and rank == 1:
         # The main process's weights are those that count.
         for p in drafter.parameters():
             if p.requires_grad:
                 torch.nn.init.zeros_(p)
-    run = Run(drafter, GRADIENT, runs.uneven_chats(16), out, Processes(parallel))
+    run = Run(drafter, GRADIENT, runs.uneven_chats(16), out, Processes(parallel), compile=compile)
     found = []
     for step in range(4):
         run.step = step
@@ -45,11 +49,13 @@ def gradients_of_steps(rank: int, out: Path, parallel: Any) -> list[tuple[Any, .
     return found
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_gradient_of_two_processes_is_that_of_the_joined_batch(
-    parallel: str, tmp_path: Path
+    parallel: str, compile: bool, tmp_path: Path
 ) -> None:
-    of_ranks = in_processes(2, gradients_of_steps, tmp_path, parallel, folder=tmp_path)
+    given = tmp_path, parallel, compile
+    of_ranks = in_processes(2, gradients_of_steps, *given, folder=tmp_path)
     target, drafter = runs.double_pair()
     slots = set()
     for step in range(4):

@@ -61,7 +61,8 @@ def test_only_what_fits_is_chosen_and_what_does_not_is_named():
     free = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64)
     sizes = sorted(free.table["memory_bytes"])
     assert sizes[0] < sizes[1]
-    tight = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64, memory=sizes[0] / 0.92)
+    room = (sizes[0] + 1) / 0.92
+    tight = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64, memory=room)
     assert tight.table["fits"].tolist() == [True, False]
     assert tight.best["num_anchors"] == 64 and tight.runner_up is None
     nothing = chosen(memory=1000.0)

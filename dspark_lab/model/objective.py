@@ -38,10 +38,10 @@ from dspark_lab.model.slotwise import (
     survival,
 )
 
-# Logits of a chunk on a CPU, enough for fast matrix products. On a GPU products of more slots than
-# these are no faster, and two fp32 logits of each may fill a share of the memory that is free.
+# What is enough for fast matrix products: on a CPU so many logits of a chunk, on a GPU so many
+# slots, if two fp32 logits of each take no more than a share of the memory that is free.
 _CHUNK = 192 * 49152
-_GPU_SLOTS, _FREE_SHARE = 2048, 1 / 8
+_GPU_SLOTS, _FREE_SHARE = 512, 1 / 8
 # Logits on CPU and GPU of a tile of a chunk, which goes through softmax and gradient together: few
 # enough to stay in the cache.
 _TILE = 16 * 49152, 2**23

@@ -2,7 +2,8 @@
 
 The step is that of ``dspark_lab.training`` from its second on: weights, gradients and AdamW's state
 in fp32, products in fp32 or, under autocast, in bf16; nothing is compiled but, on CUDA, the
-attention. What an allocator rounds up or loses between tensors, and what a driver takes for itself,
+attention. There the objective's chunks are the largest it makes: with little memory left they are
+smaller. What an allocator rounds up or loses between tensors, and what a driver takes for itself,
 is left out.
 """
 
