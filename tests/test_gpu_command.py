@@ -62,6 +62,7 @@ def check_record(record: dict[str, Any], printed: str, parts: list[int]) -> None
                 assert figure["lowest"] <= figure["median"] <= figure["highest"]
 
 
+@pytest.mark.slow
 def test_masks_attention_and_objective_are_measured_without_models_and_notebooks(tmp_path):
     record, printed = dry_run(tmp_path, "4 3 2", NO_NOTEBOOKS + NO_MODELS)
     check_record(record, printed, [2, 3, 4])
