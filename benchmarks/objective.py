@@ -32,8 +32,8 @@ class Problem:
         assert s.latent is not None and s.confidence_pred is not None
         return s.hidden, s.latent, s.confidence_pred, self.w2
 
-    def chunked(self) -> tuple[Tensor, ...]:
-        loss = dspark_objective(self.slots, self.head, self.w2).loss
+    def chunked(self, chunk: int | None = None) -> tuple[Tensor, ...]:
+        loss = dspark_objective(self.slots, self.head, self.w2, chunk=chunk).loss
         return torch.autograd.grad(loss, self.inputs)
 
     def textbook(self, loss: Callable[..., Tensor] | None = None) -> tuple[Tensor, ...]:

@@ -129,7 +129,8 @@ def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     device = torch.device(device)
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Pinning keeps the strides, and cannot copy into a tensor that was expanded.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def sync(path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_part_that_hangs_is_cut_keeps_its_figures_and_the_others_go_on(out, pa
     assert states(out) == [f"timed out after {limits[1]:.0f} s", "ok"]
     assert first["figures"][0]["median"] == 2
     # What a part leaves over is the next one's.
-    assert limits[0] == 20 and 100 <= limits[1] <= 120
+    assert limits[0] == CARD.limit and 100 <= limits[1] <= 120
 
 
 def test_a_missing_package_is_named_and_the_rest_runs(out, part, capsys):
@@ -195,8 +195,20 @@ def test_parts_run_once_in_their_order_and_some_by_name_only(out, part):
     last = Part(3, "", "part2", 600, (), default=False)
     parts = [part(1, FINE), part(2, FINE), last]
     for asked, ran in (("2 1 2", [1, 2]), ("", [1, 2]), ("3", [3])):
+        out.unlink(missing_ok=True)
         assert main(["--out", str(out), *asked.split()], parts) == 0
         assert [found["part"] for found in json.loads(out.read_text())["parts"]] == ran
+
+
+def test_what_was_measured_of_other_parts_on_the_same_card_stays(out, part):
+    fails = part(2, "raise OSError('no')")
+    assert main(["--out", str(out)], [part(1, FINE), fails, part(3, FINE)]) == 1
+    assert main(["2", "--out", str(out)], [part(2, FINE)]) == 0
+    assert states(out) == ["ok"] * 3
+    record = json.loads(out.read_text())
+    out.write_text(json.dumps(record | {"card": "another"}))
+    assert main(["--out", str(out)], [part(2, FINE)]) == 0
+    assert states(out) == ["ok"]
 
 
 def test_the_default_parts_take_at_most_five_minutes():

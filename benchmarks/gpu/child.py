@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -47,6 +48,8 @@ class Report:
         beside: Mapping[str, float] = {},
     ) -> None:
         """A measured figure, and what is shown beside it, as an aim or a prediction."""
+        if any(map(math.isnan, values)):
+            return self.note(name, "undefined")
         spread = {"median": statistics.median(values), "lowest": min(values)}
         spread |= {"highest": max(values), "runs": len(values)}
         self.send({"name": name, "unit": unit, **spread, "note": note, **beside})

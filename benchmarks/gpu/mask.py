@@ -6,19 +6,16 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks.gpu.child import Report
 from benchmarks.gpu.sides import compare
 from benchmarks.mask import BLOCK, forms
-from dspark_lab.attention import training_block_mask
 
 SHAPES = [(4096, 512), (16384, 1024), (65536, 1536)]
 
 
 def run(report: Report) -> None:
-    ours = torch.compile(training_block_mask, dynamic=False)
     theirs = torch.compile(create_block_mask, dynamic=False)
     for seq_len, anchors in report.pick(SHAPES, [(256, 16)]):
         closed_form, from_rule = forms(seq_len, anchors, report.device)
         sides = {
             "closed form": closed_form,
             "create_block_mask compiled": lambda make=from_rule: make(theirs),
-            "closed form compiled": lambda make=closed_form: make(ours),
         }
         compare(report, f"S {seq_len}, N {anchors}, K {BLOCK}", sides, memory=False)

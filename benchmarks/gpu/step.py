@@ -17,7 +17,7 @@ from benchmarks.gpu.child import Report
 from benchmarks.gpu.sides import attempt, compare, require_flex
 from benchmarks.measure import take_turns
 from dspark_lab.chats import Batch
-from dspark_lab.files import now
+from dspark_lab.files import now, upload
 from dspark_lab.model import Features, FeatureSource
 from dspark_lab.training import Run
 from dspark_lab.tuning import TARGETS, Shape, memory_table, training_cost
@@ -96,7 +96,7 @@ def _from_host(shape: Shape, sizes: dict[str, Any], device: str) -> FeatureSourc
     )
 
     def source(batch: Batch) -> Features:
-        return Features(context.to(device), last.to(device))
+        return Features(upload(context, device), upload(last, device))
 
     return source
 

@@ -121,17 +121,23 @@ def _has_kernel(q: Tensor) -> bool:
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch query key"], **options: Any
 ) -> Tensor:
+    if options["enable_gqa"] and q.is_cuda:
+        # There a mask and shared heads together leave only the kernel that keeps all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        options["enable_gqa"] = False
     return scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), **options)
 
 
 def dense_for_flex(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, enable_gqa: bool, **options: Any
 ) -> Tensor:
+    """What ``flex`` computes, by the dense back end."""
     sizes = len(q), None, q.shape[2], k.shape[2]
     mask = create_mask(block_mask.mask_mod, *sizes, device=q.device)
-    return _dense(q, k, v, mask.squeeze(1), **options)
+    return _dense(q, k, v, mask.squeeze(1), enable_gqa=enable_gqa, **options)
 
 
+# FlexAttention on a GPU.
 flex = Compiled(flex_attention, dense_for_flex)
 
 

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+# One for each kind of model and input; torch's own limit, 8, is of functions that nobody shares.
+_MOST_GRAPHS = 256
+# The backward pass is compiled with the forward pass, so that both fail in the same place.
+_EARLY_BACKWARD = "force_non_lazy_backward_lowering"
+
 
 class Compiled:
     """A function as :func:`torch.compile` makes it, compiled whole and for shapes of every size.
@@ -26,31 +31,38 @@ class Compiled:
         self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.failed:
-            return self._instead(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._function(*args, **kwargs)
-        if self._compiled is None:
-            # Here and not before: it imports torch's compiler, which takes seconds.
-            self._compiled = torch.compile(
-                self._function, **{"dynamic": True, "fullgraph": True, **self._options}
-            )
-        try:
-            return self._compiled(*args, **kwargs)
-        except Exception as error:
-            from torch._dynamo import exc
+        if self._compiled is None and not self.failed:
+            try:
+                options = {"dynamic": True, "fullgraph": True, **self._options}
+                self._compiled = torch.compile(self._function, **options)
+            except RuntimeError as error:  # a Python that the compiler does not know
+                self._fail(error)
+        if self._compiled is not None and not self.failed:
+            # Here and not before: the import of torch's compiler takes seconds.
+            from torch._dynamo import config, exc
+            from torch._functorch import config as of_gradients
 
-            # What the function itself raises, memory that is exhausted among it, is no failure.
-            if not isinstance(error, (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)):
-                raise
-            self.failed = True
-            if not Compiled._warned:
-                Compiled._warned = True
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(
-                    f"torch.compile does not work here ({type(error).__name__}: {reason}): what it "
-                    "would run goes on without it, attention with a dense mask, which takes more "
-                    "time and memory",
-                    stacklevel=2,
-                )
+            early = {_EARLY_BACKWARD: True} if hasattr(of_gradients, _EARLY_BACKWARD) else {}
+            with config.patch(cache_size_limit=_MOST_GRAPHS), of_gradients.patch(early):
+                try:
+                    return self._compiled(*args, **kwargs)
+                # What the function itself raises, memory that is exhausted among it, passes.
+                except exc.TorchDynamoException as error:
+                    self._fail(error)
         return self._instead(*args, **kwargs)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = True
+        if not Compiled._warned:
+            Compiled._warned = True
+            # A back end's error begins with a line that names the back end.
+            inner = getattr(error, "inner_exception", error)
+            reason = next(filter(None, map(str.strip, str(inner).splitlines())), "no reason given")
+            warnings.warn(
+                f"torch.compile does not work here ({type(inner).__name__}: {reason}): what it "
+                "would run goes on without it, attention with a dense mask, which takes more "
+                "time and memory",
+                stacklevel=3,
+            )

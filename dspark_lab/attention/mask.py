@@ -100,11 +100,11 @@ def mask_mod(ranges: ContextRanges) -> MaskMod:
     # All of it in tensors, of each query: for numbers, such as the row's length, a kernel would be
     # compiled anew.
     start, end = (
-        of_block.repeat_interleave(ranges.block_size, dim=1)
+        of_block.int().repeat_interleave(ranges.block_size, dim=1)
         for of_block in (ranges.start, ranges.end)
     )
-    number = torch.arange(ranges.queries, device=start.device) // ranges.block_size
-    first = ranges.seq_len + number * ranges.block_size
+    query = torch.arange(ranges.queries, device=start.device, dtype=torch.int32)
+    first = ranges.seq_len + query - query % ranges.block_size
     past = first + ranges.block_size
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def decode(
         prompts: user messages, or token ids.
         temperature: 0 takes the likeliest token.
         top_p: draw from the smallest set of likeliest tokens that holds so much probability.
-        threshold: verify up to the first slot whose confidence is below.
+        threshold: verify up to the first slot whose confidence is below. On a GPU the target still
+            reads the whole block, since the host would have to wait to know the length.
         scheduler: returns how many slots to verify of each row; slots that do not fit into the
             answer have confidence 0. The output stays the target's own as long as it decides
             whether slot k is verified from what is known before x_k is drawn: the confidences up to
@@ -180,8 +181,8 @@ class Decoding(Iterator[Round]):
             room = [min(slots, most) for slots in room]
             lengths = self._lengths(block.confidence, room)
         with self._clock("verify"):
-            # The host knows the longest length; on a GPU it knows the longest that it may be.
-            longest = max(room) if lengths.is_cuda else int(lengths.max())
+            # A GPU is not asked: there the target reads all that there is room for.
+            longest = int(lengths.max()) if lengths.device.type == "cpu" else max(room)
             read = torch.cat([self._anchors.unsqueeze(1), block.tokens[:, :longest]], dim=1)
             features = self.target.advance(read, self._cache, self._layers)
             p = self._distribution(features.last)

@@ -54,7 +54,7 @@ def verify(
     """Accept a prefix of each row's drafted tokens and draw one token of the target's behind it.
 
     ``tokens`` were drawn from q; each row verifies the first ``lengths`` of them, and p has one
-    place more than the longest row. The numbers are uniform in [0, 1).
+    place more than the longest row, or further ones. The numbers are uniform in [0, 1).
     """
     slots = p.shape[1] - 1
     drafted = tokens[:, :slots].unsqueeze(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Sequence
@@ -284,6 +285,14 @@ class Target:
         rows = Rows(batch, capacity, self.device)
         return TargetCache(transformers.Cache(layer_class_to_replicate=partial(_Layer, rows)), rows)
 
+    @cached_property
+    def _takes_a_cache(self) -> bool:
+        """Whether all layers are attention, which a cache of keys and values suits."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        takes = inspect.signature(self.model.base_model.forward).parameters
+        return kinds <= {"full_attention", "sliding_attention"} and "past_key_values" in takes
+
     @torch.no_grad()
     def advance(
         self, input_ids: Int[Tensor, "batch new"], cache: TargetCache, layer_ids: Sequence[int]
@@ -327,7 +336,7 @@ class Target:
             elif layer_id < len(layers) - 1:
                 hook = partial(copy_output, index)
                 hooks.append(layers[layer_id].register_forward_hook(hook))
-        if self.decodes_batches and "past_key_values" not in inputs:
+        if self._takes_a_cache and "past_key_values" not in inputs:
             inputs["past_key_values"] = transformers.Cache(layer_class_to_replicate=_Passing)
         try:
             output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
