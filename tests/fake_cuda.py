@@ -563,12 +563,18 @@ def imitate_cuda(folder: str) -> None:
     # Autocast asks for a GPU, and fake tensors know no pinned memory.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
-    Tensor.pin_memory = lambda tensor: tensor
+    Tensor.pin_memory = pinned
     torch.compile = lambda function, **_: function
     torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     backends.flex = noted("flex", torch_flex.flex_attention)
     for name in ("flex_attention", "scaled_dot_product_attention", "blockwise_attention"):
         setattr(backends, name, noted(name, getattr(backends, name)))
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The tensor itself; a real one of an expanded tensor fails."""
+    assert tensor.is_contiguous()
+    return tensor
 
 
 def main(folder: str) -> None:

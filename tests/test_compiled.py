@@ -3,10 +3,12 @@
 The quick tests have the compiler capture graphs and no more (``eager``).
 """
 
+import signal
 import warnings
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 from torch.nn.attention.flex_attention import flex_attention
@@ -162,6 +164,29 @@ def test_a_step_by_the_default_compiler_agrees_to_rounding(
     torch.testing.assert_close(steps(tmp_path, True), plain_steps, rtol=1e-7, atol=1e-10)
 
 
+def test_training_compiled_is_training_to_rounding_stopped_or_not(tmp_path):
+    def losses(out, stop=0, **options):
+        def press(row):
+            if row["step"] == stop and "loss" in row:
+                signal.raise_signal(signal.SIGINT)
+
+        history = runs.small_run(tmp_path / out, on_metrics=press, **options)
+        return [row["loss"] for row in history.rows if "loss" in row]
+
+    plain = losses("plain")
+    assert counters["stats"]["unique_graphs"] == 0
+    assert len(losses("parts", stop=3, compile=True)) == 4
+    assert losses("parts", compile=True) == pytest.approx(plain, rel=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+def test_a_process_may_hold_many_kinds_of_graphs():
+    run = Compiled(torch.neg, lambda x: None)
+    for rank in range(1, 20):
+        assert run(torch.ones([2] * rank)).sum() == -(2**rank)
+    assert counters["stats"]["unique_graphs"] == 19 and not run.failed
+
+
 # Where nothing can be compiled
 
 
@@ -173,7 +198,7 @@ def too_old(*_):
     raise GPUTooOldForTriton(type("Card", (), {"name": "old", "major": 3, "minor": 5}), None)
 
 
-def broken(*_):
+def broken(*_, **__):
     raise RuntimeError("no assembler")
 
 
@@ -209,6 +234,22 @@ def test_where_compilation_fails_training_goes_on_without_it_after_one_warning(
         got = steps(tmp_path, True)
     assert len([w for w in caught if "torch.compile does not" in str(w.message)]) == 1
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_backward_pass_that_cannot_be_compiled_fails_with_the_forward_pass():
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)
+    run, x = Compiled(lambda x: x.sin() * 2, lambda x: x * 3, backend=backend), torch.ones(5)
+    with pytest.warns(UserWarning, match="does not work here.*no assembler"):
+        run(x.requires_grad_()).sum().backward()
+    assert run.failed and x.grad.tolist() == [3] * 5
+
+
+def test_a_python_that_the_compiler_does_not_know_is_no_crash(monkeypatch):
+    monkeypatch.setattr(torch, "compile", broken)
+    run = Compiled(lambda x: x + 1, lambda x: x + 2)
+    with pytest.warns(UserWarning, match="RuntimeError: no assembler"):
+        assert run(1) == 3
+    assert run(1) == 3
 
 
 def test_an_error_of_what_runs_is_no_failure_to_compile():

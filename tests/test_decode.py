@@ -33,6 +33,7 @@ from dspark_lab.decoding import (
     load_trace,
     save_trace,
 )
+from dspark_lab.decoding.record import Record
 from dspark_lab.decoding.settings import scheduled
 from dspark_lab.model import Drafter, Target
 from dspark_lab.pairs import Pair, load_pair, question
@@ -291,6 +292,29 @@ def test_caches_are_allocated_once_though_rows_are_uneven_and_leave():
         uneven = len(set(decoding._cache.rows.lengths)) > 1
     assert len(memory) == 1 and len(set(*memory)) == 2 * (3 + 2)
     assert len({len(answer) for answer in decoding.result().tokens}) > 1 and not uneven
+
+
+class Reached(Exception):
+    """The host is about to get a round's figures."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0, "top_p": 0.9}, {"threshold": 0.5}, {"draft_length": 2}, "plain"],
+    ids=named,
+)
+def test_until_its_figures_come_to_the_host_a_round_asks_the_device_nothing(options, monkeypatch):
+    """On the meta device no tensor has a value: what asks for one fails."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: asked.append(x.shape) or [0] * len(x))
+    monkeypatch.setattr(Record, "add", lambda *_: (_ for _ in ()).throw(Reached))
+    target = Target(exact_target(VOCAB).model.to("meta"))
+    drafter = None if options == "plain" else exact_drafter(VOCAB, block_size=3).to("meta")
+    settings = {"end_ids": [END], "max_new_tokens": 9} | ({} if options == "plain" else options)
+    with pytest.raises(Reached):
+        next(decode_rounds(target, drafter, PROMPTS, **settings))
+    # The first token of each answer, which the prompt's own reading gives.
+    assert asked == [(len(PROMPTS),)]
 
 
 def test_only_once_a_round_its_figures_come_to_the_host(monkeypatch):

@@ -1,14 +1,17 @@
 """Files and folders that are complete or not there."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dspark_lab.files import (
     previous_version,
     read_json,
     remove_partial,
     replaced_whole,
+    upload,
     write_json,
     written_whole,
 )
@@ -70,3 +73,14 @@ def test_a_broken_json_file_is_named(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="a.json must"):
         read_json(path)
+
+
+def test_a_tensor_on_its_way_to_a_gpu_is_pinned_whole_and_nobody_waits(monkeypatch):
+    def pinned(tensor):
+        assert tensor.is_contiguous()
+        return SimpleNamespace(to=lambda device, non_blocking: (device.type, non_blocking))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    for tensor in (torch.ones(3), torch.ones(3).expand(2, -1), torch.ones(2, 4)[:, :3]):
+        assert upload(tensor, "cuda") == ("cuda", True)
+    assert upload(torch.ones(2), "meta").device.type == "meta"

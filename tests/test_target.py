@@ -207,7 +207,7 @@ def on_meta(lab: Target) -> Target:
     return Target(lab.model.to("meta"))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", [*FAMILIES, "windows", "some windows"])
 def test_the_features_of_a_batch_are_made_on_its_device_and_ask_it_nothing(family):
     lab, encoded = on_meta(random_target(family)), documents("paaaaaaaa", "pa", "paa")
     for batch in (chats.collate(encoded, 0), chats.pack(encoded, 9, pad_token_id=0)):
