@@ -97,18 +97,16 @@ def in_own_block(key: Tensor, first: Tensor, past: Tensor) -> Tensor:
 @checked
 def mask_mod(ranges: ContextRanges) -> MaskMod:
     """The rule as a function of (batch row, head, query, key), for FlexAttention."""
-    # All of it in tensors, of each query: for numbers, such as the row's length, a kernel would be
+    start, end = ranges.start, ranges.end
+    # Sizes are in tensors, of each query: for numbers, such as the row's length, a kernel would be
     # compiled anew.
-    start, end = (
-        of_block.int().repeat_interleave(ranges.block_size, dim=1)
-        for of_block in (ranges.start, ranges.end)
-    )
-    query = torch.arange(ranges.queries, device=start.device, dtype=torch.int32)
-    first = ranges.seq_len + query - query % ranges.block_size
+    number = torch.arange(ranges.queries, device=start.device) // ranges.block_size
+    first = number * ranges.block_size + ranges.seq_len
     past = first + ranges.block_size
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        context_prefix = in_context_prefix(key, start[batch, query], end[batch, query])
+        block = number[query]
+        context_prefix = in_context_prefix(key, start[batch, block], end[batch, block])
         return context_prefix | in_own_block(key, first[query], past[query])
 
     return visible
