@@ -207,6 +207,12 @@ def on_meta(lab: Target) -> Target:
     return Target(lab.model.to("meta"))
 
 
+without_values = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 5 runs on the meta device"
+)
+
+
+@without_values
 @pytest.mark.parametrize("family", [*FAMILIES, "windows", "some windows"])
 def test_the_features_of_a_batch_are_made_on_its_device_and_ask_it_nothing(family):
     lab, encoded = on_meta(random_target(family)), documents("paaaaaaaa", "pa", "paa")
@@ -220,6 +226,7 @@ def test_the_features_of_a_batch_are_made_on_its_device_and_ask_it_nothing(famil
         lab.model.base_model(moved.input_ids, use_cache=False)
 
 
+@without_values
 def test_reading_behind_rows_of_unequal_length_asks_the_device_nothing():
     lab = on_meta(random_target("llama"))
     cache, ids = lab.start_cache(3, 12), torch.zeros(3, 4, dtype=torch.long, device="meta")
