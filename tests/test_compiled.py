@@ -236,6 +236,14 @@ def test_where_compilation_fails_training_goes_on_without_it_after_one_warning(
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_a_process_warns_once_whatever_fails():
+    functions = [Compiled(torch.neg, torch.abs, backend=broken) for _ in range(3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [run(torch.ones(2)).sum() for run in functions] == [2, 2, 2]
+    assert len([w for w in caught if "torch.compile does not" in str(w.message)]) == 1
+
+
 def test_a_backward_pass_that_cannot_be_compiled_fails_with_the_forward_pass():
     backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)
     run, x = Compiled(lambda x: x.sin() * 2, lambda x: x * 3, backend=backend), torch.ones(5)
