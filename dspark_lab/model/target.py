@@ -276,22 +276,23 @@ class Target:
         It has room for ``capacity`` tokens a row, those of an :meth:`advance` that do not stay
         among them. Refuses recurrent layers, and several rows without :attr:`decodes_batches`.
         """
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            self._refuse("decoding needs layers of attention alone", sorted(kinds))
+        if self._other_layers:
+            self._refuse("decoding needs layers of attention alone", self._other_layers)
         if batch > 1 and not self.decodes_batches:
             self._refuse(f"a {type(self.model).__name__} decodes one row at a time", batch)
         rows = Rows(batch, capacity, self.device)
         return TargetCache(transformers.Cache(layer_class_to_replicate=partial(_Layer, rows)), rows)
 
+    @property
+    def _other_layers(self) -> list[str]:
+        """The kinds of layers that a cache of keys and values does not suit."""
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or []
+        return sorted({*kinds} - {"full_attention", "sliding_attention"})
+
     @cached_property
     def _takes_a_cache(self) -> bool:
-        """Whether all layers are attention, which a cache of keys and values suits."""
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         takes = inspect.signature(self.model.base_model.forward).parameters
-        return kinds <= {"full_attention", "sliding_attention"} and "past_key_values" in takes
+        return not self._other_layers and "past_key_values" in takes
 
     @torch.no_grad()
     def advance(
