@@ -184,6 +184,21 @@ def small_run(out: Path, config: TrainConfig = CONFIG, **options: Any) -> Histor
     return train(config=config, out=out, **(settings | options))
 
 
+def interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """Presses Ctrl-C when the step before has just been reported."""
+
+    def press(row: dict[str, Any]) -> None:
+        if row["step"] == step - 1 and "loss" in row:
+            signal.raise_signal(signal.SIGINT)
+
+    return press
+
+
+def losses(out: Path, config: TrainConfig = CONFIG, **options: Any) -> list[float]:
+    """Those of all steps of :func:`small_run`."""
+    return small_run(out, config, **options).table()["loss"].tolist()
+
+
 def ending(out: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
     """Every byte of the last checkpoint's tensors, and the metrics but for the time taken."""
     last = checkpoints(out)[-1]

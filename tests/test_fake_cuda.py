@@ -3,7 +3,6 @@
 ``tests/fake_cuda.py`` has the calls and makes them, in a process of its own.
 """
 
-import ast
 import builtins
 import importlib
 import inspect
@@ -199,13 +198,10 @@ def offered() -> dict[str, tuple[Any, set[type]]]:
     found = {}
     for room in ["blocks", "common", "pairs", *(p.parent.name for p in PACKAGE.glob("*/*.pyi"))]:
         module = importlib.import_module(f"dspark_lab.{room}")
-        names = getattr(module, "__all__", None) or [
-            node.name
-            for node in ast.parse(Path(module.__file__).read_text()).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
-        ]
-        for name in names:
+        for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
+            if name[0] == "_" or not getattr(value, "__module__", "").startswith(module.__name__):
+                continue
             if inspect.isfunction(value):
                 found[f"{room}.{name}"] = value, set()
             # A protocol's methods have no body.

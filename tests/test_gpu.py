@@ -6,7 +6,6 @@ a synchronisation and the compiler makes no code.
 """
 
 import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -326,20 +325,14 @@ def test_a_round_of_decoding_synchronises_once(way: str) -> None:
 def test_a_run_goes_on_from_its_checkpoint_compiled_or_not(
     counters: dict[str, Any], tmp_path: Path
 ) -> None:
-    def losses(out: str, stop: int = 0, **options: Any) -> list[float]:
-        def press(row: dict[str, Any]) -> None:
-            if row["step"] == stop and "loss" in row:
-                signal.raise_signal(signal.SIGINT)
-
+    def losses(out: str, **options: Any) -> list[float]:
         target, drafter = models()
-        options |= {"target": target, "drafter": drafter, "on_metrics": press}
         config = replace(runs.CONFIG, num_anchors=ANCHORS, evaluate_anchors=ANCHORS)
-        history = runs.small_run(tmp_path / out, config, **options)
-        return [row["loss"] for row in history.rows if "loss" in row]
+        return runs.losses(tmp_path / out, config, target=target, drafter=drafter, **options)
 
     whole = losses("whole")
     assert len(set(whole)) == runs.STEPS
-    assert len(losses("parts", stop=3)) == 4
+    assert len(losses("parts", on_metrics=runs.interrupt_at(4))) == 4
     assert losses("parts", compile=True) == pytest.approx(whole, rel=1e-3)
 
 

@@ -36,7 +36,7 @@ from dspark_lab.training import (
 from dspark_lab.training.__main__ import Options, main
 from dspark_lab.training.start import spread_layers
 from tests import runs
-from tests.runs import CONFIG, STEPS, ending, in_processes, small_run
+from tests.runs import CONFIG, STEPS, ending, in_processes, interrupt_at, small_run
 from tests.samples import CHAT, random_chats, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,16 +56,6 @@ def begun(tmp_path: Path) -> Path:
     out = tmp_path / "begun"
     small_run(out, on_metrics=interrupt_at(4))
     return out
-
-
-def interrupt_at(step: int) -> Callable[[dict[str, Any]], None]:
-    """Presses Ctrl-C when the step before has just been reported."""
-
-    def press(row: dict[str, Any]) -> None:
-        if row["step"] == step - 1 and "loss" in row:
-            signal.raise_signal(signal.SIGINT)
-
-    return press
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 # One for each kind of model and input; torch's own limit, 8, is of functions that nobody shares.
 _MOST_GRAPHS = 256
-# The backward pass is compiled with the forward pass, so that both fail in the same place.
+_TOO_MANY = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")  # since torch 2.7, and before
 _EARLY_BACKWARD = "force_non_lazy_backward_lowering"
 
 
@@ -28,6 +29,7 @@ class Compiled:
     ) -> None:
         self._function, self._instead, self._options = function, instead, options
         self._compiled: Callable[..., Any] | None = None
+        self._ran: set[bool] = set()  # with gradients, without
         self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,17 +43,36 @@ class Compiled:
                 self._fail(error)
         if self._compiled is not None and not self.failed:
             # Here and not before: the import of torch's compiler takes seconds.
-            from torch._dynamo import config, exc
-            from torch._functorch import config as of_gradients
+            from torch._dynamo import exc
 
-            early = {_EARLY_BACKWARD: True} if hasattr(of_gradients, _EARLY_BACKWARD) else {}
-            with config.patch(cache_size_limit=_MOST_GRAPHS), of_gradients.patch(early):
-                try:
-                    return self._compiled(*args, **kwargs)
-                # What the function itself raises, memory that is exhausted among it, passes.
-                except exc.TorchDynamoException as error:
-                    self._fail(error)
+            try:
+                return self._run(self._compiled, *args, **kwargs)
+            # What the function itself raises, memory that is exhausted among it, passes.
+            except exc.TorchDynamoException as error:
+                self._fail(error)
         return self._instead(*args, **kwargs)
+
+    def _run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo import config, exc
+
+        too_many = tuple(getattr(exc, name) for name in _TOO_MANY if hasattr(exc, name))
+        try:
+            with self._first_time():
+                return compiled(*args, **kwargs)
+        except too_many:
+            # To change the limit takes longer than a kernel, so only where it matters.
+            with config.patch(cache_size_limit=_MOST_GRAPHS):
+                return compiled(*args, **kwargs)
+
+    def _first_time(self) -> AbstractContextManager[Any]:
+        """Compile the backward pass with the forward pass, so that both fail in the same place."""
+        from torch._functorch import config
+
+        gradients = torch.is_grad_enabled()
+        if gradients in self._ran or not hasattr(config, _EARLY_BACKWARD):
+            return nullcontext()
+        self._ran.add(gradients)
+        return config.patch(_EARLY_BACKWARD, True)
 
     def _fail(self, error: Exception) -> None:
         self.failed = True

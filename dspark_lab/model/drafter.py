@@ -31,7 +31,6 @@ from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
 from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput, sample_anchor_positions
-from dspark_lab.files import upload
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.heads import build_markov_head
 from dspark_lab.model.layers import Layer, RMSNorm, rope
@@ -49,10 +48,10 @@ class DraftCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other rows."""
-        self.rows.commit([0] * len(self.rows.lengths), rows)
-        kept = upload(torch.tensor(rows, dtype=torch.long), self.rows.device)
-        for states in self.states:
-            states.keep(kept)
+        kept = self.rows.commit([0] * len(self.rows.lengths), rows)
+        if kept is not None:
+            for states in self.states:
+                states.keep(kept)
 
 
 @checked

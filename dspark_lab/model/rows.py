@@ -52,11 +52,20 @@ class Rows:
             last = last[:, -1:].expand(-1, new, -1)
         return torch.arange(self.width + new, device=self.device) <= last
 
-    def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
-        """Row r keeps ``counts[r]`` of its new tokens; only the rows ``kept`` go on."""
-        rows = range(len(self.lengths)) if kept is None else kept
+    def commit(
+        self, counts: Sequence[int], kept: Sequence[int] | None = None
+    ) -> Int[Tensor, " kept"] | None:
+        """Row r keeps ``counts[r]`` of its new tokens; only the rows ``kept`` go on.
+
+        Returns them for :meth:`KeyValues.keep`, None where all stay as they are.
+        """
+        every = list(range(len(self.lengths)))
+        rows = every if kept is None else list(kept)
         self.lengths = [self.lengths[row] + counts[row] for row in rows]
         self._places.clear()
+        if rows == every:
+            return None
+        return upload(torch.tensor(rows, dtype=torch.long), self.device)
 
 
 class KeyValues:

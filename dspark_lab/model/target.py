@@ -75,10 +75,8 @@ class TargetCache:
 
     def commit(self, counts: Sequence[int], kept: Sequence[int] | None = None) -> None:
         """Row r keeps the first ``counts[r]`` of its new tokens; rows not in ``kept`` leave."""
-        leaves = kept is not None and list(kept) != list(range(len(self.rows.lengths)))
-        self.rows.commit(counts, kept)
-        if leaves:
-            rows = upload(torch.tensor(kept, dtype=torch.long), self.rows.device)
+        rows = self.rows.commit(counts, kept)
+        if rows is not None:
             layer: Any
             for layer in self.states.layers:
                 layer.states.keep(rows)
