@@ -1,20 +1,34 @@
 """One draw of blocks on a batch: where they stand, their input, and what each slot predicts.
 
-The alignment rule (DSpark, section 3.1): slot k of the block at anchor a has position a + k, reads
-the anchor's token where k is 0 and a mask token elsewhere, follows token a + k and predicts token
-a + k + 1; its teacher is the target's distribution behind token a + k.
+The alignment rule: slot k of the block at anchor a has position a + k and reads the anchor's token
+where k is 0, a mask token elsewhere. What it predicts is the block's *layout*:
+
+    anchor_predicts: slot k predicts token a + k + 1 (DSpark, section 3.1);
+    anchor_given:    slot 0 is the anchor and predicts nothing, slot k > 0 predicts token a + k
+                     (DFlash, arXiv 2602.06036).
+
+The teacher of a token is the target's distribution behind the token before it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats import Batch
-from dspark_lab.checks import Count, Size, Within, checked, require
+from dspark_lab.checks import (
+    Axis,
+    BlockSize,
+    Count,
+    Size,
+    Within,
+    checked,
+    may_be_read,
+    require,
+)
 from dspark_lab.common import (
     build_eval_mask,
     context_doc_ids,
@@ -23,16 +37,22 @@ from dspark_lab.common import (
     sample_anchor_positions,
 )
 
+Layout = Literal["anchor_predicts", "anchor_given"]
+
 
 @checked
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """The blocks of a batch, with all that follows from where they stand.
 
+    A ``slot`` is a place of a block that the drafter reads, ``label`` one of those that predict:
+    all slots, or all but the first where the anchor is given.
+
     Attributes:
         noise_ids: the drafter's input: anchors' tokens in slot 0 of kept blocks, mask tokens.
         position_ids: the slots' positions within their documents.
         label_indices: row positions of the tokens to predict, which may lie past the row's end.
+            These and what follows are of the predicting slots alone.
         safe_label_indices: the same clamped into the row, 0 for dummy anchors.
         prev_indices: row positions of the tokens before those, clamped into the row. There the
             target's final hidden states are the slots' teachers.
@@ -45,15 +65,58 @@ class Blocks:
     block_keep_mask: Bool[Tensor, "batch anchor"]
     noise_ids: Int[Tensor, "batch anchor slot"]
     position_ids: Int[Tensor, "batch anchor slot"]
-    label_indices: Int[Tensor, "batch anchor slot"]
-    safe_label_indices: Int[Tensor, "batch anchor slot"]
-    prev_indices: Int[Tensor, "batch anchor slot"]
-    target_ids: Int[Tensor, "batch anchor slot"]
-    prev_ids: Int[Tensor, "batch anchor slot"]
-    eval_mask: Bool[Tensor, "batch anchor slot"]
+    label_indices: Int[Tensor, "batch anchor label"]
+    safe_label_indices: Int[Tensor, "batch anchor label"]
+    prev_indices: Int[Tensor, "batch anchor label"]
+    target_ids: Int[Tensor, "batch anchor label"]
+    prev_ids: Int[Tensor, "batch anchor label"]
+    eval_mask: Bool[Tensor, "batch anchor label"]
     context_position_ids: Int[Tensor, "batch seq"]
     doc_ids: Int[Tensor, "batch seq"]
     mask_token_id: Size
+    layout: Layout = "anchor_predicts"
+
+    @classmethod
+    @checked
+    def of(
+        cls,
+        anchor_positions: Int[Tensor, "batch anchor"],
+        block_keep_mask: Bool[Tensor, "batch anchor"],
+        *,
+        seq_len: Annotated[int, Within(1), Axis("seq")],
+        block_size: BlockSize,
+        doc_ids: Int[Tensor, "batch seq"] | None = None,
+        layout: Layout = "anchor_predicts",
+    ) -> "Blocks":
+        """The blocks of a trainer that holds their anchors alone.
+
+        ``doc_ids`` never fall along the row, one document where None. All ids of tokens are -1, and
+        ``eval_mask`` is as if every token were supervised.
+        """
+        rows, device = len(anchor_positions), anchor_positions.device
+        if may_be_read(anchor_positions) and anchor_positions.numel():
+            least, most = int(anchor_positions.min()), int(anchor_positions.max())
+            if least < 0 or most >= seq_len:
+                wanted = f"anchor_positions must lie in the row, [0, {seq_len - 1}]"
+                raise ValueError(f"{wanted}, got {least} to {most}")
+        place = torch.arange(seq_len, device=device).expand(rows, -1)
+        known = torch.zeros_like(place) if doc_ids is None else doc_ids.long().contiguous()
+        if may_be_read(known) and (known[:, 1:] < known[:, :-1]).any():
+            raise ValueError("doc_ids must never fall along the row, got a row in which they do")
+        first = torch.searchsorted(known, known)
+        past = torch.searchsorted(known, known, right=True)
+        batch = Batch(
+            input_ids=torch.full_like(place, -1),
+            loss_mask=torch.ones_like(place, dtype=torch.bool),
+            attention_mask=torch.ones_like(place, dtype=torch.bool),
+            position_ids=place - first,
+            doc_remaining=past - 1 - place,
+            seq_lens=place.new_full((rows, 1), seq_len),
+            chat_index=place.new_full((rows, 1), -1),
+        )
+        blocks = cut_blocks(batch, anchor_positions, block_keep_mask, block_size, layout=layout)
+        noise_ids = torch.full_like(blocks.noise_ids, -1)
+        return replace(blocks, doc_ids=known, noise_ids=noise_ids)
 
     @property
     def seq_len(self) -> int:
@@ -65,7 +128,13 @@ class Blocks:
 
     @property
     def block_size(self) -> int:
+        """Slots of a block, an anchor that is given among them."""
         return self.noise_ids.shape[2]
+
+    @property
+    def predicted(self) -> int:
+        """Slots of a block that predict a token."""
+        return self.eval_mask.shape[2]
 
     def row(self, index: int) -> "Blocks":
         require("row", index, Annotated[int, Within(0, len(self.noise_ids) - 1)])
@@ -75,7 +144,7 @@ class Blocks:
         return self._each(lambda tensor: tensor[:, order], but=("context_position_ids", "doc_ids"))
 
     def _each(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> "Blocks":
-        names = [name for name in vars(self) if name not in (*but, "mask_token_id")]
+        names = [name for name in vars(self) if name not in (*but, "mask_token_id", "layout")]
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         return replace(self, **changed)
 
@@ -88,6 +157,7 @@ def draw_blocks(
     *,
     mask_token_id: Size = 0,
     seed: int | None = None,
+    layout: Layout = "anchor_predicts",
 ) -> Blocks:
     """Sample anchors and cut a block at each; ``seed`` None draws from torch's own stream."""
     seq_len, device = batch.input_ids.shape[1], batch.input_ids.device
@@ -95,7 +165,7 @@ def draw_blocks(
     drawn = sample_anchor_positions(
         seq_len, batch.loss_mask, num_anchors, device, batch.doc_remaining, generator
     )
-    return cut_blocks(batch, *drawn, block_size, mask_token_id=mask_token_id)
+    return cut_blocks(batch, *drawn, block_size, mask_token_id=mask_token_id, layout=layout)
 
 
 @checked
@@ -106,13 +176,14 @@ def cut_blocks(
     block_size: Count,
     *,
     mask_token_id: Size = 0,
+    layout: Layout = "anchor_predicts",
 ) -> Blocks:
     """The blocks at given anchors."""
-    seq_len = batch.input_ids.shape[1]
+    seq_len, labels = batch.input_ids.shape[1], predicted_slots(block_size, layout)
     label_indices, safe_label_indices = _label_positions(
-        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size
+        anchor_positions, block_keep_mask, seq_len=seq_len, labels=labels
     )
-    prev_indices = _previous_positions(anchor_positions, seq_len=seq_len, block_size=block_size)
+    prev_indices = _previous_positions(anchor_positions, seq_len=seq_len, labels=labels)
     eval_mask = build_eval_mask(
         seq_len=seq_len,
         loss_mask=batch.loss_mask,
@@ -135,8 +206,8 @@ def cut_blocks(
     return Blocks(
         anchor_positions=anchor_positions,
         block_keep_mask=block_keep_mask,
-        noise_ids=noise_ids.view(label_indices.shape),
-        position_ids=position_ids.view(label_indices.shape),
+        noise_ids=noise_ids.view(*anchor_positions.shape, block_size),
+        position_ids=position_ids.view(*anchor_positions.shape, block_size),
         label_indices=label_indices,
         safe_label_indices=safe_label_indices,
         prev_indices=prev_indices,
@@ -146,7 +217,17 @@ def cut_blocks(
         context_position_ids=batch.position_ids,
         doc_ids=context_doc_ids(batch.seq_lens, seq_len, batch.input_ids.device),
         mask_token_id=mask_token_id,
+        layout=layout,
     )
+
+
+@checked
+def predicted_slots(block_size: Count, layout: Layout) -> int:
+    """How many slots of a block predict a token."""
+    if layout == "anchor_given" and block_size < 2:
+        wanted = "block_size must be at least 2 where the first slot is the anchor's own"
+        raise ValueError(f"{wanted}, got {block_size}")
+    return block_size - (layout == "anchor_given")
 
 
 @checked
@@ -157,15 +238,15 @@ def times_supervised(blocks: Blocks) -> Int[Tensor, "batch seq"]:
 
 
 def _label_positions(
-    anchor_positions: Tensor, block_keep_mask: Tensor, *, seq_len: int, block_size: int
+    anchor_positions: Tensor, block_keep_mask: Tensor, *, seq_len: int, labels: int
 ) -> tuple[Tensor, Tensor]:
     """Row positions of the slots' labels, as they are, and clamped into the row (0 for dummies)."""
-    distance = torch.arange(1, block_size + 1, device=anchor_positions.device)
+    distance = torch.arange(1, labels + 1, device=anchor_positions.device)
     label_indices = anchor_positions.long().unsqueeze(-1) + distance
     return label_indices, label_indices.clamp(max=seq_len - 1) * block_keep_mask.unsqueeze(-1)
 
 
-def _previous_positions(anchor_positions: Tensor, *, seq_len: int, block_size: int) -> Tensor:
+def _previous_positions(anchor_positions: Tensor, *, seq_len: int, labels: int) -> Tensor:
     """Row positions of the tokens before the slots' labels, clamped into the row."""
-    offset = torch.arange(block_size, device=anchor_positions.device)
+    offset = torch.arange(labels, device=anchor_positions.device)
     return (anchor_positions.long().unsqueeze(-1) + offset).clamp(max=seq_len - 1)

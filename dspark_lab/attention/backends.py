@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dspark_lab.attention.blockwise import blockwise_attention
 from dspark_lab.attention.compiled import Compiled
 from dspark_lab.attention.mask import ContextRanges, block_mask, context_ranges, dense_mask
-from dspark_lab.checks import BlockSize, Finite, SeqLen, checked
+from dspark_lab.checks import BlockSize, Count, Finite, SeqLen, checked
 
 Backend = Literal["auto", "dense", "flex", "blockwise"]
 MaskForm = BlockMask | Tensor
@@ -29,6 +29,7 @@ def block_attention(
     seq_len: SeqLen,
     block_size: BlockSize,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
+    window: Count | None = None,
     scale: Finite | None = None,
     backend: Backend = "auto",
     block_mask: BlockMask | None = None,
@@ -51,9 +52,8 @@ def block_attention(
         backend: ``auto`` takes ``flex`` on CUDA, ``blockwise`` on the CPU, elsewhere ``dense``.
         block_mask: for ``flex``, that of the same blocks, where several calls share one.
     """
-    ranges = context_ranges(
-        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
-    )
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     backend = choose_backend(q.device) if backend == "auto" else backend
     form = block_mask if backend == "flex" else None
     return attend(q, k, v, ranges, scale=scale, backend=backend, form=form)
@@ -93,8 +93,8 @@ def attend(
         return run(q, k, v, block_mask=mask, **options)
     if backend == "dense":
         return _dense(q, k, v, mask, **options)
-    sizes = ranges.seq_len, ranges.block_size, float(options["scale"])
-    return blockwise_attention(q, k, v, mask, *sizes)[0]
+    sizes = ranges.seq_len, ranges.block_size, ranges.window
+    return blockwise_attention(q, k, v, mask, *sizes, float(options["scale"]))[0]
 
 
 @checked

@@ -30,7 +30,14 @@ _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 @torch.library.custom_op("dspark_lab::blockwise_attention", mutates_args=(), device_types="cpu")
 def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, seq_len: int, block_size: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    seq_len: int,
+    block_size: int,
+    window: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The attention, and the logarithm of the sum that each query's softmax divides by.
 
@@ -40,7 +47,7 @@ def blockwise_attention(
     out = torch.zeros(q.shape, dtype=query.dtype)
     log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=query.dtype)
     results, sums = _split(out, k), _split(log_sum, k)
-    for slots, keys, bias in _pieces(ranges, seq_len, block_size, FORWARD, query.dtype):
+    for slots, keys, bias in _pieces(ranges, seq_len, block_size, window, FORWARD, query.dtype):
         seen, seen_sum = _kernel(query[slots], key[keys], value[keys], attn_mask=bias, scale=scale)
         joined_sum = torch.logaddexp(sums[slots], seen_sum)
         share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
@@ -62,6 +69,7 @@ def _backward(
     ranges: Tensor,
     seq_len: int,
     block_size: int,
+    window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for ``q``, ``k`` and ``v``; weights are computed again, not kept."""
@@ -71,7 +79,7 @@ def _backward(
     result, d_result = _split(out, k), _split(d_out, k)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
     d_queries = _split(d_query, k)
-    for slots, keys, bias in _pieces(ranges, seq_len, block_size, BACKWARD, query.dtype):
+    for slots, keys, bias in _pieces(ranges, seq_len, block_size, window, BACKWARD, query.dtype):
         piece = d_result[slots], query[slots], key[keys], value[keys], result[slots], sums[slots]
         query_part, key_part, value_part = _kernel_backward(
             *piece, 0.0, False, attn_mask=bias, scale=scale
@@ -86,7 +94,12 @@ def _backward(
 
 
 def _pieces(
-    ranges: Tensor, seq_len: int, block_size: int, most: tuple[int, int], dtype: torch.dtype
+    ranges: Tensor,
+    seq_len: int,
+    block_size: int,
+    window: int | None,
+    most: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Index, Index, Tensor | None]]:
     """Cut the mask of each batch row into pieces that hold all that is visible.
 
@@ -97,7 +110,10 @@ def _pieces(
     apart = _bias(~torch.eye(own, dtype=torch.bool), block_size, dtype)
     apart = apart.repeat_interleave(block_size, dim=-1)
     for row, (start, end) in enumerate(ranges.unbind(1)):
-        starts, ends = start.tolist(), end.tolist()
+        start = start.unsqueeze(1)
+        if window is not None:
+            start = start.maximum(end.unsqueeze(1) + torch.arange(block_size) + 1 - window)
+        starts, least, ends = start[:, 0].tolist(), start[:, -1].tolist(), end.tolist()
         for blocks in _runs(len(starts), own):
             slots = _slots(blocks, block_size)
             keys = slice(seq_len + slots.start, seq_len + slots.stop)
@@ -118,10 +134,12 @@ def _pieces(
                     continue
                 some = slice(seeing[0], seeing[-1] + 1)
                 bias = None
-                if max(starts[some]) > first or min(ends[some]) < past:
+                if max(least[some]) > first or min(ends[some]) < past:
                     token = torch.arange(first, past)
-                    hidden = (token < start[some].unsqueeze(1)) | (token >= end[some].unsqueeze(1))
-                    bias = _bias(hidden, block_size, dtype)
+                    hidden = token < start[some].unsqueeze(2)
+                    hidden = hidden | (token >= end[some].view(-1, 1, 1))
+                    hidden = hidden.expand(-1, block_size, -1).flatten(0, 1)
+                    bias = _bias(hidden, 1, dtype)
                 yield s_[row, :, :, _slots(some, block_size)], s_[row, ..., first:past, :], bias
 
 
@@ -157,12 +175,12 @@ def _working(x: Tensor) -> Tensor:
 
 
 @blockwise_attention.register_fake
-def _(q, k, v, ranges, seq_len, block_size, scale):
+def _(q, k, v, ranges, seq_len, block_size, window, scale):
     return q.new_empty(q.shape), _working(q).new_empty(q.shape[:-1])
 
 
 @_backward.register_fake
-def _(d_out, out, log_sum, q, k, v, ranges, seq_len, block_size, scale):
+def _(d_out, out, log_sum, q, k, v, ranges, seq_len, block_size, window, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -173,7 +191,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate(ctx: Any, d_out: Tensor, _d_log_sum: Tensor) -> tuple:
     gradients = _backward(d_out, *ctx.saved_tensors, *ctx.sizes)
-    return (*gradients, None, None, None, None)
+    return (*gradients, *(None,) * 5)
 
 
 blockwise_attention.register_autograd(_differentiate, setup_context=_save)

@@ -7,12 +7,16 @@ slot of block b sees exactly
     context prefix: the context tokens of the anchor's document before the anchor itself, and
     own block:      all slots of block b, earlier and later ones.
 
+Under a sliding ``window``, slot k of the block at anchor a sees of its prefix only the tokens j
+with a + k - j < window.
+
 The anchor's own token enters through slot 0. A dummy block (``block_keep_mask`` False) has an empty
 prefix and sees only itself, so that no row of the mask is empty.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -28,23 +32,37 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 @checked
 @dataclass(frozen=True, eq=False)
 class ContextRanges:
-    """The context prefix of each block: context tokens ``start`` to ``end - 1``, both long."""
+    """The context prefix of each block: context tokens ``start`` to ``end - 1``, both long.
+
+    ``window`` None is full attention.
+    """
 
     start: Int[Tensor, "batch anchor"]
     end: Int[Tensor, "batch anchor"]
     seq_len: Size
     block_size: Count
+    window: Count | None = None
 
     @classmethod
     @checked
-    def of(cls, blocks: Blocks) -> "ContextRanges":
+    def of(cls, blocks: Blocks, window: Count | None = None) -> "ContextRanges":
         return context_ranges(
             blocks.anchor_positions,
             blocks.block_keep_mask,
             seq_len=blocks.seq_len,
             block_size=blocks.block_size,
             doc_ids=blocks.doc_ids,
+            window=window,
         )
+
+    @property
+    def slot_start(self) -> Int[Tensor, "batch query"]:
+        """The first context token that each slot sees, ``end`` or later where it sees none."""
+        start = self.start.unsqueeze(2).expand(-1, -1, self.block_size)
+        if self.window is not None:
+            slot = torch.arange(self.block_size, device=start.device)
+            start = start.maximum(self.end.unsqueeze(2) + slot + 1 - self.window)
+        return start.flatten(1)
 
     @property
     def queries(self) -> int:
@@ -63,6 +81,7 @@ def context_ranges(
     seq_len: SeqLen,
     block_size: BlockSize,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
+    window: Count | None = None,
 ) -> ContextRanges:
     """The context prefix of each block.
 
@@ -76,7 +95,7 @@ def context_ranges(
         start = torch.zeros_like(end)
     else:
         start = document_starts(doc_ids, end) * block_keep_mask
-    return ContextRanges(start, end, seq_len, block_size)
+    return ContextRanges(start, end, seq_len, block_size, window)
 
 
 def document_starts(doc_ids: Tensor, positions: Tensor) -> Tensor:
@@ -97,7 +116,7 @@ def in_own_block(key: Tensor, first: Tensor, past: Tensor) -> Tensor:
 @checked
 def mask_mod(ranges: ContextRanges) -> MaskMod:
     """The rule as a function of (batch row, head, query, key), for FlexAttention."""
-    start, end = ranges.start, ranges.end
+    start, end = ranges.slot_start, ranges.end
     # Sizes are in tensors, of each query: for numbers, such as the row's length, a kernel would be
     # compiled anew.
     number = torch.arange(ranges.queries, device=start.device) // ranges.block_size
@@ -105,8 +124,7 @@ def mask_mod(ranges: ContextRanges) -> MaskMod:
     past = first + ranges.block_size
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = number[query]
-        context_prefix = in_context_prefix(key, start[batch, block], end[batch, block])
+        context_prefix = in_context_prefix(key, start[batch, query], end[batch, number[query]])
         return context_prefix | in_own_block(key, first[query], past[query])
 
     return visible
@@ -155,11 +173,11 @@ def training_mask_mod(
     seq_len: int,
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
+    window: int | None = None,
 ) -> MaskMod:
     """:func:`mask_mod` of :func:`context_ranges`."""
-    ranges = context_ranges(
-        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
-    )
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     return mask_mod(ranges)
 
 
@@ -170,11 +188,11 @@ def training_dense_mask(
     seq_len: int,
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
+    window: int | None = None,
 ) -> Bool[Tensor, "batch query key"]:
     """:func:`dense_mask` of :func:`context_ranges`."""
-    ranges = context_ranges(
-        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
-    )
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     return dense_mask(ranges)
 
 
@@ -185,12 +203,12 @@ def training_block_mask(
     seq_len: int,
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
+    window: int | None = None,
     tile_size: int = 128,
 ) -> BlockMask:
     """:func:`block_mask` of :func:`context_ranges`; most GPUs want multiples of 128 as tiles."""
-    ranges = context_ranges(
-        anchor_positions, block_keep_mask, seq_len=seq_len, block_size=block_size, doc_ids=doc_ids
-    )
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     return block_mask(ranges, tile_size)
 
 
@@ -212,9 +230,18 @@ def _classify_tiles(
     # Short runs repeat their last block, which changes neither "one of" nor "all of".
     run = torch.minimum(run, last_block.unsqueeze(1))
 
+    # Of a block's queries in the tile the first sees most of the context, the last least.
+    starts, end = ranges.start[:, run], ranges.end[:, run]
+    least = starts
+    if ranges.window is not None:
+        slots = first_query.unsqueeze(1) - run * block_size
+        first_slot, last_slot = slots.clamp(min=0), (slots + tile_size).clamp(max=block_size) - 1
+        least = starts.maximum(end + last_slot + 1 - ranges.window)
+        starts = starts.maximum(end + first_slot + 1 - ranges.window)
+
     # Marking where each run of tiles begins (+1) and stops (-1) and summing along the keys counts
     # the blocks that touch and that cover every tile.
-    begin, stop = tiles_of_ranges(ranges.start[:, run], ranges.end[:, run], tile_size)
+    begin, stop = tiles_of_ranges(starts, least, end, tile_size)
     edges = begin.new_zeros((*begin.shape[:-1], first_key.shape[0] + 1), dtype=torch.int32)
     one = torch.ones_like(begin, dtype=torch.int32)
     edges = edges.scatter_add(-1, begin, one).scatter_add(-1, stop, -one)
@@ -233,11 +260,17 @@ def _classify_tiles(
     return torch.stack([touched & ~full, full]).unsqueeze(2)
 
 
-def tiles_of_ranges(start: Tensor, end: Tensor, tile_size: int) -> tuple[Tensor, Tensor]:
-    """The first tile of keys that a range touches and covers, and past the last; equal if none."""
-    begin = torch.stack([start // tile_size, -(-start // tile_size)])
+def tiles_of_ranges(
+    touched: Tensor, covered: Tensor, end: Tensor, tile_size: int
+) -> tuple[Tensor, Tensor]:
+    """The first tile of keys that ranges touch, and cover, and past the last; equal if none.
+
+    The ranges to touch begin at ``touched``, those to cover at ``covered``.
+    """
+    begin = torch.stack([touched // tile_size, -(-covered // tile_size)])
     stop = torch.stack([-(-end // tile_size), end // tile_size])
-    return begin, torch.where(end > start, torch.maximum(begin, stop), begin)
+    visible = end > torch.stack([touched, covered])
+    return begin, torch.where(visible, torch.maximum(begin, stop), begin)
 
 
 def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 from .checkpoint import CALIBRATION, WEIGHTS, load_drafter, save_drafter
-from .config import ARCHITECTURE, DrafterConfig
+from .config import ARCHITECTURE, DrafterConfig, Yarn
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
 from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
@@ -49,4 +49,5 @@ __all__ = [
     "smollm2_cache",
     "split_digits",
     "survival",
+    "Yarn",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from dspark_lab.checks import Count, NotEmpty, Positive, Size, Within, checked
+from dspark_lab.blocks import Layout, predicted_slots
+from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, Within, checked
 from dspark_lab.model.heads import check_kind
 
 ARCHITECTURE = "Qwen3DSparkModel"
@@ -20,6 +21,30 @@ _FIXED = {
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+@checked
+@dataclass(frozen=True)
+class Yarn:
+    """RoPE scaled to longer rows than the layers were made for (YaRN, arXiv 2309.00071).
+
+    Names and defaults are transformers': ``beta_fast`` and ``beta_slow`` are in rotations over
+    ``original_max_position_embeddings`` tokens, and cosine and sine are multiplied by
+    ``attention_factor``; where that is None, it follows from ``factor``, ``mscale`` and
+    ``mscale_all_dim``. ``truncate`` rounds the limits of the ramp to whole pairs.
+    """
+
+    factor: Annotated[float, Within(1)]
+    original_max_position_embeddings: Count
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None
+    mscale: NonNegative | None = None
+    mscale_all_dim: NonNegative | None = None
+    truncate: bool = True
+
+
 @checked
 @dataclass(frozen=True)
 class DrafterConfig:
@@ -30,6 +55,12 @@ class DrafterConfig:
     ``hidden_size`` where None. A training forward draws ``num_anchors`` for each row.
     ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out.
     ``num_target_layers`` is there for other readers of a checkpoint.
+
+    Where ``sample_from_anchor`` is False, slot 0 of a block is the anchor and predicts nothing
+    (``layout``). Layers whose ``layer_types`` are "sliding_attention", by default none, see of the
+    context a ``sliding_window`` alone. With a ``draft_vocab_size`` the drafter predicts that many
+    tokens of the vocabulary. ``logit_scale`` and ``final_logit_softcapping`` change logits as the
+    target does, the scale first.
     """
 
     vocab_size: Count
@@ -54,6 +85,13 @@ class DrafterConfig:
     num_target_layers: Count | None = None
     attention_bias: bool = False
     initializer_range: Positive = 0.02
+    sample_from_anchor: bool = True
+    sliding_window: Count | None = None
+    layer_types: Sequence[LayerType] | None = None
+    draft_vocab_size: Count | None = None
+    yarn: Yarn | None = None
+    final_logit_softcapping: Positive | None = None
+    logit_scale: Positive | None = None
 
     def __post_init__(self) -> None:
         mask, last = self.mask_token_id, self.vocab_size - 1
@@ -71,11 +109,50 @@ class DrafterConfig:
             raise ValueError(f"target_layer_ids must be strictly increasing, got {ids}")
         object.__setattr__(self, "target_layer_ids", ids)
         check_kind(self.markov_head_type)
+        predicted_slots(self.block_size, self.layout)
+        self._check_windows()
+        most = self.draft_vocab_size
+        if most is not None and most > self.vocab_size:
+            wanted = f"draft_vocab_size must be at most vocab_size, {self.vocab_size}"
+            raise ValueError(f"{wanted}, got {most}")
         if self.reads_markov and not self.has_markov_head:
             raise ValueError(
                 "confidence_head_with_markov needs a Markov head, got markov_rank "
                 f"{self.markov_rank} and markov_head_type {self.markov_head_type!r}"
             )
+
+    def _check_windows(self) -> None:
+        """Refuse layer types that do not fit; those of full attention alone are left out."""
+        kinds = tuple(self.layer_types or ())
+        if kinds and len(kinds) != self.num_hidden_layers:
+            wanted = f"layer_types must be one for each of {self.num_hidden_layers} layers"
+            raise ValueError(f"{wanted}, got {len(kinds)}")
+        slides = "sliding_attention" in kinds
+        if slides and self.sliding_window is None:
+            wanted = "layer_types with 'sliding_attention' need a sliding_window"
+            raise ValueError(f"{wanted}, got none")
+        object.__setattr__(self, "layer_types", kinds if slides else None)
+        object.__setattr__(self, "sliding_window", self.sliding_window if slides else None)
+
+    @property
+    def layout(self) -> Layout:
+        return "anchor_predicts" if self.sample_from_anchor else "anchor_given"
+
+    @property
+    def predicted(self) -> int:
+        """Slots of a block that predict a token."""
+        return predicted_slots(self.block_size, self.layout)
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer, None where its attention is full."""
+        kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+    @property
+    def output_size(self) -> int:
+        """Tokens that the drafter can predict."""
+        return self.draft_vocab_size or self.vocab_size
 
     @property
     def has_markov_head(self) -> bool:
