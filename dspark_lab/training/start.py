@@ -52,6 +52,9 @@ def new_drafter(
             rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or getattr(c, "rope_theta", None) or 10000),
             max_position_embeddings=c.max_position_embeddings,
+            yarn=read_yarn(rope),
+            final_logit_softcapping=target.logit_rule.cap,
+            logit_scale=None if target.logit_rule.scale == 1 else target.logit_rule.scale,
         )
     )
     init_from_target(drafter, target)
