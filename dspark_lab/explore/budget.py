@@ -23,13 +23,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab import tuning
+from dspark_lab.blocks import PER, Per
 from dspark_lab.chats import Chat, Encoded, encode
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.model import DrafterConfig
-from dspark_lab.tuning import Dtype, Per, Shape, Spans, StepTime
+from dspark_lab.tuning import Dtype, Shape, Spans, StepTime
 
 # The entry among the cards that stands for the user's own measurement.
 MEASURED = "measured here"
@@ -423,7 +424,7 @@ def explore_training_budget(
         explorer.slider("block_size", block_size, 1, 16),
         explorer.selection_slider("seq_len", seq_len, sorted({*_SEQ_LENS, seq_len})),
         explorer.checkbox("packed", packed),
-        explorer.dropdown("per", per, tuning.PER),
+        explorer.dropdown("per", per, PER),
         explorer.slider("batch_size", batch_size, 1, 64),
         explorer.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
         explorer.dropdown("export", export, ("json", *tuning.TRAINERS)),

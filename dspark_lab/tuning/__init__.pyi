@@ -35,7 +35,7 @@ from .memory import card_table, fit_table, memory_table, training_memory, usable
 from .moments import StepBytes
 from .settings import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
 from .shape import CARDS, TARGETS, Card, Layers, Shape
-from .spans import PER, Per, Spans
+from .spans import Spans
 from .step import Dtype, Step
 from .steptime import StepTime, fit_step_time, measure_steps
 
@@ -47,8 +47,6 @@ __all__ = [
     "Cell",
     "Dtype",
     "Layers",
-    "PER",
-    "Per",
     "REASONS",
     "SERVERS",
     "ServingSettings",
