@@ -34,7 +34,15 @@ from .coverage import (
 from .jobs import run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .settings import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
+from .settings import (
+    SERVERS,
+    TRAINERS,
+    Program,
+    ServingSettings,
+    TrainingSettings,
+    export,
+    exports,
+)
 from .shape import CARDS, TARGETS, Card, Layers, Shape
 from .spans import Spans
 from .step import Dtype, Step
@@ -48,6 +56,7 @@ __all__ = [
     "Cell",
     "Dtype",
     "Layers",
+    "Program",
     "REASONS",
     "SERVERS",
     "ServingSettings",
@@ -71,6 +80,7 @@ __all__ = [
     "coverage_table",
     "expected_work",
     "export",
+    "exports",
     "fit_step_time",
     "fit_table",
     "in_training_batches",

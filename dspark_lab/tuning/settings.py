@@ -121,6 +121,18 @@ def export(
     return text
 
 
+@checked
+def exports(settings: TrainingSettings | ServingSettings) -> dict[str, str]:
+    """:func:`export` to every program; where one refuses, why, as a comment."""
+    texts = {}
+    for kind in TRAINERS if isinstance(settings, TrainingSettings) else SERVERS:
+        try:
+            texts[kind] = export(settings, kind)
+        except ValueError as refusal:
+            texts[kind] = f"# {refusal}\n"
+    return texts
+
+
 def _require_rows(s: TrainingSettings, program: Program) -> None:
     """Refuse rows that the trainer does not make, and what its anchors do not count for."""
     packed = s.pack_length is not None
