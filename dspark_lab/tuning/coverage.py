@@ -15,7 +15,8 @@ which it is reached. One that c candidates reach is missed with the hypergeometr
 
 where C(a, b) is a binomial coefficient. Both depend on C and c alone, so tokens are counted by
 these two and never visited one by one. With ``per="document"``, ``num_anchors`` are drawn in each
-document of a packed row instead of in each row.
+document of a packed row instead of in each row; with ``per="batch"``, in all rows of a micro-batch
+together (:meth:`Spans.in_batches`). What is said of a row's C holds for theirs.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dspark_lab.blocks import draw_blocks, times_supervised
+from dspark_lab.blocks import Per, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, Encoded
 from dspark_lab.checks import Count, Size, Within, checked
 from dspark_lab.model import DecayGamma, decay_weights
-from dspark_lab.tuning.spans import Data, Per, Spans, sum_by
+from dspark_lab.tuning.spans import Data, Spans, sum_by
 
 # Why a token can never be a label.
 REASONS = ("prompt", "first of its run", "alone in its run", "cut off", "padding")
@@ -77,8 +78,9 @@ def supervision(
 ) -> Supervision:
     """The supervision of one pass over the data, in closed form.
 
-    Each row, or document (``per``), has ``num_anchors`` drawn, or all of its candidates where there
-    are fewer. Slot k has the weight w_k = exp(-k / gamma).
+    Each row, document or micro-batch (``per``) has ``num_anchors`` drawn, or all of its candidates
+    where there are fewer. Slot k has the weight w_k = exp(-k / gamma). For micro-batches ``data``
+    is a batch, or spans that know them.
     """
     return _labelled(data, block_size, per).supervision(num_anchors, gamma)
 
@@ -219,10 +221,10 @@ def token_supervision(
 
 @checked
 def token_coverage(
-    batch: Batch, num_anchors: Count, block_size: Count
+    batch: Batch, num_anchors: Count, block_size: Count, *, per: Per = "row"
 ) -> Float[Tensor, "batch seq"]:
-    """The probability, in float64, that one draw of anchors in its row covers a token."""
-    tokens = token_supervision(batch, num_anchors, block_size)
+    """The probability, in float64, that one draw of anchors covers a token."""
+    tokens = token_supervision(batch, num_anchors, block_size, per=per)
     coverage = torch.zeros(batch.loss_mask.shape, dtype=torch.float64)
     coverage[batch.attention_mask.cpu()] = torch.tensor(tokens["p_covered"].to_numpy())
     return coverage.to(batch.loss_mask.device)
@@ -234,6 +236,7 @@ def coverage_table(
     num_anchors: Sequence[Count] = (4, 8, 16, 32, 64, 128),
     block_sizes: Sequence[Count] = (4, 7, 15),
     *,
+    per: Per = "row",
     draws: Count = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -245,12 +248,13 @@ def coverage_table(
     spans = _supervised(Spans.of(batch))
     lines = []
     for block_size in block_sizes:
-        reach = _Reach.of(spans, block_size, "row")
+        reach = _Reach.of(spans, block_size, per)
         for anchors in num_anchors:
-            sampled = (
-                times_supervised(draw_blocks(batch, anchors, block_size, seed=seed + draw)) > 0
+            drawn = (
+                draw_blocks(batch, anchors, block_size, seed=seed + draw, per=per)
                 for draw in range(draws)
             )
+            sampled = (times_supervised(blocks) > 0 for blocks in drawn)
             found = reach.supervision(anchors)
             share = sum(int(covered.sum()) for covered in sampled) / draws / found.supervised
             lines.append((block_size, anchors, found.blocks, found.share, share, found.times))
@@ -321,7 +325,7 @@ class _Reach:
 
     @classmethod
     def of(cls, spans: Spans, block_size: int, per: Per) -> _Reach:
-        candidates, run_group, run_length = spans.groups[per]
+        candidates, run_group, run_length = spans.groups(per)
         count, width, last = len(candidates), block_size + 1, run_length - 1
         cell = run_group * width + np.minimum(last, block_size)
         ends = np.bincount(cell, minlength=count * width).reshape(count, width)
