@@ -8,7 +8,7 @@ from .explore import (
     explore_serving,
     explore_training_budget,
 )
-from .model import load_drafter, load_target
+from .model import convert_checkpoint, load_drafter, load_target
 from .pairs import load_pair
 from .rates import evaluate
 from .training import train
@@ -18,6 +18,7 @@ __version__: str
 
 __all__ = [
     "choose_training",
+    "convert_checkpoint",
     "decode",
     "encode",
     "evaluate",
