@@ -2,6 +2,7 @@ from .backends import Backend, MaskForm, attend, block_attention, choose_backend
 from .compiled import Compiled
 from .mask import (
     ContextRanges,
+    View,
     block_mask,
     context_ranges,
     dense_mask,
@@ -16,6 +17,7 @@ __all__ = [
     "Compiled",
     "ContextRanges",
     "MaskForm",
+    "View",
     "attend",
     "block_attention",
     "block_mask",

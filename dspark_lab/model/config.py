@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
+from dspark_lab.attention import View
 from dspark_lab.blocks import Layout, predicted_slots
 from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, Within, checked
 from dspark_lab.model.formats import ARCHITECTURE, flat_config
@@ -60,9 +61,11 @@ class DrafterConfig:
 
     Where ``sample_from_anchor`` is False, slot 0 of a block is the anchor and predicts nothing
     (``layout``). Layers whose ``layer_types`` are "sliding_attention", by default none, see of the
-    context a ``sliding_window`` alone. With a ``draft_vocab_size`` the drafter predicts that many
-    tokens of the vocabulary. ``logit_scale`` and ``final_logit_softcapping`` change logits as the
-    target does, the scale first.
+    context a ``sliding_window`` alone. Layers that are causal (``is_causal``; where None, those
+    with a window, as trainers and servers have it) see of their block no later slot. With a
+    ``draft_vocab_size`` the drafter predicts that many tokens of the vocabulary. Its logits are
+    ``logit_scale`` times the sum of the Markov bias and of the LM head's product under the soft cap
+    ``final_logit_softcapping``.
     """
 
     vocab_size: Count
@@ -94,6 +97,7 @@ class DrafterConfig:
     yarn: Yarn | None = None
     final_logit_softcapping: Positive | None = None
     logit_scale: Positive | None = None
+    is_causal: bool | None = None
 
     def __post_init__(self) -> None:
         mask, last = self.mask_token_id, self.vocab_size - 1
@@ -135,6 +139,8 @@ class DrafterConfig:
             raise ValueError(f"{wanted}, got none")
         object.__setattr__(self, "layer_types", kinds if slides else None)
         object.__setattr__(self, "sliding_window", self.sliding_window if slides else None)
+        if not slides and not self.is_causal:
+            object.__setattr__(self, "is_causal", None)
 
     @property
     def layout(self) -> Layout:
@@ -146,10 +152,14 @@ class DrafterConfig:
         return predicted_slots(self.block_size, self.layout)
 
     @property
-    def windows(self) -> list[int | None]:
-        """The sliding window of each layer, None where its attention is full."""
+    def views(self) -> list[View]:
+        """What the slots of each layer see of context and block."""
         kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
-        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        windows = [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        causal = self.is_causal
+        return [
+            View(window, window is not None if causal is None else causal) for window in windows
+        ]
 
     @property
     def output_size(self) -> int:
