@@ -1,5 +1,6 @@
 from .checkpoint import CALIBRATION, WEIGHTS, convert_checkpoint, load_drafter, save_drafter
 from .config import DrafterConfig, Yarn
+from .describe import describe_checkpoint
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
 from .formats import ARCHITECTURE, Format
@@ -37,6 +38,7 @@ __all__ = [
     "chunk_sizes",
     "convert_checkpoint",
     "decay_weights",
+    "describe_checkpoint",
     "drafter_sizes",
     "dspark_objective",
     "fetch_smollm2",

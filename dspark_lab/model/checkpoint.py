@@ -20,13 +20,14 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from dspark_lab.blocks import Layout
 from dspark_lab.checks import Count, Device, checked
@@ -82,8 +83,8 @@ class Stored:
     @property
     def tied(self) -> bool:
         """Whether one tensor is embedding and LM head; of a reduced vocabulary none can be."""
-        same = self.config.draft_vocab_size in (None, self.config.vocab_size)
-        return bool(self.values.get("tie_word_embeddings")) and same
+        reduced = self.config.draft_vocab_size is not None
+        return bool(self.values.get("tie_word_embeddings")) and not reduced
 
 
 @checked
@@ -163,7 +164,7 @@ def convert_checkpoint(
         values = config_for(values, format, verifier=verifier)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from None
-    tensors = {name: part[:] for name, part in stored.parts.items()}
+    tensors = {name: part[:] for name, part in stored.parts.items() if name not in _MAPS}
     if config.draft_vocab_size:
         tensors[_D2T] = _read_d2t(stored)
     calibration = stored.path / CALIBRATION
@@ -211,10 +212,8 @@ def load_drafter(
         for name, part in parts.items()
         if name not in _MAPS
     }
-    ids = None
-    if config.draft_vocab_size:
-        state[_D2T] = _read_d2t(stored).to(device)
-        ids = state[_D2T] + torch.arange(config.draft_vocab_size, device=device)
+    if config.draft_vocab_size or parts.keys() & _MAPS.keys():
+        state[_D2T] = _read_d2t(stored).to(device)  # of a whole vocabulary, checked and left out
     drafter = meta_drafter(config)
     drafter.load_state_dict(state, strict=False, assign=True)
     frozen = {name: state[name] for name in (_EMBEDDING, _HEAD) if name in state}
@@ -223,27 +222,27 @@ def load_drafter(
         raise ValueError(f"{path}: {CONFIG} says {wrong}")
     if one_for_both:
         frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
+    given = {} if target is None else {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight}
+    if not config.draft_vocab_size:
+        weights = given | frozen
+        drafter.use_target_embeddings(weights[_EMBEDDING], weights[_HEAD])
     elif target is not None:
-        head = target.head_weight
-        if ids is not None and _HEAD in absent:
-            head = head[ids.to(head.device)]
-        frozen = {_EMBEDDING: target.embed_weight, _HEAD: head} | frozen
-    drafter.use_target_embeddings(frozen[_EMBEDDING], frozen[_HEAD])
+        # Its LM head has a row for each of the target's tokens, a stored one for each of its own.
+        drafter.use_target_embeddings(frozen.get(_EMBEDDING, target.embed_weight), given[_HEAD])
+        if _HEAD in frozen:
+            drafter.lm_head.weight = nn.Parameter(frozen[_HEAD], requires_grad=False)
     return drafter.eval()
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Stored:
     """A checkpoint of any format, its configuration and the shapes of its tensors checked."""
-    path = _find_folder(folder)
+    path = find_folder(folder)
     values = read_config(path)
     try:
         config = DrafterConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path / CONFIG}: {error}") from None
     parts, not_read = _own_names(path, _read_headers(path))
-    whole = config.draft_vocab_size == config.vocab_size
-    if whole and not parts.keys() & _MAPS.keys():
-        config = replace(config, draft_vocab_size=None)
     stored = Stored(path, values, config, parts, not_read)
     _check_tensors(stored)
     return stored
@@ -293,7 +292,8 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _find_folder(folder: str | os.PathLike[str]) -> Path:
+def find_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint, fetched from the hub where it is the name of one there."""
     path = Path(folder).expanduser()
     if path.is_dir():
         return path
@@ -391,8 +391,8 @@ def _check_tensors(stored: Stored) -> None:
     drafter = meta_drafter(config)
     expected = {name: list(tensor.shape) for name, tensor in drafter.state_dict().items()}
     reduced = config.draft_vocab_size
-    maps = {_D2T: [reduced], _T2D: [config.vocab_size]} if reduced else {}
-    if maps and not parts.keys() & maps.keys():
+    maps = {_D2T: [config.output_size], _T2D: [config.vocab_size]}
+    if reduced and not parts.keys() & maps.keys():
         why = f"draft_vocab_size {reduced} of {CONFIG} needs one of them"
         raise ValueError(f"{folder} must hold d2t or t2d, got neither: {why}")
     expected |= maps
@@ -421,10 +421,10 @@ def _read_d2t(stored: Stored) -> torch.Tensor:
     ids = None
     if _T2D in parts:
         ids = parts[_T2D][:].bool().nonzero().flatten()
-        if len(ids) != config.draft_vocab_size:
-            wanted = f"draft_vocab_size, {config.draft_vocab_size}, of the target's ids"
+        if len(ids) != config.output_size:
+            wanted = f"as many of the target's ids as it predicts, {config.output_size}"
             raise ValueError(f"{stored.path}: t2d must mark {wanted}, got {len(ids)}")
-    places = torch.arange(config.draft_vocab_size or 0)
+    places = torch.arange(config.output_size)
     if _D2T not in parts:
         return cast(torch.Tensor, ids) - places
     offsets = parts[_D2T][:].long()

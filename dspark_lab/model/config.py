@@ -227,11 +227,10 @@ class DrafterConfig:
             if flat.get(name) not in (None, allowed):
                 raise ValueError(f"{name} must be {allowed!r} or absent, got {flat[name]!r}")
         known = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
-        known |= _read_rope(flat)
         missing = [f.name for f in fields(cls) if f.name not in known and f.default is MISSING]
         if missing:
             raise ValueError(f"config must hold {', '.join(missing)}, which it does not")
-        return cls(**known)
+        return cls(**known | _read_rope(flat))
 
 
 def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,26 +103,16 @@ def format_of(values: Mapping[str, Any]) -> Format:
 
 def family_of(values: Mapping[str, Any]) -> str | None:
     """The family of drafters that a ``config.json`` is of, None for what is no drafter's."""
-    names = values.get("architectures") or []
-    kind = values.get("speculators_model_type")
+    kind, names = values.get("speculators_model_type"), values.get("architectures")
     projector = _object(values, "dflash_config").get("projector_type", values.get("projector_type"))
-    said = [name for name in (projector, kind, *names) if isinstance(name, str)]
+    if kind is None and not names:
+        names = [ARCHITECTURE]
+    said = [kind] if kind else [ARCHITECTURES.get(name, name) for name in names or ()]
+    said = [str(name).lower().replace("_", "") for name in (projector, *said) if name]
     for name in said:
-        for part in ("dflash2", "domino", "eagle3"):
-            if part in name.lower():
-                return _OTHERS[part]
-    if kind in ("dspark", "dflash"):
-        return "DSpark" if kind == "dspark" else "DFlash"
-    if not names and kind is None:
-        return "DSpark"
-    for name in said:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    for name in said:
-        for part, family in _OTHERS.items():
-            if part in name.lower().replace("_", ""):
-                return family
-    return None
+        if name not in ("dspark", "dflash"):
+            return next((family for part, family in _OTHERS.items() if part in name), None)
+    return "DSpark" if said[-1] == "dspark" else "DFlash"
 
 
 def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,11 +147,13 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
             flat.pop(other, None)
         if value is not None and not (family == "DFlash" and key in _NO_HEADS):
             flat[key] = value
-    flat["target_layer_ids"] = _read_layer_ids(values, flat.get("target_layer_ids"))
-    if flat["target_layer_ids"] is None:
-        del flat["target_layer_ids"]
+    ids = _read_layer_ids(values, flat.pop("target_layer_ids", None))
+    if ids is not None:
+        flat["target_layer_ids"] = ids
     flat["sample_from_anchor"] = _read_layout(values, flat, family)
     _read_windows(flat)
+    if flat.get("draft_vocab_size") == flat.get("vocab_size"):
+        flat["draft_vocab_size"] = None  # speculators has the key in every file
     for key in (*_LAYER_IDS_FROM_1, "dspark_bonus_anchor", "shift_label"):
         flat.pop(key, None)
     if format_of(values) != "dspark" and not flat.get("markov_rank", 1):
@@ -173,6 +165,19 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
         if value:
             raise ValueError(f"{name} must be false or absent, got {value!r}")
     return flat
+
+
+def config_words(values: Mapping[str, Any]) -> list[str]:
+    """The keys of a ``config.json`` for the draft that nothing here reads, by their places."""
+    known = {*_DRAFT_KEYS, *(name for names in _DRAFT_KEYS.values() for name in names)}
+    known |= {*_ANOTHER_BACKBONE, "attention_mode", "attention_modes", "projector_type"}
+    known |= {"dspark_bonus_anchor", "shift_label"}
+    return [
+        f"{place}.{name}"
+        for place in _NESTED
+        for name, value in _object(values, place).items()
+        if name not in known and value is not None
+    ]
 
 
 def config_for(
