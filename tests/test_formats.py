@@ -6,6 +6,7 @@ Every file is written out by hand here, under the names that its program gives t
 import copy
 import json
 import re
+import traceback
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -341,6 +342,28 @@ def test_what_contradicts_itself_or_is_another_drafter_is_refused(
     assert re.search(match, str(caught.value)), str(caught.value)
     table = describe_checkpoint(folder).set_index("property")["value"]
     assert re.search(f"^no: .*{match}", table["loads here"])
+
+
+STRANGE = [3, -1, 1.5, True, "x", None, [], [1], ["x"], {}, {"x": 1}]
+KEYS = {
+    name: [k for k in values if not isinstance(values[k], dict)]
+    + [f"{k}.{inner}" for k, v in values.items() if isinstance(v, dict) for inner in v]
+    for name, values in (("dspark", DSPARK | WINDOW), ("theirs", THEIR_WINDOW), ("forge", SPLIT))
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_value_of_a_wrong_kind_is_refused_by_the_library(name):
+    values = {"dspark": DSPARK | WINDOW, "theirs": THEIR_WINDOW, "forge": SPLIT}[name]
+    tried = [(key, value) for key in KEYS[name] for value in STRANGE]
+    tried += [(key, value) for key in values for value in STRANGE if isinstance(values[key], dict)]
+    for key, value in tried:
+        try:
+            DrafterConfig.from_dict(changed(values, key, value))
+        except (TypeError, ValueError) as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            assert "dspark_lab" in last.filename, (key, value, error)
+            assert (last.line or "").startswith("raise"), (key, value, error)
 
 
 # What is written.

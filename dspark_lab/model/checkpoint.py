@@ -280,8 +280,8 @@ def _check_replaceable(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     foreign = [name for name in names if not _OWN_FILE.fullmatch(name)]
     try:
-        names = read_json(folder / CONFIG).get("architectures") or ()
-        is_drafter = any(name in ARCHITECTURES for name in names)
+        said = read_json(folder / CONFIG).get("architectures") or ()
+        is_drafter = any(name in ARCHITECTURES for name in said)
     except (OSError, TypeError, ValueError):
         is_drafter = False
     if foreign or (names and not is_drafter):

@@ -19,8 +19,7 @@ _FIXED = {
     "partial_rotary_factor": 1,
 }
 # Keys of a RoPE beside its type's; mrope_section shares axes out that are one and the same in text.
-_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-_ROPE += ("mrope_section", "mrope_interleaved")
+_ROPE = "rope_type type rope_theta partial_rotary_factor mrope_section mrope_interleaved".split()
 _FLOATS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -262,7 +261,7 @@ def _read_scaling(name: str, rope: Mapping[str, Any], longest: Any) -> Yarn | No
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if rope.get("type") not in (None, kind):
         raise ValueError(f"{name} must be of one type, got {dict(rope)!r}")
-    rest = {key: v for key, v in rope.items() if key not in _ROPE and v is not None}
+    rest: dict[str, Any] = {k: v for k, v in rope.items() if k not in _ROPE and v is not None}
     partial = rope.get("partial_rotary_factor") not in (None, 1)
     names = {field.name for field in fields(Yarn)}
     if partial or kind not in ("default", "yarn") or not rest.keys() <= names:
@@ -277,4 +276,5 @@ def _read_scaling(name: str, rope: Mapping[str, Any], longest: Any) -> Yarn | No
     rest.setdefault("original_max_position_embeddings", longest)  # as transformers has it
     if "factor" not in rest:
         raise ValueError(f"{name} of rope_type 'yarn' must hold factor, got {dict(rope)!r}")
-    return Yarn(**{k: float(v) if k in _FLOATS and type(v) is int else v for k, v in rest.items()})
+    whole = [key for key in _FLOATS if type(rest.get(key)) is int]
+    return Yarn(**rest | {key: float(rest[key]) for key in whole})

@@ -46,13 +46,16 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> pd.DataFrame:
         pd.DataFrame: ``property``, ``value`` and ``source``, the file or key that says so.
 
     Raises:
-        OSError, ValueError: there is no ``config.json``, or none that can be read.
+        OSError, TypeError, ValueError: there is no ``config.json``, or none that can be read.
     """
     import pandas as pd
 
     path = find_folder(folder)
     values = read_config(path)
-    lines: list[Line] = [("path", str(path), ""), *_kind(values)]
+    try:
+        lines: list[Line] = [("path", str(path), ""), *_kind(values)]
+    except TypeError as error:
+        raise TypeError(f"{path / CONFIG}: {error}") from None
     try:
         stored = read_checkpoint(path)
     except (OSError, TypeError, ValueError) as error:

@@ -76,18 +76,24 @@ _DRAFT_KEYS = {
     "num_target_layers": (),
     "is_causal": ("causal",),
 }
-_LAYER_IDS_FROM_1 = ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
+_LAYER_IDS_FROM_1 = ["aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"]
 # Of speculators' top level, what its backbone has under the same name for itself.
-_OWN_OF_EACH = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version")
-_OWN_OF_EACH += ("tie_word_embeddings", "name_or_path", "_name_or_path", "quantization_config")
-_BACKBONE = ("model_type", "hidden_act", "attention_dropout", "vocab_size", "hidden_size")
-_BACKBONE += ("intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-_BACKBONE += ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "attention_bias")
-_BACKBONE += ("initializer_range", "rope_theta", "rope_parameters", "rope_scaling", "layer_types")
-_BACKBONE += ("use_sliding_window", "sliding_window", "max_window_layers")
-_BACKBONE += ("final_logit_softcapping", "logit_scale")
+_OWN_OF_EACH = """
+    architectures model_type dtype torch_dtype transformers_version tie_word_embeddings
+    name_or_path _name_or_path quantization_config
+""".split()
+_BACKBONE = """
+    model_type hidden_act attention_dropout vocab_size hidden_size intermediate_size
+    num_hidden_layers num_attention_heads head_dim num_key_value_heads rms_norm_eps
+    max_position_embeddings attention_bias initializer_range rope_theta rope_parameters
+    rope_scaling layer_types use_sliding_window sliding_window final_logit_softcapping logit_scale
+""".split()
+# AutoModel's drafter predicts every token, with full attention, its logits as they are.
+_NOT_IN_AUTOMODEL = """
+    draft_vocab_size final_logit_softcapping logit_scale target_hidden_size sliding_window is_causal
+""".split()
 # Parts that this library's backbone does not have.
-_ANOTHER_BACKBONE = ("use_swa", "attention_sink_bias", "pure_draft_prefix_len", "kv_lora_rank")
+_ANOTHER_BACKBONE = ["use_swa", "attention_sink_bias", "pure_draft_prefix_len", "kv_lora_rank"]
 _NO_HEADS = {"markov_rank": 0, "markov_head_type": "none"}
 _NO_HEADS |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
 
@@ -104,11 +110,13 @@ def format_of(values: Mapping[str, Any]) -> Format:
 def family_of(values: Mapping[str, Any]) -> str | None:
     """The family of drafters that a ``config.json`` is of, None for what is no drafter's."""
     kind, names = values.get("speculators_model_type"), values.get("architectures")
+    if names is not None and not isinstance(names, list):
+        raise TypeError(f"architectures must be a list, got {names!r}")
     projector = _object(values, "dflash_config").get("projector_type", values.get("projector_type"))
     if kind is None and not names:
         names = [ARCHITECTURE]
-    said = [kind] if kind else [ARCHITECTURES.get(name, name) for name in names or ()]
-    said = [str(name).lower().replace("_", "") for name in (projector, *said) if name]
+    names = [kind] if kind else [ARCHITECTURES.get(str(name), name) for name in names or ()]
+    said = [str(name).lower().replace("_", "") for name in (projector, *names) if name]
     for name in said:
         if name not in ("dspark", "dflash"):
             return next((family for part, family in _OTHERS.items() if part in name), None)
@@ -124,9 +132,7 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: another family, what this library's drafter cannot do, or two keys that
             contradict each other.
     """
-    family = family_of(values)
-    if family not in ("DSpark", "DFlash"):
-        _refuse_family(values, family)
+    family = _loaded_family(values)
     backbone = _object(values, "transformer_layer_config")
     flat = {k: v for k, v in values.items() if k not in ("transformer_layer_config", *_NESTED)}
     for key, value in backbone.items():
@@ -159,7 +165,8 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if format_of(values) != "dspark" and not flat.get("markov_rank", 1):
         flat["markov_head_type"] = "none"
     for name, modes in _said(values, ("attention_mode", "attention_modes")):
-        if not set([modes] if isinstance(modes, str) else modes) <= {"gqa", "mha"}:
+        each = modes if isinstance(modes, list) else [modes]
+        if any(mode not in ("gqa", "mha") for mode in each):
             raise ValueError(f"{name} must be 'gqa' or 'mha', got {modes!r}")
     for name, value in _said(values, _ANOTHER_BACKBONE):
         if value:
@@ -200,9 +207,7 @@ def config_for(
     if target == "dspark":
         return dict(own)
     if target == "automodel":
-        lacking = ("draft_vocab_size", "final_logit_softcapping", "logit_scale")
-        lacking += ("target_hidden_size", "sliding_window", "is_causal")
-        found = [f"{key} {own[key]}" for key in lacking if own.get(key) is not None]
+        found = [f"{key} {own[key]}" for key in _NOT_IN_AUTOMODEL if own.get(key) is not None]
         if found:
             raise ValueError(f"format 'automodel' has no key for {', '.join(found)}")
         return dict(own)
@@ -247,13 +252,16 @@ def config_for(
     }
 
 
-def _refuse_family(values: Mapping[str, Any], family: str | None) -> None:
+def _loaded_family(values: Mapping[str, Any]) -> str:
+    family = family_of(values)
+    if family is not None and family in ARCHITECTURES.values():
+        return family
     said = {k: values[k] for k in ("architectures", "speculators_model_type") if values.get(k)}
     names = ", ".join(f"{key} {value!r}" for key, value in said.items())
-    if family is None:
-        wanted = ", ".join(f"[{name!r}]" for name in ARCHITECTURES)
-        raise ValueError(f"architectures must be one of {wanted} or absent, got {names}")
-    raise ValueError(f"{names} is a drafter of {family}, which this library does not load")
+    if family is not None:
+        raise ValueError(f"{names} is a drafter of {family}, which this library does not load")
+    wanted = ", ".join(f"[{name!r}]" for name in ARCHITECTURES)
+    raise ValueError(f"architectures must be one of {wanted} or absent, got {names}")
 
 
 def _refuse_heads(values: Mapping[str, Any]) -> None:
@@ -301,12 +309,13 @@ def _read_windows(flat: dict[str, Any]) -> None:
     ``use_sliding_window`` alone makes no window, and a window needs a layer that slides. Without
     ``layer_types`` the layers from ``max_window_layers`` on slide, as transformers has it.
     """
-    count, kinds = flat.get("num_hidden_layers"), flat.get("layer_types")
+    count = _integer("num_hidden_layers", flat.get("num_hidden_layers", 0))
+    kinds = flat.get("layer_types")
     if kinds is not None and not isinstance(kinds, list):
         raise TypeError(f"layer_types must be a list, got {kinds!r}")
     if kinds is None and flat.get("use_sliding_window") and flat.get("sliding_window"):
         full = flat.get("max_window_layers", 28)
-        kinds = [_KINDS[i >= full] for i in range(count or 0)]
+        kinds = [_KINDS[i >= _integer("max_window_layers", full)] for i in range(count)]
     kinds = (kinds or [])[:count]  # the draft may have fewer layers than the list of its target
     strange = [kind for kind in kinds if kind not in _KINDS]
     if strange:
@@ -359,6 +368,12 @@ def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = values.get(name) or {}
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be an object, got {value!r}")
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {value!r}")
     return value
 
 
