@@ -30,7 +30,7 @@ Line = tuple[str, Any, str]
 # speculators' files of DSpark without the key, and vLLM before it read the key.
 _UNSAID = "without sample_from_anchor it takes the anchor as given"
 _BEFORE = "versions before 0.27 read it as the other layout"
-SERVERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
+_SERVERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
 
 
 @checked
@@ -60,7 +60,7 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> pd.DataFrame:
         stored = read_checkpoint(path)
     except (OSError, TypeError, ValueError) as error:
         lines += [("loads here", f"no: {error}", ""), *_without_loading(values)]
-        lines += [(name, "not known: not loaded here", "") for name in SERVERS]
+        lines += [(name, "not known: not loaded here", "") for name in _SERVERS]
     else:
         lines += [("loads here", _loads(stored), ""), *_model(stored), *_weights(stored)]
         lines += _servers(stored)
