@@ -65,7 +65,8 @@ def training_run(
     with torch.device(device):
         drafter = Drafter(replace(shape, block_size=block_size).drafter_config()).train()
     if target is not None:
-        drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+        heads = target.embed_weight, target.head_weight, target.logit_rule
+        drafter.use_target_embeddings(*heads)
     words = torch.arange(seq_len).remainder(seen or shape.vocab_size)
     everything = torch.ones(seq_len, dtype=torch.bool)
     rows = [Encoded(words, everything, NOBODY) for _ in range(batch_size)]

@@ -212,12 +212,13 @@ def test_the_chunked_objectives_products_are_those_inside_its_operator(kind):
     assert counted_slots.all()
     weights = torch.full((len(ids),), 1 / len(ids))
     given = (hidden, latent, last, ids, counted_slots, weights)
+    plain = (None, None, None, 1.0, None, 1.0)
 
     def addmm_(total, left, right, *_, out_shape=None, **options):
         return 2 * left[0] * left[1] * right[1]
 
     inside = counted(
-        lambda: objective._chunked._init_fn(*given, head, w2, 0.1, 0.9, 10, True, False),
+        lambda: objective._chunked._init_fn(*given, head, w2, *plain, 0.1, 0.9, 10, True, False),
         addmm_=addmm_,
     )
     part = line(training_cost(Shape.of(drafter.config), **SIZES), "LM head")

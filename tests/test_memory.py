@@ -121,7 +121,7 @@ def random_step(rng: np.random.Generator) -> tuple[Shape, dict[str, Any]]:
 
 def draws_agree_on_chunks(shape: Shape, sizes: dict[str, Any]) -> bool:
     step = Step(**sizes, device="cpu")
-    counts = np.array([step.slots - step.labels_beyond_rows, step.slots])
+    counts = np.array([step.slots - step.labels_beyond_rows(shape), step.slots])
     return np.ptp(chunk_sizes(counts, shape.vocab_size, False)[0]) == 0
 
 

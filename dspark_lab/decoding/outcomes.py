@@ -131,7 +131,7 @@ def greedy_differences(
         place = next((i for i in range(same) if one[i] != other[i]), same)
         ids = encode_prompt(target, prompts[index]) + plain.tokens[index][:place]
         last = target.features(torch.tensor([ids]), [0]).last[0, -1]
-        best, second = torch.mv(target.head_weight, last).topk(2).values.tolist()
+        best, second = target.logits(last).topk(2).values.tolist()
         rounding = torch.finfo(target.dtype).eps * max(abs(best), abs(second))
         rows.append([index, place, (best - second) / rounding])
     return pd.DataFrame(rows, columns=["prompt", "position", "margin"])

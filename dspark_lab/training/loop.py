@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspark_lab.attention import Compiled, ContextRanges, choose_backend, mask_form
+from dspark_lab.attention import Compiled, choose_backend
 from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
 from dspark_lab.checks import checked
@@ -107,7 +107,7 @@ def train(
     if unlabelled and progress and processes.main:
         tqdm.write(f"{unlabelled} of {len(tokens)} conversations have no label", sys.stderr)
     drafter.to(target.device, at_least_fp32(drafter.dtype))
-    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight, target.logit_rule)
     drafter.train()
     pad_token_id = getattr(target.tokenizer, "pad_token_id", None) or 0
     run = Run(drafter, config, tokens, out, processes, pad_token_id, compile)
@@ -200,6 +200,9 @@ class Forward(nn.Module):
             for layer in drafter.layers:
                 layer.forward = Compiled(layer.forward, layer.forward)
         vocab_size = drafter.config.vocab_size
+        if config.vocabulary == "seen" and drafter.draft_ids is not None:
+            wanted = "vocabulary must be 'full' for a drafter of a reduced vocabulary"
+            raise ValueError(f"{wanted}, got 'seen'")
         seen = torch.arange(vocab_size)
         if config.vocabulary == "seen":
             seen = torch.cat([item.input_ids for item in tokens]).unique()
@@ -220,14 +223,15 @@ class Forward(nn.Module):
         terms["loss_decay_gamma"] = self.config.loss_decay_gamma
         # Made here, since what it takes to compile it for every length is long.
         backend = choose_backend(context.device)
-        form = mask_form(ContextRanges.of(blocks), backend)
+        forms = self.drafter.mask_forms(blocks, backend)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.slots(blocks, context, last, backend=backend, form=form)
+            slots = self.slots(blocks, context, last, backend=backend, forms=forms)
             w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
                 w2 = None if w2 is None else w2[self.seen]
-            objective = dspark_objective(slots, self.head, w2, normaliser=normaliser, **terms)
+            terms |= self.drafter.vocabulary | {"normaliser": normaliser}
+            objective = dspark_objective(slots, self.head, w2, **terms)
         return objective.loss, objective.sums.stacked()
 
 

@@ -39,6 +39,7 @@ class StepBytes:
         self.query, self.key = shape.drafter.query_width, shape.drafter.kv_width
         self.vocab = step.vocabulary or shape.vocab_size
         self.tokens, self.slots = step.tokens, step.slots
+        self.predicting = step.predicting_slots(shape)
         self.keys = step.tokens + step.slots
         # Bytes of a number in a matrix product, and whether weights and inputs are copied for it.
         self.number = step.product_bytes
@@ -85,14 +86,15 @@ class StepBytes:
         copied = 0 if self.step.feature_bytes == number == 4 else number
         context = self.tokens * (copied * shape.context_size + self.norm * self.hidden + 4)
         latent, confidence = number * self.sizes.latent_kept, number * width + 4 * 8 * (width > 0)
-        heads = self.slots * (self.norm * self.hidden + 8 + latent + confidence)
+        heads = self.slots * (self.norm * self.hidden + 4)
+        heads = heads + self.predicting * (4 + latent + confidence)
         return {"context projection": context, **saved, "heads": heads}
 
     def logits(self) -> Any:
         """The logits of drafter and target that exist at one time, and their softmaxes in fp32."""
         if self.step.objective == "full":
             # In fp32: a logarithmic softmax, two softmaxes, their difference and its modulus.
-            return self.slots * self.vocab * (2 * self.number + 5 * 4)
+            return self.predicting * self.vocab * (2 * self.number + 5 * 4)
         chunk, tile = self._chunk()
         return self.vocab * (2 * self.number * chunk + 4 * (3 if self.autocast else 1) * tile)
 
@@ -199,7 +201,7 @@ class StepBytes:
     def _objective(self) -> tuple[Any, Any]:
         """The bytes of the objective at its fullest, and those left for the backward pass."""
         number, hidden, rank, vocab = self.number, self.hidden, self.rank, self.vocab
-        slots, feature = self.slots, self.step.feature_bytes
+        slots, feature = self.predicting, self.step.feature_bytes
         # The results of the forward pass live as long as the objective runs.
         results = slots * (4 * hidden + 4 * rank + feature * hidden + 64)
         head_copies = 2 * vocab * rank * self.autocast
@@ -220,11 +222,11 @@ class StepBytes:
     def _chunk(self) -> tuple[Any, Any]:
         """Slots of a chunk and of a tile of it, whose logits exist at one time."""
         vocab, on_gpu = self.vocab, self.step.device == "cuda"
-        counted = self.step.counted_slots
+        counted = self.step.counted_slots(self.shape)
         chunks, chunk, tile = chunk_sizes(counted, vocab, on_gpu)
         if not on_gpu:
             # A draw with more blocks at the row's end may need one chunk fewer, a full one then.
-            fewest = np.maximum(counted - self.step.labels_beyond_rows, 1)
+            fewest = np.maximum(counted - self.step.labels_beyond_rows(self.shape), 1)
             fuller = chunk_sizes(fewest, vocab, on_gpu)[0] < chunks
             chunk = np.where(fuller, most_slots(vocab, on_gpu), chunk)
         return chunk, np.minimum(tile, chunk)
