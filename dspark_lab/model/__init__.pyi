@@ -1,7 +1,9 @@
-from .checkpoint import CALIBRATION, WEIGHTS, load_drafter, save_drafter
-from .config import ARCHITECTURE, DrafterConfig, Yarn
+from .checkpoint import CALIBRATION, WEIGHTS, convert_checkpoint, load_drafter, save_drafter
+from .config import DrafterConfig, Yarn
+from .describe import describe_checkpoint
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
+from .formats import ARCHITECTURE, Format
 from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
 from .objective import Objective, Sums, chunk_sizes, dspark_objective, most_slots, output_objective
 from .protocol import BlockDrafter, DrafterSizes, Features, Proposal, Slots
@@ -21,6 +23,7 @@ __all__ = [
     "DrafterSizes",
     "FeatureSource",
     "Features",
+    "Format",
     "MarkovHead",
     "MarkovKind",
     "Objective",
@@ -33,7 +36,9 @@ __all__ = [
     "build_markov_head",
     "cached_features",
     "chunk_sizes",
+    "convert_checkpoint",
     "decay_weights",
+    "describe_checkpoint",
     "drafter_sizes",
     "dspark_objective",
     "fetch_smollm2",
