@@ -43,9 +43,10 @@ class Slots:
     """Every slot of a training forward that predicts, just before the vocabulary.
 
     A slot's logits are ``lm_head(hidden) + markov_w2(latent)``, its teacher's
-    ``lm_head(target_hidden)``, each under its model's :class:`~dspark_lab.model.LogitRule`. ``latent`` is None without a Markov head, ``confidence_pred``
-    (logits) without a confidence head, ``target_hidden`` where no teacher was given. ``prev_ids``
-    are the tokens before those to predict; what slots past the row's end hold has no meaning.
+    ``lm_head(target_hidden)``, each under its model's :class:`~dspark_lab.model.LogitRule`.
+    ``latent`` is None without a Markov head, ``confidence_pred`` (logits) without a confidence
+    head, ``target_hidden`` where no teacher was given. ``prev_ids`` are the tokens before those to
+    predict; what slots past the row's end hold has no meaning.
     """
 
     hidden: Float[Tensor, "batch anchor slot hidden"]

@@ -101,7 +101,7 @@ def train(
     out = Path(out)
     tokens = encode_chats(chats, target, config.max_length)
     others = encode_chats(held_out, target, config.max_length)
-    _require_use(tokens, others, config, drafter.config.block_size)
+    _require_use(tokens, others, config, drafter.config.predicted)
     processes = Processes(parallel)
     unlabelled = sum(not item.has_label for item in tokens)
     if unlabelled and progress and processes.main:
@@ -160,7 +160,7 @@ def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: in
 
 
 def _require_use(
-    tokens: Sequence[Encoded], others: Sequence[Encoded], config: TrainConfig, block_size: int
+    tokens: Sequence[Encoded], others: Sequence[Encoded], config: TrainConfig, slots: int
 ) -> None:
     """Refuse conversations that fill no batch, teach nothing, or cannot be evaluated on."""
     rows = len(BatchOrder(tokens, config).rows)
@@ -173,10 +173,10 @@ def _require_use(
             "chats must hold something to learn, two supervised tokens in a row within max_length "
             f"{config.max_length}, got none in {len(tokens)} conversations"
         )
-    whole_blocks = (whole_block_anchors(collate([item], 0), block_size) for item in others)
+    whole_blocks = (whole_block_anchors(collate([item], 0), slots) for item in others)
     if others and not any(map(len, whole_blocks)):
         raise ValueError(
-            f"held_out must have a conversation with {block_size + 1} supervised tokens in a row, "
+            f"held_out must have a conversation with {slots + 1} supervised tokens in a row, "
             "which a whole block needs"
         )
 
@@ -314,6 +314,7 @@ class Run:
         config, own = self.config, self.drafter.config
         here = batch.to(self.drafter.device)
         sizes: dict[str, Any] = {"block_size": own.block_size, "mask_token_id": own.mask_token_id}
+        sizes["layout"] = own.layout
         if config.anchors_per == "row":
             return here, draw_blocks(here, config.num_anchors, seed=seed, **sizes)
         # Drawn on the host, which then knows how many blocks the fullest row has.
@@ -365,7 +366,7 @@ class Run:
         drafter, anchors = self.whole_drafter(), self.config.evaluate_anchors
         table = evaluate(drafter, target, others, num_anchors=anchors)
         tau, low, high = (round(value, 4) for value in bootstrap(table["tau"]))
-        rates = [table[f"accept_{k}"].mean() for k in range(drafter.config.block_size)]
+        rates = [table[f"accept_{k}"].mean() for k in range(drafter.config.predicted)]
         line = {"step": self.step, "held_out_tau": tau, "low": low, "high": high}
         return line | {"accept_by_slot": [round(float(rate), 4) for rate in rates]}
 
