@@ -159,7 +159,8 @@ def choose_training(
         row_tokens = float(spans.row_tokens.mean())
         tokens = float(spans.document_kept.sum()) / spans.rows * batch_size
         for block_size, anchors in product(block_sizes, num_anchors):
-            found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
+            counted: dict[str, Any] = {"per": per, "layout": shape.layout}
+            found = supervision(spans, anchors, block_size, gamma=gamma, **counted)
             covered = found.covered / found.rows * batch_size
             weighted = found.weighted / found.rows * batch_size
             gain = covered * float(found.weights.sum())
