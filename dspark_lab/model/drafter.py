@@ -267,8 +267,8 @@ class Drafter(nn.Module):
         """:func:`dspark_lab.model.dspark_objective` with the drafter's and the target's heads."""
         terms: dict[str, Any] = {"ce_weight": ce_weight, "l1_weight": l1_weight}
         terms |= {"confidence_weight": confidence_weight, "loss_decay_gamma": loss_decay_gamma}
-        heads = self.lm_head.weight, self.markov_w2_weight
-        return dspark_objective(slots, *heads, **terms, **self.vocabulary)
+        own, w2 = self.lm_head.weight, self.markov_w2_weight
+        return dspark_objective(slots, own, w2, **terms, **self.vocabulary)
 
     @property
     def vocabulary(self) -> dict[str, Any]:

@@ -283,7 +283,8 @@ def _chunked(
     if chunk is None and hidden.is_cuda:
         chunk = most_slots(whole, on_gpu, _free_bytes(hidden.device))
     chunks, most, few = map(int, chunk_sizes(len(chosen), whole, on_gpu, chunk))
-    logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
+    of_both = teacher is not None and target_head is None
+    logits = hidden.new_empty(2 * most if of_both else most, vocab)
     narrow = hidden.dtype != share.dtype and draft_ids is None
     columns = vocab if draft_ids is None else vocab + 1
     spare = share.new_empty(3 if narrow else 1, few, columns)

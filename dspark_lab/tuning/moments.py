@@ -38,6 +38,7 @@ class StepBytes:
         self.hidden, self.rank = shape.drafter.hidden_size, shape.markov_rank
         self.query, self.key = shape.drafter.query_width, shape.drafter.kv_width
         self.vocab = step.vocabulary or shape.vocab_size
+        self.output = min(self.vocab, shape.output_size)
         self.tokens, self.slots = step.tokens, step.slots
         self.predicting = step.predicting_slots(shape)
         self.keys = step.tokens + step.slots
@@ -66,6 +67,9 @@ class StepBytes:
             own = 0 if shared else own
         copied = self.autocast or step.vocabulary is not None
         head = self.number * self.vocab * self.hidden * copied
+        if shape.draft_vocab_size is not None:
+            # The rows of the target's LM head that it predicts with, and where these stand.
+            head = (4 + self.number * copied) * self.output * self.hidden + 8 * self.output
         # Which token has which place in the softmaxes, and back.
         places = 8 * (self.vocab + shape.vocab_size)
         return {
@@ -96,6 +100,11 @@ class StepBytes:
             # In fp32: a logarithmic softmax, two softmaxes, their difference and its modulus.
             return self.predicting * self.vocab * (2 * self.number + 5 * 4)
         chunk, tile = self._chunk()
+        if self.shape.draft_vocab_size is not None:
+            # The target's, those without the drafter's tokens, and both in fp32 over these tokens.
+            wide = 4 * self.autocast
+            whole = self.vocab * (self.number + wide + 4)
+            return chunk * (whole + self.output * (2 * self.number + 8)) + 4 * self.output * tile
         return self.vocab * (2 * self.number * chunk + 4 * (3 if self.autocast else 1) * tile)
 
     def moments(self) -> dict[str, dict[str, Any]]:
@@ -111,7 +120,7 @@ class StepBytes:
         return moments | {"optimiser": {"gradients": 4 * self.sizes.trained_parameters}}
 
     def _around_objective(self) -> dict[str, tuple[Any, ...]]:
-        vocab, rank = self.vocab, self.rank
+        output, rank = self.output, self.rank
         inside, after = self._objective()
         embedding = 4 * self.shape.vocab_size * rank
         # One gradient of the embedding comes from the bias, one from the confidence head.
@@ -124,7 +133,7 @@ class StepBytes:
         if self.step.objective == "chunked":
             # Those that it made, the same again times the loss's own gradient, and zeros that
             # autograd makes up for the outputs that nothing depends on.
-            leaving = 3 * (after + 4 * vocab * rank) + 2 * self.autocast * vocab * rank
+            leaving = 3 * (after + 4 * output * rank) + 2 * self.autocast * output * rank
             moments["gradients leave the objective"] = (kept, copies, 0, leaving, 0)
         return moments
 
@@ -200,13 +209,13 @@ class StepBytes:
 
     def _objective(self) -> tuple[Any, Any]:
         """The bytes of the objective at its fullest, and those left for the backward pass."""
-        number, hidden, rank, vocab = self.number, self.hidden, self.rank, self.vocab
+        number, hidden, rank, output = self.number, self.hidden, self.rank, self.output
         slots, feature = self.predicting, self.step.feature_bytes
         # The results of the forward pass live as long as the objective runs.
         results = slots * (4 * hidden + 4 * rank + feature * hidden + 64)
-        head_copies = 2 * vocab * rank * self.autocast
+        head_copies = 2 * output * rank * self.autocast
         if self.step.objective == "full":
-            head_copies = head_copies + 2 * vocab * hidden * self.autocast
+            head_copies = head_copies + 2 * output * hidden * self.autocast
             return results + head_copies + self.logits(), slots * hidden * number
         chunk, _ = self._chunk()
         after = number * slots * (hidden + rank)
@@ -216,8 +225,8 @@ class StepBytes:
         # bf16, the gradient of the bias's matrix, and it in fp32, before it is added.
         scaled = chunk * hidden * (6 if self.autocast else 2 * number)
         work = chunk * number * (3 * hidden + rank)
-        work = work + np.maximum(scaled, 6 * vocab * rank * self.autocast)
-        return results + copies + after + 4 * vocab * rank + self.logits() + work, after
+        work = work + np.maximum(scaled, 6 * output * rank * self.autocast)
+        return results + copies + after + 4 * output * rank + self.logits() + work, after
 
     def _chunk(self) -> tuple[Any, Any]:
         """Slots of a chunk and of a tile of it, whose logits exist at one time."""
