@@ -211,6 +211,10 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
     from scipy import stats
 
     by = ["budget", "temperature"]
+    columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
+    missing = [name for name in columns if name not in sweep]
+    if missing:
+        raise ValueError(f"sweep must have the columns {columns}, got no {missing}")
     groups = sweep.groupby([*by, "block_size", "num_anchors"])
     table = groups[["tau", "steps", "slots", "seconds"]].mean()
     table.insert(1, "seeds", groups.size())

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_lab import __version__
+import dspark_lab
 from dspark_lab.blocks import PER, Per
 from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, checked
 from dspark_lab.files import written_whole
@@ -350,7 +350,7 @@ def _dotted(values: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-_OWN = f"version {__version__}"
+_OWN = f"version {dspark_lab.__version__}"
 TRAINERS: dict[str, Program] = {
     "dspark-lab": Program("dspark-lab", _OWN, _lab_trains, (False, True), PER),
     "nemo-automodel": Program("NeMo AutoModel", "commit 014468d", _automodel, (False, True)),
