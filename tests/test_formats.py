@@ -75,6 +75,9 @@ SPECULATORS = (
         "sample_from_anchor": True,
         "sliding_window_non_causal": False,
         "shift_label": False,
+        "projector_type": "dflash",
+        "pure_draft_prefix_len": 1,
+        "gru_hidden_dim": 1024,
         "target_hidden_size": None,
         "tie_word_embeddings": False,
         "dtype": "float32",
@@ -127,6 +130,8 @@ FILES = {
     "specforge": (SPECFORGE, CONFIG),
     "specforge, split": (SPLIT, CONFIG),
     "specforge dflash": (DFLASH, PLAIN),
+    "automodel, of a target with experts": (DSPARK | {"model_type": "qwen3_moe"}, CONFIG),
+    "specforge, of a type of its own": (SPECFORGE | {"model_type": "dspark"}, CONFIG),
 }
 
 
