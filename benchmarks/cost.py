@@ -203,7 +203,8 @@ def _textbook(drafter: Drafter) -> Callable[..., Any]:
     """The objective from full logits, called like the chunked one."""
 
     def objective(slots: Any, head: Tensor, w2: Tensor | None, **options: Any) -> Any:
-        return output_objective(drafter.output(slots), **options)
+        own = {name: options[name] for name in options if name not in drafter.vocabulary}
+        return output_objective(drafter.output(slots), **own)
 
     return objective
 

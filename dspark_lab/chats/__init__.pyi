@@ -1,5 +1,5 @@
 from .reading import SHIPPED_CHATS, Chat, load_chats
-from .rows import Batch, collate, describe, one_row, pack, packed_places
+from .rows import Batch, collate, describe, fill_rows, one_row, pack, packed_places, packed_rows
 from .tokens import SHIPPED_TOKENIZER, Encoded, encode, load_tokenizer
 
 __all__ = [
@@ -11,9 +11,11 @@ __all__ = [
     "collate",
     "describe",
     "encode",
+    "fill_rows",
     "load_chats",
     "load_tokenizer",
     "one_row",
     "pack",
     "packed_places",
+    "packed_rows",
 ]

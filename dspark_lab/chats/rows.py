@@ -115,10 +115,7 @@ def pack(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
     row with room.
     """
     _check_lengths(encoded, length)
-    row, start = packed_places(np.array([len(item) for item in encoded]), length)
-    rows: list[list[int]] = [[] for _ in range(row.max() + 1)]
-    for index in np.argsort(start, kind="stable").tolist():
-        rows[row[index]].append(index)
+    rows = packed_rows(np.array([len(item) for item in encoded]), length)
     return _fill(rows, encoded, pad_token_id, length)
 
 
@@ -129,6 +126,23 @@ def one_row(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
     if tokens > length:
         raise ValueError(f"length must hold all conversations, {tokens} tokens, got {length}")
     return _fill([list(range(len(encoded)))], encoded, pad_token_id, length)
+
+
+@checked
+def fill_rows(
+    encoded: Conversations,
+    rows: Annotated[Sequence[Annotated[Sequence[Size], NotEmpty()]], NotEmpty()],
+    length: Count,
+    pad_token_id: Size,
+) -> Batch:
+    """Rows of ``length`` tokens, each of which holds the conversations that it lists, in order."""
+    for row in rows:
+        if max(row) >= len(encoded):
+            raise ValueError(f"rows must list indices below {len(encoded)}, got {max(row)}")
+        tokens = sum(len(encoded[index]) for index in row)
+        if tokens > length:
+            raise ValueError(f"length must hold every row, of {tokens} tokens, got {length}")
+    return _fill([list(row) for row in rows], encoded, pad_token_id, length)
 
 
 @checked
@@ -189,6 +203,16 @@ def packed_places(
         left -= np.bincount(into, minlength=len(left)) * length
         used = max(used, int(into[-1]) + 1)
     return row, start
+
+
+@checked
+def packed_rows(lengths: Int[np.ndarray, " document"], row_length: Count) -> list[list[int]]:
+    """The documents of each row of :func:`packed_places`, in the order in which they stand."""
+    row, start = packed_places(lengths, row_length)
+    rows: list[list[int]] = [[] for _ in range(int(row.max(initial=-1)) + 1)]
+    for index in np.argsort(start, kind="stable").tolist():
+        rows[row[index]].append(index)
+    return rows
 
 
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:

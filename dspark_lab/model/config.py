@@ -243,7 +243,7 @@ def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
         if not rope:
             continue
         bases[f"{name}.rope_theta"] = rope.get("rope_theta")
-        scalings[name] = _read_scaling(name, rope, flat.get("max_position_embeddings"))
+        scalings[name] = read_scaling(name, rope, flat.get("max_position_embeddings"))
     found = {name: value for name, value in bases.items() if value is not None}
     if not found:
         raise ValueError("config must hold rope_theta, by itself or in rope_parameters")
@@ -257,7 +257,7 @@ def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": float(first) if type(first) is int else first, "yarn": yarn}
 
 
-def _read_scaling(name: str, rope: Mapping[str, Any], longest: Any) -> Yarn | None:
+def read_scaling(name: str, rope: Mapping[str, Any], longest: Any) -> Yarn | None:
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if rope.get("type") not in (None, kind):
         raise ValueError(f"{name} must be of one type, got {dict(rope)!r}")

@@ -237,7 +237,7 @@ class Drafter(nn.Module):
             anchor_positions, block_keep_mask = sample_anchor_positions(
                 seq_len, loss_mask, c.num_anchors, place, remaining, generator
             )
-        marks = {"mask_token_id": c.mask_token_id, "layout": c.layout}
+        marks: dict[str, Any] = {"mask_token_id": c.mask_token_id, "layout": c.layout}
         blocks = cut_blocks(batch, anchor_positions, block_keep_mask, c.block_size, **marks)
         features = target_hidden_states, target_last_hidden_states
         return self.output(self.slots(blocks, *features, backend=backend))
@@ -265,7 +265,7 @@ class Drafter(nn.Module):
         loss_decay_gamma: DecayGamma = 4.0,
     ) -> Objective:
         """:func:`dspark_lab.model.dspark_objective` with the drafter's and the target's heads."""
-        terms = {"ce_weight": ce_weight, "l1_weight": l1_weight}
+        terms: dict[str, Any] = {"ce_weight": ce_weight, "l1_weight": l1_weight}
         terms |= {"confidence_weight": confidence_weight, "loss_decay_gamma": loss_decay_gamma}
         heads = self.lm_head.weight, self.markov_w2_weight
         return dspark_objective(slots, *heads, **terms, **self.vocabulary)

@@ -198,7 +198,7 @@ def _block_rates(
     drafter: Drafter, batch: Batch, features: Features, anchors: Int[Tensor, " anchor"]
 ) -> BlockRates:
     c, keep = drafter.config, torch.ones_like(anchors[None], dtype=torch.bool)
-    marks = {"mask_token_id": c.mask_token_id, "layout": c.layout}
+    marks: dict[str, Any] = {"mask_token_id": c.mask_token_id, "layout": c.layout}
     blocks = cut_blocks(batch, anchors[None], keep, c.block_size, **marks)
     slots = drafter.slots(blocks, features.context, features.last)
     accept = drafter.objective(slots).accept

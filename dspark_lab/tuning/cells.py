@@ -31,7 +31,7 @@ from dspark_lab.decoding import decode
 from dspark_lab.files import read_csv, read_json, shipped, write_json
 from dspark_lab.model import Drafter, Target, load_target
 from dspark_lab.pairs import in_turns, load_pair, question
-from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, train
+from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, row_groups, train
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.spans import Spans
@@ -234,7 +234,9 @@ def standard_error(spread: Any, seeds: Any) -> Any:
 def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, int], int]:
     """Steps by budget, anchor count and block size; measured times are kept in ``work``."""
     _, chats, _ = _materials(config)
-    spans = Spans.of(chats)
+    training = config.training
+    spans = Spans.of(chats, row_length=training.pack_length)
+    spans = spans.in_batches(row_groups(spans.row_tokens, training.batch_size))
     measured = work / "step_seconds.json"
     seconds = read_json(measured) if measured.exists() else {}
     steps: dict[tuple[Budget, int, int], int] = {}
@@ -243,8 +245,8 @@ def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, i
         if name not in seconds:
             seconds[name] = _step_seconds(config, anchors, block_size, work)
             write_json(measured, seconds, indent=1)
-        per_pass = supervision(spans, anchors, block_size).expected
-        slots = per_pass / len(chats) * config.training.batch_size
+        per_pass = supervision(spans, anchors, block_size, per=training.anchors_per).expected
+        slots = per_pass / spans.rows * training.batch_size
         steps["slots", anchors, block_size] = max(1, round(config.slots / slots))
         steps["seconds", anchors, block_size] = max(1, round(config.seconds / seconds[name]))
     return steps
