@@ -28,6 +28,7 @@ from dspark_lab.model import (
 from dspark_lab.model import checkpoint as checkpoint_module
 from dspark_lab.model.config import Yarn
 from dspark_lab.model.formats import config_for
+from dspark_lab.model.slotwise import LogitRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,9 @@ SPECULATORS = (
         "sample_from_anchor": True,
         "sliding_window_non_causal": False,
         "shift_label": False,
+        "projector_type": "dflash",
+        "pure_draft_prefix_len": 1,
+        "gru_hidden_dim": 1024,
         "target_hidden_size": None,
         "tie_word_embeddings": False,
         "dtype": "float32",
@@ -126,6 +130,8 @@ FILES = {
     "specforge": (SPECFORGE, CONFIG),
     "specforge, split": (SPLIT, CONFIG),
     "specforge dflash": (DFLASH, PLAIN),
+    "automodel, of a target with experts": (DSPARK | {"model_type": "qwen3_moe"}, CONFIG),
+    "specforge, of a type of its own": (SPECFORGE | {"model_type": "dspark"}, CONFIG),
 }
 
 
@@ -466,7 +472,8 @@ def test_no_field_is_dropped(target):
 
 
 def test_each_format_is_written_with_its_own_names():
-    own = replace(WINDOWED, is_causal=False, draft_vocab_size=7, sample_from_anchor=False).to_dict()
+    changes = {"is_causal": False, "draft_vocab_size": 7, "sample_from_anchor": False}
+    own = replace(WINDOWED, **changes, logit_scale=0.5).to_dict()
     theirs = config_for(own, "speculators", verifier={"name_or_path": "a/target"})
     assert theirs["architectures"] == ["DSparkDraftModel"]
     assert theirs["speculators_model_type"] == theirs["speculators_config"]["algorithm"] == "dspark"
@@ -477,7 +484,9 @@ def test_each_format_is_written_with_its_own_names():
     assert theirs["sliding_window_non_causal"] and not theirs["sample_from_anchor"]
     assert (theirs["block_size"], theirs["draft_vocab_size"], theirs["markov_rank"]) == (4, 7, 5)
     layer = theirs["transformer_layer_config"]
-    assert (layer["vocab_size"], layer["sliding_window"]) == (20, 5)
+    assert (layer["vocab_size"], layer["sliding_window"], layer["logit_scale"]) == (20, 5, 0.5)
+    verifier = config_for(own, "speculators")["speculators_config"]["verifier"]
+    assert verifier == {"name_or_path": "", "architectures": []}
     assert layer["layer_types"] == SLIDING and layer["use_sliding_window"]
     assert (own["sample_from_anchor"], own["dspark_bonus_anchor"]) == (False, True)
     forge = config_for(CONFIG.to_dict(), "specforge")
@@ -488,6 +497,22 @@ def test_each_format_is_written_with_its_own_names():
     assert flash["architectures"] == ["DFlashDraftModel"]
     assert flash["dflash_config"] == DFLASH_WORDS | {"projector_type": "dflash"}
     assert config_for(PLAIN.to_dict(), "speculators")["speculators_model_type"] == "dflash"
+
+
+@pytest.mark.parametrize("target", ["dspark", "speculators", "specforge"])
+def test_transformers_reads_the_same_windows_and_yarn(target):
+    """From version 5 on in rope_parameters, before in rope_scaling beside rope_theta."""
+    from transformers import Qwen3Config
+
+    yarn = Yarn(4.0, 16, attention_factor=1.5, truncate=False)
+    values = config_for(replace(WINDOWED, yarn=yarn).to_dict(), target)
+    values = values.get("transformer_layer_config", values)
+    scaled = YARN | {"attention_factor": 1.5, "truncate": False, "beta_fast": 32.0}
+    scaled |= {"beta_slow": 1.0}
+    assert values["rope_scaling"] == scaled and values["rope_theta"] == 5e5
+    config = Qwen3Config(**copy.deepcopy(values))
+    assert list(config.layer_types) == SLIDING and config.sliding_window == 5
+    assert config.rope_parameters == scaled | THETA
 
 
 @pytest.mark.parametrize("target", FORMATS)
@@ -604,7 +629,19 @@ def test_rows_of_the_targets_head_stand_for_one_that_is_left_out(tmp_path):
     del left_out["lm_head.weight"]
     drafter = load_drafter(write(tmp_path / "y", values, left_out | MAPS), target=target)
     assert torch.equal(drafter.lm_head.weight, target.head_weight[KEPT])
+    assert torch.equal(drafter.target_head, target.head_weight)
     assert not drafter.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("values", [DSPARK, DSPARK | {"draft_vocab_size": 7}])
+def test_what_the_target_makes_of_its_logits_comes_with_it(tmp_path, values):
+    config = DrafterConfig.from_dict(values)
+    target = target_of(tensors_of(CONFIG))
+    target.logit_rule = LogitRule(30.0, 0.5)
+    maps = MAPS if config.draft_vocab_size else {}
+    folder = write(tmp_path / "x", values, tensors_of(config) | maps)
+    assert load_drafter(folder, target=target).target_rule == target.logit_rule
+    assert load_drafter(folder).target_rule == LogitRule()
 
 
 @pytest.mark.parametrize("target", ["dspark", "speculators", "specforge"])

@@ -223,12 +223,14 @@ def load_drafter(
     if one_for_both:
         frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
     given = {} if target is None else {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight}
+    rule = getattr(target, "logit_rule", None)
     if not config.draft_vocab_size:
         weights = given | frozen
-        drafter.use_target_embeddings(weights[_EMBEDDING], weights[_HEAD])
+        drafter.use_target_embeddings(weights[_EMBEDDING], weights[_HEAD], rule)
     elif target is not None:
-        # Its LM head has a row for each of the target's tokens, a stored one for each of its own.
-        drafter.use_target_embeddings(frozen.get(_EMBEDDING, target.embed_weight), given[_HEAD])
+        # The target's LM head has a row for each of its tokens, a stored one for the draft's alone.
+        embedding = frozen.get(_EMBEDDING, target.embed_weight)
+        drafter.use_target_embeddings(embedding, target.head_weight, rule)
         if _HEAD in frozen:
             drafter.lm_head.weight = nn.Parameter(frozen[_HEAD], requires_grad=False)
     return drafter.eval()

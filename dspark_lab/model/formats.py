@@ -93,7 +93,9 @@ _NOT_IN_AUTOMODEL = """
     draft_vocab_size final_logit_softcapping logit_scale target_hidden_size sliding_window is_causal
 """.split()
 # Parts that this library's backbone does not have.
-_ANOTHER_BACKBONE = ["use_swa", "attention_sink_bias", "pure_draft_prefix_len", "kv_lora_rank"]
+_ANOTHER_BACKBONE = ["use_swa", "attention_sink_bias", "kv_lora_rank"]
+# Other names of one backbone: a draft has no experts where its target has some; SpecForge's own.
+_QWEN3 = ("qwen3_moe", "dspark")
 _NO_HEADS = {"markov_rank": 0, "markov_head_type": "none"}
 _NO_HEADS |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
 
@@ -143,6 +145,8 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("model_type", "dtype", "torch_dtype"):
         if key in backbone and (key == "model_type" or flat.get(key) is None):
             flat[key] = backbone[key]
+    if flat.get("model_type") in _QWEN3:
+        flat["model_type"] = "qwen3"
     flat["architectures"] = [ARCHITECTURE]
     if family == "DFlash":
         _refuse_heads(values)
