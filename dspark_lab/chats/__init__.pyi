@@ -1,4 +1,5 @@
 from .chat import Chat, Encoded
+from .display import TokenText, token_texts
 from .reading import SHIPPED_CHATS, Chats, Skipped, load_chats
 from .rows import Batch, collate, describe, one_row, pack, packed_places
 from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, load_tokenizer
@@ -11,6 +12,7 @@ __all__ = [
     "SHIPPED_CHATS",
     "SHIPPED_TOKENIZER",
     "Skipped",
+    "TokenText",
     "collate",
     "describe",
     "encode",
@@ -20,4 +22,5 @@ __all__ = [
     "one_row",
     "pack",
     "packed_places",
+    "token_texts",
 ]
