@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from dspark_lab.chats.tokens import Encoded
+from dspark_lab.chats.chat import Encoded
 from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
 from dspark_lab.files import upload
 
@@ -149,25 +149,36 @@ def fill_rows(
 def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
     """One row for each domain ("none" for none), in order of appearance, and its counts of tokens.
 
-    Conversations ``without_labels`` have nothing to train on.
+    Conversations ``without_labels`` have nothing to train on. Where there are any, ``left_out``
+    counts the answers of which the template leaves out a part because others follow, and
+    ``marker_differences`` the tokens that only one of the rule and the template's
+    ``{% generation %}`` markers supervises (:class:`Encoded`).
     """
     import pandas as pd
 
     table = pd.DataFrame(
         {
-            "domain": [item.chat.domain or "none" for item in encoded],
+            "domain": [item.domain or "none" for item in encoded],
             "length": [len(item) for item in encoded],
             "supervised": [int(item.loss_mask.sum()) for item in encoded],
             "without_label": [not item.has_label for item in encoded],
         }
     )
-    return table.groupby("domain", sort=False).agg(
-        conversations=("length", "size"),
-        tokens=("length", "sum"),
-        supervised_tokens=("supervised", "sum"),
-        median_length=("length", "median"),
-        longest=("length", "max"),
-        without_labels=("without_label", "sum"),
+    counts = {"left_out": [item.left_out for item in encoded]}
+    counts["marker_differences"] = [item.marker_differences for item in encoded]
+    counts = {name: counted for name, counted in counts.items() if any(counted)}
+    return (
+        table.assign(**counts)
+        .groupby("domain", sort=False)
+        .agg(
+            conversations=("length", "size"),
+            tokens=("length", "sum"),
+            supervised_tokens=("supervised", "sum"),
+            median_length=("length", "median"),
+            longest=("length", "max"),
+            without_labels=("without_label", "sum"),
+            **{name: (name, "sum") for name in counts},
+        )
     )
 
 
@@ -218,7 +229,7 @@ def packed_rows(lengths: Int[np.ndarray, " document"], row_length: Count) -> lis
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
     for item in encoded:
         if len(item) > length:
-            got = f"conversation {item.chat.id!r} has {len(item)} tokens, more than length {length}"
+            got = f"conversation {item.id!r} has {len(item)} tokens, more than length {length}"
             raise ValueError(f"{got}; truncate it with encode(..., max_length={length})")
 
 
