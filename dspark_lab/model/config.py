@@ -257,7 +257,15 @@ def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": float(first) if type(first) is int else first, "yarn": yarn}
 
 
-def read_scaling(name: str, rope: Mapping[str, Any], longest: Any) -> Yarn | None:
+@checked
+def read_scaling(
+    name: str, rope: Mapping[str, Any], max_position_embeddings: Count | None
+) -> Yarn | None:
+    """How a RoPE is scaled, from its object in a ``config.json``; None where it is not.
+
+    ``name`` is what errors call the object; ``max_position_embeddings`` stand for the original ones
+    where the object does not say these.
+    """
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if rope.get("type") not in (None, kind):
         raise ValueError(f"{name} must be of one type, got {dict(rope)!r}")
@@ -273,7 +281,9 @@ def read_scaling(name: str, rope: Mapping[str, Any], longest: Any) -> Yarn | Non
                 f"{name} of rope_type 'default' must not be scaled, got {dict(rope)!r}"
             )
         return None
-    rest.setdefault("original_max_position_embeddings", longest)  # as transformers has it
+    rest.setdefault(
+        "original_max_position_embeddings", max_position_embeddings
+    )  # as transformers has it
     if "factor" not in rest:
         raise ValueError(f"{name} of rope_type 'yarn' must hold factor, got {dict(rope)!r}")
     whole = [key for key in _FLOATS if type(rest.get(key)) is int]
