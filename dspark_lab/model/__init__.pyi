@@ -3,7 +3,7 @@ from .config import DrafterConfig, Yarn, read_scaling
 from .describe import describe_checkpoint
 from .drafter import Drafter, drafter_sizes
 from .features import FeatureSource, cached_features, live_features
-from .formats import ARCHITECTURE, Format
+from .formats import ARCHITECTURES, Format, family_of
 from .heads import MARKOV_HEADS, MarkovHead, MarkovKind, build_markov_head
 from .objective import Objective, Sums, chunk_sizes, dspark_objective, most_slots, output_objective
 from .protocol import BlockDrafter, DrafterSizes, Features, Proposal, Slots
@@ -12,7 +12,7 @@ from .smollm2 import fetch_smollm2, load_smollm2, save_tokenizer, smollm2_cache,
 from .target import Target, TargetCache, load_target
 
 __all__ = [
-    "ARCHITECTURE",
+    "ARCHITECTURES",
     "CALIBRATION",
     "MARKOV_HEADS",
     "WEIGHTS",
@@ -43,6 +43,7 @@ __all__ = [
     "describe_checkpoint",
     "drafter_sizes",
     "dspark_objective",
+    "family_of",
     "fetch_smollm2",
     "live_features",
     "load_drafter",

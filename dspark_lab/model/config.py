@@ -120,6 +120,8 @@ class DrafterConfig:
         if most is not None and most > self.vocab_size:
             wanted = f"draft_vocab_size must be at most vocab_size, {self.vocab_size}"
             raise ValueError(f"{wanted}, got {most}")
+        if most == self.vocab_size:
+            object.__setattr__(self, "draft_vocab_size", None)
         if self.reads_markov and not self.has_markov_head:
             raise ValueError(
                 "confidence_head_with_markov needs a Markov head, got markov_rank "

@@ -17,7 +17,14 @@ from typing import Any
 from dspark_lab.blocks import Layout
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.files import read_json
-from dspark_lab.model import ARCHITECTURE, MARKOV_HEADS, DrafterConfig, DrafterSizes, drafter_sizes
+from dspark_lab.model import (
+    ARCHITECTURES,
+    MARKOV_HEADS,
+    DrafterConfig,
+    DrafterSizes,
+    drafter_sizes,
+    family_of,
+)
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ def _shape_of(source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig
 
 
 def _of_config(config: Mapping[str, Any], name: str) -> Shape:
-    if config.get("architectures") == [ARCHITECTURE]:
+    if family_of(config) in ARCHITECTURES.values():
         return _of_drafter(DrafterConfig.from_dict(config))
     # The outer configuration may say what the inner one leaves out.
     text = {**config, **(config.get("text_config") or {})}
