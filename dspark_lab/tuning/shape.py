@@ -278,7 +278,8 @@ def _shape_of(source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig
 
 
 def _of_config(config: Mapping[str, Any], name: str) -> Shape:
-    if family_of(config) in ARCHITECTURES.values():
+    named = config.get("architectures") or config.get("speculators_model_type")
+    if named and family_of(config) in ARCHITECTURES.values():
         return _of_drafter(DrafterConfig.from_dict(config))
     # The outer configuration may say what the inner one leaves out.
     text = {**config, **(config.get("text_config") or {})}
