@@ -192,7 +192,7 @@ def mask_tokens(rendered: Rendered, encoding: Encoding) -> tuple[list[int], np.n
             start = starts[border] + len(written) - len(written.lstrip())
             end = start + len(written.strip())
             inside = first <= start and end <= last
-            mask[border] |= inside and encoding.tokens[border] == written.strip()
+            mask[border] |= inside and encoding.tokens[border].strip() == written.strip()
     return ids, mask
 
 
