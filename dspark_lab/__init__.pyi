@@ -1,4 +1,4 @@
-from .chats import encode, load_chats, load_tokenizer
+from .chats import encode, encode_answers, load_chats, load_tokenizer
 from .decoding import decode
 from .explore import (
     explore_acceptance,
@@ -20,6 +20,7 @@ __all__ = [
     "choose_training",
     "decode",
     "encode",
+    "encode_answers",
     "evaluate",
     "explore_acceptance",
     "explore_anchors",

@@ -122,6 +122,10 @@ def encode_answers(
             )
     if not answers:
         raise ValueError(f"conversation {chat.id!r} holds no answer of the assistant")
+    if any(row.left_out for row in rows):
+        warnings.warn(
+            "the chat template leaves out a part of answers, wherever they stand", stacklevel=3
+        )
     return rows
 
 
