@@ -17,6 +17,7 @@ SHAREGPT = [
     {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in TALK
 ]
 PARTS = [{"type": "text", "text": "O"}, {"type": "text", "text": "ne."}]
+SILENT = {"role": "assistant", "content": ""}
 CALL = {"name": "add", "arguments": {"a": 1}}
 
 
@@ -43,7 +44,7 @@ SHAPES = {
     "prompt and response": ({"prompt": "Hi", "response": "One."}, TWO),
     "prompt and completion": ({"prompt": "Hi", "completion": "One."}, TWO),
     "both as lists": ({"prompt": [USER], "completion": [ANSWER]}, TWO),
-    "a list and a text": ({"prompt": TALK[:3], "completion": "Two."}, TALK),
+    "a list and a text": ({"prompt": [USER], "completion": "One."}, TWO),
     "an instruction": ({"instruction": "Hi", "input": "", "output": "One."}, TWO),
     "an instruction with an input": (
         {"instruction": "Add", "input": "1, 2", "output": "3"}, said("Add\n1, 2", "3")
@@ -53,7 +54,8 @@ SHAPES = {
         said("Hi", "One.", "And?", "Two.", system="Go"),
     ),
     "the system's message beside": (
-        {"messages": TALK, "system": "Be kind."}, said("Hi", "One.", "And?", "Two.", system="Be kind.")
+        {"messages": TALK, "system": "Be kind."},
+        said("Hi", "One.", "And?", "Two.", system="Be kind."),
     ),
     "the same twice": (
         {"messages": said("Hi", "One.", system="Go"), "system": "Go", "prompt": "Hi"},
@@ -72,13 +74,13 @@ SHAPES = {
         },
         [
             USER,
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+            SILENT | {"tool_calls": [{"type": "function", "function": CALL}]},
             {"role": "tool", "content": "2"},
         ],
     ),
     "calls as JSON text, and no content": (
-        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}]},
-        [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        {"messages": [USER, SILENT | {"content": None, "tool_calls": json.dumps([CALL])}]},
+        [USER, SILENT | {"tool_calls": [CALL]}],
     ),
     "what a template may write": (
         {"messages": [USER, ANSWER | {"reasoning_content": "hm", "name": "Bo"}]},
@@ -148,6 +150,11 @@ def test_tokens_with_a_mask_are_a_row_with_or_without_their_words(tmp_path):
     assert chats[3].chat.messages == tuple(TWO)
     with pytest.raises(ValueError, match="'a' must have messages, got tokens alone"):
         print(chats.conversations)
+
+
+def test_answers_in_a_prompt_are_not_supervised(tmp_path):
+    (chat,) = load(tmp_path, {"prompt": TALK[:3], "completion": "Two."}).conversations
+    assert chat.messages == tuple(TALK) and chat.supervised == (True, False, True, True)
 
 
 MANY = [{"id": str(n), "messages": said("Hi", f"Number {n}. 🎉")} for n in range(2500)]
@@ -280,7 +287,7 @@ BAD = [
     ({"messages": [USER, ANSWER | {"tool_calls": "x"}]}, r"messages\[1\].tool_calls must be"),
     ({"messages": [{"role": "function_call", "content": "x"}]}, "a call as JSON"),
     ({"messages": [{"role": "function_call", "content": "{}"}]}, "calls with 'name'"),
-    ({"messages": said("Hi", "One.", system="Go"), "system": "Stop"}, "another message of the system"),
+    ({"messages": said("Hi", system="Go"), "system": "Stop"}, "another message of the system"),
     ({"messages": TWO, "conversations": TWO}, "only one is allowed"),
     ({"messages": TWO, "response": "Two."}, "'response' beside"),
     ({"messages": [USER], "output": "One."}, "'output' beside"),

@@ -56,7 +56,8 @@ fragments = st.sampled_from(
     [
         *MARKERS, "Hello", " there", "One.", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\r\n",
         "\x00", "🎉", "é", "e\u0301", "界", "👩\u200d👧", "\ue000", "\ue001", "Ġ", "assistant",
-        "user: ", "<|head|>assistant\n", "<|en", "END", "{{ m }}", "{% generation %}", "<think>hm</think>",
+        "user: ", "<|head|>assistant\n", "<|en", "END", "{{ m }}", "{% generation %}",
+        "<think>hm</think>",
     ]
 )  # fmt: skip
 contents = st.lists(fragments | st.text(max_size=3), max_size=5).map("".join)
