@@ -1,4 +1,4 @@
-from .chats import encode, load_chats, load_tokenizer
+from .chats import encode, encode_answers, load_chats, load_tokenizer
 from .decoding import decode
 from .explore import (
     explore_acceptance,
@@ -22,6 +22,7 @@ __all__ = [
     "decode",
     "describe_checkpoint",
     "encode",
+    "encode_answers",
     "evaluate",
     "explore_acceptance",
     "explore_anchors",
