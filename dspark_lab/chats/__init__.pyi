@@ -1,6 +1,7 @@
-from .reading import SHIPPED_CHATS, Chat, load_chats
+from .chat import Chat, Encoded
+from .reading import SHIPPED_CHATS, load_chats
 from .rows import Batch, collate, describe, one_row, pack, packed_places
-from .tokens import SHIPPED_TOKENIZER, Encoded, encode, load_tokenizer
+from .tokens import SHIPPED_TOKENIZER, encode, load_tokenizer
 
 __all__ = [
     "Batch",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
+
+from dspark_lab.chats.chat import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -17,28 +19,27 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """The template's text, and where in it the answers are, in characters, in order.
+    """The template's text, and where in it the supervised characters are, in order.
 
-    ``ends_inside``: they hold the end-of-turn. ``spaced``: the model generates the space before.
+    ``left_out``: answers that it does not hold as they were generated.
     """
 
     text: str
     spans: list[Span]
-    ends_inside: bool
-    spaced: bool
+    left_out: int = 0
 
 
-def render_and_locate(tokenizer: Tokenizer, messages: Messages) -> Rendered:
-    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.get_chat_template()):
-        text, spans, ends_inside = _marked_answers(tokenizer, messages)
-    else:
-        text, spans = _unmarked_answers(tokenizer, messages)
-        ends_inside = False
-    spaced = False
-    if any(text[:start].endswith(" ") for start, _ in spans):
-        prompt = _generation_prompt(tokenizer, messages, _assistant_turns(messages)[-1])
-        spaced = not prompt.endswith(" ")
-    return Rendered(text, spans, ends_inside, spaced)
+def render(
+    chat: Chat,
+    tokenizer: Tokenizer,
+    *,
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """SKELETON."""
+    text, spans = _unmarked_answers(tokenizer, list(chat.messages))
+    return Rendered(text, spans)
 
 
 def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span], bool]:

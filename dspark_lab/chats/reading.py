@@ -5,46 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark_lab.chats.chat import Chat
 from dspark_lab.checks import checked
 from dspark_lab.files import DATA
 
 SHIPPED_CHATS = DATA / "conversations.jsonl"
 
-ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 # What these keys say would be lost, because a message here is a role and a text. Empty is fine.
 _LOST_IN_MESSAGE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _LOST_IN_RECORD = ("tools", "functions", "system")
-
-
-@checked
-@dataclass(frozen=True)
-class Chat:
-    """One conversation.
-
-    Each message is ``{"role": ..., "content": ...}`` and nothing else, at least one of them the
-    assistant's. ``id`` names the conversation in errors. ``finished`` is False where the last
-    answer was cut off, so that the end-of-turn which a template writes behind it is not its own.
-    """
-
-    messages: Sequence[dict[str, str]]
-    id: str
-    domain: str | None = None
-    finished: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", tuple(self.messages))
-        if not self.messages:
-            raise ValueError("messages must hold at least one message, got none")
-        for index, message in enumerate(self.messages):
-            _check_message(f"messages[{index}]", message)
-        if all(message["role"] != "assistant" for message in self.messages):
-            raise ValueError("messages must hold at least one of role 'assistant', got none")
 
 
 @checked
@@ -145,7 +119,6 @@ def _message(where: str, raw: Any) -> dict[str, str]:
     if isinstance(content, list):
         content = "".join(_text_part(f"{where}.{content_key}", part) for part in content)
     message = {"role": role, "content": content}
-    _check_message(where, message)
     return message
 
 
@@ -154,19 +127,6 @@ def _text_part(where: str, part: Any) -> str:
         kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
         raise ValueError(f"{where} may only have parts of type 'text', got {kind}")
     return _string(f"{where} of type 'text'", part.get("text"))
-
-
-def _check_message(where: str, message: dict[str, str]) -> None:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise ValueError(f"{where} must have 'role' and 'content' alone, got {message!r}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"{where} must have a role of {ROLES}, got {message['role']!r}")
-    content = _string(f"{where}.content", message["content"])
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair at {error.start}"
-        raise ValueError(f"{where}.content must be Unicode text, got {got}") from None
 
 
 def _string(where: str, value: Any) -> str:

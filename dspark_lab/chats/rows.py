@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from dspark_lab.chats.tokens import Encoded
+from dspark_lab.chats.chat import Encoded
 from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
 from dspark_lab.files import upload
 
@@ -141,7 +141,7 @@ def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
 
     table = pd.DataFrame(
         {
-            "domain": [item.chat.domain or "none" for item in encoded],
+            "domain": [item.domain or "none" for item in encoded],
             "length": [len(item) for item in encoded],
             "supervised": [int(item.loss_mask.sum()) for item in encoded],
             "without_label": [not item.has_label for item in encoded],
@@ -194,7 +194,7 @@ def packed_places(
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
     for item in encoded:
         if len(item) > length:
-            got = f"conversation {item.chat.id!r} has {len(item)} tokens, more than length {length}"
+            got = f"conversation {item.id!r} has {len(item)} tokens, more than length {length}"
             raise ValueError(f"{got}; truncate it with encode(..., max_length={length})")
 
 

@@ -11,46 +11,24 @@ by the model, and is supervised.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
-from dspark_lab.chats.answers import Rendered, render_and_locate
-from dspark_lab.chats.reading import Chat
+from dspark_lab.chats.answers import Rendered, render
+from dspark_lab.chats.chat import Chat, Encoded
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import DATA
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding as TokenizersEncoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SHIPPED_TOKENIZER = DATA / "tokenizer"
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """One conversation as tokens, at least one; ``loss_mask`` is True on supervised tokens."""
-
-    input_ids: Int[Tensor, " seq"]
-    loss_mask: Bool[Tensor, " seq"]
-    chat: Chat
-
-    def __post_init__(self) -> None:
-        if not len(self):
-            raise ValueError(f"conversation {self.chat.id!r} must hold a token, got none")
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def has_label(self) -> bool:
-        """Whether there is anything to train on: two supervised tokens, one after the other."""
-        return bool((self.loss_mask[1:] & self.loss_mask[:-1]).any())
 
 
 @checked
@@ -68,73 +46,65 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
 
 
 @checked
-def encode(chat: Chat, tokenizer: Tokenizer, max_length: Count | None = None) -> Encoded:
-    """The tokens of a conversation, and which of them the assistant wrote.
-
-    ``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``, the first
-    ``max_length`` of them, perhaps none of these supervised.
-
-    The answers are found in the template's text: where its ``{% generation %}`` markers say, or,
-    without markers, by rendering the conversation once more with a placeholder for each answer. An
-    answer that the template shortens (white space, the thinking of earlier turns) is supervised as
-    the template writes it; one that it rewrites beyond recognition is a ValueError. The end-of-turn
-    is the special token right behind an answer, or the tokenizer's eos token behind white space;
-    markers that enclose it are taken as they are. Behind a cut-off answer it is not supervised.
-    """
-    from jinja2 import TemplateError
-
+def encode(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: Count | None = None,
+    *,
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: dict[str, Any] | None = None,
+) -> Encoded:
+    """SKELETON."""
+    if isinstance(chat, Encoded):
+        return cut(chat, max_length)
     _check_tokenizer(tokenizer)
-    try:
-        rendered = render_and_locate(tokenizer, list(chat.messages))
-        input_ids, loss_mask = _tokenize_and_mask(tokenizer, rendered, chat.finished)
-    except (TemplateError, ValueError) as error:
-        refusal = "the chat template refuses it: " if isinstance(error, TemplateError) else ""
-        raise ValueError(f"conversation {chat.id!r}: {refusal}{error}") from error
-    return Encoded(input_ids[:max_length], loss_mask[:max_length], chat)
+    options = {"markers": markers, "last_answer_only": last_answer_only}
+    rendered = render(chat, tokenizer, **options, template_options=template_options)
+    encodings = tokenize([rendered.text], tokenizer)
+    return encoded_row(rendered, encodings[0], tokenizer, chat, max_length)
 
 
-def _tokenize_and_mask(
-    tokenizer: Tokenizer, rendered: Rendered, finished: bool
-) -> tuple[Tensor, Tensor]:
-    text = rendered.text
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = encoding["input_ids"]
-    if not ids:
-        raise ValueError("the chat template and the tokenizer give no tokens")
-    edges = _token_edges(encoding["offset_mapping"], encoding.tokens(), text)
+def tokenize(texts: list[str], tokenizer: Tokenizer) -> Sequence[TokenizersEncoding]:
+    """The tokens of each text with their offsets; special tokens are those in the text."""
+    done: Any = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return done.encodings
+
+
+def encoded_row(
+    rendered: Rendered,
+    encoding: TokenizersEncoding,
+    tokenizer: Tokenizer,
+    chat: Chat,
+    max_length: int | None = None,
+) -> Encoded:
+    """The row of a rendered conversation from its text's tokens."""
+    ids, mask = mask_tokens(rendered, encoding, tokenizer)
+    rows = torch.tensor(ids, dtype=torch.long), torch.from_numpy(mask)
+    return Encoded(rows[0][:max_length], rows[1][:max_length], chat, left_out=rendered.left_out)
+
+
+def cut(encoded: Encoded, max_length: int | None) -> Encoded:
+    """The first ``max_length`` tokens of a row."""
+    if max_length is None or len(encoded) <= max_length:
+        return encoded
+    ids, mask = encoded.input_ids[:max_length], encoded.loss_mask[:max_length]
+    return replace(encoded, input_ids=ids, loss_mask=mask)
+
+
+def mask_tokens(
+    rendered: Rendered, encoding: TokenizersEncoding, tokenizer: Tokenizer
+) -> tuple[list[int], np.ndarray]:
+    """Token ids, and which of them lie wholly inside one of the supervised spans."""
+    ids = encoding.ids
+    edges = _token_edges(encoding.offsets, encoding.tokens, rendered.text)
     starts, ends = np.array(edges).T
-    closers = _closing_tokens(tokenizer, ids, edges, text)
-    loss_mask = np.zeros(len(ids), dtype=bool)
+    mask = np.zeros(len(ids), dtype=bool)
     for start, end in rendered.spans:
-        first = start - 1 if rendered.spaced and text.endswith(" ", 0, start) else start
-        closer = next((index for index, word in closers if word >= end), None)
-        if closer is not None and not rendered.ends_inside:
-            gap = text[end : edges[closer][0]]
-            if not gap or (gap.isspace() and ids[closer] == tokenizer.eos_token_id):
-                loss_mask[closer] = True
-                end = edges[closer][1]
-        loss_mask |= (starts >= first) & (ends > start) & (ends <= end)
-    last = int(loss_mask.nonzero()[0][-1]) if loss_mask.any() else None
-    if not finished and any(index == last for index, _ in closers):
-        loss_mask[last] = False
-    return torch.tensor(ids, dtype=torch.long), torch.from_numpy(loss_mask)
-
-
-def _closing_tokens(
-    tokenizer: Tokenizer, ids: list[int], edges: list[tuple[int, int]], text: str
-) -> list[tuple[int, int]]:
-    """The tokens that may end a turn: special, and not the start of a sequence.
-
-    Each with the character where it is written: a special token may swallow white space around it.
-    """
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    special -= {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    return [
-        (index, end - len(text[start:end].lstrip()))
-        for index, (start, end) in enumerate(edges)
-        if ids[index] in special
-    ]
+        mask |= (starts >= start) & (ends > start) & (ends <= end)
+    return ids, mask
 
 
 def _token_edges(

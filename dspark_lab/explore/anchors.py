@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -295,4 +296,5 @@ def _around_answer(encoded: Encoded, context: int | None) -> Encoded:
     first_answer = int(encoded.loss_mask.int().argmax())
     first = min(max(0, first_answer - context // 3), len(encoded) - context)
     kept = slice(first, first + context)
-    return Encoded(encoded.input_ids[kept], encoded.loss_mask[kept], encoded.chat)
+    ids, mask = encoded.input_ids[kept], encoded.loss_mask[kept]
+    return replace(encoded, input_ids=ids, loss_mask=mask)

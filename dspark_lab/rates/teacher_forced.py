@@ -56,7 +56,7 @@ def evaluate(
     found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
     for index, domain, rates in found:
         survival = prefix_survival(rates.accept).mean(axis=0)
-        row: dict[str, Any] = {"conversation": encoded[index].chat.id, "domain": domain}
+        row: dict[str, Any] = {"conversation": encoded[index].id, "domain": domain}
         row |= {"blocks": len(rates.accept), "tau": 1 + survival.sum()}
         row |= {f"accept_{k}": rate for k, rate in enumerate(rates.accept.mean(axis=0))}
         rows.append(row | {f"survival_{k}": rate for k, rate in enumerate(survival)})
@@ -230,7 +230,7 @@ def _whole_blocks(
         batch.chat_index.fill_(index)
         batch = batch.to(target.device)
         rates = _block_rates(drafter, batch, source(batch), anchors.to(target.device))
-        yield index, item.chat.domain or "none", rates
+        yield index, item.domain or "none", rates
     if not found:
         raise ValueError(f"no conversation holds a block: {size + 1} supervised tokens in a row")
 

@@ -151,7 +151,7 @@ def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: in
     for chat in chats:
         if isinstance(chat, Encoded):
             ids, mask = chat.input_ids[:max_length], chat.loss_mask[:max_length]
-            encoded.append(Encoded(ids, mask, chat.chat))
+            encoded.append(replace(chat, input_ids=ids, loss_mask=mask))
         elif target.tokenizer is None:
             raise ValueError("the target has no tokenizer: pass encoded conversations")
         else:

@@ -66,7 +66,7 @@ class Spans:
         if row_length is not None:
             longest = int(kept.argmax())
             if kept[longest] > row_length:
-                has = f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens"
+                has = f"conversation {encoded[longest].id!r} has {kept[longest]} tokens"
                 wanted = f"length {row_length} of a row; cut it with seq_len={row_length}"
                 raise ValueError(f"{has}, more than {wanted}")
             row, _ = packed_places(kept, row_length)
