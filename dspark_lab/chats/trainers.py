@@ -29,7 +29,7 @@ import torch
 from jinja2 import TemplateError
 
 from dspark_lab.chats.plans import Plan, Row, run_plans
-from dspark_lab.chats.reading import Chat
+from dspark_lab.chats.chat import Chat
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
