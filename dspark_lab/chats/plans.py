@@ -1,4 +1,4 @@
-"""Encoding many conversations with one call of the tokenizer.
+"""Many conversations with one call of the tokenizer.
 
 A plan is a generator that yields the texts it needs as tokens, is sent their encodings, perhaps
 yields more, and returns the rows of one conversation.
@@ -7,24 +7,22 @@ yields more, and returns the rows of one conversation.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxtyping import Bool, Int
 from jinja2 import TemplateError
-from torch import Tensor
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
-Plan = Generator[list[str], "list[Encoding]", list[Row]]
+Row = TypeVar("Row")
+Plan = Generator[list[str], list[Any], list[Row]]
 
 
-def run_plans(plans: Sequence[Plan], tokenizer: Tokenizer) -> list[list[Row] | ValueError]:
+def run_plans(plans: Sequence[Plan[Row]], tokenizer: Tokenizer) -> list[list[Row] | ValueError]:
     """The rows of each plan, or its refusal; each round of questions is one call."""
     results: list[list[Row] | ValueError] = [[] for _ in plans]
-    answers: dict[int, list[Encoding] | None] = dict.fromkeys(range(len(plans)))
+    answers: dict[int, list[Any] | None] = dict.fromkeys(range(len(plans)))
     while answers:
         asked: dict[int, list[str]] = {}
         for index, given in answers.items():

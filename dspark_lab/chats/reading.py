@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +146,16 @@ def _kind(value: Any) -> str:
         return json.dumps(value)
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def raw_items(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def item_of(number: int, raw: bytes, path: Path) -> Chat:
+    """The conversation of a line."""
+    return _chat_from_record(_record_from_line(raw), f"{path.stem}:{number}")

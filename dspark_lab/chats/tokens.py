@@ -41,7 +41,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
     if str(name_or_path).startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise FileNotFoundError(f"there is no folder {name_or_path} with a tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    _check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     return tokenizer
 
 
@@ -58,7 +58,7 @@ def encode(
     """SKELETON."""
     if isinstance(chat, Encoded):
         return cut(chat, max_length)
-    _check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     options = {"markers": markers, "last_answer_only": last_answer_only}
     rendered = render(chat, tokenizer, **options, template_options=template_options)
     encodings = tokenize([rendered.text], tokenizer)
@@ -126,7 +126,7 @@ def _token_edges(
     return edges
 
 
-def _check_tokenizer(tokenizer: Tokenizer) -> None:
+def check_tokenizer(tokenizer: Tokenizer) -> None:
     kind = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which knows offsets; got {kind}")

@@ -26,10 +26,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from jaxtyping import Bool, Int
 from jinja2 import TemplateError
+from torch import Tensor
 
-from dspark_lab.chats.plans import Plan, Row, run_plans
 from dspark_lab.chats.chat import Chat
+from dspark_lab.chats.plans import Plan, run_plans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 Like = Literal["automodel", "deepspec", "specforge", "speculators"]
 LIKE: tuple[Like, ...] = get_args(Like)
 
+Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
@@ -97,7 +100,7 @@ def trainer_plan(
     *,
     last_answer_only: bool = False,
     template_options: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> Plan[Row]:
     """How to get the rows that ``like`` makes of a conversation; the first tokens of each."""
     if last_answer_only and like in ("deepspec", "speculators"):
         raise ValueError(f"{like} has no setting for the last answer only")
@@ -136,7 +139,7 @@ def trainer_rows(
 
 def _automodel(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan:
+) -> Plan[Row]:
     messages, tools = list(chat.messages), chat.tools
     if re.search(r"\{%-?\s+generation\s+-?%\}", tokenizer.get_chat_template(tools=tools)):
         text, spans = _marked(tokenizer, messages, tools, options)
@@ -186,7 +189,7 @@ def _automodel(
 
 def _deepspec(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan:
+) -> Plan[Row]:
     family = _family(tokenizer, tokenizer.get_chat_template(), "deepspec", DEEPSPEC)
     messages = _with_system(chat.messages, family)
     if (first := messages[_has_system(messages) :]) and first[0]["role"] != "user":
@@ -203,7 +206,7 @@ def _deepspec(
 
 def _specforge(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan:
+) -> Plan[Row]:
     family = _family(tokenizer, tokenizer.get_chat_template(), "specforge", SPECFORGE)
     thinks = options.get("enable_thinking", family.thinks)
     messages = _with_system(chat.messages, family)
@@ -235,7 +238,7 @@ def _specforge(
 
 def _speculators(
     chat: Chat, tokenizer: Tokenizer, length: int | None, options: dict[str, Any]
-) -> Plan:
+) -> Plan[Row]:
     messages = [_with_thought(message) for message in chat.messages]
     rows = []
     for turn, message in enumerate(messages):
@@ -303,9 +306,7 @@ def _borders(
 
 
 @lru_cache(maxsize=64)
-def _family(
-    tokenizer: Tokenizer, template: str, like: str, families: tuple[Family, ...]
-) -> Family:
+def _family(tokenizer: Tokenizer, template: str, like: str, families: tuple[Family, ...]) -> Family:
     """The first family whose header and end of turn the template writes."""
     question: Messages = [{"role": "user", "content": "a"}]
     answer: Messages = [{"role": "assistant", "content": "b"}]
