@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -50,12 +50,24 @@ class Chat:
             object.__setattr__(self, "supervised", tuple(self.supervised))
             given, wanted = len(self.supervised), len(self.messages)
             if given != wanted:
-                raise ValueError(f"supervised must hold a bool for each of {wanted} messages, got {given}")
+                raise ValueError(
+                    f"supervised must hold a bool for each of {wanted} messages, got {given}"
+                )
 
     @property
     def answers(self) -> list[int]:
         """The indices of the assistant's messages."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def up_to(self, answer: int) -> Chat:
+        """The conversation as it stood when message ``answer`` was its last."""
+        last = answer == self.answers[-1]
+        return replace(
+            self,
+            messages=self.messages[: answer + 1],
+            finished=self.finished or not last,
+            supervised=None if self.supervised is None else self.supervised[: answer + 1],
+        )
 
 
 @checked

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jinja2 import TemplateError
-
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -30,8 +28,6 @@ def run_plans(plans: Sequence[Plan[Row]], tokenizer: Tokenizer) -> list[list[Row
                 asked[index] = plans[index].send(given)  # type: ignore[arg-type]
             except StopIteration as finished:
                 results[index] = finished.value
-            except TemplateError as error:
-                results[index] = ValueError(f"the chat template refuses it: {error}")
             except ValueError as error:
                 results[index] = error
         encodings = iter(tokenize(tokenizer, [text for texts in asked.values() for text in texts]))

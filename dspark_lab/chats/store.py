@@ -287,7 +287,7 @@ def _encoded_part(
         elif isinstance(item, ValueError):
             refused.append((number, str(item)))
         elif isinstance(found := made[number], ValueError):
-            refused.append((number, f"conversation {item.id!r}: {found}"))
+            refused.append((number, str(found)))
         else:
             rows += [(number, row) for row in found]
     names = [json.dumps(row.id).encode() for _, row in rows]
@@ -335,7 +335,7 @@ def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[Encoded
         template_options=options,
     )
     (encoding,) = yield [rendered.text]
-    return [encoded_row(rendered, encoding, tokenizer, chat, length)]
+    return [encoded_row(rendered, encoding, chat, length)]
 
 
 def _make(

@@ -1,17 +1,15 @@
-"""Conversations as tokens, and which of them the assistant wrote.
+"""Conversations as tokens, and which of them are supervised.
 
-The rule of the loss mask, in words. A token is supervised iff it lies wholly inside an assistant
-answer as the template writes it, or is the end-of-turn that follows the answer. So a token that
-holds characters of prompt and answer together is prompt: the model never generates it. One
-exception keeps the first word of an answer: where a template puts a space before the answer that
-its generation prompt does not end with, the token that joins that space to the answer is generated
-by the model, and is supervised.
+A token is supervised iff it lies wholly inside what the model itself generates
+(:mod:`dspark_lab.chats.answers`). So a token that holds characters of prompt and answer together is
+prompt: the model never generates it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ from dspark_lab.checks import Count, checked
 from dspark_lab.files import DATA
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding as TokenizersEncoding
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SHIPPED_TOKENIZER = DATA / "tokenizer"
@@ -53,19 +51,93 @@ def encode(
     *,
     markers: bool = False,
     last_answer_only: bool = False,
-    template_options: dict[str, Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> Encoded:
-    """SKELETON."""
+    """Tokenize a conversation and mark which tokens are supervised: those that the model generates.
+
+    ``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``, the first
+    ``max_length`` of them, perhaps none of these supervised. A row that is encoded already passes
+    through, cut to ``max_length``.
+
+    A token is supervised where the model itself has to generate it when it serves: from the end of
+    the generation prompt to the last marker that closes the turn, with what the template writes
+    before the answer's words (channel markers, an empty block of thinking). Where the prompt is no
+    prefix of the conversation, what the two share counts; where that ends inside the answer, the
+    conversation is refused. So is one without an answer, and one of which the template does not
+    write a message, a tool, or a field of a message. Messages that ``chat.supervised`` leaves out
+    are not supervised, nor are the closing markers of a last answer that was cut off.
+
+    Where the template leaves out thinking of answers that others follow, the row's ``left_out``
+    counts these answers and a UserWarning says so, once for each place that calls.
+    :func:`encode_answers` gives each answer as it was generated.
+
+    Args:
+        markers: supervise what the template's ``{% generation %}`` markers enclose instead.
+        last_answer_only: supervise only the last answer.
+        template_options: such as ``{"enable_thinking": False}``; the template must read them.
+    """
+    encoded = encode_quietly(
+        chat,
+        tokenizer,
+        max_length,
+        markers=markers,
+        last_answer_only=last_answer_only,
+        template_options=template_options,
+    )
+    if encoded.left_out and isinstance(chat, Chat):
+        warnings.warn(LEFT_OUT, stacklevel=3)
+    return encoded
+
+
+LEFT_OUT = (
+    "the chat template leaves out a part of answers that others follow, such as thinking: their "
+    "rows count them as left_out; encode_answers gives a row for each answer as it was generated"
+)
+
+
+@checked
+def encode_answers(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: Count | None = None,
+    *,
+    template_options: Mapping[str, Any] | None = None,
+    last_answer_only: bool = False,
+) -> list[Encoded]:
+    """Encode each answer as it was generated: a row that ends with it and supervises it alone.
+
+    A row's ``chat`` holds the messages up to the answer, and its ``id`` is the conversation's. An
+    answer that ``chat.supervised`` leaves out has no row. A row that is encoded already stays one.
+    """
+    if isinstance(chat, Encoded):
+        return [cut(chat, max_length)]
+    rows = []
+    answers = chat.answers
+    for answer in answers[-1:] if last_answer_only else answers:
+        if chat.supervised is None or chat.supervised[answer]:
+            part = chat.up_to(answer)
+            options: dict[str, Any] = {"template_options": template_options}
+            rows.append(
+                encode_quietly(part, tokenizer, max_length, last_answer_only=True, **options)
+            )
+    if not answers:
+        raise ValueError(f"conversation {chat.id!r} holds no answer of the assistant")
+    return rows
+
+
+def encode_quietly(
+    chat: Chat | Encoded, tokenizer: Tokenizer, max_length: int | None = None, **options: Any
+) -> Encoded:
+    """What :func:`encode` gives, without its warning."""
     if isinstance(chat, Encoded):
         return cut(chat, max_length)
     check_tokenizer(tokenizer)
-    options = {"markers": markers, "last_answer_only": last_answer_only}
-    rendered = render(chat, tokenizer, **options, template_options=template_options)
-    encodings = tokenize([rendered.text], tokenizer)
-    return encoded_row(rendered, encodings[0], tokenizer, chat, max_length)
+    rendered = render(chat, tokenizer, **options)
+    (encoding,) = tokenize([rendered.text], tokenizer)
+    return encoded_row(rendered, encoding, chat, max_length)
 
 
-def tokenize(texts: list[str], tokenizer: Tokenizer) -> Sequence[TokenizersEncoding]:
+def tokenize(texts: list[str], tokenizer: Tokenizer) -> Sequence[Encoding]:
     """The tokens of each text with their offsets; special tokens are those in the text."""
     done: Any = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -74,16 +146,25 @@ def tokenize(texts: list[str], tokenizer: Tokenizer) -> Sequence[TokenizersEncod
 
 
 def encoded_row(
-    rendered: Rendered,
-    encoding: TokenizersEncoding,
-    tokenizer: Tokenizer,
-    chat: Chat,
-    max_length: int | None = None,
+    rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
 ) -> Encoded:
     """The row of a rendered conversation from its text's tokens."""
-    ids, mask = mask_tokens(rendered, encoding, tokenizer)
-    rows = torch.tensor(ids, dtype=torch.long), torch.from_numpy(mask)
-    return Encoded(rows[0][:max_length], rows[1][:max_length], chat, left_out=rendered.left_out)
+    ids, mask = mask_tokens(rendered, encoding)
+    if not ids:
+        what = "the chat template and the tokenizer give no tokens"
+        raise ValueError(f"conversation {chat.id!r}: {what}")
+    kept = slice(max_length)
+    differences = 0
+    if rendered.others is not None:
+        others = mask_tokens(replace(rendered, spans=rendered.others), encoding)[1]
+        differences = int((mask != others)[kept].sum())
+    return Encoded(
+        torch.tensor(ids[kept], dtype=torch.long),
+        torch.from_numpy(mask[kept]),
+        chat,
+        left_out=rendered.left_out,
+        marker_differences=differences,
+    )
 
 
 def cut(encoded: Encoded, max_length: int | None) -> Encoded:
@@ -94,16 +175,24 @@ def cut(encoded: Encoded, max_length: int | None) -> Encoded:
     return replace(encoded, input_ids=ids, loss_mask=mask)
 
 
-def mask_tokens(
-    rendered: Rendered, encoding: TokenizersEncoding, tokenizer: Tokenizer
-) -> tuple[list[int], np.ndarray]:
-    """Token ids, and which of them lie wholly inside one of the supervised spans."""
-    ids = encoding.ids
-    edges = _token_edges(encoding.offsets, encoding.tokens, rendered.text)
-    starts, ends = np.array(edges).T
+def mask_tokens(rendered: Rendered, encoding: Encoding) -> tuple[list[int], np.ndarray]:
+    """Token ids, and which of the tokens lie wholly inside one of the supervised spans."""
+    text, ids = rendered.text, encoding.ids
+    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    if len(ids) and (starts[0] > 0 or (starts[1:] > ends[:-1]).any()):
+        starts, ends = np.array(_token_edges(encoding.offsets, encoding.tokens, text)).T
     mask = np.zeros(len(ids), dtype=bool)
-    for start, end in rendered.spans:
-        mask |= (starts >= start) & (ends > start) & (ends <= end)
+    for first, last in rendered.spans:
+        mask |= (starts >= first) & (ends > first) & (ends <= last)
+        # A marker that swallows the white space beside it is written where its own text stands.
+        for border in np.flatnonzero(((starts < first) & (ends > first)) | (ends > last)).tolist():
+            if starts[border] >= last:
+                break
+            written = text[starts[border] : ends[border]]
+            start = starts[border] + len(written) - len(written.lstrip())
+            end = start + len(written.strip())
+            inside = first <= start and end <= last
+            mask[border] |= inside and encoding.tokens[border] == written.strip()
     return ids, mask
 
 

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
-from jinja2 import TemplateError
 from torch import Tensor
 
 from dspark_lab.chats.chat import Chat
@@ -103,14 +102,19 @@ def trainer_plan(
 ) -> Plan[Row]:
     """How to get the rows that ``like`` makes of a conversation; the first tokens of each."""
     if last_answer_only and like in ("deepspec", "speculators"):
-        raise ValueError(f"{like} has no setting for the last answer only")
+        raise ValueError(f"last_answer_only is no setting of {like}, whose rows are as they are")
+    plans = {
+        "automodel": _automodel,
+        "deepspec": _deepspec,
+        "specforge": _specforge,
+        "speculators": _speculators,
+    }
     options = dict(template_options or {})
-    if like == "automodel":
-        return _automodel(chat, tokenizer, max_length, last_answer_only, options)
-    if like == "speculators":
-        return _speculators(chat, tokenizer, max_length, options)
-    plan = _deepspec if like == "deepspec" else _specforge
-    return plan(chat, tokenizer, max_length, last_answer_only, options)
+    try:
+        rows = yield from plans[like](chat, tokenizer, max_length, last_answer_only, options)
+    except ValueError as error:
+        raise ValueError(f"conversation {chat.id!r}: {error}") from error
+    return rows
 
 
 def trainer_rows(
@@ -237,7 +241,7 @@ def _specforge(
 
 
 def _speculators(
-    chat: Chat, tokenizer: Tokenizer, length: int | None, options: dict[str, Any]
+    chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
 ) -> Plan[Row]:
     messages = [_with_thought(message) for message in chat.messages]
     rows = []
@@ -313,7 +317,7 @@ def _family(tokenizer: Tokenizer, template: str, like: str, families: tuple[Fami
     try:
         text = _render(tokenizer, question + answer, None, {})
         prompt = _render(tokenizer, question, None, {}, add_generation_prompt=True)
-    except TemplateError:
+    except ValueError:
         text = prompt = ""
     for family in families:
         _, header, behind = text.partition(family.header)
@@ -388,7 +392,10 @@ def _render(
     add_generation_prompt: bool = False,
 ) -> str:
     options = options | {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
+    except Exception as error:  # templates raise what they like, and Python what they do wrong
+        raise ValueError(f"the chat template refuses it: {error}") from error
 
 
 def _marked(
@@ -399,11 +406,14 @@ def _marked(
 
     # Its annotations promise a text alone.
     render: Callable[..., Any] = chat_template_utils.render_jinja_template
-    texts, spans = render(
-        conversations=[messages],
-        tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, **options},
-    )
+    try:
+        texts, spans = render(
+            conversations=[messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **options},
+        )
+    except Exception as error:
+        raise ValueError(f"the chat template refuses it: {error}") from error
     return texts[0], spans[0]
