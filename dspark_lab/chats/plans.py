@@ -6,7 +6,7 @@ yields more, and returns the rows of one conversation.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -17,8 +17,10 @@ Row = TypeVar("Row")
 Plan = Generator[list[str], list[Any], list[Row]]
 
 
-def run_plans(plans: Sequence[Plan[Row]], tokenizer: Tokenizer) -> list[list[Row] | ValueError]:
-    """The rows of each plan, or its refusal; each round of questions is one call."""
+def run_plans(
+    plans: Sequence[Plan[Row]], encode: Callable[[list[str]], Sequence[Any]]
+) -> list[list[Row] | ValueError]:
+    """The rows of each plan, or its refusal; each round of questions is one call of ``encode``."""
     results: list[list[Row] | ValueError] = [[] for _ in plans]
     answers: dict[int, list[Any] | None] = dict.fromkeys(range(len(plans)))
     while answers:
@@ -30,12 +32,12 @@ def run_plans(plans: Sequence[Plan[Row]], tokenizer: Tokenizer) -> list[list[Row
                 results[index] = finished.value
             except ValueError as error:
                 results[index] = error
-        encodings = iter(tokenize(tokenizer, [text for texts in asked.values() for text in texts]))
+        encodings = iter(encode([text for texts in asked.values() for text in texts]))
         answers = {index: [next(encodings) for _ in texts] for index, texts in asked.items()}
     return results
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
+def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[Encoding]:
     """Tokens of rendered texts, which have their special tokens already."""
     if not texts:
         return []

@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -30,9 +30,10 @@ from tqdm import tqdm
 from dspark_lab.chats.answers import render
 from dspark_lab.chats.chat import Chat, Encoded
 from dspark_lab.chats.cores import in_order, usable_cores
+from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
 from dspark_lab.chats.reading import item_of, raw_items
-from dspark_lab.chats.tokens import check_tokenizer, cut, encoded_row
+from dspark_lab.chats.tokens import check_tokenizer, cut, row_arrays
 from dspark_lab.chats.trainers import Like, trainer_plan
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import read_json, remove_partial, sync, write_json
@@ -191,7 +192,14 @@ def encode_all(
     with _locked(folder):
         if not _is_whole(folder):
             made = _Set(folder, source, on_error == "skip")
-            work = partial(_encoded_part, source=source, tokenizer=tokenizer, settings=settings)
+            level = ByteLevel.of(tokenizer)
+            work = partial(
+                _encoded_part,
+                source=source,
+                tokenizer=tokenizer,
+                tokens_of=level.encode if level else partial(tokenize, tokenizer=tokenizer),
+                settings=settings,
+            )
             _make(made, source, work, workers or usable_cores(), progress)
     return EncodedChats(folder, None if isinstance(source, _File) else source.chats)
 
@@ -235,21 +243,24 @@ class _File:
         self.path, self.total, self.unit = path, _bytes_of(path), "B"
 
     def requests(self, done: int) -> Iterator[tuple[bytes, int]]:
-        part: list[list[Any]] = []
+        numbers: list[int] = []
+        lines: list[bytes] = []
         size = 0
         for number, raw in islice(raw_items(self.path), done, None):
-            part.append([number, raw.decode("latin-1")])
-            size += len(raw) + 1
-            if len(part) == _PART_ITEMS or size >= _PART_BYTES:
-                yield json.dumps(part).encode(), size
-                part, size = [], 0
-        if part:
-            yield json.dumps(part).encode(), size
+            numbers.append(number)
+            lines.append(raw.rstrip(b"\n"))
+            size += len(raw)
+            if len(numbers) == _PART_ITEMS or size >= _PART_BYTES:
+                yield b"\n".join([json.dumps(numbers).encode(), *lines]), size
+                numbers, lines, size = [], [], 0
+        if numbers:
+            yield b"\n".join([json.dumps(numbers).encode(), *lines]), size
 
     def items(self, request: bytes) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
-        for number, raw in json.loads(request):
+        numbers, *lines = request.split(b"\n")
+        for number, raw in zip(json.loads(numbers), lines, strict=True):
             try:
-                yield number, item_of(number, raw.encode("latin-1"), self.path)
+                yield number, item_of(number, raw, self.path)
             except ValueError as error:
                 yield number, error
 
@@ -271,71 +282,90 @@ class _File:
 _Source = _List | _File
 
 
+@dataclass
+class _Part:
+    """Rows of one part, as they are made."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    facts: list[tuple[int, int, int, int]] = field(default_factory=list)
+    domains: dict[str, int] = field(default_factory=dict)
+    refused: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(
+        self,
+        number: int,
+        item: Chat | Encoded,
+        ids: Any,
+        mask: Any,
+        left_out: int,
+        differences: int,
+    ) -> None:
+        self.ids.append(np.asarray(ids, COLUMNS["input_id"]))
+        self.masks.append(np.asarray(mask))
+        self.names.append(json.dumps(item.id).encode())
+        domain = -1
+        if item.domain is not None:
+            domain = self.domains.setdefault(item.domain, len(self.domains))
+        self.facts.append((number, domain, left_out, differences))
+
+    def saved(self, items: int) -> bytes:
+        notes = {"items": items, "refused": self.refused, "domains": list(self.domains)}
+        empty = {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
+        return save(
+            {
+                "input_id": np.concatenate([empty["input_id"], *self.ids]),
+                "loss_mask": np.concatenate([empty["loss_mask"], *self.masks]),
+                "row_end": np.cumsum([*map(len, self.ids)], dtype=np.int64),
+                "id_byte": np.frombuffer(b"".join(self.names), np.uint8),
+                "id_end": np.cumsum([*map(len, self.names)], dtype=np.int64),
+                "fact": np.array(self.facts, np.int64).ravel(),
+                "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
+            }
+        )
+
+
 def _encoded_part(
-    request: bytes, source: _Source, tokenizer: Tokenizer, settings: _Settings
+    request: bytes,
+    source: _Source,
+    tokenizer: Tokenizer,
+    tokens_of: Callable[[list[str]], Sequence[Any]],
+    settings: _Settings,
 ) -> bytes:
     """The columns of one part: its rows, and what of its conversations was refused."""
     items = list(source.items(request))
-    chats = [(number, item) for number, item in items if isinstance(item, Chat)]
-    plans = [_plan(chat, tokenizer, settings) for _, chat in chats]
-    made = dict(zip((number for number, _ in chats), run_plans(plans, tokenizer), strict=True))
-    rows: list[tuple[int, Encoded]] = []
-    refused: list[tuple[int, str]] = []
+    chats = [item for _, item in items if isinstance(item, Chat)]
+    made = iter(run_plans([_plan(chat, tokenizer, settings) for chat in chats], tokens_of))
+    part = _Part()
     for number, item in items:
-        if isinstance(item, Encoded):
-            rows.append((number, cut(item, settings.max_length)))
+        found = next(made) if isinstance(item, Chat) else item
+        if isinstance(found, ValueError):
+            part.refused.append((number, str(found)))
         elif isinstance(item, ValueError):
-            refused.append((number, str(item)))
-        elif isinstance(found := made[number], ValueError):
-            refused.append((number, str(found)))
+            continue
+        elif isinstance(found, Encoded):
+            row = cut(found, settings.max_length)
+            facts = row.left_out, row.marker_differences
+            part.add(number, row, row.input_ids.numpy(), row.loss_mask.numpy(), *facts)
         else:
-            rows += [(number, row) for row in found]
-    names = [json.dumps(row.id).encode() for _, row in rows]
-    domains = list(dict.fromkeys(row.domain for _, row in rows if row.domain is not None))
-    place = {domain: index for index, domain in enumerate(domains)} | {None: -1}
-    facts = [
-        (number, place[row.domain], row.left_out, row.marker_differences) for number, row in rows
-    ]
-    notes = {"items": len(items), "refused": refused, "domains": domains}
-    return save(
-        {
-            "input_id": _joined([row.input_ids.numpy() for _, row in rows], "input_id"),
-            "loss_mask": _joined([row.loss_mask.numpy() for _, row in rows], "loss_mask"),
-            "row_end": np.cumsum([len(row) for _, row in rows], dtype=np.int64),
-            "id_byte": np.frombuffer(b"".join(names), np.uint8),
-            "id_end": np.cumsum([len(name) for name in names], dtype=np.int64),
-            "fact": np.array(facts, np.int64).ravel(),
-            "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
-        }
-    )
+            for ids, mask, *others in found:
+                part.add(number, item, ids, mask, *others)
+    return part.saved(len(items))
 
 
-def _joined(parts: list[np.ndarray], column: str) -> np.ndarray:
-    kind = COLUMNS[column]
-    return np.concatenate([np.empty(0, kind), *parts]).astype(kind)
-
-
-def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[Encoded]:
-    """What :func:`dspark_lab.encode` does with one conversation."""
-    length, last, options = (
-        settings.max_length,
-        settings.last_answer_only,
-        settings.template_options,
-    )
-    if settings.like is not None:
-        rows = yield from trainer_plan(
-            chat, tokenizer, settings.like, length, last_answer_only=last, template_options=options
-        )
-        return [Encoded(ids, mask, chat) for ids, mask in rows]
-    rendered = render(
-        chat,
-        tokenizer,
-        markers=settings.markers,
-        last_answer_only=last,
-        template_options=options,
-    )
+def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[tuple[Any, ...]]:
+    """What :func:`dspark_lab.encode` does with one conversation: ids, mask and counts."""
+    length, like = settings.max_length, settings.like
+    options: dict[str, Any] = {"last_answer_only": settings.last_answer_only}
+    options["template_options"] = settings.template_options
+    if like is not None:
+        rows = yield from trainer_plan(chat, tokenizer, like, length, **options)
+        return [(ids.numpy(), mask.numpy(), 0, 0) for ids, mask in rows]
+    rendered = render(chat, tokenizer, markers=settings.markers, **options)
     (encoding,) = yield [rendered.text]
-    return [encoded_row(rendered, encoding, chat, length)]
+    ids, mask, differences = row_arrays(rendered, encoding, chat, length)
+    return [(ids, mask, rendered.left_out, differences)]
 
 
 def _make(
@@ -531,7 +561,7 @@ def _fingerprint(source: _Source, tokenizer: Tokenizer, settings: _Settings, on_
     import dspark_lab
 
     # A call sets the backend's truncation and padding, which are written with it, to none.
-    tokenize(tokenizer, ["a"])
+    tokenize(["a"], tokenizer)
     given = [_VERSION, dspark_lab.__version__, asdict(settings), on_error]
     given += [tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
     digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=repr).encode())

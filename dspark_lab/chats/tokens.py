@@ -149,6 +149,20 @@ def encoded_row(
     rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
 ) -> Encoded:
     """The row of a rendered conversation from its text's tokens."""
+    ids, mask, differences = row_arrays(rendered, encoding, chat, max_length)
+    return Encoded(
+        torch.tensor(ids, dtype=torch.long),
+        torch.from_numpy(mask),
+        chat,
+        left_out=rendered.left_out,
+        marker_differences=differences,
+    )
+
+
+def row_arrays(
+    rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
+) -> tuple[list[int], np.ndarray, int]:
+    """Token ids, mask and ``marker_differences`` of :func:`encoded_row`."""
     ids, mask = mask_tokens(rendered, encoding)
     if not ids:
         what = "the chat template and the tokenizer give no tokens"
@@ -158,13 +172,7 @@ def encoded_row(
     if rendered.others is not None:
         others = mask_tokens(replace(rendered, spans=rendered.others), encoding)[1]
         differences = int((mask != others)[kept].sum())
-    return Encoded(
-        torch.tensor(ids[kept], dtype=torch.long),
-        torch.from_numpy(mask[kept]),
-        chat,
-        left_out=rendered.left_out,
-        marker_differences=differences,
-    )
+    return ids[kept], mask[kept], differences
 
 
 def cut(encoded: Encoded, max_length: int | None) -> Encoded:

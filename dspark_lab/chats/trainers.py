@@ -22,7 +22,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats.chat import Chat
-from dspark_lab.chats.plans import Plan, run_plans
+from dspark_lab.chats.plans import Plan, run_plans, tokenize
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -135,7 +135,8 @@ def trainer_rows(
     """
     given: dict[str, Any] = {"last_answer_only": last_answer_only}
     given["template_options"] = template_options
-    (rows,) = run_plans([trainer_plan(chat, tokenizer, like, max_length, **given)], tokenizer)
+    plan = trainer_plan(chat, tokenizer, like, max_length, **given)
+    (rows,) = run_plans([plan], partial(tokenize, tokenizer=tokenizer))
     if isinstance(rows, ValueError):
         raise rows
     return rows
