@@ -7,6 +7,7 @@ tracking offsets costs a tokenizer a fifth of its time, and reading them as much
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,10 @@ class ByteLevel:
     def __init__(self, tokenizer: Tokenizer, trims: bool) -> None:
         self.tokenizer = tokenizer
         # GPT-2's alphabet: printable bytes stand for themselves, the others from 256 on.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
         others = [byte for byte in range(256) if byte not in printable]
-        spelled = {chr(byte): byte for byte in printable}
-        spelled |= {chr(256 + place): byte for place, byte in enumerate(others)}
+        spelled = dict.fromkeys(others, 256)
+        spelled |= {256 + place: byte for place, byte in enumerate(others)}
         added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
         vocabulary = tokenizer.get_vocab()
         # No text holds what has no bytes here, so a token without any is found out.
@@ -53,12 +54,13 @@ class ByteLevel:
         for token, id in vocabulary.items():
             if id in added:
                 self.bytes[id] = added[id].encode()
-            elif spelled.keys() >= set(token):
-                self.bytes[id] = bytes(spelled[character] for character in token)
+                continue
+            with suppress(UnicodeEncodeError):
+                self.bytes[id] = token.translate(spelled).encode("latin-1")
             # The offsets of such a token leave the space at its end out.
-            if trims and self.bytes[id].endswith(b" ") and self.bytes[id].strip(b" "):
+            if trims and self.bytes[id][-1:] == b" " and self.bytes[id].strip(b" "):
                 self.bytes[id] = b"\xff"
-        self.lengths = np.array([len(spelled) for spelled in self.bytes])
+        self.lengths = np.array([len(written) for written in self.bytes])
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ByteLevel | None:

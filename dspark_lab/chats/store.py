@@ -75,8 +75,8 @@ class EncodedChats(Sequence[Encoded]):
     A slice is such a sequence, too. ``skipped`` holds file, line and reason of what was left out.
     """
 
-    # The check of annotations need not read every row to know its kind.
-    element = Encoded
+    # So that the check of an annotation need not read every row.
+    elements = Encoded
 
     def __init__(
         self,
