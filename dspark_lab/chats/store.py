@@ -32,7 +32,7 @@ from dspark_lab.chats.chat import Chat, Encoded
 from dspark_lab.chats.cores import in_order, usable_cores
 from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
-from dspark_lab.chats.reading import item_of, raw_items
+from dspark_lab.chats.reading import Skipped, raw_rows, read_raw
 from dspark_lab.chats.tokens import check_tokenizer, cut, row_arrays
 from dspark_lab.chats.trainers import Like, trainer_plan
 from dspark_lab.checks import Count, checked
@@ -88,7 +88,7 @@ class EncodedChats(Sequence[Encoded]):
         self.folder, self._chats, self._max_length = folder, chats, max_length
         self._facts = read_json(folder / _DONE)
         self._rows = range(self._facts["ends"]["row_end"]) if rows is None else rows
-        self.skipped = [tuple(entry) for entry in self._facts["skipped"]]
+        self.skipped = [Skipped(*entry) for entry in self._facts["skipped"]]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -222,8 +222,8 @@ class _List:
     def refusal(self, number: int, reason: str) -> ValueError:
         return ValueError(reason)
 
-    def skipped(self, number: int, reason: str) -> tuple[str, int, str]:
-        return "", number, reason
+    def skipped(self, number: int, reason: str) -> Skipped:
+        return Skipped("", number, reason)
 
     def update(self, digest: Any) -> None:
         """Put all that the rows follow from into a checksum."""
@@ -240,16 +240,17 @@ class _File:
     """A file of conversations, whose lines workers parse."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.total, self.unit = path, _bytes_of(path), "B"
+        self.path, self.total, self.unit, self.rows = path, _bytes_of(path), "B", "line"
 
     def requests(self, done: int) -> Iterator[tuple[bytes, int]]:
         numbers: list[int] = []
         lines: list[bytes] = []
         size = 0
-        for number, raw in islice(raw_items(self.path), done, None):
-            numbers.append(number)
-            lines.append(raw.rstrip(b"\n"))
-            size += len(raw)
+        for place, raw in islice(raw_rows(self.path), done, None):
+            self.rows, number = place.split()
+            numbers.append(int(number))
+            lines.append(raw)
+            size += len(raw) + 1
             if len(numbers) == _PART_ITEMS or size >= _PART_BYTES:
                 yield b"\n".join([json.dumps(numbers).encode(), *lines]), size
                 numbers, lines, size = [], [], 0
@@ -259,16 +260,13 @@ class _File:
     def items(self, request: bytes) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
         numbers, *lines = request.split(b"\n")
         for number, raw in zip(json.loads(numbers), lines, strict=True):
-            try:
-                yield number, item_of(number, raw, self.path)
-            except ValueError as error:
-                yield number, error
+            yield number, read_raw(raw, self.path, f"{self.rows} {number}")
 
     def refusal(self, number: int, reason: str) -> ValueError:
-        return ValueError(f"{self.path}, line {number}: {reason}")
+        return ValueError(f"{self.path}, {self.rows} {number}: {reason}")
 
-    def skipped(self, number: int, reason: str) -> tuple[str, int, str]:
-        return str(self.path), number, reason
+    def skipped(self, number: int, reason: str) -> Skipped:
+        return Skipped(str(self.path), number, reason)
 
     def update(self, digest: Any) -> None:
         digest.update(json.dumps([self.path.name]).encode())
@@ -406,7 +404,7 @@ class _Set:
         self.items = self.weight = 0
         self.ends = dict.fromkeys(COLUMNS, 0)
         self.domains: list[str] = []
-        self.skipped: list[tuple[str, int, str]] = []
+        self.skipped: list[Skipped] = []
         # Sorted checksums of a file's ids, 8 bytes each.
         self.known = np.empty(0, np.uint64)
         self.files: dict[str, Any] = {}
@@ -478,7 +476,7 @@ class _Set:
             good += len(raw)
             self.items, self.weight, self.ends = line["items"], line["weight"], line["ends"]
             self.domains += line["domains"]
-            self.skipped += map(tuple, line["skipped"])
+            self.skipped += [Skipped(*entry) for entry in line["skipped"]]
         for column, kind in COLUMNS.items():
             os.truncate(self.folder / column, self.ends[column] * kind.itemsize)
         os.truncate(self.folder / _JOURNAL, good)
@@ -522,7 +520,7 @@ class _Set:
         fresh = np.sort(hashes[~old & ~again])
         self.known = np.insert(self.known, np.searchsorted(self.known, fresh), fresh)
         return [
-            (int(facts[firsts[i], 0]), f"id {json.loads(names[i])!r} is already that of another")
+            (int(facts[firsts[i], 0]), f"id {json.loads(names[i])!r} is already that of an earlier one")
             for i in np.flatnonzero(old | again)
         ]
 
