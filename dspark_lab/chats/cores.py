@@ -7,6 +7,7 @@ that ends.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -114,6 +115,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    gc.freeze()  # else a collection would touch, and so copy, all that is shared
     while True:
         try:
             request = connection.recv_bytes()

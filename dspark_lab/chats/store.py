@@ -520,7 +520,10 @@ class _Set:
         fresh = np.sort(hashes[~old & ~again])
         self.known = np.insert(self.known, np.searchsorted(self.known, fresh), fresh)
         return [
-            (int(facts[firsts[i], 0]), f"id {json.loads(names[i])!r} is already that of an earlier one")
+            (
+                int(facts[firsts[i], 0]),
+                f"id {json.loads(names[i])!r} is already that of an earlier one",
+            )
             for i in np.flatnonzero(old | again)
         ]
 
