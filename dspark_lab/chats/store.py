@@ -301,7 +301,7 @@ class _Part:
         differences: int,
     ) -> None:
         self.ids.append(np.asarray(ids, COLUMNS["input_id"]))
-        self.masks.append(np.asarray(mask))
+        self.masks.append(np.asarray(mask, COLUMNS["loss_mask"]))
         self.names.append(json.dumps(item.id).encode())
         domain = -1
         if item.domain is not None:
@@ -359,7 +359,7 @@ def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[tuple[A
     options["template_options"] = settings.template_options
     if like is not None:
         rows = yield from trainer_plan(chat, tokenizer, like, length, **options)
-        return [(ids.numpy(), mask.numpy(), 0, 0) for ids, mask in rows]
+        return [(ids, mask, 0, 0) for ids, mask, _ in rows]
     rendered = render(chat, tokenizer, markers=settings.markers, **options)
     (encoding,) = yield [rendered.text]
     ids, mask, differences = row_arrays(rendered, encoding, chat, length)

@@ -40,6 +40,8 @@ Like = Literal["automodel", "deepspec", "specforge", "speculators"]
 LIKE: tuple[Like, ...] = get_args(Like)
 
 Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
+# A row, and the messages whose rendering it is.
+Shown = tuple[list[int], list[bool], Sequence[dict[str, Any]]]
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
@@ -99,8 +101,8 @@ def trainer_plan(
     *,
     last_answer_only: bool = False,
     template_options: Mapping[str, Any] | None = None,
-) -> Plan[Row]:
-    """How to get the rows that ``like`` makes of a conversation; the first tokens of each."""
+) -> Plan[Shown]:
+    """How to get the rows that ``like`` makes of a conversation, cut to ``max_length`` tokens."""
     if last_answer_only and like in ("deepspec", "speculators"):
         raise ValueError(f"last_answer_only is no setting of {like}, whose rows are as they are")
     plans = {
@@ -139,12 +141,12 @@ def trainer_rows(
     (rows,) = run_plans([plan], partial(tokenize, tokenizer=tokenizer))
     if isinstance(rows, ValueError):
         raise rows
-    return rows
+    return [(torch.tensor(ids, dtype=torch.long), torch.tensor(mask)) for ids, mask, _ in rows]
 
 
 def _automodel(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Row]:
+) -> Plan[Shown]:
     messages, tools = list(chat.messages), chat.tools
     if re.search(r"\{%-?\s+generation\s+-?%\}", tokenizer.get_chat_template(tools=tools)):
         text, spans = _marked(tokenizer, messages, tools, options)
@@ -189,12 +191,12 @@ def _automodel(
         stop = len(mask) - mask[::-1].index(True) if True in mask else 0
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not mask[i]), 0)
         mask[:start] = [False] * start
-    return [_row(encoding.ids[:length], mask)]
+    return [(encoding.ids[:length], mask, messages)]
 
 
 def _deepspec(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Row]:
+) -> Plan[Shown]:
     family = _family(tokenizer, tokenizer.get_chat_template(), "deepspec", DEEPSPEC)
     messages = _with_system(chat.messages, family)
     if (first := messages[_has_system(messages) :]) and first[0]["role"] != "user":
@@ -205,13 +207,13 @@ def _deepspec(
         if message["role"] == "assistant" and not content.startswith(family.prefix):
             message["content"] = family.prefix + content
     text = _render(tokenizer, messages, None, options)
-    row = yield from _between_markers(text, family, length, last_only)
-    return [row]
+    ids, mask = yield from _between_markers(text, family, length, last_only)
+    return [(ids, mask, messages)]
 
 
 def _specforge(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Row]:
+) -> Plan[Shown]:
     family = _family(tokenizer, tokenizer.get_chat_template(), "specforge", SPECFORGE)
     thinks = options.get("enable_thinking", family.thinks)
     messages = _with_system(chat.messages, family)
@@ -237,15 +239,15 @@ def _specforge(
     if family.ignored and not thinks:
         places = [match.span() for match in re.finditer(re.escape(family.ignored), text)]
         for start, end in (yield from _borders(text, places, length)):
-            mask[start:end] = False
-    return [(ids, mask)]
+            mask[start:end] = [False] * len(mask[start:end])
+    return [(ids, mask, kept)]
 
 
 def _speculators(
     chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Row]:
+) -> Plan[Shown]:
     messages = [_with_thought(message) for message in chat.messages]
-    rows = []
+    rows: list[Shown] = []
     for turn, message in enumerate(messages):
         if turn == 0 or message["role"] != "assistant":
             continue
@@ -270,13 +272,14 @@ def _speculators(
         full = full[:length]
         # A row without a supervised token is dropped.
         if border < len(full):
-            rows.append(_row(full, [place >= border for place in range(len(full))]))
+            mask = [place >= border for place in range(len(full))]
+            rows.append((full, mask, messages[: turn + 1]))
     return rows
 
 
 def _between_markers(
     text: str, family: Family, length: int | None, last_only: bool
-) -> Generator[list[str], list[Encoding], Row]:
+) -> Generator[list[str], list[Encoding], tuple[list[int], list[bool]]]:
     """Tokens of the text, those of the answers supervised; of the last answer if ``last_only``."""
     spans = list(_answers(text, family))
     (encoding,) = yield [text]
@@ -284,7 +287,7 @@ def _between_markers(
     mask = [False] * len(ids)
     for start, end in (yield from _borders(text, spans[-1:] if last_only else spans, length)):
         mask[start:end] = [True] * (min(end, len(ids)) - start)
-    return _row(ids, mask)
+    return ids, mask
 
 
 def _answers(text: str, family: Family) -> Iterator[Span]:
@@ -379,10 +382,6 @@ def _common(one: list[int], other: list[int]) -> int:
     """Length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _row(ids: list[int], mask: list[bool]) -> Row:
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)
 
 
 def _render(
