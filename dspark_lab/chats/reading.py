@@ -53,6 +53,17 @@ class Chats(list[Chat | Encoded]):
         super().__init__(chats)
         self.skipped = list(skipped)
 
+    @property
+    def conversations(self) -> list[Chat]:
+        """The words of all of them; a row that holds tokens alone has none, and is refused."""
+        chats = []
+        for item in self:
+            chat = item if isinstance(item, Chat) else item.chat
+            if chat is None:
+                raise ValueError(f"conversation {item.id!r} must have messages, got tokens alone")
+            chats.append(chat)
+        return chats
+
 
 @checked
 def load_chats(
@@ -244,11 +255,11 @@ def _arrow_files(folder: Path) -> list[Path]:
     if not (folder / "state.json").exists():
         wanted = "a file, or the folder of a saved Hugging Face data set, which has a state.json"
         raise ValueError(f"{folder} must be {wanted}")
-    state = read_json(folder / "state.json")
+    state: dict[str, Any] = read_json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise ValueError(f"{folder} holds indices of rows: save the data set after flatten_indices")
     files = state.get("_data_files") or []
-    names = [file.get("filename") if isinstance(file, dict) else None for file in files]
+    names = [file.get("filename") for file in files if isinstance(file, dict)]
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{folder / 'state.json'} must list the data set's files")
-    return [folder / name for name in names]
+    return [folder / str(name) for name in names]

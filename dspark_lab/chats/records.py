@@ -29,9 +29,9 @@ _SHAPES = (
 _SWITCHES = ("weight", "train", "training", "loss", "loss_mask")
 # What would make a conversation another one, and cannot be honoured.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
-_REFUSED = (*_MEDIA, "chosen", "rejected", "rejected_response", "functions", "documents")
+_REFUSED: tuple[str, ...] = (*_MEDIA, "chosen", "rejected", "rejected_response", "functions", "documents")
 _REFUSED += ("chat_template", "chat_template_kwargs")
-_GENERATED_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls")
+_GENERATED_WHOLE: tuple[str, ...] = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls")
 _GENERATED_WHOLE += ("function_call",)
 _CUT_OFF = ("length", "max_tokens")
 
@@ -147,8 +147,8 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
             turns += _said("output", record["output"], "assistant")
         return turns, {"instruction", "input", "output", "history"}
     if not _empty(record.get("turns")):
-        asked = _list("turns", record["turns"])
-        said = [_string(f"turns[{index}]", text) for index, text in enumerate(asked)]
+        texts = _list("turns", record["turns"])
+        said = [_string(f"turns[{index}]", text) for index, text in enumerate(texts)]
         return [({"role": "user", "content": text}, True) for text in said], {"turns"}
     empty = next((key for key in (*_LISTS, "turns", "input_ids") if key in record), None)
     if empty is not None and record[empty] is not None:

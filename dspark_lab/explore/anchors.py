@@ -187,7 +187,7 @@ def _token_span(token: Any) -> str:
 
 @checked
 def explore_anchors(
-    chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
+    chats: str | os.PathLike[str] | Sequence[Chat | Encoded] | None = None,
     tokenizer: Any = None,
     *,
     num_anchors: int = 16,

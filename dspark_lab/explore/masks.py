@@ -257,7 +257,7 @@ def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> 
 
 @checked
 def explore_masks(
-    chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
+    chats: str | os.PathLike[str] | Sequence[Chat | Encoded] | None = None,
     tokenizer: Any = None,
     *,
     num_anchors: int = 16,

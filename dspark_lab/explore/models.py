@@ -61,9 +61,9 @@ def load_models(
         drafter = {"drafter" if isinstance(drafter, Drafter) else Path(drafter).name: drafter}
     if prompts is None:
         # Domains and kinds of questions take turns there: every n-th would be of one kind.
-        prompts = random.Random(0).sample(load_chats(), _SHIPPED_PROMPTS)
+        prompts = random.Random(0).sample(load_chats().conversations, _SHIPPED_PROMPTS)
     elif isinstance(prompts, (str, os.PathLike)):
-        prompts = load_chats(prompts)
+        prompts = load_chats(prompts).conversations
     if len(prompts) == 0 or not drafter:
         counts = f"{len(prompts)} and {len(drafter)}"
         raise ValueError(f"there must be a prompt and a drafter at least, got {counts}")

@@ -287,11 +287,12 @@ def _materials(config: SweepConfig) -> tuple[Target, list[Encoded], list[Chat]]:
     """The target, the conversations to learn from, and those whose questions are asked."""
     if config.target == "pocket":
         pair = load_pair(device=config.device)
-        target, chats, others = pair.target, pair.chats, pair.held_out
+        target, others = pair.target, pair.held_out
+        chats: Sequence[Chat | Encoded] = pair.chats
     else:
         assert config.data is not None and config.held_out is not None
         target = load_target(config.target, device=config.device)
-        chats, others = load_chats(config.data), load_chats(config.held_out)
+        chats, others = load_chats(config.data), load_chats(config.held_out).conversations
     assert target.tokenizer is not None
     encoded = [encode(chat, target.tokenizer, config.training.max_length) for chat in chats]
     return target, encoded, in_turns(others)[: config.prompts]
