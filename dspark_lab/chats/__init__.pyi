@@ -1,23 +1,36 @@
 from .chat import Chat, Encoded
 from .reading import SHIPPED_CHATS, Chats, Skipped, load_chats
 from .rows import Batch, collate, describe, one_row, pack, packed_places
-from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, load_tokenizer
+from .store import EncodedChats, encode_all
+from .stream import rows_with_labels, seen_tokens, token_chunks, token_counts
+from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, encode_rows, load_tokenizer
+from .trainers import LIKE, Like, trainer_rows
 
 __all__ = [
     "Batch",
     "Chat",
     "Chats",
     "Encoded",
+    "EncodedChats",
+    "LIKE",
+    "Like",
     "SHIPPED_CHATS",
     "SHIPPED_TOKENIZER",
     "Skipped",
     "collate",
     "describe",
     "encode",
+    "encode_all",
     "encode_answers",
+    "encode_rows",
     "load_chats",
     "load_tokenizer",
     "one_row",
     "pack",
     "packed_places",
+    "rows_with_labels",
+    "seen_tokens",
+    "token_chunks",
+    "token_counts",
+    "trainer_rows",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ from dspark_lab.chats.cores import in_order, usable_cores
 from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
 from dspark_lab.chats.reading import Skipped, raw_rows, read_raw
-from dspark_lab.chats.tokens import check_tokenizer, cut, row_arrays
+from dspark_lab.chats.stream import Chunk, chunks_of_rows, offsets
+from dspark_lab.chats.tokens import LEFT_OUT, check_tokenizer, cut, row_arrays
 from dspark_lab.chats.trainers import Like, trainer_plan
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import read_json, remove_partial, sync, write_json
@@ -131,6 +133,43 @@ class EncodedChats(Sequence[Encoded]):
         lengths = all_lengths[self._rows.start : self._rows.stop : self._rows.step]
         return lengths if self._max_length is None else np.minimum(lengths, self._max_length)
 
+    @cached_property
+    def left_out(self) -> int:
+        """Answers of which the template left out a part; see :class:`Encoded`."""
+        return int(self._facts_of_rows[:, 2].sum())
+
+    @property
+    def domains(self) -> list[str | None]:
+        names = [*self._facts["domains"], None]
+        return [names[domain] for domain in self._facts_of_rows[:, 1].tolist()]
+
+    @property
+    def _facts_of_rows(self) -> Int[np.ndarray, "row fact"]:
+        facts = np.memmap(self.folder / "fact", COLUMNS["fact"], "r") if len(self) else np.empty(0)
+        return facts.reshape(-1, _FACTS)[self._rows.start : self._rows.stop : self._rows.step]
+
+    def chunks(self, tokens: int) -> Iterator[Chunk]:
+        """The rows in stretches of about so many tokens."""
+        if self._rows.step != 1 or not len(self):
+            yield from chunks_of_rows(self, tokens)
+            return
+        whole = EncodedChats(self.folder, rows=self._rows).lengths
+        ends = whole.cumsum()
+        before = self._span("row_end", self._rows.start)[0]
+        first = 0
+        while first < len(self):
+            start = ends[first] - whole[first]
+            last = max(first + 1, int(np.searchsorted(ends, start + tokens, side="right")))
+            count = int(ends[last - 1] - start)
+            ids = self._read("input_id", before + int(start), count)
+            mask = self._read("loss_mask", before + int(start), count)
+            lengths = whole[first:last]
+            if self._max_length is not None:
+                kept = offsets(lengths) < self._max_length
+                ids, mask, lengths = ids[kept], mask[kept], self.lengths[first:last]
+            yield Chunk(lengths, ids, mask)
+            first = last
+
     def cut(self, max_length: int | None) -> EncodedChats:
         """The same rows, cut to ``max_length`` tokens where they are longer."""
         both = [length for length in (max_length, self._max_length) if length is not None]
@@ -184,6 +223,8 @@ def encode_all(
         OSError: the file cannot be read, or ``cache`` not be written.
     """
     check_tokenizer(tokenizer)
+    if like is not None and markers:
+        raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
     settings = _Settings(max_length, like, markers, last_answer_only, template_options)
     source = _File(Path(chats)) if isinstance(chats, (str, os.PathLike)) else _List(chats)
     base = _default_cache() if cache is None else Path(cache)
@@ -191,7 +232,6 @@ def encode_all(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not _is_whole(folder):
-            made = _Set(folder, source, on_error == "skip")
             level = ByteLevel.of(tokenizer)
             work = partial(
                 _encoded_part,
@@ -200,8 +240,17 @@ def encode_all(
                 tokens_of=level.encode if level else partial(tokenize, tokenizer=tokenizer),
                 settings=settings,
             )
-            _make(made, source, work, workers or usable_cores(), progress)
-    return EncodedChats(folder, None if isinstance(source, _File) else source.chats)
+            _make(
+                _Set(folder, source, on_error == "skip"),
+                source,
+                work,
+                workers or usable_cores(),
+                progress,
+            )
+    made = EncodedChats(folder, None if isinstance(source, _File) else source.chats)
+    if made.left_out:
+        warnings.warn(LEFT_OUT, stacklevel=3)
+    return made
 
 
 class _List:
@@ -420,7 +469,7 @@ class _Set:
     def append(self, part: dict[str, np.ndarray], weight: int) -> None:
         """Write a part, then its line of the journal; nothing of it if it holds a refusal."""
         notes = json.loads(part.pop("notes").tobytes())
-        refused: list[tuple[int, str]] = notes["refused"]
+        refused: list[tuple[int, str]] = [(number, why) for number, why in notes["refused"]]
         facts = part["fact"].reshape(-1, _FACTS).copy()
         if isinstance(self.source, _File) and len(facts):
             refused = sorted([*refused, *self._repeated(part, facts)])

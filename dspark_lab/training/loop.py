@@ -31,7 +31,18 @@ from tqdm import tqdm
 
 from dspark_lab.attention import Compiled, ContextRanges, choose_backend, mask_form
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
+from dspark_lab.chats import (
+    Batch,
+    Chat,
+    Encoded,
+    EncodedChats,
+    Like,
+    collate,
+    encode_rows,
+    pack,
+    rows_with_labels,
+    seen_tokens,
+)
 from dspark_lab.checks import checked
 from dspark_lab.files import read_json, upload
 from dspark_lab.model import (
@@ -103,7 +114,7 @@ def train(
     others = encode_chats(held_out, target, config.max_length)
     _require_use(tokens, others, config, drafter.config.block_size)
     processes = Processes(parallel)
-    unlabelled = sum(not item.has_label for item in tokens)
+    unlabelled = int((~rows_with_labels(tokens)).sum())
     if unlabelled and progress and processes.main:
         tqdm.write(f"{unlabelled} of {len(tokens)} conversations have no label", sys.stderr)
     drafter.to(target.device, at_least_fp32(drafter.dtype))
@@ -145,17 +156,17 @@ def train(
     return History(out, rows, run.step < config.steps, unlabelled)
 
 
-def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: int) -> list[Encoded]:
-    """The first ``max_length`` tokens of each conversation."""
-    encoded = []
+def encode_chats(
+    chats: Sequence[Chat | Encoded], target: Target, max_length: int, like: Like | None = None
+) -> Sequence[Encoded]:
+    """The first ``max_length`` tokens of each conversation, or of each row that ``like`` makes."""
+    if isinstance(chats, EncodedChats):
+        return chats.cut(max_length)
+    encoded: list[Encoded] = []
     for chat in chats:
-        if isinstance(chat, Encoded):
-            ids, mask = chat.input_ids[:max_length], chat.loss_mask[:max_length]
-            encoded.append(replace(chat, input_ids=ids, loss_mask=mask))
-        elif target.tokenizer is None:
+        if isinstance(chat, Chat) and target.tokenizer is None:
             raise ValueError("the target has no tokenizer: pass encoded conversations")
-        else:
-            encoded.append(encode(chat, target.tokenizer, max_length))
+        encoded += encode_rows(chat, target.tokenizer, max_length, like=like)
     return encoded
 
 
@@ -202,7 +213,7 @@ class Forward(nn.Module):
         vocab_size = drafter.config.vocab_size
         seen = torch.arange(vocab_size)
         if config.vocabulary == "seen":
-            seen = torch.cat([item.input_ids for item in tokens]).unique()
+            seen = seen_tokens(tokens, vocab_size).nonzero().flatten()
         place = torch.zeros(vocab_size, dtype=torch.long)
         place[seen] = torch.arange(len(seen))
         self.seen, self.place = seen.to(drafter.device), place.to(drafter.device)
