@@ -76,8 +76,8 @@ class Spans:
             document, start, length = _runs(chunk.loss_mask, starts)
             found.append((document + documents, start, length))
             documents += len(starts)
-        runs = [np.concatenate(parts) for parts in zip(*found, strict=True)]
-        return cls(*runs, tokens, kept, row, row_tokens)
+        document, start, length = map(np.concatenate, zip(*found, strict=True))
+        return cls(document, start, length, tokens, kept, row, row_tokens)
 
     @classmethod
     def _of_batch(cls, batch: Batch) -> Spans:
