@@ -175,7 +175,9 @@ def test_chunks_hold_all_tokens_in_order(tmp_path_factory, size, length, listed)
     for name, column in (("input_ids", "input_ids"), ("loss_mask", "loss_mask")):
         found = np.concatenate([getattr(chunk, column) for chunk in chunks])
         assert found.tolist() == torch.cat([getattr(row, name) for row in expected]).tolist()
-    assert all(len(chunk.input_ids) <= size or len(chunk.lengths) == 1 or listed for chunk in chunks)
+    assert all(
+        len(chunk.input_ids) <= size or len(chunk.lengths) == 1 or listed for chunk in chunks
+    )
     assert rows_with_labels(rows).tolist() == [row.has_label for row in expected]
     assert token_counts(rows).tolist() == [len(row) for row in expected]
     held = {token for row in expected for token in row.input_ids.tolist()}
@@ -214,7 +216,9 @@ def test_an_interrupted_run_goes_on_behind_every_part(tmp_path, monkeypatch, par
         (folder / "journal.jsonl").write_bytes(whole["journal.jsonl"] + b'{"items": 9, "we')
         counts.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(module._Set, "append", lambda *a: counts.append(a[0].items) or append(*a))
+            patched.setattr(
+                module._Set, "append", lambda *a: counts.append(a[0].items) or append(*a)
+            )
             rows = made(path, cache)
         assert counts[0] == 2 * stop_at, "what was made before is not made again"
         assert_same(rows, expected)
@@ -285,7 +289,9 @@ def test_the_fingerprint_knows_every_ingredient(tmp_path):
     folders = set()
 
     def folder(chats=path, tokenizer=TOKENIZER, **options) -> str:
-        found = quietly(encode_all, chats, tokenizer, cache=tmp_path / "c", progress=False, **options)
+        found = quietly(
+            encode_all, chats, tokenizer, cache=tmp_path / "c", progress=False, **options
+        )
         return found.folder.name
 
     folders.add(folder())

@@ -1,9 +1,11 @@
 """Which tokens are supervised, under every way in which a chat template behaves."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dspark_lab.chats import Chat, encode
-from tests.templates import BEHAVIOURS, KINDS, Refused, mask_of, tokenizer
+from tests.templates import BEHAVIOURS, KINDS, MARKERS, Refused, mask_of, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template leaves out")
 SPLITTINGS = ("words", "anything", "trimmed")
@@ -33,3 +35,41 @@ def test_the_mask_is_what_the_model_generates(behaviour):
     for number, messages in enumerate(KINDS.values(), start=len(behaviour)):
         made = tokenizer(SPLITTINGS[number % 3], special=number % 2 == 0)
         check_mask(BEHAVIOURS[behaviour], messages, made, finished=number % 5 > 0)
+
+
+fragments = st.sampled_from(
+    [
+        *MARKERS, "Hello", " there", "One.", " ", "  ", "\n", "\n\n", "\t", "\u00a0", "\r\n", "\x00",
+        "🎉", "é", "e\u0301", "界", "👩\u200d👧", "\ue000", "\ue001", "Ġ", "assistant", "user: ",
+        "<|head|>assistant\n", "<|en", "END", "{{ m }}", "{% generation %}", "<think>hm</think>",
+    ]
+)  # fmt: skip
+contents = st.lists(fragments | st.text(max_size=3), max_size=5).map("".join)
+roles = st.lists(st.sampled_from(["user", "assistant", "assistant", "tool"]), max_size=5)
+
+
+@st.composite
+def conversations(draw):
+    order = draw(roles) + ["assistant"] + draw(st.sampled_from([[], ["user"]]))
+    system = draw(st.sampled_from([[], ["system"]]))
+    return [{"role": role, "content": draw(contents)} for role in system + order]
+
+
+def check_random(behaviour, examples):
+    @settings(deadline=None, derandomize=True, max_examples=examples)
+    @given(conversations(), st.sampled_from(SPLITTINGS), st.booleans(), st.booleans())
+    def check(messages, splitting, special, finished):
+        check_mask(BEHAVIOURS[behaviour], messages, tokenizer(splitting, special), finished)
+
+    check()
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_the_mask_of_random_conversations(behaviour):
+    check_random(behaviour, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_the_mask_of_many_random_conversations(behaviour):
+    check_random(behaviour, 300)

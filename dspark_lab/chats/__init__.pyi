@@ -1,4 +1,5 @@
 from .chat import Chat, Encoded
+from .display import TokenText, token_texts
 from .reading import SHIPPED_CHATS, Chats, Skipped, load_chats
 from .rows import Batch, collate, describe, one_row, pack, packed_places
 from .store import EncodedChats, encode_all
@@ -17,6 +18,7 @@ __all__ = [
     "SHIPPED_CHATS",
     "SHIPPED_TOKENIZER",
     "Skipped",
+    "TokenText",
     "collate",
     "describe",
     "encode",
@@ -32,5 +34,6 @@ __all__ = [
     "seen_tokens",
     "token_chunks",
     "token_counts",
+    "token_texts",
     "trainer_rows",
 ]

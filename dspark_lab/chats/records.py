@@ -29,9 +29,23 @@ _SHAPES = (
 _SWITCHES = ("weight", "train", "training", "loss", "loss_mask")
 # What would make a conversation another one, and cannot be honoured.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
-_REFUSED: tuple[str, ...] = (*_MEDIA, "chosen", "rejected", "rejected_response", "functions", "documents")
+_REFUSED: tuple[str, ...] = (
+    *_MEDIA,
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "functions",
+    "documents",
+)
 _REFUSED += ("chat_template", "chat_template_kwargs")
-_GENERATED_WHOLE: tuple[str, ...] = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls")
+_GENERATED_WHOLE: tuple[str, ...] = (
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "stop_sequence",
+    "tool_calls",
+)
 _GENERATED_WHOLE += ("function_call",)
 _CUT_OFF = ("length", "max_tokens")
 

@@ -136,7 +136,10 @@ def one_row(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
 def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
     """One row for each domain ("none" for none), in order of appearance, and its counts of tokens.
 
-    Conversations ``without_labels`` have nothing to train on.
+    Conversations ``without_labels`` have nothing to train on. Where there are any, ``left_out``
+    counts the answers of which the template leaves out a part because others follow, and
+    ``marker_differences`` the tokens that only one of the rule and the template's
+    ``{% generation %}`` markers supervises (:class:`Encoded`).
     """
     import pandas as pd
 
@@ -148,13 +151,21 @@ def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
             "without_label": [not item.has_label for item in encoded],
         }
     )
-    return table.groupby("domain", sort=False).agg(
-        conversations=("length", "size"),
-        tokens=("length", "sum"),
-        supervised_tokens=("supervised", "sum"),
-        median_length=("length", "median"),
-        longest=("length", "max"),
-        without_labels=("without_label", "sum"),
+    counts = {"left_out": [item.left_out for item in encoded]}
+    counts["marker_differences"] = [item.marker_differences for item in encoded]
+    counts = {name: counted for name, counted in counts.items() if any(counted)}
+    return (
+        table.assign(**counts)
+        .groupby("domain", sort=False)
+        .agg(
+            conversations=("length", "size"),
+            tokens=("length", "sum"),
+            supervised_tokens=("supervised", "sum"),
+            median_length=("length", "median"),
+            longest=("length", "max"),
+            without_labels=("without_label", "sum"),
+            **{name: (name, "sum") for name in counts},
+        )
     )
 
 

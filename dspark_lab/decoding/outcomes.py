@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dspark_lab.chats import token_texts
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding.record import Decoded, Round
 from dspark_lab.decoding.text import Prompt, encode_prompt
@@ -63,8 +64,10 @@ def outcome_table(
     own = own.assign(token=[answer[place] for place in own["position"]])
     table = pd.concat([drafted.assign(outcome=outcome), own])
     table = table.sort_values("round", kind="stable", ignore_index=True)
-    table["text"] = table["token"].map(to_text)
     table["kept"] = table["outcome"].isin(_KEPT)
+    # The answer reads on from one kept token to the next, a draft to its end within its round.
+    for _, run in table.groupby(table["round"].where(~table["kept"], -2)):
+        table.loc[run.index, "text"] = token_texts(to_text, run["token"].tolist())
     return table[list(_COLUMNS)].astype(_COLUMNS)
 
 

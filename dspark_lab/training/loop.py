@@ -81,6 +81,7 @@ def train(
     resume: bool = True,
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    like: Like | None = None,
 ) -> History:
     """Train ``drafter`` in place, on the target's device, in fp32 at least.
 
@@ -91,7 +92,8 @@ def train(
 
     Args:
         drafter: with "fsdp2" it is left in shards; the last checkpoint holds it whole.
-        chats: conversations, encoded already or with the target's tokenizer here.
+        chats: conversations, encoded already (:func:`dspark_lab.encode_all` for many) or with the
+            target's tokenizer here.
         out: a folder, made where it does not exist; all processes must see it.
         features: ask the target for every batch, or read them from ``cache``, by default
             ``out/features``, where they lie in bfloat16 unless the target is float64.
@@ -101,6 +103,8 @@ def train(
             warning. It changes results by rounding. On CUDA attention is compiled in any case.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
         progress: show a bar, and say how many conversations have no label.
+        like: supervise what another trainer does, see :func:`dspark_lab.encode`; evaluations are on
+            the lab's own mask in any case.
         on_metrics: called with each new line of the metrics, in the main process.
 
     Raises:
@@ -110,7 +114,7 @@ def train(
         OSError: ``out`` cannot be written or the disk is full; earlier checkpoints are intact.
     """
     out = Path(out)
-    tokens = encode_chats(chats, target, config.max_length)
+    tokens = encode_chats(chats, target, config.max_length, like)
     others = encode_chats(held_out, target, config.max_length)
     _require_use(tokens, others, config, drafter.config.block_size)
     processes = Processes(parallel)
