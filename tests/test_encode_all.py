@@ -191,6 +191,19 @@ class Stop(Exception):
     pass
 
 
+def counting(monkeypatch, path, cache):
+    """The rows, and how many conversations the set held before each part that was made."""
+    counts, append = [], module._Set.append
+
+    def counted(self, part, weight):
+        counts.append(self.items)
+        append(self, part, weight)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Set, "append", counted)
+        return made(path, cache), counts
+
+
 def test_an_interrupted_run_goes_on_behind_every_part(tmp_path, monkeypatch, parts_of_two):
     chats = some(9)
     path = write(tmp_path / "chats.jsonl", chats)
@@ -276,10 +289,7 @@ def test_a_killed_run_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
     assert 5 <= done < 60
     # The lock is free once the last worker has seen its parent go.
     monkeypatch.setattr(module, "_PART_ITEMS", 1)
-    counts = []
-    append = module._Set.append
-    monkeypatch.setattr(module._Set, "append", lambda *a: counts.append(a[0].items) or append(*a))
-    rows = made(path, cache)
+    rows, counts = counting(monkeypatch, path, cache)
     assert counts[0] >= done
     assert_same(rows, loop(load_chats(path)))
 
@@ -381,7 +391,7 @@ def test_edges_from_bytes_are_the_offsets_of_the_tokenizer(text):
     assert tokens == [given.char_to_token(i) for i in range(len(text))]
 
 
-LEVEL = ByteLevel.of(TOKENIZER)
+LEVEL = ByteLevel.of(TOKENIZER, TOKENIZER.backend_tokenizer.to_str())
 
 
 def test_the_environment_of_the_tokenizer_is_as_before(tmp_path, monkeypatch, parts_of_two):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,15 +62,19 @@ class ByteLevel:
                 self.bytes[id] = b"\xff"
         self.lengths = np.array([len(written) for written in self.bytes])
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ByteLevel | None:
-        """The bytes of a tokenizer's tokens; None where it is of another kind."""
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def of(tokenizer: Tokenizer, written: str) -> ByteLevel | None:
+        """The bytes of a tokenizer's tokens; None where it is of another kind.
+
+        ``written`` is its backend as JSON.
+        """
+        state = json.loads(written)
         kinds = list(_parts(state.get("pre_tokenizer"))) + list(_parts(state.get("decoder")))
         if not any(part.get("type") == "ByteLevel" for part in kinds):
             return None
         after = _parts(state.get("post_processor"))
-        return cls(tokenizer, any(part.get("trim_offsets") for part in after))
+        return ByteLevel(tokenizer, any(part.get("trim_offsets") for part in after))
 
     def encode(self, texts: list[str]) -> list[Any]:
         """Tokens of rendered texts, which have their special tokens already."""

@@ -228,25 +228,15 @@ def encode_all(
     settings = _Settings(max_length, like, markers, last_answer_only, template_options)
     source = _File(Path(chats)) if isinstance(chats, (str, os.PathLike)) else _List(chats)
     base = _default_cache() if cache is None else Path(cache)
-    folder = base / _fingerprint(source, tokenizer, settings, on_error)
+    # A call sets the backend's truncation and padding, which are written with it, to none.
+    tokenize(["a"], tokenizer)
+    backend = tokenizer.backend_tokenizer.to_str()
+    folder = base / _fingerprint(source, tokenizer, backend, settings, on_error)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not _is_whole(folder):
-            level = ByteLevel.of(tokenizer)
-            work = partial(
-                _encoded_part,
-                source=source,
-                tokenizer=tokenizer,
-                tokens_of=level.encode if level else partial(tokenize, tokenizer=tokenizer),
-                settings=settings,
-            )
-            _make(
-                _Set(folder, source, on_error == "skip"),
-                source,
-                work,
-                workers or usable_cores(),
-                progress,
-            )
+            new = _Set(folder, source, on_error == "skip")
+            _make(new, tokenizer, backend, settings, workers or usable_cores(), progress)
     made = EncodedChats(folder, None if isinstance(source, _File) else source.chats)
     if made.left_out:
         warnings.warn(LEFT_OUT, stacklevel=3)
@@ -327,6 +317,7 @@ class _File:
 
 
 _Source = _List | _File
+_TokensOf = Callable[[list[str]], Sequence[Any]]
 
 
 @dataclass
@@ -377,7 +368,7 @@ def _encoded_part(
     request: bytes,
     source: _Source,
     tokenizer: Tokenizer,
-    tokens_of: Callable[[list[str]], Sequence[Any]],
+    tokens_of: _TokensOf,
     settings: _Settings,
 ) -> bytes:
     """The columns of one part: its rows, and what of its conversations was refused."""
@@ -416,9 +407,15 @@ def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[tuple[A
 
 
 def _make(
-    made: _Set, source: _Source, work: Callable[[bytes], bytes], workers: int, progress: bool
+    made: _Set,
+    tokenizer: Tokenizer,
+    backend: str,
+    settings: _Settings,
+    workers: int,
+    progress: bool,
 ) -> None:
     """Encode what the set does not hold yet."""
+    source = made.source
     weights: deque[int] = deque()
 
     def requests() -> Iterator[bytes]:
@@ -435,10 +432,16 @@ def _make(
         disable=not progress,
     )
     with bar, made.opened():
-        # What fits into one part needs no other process.
         feed = requests()
         ahead = list(islice(feed, 2))
-        for part in in_order(work, chain(ahead, feed), workers if len(ahead) > 1 else 1):
+        tokens_of: _TokensOf = partial(tokenize, tokenizer=tokenizer)
+        if len(ahead) < 2:
+            workers = 1  # what fits into one part is done before another process is there
+        elif level := ByteLevel.of(tokenizer, backend):
+            tokens_of = level.encode
+        given: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "settings": settings}
+        work = partial(_encoded_part, tokens_of=tokens_of, **given)
+        for part in in_order(work, chain(ahead, feed), workers):
             weight = weights.popleft()
             made.append(load(part), weight)
             bar.update(weight)
@@ -606,16 +609,16 @@ def _is_whole(folder: Path) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
-def _fingerprint(source: _Source, tokenizer: Tokenizer, settings: _Settings, on_error: str) -> str:
+def _fingerprint(
+    source: _Source, tokenizer: Tokenizer, backend: str, settings: _Settings, on_error: str
+) -> str:
     """A checksum of all that the rows follow from."""
     import dspark_lab
 
-    # A call sets the backend's truncation and padding, which are written with it, to none.
-    tokenize(["a"], tokenizer)
     given = [_VERSION, dspark_lab.__version__, asdict(settings), on_error]
     given += [tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
     digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=repr).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(backend.encode())
     source.update(digest)
     return digest.hexdigest()[:32]
 

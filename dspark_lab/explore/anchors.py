@@ -222,7 +222,7 @@ def explore_anchors(
 ) -> Explorer:
     """Which tokens of a conversation are anchors, covered, or never a label.
 
-    The tables are ``tokens`` and ``blocks``; and ``own``, the tokens under the lab's own mask, which
+    The tables are ``tokens``, ``blocks``, and ``own``: the tokens under the lab's own mask, which
     is shown beside the mask of another trainer where the conversation is known.
 
     Args:
