@@ -227,13 +227,8 @@ def test_an_interrupted_run_goes_on_behind_every_part(tmp_path, monkeypatch, par
         # Parts are torn wherever a kill falls: columns ahead of the journal, half a line in it.
         (folder / "input_id").write_bytes(whole["input_id"] + b"torn")
         (folder / "journal.jsonl").write_bytes(whole["journal.jsonl"] + b'{"items": 9, "we')
-        counts.clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(
-                module._Set, "append", lambda *a: counts.append(a[0].items) or append(*a)
-            )
-            rows = made(path, cache)
-        assert counts[0] == 2 * stop_at, "what was made before is not made again"
+        rows, again = counting(monkeypatch, path, cache)
+        assert again[0] == 2 * stop_at, "what was made before is not made again"
         assert_same(rows, expected)
 
 
