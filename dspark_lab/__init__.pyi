@@ -1,4 +1,11 @@
-from .chats import encode, load_chats, load_tokenizer
+from .chats import (
+    compare_masks,
+    encode,
+    encode_all,
+    encode_answers,
+    load_chats,
+    load_tokenizer,
+)
 from .decoding import decode
 from .explore import (
     explore_acceptance,
@@ -18,8 +25,11 @@ __version__: str
 
 __all__ = [
     "choose_training",
+    "compare_masks",
     "decode",
     "encode",
+    "encode_all",
+    "encode_answers",
     "evaluate",
     "explore_acceptance",
     "explore_anchors",

@@ -1,4 +1,5 @@
 from .chat import Chat, Encoded
+from .compare import compare_masks
 from .display import TokenText, token_texts
 from .reading import SHIPPED_CHATS, Chats, Skipped, load_chats
 from .rows import Batch, collate, describe, one_row, pack, packed_places
@@ -20,6 +21,7 @@ __all__ = [
     "Skipped",
     "TokenText",
     "collate",
+    "compare_masks",
     "describe",
     "encode",
     "encode_all",

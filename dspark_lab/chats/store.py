@@ -399,7 +399,7 @@ def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[tuple[A
     options["template_options"] = settings.template_options
     if like is not None:
         rows = yield from trainer_plan(chat, tokenizer, like, length, **options)
-        return [(ids, mask, 0, 0) for ids, mask, _ in rows]
+        return [(ids, mask, 0, 0) for ids, mask, *_ in rows]
     rendered = render(chat, tokenizer, markers=settings.markers, **options)
     (encoding,) = yield [rendered.text]
     ids, mask, differences = row_arrays(rendered, encoding, chat, length)

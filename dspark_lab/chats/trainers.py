@@ -40,8 +40,8 @@ Like = Literal["automodel", "deepspec", "specforge", "speculators"]
 LIKE: tuple[Like, ...] = get_args(Like)
 
 Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
-# A row, and the messages whose rendering it is.
-Shown = tuple[list[int], list[bool], Sequence[dict[str, Any]]]
+# A row, and the messages and the tools whose rendering it is.
+Shown = tuple[list[int], list[bool], Sequence[dict[str, Any]], Any]
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
@@ -141,7 +141,7 @@ def trainer_rows(
     (rows,) = run_plans([plan], partial(tokenize, tokenizer=tokenizer))
     if isinstance(rows, ValueError):
         raise rows
-    return [(torch.tensor(ids, dtype=torch.long), torch.tensor(mask)) for ids, mask, _ in rows]
+    return [(torch.tensor(ids, dtype=torch.long), torch.tensor(mask)) for ids, mask, *_ in rows]
 
 
 def _automodel(
@@ -191,7 +191,7 @@ def _automodel(
         stop = len(mask) - mask[::-1].index(True) if True in mask else 0
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not mask[i]), 0)
         mask[:start] = [False] * start
-    return [(encoding.ids[:length], mask, messages)]
+    return [(encoding.ids[:length], mask, messages, tools)]
 
 
 def _deepspec(
@@ -208,7 +208,7 @@ def _deepspec(
             message["content"] = family.prefix + content
     text = _render(tokenizer, messages, None, options)
     ids, mask = yield from _between_markers(text, family, length, last_only)
-    return [(ids, mask, messages)]
+    return [(ids, mask, messages, None)]
 
 
 def _specforge(
@@ -240,7 +240,7 @@ def _specforge(
         places = [match.span() for match in re.finditer(re.escape(family.ignored), text)]
         for start, end in (yield from _borders(text, places, length)):
             mask[start:end] = [False] * len(mask[start:end])
-    return [(ids, mask, kept)]
+    return [(ids, mask, kept, chat.tools)]
 
 
 def _speculators(
@@ -273,7 +273,7 @@ def _speculators(
         # A row without a supervised token is dropped.
         if border < len(full):
             mask = [place >= border for place in range(len(full))]
-            rows.append((full, mask, messages[: turn + 1]))
+            rows.append((full, mask, messages[: turn + 1], chat.tools))
     return rows
 
 
