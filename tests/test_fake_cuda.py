@@ -31,7 +31,7 @@ PACKAGE = ROOT / "dspark_lab"
 # cannot run models of transformers.
 EXCEPTIONS = {
     "makes batches of conversations, on the host": """
-        chats.collate chats.describe chats.one_row chats.pack
+        chats.collate chats.describe chats.encode chats.encode_answers chats.one_row chats.pack
         training.BatchOrder.micro_batches training.Run.advance training.Run.backward
         rates.whole_block_anchors
     """,
@@ -45,7 +45,8 @@ EXCEPTIONS = {
         tuning.token_supervision
     """,
     "makes a table or a picture": """
-        explore.block_table explore.explore_training_budget explore.mask_and_tiles
+        explore.block_table explore.explore_anchors explore.explore_masks
+        explore.explore_training_budget explore.mask_and_tiles
         explore.mask_table explore.plot_mask explore.plot_tiles explore.slot_inputs
         explore.sorting_table explore.tile_table explore.token_table
     """,

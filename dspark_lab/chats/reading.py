@@ -78,7 +78,8 @@ def load_chats(
       ``{"from", "value"}``. ``content`` is a string, or a list of ``{"type": "text", "text": ...}``
       parts, which are joined. What else a message has (``reasoning_content``, ``tool_calls``) is
       for the chat template, and refused on encoding where that does not write it.
-    - ``prompt`` and ``completion`` or ``response``: texts or lists of messages.
+    - ``prompt`` and ``completion`` or ``response``: texts or lists of messages. The loss leaves out
+      answers in a prompt.
     - ``instruction``, ``input``, ``output``, ``history``.
     - ``turns``, or ``prompt`` alone: a prompt, which has no answer.
     - ``input_ids`` with ``loss_mask`` (or ``labels``): a trainer's own row, an :class:`Encoded`,

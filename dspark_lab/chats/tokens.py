@@ -156,6 +156,10 @@ def encode_answers(
             )
     if not answers:
         raise ValueError(f"conversation {chat.id!r} holds no answer of the assistant")
+    if any(row.left_out for row in rows):
+        warnings.warn(
+            "the chat template leaves out a part of answers, wherever they stand", stacklevel=3
+        )
     return rows
 
 
@@ -242,7 +246,7 @@ def mask_tokens(rendered: Rendered, encoding: Encoding) -> tuple[list[int], np.n
             start = starts[border] + len(written) - len(written.lstrip())
             end = start + len(written.strip())
             inside = first <= start and end <= last
-            mask[border] |= inside and encoding.tokens[border] == written.strip()
+            mask[border] |= inside and encoding.tokens[border].strip() == written.strip()
     return ids, mask
 
 
