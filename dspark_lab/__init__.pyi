@@ -1,4 +1,11 @@
-from .chats import encode, encode_answers, load_chats, load_tokenizer
+from .chats import (
+    compare_masks,
+    encode,
+    encode_all,
+    encode_answers,
+    load_chats,
+    load_tokenizer,
+)
 from .decoding import decode
 from .explore import (
     explore_acceptance,
@@ -19,9 +26,11 @@ __version__: str
 __all__ = [
     "choose_training",
     "convert_checkpoint",
+    "compare_masks",
     "decode",
     "describe_checkpoint",
     "encode",
+    "encode_all",
     "encode_answers",
     "evaluate",
     "explore_acceptance",
