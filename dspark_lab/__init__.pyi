@@ -1,3 +1,4 @@
+from .attention import check_mask
 from .chats import encode, load_chats, load_tokenizer
 from .decoding import decode
 from .explore import (
@@ -17,6 +18,7 @@ from .tuning import choose_training, export
 __version__: str
 
 __all__ = [
+    "check_mask",
     "choose_training",
     "decode",
     "encode",

@@ -1,5 +1,6 @@
 from .backends import Backend, MaskForm, attend, block_attention, choose_backend, mask_form
 from .compiled import Compiled
+from .findings import Finding, Findings
 from .mask import (
     ContextRanges,
     block_mask,
@@ -10,15 +11,20 @@ from .mask import (
     training_dense_mask,
     training_mask_mod,
 )
+from .mask_check import Variant, check_mask
 
 __all__ = [
     "Backend",
     "Compiled",
     "ContextRanges",
+    "Finding",
+    "Findings",
     "MaskForm",
+    "Variant",
     "attend",
     "block_attention",
     "block_mask",
+    "check_mask",
     "choose_backend",
     "context_ranges",
     "dense_mask",
