@@ -101,13 +101,13 @@ def check_mask(
         seats = owners.seats
     size = _size_of_blocks(mask, head, seats, seen)
     if size != blocks.block_size:
-        seats = seats.blocks_of(size)
+        seats = seats.blocks_of(size, blocks.block_size)
     if seats is not rule:
         seen = regions.count_regions(mask, head, seats)
 
     view = _View(mask, head, rule, seats, seen, window, variants, blocks, batch, to_text)
     found = [*_form(view), *_owners(view, owners, size), *_context(view)]
-    found += [*_own_blocks(view), *_dummies(view), *_empty(view)]
+    found += [*_own_blocks(view), *_dummies(view), *_dummies_themselves(view), *_empty(view)]
     if mask.heads > 1:
         found += list(_heads(view, other_heads))
     if isinstance(mine, BlockMask):
@@ -136,6 +136,7 @@ def _seats(blocks: Blocks, batch: Batch | None, window: int | None) -> Seats:
     return Seats(
         **{name: values.repeat(size, 1) for name, values in spread.items()},
         slot=np.broadcast_to(query % size, shape),
+        slot_kept=kept.repeat(size, 1),
         slot_first=np.broadcast_to(query // size * size, shape),
         slot_past=np.broadcast_to(query // size * size + size, shape),
         padding=padding,
@@ -335,7 +336,8 @@ def _form(view: _View) -> Iterator[Finding]:
 
 
 def _owners(view: _View, owners: regions.Owners | None, size: int) -> Iterator[Finding]:
-    rows = view.mask.rows
+    """Rows and blocks whose context is another's, and blocks that are cut at other places."""
+    rows, query = view.mask.rows, np.arange(view.mask.queries)
     swapped = [] if owners is None else [r for r in range(rows) if owners.rows[r] != r]
     if owners is not None and swapped:
         first = swapped[0]
@@ -344,21 +346,21 @@ def _owners(view: _View, owners: regions.Owners | None, size: int) -> Iterator[F
         yield Finding(ROWS, "broken", finding, len(swapped), rows, "rows", **place)
     else:
         yield view.held(ROWS, rows if rows > 1 else 0, "rows")
-    what = owners.what if owners is not None else ""
-    sizes = f"a block is taken to have {size} slots"
-    if size != view.mask.block_size and what != sizes:
-        differs = view.seats.slot_first != view.rule.slot_first
-        yield view.broken(OWN, f"{sizes}, not {view.mask.block_size}", differs)
-    if what:
-        query = np.arange(view.mask.queries)
-        other = view.seats.anchor != view.rule.anchor
-        other |= view.seats.kept != view.rule.kept
-        if swapped:
-            other |= query >= 0
-        if what.startswith("a block is"):
-            what += f", not {view.mask.block_size}"
-        yield view.broken(OWNERS, what, other if other.any() else query >= 0)
-    else:
+    right, steps = view.mask.block_size, 0
+    sizes = {size}
+    if owners is not None:
+        sizes, steps = sizes | {owners.size}, owners.steps
+    moved = np.broadcast_to(query >= 0, view.rule.slot.shape)
+    for other in sorted(sizes - {right}):
+        finding = f"a block is taken to have {other} slots, not {right}"
+        yield view.broken(OWNERS, finding, moved & (query // other != query // right))
+    if steps != 0:
+        whose = {1: "block after", -1: "block before"}.get(steps or 0, "another block")
+        whose = f"the {whose}" if steps else whose
+        other = (view.seats.anchor != view.rule.anchor) | (view.seats.kept != view.rule.kept)
+        finding = f"the context is that of {whose}"
+        yield view.broken(OWNERS, finding, moved if swapped or not other.any() else other)
+    elif sizes == {right}:
         yield view.held(OWNERS)
 
 
@@ -544,7 +546,7 @@ def _fit(
 def _own_blocks(view: _View) -> Iterator[Finding]:
     """Own and other blocks; dummy blocks' own slots are another rule's."""
     seats, own = view.seats, view.seen.own
-    kept = seats.kept
+    kept = seats.slot_kept
     query = np.arange(view.mask.queries)
     before, behind = query - seats.slot_first, seats.slot_past - 1 - query
     saw = [view.count(region) for region in (regions.BEFORE, regions.ITSELF, regions.BEHIND)]
@@ -671,47 +673,47 @@ def _dummies(view: _View) -> Iterator[Finding]:
     blocks = view.of_blocks(dummy)
     if not dummy.any():
         yield view.held(DUMMY_CONTEXT, 0)
-        yield view.held(DUMMY_OWN, 0)
         return
     context = range(regions.PADDING + 1)
     count, first = view.count(*context) * dummy, view.seen.first[..., : regions.PADDING + 1]
     if count.any():
         key = np.where(first < 0, view.mask.keys, first).min(-1)
-        prefix = view.count(regions.CUT_OFF, regions.CONTEXT)
-        ignored = dummy & (seats.anchor > seats.low)
-        as_kept = ignored.any() and (prefix[ignored] > 0).all() and (count > 0)[ignored].all()
-        what = "dummy blocks see context"
-        if as_kept and (count[ignored] >= (seats.anchor - seats.low)[ignored]).all():
-            what += ", as if they were kept"
+        reach = view.seen.last[..., [regions.CUT_OFF, regions.CONTEXT]].max(-1)
+        prefixed = dummy & (seats.anchor > seats.low)
+        as_kept = prefixed.any() and (reach >= np.maximum(seats.anchor - 2, 0))[prefixed].all()
+        what = "dummy blocks see context" + (", as if they were kept" if as_kept else "")
         pairs = count.sum()
         yield view.broken(DUMMY_CONTEXT, what, count > 0, key, among=blocks, pairs=pairs)
     else:
         yield view.held(DUMMY_CONTEXT, blocks)
 
+
+def _dummies_themselves(view: _View) -> Iterator[Finding]:
+    seats, dummy = view.seats, ~view.seats.slot_kept
+    blocks = view.of_blocks(dummy)
+    if not dummy.any():
+        yield view.held(DUMMY_OWN, 0)
+        return
     got = view.count(regions.BEFORE, regions.ITSELF, regions.BEHIND)
     full = seats.slot_past - seats.slot_first
-    causal = np.arange(view.mask.queries) - seats.slot_first + 1
-    kept_causal = (view.count(regions.BEHIND) * seats.kept).sum() == 0 and (full > 1).any()
-    hidden = dummy & (got == 0)
-    odd = dummy & (got != full) & (got != 0)
-    backward = view.count(regions.BEHIND) == 0
-    if seats.kept.any() and kept_causal:
-        odd &= ~(backward & (got == causal))
-    elif not seats.kept.any() and _all(dummy, backward & (got == causal)) and (full > 1).any():
-        verdict = view.meant("causal")
-        yield view.broken(DUMMY_OWN, "dummy blocks are causal", dummy, verdict=verdict)
+    if dummy.all() and (got == _place_in_block(seats) + 1).all() and (full > 1).any():
+        what, verdict = "dummy blocks are causal", view.meant("causal")
+        yield view.broken(DUMMY_OWN, what, dummy, among=blocks, verdict=verdict)
         return
-    whole = _block_all(view, ~dummy | hidden) & dummy
-    odd |= hidden & ~whole
+    # What is odd about kept blocks is said of them, and no second time of dummies.
+    own, odd, whole = view.seen.own, np.zeros_like(dummy), np.zeros_like(dummy)
+    kept = [own[place] for place in _blocks_where(seats, ~dummy)]
+    patterns = {size: {one[:size, :size].tobytes() for one in kept} for size in set(full.flat)}
+    for place in _blocks_where(seats, dummy):
+        size = int(full[place][0])
+        pattern = own[place][:, :size].tobytes()
+        if (got[place] != size).any() and pattern not in patterns[size]:
+            (odd if got[place].any() else whole)[place] = True
     if odd.any():
         what = "dummy blocks see part of themselves alone"
         yield view.broken(DUMMY_OWN, what, odd, among=blocks)
     if whole.any():
-        sees = view.count(*range(regions.PADDING + 1), regions.EARLIER_BLOCK, regions.LATER_BLOCK)
-        what = "dummy blocks are hidden from themselves"
-        if not (sees * whole).any():
-            what = "dummy blocks see nothing, which some kernels turn into NaN"
-        verdict = view.meant("hidden_dummies")
+        what, verdict = "dummy blocks do not see themselves", view.meant("hidden_dummies")
         yield view.broken(DUMMY_OWN, what, whole, among=blocks, verdict=verdict)
     elif view.asked("hidden_dummies"):
         what = "dummy blocks see themselves, hidden ones were asked for"
@@ -720,8 +722,17 @@ def _dummies(view: _View) -> Iterator[Finding]:
         yield view.held(DUMMY_OWN, blocks)
 
 
-def _all(among: np.ndarray, flags: np.ndarray) -> bool:
-    return bool((flags | ~among).all())
+def _place_in_block(seats: Seats) -> np.ndarray:
+    """Each query's place in its own block."""
+    return np.arange(seats.slot.shape[1]) - seats.slot_first
+
+
+def _blocks_where(seats: Seats, flags: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Row and queries of each own block whose first query is flagged."""
+    for row in range(len(flags)):
+        for first in np.unique(seats.slot_first[row]):
+            if flags[row, first]:
+                yield row, slice(int(first), int(seats.slot_past[row, first]))
 
 
 def _empty(view: _View) -> Iterator[Finding]:

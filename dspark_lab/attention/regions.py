@@ -32,7 +32,8 @@ class Seats:
     """Where each query, [row, query], belongs: to a block's context, and to a block's slots.
 
     The block's document is ``start`` to ``past - 1``, the query its ``slot``; ``slot_first`` to
-    ``slot_past - 1`` are the slots of the query's own block. ``padding`` is [row, key].
+    ``slot_past - 1`` are the slots of the query's own block, which is no dummy where ``slot_kept``.
+    ``padding`` is [row, key].
     """
 
     start: np.ndarray
@@ -42,6 +43,7 @@ class Seats:
     slot: np.ndarray
     slot_first: np.ndarray
     slot_past: np.ndarray
+    slot_kept: np.ndarray
     padding: np.ndarray
     window: int | None
 
@@ -55,14 +57,18 @@ class Seats:
     def context_of(self, row: np.ndarray, query: np.ndarray, slot: np.ndarray) -> Seats:
         """The same, with each query's context that of another row's or block's query."""
         names = "start", "anchor", "past", "kept"
-        return replace(self, slot=slot, **{name: getattr(self, name)[row, query] for name in names})
+        taken = {name: getattr(self, name)[row, query] for name in names}
+        return replace(self, slot=slot, padding=self.padding[row[:, 0]], **taken)
 
-    def blocks_of(self, size: int) -> Seats:
+    def blocks_of(self, size: int, block_size: int) -> Seats:
         """The same, with own blocks of another size."""
-        query = np.broadcast_to(np.arange(self.slot.shape[1]), self.slot.shape)
+        queries = self.slot.shape[1]
+        query = np.broadcast_to(np.arange(queries), self.slot.shape)
         first = query // size * size
-        past = np.minimum(first + size, self.slot.shape[1])
-        return replace(self, slot_first=first, slot_past=past)
+        of = np.minimum(query // size * block_size, queries - 1)
+        kept = np.take_along_axis(self.slot_kept, of, 1)
+        past = np.minimum(first + size, queries)
+        return replace(self, slot_first=first, slot_past=past, slot_kept=kept)
 
     def visible(self, row: int, queries: np.ndarray, seq_len: int, keys: int) -> np.ndarray:
         """The rule at every pair."""
@@ -169,89 +175,91 @@ def context_ends(mask: GivenMask, head: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Owners:
-    """Whose context each query sees: another row's (``rows``), another block's (``what`` says)."""
+    """Whose context each query sees: that of the same place of row ``rows[row]``, of the block so
+    many ``steps`` on (None: of any other), where a block is taken to have ``size`` slots."""
 
     seats: Seats
-    rows: np.ndarray  # of each row, the row whose context it has
-    what: str = ""
+    rows: list[int]
+    steps: int | None
+    size: int
 
 
 def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners:
     """The rows and blocks to which the context belongs by where it ends.
 
-    Its own row and block, unless others explain most of what these do not.
+    Its own row and block, unless others explain most of what these do not; of several that explain
+    as much, the simplest.
     """
-    count, queries = ends.shape
-    query, own_rows = np.arange(queries), np.arange(count)
-    rows = own_rows.copy()
-    for row in range(count):
-        wrong = [_misses(ends[row], seats, other, query) for other in range(count)]
-        if min(wrong) < 0.3 * wrong[row]:
-            rows[row] = int(np.argmin(wrong))
-    by_row = np.repeat(rows[:, None], queries, 1)
-    own = np.repeat(query[None], count, 0)
-    moved = seats.context_of(by_row, own, seats.slot)
-
-    blocks, best = queries // block_size, (_all_misses(ends, moved, own), "", own, seats.slot)
-    limit = 0.3 * best[0]
-    others = {
-        f"the context is that of the block {side}": (
-            (query + step * block_size) % queries,
-            query % block_size,
-        )
-        for side, step in (("before", -1), ("after", 1))
-        if blocks > 1
-    }
-    for size in (block_size - 1, block_size + 1):
-        if size > 0:
-            block = np.minimum(query // size, blocks - 1)
-            others[f"a block is taken to have {size} slots"] = (block * block_size, query % size)
-    for what, (other, slot) in others.items():
-        places, slots = np.repeat(other[None], count, 0), np.repeat(slot[None], count, 0)
-        misses = _all_misses(ends, moved, places)
-        if misses <= limit and misses < best[0]:
-            best = misses, what, places, slots
-    if best[0] > 0 and best[1] == "":
-        places = np.stack([_matched(ends[row], moved, row, block_size) for row in range(count)])
-        misses = _all_misses(ends, moved, places)
-        if misses <= limit and misses < best[0]:
-            best = misses, "the context is that of another block", places, seats.slot
-    _, what, places, slots = best
-    here = np.repeat(own_rows[:, None], queries, 1)
-    return Owners(moved.context_of(here, places, slots) if what else moved, rows, what)
+    rows, queries = ends.shape
+    blocks, query = queries // block_size, np.arange(queries)
+    own = _misses(ends, seats, np.arange(rows), query)
+    best, chosen = 0.3 * own.mean(), Owners(seats, list(range(rows)), 0, block_size)
+    sizes = [size for size in (block_size, block_size - 1, block_size + 1) if size > 0]
+    for steps in (0, 1, -1, None) if blocks > 1 else (0,):
+        for size in sizes:
+            # For each row, the row that fits best, its own where that fits as well.
+            block, misses = np.zeros((rows, rows, queries), dtype=np.int64), np.zeros((rows, rows))
+            for other in range(rows):
+                block[:, other] = np.minimum(query // size, blocks - 1)
+                if steps is None:
+                    block[:, other] = [_matched(e, seats, other, block_size, size) for e in ends]
+                elif steps:
+                    block[:, other] = (block[:, other] + steps) % blocks
+                there = np.full(rows, other)
+                misses[:, other] = _misses(ends, seats, there, block[:, other] * block_size)
+            taken = [
+                row if misses[row, row] == least else int(misses[row].argmin())
+                for row, least in enumerate(misses.min(1))
+            ]
+            for choice in (list(range(rows)), taken):
+                share = misses[range(rows), choice].mean()
+                if share < best:
+                    row = np.repeat(np.array(choice)[:, None], queries, 1)
+                    slot = np.broadcast_to(query % size, ends.shape)
+                    places = block[range(rows), choice] * block_size
+                    moved = seats.context_of(row, places, slot)
+                    best, chosen = share, Owners(moved, choice, steps, size)
+    return chosen
 
 
-def _end(seats: Seats, row: int, query: np.ndarray, longer: int) -> np.ndarray:
-    """Where the context would end if it were ``longer``; -1 where it would be empty."""
-    end = seats.anchor[row, query] + longer
-    return np.where(seats.kept[row, query] & (end > seats.low[row, query]), end, -1)
+def _ends(seats: Seats, row: np.ndarray, query: np.ndarray) -> list[np.ndarray]:
+    """Where the context would end: right, one longer, one shorter, and at the document's end."""
+    anchor = seats.anchor[row, query]
+    return [anchor, anchor + 1, anchor - 1, seats.past[row, query]]
 
 
-def _misses(ends: np.ndarray, seats: Seats, row: int, query: np.ndarray) -> float:
-    """The share of queries whose context does not end at the anchor, nor always one beside it."""
-    return min((ends != _end(seats, row, query, longer)).mean() for longer in (0, 1, -1))
+def _misses(ends: np.ndarray, seats: Seats, row: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """For each row, the share of contexts that do not end as those of these rows' queries do.
+
+    Of those that see context and should: at the anchor, or all of them in another one way. 1 where
+    they are less than half of those that see context.
+    """
+    row = np.broadcast_to(row[:, None], ends.shape)
+    seen = ends >= 0
+    judged = seen & seats.kept[row, query]
+    wrong = [((ends != end) & judged).sum(1) for end in _ends(seats, row, query)]
+    enough = 2 * judged.sum(1) >= seen.sum(1)
+    return np.where(enough, np.min(wrong, axis=0) / np.maximum(judged.sum(1), 1), 1.0)
 
 
-def _all_misses(ends: np.ndarray, seats: Seats, query: np.ndarray) -> float:
-    rows = range(len(ends))
-    return float(np.mean([_misses(ends[row], seats, row, query[row]) for row in rows]))
+def _matched(ends: np.ndarray, seats: Seats, row: int, block_size: int, size: int) -> np.ndarray:
+    """For each query a block whose context ends where its own does; blocks have ``size`` slots.
 
-
-def _matched(ends: np.ndarray, seats: Seats, row: int, block_size: int) -> np.ndarray:
-    """For each query the same slot of the block that ends where its context does, if one does."""
-    query = np.arange(len(ends))
-    best, best_share = query, 0.0
-    for longer in (0, 1, -1):
-        target = _end(seats, row, query[::block_size], longer)
-        order = np.argsort(target, kind="stable")
-        found = np.searchsorted(target[order], ends[::block_size]).clip(max=len(target) - 1)
-        block = order[found]
-        fits = target[block] == ends[::block_size]
-        right = ends[::block_size] == target
-        block = np.where(fits & ~right, block, np.arange(len(target)))
-        inside = ends[::block_size] >= 0
-        several = len(np.unique(block[inside])) >= 0.8 * inside.sum()
-        if several and fits.mean() > best_share:
-            best_share = float(fits.mean())
-            best = np.repeat(block * block_size, block_size) + query % block_size
-    return best
+    What matches none has the blocks that are left.
+    """
+    seen, query = ends[::size], np.arange(len(ends))
+    places = query[::block_size]
+    own = np.minimum(np.arange(len(seen)), len(places) - 1)
+    best, most = own, -1
+    kept = seats.kept[row, places]
+    for target in _ends(seats, row, places)[:3]:
+        order = np.lexsort((~kept, target))
+        block = order[np.searchsorted(target[order], seen).clip(max=len(target) - 1)]
+        block = np.where(seen == target[own], own, block)
+        fits = (seen > 0) & (target[block] == seen)
+        if fits.sum() > most and len(np.unique(block[fits])) >= 0.8 * fits.sum():
+            left = np.setdiff1d(np.arange(len(places)), block[fits])
+            rest = np.nonzero(~fits)[0][: len(left)]
+            best, most = np.where(fits, block, own), fits.sum()
+            best[rest] = left[: len(rest)]
+    return best[query // size]

@@ -1,0 +1,167 @@
+"""`check_mask` names every planted fault, alone and in pairs, and is silent on right masks."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+import dspark_lab as lab
+from dspark_lab.attention import ContextRanges, Findings, block_mask, dense_mask, mask_mod
+from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.chats import Batch
+from tests.draws import MASK, PAD
+from tests.masks import Problem, Rule
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),
+]
+
+PROBLEM = Problem(
+    anchors=[[2, 6, 13, 17, 26, 30, 19, 0], [7, 3, 11, 21, 24, 28, 0, 0]],
+    keep=[[True] * 6 + [False] * 2, [True] * 6 + [False] * 2],
+    docs=[
+        [0] * 10 + [1] * 12 + [2] * 11 + [-1] * 3,
+        [0] * 9 + [1] * 8 + [2] * 15 + [-1] * 4,
+    ],
+    size=4,
+)
+BLOCKS = PROBLEM.blocks
+BATCH = replace(
+    Batch.of_tokens(torch.arange(72).view(2, 36), torch.ones(2, 36)),
+    attention_mask=torch.tensor(PROBLEM.docs) >= 0,
+)
+QUERIES, SEQ_LEN = 32, 36
+
+# Each fault: what a rule or a form has otherwise, and what the check says.
+FAULTS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "includes the anchor": ({"end": 1}, {"the context includes the anchor"}),
+    "one short": ({"end": -1}, {"the context ends one token short"}),
+    "future": (
+        {"to_document_end": True},
+        {"the context includes the anchor", "tokens after the anchor are visible"},
+    ),
+    "begins late": ({"begin": 1}, {"the context begins one token late"}),
+    "begins early": (
+        {"begin": -1},
+        {"the context begins one token early, in the document before"},
+    ),
+    "earlier documents": ({"earlier_documents": True}, {"an earlier document is visible"}),
+    "later documents": ({"later_documents": True}, {"a later document is visible"}),
+    "padding": ({"padding": True}, {"padding is visible"}),
+    "block before": ({"context_of": -1}, {"the context is that of the block before"}),
+    "block after": ({"context_of": 1}, {"the context is that of the block after"}),
+    "shuffled": ({"shuffled": True}, {"the context is that of another block"}),
+    "rows swapped": ({"swap_rows": True}, {"a row has another row's mask"}),
+    "blocks of 5": ({"size": 5}, {"a block is taken to have 5 slots, not 4"}),
+    "blocks of 3": ({"size": 3}, {"a block is taken to have 3 slots, not 4"}),
+    "causal": ({"later": False}, {"blocks are causal, as JetSpec's"}),
+    "anti-causal": ({"earlier": False}, {"blocks are causal against their order"}),
+    "no diagonal": ({"itself": False}, {"slots do not see themselves"}),
+    "slot 0 hidden": ({"hidden_slot": 0}, {"slot 0 is hidden from its own block"}),
+    "earlier blocks": ({"earlier_blocks": True}, {"earlier blocks are visible"}),
+    "later blocks": ({"later_blocks": True}, {"later blocks are visible"}),
+    "all blocks": (
+        {"earlier_blocks": True, "later_blocks": True},
+        {"other blocks are visible"},
+    ),
+    "dummies see token 0": ({"dummies_see_token": 0}, {"dummy blocks see context"}),
+    "keep ignored": ({"ignore_keep": True}, {"dummy blocks see context, as if they were kept"}),
+    "dummies hidden": (
+        {"hidden_dummies": True},
+        {"dummy blocks do not see themselves"},
+    ),
+    "window": ({"window": 5}, {"the context is cut off at a window of 5"}),
+    "window of the anchor": (
+        {"window": 5, "window_of_anchor": True},
+        {"a window of 5 is counted from the anchor, not from each slot"},
+    ),
+    "inverted": ({"form": "inverted"}, {"the mask is inverted: it hides what it should show"}),
+    "transposed": (
+        {"form": "transposed"},
+        {"the mask is transposed: keys are rows, queries columns"},
+    ),
+    "sign": ({"form": "sign"}, {"the sign is wrong: hidden pairs are +inf"}),
+    "slots first": ({"form": "slots first"}, {"the slots' keys come before the context's"}),
+    "slot by slot": (
+        {"form": "slot by slot"},
+        {"queries are ordered slot by slot, not block by block"},
+    ),
+    "one head": ({"form": "one head"}, {"a head sees other pairs than head 0"}),
+}
+VARIANTS = {"causal", "dummies hidden", "window"}
+
+
+def in_form(mask: torch.Tensor, form: str) -> torch.Tensor:
+    if form == "inverted":
+        return ~mask
+    if form == "transposed":
+        return mask.transpose(-1, -2)
+    if form == "sign":
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.inf)
+    if form == "slots first":
+        return mask.roll(QUERIES, 2)
+    if form == "one head":
+        heads = mask[:, None].repeat(1, 3, 1, 1)
+        heads[:, 1, 3, 2] ^= True
+        return heads
+    order = torch.arange(QUERIES).view(8, 4).T.flatten()
+    return mask[:, order][:, :, torch.cat([torch.arange(SEQ_LEN), SEQ_LEN + order])]
+
+
+FORMS = ["inverted", "slot by slot", "slots first", "one head", "transposed", "sign"]
+# Pairs that plant the same thing twice, that hide each other, or in which one is the other's case.
+ALONE = [
+    {"includes the anchor", "future"},
+    {"begins early", "earlier documents"},
+    {"block before", "shuffled"},
+    {"block after", "shuffled"},
+    {"causal", "anti-causal"},
+    {"earlier blocks", "later blocks"},
+    {"dummies see token 0", "keep ignored"},
+]
+
+
+def planted(*names: str) -> tuple[torch.Tensor, set[str]]:
+    """The mask with these faults, and what is to be said of it."""
+    changes = {key: value for name in names for key, value in FAULTS[name][0].items()}
+    forms = [FAULTS[name][0]["form"] for name in names if "form" in FAULTS[name][0]]
+    changes.pop("form", None)
+    mask = Rule(**changes).mask(PROBLEM)
+    for form in sorted(forms, key=FORMS.index):
+        mask = in_form(mask, form)
+    return mask, set.union(*(FAULTS[name][1] for name in names))
+
+
+def found(check: Findings) -> set[str]:
+    return set(check.table["finding"]) - {""}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(name):
+    mask, said = planted(name)
+    check = lab.check_mask(mask, BLOCKS, BATCH)
+    assert found(check) == said
+    assert check.ok == (name in VARIANTS)
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Two faults that do not plant the same thing and of which none hides the other."""
+    return [
+        pair
+        for pair in itertools.combinations(FAULTS, 2)
+        if (
+            FAULTS[pair[0]][0].keys().isdisjoint(FAULTS[pair[1]][0]) or "form" in FAULTS[pair[0]][0]
+        )
+        and set(pair) not in ALONE
+    ]
+
+
+@pytest.mark.parametrize("pair", pairs(), ids=" + ".join)
+def test_of_two_planted_faults_both_are_named(pair):
+    mask, said = planted(*pair)
+    check = lab.check_mask(mask, BLOCKS, BATCH)
+    assert found(check) == said
