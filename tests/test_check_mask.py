@@ -1,6 +1,7 @@
 """`check_mask` names every planted fault, alone and in pairs, and is silent on right masks."""
 
 import itertools
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import dspark_lab as lab
 from dspark_lab.attention import ContextRanges, Findings, block_mask, dense_mask, mask_mod
-from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Batch
+from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
+from dspark_lab.chats import Batch, collate, pack
+from dspark_lab.common import context_doc_ids
 from tests.draws import MASK, PAD
 from tests.masks import Problem, Rule
+from tests.samples import documents
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -137,7 +140,7 @@ def planted(*names: str) -> tuple[torch.Tensor, set[str]]:
 
 
 def found(check: Findings) -> set[str]:
-    return set(check.table["finding"]) - {""}
+    return {finding.finding for finding in check.found} - {""}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -165,3 +168,84 @@ def test_of_two_planted_faults_both_are_named(pair):
     mask, said = planted(*pair)
     check = lab.check_mask(mask, BLOCKS, BATCH)
     assert found(check) == said
+
+
+# Right masks
+
+
+def random_blocks(rng: random.Random) -> tuple[Batch, Blocks]:
+    """Blocks on packed, padded or single rows, sampled or anywhere, in any order, of a layout."""
+    rows, seq_len, count = rng.randint(1, 3), rng.randint(2, 40), rng.randint(1, 9)
+    size, layout = rng.randint(1, 6), rng.choice(["anchor_predicts", "anchor_given"])
+    size = max(size, 2) if layout == "anchor_given" else size
+    marks = ["".join(rng.choices("aaa.", k=rng.randint(1, seq_len))) for _ in range(rows)]
+    if rng.random() < 0.5:
+        more = ["".join(rng.choices("aaa.", k=rng.randint(1, min(seq_len, 12)))) for _ in range(6)]
+        batch = pack(documents(*marks, *more), seq_len, PAD)
+    else:
+        batch = collate(documents(*marks), PAD, seq_len)
+    if rng.random() < 0.6:
+        seed = rng.randrange(10**6)
+        return batch, draw_blocks(batch, count, size, mask_token_id=MASK, seed=seed, layout=layout)
+    shape = len(batch.input_ids), count
+    seed = torch.Generator().manual_seed(rng.randrange(10**6))
+    anchors = torch.randint(seq_len, shape, generator=seed)
+    kept = torch.rand(shape, generator=seed) < rng.choice([0.0, 0.7, 1.1])
+    if rng.random() < 0.5:
+        return batch, cut_blocks(batch, anchors, kept, size, mask_token_id=MASK, layout=layout)
+    docs = context_doc_ids(batch.seq_lens, seq_len, "cpu") if rng.random() < 0.8 else None
+    sizes = {"seq_len": seq_len, "block_size": size, "doc_ids": docs, "layout": layout}
+    return batch, Blocks.of(anchors, kept, **sizes)
+
+
+def right_mask(rng: random.Random) -> tuple[str, Any, Blocks, dict[str, Any]]:
+    """A right mask of any form or variant, and what the caller says of it."""
+    batch, blocks = random_blocks(rng)
+    window = rng.choice([None, None, rng.randint(2, 40)])
+    ranges = ContextRanges.of(blocks, window)
+    mask, options = dense_mask(ranges), {}
+    if rng.random() < 0.5 and window is not None:
+        options["window"] = window
+    if rng.random() < 0.5:
+        options["batch"] = batch
+    variant = rng.choice(["", "", "causal", "hidden"])
+    query, key = torch.arange(ranges.queries), torch.arange(ranges.keys) - blocks.seq_len
+    if variant == "causal":
+        mask &= key <= query[:, None]
+    elif variant == "hidden":
+        kept = blocks.block_keep_mask.repeat_interleave(blocks.block_size, 1)
+        mask &= kept[:, :, None]
+    form = rng.choice(["bool", "4-d", "additive", "minimum", "function", "tiles"])
+    if variant:
+        form = rng.choice(["bool", "additive"])
+    if form == "4-d":
+        mask = mask[:, None]
+    elif form in ("additive", "minimum"):
+        dtype = rng.choice([torch.float32, torch.bfloat16])
+        hidden = -torch.inf if form == "additive" else torch.finfo(dtype).min
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, hidden)
+    elif form == "function":
+        mask = mask_mod(ranges)
+    elif form == "tiles":
+        mask = block_mask(ranges, rng.choice([8, 16, 128]))
+    return f"{variant} {form}", mask, blocks, options
+
+
+def false_alarms(seeds: range) -> list[str]:
+    alarms = []
+    for seed in seeds:
+        name, mask, blocks, options = right_mask(random.Random(seed))
+        check = lab.check_mask(mask, blocks, **options)
+        named = {finding.verdict for finding in check.found} - {"held", "no case", "variant"}
+        if not check.ok or named or ("window" in options and "window" in "".join(found(check))):
+            alarms.append(f"{seed} {name}: {check}")
+    return alarms
+
+
+def test_right_masks_raise_no_alarm():
+    assert false_alarms(range(1000)) == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_right_masks_raise_no_alarm():
+    assert false_alarms(range(1000, 10_000)) == []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import pandas as pd
@@ -44,35 +43,38 @@ class Finding:
         return f"{self.finding}{counted}{', first ' + self.place if self.place else ''}"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Findings:
     """The outcome of :func:`check_mask` or :func:`check_forward`; it prints as sentences.
 
-    Attributes:
-        table: a row for each rule, or for each fault where several break one rule: ``rule``,
-            ``verdict`` (*held*, *broken*, *likely broken* on statistical evidence, *unsure*,
-            *variant*: a legitimate difference, *no case*: nothing to judge by, *note*),
-            ``finding``, ``count``, ``of``, ``unit``, ``pairs``, and the first place.
+    ``found`` has a finding for each rule, or for each fault where several break one rule. A verdict
+    is *held*, *broken*, *likely broken* (on statistical evidence), *unsure*, *variant* (a known and
+    legitimate difference), *no case* (there was nothing to judge by) or *note*.
     """
 
-    def __init__(self, subject: str, found: Sequence[Finding]) -> None:
-        names = [field.name for field in fields(Finding) if field.name != "place"]
-        table = pd.DataFrame([asdict(finding) for finding in found], columns=names)
-        places = ["pairs", "row", "block", "slot", "key"]
-        self.table = table.astype(dict.fromkeys(places, "Int64"))
-        self._subject, self._found = subject, tuple(found)
+    subject: str
+    found: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
         """Whether no rule is broken; a variant breaks none."""
-        return all(finding.verdict in PASSED for finding in self._found)
+        return all(finding.verdict in PASSED for finding in self.found)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each finding: the fields of :class:`Finding`, but for ``place``."""
+        names = [field.name for field in fields(Finding) if field.name != "place"]
+        rows = [[getattr(finding, name) for name in names] for finding in self.found]
+        places = ["pairs", "row", "block", "slot", "key"]
+        return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(places, "Int64"))
 
     @property
     def sentences(self) -> list[str]:
         """What differs from the rules, each with its verdict, and what could not be told."""
-        told = [found for found in self._found if found.verdict not in ("held", "no case")]
+        told = [found for found in self.found if found.verdict not in ("held", "no case")]
         return [f"{found.verdict}: {found.sentence}" for found in told]
 
     def __repr__(self) -> str:
-        held = [found.rule for found in self._found if found.verdict == "held"]
-        start = f"{self._subject} is {'right' if self.ok else 'wrong'}; {len(held)} rules hold"
+        held = sum(found.verdict == "held" for found in self.found)
+        start = f"{self.subject} is {'right' if self.ok else 'wrong'}; {held} rules hold"
         return "\n".join([start, *(f"- {sentence}" for sentence in self.sentences)])

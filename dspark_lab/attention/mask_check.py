@@ -92,8 +92,11 @@ def check_mask(
 
     mask, rule = given_mask(mine, blocks, heads), _seats(blocks, batch, window)
     head, other_heads = _reference_head(mask)
-    mask = regions.form_of(mask, head, rule)
     seats, seen = rule, regions.count_regions(mask, head, rule)
+    if not _inside(seen, seats):
+        form = regions.form_of(mask, head, rule)
+        if form is not mask:
+            mask, seen = form, regions.count_regions(form, head, rule)
     owners = None
     if _context_differs(seen, seats):
         ends = regions.context_ends(mask, head)
@@ -112,7 +115,7 @@ def check_mask(
         found += list(_heads(view, other_heads))
     if isinstance(mine, BlockMask):
         found += list(_tiles(view, mine))
-    return Findings("the mask", found)
+    return Findings("the mask", tuple(found))
 
 
 def _seats(blocks: Blocks, batch: Batch | None, window: int | None) -> Seats:
@@ -159,6 +162,13 @@ def _context_differs(seen: Seen, seats: Seats) -> bool:
     context = seen.count[..., : regions.PADDING + 1].sum(-1)
     prefix = np.where(seats.kept, seen.count[..., regions.CONTEXT], 0)
     return bool((context != wanted).any() or (prefix != wanted).any())
+
+
+def _inside(seen: Seen, seats: Seats) -> bool:
+    """Whether something is visible, and nothing that the rule hides."""
+    right = list(range(regions.BEFORE, regions.BEHIND + 1))
+    shown = seen.count[..., right].sum(-1) + seen.count[..., regions.CONTEXT] * seats.kept
+    return bool(shown.any()) and bool((shown == seen.count.sum(-1)).all())
 
 
 def _size_of_blocks(mask: GivenMask, head: int, seats: Seats, seen: Seen) -> int:
@@ -533,9 +543,12 @@ def _fit(
         if window_of is not None:
             reach = anchor + 1 + (slot if window_of == "slot" else 0)
             bound = seen & (first > low)
-            if not bound.any():
+            if bound.any():
+                window = int((reach - first)[bound][0])
+            elif not seen.all():  # cut off whole, at the least
+                window = int((reach - anchor + short)[~seen].min())
+            else:
                 continue
-            window = int((reach - first)[bound][0])
             low = np.maximum(low, reach - window)
         length = np.clip(anchor - short - low, 0, None)
         if (length == count).all() and (low == first)[seen].all():
