@@ -193,9 +193,11 @@ def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners
     rows, queries = ends.shape
     blocks, query = queries // block_size, np.arange(queries)
     own = _misses(ends, seats, np.arange(rows), query)
-    best, chosen = 0.3 * own.mean(), Owners(seats, list(range(rows)), 0, block_size)
+    best, chosen = own.mean(), Owners(seats, list(range(rows)), 0, block_size)
     sizes = [size for size in (block_size, block_size - 1, block_size + 1) if size > 0]
     for steps in (0, 1, -1, None) if blocks > 1 else (0,):
+        if steps is None and best <= 0.2:
+            break  # what is left are single blocks
         for size in sizes:
             # For each row, the row that fits best, its own where that fits as well.
             block, misses = np.zeros((rows, rows, queries), dtype=np.int64), np.zeros((rows, rows))
@@ -213,7 +215,7 @@ def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners
             ]
             for choice in (list(range(rows)), taken):
                 share = misses[range(rows), choice].mean()
-                if share < best:
+                if share < 0.3 * best:
                     row = np.repeat(np.array(choice)[:, None], queries, 1)
                     slot = np.broadcast_to(query % size, ends.shape)
                     places = block[range(rows), choice] * block_size
@@ -257,7 +259,7 @@ def _matched(ends: np.ndarray, seats: Seats, row: int, block_size: int, size: in
         block = order[np.searchsorted(target[order], seen).clip(max=len(target) - 1)]
         block = np.where(seen == target[own], own, block)
         fits = (seen > 0) & (target[block] == seen)
-        if fits.sum() > most and len(np.unique(block[fits])) >= 0.8 * fits.sum():
+        if fits.sum() > most and len(np.unique(block[fits])) >= 0.6 * fits.sum():
             left = np.setdiff1d(np.arange(len(places)), block[fits])
             rest = np.nonzero(~fits)[0][: len(left)]
             best, most = np.where(fits, block, own), fits.sum()
