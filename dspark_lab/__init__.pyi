@@ -1,4 +1,4 @@
-from .attention import check_mask
+from .attention import check_forward, check_mask
 from .chats import encode, load_chats, load_tokenizer
 from .decoding import decode
 from .explore import (
@@ -18,6 +18,7 @@ from .tuning import choose_training, export
 __version__: str
 
 __all__ = [
+    "check_forward",
     "check_mask",
     "choose_training",
     "decode",

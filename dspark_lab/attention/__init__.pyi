@@ -1,6 +1,7 @@
 from .backends import Backend, MaskForm, attend, block_attention, choose_backend, mask_form
 from .compiled import Compiled
 from .findings import Finding, Findings
+from .forward_check import check_forward
 from .mask import (
     ContextRanges,
     block_mask,
@@ -24,6 +25,7 @@ __all__ = [
     "attend",
     "block_attention",
     "block_mask",
+    "check_forward",
     "check_mask",
     "choose_backend",
     "context_ranges",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -78,3 +79,13 @@ class Findings:
         held = sum(found.verdict == "held" for found in self.found)
         start = f"{self.subject} is {'right' if self.ok else 'wrong'}; {held} rules hold"
         return "\n".join([start, *(f"- {sentence}" for sentence in self.sentences)])
+
+
+def token_shown(token: int, to_text: Callable[[int], str] | None) -> tuple[str | None, str]:
+    """A token for a table, and behind its place in a sentence."""
+    if token < 0:
+        return None, ""
+    if to_text is None:
+        return str(token), f" (token {token})"
+    text = to_text(token)
+    return text, f" {text!r}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dspark_lab.attention import regions
-from dspark_lab.attention.findings import Finding, Findings, Verdict
+from dspark_lab.attention.findings import Finding, Findings, Verdict, token_shown
 from dspark_lab.attention.given_mask import GivenMask, given_mask
 from dspark_lab.attention.mask import ContextRanges, MaskMod
 from dspark_lab.attention.regions import Seats, Seen
@@ -68,9 +68,10 @@ def check_mask(
         batch: their rows, for the tokens in sentences and for which of them are padding.
         window: the sliding window that is meant: slot k of the block at anchor a sees token j
             only where a + k - j < window.
-        variants: the known differences that are meant: *causal* blocks (JetSpec's), *hidden_dummies*
-            (dummy blocks see nothing at all), a *window* of any size. By default whichever is found
-            passes, named as such; given, another one is a fault, and so is the lack of one.
+        variants: the known differences that are meant: *causal* blocks (JetSpec's),
+            *hidden_dummies* (dummy blocks do not see themselves), a *window* of any size. By
+            default whichever is found passes, named as such; given, another one is a fault, and so
+            is the lack of one.
         heads: how many heads to ask a function about.
         to_text: such as ``tokenizer.decode``, for the texts of tokens.
 
@@ -235,7 +236,7 @@ class _View:
     tokens: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", known_tokens(self.blocks, self.batch))
+        object.__setattr__(self, "tokens", _known_tokens(self.blocks, self.batch))
 
     def count(self, *places: int) -> np.ndarray:
         """Visible keys of regions, by query."""
@@ -301,7 +302,7 @@ class _View:
         return self.variants is not None and variant in self.variants
 
 
-def known_tokens(blocks: Blocks, batch: Batch | None) -> np.ndarray:
+def _known_tokens(blocks: Blocks, batch: Batch | None) -> np.ndarray:
     """The rows' tokens, [row, key]; without the batch those that blocks hold, -1 elsewhere."""
     if batch is not None:
         return batch.input_ids.cpu().numpy()
@@ -314,16 +315,6 @@ def known_tokens(blocks: Blocks, batch: Batch | None) -> np.ndarray:
         for row in range(len(tokens)):
             tokens[row, place[row].cpu().numpy()[kept[row]]] = ids[row].cpu().numpy()[kept[row]]
     return tokens
-
-
-def token_shown(token: int, to_text: Callable[[int], str] | None) -> tuple[str | None, str]:
-    """A token for a table, and behind its place in a sentence."""
-    if token < 0:
-        return None, ""
-    if to_text is None:
-        return str(token), f" (token {token})"
-    text = to_text(token)
-    return text, f" {text!r}"
 
 
 def _form(view: _View) -> Iterator[Finding]:
