@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 
 import dspark_lab as lab
@@ -175,11 +175,13 @@ def test_of_two_planted_faults_both_are_named(first, rows):
 # Right outputs
 
 
+@settings(max_examples=40)
 @given(draws())
 def test_right_outputs_of_random_draws_raise_no_alarm(draw: Draw):
     no_alarm(draw.batch, draw.blocks)
 
 
+@settings(max_examples=40)
 @given(cuts())
 def test_right_outputs_of_blocks_anywhere_raise_no_alarm(draw: Draw):
     no_alarm(draw.batch, draw.blocks)
@@ -286,3 +288,31 @@ def test_teachers_that_differ_where_blocks_overlap_are_seen(rows):
     output["aligned_target_logits"] = output["aligned_target_logits"].flip(2)
     said = "the teachers of one and the same label differ between blocks"
     assert found(lab.check_forward(output, *rows)) == {said}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"target_ids": None}, "output must hold target_ids"),
+    ({"target_ids": torch.zeros(2, 8, 3).long()}, "target_ids must be [2, 8, 4], got"),
+    ({"eval_mask": torch.zeros(2, 32)}, "eval_mask must be [2, 8, 4], got shape (2, 32)"),
+    ({"draft_logits": torch.zeros(2, 8, 4)}, "draft_logits must be [2, 8, 4, vocab], got"),
+    ({"confidence_pred": torch.zeros(2, 8, 4).long()}, "confidence_pred must hold floats, got"),
+    ({"block_keep_mask": [True]}, "block_keep_mask must be a tensor, got list"),
+    ({"target_logits": torch.zeros(2, 9, VOCAB)}, "target_logits must be [2, 22, 80], got"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BAD, ids=str)
+def test_what_is_no_output_of_these_blocks_is_refused(change, sentence, rows):
+    output, target = forward(*rows)
+    given = {name: value for name, value in (output | change).items() if value is not None}
+    target = given.pop("target_logits", target)
+    with pytest.raises((ValueError, TypeError)) as refused:
+        lab.check_forward(given, *rows, target_logits=target)
+    assert sentence in str(refused.value)
+
+
+def test_rows_of_other_blocks_are_refused(rows):
+    output, _ = forward(*rows)
+    other = collate(documents("aaa", "aa"), 0)
+    with pytest.raises(ValueError, match="batch must be the rows of blocks"):
+        lab.check_forward(output, other, rows[1])

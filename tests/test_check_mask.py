@@ -120,6 +120,7 @@ FORMS = ["inverted", "slot by slot", "slots first", "one head", "transposed", "s
 ALONE = [
     {"includes the anchor", "future"},
     {"begins early", "earlier documents"},
+    {"future", "shuffled"},  # blocks of one document see the same
     {"block before", "shuffled"},
     {"block after", "shuffled"},
     {"causal", "anti-causal"},
@@ -163,11 +164,213 @@ def pairs() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("pair", pairs(), ids=" + ".join)
-def test_of_two_planted_faults_both_are_named(pair):
-    mask, said = planted(*pair)
-    check = lab.check_mask(mask, BLOCKS, BATCH)
-    assert found(check) == said
+@pytest.mark.parametrize("first", list(FAULTS)[:-1])
+def test_of_two_planted_faults_both_are_named(first):
+    for pair in pairs():
+        if pair[0] == first:
+            mask, said = planted(*pair)
+            assert found(lab.check_mask(mask, BLOCKS, BATCH)) == said, pair
+
+
+def test_the_planted_faults_are_many():
+    assert len(FAULTS) - len(VARIANTS) >= 20 and len(pairs()) > 400
+
+
+# The window that is meant
+
+
+@pytest.mark.parametrize("window", [4, 6])
+def test_a_window_is_held_against_the_one_that_is_meant(window):
+    mask = Rule(window=5).mask(PROBLEM)
+    assert not found(lab.check_mask(mask, BLOCKS, window=5))
+    check = lab.check_mask(mask, BLOCKS, window=window)
+    assert found(check) == {f"the window is 5, not {window}"} and not check.ok
+    check = lab.check_mask(Rule().mask(PROBLEM), BLOCKS, window=window)
+    assert found(check) == {f"the window of {window} is not applied"} and not check.ok
+
+
+def test_a_window_comes_with_other_faults():
+    check = lab.check_mask(Rule(window=5, end=1).mask(PROBLEM), BLOCKS, window=6)
+    assert found(check) == {"the window is 5, not 6", "the context includes the anchor"}
+
+
+# Variants
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("causal", "causal"), ("dummies hidden", "hidden_dummies"), ("window", "window")],
+)
+def test_a_variant_passes_unless_another_one_is_meant(name, variant):
+    (mask, said), (right, _) = planted(name), planted("transposed")
+    right = right.transpose(1, 2)
+    for variants, ok in ((None, True), ([variant], True), ([], False)):
+        check = lab.check_mask(mask, BLOCKS, variants=variants)
+        assert found(check) == said and check.ok == ok
+    assert lab.check_mask(right, BLOCKS, variants=[]).ok
+    assert not lab.check_mask(right, BLOCKS, variants=[variant]).ok
+
+
+# Forms
+
+
+def test_a_function_and_a_block_mask_are_read_like_the_dense_mask():
+    ranges = ContextRanges.of(BLOCKS)
+    rule = mask_mod(ranges)
+
+    def faulty(b, h, q, k):
+        return rule(b, h, q, k) | (k == ranges.end[b, q // 4])
+
+    tiles = create_block_mask(
+        faulty, 2, None, QUERIES, SEQ_LEN + QUERIES, device="cpu", BLOCK_SIZE=16
+    )
+    for mine in (faulty, tiles):
+        check = lab.check_mask(mine, BLOCKS)
+        assert "the context includes the anchor" in found(check)
+        if mine is tiles:
+            verdicts = {finding.rule: finding.verdict for finding in check.found}
+            assert verdicts["the tile lists fit the rule"] == "held"
+
+
+def test_heads_of_a_function_are_compared():
+    rule = mask_mod(ContextRanges.of(BLOCKS))
+    for odd in range(3):
+        check = lab.check_mask(
+            lambda b, h, q, k, odd=odd: rule(b, h, q, k) & (h != odd), BLOCKS, heads=3
+        )
+        assert found(check) == {f"a head sees other pairs than head {int(odd == 0)}"}
+        assert f"first head {odd}, row 0, block 0" in str(check)
+
+
+def test_a_block_mask_may_be_padded_to_multiples_of_128():
+    ranges = ContextRanges.of(BLOCKS)
+    rule = mask_mod(ranges)
+
+    def padded(b, h, q, k):
+        inside = (q < QUERIES) & (k < SEQ_LEN + QUERIES)
+        return rule(b, h, q.clamp(max=QUERIES - 1), k.clamp(max=ranges.keys - 1)) & inside
+
+    def leaking(b, h, q, k):
+        return padded(b, h, q, k) | (k == 100)
+
+    for rule_of, said in ((padded, set()), (leaking, {"keys behind the last slot are visible"})):
+        tiles = create_block_mask(rule_of, 2, None, 128, 128, device="cpu")
+        assert found(lab.check_mask(tiles, BLOCKS)) == said
+
+
+def tiles_with(change: str) -> BlockMask:
+    tiles = block_mask(ContextRanges.of(BLOCKS), 8)
+    lists = {name: getattr(tiles, name) for name in BLOCK_LISTS}
+    if change == "empty":
+        lists["kv_num_blocks"] = (lists["kv_num_blocks"] - 1).clamp(min=0)
+    elif change == "full":
+        numbers, indices = lists["kv_num_blocks"], lists["kv_indices"]
+        lists["full_kv_num_blocks"], lists["full_kv_indices"] = numbers, indices
+        lists["kv_num_blocks"] = torch.zeros_like(numbers)
+    else:
+        lists["q_num_blocks"] = torch.zeros_like(lists["q_num_blocks"])
+    rest = {"BLOCK_SIZE": tiles.BLOCK_SIZE, "mask_mod": tiles.mask_mod}
+    return BlockMask(seq_lengths=tiles.seq_lengths, **lists, **rest)
+
+
+BLOCK_LISTS = [
+    f"{which}_{what}"
+    for which in ("kv", "full_kv", "q", "full_q")
+    for what in ("num_blocks", "indices")
+]
+TILES = {
+    "empty": "the tile lists call a tile empty that its rule sees",
+    "full": "the tile lists call a tile full that its rule hides in part",
+    "backward": "the lists for the backward pass differ from those for the forward pass",
+}
+
+
+@pytest.mark.parametrize("change", TILES)
+def test_tile_lists_are_held_against_their_rule(change):
+    check = lab.check_mask(tiles_with(change), BLOCKS)
+    assert TILES[change] in found(check) <= set(TILES.values()) and not check.ok
+
+
+def test_one_mask_for_all_rows_is_called_that_of_another_row():
+    mask = Rule().mask(PROBLEM)
+    check = lab.check_mask(mask[0], BLOCKS, BATCH)
+    assert found(check) == {"a row has another row's mask"}
+    assert "1 of 2 rows, first row 1, which has that of row 0" in str(check)
+
+
+# What is said
+
+
+def test_the_sentence_has_how_often_and_the_first_place_with_its_token():
+    mask = Rule(end=1).mask(PROBLEM)
+    said = "broken: the context includes the anchor: 12 of 12 blocks, first row 0, block 0, key 2"
+    assert f"- {said}\n" in str(lab.check_mask(mask, BLOCKS)) + "\n"
+    assert f"{said} (token 2)" in str(lab.check_mask(mask, BLOCKS, BATCH))
+    check = lab.check_mask(mask, BLOCKS, BATCH, to_text=lambda token: f" <{token}>")
+    assert f"{said} ' <2>'" in str(check)
+    row = check.table.query("verdict == 'broken'").iloc[0]
+    assert (row["count"], row["of"], row["unit"], row["pairs"]) == (12, 12, "blocks", 48)
+    assert (row["row"], row["block"], row["slot"], row["key"]) == (0, 0, 0, 2)
+    assert row["rule"] == "the anchor itself is hidden" and row["token"] == " <2>"
+
+
+def test_blocks_that_were_drawn_know_the_tokens_around_their_anchors():
+    batch = collate(documents("..aaaaaa"), PAD)
+    blocks = draw_blocks(batch, 2, 2, seed=0)
+    mask = dense_mask(ContextRanges.of(blocks))
+    anchor = int(blocks.anchor_positions[0, 0])
+    mask[0, 0, anchor] = True
+    place = f"first block 0, key {anchor} (token {anchor})"
+    assert f"1 of 2 blocks, {place}" in str(lab.check_mask(mask, blocks))
+
+
+def test_padding_is_known_from_rows_or_from_positions():
+    batch = collate(documents("aaaaaaaa", "aaaa"), PAD)
+    blocks = draw_blocks(batch, 2, 2, seed=0)
+    mask = dense_mask(ContextRanges.of(blocks))
+    mask[1, :, 6] = True
+    for options in ({}, {"batch": batch}):
+        assert found(lab.check_mask(mask, blocks, **options)) == {"padding is visible"}
+
+
+def test_rules_that_hold_and_rules_without_a_case_are_in_the_table():
+    table = lab.check_mask(Rule().mask(PROBLEM), BLOCKS).table.set_index("rule")["verdict"]
+    assert table["other blocks are hidden"] == "held"
+    assert table["padding is hidden"] == "no case"
+
+
+# Refusals
+
+RIGHT = Rule().mask(PROBLEM)
+ZEROS = torch.zeros(RIGHT.shape)
+BAD: list[tuple[Any, str]] = [
+    (RIGHT[:, :, :-1], "keys (36 tokens of context, then the slots), got 32 and 67"),
+    (RIGHT[:, :, :36], "the blocks' own slots are keys too"),
+    (RIGHT[:, :24, :60], "this looks like blocks of 3 slots"),
+    (torch.zeros(2, 32, 100).bool(), "this looks like a context of 68 tokens"),
+    (RIGHT[:, None].int(), "a float to add to scores, 0 visible, got torch.int32"),
+    (RIGHT[0, 0], "[batch, heads, query, key], got shape (68,)"),
+    (RIGHT.repeat(2, 1, 1)[:3], "mine must have 1 or 2 rows, as blocks, got shape (3, 32, 68)"),
+    (RIGHT.float(), "0 where visible and -inf, or the dtype's minimum, where hidden, got 1.0; "),
+    (ZEROS - 1e9, "got -1000000000.0"),
+    (ZEROS * torch.nan, "got nan"),
+    (lambda b, h, q, k: 1 / 0, "mine, called as a mask function, failed: division by zero"),
+    (lambda b, h, q, k: q + k, "must return a bool, got torch.int64"),
+    ("causal", "mine must be a tensor or a BlockMask or a function, got 'causal'"),
+]
+
+
+@pytest.mark.parametrize(("mine", "sentence"), BAD, ids=[said for _, said in BAD])
+def test_what_is_no_mask_of_these_blocks_is_refused(mine, sentence):
+    with pytest.raises((ValueError, TypeError)) as refused:
+        lab.check_mask(mine, BLOCKS)
+    assert sentence in str(refused.value)
+
+
+def test_a_block_mask_of_other_sizes_is_refused():
+    tiles = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 36, 68, device="cpu")
+    with pytest.raises(ValueError, match="mine must have 32 queries"):
+        lab.check_mask(tiles, BLOCKS)
 
 
 # Right masks
@@ -243,9 +446,9 @@ def false_alarms(seeds: range) -> list[str]:
 
 
 def test_right_masks_raise_no_alarm():
-    assert false_alarms(range(1000)) == []
+    assert false_alarms(range(500)) == []
 
 
 @pytest.mark.slow
 def test_ten_thousand_right_masks_raise_no_alarm():
-    assert false_alarms(range(1000, 10_000)) == []
+    assert false_alarms(range(500, 10_000)) == []
