@@ -65,7 +65,8 @@ def training_run(
     with torch.device(device):
         drafter = Drafter(replace(shape, block_size=block_size).drafter_config()).train()
     if target is not None:
-        drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+        heads = target.embed_weight, target.head_weight, target.logit_rule
+        drafter.use_target_embeddings(*heads)
     words = torch.arange(seq_len).remainder(seen or shape.vocab_size)
     everything = torch.ones(seq_len, dtype=torch.bool)
     rows = [Encoded(words, everything, NOBODY) for _ in range(batch_size)]
@@ -202,7 +203,8 @@ def _textbook(drafter: Drafter) -> Callable[..., Any]:
     """The objective from full logits, called like the chunked one."""
 
     def objective(slots: Any, head: Tensor, w2: Tensor | None, **options: Any) -> Any:
-        return output_objective(drafter.output(slots), **options)
+        own = {name: options[name] for name in options if name not in drafter.vocabulary}
+        return output_objective(drafter.output(slots), **own)
 
     return objective
 

@@ -13,7 +13,7 @@ from benchmarks.measure import compare, peak_bytes
 from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.common import sample_anchor_positions
-from dspark_lab.model import Drafter, DrafterConfig, dspark_objective, output_objective
+from dspark_lab.model import Drafter, DrafterConfig, output_objective
 
 BATCH, SEQ_LEN, ANCHORS, BLOCK, RANK = 2, 384, 32, 7, 64
 LAYER_IDS = (1, 8, 15, 22, 28)
@@ -51,7 +51,7 @@ def run() -> Iterator[str]:
     def lab(bf16: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             slots = drafter.slots(blocks, *features)
-            loss = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).loss
+            loss = drafter.objective(slots).loss
         update(loss)
 
     def plain(bf16: bool) -> None:

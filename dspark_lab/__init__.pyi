@@ -9,7 +9,7 @@ from .explore import (
     explore_serving,
     explore_training_budget,
 )
-from .model import load_drafter, load_target
+from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_target
 from .pairs import load_pair
 from .rates import evaluate
 from .training import train
@@ -21,7 +21,9 @@ __all__ = [
     "check_forward",
     "check_mask",
     "choose_training",
+    "convert_checkpoint",
     "decode",
+    "describe_checkpoint",
     "encode",
     "evaluate",
     "explore_acceptance",

@@ -12,11 +12,11 @@ The teacher of a token is the target's distribution behind the token before it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark_lab.chats import Batch
 from dspark_lab.checks import (
@@ -30,6 +30,7 @@ from dspark_lab.checks import (
     require,
 )
 from dspark_lab.common import (
+    build_anchor_candidate_mask,
     build_eval_mask,
     context_doc_ids,
     create_noise_embed,
@@ -38,6 +39,9 @@ from dspark_lab.common import (
 )
 
 Layout = Literal["anchor_predicts", "anchor_given"]
+# What a number of anchors counts for: each row, each document, or all rows of a micro-batch.
+Per = Literal["row", "document", "batch"]
+PER: tuple[Per, ...] = get_args(Per)
 
 
 @checked
@@ -157,15 +161,65 @@ def draw_blocks(
     *,
     mask_token_id: Size = 0,
     seed: int | None = None,
+    per: Per = "row",
     layout: Layout = "anchor_predicts",
 ) -> Blocks:
-    """Sample anchors and cut a block at each; ``seed`` None draws from torch's own stream."""
+    """Cut a block at each anchor of :func:`draw_anchors`."""
+    drawn = draw_anchors(batch, num_anchors, per=per, seed=seed)
+    return cut_blocks(batch, *drawn, block_size, mask_token_id=mask_token_id, layout=layout)
+
+
+@checked
+def draw_anchors(
+    batch: Batch, num_anchors: Count, *, per: Per = "row", seed: int | None = None
+) -> tuple[Int[Tensor, "batch anchor"], Bool[Tensor, "batch anchor"]]:
+    """Draw ``num_anchors`` candidates of each row, of each document, or of the batch in total.
+
+    Every candidate has a random number, and those with the smallest in their row, document or batch
+    become anchors: where a row is one document, or a batch one row, the kept anchors are the same.
+    ``seed`` None draws from torch's own stream.
+
+    Returns:
+        long positions and which are kept, kept ones first and ascending, as
+        :func:`~dspark_lab.common.sample_anchor_positions`. Per row there are ``num_anchors`` of
+        them. Otherwise, on a CPU, as many as the fullest row keeps; on a GPU, where asking would
+        wait, as many as a row can keep: ``seq_len - 1``, or less where the numbers say so.
+    """
     seq_len, device = batch.input_ids.shape[1], batch.input_ids.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    drawn = sample_anchor_positions(
-        seq_len, batch.loss_mask, num_anchors, device, batch.doc_remaining, generator
-    )
-    return cut_blocks(batch, *drawn, block_size, mask_token_id=mask_token_id, layout=layout)
+    if per == "row":
+        return sample_anchor_positions(
+            seq_len, batch.loss_mask, num_anchors, device, batch.doc_remaining, generator
+        )
+    candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask, batch.doc_remaining)
+    rows, width = candidates.shape
+    documents = batch.seq_lens.shape[1]
+    numbers = torch.rand(rows, width, device=device, generator=generator)
+    units, unit = 1, torch.zeros_like(candidates, dtype=torch.long)
+    if per == "document":
+        units = rows * documents
+        row = torch.arange(rows, device=device).unsqueeze(1)
+        unit = row * documents + context_doc_ids(batch.seq_lens, seq_len, device)[:, :width]
+    # What is no candidate is a last unit of its own. Stable: ties go to the earlier position.
+    unit = torch.where(candidates, unit, units).flatten()
+    order = numbers.flatten().argsort(stable=True)
+    order = order[unit[order].argsort(stable=True)]
+    sizes = torch.zeros(units + 1, dtype=torch.long, device=device)
+    sizes = sizes.scatter_add(0, unit, torch.ones_like(unit))
+    place = torch.arange(len(order), device=device) - (sizes.cumsum(0) - sizes)[unit[order]]
+    drawn = torch.zeros_like(candidates).flatten()
+    drawn = drawn.scatter(0, order, (place < num_anchors) & (unit[order] < units)).view(rows, width)
+
+    # Sorting with the others beyond the row's end puts the anchors first.
+    past_end = max(seq_len, 1)
+    anchors = torch.arange(width, device=device).where(drawn, past_end).sort(dim=1).values
+    most = min(width, num_anchors * (documents if per == "document" else 1))
+    if may_be_read(drawn):
+        most = max(drawn.sum(dim=1).tolist(), default=0)
+    most = max(most, 1)
+    anchors = nn.functional.pad(anchors, (0, 1), value=past_end)[:, :most]
+    block_keep_mask = anchors < past_end
+    return anchors * block_keep_mask, block_keep_mask
 
 
 @checked

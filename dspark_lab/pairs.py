@@ -79,7 +79,9 @@ def load_pair(
     else:
         with _quietly():
             target = load_target(folder / "target", local_files_only=True, **options)
-        chats, held_out = (load_chats(folder / f"{name}.jsonl") for name in ("train", "held_out"))
+        chats, held_out = (
+            load_chats(folder / f"{name}.jsonl").conversations for name in ("train", "held_out")
+        )
     loaded = load_drafter(drafter_folder, target=target, **options)
     return Pair(pair, target, loaded, chats, held_out)
 
@@ -100,10 +102,11 @@ def split_chats(paths: Sequence[Path] = ()) -> tuple[list[Chat], list[Chat]]:
 
     No question is in both, and none twice in the first.
     """
-    train = load_chats()
+    train = load_chats().conversations
     held_out = [chat for chat in train if int(chat.id.rsplit("-", 1)[1]) >= FIRST_HELD_OUT]
     for path in paths:
-        train += [replace(chat, id=f"{path.stem}/{chat.id}") for chat in load_chats(path)]
+        added = load_chats(path).conversations
+        train += [replace(chat, id=f"{path.stem}/{chat.id}") for chat in added]
     seen = {question(chat) for chat in held_out}
     kept = []
     for chat in train:
@@ -127,7 +130,7 @@ def question(chat: Chat) -> str:
     """The user's first message; a conversation without one is refused."""
     for message in chat.messages:
         if message["role"] == "user":
-            return message["content"]
+            return str(message["content"])
     raise ValueError(f"conversation {chat.id!r} must have a message of the user, got none")
 
 

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import load_inline
 
 from dspark_lab.attention import ContextRanges, backends, block_mask
-from dspark_lab.blocks import Blocks, cut_blocks
+from dspark_lab.blocks import PER, Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput
 from dspark_lab.model import (
@@ -303,9 +303,13 @@ TABLE = {
     "blocks.cut_blocks": of(
         lambda packed: given(batch(packed), ints(*BLOCKS), flags(*BLOCKS), SLOTS), packed=BOTH
     ),
+    "blocks.draw_anchors": of(
+        lambda packed, per: given(batch(packed), ANCHORS, per=per, seed=3), packed=BOTH, per=PER
+    ),
     "blocks.draw_blocks": of(
-        lambda packed, seed: given(batch(packed), ANCHORS, SLOTS, seed=seed),
+        lambda packed, per, seed: given(batch(packed), ANCHORS, SLOTS, seed=seed, per=per),
         packed=BOTH,
+        per=PER,
         seed=(None, 3),
     ),
     "blocks.times_supervised": of(lambda: given(blocks())),

@@ -271,8 +271,8 @@ TUNE: dict[str, Fault] = {
     "each cell's interval is of one drafter": Fault(
         "tuning.cells:standard_error", lambda right, spread, seeds: right(spread, 1)
     ),
-    "all trainers count a block alike": Fault(
-        "tuning.settings:slots_with_anchor", lambda right, block_size: block_size
+    "every trainer packs as the lab does": Fault(
+        "tuning.settings:_require_rows", lambda right, settings, program: None
     ),
 }
 SERVE: dict[str, Fault] = {

@@ -5,7 +5,9 @@ and keys: every tensor here is one vector, or one matrix that multiplies one vec
 computed from its anchor's document alone, cut out of the row and counted from its own first token,
 so no mask, padding or packing can be wrong. Parameters come from a state dict with the published
 names; gradients are autograd's, through the loops. Nothing of ``dspark_lab`` is used. Index b is a
-row, n a block of it, k a slot of the block.
+row, n a block of it, k a slot of the block. The configuration may ask for the variants of drafters:
+a given anchor (``sample_from_anchor``), windows and causal layers, YaRN, soft caps and a reduced
+vocabulary, whose ids are ``draft_ids`` and whose teacher reads ``target_head``.
 """
 
 import math
@@ -80,18 +82,25 @@ def block(
     anchor: int,
 ) -> list[Slot]:
     """The slots of the block at ``anchor``; everything given is one document."""
-    known = [k for k in range(config["block_size"]) if anchor + k < len(tokens)]
-    hidden = backbone(state, config, tokens[anchor], features[:anchor])
+    given = 0 if config.get("sample_from_anchor", True) else 1
+    predicting = range(config["block_size"] - given)
+    known = [k for k in predicting if anchor + k < len(tokens)]
+    hidden = backbone(state, config, tokens[anchor], features[:anchor])[given:]
     previous = [tokens[anchor + k] for k in known]
     bias = markov_bias(state, config, previous, hidden)
 
-    slots = [Slot() for _ in range(config["block_size"])]
+    slots = [Slot() for _ in predicting]
     unbroken = True
     for k in known:
         slot = slots[k]
-        slot.logits = linear(state, "lm_head", hidden[k])
+        slot.logits = capped(linear(state, "lm_head", hidden[k]), config, "final_logit_softcapping")
         if bias is not None:
             slot.logits = slot.logits + bias[k]
+        slot.logits = (config.get("logit_scale") or 1.0) * slot.logits
+        if config.get("draft_ids") is not None:
+            own = dict(zip(config["draft_ids"], slot.logits, strict=True))
+            never = torch.tensor(-math.inf, dtype=torch.float64)
+            slot.logits = torch.stack([own.get(v, never) for v in range(config["vocab_size"])])
         if config["enable_confidence_head"]:
             read = hidden[k]
             if config["confidence_head_with_markov"]:
@@ -99,13 +108,20 @@ def block(
                 read = torch.cat([hidden[k], embedded])
             slot.confidence = linear(state, "confidence_head.proj", read)[0]
         if last is not None:
-            slot.teacher = linear(state, "lm_head", last[anchor + k])
+            head = "target_head" if config.get("draft_ids") is not None else "lm_head"
+            product = capped(linear(state, head, last[anchor + k]), config, "target_cap")
+            slot.teacher = config.get("target_scale", 1.0) * product
         label = anchor + k + 1
         if label < len(tokens):
             slot.label = tokens[label]
         unbroken = unbroken and label < len(tokens) and supervised[label]
         slot.supervised = unbroken
     return slots
+
+
+def capped(product: Tensor, config: Mapping, name: str) -> Tensor:
+    cap = config.get(name)
+    return product if cap is None else cap * torch.tanh(product / cap)
 
 
 def backbone(state: State, config: Mapping, anchor_token: int, before: Tensor) -> list[Tensor]:
@@ -119,7 +135,7 @@ def backbone(state: State, config: Mapping, anchor_token: int, before: Tensor) -
     for i in range(config["num_hidden_layers"]):
         layer = f"layers.{i}"
         h = [rms_norm(state, f"{layer}.input_layernorm", v, eps) for v in x]
-        attended = attention(state, config, f"{layer}.self_attn", context, h, anchor)
+        attended = attention(state, config, i, context, h, anchor)
         x = [v + a for v, a in zip(x, attended, strict=True)]
         h = [rms_norm(state, f"{layer}.post_attention_layernorm", v, eps) for v in x]
         x = [v + mlp(state, f"{layer}.mlp", u) for v, u in zip(x, h, strict=True)]
@@ -129,13 +145,27 @@ def backbone(state: State, config: Mapping, anchor_token: int, before: Tensor) -
 def attention(
     state: State,
     config: Mapping,
-    name: str,
+    layer: int,
     context: Sequence[Tensor],
     slots: Sequence[Tensor],
     anchor: int,
 ) -> list[Tensor]:
-    """Each slot looks at all of the context before its anchor and at all slots of its block."""
-    size, theta, eps = config["head_dim"], config["rope_theta"], config["rms_norm_eps"]
+    """Each slot looks at all of the context before its anchor and at all slots of its block.
+
+    Under a window, at the context less than so many positions back; a causal layer's slot at no
+    later slot. Unless told otherwise, layers with a window are causal.
+    """
+    name = f"layers.{layer}.self_attn"
+    size, eps = config["head_dim"], config["rms_norm_eps"]
+    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    slides = kinds[layer] == "sliding_attention"
+    causal = slides if config.get("is_causal") is None else config["is_causal"]
+
+    def sees(k: int, place: int) -> bool:
+        if place < anchor:
+            return not slides or anchor + k - place < config["sliding_window"]
+        return not causal or place - anchor <= k
+
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
 
     def project(kind: str, vector: Tensor, head: int) -> Tensor:
@@ -143,7 +173,8 @@ def attention(
 
     def placed(kind: str, vector: Tensor, head: int, position: int) -> Tensor:
         normed = rms_norm(state, f"{name}.{kind}_norm", project(kind, vector, head), eps)
-        return rotation(position, size, theta) @ normed
+        turn, factor = rotation(position, size, config["rope_theta"], config.get("yarn"))
+        return factor * turn @ normed
 
     seen = list(enumerate(context)) + [(anchor + k, vector) for k, vector in enumerate(slots)]
     keys, values = [], []
@@ -157,24 +188,41 @@ def attention(
         for head in range(heads):
             shared = head // (heads // kv_heads)
             query = placed("q", slot, head, anchor + k)
-            scores = [query @ key / math.sqrt(size) for key in keys[shared]]
+            places = [i for i, (position, _) in enumerate(seen) if sees(k, position)]
+            scores = [query @ keys[shared][i] / math.sqrt(size) for i in places]
             weights = torch.softmax(torch.stack(scores), 0)
-            outputs.append(sum(w * v for w, v in zip(weights, values[shared], strict=True)))
+            looked = [values[shared][i] for i in places]
+            outputs.append(sum(w * v for w, v in zip(weights, looked, strict=True)))
         out.append(linear(state, f"{name}.o_proj", torch.cat(outputs)))
     return out
 
 
 @cache
-def rotation(position: int, size: int, theta: float) -> Tensor:
-    """RoPE's matrix: coordinates i and i + size / 2 turn by position / theta^(2i / size)."""
+def rotation(position: int, size: int, theta: float, yarn=None) -> tuple[Tensor, float]:
+    """RoPE's matrix: coordinates i and i + size / 2 turn by position / theta^(2i / size).
+
+    YaRN slows slow pairs down, by its factor those that turn less than ``beta_slow`` times over the
+    original length, and multiplies queries and keys by a factor.
+    """
     matrix = torch.zeros(size, size, dtype=torch.float64)
-    half = size // 2
+    half, factor = size // 2, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        length = yarn.original_max_position_embeddings
+        return size * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
     for i in range(half):
         angle = position / theta ** (2 * i / size)
+        if yarn is not None:
+            low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+            high = min(math.ceil(pair_that_turns(yarn.beta_slow)), size - 1)
+            slowed = min(max((i - low) / (high - low), 0), 1)
+            angle = angle * (1 - slowed) + angle / yarn.factor * slowed
+            factor = 0.1 * math.log(yarn.factor) + 1
         matrix[i, i] = matrix[i + half, i + half] = math.cos(angle)
         matrix[i, i + half] = -math.sin(angle)
         matrix[i + half, i] = math.sin(angle)
-    return matrix
+    return matrix, factor
 
 
 def mlp(state: State, name: str, x: Tensor) -> Tensor:
@@ -263,7 +311,8 @@ def objective(
                     belief = torch.sigmoid(slot.confidence)
             bce = -rate * torch.log(belief) - (1 - rate) * torch.log(1 - belief)
             survives, believed = survives * rate, believed * belief
-            terms = {"count": 1, "weight": weight, "ce": -weight * torch.log(draft[slot.label])}
+            ce = -weight * torch.log(draft[slot.label]) if draft[slot.label] > 0 else zero
+            terms = {"count": 1, "weight": weight, "ce": ce}
             terms |= {"l1": weight * distance, "confidence": weight * bce, "accept": rate}
             terms |= {"confidence_error": abs(belief - rate), "confidence_bias": belief - rate}
             terms |= {"survival": survives, "cumulative_bias": believed - survives}

@@ -117,10 +117,15 @@ def joined_output(
     """The training forward of several batches as the rows of one."""
     length = max(batch.input_ids.shape[1] for batch, _ in parts)
     docs = max(batch.seq_lens.shape[1] for batch, _ in parts)
+    anchors = max(blocks.num_anchors for _, blocks in parts)
 
     def rows(name: str, size: int) -> Tensor:
         of_parts = [getattr(batch, name) for batch, _ in parts]
         return torch.cat([F.pad(x, (0, size - x.shape[1])) for x in of_parts])
+
+    def drawn(name: str) -> Tensor:
+        of_parts = [getattr(blocks, name) for _, blocks in parts]
+        return torch.cat([F.pad(x, (0, anchors - x.shape[1])) for x in of_parts])
 
     packed = {name: rows(name, length) for name in ("position_ids", "doc_remaining")}
     packed["seq_lens"] = rows("seq_lens", docs)
@@ -135,8 +140,8 @@ def joined_output(
         given.context,
         rows("loss_mask", length),
         given.last,
-        anchor_positions=torch.cat([blocks.anchor_positions for _, blocks in parts]),
-        block_keep_mask=torch.cat([blocks.block_keep_mask for _, blocks in parts]),
+        anchor_positions=drawn("anchor_positions"),
+        block_keep_mask=drawn("block_keep_mask"),
         backend="dense",
         **packed,
     )
@@ -150,9 +155,9 @@ def parts_of_step(
     for rank in range(processes):
         order = BatchOrder(tokens, config, rank=rank, processes=processes)
         for batch, seed in order.micro_batches(step):
-            blocks = draw_blocks(
-                batch, config.num_anchors, drafter.config.block_size, mask_token_id=63, seed=seed
-            )
+            sizes = config.num_anchors, drafter.config.block_size
+            per = config.anchors_per
+            blocks = draw_blocks(batch, *sizes, mask_token_id=63, seed=seed, per=per)
             parts.append((batch, blocks))
     return parts
 

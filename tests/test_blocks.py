@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, times_supervised
+from dspark_lab.blocks import PER, Blocks, cut_blocks, draw_anchors, draw_blocks, times_supervised
 from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import sample_anchor_positions
 from tests import oracle
@@ -26,7 +26,7 @@ def cut_again(cut: Draw, batch: Batch, anchors: list, keep: list) -> Blocks:
 def require_equal(one: Blocks, other: Blocks) -> None:
     for field in fields(Blocks):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        assert a == b if field.name == "mask_token_id" else a.equal(b)
+        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
 
 
 def in_blocks(rows: list[list[int]], block_size: int) -> list[list[list[int]]]:
@@ -91,6 +91,50 @@ def test_a_draw_is_a_cut_at_the_candidates_with_the_smallest_numbers(
     assert drawn.eval_mask[..., 0].equal(drawn.block_keep_mask), "a kept anchor has a label"
 
 
+def smallest(batch: Batch, numbers: list, num_anchors: int, per: str) -> list[list[int]]:
+    """The anchors of each row: in each unit the candidates with the smallest numbers."""
+    candidates = oracle.candidate_mask(batch.loss_mask.tolist(), batch.doc_remaining.tolist())
+    docs = oracle.doc_ids(batch.seq_lens.tolist(), batch.input_ids.shape[1])
+    units: dict = {}
+    for row, flags in enumerate(candidates):
+        for position, flag in enumerate(flags):
+            name = {"row": row, "document": (row, docs[row][position]), "batch": 0}[per]
+            if flag:
+                units.setdefault(name, []).append((numbers[row][position], row, position))
+    drawn = [place for unit in units.values() for place in sorted(unit)[:num_anchors]]
+    return [sorted(p for _, r, p in drawn if r == row) for row in range(len(candidates))]
+
+
+@settings(max_examples=100)
+@given(batches(), st.integers(1, 5), st.sampled_from(PER), st.integers(0, 2**32))
+def test_anchors_count_for_each_row_each_document_or_all_rows(batch, num_anchors, per, seed):
+    rows, seq_len = batch.input_ids.shape
+    numbers = torch.rand(rows, seq_len - 1, generator=torch.Generator().manual_seed(seed))
+    expected = smallest(batch, numbers.tolist(), num_anchors, per)
+    width = num_anchors if per == "row" else max(1, *map(len, expected))
+    assert draw_blocks(batch, num_anchors, 2, seed=seed, per=per).num_anchors == width
+    anchors, keep = draw_anchors(batch, num_anchors, seed=seed, per=per)
+    assert anchors.dtype == torch.int64
+    assert anchors.tolist() == [row + [0] * (width - len(row)) for row in expected]
+    assert keep.tolist() == [[n < len(row) for n in range(width)] for row in expected]
+
+
+@pytest.mark.parametrize("per", PER)
+def test_a_compiled_draw_keeps_the_same_anchors_and_asks_for_no_value(per):
+    batch = pack(documents("..aaaaaaaa", "...aaaaa.aaa", "aaaa"), 24, PAD)
+    compiled = torch.compile(draw_anchors, fullgraph=True, backend="eager")
+    drawn = []
+    for draw in (draw_anchors, compiled):
+        torch.manual_seed(5)
+        drawn.append(draw(batch, 3, per=per))
+    (anchors, keep), (wide, kept) = drawn
+    # A row of two documents keeps no more than three of each; a batch no more than three.
+    assert wide.shape[1] == {"row": 3, "document": 6, "batch": 3}[per]
+    count = anchors.shape[1]
+    assert anchors.equal(wide[:, :count]) and keep.equal(kept[:, :count])
+    assert not kept[:, count:].any() and not wide[:, count:].any()
+
+
 def long_row() -> Batch:
     return pack(documents("..aaaaaaaaaaaaaaaa", "...aaaaaaaaaaaaa.aaaaa"), 48, PAD)
 
@@ -116,7 +160,9 @@ def test_everything_but_the_masks_is_long():
     assert blocks.safe_label_indices.tolist() == [[[5, 5], [3, 4]]]
     # By default the mask token is 0; the anchors are as given.
     assert blocks.noise_ids.tolist() == [[[4, 0], [2, 0]]] and blocks.mask_token_id == 0
-    kinds = {name: value.dtype for name, value in vars(blocks).items() if name != "mask_token_id"}
+    kinds = {
+        name: value.dtype for name, value in vars(blocks).items() if isinstance(value, torch.Tensor)
+    }
     assert kinds.pop("anchor_positions") == torch.int32
     masks = {"block_keep_mask": torch.bool, "eval_mask": torch.bool}
     assert kinds == dict.fromkeys(kinds, torch.int64) | masks

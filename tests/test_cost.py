@@ -212,12 +212,13 @@ def test_the_chunked_objectives_products_are_those_inside_its_operator(kind):
     assert counted_slots.all()
     weights = torch.full((len(ids),), 1 / len(ids))
     given = (hidden, latent, last, ids, counted_slots, weights)
+    plain = (None, None, None, 1.0, None, 1.0)
 
     def addmm_(total, left, right, *_, out_shape=None, **options):
         return 2 * left[0] * left[1] * right[1]
 
     inside = counted(
-        lambda: objective._chunked._init_fn(*given, head, w2, 0.1, 0.9, 10, True, False),
+        lambda: objective._chunked._init_fn(*given, head, w2, *plain, 0.1, 0.9, 10, True, False),
         addmm_=addmm_,
     )
     part = line(training_cost(Shape.of(drafter.config), **SIZES), "LM head")
@@ -271,24 +272,66 @@ def test_attention_is_what_pytorch_counts_for_the_pairs_that_the_mask_shows():
 DRAWN = [(1, 2, 3), (2, 1, 1), (9, 1, 3), (9, 3, 1), (10, 2, 5), (11, 4, 3), (8, 9, 3), (12, 3, 4)]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 2, 4, 7])
 @pytest.mark.parametrize("seq_len, num_anchors, block_size", DRAWN)
 def test_the_expected_work_is_the_mean_over_every_draw(
-    monkeypatch: pytest.MonkeyPatch, seq_len, num_anchors, block_size
+    monkeypatch: pytest.MonkeyPatch, seq_len, num_anchors, block_size, window, causal
 ):
+    """Tiles under a window: at most the mean over every draw of those from first to last."""
     monkeypatch.setattr(cost, "TILE", 4)
     kept = min(num_anchors, seq_len - 1)
     draws = []
     for chosen in combinations(range(seq_len - 1), kept):
         anchors = torch.tensor([[*chosen, *(0,) * (num_anchors - kept)]])
         keep = torch.arange(num_anchors).unsqueeze(0) < kept
-        sizes = {"seq_len": seq_len, "block_size": block_size}
+        sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size}
+        sizes |= {"window": window, "causal": causal}
         mask = training_block_mask(anchors, keep, tile_size=4, **sizes)
         tiles = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
         draws.append((int(training_dense_mask(anchors, keep, **sizes).sum()), 16 * tiles))
     pairs, tiled = np.mean(draws, axis=0)
-    work = expected_work(seq_len, num_anchors, block_size, batch_size=3)
+    work = expected_work(seq_len, num_anchors, block_size, 3, window, causal)
     assert work.pairs == pytest.approx(3 * pairs, rel=1e-12)
-    assert work.tiled == pytest.approx(3 * tiled, rel=1e-12)
+    if window is None:
+        assert work.tiled == pytest.approx(3 * tiled, rel=1e-12)
+    else:
+        assert 3 * tiled * (1 - 1e-12) <= work.tiled <= 3 * tiled * 1.6
+
+
+def test_tiles_under_a_window_are_exact_where_anchors_stand_close():
+    anchors = torch.arange(1023)[None]
+    keep = torch.ones_like(anchors, dtype=torch.bool)
+    mask = training_block_mask(anchors, keep, seq_len=1024, block_size=7, window=300)
+    tiles = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+    work = expected_work(1024, 1023, 7, 1, 300)
+    assert work.tiled == pytest.approx(tiles * 128**2, rel=1e-9)
+
+
+def test_a_drafters_layers_cost_what_they_see_and_given_anchors_have_no_logits():
+    """Each layer by its own view; slot 0 of a given anchor goes through the layers alone."""
+    window = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 4}
+    shape = Shape.of(tiny_drafter(sample_from_anchor=False, **window).config)
+    found = line(training_cost(shape, **SIZES), "attention")["forward"]
+    full = expected_work(SEQ_LEN, ANCHORS, BLOCK, BATCH)
+    seen = expected_work(SEQ_LEN, ANCHORS, BLOCK, BATCH, 4, True)
+    assert found == pytest.approx(4 * 4 * 8 * (full.pairs + seen.pairs), rel=1e-12)
+    plain = Shape.of(tiny_drafter().config)
+    for part, share in (("LM head", 2 / 3), ("heads", 2 / 3), ("MLP", 1.0)):
+        of_all, of_given = (line(training_cost(s, **SIZES), part) for s in (plain, shape))
+        assert of_given["forward"] == pytest.approx(share * of_all["forward"], rel=1e-12)
+
+
+def test_a_reduced_vocabulary_halves_the_drafters_part_of_the_head():
+    whole, half = (
+        line(
+            training_cost(Shape.of(tiny_drafter(draft_vocab_size=size).config), **SIZES), "LM head"
+        )
+        for size in (None, 32)
+    )
+    slots = BATCH * ANCHORS * BLOCK
+    assert whole["forward"] - half["forward"] == 2 * slots * 32 * (32 + 8)
+    assert half["backward"] == whole["backward"] / 2
 
 
 def test_large_draws_lose_no_precision():

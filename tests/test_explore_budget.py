@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from dspark_lab import explore, tuning
+from dspark_lab.blocks import PER
 from dspark_lab.chats import encode, load_chats
 from dspark_lab.explore import MEASURED, Explorer, explore_training_budget, plot_budget, plot_fit
 from dspark_lab.explore import budget as budget_module
@@ -275,12 +276,11 @@ def by_hand(**settings) -> dict[str, pd.DataFrame]:
     seq_len, card = settings["seq_len"], settings["card"]
     per, rows = {"per": settings["per"]}, {"batch_size": settings["batch_size"]}
     spans = Spans.of(ENCODED, seq_len=seq_len, row_length=seq_len if settings["packed"] else None)
+    spans = tuning.in_training_batches(spans, settings["batch_size"])
     candidates = spans.candidates(**per).max()
     tried = sorted({num_anchors, *(2**i for i in range(2, 16) if 2**i <= candidates)})
-    blocks = num_anchors
-    if settings["per"] == "document":
-        blocks = round(num_anchors * spans.documents / spans.rows)
-    sizes = {"num_anchors": blocks, "block_size": block_size, **rows}
+    blocks, most = tuning.row_blocks(spans, num_anchors, **per)
+    sizes = {"block_size": block_size, **rows}
     longest, mean = int(spans.row_tokens.max()), round(spans.row_tokens.mean())
     choices = {"num_anchors": tried, "block_sizes": (block_size,), **per, **rows}
     choice = tuning.choose_training(spans, SHAPE, time=card, memory=card, **choices)
@@ -291,14 +291,15 @@ def by_hand(**settings) -> dict[str, pd.DataFrame]:
         "coverage": tuning.supervision_table(spans, tried, (block_size,), **per),
         "slots": tuning.slot_supervision(spans, num_anchors, block_size, **per),
         "never": tuning.never_table(spans),
-        "cost": tuning.training_cost(SHAPE, seq_len=mean, **sizes),
-        "memory": tuning.memory_table(SHAPE, seq_len=longest, **sizes),
+        "cost": tuning.training_cost(SHAPE, seq_len=mean, num_anchors=blocks, **sizes),
+        "memory": tuning.memory_table(SHAPE, seq_len=longest, num_anchors=most, **sizes),
         "fit": tuning.fit_table(SHAPE, card, SEQ_LENS, (block_size,), **rows),
     }
 
 
 MOVES = [("num_anchors", 16), ("block_size", 5), ("packed", False), ("per", "document")]
 MOVES += [("packed", True), ("batch_size", 3), ("seq_len", 512), ("card", "T4"), ("per", "row")]
+MOVES += [("packed", False), ("per", "batch"), ("batch_size", 2)]
 
 
 def test_the_picture_all_tables_and_the_recommendation_follow_every_control():
@@ -319,13 +320,20 @@ def test_the_picture_all_tables_and_the_recommendation_follow_every_control():
 
 def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
     shown = explorer(num_anchors=4, batch_size=2)
-    chosen = TrainingSettings(4, 3, 256, 2)
-    for kind in ("json", *TRAINERS):
+    chosen = TrainingSettings(4, 3, 256, 2, pack_length=256)
+    for kind in ("json", "dspark-lab", "nemo-automodel"):
         shown.controls["export"].value = kind
         assert sentences(shown)[2] == tuning.export(chosen, kind)
         assert '"' not in picture(shown).value.split("<pre>")[1], "escaped"
     assert shown.tables["settings"].to_dict("records") == [vars(chosen)]
     assert shown.tables["recommended"]["num_anchors"].item() != 4
+    assert shown.controls["export"].options == ("json", *TRAINERS)
+    shown.controls["export"].value = "deepspec"
+    assert "DeepSpec always has a row for each conversation" in picture(shown).value
+    assert 'role="alert"' in picture(shown).value
+    shown.controls["packed"].value = False
+    chosen = TrainingSettings(4, 3, 256, 2)
+    assert sentences(shown)[2] == tuning.export(chosen, "deepspec")
 
 
 def test_the_chosen_setting_is_told_in_a_sentence():
@@ -349,7 +357,8 @@ def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):
     assert drawn.call_args.kwargs == {"num_anchors": 8, "at": (LONGEST, 8)}
     shown.controls["packed"].value = True
     spans = Spans.of(ENCODED, seq_len=512, row_length=512)
-    marked = 512, round(8 * 30 / spans.rows)
+    docs = np.bincount(spans.document_row)
+    marked = 512, 8 * docs.max()
     assert drawn.call_args.kwargs == {"num_anchors": 8, "at": marked}
 
 
@@ -358,7 +367,7 @@ def test_what_does_not_fit_is_drawn_with_a_sentence_that_says_so():
     said, chosen, taken = sentences(shown)
     assert said.startswith("Nothing fits: the smallest of these steps takes")
     assert chosen.endswith("GB of 15.8 GB that it may take: it does not fit.")
-    assert taken.startswith("--num-anchors 8 ") and "role=" not in picture(shown).value
+    assert "\n--num-anchors 8 " in taken and "role=" not in picture(shown).value
     assert list(shown.tables) == NAMES and not shown.table["fits"].any()
     assert (shown.tables["fit"]["num_anchors"] == 0).any()
     recommended = shown.tables["recommended"]
@@ -399,7 +408,7 @@ def test_controls_start_where_they_are_told_even_between_their_steps():
     anchors = shown.controls["num_anchors"].options
     assert list(anchors) == sorted(anchors) and set(anchors) == {100, *(2**i for i in range(2, 16))}
     assert set(shown.controls["seq_len"].options) == {300, *SEQ_LENS}
-    assert shown.controls["per"].options == tuning.PER
+    assert shown.controls["per"].options == PER
     # More anchors than a row has candidates stand beside those that it has.
     table = explorer(num_anchors=4096).table
     assert table["num_anchors"].tolist()[-2:] == [128, 4096]
@@ -447,8 +456,8 @@ def test_rows_too_short_and_too_many_blocks_are_said_in_words_and_can_be_left():
     shown.controls["seq_len"].value = 512
     assert list(shown.tables) == NAMES
     # Too many blocks to look at.
-    shown = explorer(random_chats(60), num_anchors=32768, seq_len=8192, per="document")
-    assert "32,768 anchors for each document are 1,966,080 blocks a row" in picture(shown).value
+    shown = explorer(num_anchors=2**18)
+    assert "A row has 262,144 blocks, more than 131,072. Choose fewer." in picture(shown).value
     assert shown.tables == {}
     shown.controls["num_anchors"].value = 4
     assert list(shown.tables) == NAMES

@@ -436,8 +436,8 @@ def test_tables_and_sentences_are_what_the_library_says_of_the_chosen_settings(e
     for name, table in wanted.items():
         pd.testing.assert_frame_equal(explored.tables[name], table, obj=name)
     pd.testing.assert_frame_equal(explored.table, wanted["speedup"])
-    chosen = {"draft_length": k, "threshold": settings["threshold"], "drafter": "DRAFTER"}
-    assert explored.tables["settings"].to_dict("records") == [chosen]
+    chosen = ServingSettings(k, settings["threshold"], block_size=SLOTS, temperature=temperature)
+    assert explored.tables["settings"].to_dict("records") == [vars(chosen)]
     # Below the picture stands what to choose.
     first, second, third, exported = said(explored)
     assert first == serving.advice(acceptance_profile(own, temperature=temperature), costs)
@@ -450,7 +450,7 @@ def test_tables_and_sentences_are_what_the_library_says_of_the_chosen_settings(e
     for row in here.itertuples():
         words = f"{row.policy} {row.throughput:.0f} tokens/s, {row.per_user:.0f} for each user"
         assert words in third
-    assert exported == export(ServingSettings(k, settings["threshold"]), "json")
+    assert exported == export(chosen, "json")
 
 
 def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
@@ -504,7 +504,8 @@ def test_the_chosen_values_are_exported_as_text_or_a_sentence_says_why_not(explo
     put(explored, **SETTINGS[0] | {"threshold": 0.0})
     for kind in ("json", *SERVERS):
         put(explored, export=kind)
-        assert said(explored)[-1] == export(ServingSettings(3), kind)
+        settings = ServingSettings(3, block_size=SLOTS, temperature=SETTINGS[0]["temperature"])
+        assert said(explored)[-1] == export(settings, kind)
         block = picture(explored).value.split("<pre>")[1]
         assert '"' not in block and "'" not in block, "escaped"
     put(explored, threshold=0.3, export="vllm")
@@ -519,7 +520,8 @@ def test_a_drafter_without_a_confidence_head_has_neither_threshold_nor_scheduler
     pd.testing.assert_frame_equal(explorer.tables["load"], loads(HOT, SLOTS, None))
     assert "no confidence head: no threshold and no scheduler" in said(explorer)[1]
     assert explorer.controls["threshold"].disabled
-    assert said(explorer)[-1] == export(ServingSettings(SLOTS), "vllm")
+    settings = ServingSettings(SLOTS, block_size=SLOTS, temperature=1.0)
+    assert said(explorer)[-1] == export(settings, "vllm")
     assert explorer.tables["settings"]["threshold"].tolist() == [0.0]
 
 
@@ -658,7 +660,7 @@ CUT = TRACE.assign(verified=TRACE["verified"] & (TRACE["slot"] < 2), accepted=Fa
 @pytest.mark.parametrize(
     "arguments, error, match",
     [
-        ({"export": "sglang"}, ValueError, r"export must be one of \('json', .*, got 'sglang'"),
+        ({"export": "mlx"}, ValueError, r"export must be one of \('json', .*, got 'mlx'"),
         ({"requests": 3}, ValueError, r"requests must be one of \(1, 8, 64\), got 3"),
         ({"temperature": 0.3}, ValueError, r"temperature must be one of \(0.0, 1.0\), got 0.3"),
         ({"draft_length": 4}, ValueError, "draft_length must be at most 3, got 4"),

@@ -1,66 +1,287 @@
 """A choice is exported in the names of each trainer (notebook 06) and server, and read back."""
 
+import argparse
 import ast
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import tyro
+import yaml
 
 from dspark_lab.training.__main__ import Options
-from dspark_lab.tuning import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
+from dspark_lab.tuning import (
+    SERVERS,
+    TRAINERS,
+    ServingSettings,
+    TrainingSettings,
+    export,
+    exports,
+)
 
 CHOSEN = TrainingSettings(
     num_anchors=384, block_size=7, seq_len=2048, batch_size=3, loss_decay_gamma=5.0
 )
+PACKED = replace(CHOSEN, batch_size=1, pack_length=2048)
 SERVED = ServingSettings(draft_length=5, drafter="my drafter's folder")
 
 
+def words(settings, kind: str) -> list[str]:
+    """What a shell makes of the text: comments are no part of it."""
+    return shlex.split(export(settings, kind), comments=True)
+
+
+def flags(given: list[str], *known: str) -> dict[str, str]:
+    """Values by flag; none may be unknown."""
+    parser = argparse.ArgumentParser()
+    for flag in known:
+        parser.add_argument(flag)
+    found = vars(parser.parse_args(given))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def dotted(given: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in given)
+
+
 def test_json_is_read_back_as_the_same_settings():
-    assert TrainingSettings(**json.loads(export(CHOSEN))) == CHOSEN
-    assert ServingSettings(**json.loads(export(SERVED))) == SERVED
+    for settings in (CHOSEN, PACKED, replace(CHOSEN, per="batch")):
+        assert TrainingSettings(**json.loads(export(settings))) == settings
+    for settings in (SERVED, ServingSettings(3, scheduled=True, cost_file="costs.json")):
+        assert ServingSettings(**json.loads(export(settings))) == settings
 
 
-def test_the_labs_own_flags_are_understood_by_its_trainer():
-    words = ["--out", "run", "--steps", "1", *shlex.split(export(CHOSEN, "dspark-lab"))]
-    options = tyro.cli(Options, args=words)
+@pytest.mark.parametrize("per", ["row", "document", "batch"])
+@pytest.mark.parametrize("pack_length", [None, 4096])
+def test_the_labs_own_flags_are_understood_by_its_trainer(per, pack_length):
+    chosen = replace(CHOSEN, per=per, pack_length=pack_length)
+    given = words(chosen, "dspark-lab")
+    options = tyro.cli(Options, args=["--out", "run", "--steps", "1", *given])
     training = options.training
     assert (training.num_anchors, options.block_size, training.max_length) == (384, 7, 2048)
     assert (training.batch_size, training.loss_decay_gamma) == (3, 5.0)
+    assert (training.pack_length, training.anchors_per) == (pack_length, per)
+
+
+def test_automodel_gets_its_recipe_arguments():
+    expected = {"seq_length": 2048, "micro_batch_size": 3, "block_size": 7, "num_anchors": 384}
+    expected |= {"loss_decay_gamma": 5.0}
+    assert yaml.safe_load(export(CHOSEN, "nemo-automodel")) == {"recipe_args": expected}
+    packed = replace(CHOSEN, pack_length=4096)
+    expected["packed_sequence_size"] = 4096
+    text = export(packed, "nemo-automodel")
+    assert yaml.safe_load(text) == {"recipe_args": expected}
+    # Known of its targets under FlashAttention.
+    assert "micro_batch_size 1 alone" in text
+    assert "alone" not in export(PACKED, "nemo-automodel")
+
+
+def test_deepspec_gets_one_option_each():
+    given = words(CHOSEN, "deepspec")
+    assert given[::2] == ["--opts"] * 5
+    assert dotted(given[1::2]) == {
+        "model.block_size": "7",
+        "model.num_anchors": "384",
+        "model.loss_decay_gamma": "5.0",
+        "data.max_length": "2048",
+        "train.local_batch_size": "3",
+    }
+
+
+def test_specforge_gets_overrides_and_the_block_in_the_drafts_config():
+    assert dotted(words(CHOSEN, "specforge")) == {
+        "training.strategy": "dspark",
+        "training.num_anchors": "384",
+        "training.loss_decay_gamma": "5.0",
+        "training.batch_size": "3",
+        "data.max_length": "2048",
+    }
+    [comment] = [line for line in export(CHOSEN, "specforge").splitlines() if "JSON" in line]
+    # The same count of slots as here.
+    assert json.loads(comment[comment.index("{") :]) == {"block_size": 7}
+
+
+def test_speculators_gets_the_flags_of_one_packed_row():
+    known = "--speculator-type --block-size --max-anchors --total-seq-len --dflash-decay-gamma"
+    for per in ("row", "batch"):
+        assert flags(words(replace(PACKED, per=per), "speculators"), *known.split()) == {
+            "speculator_type": "dspark",
+            "block_size": "7",
+            "max_anchors": "384",
+            "total_seq_len": "2048",
+            "dflash_decay_gamma": "5.0",
+        }
+    for change, sentence in (
+        ({"batch_size": 2}, "one packed row a step, got batch_size 2"),
+        ({"seq_len": 1024}, "seq_len must be pack_length 2048, got 1024"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            export(replace(PACKED, **change), "speculators")
+
+
+def test_torchspec_gets_overrides_of_its_training_section():
+    assert dotted(words(CHOSEN, "torchspec")) == {
+        "training.dflash_loss_objective": "dspark",
+        "training.dflash_block_size": "7",
+        "training.dflash_num_anchors": "384",
+        "training.dflash_loss_decay_gamma": "5.0",
+        "training.micro_batch_size": "3",
+        "training.max_seq_length": "2048",
+    }
+
+
+PACK = ["dspark-lab", "nemo-automodel", "speculators"]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_rows_that_a_trainer_does_not_make_are_refused_with_those_that_do(kind):
+    if kind in PACK:
+        assert export(PACKED, kind)
+    else:
+        with pytest.raises(ValueError, match=f"got pack_length 2048; .* can: {', '.join(PACK)}$"):
+            export(PACKED, kind)
+    if kind == "speculators":
+        with pytest.raises(ValueError, match=r"rows of as many as fit, got .* None; .*deepspec"):
+            export(CHOSEN, kind)
+    else:
+        assert export(CHOSEN, kind)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_anchors_count_for_is_refused_where_the_trainer_has_another(kind):
+    for per, settings in (("document", PACKED), ("batch", replace(CHOSEN, batch_size=2))):
+        chosen = replace(settings, per=per)
+        packs = (chosen.pack_length is not None) in TRAINERS[kind].packs
+        if kind == "dspark-lab":
+            assert f"--anchors-per {per}" in export(chosen, kind)
+        elif packs:
+            with pytest.raises(ValueError, match=f"got per '{per}'; trainers that can: dspark-lab"):
+                export(chosen, kind)
+    # In rows of one conversation, and in batches of one row, nothing else is meant.
+    for chosen in (replace(CHOSEN, per="document"), replace(CHOSEN, per="batch", batch_size=1)):
+        if kind != "speculators":
+            plain = replace(chosen, per="row")
+            text = export(chosen, kind).replace(f" --anchors-per {chosen.per}", "")
+            assert text == export(plain, kind)
 
 
 def test_tensorrt_llm_gets_a_fragment_of_its_options():
-    assert export(SERVED, "tensorrt-llm") == (
-        "speculative_config:\n"
-        "  decoding_type: DSpark\n"
-        '  speculative_model: "my drafter\'s folder"\n'
-        "  max_draft_len: 5\n"
-    )
+    expected = {"decoding_type": "DSpark", "speculative_model": "my drafter's folder"}
+    expected["max_draft_len"] = 5
+    text = export(replace(SERVED, block_size=5), "tensorrt-llm")
+    assert yaml.safe_load(text) == {"speculative_config": expected}
+    files = {"scaling_file": "sts.json", "cost_file": "sps.json"}
+    expected |= {"enable_confidence_scheduling": True, "confidence_sts_path": "sts.json"}
+    expected |= {"confidence_sps_table_path": "sps.json"}
+    text = export(replace(SERVED, scheduled=True, **files), "tensorrt-llm")
+    assert yaml.safe_load(text) == {"speculative_config": expected}
+    with pytest.raises(ValueError, match="scheduled needs a cost_file or a scaling_file"):
+        export(replace(SERVED, scheduled=True), "tensorrt-llm")
 
 
-def test_vllm_gets_one_flag_of_json_that_a_shell_passes_on_whole():
-    flag, value = shlex.split(export(SERVED, "vllm"))
+@pytest.mark.parametrize(("temperature", "sampled"), [(0.0, "greedy"), (0.7, "probabilistic")])
+def test_vllm_gets_one_flag_of_json_that_a_shell_passes_on_whole(temperature, sampled):
+    flag, value = words(replace(SERVED, temperature=temperature), "vllm")
     expected = {"method": "dspark", "model": "my drafter's folder", "num_speculative_tokens": 5}
+    expected["draft_sample_method"] = sampled
     assert flag == "--speculative-config" and json.loads(value) == expected
+    _, value = words(replace(SERVED, temperature=temperature, scheduled=True), "vllm")
+    assert json.loads(value) == expected | {"enable_adaptive_verification": True}
+    with pytest.raises(ValueError, match="vllm takes no cost_file, got 'costs.json'"):
+        export(replace(SERVED, scheduled=True, cost_file="costs.json"), "vllm")
 
 
-@pytest.mark.parametrize(("threshold", "given"), [(0.0, {}), (0.4, {"threshold": 0.4})])
-def test_the_lab_is_called_with_length_and_threshold(threshold, given):
-    call = ast.parse(export(ServingSettings(5, threshold), "dspark-lab")).body[0].value
+def test_sglang_gets_flags_and_its_scheduler_a_table():
+    names = ("algorithm", "draft-model-path", "dspark-block-size")
+    names += ("dspark-sps-table-path", "dspark-confidence-sts-path")
+    known = [f"--speculative-{name}" for name in names]
+    expected = {"speculative_algorithm": "DSPARK", "speculative_dspark_block_size": "5"}
+    expected["speculative_draft_model_path"] = "my drafter's folder"
+    assert flags(words(SERVED, "sglang"), *known) == expected
+    files = {"scaling_file": "sts.json", "cost_file": "my sps.json"}
+    expected["speculative_dspark_sps_table_path"] = "my sps.json"
+    expected["speculative_dspark_confidence_sts_path"] = "sts.json"
+    scheduled = replace(SERVED, scheduled=True, **files)
+    assert flags(words(scheduled, "sglang"), *known) == expected
+    assert "SGLANG_RAGGED_VERIFY_MODE=compact" in export(scheduled, "sglang")
+    with pytest.raises(ValueError, match="scheduled needs a cost_file"):
+        export(replace(SERVED, scheduled=True), "sglang")
+
+
+def test_llama_cpp_gets_flags_without_a_threshold_of_its_own():
+    known = "--spec-type -md --spec-draft-n-max --spec-draft-p-min".split()
+    expected = {"spec_type": "draft-dspark", "md": "my drafter's folder"}
+    expected |= {"spec_draft_n_max": "5", "spec_draft_p_min": "0"}
+    assert flags(words(SERVED, "llama.cpp"), *known) == expected
+    with pytest.raises(ValueError, match="llama.cpp has no scheduler"):
+        export(replace(SERVED, scheduled=True), "llama.cpp")
+
+
+def test_the_lab_is_called_with_what_was_chosen():
+    chosen = ServingSettings(5, 0.4, block_size=7, temperature=0.5)
+    call = ast.parse(export(chosen, "dspark-lab")).body[0].value
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    assert named == {"draft_length": 5} | given
+    assert named == {"draft_length": 5, "threshold": 0.4, "temperature": 0.5}
+    assert "threshold" not in export(SERVED, "dspark-lab")
+    scheduled = export(ServingSettings(5, scheduled=True, scaling_file="t.json"), "dspark-lab")
+    assert "scheduler=scheduler, confidence_temperatures=temperatures)" in scheduled
 
 
-@pytest.mark.parametrize("server", sorted(SERVERS))
+@pytest.mark.parametrize("server", SERVERS)
 def test_not_drafting_is_said_without_a_drafter(server):
-    text = export(ServingSettings(0), server)
+    text = export(ServingSettings(0), server).splitlines()[1]
     assert "None" in text if server == "dspark-lab" else text.startswith("# without")
 
 
-@pytest.mark.parametrize("server", ["tensorrt-llm", "vllm"])
+@pytest.mark.parametrize("server", sorted(set(SERVERS) - {"dspark-lab"}))
 def test_a_server_without_thresholds_is_not_given_one(server):
     with pytest.raises(ValueError, match=f"{server} has no threshold .* got 0.3"):
         export(ServingSettings(5, 0.3), server)
+
+
+# Whether a draft shorter or longer than the block is refused; else it is said.
+LENGTHS = {
+    "dspark-lab": ("silent", "refused"),
+    "vllm": ("said", "said"),
+    "sglang": ("said", "said"),
+    "tensorrt-llm": ("refused", "refused"),
+    "llama.cpp": ("said", "said"),
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_draft_of_another_length_than_the_block_is_refused_or_said(server):
+    whole = export(ServingSettings(7, block_size=7), server)
+    assert whole == export(ServingSettings(7), server)
+    for length, outcome in zip((5, 9), LENGTHS[server], strict=True):
+        settings = ServingSettings(length, block_size=7)
+        if outcome == "refused":
+            with pytest.raises(ValueError, match=f"the block of the drafter, 7 .* got {length}$"):
+                export(settings, server)
+            continue
+        lines = export(settings, server).splitlines()
+        said = [line for line in lines if line.startswith(f"# {length} slots of a block of 7: ")]
+        assert len(said) == (outcome == "said")
+        unsaid = [line for line in lines if line not in said]
+        assert unsaid == export(replace(settings, block_size=None), server).splitlines()
+
+
+def test_each_export_begins_with_the_state_of_the_program_that_was_looked_at():
+    for settings, programs in ((CHOSEN, TRAINERS), (SERVED, SERVERS)):
+        for kind, program in programs.items():
+            given = PACKED if kind == "speculators" else settings
+            first = export(given, kind).splitlines()[0]
+            assert first == f"# names as of {program.name}, {program.source}" and program.source
+
+
+def test_all_exports_hold_the_text_or_why_there_is_none():
+    every = exports(PACKED)
+    assert list(every) == list(TRAINERS)
+    assert every["nemo-automodel"] == export(PACKED, "nemo-automodel")
+    assert every["torchspec"].startswith("# TorchSpec always has a row for each conversation")
+    assert all(text.endswith("\n") for text in every.values())
+    assert list(exports(SERVED)) == list(SERVERS)
 
 
 def test_the_text_is_written_where_a_path_is_given(tmp_path):
@@ -79,3 +300,9 @@ def test_a_trainer_is_not_a_server(kind):
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="loss_decay_gamma must be .*got 0.0"):
         TrainingSettings(1, 7, 64, 1, 0.0)
+    with pytest.raises(ValueError, match="pack_length must be at least seq_len, 64, got 32"):
+        TrainingSettings(1, 7, 64, pack_length=32)
+    with pytest.raises(ValueError, match="per must be 'row', .*'chat'"):
+        TrainingSettings(1, 7, 64, per="chat")
+    with pytest.raises(ValueError, match="cost_file must come with scheduled=True"):
+        ServingSettings(5, cost_file="costs.json")

@@ -31,8 +31,9 @@ PACKAGE = ROOT / "dspark_lab"
 # cannot run models of transformers.
 EXCEPTIONS = {
     "makes batches of conversations, on the host": """
-        chats.collate chats.describe chats.one_row chats.pack
+        chats.collate chats.describe chats.fill_rows chats.one_row chats.pack
         training.BatchOrder.micro_batches training.Run.advance training.Run.backward
+        training.Run.blocks
         rates.whole_block_anchors
     """,
     "counts in NumPy": """

@@ -70,6 +70,7 @@ MEASURED: dict[str, Any] = {
     "rnn": (a_shape(32000, Layers(2, 128, 384, 4, 2, 32), kind="rnn"), (512, 64, 5, 1)),
     "gated, three rows": (a_shape(20000, NARROW, 32, "gated", context=2), (200, 30, 6, 3)),
     "many query heads": (a_shape(12000, Layers(4, 96, 384, 12, 4, 16), 48), (300, 40, 8, 2)),
+    "anchor given": (replace(a_shape(8192, THIN), sample_from_anchor=False), (128, 16, 7, 1)),
     "no Markov head": (a_shape(3000, kind="none", context=4), (700, 20, 12, 1)),
     "few words": (a_shape(8192, THIN), (128, 16, 7, 1), {"seen": 128}),
     "full logits": (a_shape(8192, THIN), (128, 16, 7, 1), {"full": True}),
@@ -121,7 +122,7 @@ def random_step(rng: np.random.Generator) -> tuple[Shape, dict[str, Any]]:
 
 def draws_agree_on_chunks(shape: Shape, sizes: dict[str, Any]) -> bool:
     step = Step(**sizes, device="cpu")
-    counts = np.array([step.slots - step.labels_beyond_rows, step.slots])
+    counts = np.array([step.slots - step.labels_beyond_rows(shape), step.slots])
     return np.ptp(chunk_sizes(counts, shape.vocab_size, False)[0]) == 0
 
 
@@ -183,6 +184,16 @@ def test_the_predicted_peak_with_a_target_that_answers_is_the_measured_one(targe
         assert table["held"][4:].sum() == pytest.approx(of_step, rel=0.1)
         if target_dtype == "fp32":
             assert set(table["moment"]) == {moment}
+
+
+def test_the_predicted_peak_of_a_reduced_vocabulary_is_the_measured_one():
+    layers = Layers(3, 128, 512, 4, 2, 32, qk_norm=False)
+    shape = Shape("x", 8192, THIN, layers, 2, 256, markov_rank=32, tied=True, draft_vocab_size=2048)
+    sizes = sizes_of(128, 32, 7, 1, "fp32") | {"target_dtype": "fp32"}
+    always, of_step = measured_peak(shape, **sizes)
+    table = memory_table(shape, device="cpu", **sizes)
+    assert table["held"][:4].sum() == pytest.approx(always, rel=0.02)
+    assert table["held"].sum() == pytest.approx(always + of_step, rel=0.05)
 
 
 @pytest.mark.gpu

@@ -79,10 +79,15 @@ HEAD_SIZES = {"vocab_size": 23, "markov_rank": 3, "hidden_size": 12}
 INT8 = {"drafter": tiny_drafter(), "folder": "x", "dtype": torch.int8}
 LENGTHS = torch.tensor([[4, 3]])
 NO_ROPE = {"rope_theta": ..., "rope_parameters": ...}
-WINDOW = {"use_sliding_window": True, "sliding_window": 9, "layer_types": None}
-YARN = {"rope_type": "yarn", "factor": 4.0}
+TWICE = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}}
+YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}
+SCALED = {"rope_parameters": {"rope_type": "default", "factor": 4.0, "rope_theta": 1e6}}
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"]}
+NO_WINDOW = SLIDING | {"use_sliding_window": True}
+UNUSED_WINDOW = SLIDING | {"use_sliding_window": False, "sliding_window": 9}
+STRANGE = {"layer_types": ["full_attention", "sliding"]}
 HALF_ROPE = {"rope_theta": 1e6, "partial_rotary_factor": 0.5}
-FULL_ALONE = "layer_types must all be 'full_attention', got .*"
 TABLES = {
     config: [
         ({"head_dim": ..., "block_size": ...}, ValueError, "must hold head_dim, block_size,"),
@@ -95,10 +100,14 @@ TABLES = {
         ({"architectures": ["Qwen3ForCausalLM"]}, ValueError, "architectures .*Qwen3ForCausalLM"),
         ({"model_type": "llama"}, ValueError, "model_type must be 'qwen3' .*, got 'llama'"),
         ({"partial_rotary_factor": 0.5}, ValueError, "partial_rotary_factor .*, got 0.5"),
-        (WINDOW, ValueError, FULL_ALONE + "sliding"),
-        ({"layer_types": ["full_attention", "sliding"]}, ValueError, FULL_ALONE + "sliding"),
+        (STRANGE, ValueError, "layer_types must be .*'sliding_attention', got 'sliding'"),
+        (NO_WINDOW, ValueError, "layer_types with 'sliding_attention' need a sliding_window"),
+        (UNUSED_WINDOW, ValueError, "use_sliding_window false contradicts layer_types"),
         ({"layer_types": 2}, TypeError, "layer_types must be a list, got 2"),
-        ({"rope_scaling": YARN}, ValueError, "rope_scaling .* 'default' alone, got .*yarn"),
+        (TWICE, ValueError, "scaled in one way, got rope_parameters .* and rope_scaling .*yarn"),
+        (LINEAR, ValueError, "rope_parameters must be of rope_type 'default' or 'yarn' .*linear"),
+        (YARN, ValueError, "rope_parameters of rope_type 'yarn' must hold factor"),
+        (SCALED, ValueError, "rope_type .default. must not be scaled"),
         ({"rope_parameters": HALF_ROPE}, ValueError, "rope_parameters .*partial_rotary_factor"),
         ({"rope_parameters": "default"}, TypeError, "rope_parameters must be an object"),
         (NO_ROPE, ValueError, "must hold rope_theta"),

@@ -472,7 +472,7 @@ def test_the_operator_is_declared_as_it_is() -> None:
     flat = given.hidden.flatten(0, 2), given.latent.flatten(0, 2), given.target_hidden.flatten(0, 2)
     mask = given.eval_mask.flatten()
     rest = (given.target_ids.flatten(), mask, mask / 7.0, given.head.detach(), given.w2)
-    settings = (0.1, 0.9, 5)
+    settings = (None, None, None, 1.0, None, 1.0, 0.1, 0.9, 5)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for asks in (True, False):
         inputs = (*flat, *rest, *settings, asks, False)

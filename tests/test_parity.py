@@ -2,7 +2,8 @@
 
 Random small models over every combination of heads, each packed and not; sizes, layers, groups of
 query heads and blocks differ from case to case, and all parameters are random: a fresh drafter's
-Markov bias and confidence are zero, which would hide mistakes.
+Markov bias and confidence are zero, which would hide mistakes. Every second round of them has
+variants: given anchors, windows, causal layers, YaRN, soft caps, reduced vocabularies.
 """
 
 import random
@@ -14,8 +15,15 @@ import torch
 from torch import Tensor
 
 from dspark_lab.common import DSparkForwardOutput
-from dspark_lab.model import Drafter, DrafterConfig, Objective, dspark_objective, output_objective
-from dspark_lab.model.slotwise import distance, rate_of_distance
+from dspark_lab.model import (
+    Drafter,
+    DrafterConfig,
+    Objective,
+    Yarn,
+    dspark_objective,
+    output_objective,
+)
+from dspark_lab.model.slotwise import LogitRule, distance, rate_of_distance
 from tests import oracle, reference
 from tests.samples import slots_of
 
@@ -51,6 +59,10 @@ class Case:
     keep: Tensor
     seq_lens: Tensor | None
     weights: dict[str, float]
+    # The target's own head and rule, and the ids of a reduced vocabulary.
+    target_head: Tensor
+    target_rule: LogitRule
+    draft_ids: list[int] | None
 
 
 @cache
@@ -81,11 +93,22 @@ def case(index: int) -> Case:
         "target_hidden_size": rng.choice([None, 4, 8]),
         "attention_bias": rng.random() < 0.3,
     }
+    target_rule, draft_ids = LogitRule(), None
+    if index >= len(COMBINATIONS):
+        config |= variant(random.Random(-index), config)
+        target_rule = LogitRule([None, 1.5][index % 2], [1.0, 0.7][index // 2 % 2])
+        if config["draft_vocab_size"] is not None:
+            draft_ids = sorted(rng.sample(range(vocab), config["draft_vocab_size"]))
     state = {}
     for name, value in Drafter(DrafterConfig(**config)).state_dict().items():
         norm = name.endswith(("norm.weight", "layernorm.weight"))
         scale = 1.0 if name in ("embed_tokens.weight", "lm_head.weight") else 0.5
         state[name] = norm + scale * torch.randn(value.shape)
+    target_head = state["lm_head.weight"]
+    if draft_ids is not None:
+        target_head = torch.randn(vocab, config["hidden_size"])
+        state["lm_head.weight"] = target_head[draft_ids]
+        state["d2t"] = torch.tensor([v - own for own, v in enumerate(draft_ids)])
 
     lengths = LENGTHS[index % 3] if packed == "packed" else [[10], [10]]
     seq_len = max(map(sum, lengths)) + (1 if packed == "packed" else 0)
@@ -121,7 +144,27 @@ def case(index: int) -> Case:
             "confidence_weight": rng.choice([1.0, 0.4]),
             "loss_decay_gamma": rng.choice([4.0, 1.5]),
         },
+        target_head=target_head,
+        target_rule=target_rule,
+        draft_ids=draft_ids,
     )
+
+
+def variant(rng: random.Random, config: dict) -> dict:
+    """What other drafters than DSpark's may have."""
+    kinds = ["sliding_attention", "full_attention"]
+    yarn = Yarn(factor=rng.choice([2.0, 8.0]), original_max_position_embeddings=64, beta_fast=4.0)
+    return {
+        "sample_from_anchor": rng.random() < 0.4,
+        "block_size": max(2, config["block_size"]),
+        "layer_types": tuple(rng.choice(kinds) for _ in range(config["num_hidden_layers"])),
+        "sliding_window": rng.choice([3, 5, 9]),
+        "is_causal": rng.choice([None, True, False]),
+        "draft_vocab_size": rng.choice([None, config["vocab_size"] // 2]),
+        "final_logit_softcapping": rng.choice([None, 2.0]),
+        "logit_scale": rng.choice([None, 0.6]),
+        "yarn": rng.choice([None, yarn]),
+    }
 
 
 @dataclass(frozen=True)
@@ -137,11 +180,12 @@ class Truth:
 def truth(index: int, teacher: bool = True) -> Truth:
     given = case(index)
     frozen = ("embed_tokens.weight", "lm_head.weight")
-    state = {name: value.double() for name, value in given.state.items()}
+    state = {name: value.double() for name, value in given.state.items() if name != "d2t"}
     trained = {name: value.requires_grad_() for name, value in state.items() if name not in frozen}
+    rule = {"target_cap": given.target_rule.cap, "target_scale": given.target_rule.scale}
     slots = reference.forward(
-        state,
-        given.config,
+        state | {"target_head.weight": given.target_head.double()},
+        given.config | rule | {"draft_ids": given.draft_ids},
         given.input_ids.tolist(),
         given.features.double(),
         given.loss_mask.tolist(),
@@ -150,7 +194,8 @@ def truth(index: int, teacher: bool = True) -> Truth:
         given.keep.tolist(),
         None if given.seq_lens is None else given.seq_lens.tolist(),
     )
-    objective = reference.objective(slots, given.config["block_size"], **given.weights)
+    predicted = DrafterConfig(**given.config).predicted
+    objective = reference.objective(slots, predicted, **given.weights)
     gradients = torch.autograd.grad(objective.loss, list(trained.values()), materialize_grads=True)
     return Truth(slots, objective, dict(zip(trained, gradients, strict=True)))
 
@@ -158,6 +203,8 @@ def truth(index: int, teacher: bool = True) -> Truth:
 def model(given: Case, dtype: torch.dtype) -> Drafter:
     drafter = Drafter(DrafterConfig(**given.config)).to(dtype)
     drafter.load_state_dict(given.state)
+    embedding = given.state["embed_tokens.weight"]
+    drafter.use_target_embeddings(embedding, given.target_head, given.target_rule)
     return drafter
 
 
@@ -183,6 +230,8 @@ def assert_near(got, expected, bound: float, what: str, scale: float = 1.0) -> N
     got, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, expected))
     assert got.shape == expected.shape, what
     assert torch.equal(got.isnan(), expected.isnan()), what
+    assert torch.equal(got.isneginf(), expected.isneginf()), what
+    got, expected = (x.masked_fill(expected.isneginf(), 0) for x in (got, expected))
     error = float((got - expected).nan_to_num().abs().max())
     allowed = bound * max(scale, float(expected.nan_to_num().abs().max()))
     assert error <= allowed, f"{what}: off by {error:.1e}, allowed {allowed:.1e}"
@@ -199,7 +248,7 @@ def assert_slots(output: DSparkForwardOutput, expected: list, bound: float) -> N
         for n, block in enumerate(row):
             assert bool(output.block_keep_mask[b, n]) == (block is not None)
             if block is None:
-                assert output.draft_logits[b, n].isfinite().all()
+                assert not output.draft_logits[b, n].isnan().any()
                 assert not output.eval_mask[b, n].any()
                 assert parts["confidence"] is None or parts["confidence"][b, n].isfinite().all()
                 continue
@@ -241,7 +290,7 @@ def fused(drafter: Drafter, arguments: dict, weights: dict, chunk: int = 128) ->
     """The objective from hidden states, some slots at a time."""
     slots = slots_of(drafter, **arguments)
     heads = drafter.lm_head.weight, drafter.markov_w2_weight
-    return dspark_objective(slots, *heads, chunk=chunk, **weights)
+    return dspark_objective(slots, *heads, chunk=chunk, **weights, **drafter.vocabulary)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -304,6 +353,9 @@ def test_the_cases_reach_everything() -> None:
     configs = [given.config for given in cases]
     for name in ("num_key_value_heads", "attention_bias", "target_hidden_size"):
         assert len({config[name] for config in configs}) > 1
+    names = ("sample_from_anchor", "is_causal", "final_logit_softcapping", "logit_scale", "yarn")
+    for name in (*names, "layer_types", "draft_vocab_size"):
+        assert len({config.get(name) for config in configs if name in config}) > 1
     assert not all(bool(given.keep.all()) for given in cases)
     deepest = {}
     idle = 0

@@ -348,10 +348,6 @@ def test_long_padding_and_long_rows_of_short_documents_are_fine():
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("Gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-        ("Cohere", {}, "logit_scale=0.0625"),
-        ("Granite", {"logits_scaling": 4.0}, "logits_scaling=4.0"),
-        ("RecurrentGemma", {}, "logits_soft_cap=30.0"),
         ("Phi", {}, "must have no bias"),
         ("OPT", {"word_embed_proj_dim": 16, "ffn_dim": 32}, r"\(64, 32\), got shape \(64, 16\)"),
     ],
@@ -360,6 +356,32 @@ def test_target_whose_logits_are_not_its_heads_alone_is_refused(name, options, m
     config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
     with pytest.raises(ValueError, match=match):
         Target(getattr(transformers, f"{name}ForCausalLM")(config), name="odd")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "cap", "scale"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.05}, 0.05, 1.0),
+        ("Gemma2", {"final_logit_softcapping": None}, None, 1.0),
+        ("Gemma3Text", {"final_logit_softcapping": 0.05}, 0.05, 1.0),
+        ("Cohere", {}, None, 0.0625),
+        ("Granite", {"logits_scaling": 4.0}, None, 0.25),
+        ("RecurrentGemma", {"logits_soft_cap": 0.05}, 0.05, 1.0),
+    ],
+)
+def test_a_soft_cap_and_a_factor_are_part_of_the_targets_logits(name, options, cap, scale):
+    """They are those that the model itself gives, far from those without."""
+    kind = name.removesuffix("Text")
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
+    torch.manual_seed(1)
+    lab = Target(getattr(transformers, f"{kind}ForCausalLM")(config))
+    assert (lab.logit_rule.cap, lab.logit_rule.scale) == (cap, scale)
+    ids = random_ids()
+    wanted = lab.model(ids, use_cache=False).logits
+    found = lab.logits(lab.features(ids, [0]).last)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    bare = lab.features(ids, [0]).last @ lab.head_weight.T
+    assert ((bare - wanted).abs().max() > 1e-3) == (cap is not None or scale != 1)
 
 
 def test_factor_of_one_on_the_logits_is_fine():

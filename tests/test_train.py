@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from dspark_lab.chats import Encoded
+from dspark_lab.chats import Batch, Encoded, pack
 from dspark_lab.model import Target, load_drafter, load_target, output_objective
 from dspark_lab.rates import evaluate
 from dspark_lab.training import (
@@ -135,17 +136,40 @@ def test_a_batch_holds_conversations_of_similar_length() -> None:
 @pytest.mark.parametrize("pack_length", [None, 90])
 def test_a_row_holds_one_conversation_or_as_many_as_fit(pack_length: int | None) -> None:
     chats = random_chats(20)
-    config = TrainConfig(4, batch_size=5, max_length=80, pack_length=pack_length)
+    config = TrainConfig(4, batch_size=3, max_length=80, pack_length=pack_length)
     [(batch, _)] = BatchOrder(chats, config, pad_token_id=7).micro_batches(0)
     longest = max(len(chats[index]) for index in batch.chat_index.flatten() if index >= 0)
-    assert batch.input_ids.shape[1] == (pack_length or longest)
-    assert (len(batch.input_ids) == 5) == (pack_length is None)
+    assert batch.input_ids.shape == (3, pack_length or longest)
+    assert (batch.seq_lens.shape[1] > 1) == (pack_length is not None)
     assert (batch.input_ids[~batch.attention_mask] == 7).all()
     for indices, lengths, ids in zip(
         batch.chat_index, batch.seq_lens, batch.input_ids, strict=True
     ):
         here = [chats[index].input_ids for index in indices if index >= 0]
         assert torch.equal(torch.cat(here), ids[: int(lengths.sum())])
+
+
+def held_together(batch: Batch) -> list[tuple[int, ...]]:
+    """The conversations of each row."""
+    return [tuple(i for i in row if i >= 0) for row in batch.chat_index.tolist()]
+
+
+def test_an_epoch_holds_every_packed_row_once_whatever_the_processes() -> None:
+    chats = random_chats(40)
+    settings: dict[str, Any] = {"batch_size": 3, "max_length": 60, "pack_length": 60}
+    config = TrainConfig(99, accumulate=2, **settings)
+    packed = held_together(pack(chats, 60, 0))
+    seen: dict[int, list[tuple[int, ...]]] = {}
+    for rank, step in product((0, 1), range(9)):
+        order = BatchOrder(chats, config, rank=rank, processes=2)
+        for batch, place in order.micro_batches(step):
+            assert place not in seen
+            seen[place] = held_together(batch)
+    per_epoch = len(packed) // 3
+    assert sorted(seen) == list(range(36)) and 36 > 2 * per_epoch and len(packed) % 3
+    for first in (0, per_epoch):
+        epoch = sum((seen[place] for place in range(first, first + per_epoch)), [])
+        assert len(set(epoch)) == 3 * per_epoch and set(epoch) <= set(packed)
 
 
 def test_a_step_follows_from_seed_and_number_alone() -> None:
@@ -165,11 +189,16 @@ def double_run(
     return Run(drafter, config, chats, out, Processes()), target
 
 
+PACKED = {"accumulate": 2, "pack_length": 60, "max_length": 60, "batch_size": 1}
+
+
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
         ({"accumulate": 3}, {}),
         ({"accumulate": 2, "pack_length": 60, "max_length": 60}, {"markov_head_type": "rnn"}),
+        (PACKED | {"anchors_per": "document", "num_anchors": 2}, {}),
+        (PACKED | {"anchors_per": "batch"}, {}),
         ({"accumulate": 4, "batch_size": 1, "ce_only_fraction": 1.0}, {}),
     ],
 )
@@ -773,11 +802,12 @@ def test_the_command_line_names_a_flag_that_it_does_not_know(
 
 FLAGS = """
 --target smollm2 --data None --held-out None --features live --cache None --target-dtype float32
---parallel None --drafter None --layers 2 --block-size 7 --markov-rank 64 --markov-head vanilla
---layer-ids None --mask-token None --no-compile
---batch-size 8 --accumulate 1 --num-anchors 64 --max-length 2048 --pack-length None
---learning-rate 0.0006 --warmup-steps 20 --schedule cosine --final-lr-ratio 0.05 --weight-decay 0.0
---beta1 0.9 --beta2 0.95 --clip-norm 1.0 --seed 0 --precision fp32 --ce-weight 0.1 --l1-weight 0.9
+--parallel None --drafter None --layers 2 --block-size 7 --sample-from-anchor --markov-rank 64
+--markov-head vanilla --layer-ids None --mask-token None --no-compile
+--batch-size 8 --accumulate 1 --num-anchors 64 --anchors-per row --max-length 2048
+--pack-length None --learning-rate 0.0006 --warmup-steps 20 --schedule cosine
+--final-lr-ratio 0.05 --weight-decay 0.0 --beta1 0.9 --beta2 0.95 --clip-norm 1.0 --seed 0
+--precision fp32 --ce-weight 0.1 --l1-weight 0.9
 --confidence-weight 1.0 --loss-decay-gamma 4.0 --ce-only-fraction 0.0 --vocabulary full
 --checkpoint-every 0 --keep-checkpoints 2 --evaluate-every 0 --evaluate-anchors 32
 """

@@ -1,11 +1,22 @@
 """`choose_training`: gains and costs of every option, and the best that fits."""
 
+import json
 import math
+import shlex
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from dspark_lab.blocks import PER, draw_blocks, times_supervised
+from dspark_lab.chats import encode, load_chats
+from dspark_lab.model import load_target
+from dspark_lab.training import BatchOrder, History, Run, TrainConfig
+from dspark_lab.training.__main__ import main
 from dspark_lab.tuning import (
     CARDS,
     Shape,
@@ -15,13 +26,17 @@ from dspark_lab.tuning import (
     card_time,
     cell_table,
     choose_training,
+    export,
+    in_training_batches,
     load_sweep,
     predict_sweep,
+    row_blocks,
     supervision,
     sweep_check,
     training_memory,
 )
 from dspark_lab.tuning.choice import _front
+from tests import runs
 from tests.samples import random_chats
 
 SHAPE = Shape.of("pocket")
@@ -111,6 +126,98 @@ def test_packed_rows_are_as_long_as_asked_and_spans_keep_theirs():
     assert table["seq_len"].unique().tolist() == [64, 128]
     with pytest.raises(ValueError, match="have their rows already"):
         choose_training(Spans.of(CHATS), SHAPE, time=TIME, seq_lens=(64,))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny target on disk, and 60 conversations of 20 to 120 tokens."""
+    folder = tmp_path_factory.mktemp("files")
+    target, data = runs.target_on_disk(folder)
+    words = ("yes", "no", "green", "hello", "one", "two")
+    lines = [
+        {"prompt": f"Say {word}.", "response": f"{word} " * count}
+        for word, count in product(words, range(3, 13))
+    ]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    return target, data
+
+
+def counting(seen: list[dict[str, int]]) -> Callable[..., Any]:
+    """``Run.blocks``, which notes what each micro-batch holds."""
+    draw = Run.blocks
+
+    def noted(run: Run, batch: Any, seed: int) -> Any:
+        batch, blocks = draw(run, batch, seed)
+        covered = int((times_supervised(blocks) > 0).sum())
+        held = {"places": batch.input_ids.numel(), "tokens": int(batch.seq_lens.sum())}
+        held |= {"anchors": int(blocks.block_keep_mask.sum()), "covered": covered}
+        seen.append(held | {"width": blocks.num_anchors})
+        return batch, blocks
+
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("packed", "per"), [(False, "row"), (True, "row"), (True, "document"), (True, "batch")]
+)
+def test_the_exported_line_trains_with_what_was_predicted_for_a_step(
+    packed, per, files, tmp_path, monkeypatch
+):
+    target, data = files
+    tokenizer = load_target(str(target), local_files_only=True).tokenizer
+    encoded = [encode(chat, tokenizer) for chat in load_chats(data)]
+    length = 150 if packed else max(map(len, encoded))
+    rows = Spans.of(encoded, row_length=length).rows if packed else len(encoded)
+    batch_size = next(size for size in (3, 2, 5, 7) if rows % size == 0)
+    choice = choose_training(
+        *(encoded, SHAPE),
+        **{"time": TIME, "num_anchors": (5,), "block_sizes": (3,), "seq_lens": (length,)},
+        **{"packed": packed, "per": per, "batch_size": batch_size},
+    )
+    line = choice.table.iloc[0]
+    epochs = -(-60 * batch_size // rows)
+    steps = epochs * rows // batch_size
+    command = f"--out {tmp_path} --target {target} --data {data} --steps {steps} --device cpu"
+    command += " --layers 1 --markov-rank 4 --learning-rate 0 "
+    seen: list[dict[str, int]] = []
+    monkeypatch.setattr(Run, "blocks", counting(seen))
+    main(shlex.split(command + export(choice.settings, "dspark-lab"), comments=True))
+
+    found = pd.DataFrame(seen)
+    assert len(found) == steps and History.read(tmp_path).table()["tokens"].sum() > 0
+    assert History.read(tmp_path).table()["tokens"].tolist() == found["tokens"].tolist()
+    # Whole epochs, in which every row is seen as often: no luck in these.
+    assert found["tokens"].mean() == pytest.approx(line["tokens"])
+    assert found["anchors"].mean() == pytest.approx(line["anchors"])
+    if packed:
+        assert (found["places"] == batch_size * line["row_tokens"]).all()
+    # Seed fixed; fewer than one of ten thousand seeds is four standard errors off.
+    error = found["covered"].std() / math.sqrt(steps)
+    assert abs(found["covered"].mean() - line["covered"]) < 4 * error
+    assert error < 0.05 * line["covered"]
+
+
+@pytest.mark.parametrize("per", PER)
+def test_blocks_of_a_row_are_those_that_training_draws(per):
+    chats = random_chats(60)
+    spans = Spans.of(chats, row_length=100)
+    order = BatchOrder(chats, TrainConfig(99, batch_size=4, max_length=100, pack_length=100))
+    epoch = range(spans.rows // 4)
+    assert spans.rows % 4 == 0
+    widths = [
+        draw_blocks(batch, 7, 3, per=per, seed=seed).num_anchors
+        for batch, _ in (next(order.micro_batches(step)) for step in epoch)
+        for seed in range(30)
+    ]
+    blocks, most = row_blocks(in_training_batches(spans, 4), 7, per)
+    assert blocks == pytest.approx(np.mean(widths), abs=0.6)
+    assert most == max(widths) >= 7 * (per != "batch")
+    assert row_blocks(Spans.of(chats), 7, per) == (7, 7)
+
+
+def test_a_total_needs_as_many_rows_as_a_batch_has():
+    with pytest.raises(ValueError, match="batch_size must be at most the number of rows, 12, "):
+        chosen(per="batch", batch_size=13)
 
 
 def sweep(*taus: float) -> pd.DataFrame:

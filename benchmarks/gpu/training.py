@@ -29,7 +29,7 @@ def run(report: Report) -> None:
     )
     target, mask = pair.target, pair.drafter.config.mask_token_id
     drafter = new_drafter(target, mask_token_id=mask).to(target.device)
-    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight, target.logit_rule)
     tokens = encode_chats(pair.chats[: report.pick(None, 8)], target, config.max_length)
     held_out = pair.held_out[: report.pick(HELD_OUT, 2)]
     others = encode_chats(held_out, target, 1024)

@@ -120,7 +120,7 @@ def make_pocket_corpus(work: Path, most: int = 60) -> Path:
 
 def split_questions(path: Path) -> tuple[list[Chat], list[Chat]]:
     """Conversations to train on, and every eighth, which is held out."""
-    chats = load_chats(path)
+    chats = load_chats(path).conversations
     return [chat for number, chat in enumerate(chats) if number % 8 != 7], chats[7::8]
 
 

@@ -4,6 +4,7 @@ from .findings import Finding, Findings
 from .forward_check import check_forward
 from .mask import (
     ContextRanges,
+    View,
     block_mask,
     context_ranges,
     dense_mask,
@@ -22,6 +23,7 @@ __all__ = [
     "Findings",
     "MaskForm",
     "Variant",
+    "View",
     "attend",
     "block_attention",
     "block_mask",

@@ -30,6 +30,7 @@ def block_attention(
     block_size: BlockSize,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     window: Count | None = None,
+    causal: bool = False,
     scale: Finite | None = None,
     backend: Backend = "auto",
     block_mask: BlockMask | None = None,
@@ -52,7 +53,8 @@ def block_attention(
         backend: ``auto`` takes ``flex`` on CUDA, ``blockwise`` on the CPU, elsewhere ``dense``.
         block_mask: for ``flex``, that of the same blocks, where several calls share one.
     """
-    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size}
+    sizes |= {"window": window, "causal": causal}
     ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     backend = choose_backend(q.device) if backend == "auto" else backend
     form = block_mask if backend == "flex" else None
@@ -93,7 +95,7 @@ def attend(
         return run(q, k, v, block_mask=mask, **options)
     if backend == "dense":
         return _dense(q, k, v, mask, **options)
-    sizes = ranges.seq_len, ranges.block_size, ranges.window
+    sizes = ranges.seq_len, ranges.block_size, ranges.view.window, ranges.view.causal
     return blockwise_attention(q, k, v, mask, *sizes, float(options["scale"]))[0]
 
 

@@ -37,6 +37,7 @@ def blockwise_attention(
     seq_len: int,
     block_size: int,
     window: int | None,
+    causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The attention, and the logarithm of the sum that each query's softmax divides by.
@@ -47,7 +48,9 @@ def blockwise_attention(
     out = torch.zeros(q.shape, dtype=query.dtype)
     log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=query.dtype)
     results, sums = _split(out, k), _split(log_sum, k)
-    for slots, keys, bias in _pieces(ranges, seq_len, block_size, window, FORWARD, query.dtype):
+    for slots, keys, bias in _pieces(
+        ranges, seq_len, block_size, window, causal, FORWARD, query.dtype
+    ):
         seen, seen_sum = _kernel(query[slots], key[keys], value[keys], attn_mask=bias, scale=scale)
         joined_sum = torch.logaddexp(sums[slots], seen_sum)
         share = seen_sum.sub_(joined_sum).exp_().unsqueeze(-1)
@@ -70,6 +73,7 @@ def _backward(
     seq_len: int,
     block_size: int,
     window: int | None,
+    causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for ``q``, ``k`` and ``v``; weights are computed again, not kept."""
@@ -79,7 +83,9 @@ def _backward(
     result, d_result = _split(out, k), _split(d_out, k)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=query.dtype) for x in (q, k, v))
     d_queries = _split(d_query, k)
-    for slots, keys, bias in _pieces(ranges, seq_len, block_size, window, BACKWARD, query.dtype):
+    for slots, keys, bias in _pieces(
+        ranges, seq_len, block_size, window, causal, BACKWARD, query.dtype
+    ):
         piece = d_result[slots], query[slots], key[keys], value[keys], result[slots], sums[slots]
         query_part, key_part, value_part = _kernel_backward(
             *piece, 0.0, False, attn_mask=bias, scale=scale
@@ -98,6 +104,7 @@ def _pieces(
     seq_len: int,
     block_size: int,
     window: int | None,
+    causal: bool,
     most: tuple[int, int],
     dtype: torch.dtype,
 ) -> Iterator[tuple[Index, Index, Tensor | None]]:
@@ -107,8 +114,11 @@ def _pieces(
     """
     most_queries, most_keys = most
     own = max(1, OWN_QUERIES // block_size)
-    apart = _bias(~torch.eye(own, dtype=torch.bool), block_size, dtype)
-    apart = apart.repeat_interleave(block_size, dim=-1)
+    slot = torch.arange(own * block_size)
+    outside = (slot.unsqueeze(1) // block_size) != (slot // block_size)
+    if causal:
+        outside |= slot > slot.unsqueeze(1)
+    apart = _bias(outside, dtype)
     for row, (start, end) in enumerate(ranges.unbind(1)):
         start = start.unsqueeze(1)
         if window is not None:
@@ -118,7 +128,8 @@ def _pieces(
             slots = _slots(blocks, block_size)
             keys = slice(seq_len + slots.start, seq_len + slots.stop)
             size = slots.stop - slots.start
-            bias = apart[..., :size, :size].contiguous() if size > block_size else None
+            hides = size > block_size or causal
+            bias = apart[..., :size, :size].contiguous() if hides else None
             yield s_[row, :, :, slots], s_[row, ..., keys, :], bias
 
         for blocks in _runs(len(starts), max(1, most_queries // block_size)):
@@ -139,7 +150,7 @@ def _pieces(
                     hidden = token < start[some].unsqueeze(2)
                     hidden = hidden | (token >= end[some].view(-1, 1, 1))
                     hidden = hidden.expand(-1, block_size, -1).flatten(0, 1)
-                    bias = _bias(hidden, 1, dtype)
+                    bias = _bias(hidden, dtype)
                 yield s_[row, :, :, _slots(some, block_size)], s_[row, ..., first:past, :], bias
 
 
@@ -151,11 +162,10 @@ def _slots(blocks: slice, block_size: int) -> slice:
     return slice(blocks.start * block_size, blocks.stop * block_size)
 
 
-def _bias(hidden: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """The numbers to add to each slot's scores: very low where ``hidden``, ``[anchor, key]``."""
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers to add to each slot's scores: very low where ``hidden``, ``[slot, key]``."""
     # Not -inf, so that a query that sees nothing of a piece has a result there, of no weight.
-    bias = hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)
-    return bias.repeat_interleave(block_size, dim=0)[None, None]
+    return hidden.to(dtype).mul_(torch.finfo(dtype).min / 2)[None, None]
 
 
 def _split(x: Tensor, k: Tensor) -> Tensor:
@@ -175,12 +185,12 @@ def _working(x: Tensor) -> Tensor:
 
 
 @blockwise_attention.register_fake
-def _(q, k, v, ranges, seq_len, block_size, window, scale):
+def _(q, k, v, ranges, seq_len, block_size, window, causal, scale):
     return q.new_empty(q.shape), _working(q).new_empty(q.shape[:-1])
 
 
 @_backward.register_fake
-def _(d_out, out, log_sum, q, k, v, ranges, seq_len, block_size, window, scale):
+def _(d_out, out, log_sum, q, k, v, ranges, seq_len, block_size, window, causal, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -191,7 +201,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate(ctx: Any, d_out: Tensor, _d_log_sum: Tensor) -> tuple:
     gradients = _backward(d_out, *ctx.saved_tensors, *ctx.sizes)
-    return (*gradients, *(None,) * 5)
+    return (*gradients, *(None,) * 6)
 
 
 blockwise_attention.register_autograd(_differentiate, setup_context=_save)

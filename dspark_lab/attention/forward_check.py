@@ -17,26 +17,26 @@ from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
 from dspark_lab.common import DSparkForwardOutput
 
-SHAPES = "each tensor has a place for each predicting slot"
-GIVEN = "slot 0, the given anchor, predicts nothing"
-KEEP = "block_keep_mask is that of the blocks"
-LABELS = "each slot's label is the token that it predicts"
-DUMMIES = "dummy blocks are not supervised"
-ROW = "nothing past the end of the row is supervised"
-DOCUMENT = "supervision ends with the document"
-LOSS = "only supervised tokens are learnt"
-PREFIX = "a block's supervision is one run from its first slot"
-COMPLETE = "every slot that may be supervised is"
-LOGIT = "the confidence is a logit"
-FINITE = "supervised slots hold finite numbers"
-TEACHER = "the teacher is the target's distribution behind the token before the label"
-OVERLAP = "teachers agree where blocks overlap"
-MEANING = "what other slots hold has no meaning"
+_SHAPES = "each tensor has a place for each predicting slot"
+_GIVEN = "slot 0, the given anchor, predicts nothing"
+_KEEP = "block_keep_mask is that of the blocks"
+_LABELS = "each slot's label is the token that it predicts"
+_DUMMIES = "dummy blocks are not supervised"
+_ROW = "nothing past the end of the row is supervised"
+_DOCUMENT = "supervision ends with the document"
+_LOSS = "only supervised tokens are learnt"
+_PREFIX = "a block's supervision is one run from its first slot"
+_COMPLETE = "every slot that may be supervised is"
+_LOGIT = "the confidence is a logit"
+_FINITE = "supervised slots hold finite numbers"
+_TEACHER = "the teacher is the target's distribution behind the token before the label"
+_OVERLAP = "teachers agree where blocks overlap"
+_MEANING = "what other slots hold has no meaning"
 
 # Logits that are looked at together, and slots that are enough to know a shift.
-CHUNK, SAMPLE = 2**24, 512
+_CHUNK, _SAMPLE = 2**24, 512
 # Positions that a claim from likelihoods needs, and their paired difference in standard errors.
-POSITIONS, SURE = 32, 6.0
+_POSITIONS, _SURE = 32, 6.0
 
 
 @checked
@@ -116,7 +116,9 @@ def _given(
     confidence = given.get("confidence_pred")
     if confidence is not None and confidence.ndim == 4 and confidence.shape[3] == 1:
         given["confidence_pred"] = confidence.squeeze(3)
-        found.append(Finding(SHAPES, "broken", "confidence_pred has an axis too many, of length 1"))
+        found.append(
+            Finding(_SHAPES, "broken", "confidence_pred has an axis too many, of length 1")
+        )
     slots = rule.block_size if given["target_ids"].shape[2:3] == (rule.block_size,) else labels
     for name, value in given.items():
         shape = (rows, anchors) if name == "block_keep_mask" else (rows, anchors, slots)
@@ -128,12 +130,12 @@ def _given(
         counted = given["eval_mask"][:, :, 0].bool()
         if counted.any():
             of = {"count": int(counted.sum()), "of": counted.numel()}
-            found.append(Finding(GIVEN, "broken", "the given anchor itself is supervised", **of))
+            found.append(Finding(_GIVEN, "broken", "the given anchor itself is supervised", **of))
         else:
-            found.append(Finding(GIVEN, "held", of=counted.numel()))
+            found.append(Finding(_GIVEN, "held", of=counted.numel()))
         each = ((n, t if n == "block_keep_mask" else t[:, :, 1:]) for n, t in given.items())
         given = dict(each)
-    return given, found or [Finding(SHAPES, "held", of=len(given), unit="tensors")]
+    return given, found or [Finding(_SHAPES, "held", of=len(given), unit="tensors")]
 
 
 class _View:
@@ -194,9 +196,9 @@ def _kept(view: _View) -> Iterator[Finding]:
         row, block = map(int, np.argwhere(wrong)[0])
         place = {"row": row, "block": block, "place": f"row {row}, block {block}"}
         finding = "block_keep_mask differs from that of the blocks"
-        yield Finding(KEEP, "broken", finding, int(wrong.sum()), wrong.size, **place)
+        yield Finding(_KEEP, "broken", finding, int(wrong.sum()), wrong.size, **place)
     else:
-        yield Finding(KEEP, "held", of=wrong.size)
+        yield Finding(_KEEP, "held", of=wrong.size)
 
 
 def _labels(view: _View) -> Iterator[Finding]:
@@ -205,7 +207,7 @@ def _labels(view: _View) -> Iterator[Finding]:
     judged = (view.right | view.mine) & view.kept & view.in_row(view.labels)
     wrong = judged & (mine != view.at(view.tokens, view.labels))
     if not wrong.any():
-        yield view.held(LABELS, judged)
+        yield view.held(_LABELS, judged)
         return
     everywhere = np.ones_like(judged)
     ways = {
@@ -223,7 +225,7 @@ def _labels(view: _View) -> Iterator[Finding]:
         fits[finding] = same.sum() / max(1, valid.sum()) if 2 * valid.sum() >= judged.sum() else 0
     best = max(fits, key=lambda finding: fits[finding])
     explained = fits[best] >= 0.95 and wrong.sum() > 0.1 * judged.sum()
-    yield view.found(LABELS, best if explained else "labels are other tokens", wrong, judged)
+    yield view.found(_LABELS, best if explained else "labels are other tokens", wrong, judged)
 
 
 def _supervision(view: _View) -> Iterator[Finding]:
@@ -232,17 +234,17 @@ def _supervision(view: _View) -> Iterator[Finding]:
     for side, shift in (("early", -1), ("late", 1)):
         if (mine != right).any() and (mine == _supervised(view, labels + shift)).all():
             finding = f"supervision is taken one token too {side}"
-            yield view.found(LOSS, finding, mine != right, mine | right)
+            yield view.found(_LOSS, finding, mine != right, mine | right)
             return
     extra, cases = mine & ~right, mine | right
     same_document = labels <= view.last[..., None]
     hole = np.cumsum(~mine & ~right, axis=2) > 0
     kinds = {
-        DUMMIES: ("dummy blocks are supervised", ~view.kept),
-        ROW: ("supervision reaches past the end of the row", ~view.in_row(labels)),
-        DOCUMENT: ("supervision crosses into the next document", ~same_document),
-        LOSS: ("tokens that are not supervised are learnt", ~view.at(view.loss, labels)),
-        PREFIX: ("supervision jumps over a gap", hole),
+        _DUMMIES: ("dummy blocks are supervised", ~view.kept),
+        _ROW: ("supervision reaches past the end of the row", ~view.in_row(labels)),
+        _DOCUMENT: ("supervision crosses into the next document", ~same_document),
+        _LOSS: ("tokens that are not supervised are learnt", ~view.at(view.loss, labels)),
+        _PREFIX: ("supervision jumps over a gap", hole),
     }
     for rule, (finding, broken) in kinds.items():
         slots = extra & broken
@@ -250,12 +252,12 @@ def _supervision(view: _View) -> Iterator[Finding]:
         yield view.found(rule, finding, slots, cases) if slots.any() else view.held(rule, cases)
     missing = right & ~mine
     if not missing.any():
-        yield view.held(COMPLETE, right)
+        yield view.held(_COMPLETE, right)
     never = right.any((0, 1)) & ~(right & mine).any((0, 1))
     for slot in np.nonzero(never)[0] if not never.all() else ():
         number = int(slot) + view.rule.block_size - view.rule.predicted
         slots = missing & (np.arange(right.shape[2]) == slot)
-        yield view.found(COMPLETE, f"slot {number} is never supervised", slots, right)
+        yield view.found(_COMPLETE, f"slot {number} is never supervised", slots, right)
         missing = missing & ~slots
     whole = missing & ~mine.any(2, keepdims=True)
     for slots, finding in (
@@ -263,7 +265,7 @@ def _supervision(view: _View) -> Iterator[Finding]:
         (missing & ~whole, "slots that may be supervised are not"),
     ):
         if slots.any():
-            yield view.found(COMPLETE, finding, slots, right)
+            yield view.found(_COMPLETE, finding, slots, right)
 
 
 def _supervised(view: _View, labels: np.ndarray) -> np.ndarray:
@@ -294,17 +296,17 @@ def _finite(view: _View) -> Iterator[Finding]:
                 parts.append(odd.cpu())
             bad[slots] = torch.cat(parts).numpy() if parts else False
         if bad.any():
-            yield view.found(FINITE, f"{name} holds NaN or inf", bad, slots)
+            yield view.found(_FINITE, f"{name} holds NaN or inf", bad, slots)
         else:
             held += 1
     if held and not bad.any():
-        yield view.held(FINITE, slots)
+        yield view.held(_FINITE, slots)
 
 
 def _chunks(values: Tensor, slots: np.ndarray) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """Logits of chosen slots, a few slots at a time, with their places."""
     places = torch.from_numpy(np.argwhere(slots))
-    for part in places.split(max(1, CHUNK // values.shape[-1])):
+    for part in places.split(max(1, _CHUNK // values.shape[-1])):
         chosen = part.unbind(1)
         yield values.detach()[tuple(axis.to(values.device) for axis in chosen)], chosen
 
@@ -315,13 +317,13 @@ def _confidence(view: _View) -> Iterator[Finding]:
     values = np.zeros(0) if given is None else given.detach().double().cpu().numpy()[view.right]
     values = values[np.isfinite(values)]
     if len(values) < 16:
-        yield Finding(LOGIT, "no case")
+        yield Finding(_LOGIT, "no case")
     elif values.min() >= 0 and values.max() <= 1 and values.max() - values.min() > 0.01:
         finding = "the confidence looks like a probability: all lie in [0, 1]"
         counted = {"count": len(values), "of": len(values), "unit": "slots"}
-        yield Finding(LOGIT, "likely broken", finding, **counted)
+        yield Finding(_LOGIT, "likely broken", finding, **counted)
     else:
-        yield view.held(LOGIT, len(values))
+        yield view.held(_LOGIT, len(values))
 
 
 def _teacher(view: _View, target_logits: Tensor | None) -> Iterator[Finding]:
@@ -334,7 +336,7 @@ def _teacher(view: _View, target_logits: Tensor | None) -> Iterator[Finding]:
         good[usable] = torch.cat(finite).numpy() if finite else False
         usable = good
     if teacher is None or not usable.any():
-        yield Finding(TEACHER, "no case")
+        yield Finding(_TEACHER, "no case")
         return
     if target_logits is not None:
         rows, wanted = tuple(view.tokens.shape), target_logits.shape[2]
@@ -353,7 +355,7 @@ def _gap(left: Tensor, right: Tensor) -> np.ndarray:
     return difference.abs().nan_to_num(0.0, 0.0).mean(-1).cpu().numpy()
 
 
-def _sample(slots: np.ndarray, most: int = SAMPLE) -> np.ndarray:
+def _sample(slots: np.ndarray, most: int = _SAMPLE) -> np.ndarray:
     """Some of the slots, evenly, as places."""
     places = np.argwhere(slots)
     return places[np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(int))]
@@ -387,13 +389,13 @@ def _against_target(view: _View, teacher: Tensor, target: Tensor, usable: np.nda
         parts.append(_gap(part, _at(target, chosen[0].numpy(), at.numpy())) > max(limit, 1e-4))
     wrong[usable] = np.concatenate(parts)
     if not wrong.any():
-        return view.held(TEACHER, usable)
+        return view.held(_TEACHER, usable)
     best = min(shifts, key=lambda shift: shifts[shift])
     finding = "the teacher is another distribution than the target's"
     if best and shifts[best] <= limit:
         count = {1: "one position", 2: "two positions"}[abs(best)]
         finding = f"the teacher is {count} {'late' if best > 0 else 'early'}"
-    return view.found(TEACHER, finding, wrong, usable)
+    return view.found(_TEACHER, finding, wrong, usable)
 
 
 def _against_each_other(view: _View, teacher: Tensor, usable: np.ndarray) -> Finding:
@@ -403,8 +405,8 @@ def _against_each_other(view: _View, teacher: Tensor, usable: np.ndarray) -> Fin
     order = np.argsort(label, kind="stable")
     again = np.nonzero(label[order][1:] == label[order][:-1])[0]
     if len(again) == 0:
-        return Finding(OVERLAP, "no case")
-    again = again[np.unique(np.linspace(0, len(again) - 1, min(SAMPLE, len(again))).astype(int))]
+        return Finding(_OVERLAP, "no case")
+    again = again[np.unique(np.linspace(0, len(again) - 1, min(_SAMPLE, len(again))).astype(int))]
     first, second = places[order[again]], places[order[again + 1]]
     gap = _gap(_at(teacher, *first.T), _at(teacher, *second.T))
     different = places[_unlike(label)]
@@ -414,15 +416,15 @@ def _against_each_other(view: _View, teacher: Tensor, usable: np.ndarray) -> Fin
     judged[tuple(second.T)] = True
     wrong[tuple(second[bad].T)] = True
     if not bad.any():
-        return view.held(OVERLAP, judged)
+        return view.held(_OVERLAP, judged)
     finding = "the teachers of one and the same label differ between blocks"
-    return view.found(OVERLAP, finding, wrong, judged)
+    return view.found(_OVERLAP, finding, wrong, judged)
 
 
 def _unlike(label: np.ndarray) -> np.ndarray:
     """Some slots, no two of which have the same label; all slots where there is one label."""
     _, first = np.unique(label, return_index=True)
-    return first[:SAMPLE] if len(first) > 1 else np.arange(min(2, len(label)))
+    return first[:_SAMPLE] if len(first) > 1 else np.arange(min(2, len(label)))
 
 
 @dataclass(frozen=True)
@@ -449,11 +451,11 @@ def _against_tokens(view: _View, teacher: Tensor, usable: np.ndarray) -> Finding
     inside &= same[0] & same[1]
     _, first = np.unique((label + row * view.tokens.shape[1])[inside], return_index=True)
     chosen = np.nonzero(inside)[0][first]
-    if len(chosen) < POSITIONS:
-        return Finding(TEACHER, "no case")
+    if len(chosen) < _POSITIONS:
+        return Finding(_TEACHER, "no case")
     chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(2048, len(chosen))).astype(int))]
     parts = []
-    for part in np.array_split(chosen, -(-len(chosen) * teacher.shape[-1] // CHUNK)):
+    for part in np.array_split(chosen, -(-len(chosen) * teacher.shape[-1] // _CHUNK)):
         log_probs = _at(teacher, *places[part].T).float().log_softmax(-1)
         around = np.stack([view.tokens[row[part], label[part] + shift] for shift in (-1, 0, 1)], 1)
         index = torch.from_numpy(around).to(log_probs.device).clamp(0, log_probs.shape[1] - 1)
@@ -462,17 +464,17 @@ def _against_tokens(view: _View, teacher: Tensor, usable: np.ndarray) -> Finding
     judged = {"early": _surer(early, right), "late": _surer(late, right)}
     for side, token in (("late", "after"), ("early", "before")):
         found = judged[side]
-        if found.errors > SURE and found.mean > 0.1:
+        if found.errors > _SURE and found.mean > 0.1:
             sure = side == "late" or found.wide
             finding = f"the teacher is one position {side}"
             if not sure:
                 finding += ", or the target repeats its input (target_logits= would tell)"
             finding += f": it finds the token {token} the label more probable"
             counted = {"count": found.better, "of": len(right), "unit": "positions"}
-            return Finding(TEACHER, "likely broken" if sure else "unsure", finding, **counted)
-    if all(found.errors < -SURE for found in judged.values()):
-        return Finding(TEACHER, "held", of=len(right), unit="positions")
-    return Finding(TEACHER, "no case")
+            return Finding(_TEACHER, "likely broken" if sure else "unsure", finding, **counted)
+    if all(found.errors < -_SURE for found in judged.values()):
+        return Finding(_TEACHER, "held", of=len(right), unit="positions")
+    return Finding(_TEACHER, "no case")
 
 
 def _surer(other: np.ndarray, right: np.ndarray) -> _Likelihood:
@@ -489,4 +491,4 @@ def _meaning(view: _View) -> Iterator[Finding]:
     if idle.any():
         finding = "slots past the row, behind a gap and of dummy blocks may hold anything"
         counted = {"count": int(idle.sum()), "of": idle.size, "unit": "slots"}
-        yield Finding(MEANING, "note", finding, **counted)
+        yield Finding(_MEANING, "note", finding, **counted)

@@ -7,8 +7,9 @@ slot of block b sees exactly
     context prefix: the context tokens of the anchor's document before the anchor itself, and
     own block:      all slots of block b, earlier and later ones.
 
-Under a sliding ``window``, slot k of the block at anchor a sees of its prefix only the tokens j
-with a + k - j < window.
+Two variants that layers may have (:class:`View`): under a sliding *window*, slot k of the block at
+anchor a sees of its prefix only the tokens j with a + k - j < window; a *causal* layer's slot sees
+of its block no later slot.
 
 The anchor's own token enters through slot 0. A dummy block (``block_keep_mask`` False) has an empty
 prefix and sees only itself, so that no row of the mask is empty.
@@ -30,38 +31,48 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @checked
+@dataclass(frozen=True)
+class View:
+    """What a layer's slots see: of the context a window (None: all), of their block no later slot.
+
+    The defaults are the rule.
+    """
+
+    window: Count | None = None
+    causal: bool = False
+
+
+@checked
 @dataclass(frozen=True, eq=False)
 class ContextRanges:
-    """The context prefix of each block: context tokens ``start`` to ``end - 1``, both long.
-
-    ``window`` None is full attention.
-    """
+    """The context prefix of each block: context tokens ``start`` to ``end - 1``, both long."""
 
     start: Int[Tensor, "batch anchor"]
     end: Int[Tensor, "batch anchor"]
     seq_len: Size
     block_size: Count
-    window: Count | None = None
+    view: View = View()
 
     @classmethod
     @checked
-    def of(cls, blocks: Blocks, window: Count | None = None) -> "ContextRanges":
+    def of(cls, blocks: Blocks, view: View = View()) -> "ContextRanges":
         return context_ranges(
             blocks.anchor_positions,
             blocks.block_keep_mask,
             seq_len=blocks.seq_len,
             block_size=blocks.block_size,
             doc_ids=blocks.doc_ids,
-            window=window,
+            window=view.window,
+            causal=view.causal,
         )
 
     @property
     def slot_start(self) -> Int[Tensor, "batch query"]:
         """The first context token that each slot sees, ``end`` or later where it sees none."""
         start = self.start.unsqueeze(2).expand(-1, -1, self.block_size)
-        if self.window is not None:
+        if self.view.window is not None:
             slot = torch.arange(self.block_size, device=start.device)
-            start = start.maximum(self.end.unsqueeze(2) + slot + 1 - self.window)
+            start = start.maximum(self.end.unsqueeze(2) + slot + 1 - self.view.window)
         return start.flatten(1)
 
     @property
@@ -82,6 +93,7 @@ def context_ranges(
     block_size: BlockSize,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     window: Count | None = None,
+    causal: bool = False,
 ) -> ContextRanges:
     """The context prefix of each block.
 
@@ -95,7 +107,7 @@ def context_ranges(
         start = torch.zeros_like(end)
     else:
         start = document_starts(doc_ids, end) * block_keep_mask
-    return ContextRanges(start, end, seq_len, block_size, window)
+    return ContextRanges(start, end, seq_len, block_size, View(window, causal))
 
 
 def document_starts(doc_ids: Tensor, positions: Tensor) -> Tensor:
@@ -122,6 +134,8 @@ def mask_mod(ranges: ContextRanges) -> MaskMod:
     number = torch.arange(ranges.queries, device=start.device) // ranges.block_size
     first = number * ranges.block_size + ranges.seq_len
     past = first + ranges.block_size
+    if ranges.view.causal:
+        past = ranges.seq_len + torch.arange(ranges.queries, device=start.device) + 1
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         context_prefix = in_context_prefix(key, start[batch, query], end[batch, number[query]])
@@ -174,9 +188,11 @@ def training_mask_mod(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     window: int | None = None,
+    causal: bool = False,
 ) -> MaskMod:
     """:func:`mask_mod` of :func:`context_ranges`."""
-    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size}
+    sizes |= {"window": window, "causal": causal}
     ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     return mask_mod(ranges)
 
@@ -189,9 +205,11 @@ def training_dense_mask(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     window: int | None = None,
+    causal: bool = False,
 ) -> Bool[Tensor, "batch query key"]:
     """:func:`dense_mask` of :func:`context_ranges`."""
-    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size}
+    sizes |= {"window": window, "causal": causal}
     ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     return dense_mask(ranges)
 
@@ -204,10 +222,12 @@ def training_block_mask(
     block_size: int,
     doc_ids: Int[Tensor, "batch seq"] | None = None,
     window: int | None = None,
+    causal: bool = False,
     tile_size: int = 128,
 ) -> BlockMask:
     """:func:`block_mask` of :func:`context_ranges`; most GPUs want multiples of 128 as tiles."""
-    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size, "window": window}
+    sizes: dict[str, Any] = {"seq_len": seq_len, "block_size": block_size}
+    sizes |= {"window": window, "causal": causal}
     ranges = context_ranges(anchor_positions, block_keep_mask, doc_ids=doc_ids, **sizes)
     return block_mask(ranges, tile_size)
 
@@ -233,11 +253,11 @@ def _classify_tiles(
     # Of a block's queries in the tile the first sees most of the context, the last least.
     starts, end = ranges.start[:, run], ranges.end[:, run]
     least = starts
-    if ranges.window is not None:
+    if ranges.view.window is not None:
         slots = first_query.unsqueeze(1) - run * block_size
         first_slot, last_slot = slots.clamp(min=0), (slots + tile_size).clamp(max=block_size) - 1
-        least = starts.maximum(end + last_slot + 1 - ranges.window)
-        starts = starts.maximum(end + first_slot + 1 - ranges.window)
+        least = starts.maximum(end + last_slot + 1 - ranges.view.window)
+        starts = starts.maximum(end + first_slot + 1 - ranges.view.window)
 
     # Marking where each run of tiles begins (+1) and stops (-1) and summing along the keys counts
     # the blocks that touch and that cover every tile.
@@ -247,11 +267,16 @@ def _classify_tiles(
     edges = edges.scatter_add(-1, begin, one).scatter_add(-1, stop, -one)
     touching, covering = edges.cumsum(-1, dtype=torch.int32)[..., :-1]
 
-    # The own blocks of a run are one run of keys; all queries see it only if they share one block.
+    # The own blocks of a run are one run of keys; all queries see it only if they share one block,
+    # and in a causal block only up to the first of them.
     own_first = (seq_len + first_block * block_size).unsqueeze(1)
     own_past = (seq_len + (last_block + 1) * block_size).unsqueeze(1)
+    all_past = own_past
+    if ranges.view.causal:
+        own_past = (seq_len + (first_query + tile_size).clamp(max=queries)).unsqueeze(1)
+        all_past = (seq_len + first_query + 1).unsqueeze(1)
     own_touched = (first_key < own_past) & (first_key + tile_size > own_first)
-    own_covered = (first_key >= own_first) & (first_key + tile_size <= own_past)
+    own_covered = (first_key >= own_first) & (first_key + tile_size <= all_past)
     own_covered &= (first_block == last_block).unsqueeze(1)
 
     touched = (touching > 0) | own_touched

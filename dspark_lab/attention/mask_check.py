@@ -27,23 +27,23 @@ from dspark_lab.checks import Count, checked
 
 Variant = Literal["causal", "hidden_dummies", "window"]
 
-FORM = "queries are rows, keys are the context and then the slots, True (or 0) is visible"
-ROWS = "each row of the batch has its own mask"
-OWNERS = "each block has its own context"
-CONTEXT = "the context before the anchor is visible"
-ANCHOR = "the anchor itself is hidden"
-AFTER = "what follows the anchor is hidden"
-DOCUMENTS = "other documents are hidden"
-PADDING = "padding is hidden"
-WINDOW = "the context is cut off at the window"
-OWN = "a block sees all of itself, in both directions"
-OTHERS = "other blocks are hidden"
-DUMMY_CONTEXT = "dummy blocks see no context"
-DUMMY_OWN = "dummy blocks see themselves"
-EMPTY = "every slot sees something"
-HEADS = "all heads see the same"
-END = "nothing is visible behind the last slot"
-TILES = "the tile lists fit the rule"
+_FORM = "queries are rows, keys are the context and then the slots, True (or 0) is visible"
+_ROWS = "each row of the batch has its own mask"
+_OWNERS = "each block has its own context"
+_CONTEXT = "the context before the anchor is visible"
+_ANCHOR = "the anchor itself is hidden"
+_AFTER = "what follows the anchor is hidden"
+_DOCUMENTS = "other documents are hidden"
+_PADDING = "padding is hidden"
+_WINDOW = "the context is cut off at the window"
+_OWN = "a block sees all of itself, in both directions"
+_OTHERS = "other blocks are hidden"
+_DUMMY_CONTEXT = "dummy blocks see no context"
+_DUMMY_OWN = "dummy blocks see themselves"
+_EMPTY = "every slot sees something"
+_HEADS = "all heads see the same"
+_END = "nothing is visible behind the last slot"
+_TILES = "the tile lists fit the rule"
 
 
 @checked
@@ -320,20 +320,20 @@ def _known_tokens(blocks: Blocks, batch: Batch | None) -> np.ndarray:
 def _form(view: _View) -> Iterator[Finding]:
     mask = view.mask
     if mask.transposed:
-        yield Finding(FORM, "broken", "the mask is transposed: keys are rows, queries columns")
+        yield Finding(_FORM, "broken", "the mask is transposed: keys are rows, queries columns")
     if mask.positive:
         counted = {"count": mask.positive, "of": mask.rows * mask.queries * mask.keys}
         wrong_sign = "the sign is wrong: hidden pairs are +inf"
-        yield Finding(FORM, "broken", wrong_sign, **counted, unit="pairs")
+        yield Finding(_FORM, "broken", wrong_sign, **counted, unit="pairs")
     if mask.inverted:
-        yield Finding(FORM, "broken", "the mask is inverted: it hides what it should show")
+        yield Finding(_FORM, "broken", "the mask is inverted: it hides what it should show")
     if mask.slots_first:
-        yield Finding(FORM, "broken", "the slots' keys come before the context's")
+        yield Finding(_FORM, "broken", "the slots' keys come before the context's")
     if mask.slot_major:
-        yield Finding(FORM, "broken", "queries are ordered slot by slot, not block by block")
+        yield Finding(_FORM, "broken", "queries are ordered slot by slot, not block by block")
     odd = mask.transposed, mask.positive, mask.inverted, mask.slots_first, mask.slot_major
     if not any(odd):
-        yield view.held(FORM)
+        yield view.held(_FORM)
 
 
 def _owners(view: _View, owners: regions.Owners | None, size: int) -> Iterator[Finding]:
@@ -344,9 +344,9 @@ def _owners(view: _View, owners: regions.Owners | None, size: int) -> Iterator[F
         first = swapped[0]
         place = {"row": first, "place": f"row {first}, which has that of row {owners.rows[first]}"}
         finding = "a row has another row's mask"
-        yield Finding(ROWS, "broken", finding, len(swapped), rows, "rows", **place)
+        yield Finding(_ROWS, "broken", finding, len(swapped), rows, "rows", **place)
     else:
-        yield view.held(ROWS, rows if rows > 1 else 0, "rows")
+        yield view.held(_ROWS, rows if rows > 1 else 0, "rows")
     right, steps = view.mask.block_size, 0
     sizes = {size}
     if owners is not None:
@@ -354,15 +354,15 @@ def _owners(view: _View, owners: regions.Owners | None, size: int) -> Iterator[F
     moved = np.broadcast_to(query >= 0, view.rule.slot.shape)
     for other in sorted(sizes - {right}):
         finding = f"a block is taken to have {other} slots, not {right}"
-        yield view.broken(OWNERS, finding, moved & (query // other != query // right))
+        yield view.broken(_OWNERS, finding, moved & (query // other != query // right))
     if steps != 0:
         whose = {1: "block after", -1: "block before"}.get(steps or 0, "another block")
         whose = f"the {whose}" if steps else whose
         other = (view.seats.anchor != view.rule.anchor) | (view.seats.kept != view.rule.kept)
         finding = f"the context is that of {whose}"
-        yield view.broken(OWNERS, finding, moved if swapped or not other.any() else other)
+        yield view.broken(_OWNERS, finding, moved if swapped or not other.any() else other)
     elif sizes == {right}:
-        yield view.held(OWNERS)
+        yield view.held(_OWNERS)
 
 
 def _context(view: _View) -> Iterator[Finding]:
@@ -370,13 +370,13 @@ def _context(view: _View) -> Iterator[Finding]:
     seats, kept = view.seats, view.seats.kept
     blocks = view.of_blocks(kept)
     if view.mask.rows and not blocks.any():
-        for rule in (CONTEXT, ANCHOR, AFTER, DOCUMENTS, PADDING):
+        for rule in (_CONTEXT, _ANCHOR, _AFTER, _DOCUMENTS, _PADDING):
             yield view.held(rule, 0)
     else:
         yield from _prefix(view, kept & (seats.anchor > seats.start), blocks)
         for rule, cases in (
-            (ANCHOR, ((regions.ANCHOR, "the context includes the anchor"),)),
-            (AFTER, ((regions.AFTER, "tokens after the anchor are visible"),)),
+            (_ANCHOR, ((regions.ANCHOR, "the context includes the anchor"),)),
+            (_AFTER, ((regions.AFTER, "tokens after the anchor are visible"),)),
         ):
             yield from _visible(view, rule, cases, kept)
         earlier = view.count(regions.EARLIER_DOCUMENT)
@@ -389,16 +389,16 @@ def _context(view: _View) -> Iterator[Finding]:
             (regions.EARLIER_DOCUMENT, before),
             (regions.LATER_DOCUMENT, "a later document is visible"),
         )
-        yield from _visible(view, DOCUMENTS, documents, kept)
+        yield from _visible(view, _DOCUMENTS, documents, kept)
         padding = view.count(regions.PADDING) > 0
         if seats.padding.any() or padding.any():
             cases = ((regions.PADDING, "padding is visible"),)
-            yield from _visible(view, PADDING, cases, kept)
+            yield from _visible(view, _PADDING, cases, kept)
         else:
-            yield view.held(PADDING, 0)
+            yield view.held(_PADDING, 0)
     if view.mask.extra:
         past_end = ((regions.PAST_END, "keys behind the last slot are visible"),)
-        yield from _visible(view, END, past_end, kept | True)
+        yield from _visible(view, _END, past_end, kept | True)
 
 
 def _visible(
@@ -433,11 +433,11 @@ def _prefix(view: _View, asked: np.ndarray, blocks: np.ndarray) -> Iterator[Find
     beyond = view.count(regions.CUT_OFF) * asked
     broken = {"among": view.of_blocks(asked), "pairs": missing.sum()}
     if not missing.any() and not beyond.any():
-        yield view.held(CONTEXT, blocks)
+        yield view.held(_CONTEXT, blocks)
         if view.window is not None:
-            yield view.held(WINDOW, blocks)
+            yield view.held(_WINDOW, blocks)
         elif view.asked("window"):
-            yield Finding(WINDOW, "broken", "no window is seen, one was asked for")
+            yield Finding(_WINDOW, "broken", "no window is seen, one was asked for")
         return
     count = view.count(regions.CUT_OFF, regions.CONTEXT)
     cut = seen.count[..., regions.CUT_OFF] > 0
@@ -450,32 +450,32 @@ def _prefix(view: _View, asked: np.ndarray, blocks: np.ndarray) -> Iterator[Find
     if fit is None:
         whole = hidden & (count == 0)
         if hidden.any() and (whole == asked).all():
-            yield view.broken(CONTEXT, "no context is visible", hidden, view.missing, **broken)
+            yield view.broken(_CONTEXT, "no context is visible", hidden, view.missing, **broken)
         elif hidden.any():
             part = "part of the context is hidden"
-            yield view.broken(CONTEXT, part, hidden, view.missing, **broken)
+            yield view.broken(_CONTEXT, part, hidden, view.missing, **broken)
         else:
-            yield view.held(CONTEXT, blocks)
+            yield view.held(_CONTEXT, blocks)
         if view.window is not None and beyond.any():
             cut_off = "context beyond the window is visible"
             broken["pairs"] = beyond.sum()
-            yield view.broken(WINDOW, cut_off, beyond > 0, first, **broken)
+            yield view.broken(_WINDOW, cut_off, beyond > 0, first, **broken)
         elif view.window is not None:
-            yield view.held(WINDOW, blocks)
+            yield view.held(_WINDOW, blocks)
         return
     broken["pairs"] = None
     tokens = {1: "one token"}
     if fit.short:
         short = f"the context ends {tokens.get(fit.short, f'{fit.short} tokens')} short"
         yield view.broken(
-            CONTEXT, short, hidden, lambda r, q: int(seats.anchor[r, q]) - 1, **broken
+            _CONTEXT, short, hidden, lambda r, q: int(seats.anchor[r, q]) - 1, **broken
         )
     if fit.late:
         late = f"the context begins {tokens.get(fit.late, f'{fit.late} tokens')} late"
         begins = asked & (seats.low < seats.start + fit.late)
-        yield view.broken(CONTEXT, late, begins, seats.start, **broken)
+        yield view.broken(_CONTEXT, late, begins, seats.start, **broken)
     if not fit.short and not fit.late:
-        yield view.held(CONTEXT, blocks)
+        yield view.held(_CONTEXT, blocks)
     yield from _window(view, fit, asked, first, blocks)
 
 
@@ -488,9 +488,9 @@ def _window(
         bound = asked & (seats.low > seats.start)
         if view.window is not None and bound.any():
             absent = f"the window of {view.window} is not applied"
-            yield view.broken(WINDOW, absent, bound, first, among=among)
+            yield view.broken(_WINDOW, absent, bound, first, among=among)
         elif view.window is not None:
-            yield view.held(WINDOW, blocks)
+            yield view.held(_WINDOW, blocks)
         return
     reach = 0 if fit.of_anchor else seats.slot
     low = seats.anchor + reach + 1 - fit.window
@@ -498,16 +498,16 @@ def _window(
     key = np.clip(low - 1, seats.start, None)
     if fit.of_anchor:
         odd = f"a window of {fit.window} is counted from the anchor, not from each slot"
-        yield view.broken(WINDOW, odd, cut, key, among=among)
+        yield view.broken(_WINDOW, odd, cut, key, among=among)
     elif view.window is None:
         named = f"the context is cut off at a window of {fit.window}"
-        yield view.broken(WINDOW, named, cut, key, among=among, verdict=view.meant("window"))
+        yield view.broken(_WINDOW, named, cut, key, among=among, verdict=view.meant("window"))
     elif fit.window == view.window:
-        yield view.held(WINDOW, blocks)
+        yield view.held(_WINDOW, blocks)
     else:
         odd = f"the window is {fit.window}, not {view.window}"
         moved = cut | (asked & (seats.low > seats.start))
-        yield view.broken(WINDOW, odd, moved, among=among)
+        yield view.broken(_WINDOW, odd, moved, among=among)
 
 
 def _fit(
@@ -557,10 +557,10 @@ def _own_blocks(view: _View) -> Iterator[Finding]:
     hidden = [kept & (wanted > got) for wanted, got in zip((before, 1, behind), saw, strict=True)]
     blocks = view.of_blocks(kept)
     if not any(part.any() for part in hidden):
-        yield view.held(OWN, blocks)
+        yield view.held(_OWN, blocks)
         if view.asked("causal") and (kept & (behind > 0)).any():
             both = "blocks see both directions, causal ones were asked for"
-            yield view.broken(OWN, both, kept & (behind > 0), among=blocks)
+            yield view.broken(_OWN, both, kept & (behind > 0), among=blocks)
     else:
         yield from _own_pattern(view, own, kept, before, behind, blocks)
     names = {
@@ -574,9 +574,9 @@ def _own_blocks(view: _View) -> Iterator[Finding]:
         first = np.where(sides[0], first, view.seen.first[..., regions.LATER_BLOCK])
         pairs = view.count(regions.EARLIER_BLOCK, regions.LATER_BLOCK).sum()
         what = names[bool(sides[0].any()), bool(sides[1].any())]
-        yield view.broken(OTHERS, what, sides[0] | sides[1], first, pairs=pairs)
+        yield view.broken(_OTHERS, what, sides[0] | sides[1], first, pairs=pairs)
     else:
-        yield view.held(OTHERS)
+        yield view.held(_OTHERS)
 
 
 def _own_pattern(
@@ -634,16 +634,16 @@ def _own_pattern(
         every = (causal | ~kept | (_block_max(view, behind) == 0)).all()
         verdict = view.meant("causal") if every else "broken"
         name = "blocks are causal, as JetSpec's" if every else "some blocks are causal"
-        yield view.broken(OWN, name, causal & (behind > 0), among=blocks, verdict=verdict)
+        yield view.broken(_OWN, name, causal & (behind > 0), among=blocks, verdict=verdict)
     elif view.asked("causal") and (kept & (behind > 0)).any():
         both = "blocks are not causal, as was asked for"
-        yield view.broken(OWN, both, kept & (behind > 0), among=blocks)
+        yield view.broken(_OWN, both, kept & (behind > 0), among=blocks)
     for text, queries, pairs in report:
         queries = queries & pairs.any(2)
         if queries.any():
             key = where + pairs.argmax(2)
             among = {"among": blocks, "pairs": (pairs & queries[..., None]).sum()}
-            yield view.broken(OWN, text, queries, key, **among)
+            yield view.broken(_OWN, text, queries, key, **among)
 
 
 def _only(pairs: np.ndarray, slot: int) -> np.ndarray:
@@ -676,7 +676,7 @@ def _dummies(view: _View) -> Iterator[Finding]:
     seats, dummy = view.seats, ~view.seats.kept
     blocks = view.of_blocks(dummy)
     if not dummy.any():
-        yield view.held(DUMMY_CONTEXT, 0)
+        yield view.held(_DUMMY_CONTEXT, 0)
         return
     context = range(regions.PADDING + 1)
     count, first = view.count(*context) * dummy, view.seen.first[..., : regions.PADDING + 1]
@@ -687,22 +687,22 @@ def _dummies(view: _View) -> Iterator[Finding]:
         as_kept = prefixed.any() and (reach >= np.maximum(seats.anchor - 2, 0))[prefixed].all()
         what = "dummy blocks see context" + (", as if they were kept" if as_kept else "")
         pairs = count.sum()
-        yield view.broken(DUMMY_CONTEXT, what, count > 0, key, among=blocks, pairs=pairs)
+        yield view.broken(_DUMMY_CONTEXT, what, count > 0, key, among=blocks, pairs=pairs)
     else:
-        yield view.held(DUMMY_CONTEXT, blocks)
+        yield view.held(_DUMMY_CONTEXT, blocks)
 
 
 def _dummies_themselves(view: _View) -> Iterator[Finding]:
     seats, dummy = view.seats, ~view.seats.slot_kept
     blocks = view.of_blocks(dummy)
     if not dummy.any():
-        yield view.held(DUMMY_OWN, 0)
+        yield view.held(_DUMMY_OWN, 0)
         return
     got = view.count(regions.BEFORE, regions.ITSELF, regions.BEHIND)
     full = seats.slot_past - seats.slot_first
     if dummy.all() and (got == _place_in_block(seats) + 1).all() and (full > 1).any():
         what, verdict = "dummy blocks are causal", view.meant("causal")
-        yield view.broken(DUMMY_OWN, what, dummy, among=blocks, verdict=verdict)
+        yield view.broken(_DUMMY_OWN, what, dummy, among=blocks, verdict=verdict)
         return
     # What is odd about kept blocks is said of them, and no second time of dummies.
     own, odd, whole = view.seen.own, np.zeros_like(dummy), np.zeros_like(dummy)
@@ -715,15 +715,15 @@ def _dummies_themselves(view: _View) -> Iterator[Finding]:
             (odd if got[place].any() else whole)[place] = True
     if odd.any():
         what = "dummy blocks see part of themselves alone"
-        yield view.broken(DUMMY_OWN, what, odd, among=blocks)
+        yield view.broken(_DUMMY_OWN, what, odd, among=blocks)
     if whole.any():
         what, verdict = "dummy blocks do not see themselves", view.meant("hidden_dummies")
-        yield view.broken(DUMMY_OWN, what, whole, among=blocks, verdict=verdict)
+        yield view.broken(_DUMMY_OWN, what, whole, among=blocks, verdict=verdict)
     elif view.asked("hidden_dummies"):
         what = "dummy blocks see themselves, hidden ones were asked for"
-        yield view.broken(DUMMY_OWN, what, dummy, among=blocks)
+        yield view.broken(_DUMMY_OWN, what, dummy, among=blocks)
     elif not odd.any():
-        yield view.held(DUMMY_OWN, blocks)
+        yield view.held(_DUMMY_OWN, blocks)
 
 
 def _place_in_block(seats: Seats) -> np.ndarray:
@@ -746,9 +746,9 @@ def _empty(view: _View) -> Iterator[Finding]:
     blocks = view.of_blocks(kept)
     if empty.any():
         what = "a slot sees nothing at all: its softmax is NaN"
-        yield view.broken(EMPTY, what, empty, among=blocks)
+        yield view.broken(_EMPTY, what, empty, among=blocks)
     else:
-        yield view.held(EMPTY, blocks)
+        yield view.held(_EMPTY, blocks)
 
 
 def _heads(
@@ -756,14 +756,14 @@ def _heads(
 ) -> Iterator[Finding]:
     heads = view.mask.heads
     if not different:
-        yield view.held(HEADS, heads, "heads")
+        yield view.held(_HEADS, heads, "heads")
         return
     head, (_, (row, query, key)) = min(different.items())
     place = view.place(row, query, key)
     place["place"] = f"head {head}, {place['place']}"
     pairs = sum(count for count, _ in different.values())
     what = f"a head sees other pairs than head {view.head}"
-    yield Finding(HEADS, "broken", what, len(different), heads, "heads", pairs, **place)
+    yield Finding(_HEADS, "broken", what, len(different), heads, "heads", pairs, **place)
 
 
 def _tiles(view: _View, mine: BlockMask) -> Iterator[Finding]:
@@ -803,14 +803,14 @@ def _tiles(view: _View, mine: BlockMask) -> Iterator[Finding]:
         if counts[kind]:
             what = f"the tile lists call a tile {kind} that its rule {sees}"
             place = view.place(*firsts[kind])
-            yield Finding(TILES, "broken", what, counts[kind], tiles, "tiles", **place)
+            yield Finding(_TILES, "broken", what, counts[kind], tiles, "tiles", **place)
     backward = _backward(mine, partial, full)
     if backward:
         tiles = partial.size
         what = "the lists for the backward pass differ from those for the forward pass"
-        yield Finding(TILES, "broken", what, backward, tiles, "tiles")
+        yield Finding(_TILES, "broken", what, backward, tiles, "tiles")
     if not any(counts.values()) and not backward:
-        yield view.held(TILES, tiles, "tiles")
+        yield view.held(_TILES, tiles, "tiles")
 
 
 def _backward(mine: BlockMask, partial: np.ndarray, full: np.ndarray) -> int:

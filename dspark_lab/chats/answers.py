@@ -1,164 +1,456 @@
-"""Where the assistant's answers are in the text of a chat template."""
+"""Which characters of a rendered conversation the model itself has to generate.
+
+The rule, in words. An answer is generated from where its generation prompt ends, which is the
+rendering of the messages before it with ``add_generation_prompt=True``, to the last marker that
+closes its turn. What the template only writes between turns is not generated: white space behind
+the end of turn, the role header of the next turn. Two things follow that a template can do.
+
+- It may change what came before, once more follows. Where the generation prompt is therefore no
+  prefix of the rendered conversation, the two are compared from the end of the last message in it,
+  and what they share there counts. Where that ends inside the answer, nothing is right.
+- It may close a turn with another marker when more follows. The one that is written counts.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from dspark_lab.chats.chat import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Messages = list[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
+
+# Of a message, what a template need not write: it names the message or its speaker.
+_NAMES = {"name", "tool_call_id", "id", "index", "turn", "timestamp", "created_at", "date", "model"}
+_NAMES |= {"source", "lang", "language", "tokens", "num_tokens"}
+# The arguments of ``apply_chat_template`` that are no options of the template.
+_RESERVED = {"conversation", "conversations", "messages", "tools", "documents", "chat_template"}
+_RESERVED |= {"add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"}
+_RESERVED |= {"return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"}
+_RESERVED |= {"truncation", "max_length", "sanitize_control_tokens"}
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The template's text, and where in it the answers are, in characters, in order.
+    """The template's text, and where in it the supervised characters are, in order.
 
-    ``ends_inside``: they hold the end-of-turn. ``spaced``: the model generates the space before.
+    Attributes:
+        left_out: answers of which the text does not hold all that was generated.
+        others: what the template's ``{% generation %}`` markers enclose, or, where ``spans`` are
+            that, what the rule supervises; None where one of the two is not to be had.
     """
 
     text: str
     spans: list[Span]
-    ends_inside: bool
-    spaced: bool
+    left_out: int = 0
+    others: list[Span] | None = None
 
 
-def render_and_locate(tokenizer: Tokenizer, messages: Messages) -> Rendered:
-    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.get_chat_template()):
-        text, spans, ends_inside = _marked_answers(tokenizer, messages)
+def render(
+    chat: Chat,
+    tokenizer: Tokenizer,
+    *,
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """Render a conversation and find what is supervised of it; a ValueError says why it cannot."""
+    try:
+        written = _Written.of(chat, _Template(tokenizer, chat.tools, template_options or {}))
+        return _supervise(chat, written, markers, last_answer_only)
+    except ValueError as error:
+        raise ValueError(f"conversation {chat.id!r}: {error}") from error
+
+
+def _supervise(chat: Chat, written: _Written, markers: bool, last_answer_only: bool) -> Rendered:
+    answers = chat.answers[-1:] if last_answer_only else chat.answers
+    if not answers:
+        raise ValueError("it holds no answer of the assistant, so there is nothing to supervise")
+    marked = written.marked
+    if markers and not marked:
+        lacks = "are none in the chat template" if marked is None else "enclose nothing of it"
+        raise ValueError(f"markers, {{% generation %}}, {lacks}")
+    less = _check_nothing_vanishes(written)
+    whole = chat.finished and (chat.supervised is None or all(chat.supervised))
+    try:
+        turns = [_turn(written, answer) for answer in answers]
+    except ValueError:
+        if marked is None or not markers or not whole or last_answer_only:
+            raise
+        return Rendered(written.text, marked)
+    spans = [(start, end) for start, end, _ in turns]
+    if not chat.finished:
+        spans[-1] = (spans[-1][0], _words_end(written, answers[-1], spans[-1]))
+    if chat.supervised is not None:
+        kept = [chat.supervised[answer] for answer in answers]
+        spans = [span for span, keep in zip(spans, kept, strict=True) if keep]
+    left_out = len({a for a, (_, _, part) in zip(answers, turns, strict=True) if part or a in less})
+    if marked is not None and not (whole and not last_answer_only):
+        cut = len(written.text) if chat.finished or not spans else spans[-1][1]
+        marked = [
+            (a, min(b, cut))
+            for a, b in marked
+            if any(a < end and b > start for start, end in spans)
+        ]
+    if markers and marked is not None:
+        return Rendered(written.text, marked, left_out, spans)
+    return Rendered(written.text, spans, left_out, marked)
+
+
+class _Template:
+    """A tokenizer's chat template with the tools and options that it is to write."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tools: Sequence[dict[str, Any]] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self.tools = list(tools) if tools else None
+        for name in options:
+            if name in _RESERVED or not self._reads(name):
+                raise ValueError(f"template_options: the chat template reads no option {name!r}")
+
+    @cached_property
+    def source(self) -> str:
+        options: dict[str, Any] = {"tools": self.tools}
+        return str(self.tokenizer.get_chat_template(**options))
+
+    @cached_property
+    def has_markers(self) -> bool:
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
+
+    def without(self, tool: int) -> _Template:
+        tools = [other for index, other in enumerate(self.tools or ()) if index != tool]
+        return _Template(self.tokenizer, tools, self.options)
+
+    def write(self, messages: Messages, prompt: bool = False) -> str:
+        """The text of some messages, with the generation prompt behind it if asked for."""
+        options: dict[str, Any] = {"tools": self.tools, "tokenize": False, **self.options}
+        options["add_generation_prompt"] = prompt
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **options))
+        except Exception as error:  # templates raise what they like, and Python what they do wrong
+            raise ValueError(f"the chat template refuses it: {error}") from error
+
+    def write_marked(self, messages: Messages) -> tuple[str, list[Span]]:
+        """The text, and the spans that lie between the template's generation markers.
+
+        Not transformers' own ``assistant_masks``, which lose the last bytes of an answer that ends
+        in a character of several tokens.
+        """
+        from transformers.utils import chat_template_utils
+
+        # Its annotations promise a text alone.
+        render: Callable[..., Any] = chat_template_utils.render_jinja_template
+        said = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        try:
+            texts, spans = render(
+                conversations=[said],
+                tools=self.tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **(self.tokenizer.special_tokens_map | dict(self.options)),
+            )
+        except Exception as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+        return texts[0], spans[0]
+
+    def _reads(self, option: str) -> bool:
+        return re.search(rf"\b{re.escape(option)}\b", self.source) is not None
+
+
+@dataclass
+class _Written:
+    """Messages, and what a template makes of them."""
+
+    template: _Template
+    messages: list[Mapping[str, Any]]
+    text: str
+    marked: list[Span] | None
+
+    @classmethod
+    def of(cls, chat: Chat, template: _Template) -> _Written:
+        messages: list[Mapping[str, Any]] = list(chat.messages)
+        if template.has_markers:
+            return cls(template, messages, *template.write_marked(messages))
+        return cls(template, messages, template.write(messages), None)
+
+    @cached_property
+    def placeholder(self) -> str:
+        """A character that neither the messages nor the template contain."""
+        used = {*self.text, *self.template.source, *json.dumps(self.messages, ensure_ascii=False)}
+        mark = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used), None)
+        if mark is None:
+            raise ValueError("uses every private-use character, none is left for a placeholder")
+        return mark
+
+    def up_to(self, index: int) -> str:
+        """The conversation as it stood when message ``index`` was its last."""
+        last = index == len(self.messages) - 1
+        return self.text if last else self.template.write(self.messages[: index + 1])
+
+    def probe(self, index: int, end: int | None = None, prompt: bool = False) -> str:
+        """The text of the first ``end`` messages with a placeholder for the words of one.
+
+        An answer's tool calls and thinking go with its words.
+        """
+        message = self.messages[index]
+        said = {} if message["role"] == "assistant" else message
+        said = {**said, "role": message["role"], "content": self.placeholder}
+        before, after = self.messages[:index], self.messages[index + 1 : end]
+        return self.template.write([*before, said, *after], prompt)
+
+    def vanishes(self, index: int, end: int | None = None) -> bool:
+        """Whether the template writes a message without its words."""
+        try:
+            return self.placeholder not in self.probe(index, end)
+        except ValueError:
+            return False
+
+    def around(
+        self, index: int, end: int | None = None, prompt: bool = False
+    ) -> tuple[str, str] | None:
+        """The text around the words of a message; None where a placeholder does not find it."""
+        try:
+            parts = self.probe(index, end, prompt).split(self.placeholder)
+        except ValueError:
+            return None
+        return (parts[0], parts[-1]) if len(parts) > 1 else None
+
+    def words_end(self, index: int) -> int | None:
+        """Where the words of a message end, by the text behind them."""
+        around = self.around(index)
+        if around is None or not self.text.endswith(around[1]):
+            return None
+        return len(self.text) - len(around[1])
+
+    def words_start(self, index: int) -> int | None:
+        around = self.around(index)
+        return None if around is None else _common(around[0], self.text)
+
+
+def _turn(written: _Written, answer: int) -> tuple[int, int, bool]:
+    """Where an answer is generated, and whether the text leaves out a part of it."""
+    text, said = written.text, written.messages[answer]["content"].strip()
+    start, prompt = _prompt_end(written, answer)
+    own = written.up_to(answer)
+    seen = own.rstrip()
+    left_out = False
+    if text.startswith(seen) and len(seen) > start and not (said and seen.endswith(said)):
+        end = len(seen)
     else:
-        text, spans = _unmarked_answers(tokenizer, messages)
-        ends_inside = False
-    spaced = False
-    if any(text[:start].endswith(" ") for start, _ in spans):
-        prompt = _generation_prompt(tokenizer, messages, _assistant_turns(messages)[-1])
-        spaced = not prompt.endswith(" ")
-    return Rendered(text, spans, ends_inside, spaced)
+        end, left_out = _turn_end(written, answer, start, own, prompt)
+    if said and said not in text[start:end] and not _spells(text, start, end, said):
+        left_out = True
+        if written.vanishes(answer, answer + 1):
+            raise ValueError(
+                f"the answer in messages[{answer}] is not written by the chat template"
+            )
+    return start, end, left_out
 
 
-def _marked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span], bool]:
-    # Not transformers' own ``assistant_masks``, which lose the last bytes of an answer that ends
-    # in a character of several tokens.
-    text, spans = _render_marked(tokenizer, messages)
-    if not spans:
-        raise ValueError("the chat template's {% generation %} markers enclose nothing of it")
-    placeholders = _placeholders(messages, text)
-    probe, probe_spans = _render_marked(tokenizer, _with_answers(messages, placeholders))
-    last_words = tuple(placeholders.values())
-    return text, spans, not any(probe[a:b].rstrip().endswith(last_words) for a, b in probe_spans)
+def _prompt_end(written: _Written, answer: int) -> tuple[int, str]:
+    """Where in the text the generation prompt of an answer ends, and that prompt."""
+    text, prompt = written.text, ""
+    if answer:
+        with suppress(ValueError):
+            prompt = written.template.write(written.messages[:answer], prompt=True)
+    if prompt and text.startswith(prompt):
+        return len(prompt), prompt
+    if not prompt:
+        start = _end_behind_a_user(written, answer)
+    else:
+        start = _common(prompt, text)
+        asked, said = written.around(answer - 1, answer, prompt=True), written.words_end(answer - 1)
+        if said is None or asked is None or not prompt.endswith(asked[1]):
+            raise _rewritten(answer)
+        if start < said:
+            start = said + _common(asked[1], text[said:])
+    begin = written.words_start(answer)
+    if begin is not None and start > begin:
+        raise ValueError(
+            f"the generation prompt of messages[{answer}] is no prefix of the conversation, and "
+            "what the two share ends inside the answer"
+        )
+    return start, prompt
 
 
-def _unmarked_answers(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:
-    """Text and spans, from a second rendering with a placeholder for each answer.
+def _end_behind_a_user(written: _Written, answer: int) -> int:
+    """Where the generation prompt ends of an answer that the template writes no prompt for.
 
-    Where what stands around the placeholders, joined with the answers, gives the text, the spans
-    are known by arithmetic; else the template changes some answer, and they are located one by one.
+    It opens the conversation, or follows on the system's message. The prompt is that behind a
+    user's message which is put before the answer.
     """
-    text = _render(tokenizer, messages)
-    placeholders = _placeholders(messages, text)
-    probe = _render(tokenizer, _with_answers(messages, placeholders))
-    turn_of = {placeholder: turn for turn, placeholder in placeholders.items()}
-    found = re.findall("|".join(turn_of), probe)
-    if found != list(turn_of):
-        writes = f"of {list(placeholders)} it writes {[turn_of[text] for text in found]}"
-        raise ValueError(f"the chat template must write every answer once, in order, but {writes}")
-    pieces = re.split("|".join(turn_of), probe)
-    answers = [messages[turn]["content"] for turn in placeholders]
-    parts = [part for pair in zip(pieces, [*answers, ""], strict=True) for part in pair]
-    if "".join(parts) == text:
-        ends = list(accumulate(len(part) for part in parts))
-        return text, list(zip(ends[0:-2:2], ends[1:-2:2], strict=True))
-    spans = [_locate_one(tokenizer, messages, text, *answer) for answer in placeholders.items()]
-    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
-        raise _cannot_locate(*placeholders)
-    return text, spans
+    text, messages, mark = written.text, written.messages, written.placeholder
+    asked = [*messages[:answer], {"role": "user", "content": mark}]
+    try:
+        prompt = written.template.write(asked, prompt=True).rpartition(mark)[2]
+        answered = written.template.write([*asked, *messages[answer:]]).rpartition(mark)[2]
+    except ValueError:
+        raise _rewritten(answer) from None
+    rest = answered[_common(prompt, answered) :]
+    if not text.endswith(rest):
+        raise _rewritten(answer)
+    return len(text) - len(rest)
 
 
-def _locate_one(
-    tokenizer: Tokenizer, messages: Messages, text: str, turn: int, placeholder: str
-) -> Span:
-    """The span of one answer that the template does not copy as it is.
+def _turn_end(
+    written: _Written, answer: int, start: int, own: str, prompt: str
+) -> tuple[int, bool]:
+    """Where the last marker ends that closes a turn, and whether a part of the turn is left out.
 
-    The text around a placeholder is the text around the answer, unless what the template writes
-    before depends on what it says (a block of thinking). Then the answer starts where it can be
-    read word for word, or else where the generation prompt ends.
+    For a turn whose text is not simply that of the conversation so far, white space aside. Either
+    it closes with another marker, or none, where it is the last; or thinking is left out of turns
+    that are not; or there is no marker at all.
     """
-    answer = messages[turn]["content"]
-    probe = _render(tokenizer, _with_answers(messages, {turn: placeholder}))
-    before, _, after = probe.partition(placeholder)
-    start, end = len(before), len(text) - len(after)
-    if not text.endswith(after):
-        raise _cannot_locate(turn)
-    surrounded = text.startswith(before) and start <= end
-    if surrounded and text[start:end].strip() == answer.strip():
-        return start, end
-    if answer and text.endswith(answer, 0, end):
-        return end - len(answer), end
-    if surrounded:
-        return start, end
-    prompt = _generation_prompt(tokenizer, messages, turn)
-    head, prompt, _ = before.rpartition(prompt) if prompt else ("", "", "")
-    start = len(head) + len(prompt)
-    if not prompt or not text.startswith(head + prompt) or start > end:
-        raise _cannot_locate(turn)
-    return start, end
+    text, rest = written.text, len(written.messages) - answer - 1
+    words = written.words_end(answer)
+    words = start if words is None else max(start, words)
+    if not rest:
+        return max(words, len(text.rstrip())), False
+    around, closing, left_out = written.around(answer, answer + 1), "", False
+    if around is not None and own.endswith(around[1]):
+        closing = around[1].rstrip()
+        generated = own[_common(prompt, own) : len(own) - len(around[1])]
+        left_out = prompt != "" and generated.strip() != text[start:words].strip()
+    if closing and text.startswith(closing, words):
+        return words + len(closing), left_out
+    following = written.around(answer + 1)
+    end = len(text) if following is None else _common(following[0], text)
+    between = text[words:end]
+    for header in _headers(written, written.messages[answer + 1]["role"]):
+        if between.endswith(header):
+            return words + len(between.removesuffix(header).rstrip()), left_out
+    return words + _first_marker(between, written.template.tokenizer), left_out
 
 
-def _cannot_locate(*turns: int) -> ValueError:
-    where = ", ".join(f"messages[{turn}]" for turn in turns)
-    advice = "put {% generation %} ... {% endgeneration %} around answers in the template"
-    return ValueError(f"the chat template rewrites the answer in {where} too much; {advice}")
+def _headers(written: _Written, role: str) -> list[str]:
+    """What may open a turn of this role: what follows on the end of another, and on nothing."""
+    mark, headers = written.placeholder, []
+    opened = {"role": role, "content": mark}
+    for before in ("user", "system"):
+        said = {"role": before, "content": mark}
+        with suppress(ValueError):
+            closing = written.template.write([said]).split(mark)[-1].rstrip()
+            parts = written.template.write([said, opened]).split(mark)
+            if len(parts) == 3 and parts[1].startswith(closing):
+                headers.append(parts[1].removeprefix(closing).lstrip())
+    with suppress(ValueError):
+        headers += written.template.write([opened]).split(mark)[:-1]
+    return [header for header in headers if header]
 
 
-def _assistant_turns(messages: Messages) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+def _first_marker(between: str, tokenizer: Tokenizer) -> int:
+    """How long the marker is, with the space before it, that a text begins with; 0 for none."""
+    text = between.lstrip()
+    markers = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    found = max((len(marker) for marker in markers if text.startswith(marker)), default=0)
+    return len(between) - len(text) + found if found else 0
 
 
-def _placeholders(messages: Messages, text: str) -> dict[int, str]:
-    """A text for each assistant turn that neither the messages nor the template contain."""
-    used = {character for message in messages for character in message["content"]}.union(text)
-    mark = next((chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used), None)
-    if mark is None:
-        raise ValueError("uses every private-use character, none is left for a placeholder")
-    return {turn: f"{mark}{turn}{mark}" for turn in _assistant_turns(messages)}
+def _words_end(written: _Written, answer: int, span: Span) -> int:
+    """Where an answer ends that was cut off: no marker that closes the turn is its own."""
+    words = written.words_end(answer)
+    if words is None:
+        said = written.messages[answer]["content"].rstrip()
+        found = written.text.rfind(said, *span) if said else -1
+        if found < 0:
+            raise ValueError(f"the end of messages[{answer}], which was cut off, cannot be told")
+        words = found + len(said)
+    return min(max(span[0], words), span[1])
 
 
-def _with_answers(messages: Messages, answers: dict[int, str]) -> Messages:
-    return [
-        {"role": message["role"], "content": answers.get(turn, message["content"])}
-        for turn, message in enumerate(messages)
-    ]
+def _check_nothing_vanishes(written: _Written) -> set[int]:
+    """Refuse what the template does not write: tools, messages, fields of messages.
+
+    Returns:
+        the answers that have a field which is not written because more messages follow.
+    """
+    template, text, place = written.template, written.text, 0
+    for tool in range(len(template.tools or ())):
+        if _unchanged(text, template.without(tool), written.messages):
+            raise ValueError(f"tools[{tool}] is not written by the chat template")
+    less = set()
+    for index, message in enumerate(written.messages):
+        role, words = message["role"], message["content"].strip()
+        found = text.find(words, place)
+        if found >= 0 and role in ("user", "assistant"):
+            place = found + len(words)
+        elif words and role != "assistant" and written.vanishes(index):
+            raise ValueError(
+                f"messages[{index}] of role {role!r} is not written by the chat template"
+            )
+        for key in message.keys() - _NAMES - {"role", "content"}:
+            if _is_left_out(written, index, key):
+                less.add(index)
+    return less
 
 
-def _generation_prompt(tokenizer: Tokenizer, messages: Messages, turn: int) -> str:
-    """The text that the template adds to the messages before ``turn`` to make the model answer."""
-    if turn == 0:
-        return ""
-    said = _render(tokenizer, messages[:turn])
-    asked = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-    return asked[len(said) :] if asked.startswith(said) else ""
+def _is_left_out(written: _Written, index: int, key: str) -> bool:
+    """Whether a field of an answer is only written while that is the last; refused if never."""
+    message = written.messages[index]
+    value = message[key]
+    if value is None or value in ("", [], {}):
+        return False
+    ends = len(written.messages)
+    last = index + 1 if message["role"] == "assistant" else ends
+    parts = range(len(value)) if isinstance(value, list) and len(value) > 1 else [None]
+    for part in parts:
+        # Some files say the same under two names.
+        less = {k: v for k, v in message.items() if k in ("role", "content") or v != value}
+        if part is not None:
+            less[key] = [v for number, v in enumerate(value) if number != part]
+        changed = [*written.messages[:index], less, *written.messages[index + 1 :]]
+        own = written.up_to(index) if last <= index + 1 else written.text
+        if _unchanged(own, written.template, changed[:last]):
+            name = key if part is None else f"{key}[{part}]"
+            raise ValueError(
+                f"messages[{index}] has {name!r}, which the chat template does not write"
+            )
+        if last < ends and _unchanged(written.text, written.template, changed):
+            return True
+    return False
 
 
-def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = False) -> str:
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return str(tokenizer.apply_chat_template(messages, **options))
+def _unchanged(text: str, template: _Template, messages: Messages) -> bool:
+    try:
+        return template.write(messages) == text
+    except ValueError:
+        return False
 
 
-def _render_marked(tokenizer: Tokenizer, messages: Messages) -> tuple[str, list[Span]]:
-    """The text, and the spans that lie between the template's generation markers."""
-    from transformers.utils import chat_template_utils
-
-    # Its annotations promise a text alone.
-    render: Callable[..., Any] = chat_template_utils.render_jinja_template
-    texts, spans = render(
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+def _spells(text: str, start: int, end: int, words: str) -> bool:
+    """Whether a text holds words, white space aside; they may have begun right before it."""
+    begun = next(
+        (n for n in range(min(len(words), 32), 0, -1) if text.endswith(words[:n], 0, start)), 0
     )
-    return texts[0], spans[0]
+    characters = iter(text[start:end])
+    return all(c in characters for c in words[begun:] if not c.isspace())
+
+
+def _common(one: str, other: str) -> int:
+    """The length of the longest common prefix."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _rewritten(answer: int) -> ValueError:
+    what = f"the chat template changes what stands before messages[{answer}] beyond recognition"
+    return ValueError(f"{what}; encode_answers gives a row for each answer as it was generated")

@@ -1,188 +1,239 @@
-"""Conversations from JSONL files."""
+"""Conversations from files: JSON lines, a JSON array, Parquet, a saved Hugging Face data set."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from dspark_lab.chats.chat import Chat, Encoded
+from dspark_lab.chats.records import read_record
 from dspark_lab.checks import checked
-from dspark_lab.files import DATA
+from dspark_lab.files import DATA, read_json
 
 SHIPPED_CHATS = DATA / "conversations.jsonl"
 
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# How files of other kinds begin.
+_OTHER_KINDS = {
+    b"\xff\xfe": "UTF-16 or UTF-32 text, and must be UTF-8",
+    b"\xfe\xff": "UTF-16 text, and must be UTF-8",
+    b"\x00\x00\xfe\xff": "UTF-32 text, and must be UTF-8",
+    b"PK\x03\x04": "a zip archive (a torch file, a spreadsheet), and must be unpacked",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd, and must be unpacked",
+    b"\xfd7zXZ": "compressed with xz, and must be unpacked",
+    b"BZh": "compressed with bzip2, and must be unpacked",
+    b"SQLite": "an SQLite data base",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy file",
+    b"\x80": "a pickle, which is not read: it may run code",
+}
 
-# What these keys say would be lost, because a message here is a role and a text. Empty is fine.
-_LOST_IN_MESSAGE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-_LOST_IN_RECORD = ("tools", "functions", "system")
+# Where a row is ("line 3", "row 3"), and what it holds or why that cannot be read.
+Row = tuple[str, Any]
+
+
+class Skipped(NamedTuple):
+    """A row that was left out, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+class Chats(list[Chat | Encoded]):
+    """Conversations of a file; ``skipped`` are the rows that could not be read."""
+
+    def __init__(self, chats: Iterable[Chat | Encoded] = (), skipped: Iterable[Skipped] = ()):
+        super().__init__(chats)
+        self.skipped = list(skipped)
+
+    @property
+    def conversations(self) -> list[Chat]:
+        """The words of all of them; a row that holds tokens alone has none, and is refused."""
+        chats = []
+        for item in self:
+            chat = item if isinstance(item, Chat) else item.chat
+            if chat is None:
+                raise ValueError(f"conversation {item.id!r} must have messages, got tokens alone")
+            chats.append(chat)
+        return chats
 
 
 @checked
-@dataclass(frozen=True)
-class Chat:
-    """One conversation.
+def load_chats(
+    path: str | os.PathLike[str] | None = None, *, on_error: Literal["raise", "skip"] = "raise"
+) -> Chats:
+    """Read a file of conversations, one a row; without a path, the shipped conversations.
 
-    Each message is ``{"role": ..., "content": ...}`` and nothing else, at least one of them the
-    assistant's. ``id`` names the conversation in errors. ``finished`` is False where the last
-    answer was cut off, so that the end-of-turn which a template writes behind it is not its own.
-    """
-
-    messages: Sequence[dict[str, str]]
-    id: str
-    domain: str | None = None
-    finished: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", tuple(self.messages))
-        if not self.messages:
-            raise ValueError("messages must hold at least one message, got none")
-        for index, message in enumerate(self.messages):
-            _check_message(f"messages[{index}]", message)
-        if all(message["role"] != "assistant" for message in self.messages):
-            raise ValueError("messages must hold at least one of role 'assistant', got none")
-
-
-@checked
-def load_chats(path: str | os.PathLike[str] | None = None) -> list[Chat]:
-    """Reads a JSONL file, one conversation a line; without a path, the shipped conversations.
-
-    A line is an object with one of
+    The file is JSON lines or one JSON array, either perhaps compressed with gzip, Parquet, Arrow,
+    or the folder of a saved Hugging Face data set; what it is shows in its first bytes. A row has
 
     - ``messages`` or ``conversations``: a list of ``{"role", "content"}``, or of ShareGPT's
-      ``{"from", "value"}`` where ``human`` is the user and ``gpt`` the assistant. ``content`` is a
-      string, or a list of ``{"type": "text", "text": ...}`` parts, which are joined.
-    - ``prompt`` and ``response``: two strings.
+      ``{"from", "value"}``. ``content`` is a string, or a list of ``{"type": "text", "text": ...}``
+      parts, which are joined. What else a message has (``reasoning_content``, ``tool_calls``) is
+      for the chat template, and refused on encoding where that does not write it.
+    - ``prompt`` and ``completion`` or ``response``: texts or lists of messages.
+    - ``instruction``, ``input``, ``output``, ``history``.
+    - ``turns``, or ``prompt`` alone: a prompt, which has no answer.
+    - ``input_ids`` with ``loss_mask`` (or ``labels``): a trainer's own row, an :class:`Encoded`,
+      with the conversation as its ``chat`` where the row has that too.
 
-    ``id`` (a string or an integer) defaults to ``"<file stem>:<line>"``; ``domain`` is a string or
-    absent; ``finished`` is true, false or absent (true). Other keys are metadata and not read,
-    except those whose content would be lost, which are refused unless empty: tools, tool calls,
-    reasoning beside the content, a message ``weight`` other than 1. Blank lines may end the file. A
-    line that is anything else or repeats an id is a ValueError, ``"path:line: ..."``.
+    Beside these: ``system``; ``tools``, a list or its JSON text; ``finished``, or a
+    ``finish_reason`` (``"length"``: cut off); ``id``, a string or an integer, by default
+    ``"<file stem>:<line>"``; ``domain``. ``weight``, ``train``, ``training``, ``loss`` and
+    ``loss_mask`` of a message or the row, or a list ``loss_mask`` of the row, say what the loss
+    leaves out. Other keys say nothing of the conversation and are not read, except those that would
+    make it another one, which are refused by name: images, ``chosen`` and the like. Blank lines may
+    end a file.
+
+    Args:
+        path: the file or folder.
+        on_error: what to do at a row that cannot be read or repeats an id: stop with a ValueError,
+            "FILE, line N: reason", or leave it out and tell it in the list's ``skipped``.
     """
     path = Path(SHIPPED_CHATS if path is None else path)
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    chats, place_of_id = Chats(), {}
+    places = 0
+    for place, chat in read_chats(path):
+        places += 1
+        error = chat if isinstance(chat, ValueError) else None
+        if not isinstance(chat, ValueError):
+            if chat.id not in place_of_id:
+                place_of_id[chat.id] = place
+                chats.append(chat)
+                continue
+            error = ValueError(f"id {chat.id!r} is already that of {place_of_id[chat.id]}")
+        if on_error == "raise":
+            raise ValueError(f"{path}, {place}: {error}") from None
+        chats.skipped.append(Skipped(str(path), int(place.split()[1]), str(error)))
+    if not places:
         raise ValueError(f"{path}: no conversations, expected one JSON object a line")
-    chats: list[Chat] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            chat = _chat_from_record(_record_from_line(line), f"{path.stem}:{number}")
-            if chat.id in line_of_id:
-                raise ValueError(f"id {chat.id!r} is already that of line {line_of_id[chat.id]}")
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-        line_of_id[chat.id] = number
-        chats.append(chat)
     return chats
 
 
-def _record_from_line(line: bytes) -> dict[str, Any]:
-    if not line.strip():
-        raise ValueError("blank line, which only the end of a file may have")
+def read_chats(path: Path) -> Iterator[tuple[str, Chat | Encoded | ValueError]]:
+    """Each row of a file in turn: where it is, and its conversation or why there is none."""
+    for place, record in _read_rows(path):
+        if isinstance(record, ValueError):
+            yield place, record
+            continue
+        try:
+            chat = read_record(record, f"{path.stem}:{place.split()[1]}")
+        except ValueError as error:
+            yield place, error
+        else:
+            yield place, chat
+
+
+def _read_rows(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        yield from _number(record for file in _arrow_files(path) for record in _arrow_rows(file))
+        return
+    with path.open("rb") as file:
+        start = file.peek(16)[:16]
+        if start.startswith(b"PAR1"):
+            yield from _number(_parquet_rows(path))
+        elif start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+            yield from _number(_arrow_rows(path))
+        elif start.startswith(b"\x1f\x8b"):
+            try:
+                yield from _text_rows(path, io.BufferedReader(gzip.GzipFile(fileobj=file)))
+            except (EOFError, OSError, zlib.error) as error:
+                raise ValueError(f"{path} is a broken gzip file: {error}") from error
+        else:
+            yield from _text_rows(path, file)
+
+
+def _number(records: Iterable[Any]) -> Iterator[Row]:
+    return ((f"row {number}", record) for number, record in enumerate(records, start=1))
+
+
+def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
+    start = file.peek(4096)[:4096]
+    other = next((other for begin, other in _OTHER_KINDS.items() if start.startswith(begin)), None)
+    if other is None and start.startswith(b"PAR1"):
+        other = "a compressed Parquet file, and must be unpacked"
+    if other is None and b"\x00" in start:
+        other = "no text, or UTF-16 without its mark: it holds zero bytes, and must be UTF-8"
+    if other is not None:
+        raise ValueError(f"{path} is {other}")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _array_rows(path, file.read())
+        return
+    blank = None
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank is not None:
+            yield f"line {blank}", ValueError("blank line, which only the end of a file may have")
+            blank = None
+        try:
+            yield f"line {number}", json.loads(line.removesuffix(b"\n").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            reason = f"not valid UTF-8: {error.reason} at byte {error.start}"
+            yield f"line {number}", ValueError(reason)
+        except (ValueError, RecursionError) as error:
+            yield f"line {number}", ValueError(f"not valid JSON: {error}")
+
+
+def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start}") from None
+        rows = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"must be a JSON object, got {_kind(record)}")
-    return record
+        raise ValueError(f"{path} begins as a JSON array, but is none: {error}") from None
+    yield from _number(rows)
 
 
-def _chat_from_record(record: dict[str, Any], default_id: str) -> Chat:
-    _refuse_if_not_empty(record, _LOST_IN_RECORD)
-    lists = [key for key in ("messages", "conversations") if key in record]
-    if len(lists) == 2:
-        raise ValueError("has both 'messages' and 'conversations', only one is allowed")
-    if lists:
-        raw = record[lists[0]]
-        if not isinstance(raw, list):
-            raise ValueError(f"{lists[0]} must be a list, got {_kind(raw)}")
-        messages = [_message(f"{lists[0]}[{i}]", message) for i, message in enumerate(raw)]
-    elif "prompt" in record and "response" in record:
-        prompt, response = (_string(key, record[key]) for key in ("prompt", "response"))
-        messages = [{"role": "user", "content": prompt}]
-        messages += [{"role": "assistant", "content": response}]
-    else:
-        wanted = "'messages', 'conversations', or 'prompt' and 'response'"
-        raise ValueError(f"must have {wanted}, got keys {sorted(record)}")
-    name, domain = record.get("id"), record.get("domain")
-    if name is None:
-        name = default_id
-    elif isinstance(name, bool) or not isinstance(name, (str, int)):
-        raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
-    if domain is not None:
-        _string("domain", domain)
-    finished = record.get("finished", True)
-    if not isinstance(finished, bool):
-        raise ValueError(f"finished must be true or false, got {_kind(finished)}")
-    return Chat(messages, str(name), domain, finished)
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-
-def _message(where: str, raw: Any) -> dict[str, str]:
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where} must be an object, got {_kind(raw)}")
-    role_key, content_key = ("from", "value") if "from" in raw else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in raw:
-            raise ValueError(f"{where} must have {key!r}, got keys {sorted(raw)}")
-    _refuse_if_not_empty(raw, _LOST_IN_MESSAGE, where + " ")
-    if raw.get("weight", 1) != 1:
-        raise ValueError(f"{where} has weight {raw['weight']!r}, only 1 is supported")
-    role = _string(f"{where}.{role_key}", raw[role_key])
-    if role_key == "from":
-        role = _SHAREGPT_ROLES.get(role, role)
-    content = raw[content_key]
-    if isinstance(content, list):
-        content = "".join(_text_part(f"{where}.{content_key}", part) for part in content)
-    message = {"role": role, "content": content}
-    _check_message(where, message)
-    return message
-
-
-def _text_part(where: str, part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
-        raise ValueError(f"{where} may only have parts of type 'text', got {kind}")
-    return _string(f"{where} of type 'text'", part.get("text"))
-
-
-def _check_message(where: str, message: dict[str, str]) -> None:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise ValueError(f"{where} must have 'role' and 'content' alone, got {message!r}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"{where} must have a role of {ROLES}, got {message['role']!r}")
-    content = _string(f"{where}.content", message["content"])
     try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair at {error.start}"
-        raise ValueError(f"{where}.content must be Unicode text, got {got}") from None
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is a broken Parquet file: {error}") from error
 
 
-def _string(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where} must be a string, got {_kind(value)}")
-    return value
+def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                batches = iter(pa.ipc.open_stream(file))
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is a broken Arrow file: {error}") from error
 
 
-def _refuse_if_not_empty(record: dict[str, Any], keys: Sequence[str], where: str = "") -> None:
-    for key in keys:
-        if record.get(key):
-            raise ValueError(f"{where}has {key!r}, which is not supported and would be lost")
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def _arrow_files(folder: Path) -> list[Path]:
+    """The files of a data set that ``save_to_disk`` of Hugging Face's ``datasets`` wrote."""
+    if (folder / "dataset_dict.json").exists():
+        splits = read_json(folder / "dataset_dict.json").get("splits")
+        raise ValueError(f"{folder} holds a data set's splits: give the folder of one of {splits}")
+    if not (folder / "state.json").exists():
+        wanted = "a file, or the folder of a saved Hugging Face data set, which has a state.json"
+        raise ValueError(f"{folder} must be {wanted}")
+    state: dict[str, Any] = read_json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        raise ValueError(f"{folder} holds indices of rows: save the data set after flatten_indices")
+    files = state.get("_data_files") or []
+    names = [file.get("filename") for file in files if isinstance(file, dict)]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / 'state.json'} must list the data set's files")
+    return [folder / str(name) for name in names]

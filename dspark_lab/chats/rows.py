@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from dspark_lab.chats.tokens import Encoded
+from dspark_lab.chats.chat import Encoded
 from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
 from dspark_lab.files import upload
 
@@ -115,10 +115,7 @@ def pack(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
     row with room.
     """
     _check_lengths(encoded, length)
-    row, start = packed_places(np.array([len(item) for item in encoded]), length)
-    rows: list[list[int]] = [[] for _ in range(row.max() + 1)]
-    for index in np.argsort(start, kind="stable").tolist():
-        rows[row[index]].append(index)
+    rows = packed_rows(np.array([len(item) for item in encoded]), length)
     return _fill(rows, encoded, pad_token_id, length)
 
 
@@ -132,28 +129,56 @@ def one_row(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
 
 
 @checked
+def fill_rows(
+    encoded: Conversations,
+    rows: Annotated[Sequence[Annotated[Sequence[Size], NotEmpty()]], NotEmpty()],
+    length: Count,
+    pad_token_id: Size,
+) -> Batch:
+    """Rows of ``length`` tokens, each of which holds the conversations that it lists, in order."""
+    for row in rows:
+        if max(row) >= len(encoded):
+            raise ValueError(f"rows must list indices below {len(encoded)}, got {max(row)}")
+        tokens = sum(len(encoded[index]) for index in row)
+        if tokens > length:
+            raise ValueError(f"length must hold every row, of {tokens} tokens, got {length}")
+    return _fill([list(row) for row in rows], encoded, pad_token_id, length)
+
+
+@checked
 def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
     """One row for each domain ("none" for none), in order of appearance, and its counts of tokens.
 
-    Conversations ``without_labels`` have nothing to train on.
+    Conversations ``without_labels`` have nothing to train on. Where there are any, ``left_out``
+    counts the answers of which the template leaves out a part because others follow, and
+    ``marker_differences`` the tokens that only one of the rule and the template's
+    ``{% generation %}`` markers supervises (:class:`Encoded`).
     """
     import pandas as pd
 
     table = pd.DataFrame(
         {
-            "domain": [item.chat.domain or "none" for item in encoded],
+            "domain": [item.domain or "none" for item in encoded],
             "length": [len(item) for item in encoded],
             "supervised": [int(item.loss_mask.sum()) for item in encoded],
             "without_label": [not item.has_label for item in encoded],
         }
     )
-    return table.groupby("domain", sort=False).agg(
-        conversations=("length", "size"),
-        tokens=("length", "sum"),
-        supervised_tokens=("supervised", "sum"),
-        median_length=("length", "median"),
-        longest=("length", "max"),
-        without_labels=("without_label", "sum"),
+    counts = {"left_out": [item.left_out for item in encoded]}
+    counts["marker_differences"] = [item.marker_differences for item in encoded]
+    counts = {name: counted for name, counted in counts.items() if any(counted)}
+    return (
+        table.assign(**counts)
+        .groupby("domain", sort=False)
+        .agg(
+            conversations=("length", "size"),
+            tokens=("length", "sum"),
+            supervised_tokens=("supervised", "sum"),
+            median_length=("length", "median"),
+            longest=("length", "max"),
+            without_labels=("without_label", "sum"),
+            **{name: (name, "sum") for name in counts},
+        )
     )
 
 
@@ -191,10 +216,20 @@ def packed_places(
     return row, start
 
 
+@checked
+def packed_rows(lengths: Int[np.ndarray, " document"], row_length: Count) -> list[list[int]]:
+    """The documents of each row of :func:`packed_places`, in the order in which they stand."""
+    row, start = packed_places(lengths, row_length)
+    rows: list[list[int]] = [[] for _ in range(int(row.max(initial=-1)) + 1)]
+    for index in np.argsort(start, kind="stable").tolist():
+        rows[row[index]].append(index)
+    return rows
+
+
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
     for item in encoded:
         if len(item) > length:
-            got = f"conversation {item.chat.id!r} has {len(item)} tokens, more than length {length}"
+            got = f"conversation {item.id!r} has {len(item)} tokens, more than length {length}"
             raise ValueError(f"{got}; truncate it with encode(..., max_length={length})")
 
 

@@ -1,56 +1,32 @@
-"""Conversations as tokens, and which of them the assistant wrote.
+"""Conversations as tokens, and which of them are supervised.
 
-The rule of the loss mask, in words. A token is supervised iff it lies wholly inside an assistant
-answer as the template writes it, or is the end-of-turn that follows the answer. So a token that
-holds characters of prompt and answer together is prompt: the model never generates it. One
-exception keeps the first word of an answer: where a template puts a space before the answer that
-its generation prompt does not end with, the token that joins that space to the answer is generated
-by the model, and is supervised.
+A token is supervised iff it lies wholly inside what the model itself generates
+(:mod:`dspark_lab.chats.answers`). So a token that holds characters of prompt and answer together is
+prompt: the model never generates it.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
-from dspark_lab.chats.answers import Rendered, render_and_locate
-from dspark_lab.chats.reading import Chat
+from dspark_lab.chats.answers import Rendered, render
+from dspark_lab.chats.chat import Chat, Encoded
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import DATA
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SHIPPED_TOKENIZER = DATA / "tokenizer"
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """One conversation as tokens, at least one; ``loss_mask`` is True on supervised tokens."""
-
-    input_ids: Int[Tensor, " seq"]
-    loss_mask: Bool[Tensor, " seq"]
-    chat: Chat
-
-    def __post_init__(self) -> None:
-        if not len(self):
-            raise ValueError(f"conversation {self.chat.id!r} must hold a token, got none")
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def has_label(self) -> bool:
-        """Whether there is anything to train on: two supervised tokens, one after the other."""
-        return bool((self.loss_mask[1:] & self.loss_mask[:-1]).any())
 
 
 @checked
@@ -63,78 +39,161 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
     if str(name_or_path).startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise FileNotFoundError(f"there is no folder {name_or_path} with a tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    _check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     return tokenizer
 
 
 @checked
-def encode(chat: Chat, tokenizer: Tokenizer, max_length: Count | None = None) -> Encoded:
-    """The tokens of a conversation, and which of them the assistant wrote.
+def encode(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: Count | None = None,
+    *,
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Tokenize a conversation and mark which tokens are supervised: those that the model generates.
 
     ``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``, the first
-    ``max_length`` of them, perhaps none of these supervised.
+    ``max_length`` of them, perhaps none of these supervised. A row that is encoded already passes
+    through, cut to ``max_length``.
 
-    The answers are found in the template's text: where its ``{% generation %}`` markers say, or,
-    without markers, by rendering the conversation once more with a placeholder for each answer. An
-    answer that the template shortens (white space, the thinking of earlier turns) is supervised as
-    the template writes it; one that it rewrites beyond recognition is a ValueError. The end-of-turn
-    is the special token right behind an answer, or the tokenizer's eos token behind white space;
-    markers that enclose it are taken as they are. Behind a cut-off answer it is not supervised.
+    A token is supervised where the model itself has to generate it when it serves: from the end of
+    the generation prompt to the last marker that closes the turn, with what the template writes
+    before the answer's words (channel markers, an empty block of thinking). Where the prompt is no
+    prefix of the conversation, what the two share counts; where that ends inside the answer, the
+    conversation is refused. So is one without an answer, and one of which the template does not
+    write a message, a tool, or a field of a message. Messages that ``chat.supervised`` leaves out
+    are not supervised, nor are the closing markers of a last answer that was cut off.
+
+    Where the template leaves out thinking of answers that others follow, the row's ``left_out``
+    counts these answers and a UserWarning says so, once for each place that calls.
+    :func:`encode_answers` gives each answer as it was generated.
+
+    Args:
+        markers: supervise what the template's ``{% generation %}`` markers enclose instead.
+        last_answer_only: supervise only the last answer.
+        template_options: such as ``{"enable_thinking": False}``; the template must read them.
     """
-    from jinja2 import TemplateError
+    encoded = encode_quietly(
+        chat,
+        tokenizer,
+        max_length,
+        markers=markers,
+        last_answer_only=last_answer_only,
+        template_options=template_options,
+    )
+    if encoded.left_out and isinstance(chat, Chat):
+        warnings.warn(LEFT_OUT, stacklevel=3)
+    return encoded
 
-    _check_tokenizer(tokenizer)
-    try:
-        rendered = render_and_locate(tokenizer, list(chat.messages))
-        input_ids, loss_mask = _tokenize_and_mask(tokenizer, rendered, chat.finished)
-    except (TemplateError, ValueError) as error:
-        refusal = "the chat template refuses it: " if isinstance(error, TemplateError) else ""
-        raise ValueError(f"conversation {chat.id!r}: {refusal}{error}") from error
-    return Encoded(input_ids[:max_length], loss_mask[:max_length], chat)
+
+LEFT_OUT = (
+    "the chat template leaves out a part of answers that others follow, such as thinking: their "
+    "rows count them as left_out; encode_answers gives a row for each answer as it was generated"
+)
 
 
-def _tokenize_and_mask(
-    tokenizer: Tokenizer, rendered: Rendered, finished: bool
-) -> tuple[Tensor, Tensor]:
-    text = rendered.text
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = encoding["input_ids"]
+@checked
+def encode_answers(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: Count | None = None,
+    *,
+    template_options: Mapping[str, Any] | None = None,
+    last_answer_only: bool = False,
+) -> list[Encoded]:
+    """Encode each answer as it was generated: a row that ends with it and supervises it alone.
+
+    A row's ``chat`` holds the messages up to the answer, and its ``id`` is the conversation's. An
+    answer that ``chat.supervised`` leaves out has no row. A row that is encoded already stays one.
+    """
+    if isinstance(chat, Encoded):
+        return [cut(chat, max_length)]
+    rows = []
+    answers = chat.answers
+    for answer in answers[-1:] if last_answer_only else answers:
+        if chat.supervised is None or chat.supervised[answer]:
+            part = chat.up_to(answer)
+            options: dict[str, Any] = {"template_options": template_options}
+            rows.append(
+                encode_quietly(part, tokenizer, max_length, last_answer_only=True, **options)
+            )
+    if not answers:
+        raise ValueError(f"conversation {chat.id!r} holds no answer of the assistant")
+    return rows
+
+
+def encode_quietly(
+    chat: Chat | Encoded, tokenizer: Tokenizer, max_length: int | None = None, **options: Any
+) -> Encoded:
+    """What :func:`encode` gives, without its warning."""
+    if isinstance(chat, Encoded):
+        return cut(chat, max_length)
+    check_tokenizer(tokenizer)
+    rendered = render(chat, tokenizer, **options)
+    (encoding,) = tokenize([rendered.text], tokenizer)
+    return encoded_row(rendered, encoding, chat, max_length)
+
+
+def tokenize(texts: list[str], tokenizer: Tokenizer) -> Sequence[Encoding]:
+    """The tokens of each text with their offsets; special tokens are those in the text."""
+    done: Any = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return done.encodings
+
+
+def encoded_row(
+    rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
+) -> Encoded:
+    """The row of a rendered conversation from its text's tokens."""
+    ids, mask = mask_tokens(rendered, encoding)
     if not ids:
-        raise ValueError("the chat template and the tokenizer give no tokens")
-    edges = _token_edges(encoding["offset_mapping"], encoding.tokens(), text)
-    starts, ends = np.array(edges).T
-    closers = _closing_tokens(tokenizer, ids, edges, text)
-    loss_mask = np.zeros(len(ids), dtype=bool)
-    for start, end in rendered.spans:
-        first = start - 1 if rendered.spaced and text.endswith(" ", 0, start) else start
-        closer = next((index for index, word in closers if word >= end), None)
-        if closer is not None and not rendered.ends_inside:
-            gap = text[end : edges[closer][0]]
-            if not gap or (gap.isspace() and ids[closer] == tokenizer.eos_token_id):
-                loss_mask[closer] = True
-                end = edges[closer][1]
-        loss_mask |= (starts >= first) & (ends > start) & (ends <= end)
-    last = int(loss_mask.nonzero()[0][-1]) if loss_mask.any() else None
-    if not finished and any(index == last for index, _ in closers):
-        loss_mask[last] = False
-    return torch.tensor(ids, dtype=torch.long), torch.from_numpy(loss_mask)
+        what = "the chat template and the tokenizer give no tokens"
+        raise ValueError(f"conversation {chat.id!r}: {what}")
+    kept = slice(max_length)
+    differences = 0
+    if rendered.others is not None:
+        others = mask_tokens(replace(rendered, spans=rendered.others), encoding)[1]
+        differences = int((mask != others)[kept].sum())
+    return Encoded(
+        torch.tensor(ids[kept], dtype=torch.long),
+        torch.from_numpy(mask[kept]),
+        chat,
+        left_out=rendered.left_out,
+        marker_differences=differences,
+    )
 
 
-def _closing_tokens(
-    tokenizer: Tokenizer, ids: list[int], edges: list[tuple[int, int]], text: str
-) -> list[tuple[int, int]]:
-    """The tokens that may end a turn: special, and not the start of a sequence.
+def cut(encoded: Encoded, max_length: int | None) -> Encoded:
+    """The first ``max_length`` tokens of a row."""
+    if max_length is None or len(encoded) <= max_length:
+        return encoded
+    ids, mask = encoded.input_ids[:max_length], encoded.loss_mask[:max_length]
+    return replace(encoded, input_ids=ids, loss_mask=mask)
 
-    Each with the character where it is written: a special token may swallow white space around it.
-    """
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    special -= {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    return [
-        (index, end - len(text[start:end].lstrip()))
-        for index, (start, end) in enumerate(edges)
-        if ids[index] in special
-    ]
+
+def mask_tokens(rendered: Rendered, encoding: Encoding) -> tuple[list[int], np.ndarray]:
+    """Token ids, and which of the tokens lie wholly inside one of the supervised spans."""
+    text, ids = rendered.text, encoding.ids
+    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    if len(ids) and (starts[0] > 0 or (starts[1:] > ends[:-1]).any()):
+        starts, ends = np.array(_token_edges(encoding.offsets, encoding.tokens, text)).T
+    mask = np.zeros(len(ids), dtype=bool)
+    for first, last in rendered.spans:
+        mask |= (starts >= first) & (ends > first) & (ends <= last)
+        # A marker that swallows the white space beside it is written where its own text stands.
+        for border in np.flatnonzero(((starts < first) & (ends > first)) | (ends > last)).tolist():
+            if starts[border] >= last:
+                break
+            written = text[starts[border] : ends[border]]
+            start = starts[border] + len(written) - len(written.lstrip())
+            end = start + len(written.strip())
+            inside = first <= start and end <= last
+            mask[border] |= inside and encoding.tokens[border] == written.strip()
+    return ids, mask
 
 
 def _token_edges(
@@ -156,7 +215,7 @@ def _token_edges(
     return edges
 
 
-def _check_tokenizer(tokenizer: Tokenizer) -> None:
+def check_tokenizer(tokenizer: Tokenizer) -> None:
     kind = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer must be a fast one, which knows offsets; got {kind}")

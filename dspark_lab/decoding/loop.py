@@ -116,8 +116,8 @@ def decode_rounds(
     if domains is not None and len(domains) != len(ids):
         raise ValueError(f"domains must be one for each of {len(ids)} prompts, got {len(domains)}")
     if random_numbers is None:
-        block_size = 0 if drafter is None else drafter.config.block_size
-        random_numbers = RandomNumbers(len(ids), seed, block_size)
+        slots = 0 if drafter is None else drafter.config.predicted
+        random_numbers = RandomNumbers(len(ids), seed, slots)
     ends = end_tokens(target) if end_ids is None else set(end_ids)
     record = Record(target, domains or ["none"] * len(ids), ends, max_new_tokens)
     together = batch_size or (len(ids) if target.decodes_batches else 1)
@@ -236,8 +236,9 @@ class Decoding(Iterator[Round]):
         return lengths
 
     def _distribution(self, states: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes vocab"]:
-        logits = torch.nn.functional.linear(states, self.target.head_weight)
-        return distribution(logits, self.settings.temperature, self.settings.top_p)
+        return distribution(
+            self.target.logits(states), self.settings.temperature, self.settings.top_p
+        )
 
     def _read_prompts(self, prompts: list[int]) -> None:
         """Read a batch of prompts, and draw the first token of each answer."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dspark_lab.chats import token_texts
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding.record import Decoded, Round
 from dspark_lab.decoding.text import Prompt, encode_prompt
@@ -63,8 +64,10 @@ def outcome_table(
     own = own.assign(token=[answer[place] for place in own["position"]])
     table = pd.concat([drafted.assign(outcome=outcome), own])
     table = table.sort_values("round", kind="stable", ignore_index=True)
-    table["text"] = table["token"].map(to_text)
     table["kept"] = table["outcome"].isin(_KEPT)
+    # The answer reads on from one kept token to the next, a draft to its end within its round.
+    for _, run in table.groupby(table["round"].where(~table["kept"], -2)):
+        table.loc[run.index, "text"] = token_texts(to_text, run["token"].tolist())
     return table[list(_COLUMNS)].astype(_COLUMNS)
 
 
@@ -131,7 +134,7 @@ def greedy_differences(
         place = next((i for i in range(same) if one[i] != other[i]), same)
         ids = encode_prompt(target, prompts[index]) + plain.tokens[index][:place]
         last = target.features(torch.tensor([ids]), [0]).last[0, -1]
-        best, second = torch.mv(target.head_weight, last).topk(2).values.tolist()
+        best, second = target.logits(last).topk(2).values.tolist()
         rounding = torch.finfo(target.dtype).eps * max(abs(best), abs(second))
         rows.append([index, place, (best - second) / rounding])
     return pd.DataFrame(rows, columns=["prompt", "position", "margin"])

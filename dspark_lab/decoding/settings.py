@@ -43,9 +43,11 @@ class Settings:
                 f"drafter must read layers {list(c.target_layer_ids)} as {c.context_size} numbers, "
                 f"got a target with {target.num_layers} layers of {target.hidden_size}"
             )
-        slots, given = self.draft_length or c.block_size, self.confidence_temperatures
-        if slots > c.block_size:
-            raise ValueError(f"draft_length must be at most block_size {c.block_size}, got {slots}")
+        most = c.predicted
+        slots, given = self.draft_length or most, self.confidence_temperatures
+        if slots > most:
+            block = "block_size" if most == c.block_size else "block_size less the anchor,"
+            raise ValueError(f"draft_length must be at most {block} {most}, got {slots}")
         by_confidence = (self.threshold, self.scheduler, given)
         if not c.enable_confidence_head and by_confidence != (None, None, None):
             names = "threshold, scheduler and confidence_temperatures"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -12,7 +13,17 @@ from matplotlib.figure import Figure
 
 from dspark_lab.attention import ContextRanges
 from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
-from dspark_lab.chats import Batch, Chat, Encoded, encode, load_chats, load_tokenizer, one_row
+from dspark_lab.chats import (
+    Batch,
+    Chat,
+    Encoded,
+    TokenText,
+    encode,
+    load_chats,
+    load_tokenizer,
+    one_row,
+    token_texts,
+)
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
@@ -26,10 +37,10 @@ def token_table(
 ) -> pd.DataFrame:
     """The state of each token of one row, before and after a draw of blocks.
 
-    ``to_text`` is such as ``lambda i: tokenizer.decode([i])``. ``document`` is -1 on padding,
-    ``p_covered`` the probability that a draw of as many anchors covers the token. ``state`` is
-    *prompt*, *not covered* or *covered* by this draw, *never a label* (supervised but first of its
-    run, so that no anchor reaches it) or *padding*.
+    ``to_text`` is ``TokenText(tokenizer)``, or gives the text of a token id. ``document`` is -1 on
+    padding, ``p_covered`` the probability that a draw of as many anchors covers the token.
+    ``state`` is *prompt*, *not covered* or *covered* by this draw, *never a label* (supervised but
+    first of its run, so that no anchor reaches it) or *padding*.
     """
     one, drawn = batch.row(row), blocks.row(row)
     seq_len = drawn.seq_len
@@ -42,7 +53,7 @@ def token_table(
             "position": np.arange(seq_len),
             "document": np.where(padding, -1, drawn.doc_ids[0].cpu().numpy()),
             "token_id": token_ids,
-            "text": [to_text(token_id) for token_id in token_ids],
+            "text": token_texts(to_text, token_ids),
             "supervised": one.loss_mask[0].cpu().numpy(),
             "candidate": [*candidates.tolist(), False],
             "anchor": np.isin(np.arange(seq_len), anchors.cpu().numpy()),
@@ -74,12 +85,22 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
             "input": slot_inputs(drawn, to_text),
             "context": (ranges.end - ranges.start)[0].repeat_interleave(block_size).tolist(),
             "label_position": drawn.label_indices.flatten().tolist(),
-            "label": [to_text(token_id) for token_id in drawn.target_ids.flatten().tolist()],
+            "label": _labels(drawn, to_text),
             "supervised": drawn.eval_mask.flatten().tolist(),
         }
     )
     labelled = table["kept"] & (table["label_position"] < drawn.seq_len)
     return table.assign(label=table["label"].where(labelled, ""))
+
+
+def _labels(drawn: Blocks, to_text: Callable[[int], str]) -> list[str]:
+    """The labels' texts; a block's first may end a character that its anchor begins."""
+    texts = []
+    for first, labels in zip(
+        drawn.prev_ids[0, :, 0].tolist(), drawn.target_ids[0].tolist(), strict=True
+    ):
+        texts += token_texts(to_text, [first, *labels])[1:]
+    return texts
 
 
 @checked
@@ -186,7 +207,7 @@ def _token_span(token: Any) -> str:
 
 @checked
 def explore_anchors(
-    chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
+    chats: str | os.PathLike[str] | Sequence[Chat | Encoded] | None = None,
     tokenizer: Any = None,
     *,
     num_anchors: int = 16,
@@ -227,7 +248,7 @@ class ConversationRows:
         tokenizer = loaded_tokenizer(tokenizer)
         pad_token_id = tokenizer.pad_token_id
         self.pad_token_id = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
-        self.to_text = cache(lambda token_id: tokenizer.decode([token_id]))
+        self.to_text = TokenText(tokenizer)
         self._encoded = cache(lambda index: encode(self.chats[index], tokenizer))
 
     def controls(
@@ -295,4 +316,5 @@ def _around_answer(encoded: Encoded, context: int | None) -> Encoded:
     first_answer = int(encoded.loss_mask.int().argmax())
     first = min(max(0, first_answer - context // 3), len(encoded) - context)
     kept = slice(first, first + context)
-    return Encoded(encoded.input_ids[kept], encoded.loss_mask[kept], encoded.chat)
+    ids, mask = encoded.input_ids[kept], encoded.loss_mask[kept]
+    return replace(encoded, input_ids=ids, loss_mask=mask)

@@ -23,13 +23,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab import tuning
+from dspark_lab.blocks import PER, Per
 from dspark_lab.chats import Chat, Encoded, encode
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.model import DrafterConfig
-from dspark_lab.tuning import Dtype, Per, Shape, Spans, StepTime
+from dspark_lab.tuning import Dtype, Shape, Spans, StepTime
 
 # The entry among the cards that stands for the user's own measurement.
 MEASURED = "measured here"
@@ -423,7 +424,7 @@ def explore_training_budget(
         explorer.slider("block_size", block_size, 1, 16),
         explorer.selection_slider("seq_len", seq_len, sorted({*_SEQ_LENS, seq_len})),
         explorer.checkbox("packed", packed),
-        explorer.dropdown("per", per, tuning.PER),
+        explorer.dropdown("per", per, PER),
         explorer.slider("batch_size", batch_size, 1, 64),
         explorer.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
         explorer.dropdown("export", export, ("json", *tuning.TRAINERS)),
@@ -434,13 +435,14 @@ def explore_training_budget(
     encoded = [chat if isinstance(chat, Encoded) else encode(chat, tokenizer) for chat in loaded]
 
     @lru_cache(maxsize=8)
-    def spans_of(seq_len: int, packed: bool) -> Spans:
-        return Spans.of(encoded, seq_len=seq_len, row_length=seq_len if packed else None)
+    def spans_of(seq_len: int, packed: bool, batch_size: int) -> Spans:
+        spans = Spans.of(encoded, seq_len=seq_len, row_length=seq_len if packed else None)
+        return tuning.in_training_batches(spans, batch_size)
 
     choice_of = lru_cache(maxsize=8)(tuning.choose_training)
 
     def draw(chosen: SimpleNamespace) -> explorer.Frame:
-        spans = spans_of(chosen.seq_len, chosen.packed)
+        spans = spans_of(chosen.seq_len, chosen.packed, chosen.batch_size)
         n, k, per, batch_size = chosen.num_anchors, chosen.block_size, chosen.per, chosen.batch_size
         candidates = int(spans.candidates(per).max())
         if not candidates:
@@ -448,10 +450,11 @@ def explore_training_budget(
                 "No conversation has two supervised tokens in a row among its first "
                 f"{chosen.seq_len:,}: there is nothing to learn from. Choose a longer row."
             )
-        blocks = tuning.row_blocks(spans, n, per)
-        if blocks > _MOST_BLOCKS:
-            much = f"{n:,} anchors for each document are {blocks:,} blocks a row"
-            raise ValueError(f"{much}, more than {_MOST_BLOCKS:,}. Choose fewer.")
+        blocks, most = tuning.row_blocks(spans, n, per)
+        if most > _MOST_BLOCKS:
+            raise ValueError(
+                f"A row has {most:,} blocks, more than {_MOST_BLOCKS:,}. Choose fewer."
+            )
         tried = tuple(sorted({n, *(other for other in _NUM_ANCHORS if other <= candidates)}))
         time, memory = cards[chosen.card]
         asked: dict[str, Any] = {"time": time, "memory": memory, "num_anchors": tried}
@@ -463,7 +466,11 @@ def explore_training_budget(
         cost = tuning.training_cost(shape, seq_len=max(1, round(line["row_tokens"])), **step)
         room = memory or math.inf
         fit = tuning.fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
-        settings = tuning.TrainingSettings(n, k, chosen.seq_len, batch_size, gamma)
+        settings = tuning.TrainingSettings(
+            *(n, k, chosen.seq_len, batch_size, gamma),
+            pack_length=chosen.seq_len if chosen.packed else None,
+            per=per,
+        )
         recommended = {} if choice.best is None else choice.best.to_dict()
         recommended |= {"sure": choice.sure, "reason": choice.reason}
         tables = {
@@ -474,12 +481,15 @@ def explore_training_budget(
             "slots": tuning.slot_supervision(spans, n, k, gamma=gamma, per=per),
             "never": tuning.never_table(spans),
             "cost": cost,
-            "memory": tuning.memory_table(shape, seq_len=longest, **step),
+            "memory": tuning.memory_table(shape, seq_len=longest, **(step | {"num_anchors": most})),
             "fit": fit,
         }
-        figure = plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, blocks))
+        figure = plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, most))
         words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
-        words += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
+        try:
+            words += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
+        except ValueError as problem:
+            words += explorer.alert(problem)
         alt = "what the chosen setting covers, gains, costs and leaves room for"
         return explorer.Frame(tables, html=words, png=style.png(figure, dpi=100), alt=alt)
 
@@ -488,7 +498,7 @@ def explore_training_budget(
 
 def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:
     """The recommendation, and the chosen setting, in a sentence each."""
-    counted = " for each document" if chosen.per == "document" else ""
+    counted = {"document": " for each document", "batch": " in total"}.get(chosen.per, "")
     held, seconds = line["memory_bytes"] / 1e9, line["seconds"]
     place = "on the device that was measured" if chosen.card == MEASURED else f"on {chosen.card}"
     room = "" if math.isinf(limit) else f" of {limit / 1e9:.1f} GB that it may take"

@@ -332,7 +332,7 @@ class DecodingExplorer(ipywidgets.VBox):
         plain, decoded = self.plain, self.decoded
         if plain is None or decoded is None or plain.rounds.empty or decoded.rounds.empty:
             return None
-        return speed_table([plain], [decoded], self._drafter.config.block_size)
+        return speed_table([plain], [decoded], self._drafter.config.predicted)
 
     def _in_words(self, decoded: Decoded) -> str:
         tokens, speed = len(decoded.tokens[0]), self._speed()

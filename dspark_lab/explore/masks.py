@@ -22,7 +22,7 @@ from torch.nn.functional import avg_pool2d
 
 from dspark_lab.attention import ContextRanges, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Chat
+from dspark_lab.chats import Chat, Encoded, token_texts
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table
@@ -257,7 +257,7 @@ def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> 
 
 @checked
 def explore_masks(
-    chats: str | os.PathLike[str] | Sequence[Chat] | None = None,
+    chats: str | os.PathLike[str] | Sequence[Chat | Encoded] | None = None,
     tokenizer: Any = None,
     *,
     num_anchors: int = 16,
@@ -286,7 +286,7 @@ def explore_masks(
         tiles = tile_states(block_mask(ContextRanges.of(blocks), chosen.tile_size))
         table = block_table(blocks, rows.to_text)
         drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
-        drawn["context_text"] = list(map(rows.to_text, batch.input_ids[0].tolist()))
+        drawn["context_text"] = token_texts(rows.to_text, batch.input_ids[0].tolist())
         drawn["slot_text"] = table["input"].tolist()
         figure = mask_and_tiles(regions, tiles, tile_size=chosen.tile_size, **drawn)
         tables = {"mask": mask_table(regions), "tiles": tile_table(tiles), "blocks": table}

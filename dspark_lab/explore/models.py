@@ -2,12 +2,13 @@
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dspark_lab.chats import Chat, load_chats
+from dspark_lab.chats import Chat, TokenText, load_chats
 from dspark_lab.decoding import Decoded, Prompt, decode, decode_rounds
 from dspark_lab.model import Drafter, Target, load_drafter, load_target
 from dspark_lab.pairs import drafter_names, load_pair, question
@@ -29,10 +30,11 @@ class Models:
     prompts: list[Prompt]
     domains: list[str]
 
-    def to_text(self, token: int) -> str:
-        if self.target.tokenizer is None:
-            return f"{token} "
-        return str(self.target.tokenizer.decode([token]))
+    @cached_property
+    def to_text(self) -> Callable[[int], str]:
+        """The text of a token id."""
+        tokenizer = self.target.tokenizer
+        return "{} ".format if tokenizer is None else TokenText(tokenizer)
 
     def decode(self, drafter: str, batch_size: int | None, **options: Any) -> Decoded:
         """Answer all prompts, one by one where the target decodes no batches."""
@@ -61,9 +63,9 @@ def load_models(
         drafter = {"drafter" if isinstance(drafter, Drafter) else Path(drafter).name: drafter}
     if prompts is None:
         # Domains and kinds of questions take turns there: every n-th would be of one kind.
-        prompts = random.Random(0).sample(load_chats(), _SHIPPED_PROMPTS)
+        prompts = random.Random(0).sample(load_chats().conversations, _SHIPPED_PROMPTS)
     elif isinstance(prompts, (str, os.PathLike)):
-        prompts = load_chats(prompts)
+        prompts = load_chats(prompts).conversations
     if len(prompts) == 0 or not drafter:
         counts = f"{len(prompts)} and {len(drafter)}"
         raise ValueError(f"there must be a prompt and a drafter at least, got {counts}")

@@ -152,7 +152,11 @@ def explore_serving(
     def draw(chosen: SimpleNamespace) -> explorer.Frame:
         t, k, threshold = chosen.temperature, chosen.draft_length, chosen.threshold
         load = chosen.requests, chosen.replay
-        settings = tuning.ServingSettings(k, 0.0 if made.lacking else threshold, name)
+        settings = tuning.ServingSettings(
+            *(k, 0.0 if made.lacking else threshold, name),
+            block_size=made.block_size,
+            temperature=t,
+        )
         tables = {
             "speedup": made.speedups[t, load],
             "load": made.load(t, k, threshold),
@@ -251,6 +255,7 @@ class _Tables:
         }
         answers = {t: serving.answers_of(part, calibrated, seed=seed) for t, part in parts.items()}
         slots = len(self.profiles[temperatures[0]].rates)
+        self.block_size = slots
         self.longest = longest = min(slots, engine.longest)
         self.lacking = ""
         if trace["confidence"].isna().all():

@@ -1,9 +1,14 @@
-"""Drafters on disk, in the layout of the published checkpoints.
+"""Drafters on disk, in the layout of the published checkpoints or of another program.
 
-    config.json         the drafter's shape, see DrafterConfig.to_dict, and the dtype of its tensors
+    config.json         the drafter's shape, see DrafterConfig.to_dict and dspark_lab.model.formats,
+                        and the dtype of its tensors
     model.safetensors   every parameter under its name in the drafter; or several files
                         model-00001-of-0000N.safetensors, and model.safetensors.index.json, which
                         says what tensor is in what file
+
+All formats have these names for tensors, some of them more tensors than a drafter has parameters.
+With a reduced vocabulary ``d2t`` maps it to the target's (target id = draft id + d2t[draft id]),
+and ``t2d`` says of each of the target's ids whether it is in it.
 
 Embedding and LM head are the target's own, so a checkpoint may leave them out and take them from
 the target again. A pickle is never opened: it can run any code.
@@ -14,17 +19,22 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+from dspark_lab.blocks import Layout
 from dspark_lab.checks import Count, Device, checked
 from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
-from dspark_lab.model.config import ARCHITECTURE, DrafterConfig
+from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
+from dspark_lab.model.formats import ARCHITECTURES, Format, config_for
 from dspark_lab.model.protocol import TargetWeights
 
 CONFIG = "config.json"
@@ -34,12 +44,47 @@ INDEX = "model.safetensors.index.json"
 CALIBRATION = "calibration.json"
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_D2T, _T2D = "d2t", "t2d"
+# Integers of tensors that no dtype of the drafter changes.
+_MAPS = {_D2T: ("I64", "I32"), _T2D: ("BOOL", "U8", "I64")}
+# What trainers store beside a drafter's own: the target's, and what follows from the config.
+_NOT_READ = re.compile(
+    r"verifier_(lm_head|norm)\.weight|mask_embedding|(.*\.)?rotary_emb\.inv_freq"
+)
+_QUANTIZED = re.compile(
+    r".*(_packed|_scale|_scale_inv|_scale_2|_zero_point|_shape|qweight|qzeros|\.scales|g_idx)"
+)
+_WITHIN = re.compile(r"logit_head\.(?=markov_head\.|confidence_head\.)")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OWN_FILE = re.compile(
     rf"{CONFIG}|{WEIGHTS}|{INDEX}|{CALIBRATION}|model-\d{{5}}-of-\d{{5}}\.safetensors"
 )
+_ANY_OF = " or ".join(ARCHITECTURES)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint on disk; no tensor is read so far.
+
+    Attributes:
+        values: its ``config.json``.
+        parts: slices of its files, under the names of the drafter's parameters.
+        not_read: names of tensors that say nothing of the drafter.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    config: DrafterConfig
+    parts: dict[str, Any]
+    not_read: list[str]
+
+    @property
+    def tied(self) -> bool:
+        """Whether one tensor is embedding and LM head; of a reduced vocabulary none can be."""
+        reduced = self.config.draft_vocab_size is not None
+        return bool(self.values.get("tie_word_embeddings")) and not reduced
 
 
 @checked
@@ -47,6 +92,7 @@ def save_drafter(
     drafter: Drafter,
     folder: str | os.PathLike[str],
     *,
+    format: Format = "dspark",
     include_embeddings: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_bytes: Count | None = None,
@@ -57,41 +103,73 @@ def save_drafter(
     anything else is refused.
 
     Args:
+        format: of what program the files shall be; see :mod:`dspark_lab.model.formats`.
         include_embeddings: write the frozen embedding and LM head too; without them, loading needs
-            the target.
+            the target. The LM head of a reduced vocabulary is always written.
         max_shard_bytes: most bytes of a file, unless one tensor is larger; one file where None.
-    """
-    from huggingface_hub import split_torch_state_dict_into_shards as split_by_size
 
+    Raises:
+        ValueError: the format has no key for something that the drafter does.
+    """
     _check_dtype(dtype)
-    folder = Path(os.path.realpath(Path(folder).expanduser()))
-    _check_replaceable(folder)
-    for unfinished in folder.parent.glob(f".{folder.name}.partial*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    left_out = {_EMBEDDING} if drafter.config.draft_vocab_size else {_EMBEDDING, _HEAD}
     tensors = {
-        name: value.to(dtype or value.dtype).contiguous()
+        name: value if name in _MAPS else value.to(dtype or value.dtype)
         for name, value in drafter.state_dict().items()
-        if include_embeddings or name not in (_EMBEDDING, _HEAD)
+        if include_embeddings or name not in left_out
     }
     # The target's embedding may be its LM head; a file holds each name apart.
     if include_embeddings and tensors[_HEAD].data_ptr() == tensors[_EMBEDDING].data_ptr():
         tensors[_HEAD] = tensors[_HEAD].clone()
     values = drafter.config.to_dict()
     values["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
-    split = split_by_size(tensors, max_shard_size=max_shard_bytes or sys.maxsize)
+    _write(folder, config_for(values, format), tensors, format, max_shard_bytes)
+
+
+@checked
+def convert_checkpoint(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: Format,
+    layout: Layout | None = None,
+    max_shard_bytes: Count | None = None,
+) -> None:
+    """Write a checkpoint in the format of another program, every tensor as it is stored.
+
+    Nothing of the target is needed; a calibration of the confidences goes along.
+
+    Args:
+        folder: as :func:`load_drafter`.
+        out: a folder, as :func:`save_drafter`.
+        layout: of the blocks, where not None; only that of the checkpoint can be.
+
+    Raises:
+        ValueError: the format has no key for something that the drafter does.
+    """
+    stored = read_checkpoint(folder)
+    config = stored.config
+    if layout not in (None, config.layout):
+        raise ValueError(
+            f"{stored.path}: layout must stay {config.layout!r}, got {layout!r}: the weights were "
+            "trained for the other position, each slot one token off"
+        )
+    values = config.to_dict() | {"tie_word_embeddings": stored.tied}
+    for key in ("dtype", "torch_dtype"):
+        if stored.values.get(key) is not None:
+            values["dtype"] = stored.values[key]
+    described = stored.values.get("speculators_config")
+    verifier = described.get("verifier") if isinstance(described, Mapping) else None
     try:
-        with replaced_whole(folder) as partial:
-            write_json(partial / CONFIG, values)
-            if split.is_sharded:
-                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-                write_json(partial / INDEX, index)
-            for file, names in split.filename_to_tensors.items():
-                shard = {name: tensors[name] for name in names}
-                save_file(shard, partial / file, metadata={"format": "pt"})
-                # safetensors makes files that only their owner can read, whatever the umask.
-                shutil.copymode(partial / CONFIG, partial / file)
-    except SafetensorError as error:
-        raise OSError(f"could not write a drafter to {folder}: {error}") from error
+        values = config_for(values, format, verifier=verifier)
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from None
+    tensors = {name: part[:] for name, part in stored.parts.items() if name not in _MAPS}
+    if config.draft_vocab_size:
+        tensors[_D2T] = _read_d2t(stored)
+    calibration = stored.path / CALIBRATION
+    also = {CALIBRATION: read_json(calibration)} if calibration.is_file() else {}
+    _write(out, values, tensors, format, max_shard_bytes, also)
 
 
 @checked
@@ -116,21 +194,10 @@ def load_drafter(
         TypeError, ValueError: a damaged or unfit configuration or file of weights, by its name.
     """
     _check_dtype(dtype)
-    path = _find_folder(folder)
-    if not (path / CONFIG).is_file():
-        inside = checkpoints_inside(path)
-        raise FileNotFoundError(f"the folder {path} must hold {CONFIG}, got none{inside}")
-    values = read_json(path / CONFIG)
-    try:
-        config = DrafterConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path / CONFIG}: {error}") from None
-    drafter = meta_drafter(config)
-    stored = _read_headers(path)
-    _check_tensors(path, stored, drafter)
-    absent = [name for name in (_EMBEDDING, _HEAD) if name not in stored]
-    tied = bool(values.get("tie_word_embeddings"))
-    one_for_both = tied and len(absent) == 1
+    stored = read_checkpoint(folder)
+    path, config, parts = stored.path, stored.config, stored.parts
+    absent = [name for name in (_EMBEDDING, _HEAD) if name not in parts]
+    one_for_both = stored.tied and len(absent) == 1
     if target is not None:
         _check_target(path, config, target)
     elif absent and not one_for_both:
@@ -138,20 +205,57 @@ def load_drafter(
             f"{path}: the checkpoint leaves out {' and '.join(absent)}; pass target= to take them "
             "from the target that the drafter was trained for"
         )
-    dtype = dtype or _common_dtype(path, stored, values)
+    dtype = dtype or _common_dtype(stored)
     # What safetensors gives is mapped from the file, and would change with it.
-    state = {name: part[:].to(device, dtype, copy=True) for name, part in stored.items()}
+    state = {
+        name: part[:].to(device, dtype, copy=True)
+        for name, part in parts.items()
+        if name not in _MAPS
+    }
+    if config.draft_vocab_size or parts.keys() & _MAPS.keys():
+        state[_D2T] = _read_d2t(stored).to(device)  # of a whole vocabulary, checked and left out
+    drafter = meta_drafter(config)
     drafter.load_state_dict(state, strict=False, assign=True)
     frozen = {name: state[name] for name in (_EMBEDDING, _HEAD) if name in state}
-    if tied and not absent and not torch.equal(frozen[_EMBEDDING], frozen[_HEAD]):
+    if stored.tied and not absent and not torch.equal(frozen[_EMBEDDING], frozen[_HEAD]):
         wrong = f"tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
         raise ValueError(f"{path}: {CONFIG} says {wrong}")
     if one_for_both:
         frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
+    given = {} if target is None else {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight}
+    rule = getattr(target, "logit_rule", None)
+    if not config.draft_vocab_size:
+        weights = given | frozen
+        drafter.use_target_embeddings(weights[_EMBEDDING], weights[_HEAD], rule)
     elif target is not None:
-        frozen = {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight} | frozen
-    drafter.use_target_embeddings(frozen[_EMBEDDING], frozen[_HEAD])
+        # The target's LM head has a row for each of its tokens, a stored one for the draft's alone.
+        embedding = frozen.get(_EMBEDDING, target.embed_weight)
+        drafter.use_target_embeddings(embedding, target.head_weight, rule)
+        if _HEAD in frozen:
+            drafter.lm_head.weight = nn.Parameter(frozen[_HEAD], requires_grad=False)
     return drafter.eval()
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> Stored:
+    """A checkpoint of any format, its configuration and the shapes of its tensors checked."""
+    path = find_folder(folder)
+    values = read_config(path)
+    try:
+        config = DrafterConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path / CONFIG}: {error}") from None
+    parts, not_read = _own_names(path, _read_headers(path))
+    stored = Stored(path, values, config, parts, not_read)
+    _check_tensors(stored)
+    return stored
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder, whatever it is of."""
+    if not (path / CONFIG).is_file():
+        inside = checkpoints_inside(path)
+        raise FileNotFoundError(f"the folder {path} must hold {CONFIG}, got none{inside}")
+    return read_json(path / CONFIG)
 
 
 def checkpoints_inside(folder: Path) -> str:
@@ -178,18 +282,20 @@ def _check_replaceable(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     foreign = [name for name in names if not _OWN_FILE.fullmatch(name)]
     try:
-        is_drafter = ARCHITECTURE in (read_json(folder / CONFIG).get("architectures") or ())
+        said = read_json(folder / CONFIG).get("architectures") or ()
+        is_drafter = any(name in ARCHITECTURES for name in said)
     except (OSError, TypeError, ValueError):
         is_drafter = False
     if foreign or (names and not is_drafter):
         raise ValueError(
             f"{folder} must be empty or hold a drafter's checkpoint alone, which is replaced as a "
             f"whole, got {_listed(foreign or names)}"
-            + ("" if is_drafter else f" without a {CONFIG} of architecture {ARCHITECTURE}")
+            + ("" if is_drafter else f" without a {CONFIG} of architecture {_ANY_OF}")
         )
 
 
-def _find_folder(folder: str | os.PathLike[str]) -> Path:
+def find_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint, fetched from the hub where it is the name of one there."""
     path = Path(folder).expanduser()
     if path.is_dir():
         return path
@@ -262,23 +368,119 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a safetensors file, {found}") from None
 
 
-def _check_tensors(folder: Path, stored: dict[str, Any], drafter: Drafter) -> None:
+def _own_names(folder: Path, stored: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The tensors under the names of the drafter's parameters, and the names of the others."""
+    quantized = sorted(name for name in stored if _QUANTIZED.fullmatch(name))
+    if quantized:
+        wanted = "tensors of the weights themselves, not quantized ones"
+        raise ValueError(f"{folder} must hold {wanted}, got {_listed(quantized)}")
+    not_read = sorted(name for name in stored if _NOT_READ.fullmatch(name))
+    holders = {name.removesuffix("fc.weight") for name in stored if name.endswith("fc.weight")}
+    prefix = min(holders, key=len, default="")
+    own: dict[str, Any] = {}
+    for name, part in stored.items():
+        if name in not_read:
+            continue
+        short = _WITHIN.sub("", name.removeprefix(prefix))
+        if short in own:
+            raise ValueError(f"{folder} must hold {short} once, got it under two names")
+        own[short] = part
+    return own, not_read
+
+
+def _check_tensors(stored: Stored) -> None:
+    folder, config, parts = stored.path, stored.config, stored.parts
+    drafter = meta_drafter(config)
     expected = {name: list(tensor.shape) for name, tensor in drafter.state_dict().items()}
-    missing = [name for name in expected if name not in stored and name not in (_EMBEDDING, _HEAD)]
+    reduced = config.draft_vocab_size
+    maps = {_D2T: [config.output_size], _T2D: [config.vocab_size]}
+    if reduced and not parts.keys() & maps.keys():
+        why = f"draft_vocab_size {reduced} of {CONFIG} needs one of them"
+        raise ValueError(f"{folder} must hold d2t or t2d, got neither: {why}")
+    expected |= maps
+    left_out = {_EMBEDDING, _HEAD, *_MAPS}
+    missing = [name for name in expected if name not in parts and name not in left_out]
     if missing:
         raise ValueError(f"{folder} must hold {_listed(missing)}, as {CONFIG} says; it does not")
-    surplus = sorted(name for name in stored if name not in expected)
+    surplus = sorted(name for name in parts if name not in expected)
     if surplus:
         wanted = f"the tensors of {CONFIG} alone"
         raise ValueError(f"{folder} must hold {wanted}, got {_listed(surplus)} too")
     wrong = []
-    for name, part in stored.items():
+    for name, part in parts.items():
         if part.get_shape() != expected[name]:
             wrong.append(f"{name} must be {expected[name]}, got {part.get_shape()}")
-        if part.get_dtype() not in _DTYPES:
-            wrong.append(f"{name} must be of {', '.join(_DTYPES)}, got {part.get_dtype()}")
+        allowed = _MAPS.get(name, _DTYPES)
+        if part.get_dtype() not in allowed:
+            wrong.append(f"{name} must be of {', '.join(allowed)}, got {part.get_dtype()}")
     if wrong:
         raise ValueError(f"{folder}: {_listed(wrong, '; ')}")
+
+
+def _read_d2t(stored: Stored) -> torch.Tensor:
+    """The offset of each draft id to its target id, checked against the other map."""
+    config, parts = stored.config, stored.parts
+    ids = None
+    if _T2D in parts:
+        ids = parts[_T2D][:].bool().nonzero().flatten()
+        if len(ids) != config.output_size:
+            wanted = f"as many of the target's ids as it predicts, {config.output_size}"
+            raise ValueError(f"{stored.path}: t2d must mark {wanted}, got {len(ids)}")
+    places = torch.arange(config.output_size)
+    if _D2T not in parts:
+        return cast(torch.Tensor, ids) - places
+    offsets = parts[_D2T][:].long()
+    found = offsets + places
+    last = config.vocab_size - 1
+    if bool((found[1:] <= found[:-1]).any()) or int(found[0]) < 0 or int(found[-1]) > last:
+        wanted = f"d2t must map draft ids to increasing target ids in [0, {last}]"
+        raise ValueError(f"{stored.path}: {wanted}, got {found[:8].tolist()}, ...")
+    if ids is not None and not torch.equal(found, ids):
+        first = int((found != ids).nonzero()[0])
+        both = f"draft id {first} is target id {int(found[first])} by d2t, {int(ids[first])} by t2d"
+        raise ValueError(f"{stored.path}: d2t and t2d must agree, but {both}")
+    return offsets
+
+
+def _write(
+    folder: str | os.PathLike[str],
+    values: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    format: Format,
+    max_shard_bytes: int | None,
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder; ``also`` are other JSON files of it."""
+    from huggingface_hub import split_torch_state_dict_into_shards as split_by_size
+
+    folder = Path(os.path.realpath(Path(folder).expanduser()))
+    _check_replaceable(folder)
+    for unfinished in folder.parent.glob(f".{folder.name}.partial*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    if _D2T in tensors:
+        size = values.get("transformer_layer_config", values)["vocab_size"]
+        ids = tensors[_D2T] + torch.arange(len(tensors[_D2T]), device=tensors[_D2T].device)
+        tensors[_T2D] = torch.zeros(size, dtype=torch.bool).index_fill(0, ids.cpu(), True)
+    split = split_by_size(tensors, max_shard_size=max_shard_bytes or sys.maxsize)
+    files, places = split.filename_to_tensors, split.tensor_to_filename
+    if format == "automodel" and not split.is_sharded:
+        only = "model-00001-of-00001.safetensors"
+        files, places = {only: list(tensors)}, dict.fromkeys(tensors, only)
+    try:
+        with replaced_whole(folder) as partial:
+            for name, content in {CONFIG: values, **(also or {})}.items():
+                write_json(partial / name, content)
+            if WEIGHTS not in files:
+                index = {"metadata": split.metadata, "weight_map": places}
+                write_json(partial / INDEX, index)
+            for file, names in files.items():
+                shard = {name: tensors[name] for name in names}
+                save_file(shard, partial / file, metadata={"format": "pt"})
+                # safetensors makes files that only their owner can read, whatever the umask.
+                shutil.copymode(partial / CONFIG, partial / file)
+    except SafetensorError as error:
+        raise OSError(f"could not write a drafter to {folder}: {error}") from error
 
 
 def _check_target(folder: Path, config: DrafterConfig, target: TargetWeights) -> None:
@@ -294,8 +496,9 @@ def _check_target(folder: Path, config: DrafterConfig, target: TargetWeights) ->
         raise ValueError(f"{folder}: {needs}, got one of {target.num_layers} layers")
 
 
-def _common_dtype(folder: Path, stored: dict[str, Any], values: dict[str, Any]) -> torch.dtype:
-    kinds = sorted({part.get_dtype() for part in stored.values()})
+def _common_dtype(stored: Stored) -> torch.dtype:
+    parts, values = stored.parts, stored.values
+    kinds = sorted({part.get_dtype() for name, part in parts.items() if name not in _MAPS})
     if len(kinds) == 1:
         return _DTYPES[kinds[0]]
     named = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
@@ -303,7 +506,7 @@ def _common_dtype(folder: Path, stored: dict[str, Any], values: dict[str, Any]) 
         if str(dtype) == f"torch.{named}":
             return dtype
     lacking = f"{CONFIG} names none of them as dtype, got {named}; pass dtype="
-    raise ValueError(f"{folder}: tensors are of {' and '.join(kinds)}, and {lacking}")
+    raise ValueError(f"{stored.path}: tensors are of {' and '.join(kinds)}, and {lacking}")
 
 
 def _listed(names: list[str], separator: str = ", ") -> str:

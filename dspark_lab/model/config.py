@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
+from dspark_lab.attention import View
 from dspark_lab.blocks import Layout, predicted_slots
 from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, Within, checked
+from dspark_lab.model.formats import ARCHITECTURE, flat_config
 from dspark_lab.model.heads import check_kind
 
-ARCHITECTURE = "Qwen3DSparkModel"
 # Fields that a config.json may leave out; with another value it is another model's.
 _FIXED = {
-    "architectures": [ARCHITECTURE],
     "model_type": "qwen3",
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
 }
-_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+# Keys of a RoPE beside its type's; mrope_section shares axes out that are one and the same in text.
+_ROPE = "rope_type type rope_theta partial_rotary_factor mrope_section mrope_interleaved".split()
+_FLOATS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -58,9 +60,11 @@ class DrafterConfig:
 
     Where ``sample_from_anchor`` is False, slot 0 of a block is the anchor and predicts nothing
     (``layout``). Layers whose ``layer_types`` are "sliding_attention", by default none, see of the
-    context a ``sliding_window`` alone. With a ``draft_vocab_size`` the drafter predicts that many
-    tokens of the vocabulary. ``logit_scale`` and ``final_logit_softcapping`` change logits as the
-    target does, the scale first.
+    context a ``sliding_window`` alone. Layers that are causal (``is_causal``; where None, those
+    with a window, as trainers and servers have it) see of their block no later slot. With a
+    ``draft_vocab_size`` the drafter predicts that many tokens of the vocabulary. Its logits are
+    ``logit_scale`` times the sum of the Markov bias and of the LM head's product under the soft cap
+    ``final_logit_softcapping``.
     """
 
     vocab_size: Count
@@ -92,6 +96,7 @@ class DrafterConfig:
     yarn: Yarn | None = None
     final_logit_softcapping: Positive | None = None
     logit_scale: Positive | None = None
+    is_causal: bool | None = None
 
     def __post_init__(self) -> None:
         mask, last = self.mask_token_id, self.vocab_size - 1
@@ -115,6 +120,8 @@ class DrafterConfig:
         if most is not None and most > self.vocab_size:
             wanted = f"draft_vocab_size must be at most vocab_size, {self.vocab_size}"
             raise ValueError(f"{wanted}, got {most}")
+        if most == self.vocab_size:
+            object.__setattr__(self, "draft_vocab_size", None)
         if self.reads_markov and not self.has_markov_head:
             raise ValueError(
                 "confidence_head_with_markov needs a Markov head, got markov_rank "
@@ -133,6 +140,8 @@ class DrafterConfig:
             raise ValueError(f"{wanted}, got none")
         object.__setattr__(self, "layer_types", kinds if slides else None)
         object.__setattr__(self, "sliding_window", self.sliding_window if slides else None)
+        if not slides and not self.is_causal:
+            object.__setattr__(self, "is_causal", None)
 
     @property
     def layout(self) -> Layout:
@@ -144,10 +153,14 @@ class DrafterConfig:
         return predicted_slots(self.block_size, self.layout)
 
     @property
-    def windows(self) -> list[int | None]:
-        """The sliding window of each layer, None where its attention is full."""
+    def views(self) -> list[View]:
+        """What the slots of each layer see of context and block."""
         kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
-        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        windows = [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        causal = self.is_causal
+        return [
+            View(window, window is not None if causal is None else causal) for window in windows
+        ]
 
     @property
     def output_size(self) -> int:
@@ -170,73 +183,110 @@ class DrafterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a published ``config.json``."""
+        kinds = list(self.layer_types or ["full_attention"] * self.num_hidden_layers)
         values: dict[str, Any] = {
             "architectures": [ARCHITECTURE],
             "model_type": "qwen3",
             "hidden_act": "silu",
             "attention_dropout": 0.0,
-            "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "use_sliding_window": False,
+            "use_sliding_window": "sliding_attention" in kinds,
             "tie_word_embeddings": False,
-            # Where transformers looks for it from version 5 on; before, it is a field of its own.
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
         values |= {name: value for name, value in asdict(self).items() if value is not None}
-        values["target_layer_ids"] = list(self.target_layer_ids)
+        values |= {"layer_types": kinds, "target_layer_ids": list(self.target_layer_ids)}
         if not self.has_markov_head:
             values["markov_rank"] = 0  # as published checkpoints say it
+        if values["sample_from_anchor"]:
+            del values[
+                "sample_from_anchor"
+            ]  # what readers of published checkpoints take for granted
+        else:
+            values["dspark_bonus_anchor"] = True
+        scaled = {k: v for k, v in values.pop("yarn", {}).items() if v is not None}
+        rope = {"rope_type": "yarn" if scaled else "default", **scaled}
+        # Where transformers looks for it from version 5 on; before, in fields of their own.
+        values["rope_parameters"] = rope | {"rope_theta": self.rope_theta}
+        if scaled:
+            values["rope_scaling"] = rope
         return values
 
     @classmethod
     @checked
     def from_dict(cls, values: Mapping[str, Any]) -> DrafterConfig:
-        """Read the content of a ``config.json``; unknown keys are metadata.
+        """Read the content of a ``config.json`` of any format; unknown keys are metadata.
 
-        ``rope_theta`` may stand by itself or in ``rope_parameters`` or ``rope_scaling``. Fields for
+        RoPE may stand in ``rope_parameters`` or ``rope_scaling``, its base by itself. Fields for
         training alone, as ``attention_dropout``, and those that a draft inherits from its target's
-        config without following them, as ``quantization_config``, are not read. Another
-        architecture or activation, sliding windows, scaled or partial RoPE are refused.
+        config without following them, as ``quantization_config``, are not read.
+
+        Raises:
+            ValueError: another architecture or activation, a RoPE that is partial or scaled other
+                than by YaRN, or two fields that contradict each other.
         """
+        flat = flat_config(values)
         for name, allowed in _FIXED.items():
-            if values.get(name) not in (None, allowed):
-                raise ValueError(f"{name} must be {allowed!r} or absent, got {values[name]!r}")
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        known["rope_theta"] = _read_rope_theta(values)
+            if flat.get(name) not in (None, allowed):
+                raise ValueError(f"{name} must be {allowed!r} or absent, got {flat[name]!r}")
+        known = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
         missing = [f.name for f in fields(cls) if f.name not in known and f.default is MISSING]
         if missing:
             raise ValueError(f"config must hold {', '.join(missing)}, which it does not")
-        config = cls(**known)
-        _refuse_windows(values, config.num_hidden_layers)
-        return config
+        return cls(**known | _read_rope(flat))
 
 
-def _refuse_windows(values: Mapping[str, Any], num_hidden_layers: int) -> None:
-    """Refuse a layer with a sliding window; ``use_sliding_window`` alone does not make one."""
-    kinds = values.get("layer_types")
-    if kinds is None:
-        windows = values.get("use_sliding_window") and values.get("sliding_window") is not None
-        full = values.get("max_window_layers", 0) if windows else num_hidden_layers
-        kinds = ["full_attention" if i < full else "sliding" for i in range(num_hidden_layers)]
-    if not isinstance(kinds, list):
-        raise TypeError(f"layer_types must be a list, got {kinds!r}")
-    if any(kind != "full_attention" for kind in kinds[:num_hidden_layers]):
-        raise ValueError(f"layer_types must all be 'full_attention', got {kinds!r}")
-
-
-def _read_rope_theta(values: Mapping[str, Any]) -> float:
-    found: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
+def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` and ``yarn``, wherever they stand."""
+    bases: dict[str, Any] = {"rope_theta": flat.get("rope_theta")}
+    scalings: dict[str, Yarn | None] = {}
     for name in ("rope_parameters", "rope_scaling"):
-        rope = values.get(name) or {}
+        rope = flat.get(name) or {}
         if not isinstance(rope, Mapping):
             raise TypeError(f"{name} must be an object, got {rope!r}")
-        for key, value in rope.items():
-            if key != "rope_theta" and value not in (None, _PLAIN_ROPE.get(key)):
-                raise ValueError(f"{name} must be of rope_type 'default' alone, got {dict(rope)!r}")
-        found[f"{name}.rope_theta"] = rope.get("rope_theta")
-    found = {name: value for name, value in found.items() if value is not None}
+        if not rope:
+            continue
+        bases[f"{name}.rope_theta"] = rope.get("rope_theta")
+        scalings[name] = read_scaling(name, rope, flat.get("max_position_embeddings"))
+    found = {name: value for name, value in bases.items() if value is not None}
     if not found:
         raise ValueError("config must hold rope_theta, by itself or in rope_parameters")
     first, *others = found.values()
     if any(other != first for other in others):
         raise ValueError(f"rope_theta must be one number, got {found}")
-    return float(first) if type(first) is int else first
+    yarn, *others = scalings.values() or [None]
+    if any(other != yarn for other in others):
+        both = " and ".join(f"{name} {dict(flat[name])}" for name in scalings)
+        raise ValueError(f"RoPE must be scaled in one way, got {both}")
+    return {"rope_theta": float(first) if type(first) is int else first, "yarn": yarn}
+
+
+@checked
+def read_scaling(
+    name: str, rope: Mapping[str, Any], max_position_embeddings: Count | None
+) -> Yarn | None:
+    """How a RoPE is scaled, from its object in a ``config.json``; None where it is not.
+
+    ``name`` is what errors call the object; ``max_position_embeddings`` stand for the original ones
+    where the object does not say these.
+    """
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if rope.get("type") not in (None, kind):
+        raise ValueError(f"{name} must be of one type, got {dict(rope)!r}")
+    rest: dict[str, Any] = {k: v for k, v in rope.items() if k not in _ROPE and v is not None}
+    partial = rope.get("partial_rotary_factor") not in (None, 1)
+    names = {field.name for field in fields(Yarn)}
+    if partial or kind not in ("default", "yarn") or not rest.keys() <= names:
+        wanted = "of rope_type 'default' or 'yarn' over whole heads"
+        raise ValueError(f"{name} must be {wanted}, got {dict(rope)!r}")
+    if kind == "default":
+        if rest:
+            raise ValueError(
+                f"{name} of rope_type 'default' must not be scaled, got {dict(rope)!r}"
+            )
+        return None
+    rest.setdefault(
+        "original_max_position_embeddings", max_position_embeddings
+    )  # as transformers has it
+    if "factor" not in rest:
+        raise ValueError(f"{name} of rope_type 'yarn' must hold factor, got {dict(rope)!r}")
+    whole = [key for key in _FLOATS if type(rest.get(key)) is int]
+    return Yarn(**rest | {key: float(rest[key]) for key in whole})

@@ -7,9 +7,11 @@ Rules, in words (DSpark, section 3; DFlash for the backbone):
     input:   slot 0 of a block is its anchor's token, every other slot a mask token;
     context: the target's features of a row are projected and normed once, and each layer makes keys
              and values of them with the same projections as of the slots;
-    mask:    a slot sees the context before its anchor and its own block;
-    labels:  slot k of the block at anchor a predicts token a + k + 1; its previous token is a + k,
-             and its teacher is the target's final hidden state at a + k.
+    mask:    a slot sees the context before its anchor and its own block; a layer may have a window
+             or causal blocks instead (:class:`dspark_lab.attention.View`);
+    labels:  the first slot that predicts, 0 or, where the anchor is given, 1, predicts token a + 1
+             of the block at anchor a, and so on; its previous token is the one before that, and its
+             teacher is the target's final hidden state there.
 
 Embedding and LM head are the target's own, frozen.
 """
@@ -19,14 +21,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, ContextRanges, MaskForm, choose_backend, mask_form
+from dspark_lab.attention import Backend, ContextRanges, MaskForm, View, choose_backend, mask_form
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
@@ -34,9 +37,10 @@ from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput, sample_a
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.heads import build_markov_head
 from dspark_lab.model.layers import Layer, RMSNorm, rope
+from dspark_lab.model.objective import Objective, dspark_objective
 from dspark_lab.model.protocol import Choose, DrafterSizes, Proposal, Slots
 from dspark_lab.model.rows import KeyValues, Rows
-from dspark_lab.model.slotwise import check_token_ids
+from dspark_lab.model.slotwise import DecayGamma, LogitRule, check_token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,9 @@ class DraftCache:
 class Drafter(nn.Module):
     """A DSpark drafter; its parameters have the names of the published checkpoints."""
 
+    d2t: Tensor | None
+    target_head: Tensor | None
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
@@ -67,8 +74,22 @@ class Drafter(nn.Module):
         self.hidden_norm = RMSNorm(d, c.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(d, c.rms_norm_eps)
-        self.lm_head = nn.Linear(d, c.vocab_size, bias=False)
-        self.markov_head = build_markov_head(c.markov_head_type, c.vocab_size, c.markov_rank, d)
+        self.lm_head = nn.Linear(d, c.output_size, bias=False)
+        self.markov_head = build_markov_head(
+            c.markov_head_type, c.vocab_size, c.markov_rank, d, c.draft_vocab_size
+        )
+        # The kinds of masks, and which of them is each layer's.
+        self.views = list(dict.fromkeys(c.views))
+        self._view_of = [self.views.index(view) for view in c.views]
+        self.logit_rule = LogitRule(c.final_logit_softcapping, c.logit_scale or 1.0)
+        # Of a reduced vocabulary: the target's id less the own of each token, until it is loaded
+        # that of the first ones, and the target's LM head.
+        reduced = c.draft_vocab_size
+        offsets = None if reduced is None else torch.zeros(reduced, dtype=torch.long)
+        self.register_buffer("d2t", offsets)
+        self.register_buffer("target_head", None, persistent=False)
+        # What the teacher's logits follow; a target that is given says.
+        self.target_rule = self.logit_rule
         self.confidence_head = None
         if c.enable_confidence_head:
             self.confidence_head = AcceptRatePredictor(d + c.markov_rank * c.reads_markov)
@@ -94,16 +115,27 @@ class Drafter(nn.Module):
     def use_target_embeddings(
         self,
         embed_weight: Float[Tensor, "vocab hidden"],
-        head_weight: Float[Tensor, "vocab hidden"],
+        head_weight: Float[Tensor, "head_vocab hidden"],
+        logit_rule: LogitRule | None = None,
     ) -> None:
-        """Make the target's embedding and LM head the drafter's own, frozen, shared if alike."""
+        """Make the target's embedding and LM head the drafter's own, frozen, shared if alike.
+
+        A drafter of a reduced vocabulary takes the rows of its tokens from the LM head.
+        ``logit_rule`` is what the target makes of its LM head's product, where it is known.
+        """
         wanted = (self.config.vocab_size, self.config.hidden_size)
-        for module, weight in ((self.embed_tokens, embed_weight), (self.lm_head, head_weight)):
+        for weight in (embed_weight, head_weight):
             if weight.shape != wanted:
                 needs = f"embedding and LM head must be [vocab, hidden] = {wanted}"
                 raise ValueError(f"the target's {needs}, got shape {tuple(weight.shape)}")
-            shared = weight.detach().to(device=self.device, dtype=self.dtype)
-            module.weight = nn.Parameter(shared, requires_grad=False)
+        head = head_weight.detach().to(device=self.device, dtype=self.dtype)
+        embedding = embed_weight.detach().to(device=self.device, dtype=self.dtype)
+        self.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
+        if self.draft_ids is not None:
+            self.target_head, head = head, head[self.draft_ids]
+        self.lm_head.weight = nn.Parameter(head, requires_grad=False)
+        if logit_rule is not None:
+            self.target_rule = logit_rule
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,6 +150,13 @@ class Drafter(nn.Module):
         return drafter_sizes(self.config)
 
     @property
+    def draft_ids(self) -> Int[Tensor, " draft"] | None:
+        """The target's ids of the tokens that the drafter predicts; None where these are all."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @property
     def markov_w2_weight(self) -> Float[Tensor, "vocab rank"] | None:
         """Maps the slots' ``latent`` to the Markov bias; None without a Markov head."""
         return None if self.markov_head is None else self.markov_head.markov_w2.weight
@@ -130,17 +169,18 @@ class Drafter(nn.Module):
         target_last_hidden_states: Float[Tensor, "batch seq hidden"] | None = None,
         *,
         backend: Backend = "auto",
-        form: MaskForm | None = None,
+        forms: Sequence[MaskForm] | None = None,
     ) -> Slots:
         """Run the backbone and both heads on a draw of blocks; stop before the vocabulary.
 
-        ``blocks`` must have the drafter's block size and mask token; ``form`` is the mask of them
-        for this back end where it is made already (:func:`dspark_lab.attention.mask_form`); the
-        others as :meth:`forward`.
+        The slots are those that predict. ``blocks`` must have the drafter's block size, layout and
+        mask token; ``forms`` are from :meth:`mask_forms`, for this back end, where they are made
+        already; the others as :meth:`forward`.
         """
         last = target_last_hidden_states
         self._check_fit(blocks, target_hidden_states, last)
-        hidden = self._backbone(blocks, target_hidden_states, backend, form)
+        hidden = self._backbone(blocks, target_hidden_states, backend, forms)
+        hidden = hidden[:, :, blocks.block_size - blocks.predicted :]
         latent = embedding = None
         if self.markov_head is not None:
             latent = self.markov_head.latent(blocks.prev_ids, hidden)
@@ -149,6 +189,10 @@ class Drafter(nn.Module):
         teacher = None if last is None else last[row, blocks.prev_indices]
         marks = blocks.target_ids, blocks.prev_ids, blocks.eval_mask, blocks.block_keep_mask
         return Slots(hidden, latent, self.confidence(hidden, embedding), teacher, *marks)
+
+    def mask_forms(self, blocks: Blocks, backend: Backend) -> list[MaskForm]:
+        """The mask of the blocks for each of ``views`` (:func:`dspark_lab.attention.mask_form`)."""
+        return [mask_form(ContextRanges.of(blocks, view), backend) for view in self.views]
 
     @checked
     def forward(
@@ -193,21 +237,57 @@ class Drafter(nn.Module):
             anchor_positions, block_keep_mask = sample_anchor_positions(
                 seq_len, loss_mask, c.num_anchors, place, remaining, generator
             )
-        blocks = cut_blocks(
-            batch, anchor_positions, block_keep_mask, c.block_size, mask_token_id=c.mask_token_id
-        )
+        marks: dict[str, Any] = {"mask_token_id": c.mask_token_id, "layout": c.layout}
+        blocks = cut_blocks(batch, anchor_positions, block_keep_mask, c.block_size, **marks)
         features = target_hidden_states, target_last_hidden_states
         return self.output(self.slots(blocks, *features, backend=backend))
 
     def output(self, slots: Slots) -> DSparkForwardOutput:
-        """The slots with full logits of drafter and target."""
-        draft_logits, target_logits = self.lm_head(slots.hidden), None
+        """The slots with full logits of drafter and target; -inf for tokens not predicted."""
+        head, bias, target_logits = self.lm_head, None, None
         if slots.latent is not None and self.markov_head is not None:
-            draft_logits = draft_logits + self.markov_head.markov_w2(slots.latent)
+            bias = self.markov_head.markov_w2(slots.latent)
+        draft_logits = self.whole_vocabulary(self.logit_rule(head(slots.hidden), bias))
         if slots.target_hidden is not None:
-            target_logits = self.lm_head(slots.target_hidden.to(self.lm_head.weight.dtype))
+            weight = head.weight if self.target_head is None else self.target_head
+            product = F.linear(slots.target_hidden.to(weight.dtype), weight)
+            target_logits = self.target_rule(product)
         marks = slots.target_ids, slots.eval_mask, slots.block_keep_mask
         return DSparkForwardOutput(draft_logits, *marks, slots.confidence_pred, target_logits)
+
+    def objective(
+        self,
+        slots: Slots,
+        *,
+        ce_weight: float = 0.1,
+        l1_weight: float = 0.9,
+        confidence_weight: float = 1.0,
+        loss_decay_gamma: DecayGamma = 4.0,
+    ) -> Objective:
+        """:func:`dspark_lab.model.dspark_objective` with the drafter's and the target's heads."""
+        terms: dict[str, Any] = {"ce_weight": ce_weight, "l1_weight": l1_weight}
+        terms |= {"confidence_weight": confidence_weight, "loss_decay_gamma": loss_decay_gamma}
+        own, w2 = self.lm_head.weight, self.markov_w2_weight
+        return dspark_objective(slots, own, w2, **terms, **self.vocabulary)
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What :func:`dspark_lab.model.dspark_objective` must know of both models' logits."""
+        return {
+            "draft_rule": self.logit_rule,
+            "target_rule": self.target_rule,
+            "draft_ids": self.draft_ids,
+            "target_head_weight": self.target_head,
+        }
+
+    def whole_vocabulary(
+        self, logits: Float[Tensor, "*axes draft"]
+    ) -> Float[Tensor, "*axes vocab"]:
+        """The logits of all of the target's tokens, -inf for those that are not predicted."""
+        if self.draft_ids is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
+        return whole.index_copy(-1, self.draft_ids, logits)
 
     def start_cache(self, batch: int, capacity: int) -> DraftCache:
         """An empty cache of the context's keys and values, for :meth:`read`.
@@ -243,35 +323,56 @@ class Drafter(nn.Module):
         ids[:, 0] = previous
         x = self.embed_tokens(ids)
         angles = rope(cache.rows.positions(c.block_size), c, x.dtype)
-        mask = None if cache.rows.even else cache.rows.mask(c.block_size, causal=False).unsqueeze(1)
-        for layer, past in zip(cast("list[Layer]", self.layers), cache.states, strict=True):
+        masks = [self._cached_mask(cache.rows, view) for view in self.views]
+        layers = cast("list[Layer]", self.layers)
+        for layer, view, past in zip(layers, self._view_of, cache.states, strict=True):
+            mask = masks[view]
             attention = partial(layer.self_attn.cached, past=past, angles=angles, mask=mask)
             x = layer.around(x, attention)
-        states = self.norm(x)[:, :length]
+        states = self.norm(x)[:, c.block_size - c.predicted :][:, :length]
         state, tokens, embeddings = None, [], []
-        for hidden, logits in zip(states.unbind(1), self.lm_head(states).unbind(1), strict=True):
+        for hidden, product in zip(states.unbind(1), self.lm_head(states).unbind(1), strict=True):
+            bias = None
             if self.markov_head is not None:
                 embeddings.append(self.markov_head.embed(previous))
                 state, latent = self.markov_head.step(state, embeddings[-1], hidden)
-                logits = logits + self.markov_head.markov_w2(latent)
-            tokens.append(choose(logits))
+                bias = self.markov_head.markov_w2(latent)
+            tokens.append(choose(self.whole_vocabulary(self.logit_rule(product, bias))))
             previous = tokens[-1].to(self.device)
         before = torch.stack(embeddings, dim=1) if embeddings else None
         return Proposal(torch.stack(tokens, dim=1), self.confidence(states, before))
 
+    def _cached_mask(self, rows: Rows, view: View) -> Bool[Tensor, "batch 1 slot key"] | None:
+        """What a block's slots see of the cached context and of one another; None: everything."""
+        if view == View() and rows.even:
+            return None
+        new = self.config.block_size
+        mask = rows.mask(new, causal=view.causal)
+        if view.window is not None:
+            position = rows.positions(new).unsqueeze(2)
+            key = torch.arange(mask.shape[2], device=mask.device)
+            mask = mask & ((key > position - view.window) | (key >= position[:, :1]))
+        return mask.unsqueeze(1)
+
     def _backbone(
-        self, blocks: Blocks, context: Tensor, backend: Backend, form: MaskForm | None
+        self,
+        blocks: Blocks,
+        context: Tensor,
+        backend: Backend,
+        forms: Sequence[MaskForm] | None,
     ) -> Tensor:
         x = self.embed_tokens(blocks.noise_ids.flatten(1))
         context = self.hidden_norm(self.fc(context.to(self.dtype)))
         positions = [blocks.context_position_ids, blocks.position_ids.flatten(1)]
         angles = rope(torch.cat(positions, dim=1), self.config, x.dtype)
-        ranges = ContextRanges.of(blocks)
         if backend == "auto":
             backend = choose_backend(x.device)
-        form = mask_form(ranges, backend) if form is None else form
-        for layer in self.layers:
-            x = layer(x, context, angles, ranges=ranges, backend=backend, form=form)
+        ranges = [ContextRanges.of(blocks, view) for view in self.views]
+        if forms is None:
+            forms = [mask_form(each, backend) for each in ranges]
+        for layer, view in zip(self.layers, self._view_of, strict=True):
+            mask = {"ranges": ranges[view], "form": forms[view], "backend": backend}
+            x = layer(x, context, angles, **mask)
         return self.norm(x).unflatten(1, (-1, blocks.block_size))
 
     def confidence(
@@ -288,6 +389,7 @@ class Drafter(nn.Module):
         c, rows = self.config, (len(blocks.doc_ids), blocks.seq_len)
         fits = [
             ("block_size of blocks", blocks.block_size, c.block_size),
+            ("layout of blocks", blocks.layout, c.layout),
             ("mask_token_id of blocks", blocks.mask_token_id, c.mask_token_id),
             ("shape of target_hidden_states", tuple(features.shape), (*rows, c.context_size)),
             ("device of target_hidden_states", features.device, self.device),
@@ -324,6 +426,6 @@ def drafter_sizes(config: DrafterConfig) -> DrafterSizes:
     return DrafterSizes(
         trained_parameters=sum(p.numel() for p in drafter.parameters() if p.requires_grad),
         latent_weights=0 if head is None else head.latent_weights,
-        latent_kept=0 if head is None else head.latent_kept(config.block_size),
+        latent_kept=0 if head is None else head.latent_kept(config.predicted),
         confidence_width=0 if confidence is None else confidence.proj.in_features,
     )

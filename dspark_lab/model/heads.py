@@ -151,10 +151,20 @@ def check_kind(markov_head_type: str) -> None:
 
 @checked
 def build_markov_head(
-    markov_head_type: str, vocab_size: Count, markov_rank: Size, hidden_size: Count
+    markov_head_type: str,
+    vocab_size: Count,
+    markov_rank: Size,
+    hidden_size: Count,
+    draft_vocab_size: Count | None = None,
 ) -> MarkovHead | None:
-    """The head of a kind in :data:`MARKOV_HEADS`; None, as in DFlash, for ``none`` or rank 0."""
+    """The head of a kind in :data:`MARKOV_HEADS`; None, as in DFlash, for ``none`` or rank 0.
+
+    Its bias is for the ``draft_vocab_size`` tokens that the drafter predicts, where these are few.
+    """
     check_kind(markov_head_type)
     if markov_head_type == "none" or markov_rank == 0:
         return None
-    return MARKOV_HEADS[markov_head_type](vocab_size, markov_rank, hidden_size)
+    head = MARKOV_HEADS[markov_head_type](vocab_size, markov_rank, hidden_size)
+    if draft_vocab_size is not None:
+        head.markov_w2 = nn.Linear(markov_rank, draft_vocab_size, bias=False)
+    return head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dspark_lab.attention import attend
-from dspark_lab.model.config import DrafterConfig
+from dspark_lab.model.config import DrafterConfig, Yarn
 from dspark_lab.model.rows import KeyValues
 from dspark_lab.model.slotwise import at_least_fp32
 
@@ -119,8 +120,45 @@ def rope(
     wide = at_least_fp32(dtype)
     pair = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide)
     frequency = config.rope_theta ** (-pair / config.head_dim)
+    factor = 1.0
+    if config.yarn is not None:
+        frequency, factor = _yarn(frequency, config.yarn, config.rope_theta, config.head_dim)
     angle = positions.to(wide).unsqueeze(-1) * frequency
-    return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+    return factor * angle.cos().unsqueeze(1), factor * angle.sin().unsqueeze(1)
+
+
+def _yarn(
+    frequency: Float[Tensor, " half"], yarn: Yarn, theta: float, head_dim: int
+) -> tuple[Float[Tensor, " half"], float]:
+    """The frequencies of YaRN, and the factor on cosine and sine (arXiv 2309.00071, section 3).
+
+    Pairs that turn more than ``beta_fast`` times over the original length stay as they are, those
+    that turn less than ``beta_slow`` times are slowed down by ``factor``, with a ramp between.
+    """
+
+    def pair_of(turns: float) -> float:
+        wavelength = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low, high = pair_of(yarn.beta_fast), pair_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    place = torch.arange(len(frequency), device=frequency.device, dtype=frequency.dtype)
+    slowed = ((place - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequency * (1 - slowed + slowed / yarn.factor), _attention_factor(yarn)
+
+
+def _attention_factor(yarn: Yarn) -> float:
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(yarn.factor) + 1
+
+    if yarn.mscale and yarn.mscale_all_dim:
+        return scale(yarn.mscale) / scale(yarn.mscale_all_dim)
+    return scale(1.0)
 
 
 def rotate(

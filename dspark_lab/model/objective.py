@@ -12,6 +12,9 @@ of the weights; the loss is 0.1 ce + 0.9 l1 + 1.0 confidence (DSpark, section 3.
 :func:`output_objective` is this definition on full logits. :func:`dspark_objective` is the same
 from hidden states: logits exist for a chunk of slots at a time, and their gradient is formed in the
 same pass, so that memory does not grow with the number of anchors.
+
+A drafter of a reduced vocabulary is compared with the target's whole distribution, as in
+verification: l1 and c* count what it cannot predict. A label that it cannot predict has no ce.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +33,9 @@ from dspark_lab.checks import Count, NonNegative, checked, debug_range
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.model.protocol import Slots
 from dspark_lab.model.slotwise import (
+    PLAIN,
     DecayGamma,
+    LogitRule,
     at_least_fp32,
     distance,
     rate_of_distance,
@@ -140,6 +145,7 @@ def output_objective(
     )
     log_probs = output.draft_logits.to(share.dtype).log_softmax(dim=-1)
     ce = -log_probs.gather(-1, output.target_ids.long().unsqueeze(-1)).squeeze(-1)
+    ce = torch.where(ce.isposinf(), 0, ce)
     l1 = torch.full_like(ce, torch.nan)
     loss = ce_weight * (share * ce).sum()
     if output.aligned_target_logits is not None:
@@ -160,6 +166,10 @@ def dspark_objective(
     loss_decay_gamma: DecayGamma = 4.0,
     normaliser: Float[Tensor, ""] | None = None,
     chunk: Count | None = None,
+    draft_rule: LogitRule = PLAIN,
+    target_rule: LogitRule = PLAIN,
+    draft_ids: Int[Tensor, " vocab"] | None = None,
+    target_head_weight: Float[Tensor, "target_vocab hidden"] | None = None,
 ) -> Objective:
     """The objective from hidden states, ``chunk`` slots at a time (:func:`most_slots` where None).
 
@@ -176,7 +186,13 @@ def dspark_objective(
         loss_decay_gamma: in slots; the larger, the more late slots count.
         normaliser: the divisor in place of this batch's summed weights: over several batches or
             processes, theirs together.
+        draft_rule, target_rule: what each model makes of its LM head's product.
+        draft_ids: of a reduced vocabulary, the target's id of each of its tokens, all different.
+            ``target_head_weight`` is then the target's LM head, ``lm_head_weight`` the drafter's.
     """
+    if (draft_ids is None) != (target_head_weight is None):
+        alone = "target_head_weight" if draft_ids is None else "draft_ids"
+        raise ValueError(f"draft_ids and target_head_weight go together, got {alone} alone")
     _require_teacher(slots.target_hidden, l1_weight, confidence_weight)
     inputs = (slots.hidden, slots.latent, lm_head_weight, markov_w2_weight)
     _check_weights(*inputs)
@@ -192,11 +208,13 @@ def dspark_objective(
         for x in (slots.hidden, slots.latent, slots.target_hidden)
     ]
     marks = slots.target_ids.flatten().long(), slots.eval_mask.flatten(), share.flatten()
-    heads = [None if x is None else x.to(dtype) for x in (lm_head_weight, markov_w2_weight)]
+    weights_of = lm_head_weight, markov_w2_weight, target_head_weight
+    heads = [None if x is None else x.to(dtype) for x in weights_of]
+    rules = draft_rule.cap, draft_rule.scale, target_rule.cap, target_rule.scale
     settings = float(ce_weight), float(l1_weight), chunk, asks, head_asks
     # The products are in `dtype` already, and everything else stays wide.
     with torch.autocast(device, enabled=False):
-        loss, ce, l1, *_ = _chunked(*states, *marks, *heads, *settings)
+        loss, ce, l1, *_ = _chunked(*states, *marks, *heads, draft_ids, *rules, *settings)
     ce, l1 = (x.detach().view(slots.eval_mask.shape) for x in (ce, l1))
     if slots.target_hidden is None:
         l1 = torch.full_like(l1, torch.nan)
@@ -242,6 +260,12 @@ def _chunked(
     share: Tensor,
     head: Tensor,
     w2: Tensor | None,
+    target_head: Tensor | None,
+    draft_ids: Tensor | None,
+    draft_cap: float | None,
+    draft_scale: float,
+    target_cap: float | None,
+    target_scale: float,
     ce_weight: float,
     l1_weight: float,
     chunk: int | None,
@@ -250,16 +274,20 @@ def _chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of ce and l1, both per slot, and its gradients in hidden, latent, w2 and head, in
     one pass; a gradient is empty where nobody asks."""
-    count, vocab = hidden.shape[0], head.shape[0]
+    rules = LogitRule(draft_cap, draft_scale), LogitRule(target_cap, target_scale)
+    heads = _Heads(head, w2, target_head, draft_ids, *rules)
+    count, vocab, whole = hidden.shape[0], head.shape[0], heads.whole.shape[0]
     ce, l1 = share.new_zeros(count), share.new_zeros(count)
     d_hidden, d_latent, d_w2, d_head = _gradients(hidden, latent, head, w2, asks, head_asks)
     chosen, on_gpu = _chosen(supervised), hidden.device.type != "cpu"
     if chunk is None and hidden.is_cuda:
-        chunk = most_slots(vocab, on_gpu, _free_bytes(hidden.device))
-    chunks, most, few = map(int, chunk_sizes(len(chosen), vocab, on_gpu, chunk))
-    logits = hidden.new_empty(most if teacher is None else 2 * most, vocab)
-    narrow = hidden.dtype != share.dtype
-    spare = share.new_empty(3 if narrow else 1, few, vocab)
+        chunk = most_slots(whole, on_gpu, _free_bytes(hidden.device))
+    chunks, most, few = map(int, chunk_sizes(len(chosen), whole, on_gpu, chunk))
+    of_both = teacher is not None and target_head is None
+    logits = hidden.new_empty(2 * most if of_both else most, vocab)
+    narrow = hidden.dtype != share.dtype and draft_ids is None
+    columns = vocab if draft_ids is None else vocab + 1
+    spare = share.new_empty(3 if narrow else 1, few, columns)
     # The gradients of logits are divided by the weight of l1, or of ce where there is no l1.
     unit = l1_weight if teacher is not None and l1_weight != 0 else ce_weight
 
@@ -270,16 +298,11 @@ def _chunked(
         x, label = hidden[part].masked_fill_(idle, 0), labels[part].unsqueeze(1)
         label.masked_fill_(idle, 0)
         z = None if latent is None else latent[part].masked_fill_(idle, 0)
-        draft, target = logits[:n], None
-        if teacher is None:
-            torch.mm(x, head.T, out=draft)
-        else:
-            # One product for both reads the head once.
-            target = logits[n : 2 * n]
-            both = torch.cat([x, teacher[part].masked_fill_(idle, 0)])
-            torch.mm(both, head.T, out=logits[: 2 * n])
-        if z is not None and w2 is not None:
-            draft.addmm_(z, w2.T)
+        taught = None if teacher is None else teacher[part].masked_fill_(idle, 0)
+        draft, target, slope = heads.logits(x, z, taught, logits)
+        if draft_ids is not None:
+            draft, target = _with_the_rest(draft, target, draft_ids)
+            label = _places(draft_ids, whole)[label]
         losses = []
         for first in range(0, max(n, 1), max(few, 1)):
             some = slice(first, min(first + few, n))
@@ -288,21 +311,87 @@ def _chunked(
             if narrow:
                 p = scratch[1].copy_(p)
                 q = None if q is None else scratch[2].copy_(q)
-            losses.append(_losses_(p, q, scratch[0], label[some], ce_weight, l1_weight, asks))
+            terms = label[some], ce_weight, l1_weight, asks
+            losses.append(_losses_(p, q, scratch[0], *terms, reduced=draft_ids is not None))
             if narrow and asks:
                 draft[some] = p
         ce[part], l1[part], size = (torch.cat(x) for x in zip(*losses, strict=True))
         if not asks:
             continue
-        scale = (share[part] * unit / size).unsqueeze(1)
-        d_hidden[part] = (scale * (draft @ head)).to(hidden.dtype)
+        draft = draft[:, :vocab].to(head.dtype)
+        scale = (share[part] * (unit * draft_scale) / size).unsqueeze(1)
         if z is not None and w2 is not None:
             d_latent[part] = (scale * (draft @ w2)).to(hidden.dtype)
             _add_product_(d_w2, draft, (scale * z).to(z.dtype))
+        if slope is not None:
+            draft.mul_(slope)
+        d_hidden[part] = (scale * (draft @ head)).to(hidden.dtype)
         if head_asks:
             _add_product_(d_head, draft, (scale * x).to(x.dtype))
     loss = (share * (ce_weight * ce + l1_weight * l1)).sum()
     return loss, ce, l1, d_hidden, d_latent, d_w2, d_head
+
+
+@dataclass(frozen=True, eq=False)
+class _Heads:
+    """From hidden states to logits; a reduced vocabulary has ``target_head`` and ``draft_ids``."""
+
+    head: Tensor
+    w2: Tensor | None
+    target_head: Tensor | None
+    draft_ids: Tensor | None
+    draft_rule: LogitRule
+    target_rule: LogitRule
+
+    @property
+    def whole(self) -> Tensor:
+        return self.head if self.target_head is None else self.target_head
+
+    def logits(
+        self, x: Tensor, z: Tensor | None, teacher: Tensor | None, room: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of drafter and target, and the slope of the drafter's soft cap; in ``room``."""
+        n, target, slope = len(x), None, None
+        draft = room[:n]
+        if teacher is None or self.target_head is not None:
+            torch.mm(x, self.head.T, out=draft)
+            target = None if teacher is None else teacher @ self.whole.T
+        else:
+            # One product for both reads the head once.
+            target = room[n : 2 * n]
+            torch.mm(torch.cat([x, teacher]), self.head.T, out=room[: 2 * n])
+        cap, scale = self.draft_rule.cap, self.draft_rule.scale
+        if cap is not None:
+            draft.div_(cap).tanh_()
+            slope = 1 - draft.square()
+            draft.mul_(cap)
+        if z is not None and self.w2 is not None:
+            draft.addmm_(z, self.w2.T)
+        if scale != 1:
+            draft.mul_(scale)
+        if target is not None and self.target_rule != PLAIN:
+            target.copy_(self.target_rule(target))
+        return draft, target, slope
+
+
+def _with_the_rest(
+    draft: Tensor, target: Tensor | None, draft_ids: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of the drafter's tokens, and of all others together, which the drafter never says."""
+    wide = at_least_fp32(draft.dtype)
+    draft = F.pad(draft.to(wide), (0, 1), value=-torch.inf)
+    if target is None:
+        return draft, None
+    target = target.to(wide)
+    rest = target.index_fill(1, draft_ids, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return draft, torch.cat([target[:, draft_ids], rest], dim=1)
+
+
+def _places(draft_ids: Tensor, vocab_size: int) -> Tensor:
+    """The drafter's place of each of the target's tokens, the last one for all that it lacks."""
+    places = torch.full((vocab_size,), len(draft_ids), device=draft_ids.device)
+    places[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)
+    return places
 
 
 def _chosen(supervised: Tensor) -> Tensor:
@@ -326,14 +415,17 @@ def _losses_(
     ce_weight: float,
     l1_weight: float,
     asks: bool,
+    reduced: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ce and l1 of some rows of logits, which become their own gradients where asked for.
 
     With s = sign(p - q) the gradient of a slot's logits is
     ``ce_weight (p - onehot) + l1_weight p (s - sum(p s))``; ``draft`` ends as that divided by
     l1_weight, or by ce_weight where there is no l1, and times the third thing returned.
-    ``target`` is overwritten.
+    ``target`` is overwritten. ``reduced``: the last column is what the drafter cannot predict, and
+    a label there has no ce.
     """
+    known = label < draft.shape[1] - reduced
     top = draft.amax(dim=-1)
     of_label = draft.gather(1, label).squeeze(1)
     torch.softmax(draft, dim=-1, out=draft)
@@ -342,6 +434,8 @@ def _losses_(
     size = draft.sum(dim=-1)
     # The largest probability is at least 1 / vocab, so its logarithm is safe where p[label] is 0.
     ce = top - (draft.amax(dim=-1) / size).log_() - of_label
+    if reduced:
+        ce = torch.where(known.squeeze(1), ce, 0)
     l1 = torch.zeros_like(ce)
     if target is not None:
         torch.softmax(target, dim=-1, out=target)
@@ -349,13 +443,15 @@ def _losses_(
         torch.addcmul(draft, target, ratio, out=target)
         l1 = torch.abs(target, out=scratch).sum(dim=-1) / size
     if asks:
-        pull = 1.0
+        with_l1 = target is not None and l1_weight != 0
+        pull = known.to(draft.dtype) * (ce_weight / l1_weight if with_l1 else 1.0)
         if target is not None and l1_weight != 0:
-            pull = ce_weight / l1_weight
             signed = target.sign_().mul_(draft)
             mean = signed.sum(dim=-1) / size
-            torch.addcmul(signed, draft, (pull - mean).unsqueeze(1), out=draft)
-        draft.scatter_add_(1, label, (size * -pull).unsqueeze(1))
+            torch.addcmul(signed, draft, pull - mean.unsqueeze(1), out=draft)
+        elif reduced:
+            draft.mul_(known)
+        draft.scatter_add_(1, label, -pull * size.unsqueeze(1))
     return ce, l1, size
 
 
@@ -400,7 +496,7 @@ def _differentiate(ctx: Any, d_loss: Tensor, *_: Any) -> tuple:
     d_hidden, d_latent, d_w2, d_head = (
         (d_loss * x).to(ctx.dtype) if x.numel() else None for x in ctx.saved_tensors
     )
-    return (d_hidden, d_latent, *(None,) * 4, d_head, d_w2, *(None,) * 5)
+    return (d_hidden, d_latent, *(None,) * 4, d_head, d_w2, *(None,) * 11)
 
 
 _chunked.register_autograd(_differentiate, setup_context=_save)

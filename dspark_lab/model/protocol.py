@@ -40,12 +40,13 @@ class Features:
 @checked
 @dataclass
 class Slots:
-    """Every slot of a training forward, just before the vocabulary.
+    """Every slot of a training forward that predicts, just before the vocabulary.
 
     A slot's logits are ``lm_head(hidden) + markov_w2(latent)``, its teacher's
-    ``lm_head(target_hidden)``. ``latent`` is None without a Markov head, ``confidence_pred``
-    (logits) without a confidence head, ``target_hidden`` where no teacher was given. ``prev_ids``
-    are the tokens before those to predict; what slots past the row's end hold has no meaning.
+    ``lm_head(target_hidden)``, each under its model's :class:`~dspark_lab.model.LogitRule`.
+    ``latent`` is None without a Markov head, ``confidence_pred`` (logits) without a confidence
+    head, ``target_hidden`` where no teacher was given. ``prev_ids`` are the tokens before those to
+    predict; what slots past the row's end hold has no meaning.
     """
 
     hidden: Float[Tensor, "batch anchor slot hidden"]
@@ -83,8 +84,9 @@ class DrafterSizes:
 class BlockDrafter(Protocol):
     """All that decoding and the counting of costs ask of a drafter.
 
-    Its ``config`` has ``block_size``, ``mask_token_id``, ``vocab_size``, ``target_layer_ids``,
-    ``context_size`` and ``enable_confidence_head``.
+    Its ``config`` has ``block_size``, ``layout``, ``predicted`` (slots of a block that predict),
+    ``mask_token_id``, ``vocab_size``, ``target_layer_ids``, ``context_size`` and
+    ``enable_confidence_head``.
     """
 
     @property

@@ -1,12 +1,13 @@
-"""Arithmetic of the slots of a block: loss weights, accept rates, survival (DSpark, section 3)."""
+"""Arithmetic of the slots of a block: logits, loss weights, accept rates, survival."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dspark_lab.checks import Count, Device, checked, may_be_read
+from dspark_lab.checks import Count, Device, Positive, checked, may_be_read
 
 
 class _Divisor:
@@ -19,6 +20,33 @@ class _Divisor:
 
 
 DecayGamma = Annotated[float, _Divisor()]
+
+
+@checked
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model makes of its LM head's product: ``scale * (soft cap of it + bias)``.
+
+    The soft cap, c tanh(x / c) with c = ``cap``, is Gemma's (arXiv 2408.00118, section 2); the
+    factor is Cohere's or Granite's. A Markov bias stands behind the cap.
+    """
+
+    cap: Positive | None = None
+    scale: Positive = 1.0
+
+    def __call__(
+        self,
+        product: Float[Tensor, "*axes vocab"],
+        bias: Float[Tensor, "*axes vocab"] | None = None,
+    ) -> Float[Tensor, "*axes vocab"]:
+        if self.cap is not None:
+            product = self.cap * (product / self.cap).tanh()
+        if bias is not None:
+            product = product + bias
+        return product if self.scale == 1 else self.scale * product
+
+
+PLAIN = LogitRule()
 
 
 def check_token_ids(ids: Int[Tensor, "batch seq"], vocab_size: int) -> None:
@@ -44,7 +72,10 @@ def decay_weights(
     dtype: torch.dtype = torch.float64,
     device: Device = "cpu",
 ) -> Float[Tensor, " slot"]:
-    """w_k = exp(-k / gamma), the loss weight of slot k (DSpark, section 3.4); gamma may be inf."""
+    """w_k = exp(-k / gamma), the loss weight of slot k (DSpark, section 3.4); gamma may be inf.
+
+    Slots are counted from 0 among those that predict.
+    """
     return torch.exp(-torch.arange(block_size, device=device, dtype=dtype) / loss_decay_gamma)
 
 

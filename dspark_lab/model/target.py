@@ -26,18 +26,13 @@ from dspark_lab.files import read_json, upload
 from dspark_lab.model.checkpoint import checkpoints_inside
 from dspark_lab.model.protocol import Features
 from dspark_lab.model.rows import KeyValues, Rows
-from dspark_lab.model.slotwise import check_token_ids
+from dspark_lab.model.slotwise import LogitRule, check_token_ids
 from dspark_lab.model.smollm2 import load_smollm2
 
-# What models call a factor on their logits or a soft cap, in their config.
-_LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
+# What models call a soft cap on their logits, and a factor, in their config.
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_SCALES = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
@@ -87,8 +82,9 @@ class TargetCache:
 class Target:
     """A frozen causal language model of transformers, and its tokenizer where it has one.
 
-    Refuses a model whose logits are not ``head_weight`` times its final hidden state (a bias, a
-    scale or a cap on top), whose embedding is of another width, or whose layers are not found.
+    Refuses a model whose logits are not ``head_weight`` times its final hidden state under its
+    ``logit_rule`` (a bias on top), whose embedding is of another width, or whose layers are not
+    found.
     """
 
     model: transformers.PreTrainedModel
@@ -99,10 +95,6 @@ class Target:
         self.model.eval().requires_grad_(False)
         config = self.model.config.get_text_config()
         kind, head = type(self.model).__name__, self.model.get_output_embeddings()
-        for field in _LOGIT_CHANGES:
-            value = getattr(config, field, None)
-            if value not in (None, 1):
-                self._refuse("a target's logits must be its LM head's alone", f"{field}={value}")
         if config.is_encoder_decoder:
             self._refuse("a target must be a decoder alone", kind)
         if head is None or self.model.base_model is self.model:
@@ -128,6 +120,22 @@ class Target:
     @property
     def head_weight(self) -> Float[Tensor, "vocab hidden"]:
         return self.model.get_output_embeddings().weight
+
+    @cached_property
+    def logit_rule(self) -> LogitRule:
+        """The soft cap and the factor on its logits, from its config."""
+        config = self.model.config.get_text_config()
+        cap, scale = None, 1.0
+        for name in _CAPS:
+            cap = getattr(config, name, None) or cap
+        for names, sign in ((_SCALES, 1), (_DIVISORS, -1)):
+            for name in names:
+                scale *= (getattr(config, name, None) or 1.0) ** sign
+        return LogitRule(cap, scale)
+
+    def logits(self, last: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes vocab"]:
+        """The logits that the model makes of its final hidden states, after its last norm."""
+        return self.logit_rule(nn.functional.linear(last, self.head_weight))
 
     @property
     def hidden_size(self) -> int:
@@ -391,13 +399,14 @@ class Target:
         ids = torch.arange(2, device=self.device).remainder(self.vocab_size).unsqueeze(0)
         found = self.model(ids, use_cache=False).logits.float()
         last = self._forward(ids, [0]).last
-        expected = nn.functional.linear(last.to(self.dtype), self.head_weight).float()
+        expected = self.logits(last.to(self.dtype)).float()
         allowed = max(torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps) ** 0.5
         if found.shape != expected.shape or not torch.allclose(
             found, expected, rtol=0, atol=allowed * float(expected.abs().max())
         ):
             self._refuse(
-                "a target's logits must be its LM head times its final hidden state",
+                "a target's logits must be its LM head times its final hidden state, under the "
+                "soft cap and the factor that its config tells",
                 f"a {type(self.model).__name__} whose logits are something else",
             )
 

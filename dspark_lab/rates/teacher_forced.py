@@ -26,7 +26,6 @@ from dspark_lab.model import (
     Features,
     FeatureSource,
     Target,
-    dspark_objective,
     live_features,
 )
 from dspark_lab.rates.acceptance import sums_by_conversation
@@ -56,7 +55,7 @@ def evaluate(
     found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
     for index, domain, rates in found:
         survival = prefix_survival(rates.accept).mean(axis=0)
-        row: dict[str, Any] = {"conversation": encoded[index].chat.id, "domain": domain}
+        row: dict[str, Any] = {"conversation": encoded[index].id, "domain": domain}
         row |= {"blocks": len(rates.accept), "tau": 1 + survival.sum()}
         row |= {f"accept_{k}": rate for k, rate in enumerate(rates.accept.mean(axis=0))}
         rows.append(row | {f"survival_{k}": rate for k, rate in enumerate(survival)})
@@ -171,14 +170,17 @@ def drafter_table(
 
 
 @checked
-def whole_block_anchors(batch: Batch, block_size: Count) -> Int[Tensor, " anchor"]:
-    """Return the candidates of one document whose block is supervised to its last slot."""
+def whole_block_anchors(batch: Batch, slots: Count) -> Int[Tensor, " anchor"]:
+    """Return the candidates of one document whose block is supervised to its last slot.
+
+    ``slots`` are those of a block that predict.
+    """
     seq_len = batch.input_ids.shape[1]
     candidates = build_anchor_candidate_mask(seq_len, batch.loss_mask)[0].nonzero()[:, 0]
     if len(candidates) == 0:
         return candidates
     keep = torch.ones(1, len(candidates), dtype=torch.bool)
-    blocks = cut_blocks(batch, candidates.unsqueeze(0), keep, block_size)
+    blocks = cut_blocks(batch, candidates.unsqueeze(0), keep, slots)
     return candidates[blocks.eval_mask[0].all(dim=-1)]
 
 
@@ -196,9 +198,10 @@ def _block_rates(
     drafter: Drafter, batch: Batch, features: Features, anchors: Int[Tensor, " anchor"]
 ) -> BlockRates:
     c, keep = drafter.config, torch.ones_like(anchors[None], dtype=torch.bool)
-    blocks = cut_blocks(batch, anchors[None], keep, c.block_size, mask_token_id=c.mask_token_id)
+    marks: dict[str, Any] = {"mask_token_id": c.mask_token_id, "layout": c.layout}
+    blocks = cut_blocks(batch, anchors[None], keep, c.block_size, **marks)
     slots = drafter.slots(blocks, features.context, features.last)
-    accept = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight).accept
+    accept = drafter.objective(slots).accept
     confidence = torch.full_like(accept, torch.nan)
     if slots.confidence_pred is not None:
         confidence = slots.confidence_pred.double().sigmoid()
@@ -216,7 +219,7 @@ def _whole_blocks(
 ) -> Iterator[tuple[int, str, BlockRates]]:
     """Number, domain and block rates of each conversation that holds a whole block."""
     source = features or live_features(target, drafter.config.target_layer_ids)
-    size, found = drafter.config.block_size, False
+    size, found = drafter.config.predicted, False
     for index, item in enumerate(encoded):
         batch = collate([item], pad_token_id=0)
         anchors = whole_block_anchors(batch, size)
@@ -230,7 +233,7 @@ def _whole_blocks(
         batch.chat_index.fill_(index)
         batch = batch.to(target.device)
         rates = _block_rates(drafter, batch, source(batch), anchors.to(target.device))
-        yield index, item.chat.domain or "none", rates
+        yield index, item.domain or "none", rates
     if not found:
         raise ValueError(f"no conversation holds a block: {size + 1} supervised tokens in a row")
 

@@ -54,8 +54,8 @@ def measure_engine(
         raise ValueError(
             f"requests must be 1 for a target that decodes one row at a time, got {counts}"
         )
-    block_size = drafter.config.block_size
-    lengths = sorted({*require_lengths(draft_lengths or [1, block_size], block_size)})
+    most = drafter.config.predicted
+    lengths = sorted({*require_lengths(draft_lengths or [1, most], most)})
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(target.vocab_size, (context_length,), generator=generator)
     runs = {
@@ -134,7 +134,7 @@ def measure_steps_per_second(
             ids = drawn(rows, count)
             begin = now(target.device)
             last = target.advance(ids, cache, []).last
-            distribution(torch.nn.functional.linear(last, target.head_weight), 1.0)
+            distribution(target.logits(last), 1.0)
             times.append(now(target.device) - begin)
             cache.commit([0] * rows)
         seconds[size] = statistics.median(times[warm_up:])

@@ -1,5 +1,6 @@
 from .config import TrainConfig
-from .loop import BatchOrder, Run, train
+from .loop import Run, train
+from .order import BatchOrder, row_groups
 from .processes import Processes
 from .start import init_from_target, mask_token_id, new_drafter
 from .state import History, checkpoints
@@ -14,5 +15,6 @@ __all__ = [
     "init_from_target",
     "mask_token_id",
     "new_drafter",
+    "row_groups",
     "train",
 ]

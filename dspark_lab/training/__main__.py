@@ -43,6 +43,7 @@ class Options:
         drafter: a checkpoint to start from; its shape stands instead of the options that follow.
         layers: layers of a new drafter.
         block_size: slots of a block.
+        sample_from_anchor: whether the first slot predicts; else it is the anchor's own.
         markov_rank: rank of the Markov head, 0 for none.
         markov_head: kind of the Markov head.
         layer_ids: layers of the target to read, such as 1,8,15; by default spread evenly.
@@ -63,6 +64,7 @@ class Options:
     drafter: str | None = None
     layers: int = 2
     block_size: int = 7
+    sample_from_anchor: bool = True
     markov_rank: int = 64
     markov_head: MarkovKind = "vanilla"
     layer_ids: str | None = None
@@ -105,6 +107,7 @@ def _train(options: Options, parallel: Parallel) -> History:
             mask_token_id=mask_token_id(options.mask_token, target, chats),
             num_hidden_layers=options.layers,
             block_size=options.block_size,
+            sample_from_anchor=options.sample_from_anchor,
             markov_rank=options.markov_rank,
             markov_head_type=options.markov_head,
             target_layer_ids=layer_ids,

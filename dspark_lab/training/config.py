@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from dspark_lab.blocks import Per
 from dspark_lab.checks import Count, NonNegative, Share, Size, Within, checked
 from dspark_lab.model import DecayGamma
 
@@ -21,9 +22,11 @@ class TrainConfig:
 
     Args:
         steps: of the optimiser.
-        batch_size: conversations of a micro-batch.
+        batch_size: rows of a micro-batch.
         accumulate: micro-batches of a step, on each process.
-        num_anchors: blocks of a row.
+        num_anchors: blocks of a row, or of what anchors_per says.
+        anchors_per: num_anchors counts for each row, for each document (conversation) of a packed
+            row, or for all rows of a micro-batch together.
         max_length: tokens that a conversation is cut to.
         pack_length: tokens of a row that holds as many conversations as fit; where not given, each
             conversation has a row of its own.
@@ -55,6 +58,7 @@ class TrainConfig:
     batch_size: Count = 8
     accumulate: Count = 1
     num_anchors: Count = 64
+    anchors_per: Per = "row"
     max_length: Count = 2048
     pack_length: Count | None = None
     learning_rate: NonNegative = 6e-4

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dspark_lab.attention import Compiled, ContextRanges, choose_backend, mask_form
-from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate, encode, pack
+from dspark_lab.attention import Compiled, choose_backend
+from dspark_lab.blocks import Blocks, cut_blocks, draw_anchors, draw_blocks
+from dspark_lab.chats import Batch, Chat, Encoded, collate, encode
 from dspark_lab.checks import checked
 from dspark_lab.files import read_json, upload
 from dspark_lab.model import (
@@ -50,6 +49,7 @@ from dspark_lab.model import (
 from dspark_lab.rates import bootstrap, evaluate, whole_block_anchors
 from dspark_lab.training import state
 from dspark_lab.training.config import TrainConfig
+from dspark_lab.training.order import BatchOrder
 from dspark_lab.training.processes import Parallel, Processes, fill, whole
 from dspark_lab.training.state import History
 
@@ -101,13 +101,13 @@ def train(
     out = Path(out)
     tokens = encode_chats(chats, target, config.max_length)
     others = encode_chats(held_out, target, config.max_length)
-    _require_use(tokens, others, config, drafter.config.block_size)
+    _require_use(tokens, others, config, drafter.config.predicted)
     processes = Processes(parallel)
     unlabelled = sum(not item.has_label for item in tokens)
     if unlabelled and progress and processes.main:
         tqdm.write(f"{unlabelled} of {len(tokens)} conversations have no label", sys.stderr)
     drafter.to(target.device, at_least_fp32(drafter.dtype))
-    drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+    drafter.use_target_embeddings(target.embed_weight, target.head_weight, target.logit_rule)
     drafter.train()
     pad_token_id = getattr(target.tokenizer, "pad_token_id", None) or 0
     run = Run(drafter, config, tokens, out, processes, pad_token_id, compile)
@@ -151,7 +151,7 @@ def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: in
     for chat in chats:
         if isinstance(chat, Encoded):
             ids, mask = chat.input_ids[:max_length], chat.loss_mask[:max_length]
-            encoded.append(Encoded(ids, mask, chat.chat))
+            encoded.append(replace(chat, input_ids=ids, loss_mask=mask))
         elif target.tokenizer is None:
             raise ValueError("the target has no tokenizer: pass encoded conversations")
         else:
@@ -160,23 +160,23 @@ def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: in
 
 
 def _require_use(
-    tokens: Sequence[Encoded], others: Sequence[Encoded], config: TrainConfig, block_size: int
+    tokens: Sequence[Encoded], others: Sequence[Encoded], config: TrainConfig, slots: int
 ) -> None:
     """Refuse conversations that fill no batch, teach nothing, or cannot be evaluated on."""
-    if len(tokens) < config.batch_size:
-        raise ValueError(
-            f"batch_size must be at most the number of conversations, {len(tokens)}, "
-            f"got {config.batch_size}"
-        )
+    rows = len(BatchOrder(tokens, config).rows)
+    if rows < config.batch_size:
+        kind = "conversations" if config.pack_length is None else "packed rows"
+        most = f"at most the number of {kind}, {rows}"
+        raise ValueError(f"batch_size must be {most}, got {config.batch_size}")
     if not any(item.has_label for item in tokens):
         raise ValueError(
             "chats must hold something to learn, two supervised tokens in a row within max_length "
             f"{config.max_length}, got none in {len(tokens)} conversations"
         )
-    whole_blocks = (whole_block_anchors(collate([item], 0), block_size) for item in others)
+    whole_blocks = (whole_block_anchors(collate([item], 0), slots) for item in others)
     if others and not any(map(len, whole_blocks)):
         raise ValueError(
-            f"held_out must have a conversation with {block_size + 1} supervised tokens in a row, "
+            f"held_out must have a conversation with {slots + 1} supervised tokens in a row, "
             "which a whole block needs"
         )
 
@@ -200,6 +200,9 @@ class Forward(nn.Module):
             for layer in drafter.layers:
                 layer.forward = Compiled(layer.forward, layer.forward)
         vocab_size = drafter.config.vocab_size
+        if config.vocabulary == "seen" and drafter.draft_ids is not None:
+            wanted = "vocabulary must be 'full' for a drafter of a reduced vocabulary"
+            raise ValueError(f"{wanted}, got 'seen'")
         seen = torch.arange(vocab_size)
         if config.vocabulary == "seen":
             seen = torch.cat([item.input_ids for item in tokens]).unique()
@@ -220,66 +223,16 @@ class Forward(nn.Module):
         terms["loss_decay_gamma"] = self.config.loss_decay_gamma
         # Made here, since what it takes to compile it for every length is long.
         backend = choose_backend(context.device)
-        form = mask_form(ContextRanges.of(blocks), backend)
+        forms = self.drafter.mask_forms(blocks, backend)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.slots(blocks, context, last, backend=backend, form=form)
+            slots = self.slots(blocks, context, last, backend=backend, forms=forms)
             w2 = self.drafter.markov_w2_weight
             if self.config.vocabulary == "seen":
                 slots = replace(slots, target_ids=self.place[slots.target_ids])
                 w2 = None if w2 is None else w2[self.seen]
-            objective = dspark_objective(slots, self.head, w2, normaliser=normaliser, **terms)
+            terms |= self.drafter.vocabulary | {"normaliser": normaliser}
+            objective = dspark_objective(slots, self.head, w2, **terms)
         return objective.loss, objective.sums.stacked()
-
-
-@dataclass
-class BatchOrder:
-    """The micro-batches of one process; each epoch has its own order, from the seed alone."""
-
-    tokens: Sequence[Encoded]
-    config: TrainConfig
-    pad_token_id: int = 0
-    rank: int = 0
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        self.epoch, self.groups = -1, [[0]]
-
-    def micro_batches(self, step: int) -> Iterator[tuple[Batch, int]]:
-        """The micro-batches of a 0-based step, each with the seed of its blocks."""
-        config = self.config
-        per_epoch = len(self.tokens) // config.batch_size
-        for number in range(config.accumulate):
-            place = (step * config.accumulate + number) * self.processes + self.rank
-            epoch, place_in_epoch = divmod(place, per_epoch)
-            if epoch != self.epoch:
-                self.epoch, self.groups = epoch, self._shuffled(epoch)
-            group = self.groups[place_in_epoch]
-            some = [self.tokens[index] for index in group]
-            if config.pack_length is None:
-                batch = collate(some, self.pad_token_id)
-            else:
-                batch = pack(some, config.pack_length, self.pad_token_id)
-            batch.chat_index.copy_(torch.tensor([*group, -1])[batch.chat_index])
-            yield batch, ((config.seed << 40) + place) % 2**63
-
-    def _shuffled(self, epoch: int) -> list[list[int]]:
-        """Groups of conversations of similar length, so that little of a batch is padding.
-
-        Each pool of at most sixteen batches is sorted by itself: batches differ between epochs.
-        """
-        size = self.config.batch_size
-        rng = random.Random(f"{self.config.seed}/{epoch}")
-        order = list(range(len(self.tokens)))
-        rng.shuffle(order)
-        groups = []
-        pool_size = size * min(16, max(1, len(order) // (4 * size)))
-        for first in range(0, len(order), pool_size):
-            pool = order[first : first + pool_size]
-            pool.sort(key=lambda index: len(self.tokens[index]))
-            groups += [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
-        # The few that the last pool may leave over have their turn in another epoch.
-        rng.shuffle(groups)
-        return groups
 
 
 @checked
@@ -331,15 +284,11 @@ class Run:
         Returns this process's part of the loss and of the stacked sums, and its tokens.
         """
         config, drafter = self.config, self.drafter
-        block_size, mask_id = drafter.config.block_size, drafter.config.mask_token_id
         micro, tokens = [], 0
         total = torch.zeros((), device=drafter.device, dtype=drafter.dtype)
         for batch, seed in self.order.micro_batches(self.step):
             tokens += int(batch.seq_lens.sum())
-            batch = batch.to(drafter.device)
-            blocks = draw_blocks(
-                batch, config.num_anchors, block_size, mask_token_id=mask_id, seed=seed
-            )
+            batch, blocks = self.blocks(batch, seed)
             total += slot_weights(blocks.eval_mask, config.loss_decay_gamma, drafter.dtype).sum()
             micro.append((batch, blocks))
         self.processes.total(total)
@@ -359,6 +308,19 @@ class Run:
             for parameter in self.untrained:
                 parameter.grad = None
         return torch.stack(losses).sum(), torch.stack(sums).sum(dim=0), tokens
+
+    def blocks(self, batch: Batch, seed: int) -> tuple[Batch, Blocks]:
+        """A batch that is on the host, and the blocks drawn on it, on the drafter's device."""
+        config, own = self.config, self.drafter.config
+        here = batch.to(self.drafter.device)
+        sizes: dict[str, Any] = {"block_size": own.block_size, "mask_token_id": own.mask_token_id}
+        sizes["layout"] = own.layout
+        if config.anchors_per == "row":
+            return here, draw_blocks(here, config.num_anchors, seed=seed, **sizes)
+        # Drawn on the host, which then knows how many blocks the fullest row has.
+        drawn = draw_anchors(batch, config.num_anchors, per=config.anchors_per, seed=seed)
+        anchors, keep = (upload(tensor, here.input_ids.device) for tensor in drawn)
+        return here, cut_blocks(here, anchors, keep, **sizes)
 
     def advance(
         self, source: FeatureSource, interrupts: Sequence[int] = ()
@@ -404,7 +366,7 @@ class Run:
         drafter, anchors = self.whole_drafter(), self.config.evaluate_anchors
         table = evaluate(drafter, target, others, num_anchors=anchors)
         tau, low, high = (round(value, 4) for value in bootstrap(table["tau"]))
-        rates = [table[f"accept_{k}"].mean() for k in range(drafter.config.block_size)]
+        rates = [table[f"accept_{k}"].mean() for k in range(drafter.config.predicted)]
         line = {"step": self.step, "held_out_tau": tau, "low": low, "high": high}
         return line | {"accept_by_slot": [round(float(rate), 4) for rate in rates]}
 

@@ -9,7 +9,7 @@ import torch
 
 from dspark_lab.chats import Encoded
 from dspark_lab.checks import Count, Size, checked
-from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target
+from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target, read_scaling
 
 
 @checked
@@ -23,14 +23,19 @@ def new_drafter(
     markov_head_type: MarkovKind = "vanilla",
     target_layer_ids: Sequence[int] | None = None,
     num_anchors: Count = 64,
+    sample_from_anchor: bool = True,
 ) -> Drafter:
     """A new drafter of the target's shape, started with :func:`init_from_target`.
 
-    ``target_layer_ids`` None reads up to five layers, spread evenly.
+    ``target_layer_ids`` None reads up to five layers, spread evenly. YaRN, soft cap and logit scale
+    are the target's. ``sample_from_anchor`` False: a block's first slot is the anchor's own.
     """
     c = target.model.config
     heads = c.num_attention_heads
     rope = getattr(c, "rope_parameters", None) or {}
+    longest = c.max_position_embeddings
+    scaled = rope.get("rope_type") == "yarn"
+    yarn = read_scaling("rope_parameters", rope, longest) if scaled else None
     has_markov_head = markov_rank > 0 and markov_head_type != "none"
     drafter = Drafter(
         DrafterConfig(
@@ -51,7 +56,11 @@ def new_drafter(
             confidence_head_with_markov=has_markov_head,
             rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or getattr(c, "rope_theta", None) or 10000),
-            max_position_embeddings=c.max_position_embeddings,
+            max_position_embeddings=longest,
+            yarn=yarn,
+            sample_from_anchor=sample_from_anchor,
+            final_logit_softcapping=target.logit_rule.cap,
+            logit_scale=None if target.logit_rule.scale == 1 else target.logit_rule.scale,
         )
     )
     init_from_target(drafter, target)

@@ -12,6 +12,7 @@ from .choice import (
     TrainingChoice,
     card_time,
     choose_training,
+    in_training_batches,
     predict_sweep,
     row_blocks,
     sweep_check,
@@ -33,9 +34,17 @@ from .coverage import (
 from .jobs import run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .settings import SERVERS, TRAINERS, ServingSettings, TrainingSettings, export
+from .settings import (
+    SERVERS,
+    TRAINERS,
+    Program,
+    ServingSettings,
+    TrainingSettings,
+    export,
+    exports,
+)
 from .shape import CARDS, TARGETS, Card, Layers, Shape
-from .spans import PER, Per, Spans
+from .spans import Spans
 from .step import Dtype, Step
 from .steptime import StepTime, fit_step_time, measure_steps
 
@@ -47,8 +56,7 @@ __all__ = [
     "Cell",
     "Dtype",
     "Layers",
-    "PER",
-    "Per",
+    "Program",
     "REASONS",
     "SERVERS",
     "ServingSettings",
@@ -72,8 +80,10 @@ __all__ = [
     "coverage_table",
     "expected_work",
     "export",
+    "exports",
     "fit_step_time",
     "fit_table",
+    "in_training_batches",
     "load_sweep",
     "measure_steps",
     "memory_table",

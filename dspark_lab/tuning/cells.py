@@ -14,7 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -31,7 +31,7 @@ from dspark_lab.decoding import decode
 from dspark_lab.files import read_csv, read_json, shipped, write_json
 from dspark_lab.model import Drafter, Target, load_target
 from dspark_lab.pairs import in_turns, load_pair, question
-from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, train
+from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, row_groups, train
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.spans import Spans
@@ -211,6 +211,10 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
     from scipy import stats
 
     by = ["budget", "temperature"]
+    columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
+    missing = [name for name in columns if name not in sweep]
+    if missing:
+        raise ValueError(f"sweep must have the columns {columns}, got no {missing}")
     groups = sweep.groupby([*by, "block_size", "num_anchors"])
     table = groups[["tau", "steps", "slots", "seconds"]].mean()
     table.insert(1, "seeds", groups.size())
@@ -234,7 +238,9 @@ def standard_error(spread: Any, seeds: Any) -> Any:
 def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, int], int]:
     """Steps by budget, anchor count and block size; measured times are kept in ``work``."""
     _, chats, _ = _materials(config)
-    spans = Spans.of(chats)
+    training = config.training
+    spans = Spans.of(chats, row_length=training.pack_length)
+    spans = spans.in_batches(row_groups(spans.row_tokens, training.batch_size))
     measured = work / "step_seconds.json"
     seconds = read_json(measured) if measured.exists() else {}
     steps: dict[tuple[Budget, int, int], int] = {}
@@ -243,8 +249,8 @@ def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, i
         if name not in seconds:
             seconds[name] = _step_seconds(config, anchors, block_size, work)
             write_json(measured, seconds, indent=1)
-        per_pass = supervision(spans, anchors, block_size).expected
-        slots = per_pass / len(chats) * config.training.batch_size
+        per_pass = supervision(spans, anchors, block_size, per=training.anchors_per).expected
+        slots = per_pass / spans.rows * training.batch_size
         steps["slots", anchors, block_size] = max(1, round(config.slots / slots))
         steps["seconds", anchors, block_size] = max(1, round(config.seconds / seconds[name]))
     return steps
@@ -287,11 +293,12 @@ def _materials(config: SweepConfig) -> tuple[Target, list[Encoded], list[Chat]]:
     """The target, the conversations to learn from, and those whose questions are asked."""
     if config.target == "pocket":
         pair = load_pair(device=config.device)
-        target, chats, others = pair.target, pair.chats, pair.held_out
+        target, others = pair.target, pair.held_out
+        chats: Sequence[Chat | Encoded] = pair.chats
     else:
         assert config.data is not None and config.held_out is not None
         target = load_target(config.target, device=config.device)
-        chats, others = load_chats(config.data), load_chats(config.held_out)
+        chats, others = load_chats(config.data), load_chats(config.held_out).conversations
     assert target.tokenizer is not None
     encoded = [encode(chat, target.tokenizer, config.training.max_length) for chat in chats]
     return target, encoded, in_turns(others)[: config.prompts]

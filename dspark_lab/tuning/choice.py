@@ -27,9 +27,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from dspark_lab.blocks import Per
 from dspark_lab.chats import Batch, Encoded
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
+from dspark_lab.training import row_groups
 from dspark_lab.tuning.cells import SweepConfig
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.coverage import supervision
@@ -37,7 +39,7 @@ from dspark_lab.tuning.memory import usable_bytes
 from dspark_lab.tuning.moments import StepBytes
 from dspark_lab.tuning.settings import TrainingSettings
 from dspark_lab.tuning.shape import CARDS, Card, Shape
-from dspark_lab.tuning.spans import Per, Spans
+from dspark_lab.tuning.spans import Spans, sum_by
 from dspark_lab.tuning.step import Dtype, Step
 from dspark_lab.tuning.steptime import StepTime, fit_step_time
 
@@ -45,7 +47,7 @@ from dspark_lab.tuning.steptime import StepTime, fit_step_time
 UTILISATION = 0.4
 # The first columns of a table of options.
 _OPTION = [
-    *("seq_len", "block_size", "num_anchors", "row_tokens", "share"),
+    *("seq_len", "block_size", "num_anchors", "row_tokens", "share", "tokens", "anchors"),
     *("covered", "weighted", "gain", "operations", "memory_bytes"),
 ]
 _RATES = ("gain_per_second", "gain_per_byte", "gain_per_operation")
@@ -57,7 +59,8 @@ class TrainingChoice:
 
     ``best`` and ``runner_up`` are rows of ``table``, None where nothing fits, or nothing else does.
     ``sure`` is the probability that the best gains faster than the runner-up, given the error of
-    the step times; NaN where that is not known.
+    the step times; NaN where that is not known. ``packed``: whether rows hold several
+    conversations; ``per``: what the anchors count for.
     """
 
     table: pd.DataFrame
@@ -67,6 +70,8 @@ class TrainingChoice:
     reason: str
     batch_size: int
     gamma: float
+    packed: bool
+    per: Per
 
     @property
     def settings(self) -> TrainingSettings:
@@ -74,7 +79,11 @@ class TrainingChoice:
         if self.best is None:
             raise ValueError(self.reason)
         anchors, block_size, seq_len = map(int, self.best[["num_anchors", "block_size", "seq_len"]])
-        return TrainingSettings(anchors, block_size, seq_len, self.batch_size, self.gamma)
+        return TrainingSettings(
+            *(anchors, block_size, seq_len, self.batch_size, self.gamma),
+            pack_length=seq_len if self.packed else None,
+            per=self.per,
+        )
 
 
 @checked
@@ -124,33 +133,44 @@ def choose_training(
         memory: bytes, or a card; everything fits where None.
         seq_lens: tokens that conversations are cut to, or the length of packed rows, in which no
             conversation is cut further; the longest conversation where None.
-        per: what ``num_anchors`` counts for.
+        per: what ``num_anchors`` counts for; "batch" for the ``batch_size`` rows of a micro-batch,
+            grouped as in the first epoch of a training run of seed 0.
         usable: share of the memory that tensors may take. All others as in
             :class:`~dspark_lab.tuning.Step`.
 
     Returns:
         a choice whose ``table`` has a line per option: ``share`` (of the supervised tokens that a
-        pass covers); per step ``covered`` (different tokens), ``weighted`` (summed weight of all
-        supervised slots) and ``memory_bytes`` (of longest rows); ``front``, whether no option that
+        pass covers); per step ``tokens`` (without padding), ``anchors`` (kept blocks), ``covered``
+        (different tokens), ``weighted`` (summed weight of all supervised slots) and
+        ``memory_bytes`` (of longest rows and most blocks); ``front``, whether no option that
         fits is better in one of the three rates of ``gain`` and as good in the others.
     """
     step_time = time if isinstance(time, StepTime) else card_time(time)
     limit = math.inf if memory is None else usable_bytes(memory, usable)
     options = (dtype, features, target_dtype, objective, supervised, vocabulary, device)
     lines = []
-    for seq_len, spans in _rows(data, seq_lens, packed).items():
+    rows = _rows(data, seq_lens, packed)
+    for seq_len, spans in rows.items():
+        if per == "batch" and spans.rows < batch_size:
+            wanted = f"at most the number of rows, {spans.rows}, where anchors are drawn per batch"
+            raise ValueError(f"batch_size must be {wanted}, got {batch_size}")
+        if per != "row":
+            spans = in_training_batches(spans, batch_size)
         row_tokens = float(spans.row_tokens.mean())
+        tokens = float(spans.document_kept.sum()) / spans.rows * batch_size
         for block_size, anchors in product(block_sizes, num_anchors):
-            found = supervision(spans, anchors, block_size, gamma=gamma, per=per)
+            counted: dict[str, Any] = {"per": per, "layout": shape.layout}
+            found = supervision(spans, anchors, block_size, gamma=gamma, **counted)
             covered = found.covered / found.rows * batch_size
             weighted = found.weighted / found.rows * batch_size
             gain = covered * float(found.weights.sum())
-            blocks = row_blocks(spans, anchors, per)
-            longest = Step(seq_len, blocks, block_size, batch_size, *options)
-            mean = replace(longest, seq_len=max(1, round(row_tokens)))
+            blocks, most = row_blocks(spans, anchors, per)
+            longest = Step(seq_len, most, block_size, batch_size, *options)
+            mean = replace(longest, seq_len=max(1, round(row_tokens)), num_anchors=blocks)
             operations = float(step_cost(shape, mean)["operations"].sum())
             held = int(StepBytes(shape, longest).peak)
-            gained = (row_tokens, found.share, covered, weighted, gain)
+            kept = found.blocks * batch_size
+            gained = (row_tokens, found.share, tokens, kept, covered, weighted, gain)
             lines.append((seq_len, block_size, anchors, *gained, operations, held))
     table = pd.DataFrame(lines, columns=_OPTION)
     table["seconds"] = step_time.predict(table["operations"])
@@ -159,13 +179,46 @@ def choose_training(
     table["fits"] = table["memory_bytes"] <= limit
     rates = table[list(_RATES)].to_numpy()
     table["front"] = table["fits"] & _front(rates, table["fits"].to_numpy())
-    return _choice(table, step_time.error, batch_size, gamma)
+    packed = packed or any(spans.documents > spans.rows for spans in rows.values())
+    settings = {"batch_size": batch_size, "gamma": gamma, "packed": packed, "per": per}
+    return _choice(table, step_time.error, **settings)
 
 
 @checked
-def row_blocks(spans: Spans, num_anchors: Count, per: Per) -> int:
-    """Blocks of a step for each row, on average: ``num_anchors`` for it or for each document."""
-    return max(1, round(num_anchors * (1.0 if per == "row" else spans.documents / spans.rows)))
+def in_training_batches(spans: Spans, batch_size: Count) -> Spans:
+    """The spans' rows in the micro-batches of a training run's first epoch, of seed 0."""
+    return spans.in_batches(row_groups(spans.row_tokens, batch_size))
+
+
+@checked
+def row_blocks(spans: Spans, num_anchors: Count, per: Per) -> tuple[int, int]:
+    """Blocks that a step has for each row, in the mean over micro-batches, and the most.
+
+    Per row, ``num_anchors``. Otherwise as many as the fullest row of the micro-batch keeps: known
+    per document; of a batch's total, from a few draws of seed 0 in up to 64 micro-batches. Without
+    micro-batches (:meth:`Spans.in_batches`) each row is one.
+    """
+    if per == "row":
+        return num_anchors, num_anchors
+    if spans.row_batch is None:
+        spans = spans.in_batches(1)
+    assert spans.row_batch is not None
+    if per == "document":
+        kept = np.minimum(spans.candidates("document"), num_anchors)
+        of_row = sum_by(spans.document_row, kept, spans.rows)
+        fullest = np.zeros(spans.row_batch.max() + 1, dtype=np.int64)
+        np.maximum.at(fullest, spans.row_batch, of_row)
+    else:
+        candidates, found = spans.candidates("row"), []
+        batches = np.unique(spans.row_batch)
+        for batch in batches[:: -(-len(batches) // 64)]:
+            rows = candidates[spans.row_batch == batch]
+            drawn = np.random.default_rng(int(batch)).multivariate_hypergeometric(
+                rows, min(num_anchors, int(rows.sum())), size=16, method="marginals"
+            )
+            found.append(drawn.max(axis=1))
+        fullest = np.concatenate(found)
+    return max(1, round(float(fullest.mean()))), max(1, int(fullest.max()))
 
 
 @checked
@@ -188,7 +241,10 @@ def predict_sweep(
         "gamma": config.training.loss_decay_gamma,
         "dtype": config.training.precision,
         "features": config.features,
+        "per": config.training.anchors_per,
     }
+    if config.training.pack_length is not None:
+        options |= {"seq_lens": (config.training.pack_length,), "packed": True}
     cell = ["block_size", "num_anchors"]
     steps = sweep[sweep["budget"] == "seconds"].groupby(cell)["steps"].first()
     operations = choose_training(data, shape, time=StepTime(1.0, 0.0, 0.0, 0.0, 0), **options).table
@@ -261,12 +317,12 @@ def _ranked(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["fits"]].sort_values("gain_per_second", ascending=False, kind="stable")
 
 
-def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) -> TrainingChoice:
+def _choice(table: pd.DataFrame, error: float, **settings: Any) -> TrainingChoice:
     order = _ranked(table)
     if order.empty:
         least = table["memory_bytes"].min() / 1e9
         reason = f"Nothing fits: the smallest of these steps takes {least:.1f} GB."
-        return TrainingChoice(table, None, None, math.nan, reason, batch_size, gamma)
+        return TrainingChoice(table, None, None, math.nan, reason, **settings)
     best = order.iloc[0]
     runner_up = order.iloc[1] if len(order) > 1 else None
     sure = math.nan
@@ -292,7 +348,7 @@ def _choice(table: pd.DataFrame, error: float, batch_size: int, gamma: float) ->
     if len(unfit) and unfit["gain_per_second"].max() > best["gain_per_second"]:
         wanted = unfit.loc[unfit["gain_per_second"].idxmax()]
         reason += f"; {_option(wanted, table)} would gain more but does not fit"
-    return TrainingChoice(table, best, runner_up, sure, f"{reason}.", batch_size, gamma)
+    return TrainingChoice(table, best, runner_up, sure, f"{reason}.", **settings)
 
 
 def _option(option: pd.Series, table: pd.DataFrame) -> str:

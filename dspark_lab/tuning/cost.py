@@ -46,17 +46,30 @@ class AttentionWork:
 
 @checked
 def expected_work(
-    seq_len: Count, num_anchors: Count, block_size: Count, batch_size: Count = 1
+    seq_len: Count,
+    num_anchors: Count,
+    block_size: Count,
+    batch_size: Count = 1,
+    window: Count | None = None,
+    causal: bool = False,
 ) -> AttentionWork:
     """The expected work under the training mask, anchors drawn uniformly from one-document rows.
 
     Every position but the last is a candidate. A block at anchor a has ``block_size`` queries that
     see the a tokens before it and their own block; blocks beyond the candidates see themselves.
+    ``window`` and ``causal`` are a layer's :class:`~dspark_lab.attention.View`. Under a window
+    ``tiled`` holds every tile from the first to the last that a row of tiles needs: an upper bound
+    where anchors stand further apart than the window is wide.
     """
     candidates = seq_len - 1
     kept = min(num_anchors, candidates)
     queries = num_anchors * block_size
-    pairs = kept * block_size * max(candidates - 1, 0) / 2 + queries * block_size
+    context = np.arange(max(candidates, 1))[:, None]
+    if window is not None:
+        context = np.minimum(context, np.maximum(window - 1 - np.arange(block_size), 0))
+    own = block_size * (block_size + 1) / 2 if causal else block_size**2
+    pairs = kept * float(np.broadcast_to(context, (len(context), block_size)).mean(0).sum())
+    pairs += num_anchors * own
     # The first and the last block of each row of tiles.
     first_query = np.arange(0, queries, TILE)
     first = first_query // block_size
@@ -65,11 +78,19 @@ def expected_work(
     deepest = np.minimum(last, kept - 1)
     reaches = np.zeros((len(first), 1))
     if kept:
-        beyond = _exceeds(deepest, kept, candidates, np.arange(0, seq_len, TILE))
-        reaches = beyond * (deepest >= first)[:, None]
+        starts = np.arange(0, seq_len, TILE)
+        reaches = _exceeds(deepest, kept, candidates, starts)
+        if window is not None:
+            # A tile that lies before the window of the run's first block is not needed.
+            shallowest, behind = np.minimum(first, kept - 1), starts + TILE + window - 2
+            reaches = np.maximum(reaches - _exceeds(shallowest, kept, candidates, behind), 0)
+        reaches = reaches * (deepest >= first)[:, None]
     # Tiles that hold a block's view of itself.
     begin = (seq_len + first * block_size) // TILE
-    past = -(-(seq_len + (last + 1) * block_size) // TILE)
+    last_seen = (last + 1) * block_size
+    if causal:
+        last_seen = np.minimum(first_query + TILE, queries)
+    past = -(-(seq_len + last_seen) // TILE)
     tiles = reaches.sum() + (past - begin).sum()
     # Where context and slots meet in a tile, it is one tile, not two.
     border = seq_len // TILE
@@ -115,12 +136,14 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
     """The table of :func:`training_cost` for a step."""
     held = StepBytes(shape, step)
     kept = held.kept()
-    work = expected_work(step.seq_len, step.num_anchors, step.block_size, step.batch_size)
     layers, c = shape.drafter, step.product_bytes
+    work = _work_of_layers(shape, step)
     d, r, inner = layers.hidden_size, shape.markov_rank, layers.intermediate_size
     q, kv = layers.query_width, layers.kv_width
     slots, keys = step.slots, step.tokens + step.slots
-    logits, vocab = float(step.counted_slots), step.vocabulary or shape.vocab_size
+    predicting = step.predicting_slots(shape)
+    logits, vocab = float(step.counted_slots(shape)), step.vocabulary or shape.vocab_size
+    own = min(vocab, shape.output_size)
     trained = shape.sizes.trained_parameters
 
     fc = _Products((step.tokens, shape.context_size, d))
@@ -130,17 +153,19 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
     # Each row of tiles reads the keys and values that it touches, once for the heads that share
     # them; backward both directions do.
     read = 2 * work.tiled / TILE * kv
-    attention = 4 * q * layers.count * work.pairs
+    attention = 4 * q * work.pairs
     # It makes the scores again, and then four gradients from them: five products to two.
     attention_backward = 2.5 * attention
-    attention_moved = 3 * c * layers.count * (2 * slots * q + read)
+    attention_moved = 3 * c * (2 * layers.count * slots * q + read)
     mlp = _Products((slots, d, 2 * inner), (slots, inner, d))
     head_weights = shape.sizes.latent_weights + shape.sizes.confidence_width
-    heads = 2 * slots * head_weights
-    heads_moved = (2 * c + 4) * head_weights + 3 * c * slots * (d + 3 * r)
+    heads = 2 * predicting * head_weights
+    heads_moved = (2 * c + 4) * head_weights + 3 * c * predicting * (d + 3 * r)
     # The LM head is frozen; the matrix of the Markov bias has a gradient, and so have both inputs.
-    lm_head, lm_backward = (2 * logits * vocab * width for width in (2 * d + r, d + 2 * r))
-    lm_moved = c * (2 * vocab * (d + r) + logits * (4 * d + 3 * r + 5 * vocab)) + 4 * vocab * r
+    lm_head = 2 * logits * (own * (d + r) + vocab * d)
+    lm_backward = 2 * logits * own * (d + 2 * r)
+    lm_moved = c * (2 * own * r + (own + vocab) * d + logits * (4 * d + 3 * r + 4 * own + vocab))
+    lm_moved += 4 * own * r
 
     # Part, operations forward and backward, bytes moved and held.
     rows: list[tuple[Any, ...]] = [
@@ -149,7 +174,7 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
         ("attention", attention, attention_backward, attention_moved, kept["attention"]),
         _in_layers("MLP", mlp, step, layers, kept),
         ("heads", heads, 2 * heads, heads_moved, kept["heads"]),
-        ("LM head", lm_head, lm_backward, lm_moved, c * vocab * d),
+        ("LM head", lm_head, lm_backward, lm_moved, c * own * d),
         ("objective", *(n * logits * vocab for n in _OBJECTIVE), held.logits()),
         ("optimiser", *(n * trained for n in _OPTIMISER), 16 * trained),
     ]
@@ -171,6 +196,18 @@ def step_cost(shape: Shape, step: Step) -> pd.DataFrame:
             "counted": ~np.isin(part, ("objective", "optimiser")),
         }
     )
+
+
+def _work_of_layers(shape: Shape, step: Step) -> AttentionWork:
+    """The attention of one head in all layers of the drafter together."""
+    pairs, tiled = 0.0, 0.0
+    sizes = step.seq_len, step.num_anchors, step.block_size, step.batch_size
+    views = shape.drafter_config().views
+    for view in dict.fromkeys(views):
+        work = expected_work(*sizes, view.window, view.causal)
+        pairs += views.count(view) * work.pairs
+        tiled += views.count(view) * work.tiled
+    return AttentionWork(pairs, tiled)
 
 
 class _Products:

@@ -15,7 +15,8 @@ which it is reached. One that c candidates reach is missed with the hypergeometr
 
 where C(a, b) is a binomial coefficient. Both depend on C and c alone, so tokens are counted by
 these two and never visited one by one. With ``per="document"``, ``num_anchors`` are drawn in each
-document of a packed row instead of in each row.
+document of a packed row instead of in each row; with ``per="batch"``, in all rows of a micro-batch
+together (:meth:`Spans.in_batches`). What is said of a row's C holds for theirs.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dspark_lab.blocks import draw_blocks, times_supervised
+from dspark_lab.blocks import Layout, Per, draw_blocks, predicted_slots, times_supervised
 from dspark_lab.chats import Batch, Encoded
 from dspark_lab.checks import Count, Size, Within, checked
 from dspark_lab.model import DecayGamma, decay_weights
-from dspark_lab.tuning.spans import Data, Per, Spans, sum_by
+from dspark_lab.tuning.spans import Data, Spans, sum_by
 
 # Why a token can never be a label.
 REASONS = ("prompt", "first of its run", "alone in its run", "cut off", "padding")
@@ -73,14 +74,23 @@ class Supervision:
 
 @checked
 def supervision(
-    data: Data, num_anchors: Count, block_size: Count, *, gamma: DecayGamma = 4.0, per: Per = "row"
+    data: Data,
+    num_anchors: Count,
+    block_size: Count,
+    *,
+    gamma: DecayGamma = 4.0,
+    per: Per = "row",
+    layout: Layout = "anchor_predicts",
 ) -> Supervision:
     """The supervision of one pass over the data, in closed form.
 
-    Each row, or document (``per``), has ``num_anchors`` drawn, or all of its candidates where there
-    are fewer. Slot k has the weight w_k = exp(-k / gamma).
+    Each row, document or micro-batch (``per``) has ``num_anchors`` drawn, or all of its candidates
+    where there are fewer. Slot k has the weight w_k = exp(-k / gamma). For micro-batches ``data``
+    is a batch, or spans that know them. Where the anchor is given (``layout``), slots are counted
+    behind it, and ``block_size`` with it.
     """
-    return _labelled(data, block_size, per).supervision(num_anchors, gamma)
+    slots = predicted_slots(block_size, layout)
+    return _labelled(data, slots, per).supervision(num_anchors, gamma)
 
 
 @checked
@@ -91,12 +101,13 @@ def supervision_table(
     *,
     gamma: DecayGamma = 4.0,
     per: Per | Sequence[Per] = "row",
+    layout: Layout = "anchor_predicts",
 ) -> pd.DataFrame:
     """:func:`supervision` for each choice, a line each, the columns as :class:`Supervision`."""
     spans = Spans.of(data)
     lines = []
     for unit, block_size in product([per] if isinstance(per, str) else per, block_sizes):
-        reach = _labelled(spans, block_size, unit)
+        reach = _labelled(spans, predicted_slots(block_size, layout), unit)
         for anchors in num_anchors:
             found = reach.supervision(anchors, gamma)
             lines.append((unit, block_size, anchors, *(getattr(found, name) for name in _FOUND)))
@@ -105,14 +116,21 @@ def supervision_table(
 
 @checked
 def slot_supervision(
-    data: Data, num_anchors: Count, block_size: Count, *, gamma: DecayGamma = 4.0, per: Per = "row"
+    data: Data,
+    num_anchors: Count,
+    block_size: Count,
+    *,
+    gamma: DecayGamma = 4.0,
+    per: Per = "row",
+    layout: Layout = "anchor_predicts",
 ) -> pd.DataFrame:
     """:func:`supervision` slot by slot; ``most`` is expected if every candidate were an anchor."""
-    reach = _labelled(data, block_size, per)
+    slots = predicted_slots(block_size, layout)
+    reach = _labelled(data, slots, per)
     found = reach.supervision(num_anchors, gamma)
     return pd.DataFrame(
         {
-            "slot": np.arange(block_size),
+            "slot": np.arange(slots),
             "weight": found.weights,
             "expected": found.expected_by_slot,
             "weighted": found.expected_by_slot * found.weights,
@@ -164,6 +182,7 @@ def token_supervision(
     document: Size | None = None,
     gamma: DecayGamma = 4.0,
     per: Per = "row",
+    layout: Layout = "anchor_predicts",
 ) -> pd.DataFrame:
     """How often each token is supervised, at each slot, and whether at all.
 
@@ -174,7 +193,7 @@ def token_supervision(
         it, ``slot_0``, ... the expected times at each slot, ``times`` their sum, ``reason`` is why
         it can never be a label, one of ``REASONS``, or empty.
     """
-    spans = Spans.of(data)
+    spans, labels = Spans.of(data), predicted_slots(block_size, layout)
     if document is not None and document >= spans.documents:
         raise ValueError(f"document must lie in [0, {spans.documents - 1}], got {document}")
     documents = np.arange(spans.documents) if document is None else np.array([document])
@@ -186,15 +205,15 @@ def token_supervision(
     before = tokens.cumsum() - tokens
     line = before[in_document - documents[0]] + spans.run_start[run] + offset
     kept = spans.run_kept[run]
-    anchors = np.where(offset < kept, np.minimum(offset, block_size), 0)
+    anchors = np.where(offset < kept, np.minimum(offset, labels), 0)
     of_token = [offset >= kept, offset > 0, kept > 1]
     reason = np.select(of_token, ["cut off", "", "first of its run"], "alone in its run")
     # Only the units that the document draws from are worked out.
     drawn_from, place = np.unique(spans.unit(per)[in_document], return_inverse=True)
     size = spans.candidates(per)[drawn_from]
     drawn = _drawn(size, num_anchors)[place]
-    covered = _covered(size, num_anchors, block_size)[place, anchors]
-    slots = (np.arange(block_size) < anchors[:, None]) * drawn[:, None]
+    covered = _covered(size, num_anchors, labels)[place, anchors]
+    slots = (np.arange(labels) < anchors[:, None]) * drawn[:, None]
 
     def spread(values: np.ndarray, otherwise: object) -> np.ndarray:
         filled = np.full((int(tokens.sum()), *values.shape[1:]), otherwise, dtype=values.dtype)
@@ -208,9 +227,9 @@ def token_supervision(
             "position": _offsets(tokens),
             "supervised": spread(np.ones(len(line), dtype=bool), False),
             "anchors": spread(anchors, 0),
-            **{f"slot_{slot}": times[:, slot] for slot in range(block_size)},
+            **{f"slot_{slot}": times[:, slot] for slot in range(labels)},
             "times": times.sum(axis=1),
-            "weighted": times @ decay_weights(block_size, gamma).numpy(),
+            "weighted": times @ decay_weights(labels, gamma).numpy(),
             "p_covered": spread(covered, 0),
             "reason": spread(reason.astype(object), "prompt"),
         }
@@ -219,10 +238,15 @@ def token_supervision(
 
 @checked
 def token_coverage(
-    batch: Batch, num_anchors: Count, block_size: Count
+    batch: Batch,
+    num_anchors: Count,
+    block_size: Count,
+    *,
+    per: Per = "row",
+    layout: Layout = "anchor_predicts",
 ) -> Float[Tensor, "batch seq"]:
-    """The probability, in float64, that one draw of anchors in its row covers a token."""
-    tokens = token_supervision(batch, num_anchors, block_size)
+    """The probability, in float64, that one draw of anchors covers a token."""
+    tokens = token_supervision(batch, num_anchors, block_size, per=per, layout=layout)
     coverage = torch.zeros(batch.loss_mask.shape, dtype=torch.float64)
     coverage[batch.attention_mask.cpu()] = torch.tensor(tokens["p_covered"].to_numpy())
     return coverage.to(batch.loss_mask.device)
@@ -234,6 +258,8 @@ def coverage_table(
     num_anchors: Sequence[Count] = (4, 8, 16, 32, 64, 128),
     block_sizes: Sequence[Count] = (4, 7, 15),
     *,
+    per: Per = "row",
+    layout: Layout = "anchor_predicts",
     draws: Count = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -245,12 +271,13 @@ def coverage_table(
     spans = _supervised(Spans.of(batch))
     lines = []
     for block_size in block_sizes:
-        reach = _Reach.of(spans, block_size, "row")
+        reach = _Reach.of(spans, predicted_slots(block_size, layout), per)
         for anchors in num_anchors:
-            sampled = (
-                times_supervised(draw_blocks(batch, anchors, block_size, seed=seed + draw)) > 0
+            drawn = (
+                draw_blocks(batch, anchors, block_size, seed=seed + draw, per=per, layout=layout)
                 for draw in range(draws)
             )
+            sampled = (times_supervised(blocks) > 0 for blocks in drawn)
             found = reach.supervision(anchors)
             share = sum(int(covered.sum()) for covered in sampled) / draws / found.supervised
             lines.append((block_size, anchors, found.blocks, found.share, share, found.times))
@@ -265,6 +292,7 @@ def packing_table(
     num_anchors: Sequence[Count] = (16, 32, 64, 128, 256, 512),
     *,
     block_size: Count = 7,
+    layout: Layout = "anchor_predicts",
 ) -> pd.DataFrame:
     """Coverage of packed rows when ``num_anchors`` counts per row, and when per document.
 
@@ -275,7 +303,7 @@ def packing_table(
     rows |= {f"packed, {n}": (Spans.of(encoded, row_length=n), "row") for n in row_lengths}
     lines = []
     for row, (spans, per) in rows.items():
-        reach = _Reach.of(_supervised(spans), block_size, per)
+        reach = _Reach.of(_supervised(spans), predicted_slots(block_size, layout), per)
         documents = spans.documents / spans.rows
         lines += [(row, per, documents, n, reach.supervision(n).share) for n in num_anchors]
     columns = ["row", "anchors per", "documents", "num_anchors", "expected"]
@@ -289,6 +317,7 @@ def anchors_needed(
     block_sizes: Sequence[Count] = (4, 7, 15),
     *,
     per: Per = "row",
+    layout: Layout = "anchor_predicts",
 ) -> pd.DataFrame:
     """The smallest ``num_anchors`` whose expected coverage reaches a goal, missing where none does.
 
@@ -297,7 +326,7 @@ def anchors_needed(
     spans = _supervised(Spans.of(data))
     lines = []
     for block_size in block_sizes:
-        reach = _Reach.of(spans, block_size, per)
+        reach = _Reach.of(spans, predicted_slots(block_size, layout), per)
         most = max(1, int(reach.candidates.max()))
         ceiling = reach.share(most)
         for goal in goals:
@@ -320,23 +349,23 @@ class _Reach:
     slots: Int[np.ndarray, "group slot"]
 
     @classmethod
-    def of(cls, spans: Spans, block_size: int, per: Per) -> _Reach:
-        candidates, run_group, run_length = spans.groups[per]
-        count, width, last = len(candidates), block_size + 1, run_length - 1
-        cell = run_group * width + np.minimum(last, block_size)
+    def of(cls, spans: Spans, labels: int, per: Per) -> _Reach:
+        candidates, run_group, run_length = spans.groups(per)
+        count, width, last = len(candidates), labels + 1, run_length - 1
+        cell = run_group * width + np.minimum(last, labels)
         ends = np.bincount(cell, minlength=count * width).reshape(count, width)
-        # A run has a token at each offset up to its last; those from block_size on are alike.
+        # A run has a token at each offset up to its last; those from labels on are alike.
         tokens = _sums_to_the_end(ends)
-        tokens[:, -1] += sum_by(run_group, np.maximum(last - block_size, 0), count)
+        tokens[:, -1] += sum_by(run_group, np.maximum(last - labels, 0), count)
         # A token that c candidates reach is the label of slots 0 to c - 1.
         return cls(spans, candidates, tokens, _sums_to_the_end(tokens)[:, 1:])
 
     def supervision(self, num_anchors: int, gamma: float = 4.0) -> Supervision:
-        spans, block_size = self.spans, self.slots.shape[1]
+        spans, slots = self.spans, self.slots.shape[1]
         by_slot = _drawn(self.candidates, num_anchors) @ self.slots
-        weights = decay_weights(block_size, gamma).numpy()
+        weights = decay_weights(slots, gamma).numpy()
         expected = float(by_slot.sum())
-        covered = self.tokens * _covered(self.candidates, num_anchors, block_size)
+        covered = self.tokens * _covered(self.candidates, num_anchors, slots)
         all_covered = float(covered.sum())
         return Supervision(
             *(spans.rows, spans.rows_without_label, spans.supervised),
@@ -356,8 +385,8 @@ class _Reach:
         return self.supervision(num_anchors).share
 
 
-def _labelled(data: Data, block_size: int, per: Per) -> _Reach:
-    reach = _Reach.of(Spans.of(data), block_size, per)
+def _labelled(data: Data, slots: int, per: Per) -> _Reach:
+    reach = _Reach.of(Spans.of(data), slots, per)
     if not reach.slots.any():
         raise ValueError("no row has a label: no two supervised tokens are next to each other")
     return reach
@@ -385,12 +414,12 @@ def _drawn(candidates: Int[np.ndarray, " unit"], num_anchors: int) -> Float[np.n
 
 
 def _covered(
-    candidates: Int[np.ndarray, " unit"], num_anchors: int, block_size: int
+    candidates: Int[np.ndarray, " unit"], num_anchors: int, slots: int
 ) -> Float[np.ndarray, "unit reach"]:
-    """P(covered) of a token that 0, 1, ..., ``block_size`` candidates reach, for each unit."""
+    """P(covered) of a token that 0, 1, ..., ``slots`` candidates reach, for each unit."""
     spared = np.maximum(candidates - num_anchors, 0)[:, None]
-    missed = np.ones((len(candidates), block_size + 1))
-    left_out = _left_out(candidates[:, None], spared, np.arange(block_size))
+    missed = np.ones((len(candidates), slots + 1))
+    left_out = _left_out(candidates[:, None], spared, np.arange(slots))
     np.cumprod(left_out, axis=1, out=missed[:, 1:])
     return 1 - missed
 

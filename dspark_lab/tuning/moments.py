@@ -38,7 +38,9 @@ class StepBytes:
         self.hidden, self.rank = shape.drafter.hidden_size, shape.markov_rank
         self.query, self.key = shape.drafter.query_width, shape.drafter.kv_width
         self.vocab = step.vocabulary or shape.vocab_size
+        self.output = min(self.vocab, shape.output_size)
         self.tokens, self.slots = step.tokens, step.slots
+        self.predicting = step.predicting_slots(shape)
         self.keys = step.tokens + step.slots
         # Bytes of a number in a matrix product, and whether weights and inputs are copied for it.
         self.number = step.product_bytes
@@ -65,6 +67,9 @@ class StepBytes:
             own = 0 if shared else own
         copied = self.autocast or step.vocabulary is not None
         head = self.number * self.vocab * self.hidden * copied
+        if shape.draft_vocab_size is not None:
+            # The rows of the target's LM head that it predicts with, and where these stand.
+            head = (4 + self.number * copied) * self.output * self.hidden + 8 * self.output
         # Which token has which place in the softmaxes, and back.
         places = 8 * (self.vocab + shape.vocab_size)
         return {
@@ -85,15 +90,21 @@ class StepBytes:
         copied = 0 if self.step.feature_bytes == number == 4 else number
         context = self.tokens * (copied * shape.context_size + self.norm * self.hidden + 4)
         latent, confidence = number * self.sizes.latent_kept, number * width + 4 * 8 * (width > 0)
-        heads = self.slots * (self.norm * self.hidden + 8 + latent + confidence)
+        heads = self.slots * (self.norm * self.hidden + 4)
+        heads = heads + self.predicting * (4 + latent + confidence)
         return {"context projection": context, **saved, "heads": heads}
 
     def logits(self) -> Any:
         """The logits of drafter and target that exist at one time, and their softmaxes in fp32."""
         if self.step.objective == "full":
             # In fp32: a logarithmic softmax, two softmaxes, their difference and its modulus.
-            return self.slots * self.vocab * (2 * self.number + 5 * 4)
+            return self.predicting * self.vocab * (2 * self.number + 5 * 4)
         chunk, tile = self._chunk()
+        if self.shape.draft_vocab_size is not None:
+            # The target's, those without the drafter's tokens, and both in fp32 over these tokens.
+            wide = 4 * self.autocast
+            whole = self.vocab * (self.number + wide + 4)
+            return chunk * (whole + self.output * (2 * self.number + 8)) + 4 * self.output * tile
         return self.vocab * (2 * self.number * chunk + 4 * (3 if self.autocast else 1) * tile)
 
     def moments(self) -> dict[str, dict[str, Any]]:
@@ -109,7 +120,7 @@ class StepBytes:
         return moments | {"optimiser": {"gradients": 4 * self.sizes.trained_parameters}}
 
     def _around_objective(self) -> dict[str, tuple[Any, ...]]:
-        vocab, rank = self.vocab, self.rank
+        output, rank = self.output, self.rank
         inside, after = self._objective()
         embedding = 4 * self.shape.vocab_size * rank
         # One gradient of the embedding comes from the bias, one from the confidence head.
@@ -122,7 +133,7 @@ class StepBytes:
         if self.step.objective == "chunked":
             # Those that it made, the same again times the loss's own gradient, and zeros that
             # autograd makes up for the outputs that nothing depends on.
-            leaving = 3 * (after + 4 * vocab * rank) + 2 * self.autocast * vocab * rank
+            leaving = 3 * (after + 4 * output * rank) + 2 * self.autocast * output * rank
             moments["gradients leave the objective"] = (kept, copies, 0, leaving, 0)
         return moments
 
@@ -198,13 +209,13 @@ class StepBytes:
 
     def _objective(self) -> tuple[Any, Any]:
         """The bytes of the objective at its fullest, and those left for the backward pass."""
-        number, hidden, rank, vocab = self.number, self.hidden, self.rank, self.vocab
-        slots, feature = self.slots, self.step.feature_bytes
+        number, hidden, rank, output = self.number, self.hidden, self.rank, self.output
+        slots, feature = self.predicting, self.step.feature_bytes
         # The results of the forward pass live as long as the objective runs.
         results = slots * (4 * hidden + 4 * rank + feature * hidden + 64)
-        head_copies = 2 * vocab * rank * self.autocast
+        head_copies = 2 * output * rank * self.autocast
         if self.step.objective == "full":
-            head_copies = head_copies + 2 * vocab * hidden * self.autocast
+            head_copies = head_copies + 2 * output * hidden * self.autocast
             return results + head_copies + self.logits(), slots * hidden * number
         chunk, _ = self._chunk()
         after = number * slots * (hidden + rank)
@@ -214,17 +225,17 @@ class StepBytes:
         # bf16, the gradient of the bias's matrix, and it in fp32, before it is added.
         scaled = chunk * hidden * (6 if self.autocast else 2 * number)
         work = chunk * number * (3 * hidden + rank)
-        work = work + np.maximum(scaled, 6 * vocab * rank * self.autocast)
-        return results + copies + after + 4 * vocab * rank + self.logits() + work, after
+        work = work + np.maximum(scaled, 6 * output * rank * self.autocast)
+        return results + copies + after + 4 * output * rank + self.logits() + work, after
 
     def _chunk(self) -> tuple[Any, Any]:
         """Slots of a chunk and of a tile of it, whose logits exist at one time."""
         vocab, on_gpu = self.vocab, self.step.device == "cuda"
-        counted = self.step.counted_slots
+        counted = self.step.counted_slots(self.shape)
         chunks, chunk, tile = chunk_sizes(counted, vocab, on_gpu)
         if not on_gpu:
             # A draw with more blocks at the row's end may need one chunk fewer, a full one then.
-            fewest = np.maximum(counted - self.step.labels_beyond_rows, 1)
+            fewest = np.maximum(counted - self.step.labels_beyond_rows(self.shape), 1)
             fuller = chunk_sizes(fewest, vocab, on_gpu)[0] < chunks
             chunk = np.where(fuller, most_slots(vocab, on_gpu), chunk)
         return chunk, np.minimum(tile, chunk)

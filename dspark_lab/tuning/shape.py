@@ -14,9 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dspark_lab.blocks import Layout
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.files import read_json
-from dspark_lab.model import ARCHITECTURE, MARKOV_HEADS, DrafterConfig, DrafterSizes, drafter_sizes
+from dspark_lab.model import (
+    ARCHITECTURES,
+    MARKOV_HEADS,
+    DrafterConfig,
+    DrafterSizes,
+    drafter_sizes,
+    family_of,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ CARDS = {
 class Layers:
     """A stack of transformer layers with a gated MLP; biases, if any, in attention alone.
 
-    ``sliding`` of the target's ``count`` layers see only the last ``window`` tokens.
+    ``sliding`` of the ``count`` layers see only the last ``window`` tokens.
     """
 
     count: int
@@ -109,7 +117,8 @@ class Shape:
 
     ``target`` is None where only the drafter is known; then the target costs nothing, and a step
     that runs it is refused. ``tied``: the target's LM head is its embedding. ``context_size`` is
-    the width of a context feature.
+    the width of a context feature. ``sample_from_anchor``, ``draft_vocab_size`` and ``is_causal``
+    are the drafter's, see :class:`~dspark_lab.model.DrafterConfig`.
     """
 
     name: str
@@ -126,6 +135,9 @@ class Shape:
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     tied: bool = False
+    sample_from_anchor: bool = True
+    draft_vocab_size: Count | None = None
+    is_causal: bool | None = None
 
     @classmethod
     @checked
@@ -184,6 +196,15 @@ class Shape:
             object.__setattr__(self, "markov_head_type", "none")
 
     @property
+    def layout(self) -> Layout:
+        return "anchor_predicts" if self.sample_from_anchor else "anchor_given"
+
+    @property
+    def output_size(self) -> int:
+        """Tokens that the drafter can predict."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
     def reads_markov(self) -> bool:
         """Whether the confidence head reads the previous token's Markov embedding."""
         has_markov = self.markov_rank > 0
@@ -206,6 +227,10 @@ class Shape:
         """A drafter of this shape; its layer ids and its mask token are made up."""
         layers = {theirs: getattr(self.drafter, ours) for ours, theirs in _OF_LAYERS.items()}
         shared = {name: getattr(self, name) for name in _SHARED}
+        if self.drafter.sliding:
+            full = self.drafter.count - self.drafter.sliding
+            kinds = ("sliding_attention",) * self.drafter.sliding + ("full_attention",) * full
+            shared |= {"layer_types": kinds, "sliding_window": self.drafter.window}
         return DrafterConfig(
             **layers | shared | {"confidence_head_with_markov": self.reads_markov},
             target_layer_ids=tuple(range(self.context_layers)),
@@ -253,7 +278,8 @@ def _shape_of(source: str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig
 
 
 def _of_config(config: Mapping[str, Any], name: str) -> Shape:
-    if config.get("architectures") == [ARCHITECTURE]:
+    named = config.get("architectures") or config.get("speculators_model_type")
+    if named and family_of(config) in ARCHITECTURES.values():
         return _of_drafter(DrafterConfig.from_dict(config))
     # The outer configuration may say what the inner one leaves out.
     text = {**config, **(config.get("text_config") or {})}
@@ -297,7 +323,11 @@ def _sliding(text: Mapping[str, Any], count: int) -> int:
 def _of_drafter(config: DrafterConfig) -> Shape:
     return Shape(
         "drafter",
-        drafter=Layers(**{ours: getattr(config, theirs) for ours, theirs in _OF_LAYERS.items()}),
+        drafter=Layers(
+            **{ours: getattr(config, theirs) for ours, theirs in _OF_LAYERS.items()},
+            window=config.sliding_window,
+            sliding=(config.layer_types or ()).count("sliding_attention"),
+        ),
         target=None,
         context_layers=len(config.target_layer_ids),
         context_size=config.context_size,

@@ -1,27 +1,24 @@
 """Where the supervised tokens of a data set are: its runs, documents and rows.
 
 A *run* is a longest stretch of supervised tokens within one document. Its candidates for anchors
-are all its tokens but the last, and its first token is never a label. *Per* row or document
-``num_anchors`` are drawn; unpacked, these are the same.
+are all its tokens but the last, and its first token is never a label. *Per* row, document or
+micro-batch ``num_anchors`` are drawn; unpacked, the first two are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from dspark_lab.blocks import Per
 from dspark_lab.chats import Batch, Encoded, packed_places
-from dspark_lab.checks import Count, checked
-
-Per = Literal["row", "document"]
-PER: tuple[Per, ...] = get_args(Per)
+from dspark_lab.checks import Count, Size, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +28,7 @@ class Spans:
     Documents are the conversations in the given order (of a batch: row by row), runs are in the
     order of the documents. ``run_start`` is a position in the run's document; ``run_tokens`` and
     ``document_tokens`` include what is beyond the cut, ``document_kept`` does not; ``row_tokens``
-    include padding.
+    include padding. ``row_batch`` numbers the micro-batches that rows are of, where it is known.
     """
 
     run_document: Int[np.ndarray, " run"]
@@ -41,6 +38,7 @@ class Spans:
     document_kept: Int[np.ndarray, " document"]
     document_row: Int[np.ndarray, " document"]
     row_tokens: Int[np.ndarray, " row"]
+    row_batch: Int[np.ndarray, " row"] | None = None
 
     @classmethod
     @checked
@@ -50,7 +48,8 @@ class Spans:
         """The spans of a batch with its rows as they are, or of conversations, each its own row.
 
         ``seq_len`` cuts each conversation to its first tokens; ``row_length`` packs them into rows
-        of that many tokens, exactly as :func:`dspark_lab.chats.pack` does; none may be longer.
+        of that many tokens, exactly as :func:`dspark_lab.chats.pack` does; none may be longer. A
+        batch is one micro-batch; :meth:`in_batches` says which rows of conversations make one.
         """
         if isinstance(data, (Spans, Batch)):
             if seq_len is not None or row_length is not None:
@@ -66,7 +65,7 @@ class Spans:
         if row_length is not None:
             longest = int(kept.argmax())
             if kept[longest] > row_length:
-                has = f"conversation {encoded[longest].chat.id!r} has {kept[longest]} tokens"
+                has = f"conversation {encoded[longest].id!r} has {kept[longest]} tokens"
                 wanted = f"length {row_length} of a row; cut it with seq_len={row_length}"
                 raise ValueError(f"{has}, more than {wanted}")
             row, _ = packed_places(kept, row_length)
@@ -82,7 +81,25 @@ class Spans:
         tokens = lengths[row, place]
         start = (lengths.cumsum(axis=1) - lengths)[row, place]
         runs = _runs(batch.loss_mask.flatten(), row * seq_len + start)
-        return cls(*runs, tokens, tokens, row, np.full(rows, seq_len))
+        one = np.zeros(rows, dtype=np.int64)
+        return cls(*runs, tokens, tokens, row, np.full(rows, seq_len), one)
+
+    @checked
+    def in_batches(self, rows: Count | Sequence[Sequence[Size]]) -> Spans:
+        """The same rows in micro-batches: of so many rows in their order, or of the rows listed.
+
+        The rows that are left over, or not listed, are a last micro-batch.
+        """
+        if isinstance(rows, int):
+            return replace(self, row_batch=np.arange(self.rows) // rows)
+        listed = [row for group in rows for row in group]
+        if len(set(listed)) < len(listed) or max(listed, default=0) >= self.rows:
+            wanted = f"each of the {self.rows} rows once at most"
+            raise ValueError(f"rows must name {wanted}, got {len(listed)} up to {max(listed)}")
+        row_batch = np.full(self.rows, len(rows))
+        for number, group in enumerate(rows):
+            row_batch[list(group)] = number
+        return replace(self, row_batch=row_batch)
 
     @property
     def rows(self) -> int:
@@ -108,26 +125,39 @@ class Spans:
         return int((self.candidates("row") == 0).sum())
 
     def unit(self, per: Per) -> Int[np.ndarray, " document"]:
-        """The row or document in which each document's anchors are drawn."""
-        return self.document_row if per == "row" else np.arange(self.documents)
+        """The row, document or micro-batch in which each document's anchors are drawn."""
+        if per == "document":
+            return np.arange(self.documents)
+        if per == "row":
+            return self.document_row
+        if self.row_batch is None:
+            known = "which rows are drawn from together: Spans.of(data).in_batches(rows)"
+            raise ValueError(f"per 'batch' needs to know {known}")
+        return self.row_batch[self.document_row]
 
     def candidates(self, per: Per) -> Int[np.ndarray, " unit"]:
-        units = self.rows if per == "row" else self.documents
-        run_unit = self.unit(per)[self.run_document]
-        return sum_by(run_unit, np.maximum(self.run_kept - 1, 0), units)
+        """Candidates of each row, document or micro-batch."""
+        unit = self.unit(per)
+        units = {"row": self.rows, "document": self.documents}.get(per)
+        if units is None:
+            units = int(unit.max(initial=-1)) + 1
+        return sum_by(unit[self.run_document], np.maximum(self.run_kept - 1, 0), units)
 
-    @cached_property
-    def groups(self) -> Mapping[Per, tuple[Int[np.ndarray, " n"], ...]]:
-        """The runs in groups whose rows or documents have equally many candidates.
+    def groups(self, per: Per) -> tuple[Int[np.ndarray, " n"], ...]:
+        """The runs in groups whose rows, documents or batches have equally many candidates.
 
         The candidates of each group, then the group and the length of each run.
         """
-        inside, groups = self.run_kept > 0, {}
-        for per in PER:
+        if per not in self._groups:
+            inside = self.run_kept > 0
             candidates = self.candidates(per)[self.unit(per)[self.run_document[inside]]]
             found, run_group = np.unique(candidates, return_inverse=True)
-            groups[per] = (found, run_group.ravel(), self.run_kept[inside])
-        return groups
+            self._groups[per] = (found, run_group.ravel(), self.run_kept[inside])
+        return self._groups[per]
+
+    @cached_property
+    def _groups(self) -> dict[Per, tuple[Int[np.ndarray, " n"], ...]]:
+        return {}
 
 
 # What coverage takes: spans, made once for many choices, or what they are made of.

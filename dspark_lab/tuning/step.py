@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int
 
+from dspark_lab.blocks import predicted_slots
 from dspark_lab.checks import Count, Share, checked
 from dspark_lab.tuning.shape import Shape
 
@@ -70,21 +71,26 @@ class Step:
     def slots(self) -> Any:
         return self.batch_size * self.num_anchors * self.block_size
 
-    @property
-    def counted_slots(self) -> Any:
-        """Slots whose logits are computed."""
-        if self.device == "cuda" or self.objective == "full":
-            return self.slots
-        return np.ceil(self.slots * self.supervised)
+    def predicting_slots(self, shape: Shape) -> Any:
+        """Slots that predict a token."""
+        return self.batch_size * self.num_anchors * predicted_slots(self.block_size, shape.layout)
 
-    @property
-    def labels_beyond_rows(self) -> Any:
+    def counted_slots(self, shape: Shape) -> Any:
+        """Slots whose logits are computed."""
+        slots = self.predicting_slots(shape)
+        if self.device == "cuda" or self.objective == "full":
+            return slots
+        return np.ceil(slots * self.supervised)
+
+    def labels_beyond_rows(self, shape: Shape) -> Any:
         """Slots whose label lies beyond the row's end: three standard deviations above their mean.
 
-        A block lacks 1, 2, ..., or ``block_size - 1`` labels with probability 1 / candidates each.
+        A block of n predicting slots lacks 1, 2, ..., or n - 1 labels with probability
+        1 / candidates each.
         """
         candidates = max(self.seq_len - 1, 1)
-        lacking = np.minimum(np.arange(self.block_size), candidates)
+        labels = predicted_slots(self.block_size, shape.layout)
+        lacking = np.minimum(np.arange(labels), candidates)
         drawn = self.batch_size * np.minimum(self.num_anchors, candidates) / candidates
         return drawn * lacking.sum() + 3 * np.sqrt(drawn * (lacking**2).sum())
 

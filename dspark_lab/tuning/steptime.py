@@ -26,7 +26,7 @@ from dspark_lab.blocks import Blocks, draw_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import Count, Device, NonNegative, Size, checked
 from dspark_lab.files import now
-from dspark_lab.model import Drafter, Features, Target, dspark_objective
+from dspark_lab.model import Drafter, Features, Target
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.step import Dtype, Step
@@ -114,13 +114,15 @@ def measure_steps(
             torch.manual_seed(seed)
             drafter = Drafter(config).to(place).train()
             if target is not None:
-                drafter.use_target_embeddings(target.embed_weight, target.head_weight)
+                heads = target.embed_weight, target.head_weight, target.logit_rule
+                drafter.use_target_embeddings(*heads)
         optimizer = torch.optim.AdamW(_trained(drafter), lr=1e-5, fused=True)
         for seq_len, anchors in product(seq_lens, num_anchors):
             rows, generator = (batch_size, seq_len), torch.Generator().manual_seed(seed)
             ids = torch.randint(shape.vocab_size, rows, generator=generator)
             batch = Batch.of_tokens(ids, torch.ones(rows, dtype=torch.bool)).to(place)
-            blocks = draw_blocks(batch, anchors, block_size, seed=seed)
+            layout = config.layout
+            blocks = draw_blocks(batch, anchors, block_size, seed=seed, layout=layout)
             read = _features(target, drafter, batch)
             run = partial(_train_once, drafter, optimizer, batch, blocks, read, dtype)
             sizes = (seq_len, anchors, block_size, batch_size)
@@ -148,7 +150,7 @@ def _train_once(
     read = features()
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         slots = drafter.slots(blocks, read.context, read.last)
-        objective = dspark_objective(slots, drafter.lm_head.weight, drafter.markov_w2_weight)
+        objective = drafter.objective(slots)
     objective.loss.backward()
     torch.nn.utils.clip_grad_norm_(_trained(drafter), 1.0)
     optimizer.step()

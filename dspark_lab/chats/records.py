@@ -1,0 +1,369 @@
+"""A row of a file as a conversation, or as tokens with a loss mask.
+
+Everything that a row says is honoured, refused by name, or says nothing of the conversation
+(``source`` and the like). Whether a template writes what a message holds shows on rendering.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dspark_lab.chats.chat import Chat, Encoded
+
+# Names of roles in files of ShareGPT's kind.
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
+_ROLES |= {"tool_response": "tool", "function_response": "tool"}
+_CALLS = ("function_call", "tool_call")
+
+_LISTS = ("messages", "conversations")
+_ANSWERS = ("completion", "response")
+_WORDS = (*_LISTS, "prompt", *_ANSWERS, "instruction", "input", "output", "history", "turns")
+_SHAPES = (
+    "'messages', 'conversations', 'prompt', 'instruction', 'turns', or 'input_ids' with 'loss_mask'"
+)
+# Switches of the loss, of a message or of all of a row's.
+_SWITCHES = ("weight", "train", "training", "loss", "loss_mask")
+# What would make a conversation another one, and cannot be honoured.
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
+_REFUSED: tuple[str, ...] = (
+    *_MEDIA,
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "functions",
+    "documents",
+)
+_REFUSED += ("chat_template", "chat_template_kwargs")
+_GENERATED_WHOLE: tuple[str, ...] = (
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "stop_sequence",
+    "tool_calls",
+)
+_GENERATED_WHOLE += ("function_call",)
+_CUT_OFF = ("length", "max_tokens")
+
+Turn = tuple[dict[str, Any], bool]
+
+
+def read_record(record: Any, default_id: str) -> Chat | Encoded:
+    """The conversation of a row, or its tokens; a ValueError says why there is none."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"must be a JSON object, got {_kind(record)}")
+    for key in _REFUSED:
+        if not _empty(record.get(key)):
+            raise ValueError(f"has {key!r}, which cannot be honoured")
+    for key in ("label", "kto_tag"):
+        if record.get(key) is False:
+            raise ValueError(f"has {key!r} false, an answer not to learn, which cannot be honoured")
+    name, domain = record.get("id"), record.get("domain")
+    if name is None:
+        name = default_id
+    elif isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
+    if domain is not None:
+        _string("domain", domain)
+    if _empty(record.get("input_ids")):
+        return _chat(record, str(name), domain)
+    words = any(not _empty(record.get(key)) for key in _WORDS)
+    said = {key: value for key, value in record.items() if key != "loss_mask"}
+    return _tokens(record, _chat(said, str(name), domain) if words else None, str(name), domain)
+
+
+def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str | None) -> Encoded:
+    ids = _numbers("input_ids", record["input_ids"])
+    masks = []
+    if record.get("loss_mask") is not None:
+        masks.append([value > 0.5 for value in _numbers("loss_mask", record["loss_mask"])])
+    if record.get("labels") is not None:
+        labels = _numbers("labels", record["labels"])
+        if any(label not in (-100, token) for label, token in zip(labels, ids, strict=False)):
+            raise ValueError("labels must be those of input_ids, or -100 where there is none")
+        masks.append([label != -100 for label in labels])
+    if not masks:
+        raise ValueError("has 'input_ids' without 'loss_mask' or 'labels'")
+    if any(len(mask) != len(ids) for mask in masks):
+        raise ValueError(
+            f"loss_mask must have {len(ids)} values, as input_ids; got {len(masks[0])}"
+        )
+    if masks[0] != masks[-1]:
+        raise ValueError("has 'loss_mask' and 'labels' that differ")
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ValueError("input_ids must be integers in [0, 2**31)")
+    padding = record.get("attention_mask")
+    length = len(ids)
+    if padding is not None:
+        length = sum(_numbers("attention_mask", padding))
+        if list(padding) != [1] * length + [0] * (len(ids) - length):
+            raise ValueError("attention_mask must be 1 on tokens and 0 on padding behind them")
+    if not length:
+        raise ValueError("input_ids must hold at least one token, got none")
+    positions = record.get("position_ids")
+    if positions is not None and list(positions)[:length] != list(range(length)):
+        raise ValueError("has 'position_ids' of several documents, which cannot be honoured")
+    rows = torch.tensor(ids[:length], dtype=torch.long), torch.tensor(masks[0][:length])
+    return Encoded(*rows, chat, name, domain)
+
+
+def _chat(record: Mapping[str, Any], name: str, domain: str | None) -> Chat:
+    turns, used = _turns(record)
+    _check_others(record, used, turns)
+    turns = _with_row_switches(record, turns)
+    turns, cut_off = _without_finish_reasons(turns)
+    system = [key for key in ("system", "system_prompt") if not _empty(record.get(key))]
+    for key in system[:1]:
+        said = {"role": "system", "content": _string(key, record[key])}
+        if turns and turns[0][0]["role"] == "system":
+            if turns[0][0]["content"] != said["content"]:
+                raise ValueError(f"has {key!r} beside another message of the system")
+        else:
+            turns.insert(0, (said, True))
+    if len(system) == 2 and record["system"] != record["system_prompt"]:
+        raise ValueError("has 'system' and 'system_prompt' that differ")
+    supervised = [keep for _, keep in turns]
+    return Chat(
+        [message for message, _ in turns],
+        name,
+        domain,
+        finished=_finished(record, cut_off),
+        tools=_objects("tools", record.get("tools")) or None,
+        supervised=None if all(supervised) else supervised,
+    )
+
+
+def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
+    """The messages of a row, each with whether the loss may see it, and the keys that hold them."""
+    lists = [key for key in _LISTS if not _empty(record.get(key))]
+    if len(lists) == 2:
+        raise ValueError("has both 'messages' and 'conversations', only one is allowed")
+    if lists:
+        return _messages(lists[0], record[lists[0]]), set(lists)
+    if record.get("prompt") is not None:
+        answers = [key for key in _ANSWERS if record.get(key) is not None]
+        if len(answers) == 2:
+            raise ValueError("has both 'completion' and 'response', only one is allowed")
+        turns = _said("prompt", record["prompt"], "user")
+        for key in answers:
+            turns += _said(key, record[key], "assistant")
+        return turns, {"prompt", *answers}
+    if record.get("instruction") is not None:
+        asked = _string("instruction", record["instruction"])
+        if not _empty(record.get("input")):
+            asked += "\n" + _string("input", record["input"])
+        turns = _history(record.get("history")) + _said("instruction", asked, "user")
+        if record.get("output") is not None:
+            turns += _said("output", record["output"], "assistant")
+        return turns, {"instruction", "input", "output", "history"}
+    if not _empty(record.get("turns")):
+        texts = _list("turns", record["turns"])
+        said = [_string(f"turns[{index}]", text) for index, text in enumerate(texts)]
+        return [({"role": "user", "content": text}, True) for text in said], {"turns"}
+    empty = next((key for key in (*_LISTS, "turns", "input_ids") if key in record), None)
+    if empty is not None and record[empty] is not None:
+        _list(empty, record[empty])
+        raise ValueError(f"{empty} must hold at least one message or token, got none")
+    raise ValueError(f"must have {_SHAPES}, got keys {sorted(map(str, record))}")
+
+
+def _history(value: Any) -> list[Turn]:
+    turns: list[Turn] = []
+    for index, pair in enumerate(_list("history", value or [])):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history[{index}] must be a question and an answer")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append(({"role": role, "content": _string(f"history[{index}]", text)}, True))
+    return turns
+
+
+def _said(key: str, value: Any, role: str) -> list[Turn]:
+    """Messages, or the text of one."""
+    if isinstance(value, list):
+        return _messages(key, value)
+    return [({"role": role, "content": _string(key, value)}, True)]
+
+
+def _messages(key: str, raw: Any) -> list[Turn]:
+    return [_message(f"{key}[{index}]", message) for index, message in enumerate(_list(key, raw))]
+
+
+def _message(where: str, raw: Any) -> Turn:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} must be an object, got {_kind(raw)}")
+    role_key, content_key = ("from", "value") if "from" in raw else ("role", "content")
+    if role_key not in raw:
+        raise ValueError(f"{where} must have {role_key!r}, got keys {sorted(raw)}")
+    for key in _MEDIA:
+        if not _empty(raw.get(key)):
+            raise ValueError(f"{where} has {key!r}, which cannot be honoured")
+    more = {
+        key: value
+        for key, value in raw.items()
+        if key not in (role_key, content_key, *_SWITCHES) and not _empty(value)
+    }
+    role = _string(f"{where}.{role_key}", raw[role_key])
+    content = raw.get(content_key)
+    if role in _CALLS:
+        role, content, more = "assistant", "", more | {"tool_calls": _calls(where, content)}
+    role = _ROLES.get(role, role)
+    if "tool_calls" in more:
+        more["tool_calls"] = _objects(f"{where}.tool_calls", more["tool_calls"])
+    if isinstance(content, list):
+        content = "".join(_text_part(f"{where}.{content_key}", part) for part in content)
+    elif content is None and more.keys() - {"name", "id"}:
+        content = ""
+    elif content_key not in raw:
+        raise ValueError(f"{where} must have {content_key!r}, got keys {sorted(raw)}")
+    message = {"role": role, "content": _string(f"{where}.{content_key}", content), **more}
+    return message, _switch(where, raw, _answers(message))
+
+
+def _answers(message: Mapping[str, Any]) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _calls(where: str, value: Any) -> list[dict[str, Any]]:
+    """The tool calls that a message of their own role writes as JSON text."""
+    try:
+        calls = json.loads(_string(where, value))
+    except ValueError as error:
+        raise ValueError(f"{where} must hold a call as JSON: {error}") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise ValueError(f"{where} must hold calls with 'name' and 'arguments'")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _switch(where: str, raw: Mapping[str, Any], answer: bool) -> bool:
+    """Whether the loss may see a message, by the switches that it has."""
+    found = {key: raw[key] for key in _SWITCHES if raw.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            allowed = "only 0 and 1, false and true can be honoured"
+            raise ValueError(f"{where} has {key} {value!r}: {allowed}")
+        if value and not answer and key != "weight":
+            raise ValueError(f"{where} has {key} {value!r}, but the model generates answers alone")
+    if len({bool(value) for value in found.values()}) == 2:
+        raise ValueError(f"{where} has switches that contradict each other: {found}")
+    return all(found.values())
+
+
+def _with_row_switches(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The messages, those left out too that a switch of the whole row leaves out."""
+    mask = record.get("loss_mask")
+    if isinstance(mask, list):
+        if len(mask) != len(turns):
+            got = f"got {len(mask)}"
+            raise ValueError(
+                f"loss_mask must have a value for each of {len(turns)} messages, {got}"
+            )
+        return [
+            (said, keep and _switch(f"message {index}", {"loss_mask": value}, _answers(said)))
+            for index, ((said, keep), value) in enumerate(zip(turns, mask, strict=True))
+        ]
+    keep_row = _switch("the row", record, answer=True)
+    return [(message, keep and keep_row) for message, keep in turns]
+
+
+def _without_finish_reasons(turns: list[Turn]) -> tuple[list[Turn], bool]:
+    """The messages, and whether the last answer says that it was cut off."""
+    answers = [index for index, (said, _) in enumerate(turns) if _answers(said)]
+    cut_off = False
+    for index, (said, _) in enumerate(turns):
+        if "finish_reason" in said and _is_cut_off(said.pop("finish_reason")):
+            cut_off = True
+            if [index] != answers[-1:]:
+                raise ValueError(f"the answer in message {index} was cut off, but is not the last")
+    return turns, cut_off
+
+
+def _is_cut_off(reason: Any) -> bool:
+    if reason in _CUT_OFF:
+        return True
+    if reason is None or reason in _GENERATED_WHOLE:
+        return False
+    raise ValueError(f"has finish_reason {reason!r}, which cannot be honoured")
+
+
+def _finished(record: Mapping[str, Any], cut_off: bool) -> bool:
+    finished = record.get("finished")
+    if finished is not None and not isinstance(finished, bool):
+        raise ValueError(f"finished must be true or false, got {_kind(finished)}")
+    cut_off = _is_cut_off(record.get("finish_reason")) or cut_off
+    if finished and cut_off:
+        raise ValueError("has finished true and finish_reason 'length'")
+    return not cut_off and finished is not False
+
+
+def _check_others(record: Mapping[str, Any], used: set[str], turns: list[Turn]) -> None:
+    """Refuse words in other keys than those that were read, unless they are the same words."""
+    known = {message["content"].strip() for message, _ in turns}
+    for key in _WORDS:
+        value = record.get(key)
+        if key in used or _empty(value):
+            continue
+        same = isinstance(value, str) and value.strip() in known
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            same = all(str(item.get("content")).strip() in known for item in value)
+        if not same:
+            raise ValueError(f"has {key!r} beside {sorted(used)}, and what it says is not there")
+
+
+def _objects(where: str, value: Any) -> list[dict[str, Any]]:
+    """A list of objects, or the JSON text of one; empty for none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{where} must be a list or its JSON text: {error}") from None
+    if _empty(value):
+        return []
+    objects = _list(where, value)
+    for index, item in enumerate(objects):
+        if not isinstance(item, dict):
+            raise ValueError(f"{where}[{index}] must be an object, got {_kind(item)}")
+    return objects
+
+
+def _text_part(where: str, part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        found = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
+        raise ValueError(f"{where} may only have parts of type 'text', got {found}")
+    return _string(f"{where} of type 'text'", part.get("text"))
+
+
+def _numbers(where: str, value: Any) -> list[Any]:
+    numbers = _list(where, value)
+    if not all(isinstance(number, (bool, int, float)) for number in numbers):
+        raise ValueError(f"{where} must be a list of numbers")
+    return numbers
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where} must be a list, got {_kind(value)}")
+    return value
+
+
+def _string(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a string, got {_kind(value)}")
+    return value
+
+
+def _empty(value: Any) -> bool:
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or blank or (isinstance(value, Sequence | Mapping) and not len(value))
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

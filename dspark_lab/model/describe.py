@@ -1,0 +1,287 @@
+"""A checkpoint in one table, from its ``config.json`` and the headers of its weights alone.
+
+What servers do with a file is from their sources of August and September 2026 (vLLM 0.29, SGLang,
+TensorRT-LLM and llama.cpp of that time); where those say nothing, "not known".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dspark_lab.checks import checked
+from dspark_lab.model.checkpoint import (
+    CALIBRATION,
+    CONFIG,
+    Stored,
+    find_folder,
+    read_checkpoint,
+    read_config,
+)
+from dspark_lab.model.config import DrafterConfig
+from dspark_lab.model.formats import ARCHITECTURES, config_words, family_of, format_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Line = tuple[str, Any, str]
+# speculators' files of DSpark without the key, and vLLM before it read the key.
+_UNSAID = "without sample_from_anchor it takes the anchor as given"
+_BEFORE = "versions before 0.27 read it as the other layout"
+_SERVERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
+
+
+@checked
+def describe_checkpoint(folder: str | os.PathLike[str]) -> pd.DataFrame:
+    """What a checkpoint of a drafter is, and what each server will make of it.
+
+    No weights are read. A family that this library does not load is named.
+
+    Args:
+        folder: as :func:`load_drafter`.
+
+    Returns:
+        pd.DataFrame: ``property``, ``value`` and ``source``, the file or key that says so.
+
+    Raises:
+        OSError, TypeError, ValueError: there is no ``config.json``, or none that can be read.
+    """
+    import pandas as pd
+
+    path = find_folder(folder)
+    values = read_config(path)
+    try:
+        lines: list[Line] = [("path", str(path), ""), *_kind(values)]
+    except TypeError as error:
+        raise TypeError(f"{path / CONFIG}: {error}") from None
+    try:
+        stored = read_checkpoint(path)
+    except (OSError, TypeError, ValueError) as error:
+        lines += [("loads here", f"no: {error}", ""), *_without_loading(values)]
+        lines += [(name, "not known: not loaded here", "") for name in _SERVERS]
+    else:
+        lines += [("loads here", _loads(stored), ""), *_model(stored), *_weights(stored)]
+        lines += _servers(stored)
+    return pd.DataFrame(lines, columns=["property", "value", "source"])
+
+
+def _kind(values: dict[str, Any]) -> Iterator[Line]:
+    said = [key for key in ("architectures", "speculators_model_type") if values.get(key)]
+    family = family_of(values)
+    source = ", ".join(f"{key} {values[key]}" for key in said)
+    yield "family", family or "not a drafter's", f"{CONFIG}: {source or 'no architectures'}"
+    if family in ARCHITECTURES.values():
+        kind = format_of(values)
+        yield "format", "dspark (DeepSpec, NeMo AutoModel)" if kind == "dspark" else kind, CONFIG
+
+
+def _without_loading(values: dict[str, Any]) -> Iterator[Line]:
+    """What a file says that is not loaded, in its own words."""
+    for holder in ("", "transformer_layer_config", "dflash_config"):
+        inside = values.get(holder, {}) if holder else values
+        for key in ("block_size", "num_hidden_layers", "hidden_size", "vocab_size"):
+            if isinstance(inside, dict) and inside.get(key) is not None:
+                yield (
+                    key,
+                    inside[key],
+                    f"{CONFIG}: {holder}.{key}" if holder else f"{CONFIG}: {key}",
+                )
+
+
+def _loads(stored: Stored) -> str:
+    absent = [n for n in ("embed_tokens.weight", "lm_head.weight") if n not in stored.parts]
+    if not absent or (stored.tied and len(absent) == 1):
+        return "yes"
+    return f"yes, with target=, which has {' and '.join(absent)}"
+
+
+def _model(stored: Stored) -> Iterator[Line]:
+    c, said = stored.config, _Sources(stored.values)
+    what = "every slot predicts" if c.sample_from_anchor else "slot 0 is the anchor itself"
+    layout = said("sample_from_anchor", "dspark_bonus_anchor", "shift_label")
+    yield "layout", f"{c.layout}: {what}", layout or f"{CONFIG}: the family"
+    predicted = f"{c.block_size} slots, {c.predicted} of them predict"
+    yield "block", predicted, said("block_size", "dspark_block_size")
+    heads = f"{c.num_attention_heads} heads, {c.num_key_value_heads} of keys, {c.head_dim} wide"
+    size = f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.intermediate_size}; {heads}"
+    yield "layers", size, said("num_hidden_layers")
+    sliding = [i for i, view in enumerate(c.views) if view.window is not None]
+    window = f"{c.sliding_window} tokens in layers {sliding}" if sliding else "none"
+    note = "; its training's window began one token earlier at slot 0, and did not move"
+    if sliding and format_of(stored.values) == "speculators":
+        window += note
+    yield "window", window, said("layer_types", "sliding_window")
+    causal = [i for i, view in enumerate(c.views) if view.causal]
+    inside = f"earlier slots alone in layers {causal}" if causal else "all slots see each other"
+    key = said("is_causal", "causal", "sliding_window_non_causal")
+    yield "block attention", inside, key or f"{CONFIG}: by default"
+    read = f"layers {list(c.target_layer_ids)}, {c.target_hidden_size or c.hidden_size} wide each"
+    ids = "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"
+    yield "context", read, said("target_layer_ids", "dspark_target_layer_ids", *ids)
+    vocabulary = f"{c.vocab_size}"
+    if c.draft_vocab_size:
+        vocabulary += f", of which it predicts {c.draft_vocab_size}"
+    yield "vocabulary", vocabulary, said("vocab_size", "draft_vocab_size")
+    yield "mask token", c.mask_token_id, said("mask_token_id", "dspark_noise_token_id")
+    markov = f"{c.markov_head_type}, rank {c.markov_rank}" if c.has_markov_head else "none"
+    yield "Markov head", markov, said("markov_head_type", "markov_rank")
+    confidence = "reads the Markov embedding too" if c.reads_markov else "reads the hidden state"
+    yield (
+        "confidence head",
+        confidence if c.enable_confidence_head else "none",
+        said("enable_confidence_head", "confidence_head_with_markov"),
+    )
+    rope = f"base {c.rope_theta:g}, {c.max_position_embeddings} positions"
+    if c.yarn:
+        longer = c.yarn.original_max_position_embeddings
+        rope += f", YaRN by {c.yarn.factor:g} from {longer}"
+    yield "RoPE", rope, said("rope_theta", "rope_parameters", "rope_scaling")
+    cap, scale = c.final_logit_softcapping, c.logit_scale
+    logits = [f"soft cap {cap:g}"] if cap else []
+    logits += [f"scale {scale:g}"] if scale else []
+    key = said("final_logit_softcapping", "logit_scale") if logits else ""
+    yield "logits", ", ".join(logits) or "as they are", key
+    if stored.values.get("quantization_config"):
+        yield "quantization", "none: the tensors are not quantized", "headers"
+    unread = config_words(stored.values)
+    if unread:
+        yield "not read", ", ".join(unread), CONFIG
+
+
+def _weights(stored: Stored) -> Iterator[Line]:
+    parts = stored.parts
+    kinds = sorted({part.get_dtype() for part in parts.values()})
+    numbers = sum(math.prod(part.get_shape()) for part in parts.values())
+    yield "tensors", f"{len(parts)} of {' and '.join(kinds)}, {numbers:,} numbers", "headers"
+    if stored.not_read:
+        yield "tensors not read", ", ".join(stored.not_read), "headers"
+    calibrated = (stored.path / CALIBRATION).is_file()
+    yield "calibration", "yes" if calibrated else "none", CALIBRATION if calibrated else ""
+
+
+class _Sources:
+    """Names the keys of a ``config.json`` that are there, with the object that they stand in."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        nested = {k: v for k, v in values.items() if isinstance(v, dict)}
+        places = {"": values} | nested
+        self.where = {
+            key: f"{place}.{key}" if place else key
+            for place, holder in reversed(places.items())
+            for key, value in holder.items()
+            if value is not None
+        }
+
+    def __call__(self, *keys: str) -> str:
+        found = ", ".join(self.where[key] for key in keys if key in self.where)
+        return f"{CONFIG}: {found}" if found else ""
+
+
+def _servers(stored: Stored) -> Iterator[Line]:
+    c, values = stored.config, stored.values
+    kind, family = format_of(values), family_of(values)
+    draft = stored, c, kind, family
+    yield "vLLM", _sentence(_vllm(*draft)), "its source"
+    yield "SGLang", _sentence(_sglang(*draft)), "its source"
+    yield "TensorRT-LLM", _sentence(_tensorrt(c, family)), "its source"
+    yield "llama.cpp", _sentence(_llama_cpp(*draft)), "its source"
+
+
+def _sentence(said: Iterator[str]) -> str:
+    return "; ".join(said)
+
+
+def _vllm(stored: Stored, c: DrafterConfig, kind: str, family: str | None) -> Iterator[str]:
+    if c.has_markov_head and c.markov_head_type != "vanilla":
+        yield f"refuses: it has the vanilla Markov head alone, not {c.markov_head_type!r}"
+        return
+    if c.draft_vocab_size and "lm_head.weight" not in stored.parts:
+        yield "refuses: a reduced vocabulary needs lm_head.weight in the file"
+        return
+    if c.draft_vocab_size and "d2t" not in stored.parts:
+        yield "refuses: a reduced vocabulary needs d2t in the file"
+        return
+    if family == "DFlash" and c.sample_from_anchor:
+        yield "reads as the other layout: its DFlash takes the anchor as given"
+        return
+    if family == "DSpark" and not c.has_markov_head:
+        yield "not known whether it loads DSpark without a Markov head"
+    else:
+        yield f'loads as method "{"dflash" if family == "DFlash" else "dspark"}"'
+    said = stored.values.get("sample_from_anchor")
+    if family == "DSpark" and kind == "speculators" and c.sample_from_anchor:
+        yield f"reads as the other layout: {_UNSAID}" if said is None else _BEFORE
+    if c.layer_types:
+        yield "honours the window"
+    if c.final_logit_softcapping:
+        yield "ignores the soft cap"
+    yield f"up to {c.predicted} speculative tokens"
+
+
+def _sglang(stored: Stored, c: DrafterConfig, kind: str, family: str | None) -> Iterator[str]:
+    if c.num_target_layers and c.target_layer_ids[-1] == c.num_target_layers - 1:
+        yield f"refuses: it cannot capture the target's last layer, {c.target_layer_ids[-1]}"
+        return
+    if c.draft_vocab_size:
+        yield "refuses or misreads a reduced vocabulary: it takes the target's whole LM head"
+        return
+    if family == "DSpark" and not c.has_markov_head:
+        yield "refuses: its DSPARK needs a Markov head"
+        return
+    if family == "DSpark" and not c.sample_from_anchor and kind != "speculators":
+        yield "reads as the other layout: outside speculators' files each slot predicts"
+        return
+    if family == "DFlash" and c.sample_from_anchor:
+        yield "reads as the other layout: its DFLASH takes the anchor as given"
+        return
+    said = stored.values.get("sample_from_anchor")
+    if kind == "speculators" and family == "DSpark" and c.sample_from_anchor and said is None:
+        yield f"reads as the other layout: {_UNSAID}"
+        return
+    yield f"loads as {'DFLASH' if family == 'DFlash' else 'DSPARK'}"
+    if kind == "speculators" and family == "DSpark":
+        yield "its first versions refuse speculators' files"
+    if c.layer_types:
+        yield "honours the window"
+        if c.is_causal is False:
+            yield "older versions take sliding layers as causal, whatever is_causal says"
+    elif c.is_causal:
+        yield "not known whether it honours is_causal in full layers"
+    ignored = [n for n in ("final_logit_softcapping", "logit_scale") if getattr(c, n)]
+    if ignored:
+        yield f"ignores {' and '.join(ignored)}"
+
+
+def _tensorrt(c: DrafterConfig, family: str | None) -> Iterator[str]:
+    if family == "DFlash":
+        yield "loads DFlash drafters; not known of this one's options"
+        return
+    yield "not known: the sources at hand have DSpark as a part of DeepSeek V4 alone"
+    yield f"max_draft_len must be the block, {c.block_size}"
+
+
+def _llama_cpp(stored: Stored, c: DrafterConfig, kind: str, family: str | None) -> Iterator[str]:
+    if c.has_markov_head and c.markov_head_type != "vanilla":
+        yield f"refuses: it has the vanilla Markov head alone, not {c.markov_head_type!r}"
+        return
+    if family == "DSpark" and not c.has_markov_head:
+        yield "refuses: draft-dspark needs markov_rank"
+        return
+    if family == "DSpark" and not c.sample_from_anchor and kind != "speculators":
+        yield "not known whether it reads the layout outside speculators' files"
+        return
+    said = stored.values.get("sample_from_anchor")
+    if family == "DSpark" and kind == "speculators" and c.sample_from_anchor and said is None:
+        yield f"reads as the other layout: {_UNSAID}"
+        return
+    if kind == "specforge" and family == "DSpark":
+        yield "not known whether its converter reads SpecForge's names"
+        return
+    name = "draft-dflash" if family == "DFlash" else "draft-dspark"
+    yield f"loads as {name}, converted with --target-model-dir"
+    if c.layer_types or c.is_causal:
+        yield "not known whether it honours window and is_causal"
+    if c.final_logit_softcapping or c.logit_scale:
+        yield "ignores soft cap and scale of this backbone"

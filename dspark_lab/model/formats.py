@@ -1,0 +1,386 @@
+"""The ``config.json`` of other programs, to and from this library's own.
+
+What the files of each program call the same thing:
+
+    dspark       DeepSpec's published files and this library's own, flat
+    automodel    NeMo AutoModel's: as dspark, weights always with an index
+    speculators  backbone under ``transformer_layer_config``; ``aux_hidden_state_layer_ids`` count
+                 the embedding as 0: one more than ``target_layer_ids``
+    specforge    backbone flat, what is of the draft under ``dflash_config`` (or ``dspark_config``)
+
+What a block is in them. ``block_size`` counts the slots that the backbone reads, in all of them;
+where the anchor is given, slot 0 predicts nothing, so that N tokens need a block of 1 + N:
+
+    key                              anchor_predicts    anchor_given    where it is absent
+    sample_from_anchor               true               false           what the family does
+    dspark_bonus_anchor              false              true            says nothing
+    shift_label (DFlash)             true               -               says nothing
+    speculative_tokens (speculators) block_size         block_size - 1  says nothing; a smaller
+                                                                        number says nothing either
+    family                           DSpark             DFlash
+
+What slots see of their block is ``is_causal`` (or ``dflash_config.causal``): true, in no layer a
+later slot; false, in all layers every slot; absent, every slot but in sliding layers, which are
+causal. speculators has ``sliding_window_non_causal`` instead, of the sliding layers alone.
+
+A file that says a thing twice, differently, is refused with both places. Names that mean nothing
+for the draft, as ``quantization_config`` of an FP8 target, are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+Format = Literal["dspark", "automodel", "speculators", "specforge"]
+
+ARCHITECTURE = "Qwen3DSparkModel"
+# Those that are loaded, with their family.
+ARCHITECTURES = {
+    ARCHITECTURE: "DSpark",
+    "DSparkSpeculator": "DSpark",
+    "DSparkDraftModel": "DSpark",
+    "DFlashSpeculator": "DFlash",
+    "DFlashDraftModel": "DFlash",
+}
+# By a part of the architecture's name or of speculators_model_type, the first that fits.
+_OTHERS = {
+    "dflash2": "DFlash 2",
+    "domino": "Domino",
+    "jetspec": "JetSpec",
+    "d2sd": "D2SD",
+    "eagle3": "EAGLE-3",
+    "peagle": "P-EAGLE",
+    "eagle": "EAGLE",
+    "medusa": "Medusa",
+    "hydra": "Hydra",
+    "mtp": "multi-token prediction",
+    "dspark": "DSpark on another backbone",
+    "dflash": "DFlash on another backbone",
+}
+_KINDS = ("full_attention", "sliding_attention")
+_NESTED = ("dflash_config", "dspark_config")
+# Own name: other names. All may also stand in dflash_config and dspark_config.
+_DRAFT_KEYS = {
+    "block_size": ("dspark_block_size",),
+    "mask_token_id": ("dspark_noise_token_id",),
+    "target_layer_ids": ("dspark_target_layer_ids",),
+    "markov_rank": ("dspark_markov_rank",),
+    "markov_head_type": ("dspark_markov_head_type",),
+    "enable_confidence_head": (),
+    "confidence_head_with_markov": (),
+    "sample_from_anchor": (),
+    "num_anchors": ("max_anchors",),
+    "draft_vocab_size": (),
+    "target_hidden_size": (),
+    "num_target_layers": (),
+    "is_causal": ("causal",),
+}
+_LAYER_IDS_FROM_1 = ["aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"]
+# Of speculators' top level, what its backbone has under the same name for itself.
+_OWN_OF_EACH = """
+    architectures model_type dtype torch_dtype transformers_version tie_word_embeddings
+    name_or_path _name_or_path quantization_config
+""".split()
+_BACKBONE = """
+    model_type hidden_act attention_dropout vocab_size hidden_size intermediate_size
+    num_hidden_layers num_attention_heads head_dim num_key_value_heads rms_norm_eps
+    max_position_embeddings attention_bias initializer_range rope_theta rope_parameters
+    rope_scaling layer_types use_sliding_window sliding_window final_logit_softcapping logit_scale
+""".split()
+# AutoModel's drafter predicts every token, with full attention, its logits as they are.
+_NOT_IN_AUTOMODEL = """
+    draft_vocab_size final_logit_softcapping logit_scale target_hidden_size sliding_window is_causal
+""".split()
+# Parts that this library's backbone does not have.
+_ANOTHER_BACKBONE = ["use_swa", "attention_sink_bias", "kv_lora_rank"]
+# Other names of one backbone: a draft has no experts where its target has some; SpecForge's own.
+_QWEN3 = ("qwen3_moe", "dspark")
+_NO_HEADS = {"markov_rank": 0, "markov_head_type": "none"}
+_NO_HEADS |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+
+
+def format_of(values: Mapping[str, Any]) -> Format:
+    """The format of a ``config.json``; what AutoModel writes is called "dspark" too."""
+    if "transformer_layer_config" in values or "speculators_model_type" in values:
+        return "speculators"
+    flat = values.get("architectures") in (None, [ARCHITECTURE])
+    nested = any(_object(values, name) for name in _NESTED)
+    return "specforge" if nested and not flat else "dspark"
+
+
+def family_of(values: Mapping[str, Any]) -> str | None:
+    """The family of drafters that a ``config.json`` is of, None for what is no drafter's."""
+    kind, names = values.get("speculators_model_type"), values.get("architectures")
+    if names is not None and not isinstance(names, list):
+        raise TypeError(f"architectures must be a list, got {names!r}")
+    projector = _object(values, "dflash_config").get("projector_type", values.get("projector_type"))
+    if kind is None and not names:
+        names = [ARCHITECTURE]
+    names = [kind] if kind else [ARCHITECTURES.get(str(name), name) for name in names or ()]
+    said = [str(name).lower().replace("_", "") for name in (projector, *names) if name]
+    for name in said:
+        if name not in ("dspark", "dflash"):
+            return next((family for part, family in _OTHERS.items() if part in name), None)
+    return "DSpark" if said[-1] == "dspark" else "DFlash"
+
+
+def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` of any format with the names and the nesting of "dspark".
+
+    Other keys stay as they are.
+
+    Raises:
+        ValueError: another family, what this library's drafter cannot do, or two keys that
+            contradict each other.
+    """
+    family = _loaded_family(values)
+    backbone = _object(values, "transformer_layer_config")
+    flat = {k: v for k, v in values.items() if k not in ("transformer_layer_config", *_NESTED)}
+    for key, value in backbone.items():
+        if key in _OWN_OF_EACH:
+            continue
+        places = {key: flat.get(key), f"transformer_layer_config.{key}": value}
+        flat[key] = _one_value(key, places)
+    for key in ("model_type", "dtype", "torch_dtype"):
+        if key in backbone and (key == "model_type" or flat.get(key) is None):
+            flat[key] = backbone[key]
+    if flat.get("model_type") in _QWEN3:
+        flat["model_type"] = "qwen3"
+    flat["architectures"] = [ARCHITECTURE]
+    if family == "DFlash":
+        _refuse_heads(values)
+        flat |= _NO_HEADS
+    for key, others in _DRAFT_KEYS.items():
+        value = _one_value(key, dict(_said(values, (key, *others))))
+        for other in others:
+            flat.pop(other, None)
+        if value is not None and not (family == "DFlash" and key in _NO_HEADS):
+            flat[key] = value
+    ids = _read_layer_ids(values, flat.pop("target_layer_ids", None))
+    if ids is not None:
+        flat["target_layer_ids"] = ids
+    flat["sample_from_anchor"] = _read_layout(values, flat, family)
+    _read_windows(flat)
+    if flat.get("draft_vocab_size") == flat.get("vocab_size"):
+        flat["draft_vocab_size"] = None  # speculators has the key in every file
+    for key in (*_LAYER_IDS_FROM_1, "dspark_bonus_anchor", "shift_label"):
+        flat.pop(key, None)
+    if format_of(values) != "dspark" and not flat.get("markov_rank", 1):
+        flat["markov_head_type"] = "none"
+    for name, modes in _said(values, ("attention_mode", "attention_modes")):
+        each = modes if isinstance(modes, list) else [modes]
+        if any(mode not in ("gqa", "mha") for mode in each):
+            raise ValueError(f"{name} must be 'gqa' or 'mha', got {modes!r}")
+    for name, value in _said(values, _ANOTHER_BACKBONE):
+        if value:
+            raise ValueError(f"{name} must be false or absent, got {value!r}")
+    return flat
+
+
+def config_words(values: Mapping[str, Any]) -> list[str]:
+    """The keys of a ``config.json`` for the draft that nothing here reads, by their places."""
+    known = {*_DRAFT_KEYS, *(name for names in _DRAFT_KEYS.values() for name in names)}
+    known |= {*_ANOTHER_BACKBONE, "attention_mode", "attention_modes", "projector_type"}
+    known |= {"dspark_bonus_anchor", "shift_label"}
+    return [
+        f"{place}.{name}"
+        for place in _NESTED
+        for name, value in _object(values, place).items()
+        if name not in known and value is not None
+    ]
+
+
+def config_for(
+    own: Mapping[str, Any], target: Format, *, verifier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of a format, from one of "dspark" with every field of the drafter.
+
+    Args:
+        verifier: for "speculators", what its file says of the drafter's target.
+
+    Raises:
+        ValueError: the format has no words for a field of the drafter.
+    """
+    given = not own.get("sample_from_anchor", True)
+    headless = not own["markov_rank"] and not own["enable_confidence_head"]
+    if given and (target == "automodel" or (target == "specforge" and not headless)):
+        needs = "a drafter whose anchor is given (sample_from_anchor false)"
+        why = "in its files every slot predicts, and the weights were trained for other positions"
+        raise ValueError(f"format {target!r} cannot hold {needs}: {why}")
+    if target == "dspark":
+        return dict(own)
+    if target == "automodel":
+        found = [f"{key} {own[key]}" for key in _NOT_IN_AUTOMODEL if own.get(key) is not None]
+        if found:
+            raise ValueError(f"format 'automodel' has no key for {', '.join(found)}")
+        return dict(own)
+    backbone = {key: own[key] for key in _BACKBONE if key in own}
+    rest = {k: v for k, v in own.items() if k not in (*backbone, "dspark_bonus_anchor")}
+    dflash = given and headless
+    if dflash:
+        rest = {key: value for key, value in rest.items() if key not in _NO_HEADS}
+    elif not own["markov_rank"]:
+        rest["markov_head_type"] = "vanilla"  # the one that speculators allows beside rank 0
+    if target == "specforge":
+        rest["architectures"] = ["DFlashDraftModel" if dflash else "DSparkDraftModel"]
+        names = ("target_layer_ids", "mask_token_id", *_NO_HEADS)
+        nested = {key: rest.pop(key) for key in names if key in rest}
+        nested["projector_type"] = "dflash" if dflash else "dspark"
+        rest.pop("sample_from_anchor", None)  # follows from the architecture
+        return rest | backbone | {"dflash_config": nested}
+    causal = own.get("is_causal")
+    if causal and "full_attention" in own["layer_types"]:
+        needs = "full_attention layers that are causal (is_causal true)"
+        raise ValueError(f"format 'speculators' has no key for {needs}")
+    if causal is False:
+        del rest["is_causal"]  # which says the same as sliding_window_non_causal
+    kind = "dflash" if dflash else "dspark"
+    slots = own["block_size"]
+    rest["architectures"] = ["DFlashDraftModel" if dflash else "DSparkDraftModel"]
+    rest["aux_hidden_state_layer_ids"] = [i + 1 for i in rest.pop("target_layer_ids")]
+    rest["max_anchors"] = rest.pop("num_anchors")
+    rest["draft_vocab_size"] = own.get("draft_vocab_size") or own["vocab_size"]
+    proposal = {"proposal_type": "greedy", "speculative_tokens": slots - given}
+    return rest | {
+        "speculators_model_type": kind,
+        "sample_from_anchor": not given,
+        "sliding_window_non_causal": causal is False,
+        "transformer_layer_config": backbone,
+        "speculators_config": {
+            "algorithm": kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": dict(verifier or {"name_or_path": "", "architectures": []}),
+        },
+    }
+
+
+def _loaded_family(values: Mapping[str, Any]) -> str:
+    family = family_of(values)
+    if family is not None and family in ARCHITECTURES.values():
+        return family
+    said = {k: values[k] for k in ("architectures", "speculators_model_type") if values.get(k)}
+    names = ", ".join(f"{key} {value!r}" for key, value in said.items())
+    if family is not None:
+        raise ValueError(f"{names} is a drafter of {family}, which this library does not load")
+    wanted = ", ".join(f"[{name!r}]" for name in ARCHITECTURES)
+    raise ValueError(f"architectures must be one of {wanted} or absent, got {names}")
+
+
+def _refuse_heads(values: Mapping[str, Any]) -> None:
+    """A DFlash file that claims a head of DSpark's."""
+    for key in ("markov_rank", "enable_confidence_head"):
+        for place, value in _said(values, (key, *_DRAFT_KEYS[key])):
+            if value:
+                names = values.get("architectures") or [values.get("speculators_model_type")]
+                raise ValueError(f"{place} {value!r} contradicts {names[0]}, which has no heads")
+
+
+def _read_layer_ids(values: Mapping[str, Any], own: Any) -> Any:
+    places = {"target_layer_ids": own}
+    for name, ids in _said(values, _LAYER_IDS_FROM_1):
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise TypeError(f"{name} must be a list of integers, got {ids!r}")
+        places[f"{name} - 1"] = [i - 1 for i in ids]
+    return _one_value("target_layer_ids", places)
+
+
+def _read_layout(values: Mapping[str, Any], flat: Mapping[str, Any], family: str) -> bool:
+    """Whether a block's first slot predicts: ``sample_from_anchor``."""
+    places = {"sample_from_anchor": flat.get("sample_from_anchor")}
+    for name, bonus in _said(values, ("dspark_bonus_anchor",)):
+        _check_bool(name, bonus)
+        places[f"not {name}"] = not bonus
+    if family == "DFlash":
+        places |= {name: True for name, shift in _said(values, ("shift_label",)) if shift is True}
+    said = _one_value("sample_from_anchor", places)
+    if said is not None:
+        _check_bool("sample_from_anchor", said)
+    slots, tokens = flat.get("block_size"), _speculative_tokens(values)
+    if said is None:
+        # Files from before speculators had the key are of the layout that it had then.
+        said = family == "DSpark" and not (tokens and tokens + 1 == slots)
+    if tokens and type(slots) is int and tokens > slots - (not said):
+        has = f"{slots - (not said)} of {slots} slots predict (sample_from_anchor {said})"
+        raise ValueError(f"speculative_tokens {tokens} contradicts block_size: {has}")
+    return said
+
+
+def _read_windows(flat: dict[str, Any]) -> None:
+    """Make ``layer_types``, ``sliding_window`` and ``is_causal`` those of this draft's layers.
+
+    ``use_sliding_window`` alone makes no window, and a window needs a layer that slides. Without
+    ``layer_types`` the layers from ``max_window_layers`` on slide, as transformers has it.
+    """
+    count = _integer("num_hidden_layers", flat.get("num_hidden_layers", 0))
+    kinds = flat.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise TypeError(f"layer_types must be a list, got {kinds!r}")
+    if kinds is None and flat.get("use_sliding_window") and flat.get("sliding_window"):
+        full = flat.get("max_window_layers", 28)
+        kinds = [_KINDS[i >= _integer("max_window_layers", full)] for i in range(count)]
+    kinds = (kinds or [])[:count]  # the draft may have fewer layers than the list of its target
+    strange = [kind for kind in kinds if kind not in _KINDS]
+    if strange:
+        wanted = " or ".join(map(repr, _KINDS))
+        raise ValueError(f"layer_types must be {wanted}, got {strange[0]!r}")
+    slide = "sliding_attention" in kinds
+    flat |= {"layer_types": kinds if slide else None}
+    both_ways = flat.pop("sliding_window_non_causal", None)
+    if not slide:
+        flat["sliding_window"] = None
+        return
+    if flat.get("use_sliding_window") is False:
+        says = "use_sliding_window false contradicts layer_types with 'sliding_attention'"
+        raise ValueError(f"{says}, {kinds!r}")
+    if both_ways is not None:
+        _check_bool("sliding_window_non_causal", both_ways)
+        causal = flat.get("is_causal")
+        if causal is not None and causal == both_ways:
+            says = f"sliding_window_non_causal {both_ways} contradicts is_causal {causal}"
+            raise ValueError(says)
+        flat["is_causal"] = False if both_ways else causal
+
+
+def _speculative_tokens(values: Mapping[str, Any]) -> int | None:
+    methods = _object(values, "speculators_config").get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else None
+    tokens = first.get("speculative_tokens") if isinstance(first, Mapping) else None
+    return tokens if type(tokens) is int else None
+
+
+def _said(values: Mapping[str, Any], names: Iterable[str]) -> Iterable[tuple[str, Any]]:
+    """Where a ``config.json`` says one of ``names``, and what."""
+    for name in names:
+        for place in ("", *_NESTED):
+            holder = _object(values, place) if place else values
+            if holder.get(name) is not None:
+                yield f"{place}.{name}" if place else name, holder[name]
+
+
+def _one_value(key: str, places: Mapping[str, Any]) -> Any:
+    found = [(place, value) for place, value in places.items() if value is not None]
+    for place, value in found[1:]:
+        if value != found[0][1]:
+            first = f"{found[0][0]} {found[0][1]!r}"
+            raise ValueError(f"{key} is said twice, differently: {first} and {place} {value!r}")
+    return found[0][1] if found else None
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = values.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be an object, got {value!r}")
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return value
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
