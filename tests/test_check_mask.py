@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import dspark_lab as lab
-from dspark_lab.attention import ContextRanges, Findings, block_mask, dense_mask, mask_mod
+from dspark_lab.attention import ContextRanges, Findings, View, block_mask, dense_mask, mask_mod
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, collate, pack
 from dspark_lab.common import context_doc_ids
@@ -405,21 +405,18 @@ def right_mask(rng: random.Random) -> tuple[str, Any, Blocks, dict[str, Any]]:
     """A right mask of any form or variant, and what the caller says of it."""
     batch, blocks = random_blocks(rng)
     window = rng.choice([None, None, rng.randint(2, 40)])
-    ranges = ContextRanges.of(blocks, window)
+    variant = rng.choice(["", "", "causal", "hidden"])
+    ranges = ContextRanges.of(blocks, View(window, variant == "causal"))
     mask, options = dense_mask(ranges), {}
     if rng.random() < 0.5 and window is not None:
         options["window"] = window
     if rng.random() < 0.5:
         options["batch"] = batch
-    variant = rng.choice(["", "", "causal", "hidden"])
-    query, key = torch.arange(ranges.queries), torch.arange(ranges.keys) - blocks.seq_len
-    if variant == "causal":
-        mask &= key <= query[:, None]
-    elif variant == "hidden":
+    if variant == "hidden":
         kept = blocks.block_keep_mask.repeat_interleave(blocks.block_size, 1)
         mask &= kept[:, :, None]
     form = rng.choice(["bool", "4-d", "additive", "minimum", "function", "tiles"])
-    if variant:
+    if variant == "hidden":
         form = rng.choice(["bool", "additive"])
     if form == "4-d":
         mask = mask[:, None]

@@ -13,7 +13,8 @@ from .mask import (
     training_dense_mask,
     training_mask_mod,
 )
-from .mask_check import Variant, check_mask
+from .mask_check import check_mask
+from .mask_view import Variant
 
 __all__ = [
     "Backend",

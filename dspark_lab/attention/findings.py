@@ -8,7 +8,7 @@ from typing import Literal
 
 import pandas as pd
 
-Verdict = Literal["held", "broken", "likely broken", "unsure", "variant", "no case", "note"]
+Mark = Literal["held", "broken", "likely broken", "unsure", "variant", "no case", "note"]
 # Verdicts with which a check still passes.
 PASSED = ("held", "unsure", "variant", "no case", "note")
 
@@ -23,7 +23,7 @@ class Finding:
     """
 
     rule: str
-    verdict: Verdict
+    verdict: Mark
     finding: str = ""
     count: int = 0
     of: int = 0

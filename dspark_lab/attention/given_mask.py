@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +78,19 @@ class GivenMask:
             for slots_first in (False, True):
                 for slot_major in (False, True):
                     if inverted or slots_first or slot_major:
-                        form = {"slots_first": slots_first, "slot_major": slot_major}
-                        yield replace(self, inverted=inverted, **form)
+                        yield replace(
+                            self, inverted=inverted, slots_first=slots_first, slot_major=slot_major
+                        )
 
 
 def given_mask(mine: Tensor | BlockMask | MaskMod, blocks: Blocks, heads: int) -> GivenMask:
     """Read the user's mask; refuse one that is no mask or not of these blocks' sizes."""
     rows, anchors = blocks.anchor_positions.shape
-    sizes = {"rows": rows, "seq_len": blocks.seq_len, "block_size": blocks.block_size}
+    sizes: dict[str, Any] = {
+        "rows": rows,
+        "seq_len": blocks.seq_len,
+        "block_size": blocks.block_size,
+    }
     sizes["anchors"] = anchors
     queries, keys = anchors * blocks.block_size, blocks.seq_len + anchors * blocks.block_size
     if isinstance(mine, Tensor):
@@ -109,7 +115,7 @@ def _padded(size: int, tile: int) -> int:
     return -(-size // tile) * tile
 
 
-def _dense(mine: Tensor, sizes: dict[str, int], queries: int, keys: int) -> GivenMask:
+def _dense(mine: Tensor, sizes: dict[str, Any], queries: int, keys: int) -> GivenMask:
     rows, shape = sizes["rows"], tuple(mine.shape)
     if mine.ndim not in (2, 3, 4):
         forms = "[query, key], [batch, query, key] or [batch, heads, query, key]"

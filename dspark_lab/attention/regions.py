@@ -22,7 +22,7 @@ from dspark_lab.attention.given_mask import GivenMask
 
 EARLIER_DOCUMENT, CUT_OFF, CONTEXT, ANCHOR, AFTER, LATER_DOCUMENT, PADDING = range(7)
 EARLIER_BLOCK, BEFORE, ITSELF, BEHIND, LATER_BLOCK, PAST_END = range(7, 13)
-REGIONS = 13
+KINDS_OF_KEYS = 13
 # Queries of a row that are enough to tell the form of a mask.
 SAMPLE = 128
 
@@ -94,14 +94,14 @@ class Seen:
 
 def count_regions(mask: GivenMask, head: int, seats: Seats) -> Seen:
     shape, width = seats.slot.shape, int((seats.slot_past - seats.slot_first).max())
-    count = np.zeros((*shape, REGIONS), dtype=np.int64)
+    count = np.zeros((*shape, KINDS_OF_KEYS), dtype=np.int64)
     first, last = np.full_like(count, -1), np.full_like(count, -1)
     own = np.zeros((*shape, width), dtype=bool)
     for row in range(mask.rows):
         for queries in mask.pieces():
             seen = mask.seen(row, head, queries)
             for region, query, key in _pairs(seen, seats, mask, row, queries):
-                bins = query * REGIONS + region
+                bins = query * KINDS_OF_KEYS + region
                 count[row] += np.bincount(bins, minlength=count[row].size).reshape(count[row].shape)
                 # Of several values for one place the last one stays.
                 first[row].reshape(-1)[bins[::-1]] = key[::-1]
@@ -128,8 +128,9 @@ def _pairs(
 
     query, key = np.nonzero(seen[:, mask.seq_len :])
     query = queries[query]
-    edges = seats.slot_first[row][query], query, query + 1, seats.slot_past[row][query]
-    region = EARLIER_BLOCK + sum((key >= edge).astype(np.int64) for edge in edges)
+    first, past = seats.slot_first[row][query], seats.slot_past[row][query]
+    places = first, query, query + 1, past
+    region = EARLIER_BLOCK + sum((key >= place).astype(np.int64) for place in places)
     yield np.where(key >= mask.queries, PAST_END, region), query, key + mask.seq_len
 
 
@@ -224,7 +225,7 @@ def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners
     return chosen
 
 
-def _ends(seats: Seats, row: np.ndarray, query: np.ndarray) -> list[np.ndarray]:
+def _ends(seats: Seats, row: np.ndarray | int, query: np.ndarray) -> list[np.ndarray]:
     """Where the context would end: right, one longer, one shorter, and at the document's end."""
     anchor = seats.anchor[row, query]
     return [anchor, anchor + 1, anchor - 1, seats.past[row, query]]
