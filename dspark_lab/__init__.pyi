@@ -1,3 +1,4 @@
+from .attention import check_forward, check_mask
 from .chats import (
     compare_masks,
     encode,
@@ -24,6 +25,8 @@ from .tuning import choose_training, export
 __version__: str
 
 __all__ = [
+    "check_forward",
+    "check_mask",
     "choose_training",
     "convert_checkpoint",
     "compare_masks",

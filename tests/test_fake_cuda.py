@@ -46,6 +46,7 @@ EXCEPTIONS = {
         tuning.supervision tuning.supervision_table tuning.token_coverage
         tuning.token_supervision
     """,
+    "reads masks and outputs on the host": "attention.check_forward attention.check_mask",
     "makes a table or a picture": """
         explore.block_table explore.explore_anchors explore.explore_masks
         explore.explore_training_budget explore.mask_and_tiles
