@@ -128,7 +128,7 @@ def test_deepspec_passes_over_the_empty_thought_of_gemma4():
 
 def test_specforge_takes_an_empty_block_of_thinking_out_again():
     (row,) = trainer_rows(talk("Hi", "Yes"), tokenizer_of(THINKS), "specforge")
-    # Its border is a number of tokens: at the end of a text two line breaks are one token, here two.
+    # Its border is a number of tokens: two line breaks at the end of a text are one, here two.
     assert shown(row, BASE).endswith("assistant\n<think>\n\n</think>\n[\n][Yes][<|im_end|>][\n]")
     (deepspec,) = trainer_rows(talk("Hi", "Yes"), BASE, "deepspec")
     assert "[think]" in shown(deepspec, BASE)
