@@ -1,5 +1,12 @@
 from .attention import check_forward, check_mask
-from .chats import encode, load_chats, load_tokenizer
+from .chats import (
+    compare_masks,
+    encode,
+    encode_all,
+    encode_answers,
+    load_chats,
+    load_tokenizer,
+)
 from .decoding import decode
 from .explore import (
     explore_acceptance,
@@ -22,9 +29,12 @@ __all__ = [
     "check_mask",
     "choose_training",
     "convert_checkpoint",
+    "compare_masks",
     "decode",
     "describe_checkpoint",
     "encode",
+    "encode_all",
+    "encode_answers",
     "evaluate",
     "explore_acceptance",
     "explore_anchors",
