@@ -200,6 +200,18 @@ def test_switches_leave_out_answers():
         assert supervised(encode_answers(chat, made), made) == kept
 
 
+def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():
+    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
+    messages = said("Hi", "<b>One.", "And?", "Two.")
+    with pytest.raises(ValueError, match=r"messages\[1\].*inside the answer"):
+        encode(Chat(messages, "x"), made)
+    chat = Chat(messages, "x", supervised=[True, False, True, True])
+    assert supervised(encode(chat, made), made) == ["Two.<|end|>"]
+    cut_off = Chat(messages, "x", finished=False, supervised=[True, True, True, False])
+    made = of(CHATML)
+    assert supervised(encode(cut_off, made), made) == ["<b>One.<|end|>"]
+
+
 def test_options_reach_the_template_and_those_that_it_does_not_read_are_refused():
     made = of(
         CHATML.replace("assistant\n' }}", "assistant\n' + ('' if think else '<think></think>') }}")
