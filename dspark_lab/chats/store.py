@@ -71,6 +71,7 @@ class _Settings:
     template_options: Mapping[str, Any] | None
 
 
+@checked
 class EncodedChats(Sequence[Encoded]):
     """Rows of :func:`encode_all`, each read from disk when it is asked for.
 
@@ -83,9 +84,9 @@ class EncodedChats(Sequence[Encoded]):
     def __init__(
         self,
         folder: Path,
-        chats: Sequence[Any] | None = None,
+        chats: Sequence[Chat | Encoded] | None = None,
         rows: range | None = None,
-        max_length: int | None = None,
+        max_length: Count | None = None,
     ) -> None:
         self.folder, self._chats, self._max_length = folder, chats, max_length
         self._facts = read_json(folder / _DONE)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats.chat import Encoded
+from dspark_lab.checks import Count, checked
 
 _TENSORS = ("input_ids", "loss_mask")
 
@@ -37,7 +38,8 @@ class OnDisk(Protocol):
     def chunks(self, tokens: int) -> Iterator[Chunk]: ...
 
 
-def token_chunks(encoded: Sequence[Encoded], tokens: int = 2**20) -> Iterator[Chunk]:
+@checked
+def token_chunks(encoded: Sequence[Encoded], tokens: Count = 2**20) -> Iterator[Chunk]:
     """All rows in turn, about so many tokens at a time, whether they are in memory or on disk."""
     if isinstance(encoded, OnDisk):
         return encoded.chunks(tokens)
@@ -63,6 +65,7 @@ def _chunk(rows: list[Encoded]) -> Chunk:
     return Chunk(lengths, ids.cpu().numpy(), mask.cpu().numpy())
 
 
+@checked
 def token_counts(encoded: Sequence[Encoded]) -> Int[np.ndarray, " row"]:
     """Tokens of each row."""
     if isinstance(encoded, OnDisk):
@@ -70,6 +73,7 @@ def token_counts(encoded: Sequence[Encoded]) -> Int[np.ndarray, " row"]:
     return np.array([len(item) for item in encoded], dtype=np.int64)
 
 
+@checked
 def rows_with_labels(encoded: Sequence[Encoded]) -> Bool[np.ndarray, " row"]:
     """Whether each row has two supervised tokens, one after the other."""
     found = [np.zeros(0, bool)]
@@ -81,11 +85,16 @@ def rows_with_labels(encoded: Sequence[Encoded]) -> Bool[np.ndarray, " row"]:
     return np.concatenate(found)
 
 
-def seen_tokens(encoded: Sequence[Encoded], vocab_size: int) -> Bool[Tensor, " token"]:
+@checked
+def seen_tokens(encoded: Sequence[Encoded], vocab_size: Count) -> Bool[Tensor, " token"]:
     """Which tokens of a vocabulary the rows hold."""
     seen = np.zeros(vocab_size, bool)
     for chunk in token_chunks(encoded):
-        seen[np.unique(chunk.input_ids)] = True
+        ids = np.unique(chunk.input_ids)
+        if ids[0] < 0 or ids[-1] >= vocab_size:
+            got = f"{ids[0]} to {ids[-1]}"
+            raise ValueError(f"token ids must lie in [0, {vocab_size - 1}], got {got}")
+        seen[ids] = True
     return torch.from_numpy(seen)
 
 
