@@ -14,6 +14,8 @@ from dspark_lab.chats.chat import Encoded
 from dspark_lab.checks import Count, checked
 
 _TENSORS = ("input_ids", "loss_mask")
+# Tokens of a stretch where nothing else is asked for.
+STRETCH = 2**20
 
 
 class Chunk(NamedTuple):
@@ -39,8 +41,9 @@ class OnDisk(Protocol):
 
 
 @checked
-def token_chunks(encoded: Sequence[Encoded], tokens: Count = 2**20) -> Iterator[Chunk]:
+def token_chunks(encoded: Sequence[Encoded], tokens: Count | None = None) -> Iterator[Chunk]:
     """All rows in turn, about so many tokens at a time, whether they are in memory or on disk."""
+    tokens = tokens or STRETCH
     if isinstance(encoded, OnDisk):
         return encoded.chunks(tokens)
     return chunks_of_rows(encoded, tokens)
