@@ -774,7 +774,7 @@ def test_the_command_line_names_a_flag_that_it_does_not_know(
 FLAGS = """
 --target smollm2 --data None --held-out None --features live --cache None --target-dtype float32
 --parallel None --drafter None --layers 2 --block-size 7 --markov-rank 64 --markov-head vanilla
---layer-ids None --mask-token None --no-compile
+--layer-ids None --mask-token None --no-compile --like None
 --batch-size 8 --accumulate 1 --num-anchors 64 --max-length 2048 --pack-length None
 --learning-rate 0.0006 --warmup-steps 20 --schedule cosine --final-lr-ratio 0.05 --weight-decay 0.0
 --beta1 0.9 --beta2 0.95 --clip-norm 1.0 --seed 0 --precision fp32 --ce-weight 0.1 --l1-weight 0.9

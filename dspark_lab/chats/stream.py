@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Chunk(NamedTuple):
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
+# Of each row its domain, ``left_out`` and ``marker_differences``.
+RowFacts = tuple[list[str | None], Any, Any]
+
+
 @runtime_checkable
 class OnDisk(Protocol):
     """Rows that are cheaper to read in stretches than one by one."""
@@ -38,6 +42,8 @@ class OnDisk(Protocol):
     def lengths(self) -> Int[np.ndarray, " row"]: ...
 
     def chunks(self, tokens: int) -> Iterator[Chunk]: ...
+
+    def row_facts(self) -> RowFacts: ...
 
 
 @checked
@@ -74,6 +80,13 @@ def token_counts(encoded: Sequence[Encoded]) -> Int[np.ndarray, " row"]:
     if isinstance(encoded, OnDisk):
         return encoded.lengths
     return np.array([len(item) for item in encoded], dtype=np.int64)
+
+
+def row_facts(encoded: Sequence[Encoded]) -> RowFacts:
+    if isinstance(encoded, OnDisk):
+        return encoded.row_facts()
+    left_out = [item.left_out for item in encoded]
+    return [item.domain for item in encoded], left_out, [i.marker_differences for i in encoded]
 
 
 @checked
