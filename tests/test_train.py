@@ -803,7 +803,7 @@ def test_the_command_line_names_a_flag_that_it_does_not_know(
 FLAGS = """
 --target smollm2 --data None --held-out None --features live --cache None --target-dtype float32
 --parallel None --drafter None --layers 2 --block-size 7 --sample-from-anchor --markov-rank 64
---markov-head vanilla --layer-ids None --mask-token None --no-compile
+--markov-head vanilla --layer-ids None --mask-token None --no-compile --like None
 --batch-size 8 --accumulate 1 --num-anchors 64 --anchors-per row --max-length 2048
 --pack-length None --learning-rate 0.0006 --warmup-steps 20 --schedule cosine
 --final-lr-ratio 0.05 --weight-decay 0.0 --beta1 0.9 --beta2 0.95 --clip-norm 1.0 --seed 0
