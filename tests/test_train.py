@@ -707,7 +707,7 @@ def test_a_drafter_starts_from_the_targets_last_layers() -> None:
 
 @pytest.mark.parametrize("sees_images", [False, True])
 def test_a_drafter_starts_from_a_gemma(sees_images: bool) -> None:
-    """Its norms multiply by 1 + weight, its layers have two RoPEs, and may stand in an inner model."""
+    """Its norms multiply by 1 + weight, it has two RoPEs, and may be a part of another model."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config: Any = transformers.Gemma3TextConfig(**sizes)
