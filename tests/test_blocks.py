@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dspark_lab.blocks import PER, Blocks, cut_blocks, draw_anchors, draw_blocks, times_supervised
@@ -105,9 +105,11 @@ def smallest(batch: Batch, numbers: list, num_anchors: int, per: str) -> list[li
     return [sorted(p for _, r, p in drawn if r == row) for row in range(len(candidates))]
 
 
-@settings(max_examples=100)
-@given(batches(), st.integers(1, 5), st.sampled_from(PER), st.integers(0, 2**32))
-def test_anchors_count_for_each_row_each_document_or_all_rows(batch, num_anchors, per, seed):
+@pytest.mark.parametrize("per", PER)
+@settings(max_examples=60)
+@example(pack(documents("aaaaaa", "aaaaaa", "aaaa.aaa", "aaaaaaa"), 14, PAD), 2, 7)
+@given(batches(), st.integers(1, 5), st.integers(0, 2**32))
+def test_anchors_count_for_each_row_each_document_or_all_rows(per, batch, num_anchors, seed):
     rows, seq_len = batch.input_ids.shape
     numbers = torch.rand(rows, seq_len - 1, generator=torch.Generator().manual_seed(seed))
     expected = smallest(batch, numbers.tolist(), num_anchors, per)

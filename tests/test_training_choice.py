@@ -218,6 +218,9 @@ def test_blocks_of_a_row_are_those_that_training_draws(per):
 def test_a_total_needs_as_many_rows_as_a_batch_has():
     with pytest.raises(ValueError, match="batch_size must be at most the number of rows, 12, "):
         chosen(per="batch", batch_size=13)
+    # Two of the twelve are left over, in a batch that has as many.
+    table = chosen(per="batch", batch_size=5, num_anchors=(2, 4)).table
+    assert table["anchors"].tolist() == pytest.approx([2, 4] * 2)
 
 
 def sweep(*taus: float) -> pd.DataFrame:

@@ -28,7 +28,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Per
-from dspark_lab.chats import Batch, Encoded
+from dspark_lab.chats import Batch, Encoded, token_counts
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
 from dspark_lab.training import row_groups
@@ -158,18 +158,21 @@ def choose_training(
             spans = in_training_batches(spans, batch_size)
         row_tokens = float(spans.row_tokens.mean())
         tokens = float(spans.document_kept.sum()) / spans.rows * batch_size
+        steps = spans.rows / batch_size
+        if per == "batch":
+            # A last micro-batch of fewer rows has as many anchors as the others.
+            steps = len(spans.candidates("batch"))
         for block_size, anchors in product(block_sizes, num_anchors):
             counted: dict[str, Any] = {"per": per, "layout": shape.layout}
             found = supervision(spans, anchors, block_size, gamma=gamma, **counted)
-            covered = found.covered / found.rows * batch_size
-            weighted = found.weighted / found.rows * batch_size
+            covered, weighted = found.covered / steps, found.weighted / steps
             gain = covered * float(found.weights.sum())
             blocks, most = row_blocks(spans, anchors, per)
             longest = Step(seq_len, most, block_size, batch_size, *options)
             mean = replace(longest, seq_len=max(1, round(row_tokens)), num_anchors=blocks)
             operations = float(step_cost(shape, mean)["operations"].sum())
             held = int(StepBytes(shape, longest).peak)
-            kept = found.blocks * batch_size
+            kept = found.blocks * found.rows / steps
             gained = (row_tokens, found.share, tokens, kept, covered, weighted, gain)
             lines.append((seq_len, block_size, anchors, *gained, operations, held))
     table = pd.DataFrame(lines, columns=_OPTION)
@@ -299,7 +302,7 @@ def _rows(
         return {int(spans.row_tokens.max()): spans}
     return {
         length: Spans.of(data, seq_len=length, row_length=length if packed else None)
-        for length in seq_lens or [max(map(len, data))]
+        for length in seq_lens or [int(token_counts(data).max())]
     }
 
 
