@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import tyro
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ from dspark_lab.training import (
     init_from_target,
     loop,
     mask_token_id,
+    new_drafter,
     state,
     train,
 )
@@ -701,6 +703,26 @@ def test_a_drafter_starts_from_the_targets_last_layers() -> None:
     features = torch.randn(5, 2, 32)
     torch.testing.assert_close(drafter.fc(features.flatten(1)), features.mean(dim=1))
     assert torch.equal(drafter.layers[0].self_attn.q_norm.weight, queries)
+
+
+@pytest.mark.parametrize("sees_images", [False, True])
+def test_a_drafter_starts_from_a_gemma(sees_images: bool) -> None:
+    """Its norms multiply by 1 + weight, it has two RoPEs, and may be a part of another model."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config: Any = transformers.Gemma3TextConfig(**sizes)
+    if sees_images:
+        eye = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 28}
+        eye |= {"num_attention_heads": 2, "patch_size": 14}
+        config = transformers.Gemma3Config(text_config=sizes, vision_config=eye)
+    target = Target(transformers.AutoModelForCausalLM.from_config(config))
+    layers = target.model.get_decoder().layers
+    layers[1].input_layernorm.weight.fill_(0.5)
+    drafter = new_drafter(target, mask_token_id=0, num_hidden_layers=2)
+    assert drafter.config.rope_theta == 1e6
+    assert drafter.layers[0].input_layernorm.weight.unique().tolist() == [1.5]
+    assert drafter.norm.weight.unique().tolist() == [1.0]
+    assert torch.equal(drafter.layers[1].mlp.up_proj.weight, layers[2].mlp.up_proj.weight)
 
 
 def test_what_does_not_fit_the_target_stays_random() -> None:
