@@ -470,6 +470,7 @@ def explore_training_budget(
             *(n, k, chosen.seq_len, batch_size, gamma),
             pack_length=chosen.seq_len if chosen.packed else None,
             per=per,
+            layout=shape.layout,
         )
         recommended = {} if choice.best is None else choice.best.to_dict()
         recommended |= {"sure": choice.sure, "reason": choice.reason}
