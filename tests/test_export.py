@@ -234,7 +234,10 @@ def test_tensorrt_llm_gets_a_fragment_of_its_options():
     files = {"scaling_file": "sts.json", "cost_file": "sps.json"}
     expected |= {"enable_confidence_scheduling": True, "confidence_sts_path": "sts.json"}
     expected |= {"confidence_sps_table_path": "sps.json"}
+    assert "1.4.0rc4" not in text
     text = export(replace(SERVED, scheduled=True, **files), "tensorrt-llm")
+    # Its documented release calls them by other names.
+    assert "confidence_calibration_path and confidence_cost_table_path in 1.4.0rc4" in text
     assert yaml.safe_load(text) == {"speculative_config": expected}
     with pytest.raises(ValueError, match="scheduled needs a cost_file or a scaling_file"):
         export(replace(SERVED, scheduled=True), "tensorrt-llm")

@@ -338,7 +338,11 @@ def _tensorrt_llm(s: ServingSettings) -> str:
         values["enable_confidence_scheduling"] = "true"
         files = {"confidence_sts_path": s.scaling_file, "confidence_sps_table_path": s.cost_file}
         values |= {name: json.dumps(file) for name, file in files.items() if file is not None}
-    return _yaml("speculative_config", **values)
+    text = _yaml("speculative_config", **values)
+    if s.scheduled:
+        later = "confidence_calibration_path and confidence_cost_table_path in 1.4.0rc4"
+        text = f"# the two files are {later}\n{text}"
+    return text
 
 
 def _llama_cpp(s: ServingSettings) -> str:
