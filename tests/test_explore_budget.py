@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html import unescape
 from itertools import product
 from unittest.mock import Mock
@@ -334,6 +335,15 @@ def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
     shown.controls["packed"].value = False
     chosen = TrainingSettings(4, 3, 256, 2)
     assert sentences(shown)[2] == tuning.export(chosen, "deepspec")
+
+
+def test_every_table_and_the_export_know_the_layout_of_the_model():
+    shown = explorer(model=replace(SHAPE, sample_from_anchor=False))
+    tables = shown.tables
+    assert tables["settings"]["layout"].tolist() == ["anchor_given"]
+    assert tables["slots"]["slot"].tolist() == [0, 1]
+    assert tables["coverage"]["share"].tolist() == tables["options"]["share"].tolist()
+    assert "--no-sample-from-anchor" in sentences(shown)[2]
 
 
 def test_the_chosen_setting_is_told_in_a_sentence():

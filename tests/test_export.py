@@ -5,11 +5,14 @@ import ast
 import json
 import shlex
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pytest
 import tyro
 import yaml
 
+from dspark_lab.blocks import PER
 from dspark_lab.training.__main__ import Options
 from dspark_lab.tuning import (
     SERVERS,
@@ -149,6 +152,63 @@ def test_rows_that_a_trainer_does_not_make_are_refused_with_those_that_do(kind):
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
+def test_a_given_anchor_is_exported_where_the_trainer_can(kind):
+    chosen = replace(PACKED if kind in PACK else CHOSEN, layout="anchor_given")
+    if kind in ("dspark-lab", "speculators"):
+        # Both count the anchor's own slot, as the settings do.
+        given = words(chosen, kind)
+        assert given[-1] == "--no-sample-from-anchor"
+        assert given[given.index("--block-size") + 1] == "7"
+    else:
+        with pytest.raises(ValueError, match="got layout 'anchor_given'; .* can: dspark-lab"):
+            export(chosen, kind)
+    with pytest.raises(ValueError, match="block_size must be at least 2 where .* got 1"):
+        TrainingSettings(8, 1, 64, layout="anchor_given")
+
+
+def test_the_labs_trainer_is_told_of_a_given_anchor():
+    for layout, predicts in (("anchor_predicts", True), ("anchor_given", False)):
+        given = words(replace(CHOSEN, layout=layout), "dspark-lab")
+        options = tyro.cli(Options, args=["--out", "run", "--steps", "1", *given])
+        assert options.sample_from_anchor is predicts and options.block_size == 7
+
+
+def test_a_refusal_names_those_alone_that_can_all_of_it():
+    every = [
+        TrainingSettings(8, 7, 64, batch_size, pack_length=pack_length, per=per, layout=layout)
+        for batch_size, pack_length, per, layout in product(
+            (1, 2), (None, 64, 128), PER, ("anchor_predicts", "anchor_given")
+        )
+    ]
+    # Of servers, too.
+    every += [ServingSettings(5, 0.3), ServingSettings(5, scheduled=True, scaling_file="t.json")]
+    for settings in every:
+        texts = exports(settings)
+        able = [kind for kind, text in texts.items() if text.startswith("# names as of")]
+        assert "dspark-lab" in able
+        for kind in set(texts) - set(able):
+            assert texts[kind].endswith(f" that can: {', '.join(able)}\n")
+
+
+def test_numbers_of_a_table_are_as_good_as_python_s():
+    chosen = TrainingSettings(np.int64(384), 7, np.int64(2048), 3, np.float32(5.0))
+    for kind in ("json", *TRAINERS):
+        if kind != "speculators":
+            assert export(chosen, kind) == export(CHOSEN, kind)
+    served = replace(SERVED, draft_length=np.int64(5))
+    assert all(export(served, kind) == export(SERVED, kind) for kind in ("json", *SERVERS))
+
+
+@pytest.mark.parametrize("gamma", [1e-5, 1.5e-5, 1e16, 2.5e20, 4.0, 3])
+def test_a_number_stays_a_number_in_yaml(gamma):
+    chosen = replace(CHOSEN, loss_decay_gamma=gamma)
+    read = yaml.safe_load(export(chosen, "nemo-automodel"))["recipe_args"]
+    assert read["loss_decay_gamma"] == gamma
+    read = dotted(words(chosen, "deepspec")[1::2])
+    assert yaml.safe_load(read["model.loss_decay_gamma"]) == gamma
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_what_anchors_count_for_is_refused_where_the_trainer_has_another(kind):
     for per, settings in (("document", PACKED), ("batch", replace(CHOSEN, batch_size=2))):
         chosen = replace(settings, per=per)
@@ -174,7 +234,10 @@ def test_tensorrt_llm_gets_a_fragment_of_its_options():
     files = {"scaling_file": "sts.json", "cost_file": "sps.json"}
     expected |= {"enable_confidence_scheduling": True, "confidence_sts_path": "sts.json"}
     expected |= {"confidence_sps_table_path": "sps.json"}
+    assert "1.4.0rc4" not in text
     text = export(replace(SERVED, scheduled=True, **files), "tensorrt-llm")
+    # Its documented release calls them by other names.
+    assert "confidence_calibration_path and confidence_cost_table_path in 1.4.0rc4" in text
     assert yaml.safe_load(text) == {"speculative_config": expected}
     with pytest.raises(ValueError, match="scheduled needs a cost_file or a scaling_file"):
         export(replace(SERVED, scheduled=True), "tensorrt-llm")
@@ -257,7 +320,9 @@ def test_a_draft_of_another_length_than_the_block_is_refused_or_said(server):
     for length, outcome in zip((5, 9), LENGTHS[server], strict=True):
         settings = ServingSettings(length, block_size=7)
         if outcome == "refused":
-            with pytest.raises(ValueError, match=f"the block of the drafter, 7 .* got {length}$"):
+            able = "; servers that can: dspark-lab, vllm, sglang, llama.cpp" if length < 7 else ""
+            refused = f"the block of the drafter, 7 .* got {length}{able}$"
+            with pytest.raises(ValueError, match=refused):
                 export(settings, server)
             continue
         lines = export(settings, server).splitlines()

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from dspark_lab.blocks import PER, draw_blocks, times_supervised
 from dspark_lab.chats import encode, load_chats
 from dspark_lab.model import load_target
-from dspark_lab.training import BatchOrder, History, Run, TrainConfig
+from dspark_lab.training import BatchOrder, History, Run, TrainConfig, row_groups
 from dspark_lab.training.__main__ import main
 from dspark_lab.tuning import (
     CARDS,
@@ -158,10 +159,16 @@ def counting(seen: list[dict[str, int]]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("packed", "per"), [(False, "row"), (True, "row"), (True, "document"), (True, "batch")]
+    ("packed", "per", "given"),
+    [
+        (False, "row", False),
+        (True, "row", True),
+        (True, "document", False),
+        (True, "batch", False),
+    ],
 )
 def test_the_exported_line_trains_with_what_was_predicted_for_a_step(
-    packed, per, files, tmp_path, monkeypatch
+    packed, per, given, files, tmp_path, monkeypatch
 ):
     target, data = files
     tokenizer = load_target(str(target), local_files_only=True).tokenizer
@@ -170,7 +177,7 @@ def test_the_exported_line_trains_with_what_was_predicted_for_a_step(
     rows = Spans.of(encoded, row_length=length).rows if packed else len(encoded)
     batch_size = next(size for size in (3, 2, 5, 7) if rows % size == 0)
     choice = choose_training(
-        *(encoded, SHAPE),
+        *(encoded, replace(SHAPE, sample_from_anchor=not given)),
         **{"time": TIME, "num_anchors": (5,), "block_sizes": (3,), "seq_lens": (length,)},
         **{"packed": packed, "per": per, "batch_size": batch_size},
     )
@@ -218,9 +225,36 @@ def test_blocks_of_a_row_are_those_that_training_draws(per):
 def test_a_total_needs_as_many_rows_as_a_batch_has():
     with pytest.raises(ValueError, match="batch_size must be at most the number of rows, 12, "):
         chosen(per="batch", batch_size=13)
-    # Two of the twelve are left over, in a batch that has as many.
-    table = chosen(per="batch", batch_size=5, num_anchors=(2, 4)).table
-    assert table["anchors"].tolist() == pytest.approx([2, 4] * 2)
+    # Two of the twelve are left over,
+    # of which training makes no step.
+    table = chosen(per="batch", batch_size=5, num_anchors=(2, 4), block_sizes=(3,)).table
+    assert table["anchors"].tolist() == [2, 4]
+    groups = row_groups(np.array([len(chat) for chat in CHATS]), 5)
+    assert [len(group) for group in groups] == [5, 5]
+    for line in table.itertuples():
+        steps = [
+            supervision(
+                Spans.of([CHATS[row] for row in group]).in_batches(5),
+                *(line.num_anchors, line.block_size),
+                per="batch",
+            )
+            for group in groups
+        ]
+        assert line.covered == pytest.approx(sum(step.covered for step in steps) / 2)
+        assert line.weighted == pytest.approx(sum(step.weighted for step in steps) / 2)
+
+
+def test_packed_spans_that_were_cut_are_exported_with_their_cut():
+    whole = choose_training(Spans.of(CHATS, row_length=150), SHAPE, time=TIME).settings
+    assert (whole.seq_len, whole.pack_length) == (150, 150)
+    cut = choose_training(Spans.of(CHATS, seq_len=20, row_length=150), SHAPE, time=TIME).settings
+    assert (cut.seq_len, cut.pack_length) == (20, 150)
+
+
+def test_the_layout_of_the_shape_is_part_of_the_choice():
+    given = replace(SHAPE, sample_from_anchor=False)
+    assert choose_training(CHATS, given, time=TIME).settings.layout == "anchor_given"
+    assert choose_training(CHATS, SHAPE, time=TIME).settings.layout == "anchor_predicts"
 
 
 def sweep(*taus: float) -> pd.DataFrame:

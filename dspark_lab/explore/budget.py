@@ -475,15 +475,17 @@ def explore_training_budget(
             *(n, k, chosen.seq_len, batch_size, gamma),
             pack_length=chosen.seq_len if chosen.packed else None,
             per=per,
+            layout=shape.layout,
         )
+        counted: dict[str, Any] = {"gamma": gamma, "per": per, "layout": shape.layout}
         recommended = {} if choice.best is None else choice.best.to_dict()
         recommended |= {"sure": choice.sure, "reason": choice.reason}
         tables = {
             "options": choice.table,
             "recommended": pd.DataFrame([recommended]),
             "settings": pd.DataFrame([asdict(settings)]),
-            "coverage": tuning.supervision_table(spans, tried, (k,), gamma=gamma, per=per),
-            "slots": tuning.slot_supervision(spans, n, k, gamma=gamma, per=per),
+            "coverage": tuning.supervision_table(spans, tried, (k,), **counted),
+            "slots": tuning.slot_supervision(spans, n, k, **counted),
             "never": tuning.never_table(spans),
             "cost": cost,
             "memory": tuning.memory_table(shape, seq_len=longest, **(step | {"num_anchors": most})),

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from dspark_lab.blocks import Per
+from dspark_lab.blocks import Layout, Per
 from dspark_lab.chats import Batch, Encoded, token_counts
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
@@ -60,7 +60,8 @@ class TrainingChoice:
     ``best`` and ``runner_up`` are rows of ``table``, None where nothing fits, or nothing else does.
     ``sure`` is the probability that the best gains faster than the runner-up, given the error of
     the step times; NaN where that is not known. ``packed``: whether rows hold several
-    conversations; ``per``: what the anchors count for.
+    conversations; ``per``: what the anchors count for; ``layout``: of the blocks; ``max_length``:
+    what conversations were cut to before they were packed, None where that is the row's length.
     """
 
     table: pd.DataFrame
@@ -72,6 +73,8 @@ class TrainingChoice:
     gamma: float
     packed: bool
     per: Per
+    layout: Layout
+    max_length: int | None = None
 
     @property
     def settings(self) -> TrainingSettings:
@@ -80,9 +83,10 @@ class TrainingChoice:
             raise ValueError(self.reason)
         anchors, block_size, seq_len = map(int, self.best[["num_anchors", "block_size", "seq_len"]])
         return TrainingSettings(
-            *(anchors, block_size, seq_len, self.batch_size, self.gamma),
+            *(anchors, block_size, self.max_length or seq_len, self.batch_size, self.gamma),
             pack_length=seq_len if self.packed else None,
             per=self.per,
+            layout=self.layout,
         )
 
 
@@ -159,12 +163,16 @@ def choose_training(
         row_tokens = float(spans.row_tokens.mean())
         tokens = float(spans.document_kept.sum()) / spans.rows * batch_size
         steps = spans.rows / batch_size
+        trained = spans
         if per == "batch":
-            # A last micro-batch of fewer rows has as many anchors as the others.
-            steps = len(spans.candidates("batch"))
+            # Training has no last micro-batch of fewer rows, where as many anchors are denser.
+            steps = spans.rows // batch_size
+            assert spans.row_batch is not None
+            trained = spans.of_rows(spans.row_batch < steps)
         for block_size, anchors in product(block_sizes, num_anchors):
             counted: dict[str, Any] = {"per": per, "layout": shape.layout}
-            found = supervision(spans, anchors, block_size, gamma=gamma, **counted)
+            share = supervision(spans, anchors, block_size, **counted).share
+            found = supervision(trained, anchors, block_size, gamma=gamma, **counted)
             covered, weighted = found.covered / steps, found.weighted / steps
             gain = covered * float(found.weights.sum())
             blocks, most = row_blocks(spans, anchors, per)
@@ -173,7 +181,7 @@ def choose_training(
             operations = float(step_cost(shape, mean)["operations"].sum())
             held = int(StepBytes(shape, longest).peak)
             kept = found.blocks * found.rows / steps
-            gained = (row_tokens, found.share, tokens, kept, covered, weighted, gain)
+            gained = (row_tokens, share, tokens, kept, covered, weighted, gain)
             lines.append((seq_len, block_size, anchors, *gained, operations, held))
     table = pd.DataFrame(lines, columns=_OPTION)
     table["seconds"] = step_time.predict(table["operations"])
@@ -183,7 +191,15 @@ def choose_training(
     rates = table[list(_RATES)].to_numpy()
     table["front"] = table["fits"] & _front(rates, table["fits"].to_numpy())
     packed = packed or any(spans.documents > spans.rows for spans in rows.values())
-    settings = {"batch_size": batch_size, "gamma": gamma, "packed": packed, "per": per}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "gamma": gamma,
+        "packed": packed,
+        "per": per,
+    }
+    settings["layout"] = shape.layout
+    if isinstance(data, Spans) and (data.document_kept < data.document_tokens).any():
+        settings["max_length"] = int(data.document_kept.max())
     return _choice(table, step_time.error, **settings)
 
 

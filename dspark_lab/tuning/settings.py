@@ -4,21 +4,25 @@ Names are those of the trainers' and servers' published configurations, and each
 a comment that says which state of the program they were checked against; what is left out keeps its
 default. What a program cannot do is refused, so that no export describes another run.
 
-All of them count the slots of a block that predict, as this lab does.
+Servers count the slots of a block that predict; trainers all slots, an anchor that is given among
+them, as this lab does.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
 
 import dspark_lab
-from dspark_lab.blocks import PER, Per
+from dspark_lab.blocks import PER, Layout, Per, predicted_slots
 from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, checked
 from dspark_lab.files import written_whole
 
@@ -30,7 +34,8 @@ class TrainingSettings:
 
     A row is a conversation, cut to ``seq_len`` tokens; or, with ``pack_length``, holds that many
     tokens of as many conversations as fit. ``num_anchors`` counts ``per`` row, per document
-    (conversation), or for all rows of a micro-batch together.
+    (conversation), or for all rows of a micro-batch together. ``block_size`` counts all slots of a
+    block, one less of which predict in the ``layout`` "anchor_given".
     """
 
     num_anchors: Count
@@ -40,8 +45,10 @@ class TrainingSettings:
     loss_decay_gamma: Positive = 4.0
     pack_length: Count | None = None
     per: Per = "row"
+    layout: Layout = "anchor_predicts"
 
     def __post_init__(self) -> None:
+        predicted_slots(self.block_size, self.layout)
         if self.pack_length is not None and self.pack_length < self.seq_len:
             wanted = f"pack_length must be at least seq_len, {self.seq_len}"
             raise ValueError(f"{wanted}, got {self.pack_length}")
@@ -84,6 +91,7 @@ class Program:
         write: the settings as text, without that.
         packs: whether its rows hold one conversation (False), several (True), or either.
         pers: what its anchors can count for.
+        layouts: of the blocks that it trains.
     """
 
     name: str
@@ -91,6 +99,7 @@ class Program:
     write: Callable[[Any], str]
     packs: Sequence[bool] = (False,)
     pers: Sequence[Per] = ("row",)
+    layouts: Sequence[Layout] = ("anchor_predicts",)
 
 
 @checked
@@ -104,16 +113,23 @@ def export(
     ``kind`` is "json", or one of ``TRAINERS`` (for training) or ``SERVERS`` (for serving). A
     ValueError where that program cannot do what was chosen, or refuses it.
     """
-    programs = TRAINERS if isinstance(settings, TrainingSettings) else SERVERS
+    programs = _programs(settings)
     if kind not in ("json", *programs):
         raise ValueError(f"kind must be one of {['json', *programs]}, got {kind!r}")
+    # Numbers from a table are numpy's, which JSON does not know.
+    plain = {name: v.item() for name, v in vars(settings).items() if isinstance(v, np.generic)}
+    settings = replace(settings, **plain)
     if kind == "json":
         text = json.dumps(asdict(settings), indent=2)
     else:
-        program = programs[kind]
-        if isinstance(settings, TrainingSettings):
-            _require_rows(settings, program)
-        text = f"# names as of {program.name}, {program.source}\n{program.write(settings)}"
+        try:
+            text = _written(settings, programs[kind])
+        except ValueError as refusal:
+            able = ", ".join(name for name, other in programs.items() if _writes(settings, other))
+            who = "trainers" if programs is TRAINERS else "servers"
+            raise ValueError(
+                f"{refusal}; {who} that can: {able}" if able else str(refusal)
+            ) from None
     text += "\n"
     if path is not None:
         with written_whole(Path(path)) as partial:
@@ -125,7 +141,7 @@ def export(
 def exports(settings: TrainingSettings | ServingSettings) -> dict[str, str]:
     """:func:`export` to every program; where one refuses, why, as a comment."""
     texts = {}
-    for kind in TRAINERS if isinstance(settings, TrainingSettings) else SERVERS:
+    for kind in _programs(settings):
         try:
             texts[kind] = export(settings, kind)
         except ValueError as refusal:
@@ -133,22 +149,42 @@ def exports(settings: TrainingSettings | ServingSettings) -> dict[str, str]:
     return texts
 
 
+def _programs(settings: TrainingSettings | ServingSettings) -> dict[str, Program]:
+    return TRAINERS if isinstance(settings, TrainingSettings) else SERVERS
+
+
+def _written(settings: TrainingSettings | ServingSettings, program: Program) -> str:
+    if isinstance(settings, TrainingSettings):
+        _require_rows(settings, program)
+    return f"# names as of {program.name}, {program.source}\n{program.write(settings)}"
+
+
+def _writes(settings: TrainingSettings | ServingSettings, program: Program) -> bool:
+    if isinstance(settings, ServingSettings) and settings.draft_length > (
+        settings.block_size or math.inf
+    ):
+        # Some servers do draft slots that were never trained.
+        return False
+    try:
+        return bool(_written(settings, program))
+    except ValueError:
+        return False
+
+
 def _require_rows(s: TrainingSettings, program: Program) -> None:
-    """Refuse rows that the trainer does not make, and what its anchors do not count for."""
+    """Refuse rows, anchors per something, and blocks that a trainer does not make."""
     packed = s.pack_length is not None
     if packed not in program.packs:
         has = "a row for each conversation" if packed else "rows of as many as fit"
-        _refuse(program, f"always has {has}, got pack_length {s.pack_length}", "packs", packed)
+        raise ValueError(f"{program.name} always has {has}, got pack_length {s.pack_length}")
     # In a row of one conversation, or a batch of one row, they are the same.
     alike = (s.per == "document" and not packed) or (s.per == "batch" and s.batch_size == 1)
     if s.per not in program.pers and not (alike and "row" in program.pers):
-        counted = f"counts anchors per {' or '.join(program.pers)}, got per {s.per!r}"
-        _refuse(program, counted, "pers", s.per)
-
-
-def _refuse(program: Program, why: str, ability: str, wanted: Any) -> None:
-    able = [name for name, other in TRAINERS.items() if wanted in getattr(other, ability)]
-    raise ValueError(f"{program.name} {why}; trainers that can: {', '.join(able)}")
+        counts = f"{program.name} counts anchors per {' or '.join(program.pers)}"
+        raise ValueError(f"{counts}, got per {s.per!r}")
+    if s.layout not in program.layouts:
+        trains = f"{program.name} trains every slot of a dspark block to predict"
+        raise ValueError(f"{trains}, got layout {s.layout!r}")
 
 
 def _lab_trains(s: TrainingSettings) -> str:
@@ -158,7 +194,9 @@ def _lab_trains(s: TrainingSettings) -> str:
     )
     if s.pack_length is not None:
         text += f" --pack-length {s.pack_length}"
-    return text if s.per == "row" else f"{text} --anchors-per {s.per}"
+    if s.per != "row":
+        text += f" --anchors-per {s.per}"
+    return text if s.layout == "anchor_predicts" else f"{text} --no-sample-from-anchor"
 
 
 def _automodel(s: TrainingSettings) -> str:
@@ -185,7 +223,7 @@ def _deepspec(s: TrainingSettings) -> str:
         "data.max_length": s.seq_len,
         "train.local_batch_size": s.batch_size,
     }
-    return " ".join(f'--opts "{name}={value}"' for name, value in values.items())
+    return " ".join(f'--opts "{name}={_scalar(value)}"' for name, value in values.items())
 
 
 def _specforge(s: TrainingSettings) -> str:
@@ -206,10 +244,11 @@ def _speculators(s: TrainingSettings) -> str:
     if s.seq_len != s.pack_length:
         wanted = f"packed rows, so that seq_len must be pack_length {s.pack_length}"
         raise ValueError(f"speculators cuts at the length of its {wanted}, got {s.seq_len}")
-    return (
+    text = (
         f"--speculator-type dspark --block-size {s.block_size} --max-anchors {s.num_anchors} "
         f"--total-seq-len {s.pack_length} --dflash-decay-gamma {s.loss_decay_gamma}"
     )
+    return text if s.layout == "anchor_predicts" else f"{text} --no-sample-from-anchor"
 
 
 def _torchspec(s: TrainingSettings) -> str:
@@ -299,7 +338,11 @@ def _tensorrt_llm(s: ServingSettings) -> str:
         values["enable_confidence_scheduling"] = "true"
         files = {"confidence_sts_path": s.scaling_file, "confidence_sps_table_path": s.cost_file}
         values |= {name: json.dumps(file) for name, file in files.items() if file is not None}
-    return _yaml("speculative_config", **values)
+    text = _yaml("speculative_config", **values)
+    if s.scheduled:
+        later = "confidence_calibration_path and confidence_cost_table_path in 1.4.0rc4"
+        text = f"# the two files are {later}\n{text}"
+    return text
 
 
 def _llama_cpp(s: ServingSettings) -> str:
@@ -343,7 +386,14 @@ def _said(s: ServingSettings, text: str, *, fewer: str, more: str) -> str:
 
 
 def _yaml(head: str, **values: Any) -> str:
-    return "\n".join([f"{head}:", *(f"  {name}: {value}" for name, value in values.items())])
+    return "\n".join([f"{head}:", *(f"  {name}: {_scalar(v)}" for name, v in values.items())])
+
+
+def _scalar(value: Any) -> str:
+    """As YAML reads it, to which a number without a point before its exponent is text."""
+    text = str(value)
+    bare = isinstance(value, float) and "." not in text
+    return text.replace("e", ".0e") if bare else text
 
 
 def _dotted(values: dict[str, Any]) -> str:
@@ -352,13 +402,13 @@ def _dotted(values: dict[str, Any]) -> str:
 
 _OWN = f"version {dspark_lab.__version__}"
 TRAINERS: dict[str, Program] = {
-    "dspark-lab": Program("dspark-lab", _OWN, _lab_trains, (False, True), PER),
+    "dspark-lab": Program("dspark-lab", _OWN, _lab_trains, (False, True), PER, get_args(Layout)),
     "nemo-automodel": Program("NeMo AutoModel", "commit 014468d", _automodel, (False, True)),
     "deepspec": Program("DeepSpec", "commit 8c483c7", _deepspec),
     "specforge": Program("SpecForge", "commit 0145bec", _specforge),
     # A step is one packed row, so a row's anchors are those of the batch.
     "speculators": Program(
-        "speculators", "commit 4286800", _speculators, (True,), ("row", "batch")
+        "speculators", "commit 4286800", _speculators, (True,), ("row", "batch"), get_args(Layout)
     ),
     "torchspec": Program("TorchSpec", "commit 0db7eac", _torchspec),
 }

@@ -106,6 +106,23 @@ class Spans:
             row_batch[list(group)] = number
         return replace(self, row_batch=row_batch)
 
+    @checked
+    def of_rows(self, chosen: Bool[np.ndarray, " row"]) -> Spans:
+        """The chosen rows alone, with their documents, in the same order."""
+        documents = chosen[self.document_row]
+        runs = documents[self.run_document]
+        return replace(
+            self,
+            run_document=(documents.cumsum() - 1)[self.run_document[runs]],
+            run_start=self.run_start[runs],
+            run_tokens=self.run_tokens[runs],
+            document_tokens=self.document_tokens[documents],
+            document_kept=self.document_kept[documents],
+            document_row=(chosen.cumsum() - 1)[self.document_row[documents]],
+            row_tokens=self.row_tokens[chosen],
+            row_batch=None if self.row_batch is None else self.row_batch[chosen],
+        )
+
     @property
     def rows(self) -> int:
         return len(self.row_tokens)
