@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, ContextRanges, MaskForm, View, choose_backend, mask_form
+from dspark_lab.attention import (
+    FULL,
+    Backend,
+    ContextRanges,
+    MaskForm,
+    View,
+    choose_backend,
+    mask_form,
+)
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
@@ -357,7 +365,7 @@ class Drafter(nn.Module):
 
     def _cached_mask(self, rows: Rows, view: View) -> Bool[Tensor, "batch 1 slot key"] | None:
         """What a block's slots see of the cached context and of one another; None: everything."""
-        if view == View() and rows.even:
+        if view == FULL and rows.even:
             return None
         new = self.config.block_size
         mask = rows.mask(new, causal=view.causal)
