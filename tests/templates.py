@@ -188,6 +188,12 @@ BEHAVIOURS = {
     "the same with a default system": Behaviour(
         close_last="<|stop|>", gap="", default_system="<|head|>system\nBe kind.<|end|>"
     ),
+    "two closing tokens, another marker when last": Behaviour(
+        close="<|text|><|end|>",
+        close_last="<|stop|>",
+        gap="",
+        default_system="<|head|>system\nBe kind.<|text|><|end|>",
+    ),
     "a marker only when last": Behaviour(close="", close_other="", close_last="</s>"),
     "an end of everything": Behaviour(final="</s>"),
     "an end of everything alone": Behaviour(head="{role}> ", close="", final="</s>"),
