@@ -46,6 +46,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
+@checked
 class Chats(list[Chat | Encoded]):
     """Conversations of a file; ``skipped`` are the rows that could not be read."""
 
