@@ -138,6 +138,17 @@ def test_specforge_takes_an_empty_block_of_thinking_out_again():
     assert "[think]" in shown(thinking[0], BASE)
 
 
+def test_an_answer_without_its_marker_ends_with_the_text_but_for_a_line_break():
+    # Only answers are closed, and the user writes the header of one.
+    open_turns = CHATML.replace(
+        "m['content'] + '<|im_end|>\n'",
+        "m['content'] + ('<|im_end|>' if m['role'] == 'assistant' else '') + '\n'",
+    )
+    chat = talk("Hi", "Yes", "<|im_start|>assistant\nfoo")
+    (row,) = trainer_rows(chat, tokenizer_of(open_turns), "deepspec")
+    assert shown(row, BASE).endswith("user\n<|im_start|>assistant\n[foo]\n")
+
+
 def test_specforge_knows_llama3_by_its_markers():
     tokenizer = load_tokenizer()
     tokenizer.chat_template = LLAMA3
@@ -176,6 +187,10 @@ def test_speculators_falls_back_to_the_common_prefix():
     assert shown(row, BASE).endswith(
         "<think>\n[H][m][\n][</][think][>][\n][\n][Yes][<|im_end|>][\n]"
     )
+    prompt = BASE.apply_chat_template(said[:1], add_generation_prompt=True, enable_thinking=False)
+    context = len(prompt["input_ids"])
+    assert trainer_rows(Chat(said, "a"), BASE, "speculators", context, **options) == []
+    assert len(trainer_rows(Chat(said, "a"), BASE, "speculators", context + 1, **options)) == 1
     backwards = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
     backwards += "{% if add_generation_prompt %}{{ 'A' }}{% endif %}"
     with pytest.raises(ValueError, match=r"conversation 'a': speculators refuses .* history"):
@@ -193,6 +208,28 @@ def test_automodel_refuses_a_template_that_rewrites_history():
         "<|im_start|>user\nHi\n<|im_start|>[ass][istant][\n][One][.][\n][<|im_start|>]"
         "user\nAnd?\n<|im_start|>[ass][istant][\n][Two][.][\n][<|im_end|>]"
     )
+
+
+def test_automodel_takes_the_mask_of_transformers_with_its_oddities():
+    bare = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(bare)
+    for said in ("a", "hello 🎉", "é"):
+        chat = Chat(({"role": "assistant", "content": said}, TWO.messages[0]), "a")
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        found = tokenizer.apply_chat_template(list(chat.messages), **options)
+        ((ids, mask),) = trainer_rows(chat, tokenizer, "automodel")
+        assert ids.tolist() == found["input_ids"]
+        assert mask.tolist() == [flag == 1 for flag in found["assistant_masks"]]
+    empty = Chat(({"role": "assistant", "content": ""}, TWO.messages[0]), "a")
+    with pytest.raises(ValueError, match="automodel refuses an empty answer"):
+        trainer_rows(empty, tokenizer, "automodel")
+    # An answer within the first token has no end that is told from none.
+    first = Chat(({"role": "assistant", "content": "a"}, TWO.messages[0]), "a")
+    assert all(trainer_rows(first, tokenizer, "automodel")[0][1].tolist())
 
 
 @pytest.mark.parametrize(

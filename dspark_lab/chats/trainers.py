@@ -158,6 +158,8 @@ def _automodel(
         (encoding,) = yield [text]
         mask = [False] * len(encoding.ids)
         for start, end in spans:
+            if end == 0:
+                raise ValueError("automodel refuses an empty answer that opens the text")
             first, last = (encoding.char_to_token(place) for place in (start, end - 1))
             if first is None:
                 break
