@@ -1,4 +1,12 @@
-from .chats import encode, load_chats, load_tokenizer
+from .attention import check_forward, check_mask
+from .chats import (
+    compare_masks,
+    encode,
+    encode_all,
+    encode_answers,
+    load_chats,
+    load_tokenizer,
+)
 from .decoding import decode
 from .explore import (
     explore_acceptance,
@@ -17,11 +25,16 @@ from .tuning import choose_training, export
 __version__: str
 
 __all__ = [
+    "check_forward",
+    "check_mask",
     "choose_training",
     "convert_checkpoint",
+    "compare_masks",
     "decode",
     "describe_checkpoint",
     "encode",
+    "encode_all",
+    "encode_answers",
     "evaluate",
     "explore_acceptance",
     "explore_anchors",

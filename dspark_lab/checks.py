@@ -328,6 +328,7 @@ def _union(checks: list[Check]) -> Check:
         " or ".join(check.allowed for check in checks),
         lambda value: any(check.is_kind(value) for check in checks),
         rest if any(check.rest for check in checks) else None,
+        frozenset().union(*(check.exact for check in checks)),
     )
 
 
@@ -345,11 +346,17 @@ def _container(kind: type, checks: list[Check], fixed: bool) -> Check:
             for key, part in value.items():
                 first(f"each key of {name}", key, call)
                 checks[-1](f"{name}[{key!r}]", part, call)
-        elif isinstance(value, abc.Collection) and not first.exact.issuperset(map(type, value)):
+        elif isinstance(value, abc.Collection) and not _all_exact(value, first.exact):
             for part in value:
                 first(f"each of {name}", part, call)
 
     return Check(outer.allowed, outer.is_kind, None if checks == [ANYTHING] else rest)
+
+
+def _all_exact(value: abc.Collection[Any], exact: frozenset[type]) -> bool:
+    """Whether no element needs a look; a class may say of what type its ``elements`` are."""
+    kind = getattr(type(value), "elements", None)
+    return kind in exact if isinstance(kind, type) else exact.issuperset(map(type, value))
 
 
 # What the elements of an array must be, in words and as a part of its dtype's name.

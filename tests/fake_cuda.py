@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import load_inline
 
 from dspark_lab.attention import ContextRanges, backends, block_mask
-from dspark_lab.blocks import PER, Blocks, cut_blocks
+from dspark_lab.blocks import PER, Blocks, Layout, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput
 from dspark_lab.model import (
@@ -42,6 +41,7 @@ from dspark_lab.model import (
     MarkovHead,
     Slots,
     Sums,
+    Yarn,
     build_markov_head,
 )
 from dspark_lab.training import Processes, TrainConfig
@@ -122,9 +122,9 @@ def batch(packed: bool) -> Batch:
     return Batch.of_tokens(ints(*TOKENS), flags(*TOKENS), **packing(packed))
 
 
-def blocks(packed: bool = True) -> Blocks:
+def blocks(packed: bool = True, layout: Layout = "anchor_predicts") -> Blocks:
     anchors = ints(*BLOCKS), flags(*BLOCKS)
-    return cut_blocks(batch(packed), *anchors, SLOTS, mask_token_id=VOCAB - 1)
+    return cut_blocks(batch(packed), *anchors, SLOTS, mask_token_id=VOCAB - 1, layout=layout)
 
 
 def ranges() -> ContextRanges:
@@ -151,7 +151,8 @@ def markov_head(kind: str) -> MarkovHead:
     return on_gpu(lambda: build_markov_head(kind, VOCAB, RANK, HIDDEN))
 
 
-def drafter(kind: str = "vanilla", layers: int = 1) -> Drafter:
+def drafter(kind: str = "vanilla", layers: int = 1, variant: str = "none") -> Drafter:
+    """``VARIANTS`` has what other drafters than DSpark's may have."""
     config = DrafterConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -167,8 +168,24 @@ def drafter(kind: str = "vanilla", layers: int = 1) -> Drafter:
         markov_head_type=kind,
         markov_rank=RANK,
         confidence_head_with_markov=kind != "none",
+        **VARIANTS[variant],
+        layer_types=(("sliding_attention",) if variant == "window" else ("full_attention",))
+        * layers,
     )
-    return on_gpu(lambda: Drafter(config))
+    made = on_gpu(lambda: Drafter(config))
+    if config.draft_vocab_size is not None:
+        made.use_target_embeddings(fixed(VOCAB, HIDDEN), fixed(VOCAB, HIDDEN))
+    return made
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "anchor given": {"sample_from_anchor": False},
+    "window": {"sliding_window": 3},
+    "reduced vocabulary": {"draft_vocab_size": VOCAB // 2},
+    "soft cap": {"final_logit_softcapping": 2.0, "logit_scale": 0.5},
+    "yarn": {"yarn": Yarn(factor=2.0, original_max_position_embeddings=8)},
+}
 
 
 def features(teacher: bool = True) -> list[Tensor]:
@@ -206,14 +223,22 @@ def objective(latent: bool, teacher: bool, step: bool) -> Given:
 
 
 def objective_body(
-    latent: bool = True, teacher: bool = True, asks: bool = True, dtype: torch.dtype = torch.float32
+    latent: bool = True,
+    teacher: bool = True,
+    asks: bool = True,
+    dtype: torch.dtype = torch.float32,
+    cap: float | None = None,
+    reduced: bool = False,
 ) -> Given:
     """What ``dspark_objective`` hands to its operator, whose body fake tensors do not enter."""
-    count = ROWS * QUERIES
-    state, head = fixed(count, HIDDEN, dtype=dtype), fixed(VOCAB, HIDDEN, dtype=dtype)
-    z, w2 = (fixed(n, RANK, dtype=dtype) if latent else None for n in (count, VOCAB))
+    count, own = ROWS * QUERIES, VOCAB // 2 if reduced else VOCAB
+    state, head = fixed(count, HIDDEN, dtype=dtype), fixed(own, HIDDEN, dtype=dtype)
+    z, w2 = (fixed(n, RANK, dtype=dtype) if latent else None for n in (count, own))
     marks = ints(count), flags(count), fixed(count)
-    return given(state, z, state if teacher else None, *marks, head, w2, 0.1, 0.9, 5, asks, asks)
+    whole = (fixed(VOCAB, HIDDEN, dtype=dtype), ints(own)) if reduced else (None, None)
+    rules = cap, 0.5, cap, 0.5
+    states = state, z, state if teacher else None
+    return given(*states, *marks, head, w2, *whole, *rules, 0.1, 0.9, 5, asks, asks)
 
 
 def training_forward(
@@ -221,28 +246,46 @@ def training_forward(
     packed: bool = True,
     precision: str = "fp32",
     vocabulary: str = "full",
+    variant: str = "none",
 ) -> Given:
     config = TrainConfig(1, precision=precision, vocabulary=vocabulary)
     # Which tokens occur is counted on the host, before the training; fake ones cannot be counted.
-    tokens = [SimpleNamespace(input_ids=torch.arange(5))]
-    with mock.patch.object(Tensor, "unique", lambda ids: ids):
-        forward = Forward(drafter(kind, layers=2), config, tokens)
-    return given(forward, blocks(packed), *features(), fixed(), 0)
+    with mock.patch("dspark_lab.training.loop.seen_tokens", lambda *_: _Seen()):
+        forward = Forward(drafter(kind, 2, variant), config, [])
+    return given(forward, blocks(packed, layout_of(variant)), *features(), fixed(), 0)
 
 
-def whole_forward(kind: str = "vanilla", packed: bool = True) -> Given:
-    context, last = features()
-    return given(drafter(kind), ints(*TOKENS), context, flags(*TOKENS), last, **packing(packed))
+class _Seen:
+    """The tokens that occur: the first five."""
+
+    def nonzero(self) -> Tensor:
+        return torch.arange(5).unsqueeze(1)
+
+
+def layout_of(variant: str) -> Layout:
+    return "anchor_given" if variant == "anchor given" else "anchor_predicts"
+
+
+def whole_forward(kind: str = "vanilla", packed: bool = True, variant: str = "none") -> Given:
+    model, (context, last) = drafter(kind, variant=variant), features()
+    return given(model, ints(*TOKENS), context, flags(*TOKENS), last, **packing(packed))
 
 
 def backbone(
-    kind: str = "vanilla", backend: str = "auto", packed: bool = True, teacher: bool = True
+    kind: str = "vanilla",
+    backend: str = "auto",
+    packed: bool = True,
+    teacher: bool = True,
+    variant: str = "none",
 ) -> Given:
-    return given(drafter(kind), blocks(packed), *features(teacher), backend=backend)
+    model, drawn = drafter(kind, variant=variant), blocks(packed, layout_of(variant))
+    return given(model, drawn, *features(teacher), backend=backend)
 
 
-def drafting(kind: str = "vanilla", length: int | None = None, even: bool = True) -> Given:
-    model, cache = cached(kind, even)
+def drafting(
+    kind: str = "vanilla", length: int | None = None, even: bool = True, variant: str = "none"
+) -> Given:
+    model, cache = cached(kind, even, variant)
     return given(model, ints(ROWS), cache, lambda logits: logits.argmax(dim=-1), length)
 
 
@@ -251,9 +294,9 @@ def reading(even: bool) -> Given:
     return given(model, *features(teacher=False), cache, [3] * ROWS)
 
 
-def cached(kind: str, even: bool) -> tuple[Drafter, Any]:
+def cached(kind: str, even: bool, variant: str = "none") -> tuple[Drafter, Any]:
     """A drafter, and a cache whose rows are of one length or not."""
-    model = drafter(kind).requires_grad_(False)
+    model = drafter(kind, variant=variant).requires_grad_(False)
     cache = model.start_cache(ROWS, 2 * SEQ + SLOTS)
     model.read(*features(teacher=False), cache, [2, 2 if even else 1])
     return model, cache
@@ -313,6 +356,7 @@ TABLE = {
         seed=(None, 3),
     ),
     "blocks.times_supervised": of(lambda: given(blocks())),
+    "blocks.Blocks.of": of(lambda packed: under_mask(packed), packed=BOTH),
     "chats.Batch.of_tokens": of(
         lambda packed: given(ints(*TOKENS), flags(*TOKENS), **packing(packed)), packed=BOTH
     ),
@@ -393,16 +437,30 @@ TABLE = {
         lambda kind: given(drafter(kind), floats(*PLACES, HIDDEN), floats(*PLACES, RANK)),
         kind=KINDS,
     ),
-    "model.Drafter.forward": of(whole_forward, kind=KINDS) | of(whole_forward, packed=(False,)),
+    "model.Drafter.forward": of(whole_forward, kind=KINDS)
+    | of(whole_forward, packed=(False,))
+    | of(whole_forward, variant=VARIANTS),
+    "model.Drafter.mask_forms": of(
+        lambda variant: given(drafter(variant=variant), blocks(), "flex"), variant=VARIANTS
+    ),
+    "model.Drafter.objective": of(
+        lambda variant: given(drafter(variant=variant), slots()), variant=VARIANTS
+    ),
+    "model.Drafter.whole_vocabulary": of(
+        lambda: given(drafter(variant="reduced vocabulary"), floats(ROWS, VOCAB // 2))
+    ),
     "model.Drafter.output": of(
         lambda latent, teacher: given(drafter(), slots(latent, teacher)), latent=BOTH, teacher=BOTH
     ),
-    "model.Drafter.propose": of(drafting, kind=KINDS) | of(drafting, length=(2,), even=BOTH),
+    "model.Drafter.propose": of(drafting, kind=KINDS)
+    | of(drafting, length=(2,), even=BOTH)
+    | of(drafting, variant=VARIANTS),
     "model.Drafter.read": of(reading, even=BOTH),
     "model.Drafter.reset_parameters": of(lambda: given(drafter())),
     "model.Drafter.slots": of(backbone, kind=KINDS)
     | of(backbone, backend=("dense", "flex"))
-    | of(backbone, packed=(False,), teacher=BOTH),
+    | of(backbone, packed=(False,), teacher=BOTH)
+    | of(backbone, variant=VARIANTS),
     "model.Drafter.start_cache": of(lambda: given(drafter(), ROWS, SEQ)),
     "model.Drafter.use_target_embeddings": of(
         lambda: given(drafter(), fixed(VOCAB, HIDDEN), fixed(VOCAB, HIDDEN))
@@ -422,7 +480,8 @@ TABLE = {
     "model.Sums.stacked": of(lambda: given(Sums.from_stacked(fixed(11, SLOTS)))),
     "model.dspark_objective": of(objective, latent=BOTH, teacher=BOTH, step=BOTH),
     "model.objective._chunked._init_fn": of(objective_body, latent=BOTH, teacher=BOTH)
-    | of(objective_body, asks=BOTH, dtype=DTYPES),
+    | of(objective_body, asks=BOTH, dtype=DTYPES)
+    | of(objective_body, cap=(None, 2.0), reduced=BOTH, dtype=DTYPES),
     "model.output_objective": of(
         lambda teacher, step: given(output(teacher), **terms(teacher, step)),
         teacher=BOTH,
@@ -435,7 +494,8 @@ TABLE = {
     "training.loop.Forward.forward": of(training_forward, kind=KINDS)
     | of(training_forward, packed=(False,))
     | of(training_forward, precision=("bf16",), vocabulary=("full", "seen"))
-    | of(training_forward, vocabulary=("seen",)),
+    | of(training_forward, vocabulary=("seen",))
+    | of(training_forward, variant=VARIANTS),
 }
 
 CALLS = {name + case: (name, make) for name, cases in TABLE.items() for case, make in cases.items()}

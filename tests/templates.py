@@ -19,6 +19,12 @@ MARKERS = (
 ).split()
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|head|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant\n' }}{% endif %}"
+)
+
+
 class Refused(Exception):
     """The template, or the rule, refuses the conversation."""
 

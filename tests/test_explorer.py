@@ -166,7 +166,7 @@ def test_a_users_own_file_and_tokenizer_folder_are_one_call(tmp_path, explore, a
 def test_what_cannot_be_read_is_refused_at_once(tmp_path, explore):
     file = write_chats(CHATS[:1], tmp_path / "mine.jsonl") or tmp_path / "mine.jsonl"
     file.write_text(file.read_text() + '{"messages": 3}\n')
-    with pytest.raises(ValueError, match=re.escape(f"{file}:2: messages must be a list")):
+    with pytest.raises(ValueError, match=re.escape(f"{file}, line 2: messages must be a list")):
         explore(file, TOKENIZER)
     with pytest.raises(FileNotFoundError):
         explore(tmp_path / "nowhere.jsonl", TOKENIZER)

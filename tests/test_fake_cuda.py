@@ -31,7 +31,9 @@ PACKAGE = ROOT / "dspark_lab"
 # cannot run models of transformers.
 EXCEPTIONS = {
     "makes batches of conversations, on the host": """
-        chats.collate chats.describe chats.fill_rows chats.one_row chats.pack
+        chats.collate chats.describe chats.encode chats.encode_all chats.encode_answers
+        chats.encode_rows chats.fill_rows chats.one_row chats.pack chats.rows_with_labels
+        chats.seen_tokens chats.token_chunks chats.token_counts
         training.BatchOrder.micro_batches training.Run.advance training.Run.backward
         training.Run.blocks
         rates.whole_block_anchors
@@ -45,8 +47,10 @@ EXCEPTIONS = {
         tuning.supervision tuning.supervision_table tuning.token_coverage
         tuning.token_supervision
     """,
+    "reads masks and outputs on the host": "attention.check_forward attention.check_mask",
     "makes a table or a picture": """
-        explore.block_table explore.explore_training_budget explore.mask_and_tiles
+        explore.block_table explore.explore_anchors explore.explore_masks
+        explore.explore_training_budget explore.mask_and_tiles
         explore.mask_table explore.plot_mask explore.plot_tiles explore.slot_inputs
         explore.sorting_table explore.tile_table explore.token_table
     """,

@@ -1,5 +1,7 @@
 from .backends import Backend, MaskForm, attend, block_attention, choose_backend, mask_form
 from .compiled import Compiled
+from .findings import Finding, Findings
+from .forward_check import check_forward
 from .mask import (
     ContextRanges,
     View,
@@ -11,16 +13,23 @@ from .mask import (
     training_dense_mask,
     training_mask_mod,
 )
+from .mask_check import check_mask
+from .mask_view import Variant
 
 __all__ = [
     "Backend",
     "Compiled",
     "ContextRanges",
+    "Finding",
+    "Findings",
     "MaskForm",
+    "Variant",
     "View",
     "attend",
     "block_attention",
     "block_mask",
+    "check_forward",
+    "check_mask",
     "choose_backend",
     "context_ranges",
     "dense_mask",

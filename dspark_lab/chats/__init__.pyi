@@ -1,8 +1,12 @@
 from .chat import Chat, Encoded
+from .compare import compare_masks
 from .display import TokenText, token_texts
 from .reading import SHIPPED_CHATS, Chats, Skipped, load_chats
 from .rows import Batch, collate, describe, fill_rows, one_row, pack, packed_places, packed_rows
-from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, load_tokenizer
+from .store import EncodedChats, encode_all
+from .stream import rows_with_labels, seen_tokens, token_chunks, token_counts
+from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, encode_rows, load_tokenizer
+from .trainers import LIKE, Like, trainer_rows
 
 __all__ = [
     "SHIPPED_CHATS",
@@ -11,18 +15,29 @@ __all__ = [
     "Chat",
     "Chats",
     "Encoded",
+    "EncodedChats",
+    "LIKE",
+    "Like",
     "Skipped",
     "TokenText",
     "collate",
+    "compare_masks",
     "describe",
     "encode",
+    "encode_all",
     "encode_answers",
     "fill_rows",
+    "encode_rows",
     "load_chats",
     "load_tokenizer",
     "one_row",
     "pack",
     "packed_places",
     "packed_rows",
+    "rows_with_labels",
+    "seen_tokens",
+    "token_chunks",
+    "token_counts",
     "token_texts",
+    "trainer_rows",
 ]

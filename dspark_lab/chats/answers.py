@@ -315,8 +315,8 @@ def _turn_end(
     that are not; or there is no marker at all.
     """
     text, rest = written.text, len(written.messages) - answer - 1
-    words = written.words_end(answer)
-    words = start if words is None else max(start, words)
+    found = written.words_end(answer)
+    words = start if found is None else max(start, found)
     if not rest:
         return max(words, len(text.rstrip())), False
     around, closing, left_out = written.around(answer, answer + 1), "", False
@@ -332,6 +332,12 @@ def _turn_end(
     for header in _headers(written, written.messages[answer + 1]["role"]):
         if between.endswith(header):
             return words + len(between.removesuffix(header).rstrip()), left_out
+    if found is None and between.strip():
+        # Such as a call of a tool, which no placeholder stands for.
+        shared = _overlap(own.rstrip(), text[start:])
+        if not shared:
+            raise ValueError(f"where messages[{answer}] ends in the template's text cannot be told")
+        return start + shared, True
     return words + _first_marker(between, written.template.tokenizer), left_out
 
 
@@ -449,6 +455,12 @@ def _common(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _overlap(one: str, other: str) -> int:
+    """The length of the longest end of one text that the other begins with."""
+    lengths = range(min(len(one), len(other)), 0, -1)
+    return next((length for length in lengths if other.startswith(one[-length:])), 0)
 
 
 def _rewritten(answer: int) -> ValueError:

@@ -91,14 +91,14 @@ def _reader(tokenizer: Any) -> Callable[[int], bytes]:
     spelled = _byte_alphabet()
 
     def read(token: int) -> bytes:
-        if token in added:
-            return added[token].encode("utf-8")
-        piece = tokenizer.convert_ids_to_tokens(token) if state else None
+        piece = added.get(token) or (tokenizer.convert_ids_to_tokens(token) if state else None)
         if isinstance(piece, str):
-            if "ByteLevel" in state and spelled.keys() >= set(piece):
-                return bytes(spelled[character] for character in piece)
             if "ByteFallback" in state and (found := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
                 return bytes.fromhex(found[1])
+            if token in added:
+                return piece.encode("utf-8")
+            if "ByteLevel" in state and spelled.keys() >= set(piece):
+                return bytes(spelled[character] for character in piece)
             if "▁" in state:
                 return piece.replace("▁", " ").encode("utf-8")
         return str(tokenizer.decode([token])).encode("utf-8")

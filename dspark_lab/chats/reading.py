@@ -33,7 +33,8 @@ _OTHER_KINDS = {
     b"\x80": "a pickle, which is not read: it may run code",
 }
 
-# Where a row is ("line 3", "row 3"), and what it holds or why that cannot be read.
+# Where a row is ("line 3", "row 3"), and what it holds, a line of JSON or a value, or why that
+# cannot be read.
 Row = tuple[str, Any]
 
 
@@ -45,6 +46,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
+@checked
 class Chats(list[Chat | Encoded]):
     """Conversations of a file; ``skipped`` are the rows that could not be read."""
 
@@ -77,7 +79,8 @@ def load_chats(
       ``{"from", "value"}``. ``content`` is a string, or a list of ``{"type": "text", "text": ...}``
       parts, which are joined. What else a message has (``reasoning_content``, ``tool_calls``) is
       for the chat template, and refused on encoding where that does not write it.
-    - ``prompt`` and ``completion`` or ``response``: texts or lists of messages.
+    - ``prompt`` and ``completion`` or ``response``: texts or lists of messages. The loss leaves out
+      answers in a prompt.
     - ``instruction``, ``input``, ``output``, ``history``.
     - ``turns``, or ``prompt`` alone: a prompt, which has no answer.
     - ``input_ids`` with ``loss_mask`` (or ``labels``): a trainer's own row, an :class:`Encoded`,
@@ -119,15 +122,46 @@ def load_chats(
 def read_chats(path: Path) -> Iterator[tuple[str, Chat | Encoded | ValueError]]:
     """Each row of a file in turn: where it is, and its conversation or why there is none."""
     for place, record in _read_rows(path):
+        yield place, _chat_of(record, path, place)
+
+
+def raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each row of a file in turn: where it is, and what :func:`read_raw` reads it from.
+
+    Lines of JSON are handed on as they are: whoever reads them may be another process.
+    """
+    for place, record in _read_rows(path):
         if isinstance(record, ValueError):
-            yield place, record
-            continue
-        try:
-            chat = read_record(record, f"{path.stem}:{place.split()[1]}")
-        except ValueError as error:
-            yield place, error
+            yield place, b"!" + str(record).encode()
         else:
-            yield place, chat
+            raw = record if isinstance(record, bytes) else json.dumps(record, default=str).encode()
+            yield place, raw
+
+
+def read_raw(raw: bytes, path: Path, place: str) -> Chat | Encoded | ValueError:
+    """The conversation of a row of :func:`raw_rows`, or why there is none."""
+    # No JSON begins so.
+    return ValueError(raw[1:].decode()) if raw[:1] == b"!" else _chat_of(raw, path, place)
+
+
+def _chat_of(record: Any, path: Path, place: str) -> Chat | Encoded | ValueError:
+    try:
+        if isinstance(record, ValueError):
+            return record
+        if isinstance(record, bytes):
+            record = _parsed(record)
+        return read_record(record, f"{path.stem}:{place.split()[1]}")
+    except ValueError as error:
+        return error
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
 
 
 def _read_rows(path: Path) -> Iterator[Row]:
@@ -175,13 +209,7 @@ def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
         if blank is not None:
             yield f"line {blank}", ValueError("blank line, which only the end of a file may have")
             blank = None
-        try:
-            yield f"line {number}", json.loads(line.removesuffix(b"\n").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            reason = f"not valid UTF-8: {error.reason} at byte {error.start}"
-            yield f"line {number}", ValueError(reason)
-        except (ValueError, RecursionError) as error:
-            yield f"line {number}", ValueError(f"not valid JSON: {error}")
+        yield f"line {number}", line.removesuffix(b"\n")
 
 
 def _array_rows(path: Path, text: bytes) -> Iterator[Row]:

@@ -150,6 +150,8 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
             raise ValueError("has both 'completion' and 'response', only one is allowed")
         turns = _said("prompt", record["prompt"], "user")
         for key in answers:
+            # The loss sees the completion alone.
+            turns = [(message, keep and not _answers(message)) for message, keep in turns]
             turns += _said(key, record[key], "assistant")
         return turns, {"prompt", *answers}
     if record.get("instruction") is not None:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.chats.chat import Encoded
+from dspark_lab.chats.stream import token_counts
 from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
 from dspark_lab.files import upload
 
@@ -102,7 +103,7 @@ def collate(encoded: Conversations, pad_token_id: Size, length: Count | None = N
 
     A tokenizer without a pad token can pad with its eos token.
     """
-    length = max(len(item) for item in encoded) if length is None else length
+    length = int(token_counts(encoded).max()) if length is None else length
     _check_lengths(encoded, length)
     return _fill([[index] for index in range(len(encoded))], encoded, pad_token_id, length)
 
@@ -115,7 +116,7 @@ def pack(encoded: Conversations, length: Count, pad_token_id: Size) -> Batch:
     row with room.
     """
     _check_lengths(encoded, length)
-    rows = packed_rows(np.array([len(item) for item in encoded]), length)
+    rows = packed_rows(token_counts(encoded), length)
     return _fill(rows, encoded, pad_token_id, length)
 
 
@@ -227,10 +228,10 @@ def packed_rows(lengths: Int[np.ndarray, " document"], row_length: Count) -> lis
 
 
 def _check_lengths(encoded: Sequence[Encoded], length: int) -> None:
-    for item in encoded:
-        if len(item) > length:
-            got = f"conversation {item.id!r} has {len(item)} tokens, more than length {length}"
-            raise ValueError(f"{got}; truncate it with encode(..., max_length={length})")
+    for index in np.flatnonzero(token_counts(encoded) > length)[:1]:
+        item = encoded[int(index)]
+        got = f"conversation {item.id!r} has {len(item)} tokens, more than length {length}"
+        raise ValueError(f"{got}; truncate it with encode(..., max_length={length})")
 
 
 def _fill(

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 
 from dspark_lab.chats.answers import Rendered, render
 from dspark_lab.chats.chat import Chat, Encoded
+from dspark_lab.chats.plans import tokenize
+from dspark_lab.chats.trainers import Like, trainer_rows
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import DATA
 
@@ -43,16 +45,43 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
     return tokenizer
 
 
+@overload
+def encode(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    *,
+    like: Literal["speculators"],
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[Encoded]: ...
+
+
+@overload
+def encode(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    *,
+    like: Literal["automodel", "deepspec", "specforge"] | None = None,
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+) -> Encoded: ...
+
+
 @checked
 def encode(
     chat: Chat | Encoded,
     tokenizer: Tokenizer,
     max_length: Count | None = None,
     *,
+    like: Like | None = None,
     markers: bool = False,
     last_answer_only: bool = False,
     template_options: Mapping[str, Any] | None = None,
-) -> Encoded:
+) -> Encoded | list[Encoded]:
     """Tokenize a conversation and mark which tokens are supervised: those that the model generates.
 
     ``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``, the first
@@ -72,18 +101,23 @@ def encode(
     :func:`encode_answers` gives each answer as it was generated.
 
     Args:
+        like: give the row that another trainer makes of the conversation, tokens and mask
+            (:mod:`dspark_lab.chats.trainers`), and refuse what it refuses. ``"speculators"`` makes
+            a list of rows, one for each answer. DeepSpec and SpecForge look for the markers of a
+            family of chat templates, which is told by what the template writes; one of another
+            family is refused. No trainer reads ``chat.supervised`` or ``chat.finished``.
         markers: supervise what the template's ``{% generation %}`` markers enclose instead.
         last_answer_only: supervise only the last answer.
         template_options: such as ``{"enable_thinking": False}``; the template must read them.
     """
-    encoded = encode_quietly(
-        chat,
-        tokenizer,
-        max_length,
-        markers=markers,
-        last_answer_only=last_answer_only,
-        template_options=template_options,
-    )
+    options: dict[str, Any] = {"last_answer_only": last_answer_only}
+    options["template_options"] = template_options
+    if like is not None:
+        if markers:
+            raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
+        rows = encode_rows(chat, tokenizer, max_length, like=like, **options)
+        return rows if like == "speculators" else rows[0]
+    encoded = encode_quietly(chat, tokenizer, max_length, markers=markers, **options)
     if encoded.left_out and isinstance(chat, Chat):
         warnings.warn(LEFT_OUT, stacklevel=3)
     return encoded
@@ -122,7 +156,27 @@ def encode_answers(
             )
     if not answers:
         raise ValueError(f"conversation {chat.id!r} holds no answer of the assistant")
+    if any(row.left_out for row in rows):
+        warnings.warn(
+            "the chat template leaves out a part of answers, wherever they stand", stacklevel=3
+        )
     return rows
+
+
+def encode_rows(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    *,
+    like: Like | None = None,
+    **options: Any,
+) -> list[Encoded]:
+    """What :func:`encode` gives, as a list in any case, and without its warning."""
+    if like is None or isinstance(chat, Encoded):
+        return [encode_quietly(chat, tokenizer, max_length, **options)]
+    check_tokenizer(tokenizer)
+    rows = trainer_rows(chat, tokenizer, like, max_length, **options)
+    return [Encoded(ids, mask, chat) for ids, mask in rows]
 
 
 def encode_quietly(
@@ -137,18 +191,24 @@ def encode_quietly(
     return encoded_row(rendered, encoding, chat, max_length)
 
 
-def tokenize(texts: list[str], tokenizer: Tokenizer) -> Sequence[Encoding]:
-    """The tokens of each text with their offsets; special tokens are those in the text."""
-    done: Any = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return done.encodings
-
-
 def encoded_row(
     rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
 ) -> Encoded:
     """The row of a rendered conversation from its text's tokens."""
+    ids, mask, differences = row_arrays(rendered, encoding, chat, max_length)
+    return Encoded(
+        torch.tensor(ids, dtype=torch.long),
+        torch.from_numpy(mask),
+        chat,
+        left_out=rendered.left_out,
+        marker_differences=differences,
+    )
+
+
+def row_arrays(
+    rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
+) -> tuple[list[int], np.ndarray, int]:
+    """Token ids, mask and ``marker_differences`` of :func:`encoded_row`."""
     ids, mask = mask_tokens(rendered, encoding)
     if not ids:
         what = "the chat template and the tokenizer give no tokens"
@@ -158,13 +218,7 @@ def encoded_row(
     if rendered.others is not None:
         others = mask_tokens(replace(rendered, spans=rendered.others), encoding)[1]
         differences = int((mask != others)[kept].sum())
-    return Encoded(
-        torch.tensor(ids[kept], dtype=torch.long),
-        torch.from_numpy(mask[kept]),
-        chat,
-        left_out=rendered.left_out,
-        marker_differences=differences,
-    )
+    return ids[kept], mask[kept], differences
 
 
 def cut(encoded: Encoded, max_length: int | None) -> Encoded:
@@ -192,7 +246,7 @@ def mask_tokens(rendered: Rendered, encoding: Encoding) -> tuple[list[int], np.n
             start = starts[border] + len(written) - len(written.lstrip())
             end = start + len(written.strip())
             inside = first <= start and end <= last
-            mask[border] |= inside and encoding.tokens[border] == written.strip()
+            mask[border] |= inside and encoding.tokens[border].strip() == written.strip()
     return ids, mask
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -17,8 +17,10 @@ from dspark_lab.chats import (
     Batch,
     Chat,
     Encoded,
+    EncodedChats,
+    Like,
     TokenText,
-    encode,
+    encode_rows,
     load_chats,
     load_tokenizer,
     one_row,
@@ -216,25 +218,37 @@ def explore_anchors(
     conversation: int = 0,
     packed: bool = False,
     row_length: int = 1024,
+    like: Like | None = None,
 ) -> Explorer:
     """Which tokens of a conversation are anchors, covered, or never a label.
 
-    The tables are ``tokens`` and ``blocks``.
+    The tables are ``tokens``, ``blocks``, and ``own``: the tokens under the lab's own mask, which
+    is shown beside the mask of another trainer where the conversation is known.
 
     Args:
-        chats: conversations, or a JSONL file of them; the shipped ones where None.
+        chats: conversations, encoded or not, or a file of them; the shipped ones where None.
         tokenizer: a tokenizer, its name or folder; the shipped one where None.
+        like: encode the conversations as another trainer does, see :func:`dspark_lab.encode`. From
+            the same seed, its run draws the anchors that are shown. ``conversation`` counts rows.
         num_anchors, block_size, seed, conversation, packed, row_length: where the controls start.
             Packed, as many conversations share a row as fit, the chosen one first in line.
     """
-    rows = ConversationRows(chats, tokenizer)
+    rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
-        batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length)
-        blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
-        tokens = token_table(batch, blocks, rows.to_text)
+        def shown(batch: Batch) -> tuple[Blocks, pd.DataFrame]:
+            blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
+            return blocks, token_table(batch, blocks, rows.to_text)
+
+        blocks, tokens = shown(rows.row(chosen.conversation, chosen.packed, chosen.row_length))
         tables = {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)}
-        return Frame(tables, html=token_legend(tokens) + token_text(tokens))
+        html = token_legend(tokens) + token_text(tokens)
+        own = None if chosen.packed else rows.own_row(chosen.conversation)
+        if own is not None:
+            tables["own"] = shown(own)[1]
+            html += "<p>The lab's own mask: what the model itself generates.</p>"
+            html += token_legend(tables["own"]) + token_text(tables["own"])
+        return Frame(tables, html=html)
 
     controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
     return Explorer("explore_anchors", controls, draw)
@@ -243,13 +257,52 @@ def explore_anchors(
 class ConversationRows:
     """Conversations as rows of tokens, encoded when they are first asked for."""
 
-    def __init__(self, chats: Any, tokenizer: Any) -> None:
-        self.chats = loaded_chats(chats)
+    def __init__(self, chats: Any, tokenizer: Any, like: Like | None = None) -> None:
+        self.chats, self._like = loaded_chats(chats), like
+        # Of each row its conversation, and which of that conversation's rows it is.
+        self._rows: Sequence[tuple[int, int]] | None = None
+        if like == "speculators" and not isinstance(self.chats, EncodedChats):
+            self._rows = [
+                (index, row)
+                for index, chat in enumerate(self.chats)
+                for row in range(_rows_of(chat))
+            ]
+        if not len(self):
+            raise ValueError("chats must hold an answer that speculators makes a row of, got none")
         tokenizer = loaded_tokenizer(tokenizer)
         pad_token_id = tokenizer.pad_token_id
         self.pad_token_id = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
         self.to_text = TokenText(tokenizer)
-        self._encoded = cache(lambda index: encode(self.chats[index], tokenizer))
+        self._tokenizer = tokenizer
+        self._encoded = lru_cache(maxsize=256)(self._encode)
+
+    def __len__(self) -> int:
+        return len(self.chats if self._rows is None else self._rows)
+
+    def _encode(self, index: int) -> Encoded:
+        number, row = (index, 0) if self._rows is None else self._rows[index]
+        rows = encode_rows(self.chats[number], self._tokenizer, like=self._like)
+        if row >= len(rows):
+            raise ValueError(f"Of this answer {self._like} makes no row. Choose another.")
+        return rows[row]
+
+    def own_row(self, index: int) -> Batch | None:
+        """The lab's own row beside one of another trainer, where it is known and not refused."""
+        number, row = (index, 0) if self._rows is None else self._rows[index]
+        item = self.chats[number]
+        chat = item.chat if isinstance(item, Encoded) else item if self._like else None
+        if chat is None:
+            return None
+        try:
+            if self._rows is None or isinstance(item, Encoded):
+                own = encode_rows(chat, self._tokenizer)[0]
+            else:
+                answers = [answer for answer in chat.answers if answer]
+                part = chat.up_to(answers[row])
+                own = encode_rows(part, self._tokenizer, last_answer_only=True)[0]
+        except ValueError:
+            return None
+        return one_row([own], len(own), self.pad_token_id)
 
     def controls(
         self,
@@ -261,7 +314,7 @@ class ConversationRows:
         seed: int,
     ) -> list[Any]:
         """The controls of a row and of a draw of blocks on it."""
-        last = len(self.chats) - 1
+        last = len(self) - 1
         require("conversation", conversation, Annotated[int, Within(0, last)])
         return [
             slider("conversation", conversation, 0, last),
@@ -281,13 +334,18 @@ class ConversationRows:
         if length > row_length:
             what = f"Conversation {index} has {length} tokens and does not fit into a row of"
             raise ValueError(f"{what} {row_length}. Choose a longer row.")
-        for later in range(index + 1, len(self.chats)):
+        for later in range(index + 1, len(self)):
             following = _around_answer(self._encoded(later), context)
             length += len(following)
             if length > row_length:
                 break
             chosen.append(following)
         return one_row(chosen, row_length, self.pad_token_id)
+
+
+def _rows_of(item: Chat | Encoded) -> int:
+    """How many rows speculators makes of a conversation: one for each answer but an opening one."""
+    return 1 if isinstance(item, Encoded) else sum(answer > 0 for answer in item.answers)
 
 
 def loaded_chats(chats: Any) -> Any:

@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab import tuning
 from dspark_lab.blocks import PER, Per
-from dspark_lab.chats import Chat, Encoded, encode
+from dspark_lab.chats import Chat, Encoded, EncodedChats, Like, encode_rows
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
@@ -359,7 +359,7 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-_Chats = str | os.PathLike[str] | Sequence[Chat] | Sequence[Encoded]
+_Chats = str | os.PathLike[str] | Sequence[Chat | Encoded]
 
 
 @checked
@@ -386,11 +386,13 @@ def explore_training_budget(
     supervised: Share = 1.0,
     vocabulary: Count | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
+    like: Like | None = None,
 ) -> explorer.Explorer:
     """Coverage, gain, cost and memory of a training step on these conversations.
 
     Args:
-        chats, tokenizer: as in :func:`explore_anchors`; conversations may be encoded already.
+        chats, tokenizer, like: as in :func:`explore_anchors`. Of many conversations, give what
+            :func:`dspark_lab.encode_all` made of them.
         model: a shape, or what :meth:`dspark_lab.tuning.Shape.of` makes one of.
         num_anchors, block_size, seq_len, packed, per, batch_size, export: where the controls start;
             ``export`` at "json" or one of :data:`~dspark_lab.tuning.TRAINERS`.
@@ -430,9 +432,12 @@ def explore_training_budget(
         explorer.dropdown("export", export, ("json", *tuning.TRAINERS)),
     ]
     loaded = loaded_chats(chats)
-    if not all(isinstance(chat, Encoded) for chat in loaded):
+    known = isinstance(loaded, EncodedChats) or all(isinstance(c, Encoded) for c in loaded)
+    if not known:
         tokenizer = loaded_tokenizer(tokenizer)
-    encoded = [chat if isinstance(chat, Encoded) else encode(chat, tokenizer) for chat in loaded]
+    encoded: Sequence[Encoded] = loaded
+    if not isinstance(loaded, EncodedChats):
+        encoded = [row for chat in loaded for row in encode_rows(chat, tokenizer, like=like)]
 
     @lru_cache(maxsize=8)
     def spans_of(seq_len: int, packed: bool, batch_size: int) -> Spans:

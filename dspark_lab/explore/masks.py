@@ -22,7 +22,7 @@ from torch.nn.functional import avg_pool2d
 
 from dspark_lab.attention import ContextRanges, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, draw_blocks
-from dspark_lab.chats import Chat, Encoded, token_texts
+from dspark_lab.chats import Chat, Encoded, Like, token_texts
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table
@@ -268,6 +268,7 @@ def explore_masks(
     packed: bool = False,
     row_length: int = 512,
     context: int = 512,
+    like: Like | None = None,
 ) -> Explorer:
     """The mask of each block of a conversation, pair by pair and tile by tile.
 
@@ -275,7 +276,7 @@ def explore_masks(
     the mask is drawn cell by cell. All other arguments are as in :func:`explore_anchors`, and the
     tables ``mask``, ``tiles`` and ``blocks``.
     """
-    rows = ConversationRows(chats, tokenizer)
+    rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
         batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length, chosen.context)

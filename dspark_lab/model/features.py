@@ -12,16 +12,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from dspark_lab.chats import Batch, Encoded, collate
+from dspark_lab.chats import Batch, Encoded, collate, token_counts
 from dspark_lab.checks import checked
 from dspark_lab.files import upload, written_whole
 from dspark_lab.model.protocol import Features
@@ -62,9 +63,9 @@ def cached_features(
     weights = {name: p.double().sum().item() for name, p in target.model.named_parameters()}
     settings = [_checksum(str(target.dtype), weights), list(layer_ids), str(stored)]
     # Conversations of similar length go together, so that little is padding.
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    order = np.argsort(token_counts(encoded), kind="stable").tolist()
     groups = [order[i : i + _PER_FILE] for i in range(0, len(order), _PER_FILE)]
-    places: dict[int, tuple[Any, int]] = {}
+    places: dict[int, tuple[Path, int]] = {}
     for group in tqdm(groups, desc="features", disable=not progress):
         some = [encoded[index] for index in group]
         name = _checksum(settings, [item.input_ids.tolist() for item in some])
@@ -78,8 +79,9 @@ def cached_features(
                     tensors[f"{number}.{part}"] = state.to("cpu", stored).contiguous()
             with written_whole(path) as partial_file:
                 save_file(tensors, partial_file)
-        file = safe_open(path, framework="pt", device="cpu")
-        places |= {index: (file, number) for number, index in enumerate(group)}
+        places |= {index: (path, number) for number, index in enumerate(group)}
+    # A file of each group would be more than a process may hold open.
+    opened = lru_cache(maxsize=128)(partial(safe_open, framework="pt", device="cpu"))
 
     def source(batch: Batch) -> Features:
         rows, hidden = batch.input_ids.shape, target.hidden_size
@@ -90,7 +92,8 @@ def cached_features(
             for index, length in documents:
                 if index not in places:
                     raise ValueError(f"batch must be of stored conversations, got index {index}")
-                file, number = places[index]
+                path, number = places[index]
+                file: Any = opened(path)
                 tokens = slice(start, start + length)
                 context[row, tokens] = file.get_tensor(f"{number}.context")
                 last[row, tokens] = file.get_tensor(f"{number}.last")

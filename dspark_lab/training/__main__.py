@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dspark_lab.chats import load_chats
+from dspark_lab.chats import Like, load_chats
 from dspark_lab.model import MarkovKind, load_drafter, load_target
 from dspark_lab.training.config import TrainConfig
 from dspark_lab.training.loop import encode_chats, train
@@ -48,6 +48,7 @@ class Options:
         markov_head: kind of the Markov head.
         layer_ids: layers of the target to read, such as 1,8,15; by default spread evenly.
         mask_token: by default the tokenizer's, or the last token that no conversation has.
+        like: supervise what this trainer does with the conversations, its rows and its mask.
     """
 
     out: Path
@@ -69,6 +70,7 @@ class Options:
     markov_head: MarkovKind = "vanilla"
     layer_ids: str | None = None
     mask_token: str | None = None
+    like: Like | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,7 +99,7 @@ def _train(options: Options, parallel: Parallel) -> History:
     held_out = load_chats(options.held_out) if options.held_out else []
     dtype = getattr(torch, options.target_dtype)
     target = load_target(options.target, device=options.device, dtype=dtype)
-    chats = encode_chats(texts, target, config.max_length)
+    chats = encode_chats(texts, target, config.max_length, options.like)
     torch.manual_seed(config.seed)
     if options.drafter:
         drafter = load_drafter(options.drafter, target=target, dtype=torch.float32)

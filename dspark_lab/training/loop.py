@@ -30,7 +30,17 @@ from tqdm import tqdm
 
 from dspark_lab.attention import Compiled, choose_backend
 from dspark_lab.blocks import Blocks, cut_blocks, draw_anchors, draw_blocks
-from dspark_lab.chats import Batch, Chat, Encoded, collate, encode
+from dspark_lab.chats import (
+    Batch,
+    Chat,
+    Encoded,
+    EncodedChats,
+    Like,
+    collate,
+    encode_rows,
+    rows_with_labels,
+    seen_tokens,
+)
 from dspark_lab.checks import checked
 from dspark_lab.files import read_json, upload
 from dspark_lab.model import (
@@ -70,6 +80,7 @@ def train(
     resume: bool = True,
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    like: Like | None = None,
 ) -> History:
     """Train ``drafter`` in place, on the target's device, in fp32 at least.
 
@@ -80,7 +91,8 @@ def train(
 
     Args:
         drafter: with "fsdp2" it is left in shards; the last checkpoint holds it whole.
-        chats: conversations, encoded already or with the target's tokenizer here.
+        chats: conversations, encoded already (:func:`dspark_lab.encode_all` for many) or with the
+            target's tokenizer here.
         out: a folder, made where it does not exist; all processes must see it.
         features: ask the target for every batch, or read them from ``cache``, by default
             ``out/features``, where they lie in bfloat16 unless the target is float64.
@@ -90,6 +102,8 @@ def train(
             warning. It changes results by rounding. On CUDA attention is compiled in any case.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
         progress: show a bar, and say how many conversations have no label.
+        like: supervise what another trainer does, see :func:`dspark_lab.encode`; evaluations are on
+            the lab's own mask in any case.
         on_metrics: called with each new line of the metrics, in the main process.
 
     Raises:
@@ -99,11 +113,11 @@ def train(
         OSError: ``out`` cannot be written or the disk is full; earlier checkpoints are intact.
     """
     out = Path(out)
-    tokens = encode_chats(chats, target, config.max_length)
+    tokens = encode_chats(chats, target, config.max_length, like)
     others = encode_chats(held_out, target, config.max_length)
     _require_use(tokens, others, config, drafter.config.predicted)
     processes = Processes(parallel)
-    unlabelled = sum(not item.has_label for item in tokens)
+    unlabelled = int((~rows_with_labels(tokens)).sum())
     if unlabelled and progress and processes.main:
         tqdm.write(f"{unlabelled} of {len(tokens)} conversations have no label", sys.stderr)
     drafter.to(target.device, at_least_fp32(drafter.dtype))
@@ -145,17 +159,17 @@ def train(
     return History(out, rows, run.step < config.steps, unlabelled)
 
 
-def encode_chats(chats: Sequence[Chat | Encoded], target: Target, max_length: int) -> list[Encoded]:
-    """The first ``max_length`` tokens of each conversation."""
-    encoded = []
+def encode_chats(
+    chats: Sequence[Chat | Encoded], target: Target, max_length: int, like: Like | None = None
+) -> Sequence[Encoded]:
+    """The first ``max_length`` tokens of each conversation, or of each row that ``like`` makes."""
+    if isinstance(chats, EncodedChats):
+        return chats.cut(max_length)
+    encoded: list[Encoded] = []
     for chat in chats:
-        if isinstance(chat, Encoded):
-            ids, mask = chat.input_ids[:max_length], chat.loss_mask[:max_length]
-            encoded.append(replace(chat, input_ids=ids, loss_mask=mask))
-        elif target.tokenizer is None:
+        if isinstance(chat, Chat) and target.tokenizer is None:
             raise ValueError("the target has no tokenizer: pass encoded conversations")
-        else:
-            encoded.append(encode(chat, target.tokenizer, max_length))
+        encoded += encode_rows(chat, target.tokenizer, max_length, like=like)
     return encoded
 
 
@@ -168,7 +182,7 @@ def _require_use(
         kind = "conversations" if config.pack_length is None else "packed rows"
         most = f"at most the number of {kind}, {rows}"
         raise ValueError(f"batch_size must be {most}, got {config.batch_size}")
-    if not any(item.has_label for item in tokens):
+    if not rows_with_labels(tokens).any():
         raise ValueError(
             "chats must hold something to learn, two supervised tokens in a row within max_length "
             f"{config.max_length}, got none in {len(tokens)} conversations"
@@ -205,7 +219,7 @@ class Forward(nn.Module):
             raise ValueError(f"{wanted}, got 'seen'")
         seen = torch.arange(vocab_size)
         if config.vocabulary == "seen":
-            seen = torch.cat([item.input_ids for item in tokens]).unique()
+            seen = seen_tokens(tokens, vocab_size).nonzero().flatten()
         place = torch.zeros(vocab_size, dtype=torch.long)
         place[seen] = torch.arange(len(seen))
         self.seen, self.place = seen.to(drafter.device), place.to(drafter.device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from dspark_lab.chats import Batch, Encoded, collate, fill_rows, packed_rows
+from dspark_lab.chats import Batch, Encoded, collate, fill_rows, packed_rows, token_counts
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.training.config import TrainConfig
 
@@ -32,7 +32,7 @@ class BatchOrder:
 
     def __post_init__(self) -> None:
         length = self.config.pack_length
-        self.lengths = np.array([len(item) for item in self.tokens])
+        self.lengths = token_counts(self.tokens)
         self.rows = [[index] for index in range(len(self.tokens))]
         if length is not None:
             self.rows = packed_rows(self.lengths, length)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dspark_lab.chats import Encoded
+from dspark_lab.chats import Encoded, seen_tokens
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target, read_scaling
 
@@ -110,8 +110,7 @@ def mask_token_id(name: str | None, target: Target, chats: Sequence[Encoded]) ->
     own = getattr(target.tokenizer, "mask_token_id", None)
     if own is not None:
         return own
-    unused = set(range(target.vocab_size))
-    unused -= set(torch.cat([item.input_ids for item in chats]).tolist())
-    if not unused:
+    unused = (~seen_tokens(chats, target.vocab_size)).nonzero()
+    if not len(unused):
         raise ValueError("the conversations contain every token: mask_token must name one")
-    return max(unused)
+    return int(unused[-1])

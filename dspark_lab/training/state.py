@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark_lab import files
-from dspark_lab.chats import Encoded
+from dspark_lab.chats import Encoded, token_chunks
 from dspark_lab.checks import checked
 from dspark_lab.model import Drafter, save_drafter
 
@@ -155,10 +156,13 @@ def require_same(folder: Path, given: Mapping[str, Any], saved: Mapping[str, Any
 def digest(tokens: Sequence[Encoded]) -> str:
     """A checksum of conversations."""
     sha = hashlib.sha256()
-    for item in tokens:
-        sha.update(len(item).to_bytes(8, "little"))
-        sha.update(item.input_ids.numpy().tobytes())
-        sha.update(item.loss_mask.numpy().tobytes())
+    for chunk in token_chunks(tokens):
+        ids, start = chunk.input_ids.astype(np.int64, copy=False), 0
+        for length in chunk.lengths.tolist():
+            sha.update(length.to_bytes(8, "little"))
+            sha.update(ids[start : start + length].tobytes())
+            sha.update(chunk.loss_mask[start : start + length].tobytes())
+            start += length
     return sha.hexdigest()[:32]
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Layout, Per
-from dspark_lab.chats import Batch, Encoded
+from dspark_lab.chats import Batch, Encoded, token_counts
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
 from dspark_lab.training import row_groups
@@ -318,7 +318,7 @@ def _rows(
         return {int(spans.row_tokens.max()): spans}
     return {
         length: Spans.of(data, seq_len=length, row_length=length if packed else None)
-        for length in seq_lens or [max(map(len, data))]
+        for length in seq_lens or [int(token_counts(data).max())]
     }
 
 

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int, Shaped
-from torch import Tensor
 
 from dspark_lab.blocks import Per
-from dspark_lab.chats import Batch, Encoded, packed_places
+from dspark_lab.chats import Batch, Encoded, packed_places, token_chunks, token_counts
 from dspark_lab.checks import Count, Size, checked
 
 
@@ -56,10 +54,10 @@ class Spans:
                 kind = "spans have their" if isinstance(data, Spans) else "a batch has its"
                 raise ValueError(f"{kind} rows already: neither seq_len nor row_length")
             return data if isinstance(data, Spans) else cls._of_batch(data)
-        encoded = [data] if isinstance(data, Encoded) else list(data)
-        if not encoded:
+        encoded = [data] if isinstance(data, Encoded) else data
+        if not len(encoded):
             raise ValueError("data must hold at least one conversation, got none")
-        tokens = np.array([item.loss_mask.numel() for item in encoded], dtype=np.int64)
+        tokens = token_counts(encoded)
         kept = tokens if seq_len is None else np.minimum(tokens, seq_len)
         row, row_tokens = np.arange(len(tokens)), kept
         if row_length is not None:
@@ -70,8 +68,15 @@ class Spans:
                 raise ValueError(f"{has}, more than {wanted}")
             row, _ = packed_places(kept, row_length)
             row_tokens = np.full(row.max() + 1, row_length)
-        mask = torch.cat([item.loss_mask for item in encoded])
-        return cls(*_runs(mask, tokens.cumsum() - tokens), tokens, kept, row, row_tokens)
+        # The masks of all conversations are never in memory at once.
+        found, documents = [], 0
+        for chunk in token_chunks(encoded):
+            starts = chunk.lengths.cumsum() - chunk.lengths
+            document, start, length = _runs(chunk.loss_mask, starts)
+            found.append((document + documents, start, length))
+            documents += len(starts)
+        document, start, length = map(np.concatenate, zip(*found, strict=True))
+        return cls(document, start, length, tokens, kept, row, row_tokens)
 
     @classmethod
     def _of_batch(cls, batch: Batch) -> Spans:
@@ -80,7 +85,7 @@ class Spans:
         row, place = np.nonzero(lengths)
         tokens = lengths[row, place]
         start = (lengths.cumsum(axis=1) - lengths)[row, place]
-        runs = _runs(batch.loss_mask.flatten(), row * seq_len + start)
+        runs = _runs(batch.loss_mask.flatten().cpu().numpy(), row * seq_len + start)
         one = np.zeros(rows, dtype=np.int64)
         return cls(*runs, tokens, tokens, row, np.full(rows, seq_len), one)
 
@@ -189,10 +194,9 @@ def sum_by(
 
 
 def _runs(
-    loss_mask: Bool[Tensor, " token"], starts: Int[np.ndarray, " document"]
+    mask: Bool[np.ndarray, " token"], starts: Int[np.ndarray, " document"]
 ) -> tuple[Int[np.ndarray, " run"], Int[np.ndarray, " run"], Int[np.ndarray, " run"]]:
     """Document, start in it, and length of each run of documents that follow one another."""
-    mask = loss_mask.cpu().numpy()
     edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
     edges = np.concatenate([[0] if mask[0] else [], edges, [len(mask)] if mask[-1] else []])
     # A run ends with its document, though the next one may begin with a supervised token.

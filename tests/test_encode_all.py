@@ -1,0 +1,399 @@
+"""`encode_all`: the rows of `encode`, on disk, whatever interrupts it."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_lab.chats import (
+    Chat,
+    Encoded,
+    encode,
+    encode_all,
+    load_chats,
+    load_tokenizer,
+    rows_with_labels,
+    seen_tokens,
+    token_chunks,
+    token_counts,
+)
+from dspark_lab.chats import store as module
+from dspark_lab.chats.edges import ByteLevel
+from dspark_lab.chats.plans import tokenize
+
+TOKENIZER = load_tokenizer()
+
+
+def talk(*turns: str, id: str = "a", **facts) -> Chat:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return Chat(tuple(messages), id, **facts)
+
+
+def some(count: int) -> list[Chat]:
+    """Conversations of one to three answers, some of them cut off or partly left out."""
+    chats = []
+    for i in range(count):
+        turns = [f"Question {i}, {'é🎉 ' * (i % 3)}part {t}" for t in range(2 * (1 + i % 3))]
+        facts = {"domain": ("math", "code", None)[i % 3], "finished": i % 5 > 0}
+        if i % 4 == 0:
+            facts["supervised"] = [t % 4 != 1 for t in range(len(turns))]
+        chats.append(talk(*turns, id=f"chat {i}", **facts))
+    return chats
+
+
+def write(path: Path, chats: list[Chat]) -> Path:
+    lines = [
+        json.dumps({"id": c.id, "domain": c.domain, "messages": c.messages, "finished": c.finished})
+        for c in chats
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def parts_of_two(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_PART_ITEMS", 2)
+
+
+def quietly(call, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **options)
+
+
+def loop(chats, **options) -> list[Encoded]:
+    rows = []
+    for chat in chats:
+        row = quietly(encode, chat, TOKENIZER, **options)
+        rows += row if isinstance(row, list) else [row]
+    return rows
+
+
+def assert_same(found, expected) -> None:
+    assert len(found) == len(expected)
+    for row, one in zip(found, expected, strict=True):
+        assert row.input_ids.dtype == torch.long and row.loss_mask.dtype == torch.bool
+        assert row.input_ids.equal(one.input_ids) and row.loss_mask.equal(one.loss_mask)
+        assert (row.id, row.domain) == (one.id, one.domain)
+        assert row.left_out == one.left_out
+        assert row.marker_differences == one.marker_differences
+
+
+def made(chats, cache, **options):
+    given = {"cache": cache, "progress": False, "workers": 1} | options
+    return quietly(encode_all, chats, TOKENIZER, **given)
+
+
+OPTIONS = [
+    {},
+    {"max_length": 30},
+    {"last_answer_only": True},
+    {"last_answer_only": True, "max_length": 45},
+    *({"like": like} for like in ("automodel", "deepspec", "specforge", "speculators")),
+    {"like": "speculators", "max_length": 40},
+    {"like": "automodel", "max_length": 33},
+    {"like": "specforge", "last_answer_only": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_row_is_that_of_encode(options, tmp_path, parts_of_two):
+    chats = some(9)
+    expected = loop(chats, **options)
+    assert_same(made(chats, tmp_path, **options), expected)
+    found = made(chats, tmp_path / "other", workers=2, **options)
+    assert_same(found, expected)
+    assert all(row.chat in chats for row in found)
+
+
+def test_a_file_gives_the_rows_of_its_list(tmp_path, parts_of_two):
+    chats = some(7)
+    path = write(tmp_path / "chats.jsonl", chats)
+    rows = made(path, tmp_path / "cache", workers=2)
+    assert_same(rows, loop(load_chats(path)))
+    assert rows[0].chat is None and rows.skipped == []
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert_same(made(packed, tmp_path / "cache"), loop(load_chats(packed)))
+    array = tmp_path / "chats.json"
+    array.write_text(json.dumps([json.loads(line) for line in path.read_text().splitlines()]))
+    assert_same(made(array, tmp_path / "cache"), loop(load_chats(array)))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "chats.parquet")
+    found = made(tmp_path / "chats.parquet", tmp_path / "cache")
+    assert_same(found, loop(load_chats(tmp_path / "chats.parquet")))
+
+
+def test_rows_that_are_encoded_already_pass_through(tmp_path):
+    ids, mask = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+    rows = [Encoded(ids, mask, id="own", domain="d"), talk("Hi", "Yes"), Encoded(ids, mask)]
+    found = made(rows, tmp_path, max_length=2)
+    assert_same(found, loop(rows, max_length=2))
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"id": 3, "input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}) + "\n")
+    assert_same(made(path, tmp_path), loop(load_chats(path)))
+
+
+def test_the_result_is_a_sequence_with_views(tmp_path):
+    chats = some(6)
+    rows, expected = made(chats, tmp_path), loop(chats)
+    assert_same(rows[2:5], expected[2:5])
+    assert_same(rows[::-2], expected[::-2])
+    assert_same([rows[-1]], expected[-1:])
+    with pytest.raises(IndexError):
+        rows[6]
+    assert rows.domains == [row.domain for row in expected]
+    for part, full in ((rows, expected), (rows[1:4], expected[1:4]), (rows[::2], expected[::2])):
+        for length in (None, 1, 12, 10**6):
+            shorter = [encode(row, TOKENIZER, length) for row in full]
+            assert_same(part.cut(length), shorter)
+            assert part.cut(length).lengths.tolist() == [len(row) for row in shorter]
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 60), st.integers(1, 40), st.booleans())
+def test_chunks_hold_all_tokens_in_order(tmp_path_factory, size, length, listed):
+    rows = made(CHUNKED, tmp_path_factory.getbasetemp() / "chunked").cut(length)
+    expected = [encode(row, TOKENIZER, length) for row in loop(CHUNKED)]
+    chunks = list(token_chunks(expected if listed else rows, size))
+    assert [n for chunk in chunks for n in chunk.lengths] == [len(row) for row in expected]
+    for name, column in (("input_ids", "input_ids"), ("loss_mask", "loss_mask")):
+        found = np.concatenate([getattr(chunk, column) for chunk in chunks])
+        assert found.tolist() == torch.cat([getattr(row, name) for row in expected]).tolist()
+    assert all(
+        len(chunk.input_ids) <= size or len(chunk.lengths) == 1 or listed for chunk in chunks
+    )
+    assert rows_with_labels(rows).tolist() == [row.has_label for row in expected]
+    assert token_counts(rows).tolist() == [len(row) for row in expected]
+    held = {token for row in expected for token in row.input_ids.tolist()}
+    assert set(np.flatnonzero(seen_tokens(rows, len(TOKENIZER))).tolist()) == held
+
+
+CHUNKED = some(8)
+
+
+class Stop(Exception):
+    pass
+
+
+def counting(monkeypatch, path, cache):
+    """The rows, and how many conversations the set held before each part that was made."""
+    counts, append = [], module._Set.append
+
+    def counted(self, part, weight):
+        counts.append(self.items)
+        append(self, part, weight)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Set, "append", counted)
+        return made(path, cache), counts
+
+
+def test_an_interrupted_run_goes_on_behind_every_part(tmp_path, monkeypatch, parts_of_two):
+    chats = some(9)
+    path = write(tmp_path / "chats.jsonl", chats)
+    expected = loop(load_chats(path))
+    append = module._Set.append
+    for stop_at in range(5):
+        cache, counts = tmp_path / f"cache {stop_at}", []
+
+        def counted(self, part, weight, stop_at=stop_at, counts=counts):
+            counts.append(self.items)
+            if len(counts) > stop_at:
+                raise Stop
+            append(self, part, weight)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module._Set, "append", counted)
+            with pytest.raises(Stop):
+                made(path, cache)
+        (folder,) = cache.iterdir()
+        whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+        # Parts are torn wherever a kill falls: columns ahead of the journal, half a line in it.
+        (folder / "input_id").write_bytes(whole["input_id"] + b"torn")
+        (folder / "journal.jsonl").write_bytes(whole["journal.jsonl"] + b'{"items": 9, "we')
+        rows, again = counting(monkeypatch, path, cache)
+        assert again[0] == 2 * stop_at, "what was made before is not made again"
+        assert_same(rows, expected)
+
+
+def test_a_column_that_lost_or_changed_bytes_is_made_again(tmp_path, parts_of_two):
+    chats = some(6)
+    expected = loop(chats)
+    made(chats, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for column in module.COLUMNS:
+        data = (folder / column).read_bytes()
+        (folder / column).write_bytes(data[:-1])
+        assert_same(made(chats, tmp_path), expected)
+        assert (folder / column).read_bytes() == data
+        (folder / "done.json").unlink()
+        (folder / column).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        assert_same(made(chats, tmp_path), expected)
+
+
+def test_a_finished_set_is_found_and_not_made_again(tmp_path, monkeypatch):
+    chats = some(3)
+    first = made(chats, tmp_path)
+    monkeypatch.setattr(module, "_make", None)
+    assert_same(made(some(3), tmp_path), list(first))
+
+
+KILLED = """
+import sys, time
+from dspark_lab.chats import encode_all, load_tokenizer, store
+store._PART_ITEMS = 1
+work = store._encoded_part
+def slow(request, **given):
+    time.sleep(0.05)
+    return work(request, **given)
+store._encoded_part = slow
+encode_all(sys.argv[1], load_tokenizer(), cache=sys.argv[2], workers=2, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
+    path = write(tmp_path / "chats.jsonl", some(60))
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", KILLED, str(path), str(cache)]
+    process = subprocess.Popen(command, start_new_session=True)
+    journal = None
+    while journal is None or journal.read_bytes().count(b"\n") < 5:
+        journal = next(cache.glob("*/journal.jsonl"), None) if cache.exists() else None
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = journal.read_bytes().count(b"\n")
+    assert 5 <= done < 60
+    # The lock is free once the last worker has seen its parent go.
+    monkeypatch.setattr(module, "_PART_ITEMS", 1)
+    rows, counts = counting(monkeypatch, path, cache)
+    assert counts[0] >= done
+    assert_same(rows, loop(load_chats(path)))
+
+
+def test_the_fingerprint_knows_every_ingredient(tmp_path):
+    path = write(tmp_path / "chats.jsonl", some(3))
+    folders = set()
+
+    def folder(chats=path, tokenizer=TOKENIZER, **options) -> str:
+        found = quietly(
+            encode_all, chats, tokenizer, cache=tmp_path / "c", progress=False, **options
+        )
+        return found.folder.name
+
+    folders.add(folder())
+    assert folder() in folders
+    same = tmp_path / "elsewhere" / "chats.jsonl"
+    same.parent.mkdir()
+    same.write_bytes(path.read_bytes())
+    assert folder(same) in folders
+    other = load_tokenizer()
+    other.chat_template = other.chat_template.replace("SmolLM", "Nobody")
+    grown = load_tokenizer()
+    grown.add_tokens(["Question"])
+    renamed = tmp_path / "named.jsonl"
+    renamed.write_bytes(path.read_bytes())
+    variants = [
+        {"tokenizer": other},
+        {"tokenizer": grown},
+        {"max_length": 20},
+        {"last_answer_only": True},
+        {"like": "automodel"},
+        {"like": "deepspec"},
+        {"on_error": "skip"},
+        {"chats": renamed},  # ids of rows without one are made of the file's name
+        {"chats": some(3)},
+        {"chats": some(4)},
+        {"chats": [*some(2), talk("Question 2", "x", id="chat 2")]},
+        {"chats": write(tmp_path / "elsewhere" / "chats.jsonl", some(4))},
+    ]
+    for variant in variants:
+        name = folder(**variant)
+        assert name not in folders, variant
+        folders.add(name)
+
+
+def bad_file(tmp_path: Path) -> Path:
+    good = json.dumps({"messages": talk("Hi", "Yes").messages})
+    lines = [good, "{", good, json.dumps({"messages": []}), good]
+    again = json.dumps({"id": "bad:1", "messages": talk("Hi", "Again").messages})
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join([*lines, again]) + "\n")
+    return path
+
+
+def test_the_first_bad_line_stops_the_run_with_its_number(tmp_path):
+    path = bad_file(tmp_path)
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not valid JSON"):
+        made(path, tmp_path)
+    with pytest.raises(ValueError, match="conversation 'x'"):
+        made([talk("Hi", "Yes"), Chat(({"role": "user", "content": "Hi"},), "x")], tmp_path)
+    with pytest.raises(ValueError, match="at least one conversation"):
+        made([], tmp_path)
+    with pytest.raises(FileNotFoundError):
+        made(tmp_path / "none.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="markers"):
+        made(some(1), tmp_path, like="deepspec", markers=True)
+
+
+def test_bad_lines_are_left_out_and_listed(tmp_path, parts_of_two):
+    path = bad_file(tmp_path)
+    rows, listed = made(path, tmp_path, on_error="skip"), load_chats(path, on_error="skip")
+    assert_same(rows, loop(listed))
+    assert [(s.file, s.line) for s in rows.skipped] == [(s.file, s.line) for s in listed.skipped]
+    assert [s.line for s in rows.skipped] == [2, 4, 6] and "id 'bad:1'" in rows.skipped[2].reason
+    assert made(path, tmp_path, on_error="skip").skipped == rows.skipped
+
+
+def test_repeated_ids_are_found_across_parts_and_runs(tmp_path, parts_of_two):
+    chats = [talk("Hi", "Yes", id=f"id {i}") for i in (0, 1, 2, 3, 0)]
+    path = write(tmp_path / "chats.jsonl", chats)
+    for _ in range(2):  # the second run knows the ids of the first
+        with pytest.raises(ValueError, match="line 5: id 'id 0' is already"):
+            made(path, tmp_path / "cache")
+
+
+fragments = st.sampled_from(
+    ["hello", " the", "42", " ", "  ", "\n\n", "\t", "é", "e\u0301", "界", "👩\u200d👧", "Ġ"]
+    + ["<|im_end|>", "<|im_start|>assistant\n", "\x00", "\u00a0", "<think>"]
+)
+
+
+@given(st.lists(fragments | st.text(max_size=3), max_size=8).map("".join))
+def test_edges_from_bytes_are_the_offsets_of_the_tokenizer(text):
+    (found,), (given,) = LEVEL.encode([text]), tokenize([text], TOKENIZER)
+    assert found.ids == given.ids
+    assert [tuple(edge) for edge in np.asarray(found.offsets).tolist()] == given.offsets
+    tokens = [found.char_to_token(i) for i in range(len(text))]
+    assert tokens == [given.char_to_token(i) for i in range(len(text))]
+
+
+LEVEL = ByteLevel.of(TOKENIZER, TOKENIZER.backend_tokenizer.to_str())
+
+
+def test_the_environment_of_the_tokenizer_is_as_before(tmp_path, monkeypatch, parts_of_two):
+    for before in (None, "true"):
+        if before is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        else:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+        made(some(5), tmp_path / str(before), workers=2)
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == before
