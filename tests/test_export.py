@@ -243,6 +243,16 @@ def test_tensorrt_llm_gets_a_fragment_of_its_options():
         export(replace(SERVED, scheduled=True), "tensorrt-llm")
 
 
+@pytest.mark.parametrize("drafter", ["müde/😀 x", 'a "b" \\c', "-x: #y", "a\nb"])
+def test_any_name_of_a_drafter_is_read_back(drafter):
+    settings = ServingSettings(5, drafter=drafter)
+    read = yaml.safe_load(export(settings, "tensorrt-llm"))["speculative_config"]
+    assert read["speculative_model"] == drafter
+    assert json.loads(words(settings, "vllm")[1])["model"] == drafter
+    for kind in ("sglang", "llama.cpp"):
+        assert drafter in words(settings, kind)
+
+
 @pytest.mark.parametrize(("temperature", "sampled"), [(0.0, "greedy"), (0.7, "probabilistic")])
 def test_vllm_gets_one_flag_of_json_that_a_shell_passes_on_whole(temperature, sampled):
     flag, value = words(replace(SERVED, temperature=temperature), "vllm")
