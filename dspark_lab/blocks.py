@@ -39,6 +39,7 @@ from dspark_lab.common import (
 )
 
 Layout = Literal["anchor_predicts", "anchor_given"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # What a number of anchors counts for: each row, each document, or all rows of a micro-batch.
 Per = Literal["row", "document", "batch"]
 PER: tuple[Per, ...] = get_args(Per)

@@ -169,8 +169,7 @@ def drafter(kind: str = "vanilla", layers: int = 1, variant: str = "none") -> Dr
         markov_rank=RANK,
         confidence_head_with_markov=kind != "none",
         **VARIANTS[variant],
-        layer_types=(("sliding_attention",) if variant == "window" else ("full_attention",))
-        * layers,
+        layer_types=["sliding_attention" if variant == "window" else "full_attention"] * layers,
     )
     made = on_gpu(lambda: Drafter(config))
     if config.draft_vocab_size is not None:

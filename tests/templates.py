@@ -44,7 +44,8 @@ class Behaviour:
     default_system: str = ""  # where the first message is not the system's
     final: str = ""  # behind everything
     strip: bool = False
-    drop_thinking: bool = False  # of answers before the last question
+    drop_thinking: bool = False  # of answers before the last message of this role
+    until: str = "user"
     merge: bool = False  # neighbours of one role
     refuse_system: bool = False
     alternate: bool = False
@@ -68,7 +69,7 @@ class Behaviour:
         words = "m.content | trim" if self.strip else "m.content"
         refuse = "{%- if m.role == 'system' -%}{{- raise_exception('no system') -}}{%- endif -%}"
         drop = (
-            "{%- if m.role == 'assistant' and loop.index0 < last.user and '</think>' in words -%}"
+            "{%- if m.role == 'assistant' and loop.index0 < last.place and '</think>' in words -%}"
             "{%- set words = words.split('</think>')[-1] -%}{%- endif -%}"
         )
         alternate = (
@@ -79,9 +80,9 @@ class Behaviour:
         goes_on = "loop.nextitem is defined and loop.nextitem.role == m.role"
         return "".join(
             [
-                f"{{%- set names = {self.names!r} -%}}{{%- set last = namespace(user=-1) -%}}",
-                "{%- for m in messages -%}{%- if m.role == 'user' -%}",
-                "{%- set last.user = loop.index0 -%}{%- endif -%}{%- endfor -%}",
+                f"{{%- set names = {self.names!r} -%}}{{%- set last = namespace(place=-1) -%}}",
+                f"{{%- for m in messages -%}}{{%- if m.role == {self.until!r} -%}}",
+                "{%- set last.place = loop.index0 -%}{%- endif -%}{%- endfor -%}",
                 f"{{{{- {self.first!r} -}}}}",
                 f"{{%- if messages[0].role != 'system' -%}}{{{{- {self.default_system!r} -}}}}",
                 "{%- endif -%}{%- for m in messages -%}",
@@ -108,7 +109,7 @@ class Behaviour:
         if messages[0]["role"] != "system":
             pieces.append((self.default_system, None))
         roles = [message["role"] for message in messages]
-        last_user = max([i for i, role in enumerate(roles) if role == "user"], default=-1)
+        until = max([i for i, role in enumerate(roles) if role == self.until], default=-1)
         last_answer = max(i for i, role in enumerate(roles) if role == "assistant")
         for i, message in enumerate(messages):
             answers = roles[i] == "assistant"
@@ -120,7 +121,7 @@ class Behaviour:
             joins = self.merge and same_before
             goes_on = self.merge and i + 1 < len(roles) and roles[i + 1] == roles[i]
             words = message["content"].strip() if self.strip else message["content"]
-            if self.drop_thinking and answers and i < last_user:
+            if self.drop_thinking and answers and i < until:
                 words = words.split("</think>")[-1]
             ends = i + 1 == len(roles)
             close = self.close if answers or self.close_other is None else self.close_other
@@ -193,6 +194,7 @@ BEHAVIOURS = {
     "strips": Behaviour(strip=True),
     "strips without markers": Behaviour(strip=True, head="{role}: ", close="", gap="\n\n"),
     "drops thinking": Behaviour(drop_thinking=True),
+    "drops thinking but of the last answer": Behaviour(drop_thinking=True, until="assistant"),
     "drops thinking, another marker": Behaviour(drop_thinking=True, close_last="<|stop|>"),
     "merges": Behaviour(merge=True),
     "merges, another marker": Behaviour(merge=True, close_last="</s>"),

@@ -19,7 +19,7 @@ from dspark_lab.chats import (
     pack,
 )
 from tests import oracle
-from tests.samples import documents
+from tests.samples import CHAT, documents
 from tests.templates import CHATML, bytes_of, tokenizer
 
 USER = {"role": "user", "content": "hello"}
@@ -150,7 +150,7 @@ def test_a_batch_moves_with_all_its_tensors():
 def test_describe_counts_each_domain():
     domains, marks = ["math", "code", "math", None], ["..aa", ".a", "...aaa", "a"]
     encoded = [
-        replace(item, chat=replace(item.chat, domain=domain))
+        replace(item, chat=replace(CHAT, domain=domain))
         for item, domain in zip(documents(*marks), domains, strict=True)
     ]
     table = describe(encoded)

@@ -14,6 +14,7 @@ from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks
 from dspark_lab.chats import Batch, collate, encode, pack
 from dspark_lab.common import DSparkForwardOutput
 from dspark_lab.pairs import load_pair
+from tests import oracle
 from tests.draws import PAD, Draw, cuts, draws
 from tests.samples import documents, random_chats, tiny_target
 
@@ -142,6 +143,25 @@ def test_a_planted_fault_is_named(name, rows):
     check = lab.check_forward(plant(name, output, *rows, target), *rows, target_logits=target)
     assert found(check) == {FAULTS[name]}
     assert not check.ok
+
+
+@pytest.mark.parametrize(("shift", "side"), [(-1, "early"), (1, "late")])
+def test_supervision_beside_its_place_is_named(shift, side, rows):
+    batch, blocks = rows
+    output, target = forward(*rows)
+    anchors = blocks.anchor_positions + shift
+    output["eval_mask"] = torch.tensor(
+        oracle.eval_mask(
+            22,
+            batch.loss_mask.tolist(),
+            anchors.tolist(),
+            blocks.block_keep_mask.tolist(),
+            4,
+            batch.doc_remaining.tolist(),
+        )
+    )
+    check = lab.check_forward(output, *rows, target_logits=target)
+    assert found(check) == {f"supervision is taken one token too {side}"} and not check.ok
 
 
 # A fault that hides another, or is one with it.

@@ -194,6 +194,12 @@ def test_a_window_comes_with_other_faults():
     assert found(check) == {"the window is 5, not 6", "the context includes the anchor"}
 
 
+def test_one_long_context_that_begins_late_is_cut_off_at_a_window():
+    blocks = Blocks.of(torch.tensor([[9]]), torch.tensor([[True]]), seq_len=12, block_size=1)
+    check = lab.check_mask(dense_mask(ContextRanges.of(blocks, View(3))), blocks)
+    assert found(check) == {"the context is cut off at a window of 3"} and check.ok
+
+
 # Variants
 
 
@@ -328,7 +334,7 @@ def test_padding_is_known_from_rows_or_from_positions():
     batch = collate(documents("aaaaaaaa", "aaaa"), PAD)
     blocks = draw_blocks(batch, 2, 2, seed=0)
     mask = dense_mask(ContextRanges.of(blocks))
-    mask[1, :, 6] = True
+    mask[1, :, 4] = True  # the first token of the padding
     for options in ({}, {"batch": batch}):
         assert found(lab.check_mask(mask, blocks, **options)) == {"padding is visible"}
 

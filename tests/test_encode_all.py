@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,18 +22,36 @@ from hypothesis import strategies as st
 from dspark_lab.chats import (
     Chat,
     Encoded,
+    collate,
+    describe,
     encode,
     encode_all,
     load_chats,
     load_tokenizer,
+    pack,
     rows_with_labels,
     seen_tokens,
+    stream,
     token_chunks,
     token_counts,
 )
 from dspark_lab.chats import store as module
 from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import tokenize
+from dspark_lab.explore import explore_anchors
+from dspark_lab.training.loop import encode_chats
+from dspark_lab.training.start import mask_token_id
+from dspark_lab.training.state import digest
+from dspark_lab.tuning import (
+    Shape,
+    Spans,
+    choose_training,
+    packing_table,
+    supervision,
+    supervision_table,
+)
+from tests.runs import CONFIG, losses
+from tests.samples import random_chats, tiny_target
 
 TOKENIZER = load_tokenizer()
 
@@ -157,7 +178,7 @@ def test_the_result_is_a_sequence_with_views(tmp_path):
     assert_same([rows[-1]], expected[-1:])
     with pytest.raises(IndexError):
         rows[6]
-    assert rows.domains == [row.domain for row in expected]
+    assert rows.row_facts()[0] == [row.domain for row in expected]
     for part, full in ((rows, expected), (rows[1:4], expected[1:4]), (rows[::2], expected[::2])):
         for length in (None, 1, 12, 10**6):
             shorter = [encode(row, TOKENIZER, length) for row in full]
@@ -397,3 +418,57 @@ def test_the_environment_of_the_tokenizer_is_as_before(tmp_path, monkeypatch, pa
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
         made(some(5), tmp_path / str(before), workers=2)
         assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+def test_all_that_takes_a_list_takes_the_set(tmp_path, monkeypatch):
+    listed = random_chats(11)
+    rows = made(listed, tmp_path)
+    assert Spans.of(rows, seq_len=20).run_tokens.tolist() == (
+        Spans.of(listed, seq_len=20).run_tokens.tolist()
+    )
+    for call in (
+        lambda data: supervision_table(data),
+        lambda data: packing_table(data, (64,)),
+        lambda data: describe(data),
+        lambda data: choose_training(data, Shape.of("pocket"), time="H100").table,
+        lambda data: (
+            choose_training(
+                data, Shape.of("pocket"), time="H100", seq_lens=(64,), packed=True
+            ).table
+        ),
+    ):
+        pd.testing.assert_frame_equal(call(rows), call(listed))
+    assert digest(rows) == digest(listed)
+    assert mask_token_id(None, tiny_target(), rows) == mask_token_id(None, tiny_target(), listed)
+    for batch in (collate, lambda data, pad: pack(data, 64, pad)):
+        assert batch(rows, 0).input_ids.equal(batch(listed, 0).input_ids)
+    explorer = explore_anchors(rows, TOKENIZER, conversation=10)
+    assert explorer.tables["tokens"]["token_id"].tolist() == listed[10].input_ids.tolist()
+    # No call may ask for all rows to see of what kind they are.
+    monkeypatch.setattr(type(rows), "__iter__", None, raising=False)
+    assert supervision(rows, 4, 3).supervised == sum(int(r.loss_mask.sum()) for r in listed)
+
+
+def test_spans_do_not_depend_on_where_a_stretch_ends(monkeypatch):
+    listed = random_chats(9)
+    expected = Spans.of(listed)
+    for size in (1, 7, 50, 10**6):
+        monkeypatch.setattr(stream, "STRETCH", size)
+        found = Spans.of(listed)
+        for name in ("run_document", "run_start", "run_tokens", "document_tokens"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"features": "cached"}])
+def test_a_run_on_the_set_is_the_run_on_the_list(options, tmp_path):
+    config = replace(CONFIG, vocabulary="seen", max_length=20)
+    rows = made(random_chats(11), tmp_path / "cache")
+    found = losses(tmp_path / "a", config, chats=rows, **options)
+    assert found == losses(tmp_path / "b", config, **options)
+
+
+def test_a_run_supervises_as_the_trainer_that_it_is_told(tmp_path):
+    target = SimpleNamespace(tokenizer=TOKENIZER)
+    for like in ("automodel", "speculators"):
+        rows = encode_chats(some(4), target, 40, like)
+        assert_same(rows, loop(some(4), like=like, max_length=40))

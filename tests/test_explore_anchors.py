@@ -278,3 +278,18 @@ def test_readers_that_run_no_widgets_get_what_is_shown(make):
             assert b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n\x1a\n")
             assert bundle["image/png"] in picture(explorer).value
             assert re.search(r'<img alt="[^"]*mask[^"]*"', picture(explorer).value)
+
+
+def test_anchors_per_document_are_drawn_in_each_and_covered_as_if_each_were_alone():
+    packed = anchors(num_anchors=3, packed=True, per="document", row_length=64)
+    tokens = packed.tables["tokens"]
+    assert tokens.groupby("document")["anchor"].sum().loc[[0, 1]].tolist() == [3, 3]
+    alone = anchors(num_anchors=3).tables["tokens"]
+    first = tokens[tokens["document"] == 0]
+    assert first["p_covered"].tolist() == pytest.approx(alone["p_covered"].tolist())
+
+
+def test_where_the_anchor_is_given_a_block_of_one_more_slot_covers_as_much():
+    plain, given = anchors(block_size=4), anchors(block_size=5, layout="anchor_given")
+    for name in ("p_covered", "times_supervised", "state"):
+        assert given.tables["tokens"][name].tolist() == plain.tables["tokens"][name].tolist()

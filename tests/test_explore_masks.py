@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dspark_lab import explore
-from dspark_lab.attention import training_mask_mod
+from dspark_lab.attention import View, training_mask_mod
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import pack
 from dspark_lab.explore.masks import REGION_COLOURS, TILE_COLOURS
@@ -301,3 +301,44 @@ def test_a_mask_that_cannot_be_drawn_shows_no_old_picture():
     assert "image/png" not in bundle and 'role="alert"' in bundle["text/html"]
     explorer.controls["row_length"].value = 128
     assert picture(explorer).value == before
+
+
+@pytest.mark.parametrize("window, causal", [(None, False), (3, False), (None, True), (3, True)])
+@pytest.mark.parametrize("layout", ["anchor_predicts", "anchor_given"])
+def test_a_window_and_causal_blocks_are_drawn_as_a_loop_over_pairs_has_them(layout, window, causal):
+    batch = pack(documents("paaaa", "paaaaaa"), 14, PAD)
+    blocks = draw_blocks(batch, 4, 3, seed=2, layout=layout)
+    view = View(window, causal)
+    regions = explore.mask_regions(blocks, view=view)
+    table = explore.block_table(blocks, str, view=view)
+    anchors, docs = blocks.anchor_positions[0].tolist(), blocks.doc_ids[0].tolist()
+    for query in range(12):
+        anchor, slot = anchors[query // 3], query % 3
+        seen = 0
+        for key in range(14):
+            visible = key < anchor and docs[key] == docs[anchor]
+            visible = visible and (window is None or anchor + slot - key < window)
+            assert (int(regions[query, key]) > 0) == visible
+            seen += visible
+        for key in range(12):
+            own = key // 3 == query // 3 and (not causal or key % 3 <= slot)
+            assert (int(regions[query, 14 + key]) > 0) == own
+        line = table.loc[query]
+        assert line["context"] == seen
+        predicts = anchor + slot + (layout == "anchor_predicts")
+        given = layout == "anchor_given" and slot == 0
+        assert line["label_position"] == (-1 if given else predicts)
+        assert not (given and (line["supervised"] or line["label"]))
+        if line["supervised"]:
+            assert line["label"] == str(int(batch.input_ids[0, predicts]))
+
+
+def test_the_mask_explorer_follows_its_layout_window_and_causal_controls():
+    explorer = masks(layout="anchor_given", per="document", packed=True, row_length=64)
+    assert (explorer.tables["blocks"]["label_position"] == -1).any()
+    before = explorer.tables["mask"]["pairs"].tolist()
+    explorer.controls["window"].value = 4
+    narrow = explorer.tables["mask"]["pairs"].tolist()
+    assert narrow[1] < before[1] and narrow[2:] == before[2:]
+    explorer.controls["causal"].value = True
+    assert explorer.tables["mask"]["pairs"].tolist()[2] < narrow[2]

@@ -277,6 +277,12 @@ MORE = {"beta_fast": 20, "beta_slow": 2, "attention_factor": 1.5, "truncate": Fa
         ({"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
          Yarn(4.0, 16, mscale=1.0, mscale_all_dim=0.5)),
         ({"rope_parameters": PARAMETERS | {"mrope_section": [1, 1, 1]}}, None),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, None),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [3]}}, None),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}, "original_max_position_embeddings": 16},
+         Yarn(4.0, 16)),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 16}, Yarn(4.0, 16)),
+        ({"original_max_position_embeddings": 16}, None),
     ],
 )  # fmt: skip
 def test_yarn_is_read_wherever_it_stands(rope, yarn):
@@ -319,6 +325,8 @@ CONTRADICTIONS = [
     (DFLASH, "markov_rank", 5, "markov_rank 5 contradicts DFlashDraftModel"),
     (DFLASH, "dspark_config.enable_confidence_head", True, "enable_confidence_head True contra"),
     (DSPARK, "rope_scaling", {"type": "yarn", "rope_type": "linear"}, "must be of one type"),
+    (DSPARK | {"rope_scaling": YARN}, "original_max_position_embeddings", 32,
+     "embeddings must be one number, got 32 and in rope_scaling 16"),
 ]  # fmt: skip
 REFUSED = [
     (SPECFORGE, "dflash_config.projector_type", "domino", "a drafter of Domino, which this lib"),
@@ -537,7 +545,11 @@ def test_a_drafter_saved_in_any_format_comes_back_with_every_bit(tmp_path, targe
 def test_a_conversion_there_and_back_keeps_every_bit_and_dtype(tmp_path, first, second):
     tensors = tensors_of(CONFIG, embeddings=False)
     tensors["norm.weight"] = tensors["norm.weight"].bfloat16()
-    source = write(tmp_path / "source", SPECULATORS | {"dtype": "bfloat16"}, tensors)
+    # Their own word stands above the target's.
+    values = SPECULATORS | {"dtype": "bfloat16"}
+    if first == second:
+        del values["dtype"]
+    source = write(tmp_path / "source", values, tensors)
     scales = '{"temperatures": [1.5]}'
     (source / "calibration.json").write_text(scales)
     for folder, out, target in (("source", "a", first), ("a", "b", second), ("b", "c", first)):
@@ -744,6 +756,19 @@ def test_a_description_says_what_a_checkpoint_is(tmp_path):
     assert "transformer_layer_config.sliding_window" in sources["window"]
 
 
+def test_a_description_says_what_the_layout_follows_from(tmp_path):
+    for values, config, source in (
+        (LEGACY, GIVEN, "speculators_config, whose speculative_tokens are one less than block_"),
+        (BONUS, GIVEN, "dspark_bonus_anchor"),
+        (THEIR_DFLASH, PLAIN, "the family"),
+        (changed(DFLASH, "dflash_config.shift_label", True), PLAIN, "shift_label"),
+        (SPECFORGE, CONFIG, "the family"),
+    ):
+        folder = write(tmp_path / "x", values, tensors_of(config))
+        sources = describe_checkpoint(folder).set_index("property")["source"]
+        assert sources["layout"].startswith(f"config.json: {source}")
+
+
 VLLM, SGLANG, TRT, LLAMA = "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp"
 OTHER_LAYOUT = "reads as the other layout"
 
@@ -784,6 +809,14 @@ def test_a_description_says_what_servers_make_of_it(tmp_path, values, config, se
         (changed(DFLASH, "dflash_config.projector_type", "domino"), "Domino"),
         ({"architectures": ["DeepseekV4DSparkModel"]}, "DSpark on another backbone"),
         ({"architectures": ["Qwen3ForCausalLM"]}, "not a drafter's"),
+        ({"model_type": "qwen3", "hidden_size": 8}, "not a drafter's"),
+        ({}, "not a drafter's"),
+        ({"medusa_num_heads": 5, "base_model_name_or_path": "x"}, "Medusa"),
+        ({"model_type": "medusa"}, "Medusa"),
+        (
+            {"architectures": ["DeepseekV4ForCausalLM"], "dspark_markov_rank": 4},
+            "DSpark on another backbone",
+        ),
     ],
 )
 def test_other_families_are_named_without_their_weights(tmp_path, values, family):
@@ -802,8 +835,13 @@ def test_shipped_checkpoints_are_described(name):
 
 
 def test_a_folder_without_a_config_cannot_be_described(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must hold config.json, got none"):
+    with pytest.raises(FileNotFoundError, match="must hold config.json, got none$"):
         describe_checkpoint(tmp_path)
+    gguf = tmp_path / "draft.gguf"
+    gguf.write_bytes(b"GGUF")
+    for path, got in ((tmp_path, "got none; it holds what llama.cpp .*: draft"), (gguf, "a GGUF")):
+        with pytest.raises((FileNotFoundError, ValueError), match=got):
+            describe_checkpoint(path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object, got list"):
         describe_checkpoint(tmp_path)

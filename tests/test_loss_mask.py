@@ -200,6 +200,18 @@ def test_switches_leave_out_answers():
         assert supervised(encode_answers(chat, made), made) == kept
 
 
+def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():
+    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
+    messages = said("Hi", "<b>One.", "And?", "Two.")
+    with pytest.raises(ValueError, match=r"messages\[1\].*inside the answer"):
+        encode(Chat(messages, "x"), made)
+    chat = Chat(messages, "x", supervised=[True, False, True, True])
+    assert supervised(encode(chat, made), made) == ["Two.<|end|>"]
+    cut_off = Chat(messages, "x", finished=False, supervised=[True, True, True, False])
+    made = of(CHATML)
+    assert supervised(encode(cut_off, made), made) == ["<b>One.<|end|>"]
+
+
 def test_options_reach_the_template_and_those_that_it_does_not_read_are_refused():
     made = of(
         CHATML.replace("assistant\n' }}", "assistant\n' + ('' if think else '<think></think>') }}")
@@ -394,3 +406,36 @@ def test_slow_tokenizers_and_tokenizers_without_a_template_are_refused():
         encode(chat, ByT5Tokenizer())
     with pytest.raises(ValueError, match="chat template"):
         encode(chat, of(None))
+
+
+# A call closes with its own marker, its reasoning is gone once an answer follows, and the template
+# refuses what a tool says without a call.
+CALLS = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'tool' and not loop.previtem.tool_calls -%}{{ raise_exception('no call') }}"
+    "{%- endif -%}{{- '<|head|>' + m.role -}}"
+    "{%- if m.reasoning_content and (loop.last or loop.nextitem.role == 'tool' and"
+    " loop.index + 1 == messages | length) -%}"
+    "{{- '<think>' + m.reasoning_content + '</think>' -}}{%- endif -%}"
+    "{%- if m.tool_calls -%}{{- '<|role|>' + m.tool_calls[0].name + '<|stop|>' -}}"
+    "{%- else -%}{{- '<|text|>' + m.content + '<|end|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|head|>assistant' -}}{%- endif -%}"
+)
+
+
+def test_calls_that_no_placeholder_stands_for_are_supervised():
+    made = of(CALLS)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    messages = [*said("Hi"), call | {"reasoning_content": "hm"}, {"role": "tool", "content": "2"}]
+    chat = Chat([*messages, {"role": "assistant", "content": "It is 2."}], "x")
+    encoded = encode(chat, made)
+    assert supervised(encoded, made) == ["<|role|>add<|stop|>", "<|text|>It is 2.<|end|>"]
+    assert encoded.left_out == 1
+    rows = encode_answers(chat, made)
+    assert supervised(rows, made)[0] == "<think>hm</think><|role|>add<|stop|>"
+
+
+def test_words_that_the_prompt_begins_are_not_left_out():
+    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
+    encoded = encode(Chat(said("Hi", "<think>\nhm</think>One."), "x"), made)
+    assert supervised(encoded, made) == ["hm</think>One.<|end|>"] and encoded.left_out == 0

@@ -140,6 +140,17 @@ def test_steps_are_measured_and_fitted_on_this_device(live, dtype):
     assert fit.held_out == len(table) and fit.predict(operations) > 0
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["random", "live"])
+def test_steps_of_a_reduced_vocabulary_of_either_layout_are_measured(live):
+    target = tiny_target() if live else None
+    config = None if target is None else target.model.config.to_dict()
+    drafter = tiny_drafter(draft_vocab_size=20, sample_from_anchor=False)
+    table = measure_steps(
+        Shape.of(drafter.config, target=config), (12,), (2,), target=target, runs=1, warmup=0
+    )
+    assert (table["seconds"] > 0).all()
+
+
 def test_a_measurement_leaves_the_random_numbers_as_they_are():
     shape = Shape.of(tiny_drafter().config)
     torch.manual_seed(5)

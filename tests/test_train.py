@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import tyro
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ from dspark_lab.training import (
     init_from_target,
     loop,
     mask_token_id,
+    new_drafter,
     state,
     train,
 )
@@ -703,6 +705,26 @@ def test_a_drafter_starts_from_the_targets_last_layers() -> None:
     assert torch.equal(drafter.layers[0].self_attn.q_norm.weight, queries)
 
 
+@pytest.mark.parametrize("sees_images", [False, True])
+def test_a_drafter_starts_from_a_gemma(sees_images: bool) -> None:
+    """Its norms multiply by 1 + weight, it has two RoPEs, and may be a part of another model."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config: Any = transformers.Gemma3TextConfig(**sizes)
+    if sees_images:
+        eye = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 28}
+        eye |= {"num_attention_heads": 2, "patch_size": 14}
+        config = transformers.Gemma3Config(text_config=sizes, vision_config=eye)
+    target = Target(transformers.AutoModelForCausalLM.from_config(config))
+    layers = target.model.get_decoder().layers
+    layers[1].input_layernorm.weight.fill_(0.5)
+    drafter = new_drafter(target, mask_token_id=0, num_hidden_layers=2)
+    assert drafter.config.rope_theta == 1e6
+    assert drafter.layers[0].input_layernorm.weight.unique().tolist() == [1.5]
+    assert drafter.norm.weight.unique().tolist() == [1.0]
+    assert torch.equal(drafter.layers[1].mlp.up_proj.weight, layers[2].mlp.up_proj.weight)
+
+
 def test_what_does_not_fit_the_target_stays_random() -> None:
     drafter = tiny_drafter(intermediate_size=40, num_hidden_layers=4, target_hidden_size=16)
     before = {name: p.clone() for name, p in drafter.named_parameters()}
@@ -803,7 +825,7 @@ def test_the_command_line_names_a_flag_that_it_does_not_know(
 FLAGS = """
 --target smollm2 --data None --held-out None --features live --cache None --target-dtype float32
 --parallel None --drafter None --layers 2 --block-size 7 --sample-from-anchor --markov-rank 64
---markov-head vanilla --layer-ids None --mask-token None --no-compile
+--markov-head vanilla --layer-ids None --mask-token None --no-compile --like None
 --batch-size 8 --accumulate 1 --num-anchors 64 --anchors-per row --max-length 2048
 --pack-length None --learning-rate 0.0006 --warmup-steps 20 --schedule cosine
 --final-lr-ratio 0.05 --weight-decay 0.0 --beta1 0.9 --beta2 0.95 --clip-norm 1.0 --seed 0

@@ -11,7 +11,7 @@ import transformers
 from dspark_lab.blocks import Blocks, cut_blocks, draw_blocks, predicted_slots
 from dspark_lab.chats import Batch
 from dspark_lab.decoding import decode
-from dspark_lab.model import Drafter, Target, Yarn
+from dspark_lab.model import Drafter, Target, Yarn, load_drafter, save_drafter
 from dspark_lab.model.layers import rope
 from dspark_lab.rates import evaluate
 from dspark_lab.training import TrainConfig, train
@@ -119,6 +119,46 @@ def test_a_few_steps_of_training_lower_the_loss_and_evaluate(name, tmp_path):
     assert len(slots) == drafter.config.predicted
     rates = table[slots].to_numpy()
     assert (0 <= rates).all() and (rates <= 1).all()
+
+
+def granite() -> Target:
+    """A random target that divides its logits."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = transformers.GraniteConfig(**sizes, logits_scaling=4.0)
+    return Target(transformers.GraniteForCausalLM(config))
+
+
+@pytest.mark.parametrize("name", ["anchor given", "reduced vocabulary"])
+@pytest.mark.parametrize("head", ["the target's", "another"])
+@torch.no_grad()
+def test_the_teacher_is_the_target_whatever_the_drafter_was_loaded_with(name, head, tmp_path):
+    target, (item,) = granite(), random_chats(1)
+    drafter = made(name, target)
+    if head == "another":
+        drafter.lm_head.weight.copy_(torch.randn_like(drafter.lm_head.weight))
+    save_drafter(drafter, tmp_path / "drafter", include_embeddings=True)
+    alone = load_drafter(tmp_path / "drafter")
+    table = evaluate(alone, target, [item])
+    ids = item.input_ids[None]
+    features = target.features(ids, drafter.config.target_layer_ids)
+    q = target.model(ids).logits[0].softmax(dim=-1)
+    first, place = [], alone.config.predicted
+    for anchor in range(len(item.input_ids) - place):
+        if not item.loss_mask[anchor : anchor + place + 1].all():
+            continue
+        where = {"anchor_positions": torch.tensor([[anchor]])}
+        where["block_keep_mask"] = torch.ones(1, 1, dtype=torch.bool)
+        output = alone(ids, features.context, item.loss_mask[None], **where)
+        p = output.draft_logits[0, 0, 0].softmax(dim=-1)
+        first.append(sum(min(a, b) for a, b in zip(p.tolist(), q[anchor].tolist(), strict=True)))
+    assert table["accept_0"].item() == pytest.approx(sum(first) / len(first), rel=1e-4)
+
+
+def test_a_drafter_of_another_vocabulary_is_not_evaluated():
+    with pytest.raises(ValueError, match=r"must be \[vocab, hidden\] = \(60, 32\), got shape"):
+        evaluate(tiny_drafter(vocab_size=60, mask_token_id=59), tiny_target(), random_chats(1))
 
 
 def test_softmaxes_over_the_seen_tokens_alone_need_a_whole_vocabulary(tmp_path):

@@ -3,6 +3,7 @@ from .compiled import Compiled
 from .findings import Finding, Findings
 from .forward_check import check_forward
 from .mask import (
+    FULL,
     ContextRanges,
     View,
     block_mask,
@@ -17,6 +18,7 @@ from .mask_check import check_mask
 from .mask_view import Variant
 
 __all__ = [
+    "FULL",
     "Backend",
     "Compiled",
     "ContextRanges",

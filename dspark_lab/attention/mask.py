@@ -42,6 +42,9 @@ class View:
     causal: bool = False
 
 
+FULL = View()
+
+
 @checked
 @dataclass(frozen=True, eq=False)
 class ContextRanges:
@@ -51,11 +54,11 @@ class ContextRanges:
     end: Int[Tensor, "batch anchor"]
     seq_len: Size
     block_size: Count
-    view: View = View()
+    view: View = FULL
 
     @classmethod
     @checked
-    def of(cls, blocks: Blocks, view: View = View()) -> "ContextRanges":
+    def of(cls, blocks: Blocks, view: View = FULL) -> "ContextRanges":
         return context_ranges(
             blocks.anchor_positions,
             blocks.block_keep_mask,

@@ -75,6 +75,8 @@ def _supervise(chat: Chat, written: _Written, markers: bool, last_answer_only: b
     answers = chat.answers[-1:] if last_answer_only else chat.answers
     if not answers:
         raise ValueError("it holds no answer of the assistant, so there is nothing to supervise")
+    if chat.supervised is not None:
+        answers = [answer for answer in answers if chat.supervised[answer]]
     marked = written.marked
     if markers and not marked:
         lacks = "are none in the chat template" if marked is None else "enclose nothing of it"
@@ -88,11 +90,8 @@ def _supervise(chat: Chat, written: _Written, markers: bool, last_answer_only: b
             raise
         return Rendered(written.text, marked)
     spans = [(start, end) for start, end, _ in turns]
-    if not chat.finished:
+    if not chat.finished and answers[-1:] == chat.answers[-1:]:
         spans[-1] = (spans[-1][0], _words_end(written, answers[-1], spans[-1]))
-    if chat.supervised is not None:
-        kept = [chat.supervised[answer] for answer in answers]
-        spans = [span for span, keep in zip(spans, kept, strict=True) if keep]
     left_out = len({a for a, (_, _, part) in zip(answers, turns, strict=True) if part or a in less})
     if marked is not None and not (whole and not last_answer_only):
         cut = len(written.text) if chat.finished or not spans else spans[-1][1]

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Row = TypeVar("Row")
-Plan = Generator[list[str], list[Any], list[Row]]
+Made = TypeVar("Made")
+Plan = Generator[list[str], list[Any], list[Made]]
 
 
 def run_plans(
-    plans: Sequence[Plan[Row]], encode: Callable[[list[str]], Sequence[Any]]
-) -> list[list[Row] | ValueError]:
+    plans: Sequence[Plan[Made]], encode: Callable[[list[str]], Sequence[Any]]
+) -> list[list[Made] | ValueError]:
     """The rows of each plan, or its refusal; each round of questions is one call of ``encode``."""
-    results: list[list[Row] | ValueError] = [[] for _ in plans]
+    results: list[list[Made] | ValueError] = [[] for _ in plans]
     answers: dict[int, list[Any] | None] = dict.fromkeys(range(len(plans)))
     while answers:
         asked: dict[int, list[str]] = {}

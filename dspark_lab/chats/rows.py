@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from dspark_lab.chats.chat import Encoded
-from dspark_lab.chats.stream import token_counts
+from dspark_lab.chats.stream import row_facts, rows_with_labels, token_chunks, token_counts
 from dspark_lab.checks import Count, Device, NotEmpty, Size, Within, checked, require
 from dspark_lab.files import upload
 
@@ -157,16 +157,20 @@ def describe(encoded: Sequence[Encoded]) -> pandas.DataFrame:
     """
     import pandas as pd
 
+    domains, left_out, differences = row_facts(encoded)
+    supervised = [
+        np.bincount(chunk.of_token(), chunk.loss_mask, len(chunk.lengths)).astype(np.int64)
+        for chunk in token_chunks(encoded)
+    ]
     table = pd.DataFrame(
         {
-            "domain": [item.domain or "none" for item in encoded],
-            "length": [len(item) for item in encoded],
-            "supervised": [int(item.loss_mask.sum()) for item in encoded],
-            "without_label": [not item.has_label for item in encoded],
+            "domain": [domain or "none" for domain in domains],
+            "length": token_counts(encoded),
+            "supervised": np.concatenate([*supervised, np.empty(0, np.int64)]),
+            "without_label": ~rows_with_labels(encoded),
         }
     )
-    counts = {"left_out": [item.left_out for item in encoded]}
-    counts["marker_differences"] = [item.marker_differences for item in encoded]
+    counts = {"left_out": left_out, "marker_differences": differences}
     counts = {name: counted for name, counted in counts.items() if any(counted)}
     return (
         table.assign(**counts)

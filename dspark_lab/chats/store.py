@@ -34,7 +34,7 @@ from dspark_lab.chats.cores import in_order, usable_cores
 from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
 from dspark_lab.chats.reading import Skipped, raw_rows, read_raw
-from dspark_lab.chats.stream import Chunk, chunks_of_rows, offsets
+from dspark_lab.chats.stream import Chunk, RowFacts, chunks_of_rows, offsets
 from dspark_lab.chats.tokens import LEFT_OUT, check_tokenizer, cut, row_arrays
 from dspark_lab.chats.trainers import Like, trainer_plan
 from dspark_lab.checks import Count, checked
@@ -71,6 +71,7 @@ class _Settings:
     template_options: Mapping[str, Any] | None
 
 
+@checked
 class EncodedChats(Sequence[Encoded]):
     """Rows of :func:`encode_all`, each read from disk when it is asked for.
 
@@ -83,9 +84,9 @@ class EncodedChats(Sequence[Encoded]):
     def __init__(
         self,
         folder: Path,
-        chats: Sequence[Any] | None = None,
+        chats: Sequence[Chat | Encoded] | None = None,
         rows: range | None = None,
-        max_length: int | None = None,
+        max_length: Count | None = None,
     ) -> None:
         self.folder, self._chats, self._max_length = folder, chats, max_length
         self._facts = read_json(folder / _DONE)
@@ -133,20 +134,12 @@ class EncodedChats(Sequence[Encoded]):
         lengths = all_lengths[self._rows.start : self._rows.stop : self._rows.step]
         return lengths if self._max_length is None else np.minimum(lengths, self._max_length)
 
-    @cached_property
-    def left_out(self) -> int:
-        """Answers of which the template left out a part; see :class:`Encoded`."""
-        return int(self._facts_of_rows[:, 2].sum())
-
-    @property
-    def domains(self) -> list[str | None]:
+    def row_facts(self) -> RowFacts:
+        """Of each row its domain, ``left_out`` and ``marker_differences``."""
         names = [*self._facts["domains"], None]
-        return [names[domain] for domain in self._facts_of_rows[:, 1].tolist()]
-
-    @property
-    def _facts_of_rows(self) -> Int[np.ndarray, "row fact"]:
         facts = np.memmap(self.folder / "fact", COLUMNS["fact"], "r") if len(self) else np.empty(0)
-        return facts.reshape(-1, _FACTS)[self._rows.start : self._rows.stop : self._rows.step]
+        rows = facts.reshape(-1, _FACTS)[self._rows.start : self._rows.stop : self._rows.step]
+        return [names[domain] for domain in rows[:, 1].tolist()], rows[:, 2], rows[:, 3]
 
     def chunks(self, tokens: int) -> Iterator[Chunk]:
         """The rows in stretches of about so many tokens."""
@@ -238,7 +231,7 @@ def encode_all(
             new = _Set(folder, source, on_error == "skip")
             _make(new, tokenizer, backend, settings, workers or usable_cores(), progress)
     made = EncodedChats(folder, None if isinstance(source, _File) else source.chats)
-    if made.left_out:
+    if np.any(made.row_facts()[1]):
         warnings.warn(LEFT_OUT, stacklevel=3)
     return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dspark_lab.chats.chat import Encoded
+from dspark_lab.checks import Count, checked
 
 _TENSORS = ("input_ids", "loss_mask")
+# Tokens of a stretch where nothing else is asked for.
+STRETCH = 2**20
 
 
 class Chunk(NamedTuple):
@@ -27,6 +30,10 @@ class Chunk(NamedTuple):
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
+# Of each row its domain, ``left_out`` and ``marker_differences``.
+RowFacts = tuple[list[str | None], Any, Any]
+
+
 @runtime_checkable
 class OnDisk(Protocol):
     """Rows that are cheaper to read in stretches than one by one."""
@@ -36,9 +43,13 @@ class OnDisk(Protocol):
 
     def chunks(self, tokens: int) -> Iterator[Chunk]: ...
 
+    def row_facts(self) -> RowFacts: ...
 
-def token_chunks(encoded: Sequence[Encoded], tokens: int = 2**20) -> Iterator[Chunk]:
+
+@checked
+def token_chunks(encoded: Sequence[Encoded], tokens: Count | None = None) -> Iterator[Chunk]:
     """All rows in turn, about so many tokens at a time, whether they are in memory or on disk."""
+    tokens = tokens or STRETCH
     if isinstance(encoded, OnDisk):
         return encoded.chunks(tokens)
     return chunks_of_rows(encoded, tokens)
@@ -63,6 +74,7 @@ def _chunk(rows: list[Encoded]) -> Chunk:
     return Chunk(lengths, ids.cpu().numpy(), mask.cpu().numpy())
 
 
+@checked
 def token_counts(encoded: Sequence[Encoded]) -> Int[np.ndarray, " row"]:
     """Tokens of each row."""
     if isinstance(encoded, OnDisk):
@@ -70,6 +82,14 @@ def token_counts(encoded: Sequence[Encoded]) -> Int[np.ndarray, " row"]:
     return np.array([len(item) for item in encoded], dtype=np.int64)
 
 
+def row_facts(encoded: Sequence[Encoded]) -> RowFacts:
+    if isinstance(encoded, OnDisk):
+        return encoded.row_facts()
+    left_out = [item.left_out for item in encoded]
+    return [item.domain for item in encoded], left_out, [i.marker_differences for i in encoded]
+
+
+@checked
 def rows_with_labels(encoded: Sequence[Encoded]) -> Bool[np.ndarray, " row"]:
     """Whether each row has two supervised tokens, one after the other."""
     found = [np.zeros(0, bool)]
@@ -81,11 +101,16 @@ def rows_with_labels(encoded: Sequence[Encoded]) -> Bool[np.ndarray, " row"]:
     return np.concatenate(found)
 
 
-def seen_tokens(encoded: Sequence[Encoded], vocab_size: int) -> Bool[Tensor, " token"]:
+@checked
+def seen_tokens(encoded: Sequence[Encoded], vocab_size: Count) -> Bool[Tensor, " token"]:
     """Which tokens of a vocabulary the rows hold."""
     seen = np.zeros(vocab_size, bool)
     for chunk in token_chunks(encoded):
-        seen[np.unique(chunk.input_ids)] = True
+        ids = np.unique(chunk.input_ids)
+        if ids[0] < 0 or ids[-1] >= vocab_size:
+            got = f"{ids[0]} to {ids[-1]}"
+            raise ValueError(f"token ids must lie in [0, {vocab_size - 1}], got {got}")
+        seen[ids] = True
     return torch.from_numpy(seen)
 
 

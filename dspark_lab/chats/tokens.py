@@ -110,14 +110,12 @@ def encode(
         last_answer_only: supervise only the last answer.
         template_options: such as ``{"enable_thinking": False}``; the template must read them.
     """
-    options: dict[str, Any] = {"last_answer_only": last_answer_only}
+    options: dict[str, Any] = {"markers": markers, "last_answer_only": last_answer_only}
     options["template_options"] = template_options
-    if like is not None:
-        if markers:
-            raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
-        rows = encode_rows(chat, tokenizer, max_length, like=like, **options)
-        return rows if like == "speculators" else rows[0]
-    encoded = encode_quietly(chat, tokenizer, max_length, markers=markers, **options)
+    rows = encode_rows(chat, tokenizer, max_length, like=like, **options)
+    if like == "speculators":
+        return rows
+    (encoded,) = rows
     if encoded.left_out and isinstance(chat, Chat):
         warnings.warn(LEFT_OUT, stacklevel=3)
     return encoded
@@ -163,17 +161,24 @@ def encode_answers(
     return rows
 
 
+@checked
 def encode_rows(
     chat: Chat | Encoded,
     tokenizer: Tokenizer,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     *,
     like: Like | None = None,
-    **options: Any,
+    markers: bool = False,
+    last_answer_only: bool = False,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[Encoded]:
     """What :func:`encode` gives, as a list in any case, and without its warning."""
+    options: dict[str, Any] = {"last_answer_only": last_answer_only}
+    options["template_options"] = template_options
+    if like is not None and markers:
+        raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
     if like is None or isinstance(chat, Encoded):
-        return [encode_quietly(chat, tokenizer, max_length, **options)]
+        return [encode_quietly(chat, tokenizer, max_length, markers=markers, **options)]
     check_tokenizer(tokenizer)
     rows = trainer_rows(chat, tokenizer, like, max_length, **options)
     return [Encoded(ids, mask, chat) for ids, mask in rows]

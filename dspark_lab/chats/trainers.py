@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dspark_lab.chats.chat import Chat
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
+from dspark_lab.checks import Count, checked
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
 Like = Literal["automodel", "deepspec", "specforge", "speculators"]
 LIKE: tuple[Like, ...] = get_args(Like)
 
-Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
+_Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
 # A row, and the messages and the tools whose rendering it is.
 Shown = tuple[list[int], list[bool], Sequence[dict[str, Any]], Any]
-Messages = list[dict[str, Any]]
-Span = tuple[int, int]
+_Messages = list[dict[str, Any]]
+_Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,16 @@ def trainer_plan(
     return rows
 
 
+@checked
 def trainer_rows(
     chat: Chat,
     tokenizer: Tokenizer,
     like: Like,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     *,
     last_answer_only: bool = False,
     template_options: Mapping[str, Any] | None = None,
-) -> list[Row]:
+) -> list[_Row]:
     """The rows that ``like`` makes of a conversation, cut to ``max_length``: tokens and mask.
 
     One, but of ``speculators``, which may make several or none.
@@ -141,7 +143,10 @@ def trainer_rows(
     (rows,) = run_plans([plan], partial(tokenize, tokenizer=tokenizer))
     if isinstance(rows, ValueError):
         raise rows
-    return [(torch.tensor(ids, dtype=torch.long), torch.tensor(mask)) for ids, mask, *_ in rows]
+    return [
+        (torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool))
+        for ids, mask, *_ in rows
+    ]
 
 
 def _automodel(
@@ -290,7 +295,7 @@ def _between_markers(
     return ids, mask
 
 
-def _answers(text: str, family: Family) -> Iterator[Span]:
+def _answers(text: str, family: Family) -> Iterator[_Span]:
     """Where answers are supervised, in characters."""
     place = text.find(family.header)
     while place >= 0:
@@ -305,8 +310,8 @@ def _answers(text: str, family: Family) -> Iterator[Span]:
 
 
 def _borders(
-    text: str, spans: Sequence[Span], length: int | None
-) -> Generator[list[str], list[Encoding], list[Span]]:
+    text: str, spans: Sequence[_Span], length: int | None
+) -> Generator[list[str], list[Encoding], list[_Span]]:
     """Spans in tokens: how many tokens the text has up to each border, cut to ``length``."""
     encodings = yield [text[:place] for span in spans for place in span]
     counts = [len(encoding.ids[:length]) for encoding in encodings]
@@ -316,8 +321,8 @@ def _borders(
 @lru_cache(maxsize=64)
 def _family(tokenizer: Tokenizer, template: str, like: str, families: tuple[Family, ...]) -> Family:
     """The first family whose header and end of turn the template writes."""
-    question: Messages = [{"role": "user", "content": "a"}]
-    answer: Messages = [{"role": "assistant", "content": "b"}]
+    question: _Messages = [{"role": "user", "content": "a"}]
+    answer: _Messages = [{"role": "assistant", "content": "b"}]
     try:
         text = _render(tokenizer, question + answer, None, {})
         prompt = _render(tokenizer, question, None, {}, add_generation_prompt=True)
@@ -334,7 +339,7 @@ def _family(tokenizer: Tokenizer, template: str, like: str, families: tuple[Fami
     )
 
 
-def _with_system(messages: Sequence[Mapping[str, Any]], family: Family) -> Messages:
+def _with_system(messages: Sequence[Mapping[str, Any]], family: Family) -> _Messages:
     """Copies of the messages with a system message in front where the family has one."""
     copies = [dict(message) for message in messages]
     if _has_system(copies):
@@ -344,7 +349,7 @@ def _with_system(messages: Sequence[Mapping[str, Any]], family: Family) -> Messa
     return copies
 
 
-def _has_system(messages: Messages) -> bool:
+def _has_system(messages: _Messages) -> bool:
     return bool(messages) and messages[0]["role"] == "system"
 
 
@@ -386,7 +391,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 def _render(
     tokenizer: Tokenizer,
-    messages: Messages,
+    messages: _Messages,
     tools: Any,
     options: dict[str, Any],
     add_generation_prompt: bool = False,
@@ -399,8 +404,8 @@ def _render(
 
 
 def _marked(
-    tokenizer: Tokenizer, messages: Messages, tools: Any, options: dict[str, Any]
-) -> tuple[str, list[Span]]:
+    tokenizer: Tokenizer, messages: _Messages, tools: Any, options: dict[str, Any]
+) -> tuple[str, list[_Span]]:
     """The text, and the spans between the template's generation markers."""
     from transformers.utils import chat_template_utils
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from torch.nn.functional import pad
 
-from dspark_lab.attention import ContextRanges
-from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
+from dspark_lab.attention import FULL, ContextRanges, View
+from dspark_lab.blocks import LAYOUTS, Blocks, Layout, Per, draw_blocks, times_supervised
 from dspark_lab.chats import (
     Batch,
     Chat,
@@ -26,21 +27,28 @@ from dspark_lab.chats import (
     one_row,
     token_texts,
 )
-from dspark_lab.checks import Within, checked, require
+from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
-from dspark_lab.explore.explorer import Explorer, Frame, checkbox, marked_text, slider
+from dspark_lab.explore.explorer import Explorer, Frame, checkbox, dropdown, marked_text, slider
 from dspark_lab.tuning import token_coverage
 
 
 @checked
 def token_table(
-    batch: Batch, blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0
+    batch: Batch,
+    blocks: Blocks,
+    to_text: Callable[[int], str],
+    *,
+    row: int = 0,
+    num_anchors: Count | None = None,
+    per: Per = "row",
 ) -> pd.DataFrame:
     """The state of each token of one row, before and after a draw of blocks.
 
     ``to_text`` is ``TokenText(tokenizer)``, or gives the text of a token id. ``document`` is -1 on
-    padding, ``p_covered`` the probability that a draw of as many anchors covers the token.
+    padding, ``p_covered`` the probability that a draw covers the token, of ``num_anchors`` (as many
+    as ``blocks`` where None) for the row or for each document (``per``).
     ``state`` is *prompt*, *not covered* or *covered* by this draw, *never a label* (supervised but
     first of its run, so that no anchor reaches it) or *padding*.
     """
@@ -50,6 +58,8 @@ def token_table(
     anchors = drawn.anchor_positions[drawn.block_keep_mask]
     token_ids = one.input_ids[0].tolist()
     padding = ~one.attention_mask[0].cpu().numpy()
+    drawn_of: dict[str, Any] = {"per": per, "layout": drawn.layout}
+    covered_by = token_coverage(one, num_anchors or drawn.num_anchors, drawn.block_size, **drawn_of)
     table = pd.DataFrame(
         {
             "position": np.arange(seq_len),
@@ -60,7 +70,7 @@ def token_table(
             "candidate": [*candidates.tolist(), False],
             "anchor": np.isin(np.arange(seq_len), anchors.cpu().numpy()),
             "times_supervised": times_supervised(drawn)[0].cpu().numpy(),
-            "p_covered": token_coverage(one, drawn.num_anchors, drawn.block_size)[0].cpu().numpy(),
+            "p_covered": covered_by[0].cpu().numpy(),
         }
     )
     covered, reached = table["times_supervised"] > 0, table["p_covered"] > 0
@@ -70,14 +80,19 @@ def token_table(
 
 
 @checked
-def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> pd.DataFrame:
+def block_table(
+    blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0, view: View = FULL
+) -> pd.DataFrame:
     """Each slot of one row's blocks: its input, its position, and its label.
 
-    ``input`` is from :func:`slot_inputs`, ``context`` counts the context tokens that a slot sees,
-    ``label`` is empty past the row and in dummy blocks.
+    ``input`` is from :func:`slot_inputs`, ``context`` counts the context tokens that a slot sees in
+    a layer of this ``view``. ``label`` is empty past the row and in dummy blocks; an anchor that is
+    given predicts nothing, so its ``label_position`` is -1.
     """
     drawn, block_size = blocks.row(row), blocks.block_size
-    ranges = ContextRanges.of(drawn)
+    ranges = ContextRanges.of(drawn, view)
+    ends = ranges.end.repeat_interleave(block_size, dim=1)
+    given = block_size - drawn.predicted
     table = pd.DataFrame(
         {
             "block": np.repeat(np.arange(drawn.num_anchors), block_size),
@@ -85,23 +100,24 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
             "slot": np.tile(np.arange(block_size), drawn.num_anchors),
             "position_id": drawn.position_ids.flatten().tolist(),
             "input": slot_inputs(drawn, to_text),
-            "context": (ranges.end - ranges.start)[0].repeat_interleave(block_size).tolist(),
-            "label_position": drawn.label_indices.flatten().tolist(),
+            "context": (ends - ranges.slot_start)[0].clamp(min=0).tolist(),
+            "label_position": pad(drawn.label_indices, (given, 0), value=-1).flatten().tolist(),
             "label": _labels(drawn, to_text),
-            "supervised": drawn.eval_mask.flatten().tolist(),
+            "supervised": pad(drawn.eval_mask, (given, 0)).flatten().tolist(),
         }
     )
-    labelled = table["kept"] & (table["label_position"] < drawn.seq_len)
+    labelled = table["kept"] & table["label_position"].between(0, drawn.seq_len - 1)
     return table.assign(label=table["label"].where(labelled, ""))
 
 
 def _labels(drawn: Blocks, to_text: Callable[[int], str]) -> list[str]:
-    """The labels' texts; a block's first may end a character that its anchor begins."""
+    """The slots' labels as texts; a block's first may end a character that its anchor begins."""
     texts = []
+    given = [""] * (drawn.block_size - drawn.predicted)
     for first, labels in zip(
         drawn.prev_ids[0, :, 0].tolist(), drawn.target_ids[0].tolist(), strict=True
     ):
-        texts += token_texts(to_text, [first, *labels])[1:]
+        texts += given + token_texts(to_text, [first, *labels])[1:]
     return texts
 
 
@@ -218,6 +234,8 @@ def explore_anchors(
     conversation: int = 0,
     packed: bool = False,
     row_length: int = 1024,
+    per: Per = "row",
+    layout: Layout = "anchor_predicts",
     like: Like | None = None,
 ) -> Explorer:
     """Which tokens of a conversation are anchors, covered, or never a label.
@@ -230,15 +248,18 @@ def explore_anchors(
         tokenizer: a tokenizer, its name or folder; the shipped one where None.
         like: encode the conversations as another trainer does, see :func:`dspark_lab.encode`. From
             the same seed, its run draws the anchors that are shown. ``conversation`` counts rows.
-        num_anchors, block_size, seed, conversation, packed, row_length: where the controls start.
-            Packed, as many conversations share a row as fit, the chosen one first in line.
+        num_anchors, block_size, seed, conversation, packed, row_length, per, layout: where the
+            controls start. Packed, as many conversations share a row as fit, the chosen one first
+            in line. ``num_anchors`` counts ``per`` row or document; "anchor_given" is the layout of
+            blocks whose first slot is the anchor's own.
     """
     rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
         def shown(batch: Batch) -> tuple[Blocks, pd.DataFrame]:
-            blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
-            return blocks, token_table(batch, blocks, rows.to_text)
+            blocks = drawn_blocks(batch, chosen)
+            counted: dict[str, Any] = {"num_anchors": chosen.num_anchors, "per": chosen.per}
+            return blocks, token_table(batch, blocks, rows.to_text, **counted)
 
         blocks, tokens = shown(rows.row(chosen.conversation, chosen.packed, chosen.row_length))
         tables = {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)}
@@ -250,8 +271,15 @@ def explore_anchors(
             html += token_legend(tables["own"]) + token_text(tables["own"])
         return Frame(tables, html=html)
 
-    controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
+    drawn = (num_anchors, block_size, seed, per, layout)
+    controls = rows.controls(conversation, packed, row_length, *drawn)
     return Explorer("explore_anchors", controls, draw)
+
+
+def drawn_blocks(batch: Batch, chosen: SimpleNamespace) -> Blocks:
+    """The draw that the controls of :class:`ConversationRows` ask for."""
+    options: dict[str, Any] = {"seed": chosen.seed, "per": chosen.per, "layout": chosen.layout}
+    return draw_blocks(batch, chosen.num_anchors, chosen.block_size, **options)
 
 
 class ConversationRows:
@@ -312,6 +340,8 @@ class ConversationRows:
         num_anchors: int,
         block_size: int,
         seed: int,
+        per: Per,
+        layout: Layout,
     ) -> list[Any]:
         """The controls of a row and of a draw of blocks on it."""
         last = len(self) - 1
@@ -323,6 +353,8 @@ class ConversationRows:
             slider("num_anchors", num_anchors, 1, 128),
             slider("block_size", block_size, 1, 32),
             slider("seed", seed, 0, 99),
+            dropdown("per", per, ("row", "document")),
+            dropdown("layout", layout, LAYOUTS),
         ]
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:

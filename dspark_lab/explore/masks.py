@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import avg_pool2d
 
-from dspark_lab.attention import ContextRanges, block_mask, dense_mask
-from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.attention import FULL, ContextRanges, View, block_mask, dense_mask
+from dspark_lab.blocks import Blocks, Layout, Per
 from dspark_lab.chats import Chat, Encoded, Like, token_texts
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
-from dspark_lab.explore.anchors import ConversationRows, block_table
+from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
 from dspark_lab.explore.style import BLUE, INK, ORANGE, PINK, RED, SKY, visible_text
 
@@ -44,16 +44,19 @@ States = Int[Tensor, "query_tile key_tile"]
 
 
 @checked
-def mask_regions(blocks: Blocks, *, documents: bool = True, row: int = 0) -> Regions:
+def mask_regions(
+    blocks: Blocks, *, documents: bool = True, row: int = 0, view: View = FULL
+) -> Regions:
     """Each pair of one row's attention mask as an index into ``REGIONS``, int8.
 
+    ``view`` is that of a layer with a window or causal blocks.
     With ``documents`` False, blocks see all documents before them: the mask of a trainer that
     forgets that its rows are packed.
     """
     one = blocks.row(row)
     if not documents:
         one = replace(one, doc_ids=torch.zeros_like(one.doc_ids))
-    region = dense_mask(ContextRanges.of(one))[0].to(torch.int8)
+    region = dense_mask(ContextRanges.of(one, view))[0].to(torch.int8)
     own, dummy = REGIONS.index("own block"), REGIONS.index("dummy block")
     own_region = torch.where(one.block_keep_mask[0], own, dummy).to(torch.int8)
     region[:, one.seq_len :] *= own_region.repeat_interleave(one.block_size).unsqueeze(1)
@@ -268,24 +271,29 @@ def explore_masks(
     packed: bool = False,
     row_length: int = 512,
     context: int = 512,
+    per: Per = "row",
+    layout: Layout = "anchor_predicts",
+    window: int = 0,
+    causal: bool = False,
     like: Like | None = None,
 ) -> Explorer:
     """The mask of each block of a conversation, pair by pair and tile by tile.
 
     ``context`` is how many tokens around the first answer to keep: with few of them and few blocks
-    the mask is drawn cell by cell. All other arguments are as in :func:`explore_anchors`, and the
-    tables ``mask``, ``tiles`` and ``blocks``.
+    the mask is drawn cell by cell. ``window`` (0: none) and ``causal`` are those of layers that see
+    the last tokens of the context alone, and of their block no later slot. All other arguments are
+    as in :func:`explore_anchors`, and the tables ``mask``, ``tiles`` and ``blocks``.
     """
     rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
         batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length, chosen.context)
-        blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
+        blocks, view = drawn_blocks(batch, chosen), View(chosen.window or None, chosen.causal)
         if chosen.shuffled:
             blocks = _shuffled(blocks, chosen.seed)
-        regions = mask_regions(blocks)
-        tiles = tile_states(block_mask(ContextRanges.of(blocks), chosen.tile_size))
-        table = block_table(blocks, rows.to_text)
+        regions = mask_regions(blocks, view=view)
+        tiles = tile_states(block_mask(ContextRanges.of(blocks, view), chosen.tile_size))
+        table = block_table(blocks, rows.to_text, view=view)
         drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
         drawn["context_text"] = token_texts(rows.to_text, batch.input_ids[0].tolist())
         drawn["slot_text"] = table["input"].tolist()
@@ -294,8 +302,10 @@ def explore_masks(
         alt = "the attention mask with its regions, and its tiles"
         return Frame(tables, png=style.png(figure), alt=alt)
 
-    controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
+    drawn = (num_anchors, block_size, seed, per, layout)
+    controls = rows.controls(conversation, packed, row_length, *drawn)
     controls.insert(3, slider("context", context, 8, 1024))
+    controls += [slider("window", window, 0, 512), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
     return Explorer("explore_masks", controls, draw)
 

@@ -34,7 +34,7 @@ from dspark_lab.checks import Count, Device, checked
 from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
-from dspark_lab.model.formats import ARCHITECTURES, Format, config_for
+from dspark_lab.model.formats import ARCHITECTURES, Format, config_for, flat_config
 from dspark_lab.model.protocol import TargetWeights
 
 CONFIG = "config.json"
@@ -79,6 +79,12 @@ class Stored:
     config: DrafterConfig
     parts: dict[str, Any]
     not_read: list[str]
+
+    @property
+    def dtype(self) -> Any:
+        """What its ``config.json`` calls the dtype of its tensors."""
+        flat = flat_config(self.values)
+        return flat.get("dtype") or flat.get("torch_dtype")
 
     @property
     def tied(self) -> bool:
@@ -155,9 +161,8 @@ def convert_checkpoint(
             "trained for the other position, each slot one token off"
         )
     values = config.to_dict() | {"tie_word_embeddings": stored.tied}
-    for key in ("dtype", "torch_dtype"):
-        if stored.values.get(key) is not None:
-            values["dtype"] = stored.values[key]
+    if stored.dtype is not None:
+        values["dtype"] = stored.dtype
     described = stored.values.get("speculators_config")
     verifier = described.get("verifier") if isinstance(described, Mapping) else None
     try:
@@ -254,6 +259,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder, whatever it is of."""
     if not (path / CONFIG).is_file():
         inside = checkpoints_inside(path)
+        gguf = sorted(file.name for file in path.glob("*.gguf"))
+        if gguf:
+            inside = f"; it holds what llama.cpp alone reads: {_listed(gguf)}"
         raise FileNotFoundError(f"the folder {path} must hold {CONFIG}, got none{inside}")
     return read_json(path / CONFIG)
 
@@ -300,7 +308,9 @@ def find_folder(folder: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        what = "a pickle, which is never loaded" if path.suffix in _PICKLES else "a file"
+        kinds = dict.fromkeys(_PICKLES, "a pickle, which is never loaded")
+        kinds[".gguf"] = "a GGUF file, which llama.cpp alone reads"
+        what = kinds.get(path.suffix, "a file")
         raise ValueError(f"{path} must be a folder with {CONFIG} and {WEIGHTS}, got {what}")
     previous = previous_version(Path(os.path.realpath(path)))
     if previous.is_dir():
@@ -497,11 +507,11 @@ def _check_target(folder: Path, config: DrafterConfig, target: TargetWeights) ->
 
 
 def _common_dtype(stored: Stored) -> torch.dtype:
-    parts, values = stored.parts, stored.values
+    parts = stored.parts
     kinds = sorted({part.get_dtype() for name, part in parts.items() if name not in _MAPS})
     if len(kinds) == 1:
         return _DTYPES[kinds[0]]
-    named = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    named = str(stored.dtype).removeprefix("torch.")
     for dtype in _DTYPES.values():
         if str(dtype) == f"torch.{named}":
             return dtype

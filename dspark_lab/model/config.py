@@ -245,7 +245,12 @@ def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
         if not rope:
             continue
         bases[f"{name}.rope_theta"] = rope.get("rope_theta")
-        scalings[name] = read_scaling(name, rope, flat.get("max_position_embeddings"))
+        outside = flat.get("original_max_position_embeddings")
+        longest = flat.get("max_position_embeddings") if outside is None else outside
+        yarn = scalings[name] = read_scaling(name, rope, longest)
+        if yarn and outside not in (None, yarn.original_max_position_embeddings):
+            both = f"{outside} and in {name} {yarn.original_max_position_embeddings}"
+            raise ValueError(f"original_max_position_embeddings must be one number, got {both}")
     found = {name: value for name, value in bases.items() if value is not None}
     if not found:
         raise ValueError("config must hold rope_theta, by itself or in rope_parameters")
@@ -268,8 +273,10 @@ def read_scaling(
     ``name`` is what errors call the object; ``max_position_embeddings`` stand for the original ones
     where the object does not say these.
     """
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if rope.get("type") not in (None, kind):
+    said = [kind for kind in (rope.get("rope_type"), rope.get("type")) if kind] or ["default"]
+    # One position a token, as text has it, makes of three axes' angles the plain ones.
+    kind, *others = ["default" if kind == "mrope" else kind for kind in said]
+    if any(other != kind for other in others):
         raise ValueError(f"{name} must be of one type, got {dict(rope)!r}")
     rest: dict[str, Any] = {k: v for k, v in rope.items() if k not in _ROPE and v is not None}
     partial = rope.get("partial_rotary_factor") not in (None, 1)

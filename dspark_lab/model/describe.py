@@ -100,8 +100,13 @@ def _loads(stored: Stored) -> str:
 def _model(stored: Stored) -> Iterator[Line]:
     c, said = stored.config, _Sources(stored.values)
     what = "every slot predicts" if c.sample_from_anchor else "slot 0 is the anchor itself"
-    layout = said("sample_from_anchor", "dspark_bonus_anchor", "shift_label")
-    yield "layout", f"{c.layout}: {what}", layout or f"{CONFIG}: the family"
+    layout, family = said("sample_from_anchor", "dspark_bonus_anchor"), family_of(stored.values)
+    by = "the family"
+    if family == "DSpark" and not c.sample_from_anchor:
+        by = "speculators_config, whose speculative_tokens are one less than block_size"
+    elif family == "DFlash" and c.sample_from_anchor:
+        by = "shift_label"
+    yield "layout", f"{c.layout}: {what}", layout or f"{CONFIG}: {by}"
     predicted = f"{c.block_size} slots, {c.predicted} of them predict"
     yield "block", predicted, said("block_size", "dspark_block_size")
     heads = f"{c.num_attention_heads} heads, {c.num_key_value_heads} of keys, {c.head_dim} wide"

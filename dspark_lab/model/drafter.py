@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dspark_lab.attention import Backend, ContextRanges, MaskForm, View, choose_backend, mask_form
+from dspark_lab.attention import (
+    FULL,
+    Backend,
+    ContextRanges,
+    MaskForm,
+    View,
+    choose_backend,
+    mask_form,
+)
 from dspark_lab.blocks import Blocks, cut_blocks
 from dspark_lab.chats import Batch
 from dspark_lab.checks import checked
@@ -123,11 +131,8 @@ class Drafter(nn.Module):
         A drafter of a reduced vocabulary takes the rows of its tokens from the LM head.
         ``logit_rule`` is what the target makes of its LM head's product, where it is known.
         """
-        wanted = (self.config.vocab_size, self.config.hidden_size)
         for weight in (embed_weight, head_weight):
-            if weight.shape != wanted:
-                needs = f"embedding and LM head must be [vocab, hidden] = {wanted}"
-                raise ValueError(f"the target's {needs}, got shape {tuple(weight.shape)}")
+            self._check_table(weight)
         head = head_weight.detach().to(device=self.device, dtype=self.dtype)
         embedding = embed_weight.detach().to(device=self.device, dtype=self.dtype)
         self.embed_tokens.weight = nn.Parameter(embedding, requires_grad=False)
@@ -263,12 +268,16 @@ class Drafter(nn.Module):
         l1_weight: float = 0.9,
         confidence_weight: float = 1.0,
         loss_decay_gamma: DecayGamma = 4.0,
+        vocabulary: dict[str, Any] | None = None,
     ) -> Objective:
-        """:func:`dspark_lab.model.dspark_objective` with the drafter's and the target's heads."""
+        """:func:`dspark_lab.model.dspark_objective` with the drafter's and the target's heads.
+
+        ``vocabulary`` is :meth:`vocabulary_of` another target, :attr:`vocabulary` where None.
+        """
         terms: dict[str, Any] = {"ce_weight": ce_weight, "l1_weight": l1_weight}
         terms |= {"confidence_weight": confidence_weight, "loss_decay_gamma": loss_decay_gamma}
         own, w2 = self.lm_head.weight, self.markov_w2_weight
-        return dspark_objective(slots, own, w2, **terms, **self.vocabulary)
+        return dspark_objective(slots, own, w2, **terms, **(vocabulary or self.vocabulary))
 
     @property
     def vocabulary(self) -> dict[str, Any]:
@@ -279,6 +288,18 @@ class Drafter(nn.Module):
             "draft_ids": self.draft_ids,
             "target_head_weight": self.target_head,
         }
+
+    @checked
+    def vocabulary_of(
+        self, head_weight: Float[Tensor, "head_vocab hidden"], logit_rule: LogitRule
+    ) -> dict[str, Any]:
+        """:attr:`vocabulary` with a target's LM head, whatever the drafter was loaded with."""
+        self._check_table(head_weight)
+        head, ids = head_weight.detach().to(self.device, self.dtype), self.draft_ids
+        if ids is None and not torch.equal(head, self.lm_head.weight):
+            ids = torch.arange(len(head), device=self.device)
+        own = {"draft_ids": ids, "target_head_weight": None if ids is None else head}
+        return self.vocabulary | own | {"target_rule": logit_rule}
 
     def whole_vocabulary(
         self, logits: Float[Tensor, "*axes draft"]
@@ -344,7 +365,7 @@ class Drafter(nn.Module):
 
     def _cached_mask(self, rows: Rows, view: View) -> Bool[Tensor, "batch 1 slot key"] | None:
         """What a block's slots see of the cached context and of one another; None: everything."""
-        if view == View() and rows.even:
+        if view == FULL and rows.even:
             return None
         new = self.config.block_size
         mask = rows.mask(new, causal=view.causal)
@@ -384,6 +405,12 @@ class Drafter(nn.Module):
         if self.config.reads_markov:
             hidden = torch.cat([hidden, cast(Tensor, embedding).to(hidden.dtype)], dim=-1)
         return self.confidence_head(hidden)
+
+    def _check_table(self, weight: Tensor) -> None:
+        wanted = (self.config.vocab_size, self.config.hidden_size)
+        if weight.shape != wanted:
+            needs = f"embedding and LM head must be [vocab, hidden] = {wanted}"
+            raise ValueError(f"the target's {needs}, got shape {tuple(weight.shape)}")
 
     def _check_fit(self, blocks: Blocks, features: Tensor, last: Tensor | None) -> None:
         c, rows = self.config, (len(blocks.doc_ids), blocks.seq_len)

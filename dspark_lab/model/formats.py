@@ -116,13 +116,18 @@ def family_of(values: Mapping[str, Any]) -> str | None:
         raise TypeError(f"architectures must be a list, got {names!r}")
     projector = _object(values, "dflash_config").get("projector_type", values.get("projector_type"))
     if kind is None and not names:
-        names = [ARCHITECTURE]
+        # Who writes flat files need not name an architecture; every drafter of blocks has a size.
+        blocks = any(True for _ in _said(values, ("block_size", *_DRAFT_KEYS["block_size"])))
+        medusa = [key for key in values if key.startswith("medusa")]
+        names = [ARCHITECTURE] if blocks else [*medusa, values.get("model_type")]
     names = [kind] if kind else [ARCHITECTURES.get(str(name), name) for name in names or ()]
     said = [str(name).lower().replace("_", "") for name in (projector, *names) if name]
     for name in said:
         if name not in ("dspark", "dflash"):
-            return next((family for part, family in _OTHERS.items() if part in name), None)
-    return "DSpark" if said[-1] == "dspark" else "DFlash"
+            keys = ["dspark"] if any(key.startswith("dspark_") for key in values) else []
+            words = [(part, word) for word in (name, *keys) for part in _OTHERS]
+            return next((_OTHERS[part] for part, word in words if part in word), None)
+    return {"dspark": "DSpark", "dflash": "DFlash"}.get(said[-1]) if said else None
 
 
 def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,8 +268,10 @@ def _loaded_family(values: Mapping[str, Any]) -> str:
     said = {k: values[k] for k in ("architectures", "speculators_model_type") if values.get(k)}
     names = ", ".join(f"{key} {value!r}" for key, value in said.items())
     if family is not None:
-        raise ValueError(f"{names} is a drafter of {family}, which this library does not load")
+        what = f"a drafter of {family}, which this library does not load"
+        raise ValueError(f"{names or 'the config'} is {what}")
     wanted = ", ".join(f"[{name!r}]" for name in ARCHITECTURES)
+    names = names or "none, and no block_size"
     raise ValueError(f"architectures must be one of {wanted} or absent, got {names}")
 
 

@@ -91,6 +91,7 @@ def teacher_forced_answers(
     differ, because there the text and the draft may have parted. A conversation is a prompt.
     """
     first = decoded.trace[decoded.trace["slot"] == 0]
+    vocabulary = drafter.vocabulary_of(target.head_weight, target.logit_rule)
     ways: dict[str, list] = {"every token": [], "where rounds began": []}
     for index, part in first.groupby("prompt"):
         ids, answer = encode_prompt(target, prompts[index]), decoded.tokens[index]
@@ -102,7 +103,7 @@ def teacher_forced_answers(
         starts = (range(len(answer) - 1), part["position"] - 1)
         for blocks, start in zip(ways.values(), starts, strict=True):
             anchors = torch.tensor(list(start), device=target.device) + len(ids)
-            rates = _block_rates(drafter, batch, features, anchors)
+            rates = _block_rates(drafter, batch, features, anchors, vocabulary)
             blocks.append((index, part["domain"].iloc[0], rates))
     tables = [block_sums(blocks).assign(anchors=name) for name, blocks in ways.items()]
     return pd.concat(tables, ignore_index=True)
@@ -195,13 +196,17 @@ class BlockRates:
 
 @torch.no_grad()
 def _block_rates(
-    drafter: Drafter, batch: Batch, features: Features, anchors: Int[Tensor, " anchor"]
+    drafter: Drafter,
+    batch: Batch,
+    features: Features,
+    anchors: Int[Tensor, " anchor"],
+    vocabulary: dict[str, Any],
 ) -> BlockRates:
     c, keep = drafter.config, torch.ones_like(anchors[None], dtype=torch.bool)
     marks: dict[str, Any] = {"mask_token_id": c.mask_token_id, "layout": c.layout}
     blocks = cut_blocks(batch, anchors[None], keep, c.block_size, **marks)
     slots = drafter.slots(blocks, features.context, features.last)
-    accept = drafter.objective(slots).accept
+    accept = drafter.objective(slots, vocabulary=vocabulary).accept
     confidence = torch.full_like(accept, torch.nan)
     if slots.confidence_pred is not None:
         confidence = slots.confidence_pred.double().sigmoid()
@@ -219,6 +224,7 @@ def _whole_blocks(
 ) -> Iterator[tuple[int, str, BlockRates]]:
     """Number, domain and block rates of each conversation that holds a whole block."""
     source = features or live_features(target, drafter.config.target_layer_ids)
+    vocabulary = drafter.vocabulary_of(target.head_weight, target.logit_rule)
     size, found = drafter.config.predicted, False
     for index, item in enumerate(encoded):
         batch = collate([item], pad_token_id=0)
@@ -232,7 +238,8 @@ def _whole_blocks(
         found = True
         batch.chat_index.fill_(index)
         batch = batch.to(target.device)
-        rates = _block_rates(drafter, batch, source(batch), anchors.to(target.device))
+        places = anchors.to(target.device)
+        rates = _block_rates(drafter, batch, source(batch), places, vocabulary)
         yield index, item.domain or "none", rates
     if not found:
         raise ValueError(f"no conversation holds a block: {size + 1} supervised tokens in a row")

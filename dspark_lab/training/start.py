@@ -30,9 +30,10 @@ def new_drafter(
     ``target_layer_ids`` None reads up to five layers, spread evenly. YaRN, soft cap and logit scale
     are the target's. ``sample_from_anchor`` False: a block's first slot is the anchor's own.
     """
-    c = target.model.config
+    c = target.model.config.get_text_config()
     heads = c.num_attention_heads
     rope = getattr(c, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope  # of each kind of layer, as Gemma's have it
     longest = c.max_position_embeddings
     scaled = rope.get("rope_type") == "yarn"
     yarn = read_scaling("rope_parameters", rope, longest) if scaled else None
@@ -77,8 +78,11 @@ def init_from_target(drafter: Drafter, target: Target) -> None:
     """
     own = dict(drafter.named_parameters())
     count, layers = drafter.config.num_hidden_layers, target.num_layers
-    for name, weight in target.model.base_model.named_parameters():
+    decoder = target.model.get_decoder()
+    for name, weight in decoder.named_parameters():
         parts = name.split(".")
+        if name.endswith("norm.weight"):
+            weight = _norm_factor(decoder.get_submodule(name.removesuffix(".weight")))
         if parts[0] == "layers":
             parts[1] = str(int(parts[1]) - layers + count)
         elif parts[0] != "norm":
@@ -89,6 +93,13 @@ def init_from_target(drafter: Drafter, target: Target) -> None:
     hidden, depth = drafter.config.hidden_size, len(drafter.config.target_layer_ids)
     if drafter.config.context_size == depth * hidden:
         drafter.fc.weight.copy_(torch.eye(hidden).repeat(1, depth) / depth)
+
+
+def _norm_factor(norm: torch.nn.Module) -> torch.Tensor:
+    """What a norm multiplies by: its weight, or, in some of Gemma's, 1 + weight."""
+    weight = norm.get_parameter("weight")
+    off_by_one = torch.allclose(norm(torch.ones_like(weight)), 1 + weight, rtol=0.01)
+    return 1 + weight if off_by_one else weight
 
 
 def spread_layers(num_layers: int) -> list[int]:

@@ -116,6 +116,10 @@ def measure_steps(
             if target is not None:
                 heads = target.embed_weight, target.head_weight, target.logit_rule
                 drafter.use_target_embeddings(*heads)
+            elif config.draft_vocab_size is not None:
+                # The objective reads a head of the target's whole vocabulary.
+                embedding = drafter.embed_tokens.weight
+                drafter.use_target_embeddings(embedding, torch.randn_like(embedding))
         optimizer = torch.optim.AdamW(_trained(drafter), lr=1e-5, fused=True)
         for seq_len, anchors in product(seq_lens, num_anchors):
             rows, generator = (batch_size, seq_len), torch.Generator().manual_seed(seed)
