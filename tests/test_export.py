@@ -83,6 +83,8 @@ def test_automodel_gets_its_recipe_arguments():
 def test_deepspec_gets_one_option_each():
     given = words(CHOSEN, "deepspec")
     assert given[::2] == ["--opts"] * 5
+    # The length counts there, where the target's features are stored first.
+    assert "prepare the cache with these options" in export(CHOSEN, "deepspec")
     assert dotted(given[1::2]) == {
         "model.block_size": "7",
         "model.num_anchors": "384",

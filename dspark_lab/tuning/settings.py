@@ -223,7 +223,9 @@ def _deepspec(s: TrainingSettings) -> str:
         "data.max_length": s.seq_len,
         "train.local_batch_size": s.batch_size,
     }
-    return " ".join(f'--opts "{name}={_scalar(value)}"' for name, value in values.items())
+    given = " ".join(f'--opts "{name}={_scalar(value)}"' for name, value in values.items())
+    # Without its online target it never reads data.max_length in training.
+    return f"# to train from a target cache, prepare the cache with these options, too\n{given}"
 
 
 def _specforge(s: TrainingSettings) -> str:
