@@ -83,6 +83,8 @@ def test_automodel_gets_its_recipe_arguments():
 def test_deepspec_gets_one_option_each():
     given = words(CHOSEN, "deepspec")
     assert given[::2] == ["--opts"] * 5
+    # The length counts there, where the target's features are stored first.
+    assert "prepare the cache with these options" in export(CHOSEN, "deepspec")
     assert dotted(given[1::2]) == {
         "model.block_size": "7",
         "model.num_anchors": "384",
@@ -241,6 +243,16 @@ def test_tensorrt_llm_gets_a_fragment_of_its_options():
     assert yaml.safe_load(text) == {"speculative_config": expected}
     with pytest.raises(ValueError, match="scheduled needs a cost_file or a scaling_file"):
         export(replace(SERVED, scheduled=True), "tensorrt-llm")
+
+
+@pytest.mark.parametrize("drafter", ["müde/😀 x", 'a "b" \\c', "-x: #y", "a\nb"])
+def test_any_name_of_a_drafter_is_read_back(drafter):
+    settings = ServingSettings(5, drafter=drafter)
+    read = yaml.safe_load(export(settings, "tensorrt-llm"))["speculative_config"]
+    assert read["speculative_model"] == drafter
+    assert json.loads(words(settings, "vllm")[1])["model"] == drafter
+    for kind in ("sglang", "llama.cpp"):
+        assert drafter in words(settings, kind)
 
 
 @pytest.mark.parametrize(("temperature", "sampled"), [(0.0, "greedy"), (0.7, "probabilistic")])

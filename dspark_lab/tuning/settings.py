@@ -223,7 +223,9 @@ def _deepspec(s: TrainingSettings) -> str:
         "data.max_length": s.seq_len,
         "train.local_batch_size": s.batch_size,
     }
-    return " ".join(f'--opts "{name}={_scalar(value)}"' for name, value in values.items())
+    given = " ".join(f'--opts "{name}={_scalar(value)}"' for name, value in values.items())
+    # Without its online target it never reads data.max_length in training.
+    return f"# to train from a target cache, prepare the cache with these options, too\n{given}"
 
 
 def _specforge(s: TrainingSettings) -> str:
@@ -331,13 +333,13 @@ def _tensorrt_llm(s: ServingSettings) -> str:
         raise ValueError(f"tensorrt-llm refuses to schedule without either: {needs}")
     values: dict[str, Any] = {
         "decoding_type": "DSpark",
-        "speculative_model": json.dumps(s.drafter),
+        "speculative_model": _quoted(s.drafter),
         "max_draft_len": s.draft_length,
     }
     if s.scheduled:
         values["enable_confidence_scheduling"] = "true"
         files = {"confidence_sts_path": s.scaling_file, "confidence_sps_table_path": s.cost_file}
-        values |= {name: json.dumps(file) for name, file in files.items() if file is not None}
+        values |= {name: _quoted(file) for name, file in files.items() if file is not None}
     text = _yaml("speculative_config", **values)
     if s.scheduled:
         later = "confidence_calibration_path and confidence_cost_table_path in 1.4.0rc4"
@@ -387,6 +389,11 @@ def _said(s: ServingSettings, text: str, *, fewer: str, more: str) -> str:
 
 def _yaml(head: str, **values: Any) -> str:
     return "\n".join([f"{head}:", *(f"  {name}: {_scalar(v)}" for name, v in values.items())])
+
+
+def _quoted(text: str) -> str:
+    """In YAML's double quotes; JSON's escapes of characters beyond the first plane are not YAML."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _scalar(value: Any) -> str:
