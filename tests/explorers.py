@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dspark_lab import explore
-from dspark_lab.blocks import draw_blocks
+from dspark_lab.blocks import Layout, draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
 from dspark_lab.explore import Explorer
 
@@ -67,20 +67,27 @@ def masks(**start: object) -> Explorer:
 
 
 def tables_by_hand(
-    conversations: list[int], length: int, num_anchors: int, block_size: int, seed: int = 0
+    conversations: list[int],
+    length: int,
+    num_anchors: int,
+    block_size: int,
+    seed: int = 0,
+    layout: Layout = "anchor_predicts",
+    window: int | None = None,
+    causal: bool = False,
 ) -> dict[str, pd.DataFrame]:
     """What both explorers' tables say for conversations in a row of ``length``."""
     encoded = [encode(CHATS[i], TOKENIZER) for i in conversations]
     batch = one_row(encoded, length, TOKENIZER.eos_token_id)
-    blocks = draw_blocks(batch, num_anchors, block_size, seed=seed)
+    blocks = draw_blocks(batch, num_anchors, block_size, seed=seed, layout=layout)
 
     def to_text(token_id: int) -> str:
         return str(TOKENIZER.decode([token_id]))
 
     return {
         "tokens": explore.token_table(batch, blocks, to_text),
-        "blocks": explore.block_table(blocks, to_text),
-        "mask": explore.mask_table(explore.mask_regions(blocks)),
+        "blocks": explore.block_table(blocks, to_text, window=window),
+        "mask": explore.mask_table(explore.mask_regions(blocks, window=window, causal=causal)),
     }
 
 

@@ -107,6 +107,23 @@ def test_the_block_table_says_what_each_slot_reads_sees_and_predicts(draw):
         assert explore.slot_inputs(draw.blocks.row(row), to_text) == table["input"].tolist()
 
 
+@pytest.mark.parametrize(("window", "seen"), [(None, [3, 3, 3]), (3, [2, 1, 0])])
+def test_the_tables_of_blocks_whose_anchor_is_given(window, seen):
+    batch = collate(documents(".aaaaa"), PAD)
+    place, keep = torch.tensor([[3]]), torch.tensor([[True]])
+    blocks = cut_blocks(batch, place, keep, 3, mask_token_id=MASK, layout="anchor_given")
+    table = explore.block_table(blocks, str, window=window)
+    ids = batch.input_ids[0].tolist()
+    assert table["label_position"].tolist() == [-1, 4, 5]
+    assert table["label"].tolist() == ["", str(ids[4]), str(ids[5])]
+    assert table["supervised"].tolist() == [False, True, True]
+    assert table["input"].tolist() == [str(ids[3]), "[mask]", "[mask]"]
+    assert table["context"].tolist() == seen
+    # Of the four candidates from token 1 on, these anchors cover a token: the two before it.
+    covered = explore.token_table(batch, blocks, str)["p_covered"].tolist()
+    assert covered == pytest.approx([0, 0, 1 / 4, 2 / 4, 2 / 4, 2 / 4])
+
+
 def test_an_anchor_whose_token_has_the_mask_tokens_number_is_still_shown_as_itself():
     batch = collate(documents("aaaa"), PAD)
     blocks = cut_blocks(
@@ -218,6 +235,7 @@ def test_the_anchors_table_follows_every_slider():
         ("packed", True, ([1, 2], 128, 3, 2, 5)),
         ("row_length", 64, ([1], 64, 3, 2, 5)),
         ("conversation", 0, ([0, 1], 64, 3, 2, 5)),
+        ("layout", "anchor_given", ([0, 1], 64, 3, 2, 5, "anchor_given")),
     ]:
         follows(explorer, name, value, tables_by_hand(*by_hand))
         assert list(explorer.tables) == ["tokens", "blocks"]

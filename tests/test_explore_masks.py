@@ -45,6 +45,23 @@ def test_a_pairs_region_is_why_its_query_sees_its_key_and_each_pair_is_counted_o
             require_counts(explore.mask_table(regions), pairs, "region", explore.REGIONS, "pairs")
 
 
+@settings(max_examples=30)
+@given(draws(), st.sampled_from([None, 1, 2, 4]), st.booleans())
+def test_a_window_and_causal_blocks_hide_their_pairs_alone(draw, window, causal):
+    size, seq_len = draw.blocks.block_size, draw.blocks.seq_len
+    plain = named(explore.mask_regions(draw.blocks), explore.REGIONS)
+    regions = explore.mask_regions(draw.blocks, window=window, causal=causal)
+    for query, line in enumerate(named(regions, explore.REGIONS)):
+        block, slot = divmod(query, size)
+        position = draw.anchors[0][block] + slot
+        for key, found in enumerate(line):
+            if key < seq_len:
+                hidden = window is not None and position - key >= window
+            else:
+                hidden = causal and (key - seq_len) % size > slot
+            assert found == ("hidden" if hidden else plain[query][key])
+
+
 def require_counts(table, cells, kind, names, counted):
     """A table that says how many cells have each name."""
     counts = [sum(line.count(name) for line in cells) for name in names]
@@ -256,6 +273,9 @@ def test_the_mask_tables_follow_the_sliders():
         ("row_length", 64, ([1], 64, 3, 3)),
         ("conversation", 0, ([0, 1], 64, 3, 3)),
         ("num_anchors", 20, ([0, 1], 64, 20, 3)),
+        ("layout", "anchor_given", ([0, 1], 64, 20, 3, 0, "anchor_given")),
+        ("window", 5, ([0, 1], 64, 20, 3, 0, "anchor_given", 5)),
+        ("causal", True, ([0, 1], 64, 20, 3, 0, "anchor_given", 5, True)),
     ]:
         follows(explorer, name, value, tables_by_hand(*by_hand))
         assert list(explorer.tables) == ["mask", "tiles", "blocks"]

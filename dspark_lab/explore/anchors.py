@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from torch.nn import functional
 
-from dspark_lab.attention import ContextRanges
-from dspark_lab.blocks import Blocks, draw_blocks, times_supervised
+from dspark_lab.attention import ContextRanges, View
+from dspark_lab.blocks import Blocks, Layout, draw_blocks, times_supervised
 from dspark_lab.chats import (
     Batch,
     Chat,
@@ -26,10 +27,10 @@ from dspark_lab.chats import (
     one_row,
     token_texts,
 )
-from dspark_lab.checks import Within, checked, require
+from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
-from dspark_lab.explore.explorer import Explorer, Frame, checkbox, marked_text, slider
+from dspark_lab.explore.explorer import Explorer, Frame, checkbox, dropdown, marked_text, slider
 from dspark_lab.tuning import token_coverage
 
 
@@ -50,6 +51,8 @@ def token_table(
     anchors = drawn.anchor_positions[drawn.block_keep_mask]
     token_ids = one.input_ids[0].tolist()
     padding = ~one.attention_mask[0].cpu().numpy()
+    sizes = drawn.num_anchors, drawn.block_size
+    covering = token_coverage(one, *sizes, layout=drawn.layout)
     table = pd.DataFrame(
         {
             "position": np.arange(seq_len),
@@ -60,7 +63,7 @@ def token_table(
             "candidate": [*candidates.tolist(), False],
             "anchor": np.isin(np.arange(seq_len), anchors.cpu().numpy()),
             "times_supervised": times_supervised(drawn)[0].cpu().numpy(),
-            "p_covered": token_coverage(one, drawn.num_anchors, drawn.block_size)[0].cpu().numpy(),
+            "p_covered": covering[0].cpu().numpy(),
         }
     )
     covered, reached = table["times_supervised"] > 0, table["p_covered"] > 0
@@ -70,14 +73,26 @@ def token_table(
 
 
 @checked
-def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) -> pd.DataFrame:
+def block_table(
+    blocks: Blocks,
+    to_text: Callable[[int], str],
+    *,
+    row: int = 0,
+    window: Count | None = None,
+) -> pd.DataFrame:
     """Each slot of one row's blocks: its input, its position, and its label.
 
-    ``input`` is from :func:`slot_inputs`, ``context`` counts the context tokens that a slot sees,
-    ``label`` is empty past the row and in dummy blocks.
+    ``input`` is from :func:`slot_inputs`, ``context`` counts the context tokens that a slot sees
+    under a layer's ``window``, ``label`` is empty past the row and in dummy blocks. Where the
+    anchor is given, slot 0 has no label, and -1 as ``label_position``.
     """
     drawn, block_size = blocks.row(row), blocks.block_size
-    ranges = ContextRanges.of(drawn)
+    ranges, given = ContextRanges.of(drawn, View(window)), block_size - blocks.predicted
+    seen = (ranges.end.repeat_interleave(block_size, dim=1) - ranges.slot_start).clamp(min=0)
+    places, supervised = (
+        functional.pad(x[0], (given, 0), value=none).flatten().tolist()
+        for x, none in ((drawn.label_indices, -1), (drawn.eval_mask, False))
+    )
     table = pd.DataFrame(
         {
             "block": np.repeat(np.arange(drawn.num_anchors), block_size),
@@ -85,10 +100,10 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
             "slot": np.tile(np.arange(block_size), drawn.num_anchors),
             "position_id": drawn.position_ids.flatten().tolist(),
             "input": slot_inputs(drawn, to_text),
-            "context": (ranges.end - ranges.start)[0].repeat_interleave(block_size).tolist(),
-            "label_position": drawn.label_indices.flatten().tolist(),
+            "context": seen[0].tolist(),
+            "label_position": places,
             "label": _labels(drawn, to_text),
-            "supervised": drawn.eval_mask.flatten().tolist(),
+            "supervised": supervised,
         }
     )
     labelled = table["kept"] & (table["label_position"] < drawn.seq_len)
@@ -97,11 +112,11 @@ def block_table(blocks: Blocks, to_text: Callable[[int], str], *, row: int = 0) 
 
 def _labels(drawn: Blocks, to_text: Callable[[int], str]) -> list[str]:
     """The labels' texts; a block's first may end a character that its anchor begins."""
-    texts = []
+    texts, given = [], [""] * (drawn.block_size - drawn.predicted)
     for first, labels in zip(
         drawn.prev_ids[0, :, 0].tolist(), drawn.target_ids[0].tolist(), strict=True
     ):
-        texts += token_texts(to_text, [first, *labels])[1:]
+        texts += given + token_texts(to_text, [first, *labels])[1:]
     return texts
 
 
@@ -218,6 +233,7 @@ def explore_anchors(
     conversation: int = 0,
     packed: bool = False,
     row_length: int = 1024,
+    layout: Layout = "anchor_predicts",
     like: Like | None = None,
 ) -> Explorer:
     """Which tokens of a conversation are anchors, covered, or never a label.
@@ -230,14 +246,16 @@ def explore_anchors(
         tokenizer: a tokenizer, its name or folder; the shipped one where None.
         like: encode the conversations as another trainer does, see :func:`dspark_lab.encode`. From
             the same seed, its run draws the anchors that are shown. ``conversation`` counts rows.
-        num_anchors, block_size, seed, conversation, packed, row_length: where the controls start.
-            Packed, as many conversations share a row as fit, the chosen one first in line.
+        num_anchors, block_size, seed, conversation, packed, row_length, layout: where the controls
+            start. Packed, as many conversations share a row as fit, the chosen one first in line.
+            A block of layout "anchor_given" has its anchor as slot 0 (DFlash).
     """
     rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
         def shown(batch: Batch) -> tuple[Blocks, pd.DataFrame]:
-            blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
+            options: dict[str, Any] = {"seed": chosen.seed, "layout": chosen.layout}
+            blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, **options)
             return blocks, token_table(batch, blocks, rows.to_text)
 
         blocks, tokens = shown(rows.row(chosen.conversation, chosen.packed, chosen.row_length))
@@ -250,7 +268,8 @@ def explore_anchors(
             html += token_legend(tables["own"]) + token_text(tables["own"])
         return Frame(tables, html=html)
 
-    controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
+    draws = num_anchors, block_size, seed, layout
+    controls = rows.controls(conversation, packed, row_length, *draws)
     return Explorer("explore_anchors", controls, draw)
 
 
@@ -312,6 +331,7 @@ class ConversationRows:
         num_anchors: int,
         block_size: int,
         seed: int,
+        layout: Layout,
     ) -> list[Any]:
         """The controls of a row and of a draw of blocks on it."""
         last = len(self) - 1
@@ -323,6 +343,7 @@ class ConversationRows:
             slider("num_anchors", num_anchors, 1, 128),
             slider("block_size", block_size, 1, 32),
             slider("seed", seed, 0, 99),
+            dropdown("layout", layout, get_args(Layout)),
         ]
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:

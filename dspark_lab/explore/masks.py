@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import avg_pool2d
 
-from dspark_lab.attention import ContextRanges, block_mask, dense_mask
-from dspark_lab.blocks import Blocks, draw_blocks
+from dspark_lab.attention import ContextRanges, View, block_mask, dense_mask
+from dspark_lab.blocks import Blocks, Layout, draw_blocks
 from dspark_lab.chats import Chat, Encoded, Like, token_texts
-from dspark_lab.checks import Within, checked, require
+from dspark_lab.checks import Count, Size, Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
@@ -44,8 +44,17 @@ States = Int[Tensor, "query_tile key_tile"]
 
 
 @checked
-def mask_regions(blocks: Blocks, *, documents: bool = True, row: int = 0) -> Regions:
+def mask_regions(
+    blocks: Blocks,
+    *,
+    documents: bool = True,
+    row: int = 0,
+    window: Count | None = None,
+    causal: bool = False,
+) -> Regions:
     """Each pair of one row's attention mask as an index into ``REGIONS``, int8.
+
+    ``window`` and ``causal`` are the :class:`~dspark_lab.attention.View` of a layer.
 
     With ``documents`` False, blocks see all documents before them: the mask of a trainer that
     forgets that its rows are packed.
@@ -53,7 +62,7 @@ def mask_regions(blocks: Blocks, *, documents: bool = True, row: int = 0) -> Reg
     one = blocks.row(row)
     if not documents:
         one = replace(one, doc_ids=torch.zeros_like(one.doc_ids))
-    region = dense_mask(ContextRanges.of(one))[0].to(torch.int8)
+    region = dense_mask(ContextRanges.of(one, View(window, causal)))[0].to(torch.int8)
     own, dummy = REGIONS.index("own block"), REGIONS.index("dummy block")
     own_region = torch.where(one.block_keep_mask[0], own, dummy).to(torch.int8)
     region[:, one.seq_len :] *= own_region.repeat_interleave(one.block_size).unsqueeze(1)
@@ -268,24 +277,31 @@ def explore_masks(
     packed: bool = False,
     row_length: int = 512,
     context: int = 512,
+    layout: Layout = "anchor_predicts",
+    window: Size = 0,
+    causal: bool = False,
     like: Like | None = None,
 ) -> Explorer:
     """The mask of each block of a conversation, pair by pair and tile by tile.
 
     ``context`` is how many tokens around the first answer to keep: with few of them and few blocks
-    the mask is drawn cell by cell. All other arguments are as in :func:`explore_anchors`, and the
-    tables ``mask``, ``tiles`` and ``blocks``.
+    the mask is drawn cell by cell. ``window`` (0 for none) and ``causal`` are the
+    :class:`~dspark_lab.attention.View` of a layer; trainers make layers with a window causal by
+    default. All other arguments are as in :func:`explore_anchors`, and the tables ``mask``,
+    ``tiles`` and ``blocks``.
     """
     rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
         batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length, chosen.context)
-        blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, seed=chosen.seed)
+        options: dict[str, Any] = {"seed": chosen.seed, "layout": chosen.layout}
+        blocks = draw_blocks(batch, chosen.num_anchors, chosen.block_size, **options)
+        view = View(chosen.window or None, chosen.causal)
         if chosen.shuffled:
             blocks = _shuffled(blocks, chosen.seed)
-        regions = mask_regions(blocks)
-        tiles = tile_states(block_mask(ContextRanges.of(blocks), chosen.tile_size))
-        table = block_table(blocks, rows.to_text)
+        regions = mask_regions(blocks, window=view.window, causal=view.causal)
+        tiles = tile_states(block_mask(ContextRanges.of(blocks, view), chosen.tile_size))
+        table = block_table(blocks, rows.to_text, window=view.window)
         drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
         drawn["context_text"] = token_texts(rows.to_text, batch.input_ids[0].tolist())
         drawn["slot_text"] = table["input"].tolist()
@@ -294,8 +310,10 @@ def explore_masks(
         alt = "the attention mask with its regions, and its tiles"
         return Frame(tables, png=style.png(figure), alt=alt)
 
-    controls = rows.controls(conversation, packed, row_length, num_anchors, block_size, seed)
+    draws = num_anchors, block_size, seed, layout
+    controls = rows.controls(conversation, packed, row_length, *draws)
     controls.insert(3, slider("context", context, 8, 1024))
+    controls += [slider("window", window, 0, 4096), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
     return Explorer("explore_masks", controls, draw)
 
