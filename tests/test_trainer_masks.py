@@ -153,8 +153,14 @@ def test_specforge_knows_llama3_by_its_markers():
     tokenizer = load_tokenizer()
     tokenizer.chat_template = LLAMA3
     tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
-    ((ids, mask),) = trainer_rows(TWO, tokenizer, "specforge")
-    assert "respectful and honest assistant" in tokenizer.decode(ids)
+    # The trainer would put a system message of its own in front, which is not known here.
+    with pytest.raises(
+        ValueError, match="'a': the trainer puts .*: give the conversation a"
+    ):
+        encode(TWO, tokenizer, like="specforge")
+    chat = talk("Hi", "One.", "And?", "Two.", system="Be kind.")
+    ((ids, mask),) = trainer_rows(chat, tokenizer, "specforge")
+    assert tokenizer.decode(ids).count("Be kind.") == 1
     # A text that ends with two line breaks has one token for both, one that goes on has two.
     assert tokenizer.decode(ids[mask]) == "\nOne.<|eot_id|>\nTwo.<|eot_id|>"
 

@@ -51,28 +51,21 @@ _Span = tuple[int, int]
 class Family:
     """What a trainer looks for in the text of one family of chat templates.
 
-    ``system`` goes in front where there is no system message; an answer is supervised behind
-    ``header``, and behind ``prefix`` where that follows, through ``end``, but for ``ignored``.
+    ``system`` goes in front where there is no system message (None: one that is not known here); an
+    answer is supervised behind ``header``, and behind ``prefix`` where that follows, through
+    ``end``, but for ``ignored``.
     """
 
     name: str
     header: str
     end: str
-    system: str = ""
+    system: str | None = ""
     prefix: str = ""
     ignored: str = ""
     thinks: bool = False
 
 
 _HELPFUL = "You are a helpful assistant."
-_LLAMA3 = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
-    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
-    "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
-    "and positive in nature.\n\nIf a question does not make any sense, or is not factually "
-    "coherent, explain why instead of answering something not correct. If you don't know the "
-    "answer to a question, please don't share false information."
-)
 _CHATML = ("<|im_start|>assistant\n", "<|im_end|>\n")
 DEEPSPEC = (
     Family("qwen", *_CHATML, _HELPFUL),
@@ -82,7 +75,7 @@ DEEPSPEC = (
 SPECFORGE = (
     Family("qwen3.5", _CHATML[0] + "<think>\n", _CHATML[1], thinks=True),
     Family("qwen3-instruct", *_CHATML, _HELPFUL, ignored="<think>\n\n</think>\n\n"),
-    Family("llama3", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", _LLAMA3),
+    Family("llama3", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", None),
     Family("llama4", "<|header_start|>assistant<|header_end|>\n\n", "<|eot|>", _HELPFUL),
     Family("phi3", "<|assistant|>\n", "<|end|>\n", _HELPFUL),
     Family("phi4", "<|im_start|>assistant<|im_sep|>", "<|im_end|>", _HELPFUL),
@@ -346,6 +339,11 @@ def _with_system(messages: Sequence[Mapping[str, Any]], family: Family) -> _Mess
     copies = [dict(message) for message in messages]
     if _has_system(copies):
         copies[0] = {"role": "system", "content": copies[0].get("content")}
+    elif family.system is None:
+        raise ValueError(
+            f"the trainer puts a system message of its own in front of a {family.name} "
+            "conversation without one: give the conversation a system message"
+        )
     elif family.system:
         copies.insert(0, {"role": "system", "content": family.system})
     return copies
