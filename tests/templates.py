@@ -3,6 +3,7 @@
 A loop writes a conversation piece by piece and says of each piece whether the model generates it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,7 @@ MARKERS = (
     "<|head|> <|user|> <|assistant|> <|system|> <|tool|> <|end|> <|stop|> <|text|> <|role|> "
     "<think> </think> <s> </s> <unk>"
 ).split()
+MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 
 
 CHATML = (
@@ -141,13 +143,12 @@ class Behaviour:
             own = finished or i != last_answer
             marks = [None] * len(head) + [i] * len(words) + [i if own else None] * len(closing)
             begin = common(asked, turn)
-            if i > 0 and roles[i - 1] == "assistant":
-                # The end of the answer before it may be another than in the prompt.
+            if joins and i > 0 and roles[i - 1] == "assistant":
+                # The end of the answer before it is another than in the prompt.
                 last = self.close if self.close_last is None else self.close_last
-                before = "" if joins else self.close + self.gap
-                begin = common(last + self.gap + asked, before + turn) - len(before)
-                if begin < 0:  # what lies between the two counts, by the letter of the rule
-                    pieces[-1], begin = (pieces[-1][0], i), 0
+                begin = common(last + self.gap + asked, turn)
+            # A marker of the prompt is given whole.
+            begin = min([begin, *(m.start() for m in MARKER.finditer(asked) if m.end() > begin)])
             if begin > len(head) and begin < len(asked):
                 raise Refused
             marks[begin : len(head)] = [i] * (len(head) - begin)

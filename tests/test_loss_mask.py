@@ -200,16 +200,36 @@ def test_switches_leave_out_answers():
         assert supervised(encode_answers(chat, made), made) == kept
 
 
+def test_a_marker_of_the_prompt_is_shared_whole_or_not_at_all():
+    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
+    for words in ("<tool_call>", "", "<"):
+        row = encode(Chat(said("Hi", words, "And?", "Two."), "x"), made)
+        assert supervised(row, made) == [f"{words}<|end|>", "Two.<|end|>"]
+
+
+def test_the_head_of_an_answer_behind_another_answer_is_not_generated():
+    made = of(BEHAVIOURS["another marker when last"].jinja)
+    row = encode(Chat(said("Hi", "One.", "assistant=Two."), "x"), made)
+    assert supervised(row, made) == ["One.<|end|>", "Two.<|stop|>"]
+
+
+def test_a_template_may_write_no_generation_prompt_behind_the_system_message():
+    asks = "{% if add_generation_prompt and messages[-1].role != 'system' %}"
+    made = of(CHATML.replace("{% if add_generation_prompt %}", asks))
+    row = encode(Chat(said("assistant=One.", "And?", "Two.", system="Be kind."), "x"), made)
+    assert supervised(row, made) == ["One.<|end|>", "Two.<|end|>"]
+
+
 def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():
     made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
-    messages = said("Hi", "<b>One.", "And?", "Two.")
+    messages = said("Hi", "<think>\rOne.", "And?", "Two.")
     with pytest.raises(ValueError, match=r"messages\[1\].*inside the answer"):
         encode(Chat(messages, "x"), made)
     chat = Chat(messages, "x", supervised=[True, False, True, True])
     assert supervised(encode(chat, made), made) == ["Two.<|end|>"]
     cut_off = Chat(messages, "x", finished=False, supervised=[True, True, True, False])
     made = of(CHATML)
-    assert supervised(encode(cut_off, made), made) == ["<b>One.<|end|>"]
+    assert supervised(encode(cut_off, made), made) == ["<think>\rOne.<|end|>"]
 
 
 def test_options_reach_the_template_and_those_that_it_does_not_read_are_refused():

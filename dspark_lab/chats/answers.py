@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dspark_lab.chats.chat import Chat
@@ -266,23 +266,46 @@ def _prompt_end(written: _Written, answer: int) -> tuple[int, str]:
         with suppress(ValueError):
             prompt = written.template.write(written.messages[:answer], prompt=True)
     if prompt and text.startswith(prompt):
+        # Some templates write no generation prompt right behind the system's message.
+        if written.messages[answer - 1]["role"] == "system":
+            with suppress(ValueError):
+                if prompt == written.template.write(written.messages[:answer]):
+                    return _end_behind_a_user(written, answer), prompt
         return len(prompt), prompt
+    begin, markers = written.words_start(answer), _markers(written.template.tokenizer)
     if not prompt:
         start = _end_behind_a_user(written, answer)
     else:
-        start = _common(prompt, text)
+        start = _shared(prompt, text, markers)
         asked, said = written.around(answer - 1, answer, prompt=True), written.words_end(answer - 1)
         if said is None or asked is None or not prompt.endswith(asked[1]):
             raise _rewritten(answer)
         if start < said:
-            start = said + _common(asked[1], text[said:])
-    begin = written.words_start(answer)
+            start = said + _shared(asked[1], text[said:], markers)
+        if written.messages[answer - 1]["role"] == "assistant" and begin is not None:
+            start = max(start, _head_end(written, answer, prompt, (said, begin)))
     if begin is not None and start > begin:
         raise ValueError(
             f"the generation prompt of messages[{answer}] is no prefix of the conversation, and "
             "what the two share ends inside the answer"
         )
     return start, prompt
+
+
+def _head_end(written: _Written, answer: int, prompt: str, between: Span) -> int:
+    """Where an answer's head ends that stands between it and one before it; 0 for nowhere.
+
+    The one before it may close with another marker than in the generation prompt.
+    """
+    markers = _markers(written.template.tokenizer)
+    plain = written.template.write(written.messages[:answer])
+    head = prompt[_shared(plain, prompt, markers) :]
+    ends = {len(head), *(head.find(marker) + len(marker) for marker in markers if marker in head)}
+    for end in sorted(ends - {0}, reverse=True):
+        place = written.text.find(head[:end], *between)
+        if place >= 0:
+            return place + end
+    return 0
 
 
 def _end_behind_a_user(written: _Written, answer: int) -> int:
@@ -298,7 +321,7 @@ def _end_behind_a_user(written: _Written, answer: int) -> int:
         answered = written.template.write([*asked, *messages[answer:]]).rpartition(mark)[2]
     except ValueError:
         raise _rewritten(answer) from None
-    rest = answered[_common(prompt, answered) :]
+    rest = answered[_shared(prompt, answered, _markers(written.template.tokenizer)) :]
     if not text.endswith(rest):
         raise _rewritten(answer)
     return len(text) - len(rest)
@@ -359,8 +382,8 @@ def _headers(written: _Written, role: str) -> list[str]:
 def _first_marker(between: str, tokenizer: Tokenizer) -> int:
     """How long the marker is, with the space before it, that a text begins with; 0 for none."""
     text = between.lstrip()
-    markers = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    found = max((len(marker) for marker in markers if text.startswith(marker)), default=0)
+    begins = filter(text.startswith, _markers(tokenizer))
+    found = max(map(len, begins), default=0)
     return len(between) - len(text) + found if found else 0
 
 
@@ -454,6 +477,27 @@ def _common(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _shared(prompt: str, text: str, markers: frozenset[str]) -> int:
+    """The length of the longest common prefix, where markers are shared whole or not at all."""
+    shared = _common(prompt, text)
+    if shared < len(prompt):
+        longest = max(map(len, markers), default=0)
+        for start in range(max(0, shared - longest), shared):
+            if any(prompt[start:end] in markers for end in range(shared + 1, start + longest + 1)):
+                return start
+    return shared
+
+
+def _markers(tokenizer: Tokenizer) -> frozenset[str]:
+    """The texts of the tokens that a tokenizer looks for before all others."""
+    return _markers_of(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _markers_of(tokenizer: Tokenizer, size: int) -> frozenset[str]:
+    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values())
 
 
 def _overlap(one: str, other: str) -> int:
