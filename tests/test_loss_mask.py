@@ -220,6 +220,21 @@ def test_a_template_may_write_no_generation_prompt_behind_the_system_message():
     assert supervised(row, made) == ["One.<|end|>", "Two.<|end|>"]
 
 
+def test_an_answer_that_opens_a_conversation_may_lack_what_one_behind_a_user_has():
+    thinks = "{% if loop.last and loop.index > 1 %}{{ '<think></think>' }}{% endif %}"
+    made = of(CHATML.replace("+ m['content']", "}}" + thinks + "{{ m['content']"))
+    chat = Chat(said("assistant=One.", "And?", "Two."), "x")
+    expected = ["One.<|end|>", "<think></think>Two.<|end|>"]
+    assert supervised(encode(chat, made), made) == expected
+    assert supervised(encode_answers(chat, made), made) == expected
+    numbered = CHATML.replace("m['role'] +", "m['role'] ~ loop.index +")
+    numbered = numbered.replace(
+        "<|head|>assistant\n", "<|head|>assistant' ~ (messages|length + 1) ~ '\n"
+    )
+    with pytest.raises(ValueError, match="beyond recognition"):
+        encode(chat, of(numbered))
+
+
 def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():
     made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
     messages = said("Hi", "<think>\rOne.", "And?", "Two.")

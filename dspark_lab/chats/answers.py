@@ -283,7 +283,8 @@ def _prompt_end(written: _Written, answer: int) -> tuple[int, str]:
         if start < said:
             start = said + _shared(asked[1], text[said:], markers)
         if written.messages[answer - 1]["role"] == "assistant" and begin is not None:
-            start = max(start, _head_end(written, answer, prompt, (said, begin)))
+            before = written.messages[:answer]
+            start = max(start, _head_end(written, before, prompt, (said, begin)))
     if begin is not None and start > begin:
         raise ValueError(
             f"the generation prompt of messages[{answer}] is no prefix of the conversation, and "
@@ -292,15 +293,17 @@ def _prompt_end(written: _Written, answer: int) -> tuple[int, str]:
     return start, prompt
 
 
-def _head_end(written: _Written, answer: int, prompt: str, between: Span) -> int:
-    """Where an answer's head ends that stands between it and one before it; 0 for nowhere.
+def _head_end(written: _Written, before: Messages, prompt: str, between: Span) -> int:
+    """Where an answer's head ends that stands between its words and those before; 0 for nowhere.
 
-    The one before it may close with another marker than in the generation prompt.
+    The head is what the generation prompt behind some messages adds to them; how the last of these
+    is closed may differ there.
     """
     markers = _markers(written.template.tokenizer)
-    plain = written.template.write(written.messages[:answer])
+    plain = written.template.write(before)
     head = prompt[_shared(plain, prompt, markers) :]
-    ends = {len(head), *(head.find(marker) + len(marker) for marker in markers if marker in head)}
+    # The answer need not have the markers that the head ends with.
+    ends = {len(head), *(head.find(marker) for marker in markers if marker in head)}
     for end in sorted(ends - {0}, reverse=True):
         place = written.text.find(head[:end], *between)
         if place >= 0:
@@ -317,14 +320,20 @@ def _end_behind_a_user(written: _Written, answer: int) -> int:
     text, messages, mark = written.text, written.messages, written.placeholder
     asked = [*messages[:answer], {"role": "user", "content": mark}]
     try:
-        prompt = written.template.write(asked, prompt=True).rpartition(mark)[2]
+        whole = written.template.write(asked, prompt=True)
+        prompt = whole.rpartition(mark)[2]
         answered = written.template.write([*asked, *messages[answer:]]).rpartition(mark)[2]
     except ValueError:
         raise _rewritten(answer) from None
     rest = answered[_shared(prompt, answered, _markers(written.template.tokenizer)) :]
-    if not text.endswith(rest):
+    if text.endswith(rest):
+        return len(text) - len(rest)
+    # Behind the user's message the template may write more of the answer.
+    begin, said = written.words_start(answer), written.words_end(answer - 1) if answer else 0
+    start = begin and said is not None and _head_end(written, asked, whole, (said, begin))
+    if not start:
         raise _rewritten(answer)
-    return len(text) - len(rest)
+    return start
 
 
 def _turn_end(
