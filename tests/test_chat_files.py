@@ -389,3 +389,35 @@ def test_no_field_is_lost_in_silence(tmp_path):
             assert seen(tmp_path, row) != before, key
         except ValueError as error:
             assert repr(key) in str(error), (key, error)
+
+
+def test_a_table_gives_no_object_the_fields_of_others(tmp_path):
+    # A column has one set of fields, so that a call has an empty one for each argument of others.
+    calls = [{"type": "function", "function": {"name": n, "arguments": {n: [n]}}} for n in "ab"]
+    row = {"messages": [USER, SILENT | {"tool_calls": calls}]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "calls.parquet")
+    assert load_chats(tmp_path / "calls.parquet")[0].messages[1]["tool_calls"] == calls
+
+
+def test_an_object_over_several_lines_is_named_as_that(tmp_path):
+    path = write_lines(tmp_path / "one.json", json.dumps({"messages": TALK}, indent=1))
+    for on_error in ("raise", "skip"):
+        with pytest.raises(ValueError, match="goes on over several lines: write one object a line"):
+            load_chats(path, on_error=on_error)
+
+
+def test_a_stop_reason_says_that_an_answer_was_cut_off(tmp_path):
+    reasons = ("length", "max_tokens", "</s>", 7, None)
+    rows = [{"messages": TALK, "stop_reason": reason} for reason in reasons]
+    assert [chat.finished for chat in load(tmp_path, *rows)] == [False, False, True, True, True]
+
+
+def test_a_mask_of_no_numbers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="line 1: loss_mask must be a list of numbers"):
+        load(tmp_path, {"input_ids": [1, 2], "loss_mask": [float("nan"), 1]})
+
+
+def test_a_file_that_a_data_set_lists_and_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    with pytest.raises(FileNotFoundError, match=r"a\.arrow"):
+        load_chats(tmp_path)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -199,6 +200,9 @@ def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _array_rows(path, file.read())
         return
+    if re.match(rb"\s*\{\s*\n", start.removeprefix(b"\xef\xbb\xbf")):
+        what = "an object that goes on over several lines"
+        raise ValueError(f"{path} begins with {what}: write one object a line, or an array of them")
     blank = None
     for number, line in enumerate(file, start=1):
         if number == 1:
@@ -227,9 +231,18 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+                yield from map(_without_nulls, batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is a broken Parquet file: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the fields that it has only because other objects of its column have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value[:8]):
+        return [_without_nulls(part) for part in value]
+    return value
 
 
 def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -244,7 +257,9 @@ def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
                 file.seek(0)
                 batches = iter(pa.ipc.open_stream(file))
             for batch in batches:
-                yield from batch.to_pylist()
+                yield from map(_without_nulls, batch.to_pylist())
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is a broken Arrow file: {error}") from error
 

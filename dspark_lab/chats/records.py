@@ -297,6 +297,8 @@ def _finished(record: Mapping[str, Any], cut_off: bool) -> bool:
     if finished is not None and not isinstance(finished, bool):
         raise ValueError(f"finished must be true or false, got {_kind(finished)}")
     cut_off = _is_cut_off(record.get("finish_reason")) or cut_off
+    # Of servers it is the token or the text that ended an answer, too.
+    cut_off = cut_off or record.get("stop_reason") in _CUT_OFF
     if finished and cut_off:
         raise ValueError("has finished true and finish_reason 'length'")
     return not cut_off and finished is not False
@@ -341,7 +343,8 @@ def _text_part(where: str, part: Any) -> str:
 
 def _numbers(where: str, value: Any) -> list[Any]:
     numbers = _list(where, value)
-    if not all(isinstance(number, (bool, int, float)) for number in numbers):
+    # NaN is no number, and differs from itself.
+    if not all(isinstance(n, (bool, int, float)) and n == n for n in numbers):
         raise ValueError(f"{where} must be a list of numbers")
     return numbers
 
