@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +351,39 @@ def test_the_fingerprint_knows_every_ingredient(tmp_path):
         name = folder(**variant)
         assert name not in folders, variant
         folders.add(name)
+
+
+def test_a_template_that_writes_the_date_makes_a_set_a_day(tmp_path, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    dated = load_tokenizer()
+    dated.chat_template = "{{ day or strftime_now('%d %B') }}\n" + dated.chat_template
+    folders = {}
+    for day in (1, 2):
+        now = datetime(2026, 5, day)
+        monkeypatch.setattr(
+            chat_template_utils, "datetime", SimpleNamespace(now=lambda now=now: now)
+        )
+        for options in (None, {"day": "Monday"}):
+            found = encode_all(
+                some(2), dated, cache=tmp_path, progress=False, template_options=options
+            )
+            row = encode(some(1)[0], dated, template_options=options)
+            assert found[0].input_ids.equal(row.input_ids)
+            folders[day, str(options)] = found.folder
+    assert len(set(folders.values())) == 3
+    assert folders[1, "{'day': 'Monday'}"] == folders[2, "{'day': 'Monday'}"]
+
+
+def test_a_set_of_which_every_line_was_left_out_is_empty(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"turns": ["Hi"]}) + "\n")
+    rows = made(path, tmp_path, on_error="skip")
+    assert list(rows) == rows.lengths.tolist() == list(token_chunks(rows)) == []
+    assert "no answer" in rows.skipped[0].reason
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl must hold at least one conversation"):
+        made(path, tmp_path)
 
 
 def bad_file(tmp_path: Path) -> Path:

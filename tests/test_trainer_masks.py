@@ -154,9 +154,7 @@ def test_specforge_knows_llama3_by_its_markers():
     tokenizer.chat_template = LLAMA3
     tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
     # The trainer would put a system message of its own in front, which is not known here.
-    with pytest.raises(
-        ValueError, match="'a': the trainer puts .*: give the conversation a"
-    ):
+    with pytest.raises(ValueError, match="'a': the trainer puts .*: give the conversation a"):
         encode(TWO, tokenizer, like="specforge")
     chat = talk("Hi", "One.", "And?", "Two.", system="Be kind.")
     ((ids, mask),) = trainer_rows(chat, tokenizer, "specforge")

@@ -57,7 +57,6 @@ _FACTS = 4
 _JOURNAL, _DONE, _LOCK = "journal.jsonl", "done.json", "lock"
 # A part holds so many conversations, or fewer that are long.
 _PART_ITEMS, _PART_BYTES = 256, 2**19
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,8 @@ class EncodedChats(Sequence[Encoded]):
     @cached_property
     def lengths(self) -> Int[np.ndarray, " row"]:
         """Tokens of each row."""
+        if not len(self):
+            return np.empty(0, np.int64)
         ends = np.memmap(self.folder / "row_end", COLUMNS["row_end"], "r")
         all_lengths = np.diff(ends, prepend=0)
         lengths = all_lengths[self._rows.start : self._rows.stop : self._rows.step]
@@ -203,8 +204,9 @@ def encode_all(
         max_length, like, markers, last_answer_only, template_options: as in :func:`encode`. With
             ``like="speculators"`` there is a row for each answer.
         cache: the folder for sets, each in a folder named by a checksum of the conversations, the
-            tokenizer with its template, the options and the version; by default
-            ``~/.cache/dspark_lab``, or in ``$XDG_CACHE_HOME``. Any of them may be deleted.
+            tokenizer with its template, the options and the code that makes rows, so a template
+            that writes the date makes a set a day; by default ``~/.cache/dspark_lab``, or in
+            ``$XDG_CACHE_HOME``. Any of them may be deleted.
         workers: processes; one for each core where None.
         progress: show a bar.
         on_error: stop at the first conversation that cannot be read or encoded, or leave it out,
@@ -497,7 +499,8 @@ class _Set:
 
     def finish(self) -> None:
         if not self.items:
-            raise ValueError("chats must hold at least one conversation, got none")
+            where = self.source.path if isinstance(self.source, _File) else "chats"
+            raise ValueError(f"{where} must hold at least one conversation, got none")
         for column in COLUMNS:
             sync(self.folder / column)
         facts = {"ends": self.ends, "domains": self.domains, "skipped": self.skipped}
@@ -606,12 +609,20 @@ def _fingerprint(
     source: _Source, tokenizer: Tokenizer, backend: str, settings: _Settings, on_error: str
 ) -> str:
     """A checksum of all that the rows follow from."""
-    import dspark_lab
+    import transformers
 
-    given = [_VERSION, dspark_lab.__version__, asdict(settings), on_error]
+    given: list[Any] = [transformers.__version__, asdict(settings), on_error]
     given += [tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
     digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=repr).encode())
     digest.update(backend.encode())
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(code.read_bytes())
+    # A template may write what changes by itself, such as the date.
+    for roles in (["user"], ["system", "user"]):
+        with suppress(Exception):  # whatever templates raise
+            said = [{"role": role, "content": "Hi"} for role in roles]
+            options: dict[str, Any] = {**(settings.template_options or {}), "tokenize": False}
+            digest.update(str(tokenizer.apply_chat_template(said, **options)).encode())
     source.update(digest)
     return digest.hexdigest()[:32]
 
