@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,7 +32,7 @@ from torch.utils.cpp_extension import load_inline
 
 from dspark_lab.attention import ContextRanges, backends, block_mask
 from dspark_lab.blocks import Blocks, cut_blocks
-from dspark_lab.chats import Batch
+from dspark_lab.chats import Batch, Encoded
 from dspark_lab.common import AcceptRatePredictor, DSparkForwardOutput
 from dspark_lab.model import (
     MARKOV_HEADS,
@@ -224,8 +223,8 @@ def training_forward(
 ) -> Given:
     config = TrainConfig(1, precision=precision, vocabulary=vocabulary)
     # Which tokens occur is counted on the host, before the training; fake ones cannot be counted.
-    tokens = [SimpleNamespace(input_ids=torch.arange(5))]
-    with mock.patch.object(Tensor, "unique", lambda ids: ids):
+    tokens = [Encoded(torch.arange(5), torch.ones(5, dtype=torch.bool))]
+    with mock.patch.object(Tensor, "nonzero", lambda seen: torch.arange(5)[:, None]):
         forward = Forward(drafter(kind, layers=2), config, tokens)
     return given(forward, blocks(packed), *features(), fixed(), 0)
 
