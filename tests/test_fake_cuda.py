@@ -31,7 +31,9 @@ PACKAGE = ROOT / "dspark_lab"
 # cannot run models of transformers.
 EXCEPTIONS = {
     "makes batches of conversations, on the host": """
-        chats.collate chats.describe chats.encode chats.encode_answers chats.one_row chats.pack
+        chats.collate chats.describe chats.encode chats.encode_all chats.encode_answers
+        chats.encode_rows chats.one_row chats.pack chats.rows_with_labels chats.seen_tokens
+        chats.token_chunks chats.token_counts
         training.BatchOrder.micro_batches training.Run.advance training.Run.backward
         rates.whole_block_anchors
     """,
