@@ -89,6 +89,14 @@ ANCHORS: dict[str, Fault] = {
     "the largest random numbers become anchors": Fault(
         "common:_uniform", changed_result(lambda noise: 1 - noise)
     ),
+    "the marker that ends a turn is not generated": Fault(
+        "chats.answers:_turn",
+        changed_result(lambda turn: (turn[0], turn[1] - len("<|im_end|>"), turn[2])),
+    ),
+    "trainers leave out the line break behind an answer": Fault(
+        "chats.trainers:_answers",
+        lambda right, text, family: right(text, replace(family, end=family.end.rstrip())),
+    ),
     "coverage forgets that anchors differ": Fault(
         "tuning.coverage:_left_out",
         lambda right, candidates, spared, before: right(candidates, spared, 0 * before),
@@ -153,6 +161,12 @@ MASKS: dict[str, Fault] = {
                 & (ranges.end[batch, query // ranges.block_size] > 0)
             )
         ),
+    ),
+    "a check takes no notice of other documents": Fault(
+        "attention.context_faults:_visible", lambda right, *args, **kwargs: iter(())
+    ),
+    "a check takes no notice of a window": Fault(
+        "attention.context_faults:_window", lambda right, *args, **kwargs: iter(())
     ),
     "a tile is full where it is partial": Fault(
         "attention.mask:tiles_of_ranges", changed_result(lambda tiles: (tiles[0], tiles[1][[0, 0]]))

@@ -270,11 +270,15 @@ def bytes_of(token: str) -> bytes:
     """The bytes that a token stands for, which byte-level tokens spell in GPT-2's alphabet."""
     if token in MARKERS:
         return token.encode()
+    return bytes(_alphabet()[character] for character in token)
+
+
+@cache
+def _alphabet() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spelled = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
-    spelled.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return bytes(spelled[character] for character in token)
+    return spelled | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def mask_of(pieces: Sequence[Piece], tokens: Sequence[str]) -> list[bool]:

@@ -14,14 +14,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dspark_lab.attention import (
     Compiled,
-    ContextRanges,
     attend,
     backends,
     block_attention,
     block_mask,
     choose_backend,
     context_ranges,
-    mask_form,
 )
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Batch
@@ -119,8 +117,8 @@ def test_the_drafter_with_flex_takes_at_most_three_graphs_over_twenty_shapes(hea
         blocks = draw_blocks(batch, anchors, c.block_size, mask_token_id=c.mask_token_id, seed=seed)
         features = torch.randn(2, length, c.context_size), torch.randn(2, length, c.hidden_size)
         with torch.no_grad():
-            form = mask_form(ContextRanges.of(blocks), "flex")
-            got = compiled(blocks, *features, backend="flex", form=form)
+            forms = drafter.mask_forms(blocks, "flex")
+            got = compiled(blocks, *features, backend="flex", forms=forms)
             expected = drafter.slots(blocks, *features, backend="dense")
         torch.testing.assert_close(got.hidden, expected.hidden, rtol=0, atol=1e-5)
     assert at_most_three_graphs()

@@ -104,14 +104,20 @@ def rows_with_labels(encoded: Sequence[Encoded]) -> Bool[np.ndarray, " row"]:
 @checked
 def seen_tokens(encoded: Sequence[Encoded], vocab_size: Count) -> Bool[Tensor, " token"]:
     """Which tokens of a vocabulary the rows hold."""
-    seen = np.zeros(vocab_size, bool)
-    for chunk in token_chunks(encoded):
-        ids = np.unique(chunk.input_ids)
-        if ids[0] < 0 or ids[-1] >= vocab_size:
-            got = f"{ids[0]} to {ids[-1]}"
-            raise ValueError(f"token ids must lie in [0, {vocab_size - 1}], got {got}")
-        seen[ids] = True
-    return torch.from_numpy(seen)
+    if isinstance(encoded, OnDisk):
+        parts = (torch.from_numpy(np.unique(part.input_ids)) for part in encoded.chunks(STRETCH))
+    else:
+        parts = (item.input_ids for item in encoded)
+    seen = None
+    for ids in parts:
+        if seen is None:
+            seen = torch.zeros(vocab_size, dtype=torch.bool, device=ids.device)
+        try:
+            seen[ids.long()] = True
+        except IndexError as error:
+            wanted = f"token ids must lie in [0, {vocab_size - 1}]"
+            raise ValueError(f"{wanted}: {error}") from None
+    return torch.zeros(vocab_size, dtype=torch.bool) if seen is None else seen
 
 
 def offsets(lengths: Int[np.ndarray, " row"]) -> Int[np.ndarray, " token"]:
