@@ -235,6 +235,16 @@ def test_an_answer_that_opens_a_conversation_may_lack_what_one_behind_a_user_has
         encode(chat, of(numbered))
 
 
+def test_an_answer_that_was_cut_off_while_it_was_thinking_closes_nothing():
+    thinks = "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content }}"
+    made = of(CHATML.replace("+ m['content']", "}}" + thinks + "{{ m['content']"))
+    for words, expected in (("", "<think>hm, so"), ("One.", "<think>hm, so</think>One.")):
+        messages = [*said("Hi", words)]
+        messages[1]["reasoning_content"] = "hm, so"
+        chat = Chat(messages, "x", finished=False)
+        assert supervised(encode(chat, made), made) == [expected]
+
+
 def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():
     made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
     messages = said("Hi", "<think>\rOne.", "And?", "Two.")

@@ -398,9 +398,15 @@ def _first_marker(between: str, tokenizer: Tokenizer) -> int:
 
 def _words_end(written: _Written, answer: int, span: Span) -> int:
     """Where an answer ends that was cut off: no marker that closes the turn is its own."""
-    words = written.words_end(answer)
+    words, message = written.words_end(answer), written.messages[answer]
+    if not message["content"].strip():
+        # Cut off while thinking: the marker that closes that is not its own either.
+        thoughts = (message[key] for key in message.keys() - _NAMES - {"role", "content"})
+        for thought in (thought.strip() for thought in thoughts if isinstance(thought, str)):
+            found = written.text.rfind(thought, *span) if thought else -1
+            words = found + len(thought) if found >= 0 else words
     if words is None:
-        said = written.messages[answer]["content"].rstrip()
+        said = message["content"].rstrip()
         found = written.text.rfind(said, *span) if said else -1
         if found < 0:
             raise ValueError(f"the end of messages[{answer}], which was cut off, cannot be told")
