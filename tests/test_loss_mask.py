@@ -243,6 +243,10 @@ def test_an_answer_that_was_cut_off_while_it_was_thinking_closes_nothing():
         messages[1]["reasoning_content"] = "hm, so"
         chat = Chat(messages, "x", finished=False)
         assert supervised(encode(chat, made), made) == [expected]
+    made = of(CHATML.replace("+ m['content']", "}}" + thinks + "{{ m['content'] ~ m.tool_calls"))
+    messages[1] |= {"content": "", "tool_calls": [{"call": 1}]}
+    row = encode(Chat(messages, "x", finished=False), made)
+    assert supervised(row, made)[0].startswith("<think>hm, so</think>[{")
 
 
 def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():

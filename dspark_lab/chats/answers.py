@@ -399,7 +399,7 @@ def _first_marker(between: str, tokenizer: Tokenizer) -> int:
 def _words_end(written: _Written, answer: int, span: Span) -> int:
     """Where an answer ends that was cut off: no marker that closes the turn is its own."""
     words, message = written.words_end(answer), written.messages[answer]
-    if not message["content"].strip():
+    if not message["content"].strip() and not message.get("tool_calls"):
         # Cut off while thinking: the marker that closes that is not its own either.
         thoughts = (message[key] for key in message.keys() - _NAMES - {"role", "content"})
         for thought in (thought.strip() for thought in thoughts if isinstance(thought, str)):
