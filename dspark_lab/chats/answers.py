@@ -7,7 +7,9 @@ the end of turn, the role header of the next turn. Two things follow that a temp
 
 - It may change what came before, once more follows. Where the generation prompt is therefore no
   prefix of the rendered conversation, the two are compared from the end of the last message in it,
-  and what they share there counts. Where that ends inside the answer, nothing is right.
+  and what they share there counts, a marker whole or not at all. Where that ends inside the answer,
+  nothing is right. The head of an answer is not generated, even if the answer before it closes with
+  another marker than in the prompt.
 - It may close a turn with another marker when more follows. The one that is written counts.
 """
 
