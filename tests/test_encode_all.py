@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,8 +154,6 @@ def test_a_file_gives_the_rows_of_its_list(tmp_path, parts_of_two):
     array = tmp_path / "chats.json"
     array.write_text(json.dumps([json.loads(line) for line in path.read_text().splitlines()]))
     assert_same(made(array, tmp_path / "cache"), loop(load_chats(array)))
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     records = [json.loads(line) for line in path.read_text().splitlines()]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "chats.parquet")
@@ -384,6 +384,17 @@ def test_a_set_of_which_every_line_was_left_out_is_empty(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match=r"prompts\.jsonl must hold at least one conversation"):
         made(path, tmp_path)
+
+
+def test_values_of_a_table_that_json_has_not_are_no_text(tmp_path):
+    said = [dict(message) for message in talk("Hi", "Yes").messages]
+    rows = pa.table(
+        {"messages": [said, said], "id": [b"one", None], "day": [datetime(2026, 5, 1)] * 2}
+    )
+    pq.write_table(rows, tmp_path / "odd.parquet")
+    found = made(tmp_path / "odd.parquet", tmp_path, on_error="skip")
+    assert [row.id for row in found] == ["odd:2"]
+    assert found.skipped == load_chats(tmp_path / "odd.parquet", on_error="skip").skipped != []
 
 
 def bad_file(tmp_path: Path) -> Path:

@@ -119,7 +119,7 @@ def _serve(
     while True:
         try:
             request = connection.recv_bytes()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             result = b"+" + work(request)

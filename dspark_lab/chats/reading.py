@@ -135,8 +135,17 @@ def raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
         if isinstance(record, ValueError):
             yield place, b"!" + str(record).encode()
         else:
-            raw = record if isinstance(record, bytes) else json.dumps(record, default=str).encode()
-            yield place, raw
+            yield place, record if isinstance(record, bytes) else _written(record, path, place)
+
+
+def _written(record: Any, path: Path, place: str) -> bytes:
+    try:
+        return json.dumps(record).encode()
+    except TypeError:
+        # A table has values that JSON has not. Where they matter the row is refused, as it is.
+        chat = _chat_of(record, path, place)
+        refused = isinstance(chat, ValueError)
+        return (f"!{chat}" if refused else json.dumps(record, default=str)).encode()
 
 
 def read_raw(raw: bytes, path: Path, place: str) -> Chat | Encoded | ValueError:
