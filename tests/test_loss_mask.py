@@ -1,5 +1,6 @@
 """Which tokens are supervised, under every way in which a chat template behaves."""
 
+import re
 import warnings
 
 import pytest
@@ -247,6 +248,13 @@ def test_an_answer_that_was_cut_off_while_it_was_thinking_closes_nothing():
     messages[1] |= {"content": "", "tool_calls": [{"call": 1}]}
     row = encode(Chat(messages, "x", finished=False), made)
     assert supervised(row, made)[0].startswith("<think>hm, so</think>[{")
+
+
+def test_a_generation_prompt_that_is_written_unasked_is_not_generated():
+    made = of(re.sub(r"{% if add.*? %}(.*){% endif %}", r"\1", CHATML, flags=re.DOTALL))
+    for messages in (said("Hi", "One.", "And?", "Two."), said("Hi", "One.", "assistant=Two.")):
+        row = encode(Chat(messages, "x"), made)
+        assert supervised(row, made) == ["One.<|end|>", "Two.<|end|>"]
 
 
 def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():

@@ -248,7 +248,9 @@ def _turn(written: _Written, answer: int) -> tuple[int, int, bool]:
     own = written.up_to(answer)
     seen = own.rstrip()
     left_out = False
-    if text.startswith(seen) and len(seen) > start and not (said and seen.endswith(said)):
+    if (found := _end_before_a_prompt(written, answer, start, own, prompt)) is not None:
+        end = found
+    elif text.startswith(seen) and len(seen) > start and not (said and seen.endswith(said)):
         end = len(seen)
     else:
         end, left_out = _turn_end(written, answer, start, own, prompt)
@@ -336,6 +338,23 @@ def _end_behind_a_user(written: _Written, answer: int) -> int:
     if not start:
         raise _rewritten(answer)
     return start
+
+
+def _end_before_a_prompt(
+    written: _Written, answer: int, start: int, own: str, prompt: str
+) -> int | None:
+    """Where a turn ends that a generation prompt follows though none was asked for; else None."""
+    asks = prompt.rstrip()[-8:]
+    if len(asks) < 8 or not own.rstrip().endswith(asks):
+        return None
+    around, begin = written.around(answer, answer + 1), written.words_start(answer)
+    if around is None or begin is None or start < begin or not own.endswith(around[1]):
+        return None
+    words = len(own) - len(around[1])
+    again = written.template.write(written.messages[: answer + 1], prompt=True)
+    if again != own or asks not in around[1] or not written.text.startswith(own[:words]):
+        return None
+    return words + _first_marker(around[1], written.template.tokenizer)
 
 
 def _turn_end(
