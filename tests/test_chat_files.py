@@ -61,7 +61,7 @@ SHAPES = {
         {"messages": said("Hi", "One.", system="Go"), "system": "Go", "prompt": "Hi"},
         said("Hi", "One.", system="Go"),
     ),
-    "turns": ({"turns": ["First", "Then?"]}, said("Hi", "user=And?")),
+    "turns": ({"turns": ["First", "Then?"]}, said("First", "user=Then?")),
     "a prompt alone": ({"prompt": "Hi"}, [USER]),
     "a prompt of messages": ({"prompt": [USER], "completion": None}, [USER]),
     "calls as messages": (
