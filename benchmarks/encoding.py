@@ -1,4 +1,4 @@
-"""encode_all against reading a file whole and a loop of encode, and the memory that it takes for files of two lengths."""
+"""encode_all against a file read whole and encoded in a loop, and its memory for two lengths."""
 
 import json
 import os
