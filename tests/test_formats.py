@@ -55,8 +55,9 @@ CONFIG = DrafterConfig(
     max_position_embeddings=64,
 )
 GIVEN = replace(CONFIG, sample_from_anchor=False)
-PLAIN = {"markov_rank": 0, "markov_head_type": "none", "enable_confidence_head": False}
-PLAIN = replace(GIVEN, **PLAIN, confidence_head_with_markov=False)
+HEADLESS: dict[str, Any] = {"markov_rank": 0, "markov_head_type": "none"}
+HEADLESS |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+PLAIN = replace(GIVEN, **HEADLESS)
 
 DSPARK = BACKBONE | MARKOV | CONFIDENCE | THETA | {"architectures": ["Qwen3DSparkModel"]}
 DSPARK |= {"target_layer_ids": [0, 2, 3], "block_size": 4, "mask_token_id": 19, "dtype": "float32"}
