@@ -9,6 +9,7 @@ import re
 import traceback
 from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
