@@ -238,7 +238,7 @@ class _Written:
 
     def words_start(self, index: int) -> int | None:
         around = self.around(index)
-        return None if around is None else _common(around[0], self.text)
+        return None if around is None else common_prefix(around[0], self.text)
 
 
 def _turn(written: _Written, answer: int) -> tuple[int, int, bool]:
@@ -374,12 +374,12 @@ def _turn_end(
     around, closing, left_out = written.around(answer, answer + 1), "", False
     if around is not None and own.endswith(around[1]):
         closing = around[1].rstrip()
-        generated = own[_common(prompt, own) : len(own) - len(around[1])]
+        generated = own[common_prefix(prompt, own) : len(own) - len(around[1])]
         left_out = prompt != "" and generated.strip() != text[start:words].strip()
     if closing and text.startswith(closing, words):
         return words + len(closing), left_out
     following = written.around(answer + 1)
-    end = len(text) if following is None else _common(following[0], text)
+    end = len(text) if following is None else common_prefix(following[0], text)
     between = text[words:end]
     for header in _headers(written, written.messages[answer + 1]["role"]):
         if between.endswith(header):
@@ -503,8 +503,8 @@ def _spells(text: str, start: int, end: int, words: str) -> bool:
     return all(c in characters for c in words[begun:] if not c.isspace())
 
 
-def _common(one: str, other: str) -> int:
-    """The length of the longest common prefix."""
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The length of the longest common prefix of two texts or two lists."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -517,7 +517,7 @@ def _common(one: str, other: str) -> int:
 
 def _shared(prompt: str, text: str, markers: frozenset[str]) -> int:
     """The length of the longest common prefix, where markers are shared whole or not at all."""
-    shared = _common(prompt, text)
+    shared = common_prefix(prompt, text)
     if shared < len(prompt):
         longest = max(map(len, markers), default=0)
         for start in range(max(0, shared - longest), shared):

@@ -88,7 +88,7 @@ def _reader(tokenizer: Any) -> Callable[[int], bytes]:
     }
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     state = decoder.__getstate__().decode("utf-8") if decoder is not None else ""
-    spelled = _byte_alphabet()
+    spelled = byte_alphabet()
 
     def read(token: int) -> bytes:
         piece = added.get(token) or (tokenizer.convert_ids_to_tokens(token) if state else None)
@@ -106,7 +106,7 @@ def _reader(tokenizer: Any) -> Callable[[int], bytes]:
     return read
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The character that byte-level tokens spell each byte with, as GPT-2 does."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int
 
+from dspark_lab.chats.display import byte_alphabet
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -42,11 +44,9 @@ class ByteLevel:
 
     def __init__(self, tokenizer: Tokenizer, trims: bool) -> None:
         self.tokenizer = tokenizer
-        # GPT-2's alphabet: printable bytes stand for themselves, the others from 256 on.
-        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-        others = [byte for byte in range(256) if byte not in printable]
-        spelled = dict.fromkeys(others, 256)
-        spelled |= {256 + place: byte for place, byte in enumerate(others)}
+        # What is in no such token stands for 256, which is no byte.
+        spelled = dict.fromkeys(range(256), 256)
+        spelled |= {ord(character): byte for character, byte in byte_alphabet().items()}
         added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
         vocabulary = tokenizer.get_vocab()
         # No text holds what has no bytes here, so a token without any is found out.

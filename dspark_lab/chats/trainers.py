@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dspark_lab.chats.answers import common_prefix
 from dspark_lab.chats.chat import Chat
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
 from dspark_lab.checks import Count, checked
@@ -262,7 +263,7 @@ def _speculators(
         history, prompt, full = (e.ids for e in (yield [said, asked, answered]))
         if length is not None and len(prompt) >= length:
             continue
-        border = _common(prompt, full)
+        border = common_prefix(prompt, full)
         if border < len(prompt) and (border < len(history) or full[: len(history)] != history):
             raise ValueError(
                 f"speculators refuses the chat template: before the answer in messages[{turn}] "
@@ -381,12 +382,6 @@ def _with_thought(message: Mapping[str, Any]) -> dict[str, Any]:
     if thought := message.get("thinking") or message.get("reasoning_content"):
         kept |= {"thinking": thought, "reasoning_content": thought}
     return kept
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _render(
