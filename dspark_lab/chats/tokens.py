@@ -149,9 +149,7 @@ def encode_answers(
         if chat.supervised is None or chat.supervised[answer]:
             part = chat.up_to(answer)
             options: dict[str, Any] = {"template_options": template_options}
-            rows.append(
-                encode_quietly(part, tokenizer, max_length, last_answer_only=True, **options)
-            )
+            rows += encode_rows(part, tokenizer, max_length, last_answer_only=True, **options)
     if not answers:
         raise ValueError(f"conversation {chat.id!r} holds no answer of the assistant")
     if any(row.left_out for row in rows):
@@ -177,23 +175,15 @@ def encode_rows(
     options["template_options"] = template_options
     if like is not None and markers:
         raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
-    if like is None or isinstance(chat, Encoded):
-        return [encode_quietly(chat, tokenizer, max_length, markers=markers, **options)]
+    if isinstance(chat, Encoded):
+        return [cut(chat, max_length)]
     check_tokenizer(tokenizer)
+    if like is None:
+        rendered = render(chat, tokenizer, markers=markers, **options)
+        (encoding,) = tokenize([rendered.text], tokenizer)
+        return [encoded_row(rendered, encoding, chat, max_length)]
     rows = trainer_rows(chat, tokenizer, like, max_length, **options)
     return [Encoded(ids, mask, chat) for ids, mask in rows]
-
-
-def encode_quietly(
-    chat: Chat | Encoded, tokenizer: Tokenizer, max_length: int | None = None, **options: Any
-) -> Encoded:
-    """What :func:`encode` gives, without its warning."""
-    if isinstance(chat, Encoded):
-        return cut(chat, max_length)
-    check_tokenizer(tokenizer)
-    rendered = render(chat, tokenizer, **options)
-    (encoding,) = tokenize([rendered.text], tokenizer)
-    return encoded_row(rendered, encoding, chat, max_length)
 
 
 def encoded_row(
