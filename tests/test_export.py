@@ -85,6 +85,8 @@ def test_deepspec_gets_one_option_each():
     assert given[::2] == ["--opts"] * 5
     # The length counts there, where the target's features are stored first.
     assert "prepare the cache with these options" in export(CHOSEN, "deepspec")
+    # It asserts that a global batch is whole micro-batches on every process.
+    assert "global_batch_size must be a multiple of 3 x processes" in export(CHOSEN, "deepspec")
     assert dotted(given[1::2]) == {
         "model.block_size": "7",
         "model.num_anchors": "384",
@@ -125,14 +127,14 @@ def test_speculators_gets_the_flags_of_one_packed_row():
             export(replace(PACKED, **change), "speculators")
 
 
-def test_torchspec_gets_overrides_of_its_training_section():
+def test_torchspec_gets_overrides_that_its_dspark_trainer_reads():
     assert dotted(words(CHOSEN, "torchspec")) == {
-        "training.dflash_loss_objective": "dspark",
         "training.dflash_block_size": "7",
-        "training.dflash_num_anchors": "384",
-        "training.dflash_loss_decay_gamma": "5.0",
+        "training.dspark_num_anchors": "384",
+        "training.dspark_loss_decay_gamma": "5.0",
         "training.micro_batch_size": "3",
         "training.max_seq_length": "2048",
+        "inference.store_last_hidden_states": "true",
     }
 
 

@@ -225,7 +225,9 @@ def _deepspec(s: TrainingSettings) -> str:
     }
     given = " ".join(f'--opts "{name}={_scalar(value)}"' for name, value in values.items())
     # Without its online target it never reads data.max_length in training.
-    return f"# to train from a target cache, prepare the cache with these options, too\n{given}"
+    notes = "# to train from a target cache, prepare the cache with these options, too\n"
+    notes += f"# train.global_batch_size must be a multiple of {s.batch_size} x processes\n"
+    return notes + given
 
 
 def _specforge(s: TrainingSettings) -> str:
@@ -255,14 +257,16 @@ def _speculators(s: TrainingSettings) -> str:
 
 def _torchspec(s: TrainingSettings) -> str:
     values = {
-        "training.dflash_loss_objective": "dspark",
         "training.dflash_block_size": s.block_size,
-        "training.dflash_num_anchors": s.num_anchors,
-        "training.dflash_loss_decay_gamma": s.loss_decay_gamma,
+        "training.dspark_num_anchors": s.num_anchors,
+        "training.dspark_loss_decay_gamma": s.loss_decay_gamma,
         "training.micro_batch_size": s.batch_size,
         "training.max_seq_length": s.seq_len,
+        # Teachers and confidences are made of them.
+        "inference.store_last_hidden_states": "true",
     }
-    return _dotted(values)
+    draft = "# model.draft_model_config must be a dspark draft's; its DFlash trainer reads "
+    return f"{draft}dflash_num_anchors and dflash_loss_decay_gamma\n{_dotted(values)}"
 
 
 def _lab_decodes(s: ServingSettings) -> str:
@@ -417,7 +421,7 @@ TRAINERS: dict[str, Program] = {
     "speculators": Program(
         "speculators", "commit 4286800", _speculators, (True,), ("row", "batch"), get_args(Layout)
     ),
-    "torchspec": Program("TorchSpec", "commit 0db7eac", _torchspec),
+    "torchspec": Program("TorchSpec", "commit 7f1e090", _torchspec),
 }
 SERVERS: dict[str, Program] = {
     "dspark-lab": Program("dspark-lab", _OWN, _lab_decodes),
