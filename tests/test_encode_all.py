@@ -42,7 +42,7 @@ from dspark_lab.chats import store as module
 from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import tokenize
 from dspark_lab.explore import explore_anchors
-from dspark_lab.training.loop import encode_chats
+from dspark_lab.training import encode_chats
 from dspark_lab.training.start import mask_token_id
 from dspark_lab.training.state import digest
 from dspark_lab.tuning import (
@@ -513,7 +513,6 @@ def test_a_run_on_the_set_is_the_run_on_the_list(options, tmp_path):
 
 
 def test_a_run_supervises_as_the_trainer_that_it_is_told(tmp_path):
-    target = SimpleNamespace(tokenizer=TOKENIZER)
     for like in ("automodel", "speculators"):
-        rows = encode_chats(some(4), target, 40, like)
+        rows = encode_chats(some(4), TOKENIZER, 40, like)
         assert_same(rows, loop(some(4), like=like, max_length=40))

@@ -452,6 +452,33 @@ def test_conversations_are_encoded_with_the_given_tokenizer(tmp_path):
         assert shown.tables["never"]["tokens"].tolist() == [15, 3, 0, 0, 0]
 
 
+def test_explorers_show_of_a_large_file_what_they_show_of_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "chats.jsonl"
+    lines = [{"id": chat.id, "messages": list(chat.messages)} for chat in CHATS]
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+    def shown():
+        given = {"tokenizer": TOKENIZER, "like": "speculators"}
+        explorers = (
+            explorer(path, **given),
+            explore.explore_anchors(path, **given, conversation=1),
+            explore.explore_masks(path, **given, conversation=1),
+        )
+        return [explorer.tables for explorer in explorers]
+
+    small = shown()
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("dspark_lab.training.data.LARGE_FILE", 0)
+    for before, now in zip(small, shown(), strict=True):
+        # The lab's own mask is not known of what is kept on disk without its text.
+        before.pop("own", None)
+        assert list(before) == list(now)
+        for name in before:
+            pd.testing.assert_frame_equal(before[name], now[name])
+    assert len(list((tmp_path / "cache" / "dspark_lab").iterdir())) == 1
+
+
 def test_a_model_is_a_shape_or_what_one_is_made_of():
     config = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
     config |= {"num_hidden_layers": 3, "num_attention_heads": 4}

@@ -585,6 +585,17 @@ def test_a_run_is_not_gone_on_with_by_another(
     assert ending(whole) == before
 
 
+def test_a_run_from_before_anchors_per_goes_on_per_row(whole: Path, begun: Path) -> None:
+    [path] = begun.glob("*/state.json")
+    state = json.loads(path.read_text())
+    assert state["config"].pop("anchors_per") == "row"
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="anchors_per must be as in .*, 'row', got 'batch'"):
+        small_run(begun, replace(CONFIG, anchors_per="batch"))
+    small_run(begun)
+    assert ending(begun) == ending(whole)
+
+
 def without_step_4(metrics: bytes) -> bytes:
     lines = metrics.splitlines(keepends=True)
     return b"".join(line for line in lines if not line.startswith(b'{"step": 4'))
@@ -792,6 +803,23 @@ def test_the_command_line_trains_goes_on_and_starts_from_a_drafter(
     with pytest.raises(SystemExit) as refused:
         main([*command, "--seed", "3"])
     assert "python -m dspark_lab.training: seed must be as in the run" in str(refused.value)
+
+
+def test_a_large_file_trains_from_the_cache_and_a_small_one_leaves_nothing(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, chats = map(str, files)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = f"--target {target} --data {chats} --held-out {chats} --device cpu --steps 2"
+    command += " --batch-size 2 --num-anchors 2 --layers 1 --markov-rank 4 --max-length 35"
+    for sets, like in enumerate((None, "automodel", "speculators")):
+        chosen = [*command.split(), *(["--like", like] if like else [])]
+        main([*chosen, "--out", str(tmp_path / f"small-{like}")])
+        assert len(list(tmp_path.glob("cache/dspark_lab/*"))) == sets
+        with monkeypatch.context() as context:
+            context.setattr("dspark_lab.training.data.LARGE_FILE", 0)
+            main([*chosen, "--out", str(tmp_path / f"large-{like}")])
+        assert ending(tmp_path / f"large-{like}") == ending(tmp_path / f"small-{like}")
 
 
 @pytest.mark.parametrize(

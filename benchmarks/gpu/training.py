@@ -9,8 +9,7 @@ from benchmarks.gpu.child import Report
 from benchmarks.gpu.decoding import load
 from benchmarks.measure import seconds
 from dspark_lab.model import live_features
-from dspark_lab.training import Processes, Run, TrainConfig, new_drafter
-from dspark_lab.training.loop import encode_chats
+from dspark_lab.training import Processes, Run, TrainConfig, encode_chats, new_drafter
 
 SECONDS, HELD_OUT = 180, 40
 
@@ -30,9 +29,9 @@ def run(report: Report) -> None:
     target, mask = pair.target, pair.drafter.config.mask_token_id
     drafter = new_drafter(target, mask_token_id=mask).to(target.device)
     drafter.use_target_embeddings(target.embed_weight, target.head_weight, target.logit_rule)
-    tokens = encode_chats(pair.chats[: report.pick(None, 8)], target, config.max_length)
+    tokens = encode_chats(pair.chats[: report.pick(None, 8)], target.tokenizer, config.max_length)
     held_out = pair.held_out[: report.pick(HELD_OUT, 2)]
-    others = encode_chats(held_out, target, 1024)
+    others = encode_chats(held_out, target.tokenizer, 1024)
     training = Run(drafter.train(), config, tokens, Path("nowhere"), Processes())
     source = live_features(target, drafter.config.target_layer_ids)
     times: list[float] = []

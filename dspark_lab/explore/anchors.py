@@ -22,7 +22,6 @@ from dspark_lab.chats import (
     Like,
     TokenText,
     encode_rows,
-    load_chats,
     load_tokenizer,
     one_row,
     token_texts,
@@ -31,6 +30,7 @@ from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, dropdown, marked_text, slider
+from dspark_lab.training import ChatsLike, open_chats
 from dspark_lab.tuning import token_coverage
 
 
@@ -225,7 +225,7 @@ def _token_span(token: Any) -> str:
 
 @checked
 def explore_anchors(
-    chats: str | os.PathLike[str] | Sequence[Chat | Encoded] | None = None,
+    chats: ChatsLike | None = None,
     tokenizer: Any = None,
     *,
     num_anchors: int = 16,
@@ -286,7 +286,9 @@ class ConversationRows:
     """Conversations as rows of tokens, encoded when they are first asked for."""
 
     def __init__(self, chats: Any, tokenizer: Any, like: Like | None = None) -> None:
-        self.chats, self._like = loaded_chats(chats), like
+        tokenizer = loaded_tokenizer(tokenizer)
+        self.chats, self._like = open_chats(chats, tokenizer, like=like), like
+        require_some(self.chats)
         # Of each row its conversation, and which of that conversation's rows it is.
         self._rows: Sequence[tuple[int, int]] | None = None
         if like == "speculators" and not isinstance(self.chats, EncodedChats):
@@ -297,7 +299,6 @@ class ConversationRows:
             ]
         if not len(self):
             raise ValueError("chats must hold an answer that speculators makes a row of, got none")
-        tokenizer = loaded_tokenizer(tokenizer)
         pad_token_id = tokenizer.pad_token_id
         self.pad_token_id = tokenizer.eos_token_id if pad_token_id is None else pad_token_id
         self.to_text = TokenText(tokenizer)
@@ -380,13 +381,9 @@ def _rows_of(item: Chat | Encoded) -> int:
     return 1 if isinstance(item, Encoded) else sum(answer > 0 for answer in item.answers)
 
 
-def loaded_chats(chats: Any) -> Any:
-    """Conversations themselves, of their file, or the shipped ones."""
-    if chats is None or isinstance(chats, (str, os.PathLike)):
-        chats = load_chats(chats)
+def require_some(chats: Sequence[Chat | Encoded]) -> None:
     if len(chats) == 0:
         raise ValueError("chats must hold at least one conversation, got none")
-    return chats
 
 
 def loaded_tokenizer(tokenizer: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from html import escape
@@ -24,12 +24,13 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab import tuning
 from dspark_lab.blocks import PER, Per
-from dspark_lab.chats import Chat, Encoded, EncodedChats, Like, encode_rows
+from dspark_lab.chats import Like
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import explorer, style
-from dspark_lab.explore.anchors import loaded_chats, loaded_tokenizer
+from dspark_lab.explore.anchors import loaded_tokenizer, require_some
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.model import DrafterConfig
+from dspark_lab.training import ChatsLike, encode_chats
 from dspark_lab.tuning import Dtype, Shape, Spans, StepTime
 
 # The entry among the cards that stands for the user's own measurement.
@@ -359,12 +360,9 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
     return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
-_Chats = str | os.PathLike[str] | Sequence[Chat | Encoded]
-
-
 @checked
 def explore_training_budget(
-    chats: _Chats | None = None,
+    chats: ChatsLike | None = None,
     model: Shape | str | os.PathLike[str] | Mapping[str, Any] | DrafterConfig = "qwen3-4b",
     tokenizer: Any = None,
     *,
@@ -391,8 +389,7 @@ def explore_training_budget(
     """Coverage, gain, cost and memory of a training step on these conversations.
 
     Args:
-        chats, tokenizer, like: as in :func:`explore_anchors`. Of many conversations, give what
-            :func:`dspark_lab.encode_all` made of them.
+        chats, tokenizer, like: as in :func:`explore_anchors`.
         model: a shape, or what :meth:`dspark_lab.tuning.Shape.of` makes one of.
         num_anchors, block_size, seq_len, packed, per, batch_size, export: where the controls start;
             ``export`` at "json" or one of :data:`~dspark_lab.tuning.TRAINERS`.
@@ -431,13 +428,8 @@ def explore_training_budget(
         explorer.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
         explorer.dropdown("export", export, ("json", *tuning.TRAINERS)),
     ]
-    loaded = loaded_chats(chats)
-    known = isinstance(loaded, EncodedChats) or all(isinstance(c, Encoded) for c in loaded)
-    if not known:
-        tokenizer = loaded_tokenizer(tokenizer)
-    encoded: Sequence[Encoded] = loaded
-    if not isinstance(loaded, EncodedChats):
-        encoded = [row for chat in loaded for row in encode_rows(chat, tokenizer, like=like)]
+    encoded = encode_chats(chats, loaded_tokenizer(tokenizer), like=like)
+    require_some(encoded)
 
     @lru_cache(maxsize=8)
     def spans_of(seq_len: int, packed: bool, batch_size: int) -> Spans:

@@ -1,6 +1,5 @@
 """Attention masks: what each block sees, pair by pair and tile by tile."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -22,12 +21,13 @@ from torch.nn.functional import avg_pool2d
 
 from dspark_lab.attention import FULL, ContextRanges, View, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, Layout, Per
-from dspark_lab.chats import Chat, Encoded, Like, token_texts
+from dspark_lab.chats import Like, token_texts
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks
 from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
 from dspark_lab.explore.style import BLUE, INK, ORANGE, PINK, RED, SKY, visible_text
+from dspark_lab.training import ChatsLike
 
 REGIONS = ("hidden", "context prefix", "own block", "dummy block")
 REGION_COLOURS = {"context prefix": SKY, "own block": RED, "dummy block": PINK}
@@ -260,7 +260,7 @@ def _rule(ax: Axes, rows: np.ndarray, columns: np.ndarray, linewidth: float) -> 
 
 @checked
 def explore_masks(
-    chats: str | os.PathLike[str] | Sequence[Chat | Encoded] | None = None,
+    chats: ChatsLike | None = None,
     tokenizer: Any = None,
     *,
     num_anchors: int = 16,

@@ -1,4 +1,5 @@
 from .config import TrainConfig
+from .data import ChatsLike, encode_chats, open_chats
 from .loop import Run, train
 from .order import BatchOrder, row_groups
 from .processes import Processes
@@ -7,14 +8,17 @@ from .state import History, checkpoints
 
 __all__ = [
     "BatchOrder",
+    "ChatsLike",
     "History",
     "Processes",
     "Run",
     "TrainConfig",
     "checkpoints",
+    "encode_chats",
     "init_from_target",
     "mask_token_id",
     "new_drafter",
+    "open_chats",
     "row_groups",
     "train",
 ]

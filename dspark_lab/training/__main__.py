@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dspark_lab.chats import Like, load_chats
+from dspark_lab.chats import Like
 from dspark_lab.model import MarkovKind, load_drafter, load_target
 from dspark_lab.training.config import TrainConfig
-from dspark_lab.training.loop import encode_chats, train
+from dspark_lab.training.data import encode_chats
+from dspark_lab.training.loop import train
 from dspark_lab.training.processes import Parallel
 from dspark_lab.training.start import mask_token_id, new_drafter
 from dspark_lab.training.state import History, checkpoints
@@ -32,8 +33,8 @@ class Options:
         out: folder of the run, new or to go on with.
         training: the settings of the run.
         target: a folder or a hub id.
-        data: JSONL of conversations; the shipped ones where not given.
-        held_out: JSONL of conversations to evaluate on.
+        data: file of conversations; the shipped ones where not given.
+        held_out: file of conversations to evaluate on.
         features: ask the target for every batch, or store its features first.
         cache: folder of stored features, by default OUT/features.
         device: of target and drafter.
@@ -95,11 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(options: Options, parallel: Parallel) -> History:
     config = options.training
     layer_ids = _layer_ids(options.layer_ids) if options.layer_ids else None
-    texts = load_chats(options.data)
-    held_out = load_chats(options.held_out) if options.held_out else []
     dtype = getattr(torch, options.target_dtype)
     target = load_target(options.target, device=options.device, dtype=dtype)
-    chats = encode_chats(texts, target, config.max_length, options.like)
+    tokenizer, length = target.tokenizer, config.max_length
+    chats = encode_chats(options.data, tokenizer, length, options.like)
+    held_out = encode_chats(options.held_out, tokenizer, length) if options.held_out else []
     torch.manual_seed(config.seed)
     if options.drafter:
         drafter = load_drafter(options.drafter, target=target, dtype=torch.float32)

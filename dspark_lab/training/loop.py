@@ -34,10 +34,8 @@ from dspark_lab.chats import (
     Batch,
     Chat,
     Encoded,
-    EncodedChats,
     Like,
     collate,
-    encode_rows,
     rows_with_labels,
     seen_tokens,
 )
@@ -59,6 +57,7 @@ from dspark_lab.model import (
 from dspark_lab.rates import bootstrap, evaluate, whole_block_anchors
 from dspark_lab.training import state
 from dspark_lab.training.config import TrainConfig
+from dspark_lab.training.data import encode_chats
 from dspark_lab.training.order import BatchOrder
 from dspark_lab.training.processes import Parallel, Processes, fill, whole
 from dspark_lab.training.state import History
@@ -113,8 +112,8 @@ def train(
         OSError: ``out`` cannot be written or the disk is full; earlier checkpoints are intact.
     """
     out = Path(out)
-    tokens = encode_chats(chats, target, config.max_length, like)
-    others = encode_chats(held_out, target, config.max_length)
+    tokens = encode_chats(chats, target.tokenizer, config.max_length, like)
+    others = encode_chats(held_out, target.tokenizer, config.max_length)
     _require_use(tokens, others, config, drafter.config.predicted)
     processes = Processes(parallel)
     unlabelled = int((~rows_with_labels(tokens)).sum())
@@ -157,20 +156,6 @@ def train(
                 run.save()
     drafter.eval()
     return History(out, rows, run.step < config.steps, unlabelled)
-
-
-def encode_chats(
-    chats: Sequence[Chat | Encoded], target: Target, max_length: int, like: Like | None = None
-) -> Sequence[Encoded]:
-    """The first ``max_length`` tokens of each conversation, or of each row that ``like`` makes."""
-    if isinstance(chats, EncodedChats):
-        return chats.cut(max_length)
-    encoded: list[Encoded] = []
-    for chat in chats:
-        if isinstance(chat, Chat) and target.tokenizer is None:
-            raise ValueError("the target has no tokenizer: pass encoded conversations")
-        encoded += encode_rows(chat, target.tokenizer, max_length, like=like)
-    return encoded
 
 
 def _require_use(

@@ -25,13 +25,22 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dspark_lab.chats import Chat, Encoded, encode, load_chats
+from dspark_lab.chats import Chat, Encoded, load_chats
 from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, checked
 from dspark_lab.decoding import decode
 from dspark_lab.files import read_csv, read_json, shipped, write_json
 from dspark_lab.model import Drafter, Target, load_target
 from dspark_lab.pairs import in_turns, load_pair, question
-from dspark_lab.training import History, TrainConfig, mask_token_id, new_drafter, row_groups, train
+from dspark_lab.training import (
+    ChatsLike,
+    History,
+    TrainConfig,
+    encode_chats,
+    mask_token_id,
+    new_drafter,
+    row_groups,
+    train,
+)
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.spans import Spans
@@ -71,8 +80,8 @@ class SweepConfig:
         max_new_tokens: of an answer.
         temperatures: at which every prompt is decoded.
         target: pocket, or a folder or hub id, which needs data and held_out.
-        data: JSONL of conversations to learn from.
-        held_out: JSONL of conversations whose questions are asked.
+        data: file of conversations to learn from.
+        held_out: file of conversations whose questions are asked.
         device: of target and drafters.
         features: of the target, stored first or asked for every batch.
         training: all other settings of a run; steps, anchors, seed and warmup are the cell's.
@@ -289,18 +298,17 @@ def _trained(
 
 
 @lru_cache(maxsize=1)
-def _materials(config: SweepConfig) -> tuple[Target, list[Encoded], list[Chat]]:
+def _materials(config: SweepConfig) -> tuple[Target, Sequence[Encoded], list[Chat]]:
     """The target, the conversations to learn from, and those whose questions are asked."""
     if config.target == "pocket":
         pair = load_pair(device=config.device)
         target, others = pair.target, pair.held_out
-        chats: Sequence[Chat | Encoded] = pair.chats
+        chats: ChatsLike = pair.chats
     else:
         assert config.data is not None and config.held_out is not None
         target = load_target(config.target, device=config.device)
-        chats, others = load_chats(config.data), load_chats(config.held_out).conversations
-    assert target.tokenizer is not None
-    encoded = [encode(chat, target.tokenizer, config.training.max_length) for chat in chats]
+        chats, others = config.data, load_chats(config.held_out).conversations
+    encoded = encode_chats(chats, target.tokenizer, config.training.max_length)
     return target, encoded, in_turns(others)[: config.prompts]
 
 

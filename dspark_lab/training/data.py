@@ -1,0 +1,59 @@
+"""Conversations from memory or from a file of any size, as rows of tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark_lab.chats import (
+    Chat,
+    Encoded,
+    EncodedChats,
+    Like,
+    encode_all,
+    encode_rows,
+    load_chats,
+)
+
+ChatsLike = str | os.PathLike[str] | Sequence[Chat | Encoded]
+# Larger files (bytes) are never in memory as a whole; smaller ones are read at once, and encoding
+# them leaves nothing on disk.
+LARGE_FILE = 2**24
+
+
+def open_chats(
+    chats: ChatsLike | None, tokenizer: Any, max_length: int | None = None, like: Like | None = None
+) -> Sequence[Chat | Encoded]:
+    """Conversations as given, or those of a file; the shipped ones where None.
+
+    A large file is encoded on all cores, with a bar, and kept in the cache of
+    :func:`dspark_lab.encode_all`.
+    """
+    if chats is not None and not isinstance(chats, (str, os.PathLike)):
+        return chats
+    if chats is None or _size(Path(chats)) <= LARGE_FILE:
+        return load_chats(chats)
+    return encode_all(chats, tokenizer, max_length, like=like)
+
+
+def encode_chats(
+    chats: ChatsLike | None, tokenizer: Any, max_length: int | None = None, like: Like | None = None
+) -> Sequence[Encoded]:
+    """The first ``max_length`` tokens of each conversation, or of each row that ``like`` makes."""
+    opened = open_chats(chats, tokenizer, max_length, like)
+    if isinstance(opened, EncodedChats):
+        return opened.cut(max_length)
+    encoded: list[Encoded] = []
+    for chat in opened:
+        if isinstance(chat, Chat) and tokenizer is None:
+            raise ValueError("the target has no tokenizer: pass encoded conversations")
+        encoded += encode_rows(chat, tokenizer, max_length, like=like)
+    return encoded
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
