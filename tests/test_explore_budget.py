@@ -299,8 +299,8 @@ def by_hand(**settings) -> dict[str, pd.DataFrame]:
 
 
 MOVES = [("num_anchors", 16), ("block_size", 5), ("packed", False), ("per", "document")]
-MOVES += [("packed", True), ("batch_size", 3), ("seq_len", 512), ("card", "T4"), ("per", "row")]
-MOVES += [("packed", False), ("per", "batch"), ("batch_size", 2)]
+MOVES += [("packed", True), ("batch_size", 3), ("card", "T4"), ("per", "row"), ("per", "batch")]
+MOVES += [("packed", False), ("seq_len", 512)]
 
 
 def test_the_picture_all_tables_and_the_recommendation_follow_every_control():
@@ -406,7 +406,8 @@ def test_a_measured_time_is_an_entry_of_its_own_that_comes_first():
 
 
 def test_controls_start_where_they_are_told_even_between_their_steps():
-    shown = explorer(num_anchors=100, seq_len=300, batch_size=70, block_size=20)
+    many = documents(*(["." * 10 + "a" * 300] * 70))
+    shown = explorer(many, num_anchors=100, seq_len=300, batch_size=70, block_size=20)
     assert shown.settings == {
         **{"num_anchors": 100, "block_size": 20, "seq_len": 300, "packed": True, "per": "row"},
         **{"batch_size": 70, "card": "H100", "export": "dspark-lab"},
@@ -496,6 +497,10 @@ def test_rows_too_short_and_too_many_blocks_are_said_in_words_and_can_be_left():
     shown = explorer(num_anchors=2**18)
     assert "A row has 262,144 blocks, more than 131,072. Choose fewer." in picture(shown).value
     assert shown.tables == {}
+    shown.controls["batch_size"].value = 64
+    shown.controls["num_anchors"].value = 8
+    assert "batch_size must be at most the number of rows" in picture(shown).value
+    shown.controls["batch_size"].value = 1
     shown.controls["num_anchors"].value = 4
     assert list(shown.tables) == NAMES
 

@@ -108,6 +108,21 @@ def test_steps_are_what_the_budgets_pay(here):
         assert steps["seconds"] == round(3 / SECONDS[f"n{anchors}-k2"])
 
 
+def test_the_slots_of_a_real_run_of_planned_steps_are_those_of_the_budget(tmp_path):
+    target, data = target_on_disk(tmp_path)
+    lines = data.read_text().splitlines()[:5]
+    data.write_text("\n".join(lines))
+    # Of five rows one is left over, in whose batch three anchors would be as many as in one of two.
+    per = {"anchors_per": "batch", "batch_size": 2, "accumulate": 3}
+    files = {"target": str(target), "data": str(data), "held_out": str(data)}
+    options = {"slots": 400, "prompts": 1, "max_new_tokens": 2, "temperatures": (0.0,)}
+    config = replace(SMALL, training=replace(SMALL.training, **per), **files, **options)
+    (tmp_path / "step_seconds.json").write_text(json.dumps(SECONDS))
+    steps = lab._planned_steps(config, tmp_path)["slots", 3, 2]
+    (line,) = lab.run_cell(Cell("slots", 3, 2, 0), config, steps, tmp_path)
+    assert line["slots"] == pytest.approx(config.slots, rel=0.05)
+
+
 def test_a_real_cell_trains_so_many_steps_and_decodes_at_each_temperature(tmp_path):
     lines = lab.run_cell(Cell("slots", 2, 2, 0), SMALL, 2, tmp_path)
     assert [line["temperature"] for line in lines] == [0.0, 1.0]

@@ -594,6 +594,12 @@ def test_a_run_from_before_anchors_per_goes_on_per_row(whole: Path, begun: Path)
         small_run(begun, replace(CONFIG, anchors_per="batch"))
     small_run(begun)
     assert ending(begun) == ending(whole)
+    # Packed runs from then had other batches.
+    state["config"] |= {"pack_length": 64, "max_length": 64}
+    [path] = begun.glob("*/state.json")
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="anchors_per must be as in .*, None, got 'row'"):
+        small_run(begun, replace(CONFIG, pack_length=64, max_length=64))
 
 
 def without_step_4(metrics: bytes) -> bytes:

@@ -74,11 +74,11 @@ def test_the_best_gains_most_a_second_and_the_next_is_the_runner_up():
 
 
 def test_only_what_fits_is_chosen_and_what_does_not_is_named():
-    free = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64)
+    free = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=12)
     sizes = sorted(free.table["memory_bytes"])
     assert sizes[0] < sizes[1]
     room = (sizes[0] + 1) / 0.92
-    tight = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=64, memory=room)
+    tight = chosen(num_anchors=(64, 256), block_sizes=(15,), batch_size=12, memory=room)
     assert tight.table["fits"].tolist() == [True, False]
     assert tight.best["num_anchors"] == 64 and tight.runner_up is None
     nothing = chosen(memory=1000.0)
@@ -222,9 +222,15 @@ def test_blocks_of_a_row_are_those_that_training_draws(per):
     assert row_blocks(Spans.of(chats), 7, per) == (7, 7)
 
 
-def test_a_total_needs_as_many_rows_as_a_batch_has():
-    with pytest.raises(ValueError, match="batch_size must be at most the number of rows, 12, "):
-        chosen(per="batch", batch_size=13)
+@pytest.mark.parametrize("per", PER)
+def test_a_batch_needs_as_many_rows_as_it_has_in_training_too(per):
+    with pytest.raises(
+        ValueError, match="batch_size must be at most the number of rows, 12, got 13"
+    ):
+        chosen(per=per, batch_size=13)
+
+
+def test_a_total_is_counted_in_whole_batches():
     # Two of the twelve are left over,
     # of which training makes no step.
     table = chosen(per="batch", batch_size=5, num_anchors=(2, 4), block_sizes=(3,)).table
@@ -288,7 +294,8 @@ def test_the_shipped_sweep_can_be_checked_cell_by_cell():
 
 def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
     config = SweepConfig(num_anchors=(2, 4, 8), block_sizes=(3, 5), seconds=9.0)
-    same = chosen(batch_size=16, dtype="bf16", features="cached")
+    config = replace(config, training=replace(config.training, batch_size=6))
+    same = chosen(batch_size=6, dtype="bf16", features="cached")
     steps = same.table[["block_size", "num_anchors"]].assign(steps=9.0 / same.table["seconds"])
     sweep = pd.concat([steps.assign(budget="seconds"), steps.assign(budget="slots", steps=1.0)])
     found = predict_sweep(sweep, CHATS, SHAPE, config)

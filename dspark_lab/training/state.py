@@ -133,8 +133,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     for name, kind in (("step", int), ("config", dict)):
         if not isinstance(saved.get(name), kind):
             raise ValueError(f"{folder / STATE} must hold {name}, got {saved.get(name)!r}")
-    # Runs from before anchors could count for anything else do not say so.
-    saved["config"].setdefault("anchors_per", "row")
+    if saved["config"].get("pack_length") is None:
+        # Runs from before anchors could count for anything else do not say so; packed ones from
+        # then had other batches.
+        saved["config"].setdefault("anchors_per", "row")
     return saved
 
 

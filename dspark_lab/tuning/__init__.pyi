@@ -12,7 +12,6 @@ from .choice import (
     TrainingChoice,
     card_time,
     choose_training,
-    in_training_batches,
     predict_sweep,
     row_blocks,
     sweep_check,
@@ -44,7 +43,7 @@ from .settings import (
     exports,
 )
 from .shape import CARDS, TARGETS, Card, Layers, Shape
-from .spans import Spans
+from .spans import Spans, in_training_batches, training_steps
 from .step import Dtype, Step
 from .steptime import StepTime, fit_step_time, measure_steps
 
@@ -103,5 +102,6 @@ __all__ = [
     "token_supervision",
     "training_cost",
     "training_memory",
+    "training_steps",
     "usable_bytes",
 ]

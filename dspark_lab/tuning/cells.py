@@ -38,12 +38,11 @@ from dspark_lab.training import (
     encode_chats,
     mask_token_id,
     new_drafter,
-    row_groups,
     train,
 )
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import run_jobs
-from dspark_lab.tuning.spans import Spans
+from dspark_lab.tuning.spans import Spans, training_steps
 
 Budget = Literal["slots", "seconds"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
@@ -249,7 +248,8 @@ def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, i
     _, chats, _ = _materials(config)
     training = config.training
     spans = Spans.of(chats, row_length=training.pack_length)
-    spans = spans.in_batches(row_groups(spans.row_tokens, training.batch_size))
+    per: dict[str, Any] = {"per": training.anchors_per}
+    trained, batches = training_steps(spans, training.batch_size, **per)
     measured = work / "step_seconds.json"
     seconds = read_json(measured) if measured.exists() else {}
     steps: dict[tuple[Budget, int, int], int] = {}
@@ -258,8 +258,8 @@ def _planned_steps(config: SweepConfig, work: Path) -> dict[tuple[Budget, int, i
         if name not in seconds:
             seconds[name] = _step_seconds(config, anchors, block_size, work)
             write_json(measured, seconds, indent=1)
-        per_pass = supervision(spans, anchors, block_size, per=training.anchors_per).expected
-        slots = per_pass / spans.rows * training.batch_size
+        per_pass = supervision(trained, anchors, block_size, **per).expected
+        slots = per_pass / batches * training.accumulate
         steps["slots", anchors, block_size] = max(1, round(config.slots / slots))
         steps["seconds", anchors, block_size] = max(1, round(config.seconds / seconds[name]))
     return steps

@@ -31,7 +31,6 @@ from dspark_lab.blocks import Layout, Per
 from dspark_lab.chats import Batch, Encoded, token_counts
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
-from dspark_lab.training import row_groups
 from dspark_lab.tuning.cells import SweepConfig
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.coverage import supervision
@@ -39,7 +38,7 @@ from dspark_lab.tuning.memory import usable_bytes
 from dspark_lab.tuning.moments import StepBytes
 from dspark_lab.tuning.settings import TrainingSettings
 from dspark_lab.tuning.shape import CARDS, Card, Shape
-from dspark_lab.tuning.spans import Spans, sum_by
+from dspark_lab.tuning.spans import Spans, in_training_batches, sum_by, training_steps
 from dspark_lab.tuning.step import Dtype, Step
 from dspark_lab.tuning.steptime import StepTime, fit_step_time
 
@@ -155,20 +154,11 @@ def choose_training(
     lines = []
     rows = _rows(data, seq_lens, packed)
     for seq_len, spans in rows.items():
-        if per == "batch" and spans.rows < batch_size:
-            wanted = f"at most the number of rows, {spans.rows}, where anchors are drawn per batch"
-            raise ValueError(f"batch_size must be {wanted}, got {batch_size}")
+        trained, steps = training_steps(spans, batch_size, per)
         if per != "row":
             spans = in_training_batches(spans, batch_size)
         row_tokens = float(spans.row_tokens.mean())
         tokens = float(spans.document_kept.sum()) / spans.rows * batch_size
-        steps = spans.rows / batch_size
-        trained = spans
-        if per == "batch":
-            # Training has no last micro-batch of fewer rows, where as many anchors are denser.
-            steps = spans.rows // batch_size
-            assert spans.row_batch is not None
-            trained = spans.of_rows(spans.row_batch < steps)
         for block_size, anchors in product(block_sizes, num_anchors):
             counted: dict[str, Any] = {"per": per, "layout": shape.layout}
             share = supervision(spans, anchors, block_size, **counted).share
@@ -201,12 +191,6 @@ def choose_training(
     if isinstance(data, Spans) and (data.document_kept < data.document_tokens).any():
         settings["max_length"] = int(data.document_kept.max())
     return _choice(table, step_time.error, **settings)
-
-
-@checked
-def in_training_batches(spans: Spans, batch_size: Count) -> Spans:
-    """The spans' rows in the micro-batches of a training run's first epoch, of seed 0."""
-    return spans.in_batches(row_groups(spans.row_tokens, batch_size))
 
 
 @checked

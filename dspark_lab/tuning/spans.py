@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int, Shaped
 from dspark_lab.blocks import Per
 from dspark_lab.chats import Batch, Encoded, packed_places, token_chunks, token_counts
 from dspark_lab.checks import Count, Size, checked
+from dspark_lab.training import row_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +181,31 @@ class Spans:
     @cached_property
     def _groups(self) -> dict[Per, tuple[Int[np.ndarray, " n"], ...]]:
         return {}
+
+
+@checked
+def in_training_batches(spans: Spans, batch_size: Count) -> Spans:
+    """The spans' rows in the micro-batches of a training run's first epoch, of seed 0."""
+    return spans.in_batches(row_groups(spans.row_tokens, batch_size))
+
+
+@checked
+def training_steps(spans: Spans, batch_size: Count, per: Per) -> tuple[Spans, float]:
+    """The rows of an epoch's micro-batches, and how many of these there are, over many epochs.
+
+    Rows that fill no batch have their turn in another epoch. Where anchors are drawn per batch,
+    as many in a batch of fewer rows would be denser than any in training, so none is counted.
+    """
+    if spans.rows < batch_size:
+        raise ValueError(
+            f"batch_size must be at most the number of rows, {spans.rows}, got {batch_size}"
+        )
+    if per != "batch":
+        return spans, spans.rows / batch_size
+    steps = spans.rows // batch_size
+    spans = in_training_batches(spans, batch_size)
+    assert spans.row_batch is not None
+    return spans.of_rows(spans.row_batch < steps), steps
 
 
 # What coverage takes: spans, made once for many choices, or what they are made of.
