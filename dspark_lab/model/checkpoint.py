@@ -46,7 +46,7 @@ CALIBRATION = "calibration.json"
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _D2T, _T2D = "d2t", "t2d"
 # Integers of tensors that no dtype of the drafter changes.
-_MAPS = {_D2T: ("I64", "I32"), _T2D: ("BOOL", "U8", "I64")}
+_MAPS = {_D2T: ("I64", "I32"), _T2D: ("BOOL", "U8", "I64", "I32")}
 # What trainers store beside a drafter's own: the target's, and what follows from the config.
 _NOT_READ = re.compile(
     r"verifier_(lm_head|norm)\.weight|mask_embedding|(.*\.)?rotary_emb\.inv_freq"
@@ -163,10 +163,9 @@ def convert_checkpoint(
     values = config.to_dict() | {"tie_word_embeddings": stored.tied}
     if stored.dtype is not None:
         values["dtype"] = stored.dtype
-    described = stored.values.get("speculators_config")
-    verifier = described.get("verifier") if isinstance(described, Mapping) else None
     try:
-        values = config_for(values, format, verifier=verifier)
+        described = stored.values.get("speculators_config")
+        values = config_for(values, format, speculators_config=described)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from None
     tensors = {name: part[:] for name, part in stored.parts.items() if name not in _MAPS}
@@ -217,6 +216,10 @@ def load_drafter(
         for name, part in parts.items()
         if name not in _MAPS
     }
+    for name, value in state.items():
+        if not bool(torch.stack(value.aminmax()).isfinite().all()):
+            found = f"NaN or infinity in {dtype}"
+            raise ValueError(f"{path}: {name} must hold finite numbers, got {found}")
     if config.draft_vocab_size or parts.keys() & _MAPS.keys():
         state[_D2T] = _read_d2t(stored).to(device)  # of a whole vocabulary, checked and left out
     drafter = meta_drafter(config)
@@ -403,6 +406,9 @@ def _check_tensors(stored: Stored) -> None:
     drafter = meta_drafter(config)
     expected = {name: list(tensor.shape) for name, tensor in drafter.state_dict().items()}
     reduced = config.draft_vocab_size
+    if not reduced and _D2T in parts and parts[_D2T].get_shape() != [config.vocab_size]:
+        few = f"draft_vocab_size, as {_D2T} of shape {parts[_D2T].get_shape()} needs"
+        raise ValueError(f"{folder / CONFIG} must hold {few}, got {reduced}")
     maps = {_D2T: [config.output_size], _T2D: [config.vocab_size]}
     if reduced and not parts.keys() & maps.keys():
         why = f"draft_vocab_size {reduced} of {CONFIG} needs one of them"
@@ -432,10 +438,12 @@ def _read_d2t(stored: Stored) -> torch.Tensor:
     config, parts = stored.config, stored.parts
     ids = None
     if _T2D in parts:
-        ids = parts[_T2D][:].bool().nonzero().flatten()
-        if len(ids) != config.output_size:
-            wanted = f"as many of the target's ids as it predicts, {config.output_size}"
-            raise ValueError(f"{stored.path}: t2d must mark {wanted}, got {len(ids)}")
+        marks = parts[_T2D][:].long()
+        ids = marks.nonzero().flatten()
+        if len(ids) != config.output_size or bool((marks != marks.bool()).any()):
+            wanted = f"with 1 as many of the target's ids as it predicts, {config.output_size}"
+            found = f"{len(ids)} with {marks[ids].unique().tolist()[:8]}"
+            raise ValueError(f"{stored.path}: t2d must mark {wanted}, others with 0, got {found}")
     places = torch.arange(config.output_size)
     if _D2T not in parts:
         return cast(torch.Tensor, ids) - places

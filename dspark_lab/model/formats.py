@@ -171,8 +171,6 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
         flat["draft_vocab_size"] = None  # speculators has the key in every file
     for key in (*_LAYER_IDS_FROM_1, "dspark_bonus_anchor", "shift_label"):
         flat.pop(key, None)
-    if format_of(values) != "dspark" and not flat.get("markov_rank", 1):
-        flat["markov_head_type"] = "none"
     for name, modes in _said(values, ("attention_mode", "attention_modes")):
         each = modes if isinstance(modes, list) else [modes]
         if any(mode not in ("gqa", "mha") for mode in each):
@@ -197,12 +195,12 @@ def config_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def config_for(
-    own: Mapping[str, Any], target: Format, *, verifier: Mapping[str, Any] | None = None
+    own: Mapping[str, Any], target: Format, *, speculators_config: Any = None
 ) -> dict[str, Any]:
     """The ``config.json`` of a format, from one of "dspark" with every field of the drafter.
 
     Args:
-        verifier: for "speculators", what its file says of the drafter's target.
+        speculators_config: for "speculators", that of its file where there is one.
 
     Raises:
         ValueError: the format has no words for a field of the drafter.
@@ -247,26 +245,32 @@ def config_for(
     rest["max_anchors"] = rest.pop("num_anchors")
     rest["draft_vocab_size"] = own.get("draft_vocab_size") or own["vocab_size"]
     proposal = {"proposal_type": "greedy", "speculative_tokens": slots - given}
+    described = {
+        "algorithm": kind,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [proposal],
+        "verifier": {"name_or_path": "", "architectures": []},
+    }
     return rest | {
         "speculators_model_type": kind,
         "sample_from_anchor": not given,
         "sliding_window_non_causal": causal is False,
         "transformer_layer_config": backbone,
-        "speculators_config": {
-            "algorithm": kind,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": dict(verifier or {"name_or_path": "", "architectures": []}),
-        },
+        "speculators_config": speculators_config or described,
     }
 
 
 def _loaded_family(values: Mapping[str, Any]) -> str:
     family = family_of(values)
-    if family is not None and family in ARCHITECTURES.values():
-        return family
     said = {k: values[k] for k in ("architectures", "speculators_model_type") if values.get(k)}
     names = ", ".join(f"{key} {value!r}" for key, value in said.items())
+    if family is not None and family in ARCHITECTURES.values():
+        others = {
+            ARCHITECTURES.get(str(name), family) for name in values.get("architectures") or ()
+        }
+        if others - {family}:
+            raise ValueError(f"{names} contradict each other: {', '.join(sorted(others))}")
+        return family
     if family is not None:
         what = f"a drafter of {family}, which this library does not load"
         raise ValueError(f"{names or 'the config'} is {what}")
@@ -289,6 +293,8 @@ def _read_layer_ids(values: Mapping[str, Any], own: Any) -> Any:
     for name, ids in _said(values, _LAYER_IDS_FROM_1):
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise TypeError(f"{name} must be a list of integers, got {ids!r}")
+        if ids != sorted(set(ids)) or min(ids, default=0) < 0:
+            raise ValueError(f"{name} must be strictly increasing, from 0 on, got {ids}")
         places[f"{name} - 1"] = [i - 1 for i in ids]
     return _one_value("target_layer_ids", places)
 
@@ -333,7 +339,7 @@ def _read_windows(flat: dict[str, Any]) -> None:
         wanted = " or ".join(map(repr, _KINDS))
         raise ValueError(f"layer_types must be {wanted}, got {strange[0]!r}")
     slide = "sliding_attention" in kinds
-    flat |= {"layer_types": kinds if slide else None}
+    flat |= {"layer_types": kinds or None}
     both_ways = flat.pop("sliding_window_non_causal", None)
     if not slide:
         flat["sliding_window"] = None
