@@ -34,7 +34,7 @@ from dspark_lab.checks import Count, Device, checked
 from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
-from dspark_lab.model.formats import ARCHITECTURES, Format, config_for, flat_config
+from dspark_lab.model.formats import ARCHITECTURES, Format, config_for
 from dspark_lab.model.protocol import TargetWeights
 
 CONFIG = "config.json"
@@ -83,14 +83,21 @@ class Stored:
     @property
     def dtype(self) -> Any:
         """What its ``config.json`` calls the dtype of its tensors."""
-        flat = flat_config(self.values)
-        return flat.get("dtype") or flat.get("torch_dtype")
+        holders = self.values, self.values.get("transformer_layer_config") or {}
+        named = [holder.get(key) for holder in holders for key in ("dtype", "torch_dtype")]
+        return next(filter(None, named), None)
 
     @property
     def tied(self) -> bool:
         """Whether one tensor is embedding and LM head; of a reduced vocabulary none can be."""
         reduced = self.config.draft_vocab_size is not None
         return bool(self.values.get("tie_word_embeddings")) and not reduced
+
+    @property
+    def absent(self) -> list[str]:
+        """Of embedding and LM head, what a target has to give."""
+        names = [name for name in (_EMBEDDING, _HEAD) if name not in self.parts]
+        return [] if self.tied and len(names) == 1 else names
 
 
 @checked
@@ -200,14 +207,13 @@ def load_drafter(
     _check_dtype(dtype)
     stored = read_checkpoint(folder)
     path, config, parts = stored.path, stored.config, stored.parts
-    absent = [name for name in (_EMBEDDING, _HEAD) if name not in parts]
-    one_for_both = stored.tied and len(absent) == 1
     if target is not None:
         _check_target(path, config, target)
-    elif absent and not one_for_both:
+    elif stored.absent:
+        names = " and ".join(stored.absent)
         raise ValueError(
-            f"{path}: the checkpoint leaves out {' and '.join(absent)}; pass target= to take them "
-            "from the target that the drafter was trained for"
+            f"{path}: the checkpoint leaves out {names}; pass target= to take them from the target "
+            "that the drafter was trained for"
         )
     dtype = dtype or _common_dtype(stored)
     # What safetensors gives is mapped from the file, and would change with it.
@@ -225,11 +231,12 @@ def load_drafter(
     drafter = meta_drafter(config)
     drafter.load_state_dict(state, strict=False, assign=True)
     frozen = {name: state[name] for name in (_EMBEDDING, _HEAD) if name in state}
-    if stored.tied and not absent and not torch.equal(frozen[_EMBEDDING], frozen[_HEAD]):
-        wrong = f"tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
-        raise ValueError(f"{path}: {CONFIG} says {wrong}")
-    if one_for_both:
-        frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
+    if stored.tied and frozen:
+        one, *others = frozen.values()
+        if others and not torch.equal(one, others[0]):
+            wrong = f"tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
+            raise ValueError(f"{path}: {CONFIG} says {wrong}")
+        frozen = dict.fromkeys((_EMBEDDING, _HEAD), one)
     given = {} if target is None else {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight}
     rule = getattr(target, "logit_rule", None)
     if not config.draft_vocab_size:

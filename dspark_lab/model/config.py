@@ -12,12 +12,6 @@ from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, With
 from dspark_lab.model.formats import ARCHITECTURE, flat_config
 from dspark_lab.model.heads import check_kind
 
-# Fields that a config.json may leave out; with another value it is another model's.
-_FIXED = {
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1,
-}
 # Keys of a RoPE beside its type's; mrope_section shares axes out that are one and the same in text.
 _ROPE = "rope_type type rope_theta partial_rotary_factor mrope_section mrope_interleaved".split()
 _ROPES, _ORIGINAL = ("rope_parameters", "rope_scaling"), "original_max_position_embeddings"
@@ -232,9 +226,6 @@ class DrafterConfig:
                 than by YaRN, or two fields that contradict each other.
         """
         flat = flat_config(values)
-        for name, allowed in _FIXED.items():
-            if flat.get(name) not in (None, allowed):
-                raise ValueError(f"{name} must be {allowed!r} or absent, got {flat[name]!r}")
         known = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
         missing = [f.name for f in fields(cls) if f.name not in known and f.default is MISSING]
         if missing:

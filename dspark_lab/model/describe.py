@@ -20,7 +20,6 @@ from dspark_lab.model.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.formats import ARCHITECTURES, config_words, family_of, format_of
 
 if TYPE_CHECKING:
@@ -59,7 +58,8 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> pd.DataFrame:
         lines += [("loads here", f"no: {error}", ""), *_without_loading(values)]
         lines += [(name, "not known: not loaded here", "") for name in _SERVERS]
     else:
-        lines += [("loads here", _loads(stored), ""), *_model(stored), *_weights(stored)]
+        needs = f", with target=, which has {' and '.join(stored.absent)}" if stored.absent else ""
+        lines += [("loads here", f"yes{needs}", ""), *_model(stored), *_weights(stored)]
         lines += _servers(stored)
     return pd.DataFrame(lines, columns=["property", "value", "source"])
 
@@ -81,13 +81,6 @@ def _without_loading(values: dict[str, Any]) -> Iterator[Line]:
         for key in ("block_size", "num_hidden_layers", "hidden_size", "vocab_size"):
             if isinstance(inside, dict) and inside.get(key) is not None:
                 yield key, inside[key], f"{CONFIG}: {f'{holder}.' if holder else ''}{key}"
-
-
-def _loads(stored: Stored) -> str:
-    absent = [n for n in ("embed_tokens.weight", "lm_head.weight") if n not in stored.parts]
-    if not absent or (stored.tied and len(absent) == 1):
-        return "yes"
-    return f"yes, with target=, which has {' and '.join(absent)}"
 
 
 def _model(stored: Stored) -> Iterator[Line]:
