@@ -234,7 +234,12 @@ def test_a_new_markov_head_is_one_class_and_its_name(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["none", "vanilla"])
 def test_rank_zero_or_none_builds_no_head(kind):
-    assert build_markov_head(kind, 23, 0 if kind == "vanilla" else 3, 12) is None
+    rank = 0 if kind == "vanilla" else 3
+    assert build_markov_head(kind, 23, rank, 12) is None
+    config = replace(
+        CONFIG, markov_head_type=kind, markov_rank=rank, confidence_head_with_markov=False
+    )
+    assert (config.markov_head_type, config.markov_rank) == ("none", 0)
 
 
 def test_a_fresh_drafter_adds_no_bias_and_gives_even_odds():

@@ -129,6 +129,7 @@ FILES = {
     "speculators": (SPECULATORS, CONFIG),
     "speculators, before it had the key": (LEGACY, GIVEN),
     "speculators dflash": (THEIR_DFLASH, PLAIN),
+    "speculators, told apart from its backbone": (SPECULATORS | {"use_cache": False}, CONFIG),
     "specforge": (SPECFORGE, CONFIG),
     "specforge, split": (SPLIT, CONFIG),
     "specforge dflash": (DFLASH, PLAIN),
@@ -284,6 +285,8 @@ MORE = {"beta_fast": 20, "beta_slow": 2, "attention_factor": 1.5, "truncate": Fa
         ({"rope_scaling": {"type": "yarn", "factor": 4}, "original_max_position_embeddings": 16},
          Yarn(4.0, 16)),
         ({"rope_scaling": YARN, "original_max_position_embeddings": 16}, Yarn(4.0, 16)),
+        ({"rope_scaling": YARN | {"factor": None}}, Yarn(4.0, 16)),
+        ({"rope_scaling": {"type": "yarn", "factor": None}}, Yarn(1.0, 64)),
         ({"original_max_position_embeddings": 16}, None),
     ],
 )  # fmt: skip
@@ -324,16 +327,21 @@ CONTRADICTIONS = [
     (DSPARK | WINDOW, "use_sliding_window", False, "use_sliding_window false contradicts layer"),
     (THEIR_WINDOW, "is_causal", False, "non_causal False contradicts is_causal False"),
     (DSPARK | {"is_causal": True}, "dflash_config.causal", False, "is_causal True and dflash"),
-    (DFLASH, "markov_rank", 5, "markov_rank 5 contradicts DFlashDraftModel"),
+    (DFLASH, "markov_rank", 5, "markov_rank 5 contradicts the family, DFlash"),
     (DFLASH, "dspark_config.enable_confidence_head", True, "enable_confidence_head True contra"),
     (DSPARK, "rope_scaling", {"type": "yarn", "rope_type": "linear"}, "must be of one type"),
     (DSPARK | {"rope_scaling": YARN}, "original_max_position_embeddings", 32,
      "embeddings must be one number, got 32 and in rope_scaling 16"),
+    (DSPARK, "architectures", ["DFlashDraftModel", "DSparkDraftModel"], "contradict each other: D"),
+    (SPECULATORS, "architectures", ["DFlashDraftModel"], "'dspark' contradict each other: DFlash"),
+    (SPECULATORS, "speculators_model_type", "dflash", "'dflash' contradict each other: DSpark"),
+    (DSPARK, "num_target_layers", 3, r"must be below num_target_layers, 3, got \(0, 2, 3\)"),
+    (DSPARK, "layer_types", ["full_attention"], "one for each of 2 layers, got 1"),
 ]  # fmt: skip
 REFUSED = [
     (SPECFORGE, "dflash_config.projector_type", "domino", "a drafter of Domino, which this lib"),
     (SPECFORGE, "dflash_config.attention_mode", "mla", "attention_mode must be 'gqa' or 'mha'"),
-    (DSPARK, "dflash_config.use_swa", True, "use_swa must be false or absent, got True"),
+    (DSPARK, "dflash_config.use_swa", True, "use_swa must be False or absent, got True"),
     (DSPARK, "architectures", ["Gemma4DSparkModel"], "DSpark on another backbone, which this"),
     (DSPARK, "architectures", ["LlamaForCausalLMEagle3"], "Eagle3.* a drafter of EAGLE-3"),
     (DSPARK, "architectures", ["DFlash2DraftModel"], "a drafter of DFlash 2"),
@@ -342,9 +350,14 @@ REFUSED = [
     (SPECULATORS, "transformer_layer_config.model_type", "llama", "model_type must be 'qwen3'"),
     (SPECULATORS, "transformer_layer_config", ..., "config must hold vocab_size, hidden_size"),
     (SPECULATORS, "transformer_layer_config", 3, "transformer_layer_config must be an object"),
-    (SPECULATORS, "aux_hidden_state_layer_ids", "1", "must be a list of integers, got '1'"),
-    (SPECULATORS, "sample_from_anchor", "yes", "sample_from_anchor must be true or false"),
-]
+    (SPECULATORS, "aux_hidden_state_layer_ids", "1", "layer_ids must be a sequence, got '1'"),
+    (SPECULATORS, "sample_from_anchor", "yes", "sample_from_anchor must be True or False"),
+    (SPECULATORS, "aux_hidden_state_layer_ids", [4, 3, 1], r"ids must be strictly .*\[4, 3, 1\]"),
+    (SPECULATORS, "aux_hidden_state_layer_ids", [-1, 3, 4], r"aux_hidden.* from 0 on, got \[-1"),
+    (DSPARK | WINDOW, "sliding_window", 3, "sliding_window must be at least block_size, 4, got 3"),
+    (DSPARK, "rope_scaling", {"type": "yarn", "original_max_position_embeddings": 16},
+     "of rope_type 'yarn' must hold factor"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("values", "path", "value", "match"), CONTRADICTIONS + REFUSED)
@@ -391,7 +404,7 @@ MIN_BLOCK = {"anchor_predicts": 1, "anchor_given": 2}
 def configs(draw):
     """Any drafter of two layers; each has one form here."""
     given_anchor, head = draw(st.booleans()), draw(st.sampled_from(["none", "vanilla", "gated"]))
-    confidence = draw(st.booleans())
+    confidence, rank = draw(st.booleans()), draw(st.sampled_from([0, 5]))
     kinds = draw(st.sampled_from([None, SLIDING, ["sliding_attention"] * 2]))
     optional = st.none() | st.floats(0.5, 50)
     yarn = st.none() | st.builds(
@@ -402,11 +415,14 @@ def configs(draw):
         sample_from_anchor=not given_anchor,
         block_size=draw(st.integers(2, 9)),
         markov_head_type=head,
-        markov_rank=0 if head == "none" else 5,
+        markov_rank=rank,
         enable_confidence_head=confidence,
-        confidence_head_with_markov=confidence and head != "none" and draw(st.booleans()),
+        confidence_head_with_markov=confidence
+        and head != "none"
+        and rank > 0
+        and draw(st.booleans()),
         layer_types=kinds,
-        sliding_window=kinds and draw(st.integers(1, 99)),
+        sliding_window=kinds and draw(st.integers(9, 99)),
         is_causal=draw(st.sampled_from([None, True, False])),
         draft_vocab_size=draw(st.none() | st.integers(1, 19)),
         target_layer_ids=tuple(sorted(draw(st.sets(st.integers(-1, 5), min_size=1)))),
@@ -484,10 +500,10 @@ def test_no_field_is_dropped(target):
 def test_each_format_is_written_with_its_own_names():
     changes = {"is_causal": False, "draft_vocab_size": 7, "sample_from_anchor": False}
     own = replace(WINDOWED, **changes, logit_scale=0.5).to_dict()
-    theirs = config_for(own, "speculators", verifier={"name_or_path": "a/target"})
+    theirs = config_for(own, "speculators")
     assert theirs["architectures"] == ["DSparkDraftModel"]
     assert theirs["speculators_model_type"] == theirs["speculators_config"]["algorithm"] == "dspark"
-    assert theirs["speculators_config"]["verifier"] == {"name_or_path": "a/target"}
+    assert theirs["speculators_config"]["verifier"] == {"name_or_path": "", "architectures": []}
     method = theirs["speculators_config"]["proposal_methods"][0]
     assert method == {"proposal_type": "greedy", "speculative_tokens": 3}
     assert theirs["aux_hidden_state_layer_ids"] == [1, 3, 4]
@@ -495,8 +511,6 @@ def test_each_format_is_written_with_its_own_names():
     assert (theirs["block_size"], theirs["draft_vocab_size"], theirs["markov_rank"]) == (4, 7, 5)
     layer = theirs["transformer_layer_config"]
     assert (layer["vocab_size"], layer["sliding_window"], layer["logit_scale"]) == (20, 5, 0.5)
-    verifier = config_for(own, "speculators")["speculators_config"]["verifier"]
-    assert verifier == {"name_or_path": "", "architectures": []}
     assert layer["layer_types"] == SLIDING and layer["use_sliding_window"]
     assert (own["sample_from_anchor"], own["dspark_bonus_anchor"]) == (False, True)
     forge = config_for(CONFIG.to_dict(), "specforge")
@@ -565,10 +579,12 @@ def test_a_conversion_there_and_back_keeps_every_bit_and_dtype(tmp_path, first, 
         assert json.loads((tmp_path / out / "calibration.json").read_text()) == json.loads(scales)
 
 
-def test_the_verifier_of_a_speculators_file_stays(tmp_path):
-    source = write(tmp_path / "x", SPECULATORS, tensors_of(CONFIG))
+def test_what_a_speculators_file_says_to_servers_stays(tmp_path):
+    proposals = [{"proposal_type": "greedy", "speculative_tokens": 2, "verifier_accept_k": 3}]
+    values = changed(SPECULATORS, TOKENS, proposals)
+    source = write(tmp_path / "x", values, tensors_of(CONFIG))
     convert_checkpoint(source, tmp_path / "y", format="speculators")
-    assert stored(tmp_path / "y")[0]["speculators_config"] == SPECULATORS["speculators_config"]
+    assert stored(tmp_path / "y")[0]["speculators_config"] == values["speculators_config"]
 
 
 def test_what_a_slot_predicts_cannot_be_changed(tmp_path):
@@ -611,6 +627,17 @@ def test_quantized_tensors_are_refused_by_name(tmp_path, suffix):
         load_drafter(folder)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
+def test_a_tensor_that_is_not_finite_as_it_is_loaded_is_named(tmp_path, value):
+    tensors = tensors_of(CONFIG)
+    tensors["norm.weight"][3] = value
+    folder = write(tmp_path / "x", DSPARK, tensors)
+    with pytest.raises(ValueError, match=f"{folder}: norm.weight .*, got NaN or inf.*float16"):
+        load_drafter(folder, dtype=torch.float16)
+    if value == 1e6:
+        assert load_drafter(folder).norm.weight[3] == value
+
+
 # A reduced vocabulary.
 
 KEPT = [1, 2, 5, 9, 11, 12, 19]
@@ -620,11 +647,13 @@ T2D = torch.tensor([token in KEPT for token in range(20)])
 MAPS = {"d2t": D2T, "t2d": T2D}
 
 
-@pytest.mark.parametrize("maps", [("d2t",), ("t2d",), ("d2t", "t2d")])
+@pytest.mark.parametrize(
+    "maps", [{"d2t": D2T}, {"d2t": D2T.int()}, {"t2d": T2D}, {"t2d": T2D.int()}, MAPS]
+)
 @pytest.mark.parametrize("values", [DSPARK, SPECULATORS, SPECFORGE])
 def test_a_reduced_vocabulary_is_mapped_by_either_tensor(tmp_path, values, maps):
     tensors = tensors_of(REDUCED)
-    held = tensors | {name: MAPS[name] for name in maps}
+    held = tensors | maps
     values = values | {"draft_vocab_size": 7, "tie_word_embeddings": True}
     drafter = load_drafter(write(tmp_path / "x", values, held))
     assert drafter.config == REDUCED
@@ -695,7 +724,8 @@ OTHER = torch.tensor([token in KEPT for token in range(19, -1, -1)])
         ({"d2t": D2T[:6]}, r"d2t must be \[7\], got \[6\]"),
         ({"t2d": T2D[:19]}, r"t2d must be \[20\], got \[19\]"),
         ({"d2t": D2T.float()}, "d2t must be of I64, I32, got F32"),
-        ({"t2d": ~T2D}, "t2d must mark as many of the target's ids as it predicts, 7, got 13"),
+        ({"t2d": ~T2D}, "t2d must mark with 1 as many of the target's ids .*, 7, .* got 13 with"),
+        ({"t2d": T2D.long() * 3}, r"others with 0, got 7 with \[3\]"),
         ({"d2t": D2T, "t2d": OTHER}, "must agree, but draft id 0 is target id 1 by d2t, 0 by t2d"),
         (
             {"lm_head.weight": torch.ones(20, 8), **MAPS},
@@ -708,6 +738,9 @@ OTHER = torch.tensor([token in KEPT for token in range(19, -1, -1)])
     ],
 )
 def test_maps_that_do_not_fit_are_named(tmp_path, maps, match):
+    unsaid = write(tmp_path / "unsaid", DSPARK, tensors_of(REDUCED) | MAPS)
+    with pytest.raises(ValueError, match=r"config.json must hold draft_vocab_size, as d2t .*\[7\]"):
+        load_drafter(unsaid)
     values = DSPARK | {"draft_vocab_size": 7}
     folder = write(tmp_path / "x", values, tensors_of(REDUCED) | maps)
     with pytest.raises(ValueError, match=f"{folder}.*{match}"):
@@ -792,7 +825,8 @@ OTHER_LAYOUT = "reads as the other layout"
         (DFLASH | WINDOW, replace(PLAIN, layer_types=SLIDING, sliding_window=5), SGLANG, "window"),
         (DFLASH | {"sample_from_anchor": True}, PLAIN, VLLM, OTHER_LAYOUT),
         (SPECFORGE, CONFIG, LLAMA, "not known"),
-        (DSPARK | {"num_target_layers": 4}, CONFIG, SGLANG, "refuses: .* last layer, 3"),
+        (DSPARK | {"num_target_layers": 4}, CONFIG, SGLANG, "refuses: .* and last layer, 3$"),
+        (DSPARK | {"target_layer_ids": [-1, 2, 3]}, CONFIG, SGLANG, "refuses: .* layer, -1$"),
         (DSPARK | {"logit_scale": 0.5}, CONFIG, SGLANG, "ignores logit_scale"),
         (DSPARK | {"final_logit_softcapping": 30.0}, CONFIG, VLLM, "ignores the soft cap"),
     ],

@@ -366,11 +366,14 @@ def test_target_whose_logits_are_not_its_heads_alone_is_refused(name, options, m
         ("Gemma3Text", {"final_logit_softcapping": 0.05}, 0.05, 1.0),
         ("Cohere", {}, None, 0.0625),
         ("Granite", {"logits_scaling": 4.0}, None, 0.25),
+        ("HyperCLOVAX", {"logits_scaling": 4.0}, None, 4.0),
         ("RecurrentGemma", {"logits_soft_cap": 0.05}, 0.05, 1.0),
     ],
 )
 def test_a_soft_cap_and_a_factor_are_part_of_the_targets_logits(name, options, cap, scale):
     """They are those that the model itself gives, far from those without."""
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip("transformers is older than the model")
     kind = name.removesuffix("Text")
     config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
     torch.manual_seed(1)

@@ -742,6 +742,40 @@ def test_a_drafter_starts_from_a_gemma(sees_images: bool) -> None:
     assert torch.equal(drafter.layers[1].mlp.up_proj.weight, layers[2].mlp.up_proj.weight)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="older transformers")
+def test_a_drafter_starts_from_a_target_whose_layers_differ() -> None:
+    config = transformers.Gemma4TextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=32,
+        hidden_size_per_layer_input=0,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        final_logit_softcapping=30.0,
+    )
+    target = Target(transformers.AutoModelForCausalLM.from_config(config))
+    found = new_drafter(target, mask_token_id=0).config
+    assert (found.head_dim, found.num_key_value_heads, found.intermediate_size) == (8, 2, 48)
+    assert found.final_logit_softcapping == 30.0 and found.rope_theta == 1e6
+
+
+def test_a_drafter_starts_with_a_window_and_some_of_the_tokens(tmp_path: Path) -> None:
+    target = tiny_target()
+    kept = [9, 2, 31, 2, *range(40, 60)]
+    made = new_drafter(target, mask_token_id=0, sliding_window=8, draft_ids=kept)
+    assert made.config.layer_types == ("sliding_attention",) * 2 and made.config.sliding_window == 8
+    assert made.draft_ids is not None and made.draft_ids.tolist() == sorted(set(kept))
+    config = TrainConfig(steps=1, batch_size=2, num_anchors=2)
+    train(made, target, random_chats(2), config, out=tmp_path / "run", progress=False)
+    assert torch.equal(made.lm_head.weight, target.head_weight[sorted(set(kept))])
+    with pytest.raises(ValueError, match=r"draft_ids must lie in \[0, 63\], got 1 to 64"):
+        new_drafter(target, mask_token_id=0, draft_ids=[1, 64])
+
+
 def test_what_does_not_fit_the_target_stays_random() -> None:
     drafter = tiny_drafter(intermediate_size=40, num_hidden_layers=4, target_hidden_size=16)
     before = {name: p.clone() for name, p in drafter.named_parameters()}

@@ -34,7 +34,7 @@ from dspark_lab.checks import Count, Device, checked
 from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
-from dspark_lab.model.formats import ARCHITECTURES, Format, config_for, flat_config
+from dspark_lab.model.formats import ARCHITECTURES, Format, config_for
 from dspark_lab.model.protocol import TargetWeights
 
 CONFIG = "config.json"
@@ -46,7 +46,7 @@ CALIBRATION = "calibration.json"
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _D2T, _T2D = "d2t", "t2d"
 # Integers of tensors that no dtype of the drafter changes.
-_MAPS = {_D2T: ("I64", "I32"), _T2D: ("BOOL", "U8", "I64")}
+_MAPS = {_D2T: ("I64", "I32"), _T2D: ("BOOL", "U8", "I64", "I32")}
 # What trainers store beside a drafter's own: the target's, and what follows from the config.
 _NOT_READ = re.compile(
     r"verifier_(lm_head|norm)\.weight|mask_embedding|(.*\.)?rotary_emb\.inv_freq"
@@ -83,14 +83,21 @@ class Stored:
     @property
     def dtype(self) -> Any:
         """What its ``config.json`` calls the dtype of its tensors."""
-        flat = flat_config(self.values)
-        return flat.get("dtype") or flat.get("torch_dtype")
+        holders = self.values, self.values.get("transformer_layer_config") or {}
+        named = [holder.get(key) for holder in holders for key in ("dtype", "torch_dtype")]
+        return next(filter(None, named), None)
 
     @property
     def tied(self) -> bool:
         """Whether one tensor is embedding and LM head; of a reduced vocabulary none can be."""
         reduced = self.config.draft_vocab_size is not None
         return bool(self.values.get("tie_word_embeddings")) and not reduced
+
+    @property
+    def absent(self) -> list[str]:
+        """Of embedding and LM head, what a target has to give."""
+        names = [name for name in (_EMBEDDING, _HEAD) if name not in self.parts]
+        return [] if self.tied and len(names) == 1 else names
 
 
 @checked
@@ -163,10 +170,9 @@ def convert_checkpoint(
     values = config.to_dict() | {"tie_word_embeddings": stored.tied}
     if stored.dtype is not None:
         values["dtype"] = stored.dtype
-    described = stored.values.get("speculators_config")
-    verifier = described.get("verifier") if isinstance(described, Mapping) else None
     try:
-        values = config_for(values, format, verifier=verifier)
+        described = stored.values.get("speculators_config")
+        values = config_for(values, format, speculators_config=described)
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from None
     tensors = {name: part[:] for name, part in stored.parts.items() if name not in _MAPS}
@@ -201,14 +207,13 @@ def load_drafter(
     _check_dtype(dtype)
     stored = read_checkpoint(folder)
     path, config, parts = stored.path, stored.config, stored.parts
-    absent = [name for name in (_EMBEDDING, _HEAD) if name not in parts]
-    one_for_both = stored.tied and len(absent) == 1
     if target is not None:
         _check_target(path, config, target)
-    elif absent and not one_for_both:
+    elif stored.absent:
+        names = " and ".join(stored.absent)
         raise ValueError(
-            f"{path}: the checkpoint leaves out {' and '.join(absent)}; pass target= to take them "
-            "from the target that the drafter was trained for"
+            f"{path}: the checkpoint leaves out {names}; pass target= to take them from the target "
+            "that the drafter was trained for"
         )
     dtype = dtype or _common_dtype(stored)
     # What safetensors gives is mapped from the file, and would change with it.
@@ -217,16 +222,21 @@ def load_drafter(
         for name, part in parts.items()
         if name not in _MAPS
     }
+    for name, value in state.items():
+        if not bool(torch.stack(value.aminmax()).isfinite().all()):
+            found = f"NaN or infinity in {dtype}"
+            raise ValueError(f"{path}: {name} must hold finite numbers, got {found}")
     if config.draft_vocab_size or parts.keys() & _MAPS.keys():
         state[_D2T] = _read_d2t(stored).to(device)  # of a whole vocabulary, checked and left out
     drafter = meta_drafter(config)
     drafter.load_state_dict(state, strict=False, assign=True)
     frozen = {name: state[name] for name in (_EMBEDDING, _HEAD) if name in state}
-    if stored.tied and not absent and not torch.equal(frozen[_EMBEDDING], frozen[_HEAD]):
-        wrong = f"tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
-        raise ValueError(f"{path}: {CONFIG} says {wrong}")
-    if one_for_both:
-        frozen = dict.fromkeys((_EMBEDDING, _HEAD), *frozen.values())
+    if stored.tied and frozen:
+        one, *others = frozen.values()
+        if others and not torch.equal(one, others[0]):
+            wrong = f"tie_word_embeddings, but {_EMBEDDING} and {_HEAD} differ"
+            raise ValueError(f"{path}: {CONFIG} says {wrong}")
+        frozen = dict.fromkeys((_EMBEDDING, _HEAD), one)
     given = {} if target is None else {_EMBEDDING: target.embed_weight, _HEAD: target.head_weight}
     rule = getattr(target, "logit_rule", None)
     if not config.draft_vocab_size:
@@ -403,6 +413,9 @@ def _check_tensors(stored: Stored) -> None:
     drafter = meta_drafter(config)
     expected = {name: list(tensor.shape) for name, tensor in drafter.state_dict().items()}
     reduced = config.draft_vocab_size
+    if not reduced and _D2T in parts and parts[_D2T].get_shape() != [config.vocab_size]:
+        few = f"draft_vocab_size, as {_D2T} of shape {parts[_D2T].get_shape()} needs"
+        raise ValueError(f"{folder / CONFIG} must hold {few}, got {reduced}")
     maps = {_D2T: [config.output_size], _T2D: [config.vocab_size]}
     if reduced and not parts.keys() & maps.keys():
         why = f"draft_vocab_size {reduced} of {CONFIG} needs one of them"
@@ -432,10 +445,12 @@ def _read_d2t(stored: Stored) -> torch.Tensor:
     config, parts = stored.config, stored.parts
     ids = None
     if _T2D in parts:
-        ids = parts[_T2D][:].bool().nonzero().flatten()
-        if len(ids) != config.output_size:
-            wanted = f"as many of the target's ids as it predicts, {config.output_size}"
-            raise ValueError(f"{stored.path}: t2d must mark {wanted}, got {len(ids)}")
+        marks = parts[_T2D][:].long()
+        ids = marks.nonzero().flatten()
+        if len(ids) != config.output_size or bool((marks != marks.bool()).any()):
+            wanted = f"with 1 as many of the target's ids as it predicts, {config.output_size}"
+            found = f"{len(ids)} with {marks[ids].unique().tolist()[:8]}"
+            raise ValueError(f"{stored.path}: t2d must mark {wanted}, others with 0, got {found}")
     places = torch.arange(config.output_size)
     if _D2T not in parts:
         return cast(torch.Tensor, ids) - places

@@ -8,18 +8,13 @@ from typing import Annotated, Any, Literal
 
 from dspark_lab.attention import View
 from dspark_lab.blocks import Layout, predicted_slots
-from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, Within, checked
+from dspark_lab.checks import Count, NonNegative, NotEmpty, Positive, Size, Within, checked, require
 from dspark_lab.model.formats import ARCHITECTURE, flat_config
 from dspark_lab.model.heads import check_kind
 
-# Fields that a config.json may leave out; with another value it is another model's.
-_FIXED = {
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1,
-}
 # Keys of a RoPE beside its type's; mrope_section shares axes out that are one and the same in text.
 _ROPE = "rope_type type rope_theta partial_rotary_factor mrope_section mrope_interleaved".split()
+_ROPES, _ORIGINAL = ("rope_parameters", "rope_scaling"), "original_max_position_embeddings"
 _FLOATS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
@@ -55,7 +50,7 @@ class DrafterConfig:
     ``target_layer_ids`` are the target's layers whose states are the context feature (see
     :func:`dspark_lab.common.extract_context_feature`), each ``target_hidden_size`` wide, which is
     ``hidden_size`` where None. A training forward draws ``num_anchors`` for each row.
-    ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out.
+    ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out, and reads as both.
     ``num_target_layers`` is there for other readers of a checkpoint.
 
     Where ``sample_from_anchor`` is False, slot 0 of a block is the anchor and predicts nothing
@@ -112,8 +107,15 @@ class DrafterConfig:
         ids = tuple(self.target_layer_ids)
         if list(ids) != sorted(set(ids)):
             raise ValueError(f"target_layer_ids must be strictly increasing, got {ids}")
+        count = self.num_target_layers
+        if count is not None and ids[-1] >= count:
+            wanted = f"target_layer_ids must be below num_target_layers, {count}"
+            raise ValueError(f"{wanted}, got {ids}")
         object.__setattr__(self, "target_layer_ids", ids)
         check_kind(self.markov_head_type)
+        if not self.has_markov_head:
+            object.__setattr__(self, "markov_rank", 0)
+            object.__setattr__(self, "markov_head_type", "none")
         predicted_slots(self.block_size, self.layout)
         self._check_windows()
         most = self.draft_vocab_size
@@ -124,8 +126,8 @@ class DrafterConfig:
             object.__setattr__(self, "draft_vocab_size", None)
         if self.reads_markov and not self.has_markov_head:
             raise ValueError(
-                "confidence_head_with_markov needs a Markov head, got markov_rank "
-                f"{self.markov_rank} and markov_head_type {self.markov_head_type!r}"
+                "confidence_head_with_markov needs a Markov head, got markov_rank 0 or "
+                "markov_head_type 'none'"
             )
 
     def _check_windows(self) -> None:
@@ -134,12 +136,16 @@ class DrafterConfig:
         if kinds and len(kinds) != self.num_hidden_layers:
             wanted = f"layer_types must be one for each of {self.num_hidden_layers} layers"
             raise ValueError(f"{wanted}, got {len(kinds)}")
-        slides = "sliding_attention" in kinds
-        if slides and self.sliding_window is None:
+        slides, window = "sliding_attention" in kinds, self.sliding_window
+        if slides and window is None:
             wanted = "layer_types with 'sliding_attention' need a sliding_window"
             raise ValueError(f"{wanted}, got none")
+        if slides and window is not None and window < self.block_size:
+            # Some programs cut the block off at the window too, some the context alone.
+            wanted = f"sliding_window must be at least block_size, {self.block_size}"
+            raise ValueError(f"{wanted}, got {window}")
         object.__setattr__(self, "layer_types", kinds if slides else None)
-        object.__setattr__(self, "sliding_window", self.sliding_window if slides else None)
+        object.__setattr__(self, "sliding_window", window if slides else None)
         if not slides and not self.is_causal:
             object.__setattr__(self, "is_causal", None)
 
@@ -194,12 +200,8 @@ class DrafterConfig:
         }
         values |= {name: value for name, value in asdict(self).items() if value is not None}
         values |= {"layer_types": kinds, "target_layer_ids": list(self.target_layer_ids)}
-        if not self.has_markov_head:
-            values["markov_rank"] = 0  # as published checkpoints say it
         if values["sample_from_anchor"]:
-            del values[
-                "sample_from_anchor"
-            ]  # what readers of published checkpoints take for granted
+            del values["sample_from_anchor"]  # what readers of published files take for granted
         else:
             values["dspark_bonus_anchor"] = True
         scaled = {k: v for k, v in values.pop("yarn", {}).items() if v is not None}
@@ -224,9 +226,6 @@ class DrafterConfig:
                 than by YaRN, or two fields that contradict each other.
         """
         flat = flat_config(values)
-        for name, allowed in _FIXED.items():
-            if flat.get(name) not in (None, allowed):
-                raise ValueError(f"{name} must be {allowed!r} or absent, got {flat[name]!r}")
         known = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
         missing = [f.name for f in fields(cls) if f.name not in known and f.default is MISSING]
         if missing:
@@ -236,21 +235,9 @@ class DrafterConfig:
 
 def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
     """``rope_theta`` and ``yarn``, wherever they stand."""
-    bases: dict[str, Any] = {"rope_theta": flat.get("rope_theta")}
-    scalings: dict[str, Yarn | None] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = flat.get(name) or {}
-        if not isinstance(rope, Mapping):
-            raise TypeError(f"{name} must be an object, got {rope!r}")
-        if not rope:
-            continue
-        bases[f"{name}.rope_theta"] = rope.get("rope_theta")
-        outside = flat.get("original_max_position_embeddings")
-        longest = flat.get("max_position_embeddings") if outside is None else outside
-        yarn = scalings[name] = read_scaling(name, rope, longest)
-        if yarn and outside not in (None, yarn.original_max_position_embeddings):
-            both = f"{outside} and in {name} {yarn.original_max_position_embeddings}"
-            raise ValueError(f"original_max_position_embeddings must be one number, got {both}")
+    scalings = {name: read_scaling(name, flat) for name in _ROPES if flat.get(name)}
+    bases = {"rope_theta": flat.get("rope_theta")}
+    bases |= {f"{name}.rope_theta": flat[name].get("rope_theta") for name in scalings}
     found = {name: value for name, value in bases.items() if value is not None}
     if not found:
         raise ValueError("config must hold rope_theta, by itself or in rope_parameters")
@@ -265,14 +252,15 @@ def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @checked
-def read_scaling(
-    name: str, rope: Mapping[str, Any], max_position_embeddings: Count | None
-) -> Yarn | None:
-    """How a RoPE is scaled, from its object in a ``config.json``; None where it is not.
+def read_scaling(name: str, config: Mapping[str, Any]) -> Yarn | None:
+    """How the RoPE ``name`` of a ``config.json`` is scaled; None where it is not.
 
-    ``name`` is what errors call the object; ``max_position_embeddings`` stand for the original ones
-    where the object does not say these.
+    As transformers has it, the original length is by default the longest row, and a factor that is
+    null is how many times longer that row is.
     """
+    rope = config[name]
+    if not isinstance(rope, Mapping):
+        raise TypeError(f"{name} must be an object, got {rope!r}")
     said = [kind for kind in (rope.get("rope_type"), rope.get("type")) if kind] or ["default"]
     # One position a token, as text has it, makes of three axes' angles the plain ones.
     kind, *others = ["default" if kind == "mrope" else kind for kind in said]
@@ -286,14 +274,20 @@ def read_scaling(
         raise ValueError(f"{name} must be {wanted}, got {dict(rope)!r}")
     if kind == "default":
         if rest:
-            raise ValueError(
-                f"{name} of rope_type 'default' must not be scaled, got {dict(rope)!r}"
-            )
+            unscaled = f"{name} of rope_type 'default' must not be scaled"
+            raise ValueError(f"{unscaled}, got {dict(rope)!r}")
         return None
-    rest.setdefault(
-        "original_max_position_embeddings", max_position_embeddings
-    )  # as transformers has it
-    if "factor" not in rest:
+    if "factor" not in rope:
         raise ValueError(f"{name} of rope_type 'yarn' must hold factor, got {dict(rope)!r}")
+    longest = config.get("max_position_embeddings", DrafterConfig.max_position_embeddings)
+    outside = config.get(_ORIGINAL)
+    original = rest.setdefault(_ORIGINAL, longest if outside is None else outside)
+    if outside not in (None, original):
+        both = f"{outside} and in {name} {original}"
+        raise ValueError(f"{_ORIGINAL} must be one number, got {both}")
+    if rope["factor"] is None:
+        require("max_position_embeddings", longest, Count)
+        require(_ORIGINAL, original, Count)
+        rest["factor"] = longest / original
     whole = [key for key in _FLOATS if type(rest.get(key)) is int]
     return Yarn(**rest | {key: float(rest[key]) for key in whole})

@@ -20,16 +20,12 @@ from dspark_lab.model.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.formats import ARCHITECTURES, config_words, family_of, format_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Line = tuple[str, Any, str]
-# speculators' files of DSpark without the key, and vLLM before it read the key.
-_UNSAID = "without sample_from_anchor it takes the anchor as given"
-_BEFORE = "versions before 0.27 read it as the other layout"
 _SERVERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
 
 
@@ -62,7 +58,8 @@ def describe_checkpoint(folder: str | os.PathLike[str]) -> pd.DataFrame:
         lines += [("loads here", f"no: {error}", ""), *_without_loading(values)]
         lines += [(name, "not known: not loaded here", "") for name in _SERVERS]
     else:
-        lines += [("loads here", _loads(stored), ""), *_model(stored), *_weights(stored)]
+        needs = f", with target=, which has {' and '.join(stored.absent)}" if stored.absent else ""
+        lines += [("loads here", f"yes{needs}", ""), *_model(stored), *_weights(stored)]
         lines += _servers(stored)
     return pd.DataFrame(lines, columns=["property", "value", "source"])
 
@@ -83,18 +80,7 @@ def _without_loading(values: dict[str, Any]) -> Iterator[Line]:
         inside = values.get(holder, {}) if holder else values
         for key in ("block_size", "num_hidden_layers", "hidden_size", "vocab_size"):
             if isinstance(inside, dict) and inside.get(key) is not None:
-                yield (
-                    key,
-                    inside[key],
-                    f"{CONFIG}: {holder}.{key}" if holder else f"{CONFIG}: {key}",
-                )
-
-
-def _loads(stored: Stored) -> str:
-    absent = [n for n in ("embed_tokens.weight", "lm_head.weight") if n not in stored.parts]
-    if not absent or (stored.tied and len(absent) == 1):
-        return "yes"
-    return f"yes, with target=, which has {' and '.join(absent)}"
+                yield key, inside[key], f"{CONFIG}: {f'{holder}.' if holder else ''}{key}"
 
 
 def _model(stored: Stored) -> Iterator[Line]:
@@ -133,11 +119,9 @@ def _model(stored: Stored) -> Iterator[Line]:
     markov = f"{c.markov_head_type}, rank {c.markov_rank}" if c.has_markov_head else "none"
     yield "Markov head", markov, said("markov_head_type", "markov_rank")
     confidence = "reads the Markov embedding too" if c.reads_markov else "reads the hidden state"
-    yield (
-        "confidence head",
-        confidence if c.enable_confidence_head else "none",
-        said("enable_confidence_head", "confidence_head_with_markov"),
-    )
+    confidence = confidence if c.enable_confidence_head else "none"
+    key = said("enable_confidence_head", "confidence_head_with_markov")
+    yield "confidence head", confidence, key
     rope = f"base {c.rope_theta:g}, {c.max_position_embeddings} positions"
     if c.yarn:
         longer = c.yarn.original_max_position_embeddings
@@ -185,108 +169,96 @@ class _Sources:
 
 
 def _servers(stored: Stored) -> Iterator[Line]:
-    c, values = stored.config, stored.values
-    kind, family = format_of(values), family_of(values)
-    draft = stored, c, kind, family
-    yield "vLLM", _sentence(_vllm(*draft)), "its source"
-    yield "SGLang", _sentence(_sglang(*draft)), "its source"
-    yield "TensorRT-LLM", _sentence(_tensorrt(c, family)), "its source"
-    yield "llama.cpp", _sentence(_llama_cpp(*draft)), "its source"
+    """What each server does: the first thing that keeps it from serving the drafter, or all else.
 
+    Each sentence stands before whether it is so.
+    """
+    c, parts = stored.config, stored.parts
+    theirs = format_of(stored.values) == "speculators"
+    dflash = family_of(stored.values) == "DFlash"
+    shifted, given = dflash and c.sample_from_anchor, not (dflash or c.sample_from_anchor or theirs)
+    key = stored.values.get("sample_from_anchor")
+    predicts = theirs and not dflash and c.sample_from_anchor
+    headless, reduced = not (dflash or c.has_markov_head), c.draft_vocab_size is not None
+    other = c.has_markov_head and c.markov_head_type != "vanilla"
+    ends = sorted({-1, (c.num_target_layers or 0) - 1} & set(c.target_layer_ids))
+    window, cap, scale = bool(c.layer_types), c.final_logit_softcapping, c.logit_scale
+    factors = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(c, name)]
 
-def _sentence(said: Iterator[str]) -> str:
-    return "; ".join(said)
-
-
-def _vllm(stored: Stored, c: DrafterConfig, kind: str, family: str | None) -> Iterator[str]:
-    if c.has_markov_head and c.markov_head_type != "vanilla":
-        yield f"refuses: it has the vanilla Markov head alone, not {c.markov_head_type!r}"
-        return
-    if c.draft_vocab_size and "lm_head.weight" not in stored.parts:
-        yield "refuses: a reduced vocabulary needs lm_head.weight in the file"
-        return
-    if c.draft_vocab_size and "d2t" not in stored.parts:
-        yield "refuses: a reduced vocabulary needs d2t in the file"
-        return
-    if family == "DFlash" and c.sample_from_anchor:
-        yield "reads as the other layout: its DFlash takes the anchor as given"
-        return
-    if family == "DSpark" and not c.has_markov_head:
-        yield "not known whether it loads DSpark without a Markov head"
-    else:
-        yield f'loads as method "{"dflash" if family == "DFlash" else "dspark"}"'
-    said = stored.values.get("sample_from_anchor")
-    if family == "DSpark" and kind == "speculators" and c.sample_from_anchor:
-        yield f"reads as the other layout: {_UNSAID}" if said is None else _BEFORE
-    if c.layer_types:
-        yield "honours the window"
-    if c.final_logit_softcapping:
-        yield "ignores the soft cap"
-    yield f"up to {c.predicted} speculative tokens"
-
-
-def _sglang(stored: Stored, c: DrafterConfig, kind: str, family: str | None) -> Iterator[str]:
-    if c.num_target_layers and c.target_layer_ids[-1] == c.num_target_layers - 1:
-        yield f"refuses: it cannot capture the target's last layer, {c.target_layer_ids[-1]}"
-        return
-    if c.draft_vocab_size:
-        yield "refuses or misreads a reduced vocabulary: it takes the target's whole LM head"
-        return
-    if family == "DSpark" and not c.has_markov_head:
-        yield "refuses: its DSPARK needs a Markov head"
-        return
-    if family == "DSpark" and not c.sample_from_anchor and kind != "speculators":
-        yield "reads as the other layout: outside speculators' files each slot predicts"
-        return
-    if family == "DFlash" and c.sample_from_anchor:
-        yield "reads as the other layout: its DFLASH takes the anchor as given"
-        return
-    said = stored.values.get("sample_from_anchor")
-    if kind == "speculators" and family == "DSpark" and c.sample_from_anchor and said is None:
-        yield f"reads as the other layout: {_UNSAID}"
-        return
-    yield f"loads as {'DFLASH' if family == 'DFlash' else 'DSPARK'}"
-    if kind == "speculators" and family == "DSpark":
-        yield "its first versions refuse speculators' files"
-    if c.layer_types:
-        yield "honours the window"
-        if c.is_causal is False:
-            yield "older versions take sliding layers as causal, whatever is_causal says"
-    elif c.is_causal:
-        yield "not known whether it honours is_causal in full layers"
-    ignored = [n for n in ("final_logit_softcapping", "logit_scale") if getattr(c, n)]
-    if ignored:
-        yield f"ignores {' and '.join(ignored)}"
-
-
-def _tensorrt(c: DrafterConfig, family: str | None) -> Iterator[str]:
-    if family == "DFlash":
-        yield "loads DFlash drafters; not known of this one's options"
-        return
-    yield "not known: the sources at hand have DSpark as a part of DeepSeek V4 alone"
-    yield f"max_draft_len must be the block, {c.block_size}"
-
-
-def _llama_cpp(stored: Stored, c: DrafterConfig, kind: str, family: str | None) -> Iterator[str]:
-    if c.has_markov_head and c.markov_head_type != "vanilla":
-        yield f"refuses: it has the vanilla Markov head alone, not {c.markov_head_type!r}"
-        return
-    if family == "DSpark" and not c.has_markov_head:
-        yield "refuses: draft-dspark needs markov_rank"
-        return
-    if family == "DSpark" and not c.sample_from_anchor and kind != "speculators":
-        yield "not known whether it reads the layout outside speculators' files"
-        return
-    said = stored.values.get("sample_from_anchor")
-    if family == "DSpark" and kind == "speculators" and c.sample_from_anchor and said is None:
-        yield f"reads as the other layout: {_UNSAID}"
-        return
-    if kind == "specforge" and family == "DSpark":
-        yield "not known whether its converter reads SpecForge's names"
-        return
-    name = "draft-dflash" if family == "DFlash" else "draft-dspark"
-    yield f"loads as {name}, converted with --target-model-dir"
-    if c.layer_types or c.is_causal:
-        yield "not known whether it honours window and is_causal"
-    if c.final_logit_softcapping or c.logit_scale:
-        yield "ignores soft cap and scale of this backbone"
+    vanilla = f"refuses: it has the vanilla Markov head alone, not {c.markov_head_type!r}"
+    misread = "reads as the other layout"
+    unsaid = f"{misread}: without sample_from_anchor it takes the anchor as given"
+    lacks = "refuses: a reduced vocabulary needs"
+    capture = "refuses: it cannot capture the target's embedding and last layer"
+    honours = "honours the window"
+    servers: dict[str, tuple[dict[str, bool], dict[str, bool]]] = {
+        "vLLM": (
+            {
+                vanilla: other,
+                f"{lacks} lm_head.weight in the file": reduced and "lm_head.weight" not in parts,
+                f"{lacks} d2t in the file": reduced and "d2t" not in parts,
+                f"{misread}: its DFlash takes the anchor as given": shifted,
+            },
+            {
+                "not known whether it loads DSpark without a Markov head": headless,
+                f'loads as method "{"dflash" if dflash else "dspark"}"': not headless,
+                unsaid: predicts and key is None,
+                "versions before 0.27 read it as the other layout": predicts and key is not None,
+                honours: window,
+                "ignores the soft cap": cap is not None,
+                f"up to {c.predicted} speculative tokens": True,
+            },
+        ),
+        "SGLang": (
+            {
+                f"{capture}, {' and '.join(map(str, ends))}": bool(ends),
+                "refuses or misreads a reduced vocabulary: it takes the target's whole LM head": (
+                    reduced
+                ),
+                "refuses: its DSPARK needs a Markov head": headless,
+                f"{misread}: outside speculators' files each slot predicts": given,
+                f"{misread}: its DFLASH takes the anchor as given": shifted,
+                unsaid: predicts and key is None,
+            },
+            {
+                f"loads as {'DFLASH' if dflash else 'DSPARK'}": True,
+                "its first versions refuse speculators' files": theirs and not dflash,
+                honours: window,
+                "older versions take sliding layers as causal, whatever is_causal says": (
+                    window and c.is_causal is False
+                ),
+                "not known whether it honours is_causal in full layers": (
+                    not window and bool(c.is_causal)
+                ),
+                f"ignores {' and '.join(factors)}": bool(factors),
+            },
+        ),
+        "TensorRT-LLM": (
+            {"loads DFlash drafters; not known of this one's options": dflash},
+            {
+                "not known: the sources at hand have DSpark as a part of DeepSeek V4 alone": True,
+                f"max_draft_len must be the block, {c.block_size}": True,
+            },
+        ),
+        "llama.cpp": (
+            {
+                vanilla: other,
+                "refuses: draft-dspark needs markov_rank": headless,
+                "not known whether it reads the layout outside speculators' files": given,
+                unsaid: predicts and key is None,
+                "not known whether its converter reads SpecForge's names": (
+                    format_of(stored.values) == "specforge" and not dflash
+                ),
+            },
+            {
+                f"loads as draft-{'dflash' if dflash else 'dspark'}, "
+                "converted with --target-model-dir": True,
+                "not known whether it honours window and is_causal": window or bool(c.is_causal),
+                "ignores soft cap and scale of this backbone": bool(cap or scale),
+            },
+        ),
+    }
+    for name, (stops, notes) in servers.items():
+        said = [text for text, holds in stops.items() if holds][:1]
+        said = said or [text for text, holds in notes.items() if holds]
+        yield name, "; ".join(said), "its source"

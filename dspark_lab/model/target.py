@@ -31,8 +31,7 @@ from dspark_lab.model.smollm2 import load_smollm2
 
 # What models call a soft cap on their logits, and a factor, in their config.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_SCALES = ("logit_scale", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling",)
+_SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
@@ -128,9 +127,11 @@ class Target:
         cap, scale = None, 1.0
         for name in _CAPS:
             cap = getattr(config, name, None) or cap
-        for names, sign in ((_SCALES, 1), (_DIVISORS, -1)):
-            for name in names:
-                scale *= (getattr(config, name, None) or 1.0) ** sign
+        for name in _SCALES:
+            factor = getattr(config, name, None) or 1.0
+            # Granite's divides, HyperCLOVA X's of the same name multiplies.
+            divides = name == "logits_scaling" and not config.model_type.startswith("hyperclovax")
+            scale *= 1 / factor if divides else factor
         return LogitRule(cap, scale)
 
     def logits(self, last: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes vocab"]:

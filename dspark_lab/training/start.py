@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from dspark_lab.chats import Encoded, seen_tokens
-from dspark_lab.checks import Count, Size, checked
+from dspark_lab.checks import Count, NotEmpty, Size, checked
 from dspark_lab.model import Drafter, DrafterConfig, MarkovKind, Target, read_scaling
 
 
@@ -24,46 +25,61 @@ def new_drafter(
     target_layer_ids: Sequence[int] | None = None,
     num_anchors: Count = 64,
     sample_from_anchor: bool = True,
+    sliding_window: Count | None = None,
+    draft_ids: Annotated[Sequence[int], NotEmpty()] | None = None,
 ) -> Drafter:
     """A new drafter of the target's shape, started with :func:`init_from_target`.
 
     ``target_layer_ids`` None reads up to five layers, spread evenly. YaRN, soft cap and logit scale
     are the target's. ``sample_from_anchor`` False: a block's first slot is the anchor's own.
+    ``sliding_window`` is that of all layers. ``draft_ids`` are the tokens that the drafter can
+    predict, all where None.
     """
     c = target.model.config.get_text_config()
+    said = c.to_dict()  # where layers differ, as Gemma 4's, the attributes cannot be read
     heads = c.num_attention_heads
-    rope = getattr(c, "rope_parameters", None) or {}
+    rope = said.get("rope_parameters") or {}
     rope = rope.get("full_attention") or rope  # of each kind of layer, as Gemma's have it
     longest = c.max_position_embeddings
-    scaled = rope.get("rope_type") == "yarn"
-    yarn = read_scaling("rope_parameters", rope, longest) if scaled else None
+    yarn = None
+    if rope.get("rope_type") == "yarn":
+        yarn = read_scaling("rope", {"rope": rope, "max_position_embeddings": longest})
     has_markov_head = markov_rank > 0 and markov_head_type != "none"
+    ids = None if draft_ids is None else sorted(set(draft_ids))
+    if ids is not None and not 0 <= ids[0] <= ids[-1] < target.vocab_size:
+        wanted = f"draft_ids must lie in [0, {target.vocab_size - 1}]"
+        raise ValueError(f"{wanted}, got {ids[0]} to {ids[-1]}")
     drafter = Drafter(
         DrafterConfig(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
-            intermediate_size=getattr(c, "intermediate_size", None) or 4 * target.hidden_size,
+            intermediate_size=said.get("intermediate_size") or 4 * target.hidden_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(c, "num_key_value_heads", None) or heads,
-            head_dim=getattr(c, "head_dim", None) or target.hidden_size // heads,
+            num_key_value_heads=said.get("num_key_value_heads") or heads,
+            head_dim=said.get("head_dim") or target.hidden_size // heads,
             target_layer_ids=tuple(target_layer_ids or spread_layers(target.num_layers)),
             block_size=block_size,
             mask_token_id=mask_token_id,
             num_anchors=num_anchors,
             num_target_layers=target.num_layers,
-            markov_rank=markov_rank if has_markov_head else 0,
+            markov_rank=markov_rank,
             markov_head_type=markov_head_type,
             confidence_head_with_markov=has_markov_head,
-            rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or getattr(c, "rope_theta", None) or 10000),
+            rms_norm_eps=said.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or said.get("rope_theta") or 10000),
             max_position_embeddings=longest,
             yarn=yarn,
             sample_from_anchor=sample_from_anchor,
+            sliding_window=sliding_window,
+            layer_types=["sliding_attention"] * num_hidden_layers if sliding_window else None,
+            draft_vocab_size=None if ids is None else len(ids),
             final_logit_softcapping=target.logit_rule.cap,
             logit_scale=None if target.logit_rule.scale == 1 else target.logit_rule.scale,
         )
     )
+    if ids is not None and drafter.d2t is not None:
+        drafter.d2t.copy_(torch.tensor(ids) - torch.arange(len(ids)))
     init_from_target(drafter, target)
     return drafter
 
