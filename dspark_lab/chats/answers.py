@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from dspark_lab.chats.chat import Chat
@@ -129,7 +129,24 @@ class _Template:
 
     @cached_property
     def has_markers(self) -> bool:
-        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
+        return _has_markers(self.source)
+
+    @cached_property
+    def plain(self) -> Callable[..., str] | None:
+        """Write messages of plain text as ``apply_chat_template`` does, without a copy of each.
+
+        None where tools or options go with them, or the tokenizer has its own way of writing.
+        """
+        from transformers import PreTrainedTokenizerBase
+        from transformers.utils import chat_template_utils
+
+        written_by = getattr(self.tokenizer.apply_chat_template, "__func__", None)
+        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+        own = written_by is not PreTrainedTokenizerBase.apply_chat_template
+        if own or compiled is None or self.tools or self.options:
+            return None
+        render = compiled(self.source).render
+        return partial(render, tools=None, documents=None, **self.tokenizer.special_tokens_map)
 
     def without(self, tool: int) -> _Template:
         tools = [other for index, other in enumerate(self.tools or ()) if index != tool]
@@ -140,6 +157,8 @@ class _Template:
         options: dict[str, Any] = {"tools": self.tools, "tokenize": False, **self.options}
         options["add_generation_prompt"] = prompt
         try:
+            if self.plain is not None and messages and all(map(_is_plain, messages)):
+                return self.plain(messages=list(messages), add_generation_prompt=prompt)
             return str(self.tokenizer.apply_chat_template(list(messages), **options))
         except Exception as error:  # templates raise what they like, and Python what they do wrong
             raise ValueError(f"the chat template refuses it: {error}") from error
@@ -169,6 +188,15 @@ class _Template:
 
     def _reads(self, option: str) -> bool:
         return re.search(rf"\b{re.escape(option)}\b", self.source) is not None
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    return len(message) == 2 and type(message["role"]) is type(message["content"]) is str
+
+
+@lru_cache(maxsize=16)
+def _has_markers(source: str) -> bool:
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
 
 @dataclass

@@ -362,8 +362,9 @@ def _string(where: str, value: Any) -> str:
 
 
 def _empty(value: Any) -> bool:
-    blank = isinstance(value, str) and not value.strip()
-    return value is None or blank or (isinstance(value, Sequence | Mapping) and not len(value))
+    if value is None or isinstance(value, str):
+        return value is None or not value.strip()
+    return isinstance(value, Sequence | Mapping) and not len(value)
 
 
 def _kind(value: Any) -> str:
