@@ -241,9 +241,11 @@ class _Written:
         return self.template.write([*before, said, *after], prompt)
 
     def vanishes(self, index: int, end: int | None = None) -> bool:
-        """Whether the template writes a message without its words."""
+        """Whether the template writes a message, with all else that it holds, without its words."""
+        said = {**self.messages[index], "content": self.placeholder}
+        messages = [*self.messages[:index], said, *self.messages[index + 1 : end]]
         try:
-            return self.placeholder not in self.probe(index, end)
+            return self.placeholder not in self.template.write(messages)
         except ValueError:
             return False
 
