@@ -123,7 +123,9 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
         check_unicode(f"{where}.{key}", value)
     calls = message.get("tool_calls") or []
     if not (isinstance(calls, list) and all(map(_is_call, calls))):
-        what = f"{where}.tool_calls must be a list of objects, each with an object as its 'function'"
+        what = (
+            f"{where}.tool_calls must be a list of objects, each with an object as its 'function'"
+        )
         raise ValueError(f"{what} if it has one, got {calls!r}")
 
 
