@@ -218,6 +218,7 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path):
         (b"BZh91AY", "bzip2"),
         (b"\x80\x04\x95", "pickle"),
         (b"SQLite format 3\x00", "SQLite"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
         (whole[:-9], "broken gzip"),
         (whole[:12] + b"junk" + whole[16:], "broken gzip"),
         (gzip.compress(b"PAR1junk"), "compressed Parquet"),
@@ -301,7 +302,14 @@ BAD = [
     ({"messages": TWO, "finish_reason": "error"}, "finish_reason 'error'"),
     ({"messages": [USER, ANSWER | {"finish_reason": "length"}, *TALK[2:]]}, "is not the last"),
     ({"messages": TWO, "label": False}, "'label' false"),
+    ('{"prompt": "Hi", "response": "One.", "prompt": "Ho"}', "the key 'prompt' twice"),
+    ({"messages": TWO, "tools": '[{"name": "a", "name": "b"}]'}, "the key 'name' twice"),
+    ({"messages": [USER, ANSWER | {"tool_calls": [{"function": "f"}]}]}, "'function' if it has"),
     ('{"prompt": "\\ud83c", "response": ""}', "surrogate"),
+    ({"messages": [USER, ANSWER | {"reasoning_content": "\ud83c"}]}, "surrogate"),
+    ({"messages": [USER, ANSWER | {"tool_calls": [CALL | {"id": "\ud83c"}]}]}, "surrogate"),
+    ({"messages": TWO, "tools": [{"name": "\ud83c"}]}, "tools must be Unicode"),
+    ({"messages": TWO, "id": "\ud83c"}, "id must be Unicode"),
     (TOKENS | {"loss_mask": None}, "without 'loss_mask' or 'labels'"),
     (TOKENS | {"loss_mask": [1]}, "loss_mask must have 2 values"),
     (TOKENS | {"loss_mask": "01"}, "loss_mask must be a list"),
@@ -311,10 +319,13 @@ BAD = [
     (TOKENS | {"labels": [1, 3]}, "labels must be those of input_ids"),
     (TOKENS | {"labels": [1, -100]}, "that differ"),
     (TOKENS | {"attention_mask": [0, 1]}, "attention_mask must be 1 on tokens"),
+    (TOKENS | {"attention_mask": [1, 10**30]}, "attention_mask must be 1 on tokens"),
     (TOKENS | {"position_ids": [0, 0]}, "several documents"),
+    (TOKENS | {"position_ids": 0}, "position_ids must be a list"),
     ({"input_ids": [], "loss_mask": []}, "at least one"),
 ]  # fmt: skip
-REFUSED = "images image videos video audios audio objects chosen rejected functions documents"
+REFUSED = "images image videos video audios audio objects chosen rejected functions documents "
+REFUSED += "chosen_response rejected_messages reasoning_content tool_calls enable_thinking"
 BAD += [({"messages": TWO, key: ["x"]}, f"has '{key}'") for key in REFUSED.split()]
 
 
@@ -354,7 +365,8 @@ ROW = {
     "conversations": [ANSWER], "prompt": "a", "completion": "a", "response": "a",
     "instruction": "a", "input": "a", "output": "a", "history": [["a", "b"]], "turns": ["a"],
     "input_ids": [1, 2, 3, 4], "functions": [{"name": "add"}], "documents": ["a"],
-    "chat_template": "a", "chat_template_kwargs": {"a": 1},
+    "chat_template": "a", "chat_template_kwargs": {"a": 1}, "enable_thinking": False,
+    "reasoning_content": "hm", "tool_calls": [CALL], "rejected_messages": [ANSWER],
 }  # fmt: skip
 MESSAGE = {
     "role": "system", "content": "changed", "weight": 0, "train": False, "training": False,

@@ -452,7 +452,7 @@ def test_edges_from_bytes_are_the_offsets_of_the_tokenizer(text):
     assert tokens == [given.char_to_token(i) for i in range(len(text))]
 
 
-LEVEL = ByteLevel.of(TOKENIZER, TOKENIZER.backend_tokenizer.to_str())
+LEVEL = ByteLevel.of(TOKENIZER)
 
 
 def test_the_environment_of_the_tokenizer_is_as_before(tmp_path, monkeypatch, parts_of_two):

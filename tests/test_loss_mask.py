@@ -350,6 +350,11 @@ REFUSALS = {
         Chat(said("Hi", "One."), "x"),
         r"answer in messages\[1\]",
     ),
+    "an answer's words beside its calls": (
+        CHATML.replace("m['content']", "(m.tool_calls | tojson if m.tool_calls else m['content'])"),
+        Chat([*said("Hi"), ANSWER | {"tool_calls": [{"name": "add"}]}], "x"),
+        r"answer in messages\[1\]",
+    ),
     "tools": (CHATML, Chat(said("Hi", "One."), "x", tools=[{"name": "add"}]), r"tools\[0\]"),
     "the second tool": (
         CHATML + "{{ tools[0] if tools else '' }}",

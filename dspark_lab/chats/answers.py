@@ -16,29 +16,21 @@ the end of turn, the role header of the next turn. Two things follow that a temp
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dspark_lab.chats.chat import Chat
+from dspark_lab.chats.template import Messages, Span, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Messages = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
-
 # Of a message, what a template need not write: it names the message or its speaker.
 _NAMES = {"name", "tool_call_id", "id", "index", "turn", "timestamp", "created_at", "date", "model"}
 _NAMES |= {"source", "lang", "language", "tokens", "num_tokens"}
-# The arguments of ``apply_chat_template`` that are no options of the template.
-_RESERVED = {"conversation", "conversations", "messages", "tools", "documents", "chat_template"}
-_RESERVED |= {"add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"}
-_RESERVED |= {"return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"}
-_RESERVED |= {"truncation", "max_length", "sanitize_control_tokens"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +58,10 @@ def render(
     template_options: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """Render a conversation and find what is supervised of it; a ValueError says why it cannot."""
+    template = Template(tokenizer, chat.tools, template_options or {})
     try:
-        written = _Written.of(chat, _Template(tokenizer, chat.tools, template_options or {}))
+        template.check_options()
+        written = _Written.of(chat, template)
         return _supervise(chat, written, markers, last_answer_only)
     except ValueError as error:
         raise ValueError(f"conversation {chat.id!r}: {error}") from error
@@ -107,81 +101,17 @@ def _supervise(chat: Chat, written: _Written, markers: bool, last_answer_only: b
     return Rendered(written.text, spans, left_out, marked)
 
 
-class _Template:
-    """A tokenizer's chat template with the tools and options that it is to write."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        tools: Sequence[dict[str, Any]] | None,
-        options: Mapping[str, Any],
-    ) -> None:
-        self.tokenizer, self.options = tokenizer, options
-        self.tools = list(tools) if tools else None
-        for name in options:
-            if name in _RESERVED or not self._reads(name):
-                raise ValueError(f"template_options: the chat template reads no option {name!r}")
-
-    @cached_property
-    def source(self) -> str:
-        options: dict[str, Any] = {"tools": self.tools}
-        return str(self.tokenizer.get_chat_template(**options))
-
-    @cached_property
-    def has_markers(self) -> bool:
-        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
-
-    def without(self, tool: int) -> _Template:
-        tools = [other for index, other in enumerate(self.tools or ()) if index != tool]
-        return _Template(self.tokenizer, tools, self.options)
-
-    def write(self, messages: Messages, prompt: bool = False) -> str:
-        """The text of some messages, with the generation prompt behind it if asked for."""
-        options: dict[str, Any] = {"tools": self.tools, "tokenize": False, **self.options}
-        options["add_generation_prompt"] = prompt
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), **options))
-        except Exception as error:  # templates raise what they like, and Python what they do wrong
-            raise ValueError(f"the chat template refuses it: {error}") from error
-
-    def write_marked(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The text, and the spans that lie between the template's generation markers.
-
-        Not transformers' own ``assistant_masks``, which lose the last bytes of an answer that ends
-        in a character of several tokens.
-        """
-        from transformers.utils import chat_template_utils
-
-        # Its annotations promise a text alone.
-        render: Callable[..., Any] = chat_template_utils.render_jinja_template
-        said = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        try:
-            texts, spans = render(
-                conversations=[said],
-                tools=self.tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **(self.tokenizer.special_tokens_map | dict(self.options)),
-            )
-        except Exception as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
-        return texts[0], spans[0]
-
-    def _reads(self, option: str) -> bool:
-        return re.search(rf"\b{re.escape(option)}\b", self.source) is not None
-
-
 @dataclass
 class _Written:
     """Messages, and what a template makes of them."""
 
-    template: _Template
+    template: Template
     messages: list[Mapping[str, Any]]
     text: str
     marked: list[Span] | None
 
     @classmethod
-    def of(cls, chat: Chat, template: _Template) -> _Written:
+    def of(cls, chat: Chat, template: Template) -> _Written:
         messages: list[Mapping[str, Any]] = list(chat.messages)
         if template.has_markers:
             return cls(template, messages, *template.write_marked(messages))
@@ -201,21 +131,23 @@ class _Written:
         last = index == len(self.messages) - 1
         return self.text if last else self.template.write(self.messages[: index + 1])
 
-    def probe(self, index: int, end: int | None = None, prompt: bool = False) -> str:
+    def probe(
+        self, index: int, end: int | None = None, prompt: bool = False, alone: bool = True
+    ) -> str:
         """The text of the first ``end`` messages with a placeholder for the words of one.
 
-        An answer's tool calls and thinking go with its words.
+        An answer's tool calls and thinking go with its words, if ``alone``.
         """
         message = self.messages[index]
-        said = {} if message["role"] == "assistant" else message
-        said = {**said, "role": message["role"], "content": self.placeholder}
+        bare = alone and message["role"] == "assistant"
+        said = {**({} if bare else message), "role": message["role"], "content": self.placeholder}
         before, after = self.messages[:index], self.messages[index + 1 : end]
         return self.template.write([*before, said, *after], prompt)
 
     def vanishes(self, index: int, end: int | None = None) -> bool:
         """Whether the template writes a message without its words."""
         try:
-            return self.placeholder not in self.probe(index, end)
+            return self.placeholder not in self.probe(index, end, alone=False)
         except ValueError:
             return False
 
@@ -257,9 +189,8 @@ def _turn(written: _Written, answer: int) -> tuple[int, int, bool]:
     if said and said not in text[start:end] and not _spells(text, start, end, said):
         left_out = True
         if written.vanishes(answer, answer + 1):
-            raise ValueError(
-                f"the answer in messages[{answer}] is not written by the chat template"
-            )
+            what = f"the words of the answer in messages[{answer}]"
+            raise ValueError(f"{what} are not written by the chat template")
     return start, end, left_out
 
 
@@ -487,7 +418,7 @@ def _is_left_out(written: _Written, index: int, key: str) -> bool:
     return False
 
 
-def _unchanged(text: str, template: _Template, messages: Messages) -> bool:
+def _unchanged(text: str, template: Template, messages: Messages) -> bool:
     try:
         return template.write(messages) == text
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,8 @@ class Chat:
             raise ValueError("messages must hold at least one message, got none")
         for index, message in enumerate(self.messages):
             _check_message(f"messages[{index}]", message)
+        if self.tools:
+            check_unicode("tools", self.tools)
         if self.supervised is not None:
             object.__setattr__(self, "supervised", tuple(self.supervised))
             given, wanted = len(self.supervised), len(self.messages)
@@ -116,8 +119,25 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
             raise ValueError(f"{where}.{key} must be a string, got {kind}")
     if message["role"] not in ROLES:
         raise ValueError(f"{where} must have a role of {ROLES}, got {message['role']!r}")
+    for key, value in message.items():
+        check_unicode(f"{where}.{key}", value)
+    calls = message.get("tool_calls") or []
+    if not (isinstance(calls, list) and all(map(_is_call, calls))):
+        what = (
+            f"{where}.tool_calls must be a list of objects, each with an object as its 'function'"
+        )
+        raise ValueError(f"{what} if it has one, got {calls!r}")
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function", {}), dict)
+
+
+def check_unicode(where: str, value: Any) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no tokenizer reads."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     try:
-        message["content"].encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         got = f"half a surrogate pair at {error.start}"
-        raise ValueError(f"{where}.content must be Unicode text, got {got}") from None
+        raise ValueError(f"{where} must be Unicode text, got {got}") from None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,74 +41,78 @@ class Tokens:
 
 
 class ByteLevel:
-    """The bytes of each token of a byte-level tokenizer."""
+    """The tokens of a byte-level tokenizer, with edges from the bytes that each stands for."""
 
     def __init__(self, tokenizer: Tokenizer, trims: bool) -> None:
         self.tokenizer = tokenizer
-        # What is in no such token stands for 256, which is no byte.
-        spelled = dict.fromkeys(range(256), 256)
-        spelled |= {ord(character): byte for character, byte in byte_alphabet().items()}
-        added = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items()}
-        vocabulary = tokenizer.get_vocab()
-        # No text holds what has no bytes here, so a token without any is found out.
-        self.bytes = [b"\xff"] * (1 + max(vocabulary.values()))
-        for token, id in vocabulary.items():
-            if id in added:
-                self.bytes[id] = added[id].encode()
-                continue
-            with suppress(UnicodeEncodeError):
-                self.bytes[id] = token.translate(spelled).encode("latin-1")
-            # The offsets of such a token leave the space at its end out.
-            if trims and self.bytes[id][-1:] == b" " and self.bytes[id].strip(b" "):
-                self.bytes[id] = b"\xff"
-        self.lengths = np.array([len(written) for written in self.bytes])
+        self.bytes = _TokenBytes(tokenizer, trims)
 
     @staticmethod
-    @lru_cache(maxsize=4)
-    def of(tokenizer: Tokenizer, written: str) -> ByteLevel | None:
-        """The bytes of a tokenizer's tokens; None where it is of another kind.
-
-        ``written`` is its backend as JSON.
-        """
-        state = json.loads(written)
-        kinds = list(_parts(state.get("pre_tokenizer"))) + list(_parts(state.get("decoder")))
+    def of(tokenizer: Tokenizer) -> ByteLevel | None:
+        """None for a tokenizer of another kind."""
+        backend = tokenizer.backend_tokenizer
+        kinds = _parts(backend.pre_tokenizer) + _parts(backend.decoder)
         if not any(part.get("type") == "ByteLevel" for part in kinds):
             return None
-        after = _parts(state.get("post_processor"))
+        after = _parts(backend.post_processor)
         return ByteLevel(tokenizer, any(part.get("trim_offsets") for part in after))
 
     def encode(self, texts: list[str]) -> list[Any]:
         """Tokens of rendered texts, which have their special tokens already."""
         backend = self.tokenizer.backend_tokenizer
-        found = [
-            self._aligned(text, encoding.ids)
-            for text, encoding in zip(
-                texts, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
-            )
-        ]
+        fast = backend.encode_batch_fast(texts, add_special_tokens=False)
+        found = [self._aligned(text, one.ids) for text, one in zip(texts, fast, strict=True)]
         odd = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
         others = iter(backend.encode_batch(odd, add_special_tokens=False) if odd else [])
         return [next(others) if tokens is None else tokens for tokens in found]
 
     def _aligned(self, text: str, ids: list[int]) -> Tokens | None:
-        written = text.encode()
-        if b"".join([self.bytes[id] for id in ids]) != written:
+        written, parts = text.encode(), [*map(self.bytes.__getitem__, ids)]
+        if b"".join(parts) != written:
             return None
-        ends = self.lengths[ids].cumsum() if ids else np.empty(0, np.int64)
-        offsets = np.stack([np.concatenate([[0], ends[:-1]])[: len(ids)], ends], axis=1)
+        edges = np.array([0, *accumulate(map(len, parts))])
+        offsets = np.stack([edges[:-1], edges[1:]], axis=1)
         if len(written) != len(text):
             # The character of each byte, from the bytes that begin one.
             character = ((np.frombuffer(written, np.uint8) & 0xC0) != 0x80).cumsum() - 1
-            offsets[:, 0] = character[offsets[:, 0]]
-            offsets[:, 1] = character[ends - 1] + 1
+            offsets[:, 0] = character[edges[:-1]]
+            offsets[:, 1] = character[edges[1:] - 1] + 1
         return Tokens(ids, offsets, self.tokenizer)
 
 
-def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A component of a tokenizer's file, or those of a sequence."""
-    if component is None:
-        return []
+class _TokenBytes(dict[int, bytes]):
+    """The bytes of each token, worked out when first asked for.
+
+    No text holds those of a token without any here, which is so found out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, trims: bool) -> None:
+        super().__init__(
+            (id, str(token).encode()) for id, token in tokenizer.added_tokens_decoder.items()
+        )
+        self.token, self.trims = tokenizer.backend_tokenizer.id_to_token, trims
+        # What is in no such token stands for 256, which is no byte.
+        self.spelled = dict.fromkeys(range(256), 256)
+        self.spelled |= {ord(character): byte for character, byte in byte_alphabet().items()}
+
+    def __missing__(self, id: int) -> bytes:
+        written = b"\xff"
+        with suppress(UnicodeEncodeError):
+            written = (self.token(id) or "").translate(self.spelled).encode("latin-1") or written
+        # The offsets of such a token leave the space at its end out.
+        if self.trims and written[-1:] == b" " and written.strip(b" "):
+            written = b"\xff"
+        self[id] = written
+        return written
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """What a component of a tokenizer is made of, as in the tokenizer's file."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()))
+
+
+def _flat(state: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("pretokenizers", "processors", "decoders"):
-        if name in component:
-            return [part for inner in component[name] for part in _parts(inner)]
-    return [component]
+        if name in state:
+            return [part for inner in state[name] for part in _flat(inner)]
+    return [state]

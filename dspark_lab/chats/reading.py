@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dspark_lab.chats.chat import Chat, Encoded
-from dspark_lab.chats.records import read_record
+from dspark_lab.chats.records import parse_json, read_record
 from dspark_lab.checks import checked
 from dspark_lab.files import DATA, read_json
 
@@ -31,6 +31,7 @@ _OTHER_KINDS = {
     b"SQLite": "an SQLite data base",
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy file",
+    b"version https://git-lfs": "a pointer of Git LFS, and the file itself must be fetched",
     b"\x80": "a pickle, which is not read: it may run code",
 }
 
@@ -167,7 +168,7 @@ def _chat_of(record: Any, path: Path, place: str) -> Chat | Encoded | ValueError
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
@@ -227,7 +228,7 @@ def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
 
 def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
     try:
-        rows = json.loads(text.decode("utf-8-sig"))
+        rows = parse_json(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} begins as a JSON array, but is none: {error}") from None
     yield from _number(rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dspark_lab.chats.chat import Chat, Encoded
+from dspark_lab.chats.chat import Chat, Encoded, check_unicode
 
 # Names of roles in files of ShareGPT's kind.
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
@@ -29,24 +29,9 @@ _SHAPES = (
 _SWITCHES = ("weight", "train", "training", "loss", "loss_mask")
 # What would make a conversation another one, and cannot be honoured.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
-_REFUSED: tuple[str, ...] = (
-    *_MEDIA,
-    "chosen",
-    "rejected",
-    "rejected_response",
-    "functions",
-    "documents",
-)
-_REFUSED += ("chat_template", "chat_template_kwargs")
-_GENERATED_WHOLE: tuple[str, ...] = (
-    "stop",
-    "eos",
-    "eos_token",
-    "end_turn",
-    "stop_sequence",
-    "tool_calls",
-)
-_GENERATED_WHOLE += ("function_call",)
+_REFUSED = {*_MEDIA, "chosen", "rejected", "functions", "documents", "chat_template"}
+_REFUSED |= {"chat_template_kwargs", "enable_thinking", "reasoning_content", "tool_calls"}
+_GENERATED_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", *_CALLS, "tool_calls")
 _CUT_OFF = ("length", "max_tokens")
 
 Turn = tuple[dict[str, Any], bool]
@@ -56,8 +41,10 @@ def read_record(record: Any, default_id: str) -> Chat | Encoded:
     """The conversation of a row, or its tokens; a ValueError says why there is none."""
     if not isinstance(record, Mapping):
         raise ValueError(f"must be a JSON object, got {_kind(record)}")
-    for key in _REFUSED:
-        if not _empty(record.get(key)):
+    for key, value in record.items():
+        # Such as rejected_messages; a number is the score of an answer.
+        other = key.startswith(("chosen", "rejected")) and isinstance(value, (str, list, dict))
+        if (other or key in _REFUSED) and not _empty(value):
             raise ValueError(f"has {key!r}, which cannot be honoured")
     for key in ("label", "kto_tag"):
         if record.get(key) is False:
@@ -67,13 +54,14 @@ def read_record(record: Any, default_id: str) -> Chat | Encoded:
         name = default_id
     elif isinstance(name, bool) or not isinstance(name, (str, int)):
         raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
+    name = _string("id", str(name))
     if domain is not None:
         _string("domain", domain)
     if _empty(record.get("input_ids")):
-        return _chat(record, str(name), domain)
+        return _chat(record, name, domain)
     words = any(not _empty(record.get(key)) for key in _WORDS)
     said = {key: value for key, value in record.items() if key != "loss_mask"}
-    return _tokens(record, _chat(said, str(name), domain) if words else None, str(name), domain)
+    return _tokens(record, _chat(said, name, domain) if words else None, name, domain)
 
 
 def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str | None) -> Encoded:
@@ -99,13 +87,13 @@ def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str
     padding = record.get("attention_mask")
     length = len(ids)
     if padding is not None:
-        length = sum(_numbers("attention_mask", padding))
-        if list(padding) != [1] * length + [0] * (len(ids) - length):
+        length = _numbers("attention_mask", padding).count(1)
+        if padding != [1] * length + [0] * (len(ids) - length):
             raise ValueError("attention_mask must be 1 on tokens and 0 on padding behind them")
     if not length:
         raise ValueError("input_ids must hold at least one token, got none")
     positions = record.get("position_ids")
-    if positions is not None and list(positions)[:length] != list(range(length)):
+    if positions is not None and _numbers("position_ids", positions)[:length] != [*range(length)]:
         raise ValueError("has 'position_ids' of several documents, which cannot be honoured")
     rows = torch.tensor(ids[:length], dtype=torch.long), torch.tensor(masks[0][:length])
     return Encoded(*rows, chat, name, domain)
@@ -232,7 +220,7 @@ def _answers(message: Mapping[str, Any]) -> bool:
 def _calls(where: str, value: Any) -> list[dict[str, Any]]:
     """The tool calls that a message of their own role writes as JSON text."""
     try:
-        calls = json.loads(_string(where, value))
+        calls = parse_json(_string(where, value))
     except ValueError as error:
         raise ValueError(f"{where} must hold a call as JSON: {error}") from None
     calls = calls if isinstance(calls, list) else [calls]
@@ -318,11 +306,25 @@ def _check_others(record: Mapping[str, Any], used: set[str], turns: list[Turn]) 
             raise ValueError(f"has {key!r} beside {sorted(used)}, and what it says is not there")
 
 
+def parse_json(text: str) -> Any:
+    """The value that a text holds; a key that stands twice would lose what it said first."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return item
+
+
 def _objects(where: str, value: Any) -> list[dict[str, Any]]:
     """A list of objects, or the JSON text of one; empty for none."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise ValueError(f"{where} must be a list or its JSON text: {error}") from None
     if _empty(value):
@@ -358,12 +360,14 @@ def _list(where: str, value: Any) -> list[Any]:
 def _string(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} must be a string, got {_kind(value)}")
+    check_unicode(where, value)
     return value
 
 
 def _empty(value: Any) -> bool:
-    blank = isinstance(value, str) and not value.strip()
-    return value is None or blank or (isinstance(value, Sequence | Mapping) and not len(value))
+    if value is None or isinstance(value, str):
+        return value is None or not value.strip()
+    return isinstance(value, Sequence | Mapping) and not len(value)
 
 
 def _kind(value: Any) -> str:

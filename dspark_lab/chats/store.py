@@ -432,7 +432,7 @@ def _make(
         tokens_of: _TokensOf = partial(tokenize, tokenizer=tokenizer)
         if len(ahead) < 2:
             workers = 1  # what fits into one part is done before another process is there
-        elif level := ByteLevel.of(tokenizer, backend):
+        elif level := ByteLevel.of(tokenizer):
             tokens_of = level.encode
         given: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "settings": settings}
         work = partial(_encoded_part, tokens_of=tokens_of, **given)

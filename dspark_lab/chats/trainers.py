@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -32,6 +32,7 @@ from torch import Tensor
 from dspark_lab.chats.answers import common_prefix
 from dspark_lab.chats.chat import Chat
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
+from dspark_lab.chats.template import Span, Template
 from dspark_lab.checks import Count, checked
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
 # A row, and the messages and the tools whose rendering it is.
 Shown = tuple[list[int], list[bool], Sequence[dict[str, Any]], Any]
 _Messages = list[dict[str, Any]]
-_Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def trainer_plan(
         "specforge": _specforge,
         "speculators": _speculators,
     }
-    options = dict(template_options or {})
+    template = Template(tokenizer, chat.tools, template_options or {})
     try:
-        rows = yield from plans[like](chat, tokenizer, max_length, last_answer_only, options)
+        rows = yield from plans[like](chat, template, max_length, last_answer_only)
     except ValueError as error:
         raise ValueError(f"conversation {chat.id!r}: {error}") from error
     return rows
@@ -143,12 +143,10 @@ def trainer_rows(
     ]
 
 
-def _automodel(
-    chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Shown]:
-    messages, tools = list(chat.messages), chat.tools
-    if re.search(r"\{%-?\s+generation\s+-?%\}", tokenizer.get_chat_template(tools=tools)):
-        text, spans = _marked(tokenizer, messages, tools, options)
+def _automodel(chat: Chat, template: Template, length: int | None, last_only: bool) -> Plan[Shown]:
+    messages = list(chat.messages)
+    if re.search(r"\{%-?\s+generation\s+-?%\}", template.source):
+        text, spans = template.write_marked(messages)
         (encoding,) = yield [text]
         mask = [False] * len(encoding.ids)
         for start, end in spans:
@@ -168,14 +166,14 @@ def _automodel(
             what = "an answer that opens the conversation: there is nothing to render before it"
             raise ValueError(f"automodel refuses {what}")
         counts = sorted({count for turn in answers for count in (turn, turn + 1)} - {len(messages)})
-        prefixes = [_render(tokenizer, messages[:count], tools, options) for count in counts]
-        encoding, *encodings = yield [_render(tokenizer, messages, tools, options), *prefixes]
+        prefixes = [template.write(messages[:count]) for count in counts]
+        encoding, *encodings = yield [template.write(messages), *prefixes]
         ids = encoding.ids[:length]
         ends = {len(messages): len(ids)}
         for count, prefix in zip(counts, encodings, strict=True):
             cut = prefix.ids[:length]
             # The prefix may close with an end of text that the next message replaces.
-            closed = len(cut) > 1 and cut[-1] == tokenizer.eos_token_id
+            closed = len(cut) > 1 and cut[-1] == template.tokenizer.eos_token_id
             same = len(cut) - closed
             if len(cut) > len(ids) or (ids[: len(cut)] != cut and ids[:same] != cut[:same]):
                 raise ValueError(
@@ -192,13 +190,13 @@ def _automodel(
         stop = len(mask) - mask[::-1].index(True) if True in mask else 0
         start = next((i + 1 for i in range(stop - 1, -1, -1) if not mask[i]), 0)
         mask[:start] = [False] * start
-    return [(encoding.ids[:length], mask, messages, tools)]
+    return [(encoding.ids[:length], mask, messages, chat.tools)]
 
 
-def _deepspec(
-    chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Shown]:
-    family = _family(tokenizer, tokenizer.get_chat_template(), "deepspec", DEEPSPEC)
+def _deepspec(chat: Chat, template: Template, length: int | None, last_only: bool) -> Plan[Shown]:
+    family = _family(
+        template.tokenizer, template.tokenizer.get_chat_template(), "deepspec", DEEPSPEC
+    )
     messages = _with_system(chat.messages, family)
     if (first := messages[_has_system(messages) :]) and first[0]["role"] != "user":
         raise ValueError(f"deepspec needs the user to begin, got {first[0]['role']!r}")
@@ -207,16 +205,16 @@ def _deepspec(
         content = message.get("content") or ""
         if message["role"] == "assistant" and not content.startswith(family.prefix):
             message["content"] = family.prefix + content
-    text = _render(tokenizer, messages, None, options)
+    text = Template(template.tokenizer, None, template.options).write(messages)
     ids, mask = yield from _between_markers(text, family, length, last_only)
     return [(ids, mask, messages, None)]
 
 
-def _specforge(
-    chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
-) -> Plan[Shown]:
-    family = _family(tokenizer, tokenizer.get_chat_template(), "specforge", SPECFORGE)
-    thinks = options.get("enable_thinking", family.thinks)
+def _specforge(chat: Chat, template: Template, length: int | None, last_only: bool) -> Plan[Shown]:
+    family = _family(
+        template.tokenizer, template.tokenizer.get_chat_template(), "specforge", SPECFORGE
+    )
+    thinks = template.options.get("enable_thinking", family.thinks)
     messages = _with_system(chat.messages, family)
     kept = messages[: _has_system(messages)]
     rest = messages[len(kept) :]
@@ -234,8 +232,9 @@ def _specforge(
     if not kept:
         raise ValueError("specforge needs a user message or a system message, got neither")
     if thinks:
-        options = options | {"enable_thinking": True}
-    text = _render(tokenizer, kept, chat.tools, options)
+        options = {**template.options, "enable_thinking": True}
+        template = Template(template.tokenizer, chat.tools, options)
+    text = template.write(kept)
     ids, mask = yield from _between_markers(text, family, length, last_only)
     if family.ignored and not thinks:
         places = [match.span() for match in re.finditer(re.escape(family.ignored), text)]
@@ -245,22 +244,17 @@ def _specforge(
 
 
 def _speculators(
-    chat: Chat, tokenizer: Tokenizer, length: int | None, last_only: bool, options: dict[str, Any]
+    chat: Chat, template: Template, length: int | None, last_only: bool
 ) -> Plan[Shown]:
     messages = [_with_thought(message) for message in chat.messages]
     rows: list[Shown] = []
     for turn, message in enumerate(messages):
         if turn == 0 or message["role"] != "assistant":
             continue
-        said, asked, answered = (
-            _render(tokenizer, some, chat.tools, options, prompt)
-            for some, prompt in (
-                (messages[:turn], False),
-                (messages[:turn], True),
-                (messages[: turn + 1], False),
-            )
-        )
-        history, prompt, full = (e.ids for e in (yield [said, asked, answered]))
+        before = messages[:turn]
+        texts = [template.write(before), template.write(before, prompt=True)]
+        texts.append(template.write(messages[: turn + 1]))
+        history, prompt, full = (encoding.ids for encoding in (yield texts))
         if length is not None and len(prompt) >= length:
             continue
         border = common_prefix(prompt, full)
@@ -291,7 +285,7 @@ def _between_markers(
     return ids, mask
 
 
-def _answers(text: str, family: Family) -> Iterator[_Span]:
+def _answers(text: str, family: Family) -> Iterator[Span]:
     """Where answers are supervised, in characters."""
     place = text.find(family.header)
     while place >= 0:
@@ -306,8 +300,8 @@ def _answers(text: str, family: Family) -> Iterator[_Span]:
 
 
 def _borders(
-    text: str, spans: Sequence[_Span], length: int | None
-) -> Generator[list[str], list[Encoding], list[_Span]]:
+    text: str, spans: Sequence[Span], length: int | None
+) -> Generator[list[str], list[Encoding], list[Span]]:
     """Spans in tokens: how many tokens the text has up to each border, cut to ``length``."""
     encodings = yield [text[:place] for span in spans for place in span]
     counts = [len(encoding.ids[:length]) for encoding in encodings]
@@ -315,13 +309,13 @@ def _borders(
 
 
 @lru_cache(maxsize=64)
-def _family(tokenizer: Tokenizer, template: str, like: str, families: tuple[Family, ...]) -> Family:
+def _family(tokenizer: Tokenizer, source: str, like: str, families: tuple[Family, ...]) -> Family:
     """The first family whose header and end of turn the template writes."""
-    question: _Messages = [{"role": "user", "content": "a"}]
-    answer: _Messages = [{"role": "assistant", "content": "b"}]
+    question = {"role": "user", "content": "a"}
+    plain = Template(tokenizer, None, {})
     try:
-        text = _render(tokenizer, question + answer, None, {})
-        prompt = _render(tokenizer, question, None, {}, add_generation_prompt=True)
+        text = plain.write([question, {"role": "assistant", "content": "b"}])
+        prompt = plain.write([question], prompt=True)
     except ValueError:
         text = prompt = ""
     for family in families:
@@ -382,38 +376,3 @@ def _with_thought(message: Mapping[str, Any]) -> dict[str, Any]:
     if thought := message.get("thinking") or message.get("reasoning_content"):
         kept |= {"thinking": thought, "reasoning_content": thought}
     return kept
-
-
-def _render(
-    tokenizer: Tokenizer,
-    messages: _Messages,
-    tools: Any,
-    options: dict[str, Any],
-    add_generation_prompt: bool = False,
-) -> str:
-    options = options | {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
-    except Exception as error:  # templates raise what they like, and Python what they do wrong
-        raise ValueError(f"the chat template refuses it: {error}") from error
-
-
-def _marked(
-    tokenizer: Tokenizer, messages: _Messages, tools: Any, options: dict[str, Any]
-) -> tuple[str, list[_Span]]:
-    """The text, and the spans between the template's generation markers."""
-    from transformers.utils import chat_template_utils
-
-    # Its annotations promise a text alone.
-    render: Callable[..., Any] = chat_template_utils.render_jinja_template
-    try:
-        texts, spans = render(
-            conversations=[messages],
-            tools=tools,
-            chat_template=tokenizer.get_chat_template(tools=tools),
-            return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **options},
-        )
-    except Exception as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
-    return texts[0], spans[0]
