@@ -534,6 +534,28 @@ def test_an_engine_of_shorter_blocks_limits_the_length_and_leaves_whole_blocks_o
     assert shown(engine=long).controls["draft_length"].max == SLOTS
 
 
+def test_of_short_answers_only_lengths_that_every_temperature_reached_are_shown():
+    short = {"prompts": TEXTS[:2], "max_new_tokens": 4}
+    runs = {t: answers(drafter(), **short, temperature=t) for t in (0.0, 0.5)}
+    reached = [acceptance_profile(run.trace, temperature=t).longest for t, run in runs.items()]
+    assert reached == [2, 1]
+    options = {"engine": ENGINE, "temperatures": (0.0, 0.5)}
+    explorer = explore_serving(target(), drafter(), **short, **options)
+    assert explorer.controls["draft_length"].max == explorer.settings["draft_length"] == 1
+    assert explorer.tables["temperatures"]["draft_length"].tolist() == [1, 1]
+    assert explorer.tables["temperatures"]["tau"].notna().all()
+    with pytest.raises(ValueError, match="trace must hold a drafted slot, got none"):
+        shown(trace=TRACE[:0])
+
+
+def test_answers_without_a_round_are_said_with_what_to_change():
+    message = "at temperature 1 every answer ended before a round: max_new_tokens must be larger"
+    with pytest.raises(ValueError, match=f"{message}.* got 2"):
+        explore_serving(
+            target(), drafter(), TEXTS, engine=ENGINE, temperatures=(1.0,), max_new_tokens=2
+        )
+
+
 def test_controls_start_where_they_are_told_or_at_the_longest_draft_and_the_highest_temperature():
     start = SETTINGS[1] | {"threshold": 0.65, "export": "json"}
     explorer = shown(**start)

@@ -100,8 +100,8 @@ def explore_serving(
         engine: what a round costs, or its file; measured where None, but that of the pocket pair
             without a target. Loads that it was not measured at are extrapolated.
         draft_length, temperature, requests, threshold, replay, export: where the controls start. By
-            default the longest draft that both trace and engine have, and the trace's highest
-            temperature. A threshold of 0 is none.
+            default the longest draft whose slots the trace reached at each temperature and that the
+            engine has, and the trace's highest temperature. A threshold of 0 is none.
 
     Returns:
         an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen
@@ -211,6 +211,11 @@ def _made(
         traces = []
         for t in temperatures:
             run = models.decode(name, batch_size=40, temperature=t, **options)
+            if run.trace.empty:
+                raise ValueError(
+                    f"at temperature {t:g} every answer ended before a round: max_new_tokens must "
+                    f"be larger, or prompts must be others, got {options['max_new_tokens']}"
+                )
             traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
@@ -248,6 +253,8 @@ class _Tables:
     def __init__(
         self, trace: pd.DataFrame, engine: Engine, calibrated: Any, requests: int, seed: int
     ) -> None:
+        if trace.empty:
+            raise ValueError("trace must hold a drafted slot, got none")
         temperatures = sorted(trace["temperature"].unique().tolist())
         parts = {t: trace[trace["temperature"] == t] for t in temperatures}
         self.profiles = {
@@ -256,7 +263,8 @@ class _Tables:
         answers = {t: serving.answers_of(part, calibrated, seed=seed) for t, part in parts.items()}
         slots = len(self.profiles[temperatures[0]].rates)
         self.block_size = slots
-        self.longest = longest = min(slots, engine.longest)
+        reached = (profile.longest for profile in self.profiles.values())
+        self.longest = longest = min(*reached, engine.longest)
         self.lacking = ""
         if trace["confidence"].isna().all():
             self.lacking = "The drafter has no confidence head: no threshold and no scheduler."

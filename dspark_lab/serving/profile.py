@@ -46,6 +46,11 @@ class AcceptanceProfile:
         """How often each slot and all before it are accepted."""
         return prefix_survival(self.rates)
 
+    @property
+    def longest(self) -> int:
+        """The most slots of a round whose survival is known."""
+        return int(np.isfinite(self.survival).sum())
+
     @checked
     def tau(self, draft_length: Count, tokens: Count | None = None) -> float:
         """Mean tokens of a round of so many slots, the target's own among them.

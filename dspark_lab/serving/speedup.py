@@ -65,7 +65,7 @@ def temperature_table(
         trace: with a column ``temperature``; or a profile of each temperature, to which
             ``drafter``, ``resamples`` and ``seed`` do not apply.
         costs: of all temperatures, or of each.
-        draft_length: by default the fastest at the lowest temperature.
+        draft_length: by default the fastest at the lowest temperature, of those that all have.
 
     Returns:
         columns as in :func:`speedup_table`, ``accept_rate``, that of every slot which would give
@@ -90,13 +90,14 @@ def temperature_table(
         raise ValueError(f"costs must be of every temperature, got none of {missing}")
     shared = ["break_even_rate", "break_even_without_replay", "tau", "tau_low", "tau_high"]
     shared += ["speedup", "speedup_low", "speedup_high", "without_replay", "without_overhead"]
+    tables = [speedup_table(by_temperature[value], costs[value]) for value in values]
+    longest = min(int(table["speedup"].notna().sum()) for table in tables)
+    draft_length = draft_length or int(_fastest(tables[0][:longest])["draft_length"])
+    require_lengths([draft_length], longest)
     rows = []
-    for value in values:
-        table = speedup_table(by_temperature[value], costs[value])
+    for value, table in zip(values, tables, strict=True):
         best = _fastest(table)
         length, speed = int(best["draft_length"]), best["speedup"]
-        draft_length = draft_length or length
-        require_lengths([draft_length], len(table))
         row = table.iloc[draft_length - 1]
         rate = break_even_rate(row["tau"], draft_length)
         choice = (length, speed) if speed > 1 else (0, 1.0)
