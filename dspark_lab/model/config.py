@@ -110,13 +110,9 @@ class DrafterConfig:
         kinds, layers = tuple(self.layer_types or ()), self.num_hidden_layers
         each = f"layer_types must be one for each of {layers} layers"
         _refuse_unless(len(kinds) in (0, layers), each, len(kinds))
-        slides, window = "sliding_attention" in kinds, self.sliding_window
-        if slides:
-            needs = "layer_types with 'sliding_attention' need a sliding_window"
-            _refuse_unless(window is not None, needs, "none")
-            # Some programs cut the block off at the window too, some the context alone.
-            wide = f"sliding_window must be at least block_size, {self.block_size}"
-            _refuse_unless((window or 0) >= self.block_size, wide, window)
+        slides = "sliding_attention" in kinds
+        needs = "layer_types with 'sliding_attention' need a sliding_window"
+        _refuse_unless(not slides or self.sliding_window is not None, needs, "none")
         most = self.draft_vocab_size or self.vocab_size
         few = f"draft_vocab_size must be at most vocab_size, {self.vocab_size}"
         _refuse_unless(most <= self.vocab_size, few, most)
