@@ -103,7 +103,7 @@ TABLES = {
         (STRANGE, ValueError, "layer_types must be .*'sliding_attention', got 'sliding'"),
         (NO_WINDOW, ValueError, "layer_types with 'sliding_attention' need a sliding_window"),
         (UNUSED_WINDOW, ValueError, "use_sliding_window false contradicts layer_types"),
-        ({"layer_types": 2}, TypeError, "layer_types must be a list, got 2"),
+        ({"layer_types": 2}, TypeError, "layer_types must be a list or None, got 2"),
         (TWICE, ValueError, "scaled in one way, got rope_parameters .* and rope_scaling .*yarn"),
         (LINEAR, ValueError, "rope_parameters must be of rope_type 'default' or 'yarn' .*linear"),
         (YARN, ValueError, "rope_parameters of rope_type 'yarn' must hold factor"),

@@ -94,6 +94,17 @@ class Stored:
         return bool(self.values.get("tie_word_embeddings")) and not reduced
 
     @property
+    def cuts_blocks(self) -> str:
+        """A sentence where programs differ in what a slot sees of its block; else empty."""
+        window, slots = self.config.sliding_window, self.config.block_size
+        if window is None or window >= slots:
+            return ""
+        return (
+            f"sliding_window {window} is narrower than a block of {slots}: SpecForge and servers "
+            "hide a block's own earlier slots beyond it too, speculators and this library do not"
+        )
+
+    @property
     def absent(self) -> list[str]:
         """Of embedding and LM head, what a target has to give."""
         names = [name for name in (_EMBEDDING, _HEAD) if name not in self.parts]
@@ -215,6 +226,8 @@ def load_drafter(
             f"{path}: the checkpoint leaves out {names}; pass target= to take them from the target "
             "that the drafter was trained for"
         )
+    if stored.cuts_blocks:
+        warnings.warn(f"{path / CONFIG}: {stored.cuts_blocks}", stacklevel=3)
     dtype = dtype or _common_dtype(stored)
     # What safetensors gives is mapped from the file, and would change with it.
     state = {

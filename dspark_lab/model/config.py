@@ -94,60 +94,41 @@ class DrafterConfig:
     is_causal: bool | None = None
 
     def __post_init__(self) -> None:
-        mask, last = self.mask_token_id, self.vocab_size - 1
-        if mask > last:
-            raise ValueError(f"mask_token_id must lie in the vocabulary, [0, {last}], got {mask}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                "num_key_value_heads must divide num_attention_heads, "
-                f"{self.num_attention_heads}, got {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        ids = tuple(self.target_layer_ids)
-        if list(ids) != sorted(set(ids)):
-            raise ValueError(f"target_layer_ids must be strictly increasing, got {ids}")
-        count = self.num_target_layers
-        if count is not None and ids[-1] >= count:
-            wanted = f"target_layer_ids must be below num_target_layers, {count}"
-            raise ValueError(f"{wanted}, got {ids}")
-        object.__setattr__(self, "target_layer_ids", ids)
         check_kind(self.markov_head_type)
-        if not self.has_markov_head:
-            object.__setattr__(self, "markov_rank", 0)
-            object.__setattr__(self, "markov_head_type", "none")
         predicted_slots(self.block_size, self.layout)
-        self._check_windows()
-        most = self.draft_vocab_size
-        if most is not None and most > self.vocab_size:
-            wanted = f"draft_vocab_size must be at most vocab_size, {self.vocab_size}"
-            raise ValueError(f"{wanted}, got {most}")
+        vocabulary, mask = f"the vocabulary, [0, {self.vocab_size - 1}]", self.mask_token_id
+        _refuse_unless(mask < self.vocab_size, f"mask_token_id must lie in {vocabulary}", mask)
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        divides = f"num_key_value_heads must divide num_attention_heads, {heads}"
+        _refuse_unless(heads % shared == 0, divides, shared)
+        _refuse_unless(self.head_dim % 2 == 0, "head_dim must be even", self.head_dim)
+        ids, above = tuple(self.target_layer_ids), self.num_target_layers
+        ascending = "target_layer_ids must be strictly increasing"
+        _refuse_unless(list(ids) == sorted(set(ids)), ascending, ids)
+        below = f"target_layer_ids must be below num_target_layers, {above}"
+        _refuse_unless(above is None or ids[-1] < above, below, ids)
+        kinds, layers = tuple(self.layer_types or ()), self.num_hidden_layers
+        each = f"layer_types must be one for each of {layers} layers"
+        _refuse_unless(len(kinds) in (0, layers), each, len(kinds))
+        slides = "sliding_attention" in kinds
+        needs = "layer_types with 'sliding_attention' need a sliding_window"
+        _refuse_unless(not slides or self.sliding_window is not None, needs, "none")
+        most = self.draft_vocab_size or self.vocab_size
+        few = f"draft_vocab_size must be at most vocab_size, {self.vocab_size}"
+        _refuse_unless(most <= self.vocab_size, few, most)
+        needs, none = "confidence_head_with_markov needs a Markov head", "rank 0 or kind 'none'"
+        _refuse_unless(self.has_markov_head or not self.reads_markov, needs, none)
+        # One form for each drafter, so that equal ones compare equal.
+        one: dict[str, Any] = {"target_layer_ids": ids, "layer_types": kinds if slides else None}
+        one["confidence_head_with_markov"] = self.reads_markov
+        if not self.has_markov_head:
+            one |= {"markov_rank": 0, "markov_head_type": "none"}
+        if not slides:
+            one |= {"sliding_window": None, "is_causal": self.is_causal or None}
         if most == self.vocab_size:
-            object.__setattr__(self, "draft_vocab_size", None)
-        if self.reads_markov and not self.has_markov_head:
-            raise ValueError(
-                "confidence_head_with_markov needs a Markov head, got markov_rank 0 or "
-                "markov_head_type 'none'"
-            )
-
-    def _check_windows(self) -> None:
-        """Refuse layer types that do not fit; those of full attention alone are left out."""
-        kinds = tuple(self.layer_types or ())
-        if kinds and len(kinds) != self.num_hidden_layers:
-            wanted = f"layer_types must be one for each of {self.num_hidden_layers} layers"
-            raise ValueError(f"{wanted}, got {len(kinds)}")
-        slides, window = "sliding_attention" in kinds, self.sliding_window
-        if slides and window is None:
-            wanted = "layer_types with 'sliding_attention' need a sliding_window"
-            raise ValueError(f"{wanted}, got none")
-        if slides and window is not None and window < self.block_size:
-            # Some programs cut the block off at the window too, some the context alone.
-            wanted = f"sliding_window must be at least block_size, {self.block_size}"
-            raise ValueError(f"{wanted}, got {window}")
-        object.__setattr__(self, "layer_types", kinds if slides else None)
-        object.__setattr__(self, "sliding_window", window if slides else None)
-        if not slides and not self.is_causal:
-            object.__setattr__(self, "is_causal", None)
+            one["draft_vocab_size"] = None
+        for name, value in one.items():
+            object.__setattr__(self, name, value)
 
     @property
     def layout(self) -> Layout:
@@ -163,10 +144,8 @@ class DrafterConfig:
         """What the slots of each layer see of context and block."""
         kinds = self.layer_types or ["full_attention"] * self.num_hidden_layers
         windows = [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-        causal = self.is_causal
-        return [
-            View(window, window is not None if causal is None else causal) for window in windows
-        ]
+        said = self.is_causal
+        return [View(width, width is not None if said is None else said) for width in windows]
 
     @property
     def output_size(self) -> int:
@@ -231,6 +210,11 @@ class DrafterConfig:
         if missing:
             raise ValueError(f"config must hold {', '.join(missing)}, which it does not")
         return cls(**known | _read_rope(flat))
+
+
+def _refuse_unless(holds: bool, wanted: str, given: Any) -> None:
+    if not holds:
+        raise ValueError(f"{wanted}, got {given}")
 
 
 def _read_rope(flat: Mapping[str, Any]) -> dict[str, Any]:

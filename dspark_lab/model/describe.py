@@ -103,6 +103,7 @@ def _model(stored: Stored) -> Iterator[Line]:
     note = "; its training's window began one token earlier at slot 0, and did not move"
     if sliding and format_of(stored.values) == "speculators":
         window += note
+    window += f"; {stored.cuts_blocks}" if stored.cuts_blocks else ""
     yield "window", window, said("layer_types", "sliding_window")
     causal = [i for i, view in enumerate(c.views) if view.causal]
     inside = f"earlier slots alone in layers {causal}" if causal else "all slots see each other"

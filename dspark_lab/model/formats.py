@@ -175,7 +175,7 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in (*_LAYER_IDS_FROM_1, "dspark_bonus_anchor", "shift_label"):
         flat.pop(key, None)
     for key, allowed in _ALLOWED.items():
-        for name, value in _said(values | flat, (key,)):
+        for name, value in _said({**values, **flat}, (key,)):
             if any(one not in allowed for one in (value if isinstance(value, list) else [value])):
                 wanted = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name} must be {wanted} or absent, got {value!r}")
