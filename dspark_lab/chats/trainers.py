@@ -29,10 +29,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dspark_lab.chats.answers import common_prefix
 from dspark_lab.chats.chat import Chat
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
-from dspark_lab.chats.template import Span, Template
+from dspark_lab.chats.template import Span, Template, common_prefix
 from dspark_lab.checks import Count, checked
 
 if TYPE_CHECKING:
