@@ -11,6 +11,7 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # A text, and the number of the answer that it is generated for; None where nobody generates it.
 Piece = tuple[str, int | None]
@@ -18,6 +19,7 @@ MARKERS = (
     "<|head|> <|user|> <|assistant|> <|system|> <|tool|> <|end|> <|stop|> <|text|> <|role|> "
     "<think> </think> <s> </s> <unk>"
 ).split()
+_ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
 MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 
 
@@ -270,15 +272,7 @@ def bytes_of(token: str) -> bytes:
     """The bytes that a token stands for, which byte-level tokens spell in GPT-2's alphabet."""
     if token in MARKERS:
         return token.encode()
-    return bytes(_alphabet()[character] for character in token)
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelled = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return spelled | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return bytes(_ALPHABET[character] for character in token)
 
 
 def mask_of(pieces: Sequence[Piece], tokens: Sequence[str]) -> list[bool]:

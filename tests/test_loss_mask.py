@@ -176,18 +176,6 @@ def test_the_notice_comes_once_for_each_place_that_calls():
     assert describe(encoded)["left_out"].to_dict() == {"none": 1, "math": 0}
 
 
-def test_an_empty_block_of_thinking_that_history_lacks_counts_as_left_out():
-    jinja = CHATML.replace(
-        "+ m['content']",
-        "+ ('<think></think>' if loop.last and m.role == 'assistant' else '') + m['content']",
-    )
-    made, chat = of(jinja), Chat(said("Hi", "One.", "And?", "Two."), "x")
-    encoded = encode(chat, made)
-    assert supervised(encoded, made) == ["One.<|end|>", "<think></think>Two.<|end|>"]
-    assert encoded.left_out == 1
-    assert supervised(encode_answers(chat, made), made)[0] == "<think></think>One.<|end|>"
-
-
 def test_switches_leave_out_answers():
     made, messages = of(CHATML), said("Hi", "One.", "And?", "Two.")
     assert supervised(encode(Chat(messages, "x"), made, last_answer_only=True), made) == [
@@ -201,72 +189,115 @@ def test_switches_leave_out_answers():
         assert supervised(encode_answers(chat, made), made) == kept
 
 
-def test_a_marker_of_the_prompt_is_shared_whole_or_not_at_all():
-    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
-    for words in ("<tool_call>", "", "<"):
-        row = encode(Chat(said("Hi", words, "And?", "Two."), "x"), made)
-        assert supervised(row, made) == [f"{words}<|end|>", "Two.<|end|>"]
+# A call closes with its own marker, its reasoning is gone once an answer follows, and the template
+# refuses what a tool says without a call.
+CALLS = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'tool' and not loop.previtem.tool_calls -%}{{ raise_exception('no call') }}"
+    "{%- endif -%}{{- '<|head|>' + m.role -}}"
+    "{%- if m.reasoning_content and (loop.last or loop.nextitem.role == 'tool' and"
+    " loop.index + 1 == messages | length) -%}"
+    "{{- '<think>' + m.reasoning_content + '</think>' -}}{%- endif -%}"
+    "{%- if m.tool_calls -%}{{- '<|role|>' + m.tool_calls[0].name + '<|stop|>' -}}"
+    "{%- else -%}{{- '<|text|>' + m.content + '<|end|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|head|>assistant' -}}{%- endif -%}"
+)
+
+# Thinking only of the last message, and calls as JSON.
+FIELDS = CHATML.replace(
+    "+ m['content']",
+    "+ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content and loop.last else '')"
+    " + m['content'] + (m.tool_calls | tojson if m.tool_calls else '')",
+)
+BLOCK = "('<think></think>' if loop.last and loop.index > 1 else '')"
+OPENS = BEHAVIOURS["a prompt that no answer follows"].jinja
+NO_PROMPT = "{% if add_generation_prompt and messages[-1].role != 'system' %}"
+HM = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+CALL = HM | {"tool_calls": [{"name": "add"}]}
+TOOL = {"role": "tool", "content": "2", "name": "add", "tool_call_id": "7"}
+TOLD = [*said("Hi"), CALL, TOOL, {"role": "assistant", "content": "It is 2."}]
+ONE, TWO = "One.<|end|>", "Two.<|end|>"
+# A template, a conversation, what of it is supervised, how many answers history leaves out, and
+# the first row of encode_answers where that holds more.
+SMALL = {
+    "an empty block that history lacks": (
+        CHATML.replace("+ m['content']", f"+ {BLOCK} + m['content']"),
+        said("Hi", "One.", "And?", "Two."), [ONE, f"<think></think>{TWO}"], 1,
+        f"<think></think>{ONE}",
+    ),
+    "a marker of the prompt that begins a word": (
+        OPENS, said("Hi", "<tool_call>", "And?", "Two."), ["<tool_call><|end|>", TWO]
+    ),
+    "a marker of the prompt and no words": (
+        OPENS, said("Hi", "", "And?", "Two."), ["<|end|>", TWO]
+    ),
+    "words that the prompt begins": (
+        OPENS, said("Hi", "<think>\nhm</think>One."), [f"hm</think>{ONE}"]
+    ),
+    "a head behind another answer": (
+        BEHAVIOURS["another marker when last"].jinja,
+        said("Hi", "One.", "assistant=Two."), [ONE, "Two.<|stop|>"], 0, "One.<|stop|>",
+    ),
+    "no prompt behind the system": (
+        CHATML.replace("{% if add_generation_prompt %}", NO_PROMPT),
+        said("assistant=One.", "And?", "Two.", system="Be kind."), [ONE, TWO],
+    ),
+    "an opening answer without the block of others": (
+        CHATML.replace("+ m['content']", f"+ {BLOCK} + m['content']"),
+        said("assistant=One.", "And?", "Two."), [ONE, f"<think></think>{TWO}"],
+    ),
+    "a prompt that is written unasked": (
+        re.sub(r"{% if add.*? %}(.*){% endif %}", r"\1", CHATML, flags=re.DOTALL),
+        said("Hi", "One.", "And?", "Two."), [ONE, TWO],
+    ),
+    "a prompt that is written unasked between answers": (
+        re.sub(r"{% if add.*? %}(.*){% endif %}", r"\1", CHATML, flags=re.DOTALL),
+        said("Hi", "One.", "assistant=Two."), [ONE, TWO],
+    ),
+    "calls that no placeholder stands for": (
+        CALLS, TOLD, ["<|role|>add<|stop|>", "<|text|>It is 2.<|end|>"], 1,
+        "<think>hm</think><|role|>add<|stop|>",
+    ),
+    "fields of a message": (
+        FIELDS, [*TOLD[:-1], HM | {"content": "It is 2."}],
+        ['[{"name": "add"}]<|end|>', "<think>hm</think>It is 2.<|end|>"], 1,
+        '<think>hm</think>[{"name": "add"}]<|end|>',
+    ),
+}  # fmt: skip
 
 
-def test_the_head_of_an_answer_behind_another_answer_is_not_generated():
-    made = of(BEHAVIOURS["another marker when last"].jinja)
-    row = encode(Chat(said("Hi", "One.", "assistant=Two."), "x"), made)
-    assert supervised(row, made) == ["One.<|end|>", "Two.<|stop|>"]
+@pytest.mark.parametrize("name", SMALL)
+def test_what_templates_do_at_the_edges_of_answers(name):
+    jinja, messages, runs, left_out, first = (*SMALL[name], 0, None)[:5]
+    made, chat = of(jinja), Chat(messages, "x")
+    encoded = encode(chat, made)
+    assert supervised(encoded, made) == runs and encoded.left_out == left_out
+    assert supervised(encode_answers(chat, made), made)[0] == (first or runs[0])
 
 
-def test_a_template_may_write_no_generation_prompt_behind_the_system_message():
-    asks = "{% if add_generation_prompt and messages[-1].role != 'system' %}"
-    made = of(CHATML.replace("{% if add_generation_prompt %}", asks))
-    row = encode(Chat(said("assistant=One.", "And?", "Two.", system="Be kind."), "x"), made)
-    assert supervised(row, made) == ["One.<|end|>", "Two.<|end|>"]
+# Messages of which the last answer was cut off, and what is supervised of it.
+CUT_OFF = {
+    "while it was thinking": (FIELDS, HM, "<think>hm"),
+    "in its words": (FIELDS, HM | {"content": "One."}, "<think>hm</think>One."),
+    "behind a call": (FIELDS, CALL, '<think>hm</think>[{"name": "add"}]'),
+}
 
 
-def test_an_answer_that_opens_a_conversation_may_lack_what_one_behind_a_user_has():
-    thinks = "{% if loop.last and loop.index > 1 %}{{ '<think></think>' }}{% endif %}"
-    made = of(CHATML.replace("+ m['content']", "}}" + thinks + "{{ m['content']"))
-    chat = Chat(said("assistant=One.", "And?", "Two."), "x")
-    expected = ["One.<|end|>", "<think></think>Two.<|end|>"]
-    assert supervised(encode(chat, made), made) == expected
-    assert supervised(encode_answers(chat, made), made) == expected
-    numbered = CHATML.replace("m['role'] +", "m['role'] ~ loop.index +")
-    numbered = numbered.replace(
-        "<|head|>assistant\n", "<|head|>assistant' ~ (messages|length + 1) ~ '\n"
-    )
-    with pytest.raises(ValueError, match="beyond recognition"):
-        encode(chat, of(numbered))
-
-
-def test_an_answer_that_was_cut_off_while_it_was_thinking_closes_nothing():
-    thinks = "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content }}"
-    made = of(CHATML.replace("+ m['content']", "}}" + thinks + "{{ m['content']"))
-    for words, expected in (("", "<think>hm, so"), ("One.", "<think>hm, so</think>One.")):
-        messages = [*said("Hi", words)]
-        messages[1]["reasoning_content"] = "hm, so"
-        chat = Chat(messages, "x", finished=False)
-        assert supervised(encode(chat, made), made) == [expected]
-    made = of(CHATML.replace("+ m['content']", "}}" + thinks + "{{ m['content'] ~ m.tool_calls"))
-    messages[1] |= {"content": "", "tool_calls": [{"call": 1}]}
-    row = encode(Chat(messages, "x", finished=False), made)
-    assert supervised(row, made)[0].startswith("<think>hm, so</think>[{")
-
-
-def test_a_generation_prompt_that_is_written_unasked_is_not_generated():
-    made = of(re.sub(r"{% if add.*? %}(.*){% endif %}", r"\1", CHATML, flags=re.DOTALL))
-    for messages in (said("Hi", "One.", "And?", "Two."), said("Hi", "One.", "assistant=Two.")):
-        row = encode(Chat(messages, "x"), made)
-        assert supervised(row, made) == ["One.<|end|>", "Two.<|end|>"]
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_an_answer_that_was_cut_off_closes_nothing_that_is_its_own(name):
+    jinja, answer, run = CUT_OFF[name]
+    chat = Chat([*said("Hi"), answer], "x", finished=False)
+    assert supervised(encode(chat, of(jinja)), of(jinja)) == [run]
 
 
 def test_an_answer_that_is_left_out_need_not_be_one_that_the_rule_can_place():
-    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
     messages = said("Hi", "<think>\rOne.", "And?", "Two.")
     with pytest.raises(ValueError, match=r"messages\[1\].*inside the answer"):
-        encode(Chat(messages, "x"), made)
+        encode(Chat(messages, "x"), of(OPENS))
     chat = Chat(messages, "x", supervised=[True, False, True, True])
-    assert supervised(encode(chat, made), made) == ["Two.<|end|>"]
+    assert supervised(encode(chat, of(OPENS)), of(OPENS)) == [TWO]
     cut_off = Chat(messages, "x", finished=False, supervised=[True, True, True, False])
-    made = of(CHATML)
-    assert supervised(encode(cut_off, made), made) == ["<think>\rOne.<|end|>"]
+    assert supervised(encode(cut_off, of(CHATML)), of(CHATML)) == ["<think>\rOne.<|end|>"]
 
 
 def test_options_reach_the_template_and_those_that_it_does_not_read_are_refused():
@@ -381,6 +412,13 @@ REFUSALS = {
     "a template that fails": (
         CHATML.replace("+ '<|end|>", "+ 5 + '<|end|>"), Chat(said("Hi", "One."), "x"), "refuses it"
     ),
+    "a prompt that counts the messages": (
+        CHATML.replace("m['role'] +", "m['role'] ~ loop.index +").replace(
+            "<|head|>assistant\n", "<|head|>assistant' ~ (messages|length + 1) ~ '\n"
+        ),
+        Chat(said("assistant=One.", "And?", "Two."), "x"),
+        "beyond recognition",
+    ),
     "turns in reverse": (
         CHATML.replace("in messages", "in messages | reverse"),
         Chat(said("Hi", "One.", "And?", "Two."), "x"),
@@ -394,34 +432,6 @@ def test_what_would_vanish_is_refused_by_name(name):
     jinja, chat, complaint = REFUSALS[name]
     with pytest.raises(ValueError, match=f"conversation 'x': .*{complaint}"):
         encode(chat, of(jinja))
-
-
-WITH_FIELDS = CHATML.replace(
-    "+ m['content']",
-    "+ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content and"
-    " (loop.last or not loop.nextitem is defined) else '') + m['content']"
-    " + (m.tool_calls | tojson if m.tool_calls else '')",
-)
-
-
-def test_what_the_template_writes_is_supervised():
-    made = of("{{ tools | tojson if tools else '' }}" + WITH_FIELDS)
-    calls = [{"name": "add", "arguments": {"a": 1}}]
-    messages = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "", "tool_calls": calls, "reasoning_content": "hm"},
-        {"role": "tool", "content": "2", "name": "add", "tool_call_id": "7"},
-        {"role": "assistant", "content": "It is 2.", "reasoning_content": "so"},
-    ]
-    chat = Chat(messages, "x", tools=[{"name": "add"}])
-    encoded = encode(chat, made)
-    written = '[{"name": "add", "arguments": {"a": 1}}]<|end|>'
-    assert supervised(encoded, made) == [written, "<think>so</think>It is 2.<|end|>"]
-    assert encoded.left_out == 1
-    rows = encode_answers(chat, made)
-    assert supervised(rows, made)[0] == "<think>hm</think>" + written
-    cut_off = Chat(messages[:2], "x", finished=False)
-    assert supervised(encode(cut_off, made), made) == ["<think>hm</think>" + written[:-7]]
 
 
 def test_special_tokens_that_swallow_the_space_beside_them_are_found():
@@ -468,36 +478,3 @@ def test_slow_tokenizers_and_tokenizers_without_a_template_are_refused():
         encode(chat, ByT5Tokenizer())
     with pytest.raises(ValueError, match="chat template"):
         encode(chat, of(None))
-
-
-# A call closes with its own marker, its reasoning is gone once an answer follows, and the template
-# refuses what a tool says without a call.
-CALLS = (
-    "{%- for m in messages -%}"
-    "{%- if m.role == 'tool' and not loop.previtem.tool_calls -%}{{ raise_exception('no call') }}"
-    "{%- endif -%}{{- '<|head|>' + m.role -}}"
-    "{%- if m.reasoning_content and (loop.last or loop.nextitem.role == 'tool' and"
-    " loop.index + 1 == messages | length) -%}"
-    "{{- '<think>' + m.reasoning_content + '</think>' -}}{%- endif -%}"
-    "{%- if m.tool_calls -%}{{- '<|role|>' + m.tool_calls[0].name + '<|stop|>' -}}"
-    "{%- else -%}{{- '<|text|>' + m.content + '<|end|>' -}}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|head|>assistant' -}}{%- endif -%}"
-)
-
-
-def test_calls_that_no_placeholder_stands_for_are_supervised():
-    made = of(CALLS)
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
-    messages = [*said("Hi"), call | {"reasoning_content": "hm"}, {"role": "tool", "content": "2"}]
-    chat = Chat([*messages, {"role": "assistant", "content": "It is 2."}], "x")
-    encoded = encode(chat, made)
-    assert supervised(encoded, made) == ["<|role|>add<|stop|>", "<|text|>It is 2.<|end|>"]
-    assert encoded.left_out == 1
-    rows = encode_answers(chat, made)
-    assert supervised(rows, made)[0] == "<think>hm</think><|role|>add<|stop|>"
-
-
-def test_words_that_the_prompt_begins_are_not_left_out():
-    made = of(BEHAVIOURS["a prompt that no answer follows"].jinja)
-    encoded = encode(Chat(said("Hi", "<think>\nhm</think>One."), "x"), made)
-    assert supervised(encoded, made) == ["hm</think>One.<|end|>"] and encoded.left_out == 0

@@ -66,6 +66,10 @@ CLOSED = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% else %}{{ eos_token }}{% endif %}"
 )
+BACKWARDS = (
+    "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A' }}{% endif %}"
+)
 BASE = load_tokenizer()
 
 
@@ -92,27 +96,86 @@ def shown(row, tokenizer) -> str:
 TWO = talk("Hi", "One.", "And?", "Two.")
 
 
-def test_automodel_supervises_role_header_and_line_break():
-    (row,) = trainer_rows(TWO, tokenizer_of(CHATML), "automodel")
-    assert shown(row, BASE) == (
-        "<|im_start|>user\nHi<|im_end|>\n"
-        "[<|im_start|>][ass][istant][\n][One][.][<|im_end|>][\n]"
-        "<|im_start|>user\nAnd?<|im_end|>\n"
-        "[<|im_start|>][ass][istant][\n][Two][.][<|im_end|>][\n]"
-    )
+ASKS, ANSWERS = "<|im_start|>user\n", "<|im_start|>assistant\n"
+HI, AND = f"{ASKS}Hi<|im_end|>\n", f"{ASKS}And?<|im_end|>\n"
+KIND = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+HEAD, END = "[<|im_start|>][ass][istant][\n]", "[<|im_end|>][\n]"
+BLOCK = "[<][think][>][\n][\n][</][think][>][\n][\n]"
+BOTH = f"{HI}{ANSWERS}[One][.]{END}{AND}{ANSWERS}[Two][.]{END}"
+YES = talk("Hi", "Yes")
+# The prompt opens a block of thinking that is empty, this answer has one that is not.
+THOUGHT = Chat([*YES.messages[:1], YES.messages[1] | {"reasoning_content": "Hm"}], "a")
+TOLD = {"function": {"name": "f", "arguments": json.dumps({"x": 1})}, "extra": 2}
+FORM = '[{"id": "", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]'
+# Only answers are closed, and the user writes the header of one.
+OPEN_TURNS = CHATML.replace(
+    "m['content'] + '<|im_end|>\n'",
+    "m['content'] + ('<|im_end|>' if m['role'] == 'assistant' else '') + '\n'",
+)
+# A trainer, a template, a conversation, options, and how its last row ends.
+SHOWN = {
+    "automodel supervises the role header and the line break": (
+        "automodel", CHATML, TWO, {}, f"{HI}{HEAD}[One][.]{END}{AND}{HEAD}[Two][.]{END}"
+    ),
+    # The end of text that closes a rendering is counted, so each border is one token late.
+    "automodel passes over an end of text": (
+        "automodel", CLOSED, TWO, {},
+        f"{ASKS}Hi\n<|im_start|>[ass][istant][\n][One][.][\n][<|im_start|>]"
+        "user\nAnd?\n<|im_start|>[ass][istant][\n][Two][.][\n][<|im_end|>]",
+    ),
+    "deepspec puts a system message in front": ("deepspec", CHATML, TWO, {}, KIND + BOTH),
+    "deepspec keeps one that is there": (
+        "deepspec", CHATML, talk("Hi", "Yes", system="Be brief."), {},
+        f"<|im_start|>system\nBe brief.<|im_end|>\n{HI}{ANSWERS}[Yes]{END}",
+    ),
+    "deepspec supervises an empty block of thinking": (
+        "deepspec", THINKS, YES, {}, f"{BLOCK}[Yes]{END}"
+    ),
+    "an answer without its marker ends with the text but for a line break": (
+        "deepspec", OPEN_TURNS, talk("Hi", "Yes", "<|im_start|>assistant\nfoo"), {},
+        f"{ASKS}{ANSWERS}[foo]\n",
+    ),
+    # Its border is a number of tokens: two line breaks at the end of a text are one, here two.
+    "specforge takes the empty block out again": (
+        "specforge", THINKS, YES, {}, f"assistant\n<think>\n\n</think>\n[\n][Yes]{END}"
+    ),
+    "specforge keeps it with thinking": (
+        "specforge", THINKS, YES, {"enable_thinking": True}, f"{BLOCK}[Yes]{END}"
+    ),
+    "specforge begins with the user": (
+        "specforge", CHATML, Chat((TWO.messages[1], *TWO.messages), "a"), {}, KIND + BOTH
+    ),
+    "specforge ends where roles do not follow": (
+        "specforge", CHATML, Chat((*TWO.messages[:2], TWO.messages[1]), "a"), {},
+        f"{KIND}{HI}{ANSWERS}[One][.]{END}",
+    ),
+    "speculators makes a row for each answer": (
+        "speculators", CHATML, TWO, {},
+        f"{HI}{ANSWERS}One.<|im_end|>\n{AND}{ANSWERS}[Two][.]{END}",
+    ),
+    "speculators falls back to the common prefix": (
+        "speculators", THINKS, THOUGHT, {"enable_thinking": False},
+        f"<think>\n[H][m][\n][</][think][>][\n][\n][Yes]{END}",
+    ),
+}  # fmt: skip
 
 
-def test_deepspec_puts_a_system_message_in_front_and_supervises_the_line_break():
-    tokenizer = tokenizer_of(CHATML)
-    (row,) = trainer_rows(TWO, tokenizer, "deepspec")
-    assert shown(row, BASE) == (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\n[One][.][<|im_end|>][\n]<|im_start|>user\nAnd?<|im_end|>\n"
-        "<|im_start|>assistant\n[Two][.][<|im_end|>][\n]"
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_a_trainer_makes_of_a_conversation(name):
+    like, template, chat, options, end = SHOWN[name]
+    rows = trainer_rows(chat, tokenizer_of(template), like, template_options=options)
+    text = shown(rows[-1], BASE)
+    assert text == end if end.startswith(("<|im_start|>s", HI)) else text.endswith(end)
+    assert len(rows) == (len(chat.answers) if like == "speculators" else 1)
+
+
+def test_tool_calls_reach_specforges_template_in_its_own_form():
+    template = CHATML.replace(
+        "m['content'] +", "m['content'] + (m['tool_calls'] | default([]) | tojson) +"
     )
-    own = talk("Hi", "One.", system="Be brief.")
-    (row,) = trainer_rows(own, tokenizer, "deepspec")
-    assert shown(row, BASE).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    chat = Chat([YES.messages[0], YES.messages[1] | {"content": "", "tool_calls": [TOLD]}], "a")
+    ids, mask = trainer_rows(chat, tokenizer_of(template), "specforge")[0]
+    assert BASE.decode(ids[mask]) == FORM + "<|im_end|>\n"
 
 
 def test_deepspec_passes_over_the_empty_thought_of_gemma4():
@@ -124,29 +187,6 @@ def test_deepspec_passes_over_the_empty_thought_of_gemma4():
         assert tokenizer.decode(ids) == text
         first = len(tokenizer(text[: text.index("Yes.")], add_special_tokens=False)["input_ids"])
         assert mask.tolist() == [place >= first for place in range(len(ids))]
-
-
-def test_specforge_takes_an_empty_block_of_thinking_out_again():
-    (row,) = trainer_rows(talk("Hi", "Yes"), tokenizer_of(THINKS), "specforge")
-    # Its border is a number of tokens: two line breaks at the end of a text are one, here two.
-    assert shown(row, BASE).endswith("assistant\n<think>\n\n</think>\n[\n][Yes][<|im_end|>][\n]")
-    (deepspec,) = trainer_rows(talk("Hi", "Yes"), BASE, "deepspec")
-    assert "[think]" in shown(deepspec, BASE)
-    thinking = trainer_rows(
-        talk("Hi", "Yes"), BASE, "specforge", template_options={"enable_thinking": True}
-    )
-    assert "[think]" in shown(thinking[0], BASE)
-
-
-def test_an_answer_without_its_marker_ends_with_the_text_but_for_a_line_break():
-    # Only answers are closed, and the user writes the header of one.
-    open_turns = CHATML.replace(
-        "m['content'] + '<|im_end|>\n'",
-        "m['content'] + ('<|im_end|>' if m['role'] == 'assistant' else '') + '\n'",
-    )
-    chat = talk("Hi", "Yes", "<|im_start|>assistant\nfoo")
-    (row,) = trainer_rows(chat, tokenizer_of(open_turns), "deepspec")
-    assert shown(row, BASE).endswith("user\n<|im_start|>assistant\n[foo]\n")
 
 
 def test_specforge_knows_llama3_by_its_markers():
@@ -163,15 +203,9 @@ def test_specforge_knows_llama3_by_its_markers():
     assert tokenizer.decode(ids[mask]) == "\nOne.<|eot_id|>\nTwo.<|eot_id|>"
 
 
-def test_speculators_makes_a_row_for_each_answer():
+def test_speculators_drops_an_answer_whose_context_fills_the_limit():
     tokenizer = tokenizer_of(CHATML)
-    first, second = trainer_rows(TWO, tokenizer, "speculators")
-    head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert shown(first, BASE) == head + "[One][.][<|im_end|>][\n]"
-    assert shown(second, BASE) == (
-        head + "One.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
-        "[Two][.][<|im_end|>][\n]"
-    )
+    first, _ = trainer_rows(TWO, tokenizer, "speculators")
     # Where the context alone fills the limit there is no row, and later ones may fit again.
     context = len(first[0]) - 4
     assert trainer_rows(TWO, tokenizer, "speculators", context) == []
@@ -179,39 +213,17 @@ def test_speculators_makes_a_row_for_each_answer():
     assert cut[0].tolist() == first[0].tolist()[: context + 1] and cut[1].tolist()[-1]
     opening = Chat(({"role": "assistant", "content": "Hello"}, *TWO.messages), "a")
     assert len(trainer_rows(opening, tokenizer, "speculators")) == 2
-
-
-def test_speculators_falls_back_to_the_common_prefix():
-    # The prompt opens a block of thinking that is empty, the answer has one that is not.
-    tokenizer = tokenizer_of(THINKS)
-    said = [{"role": "user", "content": "Hi"}]
-    said += [{"role": "assistant", "content": "Yes", "reasoning_content": "Hm"}]
     options = {"template_options": {"enable_thinking": False}}
-    (row,) = trainer_rows(Chat(said, "a"), tokenizer, "speculators", **options)
-    assert shown(row, BASE).endswith(
-        "<think>\n[H][m][\n][</][think][>][\n][\n][Yes][<|im_end|>][\n]"
+    prompt = tokenizer_of(THINKS).apply_chat_template(
+        THOUGHT.messages[:1], add_generation_prompt=True, enable_thinking=False
     )
-    prompt = BASE.apply_chat_template(said[:1], add_generation_prompt=True, enable_thinking=False)
     context = len(prompt["input_ids"])
-    assert trainer_rows(Chat(said, "a"), BASE, "speculators", context, **options) == []
-    assert len(trainer_rows(Chat(said, "a"), BASE, "speculators", context + 1, **options)) == 1
-    backwards = "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
-    backwards += "{% if add_generation_prompt %}{{ 'A' }}{% endif %}"
-    with pytest.raises(ValueError, match=r"conversation 'a': speculators refuses .* history"):
-        trainer_rows(talk("Hi", "Yes"), tokenizer_of(backwards), "speculators")
+    assert trainer_rows(THOUGHT, BASE, "speculators", context, **options) == []
+    assert len(trainer_rows(THOUGHT, BASE, "speculators", context + 1, **options)) == 1
 
 
-def test_automodel_refuses_a_template_that_rewrites_history():
-    with pytest.raises(ValueError, match="no prefix of the rendering of the whole"):
-        trainer_rows(TWO, tokenizer_of(THINKS), "automodel")
-    # Only beyond the cut: the trainer sees two prefixes that agree.
-    assert len(trainer_rows(TWO, BASE, "automodel", 8)[0][0]) == 8
-    # The end of text that closes a rendering is counted, so each border is one token late.
-    (row,) = trainer_rows(TWO, tokenizer_of(CLOSED), "automodel")
-    assert shown(row, BASE) == (
-        "<|im_start|>user\nHi\n<|im_start|>[ass][istant][\n][One][.][\n][<|im_start|>]"
-        "user\nAnd?\n<|im_start|>[ass][istant][\n][Two][.][\n][<|im_end|>]"
-    )
+def test_automodel_sees_only_what_is_before_the_cut():
+    assert len(trainer_rows(TWO, tokenizer_of(THINKS), "automodel", 8)[0][0]) == 8
 
 
 def test_automodel_takes_the_mask_of_transformers_with_its_oddities():
@@ -239,6 +251,8 @@ def test_automodel_takes_the_mask_of_transformers_with_its_oddities():
 @pytest.mark.parametrize(
     ("like", "template", "chat", "reason"),
     [
+        ("automodel", THINKS, TWO, "no prefix of the rendering of the whole"),
+        ("speculators", BACKWARDS, YES, "speculators refuses .* history"),
         ("deepspec", LLAMA3, TWO, "deepspec has no markers .* qwen, gemma4"),
         ("deepspec", PLAIN, TWO, "no markers"),
         ("specforge", PLAIN, TWO, "specforge has no markers"),
@@ -263,17 +277,6 @@ def test_settings_that_a_trainer_does_not_have_are_refused():
         row = encode(TWO, BASE, like=like, last_answer_only=True)
         assert "One" not in BASE.decode(row.input_ids[row.loss_mask])
         assert BASE.decode(row.input_ids[row.loss_mask]).endswith("Two.<|im_end|>\n")
-
-
-def test_specforge_ends_where_the_order_of_roles_is_not_one_that_it_knows():
-    tokenizer = tokenizer_of(CHATML)
-    twice = Chat((*TWO.messages[:2], TWO.messages[1]), "a")
-    row = encode(twice, tokenizer, like="specforge")
-    assert BASE.decode(row.input_ids).count("One.") == 1
-    late = Chat((TWO.messages[1], *TWO.messages), "a")
-    assert encode(late, BASE, like="specforge").input_ids.equal(
-        encode(TWO, BASE, like="specforge").input_ids
-    )
 
 
 def test_switches_of_the_loss_reach_no_trainer():
@@ -452,15 +455,3 @@ def test_coverage_of_a_trainers_rows_is_of_its_mask():
     for like in ("automodel", "deepspec"):
         rows = [encode(chat, tokenizer, like=like) for chat in shipped]
         assert Spans.of(rows).supervised == sum(int(row.loss_mask.sum()) for row in rows)
-
-
-def test_tool_calls_reach_specforges_template_in_its_own_form():
-    template = CHATML.replace(
-        "m['content'] +", "m['content'] + (m['tool_calls'] | default([]) | tojson) +"
-    )
-    call = {"function": {"name": "f", "arguments": json.dumps({"x": 1})}, "extra": 2}
-    said = [{"role": "user", "content": "Hi"}]
-    said += [{"role": "assistant", "content": "", "tool_calls": [call]}]
-    ids, mask = trainer_rows(Chat(said, "a"), tokenizer_of(template), "specforge")[0]
-    form = '[{"id": "", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]'
-    assert BASE.decode(ids[mask]) == form + "<|im_end|>\n"

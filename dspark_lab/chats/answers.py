@@ -16,20 +16,32 @@ the end of turn, the role header of the next turn. Two things follow that a temp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dspark_lab.chats.chat import Chat
-from dspark_lab.chats.template import Messages, Span, Template
+from dspark_lab.chats.template import Messages, Span, Template, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# Of a message, what a template need not write: it names the message or its speaker.
-_NAMES = {"name", "tool_call_id", "id", "index", "turn", "timestamp", "created_at", "date", "model"}
+# Of a message, what is no field that a template must write: these name it or its speaker.
+_NAMES = {
+    "role",
+    "content",
+    "name",
+    "tool_call_id",
+    "id",
+    "index",
+    "turn",
+    "timestamp",
+    "created_at",
+    "date",
+    "model",
+}
 _NAMES |= {"source", "lang", "language", "tokens", "num_tokens"}
 
 
@@ -78,18 +90,18 @@ def _supervise(chat: Chat, written: _Written, markers: bool, last_answer_only: b
         lacks = "are none in the chat template" if marked is None else "enclose nothing of it"
         raise ValueError(f"markers, {{% generation %}}, {lacks}")
     less = _check_nothing_vanishes(written)
-    whole = chat.finished and (chat.supervised is None or all(chat.supervised))
+    every = chat.finished and not last_answer_only and all(chat.supervised or ())
     try:
         turns = [_turn(written, answer) for answer in answers]
     except ValueError:
-        if marked is None or not markers or not whole or last_answer_only:
+        if marked is None or not markers or not every:
             raise
         return Rendered(written.text, marked)
     spans = [(start, end) for start, end, _ in turns]
     if not chat.finished and answers[-1:] == chat.answers[-1:]:
         spans[-1] = (spans[-1][0], _words_end(written, answers[-1], spans[-1]))
     left_out = len({a for a, (_, _, part) in zip(answers, turns, strict=True) if part or a in less})
-    if marked is not None and not (whole and not last_answer_only):
+    if marked is not None and not every:
         cut = len(written.text) if chat.finished or not spans else spans[-1][1]
         marked = [
             (a, min(b, cut))
@@ -207,16 +219,16 @@ def _prompt_end(written: _Written, answer: int) -> tuple[int, str]:
                 if prompt == written.template.write(written.messages[:answer]):
                     return _end_behind_a_user(written, answer), prompt
         return len(prompt), prompt
-    begin, markers = written.words_start(answer), _markers(written.template.tokenizer)
+    begin, shared = written.words_start(answer), written.template.shared
     if not prompt:
         start = _end_behind_a_user(written, answer)
     else:
-        start = _shared(prompt, text, markers)
+        start = shared(prompt, text)
         asked, said = written.around(answer - 1, answer, prompt=True), written.words_end(answer - 1)
         if said is None or asked is None or not prompt.endswith(asked[1]):
             raise _rewritten(answer)
         if start < said:
-            start = said + _shared(asked[1], text[said:], markers)
+            start = said + shared(asked[1], text[said:])
         if written.messages[answer - 1]["role"] == "assistant" and begin is not None:
             before = written.messages[:answer]
             start = max(start, _head_end(written, before, prompt, (said, begin)))
@@ -234,9 +246,9 @@ def _head_end(written: _Written, before: Messages, prompt: str, between: Span) -
     The head is what the generation prompt behind some messages adds to them; how the last of these
     is closed may differ there.
     """
-    markers = _markers(written.template.tokenizer)
-    plain = written.template.write(before)
-    head = prompt[_shared(plain, prompt, markers) :]
+    template, markers = written.template, written.template.markers
+    plain = template.write(before)
+    head = prompt[template.shared(plain, prompt) :]
     # The answer need not have the markers that the head ends with.
     ends = {len(head), *(head.find(marker) for marker in markers if marker in head)}
     for end in sorted(ends - {0}, reverse=True):
@@ -260,7 +272,7 @@ def _end_behind_a_user(written: _Written, answer: int) -> int:
         answered = written.template.write([*asked, *messages[answer:]]).rpartition(mark)[2]
     except ValueError:
         raise _rewritten(answer) from None
-    rest = answered[_shared(prompt, answered, _markers(written.template.tokenizer)) :]
+    rest = answered[written.template.shared(prompt, answered) :]
     if text.endswith(rest):
         return len(text) - len(rest)
     # Behind the user's message the template may write more of the answer.
@@ -285,7 +297,7 @@ def _end_before_a_prompt(
     again = written.template.write(written.messages[: answer + 1], prompt=True)
     if again != own or asks not in around[1] or not written.text.startswith(own[:words]):
         return None
-    return words + _first_marker(around[1], written.template.tokenizer)
+    return words + written.template.first_marker(around[1])
 
 
 def _turn_end(
@@ -321,7 +333,7 @@ def _turn_end(
         if not shared:
             raise ValueError(f"where messages[{answer}] ends in the template's text cannot be told")
         return start + shared, True
-    return words + _first_marker(between, written.template.tokenizer), left_out
+    return words + written.template.first_marker(between), left_out
 
 
 def _headers(written: _Written, role: str) -> list[str]:
@@ -340,21 +352,13 @@ def _headers(written: _Written, role: str) -> list[str]:
     return [header for header in headers if header]
 
 
-def _first_marker(between: str, tokenizer: Tokenizer) -> int:
-    """How long the marker is, with the space before it, that a text begins with; 0 for none."""
-    text = between.lstrip()
-    begins = filter(text.startswith, _markers(tokenizer))
-    found = max(map(len, begins), default=0)
-    return len(between) - len(text) + found if found else 0
-
-
 def _words_end(written: _Written, answer: int, span: Span) -> int:
     """Where an answer ends that was cut off: no marker that closes the turn is its own."""
     words, message = written.words_end(answer), written.messages[answer]
     if not message["content"].strip() and not message.get("tool_calls"):
         # Cut off while thinking: the marker that closes that is not its own either.
-        thoughts = (message[key] for key in message.keys() - _NAMES - {"role", "content"})
-        for thought in (thought.strip() for thought in thoughts if isinstance(thought, str)):
+        thoughts = (message[key] for key in _fields(message) if isinstance(message[key], str))
+        for thought in map(str.strip, thoughts):
             found = written.text.rfind(thought, *span) if thought else -1
             words = found + len(thought) if found >= 0 else words
     if words is None:
@@ -386,19 +390,23 @@ def _check_nothing_vanishes(written: _Written) -> set[int]:
             raise ValueError(
                 f"messages[{index}] of role {role!r} is not written by the chat template"
             )
-        for key in message.keys() - _NAMES - {"role", "content"}:
-            if _is_left_out(written, index, key):
-                less.add(index)
+        less |= {index for key in _fields(message) if _is_left_out(written, index, key)}
     return less
+
+
+def _fields(message: Mapping[str, Any]) -> list[str]:
+    """What a message holds beside its words, for the template to write."""
+    return [key for key, value in message.items() if key not in _NAMES and not _nothing(value)]
+
+
+def _nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _is_left_out(written: _Written, index: int, key: str) -> bool:
     """Whether a field of an answer is only written while that is the last; refused if never."""
     message = written.messages[index]
-    value = message[key]
-    if value is None or value in ("", [], {}):
-        return False
-    ends = len(written.messages)
+    value, ends = message[key], len(written.messages)
     last = index + 1 if message["role"] == "assistant" else ends
     parts = range(len(value)) if isinstance(value, list) and len(value) > 1 else [None]
     for part in parts:
@@ -407,8 +415,7 @@ def _is_left_out(written: _Written, index: int, key: str) -> bool:
         if part is not None:
             less[key] = [v for number, v in enumerate(value) if number != part]
         changed = [*written.messages[:index], less, *written.messages[index + 1 :]]
-        own = written.up_to(index) if last <= index + 1 else written.text
-        if _unchanged(own, written.template, changed[:last]):
+        if _unchanged(written.up_to(last - 1), written.template, changed[:last]):
             name = key if part is None else f"{key}[{part}]"
             raise ValueError(
                 f"messages[{index}] has {name!r}, which the chat template does not write"
@@ -432,39 +439,6 @@ def _spells(text: str, start: int, end: int, words: str) -> bool:
     )
     characters = iter(text[start:end])
     return all(c in characters for c in words[begun:] if not c.isspace())
-
-
-def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The length of the longest common prefix of two texts or two lists."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _shared(prompt: str, text: str, markers: frozenset[str]) -> int:
-    """The length of the longest common prefix, where markers are shared whole or not at all."""
-    shared = common_prefix(prompt, text)
-    if shared < len(prompt):
-        longest = max(map(len, markers), default=0)
-        for start in range(max(0, shared - longest), shared):
-            if any(prompt[start:end] in markers for end in range(shared + 1, start + longest + 1)):
-                return start
-    return shared
-
-
-def _markers(tokenizer: Tokenizer) -> frozenset[str]:
-    """The texts of the tokens that a tokenizer looks for before all others."""
-    return _markers_of(tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=16)
-def _markers_of(tokenizer: Tokenizer, size: int) -> frozenset[str]:
-    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values())
 
 
 def _overlap(one: str, other: str) -> int:

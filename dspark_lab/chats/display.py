@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -46,39 +45,17 @@ def token_texts(to_text: Callable[[int], str], tokens: Sequence[int]) -> list[st
 
 def _read(begun: bytes, own: bytes) -> tuple[str, bytes]:
     """What a token shows, and the character that it begins, behind one that was begun before."""
-    whole, text, broken, place = begun + own, "", b"", 0
-    while place < len(whole):
-        character = _character(whole[place : place + 4])
-        if character:
-            text += _hexadecimal(broken) + character
-            broken, place = b"", place + len(character.encode("utf-8"))
-        elif _may_go_on(whole[place:]):
-            return text + _hexadecimal(broken + whole[max(place, len(begun)) :]), whole[place:]
-        else:
-            # What a token before this one began, it has shown.
-            broken += whole[place : place + 1] if place >= len(begun) else b""
-            place += 1
-    return text + _hexadecimal(broken), b""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text = decoder.decode(begun + own)
+    rest = decoder.getstate()[0]
+    escaped = text + rest.decode("ascii", "surrogateescape")
+    # What a token before this one began and none completes, that one has shown.
+    shown = re.match(rf"[\udc80-\udcff]{{0,{len(begun)}}}", escaped)
+    return re.sub(r"[\udc80-\udcff]+", _hexadecimal, escaped[shown.end() if shown else 0 :]), rest
 
 
-def _character(some: bytes) -> str:
-    """The character that bytes begin with; empty for none."""
-    for length in range(1, len(some) + 1):
-        with suppress(UnicodeDecodeError):
-            return some[:length].decode("utf-8")
-    return ""
-
-
-def _may_go_on(some: bytes) -> bool:
-    """Whether bytes are the beginning of a character."""
-    try:
-        return not codecs.getincrementaldecoder("utf-8")().decode(some)
-    except UnicodeDecodeError:
-        return False
-
-
-def _hexadecimal(some: bytes) -> str:
-    return f"<0x{some.hex().upper()}>" if some else ""
+def _hexadecimal(broken: re.Match[str]) -> str:
+    return f"<0x{broken[0].encode('ascii', 'surrogateescape').hex().upper()}>"
 
 
 def _reader(tokenizer: Any) -> Callable[[int], bytes]:

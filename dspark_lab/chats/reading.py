@@ -24,13 +24,11 @@ _OTHER_KINDS = {
     b"\xff\xfe": "UTF-16 or UTF-32 text, and must be UTF-8",
     b"\xfe\xff": "UTF-16 text, and must be UTF-8",
     b"\x00\x00\xfe\xff": "UTF-32 text, and must be UTF-8",
+    b"PAR1": "a compressed Parquet file, and must be unpacked",
     b"PK\x03\x04": "a zip archive (a torch file, a spreadsheet), and must be unpacked",
     b"\x28\xb5\x2f\xfd": "compressed with zstd, and must be unpacked",
     b"\xfd7zXZ": "compressed with xz, and must be unpacked",
     b"BZh": "compressed with bzip2, and must be unpacked",
-    b"SQLite": "an SQLite data base",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy file",
     b"version https://git-lfs": "a pointer of Git LFS, and the file itself must be fetched",
     b"\x80": "a pickle, which is not read: it may run code",
 }
@@ -177,14 +175,12 @@ def _parsed(line: bytes) -> Any:
 
 def _read_rows(path: Path) -> Iterator[Row]:
     if path.is_dir():
-        yield from _number(record for file in _arrow_files(path) for record in _arrow_rows(file))
+        yield from _number(record for file in _arrow_files(path) for record in _table_rows(file))
         return
     with path.open("rb") as file:
         start = file.peek(16)[:16]
-        if start.startswith(b"PAR1"):
-            yield from _number(_parquet_rows(path))
-        elif start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-            yield from _number(_arrow_rows(path))
+        if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+            yield from _number(_table_rows(path))
         elif start.startswith(b"\x1f\x8b"):
             try:
                 yield from _text_rows(path, io.BufferedReader(gzip.GzipFile(fileobj=file)))
@@ -200,17 +196,17 @@ def _number(records: Iterable[Any]) -> Iterator[Row]:
 
 def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
     start = file.peek(4096)[:4096]
-    other = next((other for begin, other in _OTHER_KINDS.items() if start.startswith(begin)), None)
-    if other is None and start.startswith(b"PAR1"):
-        other = "a compressed Parquet file, and must be unpacked"
-    if other is None and b"\x00" in start:
+    for begin, other in _OTHER_KINDS.items():
+        if start.startswith(begin):
+            raise ValueError(f"{path} is {other}")
+    if b"\x00" in start:
         other = "no text, or UTF-16 without its mark: it holds zero bytes, and must be UTF-8"
-    if other is not None:
         raise ValueError(f"{path} is {other}")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
         yield from _array_rows(path, file.read())
         return
-    if re.match(rb"\s*\{\s*\n", start.removeprefix(b"\xef\xbb\xbf")):
+    if re.match(rb"\{\s*\n", start):
         what = "an object that goes on over several lines"
         raise ValueError(f"{path} begins with {what}: write one object a line, or an array of them")
     blank = None
@@ -234,16 +230,30 @@ def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
     yield from _number(rows)
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, an Arrow file or a stream of Arrow batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kind = "Arrow"
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+        with pa.OSFile(str(path)) as file:
+            start = file.read(6)
+            file.seek(0)
+            if start.startswith(b"PAR1"):
+                kind = "Parquet"
+                batches = pq.ParquetFile(file).iter_batches(batch_size=1024)
+            elif start == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                batches = pa.ipc.open_stream(file)
+            for batch in batches:
                 yield from map(_without_nulls, batch.to_pylist())
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is a broken Parquet file: {error}") from error
+        raise ValueError(f"{path} is a broken {kind} file: {error}") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -253,25 +263,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value[:8]):
         return [_without_nulls(part) for part in value]
     return value
-
-
-def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-            else:
-                file.seek(0)
-                batches = iter(pa.ipc.open_stream(file))
-            for batch in batches:
-                yield from map(_without_nulls, batch.to_pylist())
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is a broken Arrow file: {error}") from error
 
 
 def _arrow_files(folder: Path) -> list[Path]:

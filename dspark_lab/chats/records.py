@@ -65,12 +65,12 @@ def read_record(record: Any, default_id: str) -> Chat | Encoded:
 
 
 def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str | None) -> Encoded:
-    ids = _numbers("input_ids", record["input_ids"])
+    columns = ("input_ids", "loss_mask", "labels", "attention_mask", "position_ids")
+    ids, mask, labels, padding, positions = (_numbers(key, record.get(key)) for key in columns)
     masks = []
-    if record.get("loss_mask") is not None:
-        masks.append([value > 0.5 for value in _numbers("loss_mask", record["loss_mask"])])
-    if record.get("labels") is not None:
-        labels = _numbers("labels", record["labels"])
+    if mask is not None:
+        masks.append([value > 0.5 for value in mask])
+    if labels is not None:
         if any(label not in (-100, token) for label, token in zip(labels, ids, strict=False)):
             raise ValueError("labels must be those of input_ids, or -100 where there is none")
         masks.append([label != -100 for label in labels])
@@ -84,16 +84,12 @@ def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str
         raise ValueError("has 'loss_mask' and 'labels' that differ")
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ValueError("input_ids must be integers in [0, 2**31)")
-    padding = record.get("attention_mask")
-    length = len(ids)
-    if padding is not None:
-        length = _numbers("attention_mask", padding).count(1)
-        if padding != [1] * length + [0] * (len(ids) - length):
-            raise ValueError("attention_mask must be 1 on tokens and 0 on padding behind them")
+    length = len(ids) if padding is None else padding.count(1)
+    if padding is not None and padding != [1] * length + [0] * (len(ids) - length):
+        raise ValueError("attention_mask must be 1 on tokens and 0 on padding behind them")
     if not length:
         raise ValueError("input_ids must hold at least one token, got none")
-    positions = record.get("position_ids")
-    if positions is not None and _numbers("position_ids", positions)[:length] != [*range(length)]:
+    if positions is not None and positions[:length] != [*range(length)]:
         raise ValueError("has 'position_ids' of several documents, which cannot be honoured")
     rows = torch.tensor(ids[:length], dtype=torch.long), torch.tensor(masks[0][:length])
     return Encoded(*rows, chat, name, domain)
@@ -103,23 +99,21 @@ def _chat(record: Mapping[str, Any], name: str, domain: str | None) -> Chat:
     turns, used = _turns(record)
     _check_others(record, used, turns)
     turns = _with_row_switches(record, turns)
-    turns, cut_off = _without_finish_reasons(turns)
-    system = [key for key in ("system", "system_prompt") if not _empty(record.get(key))]
-    for key in system[:1]:
+    finished = _finished(record, [said for said, _ in turns])
+    for key in ("system_prompt", "system"):
+        if _empty(record.get(key)):
+            continue
         said = {"role": "system", "content": _string(key, record[key])}
-        if turns and turns[0][0]["role"] == "system":
-            if turns[0][0]["content"] != said["content"]:
-                raise ValueError(f"has {key!r} beside another message of the system")
-        else:
+        if not turns or turns[0][0]["role"] != "system":
             turns.insert(0, (said, True))
-    if len(system) == 2 and record["system"] != record["system_prompt"]:
-        raise ValueError("has 'system' and 'system_prompt' that differ")
+        elif turns[0][0]["content"] != said["content"]:
+            raise ValueError(f"has {key!r} beside another message of the system")
     supervised = [keep for _, keep in turns]
     return Chat(
         [message for message, _ in turns],
         name,
         domain,
-        finished=_finished(record, cut_off),
+        finished=finished,
         tools=_objects("tools", record.get("tools")) or None,
         supervised=None if all(supervised) else supervised,
     )
@@ -131,7 +125,7 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
     if len(lists) == 2:
         raise ValueError("has both 'messages' and 'conversations', only one is allowed")
     if lists:
-        return _messages(lists[0], record[lists[0]]), set(lists)
+        return _said(lists[0], record[lists[0]]), set(lists)
     if record.get("prompt") is not None:
         answers = [key for key in _ANSWERS if record.get(key) is not None]
         if len(answers) == 2:
@@ -146,14 +140,20 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
         asked = _string("instruction", record["instruction"])
         if not _empty(record.get("input")):
             asked += "\n" + _string("input", record["input"])
-        turns = _history(record.get("history")) + _said("instruction", asked, "user")
+        turns = []
+        for index, pair in enumerate(_list("history", record.get("history") or [])):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"history[{index}] must be a question and an answer")
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                turns += _said(f"history[{index}]", _string(f"history[{index}]", text), role)
+        turns += _said("instruction", asked, "user")
         if record.get("output") is not None:
             turns += _said("output", record["output"], "assistant")
         return turns, {"instruction", "input", "output", "history"}
     if not _empty(record.get("turns")):
         texts = _list("turns", record["turns"])
         said = [_string(f"turns[{index}]", text) for index, text in enumerate(texts)]
-        return [({"role": "user", "content": text}, True) for text in said], {"turns"}
+        return [turn for text in said for turn in _said("turns", text, "user")], {"turns"}
     empty = next((key for key in (*_LISTS, "turns", "input_ids") if key in record), None)
     if empty is not None and record[empty] is not None:
         _list(empty, record[empty])
@@ -161,25 +161,11 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
     raise ValueError(f"must have {_SHAPES}, got keys {sorted(map(str, record))}")
 
 
-def _history(value: Any) -> list[Turn]:
-    turns: list[Turn] = []
-    for index, pair in enumerate(_list("history", value or [])):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"history[{index}] must be a question and an answer")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append(({"role": role, "content": _string(f"history[{index}]", text)}, True))
-    return turns
-
-
-def _said(key: str, value: Any, role: str) -> list[Turn]:
-    """Messages, or the text of one."""
-    if isinstance(value, list):
-        return _messages(key, value)
-    return [({"role": role, "content": _string(key, value)}, True)]
-
-
-def _messages(key: str, raw: Any) -> list[Turn]:
-    return [_message(f"{key}[{index}]", message) for index, message in enumerate(_list(key, raw))]
+def _said(key: str, value: Any, role: str = "") -> list[Turn]:
+    """Messages, or the text of one, of this ``role``."""
+    if role and not isinstance(value, list):
+        return [({"role": role, "content": _string(key, value)}, True)]
+    return [_message(f"{key}[{index}]", said) for index, said in enumerate(_list(key, value))]
 
 
 def _message(where: str, raw: Any) -> Turn:
@@ -246,50 +232,40 @@ def _switch(where: str, raw: Mapping[str, Any], answer: bool) -> bool:
 def _with_row_switches(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     """The messages, those left out too that a switch of the whole row leaves out."""
     mask = record.get("loss_mask")
-    if isinstance(mask, list):
-        if len(mask) != len(turns):
-            got = f"got {len(mask)}"
-            raise ValueError(
-                f"loss_mask must have a value for each of {len(turns)} messages, {got}"
-            )
-        return [
-            (said, keep and _switch(f"message {index}", {"loss_mask": value}, _answers(said)))
-            for index, ((said, keep), value) in enumerate(zip(turns, mask, strict=True))
-        ]
-    keep_row = _switch("the row", record, answer=True)
-    return [(message, keep and keep_row) for message, keep in turns]
+    if not isinstance(mask, list):
+        keep_row = _switch("the row", record, answer=True)
+        return [(message, keep and keep_row) for message, keep in turns]
+    if len(mask) != len(turns):
+        wanted = f"a value for each of {len(turns)} messages"
+        raise ValueError(f"loss_mask must have {wanted}, got {len(mask)}")
+    return [
+        (said, keep and _switch(f"message {index}", {"loss_mask": value}, _answers(said)))
+        for index, ((said, keep), value) in enumerate(zip(turns, mask, strict=True))
+    ]
 
 
-def _without_finish_reasons(turns: list[Turn]) -> tuple[list[Turn], bool]:
-    """The messages, and whether the last answer says that it was cut off."""
-    answers = [index for index, (said, _) in enumerate(turns) if _answers(said)]
-    cut_off = False
-    for index, (said, _) in enumerate(turns):
-        if "finish_reason" in said and _is_cut_off(said.pop("finish_reason")):
+def _finished(record: Mapping[str, Any], messages: list[dict[str, Any]]) -> bool:
+    """Whether the last answer ended by itself; what its message says of that is taken out."""
+    last = max((i for i, message in enumerate(messages) if _answers(message)), default=-1)
+    # Of servers, stop_reason is the token or the text that ended an answer, too.
+    cut_off = _is_cut_off(record.get("finish_reason")) or record.get("stop_reason") in _CUT_OFF
+    for index, message in enumerate(messages):
+        if _is_cut_off(message.pop("finish_reason", None)):
             cut_off = True
-            if [index] != answers[-1:]:
+            if index != last:
                 raise ValueError(f"the answer in message {index} was cut off, but is not the last")
-    return turns, cut_off
-
-
-def _is_cut_off(reason: Any) -> bool:
-    if reason in _CUT_OFF:
-        return True
-    if reason is None or reason in _GENERATED_WHOLE:
-        return False
-    raise ValueError(f"has finish_reason {reason!r}, which cannot be honoured")
-
-
-def _finished(record: Mapping[str, Any], cut_off: bool) -> bool:
     finished = record.get("finished")
     if finished is not None and not isinstance(finished, bool):
         raise ValueError(f"finished must be true or false, got {_kind(finished)}")
-    cut_off = _is_cut_off(record.get("finish_reason")) or cut_off
-    # Of servers it is the token or the text that ended an answer, too.
-    cut_off = cut_off or record.get("stop_reason") in _CUT_OFF
     if finished and cut_off:
         raise ValueError("has finished true and finish_reason 'length'")
     return not cut_off and finished is not False
+
+
+def _is_cut_off(reason: Any) -> bool:
+    if reason is not None and reason not in _CUT_OFF + _GENERATED_WHOLE:
+        raise ValueError(f"has finish_reason {reason!r}, which cannot be honoured")
+    return reason in _CUT_OFF
 
 
 def _check_others(record: Mapping[str, Any], used: set[str], turns: list[Turn]) -> None:
@@ -343,12 +319,13 @@ def _text_part(where: str, part: Any) -> str:
     return _string(f"{where} of type 'text'", part.get("text"))
 
 
-def _numbers(where: str, value: Any) -> list[Any]:
-    numbers = _list(where, value)
-    # NaN is no number, and differs from itself.
-    if not all(isinstance(n, (bool, int, float)) and n == n for n in numbers):
+def _numbers(where: str, value: Any) -> Any:
+    """A list of numbers, or None; NaN is no number, and differs from itself."""
+    if value is None:
+        return None
+    if not all(isinstance(n, (bool, int, float)) and n == n for n in _list(where, value)):
         raise ValueError(f"{where} must be a list of numbers")
-    return numbers
+    return value
 
 
 def _list(where: str, value: Any) -> list[Any]:

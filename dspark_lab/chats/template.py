@@ -103,6 +103,41 @@ class Template:
             raise ValueError(f"the chat template refuses it: {error}") from error
         return texts[0], spans[0]
 
+    @property
+    def markers(self) -> frozenset[str]:
+        """The texts of the tokens that the tokenizer looks for before all others."""
+        return _markers(self.tokenizer, len(self.tokenizer))
+
+    def shared(self, prompt: str, text: str) -> int:
+        """The length of the longest common prefix, where markers are shared whole or not at all."""
+        shared = common_prefix(prompt, text)
+        if shared == len(prompt):
+            return shared
+        markers = self.markers
+        longest = max(map(len, markers), default=0)
+        for start in range(max(0, shared - longest), shared):
+            if any(prompt[start:end] in markers for end in range(shared + 1, start + longest + 1)):
+                return start
+        return shared
+
+    def first_marker(self, text: str) -> int:
+        """How long the marker is, with the space before it, that a text begins with; 0 for none."""
+        rest = text.lstrip()
+        found = max(map(len, filter(rest.startswith, self.markers)), default=0)
+        return len(text) - len(rest) + found if found else 0
+
+
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The length of the longest common prefix of two texts or two lists."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
     return len(message) == 2 and type(message["role"]) is type(message["content"]) is str
@@ -111,3 +146,8 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
 @lru_cache(maxsize=16)
 def _has_markers(source: str) -> bool:
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+
+
+@lru_cache(maxsize=16)
+def _markers(tokenizer: Tokenizer, size: int) -> frozenset[str]:
+    return frozenset(token.content for token in tokenizer.added_tokens_decoder.values())

@@ -29,10 +29,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dspark_lab.chats.answers import common_prefix
 from dspark_lab.chats.chat import Chat
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
-from dspark_lab.chats.template import Span, Template
+from dspark_lab.chats.template import Span, Template, common_prefix
 from dspark_lab.checks import Count, checked
 
 if TYPE_CHECKING:
@@ -194,9 +193,7 @@ def _automodel(chat: Chat, template: Template, length: int | None, last_only: bo
 
 
 def _deepspec(chat: Chat, template: Template, length: int | None, last_only: bool) -> Plan[Shown]:
-    family = _family(
-        template.tokenizer, template.tokenizer.get_chat_template(), "deepspec", DEEPSPEC
-    )
+    family = _family(template.tokenizer, template.source, "deepspec", DEEPSPEC)
     messages = _with_system(chat.messages, family)
     if (first := messages[_has_system(messages) :]) and first[0]["role"] != "user":
         raise ValueError(f"deepspec needs the user to begin, got {first[0]['role']!r}")
@@ -211,9 +208,7 @@ def _deepspec(chat: Chat, template: Template, length: int | None, last_only: boo
 
 
 def _specforge(chat: Chat, template: Template, length: int | None, last_only: bool) -> Plan[Shown]:
-    family = _family(
-        template.tokenizer, template.tokenizer.get_chat_template(), "specforge", SPECFORGE
-    )
+    family = _family(template.tokenizer, template.source, "specforge", SPECFORGE)
     thinks = template.options.get("enable_thinking", family.thinks)
     messages = _with_system(chat.messages, family)
     kept = messages[: _has_system(messages)]
