@@ -104,11 +104,6 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
-    def has_label(self) -> bool:
-        """Whether there is anything to train on: two supervised tokens, one after the other."""
-        return bool((self.loss_mask[1:] & self.loss_mask[:-1]).any())
-
 
 def _check_message(where: str, message: dict[str, Any]) -> None:
     for key in ("role", "content"):

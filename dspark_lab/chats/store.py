@@ -14,7 +14,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from safetensors import safe_open
 from safetensors.numpy import load, save
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import run_plans, tokenize
 from dspark_lab.chats.reading import Skipped, raw_rows, read_raw
 from dspark_lab.chats.stream import Chunk, RowFacts, chunks_of_rows, offsets
-from dspark_lab.chats.tokens import LEFT_OUT, Row, check_options, check_tokenizer, row_plan
+from dspark_lab.chats.tokens import LEFT_OUT, check_options, check_tokenizer, row_plan
 from dspark_lab.chats.trainers import Like
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import read_json, remove_partial, sync, write_json, written_whole
@@ -116,14 +115,14 @@ class EncodedChats(Sequence[Encoded]):
     @cached_property
     def lengths(self) -> Int[np.ndarray, " row"]:
         """Tokens of each row."""
-        found = [np.diff(starts) for starts in self._column("row_start")]
+        found = [np.diff(starts) for starts in self.column("row_start")]
         lengths = np.concatenate([*found, np.empty(0, np.int64)])[self._rows]
         return lengths if self._max_length is None else np.minimum(lengths, self._max_length)
 
     def row_facts(self) -> RowFacts:
         """Of each row its domain, ``left_out`` and ``marker_differences``."""
-        domains = [domain for names in self._column("name") for _, domain in _names(names)]
-        facts = np.concatenate([*self._column("fact"), np.empty((0, 3), np.int64)])[self._rows]
+        domains = [domain for names in self.column("name") for _, domain in _names(names)]
+        facts = np.concatenate([*self.column("fact"), np.empty((0, 3), np.int64)])[self._rows]
         return [domains[row] for row in self._rows], facts[:, 1], facts[:, 2]
 
     def chunks(self, tokens: int) -> Iterator[Chunk]:
@@ -155,7 +154,8 @@ class EncodedChats(Sequence[Encoded]):
         both = [length for length in (max_length, self._max_length) if length is not None]
         return EncodedChats(self.folder, self._chats, self._rows, min(both, default=None))
 
-    def _column(self, name: str) -> Iterator[np.ndarray]:
+    def column(self, name: str) -> Iterator[Shaped[np.ndarray, "..."]]:
+        """The values of each part, of all its rows."""
         for path in self._parts:
             with safe_open(path, "np") as file:
                 yield file.get_tensor(name)
@@ -206,7 +206,8 @@ def encode_all(
     options: dict[str, Any] = {"max_length": max_length, "like": like, "markers": markers}
     options |= {"last_answer_only": last_answer_only, "template_options": template_options}
     source = _File(Path(chats)) if isinstance(chats, (str, os.PathLike)) else _List(chats)
-    base = _default_cache() if cache is None else Path(cache)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(home) / "dspark_lab" if cache is None else Path(cache)
     # A call sets the backend's truncation and padding, which are written with it, to none.
     tokenize(["a"], tokenizer)
     backend = tokenizer.backend_tokenizer.to_str()
@@ -225,7 +226,7 @@ def encode_all(
             cores = workers or usable_cores()
             _make(folder, source, work, skip=skip, workers=cores, progress=progress)
     made = EncodedChats(folder, None if isinstance(source, _File) else source.chats)
-    if np.any(made.row_facts()[1]):
+    if any(facts[:, 1].any() for facts in made.column("fact")):
         warnings.warn(LEFT_OUT, stacklevel=3)
     return made
 
@@ -234,7 +235,8 @@ class _List:
     """Conversations in memory, which forked workers share."""
 
     def __init__(self, chats: Sequence[Chat | Encoded]) -> None:
-        self.chats, self.total, self.unit = chats, len(chats), "chat"
+        self.chats, self.name = chats, ""
+        self.total, self.unit = len(chats), "chat"
 
     def requests(self) -> Iterator[Any]:
         size = _part_size(self.total, _PART_CHATS)
@@ -247,11 +249,8 @@ class _List:
     def items(self, request: Any) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
         yield from ((index, self.chats[index]) for index in request)
 
-    def refusal(self, number: int, reason: str) -> ValueError:
-        return ValueError(reason)
-
-    def skipped(self, number: int, reason: str) -> Skipped:
-        return Skipped("", number, reason)
+    def where(self, number: int) -> str:
+        return ""
 
     def update(self, digest: Any) -> None:
         """Put all that the rows follow from into a checksum."""
@@ -268,7 +267,10 @@ class _File:
     """A file of conversations, whose lines workers parse."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.total, self.unit, self.rows = path, _bytes_of(path), "B", "line"
+        self.path, self.name, self.rows = path, str(path), "line"
+        folder = sorted(p for p in path.rglob("*") if p.is_file())  # of a saved data set
+        self.files = folder if path.is_dir() else [path]
+        self.total, self.unit = sum(file.stat().st_size for file in self.files), "B"
 
     def requests(self) -> Iterator[Any]:
         lines: list[tuple[int, bytes]] = []
@@ -290,15 +292,12 @@ class _File:
         for number, raw in request:
             yield number, read_raw(raw, self.path, f"{self.rows} {number}")
 
-    def refusal(self, number: int, reason: str) -> ValueError:
-        return ValueError(f"{self.path}, {self.rows} {number}: {reason}")
-
-    def skipped(self, number: int, reason: str) -> Skipped:
-        return Skipped(str(self.path), number, reason)
+    def where(self, number: int) -> str:
+        return f"{self.path}, {self.rows} {number}: "
 
     def update(self, digest: Any) -> None:
         digest.update(json.dumps([self.path.name]).encode())
-        for path in _files_of(self.path):
+        for path in self.files:
             digest.update(json.dumps([path.name, path.stat().st_size]).encode())
             with path.open("rb") as file:
                 while piece := file.read(2**20):
@@ -310,42 +309,6 @@ _Source = _List | _File
 
 def _part_size(total: int, bounds: tuple[int, int]) -> int:
     return min(max(total // _LEAST_PARTS, bounds[0]), bounds[1])
-
-
-@dataclass
-class _Part:
-    """Rows of one part, as they are made."""
-
-    ids: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    facts: list[tuple[int, int, int]] = field(default_factory=list)
-    refused: list[tuple[int, str]] = field(default_factory=list)
-
-    def add(self, number: int, item: Chat | Encoded, row: Row) -> None:
-        ids, mask, left_out, differences = row
-        name = json.dumps([item.id, item.domain]).encode()
-        self.ids.append(np.asarray(ids, np.int32))
-        self.masks.append(np.asarray(mask, bool))
-        self.names.append(name + b",")
-        self.hashes.append(hashlib.blake2b(str(item.id).encode(), digest_size=8).digest())
-        self.facts.append((number, left_out, differences))
-
-    def saved(self) -> bytes:
-        return save(
-            {
-                "input_ids": np.concatenate([np.empty(0, np.int32), *self.ids]),
-                "loss_mask": np.concatenate([np.empty(0, bool), *self.masks]),
-                "row_start": np.cumsum([0, *map(len, self.ids)], dtype=np.int64),
-                "name": np.frombuffer(b"".join(self.names), np.uint8),
-                "name_start": np.cumsum([0, *map(len, self.names)], dtype=np.int64),
-                "id_hash": np.frombuffer(b"".join(self.hashes), np.uint64),
-                # The number of the line or the conversation, left_out and marker_differences.
-                "fact": np.array(self.facts, np.int64).reshape(-1, 3),
-                "refused": np.frombuffer(json.dumps(self.refused).encode(), np.uint8),
-            }
-        )
 
 
 def _names(written: np.ndarray) -> list[tuple[str | None, str | None]]:
@@ -360,19 +323,37 @@ def _refused(written: np.ndarray) -> list[tuple[int, str]]:
 def _encoded_part(
     request: Any, source: _Source, plan: Callable[..., Any], tokens_of: Callable[..., Any]
 ) -> bytes:
-    """The rows of one part, and what of its conversations was refused."""
-    items, part = source.items(request), _Part()
+    """The rows of one part, and what of its conversations was refused, as a file's contents."""
+    items = source.items(request)
+    refused: list[tuple[int, str]] = []
+    ids, masks, names, hashes, facts = [], [], [], [], []
     while batch := list(islice(items, _BATCH)):
         plans = [plan(item) for _, item in batch if not isinstance(item, ValueError)]
         made = iter(run_plans(plans, tokens_of))
         for number, item in batch:
-            found = item if isinstance(item, ValueError) else next(made)
-            if isinstance(item, ValueError) or isinstance(found, ValueError):
-                part.refused.append((number, str(found)))
+            rows = item if isinstance(item, ValueError) else next(made)
+            if isinstance(item, ValueError) or isinstance(rows, ValueError):
+                refused.append((number, str(rows)))
                 continue
-            for row in found:
-                part.add(number, item, row)
-    return part.saved()
+            for row_ids, mask, *counts in rows:
+                ids.append(np.asarray(row_ids, np.int32))
+                masks.append(np.asarray(mask, bool))
+                names.append(json.dumps([item.id, item.domain]).encode() + b",")
+                hashes.append(hashlib.blake2b(str(item.id).encode(), digest_size=8).digest())
+                facts.append((number, *counts))
+    return save(
+        {
+            "input_ids": np.concatenate([np.empty(0, np.int32), *ids]),
+            "loss_mask": np.concatenate([np.empty(0, bool), *masks]),
+            "row_start": np.cumsum([0, *map(len, ids)], dtype=np.int64),
+            "name": np.frombuffer(b"".join(names), np.uint8),
+            "name_start": np.cumsum([0, *map(len, names)], dtype=np.int64),
+            "id_hash": np.frombuffer(b"".join(hashes), np.uint64),
+            # The number of the line or the conversation, left_out and marker_differences.
+            "fact": np.array(facts, np.int64).reshape(-1, 3),
+            "refused": np.frombuffer(json.dumps(refused).encode(), np.uint8),
+        }
+    )
 
 
 def _make(
@@ -414,20 +395,20 @@ def _make(
                 part = load(data)
             refused = _refused(part["refused"])
             if refused and not skip:
-                raise source.refusal(*refused[0])
+                raise ValueError(source.where(refused[0][0]) + refused[0][1])
             parts.append(folder / f"{len(parts):06}-{zlib.crc32(data):08x}.safetensors")
             with written_whole(parts[-1]) as partial:
                 partial.write_bytes(data)
             bar.update(source.weight(request))
     if not parts:
-        where = source.path if isinstance(source, _File) else "chats"
-        raise ValueError(f"{where} must hold at least one conversation, got none")
+        raise ValueError(f"{source.name or 'chats'} must hold at least one conversation, got none")
     listed, skipped = [], []
     for path in parts:
         sync(path)
         with safe_open(path, "np") as file:
             rows = file.get_slice("fact").get_shape()[0]
-            skipped += [source.skipped(*entry) for entry in _refused(file.get_tensor("refused"))]
+            refused = _refused(file.get_tensor("refused"))
+        skipped += [Skipped(source.name, *entry) for entry in refused]
         listed.append([path.name, path.stat().st_size, rows])
     write_json(folder / _DONE, {"parts": listed, "skipped": skipped})
 
@@ -499,10 +480,6 @@ def _fingerprint(
     return digest.hexdigest()[:32]
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark_lab"
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Only one process makes a set; the lock ends with the process, however that ends."""
@@ -512,12 +489,3 @@ def _locked(folder: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _files_of(path: Path) -> list[Path]:
-    """A file, or all of a folder (a saved data set)."""
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def _bytes_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files_of(path))

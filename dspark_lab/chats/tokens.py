@@ -199,10 +199,6 @@ def check_options(like: Like | None, markers: bool) -> None:
         raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
 
 
-# Token ids, mask, ``left_out`` and ``marker_differences``.
-Row = tuple[Any, Any, int, int]
-
-
 def row_plan(
     chat: Chat | Encoded,
     tokenizer: Tokenizer,
@@ -212,8 +208,8 @@ def row_plan(
     markers: bool,
     last_answer_only: bool,
     template_options: Mapping[str, Any] | None,
-) -> Plan[Row]:
-    """The rows of one conversation, in the arguments of :func:`encode`."""
+) -> Plan[tuple[Any, Any, int, int]]:
+    """The rows of one conversation: ids, mask, ``left_out`` and ``marker_differences``."""
     if isinstance(chat, Encoded):
         row = cut(chat, max_length)
         return [(row.input_ids, row.loss_mask, row.left_out, row.marker_differences)]
