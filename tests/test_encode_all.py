@@ -87,8 +87,10 @@ def write(path: Path, chats: list[Chat]) -> Path:
 
 
 @pytest.fixture
-def parts_of_two(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_PART_ITEMS", 2)
+def small_parts(monkeypatch) -> None:
+    """Parts of two conversations, or one line."""
+    monkeypatch.setattr(module, "_PART_CHATS", (2, 2))
+    monkeypatch.setattr(module, "_PART_BYTES", (1, 1))
 
 
 def quietly(call, *args, **options):
@@ -133,7 +135,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_row_is_that_of_encode(options, tmp_path, parts_of_two):
+def test_every_row_is_that_of_encode(options, tmp_path, small_parts):
     chats = some(9)
     expected = loop(chats, **options)
     assert_same(made(chats, tmp_path, **options), expected)
@@ -142,7 +144,7 @@ def test_every_row_is_that_of_encode(options, tmp_path, parts_of_two):
     assert all(row.chat in chats for row in found)
 
 
-def test_a_file_gives_the_rows_of_its_list(tmp_path, parts_of_two):
+def test_a_file_gives_the_rows_of_its_list(tmp_path, small_parts):
     chats = some(7)
     path = write(tmp_path / "chats.jsonl", chats)
     rows = made(path, tmp_path / "cache", workers=2)
@@ -200,7 +202,8 @@ def test_chunks_hold_all_tokens_in_order(tmp_path_factory, size, length, listed)
     assert all(
         len(chunk.input_ids) <= size or len(chunk.lengths) == 1 or listed for chunk in chunks
     )
-    labels = [bool((m[1:] & m[:-1]).any()) for m in (row.loss_mask for row in expected)]
+    masks = [row.loss_mask.tolist() for row in expected]
+    labels = [any(a and b for a, b in zip(mask, mask[1:], strict=False)) for mask in masks]
     assert rows_with_labels(rows).tolist() == labels
     assert token_counts(rows).tolist() == [len(row) for row in expected]
     held = {token for row in expected for token in row.input_ids.tolist()}
@@ -214,60 +217,59 @@ class Stop(Exception):
     pass
 
 
-def counting(monkeypatch, path, cache):
-    """The rows, and how many conversations the set held before each part that was made."""
-    counts, append = [], module._Set.append
+def counting(monkeypatch, chats, cache, stop_at: int | None = None):
+    """The rows, and how many parts were encoded; a run may be stopped at one of them."""
+    count, encoded = 0, module._encoded_part
 
-    def counted(self, part, weight):
-        counts.append(self.items)
-        append(self, part, weight)
+    def counted(request, **given):
+        nonlocal count
+        if count == stop_at:
+            raise Stop
+        count += 1
+        return encoded(request, **given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module._Set, "append", counted)
-        return made(path, cache), counts
+        patched.setattr(module, "_encoded_part", counted)
+        return made(chats, cache), count
 
 
-def test_an_interrupted_run_goes_on_behind_every_part(tmp_path, monkeypatch, parts_of_two):
-    chats = some(9)
-    path = write(tmp_path / "chats.jsonl", chats)
+def test_an_interrupted_run_goes_on_behind_every_part(tmp_path, monkeypatch, small_parts):
+    path = write(tmp_path / "chats.jsonl", some(5))
     expected = loop(load_chats(path))
-    append = module._Set.append
     for stop_at in range(5):
-        cache, counts = tmp_path / f"cache {stop_at}", []
-
-        def counted(self, part, weight, stop_at=stop_at, counts=counts):
-            counts.append(self.items)
-            if len(counts) > stop_at:
-                raise Stop
-            append(self, part, weight)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(module._Set, "append", counted)
-            with pytest.raises(Stop):
-                made(path, cache)
+        cache = tmp_path / f"cache {stop_at}"
+        with pytest.raises(Stop):
+            counting(monkeypatch, path, cache, stop_at)
         (folder,) = cache.iterdir()
-        whole = {file.name: file.read_bytes() for file in folder.iterdir()}
-        # Parts are torn wherever a kill falls: columns ahead of the journal, half a line in it.
-        (folder / "input_id").write_bytes(whole["input_id"] + b"torn")
-        (folder / "journal.jsonl").write_bytes(whole["journal.jsonl"] + b'{"items": 9, "we')
-        rows, again = counting(monkeypatch, path, cache)
-        assert again[0] == 2 * stop_at, "what was made before is not made again"
+        # Parts are torn wherever a kill falls.
+        torn = [folder / f"{stop_at:06}-00000000.safetensors", folder / ".done.json.partial-1"]
+        for file in torn:
+            file.write_bytes(b"torn")
+        rows, count = counting(monkeypatch, path, cache)
+        assert count == 5 - stop_at, "what was made before is not made again"
         assert_same(rows, expected)
+        assert not any(file.exists() for file in torn)
 
 
-def test_a_column_that_lost_or_changed_bytes_is_made_again(tmp_path, parts_of_two):
+def test_a_part_that_lost_or_changed_bytes_is_made_again(tmp_path, monkeypatch, small_parts):
     chats = some(6)
-    expected = loop(chats)
-    made(chats, tmp_path)
+    expected = list(made(chats, tmp_path))
     (folder,) = tmp_path.iterdir()
-    for column in module.COLUMNS:
-        data = (folder / column).read_bytes()
-        (folder / column).write_bytes(data[:-1])
-        assert_same(made(chats, tmp_path), expected)
-        assert (folder / column).read_bytes() == data
-        (folder / "done.json").unlink()
-        (folder / column).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-        assert_same(made(chats, tmp_path), expected)
+    parts = sorted(folder.glob("*.safetensors"))
+    assert len(parts) == 3
+    for number, path in enumerate(parts):
+        data = path.read_bytes()
+        for changed in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), None):
+            if changed is None:
+                path.unlink()
+            else:
+                path.write_bytes(changed)
+                if len(changed) == len(data):
+                    (folder / "done.json").unlink()
+            rows, count = counting(monkeypatch, chats, tmp_path)
+            assert count == 3 - number
+            assert_same(rows, expected)
+            assert path.read_bytes() == data
 
 
 def test_a_finished_set_is_found_and_not_made_again(tmp_path, monkeypatch):
@@ -280,35 +282,31 @@ def test_a_finished_set_is_found_and_not_made_again(tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 from dspark_lab.chats import encode_all, load_tokenizer, store
-store._PART_ITEMS = 1
-work = store._encoded_part
+store._PART_BYTES = 1, 1
+encoded = store._encoded_part
 def slow(request, **given):
     time.sleep(0.05)
-    return work(request, **given)
+    return encoded(request, **given)
 store._encoded_part = slow
 encode_all(sys.argv[1], load_tokenizer(), cache=sys.argv[2], workers=2, progress=False)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_leaves_no_process(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_leaves_no_process(tmp_path, monkeypatch, small_parts):
     path = write(tmp_path / "chats.jsonl", some(60))
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", KILLED, str(path), str(cache)]
     process = subprocess.Popen(command, start_new_session=True)
-    journal = None
-    while journal is None or journal.read_bytes().count(b"\n") < 5:
-        journal = next(cache.glob("*/journal.jsonl"), None) if cache.exists() else None
+    while (done := len([*cache.glob("*/0*.safetensors")])) < 5:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = journal.read_bytes().count(b"\n")
-    assert 5 <= done < 60
+    assert done < 60
     # The lock is free once the last worker has seen its parent go.
-    monkeypatch.setattr(module, "_PART_ITEMS", 1)
-    rows, counts = counting(monkeypatch, path, cache)
-    assert counts[0] >= done
+    rows, count = counting(monkeypatch, path, cache)
+    assert count <= 60 - done
     assert_same(rows, loop(load_chats(path)))
 
 
@@ -421,7 +419,7 @@ def test_the_first_bad_line_stops_the_run_with_its_number(tmp_path):
         made(some(1), tmp_path, like="deepspec", markers=True)
 
 
-def test_bad_lines_are_left_out_and_listed(tmp_path, parts_of_two):
+def test_bad_lines_are_left_out_and_listed(tmp_path, small_parts):
     path = bad_file(tmp_path)
     rows, listed = made(path, tmp_path, on_error="skip"), load_chats(path, on_error="skip")
     assert_same(rows, loop(listed))
@@ -430,7 +428,7 @@ def test_bad_lines_are_left_out_and_listed(tmp_path, parts_of_two):
     assert made(path, tmp_path, on_error="skip").skipped == rows.skipped
 
 
-def test_repeated_ids_are_found_across_parts_and_runs(tmp_path, parts_of_two):
+def test_repeated_ids_are_found_across_parts_and_runs(tmp_path, small_parts):
     chats = [talk("Hi", "Yes", id=f"id {i}") for i in (0, 1, 2, 3, 0)]
     path = write(tmp_path / "chats.jsonl", chats)
     for _ in range(2):  # the second run knows the ids of the first
@@ -456,7 +454,7 @@ def test_edges_from_bytes_are_the_offsets_of_the_tokenizer(text):
 LEVEL = ByteLevel.of(TOKENIZER)
 
 
-def test_the_environment_of_the_tokenizer_is_as_before(tmp_path, monkeypatch, parts_of_two):
+def test_the_environment_of_the_tokenizer_is_as_before(tmp_path, monkeypatch, small_parts):
     for before in (None, "true"):
         if before is None:
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)

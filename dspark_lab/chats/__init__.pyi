@@ -4,7 +4,7 @@ from .display import TokenText, token_texts
 from .reading import SHIPPED_CHATS, Chats, Skipped, load_chats
 from .rows import Batch, collate, describe, fill_rows, one_row, pack, packed_places, packed_rows
 from .store import EncodedChats, encode_all
-from .stream import rows_with_labels, seen_tokens, token_chunks, token_counts
+from .stream import offsets, rows_with_labels, seen_tokens, token_chunks, token_counts
 from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, encode_rows, load_tokenizer
 from .trainers import LIKE, Like, trainer_rows
 
@@ -30,6 +30,7 @@ __all__ = [
     "encode_rows",
     "load_chats",
     "load_tokenizer",
+    "offsets",
     "one_row",
     "pack",
     "packed_places",

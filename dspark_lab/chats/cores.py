@@ -1,4 +1,4 @@
-"""Work on all cores: requests go to forked processes as bytes, and results come back in order.
+"""Work on all cores: requests go to forked processes, and results come back in order.
 
 Forked, a worker shares what the function holds and imports nothing again, so a script needs no
 ``__main__`` guard and a notebook no module. A worker ends with the process that started it, however
@@ -11,13 +11,19 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Request = TypeVar("Request")
+Work = Callable[[Any], bytes]
 
 # Rust's own threads do not survive a fork; each worker is one of the cores.
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -32,100 +38,68 @@ def usable_cores() -> int:
 
 
 def in_order(
-    work: Callable[[bytes], bytes], requests: Iterable[bytes], workers: int
-) -> Iterator[bytes]:
-    """The result of each request, in their order; with one worker in this very process.
+    work: Work, requests: Iterable[Request], workers: int
+) -> Iterator[tuple[Request, bytes]]:
+    """Each request with its result, in their order; with one worker in this very process.
 
-    A request is taken when a worker is free, and few results wait for an earlier one.
+    Few requests are taken ahead of the result that is waited for.
     """
     if workers == 1:
-        yield from map(work, requests)
+        yield from ((request, work(request)) for request in requests)
         return
-    with _forked(work, workers) as connections:
-        idle, busy = list(connections), dict[Any, int]()
-        done: dict[int, bytes] = {}
-        first = 0
-        for number, request in enumerate(requests):
-            while not idle or number - first > 8 * workers:
-                _collect(busy, idle, done)
-                while first in done:
-                    yield done.pop(first)
-                    first += 1
-            connection = idle.pop()
-            connection.send_bytes(request)
-            busy[connection] = number
-        while busy or done:
-            while first in done:
-                yield done.pop(first)
-                first += 1
-            if busy:
-                _collect(busy, idle, done)
-
-
-def _collect(busy: dict[Any, int], idle: list[Any], done: dict[int, bytes]) -> None:
-    """Wait for a worker, and take the results that there are."""
-    for connection in wait(list(busy)):
+    ahead: deque[tuple[Request, Future[bytes]]] = deque()
+    with _pool(work, workers) as pool:
         try:
-            result = connection.recv_bytes()  # type: ignore[union-attr]
-        except EOFError:
-            raise OSError("a worker process ended unexpectedly; the same call goes on") from None
-        if result[:1] != b"+":
-            raise RuntimeError(f"a worker process failed: {result[1:].decode()}")
-        done[busy.pop(connection)] = result[1:]
-        idle.append(connection)
+            for request in requests:
+                with warnings.catch_warnings():
+                    # A fork beside threads warns; a worker touches none of their locks.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    ahead.append((request, pool.submit(_answer, request)))
+                if len(ahead) > 3 * workers:
+                    first, result = ahead.popleft()
+                    yield first, result.result()
+            while ahead:
+                first, result = ahead.popleft()
+                yield first, result.result()
+        except BrokenProcessPool:
+            message = "a worker process ended unexpectedly; the same call goes on"
+            raise OSError(message) from None
 
 
 @contextmanager
-def _forked(work: Callable[[bytes], bytes], workers: int) -> Iterator[list[Connection]]:
-    context = multiprocessing.get_context("fork")
+def _pool(work: Work, workers: int) -> Iterator[ProcessPoolExecutor]:
     before = os.environ.get(_PARALLELISM)
     os.environ[_PARALLELISM] = "false"
-    ours: list[Connection] = []
-    processes = []
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _begin, (work,))
     try:
-        for _ in range(workers):
-            mine, theirs = context.Pipe()
-            ours.append(mine)
-            process = context.Process(target=_serve, args=(theirs, ours, work), daemon=True)
-            with warnings.catch_warnings():
-                # From 3.12 on a fork beside threads warns. A worker touches none of their locks.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            processes.append(process)
-            theirs.close()
-        yield ours
+        yield pool
     finally:
-        for connection in ours:
-            connection.close()
-        for process in processes:
-            process.terminate()
-            process.join()
+        pool.shutdown(cancel_futures=True)
         if before is None:
             os.environ.pop(_PARALLELISM, None)
         else:
             os.environ[_PARALLELISM] = before
 
 
-def _serve(
-    connection: Connection, parents: list[Connection], work: Callable[[bytes], bytes]
-) -> None:
-    # With a copy of the parent's ends, no worker would see the parent end.
-    for parent in parents:
-        parent.close()
+# What a worker process was forked for.
+_work: list[Work] = []
+
+
+def _begin(work: Work) -> None:
+    _work[:] = [work]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     gc.freeze()  # else a collection would touch, and so copy, all that is shared
-    while True:
-        try:
-            request = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            result = b"+" + work(request)
-        except Exception as error:
-            result = b"-" + f"{type(error).__name__}: {error}".encode()
-        try:
-            connection.send_bytes(result)
-        except OSError:
-            return
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _answer(request: Any) -> bytes:
+    return _work[0](request)

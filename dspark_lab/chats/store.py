@@ -1,9 +1,8 @@
 """Encoded conversations on disk: made in batches on all cores, read row by row.
 
-A set lies in a folder whose name is a fingerprint of all that it was made from. Its columns are
-plain arrays that only grow, a file each. Its journal gets a line for each part, once the part is in
-the columns: what lies behind the last line that holds was torn, and is cut off before a run goes
-on.
+A set lies in a folder whose name is a fingerprint of all that it was made from. It consists of
+parts, each a file that is written whole, and named by its number and its checksum. A run that was
+interrupted goes on behind the parts that are there.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import json
 import os
 import warnings
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -25,49 +22,31 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
+from safetensors import safe_open
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from dspark_lab.chats.answers import render
 from dspark_lab.chats.chat import Chat, Encoded
 from dspark_lab.chats.cores import in_order, usable_cores
 from dspark_lab.chats.edges import ByteLevel
-from dspark_lab.chats.plans import Plan, run_plans, tokenize
+from dspark_lab.chats.plans import run_plans, tokenize
 from dspark_lab.chats.reading import Skipped, raw_rows, read_raw
 from dspark_lab.chats.stream import Chunk, RowFacts, chunks_of_rows, offsets
-from dspark_lab.chats.tokens import LEFT_OUT, check_tokenizer, cut, row_arrays
-from dspark_lab.chats.trainers import Like, trainer_plan
+from dspark_lab.chats.tokens import LEFT_OUT, check_options, check_tokenizer, row_plan
+from dspark_lab.chats.trainers import Like
 from dspark_lab.checks import Count, checked
-from dspark_lab.files import read_json, remove_partial, sync, write_json
+from dspark_lab.files import read_json, remove_partial, sync, write_json, written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# What a row is, in the order of a part's checksum. ``fact`` has four numbers a row: where it came
-# from (a line of the file, an index of the list), its domain, left_out and marker_differences.
-COLUMNS = {
-    "input_id": np.dtype("<i4"),
-    "loss_mask": np.dtype("?"),
-    "row_end": np.dtype("<i8"),
-    "id_byte": np.dtype("u1"),
-    "id_end": np.dtype("<i8"),
-    "fact": np.dtype("<i8"),
-}
-_FACTS = 4
-_JOURNAL, _DONE, _LOCK = "journal.jsonl", "done.json", "lock"
-# A part holds so many conversations, or fewer that are long.
-_PART_ITEMS, _PART_BYTES = 256, 2**19
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The options of :func:`dspark_lab.encode`."""
-
-    max_length: int | None
-    like: Like | None
-    markers: bool
-    last_answer_only: bool
-    template_options: Mapping[str, Any] | None
+_DONE, _LOCK = "done.json", "lock"
+# How many conversations of a list, and bytes of a file, a part has at least and at most: enough
+# parts for all cores to end together, but not too many files.
+_PART_CHATS, _PART_BYTES = (64, 1024), (2**17, 2**21)
+_LEAST_PARTS = 64
+# Conversations that go through the tokenizer together.
+_BATCH = 256
 
 
 @checked
@@ -88,9 +67,11 @@ class EncodedChats(Sequence[Encoded]):
         max_length: Count | None = None,
     ) -> None:
         self.folder, self._chats, self._max_length = folder, chats, max_length
-        self._facts = read_json(folder / _DONE)
-        self._rows = range(self._facts["ends"]["row_end"]) if rows is None else rows
-        self.skipped = [Skipped(*entry) for entry in self._facts["skipped"]]
+        facts = read_json(folder / _DONE)
+        self._parts = [folder / name for name, _, _ in facts["parts"]]
+        self._firsts = np.cumsum([0, *(count for _, _, count in facts["parts"])])
+        self._rows = range(self._firsts[-1]) if rows is None else rows
+        self.skipped = [Skipped(*entry) for entry in facts["skipped"]]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -105,19 +86,25 @@ class EncodedChats(Sequence[Encoded]):
         if isinstance(index, slice):
             return EncodedChats(self.folder, self._chats, self._rows[index], self._max_length)
         row = self._rows[index]
-        start, stop = self._span("row_end", row)
-        if self._max_length is not None:
-            stop = min(stop, start + self._max_length)
-        source, domain, left_out, differences = self._read("fact", _FACTS * row, _FACTS).tolist()
-        name_start, name_stop = self._span("id_end", row)
-        name = json.loads(self._read("id_byte", name_start, name_stop - name_start).tobytes())
+        part = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        row -= int(self._firsts[part])
+        with safe_open(self._parts[part], "np") as file:
+            start, stop = file.get_slice("row_start")[row : row + 2].tolist()
+            if self._max_length is not None:
+                stop = min(stop, start + self._max_length)
+            ids = file.get_slice("input_ids")[start:stop].astype(np.int64)
+            mask = file.get_slice("loss_mask")[start:stop]
+            first, behind = file.get_slice("name_start")[row : row + 2].tolist()
+            names = file.get_slice("name")[first:behind]
+            source, left_out, differences = file.get_slice("fact")[row].tolist()
+        ((id, domain),) = _names(names)
         chat = None if self._chats is None else self._chats[source]
         return Encoded(
-            torch.from_numpy(self._read("input_id", start, stop - start).astype(np.int64)),
-            torch.from_numpy(self._read("loss_mask", start, stop - start)),
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
             chat if isinstance(chat, Chat) else None,
-            id=name,
-            domain=self._facts["domains"][domain] if domain >= 0 else None,
+            id=id,
+            domain=domain,
             left_out=left_out,
             marker_differences=differences,
         )
@@ -128,53 +115,50 @@ class EncodedChats(Sequence[Encoded]):
     @cached_property
     def lengths(self) -> Int[np.ndarray, " row"]:
         """Tokens of each row."""
-        if not len(self):
-            return np.empty(0, np.int64)
-        ends = np.memmap(self.folder / "row_end", COLUMNS["row_end"], "r")
-        all_lengths = np.diff(ends, prepend=0)
-        lengths = all_lengths[self._rows.start : self._rows.stop : self._rows.step]
+        found = [np.diff(starts) for starts in self.column("row_start")]
+        lengths = np.concatenate([*found, np.empty(0, np.int64)])[self._rows]
         return lengths if self._max_length is None else np.minimum(lengths, self._max_length)
 
     def row_facts(self) -> RowFacts:
         """Of each row its domain, ``left_out`` and ``marker_differences``."""
-        names = [*self._facts["domains"], None]
-        facts = np.memmap(self.folder / "fact", COLUMNS["fact"], "r") if len(self) else np.empty(0)
-        rows = facts.reshape(-1, _FACTS)[self._rows.start : self._rows.stop : self._rows.step]
-        return [names[domain] for domain in rows[:, 1].tolist()], rows[:, 2], rows[:, 3]
+        domains = [domain for names in self.column("name") for _, domain in _names(names)]
+        facts = np.concatenate([*self.column("fact"), np.empty((0, 3), np.int64)])[self._rows]
+        return [domains[row] for row in self._rows], facts[:, 1], facts[:, 2]
 
     def chunks(self, tokens: int) -> Iterator[Chunk]:
-        """The rows in stretches of about so many tokens."""
-        if self._rows.step != 1 or not len(self):
+        """The rows in stretches of about so many tokens, or fewer."""
+        if self._rows.step != 1:
             yield from chunks_of_rows(self, tokens)
             return
-        whole = EncodedChats(self.folder, rows=self._rows).lengths
-        ends = whole.cumsum()
-        before = self._span("row_end", self._rows.start)[0]
-        first = 0
-        while first < len(self):
-            start = ends[first] - whole[first]
-            last = max(first + 1, int(np.searchsorted(ends, start + tokens, side="right")))
-            count = int(ends[last - 1] - start)
-            ids = self._read("input_id", before + int(start), count)
-            mask = self._read("loss_mask", before + int(start), count)
-            lengths = whole[first:last]
-            if self._max_length is not None:
-                kept = offsets(lengths) < self._max_length
-                ids, mask, lengths = ids[kept], mask[kept], self.lengths[first:last]
-            yield Chunk(lengths, ids, mask)
-            first = last
+        for path, begin, end in zip(self._parts, self._firsts, self._firsts[1:], strict=False):
+            row, last = max(self._rows.start, begin) - begin, min(self._rows.stop, end) - begin
+            if row >= last:
+                continue
+            with safe_open(path, "np") as file:
+                starts = file.get_slice("row_start")[row : last + 1]
+                while row < last:
+                    fitting = int(np.searchsorted(starts, starts[0] + tokens, side="right")) - 1
+                    count = min(max(1, fitting), last - row)
+                    place = slice(int(starts[0]), int(starts[count]))
+                    ids, mask = (file.get_slice(name)[place] for name in ("input_ids", "loss_mask"))
+                    lengths = np.diff(starts[: count + 1])
+                    if self._max_length is not None:
+                        kept = offsets(lengths) < self._max_length
+                        ids, mask = ids[kept], mask[kept]
+                        lengths = np.minimum(lengths, self._max_length)
+                    yield Chunk(lengths, ids, mask)
+                    row, starts = row + count, starts[count:]
 
     def cut(self, max_length: int | None) -> EncodedChats:
         """The same rows, cut to ``max_length`` tokens where they are longer."""
         both = [length for length in (max_length, self._max_length) if length is not None]
         return EncodedChats(self.folder, self._chats, self._rows, min(both, default=None))
 
-    def _span(self, column: str, row: int) -> tuple[int, int]:
-        ends = self._read(column, max(row - 1, 0), 2 if row else 1)
-        return (int(ends[0]), int(ends[1])) if row else (0, int(ends[0]))
-
-    def _read(self, column: str, start: int, count: int) -> Shaped[np.ndarray, " value"]:
-        return _values(self.folder, column, start, count)
+    def column(self, name: str) -> Iterator[Shaped[np.ndarray, "..."]]:
+        """The values of each part, of all its rows."""
+        for path in self._parts:
+            with safe_open(path, "np") as file:
+                yield file.get_tensor(name)
 
 
 @checked
@@ -218,22 +202,31 @@ def encode_all(
         OSError: the file cannot be read, or ``cache`` not be written.
     """
     check_tokenizer(tokenizer)
-    if like is not None and markers:
-        raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
-    settings = _Settings(max_length, like, markers, last_answer_only, template_options)
+    check_options(like, markers)
+    options: dict[str, Any] = {"max_length": max_length, "like": like, "markers": markers}
+    options |= {"last_answer_only": last_answer_only, "template_options": template_options}
     source = _File(Path(chats)) if isinstance(chats, (str, os.PathLike)) else _List(chats)
-    base = _default_cache() if cache is None else Path(cache)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(home) / "dspark_lab" if cache is None else Path(cache)
     # A call sets the backend's truncation and padding, which are written with it, to none.
     tokenize(["a"], tokenizer)
     backend = tokenizer.backend_tokenizer.to_str()
-    folder = base / _fingerprint(source, tokenizer, backend, settings, on_error)
+    folder = base / _fingerprint(source, tokenizer, backend, options, on_error)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not _is_whole(folder):
-            new = _Set(folder, source, on_error == "skip")
-            _make(new, tokenizer, backend, settings, workers or usable_cores(), progress)
+            level = ByteLevel.of(tokenizer)
+            work = partial(
+                _encoded_part,
+                source=source,
+                plan=partial(row_plan, tokenizer=tokenizer, **options),
+                tokens_of=level.encode if level else partial(tokenize, tokenizer=tokenizer),
+            )
+            skip = on_error == "skip"
+            cores = workers or usable_cores()
+            _make(folder, source, work, skip=skip, workers=cores, progress=progress)
     made = EncodedChats(folder, None if isinstance(source, _File) else source.chats)
-    if np.any(made.row_facts()[1]):
+    if any(facts[:, 1].any() for facts in made.column("fact")):
         warnings.warn(LEFT_OUT, stacklevel=3)
     return made
 
@@ -242,28 +235,28 @@ class _List:
     """Conversations in memory, which forked workers share."""
 
     def __init__(self, chats: Sequence[Chat | Encoded]) -> None:
-        self.chats, self.total, self.unit = chats, len(chats), "chat"
+        self.chats, self.name = chats, ""
+        self.total, self.unit = len(chats), "chat"
 
-    def requests(self, done: int) -> Iterator[tuple[bytes, int]]:
-        for start in range(done, len(self.chats), _PART_ITEMS):
-            stop = min(start + _PART_ITEMS, len(self.chats))
-            yield json.dumps([start, stop]).encode(), stop - start
+    def requests(self) -> Iterator[Any]:
+        size = _part_size(self.total, _PART_CHATS)
+        for start in range(0, self.total, size):
+            yield range(start, min(start + size, self.total))
 
-    def items(self, request: bytes) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
-        start, stop = json.loads(request)
-        yield from ((index, self.chats[index]) for index in range(start, stop))
+    def weight(self, request: Any) -> int:
+        return len(request)
 
-    def refusal(self, number: int, reason: str) -> ValueError:
-        return ValueError(reason)
+    def items(self, request: Any) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
+        yield from ((index, self.chats[index]) for index in request)
 
-    def skipped(self, number: int, reason: str) -> Skipped:
-        return Skipped("", number, reason)
+    def where(self, number: int) -> str:
+        return ""
 
     def update(self, digest: Any) -> None:
         """Put all that the rows follow from into a checksum."""
         for chat in self.chats:
             known = chat if isinstance(chat, Chat) else chat.chat
-            facts: list[Any] = [None if known is None else asdict(known)]
+            facts: list[Any] = [None if known is None else vars(known)]
             if isinstance(chat, Encoded):
                 facts += [chat.id, chat.domain, chat.left_out, chat.marker_differences, len(chat)]
                 digest.update(chat.input_ids.numpy().tobytes() + chat.loss_mask.numpy().tobytes())
@@ -274,37 +267,37 @@ class _File:
     """A file of conversations, whose lines workers parse."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.total, self.unit, self.rows = path, _bytes_of(path), "B", "line"
+        self.path, self.name, self.rows = path, str(path), "line"
+        folder = sorted(p for p in path.rglob("*") if p.is_file())  # of a saved data set
+        self.files = folder if path.is_dir() else [path]
+        self.total, self.unit = sum(file.stat().st_size for file in self.files), "B"
 
-    def requests(self, done: int) -> Iterator[tuple[bytes, int]]:
-        numbers: list[int] = []
-        lines: list[bytes] = []
-        size = 0
-        for place, raw in islice(raw_rows(self.path), done, None):
+    def requests(self) -> Iterator[Any]:
+        lines: list[tuple[int, bytes]] = []
+        left = size = _part_size(self.total, _PART_BYTES)
+        for place, raw in raw_rows(self.path):
             self.rows, number = place.split()
-            numbers.append(int(number))
-            lines.append(raw)
-            size += len(raw) + 1
-            if len(numbers) == _PART_ITEMS or size >= _PART_BYTES:
-                yield b"\n".join([json.dumps(numbers).encode(), *lines]), size
-                numbers, lines, size = [], [], 0
-        if numbers:
-            yield b"\n".join([json.dumps(numbers).encode(), *lines]), size
+            lines.append((int(number), raw))
+            left -= len(raw)
+            if left <= 0:
+                yield lines
+                lines, left = [], size
+        if lines:
+            yield lines
 
-    def items(self, request: bytes) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
-        numbers, *lines = request.split(b"\n")
-        for number, raw in zip(json.loads(numbers), lines, strict=True):
+    def weight(self, request: Any) -> int:
+        return sum(len(raw) + 1 for _, raw in request)
+
+    def items(self, request: Any) -> Iterator[tuple[int, Chat | Encoded | ValueError]]:
+        for number, raw in request:
             yield number, read_raw(raw, self.path, f"{self.rows} {number}")
 
-    def refusal(self, number: int, reason: str) -> ValueError:
-        return ValueError(f"{self.path}, {self.rows} {number}: {reason}")
-
-    def skipped(self, number: int, reason: str) -> Skipped:
-        return Skipped(str(self.path), number, reason)
+    def where(self, number: int) -> str:
+        return f"{self.path}, {self.rows} {number}: "
 
     def update(self, digest: Any) -> None:
         digest.update(json.dumps([self.path.name]).encode())
-        for path in _files_of(self.path):
+        for path in self.files:
             digest.update(json.dumps([path.name, path.stat().st_size]).encode())
             with path.open("rb") as file:
                 while piece := file.read(2**20):
@@ -312,308 +305,168 @@ class _File:
 
 
 _Source = _List | _File
-_TokensOf = Callable[[list[str]], Sequence[Any]]
 
 
-@dataclass
-class _Part:
-    """Rows of one part, as they are made."""
+def _part_size(total: int, bounds: tuple[int, int]) -> int:
+    return min(max(total // _LEAST_PARTS, bounds[0]), bounds[1])
 
-    ids: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    facts: list[tuple[int, int, int, int]] = field(default_factory=list)
-    domains: dict[str, int] = field(default_factory=dict)
-    refused: list[tuple[int, str]] = field(default_factory=list)
 
-    def add(
-        self,
-        number: int,
-        item: Chat | Encoded,
-        ids: Any,
-        mask: Any,
-        left_out: int,
-        differences: int,
-    ) -> None:
-        self.ids.append(np.asarray(ids, COLUMNS["input_id"]))
-        self.masks.append(np.asarray(mask, COLUMNS["loss_mask"]))
-        self.names.append(json.dumps(item.id).encode())
-        domain = -1
-        if item.domain is not None:
-            domain = self.domains.setdefault(item.domain, len(self.domains))
-        self.facts.append((number, domain, left_out, differences))
+def _names(written: np.ndarray) -> list[tuple[str | None, str | None]]:
+    """Id and domain of each row."""
+    return json.loads(b"[" + written.tobytes()[:-1] + b"]")
 
-    def saved(self, items: int) -> bytes:
-        notes = {"items": items, "refused": self.refused, "domains": list(self.domains)}
-        empty = {name: np.empty(0, kind) for name, kind in COLUMNS.items()}
-        return save(
-            {
-                "input_id": np.concatenate([empty["input_id"], *self.ids]),
-                "loss_mask": np.concatenate([empty["loss_mask"], *self.masks]),
-                "row_end": np.cumsum([*map(len, self.ids)], dtype=np.int64),
-                "id_byte": np.frombuffer(b"".join(self.names), np.uint8),
-                "id_end": np.cumsum([*map(len, self.names)], dtype=np.int64),
-                "fact": np.array(self.facts, np.int64).ravel(),
-                "notes": np.frombuffer(json.dumps(notes).encode(), np.uint8),
-            }
-        )
+
+def _refused(written: np.ndarray) -> list[tuple[int, str]]:
+    return json.loads(written.tobytes())
 
 
 def _encoded_part(
-    request: bytes,
-    source: _Source,
-    tokenizer: Tokenizer,
-    tokens_of: _TokensOf,
-    settings: _Settings,
+    request: Any, source: _Source, plan: Callable[..., Any], tokens_of: Callable[..., Any]
 ) -> bytes:
-    """The columns of one part: its rows, and what of its conversations was refused."""
-    items = list(source.items(request))
-    chats = [item for _, item in items if isinstance(item, Chat)]
-    made = iter(run_plans([_plan(chat, tokenizer, settings) for chat in chats], tokens_of))
-    part = _Part()
-    for number, item in items:
-        found = next(made) if isinstance(item, Chat) else item
-        if isinstance(found, ValueError):
-            part.refused.append((number, str(found)))
-        elif isinstance(item, ValueError):
-            continue
-        elif isinstance(found, Encoded):
-            row = cut(found, settings.max_length)
-            facts = row.left_out, row.marker_differences
-            part.add(number, row, row.input_ids.numpy(), row.loss_mask.numpy(), *facts)
-        else:
-            for ids, mask, *others in found:
-                part.add(number, item, ids, mask, *others)
-    return part.saved(len(items))
-
-
-def _plan(chat: Chat, tokenizer: Tokenizer, settings: _Settings) -> Plan[tuple[Any, ...]]:
-    """What :func:`dspark_lab.encode` does with one conversation: ids, mask and counts."""
-    length, like = settings.max_length, settings.like
-    options: dict[str, Any] = {"last_answer_only": settings.last_answer_only}
-    options["template_options"] = settings.template_options
-    if like is not None:
-        rows = yield from trainer_plan(chat, tokenizer, like, length, **options)
-        return [(ids, mask, 0, 0) for ids, mask, *_ in rows]
-    rendered = render(chat, tokenizer, markers=settings.markers, **options)
-    (encoding,) = yield [rendered.text]
-    ids, mask, differences = row_arrays(rendered, encoding, chat, length)
-    return [(ids, mask, rendered.left_out, differences)]
+    """The rows of one part, and what of its conversations was refused, as a file's contents."""
+    items = source.items(request)
+    refused: list[tuple[int, str]] = []
+    ids, masks, names, hashes, facts = [], [], [], [], []
+    while batch := list(islice(items, _BATCH)):
+        plans = [plan(item) for _, item in batch if not isinstance(item, ValueError)]
+        made = iter(run_plans(plans, tokens_of))
+        for number, item in batch:
+            rows = item if isinstance(item, ValueError) else next(made)
+            if isinstance(item, ValueError) or isinstance(rows, ValueError):
+                refused.append((number, str(rows)))
+                continue
+            for row_ids, mask, *counts in rows:
+                ids.append(np.asarray(row_ids, np.int32))
+                masks.append(np.asarray(mask, bool))
+                names.append(json.dumps([item.id, item.domain]).encode() + b",")
+                hashes.append(hashlib.blake2b(str(item.id).encode(), digest_size=8).digest())
+                facts.append((number, *counts))
+    return save(
+        {
+            "input_ids": np.concatenate([np.empty(0, np.int32), *ids]),
+            "loss_mask": np.concatenate([np.empty(0, bool), *masks]),
+            "row_start": np.cumsum([0, *map(len, ids)], dtype=np.int64),
+            "name": np.frombuffer(b"".join(names), np.uint8),
+            "name_start": np.cumsum([0, *map(len, names)], dtype=np.int64),
+            "id_hash": np.frombuffer(b"".join(hashes), np.uint64),
+            # The number of the line or the conversation, left_out and marker_differences.
+            "fact": np.array(facts, np.int64).reshape(-1, 3),
+            "refused": np.frombuffer(json.dumps(refused).encode(), np.uint8),
+        }
+    )
 
 
 def _make(
-    made: _Set,
-    tokenizer: Tokenizer,
-    backend: str,
-    settings: _Settings,
+    folder: Path,
+    source: _Source,
+    work: Callable[[Any], bytes],
+    *,
+    skip: bool,
     workers: int,
     progress: bool,
 ) -> None:
-    """Encode what the set does not hold yet."""
-    source = made.source
-    weights: deque[int] = deque()
-
-    def requests() -> Iterator[bytes]:
-        for request, weight in source.requests(made.items):
-            weights.append(weight)
-            yield request
-
+    """Write the parts that a set does not hold yet, then the list of all."""
+    (folder / _DONE).unlink(missing_ok=True)
+    remove_partial(folder)
+    parts, ids = [], _Ids()
+    for path, part in _whole_parts(folder):
+        parts.append(path)
+        ids.repeated(part)
+    feed = iter(source.requests())
     bar = tqdm(
         total=source.total,
-        initial=made.weight,
         unit=source.unit,
         unit_scale=source.unit == "B",
         desc="encode",
         disable=not progress,
     )
-    with bar, made.opened():
-        feed = requests()
+    with bar:
+        for request in islice(feed, len(parts)):
+            bar.update(source.weight(request))
         ahead = list(islice(feed, 2))
-        tokens_of: _TokensOf = partial(tokenize, tokenizer=tokenizer)
-        if len(ahead) < 2:
-            workers = 1  # what fits into one part is done before another process is there
-        elif level := ByteLevel.of(tokenizer):
-            tokens_of = level.encode
-        given: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "settings": settings}
-        work = partial(_encoded_part, tokens_of=tokens_of, **given)
-        for part in in_order(work, chain(ahead, feed), workers):
-            weight = weights.popleft()
-            made.append(load(part), weight)
-            bar.update(weight)
-    made.finish()
+        # What fits into one part is done before another process is there.
+        workers = workers if len(ahead) > 1 else 1
+        for request, data in in_order(work, chain(ahead, feed), workers):
+            part = load(data)
+            if isinstance(source, _File) and (again := ids.repeated(part)):
+                # A line that begins so is refused with what follows.
+                told = {number: b"!" + reason.encode() for number, reason in again}
+                data = work([(number, told.get(number, raw)) for number, raw in request])
+                part = load(data)
+            refused = _refused(part["refused"])
+            if refused and not skip:
+                raise ValueError(source.where(refused[0][0]) + refused[0][1])
+            parts.append(folder / f"{len(parts):06}-{zlib.crc32(data):08x}.safetensors")
+            with written_whole(parts[-1]) as partial:
+                partial.write_bytes(data)
+            bar.update(source.weight(request))
+    if not parts:
+        raise ValueError(f"{source.name or 'chats'} must hold at least one conversation, got none")
+    listed, skipped = [], []
+    for path in parts:
+        sync(path)
+        with safe_open(path, "np") as file:
+            rows = file.get_slice("fact").get_shape()[0]
+            refused = _refused(file.get_tensor("refused"))
+        skipped += [Skipped(source.name, *entry) for entry in refused]
+        listed.append([path.name, path.stat().st_size, rows])
+    write_json(folder / _DONE, {"parts": listed, "skipped": skipped})
 
 
-class _Set:
-    """The columns of a set while it is made, and its journal."""
-
-    def __init__(self, folder: Path, source: _Source, skip: bool) -> None:
-        self.folder, self.source, self.skip = folder, source, skip
-        self.items = self.weight = 0
-        self.ends = dict.fromkeys(COLUMNS, 0)
-        self.domains: list[str] = []
-        self.skipped: list[Skipped] = []
-        # Sorted checksums of a file's ids, 8 bytes each.
-        self.known = np.empty(0, np.uint64)
-        self.files: dict[str, Any] = {}
-        self._resume()
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name in (*COLUMNS, _JOURNAL):
-                self.files[name] = stack.enter_context((self.folder / name).open("ab"))
-            yield
-
-    def append(self, part: dict[str, np.ndarray], weight: int) -> None:
-        """Write a part, then its line of the journal; nothing of it if it holds a refusal."""
-        notes = json.loads(part.pop("notes").tobytes())
-        refused: list[tuple[int, str]] = [(number, why) for number, why in notes["refused"]]
-        facts = part["fact"].reshape(-1, _FACTS).copy()
-        if isinstance(self.source, _File) and len(facts):
-            refused = sorted([*refused, *self._repeated(part, facts)])
-            part, facts = _without(part, facts, [number for number, _ in refused])
-        if refused and not self.skip:
-            raise self.source.refusal(*refused[0])
-        new = [domain for domain in notes["domains"] if domain not in self.domains]
-        self.domains += new
-        place = np.array([*map(self.domains.index, notes["domains"]), -1])
-        facts[:, 1] = place[facts[:, 1]]
-        part["fact"] = facts.ravel()
-        part["row_end"] = part["row_end"] + self.ends["input_id"]
-        part["id_end"] = part["id_end"] + self.ends["id_byte"]
-        checksum = 0
-        for column, kind in COLUMNS.items():
-            data = part[column].astype(kind, copy=False).tobytes()
-            checksum = zlib.crc32(data, checksum)
-            self.files[column].write(data)
-            self.files[column].flush()
-            self.ends[column] += len(part[column])
-        skipped = [self.source.skipped(*entry) for entry in refused]
-        self.items += notes["items"]
-        self.weight += weight
-        self.skipped += skipped
-        line = {"items": self.items, "weight": self.weight, "ends": self.ends, "domains": new}
-        line |= {"skipped": skipped, "checksum": checksum}
-        self.files[_JOURNAL].write(json.dumps(line).encode() + b"\n")
-        self.files[_JOURNAL].flush()
-
-    def finish(self) -> None:
-        if not self.items:
-            where = self.source.path if isinstance(self.source, _File) else "chats"
-            raise ValueError(f"{where} must hold at least one conversation, got none")
-        for column in COLUMNS:
-            sync(self.folder / column)
-        facts = {"ends": self.ends, "domains": self.domains, "skipped": self.skipped}
-        write_json(self.folder / _DONE, facts)
-
-    def _resume(self) -> None:
-        """Take what the journal vouches for, and cut off what lies behind it."""
-        remove_partial(self.folder)
-        (self.folder / _DONE).unlink(missing_ok=True)
-        for name in (*COLUMNS, _JOURNAL):
-            (self.folder / name).touch()
-        good = 0
-        for raw in (self.folder / _JOURNAL).read_bytes().splitlines(keepends=True):
-            try:
-                line = json.loads(raw)
-                whole = raw.endswith(b"\n") and self._checksum(line["ends"]) == line["checksum"]
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:
-                break
-            good += len(raw)
-            self.items, self.weight, self.ends = line["items"], line["weight"], line["ends"]
-            self.domains += line["domains"]
-            self.skipped += [Skipped(*entry) for entry in line["skipped"]]
-        for column, kind in COLUMNS.items():
-            os.truncate(self.folder / column, self.ends[column] * kind.itemsize)
-        os.truncate(self.folder / _JOURNAL, good)
-        if isinstance(self.source, _File):
-            rows = self.ends["id_end"]
-            for first in range(0, rows, 2**16):
-                count = min(2**16, rows - first)
-                part = {"id_end": _values(self.folder, "id_end", first, count)}
-                start = 0 if first == 0 else int(_values(self.folder, "id_end", first - 1, 1)[0])
-                size = int(part["id_end"][-1]) - start
-                part["id_byte"] = _values(self.folder, "id_byte", start, size)
-                part["id_end"] = part["id_end"] - start
-                facts = _values(self.folder, "fact", _FACTS * first, _FACTS * count)
-                self._repeated(part, facts.reshape(-1, _FACTS))
-
-    def _checksum(self, ends: Mapping[str, int]) -> int:
-        """The checksum of the part from where the set ends now to ``ends``."""
-        checksum = 0
-        for column in COLUMNS:
-            start, stop = self.ends[column], ends[column]
-            values = _values(self.folder, column, start, stop - start)
-            checksum = zlib.crc32(values.tobytes(), checksum)
-        return checksum
-
-    def _repeated(self, part: Mapping[str, np.ndarray], facts: np.ndarray) -> list[tuple[int, str]]:
-        """The conversations of a part whose id an earlier one has; the others' ids are noted."""
-        text = part["id_byte"].tobytes()
-        starts = [0, *part["id_end"][:-1].tolist()]
-        # The rows of one conversation have one id.
-        firsts = np.flatnonzero(np.diff(facts[:, 0], prepend=-1))
-        names = [text[starts[row] : part["id_end"][row]] for row in firsts]
-        sums = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
-        hashes = np.frombuffer(b"".join(sums), np.uint64)
-        places = np.searchsorted(self.known, hashes)
-        old = np.zeros(len(hashes), bool)
-        inside = places < len(self.known)
-        old[inside] = self.known[places[inside]] == hashes[inside]
-        _, first_of = np.unique(hashes, return_index=True)
-        again = np.ones(len(hashes), bool)
-        again[first_of] = False
-        fresh = np.sort(hashes[~old & ~again])
-        self.known = np.insert(self.known, np.searchsorted(self.known, fresh), fresh)
-        return [
-            (
-                int(facts[firsts[i], 0]),
-                f"id {json.loads(names[i])!r} is already that of an earlier one",
-            )
-            for i in np.flatnonzero(old | again)
-        ]
-
-
-def _without(
-    part: dict[str, np.ndarray], facts: np.ndarray, numbers: Sequence[int]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A part without the rows of some conversations."""
-    keep = ~np.isin(facts[:, 0], numbers)
-    if keep.all():
-        return part, facts
-    left = dict(part)
-    for values, end in (("input_id", "row_end"), ("loss_mask", "row_end"), ("id_byte", "id_end")):
-        lengths = np.diff(part[end], prepend=0)
-        left[values] = part[values][np.repeat(keep, lengths)]
-        left[end] = lengths[keep].cumsum()
-    return left, facts[keep]
-
-
-def _values(folder: Path, column: str, start: int, count: int) -> np.ndarray:
-    """Values of a column. Read and not mapped, so that nothing of them stays in memory."""
-    kind = COLUMNS[column]
-    return np.fromfile(folder / column, kind, count, offset=start * kind.itemsize)
+def _whole_parts(folder: Path) -> Iterator[tuple[Path, dict[str, np.ndarray]]]:
+    """The parts from the first on that are as they were written; others are removed."""
+    whole = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        number, checksum = path.stem.split("-")
+        data = path.read_bytes()
+        if int(number) == whole and int(checksum, 16) == zlib.crc32(data):
+            whole += 1
+            yield path, load(data)
+        else:
+            path.unlink()
 
 
 def _is_whole(folder: Path) -> bool:
     if not (folder / _DONE).is_file():
         return False
-    ends = read_json(folder / _DONE)["ends"]
-    paths = {folder / column: ends[column] * kind.itemsize for column, kind in COLUMNS.items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+    parts = [(folder / name, size) for name, size, _ in read_json(folder / _DONE)["parts"]]
+    return all(path.is_file() and path.stat().st_size == size for path, size in parts)
+
+
+class _Ids:
+    """The ids of a file's conversations so far: their checksums in order, 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.known = np.array([2**64 - 1], np.uint64)
+
+    def repeated(self, part: Mapping[str, np.ndarray]) -> list[tuple[int, str]]:
+        """Number and reason of each conversation whose id an earlier one has; notes the others."""
+        # The rows of one conversation have one id.
+        numbers, rows = np.unique(part["fact"][:, 0], return_index=True)
+        hashes = part["id_hash"][rows]
+        again = self.known[np.searchsorted(self.known, hashes)] == hashes
+        first_of = np.unique(hashes, return_index=True)[1]
+        again |= ~np.isin(np.arange(len(hashes)), first_of)
+        fresh = np.sort(hashes[~again])
+        self.known = np.insert(self.known, np.searchsorted(self.known, fresh), fresh)
+        if not again.any():
+            return []
+        names = _names(part["name"])
+        return [
+            (int(numbers[i]), f"id {names[rows[i]][0]!r} is already that of an earlier one")
+            for i in np.flatnonzero(again)
+        ]
 
 
 def _fingerprint(
-    source: _Source, tokenizer: Tokenizer, backend: str, settings: _Settings, on_error: str
+    source: _Source, tokenizer: Tokenizer, backend: str, options: Mapping[str, Any], on_error: str
 ) -> str:
     """A checksum of all that the rows follow from."""
     import transformers
 
-    given: list[Any] = [transformers.__version__, asdict(settings), on_error]
-    given += [tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=repr).encode())
+    facts: list[Any] = [transformers.__version__, options, on_error]
+    facts += [tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
     digest.update(backend.encode())
     for code in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(code.read_bytes())
@@ -621,14 +474,10 @@ def _fingerprint(
     for roles in (["user"], ["system", "user"]):
         with suppress(Exception):  # whatever templates raise
             said = [{"role": role, "content": "Hi"} for role in roles]
-            options: dict[str, Any] = {**(settings.template_options or {}), "tokenize": False}
-            digest.update(str(tokenizer.apply_chat_template(said, **options)).encode())
+            given: dict[str, Any] = {**(options["template_options"] or {}), "tokenize": False}
+            digest.update(str(tokenizer.apply_chat_template(said, **given)).encode())
     source.update(digest)
     return digest.hexdigest()[:32]
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark_lab"
 
 
 @contextmanager
@@ -640,12 +489,3 @@ def _locked(folder: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _files_of(path: Path) -> list[Path]:
-    """A file, or all of a folder (a saved data set)."""
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def _bytes_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files_of(path))

@@ -120,6 +120,7 @@ def seen_tokens(encoded: Sequence[Encoded], vocab_size: Count) -> Bool[Tensor, "
     return torch.zeros(vocab_size, dtype=torch.bool) if seen is None else seen
 
 
-def offsets(lengths: Int[np.ndarray, " row"]) -> Int[np.ndarray, " token"]:
-    """0, 1, ... in each row."""
+@checked
+def offsets(lengths: Int[np.ndarray, " group"]) -> Int[np.ndarray, " token"]:
+    """0, 1, ... in each of the groups."""
     return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)

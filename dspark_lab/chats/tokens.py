@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -19,8 +20,8 @@ import torch
 
 from dspark_lab.chats.answers import Rendered, render
 from dspark_lab.chats.chat import Chat, Encoded
-from dspark_lab.chats.plans import tokenize
-from dspark_lab.chats.trainers import Like, trainer_rows
+from dspark_lab.chats.plans import Plan, run_plans, tokenize
+from dspark_lab.chats.trainers import Like, trainer_plan
 from dspark_lab.checks import Count, checked
 from dspark_lab.files import DATA
 
@@ -171,39 +172,54 @@ def encode_rows(
     template_options: Mapping[str, Any] | None = None,
 ) -> list[Encoded]:
     """What :func:`encode` gives, as a list in any case, and without its warning."""
-    options: dict[str, Any] = {"last_answer_only": last_answer_only}
-    options["template_options"] = template_options
-    if like is not None and markers:
-        raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
+    options: dict[str, Any] = {"like": like, "markers": markers}
+    options |= {"last_answer_only": last_answer_only, "template_options": template_options}
+    check_options(like, markers)
     if isinstance(chat, Encoded):
         return [cut(chat, max_length)]
     check_tokenizer(tokenizer)
-    if like is None:
-        rendered = render(chat, tokenizer, markers=markers, **options)
-        (encoding,) = tokenize([rendered.text], tokenizer)
-        return [encoded_row(rendered, encoding, chat, max_length)]
-    rows = trainer_rows(chat, tokenizer, like, max_length, **options)
-    return [Encoded(ids, mask, chat) for ids, mask in rows]
+    plan = row_plan(chat, tokenizer, max_length, **options)
+    (rows,) = run_plans([plan], partial(tokenize, tokenizer=tokenizer))
+    if isinstance(rows, ValueError):
+        raise rows
+    return [
+        Encoded(
+            torch.tensor(ids, dtype=torch.long),
+            torch.as_tensor(mask, dtype=torch.bool),
+            chat,
+            left_out=left_out,
+            marker_differences=differences,
+        )
+        for ids, mask, left_out, differences in rows
+    ]
 
 
-def encoded_row(
-    rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
-) -> Encoded:
-    """The row of a rendered conversation from its text's tokens."""
-    ids, mask, differences = row_arrays(rendered, encoding, chat, max_length)
-    return Encoded(
-        torch.tensor(ids, dtype=torch.long),
-        torch.from_numpy(mask),
-        chat,
-        left_out=rendered.left_out,
-        marker_differences=differences,
-    )
+def check_options(like: Like | None, markers: bool) -> None:
+    if like is not None and markers:
+        raise ValueError(f"markers must be False with like={like!r}, which has a mask already")
 
 
-def row_arrays(
-    rendered: Rendered, encoding: Encoding, chat: Chat, max_length: int | None = None
-) -> tuple[list[int], np.ndarray, int]:
-    """Token ids, mask and ``marker_differences`` of :func:`encoded_row`."""
+def row_plan(
+    chat: Chat | Encoded,
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    *,
+    like: Like | None,
+    markers: bool,
+    last_answer_only: bool,
+    template_options: Mapping[str, Any] | None,
+) -> Plan[tuple[Any, Any, int, int]]:
+    """The rows of one conversation: ids, mask, ``left_out`` and ``marker_differences``."""
+    if isinstance(chat, Encoded):
+        row = cut(chat, max_length)
+        return [(row.input_ids, row.loss_mask, row.left_out, row.marker_differences)]
+    options: dict[str, Any] = {"last_answer_only": last_answer_only}
+    options["template_options"] = template_options
+    if like is not None:
+        rows = yield from trainer_plan(chat, tokenizer, like, max_length, **options)
+        return [(ids, mask, 0, 0) for ids, mask, *_ in rows]
+    rendered = render(chat, tokenizer, markers=markers, **options)
+    (encoding,) = yield [rendered.text]
     ids, mask = mask_tokens(rendered, encoding)
     if not ids:
         what = "the chat template and the tokenizer give no tokens"
@@ -213,7 +229,7 @@ def row_arrays(
     if rendered.others is not None:
         others = mask_tokens(replace(rendered, spans=rendered.others), encoding)[1]
         differences = int((mask != others)[kept].sum())
-    return ids[kept], mask[kept], differences
+    return [(ids[kept], mask[kept], rendered.left_out, differences)]
 
 
 def cut(encoded: Encoded, max_length: int | None) -> Encoded:

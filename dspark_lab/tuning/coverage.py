@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dspark_lab.blocks import Layout, Per, draw_blocks, predicted_slots, times_supervised
-from dspark_lab.chats import Batch, Encoded
+from dspark_lab.chats import Batch, Encoded, offsets
 from dspark_lab.checks import Count, Size, Within, checked
 from dspark_lab.model import DecayGamma, decay_weights
 from dspark_lab.tuning.spans import Data, Spans, sum_by
@@ -200,7 +200,7 @@ def token_supervision(
     runs = np.flatnonzero(np.isin(spans.run_document, documents))
     tokens = spans.document_tokens[documents]
     of_run = spans.run_tokens[runs]
-    run, offset = np.repeat(runs, of_run), _offsets(of_run)
+    run, offset = np.repeat(runs, of_run), offsets(of_run)
     in_document = spans.run_document[run]
     before = tokens.cumsum() - tokens
     line = before[in_document - documents[0]] + spans.run_start[run] + offset
@@ -224,7 +224,7 @@ def token_supervision(
     return pd.DataFrame(
         {
             "document": np.repeat(documents, tokens),
-            "position": _offsets(tokens),
+            "position": offsets(tokens),
             "supervised": spread(np.ones(len(line), dtype=bool), False),
             "anchors": spread(anchors, 0),
             **{f"slot_{slot}": times[:, slot] for slot in range(labels)},
@@ -401,11 +401,6 @@ def _supervised(spans: Spans) -> Spans:
 def _first_tokens(spans: Spans) -> Int[np.ndarray, " document"]:
     """First tokens of runs of two or more, in each document: supervised, and never a label."""
     return sum_by(spans.run_document, spans.run_kept > 1, spans.documents)
-
-
-def _offsets(counts: Int[np.ndarray, " group"]) -> Int[np.ndarray, " token"]:
-    """0, 1, ... in each of the groups."""
-    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
 def _drawn(candidates: Int[np.ndarray, " unit"], num_anchors: int) -> Float[np.ndarray, " unit"]:
