@@ -19,7 +19,7 @@ from dspark_lab.blocks import Blocks
 PIECE = 2**22
 # What hides a pair in an additive mask: -inf, or the minimum of a dtype in which it was made.
 _FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
-_LOWEST = tuple(torch.finfo(dtype).min for dtype in _FLOATS)
+_HIDDEN = (-torch.inf, *(torch.finfo(dtype).min for dtype in _FLOATS))
 # Given the row, the head and the queries: which keys are visible.
 Reader = Callable[[int, int, np.ndarray], np.ndarray]
 
@@ -202,14 +202,16 @@ def _positive(mask: Tensor) -> int:
     """How many pairs of an additive mask are +inf; refuses values that are no mask's."""
     highest, count = torch.finfo(mask.dtype).max, 0
     for piece in mask.split(max(1, PIECE // max(1, mask.shape[1]))):
-        rest = piece[piece != 0]
-        high = (rest == torch.inf) | (rest == highest)
-        known = high | (rest == -torch.inf)
-        for lowest in _LOWEST:
-            known |= rest == lowest
+        lowest = float(piece.min())
+        if lowest in _HIDDEN and bool(((piece == 0) | (piece == lowest)).all()):
+            continue
+        high = (piece == torch.inf) | (piece == highest)
         count += int(high.sum())
+        known = high | (piece == 0)
+        for hidden in _HIDDEN:
+            known |= piece == hidden
         if not bool(known.all()):
-            value = float(rest[~known][0])
+            value = float(piece[~known][0])
             wanted = "0 where visible and -inf, or the dtype's minimum, where hidden"
             hint = "; mine.bool() if 1 means visible" if value == 1 else ""
             raise ValueError(f"mine as a float mask must be {wanted}, got {value}{hint}")

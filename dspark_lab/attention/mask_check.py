@@ -111,8 +111,10 @@ def _size_of_blocks(mask: GivenMask, runs: Runs) -> int:
     hidden.
     """
     query, low, high = np.arange(mask.queries), mask.seq_len, mask.keys
-    itself = low + query + 1
-    least = {}
+    itself, first, least = low + query + 1, low + query // mask.block_size * mask.block_size, {}
+    own = runs.count(first, first + mask.block_size).sum()
+    if own in (0, runs.count(low, high).sum()):
+        return mask.block_size
     for size in (mask.block_size, mask.block_size - 1, mask.block_size + 1):
         if 0 < size <= mask.queries:
             first = low + query // size * size

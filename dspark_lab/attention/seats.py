@@ -99,9 +99,13 @@ def form_of(mask: GivenMask, head: int, seats: Seats) -> GivenMask:
     own = _likeness(mask, head, seats)
     if own >= 0.75:
         return mask
-    readings = [(_likeness(reading, head, seats), reading) for reading in mask.readings()]
-    best, reading = max(readings, key=lambda scored: scored[0])
-    return reading if best > own + 0.25 else mask
+    best, of_best = 0.0, mask
+    for reading in mask.readings():
+        gain = _likeness(reading, head, seats) - own
+        # A form that differs in more has to explain more.
+        if gain > max(best, 0.25 * (reading.inverted + reading.slots_first + reading.slot_major)):
+            best, of_best = gain, reading
+    return of_best
 
 
 def _likeness(mask: GivenMask, head: int, seats: Seats) -> float:
@@ -144,6 +148,8 @@ def owners_of_context(runs: Runs, seats: Seats, seq_len: int, block_size: int) -
     blocks, query = queries // block_size, np.arange(queries)
     best = _misses(ends, seats, np.arange(rows), query).mean()
     chosen = Owners(seats, list(range(rows)), 0, block_size)
+    if best == 0:
+        return chosen
     sizes = [size for size in (block_size, block_size - 1, block_size + 1) if size > 0]
     for steps in (0, 1, -1, None) if blocks > 1 else (0,):
         if steps is None and best <= 0.2:
