@@ -89,7 +89,8 @@ class Findings:
 class Report:
     """Makes findings from flags of slots, [row, block, slot], counted in blocks or in slots.
 
-    Flags may also be [row, query]. ``tokens`` is [row, seq], -1 where one is not known.
+    Flags may also be [row, query]. ``tokens`` is [row, seq], -1 where one is not known; ``keys``
+    are the slots' places in the row unless a finding has others.
     """
 
     shape: tuple[int, int, int]
@@ -97,6 +98,7 @@ class Report:
     to_text: Callable[[int], str] | None
     unit: Literal["blocks", "slots"]
     first_slot: int = 0
+    keys: np.ndarray | None = None
 
     def held(self, rule: str, among: Any = True) -> Finding:
         """A rule that holds, or has no case where there is nothing ``among`` which to look."""
@@ -114,8 +116,9 @@ class Report:
         pairs: Any = None,
         verdict: Mark = "broken",
     ) -> Finding:
-        """A finding of some slots ``among`` others, first at a ``key`` of which each has one."""
+        """A finding of some slots ``among`` others; each has a ``key``."""
         row, block, slot = map(int, np.argwhere(slots.reshape(self.shape))[0])
+        key = self.keys if key is None else key
         at = None if key is None else int(key.reshape(self.shape)[row, block, slot])
         counted = self._count(slots), self._count(among), self.unit
         pairs, place = None if pairs is None else int(pairs), self.place(row, block, slot, at)
@@ -153,12 +156,3 @@ def require_rows(blocks: Blocks, batch: Batch | None) -> None:
     if anchors.numel() and not 0 <= int(anchors.min()) <= int(anchors.max()) <= last:
         got = f"{int(anchors.min())} to {int(anchors.max())}"
         raise ValueError(f"blocks must have anchors in [0, {last}], got {got}")
-
-
-def token_shown(token, to_text):
-    if token < 0:
-        return None, ""
-    if to_text is None:
-        return str(token), f" (token {token})"
-    text = to_text(token)
-    return text, f" {text!r}"

@@ -75,7 +75,7 @@ def check_mask(
     report = Report(
         (rows, count, blocks.block_size), _known_tokens(blocks, batch), to_text, "blocks"
     )
-    head, of_heads = 0, []
+    head, of_heads = 0, list[Finding]()
     if mask.heads > 1:
         head, of_heads = _heads(mask, report)
     form = form_of(mask, head, rule)

@@ -16,7 +16,9 @@ _TILES = "the tile lists fit the rule"
 def tile_findings(mask: GivenMask, report: Report, mine: BlockMask) -> Iterator[Finding]:
     """Tiles that are called empty or full and are not, and lists by key unlike those by query."""
     height, width = mine.BLOCK_SIZE
-    length, depth = (-(-int(n) // unit) for n, unit in zip(mine.seq_lengths, mine.BLOCK_SIZE))
+    length, depth = (
+        -(-int(n) // unit) for n, unit in zip(mine.seq_lengths, mine.BLOCK_SIZE, strict=True)
+    )
     partial, full = _listed(mine, "kv", depth), _listed(mine, "full_kv", depth)
     edges, tiles = np.arange(0, mask.keys, width), 0
     counts, firsts = {"empty": 0, "full": 0}, {}
