@@ -163,10 +163,10 @@ MASKS: dict[str, Fault] = {
         ),
     ),
     "a check takes no notice of other documents": Fault(
-        "attention.context_faults:_visible", lambda right, *args, **kwargs: iter(())
+        "attention.mask_rules:_intervals", lambda right, *args, **kwargs: iter(())
     ),
     "a check takes no notice of a window": Fault(
-        "attention.context_faults:_window", lambda right, *args, **kwargs: iter(())
+        "attention.mask_rules:_context", lambda right, *args, **kwargs: iter(())
     ),
     "a tile is full where it is partial": Fault(
         "attention.mask:tiles_of_ranges", changed_result(lambda tiles: (tiles[0], tiles[1][[0, 0]]))

@@ -324,7 +324,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("change", "sentence"), BAD, ids=str)
 def test_what_is_no_output_of_these_blocks_is_refused(change, sentence, rows):
     output, target = forward(*rows)
-    given = {name: value for name, value in (output | change).items() if value is not None}
+    given = output | change
     target = given.pop("target_logits", target)
     with pytest.raises((ValueError, TypeError)) as refused:
         lab.check_forward(given, *rows, target_logits=target)

@@ -15,7 +15,7 @@ from .mask import (
     training_mask_mod,
 )
 from .mask_check import check_mask
-from .mask_view import Variant
+from .mask_rules import Variant
 
 __all__ = [
     "FULL",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+
+from dspark_lab.blocks import Blocks
+from dspark_lab.chats import Batch
 
 Mark = Literal["held", "broken", "likely broken", "unsure", "variant", "no case", "note"]
 # Verdicts with which a check still passes.
@@ -81,11 +85,74 @@ class Findings:
         return "\n".join([start, *(f"- {sentence}" for sentence in self.sentences)])
 
 
-def token_shown(token: int, to_text: Callable[[int], str] | None) -> tuple[str | None, str]:
-    """A token for a table, and behind its place in a sentence."""
-    if token < 0:
-        return None, ""
-    if to_text is None:
-        return str(token), f" (token {token})"
-    text = to_text(token)
-    return text, f" {text!r}"
+@dataclass(frozen=True)
+class Report:
+    """Makes findings from flags of slots, [row, block, slot], counted in blocks or in slots.
+
+    Flags may also be [row, query]. ``tokens`` is [row, seq], -1 where one is not known; ``keys``
+    are the slots' places in the row unless a finding has others.
+    """
+
+    shape: tuple[int, int, int]
+    tokens: np.ndarray
+    to_text: Callable[[int], str] | None
+    unit: Literal["blocks", "slots"]
+    first_slot: int = 0
+    keys: np.ndarray | None = None
+
+    def held(self, rule: str, among: Any = True) -> Finding:
+        """A rule that holds, or has no case where there is nothing ``among`` which to look."""
+        of = self._count(among)
+        return Finding(rule, "held" if of else "no case", of=of, unit=self.unit)
+
+    def found(
+        self,
+        rule: str,
+        finding: str,
+        slots: np.ndarray,
+        among: Any = True,
+        key: np.ndarray | None = None,
+        *,
+        pairs: Any = None,
+        verdict: Mark = "broken",
+    ) -> Finding:
+        """A finding of some slots ``among`` others; each has a ``key``."""
+        row, block, slot = map(int, np.argwhere(slots.reshape(self.shape))[0])
+        key = self.keys if key is None else key
+        at = None if key is None else int(key.reshape(self.shape)[row, block, slot])
+        counted = self._count(slots), self._count(among), self.unit
+        pairs, place = None if pairs is None else int(pairs), self.place(row, block, slot, at)
+        return Finding(rule, verdict, finding, *counted, pairs, **place)
+
+    def _count(self, slots: Any) -> int:
+        flags = np.asarray(slots)
+        flags = flags.reshape(self.shape) if flags.ndim else np.broadcast_to(flags, self.shape)
+        return int((flags.any(2) if self.unit == "blocks" else flags).sum())
+
+    def place(self, row: int, block: int, slot: int, key: int | None = None) -> dict[str, Any]:
+        """The fields of a finding that say where."""
+        of_labels, token, shown = self.unit == "slots", None, ""
+        seq_len, slots = self.tokens.shape[1], self.shape[1] * self.shape[2]
+        words = [f"row {row}"] if self.shape[0] > 1 else []
+        words += [f"block {block}"]
+        words += [f"slot {slot + self.first_slot}"] if slot or of_labels else []
+        if key is not None and key < seq_len and (number := int(self.tokens[row, key])) >= 0:
+            token = str(number) if self.to_text is None else self.to_text(number)
+            shown = f" (token {token})" if self.to_text is None else f" {token!r}"
+        elif key is not None and seq_len <= key < seq_len + slots and not of_labels:
+            other, place = divmod(key - seq_len, self.shape[2])
+            shown = f" (slot {place} of block {other})"
+        words += [] if key is None else [f"{'label' if of_labels else 'key'} {key}{shown}"]
+        where = {"row": row, "block": block, "slot": slot + self.first_slot, "key": key}
+        return where | {"token": token, "place": ", ".join(words)}
+
+
+def require_rows(blocks: Blocks, batch: Batch | None) -> None:
+    """Refuse rows that are not those of the blocks, and anchors outside of them."""
+    if batch is not None and batch.input_ids.shape != blocks.doc_ids.shape:
+        wanted = f"the rows of blocks, {tuple(blocks.doc_ids.shape)}"
+        raise ValueError(f"batch must be {wanted}, got {tuple(batch.input_ids.shape)}")
+    anchors, last = blocks.anchor_positions, blocks.seq_len - 1
+    if anchors.numel() and not 0 <= int(anchors.min()) <= int(anchors.max()) <= last:
+        got = f"{int(anchors.min())} to {int(anchors.max())}"
+        raise ValueError(f"blocks must have anchors in [0, {last}], got {got}")

@@ -1,15 +1,14 @@
-"""A forward pass's output beside the rule, and how findings are made from its slots."""
+"""A forward pass's output beside the rule, as arrays of predicting slots, [row, block, slot]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_lab.attention.findings import Finding, Mark, token_shown
+from dspark_lab.attention.findings import Report
 from dspark_lab.blocks import Blocks
 from dspark_lab.chats import Batch
 
@@ -18,7 +17,7 @@ CHUNK = 2**24
 
 
 class OutputView:
-    """The output and the rule as arrays, and how a finding is made from slots."""
+    """Which slots are supervised and which should be, and what their labels are."""
 
     def __init__(
         self,
@@ -27,7 +26,7 @@ class OutputView:
         given: dict[str, Tensor],
         to_text: Callable[[int], str] | None,
     ) -> None:
-        self.rule, self.given, self.to_text = rule, given, to_text
+        self.rule, self.given = rule, given
         self.tokens, self.docs = batch.input_ids.numpy(), rule.doc_ids.numpy()
         self.loss = (batch.loss_mask.double() > 0.5).numpy()
         anchor = rule.anchor_positions.long().numpy()
@@ -36,6 +35,9 @@ class OutputView:
         self.kept = np.broadcast_to(rule.block_keep_mask.numpy()[..., None], self.right.shape)
         self.mine = (given["eval_mask"].cpu().double() > 0.5).numpy()
         self.row = np.broadcast_to(np.arange(len(self.tokens))[:, None, None], self.right.shape)
+        first, tokens = rule.block_size - rule.predicted, self.tokens
+        shape = self.right.shape
+        self.report = Report(shape, tokens, to_text, "slots", first, self.labels)
 
     def at(self, values: np.ndarray, places: np.ndarray) -> np.ndarray:
         """A row's values at places of it, those past its ends at its ends."""
@@ -44,34 +46,14 @@ class OutputView:
     def in_row(self, places: np.ndarray) -> np.ndarray:
         return (places >= 0) & (places < self.tokens.shape[1])
 
-    def found(
-        self,
-        rule: str,
-        finding: str,
-        slots: np.ndarray,
-        among: np.ndarray,
-        verdict: Mark = "broken",
-    ) -> Finding:
-        row, block, slot = map(int, np.argwhere(slots)[0])
-        key, token, text = int(self.labels[row, block, slot]), None, ""
-        if key < self.tokens.shape[1]:
-            token, text = token_shown(int(self.tokens[row, key]), self.to_text)
-        words = [f"row {row}"] if len(self.tokens) > 1 else []
-        first = self.rule.block_size - self.rule.predicted
-        words += [f"block {block}", f"slot {slot + first}", f"label {key}{text}"]
-        counted = int(slots.sum()), int(among.sum()), "slots"
-        place: dict[str, Any] = {"row": row, "block": block, "slot": slot + first, "key": key}
-        place |= {"token": token, "place": ", ".join(words)}
-        return Finding(rule, verdict, finding, *counted, **place)
 
-    def held(self, rule: str, among: Any) -> Finding:
-        of = int(np.sum(among))
-        return Finding(rule, "held" if of else "no case", of=of, unit="slots")
-
-
-def chunks(values: Tensor, slots: np.ndarray) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Logits of chosen slots, a few slots at a time, with their places."""
-    places = torch.from_numpy(np.argwhere(slots))
-    for part in places.split(max(1, CHUNK // values.shape[-1])):
-        chosen = part.unbind(1)
-        yield values.detach()[tuple(axis.to(values.device) for axis in chosen)], chosen
+def by_slot(
+    values: Tensor, slots: np.ndarray, judge: Callable[[Tensor, np.ndarray], Tensor]
+) -> np.ndarray:
+    """The flags that ``judge`` gives logits of some slots and their places, a few at a time."""
+    flags, found = np.zeros_like(slots), []
+    for part in torch.from_numpy(np.argwhere(slots)).split(max(1, CHUNK // values.shape[-1])):
+        chosen = values.detach()[tuple(axis.to(values.device) for axis in part.unbind(1))]
+        found.append(judge(chosen, part.numpy()).cpu())
+    flags[slots] = torch.cat(found).numpy()
+    return flags

@@ -1,39 +1,24 @@
-"""How much of each region of the keys each query sees, and which block a query's context is of.
-
-The regions lie around the anchor and around the query's own slot, in the order of the keys:
-
-    context: earlier documents, what a window cuts off, the context prefix, the anchor itself, the
-             rest of the document, later documents, and padding wherever it is;
-    slots:   earlier blocks, the block's earlier slots, the slot itself, the block's later slots,
-             later blocks, and keys behind the last slot.
-
-The rule sees the context prefix and the own block, all of both, and nothing else.
-"""
+"""Where each query of a mask belongs: to which block's context, and to which block's slots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from dspark_lab.attention.given_mask import GivenMask
-
-EARLIER_DOCUMENT, CUT_OFF, CONTEXT, ANCHOR, AFTER, LATER_DOCUMENT, PADDING = range(7)
-EARLIER_BLOCK, BEFORE, ITSELF, BEHIND, LATER_BLOCK, PAST_END = range(7, 13)
-KINDS_OF_KEYS = 13
-# Queries of a row that are enough to tell the form of a mask.
-SAMPLE = 128
+from dspark_lab.attention.given_mask import GivenMask, Runs
+from dspark_lab.blocks import Blocks
+from dspark_lab.chats import Batch
 
 
 @dataclass(frozen=True)
 class Seats:
-    """Where each query, [row, query], belongs: to a block's context, and to a block's slots.
+    """Each query's place, [row, query].
 
-    The block's document is ``start`` to ``past - 1``, the query its ``slot``; ``slot_first`` to
-    ``slot_past - 1`` are the slots of the query's own block, which is no dummy where ``slot_kept``.
-    ``padding`` is [row, key].
+    Its block's document is ``start`` to ``past - 1``, the query ``slot`` of the block;
+    ``slot_first`` to ``slot_past - 1`` are the slots of its own block, which is no dummy where
+    ``slot_kept``. The row's tokens are ``text`` to ``padding - 1``, both [row, 1].
     """
 
     start: np.ndarray
@@ -44,8 +29,37 @@ class Seats:
     slot_first: np.ndarray
     slot_past: np.ndarray
     slot_kept: np.ndarray
+    text: np.ndarray
     padding: np.ndarray
     window: int | None
+
+    @classmethod
+    def of(cls, blocks: Blocks, batch: Batch | None, window: int | None) -> Seats:
+        """Where the rule has each query."""
+        size, docs = blocks.block_size, blocks.doc_ids.cpu().numpy()
+        anchor = blocks.anchor_positions.long().cpu().numpy().repeat(size, 1)
+        kept = blocks.block_keep_mask.cpu().numpy().repeat(size, 1)
+        rows = list(zip(docs, anchor, strict=True))
+        query = np.broadcast_to(np.arange(anchor.shape[1]), anchor.shape)
+        if batch is not None:
+            text = batch.attention_mask.bool().cpu().numpy()
+        else:  # all positions of padding are 0: known of two tokens and more
+            still = blocks.context_position_ids.cpu().numpy() == 0
+            pair = still[:, 1:] & still[:, :-1] & (docs[:, 1:] == docs[:, :-1])
+            text = ~(np.pad(pair, ((0, 0), (1, 0))) | np.pad(pair, ((0, 0), (0, 1))))
+        return cls(
+            start=np.stack([np.searchsorted(doc, doc[of]) for doc, of in rows]),
+            anchor=anchor,
+            past=np.stack([np.searchsorted(doc, doc[of], "right") for doc, of in rows]),
+            kept=kept,
+            slot=query % size,
+            slot_first=query // size * size,
+            slot_past=query // size * size + size,
+            slot_kept=kept,
+            text=text.argmax(1)[:, None],
+            padding=(text.any(1) * (text.shape[1] - text[:, ::-1].argmax(1)))[:, None],
+            window=window,
+        )
 
     @cached_property
     def low(self) -> np.ndarray:
@@ -58,7 +72,8 @@ class Seats:
         """The same, with each query's context that of another row's or block's query."""
         names = "start", "anchor", "past", "kept"
         taken = {name: getattr(self, name)[row, query] for name in names}
-        return replace(self, slot=slot, padding=self.padding[row[:, 0]], **taken)
+        edges = {name: getattr(self, name)[row[:, 0]] for name in ("text", "padding")}
+        return replace(self, slot=slot, **taken, **edges)
 
     def blocks_of(self, size: int, block_size: int) -> Seats:
         """The same, with own blocks of another size."""
@@ -79,67 +94,26 @@ class Seats:
         return context | ((key >= first) & (key < past))
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Visible keys by region: how many, the first and the last (-1 where none).
-
-    All [row, query, region]; ``own`` [row, query, slot] are the pairs within the own block.
-    """
-
-    count: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    own: np.ndarray
-
-
-def count_regions(mask: GivenMask, head: int, seats: Seats) -> Seen:
-    shape, width = seats.slot.shape, int((seats.slot_past - seats.slot_first).max())
-    count = np.zeros((*shape, KINDS_OF_KEYS), dtype=np.int64)
-    first, last = np.full_like(count, -1), np.full_like(count, -1)
-    own = np.zeros((*shape, width), dtype=bool)
-    for row in range(mask.rows):
-        for queries in mask.pieces():
-            seen = mask.seen(row, head, queries)
-            for region, query, key in _pairs(seen, seats, mask, row, queries):
-                bins = query * KINDS_OF_KEYS + region
-                count[row] += np.bincount(bins, minlength=count[row].size).reshape(count[row].shape)
-                # Of several values for one place the last one stays.
-                first[row].reshape(-1)[bins[::-1]] = key[::-1]
-                last[row].reshape(-1)[bins] = np.maximum(last[row].reshape(-1)[bins], key)
-            place = seats.slot_first[row, queries, None] + np.arange(width)
-            inside = place < seats.slot_past[row, queries, None]
-            place = mask.seq_len + np.minimum(place, mask.queries - 1)
-            own[row, queries] = np.take_along_axis(seen, place, 1) & inside
-    return Seen(count, first, last, own)
+def form_of(mask: GivenMask, head: int, seats: Seats) -> GivenMask:
+    """The mask in the form in which it is most like the rule, its own unless that is far off."""
+    own = _likeness(mask, head, seats)
+    if own >= 0.75:
+        return mask
+    best, of_best = 0.0, mask
+    for reading in mask.readings():
+        gain = _likeness(reading, head, seats) - own
+        # A form that differs in more has to explain more.
+        if gain > max(best, 0.25 * (reading.inverted + reading.slots_first + reading.slot_major)):
+            best, of_best = gain, reading
+    return of_best
 
 
-def _pairs(
-    seen: np.ndarray, seats: Seats, mask: GivenMask, row: int, queries: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Region, query and key of each visible pair, of the context and then of the slots."""
-    query, key = np.nonzero(seen[:, : mask.seq_len])
-    query = queries[query]
-    edges = seats.start, seats.low, seats.anchor, seats.anchor + 1, seats.past
-    region = sum((key >= edge[row][query]).astype(np.int64) for edge in edges)
-    if seats.padding[row].any():
-        outside = (region != CONTEXT) & (region != ANCHOR)
-        region = np.where(outside & seats.padding[row, key], PADDING, region)
-    yield region, query, key
-
-    query, key = np.nonzero(seen[:, mask.seq_len :])
-    query = queries[query]
-    first, past = seats.slot_first[row][query], seats.slot_past[row][query]
-    places = first, query, query + 1, past
-    region = EARLIER_BLOCK + sum((key >= place).astype(np.int64) for place in places)
-    yield np.where(key >= mask.queries, PAST_END, region), query, key + mask.seq_len
-
-
-def likeness(mask: GivenMask, head: int, seats: Seats) -> float:
+def _likeness(mask: GivenMask, head: int, seats: Seats) -> float:
     """Share visible of what the rule sees less that of what it hides: 1 right, -1 inverted.
 
-    The mean over context and slots, of a sample of queries.
+    The mean over context and slots, of queries that are enough to tell a form.
     """
-    queries = np.unique(np.linspace(0, mask.queries - 1, SAMPLE).astype(int))
+    queries = np.unique(np.linspace(0, mask.queries - 1, 128).astype(int))
     parts = []
     for row in range(min(mask.rows, 2)):
         seen = mask.seen(row, head, queries)
@@ -149,29 +123,6 @@ def likeness(mask: GivenMask, head: int, seats: Seats) -> float:
             if right.any() and not right.all():
                 parts.append(given[right].mean() - given[~right].mean())
     return float(np.mean(parts)) if parts else 1.0
-
-
-def form_of(mask: GivenMask, head: int, seats: Seats) -> GivenMask:
-    """The mask in the form in which it is most like the rule, its own unless that is far off."""
-    own = likeness(mask, head, seats)
-    if own >= 0.75:
-        return mask
-    readings = [(likeness(reading, head, seats), reading) for reading in mask.readings()]
-    best, reading = max(readings, key=lambda scored: scored[0])
-    return reading if best > own + 0.25 else mask
-
-
-def context_ends(mask: GivenMask, head: int) -> np.ndarray:
-    """Where the first run of visible context tokens ends, for each query; -1 where none is."""
-    ends = np.full((mask.rows, mask.queries), -1)
-    place = np.arange(mask.seq_len)
-    for row in range(mask.rows):
-        for queries in mask.pieces():
-            seen = mask.seen(row, head, queries)[:, : mask.seq_len]
-            begun = seen | (place < seen.argmax(1)[:, None])
-            end = np.where(begun.all(1), mask.seq_len, begun.argmin(1))
-            ends[row, queries] = np.where(seen.any(1), end, -1)
-    return ends
 
 
 @dataclass(frozen=True)
@@ -185,16 +136,20 @@ class Owners:
     size: int
 
 
-def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners:
-    """The rows and blocks to which the context belongs by where it ends.
+def owners_of_context(runs: Runs, seats: Seats, seq_len: int, block_size: int) -> Owners:
+    """The rows and blocks to which the context belongs by where its first run ends.
 
     Its own row and block, unless others explain most of what these do not; of several that explain
     as much, the simplest.
     """
+    first = runs.first(0, seq_len)
+    ends = np.where(first < 0, -1, np.minimum(runs.hidden(first), seq_len))
     rows, queries = ends.shape
     blocks, query = queries // block_size, np.arange(queries)
-    own = _misses(ends, seats, np.arange(rows), query)
-    best, chosen = own.mean(), Owners(seats, list(range(rows)), 0, block_size)
+    best = _misses(ends, seats, np.arange(rows), query).mean()
+    chosen = Owners(seats, list(range(rows)), 0, block_size)
+    if best == 0:
+        return chosen
     sizes = [size for size in (block_size, block_size - 1, block_size + 1) if size > 0]
     for steps in (0, 1, -1, None) if blocks > 1 else (0,):
         if steps is None and best <= 0.2:
@@ -203,11 +158,10 @@ def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners
             # For each row, the row that fits best, its own where that fits as well.
             block, misses = np.zeros((rows, rows, queries), dtype=np.int64), np.zeros((rows, rows))
             for other in range(rows):
-                block[:, other] = np.minimum(query // size, blocks - 1)
                 if steps is None:
                     block[:, other] = [_matched(e, seats, other, block_size, size) for e in ends]
-                elif steps:
-                    block[:, other] = (block[:, other] + steps) % blocks
+                else:
+                    block[:, other] = (np.minimum(query // size, blocks - 1) + steps) % blocks
                 there = np.full(rows, other)
                 misses[:, other] = _misses(ends, seats, there, block[:, other] * block_size)
             taken = [
@@ -219,8 +173,7 @@ def owners_of_context(ends: np.ndarray, seats: Seats, block_size: int) -> Owners
                 if share < 0.3 * best:
                     row = np.repeat(np.array(choice)[:, None], queries, 1)
                     slot = np.broadcast_to(query % size, ends.shape)
-                    places = block[range(rows), choice] * block_size
-                    moved = seats.context_of(row, places, slot)
+                    moved = seats.context_of(row, block[range(rows), choice] * block_size, slot)
                     best, chosen = share, Owners(moved, choice, steps, size)
     return chosen
 
