@@ -14,9 +14,8 @@ import pandas as pd
 import pytest
 
 from dspark_lab.blocks import PER, draw_blocks, times_supervised
-from dspark_lab.chats import encode, load_chats
 from dspark_lab.model import load_target
-from dspark_lab.training import BatchOrder, History, Run, TrainConfig, row_groups
+from dspark_lab.training import BatchOrder, History, Run, TrainConfig, encode_chats, row_groups
 from dspark_lab.training.__main__ import main
 from dspark_lab.tuning import (
     CARDS,
@@ -159,26 +158,27 @@ def counting(seen: list[dict[str, int]]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("packed", "per", "given"),
+    ("packed", "per", "given", "block_size", "like"),
     [
-        (False, "row", False),
-        (True, "row", True),
-        (True, "document", False),
-        (True, "batch", False),
+        (False, "row", False, 3, "automodel"),
+        (True, "row", True, 3, None),
+        (True, "document", False, 1, "speculators"),
+        (True, "batch", False, 3, None),
     ],
 )
 def test_the_exported_line_trains_with_what_was_predicted_for_a_step(
-    packed, per, given, files, tmp_path, monkeypatch
+    packed, per, given, block_size, like, files, tmp_path, monkeypatch
 ):
     target, data = files
     tokenizer = load_target(str(target), local_files_only=True).tokenizer
-    encoded = [encode(chat, tokenizer) for chat in load_chats(data)]
+    encoded = encode_chats(data, tokenizer, like=like)
     length = 150 if packed else max(map(len, encoded))
     rows = Spans.of(encoded, row_length=length).rows if packed else len(encoded)
     batch_size = next(size for size in (3, 2, 5, 7) if rows % size == 0)
     choice = choose_training(
         *(encoded, replace(SHAPE, sample_from_anchor=not given)),
-        **{"time": TIME, "num_anchors": (5,), "block_sizes": (3,), "seq_lens": (length,)},
+        **{"time": TIME, "num_anchors": (5,), "seq_lens": (length,)},
+        **{"block_sizes": (block_size,)},
         **{"packed": packed, "per": per, "batch_size": batch_size},
     )
     line = choice.table.iloc[0]
@@ -186,6 +186,7 @@ def test_the_exported_line_trains_with_what_was_predicted_for_a_step(
     steps = epochs * rows // batch_size
     command = f"--out {tmp_path} --target {target} --data {data} --steps {steps} --device cpu"
     command += " --layers 1 --markov-rank 4 --learning-rate 0 "
+    command += f"--like {like} " if like else ""
     seen: list[dict[str, int]] = []
     monkeypatch.setattr(Run, "blocks", counting(seen))
     main(shlex.split(command + export(choice.settings, "dspark-lab"), comments=True))
