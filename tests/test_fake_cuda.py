@@ -37,6 +37,7 @@ EXCEPTIONS = {
         training.BatchOrder.micro_batches training.Run.advance training.Run.backward
         training.Run.blocks
         rates.whole_block_anchors
+        training.encode_chats training.open_chats
     """,
     "counts in NumPy": """
         decoding.distribution_table

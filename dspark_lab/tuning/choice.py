@@ -181,16 +181,11 @@ def choose_training(
     rates = table[list(_RATES)].to_numpy()
     table["front"] = table["fits"] & _front(rates, table["fits"].to_numpy())
     packed = packed or any(spans.documents > spans.rows for spans in rows.values())
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "gamma": gamma,
-        "packed": packed,
-        "per": per,
-    }
-    settings["layout"] = shape.layout
+    max_length = None
     if isinstance(data, Spans) and (data.document_kept < data.document_tokens).any():
-        settings["max_length"] = int(data.document_kept.max())
-    return _choice(table, step_time.error, **settings)
+        max_length = int(data.document_kept.max())
+    settings = (batch_size, gamma, packed, per, shape.layout, max_length)
+    return _choice(table, step_time.error, settings)
 
 
 @checked
@@ -320,12 +315,12 @@ def _ranked(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["fits"]].sort_values("gain_per_second", ascending=False, kind="stable")
 
 
-def _choice(table: pd.DataFrame, error: float, **settings: Any) -> TrainingChoice:
+def _choice(table: pd.DataFrame, error: float, settings: tuple[Any, ...]) -> TrainingChoice:
     order = _ranked(table)
     if order.empty:
         least = table["memory_bytes"].min() / 1e9
         reason = f"Nothing fits: the smallest of these steps takes {least:.1f} GB."
-        return TrainingChoice(table, None, None, math.nan, reason, **settings)
+        return TrainingChoice(table, None, None, math.nan, reason, *settings)
     best = order.iloc[0]
     runner_up = order.iloc[1] if len(order) > 1 else None
     sure = math.nan
@@ -351,7 +346,7 @@ def _choice(table: pd.DataFrame, error: float, **settings: Any) -> TrainingChoic
     if len(unfit) and unfit["gain_per_second"].max() > best["gain_per_second"]:
         wanted = unfit.loc[unfit["gain_per_second"].idxmax()]
         reason += f"; {_option(wanted, table)} would gain more but does not fit"
-    return TrainingChoice(table, best, runner_up, sure, f"{reason}.", **settings)
+    return TrainingChoice(table, best, runner_up, sure, f"{reason}.", *settings)
 
 
 def _option(option: pd.Series, table: pd.DataFrame) -> str:
