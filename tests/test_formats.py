@@ -130,6 +130,10 @@ FILES = {
     "speculators, before it had the key": (LEGACY, GIVEN),
     "speculators dflash": (THEIR_DFLASH, PLAIN),
     "speculators, told apart from its backbone": (SPECULATORS | {"use_cache": False}, CONFIG),
+    "words for what is so without them": (
+        DSPARK | {"target_hidden_size": 8, "logit_scale": 1, "draft_vocab_size": 20},
+        CONFIG,
+    ),
     "specforge": (SPECFORGE, CONFIG),
     "specforge, split": (SPLIT, CONFIG),
     "specforge dflash": (DFLASH, PLAIN),

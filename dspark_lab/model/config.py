@@ -125,8 +125,9 @@ class DrafterConfig:
             one |= {"markov_rank": 0, "markov_head_type": "none"}
         if not slides:
             one |= {"sliding_window": None, "is_causal": self.is_causal or None}
-        if most == self.vocab_size:
-            one["draft_vocab_size"] = None
+        own = {"draft_vocab_size": self.vocab_size, "target_hidden_size": self.hidden_size}
+        for name, same in {**own, "logit_scale": 1}.items():
+            one[name] = None if getattr(self, name) == same else getattr(self, name)
         for name, value in one.items():
             object.__setattr__(self, name, value)
 
