@@ -349,6 +349,7 @@ CONTRADICTIONS = [
     (DSPARK, "architectures", ["DFlashDraftModel", "DSparkDraftModel"], "contradict each other: D"),
     (SPECULATORS, "architectures", ["DFlashDraftModel"], "'dspark' contradict each other: DFlash"),
     (SPECULATORS, "speculators_model_type", "dflash", "'dflash' contradict each other: DSpark"),
+    (DFLASH, "dflash_config.projector_type", "dspark", "'dspark' contradict .*: DFlash, DSpark"),
     (DSPARK, "num_target_layers", 3, r"must be below num_target_layers, 3, got \(0, 2, 3\)"),
     (DSPARK, "layer_types", ["full_attention"], "one for each of 2 layers, got 1"),
 ]  # fmt: skip

@@ -269,6 +269,9 @@ def _loaded_family(values: Mapping[str, Any]) -> str:
         others = {
             ARCHITECTURES.get(str(name), family) for name in values.get("architectures") or ()
         }
+        if _object(values, "dflash_config").get("projector_type") == "dspark":
+            others.add("DSpark")
+            names += ", projector_type 'dspark'"
         if others - {family}:
             raise ValueError(f"{names} contradict each other: {', '.join(sorted(others))}")
         return family
