@@ -130,6 +130,10 @@ FILES = {
     "speculators, before it had the key": (LEGACY, GIVEN),
     "speculators dflash": (THEIR_DFLASH, PLAIN),
     "speculators, told apart from its backbone": (SPECULATORS | {"use_cache": False}, CONFIG),
+    "words for what is so without them": (
+        DSPARK | {"target_hidden_size": 8, "logit_scale": 1, "draft_vocab_size": 20},
+        CONFIG,
+    ),
     "specforge": (SPECFORGE, CONFIG),
     "specforge, split": (SPLIT, CONFIG),
     "specforge dflash": (DFLASH, PLAIN),
@@ -231,6 +235,7 @@ def test_a_consolidated_folder_of_automodel_loads(tmp_path):
 SLIDING = ["sliding_attention", "full_attention"]
 WINDOW = {"layer_types": SLIDING, "use_sliding_window": True, "sliding_window": 5}
 WINDOWED = replace(CONFIG, layer_types=SLIDING, sliding_window=5)
+BARE = {key: value for key, value in DSPARK.items() if key not in WINDOW}
 THEIR_WINDOW = SPECULATORS | {"transformer_layer_config": BACKBONE | THETA | WINDOW}
 BOTH_WAYS = {"is_causal": False}
 
@@ -242,6 +247,7 @@ BOTH_WAYS = {"is_causal": False}
         (DSPARK | WINDOW | BOTH_WAYS, False),
         (DSPARK | WINDOW | {"is_causal": True}, True),
         (DSPARK | WINDOW | {"dflash_config": {"causal": False}}, False),
+        (changed(BARE, "dflash_config", DFLASH_WORDS | WINDOW), None),
         (SPECFORGE | WINDOW, None),
         (SPECFORGE | WINDOW | BOTH_WAYS, False),
         (THEIR_WINDOW, None),
@@ -326,6 +332,7 @@ CONTRADICTIONS = [
     (SPECULATORS, "sample_from_anchor", False, "tokens 4 contradicts block_size: 3 of 4 slots"),
     (SPECULATORS, TOKENS, [{"speculative_tokens": 5}], "tokens 5 .* 4 of 4 slots predict"),
     (DSPARK, "dflash_config.block_size", 5, "block_size 4 and dflash_config.block_size 5"),
+    (DSPARK | WINDOW, "dflash_config.sliding_window", 6, "window 5 and dflash_config.sliding_win"),
     (SPECFORGE, "markov_rank", 4, "markov_rank 4 and dflash_config.markov_rank 5"),
     (DSPARK, "aux_hidden_state_layer_ids", [0, 2, 3], r"\[0, 2, 3\] and aux_hidden.* - 1 \[-1"),
     (DSPARK, "dspark_config.mask_token_id", 1, "mask_token_id 19 and dspark_config.mask_token"),
@@ -342,6 +349,7 @@ CONTRADICTIONS = [
     (DSPARK, "architectures", ["DFlashDraftModel", "DSparkDraftModel"], "contradict each other: D"),
     (SPECULATORS, "architectures", ["DFlashDraftModel"], "'dspark' contradict each other: DFlash"),
     (SPECULATORS, "speculators_model_type", "dflash", "'dflash' contradict each other: DSpark"),
+    (DFLASH, "dflash_config.projector_type", "dspark", "'dspark' contradict .*: DFlash, DSpark"),
     (DSPARK, "num_target_layers", 3, r"must be below num_target_layers, 3, got \(0, 2, 3\)"),
     (DSPARK, "layer_types", ["full_attention"], "one for each of 2 layers, got 1"),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import load_file
 
 from dspark_lab.chats import Batch, Encoded, pack
-from dspark_lab.model import Target, load_drafter, load_target, output_objective
+from dspark_lab.model import Target, Yarn, load_drafter, load_target, output_objective
 from dspark_lab.rates import evaluate
 from dspark_lab.training import (
     BatchOrder,
@@ -772,6 +772,10 @@ def test_a_drafter_starts_with_a_window_and_some_of_the_tokens(tmp_path: Path) -
     config = TrainConfig(steps=1, batch_size=2, num_anchors=2)
     train(made, target, random_chats(2), config, out=tmp_path / "run", progress=False)
     assert torch.equal(made.lm_head.weight, target.head_weight[sorted(set(kept))])
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None}
+    target.model.config.rope_parameters = rope | {"original_max_position_embeddings": 16}
+    longest = target.model.config.max_position_embeddings
+    assert new_drafter(target, mask_token_id=0).config.yarn == Yarn(longest / 16, 16)
     with pytest.raises(ValueError, match=r"draft_ids must lie in \[0, 63\], got 1 to 64"):
         new_drafter(target, mask_token_id=0, draft_ids=[1, 64])
 

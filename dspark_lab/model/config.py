@@ -51,7 +51,7 @@ class DrafterConfig:
     :func:`dspark_lab.common.extract_context_feature`), each ``target_hidden_size`` wide, which is
     ``hidden_size`` where None. A training forward draws ``num_anchors`` for each row.
     ``markov_rank`` 0 or ``markov_head_type`` "none" leaves the Markov head out, and reads as both.
-    ``num_target_layers`` is there for other readers of a checkpoint.
+    ``num_target_layers`` bounds the ids, and is there for other readers of a checkpoint.
 
     Where ``sample_from_anchor`` is False, slot 0 of a block is the anchor and predicts nothing
     (``layout``). Layers whose ``layer_types`` are "sliding_attention", by default none, see of the
@@ -125,8 +125,9 @@ class DrafterConfig:
             one |= {"markov_rank": 0, "markov_head_type": "none"}
         if not slides:
             one |= {"sliding_window": None, "is_causal": self.is_causal or None}
-        if most == self.vocab_size:
-            one["draft_vocab_size"] = None
+        own = {"draft_vocab_size": self.vocab_size, "target_hidden_size": self.hidden_size}
+        for name, same in {**own, "logit_scale": 1}.items():
+            one[name] = None if getattr(self, name) == same else getattr(self, name)
         for name, value in one.items():
             object.__setattr__(self, name, value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dspark_lab.checks import checked
@@ -84,7 +85,7 @@ def _without_loading(values: dict[str, Any]) -> Iterator[Line]:
 
 
 def _model(stored: Stored) -> Iterator[Line]:
-    c, said = stored.config, _Sources(stored.values)
+    c, said = stored.config, partial(_source, stored.values)
     what = "every slot predicts" if c.sample_from_anchor else "slot 0 is the anchor itself"
     layout, family = said("sample_from_anchor", "dspark_bonus_anchor"), family_of(stored.values)
     by = "the family"
@@ -151,22 +152,17 @@ def _weights(stored: Stored) -> Iterator[Line]:
     yield "calibration", "yes" if calibrated else "none", CALIBRATION if calibrated else ""
 
 
-class _Sources:
-    """Names the keys of a ``config.json`` that are there, with the object that they stand in."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        nested = {k: v for k, v in values.items() if isinstance(v, dict)}
-        places = {"": values} | nested
-        self.where = {
-            key: f"{place}.{key}" if place else key
-            for place, holder in reversed(places.items())
-            for key, value in holder.items()
-            if value is not None
-        }
-
-    def __call__(self, *keys: str) -> str:
-        found = ", ".join(self.where[key] for key in keys if key in self.where)
-        return f"{CONFIG}: {found}" if found else ""
+def _source(values: dict[str, Any], *keys: str) -> str:
+    """Where a ``config.json`` says the keys that are there."""
+    inner = {f"{place}.": holder for place, holder in values.items() if isinstance(holder, dict)}
+    places = {"": values} | inner
+    found = [
+        f"{place}{key}"
+        for key in keys
+        for place, holder in places.items()
+        if holder.get(key) is not None
+    ]
+    return f"{CONFIG}: {', '.join(found)}" if found else ""
 
 
 def _servers(stored: Stored) -> Iterator[Line]:

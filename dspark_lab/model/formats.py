@@ -61,7 +61,8 @@ _OTHERS = {
     "dflash": "DFlash on another backbone",
 }
 _NESTED = ("dflash_config", "dspark_config")
-# Own name: other names. All may also stand in dflash_config and dspark_config.
+# Own name: other names. These and those of the backbone may also stand in dflash_config and
+# dspark_config.
 _DRAFT_KEYS = {
     "block_size": ("dspark_block_size",),
     "mask_token_id": ("dspark_noise_token_id",),
@@ -151,10 +152,10 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
             flat[key] = _one_value(key, {key: first, f"transformer_layer_config.{key}": value})
         elif first is None:
             flat[key] = value
-    flat["model_type"] = "qwen3" if kind in _QWEN3 else kind
-    flat["architectures"] = [ARCHITECTURE]
-    for key, others in _DRAFT_KEYS.items():
-        value = _one_value(key, dict(_said(values, (key, *others))))
+    flat |= {"architectures": [ARCHITECTURE], "model_type": "qwen3" if kind in _QWEN3 else kind}
+    backbone_keys = {key: () for key in _BACKBONE if key != "model_type"}
+    for key, others in {**backbone_keys, **_DRAFT_KEYS}.items():
+        value = _one_value(key, dict(_said({**values, **flat}, (key, *others))))
         for other in others:
             flat.pop(other, None)
         if value is not None:
@@ -185,7 +186,7 @@ def flat_config(values: Mapping[str, Any]) -> dict[str, Any]:
 def config_words(values: Mapping[str, Any]) -> list[str]:
     """The keys of a ``config.json`` for the draft that nothing here reads, by their places."""
     known = {*_DRAFT_KEYS, *(name for names in _DRAFT_KEYS.values() for name in names)}
-    known |= {*_ALLOWED, "projector_type", "dspark_bonus_anchor", "shift_label"}
+    known |= {*_ALLOWED, *_BACKBONE, "projector_type", "dspark_bonus_anchor", "shift_label"}
     return [
         f"{place}.{name}"
         for place in _NESTED
@@ -268,6 +269,9 @@ def _loaded_family(values: Mapping[str, Any]) -> str:
         others = {
             ARCHITECTURES.get(str(name), family) for name in values.get("architectures") or ()
         }
+        if _object(values, "dflash_config").get("projector_type") == "dspark":
+            others.add("DSpark")
+            names += ", projector_type 'dspark'"
         if others - {family}:
             raise ValueError(f"{names} contradict each other: {', '.join(sorted(others))}")
         return family

@@ -38,12 +38,9 @@ def new_drafter(
     c = target.model.config.get_text_config()
     said = c.to_dict()  # where layers differ, as Gemma 4's, the attributes cannot be read
     heads = c.num_attention_heads
-    rope = said.get("rope_parameters") or {}
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     rope = rope.get("full_attention") or rope  # of each kind of layer, as Gemma's have it
-    longest = c.max_position_embeddings
-    yarn = None
-    if rope.get("rope_type") == "yarn":
-        yarn = read_scaling("rope", {"rope": rope, "max_position_embeddings": longest})
+    scaled = rope.get("rope_type") == "yarn"
     has_markov_head = markov_rank > 0 and markov_head_type != "none"
     ids = None if draft_ids is None else sorted(set(draft_ids))
     if ids is not None and not 0 <= ids[0] <= ids[-1] < target.vocab_size:
@@ -68,8 +65,8 @@ def new_drafter(
             confidence_head_with_markov=has_markov_head,
             rms_norm_eps=said.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or said.get("rope_theta") or 10000),
-            max_position_embeddings=longest,
-            yarn=yarn,
+            max_position_embeddings=c.max_position_embeddings,
+            yarn=read_scaling("rope", said | {"rope": rope}) if scaled else None,
             sample_from_anchor=sample_from_anchor,
             sliding_window=sliding_window,
             layer_types=["sliding_attention"] * num_hidden_layers if sliding_window else None,
