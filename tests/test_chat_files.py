@@ -39,6 +39,10 @@ SHAPES = {
     "conversations": ({"conversations": TALK}, TALK),
     "conversations of ShareGPT": ({"conversations": SHAREGPT}, TALK),
     "an empty key beside the real one": ({"messages": TALK, "conversations": None}, TALK),
+    "keys of two kinds": (
+        {"messages": [{"from": "human", "content": "Hi"}, ANSWER | {"from": None, "value": None}]},
+        TWO,
+    ),
     "parts of a text": ({"messages": [USER, ANSWER | {"content": PARTS}]}, TWO),
     "keys that say nothing": ({"messages": [USER, ANSWER | {"tool_calls": None, "x": []}]}, TWO),
     "prompt and response": ({"prompt": "Hi", "response": "One."}, TWO),
@@ -127,6 +131,9 @@ def test_every_switch_of_the_loss_is_honoured(tmp_path, switch, off):
         {"messages": TALK, switch: on},
         {"conversations": SHAREGPT, "system": "Go", "loss_mask": [off, off, 0, on]},
     ]
+    if switch != "loss_mask":
+        (tokens,) = load(tmp_path, {"input_ids": [5, 6], "loss_mask": [0, 1], switch: off})
+        assert not tokens.loss_mask.any()
     chats = load(tmp_path, *rows).conversations
     kept = [chat.supervised and [i for i in chat.answers if chat.supervised[i]] for chat in chats]
     assert kept == [[3], None, [1, 3], [], None, [4]]
@@ -266,6 +273,7 @@ BAD = [
     ({"messages": "hello"}, "messages must be a list, got a string"),
     ({"messages": []}, "at least one message"),
     ({"turns": []}, "at least one"),
+    (TOKENS | {"response": "One."}, r"must have 'messages', .*'response'"),
     ({"turns": [1]}, r"turns\[0\] must be a string"),
     ({"messages": [USER, "the"]}, r"messages\[1\] must be an object, got a string"),
     ({"messages": [{"role": "user"}, ANSWER]}, r"messages\[0\] must have 'content'"),
@@ -273,6 +281,12 @@ BAD = [
     ({"messages": [{"role": "narrator", "content": ""}]}, "got 'narrator'"),
     ({"messages": [{"role": 3, "content": ""}]}, "role must be a string, got a number"),
     ({"messages": [USER, ANSWER | {"content": ["the"]}]}, "'text', got a string"),
+    ({"messages": [USER, ANSWER | {"value": "b"}]}, r"\[1\] has both 'content' and 'value'"),
+    ({"messages": [USER | {"from": "human"}, ANSWER]}, "has both 'role' and 'from'"),
+    (
+        {"messages": [{"from": "tool_call", "value": json.dumps(CALL), "tool_calls": [CALL]}]},
+        "'tool_calls' beside a call of its own",
+    ),
     ({"messages": [USER | {"content": [{"type": "image_url"}]}]}, "got 'image_url'"),
     ({"messages": [USER | {"content": [{"type": "text"}]}]}, "string, got null"),
     ({"messages": [USER, ANSWER | {"content": None}]}, "content must be a string, got null"),

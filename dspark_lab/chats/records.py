@@ -18,6 +18,8 @@ from dspark_lab.chats.chat import Chat, Encoded, check_unicode
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 _ROLES |= {"tool_response": "tool", "function_response": "tool"}
 _CALLS = ("function_call", "tool_call")
+# The keys for the role and the words of a message, in two kinds of files.
+_MESSAGE = (("role", "from"), ("content", "value"))
 
 _LISTS = ("messages", "conversations")
 _ANSWERS = ("completion", "response")
@@ -27,8 +29,10 @@ _SHAPES = (
 )
 # Switches of the loss, of a message or of all of a row's.
 _SWITCHES = ("weight", "train", "training", "loss", "loss_mask")
+# Of a message, what is read here; all else is for the template.
+_READ = {*_MESSAGE[0], *_MESSAGE[1], *_SWITCHES}
 # What would make a conversation another one, and cannot be honoured.
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
+_MEDIA = {"images", "image", "videos", "video", "audios", "audio", "objects"}
 _REFUSED = {*_MEDIA, "chosen", "rejected", "functions", "documents", "chat_template"}
 _REFUSED |= {"chat_template_kwargs", "enable_thinking", "reasoning_content", "tool_calls"}
 _GENERATED_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", *_CALLS, "tool_calls")
@@ -54,9 +58,10 @@ def read_record(record: Any, default_id: str) -> Chat | Encoded:
         name = default_id
     elif isinstance(name, bool) or not isinstance(name, (str, int)):
         raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
-    name = _string("id", str(name))
+    name = str(name)
+    check_unicode("id", name)
     if domain is not None:
-        _string("domain", domain)
+        check_unicode("domain", _string("domain", domain))
     if _empty(record.get("input_ids")):
         return _chat(record, name, domain)
     words = any(not _empty(record.get(key)) for key in _WORDS)
@@ -91,8 +96,10 @@ def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str
         raise ValueError("input_ids must hold at least one token, got none")
     if positions is not None and positions[:length] != [*range(length)]:
         raise ValueError("has 'position_ids' of several documents, which cannot be honoured")
-    rows = torch.tensor(ids[:length], dtype=torch.long), torch.tensor(masks[0][:length])
-    return Encoded(*rows, chat, name, domain)
+    switches = {key: value for key, value in record.items() if key != "loss_mask"}
+    keep = _switch("the row", switches, answer=True)
+    mask = torch.tensor(masks[0][:length]) & keep
+    return Encoded(torch.tensor(ids[:length], dtype=torch.long), mask, chat, name, domain)
 
 
 def _chat(record: Mapping[str, Any], name: str, domain: str | None) -> Chat:
@@ -154,10 +161,9 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
         texts = _list("turns", record["turns"])
         said = [_string(f"turns[{index}]", text) for index, text in enumerate(texts)]
         return [turn for text in said for turn in _said("turns", text, "user")], {"turns"}
-    empty = next((key for key in (*_LISTS, "turns", "input_ids") if key in record), None)
-    if empty is not None and record[empty] is not None:
-        _list(empty, record[empty])
-        raise ValueError(f"{empty} must hold at least one message or token, got none")
+    for key in (*_LISTS, "turns", "input_ids"):
+        if record.get(key) is not None and _empty(_list(key, record[key])):
+            raise ValueError(f"{key} must hold at least one message or token, got none")
     raise ValueError(f"must have {_SHAPES}, got keys {sorted(map(str, record))}")
 
 
@@ -171,19 +177,16 @@ def _said(key: str, value: Any, role: str = "") -> list[Turn]:
 def _message(where: str, raw: Any) -> Turn:
     if not isinstance(raw, dict):
         raise ValueError(f"{where} must be an object, got {_kind(raw)}")
-    role_key, content_key = ("from", "value") if "from" in raw else ("role", "content")
+    role_key, content_key = (_one_of(where, raw, keys) for keys in _MESSAGE)
     if role_key not in raw:
         raise ValueError(f"{where} must have {role_key!r}, got keys {sorted(raw)}")
-    for key in _MEDIA:
-        if not _empty(raw.get(key)):
-            raise ValueError(f"{where} has {key!r}, which cannot be honoured")
-    more = {
-        key: value
-        for key, value in raw.items()
-        if key not in (role_key, content_key, *_SWITCHES) and not _empty(value)
-    }
+    more = {key: value for key, value in raw.items() if key not in _READ and not _empty(value)}
+    for key in sorted(_MEDIA.intersection(more)):
+        raise ValueError(f"{where} has {key!r}, which cannot be honoured")
     role = _string(f"{where}.{role_key}", raw[role_key])
     content = raw.get(content_key)
+    if role in _CALLS and "tool_calls" in more:
+        raise ValueError(f"{where} has 'tool_calls' beside a call of its own")
     if role in _CALLS:
         role, content, more = "assistant", "", more | {"tool_calls": _calls(where, content)}
     role = _ROLES.get(role, role)
@@ -197,6 +200,14 @@ def _message(where: str, raw: Any) -> Turn:
         raise ValueError(f"{where} must have {content_key!r}, got keys {sorted(raw)}")
     message = {"role": role, "content": _string(f"{where}.{content_key}", content), **more}
     return message, _switch(where, raw, _answers(message))
+
+
+def _one_of(where: str, raw: Mapping[str, Any], keys: tuple[str, str]) -> str:
+    """Which of two keys for the same a message has."""
+    held = [key for key in keys if raw.get(key) is not None]
+    if len(held) == 2:
+        raise ValueError(f"{where} has both {keys[0]!r} and {keys[1]!r}, only one is allowed")
+    return held[0] if held else keys[0]
 
 
 def _answers(message: Mapping[str, Any]) -> bool:
@@ -337,7 +348,6 @@ def _list(where: str, value: Any) -> list[Any]:
 def _string(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} must be a string, got {_kind(value)}")
-    check_unicode(where, value)
     return value
 
 
