@@ -189,12 +189,22 @@ def test_the_result_is_a_sequence_with_views(tmp_path):
             assert part.cut(length).lengths.tolist() == [len(row) for row in shorter]
 
 
-@settings(max_examples=20)
-@given(st.integers(1, 60), st.integers(1, 40), st.booleans(), st.slices(8))
-def test_chunks_hold_all_tokens_in_order(tmp_path_factory, size, length, listed, place):
+@pytest.fixture(scope="module")
+def in_three_parts(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "_PART_CHATS", (3, 3))
-        whole = made(CHUNKED, tmp_path_factory.getbasetemp() / "chunked")
+        return made(some(8), tmp_path_factory.mktemp("parts"))
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 40),
+    st.booleans(),
+    st.builds(slice, st.integers(0, 7), st.integers(0, 8), st.sampled_from([1, 1, 1, 2, -1])),
+)
+def test_chunks_hold_all_tokens_in_order(in_three_parts, size, length, listed, place):
+    whole = in_three_parts
     rows = whole[place].cut(length)
     expected = [encode(row, TOKENIZER, length) for row in list(whole)[place]]
     assert rows.lengths.tolist() == [len(row) for row in expected]
@@ -212,9 +222,6 @@ def test_chunks_hold_all_tokens_in_order(tmp_path_factory, size, length, listed,
     assert token_counts(rows).tolist() == [len(row) for row in expected]
     held = {token for row in expected for token in row.input_ids.tolist()}
     assert set(np.flatnonzero(seen_tokens(rows, len(TOKENIZER))).tolist()) == held
-
-
-CHUNKED = some(8)
 
 
 class Stop(Exception):
