@@ -198,8 +198,8 @@ def in_three_parts(tmp_path_factory):
 
 @settings(max_examples=30)
 @given(
-    st.integers(1, 60),
-    st.integers(1, 40),
+    st.integers(1, 300),
+    st.none() | st.integers(1, 40),
     st.booleans(),
     st.builds(slice, st.integers(0, 7), st.integers(0, 8), st.sampled_from([1, 1, 1, 2, -1])),
 )
