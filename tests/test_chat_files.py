@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dspark_lab.chats import Chat, Encoded, load_chats
+from dspark_lab.chats import Chat, Encoded, load_chats, reading
 from tests.templates import said
 
 TALK = said("Hi", "One.", "And?", "Two.")
@@ -357,6 +357,27 @@ def test_a_row_that_cannot_be_read_is_named_with_its_file_and_line(tmp_path):
         (skipped,) = rest.skipped
         assert (skipped.file, skipped.line) == (str(path), 2)
         assert f"{path}, line 2: {skipped.reason}" == str(caught.value)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10**6])
+def test_an_array_is_read_in_pieces_as_it_is_read_whole(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(reading, "_PIECE", piece)
+    path = tmp_path / "array.json"
+    said = {"messages": [{"role": "user", "content": 'é🎉 "], [{,' + 5000 * "x"}], "a": [1e5, {}]}
+    for text in (
+        "[]",
+        " [ ] \n",
+        json.dumps([said] * 3),
+        json.dumps([[], 12.5, said, "]"], indent=1),
+    ):
+        path.write_text("\ufeff" + text, encoding="utf-8")
+        found = [json.loads(raw) for _, raw in reading.raw_rows(path)]
+        assert found == json.loads(text)
+    good = json.dumps([said, said])
+    for text in (good[:-1], good + "]", good[:-1] + ",]", "[,]", good.replace("}, {", "} {")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="JSON array, but is none"):
+            list(reading.raw_rows(path))
 
 
 def test_rows_of_tables_and_arrays_are_counted_as_rows(tmp_path):

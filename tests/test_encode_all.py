@@ -189,28 +189,39 @@ def test_the_result_is_a_sequence_with_views(tmp_path):
             assert part.cut(length).lengths.tolist() == [len(row) for row in shorter]
 
 
-@settings(max_examples=20)
-@given(st.integers(1, 60), st.integers(1, 40), st.booleans())
-def test_chunks_hold_all_tokens_in_order(tmp_path_factory, size, length, listed):
-    rows = made(CHUNKED, tmp_path_factory.getbasetemp() / "chunked").cut(length)
-    expected = [encode(row, TOKENIZER, length) for row in loop(CHUNKED)]
+@pytest.fixture(scope="module")
+def in_three_parts(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_PART_CHATS", (3, 3))
+        return made(some(8), tmp_path_factory.mktemp("parts"))
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 300),
+    st.none() | st.integers(1, 40),
+    st.booleans(),
+    st.builds(slice, st.integers(0, 7), st.integers(0, 8), st.sampled_from([1, 1, 1, 2, -1])),
+)
+def test_chunks_hold_all_tokens_in_order(in_three_parts, size, length, listed, place):
+    whole = in_three_parts
+    rows = whole[place].cut(length)
+    expected = [encode(row, TOKENIZER, length) for row in list(whole)[place]]
+    assert rows.lengths.tolist() == [len(row) for row in expected]
+    assert rows.row_facts()[0] == [row.domain for row in expected]
     chunks = list(token_chunks(expected if listed else rows, size))
     assert [n for chunk in chunks for n in chunk.lengths] == [len(row) for row in expected]
     for name, column in (("input_ids", "input_ids"), ("loss_mask", "loss_mask")):
-        found = np.concatenate([getattr(chunk, column) for chunk in chunks])
-        assert found.tolist() == torch.cat([getattr(row, name) for row in expected]).tolist()
-    assert all(
-        len(chunk.input_ids) <= size or len(chunk.lengths) == 1 or listed for chunk in chunks
-    )
+        found = [token for chunk in chunks for token in getattr(chunk, column).tolist()]
+        assert found == [token for row in expected for token in getattr(row, name).tolist()]
+    read = not listed and rows._rows.step == 1
+    assert all(len(c.input_ids) <= size or len(c.lengths) == 1 for c in chunks if read)
     masks = [row.loss_mask.tolist() for row in expected]
     labels = [any(a and b for a, b in zip(mask, mask[1:], strict=False)) for mask in masks]
     assert rows_with_labels(rows).tolist() == labels
     assert token_counts(rows).tolist() == [len(row) for row in expected]
     held = {token for row in expected for token in row.input_ids.tolist()}
     assert set(np.flatnonzero(seen_tokens(rows, len(TOKENIZER))).tolist()) == held
-
-
-CHUNKED = some(8)
 
 
 class Stop(Exception):
@@ -401,7 +412,7 @@ def bad_file(tmp_path: Path) -> Path:
     lines = [good, "{", good, json.dumps({"messages": []}), good]
     again = json.dumps({"id": "bad:1", "messages": talk("Hi", "Again").messages})
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join([*lines, again]) + "\n")
+    path.write_text("\n".join([*lines, again, "[]"]) + "\n")
     return path
 
 
@@ -419,12 +430,14 @@ def test_the_first_bad_line_stops_the_run_with_its_number(tmp_path):
         made(some(1), tmp_path, like="deepspec", markers=True)
 
 
-def test_bad_lines_are_left_out_and_listed(tmp_path, small_parts):
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_bad_lines_are_left_out_and_listed(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(module, "_PART_BYTES", (size, size))
     path = bad_file(tmp_path)
     rows, listed = made(path, tmp_path, on_error="skip"), load_chats(path, on_error="skip")
     assert_same(rows, loop(listed))
     assert [(s.file, s.line) for s in rows.skipped] == [(s.file, s.line) for s in listed.skipped]
-    assert [s.line for s in rows.skipped] == [2, 4, 6] and "id 'bad:1'" in rows.skipped[2].reason
+    assert [s.line for s in rows.skipped] == [2, 4, 6, 7] and "id 'bad:1'" in rows.skipped[2].reason
     assert made(path, tmp_path, on_error="skip").skipped == rows.skipped
 
 

@@ -10,7 +10,6 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +68,8 @@ class ByteLevel:
         written, parts = text.encode(), [*map(self.bytes.__getitem__, ids)]
         if b"".join(parts) != written:
             return None
-        edges = np.array([0, *accumulate(map(len, parts))])
+        edges = np.zeros(len(ids) + 1, np.int64)
+        np.fromiter(map(len, parts), np.int64, len(ids)).cumsum(out=edges[1:])
         offsets = np.stack([edges[:-1], edges[1:]], axis=1)
         if len(written) != len(text):
             # The character of each byte, from the bytes that begin one.

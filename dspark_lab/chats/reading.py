@@ -33,6 +33,9 @@ _OTHER_KINDS = {
     b"\x80": "a pickle, which is not read: it may run code",
 }
 
+# Characters of a JSON array that are read at once.
+_PIECE = 2**20
+
 # Where a row is ("line 3", "row 3"), and what it holds, a line of JSON or a value, or why that
 # cannot be read.
 Row = tuple[str, Any]
@@ -204,7 +207,7 @@ def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
         raise ValueError(f"{path} is {other}")
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
-        yield from _array_rows(path, file.read())
+        yield from _array_rows(path, file)
         return
     if re.match(rb"\{\s*\n", start):
         what = "an object that goes on over several lines"
@@ -222,12 +225,43 @@ def _text_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
         yield f"line {number}", line.removesuffix(b"\n")
 
 
-def _array_rows(path: Path, text: bytes) -> Iterator[Row]:
-    try:
-        rows = parse_json(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} begins as a JSON array, but is none: {error}") from None
-    yield from _number(rows)
+def _array_rows(path: Path, file: io.BufferedReader) -> Iterator[Row]:
+    """The text of each value of an array, of which a piece at a time is in memory."""
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
+    decode = json.JSONDecoder().raw_decode
+    buffer, number, behind = text.read(4096), 0, ""
+    at = buffer.index("[") + 1
+    while behind != "]":
+        try:
+            begin = end = _behind_space(buffer, at)
+            if number or buffer[begin : begin + 1] != "]":
+                _, end = decode(buffer, begin)
+            following = _behind_space(buffer, end)
+            behind = buffer[following : following + 1]
+            if behind not in ("]", ","):
+                raise ValueError(f"a comma or the array's end must follow value {number + 1}")
+        except (ValueError, RecursionError) as error:
+            more = text.read(max(_PIECE, len(buffer) - at))
+            if not more:
+                raise _no_array(path, error) from None
+            buffer, at = buffer[at:] + more, 0
+            continue
+        if end > begin:
+            number += 1
+            yield f"row {number}", buffer[begin:end].encode("utf-8", "surrogateescape")
+        at = following + 1
+    if (buffer[at:] + text.read()).strip():
+        raise _no_array(path, "more follows on its end")
+
+
+def _behind_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
+
+
+def _no_array(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path} begins as a JSON array, but is none: {why}")
 
 
 def _table_rows(path: Path) -> Iterator[dict[str, Any]]:

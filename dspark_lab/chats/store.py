@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from dspark_lab.chats.chat import Chat, Encoded
-from dspark_lab.chats.cores import in_order, usable_cores
+from dspark_lab.chats.cores import Work, in_order, usable_cores
 from dspark_lab.chats.edges import ByteLevel
 from dspark_lab.chats.plans import run_plans, tokenize
 from dspark_lab.chats.reading import Skipped, raw_rows, read_raw
@@ -316,10 +316,6 @@ def _names(written: np.ndarray) -> list[tuple[str | None, str | None]]:
     return json.loads(b"[" + written.tobytes()[:-1] + b"]")
 
 
-def _refused(written: np.ndarray) -> list[tuple[int, str]]:
-    return json.loads(written.tobytes())
-
-
 def _encoded_part(
     request: Any, source: _Source, plan: Callable[..., Any], tokens_of: Callable[..., Any]
 ) -> bytes:
@@ -357,13 +353,7 @@ def _encoded_part(
 
 
 def _make(
-    folder: Path,
-    source: _Source,
-    work: Callable[[Any], bytes],
-    *,
-    skip: bool,
-    workers: int,
-    progress: bool,
+    folder: Path, source: _Source, work: Work, *, skip: bool, workers: int, progress: bool
 ) -> None:
     """Write the parts that a set does not hold yet, then the list of all."""
     (folder / _DONE).unlink(missing_ok=True)
@@ -373,14 +363,10 @@ def _make(
         parts.append(path)
         ids.repeated(part)
     feed = iter(source.requests())
-    bar = tqdm(
-        total=source.total,
-        unit=source.unit,
-        unit_scale=source.unit == "B",
-        desc="encode",
-        disable=not progress,
-    )
-    with bar:
+    scale = source.unit == "B"
+    with tqdm(
+        None, "encode", source.total, unit=source.unit, unit_scale=scale, disable=not progress
+    ) as bar:
         for request in islice(feed, len(parts)):
             bar.update(source.weight(request))
         ahead = list(islice(feed, 2))
@@ -393,7 +379,7 @@ def _make(
                 told = {number: b"!" + reason.encode() for number, reason in again}
                 data = work([(number, told.get(number, raw)) for number, raw in request])
                 part = load(data)
-            refused = _refused(part["refused"])
+            refused = json.loads(part["refused"].tobytes())
             if refused and not skip:
                 raise ValueError(source.where(refused[0][0]) + refused[0][1])
             parts.append(folder / f"{len(parts):06}-{zlib.crc32(data):08x}.safetensors")
@@ -407,7 +393,7 @@ def _make(
         sync(path)
         with safe_open(path, "np") as file:
             rows = file.get_slice("fact").get_shape()[0]
-            refused = _refused(file.get_tensor("refused"))
+            refused = json.loads(file.get_tensor("refused").tobytes())
         skipped += [Skipped(source.name, *entry) for entry in refused]
         listed.append([path.name, path.stat().st_size, rows])
     write_json(folder / _DONE, {"parts": listed, "skipped": skipped})
