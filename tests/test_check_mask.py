@@ -1,5 +1,6 @@
 """`check_mask` names every planted fault, alone and in pairs, and is silent on right masks."""
 
+import functools
 import itertools
 import random
 from dataclasses import replace
@@ -129,12 +130,17 @@ ALONE = [
 ]
 
 
+@functools.cache
+def masked(changes: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+    return Rule(**dict(changes)).mask(PROBLEM)
+
+
 def planted(*names: str) -> tuple[torch.Tensor, set[str]]:
     """The mask with these faults, and what is to be said of it."""
     changes = {key: value for name in names for key, value in FAULTS[name][0].items()}
     forms = [FAULTS[name][0]["form"] for name in names if "form" in FAULTS[name][0]]
     changes.pop("form", None)
-    mask = Rule(**changes).mask(PROBLEM)
+    mask = masked(tuple(sorted(changes.items())))
     for form in sorted(forms, key=FORMS.index):
         mask = in_form(mask, form)
     return mask, set.union(*(FAULTS[name][1] for name in names))
@@ -449,9 +455,9 @@ def false_alarms(seeds: range) -> list[str]:
 
 
 def test_right_masks_raise_no_alarm():
-    assert false_alarms(range(500)) == []
+    assert false_alarms(range(250)) == []
 
 
 @pytest.mark.slow
 def test_ten_thousand_right_masks_raise_no_alarm():
-    assert false_alarms(range(500, 10_000)) == []
+    assert false_alarms(range(250, 10_000)) == []
