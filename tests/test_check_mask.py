@@ -182,6 +182,20 @@ def test_the_planted_faults_are_many():
     assert len(FAULTS) - len(VARIANTS) >= 20 and len(pairs()) > 400
 
 
+def test_hidden_context_and_visible_blocks_are_no_other_form():
+    mask = planted("all blocks")[0].clone()
+    mask[:, :, :SEQ_LEN] = False
+    said = {"no context is visible", "other blocks are visible"}
+    assert found(lab.check_mask(mask, BLOCKS, BATCH)) == said
+
+
+def test_blocks_that_are_cut_one_slot_early_are_seen():
+    slot, mask = torch.arange(QUERIES), Rule().mask(PROBLEM)
+    mask[:, :, SEQ_LEN:] = (slot[:, None] + 1) // 4 == slot // 4
+    said = {"later blocks are visible", "slot 3 sees nothing of its block"}
+    assert found(lab.check_mask(mask, BLOCKS, BATCH)) == said
+
+
 # The window that is meant
 
 
@@ -349,6 +363,13 @@ def test_rules_that_hold_and_rules_without_a_case_are_in_the_table():
     table = lab.check_mask(Rule().mask(PROBLEM), BLOCKS).table.set_index("rule")["verdict"]
     assert table["other blocks are hidden"] == "held"
     assert table["padding is hidden"] == "no case"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_additive_mask_may_have_been_made_in_a_narrower_dtype(dtype):
+    hidden = torch.finfo(dtype).min
+    mask = torch.zeros(RIGHT.shape, dtype=torch.float64).masked_fill(~RIGHT, hidden)
+    assert not found(lab.check_mask(mask, BLOCKS))
 
 
 # Refusals
