@@ -1,6 +1,7 @@
 """`check_forward` names every planted fault, alone and in pairs, and is silent on right outputs."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,6 +165,62 @@ def test_supervision_beside_its_place_is_named(shift, side, rows):
     assert found(check) == {f"supervision is taken one token too {side}"} and not check.ok
 
 
+def test_a_shift_is_named_where_it_explains_what_most_slots_have(rows):
+    batch, blocks = rows
+    # A shift that fits as well as no shift does: all tokens are one.
+    alike = replace(batch, input_ids=torch.full_like(batch.input_ids, 7))
+    same = cut_blocks(alike, blocks.anchor_positions, blocks.block_keep_mask, 4)
+    output, _ = forward(alike, same)
+    assert found(lab.check_forward(plant("one label", output, *rows, None), alike, same)) == {
+        "labels are other tokens"
+    }
+    # The block before explains one block, of three that are wrong.
+    kept = torch.tensor([[True, True, False, True, False, False, False, False]] * 2)
+    some = cut_blocks(batch, blocks.anchor_positions, kept, 4)
+    output, _ = forward(batch, some)
+    output["target_ids"] += 1
+    output["target_ids"][:, 1] = some.target_ids[:, 0]
+    assert found(lab.check_forward(output, batch, some)) == {"labels are other tokens"}
+
+
+def test_minus_infinity_may_rule_out_other_tokens_alone(rows):
+    for name, token, said in (
+        ("draft_logits", 70, set()),
+        ("draft_logits", 4, {"draft_logits holds NaN or inf"}),
+        ("aligned_target_logits", 4, set()),
+        ("aligned_target_logits", slice(None), {"aligned_target_logits holds NaN or inf"}),
+    ):
+        output, _ = forward(*rows)
+        output[name][0, 0, 0, token] = -torch.inf
+        assert found(lab.check_forward(output, *rows)) == said
+
+
+def test_a_confidence_may_be_constant_or_small(rows):
+    output, _ = forward(*rows)
+    share = output["confidence_pred"].sigmoid()
+    share[~rows[1].eval_mask] = -7  # where it has no meaning
+    for values, said in (
+        (torch.zeros_like(share), set()),
+        (share - 0.5, set()),
+        (share, {FAULTS["probability"]}),
+    ):
+        output["confidence_pred"] = values
+        assert found(lab.check_forward(output, *rows)) == said
+
+
+def test_what_is_wrongly_supervised_is_judged_and_what_is_not_supervised_is_not(rows):
+    output, target = forward(*rows)
+    output = plant("gap", output, *rows, target)
+    output["target_ids"][output["eval_mask"] & ~rows[1].eval_mask] += 1
+    said = {FAULTS["gap"], "labels are other tokens"}
+    assert found(lab.check_forward(output, *rows, target_logits=target)) == said
+    output, target = forward(*rows)
+    output = plant("slot 0 missing", output, *rows, target)
+    output["aligned_target_logits"][:, :, 0] = 0
+    check = lab.check_forward(output, *rows, target_logits=target)
+    assert found(check) == {FAULTS["slot 0 missing"]}
+
+
 # A fault that hides another, or is one with it.
 SAME = ("labels", "one label"), ("teacher", "infinite teacher"), ("probability", "NaN confidence")
 
@@ -269,19 +326,22 @@ def trained() -> tuple[Batch, Blocks, Tensor]:
     return batch, draw_blocks(batch, 24, 5, seed=0), logits
 
 
-def without_target(trained: Any, shift: int, teacher: Tensor | None = None) -> Findings:
+def without_target(trained: Any, shift: int, nan: bool = False) -> Findings:
     batch, blocks, logits = trained
     output, _ = forward(batch, blocks, vocab=4)
     output["draft_logits"] = logits[:, :1, None].expand(*blocks.eval_mask.shape, -1)
     output["aligned_target_logits"] = moved_teacher(output, blocks, logits, shift)
+    if nan:
+        output["aligned_target_logits"][0, 0, 0, 0] = torch.nan
     return lab.check_forward(output, batch, blocks)
 
 
 def test_a_trained_target_in_its_place_holds(trained):
-    check = without_target(trained, 0)
-    assert check.ok and not found(check)
-    (teacher,) = [found for found in check.found if found.unit == "positions"]
-    assert teacher.verdict == "held" and teacher.of > 100
+    for nan in (False, True):
+        check = without_target(trained, 0, nan)
+        assert found(check) == ({FAULTS["infinite teacher"]} if nan else set())
+        (teacher,) = [found for found in check.found if found.unit == "positions"]
+        assert teacher.verdict == "held" and teacher.of > 100
 
 
 @pytest.mark.parametrize(("shift", "side"), [(1, "late"), (-1, "early")])

@@ -1,5 +1,6 @@
 """`check_mask` names every planted fault, alone and in pairs, and is silent on right masks."""
 
+import functools
 import itertools
 import random
 from dataclasses import replace
@@ -129,12 +130,17 @@ ALONE = [
 ]
 
 
+@functools.cache
+def masked(changes: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+    return Rule(**dict(changes)).mask(PROBLEM)
+
+
 def planted(*names: str) -> tuple[torch.Tensor, set[str]]:
     """The mask with these faults, and what is to be said of it."""
     changes = {key: value for name in names for key, value in FAULTS[name][0].items()}
     forms = [FAULTS[name][0]["form"] for name in names if "form" in FAULTS[name][0]]
     changes.pop("form", None)
-    mask = Rule(**changes).mask(PROBLEM)
+    mask = masked(tuple(sorted(changes.items())))
     for form in sorted(forms, key=FORMS.index):
         mask = in_form(mask, form)
     return mask, set.union(*(FAULTS[name][1] for name in names))
@@ -174,6 +180,21 @@ def test_of_two_planted_faults_both_are_named(first):
 
 def test_the_planted_faults_are_many():
     assert len(FAULTS) - len(VARIANTS) >= 20 and len(pairs()) > 400
+
+
+def test_hidden_context_and_visible_blocks_are_no_other_form():
+    anchors = torch.tensor([[12, 20, 28]])
+    blocks = Blocks.of(anchors, anchors > 0, seq_len=32, block_size=4)
+    mask = (torch.arange(44) >= 32).expand(12, -1)
+    said = {"no context is visible", "other blocks are visible"}
+    assert found(lab.check_mask(mask, blocks)) == said
+
+
+def test_blocks_that_are_cut_one_slot_early_are_seen():
+    slot, mask = torch.arange(QUERIES), Rule().mask(PROBLEM)
+    mask[:, :, SEQ_LEN:] = (slot[:, None] + 1) // 4 == slot // 4
+    said = {"later blocks are visible", "slot 3 sees nothing of its block"}
+    assert found(lab.check_mask(mask, BLOCKS, BATCH)) == said
 
 
 # The window that is meant
@@ -345,6 +366,13 @@ def test_rules_that_hold_and_rules_without_a_case_are_in_the_table():
     assert table["padding is hidden"] == "no case"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_additive_mask_may_have_been_made_in_a_narrower_dtype(dtype):
+    hidden = torch.finfo(dtype).min
+    mask = torch.zeros(RIGHT.shape, dtype=torch.float64).masked_fill(~RIGHT, hidden)
+    assert not found(lab.check_mask(mask, BLOCKS))
+
+
 # Refusals
 
 RIGHT = Rule().mask(PROBLEM)
@@ -449,9 +477,9 @@ def false_alarms(seeds: range) -> list[str]:
 
 
 def test_right_masks_raise_no_alarm():
-    assert false_alarms(range(500)) == []
+    assert false_alarms(range(250)) == []
 
 
 @pytest.mark.slow
 def test_ten_thousand_right_masks_raise_no_alarm():
-    assert false_alarms(range(500, 10_000)) == []
+    assert false_alarms(range(250, 10_000)) == []

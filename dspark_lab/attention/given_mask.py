@@ -191,7 +191,7 @@ def _dense(mine: Tensor, mask: GivenMask) -> GivenMask:
 
     def read(row: int, head: int, wanted: np.ndarray) -> np.ndarray:
         chosen = torch.from_numpy(wanted).to(whole.device)
-        piece = whole[min(row, len(whole) - 1), head][chosen]
+        piece = whole[min(row, len(whole) - 1), head].index_select(0, chosen)
         return (piece if piece.dtype == torch.bool else piece == 0).cpu().numpy()
 
     heads = whole.shape[1]

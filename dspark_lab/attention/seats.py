@@ -155,7 +155,7 @@ def owners_of_context(runs: Runs, seats: Seats, seq_len: int, block_size: int) -
         if steps is None and best <= 0.2:
             break  # what is left are single blocks
         for size in sizes:
-            # For each row, the row that fits best, its own where that fits as well.
+            # For each row, another one's contexts where these fit much better than its own.
             block, misses = np.zeros((rows, rows, queries), dtype=np.int64), np.zeros((rows, rows))
             for other in range(rows):
                 if steps is None:
@@ -164,17 +164,14 @@ def owners_of_context(runs: Runs, seats: Seats, seq_len: int, block_size: int) -
                     block[:, other] = (np.minimum(query // size, blocks - 1) + steps) % blocks
                 there = np.full(rows, other)
                 misses[:, other] = _misses(ends, seats, there, block[:, other] * block_size)
-            taken = [
-                row if misses[row, row] == least else int(misses[row].argmin())
-                for row, least in enumerate(misses.min(1))
-            ]
-            for choice in (list(range(rows)), taken):
-                share = misses[range(rows), choice].mean()
-                if share < 0.3 * best:
-                    row = np.repeat(np.array(choice)[:, None], queries, 1)
-                    slot = np.broadcast_to(query % size, ends.shape)
-                    moved = seats.context_of(row, block[range(rows), choice] * block_size, slot)
-                    best, chosen = share, Owners(moved, choice, steps, size)
+            better = misses.min(1) < 0.3 * misses.diagonal()
+            choice = np.where(better, misses.argmin(1), np.arange(rows))
+            share = misses[range(rows), choice].mean()
+            if share < 0.3 * best:
+                row = np.repeat(choice[:, None], queries, 1)
+                slot = np.broadcast_to(query % size, ends.shape)
+                moved = seats.context_of(row, block[range(rows), choice] * block_size, slot)
+                best, chosen = share, Owners(moved, choice.tolist(), steps, size)
     return chosen
 
 
