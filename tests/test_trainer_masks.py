@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -273,6 +274,10 @@ def test_settings_that_a_trainer_does_not_have_are_refused():
             encode(TWO, tokenizer_of(CHATML), like=like, last_answer_only=True)
     with pytest.raises(ValueError, match="markers must be False"):
         encode(TWO, BASE, like="deepspec", markers=True)
+    calls = partial(encode, TWO, BASE, like="automodel"), partial(compare_masks, [TWO], BASE)
+    for call in calls:
+        with pytest.raises(ValueError, match="reads no option 'thinks'"):
+            call(template_options={"thinks": True})
     for like in ("automodel", "specforge"):
         row = encode(TWO, BASE, like=like, last_answer_only=True)
         assert "One" not in BASE.decode(row.input_ids[row.loss_mask])

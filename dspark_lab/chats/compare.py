@@ -11,6 +11,7 @@ import numpy as np
 
 from dspark_lab.chats.chat import Chat
 from dspark_lab.chats.plans import run_plans, tokenize
+from dspark_lab.chats.template import Template
 from dspark_lab.chats.tokens import check_tokenizer, encode_rows
 from dspark_lab.chats.trainers import LIKE, Like, trainer_plan
 from dspark_lab.checks import checked
@@ -51,6 +52,7 @@ def compare_masks(
     import pandas as pd
 
     check_tokenizer(tokenizer)
+    Template(tokenizer, None, template_options or {}).check_options()
     data_sets = chats if isinstance(chats, Mapping) else {"chats": chats}
     lines = []
     for name, data_set in data_sets.items():

@@ -107,6 +107,7 @@ def trainer_plan(
     }
     template = Template(tokenizer, chat.tools, template_options or {})
     try:
+        template.check_options()
         rows = yield from plans[like](chat, template, max_length, last_answer_only)
     except ValueError as error:
         raise ValueError(f"conversation {chat.id!r}: {error}") from error
