@@ -18,7 +18,6 @@ from dspark_lab.chats import (
     encode_answers,
     load_chats,
     load_tokenizer,
-    trainer_rows,
 )
 from dspark_lab.explore import explore_anchors, explore_masks
 from dspark_lab.tuning import Spans
@@ -84,6 +83,12 @@ def talk(*turns: str, system: str | None = None, **facts) -> Chat:
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages += [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
     return Chat(tuple(messages), "a", **facts)
+
+
+def trainer_rows(chat, tokenizer, like, length=None, **options):
+    """Tokens and mask of each row that a trainer makes of a conversation."""
+    rows = encode(chat, tokenizer, length, like=like, **options)
+    return [(row.input_ids, row.loss_mask) for row in (rows if like == "speculators" else [rows])]
 
 
 def shown(row, tokenizer) -> str:

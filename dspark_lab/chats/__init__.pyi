@@ -6,7 +6,7 @@ from .rows import Batch, collate, describe, fill_rows, one_row, pack, packed_pla
 from .store import EncodedChats, encode_all
 from .stream import offsets, rows_with_labels, seen_tokens, token_chunks, token_counts
 from .tokens import SHIPPED_TOKENIZER, encode, encode_answers, encode_rows, load_tokenizer
-from .trainers import LIKE, Like, trainer_rows
+from .trainers import LIKE, Like
 
 __all__ = [
     "SHIPPED_CHATS",
@@ -40,5 +40,4 @@ __all__ = [
     "token_chunks",
     "token_counts",
     "token_texts",
-    "trainer_rows",
 ]

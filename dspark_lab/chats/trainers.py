@@ -22,17 +22,12 @@ import json
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-
 from dspark_lab.chats.chat import Chat
-from dspark_lab.chats.plans import Plan, run_plans, tokenize
+from dspark_lab.chats.plans import Plan
 from dspark_lab.chats.template import Span, Template, common_prefix
-from dspark_lab.checks import Count, checked
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -41,7 +36,6 @@ if TYPE_CHECKING:
 Like = Literal["automodel", "deepspec", "specforge", "speculators"]
 LIKE: tuple[Like, ...] = get_args(Like)
 
-_Row = tuple[Int[Tensor, " seq"], Bool[Tensor, " seq"]]
 # A row, and the messages and the tools whose rendering it is.
 Shown = tuple[list[int], list[bool], Sequence[dict[str, Any]], Any]
 _Messages = list[dict[str, Any]]
@@ -96,7 +90,11 @@ def trainer_plan(
     last_answer_only: bool = False,
     template_options: Mapping[str, Any] | None = None,
 ) -> Plan[Shown]:
-    """How to get the rows that ``like`` makes of a conversation, cut to ``max_length`` tokens."""
+    """How to get the rows that ``like`` makes of a conversation, cut to ``max_length`` tokens.
+
+    One row, but of ``speculators``, which may make several or none. A ValueError says what the
+    trainer refuses, or that it has no markers for the template.
+    """
     if last_answer_only and like in ("deepspec", "speculators"):
         raise ValueError(f"last_answer_only is no setting of {like}, whose rows are as they are")
     plans = {
@@ -112,35 +110,6 @@ def trainer_plan(
     except ValueError as error:
         raise ValueError(f"conversation {chat.id!r}: {error}") from error
     return rows
-
-
-@checked
-def trainer_rows(
-    chat: Chat,
-    tokenizer: Tokenizer,
-    like: Like,
-    max_length: Count | None = None,
-    *,
-    last_answer_only: bool = False,
-    template_options: Mapping[str, Any] | None = None,
-) -> list[_Row]:
-    """The rows that ``like`` makes of a conversation, cut to ``max_length``: tokens and mask.
-
-    One, but of ``speculators``, which may make several or none.
-
-    Raises:
-        ValueError: the trainer refuses the conversation, or has no markers for the template.
-    """
-    given: dict[str, Any] = {"last_answer_only": last_answer_only}
-    given["template_options"] = template_options
-    plan = trainer_plan(chat, tokenizer, like, max_length, **given)
-    (rows,) = run_plans([plan], partial(tokenize, tokenizer=tokenizer))
-    if isinstance(rows, ValueError):
-        raise rows
-    return [
-        (torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool))
-        for ids, mask, *_ in rows
-    ]
 
 
 def _automodel(chat: Chat, template: Template, length: int | None, last_only: bool) -> Plan[Shown]:
