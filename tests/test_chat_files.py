@@ -39,6 +39,10 @@ SHAPES = {
     "conversations": ({"conversations": TALK}, TALK),
     "conversations of ShareGPT": ({"conversations": SHAREGPT}, TALK),
     "an empty key beside the real one": ({"messages": TALK, "conversations": None}, TALK),
+    "keys of two kinds": (
+        {"messages": [{"from": "human", "content": "Hi"}, ANSWER | {"from": None, "value": None}]},
+        TWO,
+    ),
     "parts of a text": ({"messages": [USER, ANSWER | {"content": PARTS}]}, TWO),
     "keys that say nothing": ({"messages": [USER, ANSWER | {"tool_calls": None, "x": []}]}, TWO),
     "prompt and response": ({"prompt": "Hi", "response": "One."}, TWO),
@@ -273,6 +277,12 @@ BAD = [
     ({"messages": [{"role": "narrator", "content": ""}]}, "got 'narrator'"),
     ({"messages": [{"role": 3, "content": ""}]}, "role must be a string, got a number"),
     ({"messages": [USER, ANSWER | {"content": ["the"]}]}, "'text', got a string"),
+    ({"messages": [USER, ANSWER | {"value": "b"}]}, r"\[1\] has both 'content' and 'value'"),
+    ({"messages": [USER | {"from": "human"}, ANSWER]}, "has both 'role' and 'from'"),
+    (
+        {"messages": [{"from": "tool_call", "value": json.dumps(CALL), "tool_calls": [CALL]}]},
+        "'tool_calls' beside a call of its own",
+    ),
     ({"messages": [USER | {"content": [{"type": "image_url"}]}]}, "got 'image_url'"),
     ({"messages": [USER | {"content": [{"type": "text"}]}]}, "string, got null"),
     ({"messages": [USER, ANSWER | {"content": None}]}, "content must be a string, got null"),

@@ -18,6 +18,8 @@ from dspark_lab.chats.chat import Chat, Encoded, check_unicode
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 _ROLES |= {"tool_response": "tool", "function_response": "tool"}
 _CALLS = ("function_call", "tool_call")
+# The keys for the role and the words of a message, in two kinds of files.
+_MESSAGE = (("role", "from"), ("content", "value"))
 
 _LISTS = ("messages", "conversations")
 _ANSWERS = ("completion", "response")
@@ -171,7 +173,7 @@ def _said(key: str, value: Any, role: str = "") -> list[Turn]:
 def _message(where: str, raw: Any) -> Turn:
     if not isinstance(raw, dict):
         raise ValueError(f"{where} must be an object, got {_kind(raw)}")
-    role_key, content_key = ("from", "value") if "from" in raw else ("role", "content")
+    role_key, content_key = (_one_of(where, raw, keys) for keys in _MESSAGE)
     if role_key not in raw:
         raise ValueError(f"{where} must have {role_key!r}, got keys {sorted(raw)}")
     for key in _MEDIA:
@@ -180,10 +182,12 @@ def _message(where: str, raw: Any) -> Turn:
     more = {
         key: value
         for key, value in raw.items()
-        if key not in (role_key, content_key, *_SWITCHES) and not _empty(value)
+        if key not in (*_MESSAGE[0], *_MESSAGE[1], *_SWITCHES) and not _empty(value)
     }
     role = _string(f"{where}.{role_key}", raw[role_key])
     content = raw.get(content_key)
+    if role in _CALLS and "tool_calls" in more:
+        raise ValueError(f"{where} has 'tool_calls' beside a call of its own")
     if role in _CALLS:
         role, content, more = "assistant", "", more | {"tool_calls": _calls(where, content)}
     role = _ROLES.get(role, role)
@@ -197,6 +201,14 @@ def _message(where: str, raw: Any) -> Turn:
         raise ValueError(f"{where} must have {content_key!r}, got keys {sorted(raw)}")
     message = {"role": role, "content": _string(f"{where}.{content_key}", content), **more}
     return message, _switch(where, raw, _answers(message))
+
+
+def _one_of(where: str, raw: Mapping[str, Any], keys: tuple[str, str]) -> str:
+    """Which of two keys for the same a message has."""
+    held = [key for key in keys if raw.get(key) is not None]
+    if len(held) == 2:
+        raise ValueError(f"{where} has both {keys[0]!r} and {keys[1]!r}, only one is allowed")
+    return held[0] if held else keys[0]
 
 
 def _answers(message: Mapping[str, Any]) -> bool:
