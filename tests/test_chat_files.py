@@ -131,6 +131,9 @@ def test_every_switch_of_the_loss_is_honoured(tmp_path, switch, off):
         {"messages": TALK, switch: on},
         {"conversations": SHAREGPT, "system": "Go", "loss_mask": [off, off, 0, on]},
     ]
+    if switch != "loss_mask":
+        (tokens,) = load(tmp_path, {"input_ids": [5, 6], "loss_mask": [0, 1], switch: off})
+        assert not tokens.loss_mask.any()
     chats = load(tmp_path, *rows).conversations
     kept = [chat.supervised and [i for i in chat.answers if chat.supervised[i]] for chat in chats]
     assert kept == [[3], None, [1, 3], [], None, [4]]
@@ -270,6 +273,7 @@ BAD = [
     ({"messages": "hello"}, "messages must be a list, got a string"),
     ({"messages": []}, "at least one message"),
     ({"turns": []}, "at least one"),
+    (TOKENS | {"response": "One."}, r"must have 'messages', .*'response'"),
     ({"turns": [1]}, r"turns\[0\] must be a string"),
     ({"messages": [USER, "the"]}, r"messages\[1\] must be an object, got a string"),
     ({"messages": [{"role": "user"}, ANSWER]}, r"messages\[0\] must have 'content'"),

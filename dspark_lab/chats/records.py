@@ -93,8 +93,10 @@ def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str
         raise ValueError("input_ids must hold at least one token, got none")
     if positions is not None and positions[:length] != [*range(length)]:
         raise ValueError("has 'position_ids' of several documents, which cannot be honoured")
-    rows = torch.tensor(ids[:length], dtype=torch.long), torch.tensor(masks[0][:length])
-    return Encoded(*rows, chat, name, domain)
+    switches = {key: value for key, value in record.items() if key != "loss_mask"}
+    keep = _switch("the row", switches, answer=True)
+    mask = torch.tensor(masks[0][:length]) & keep
+    return Encoded(torch.tensor(ids[:length], dtype=torch.long), mask, chat, name, domain)
 
 
 def _chat(record: Mapping[str, Any], name: str, domain: str | None) -> Chat:
@@ -156,10 +158,9 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
         texts = _list("turns", record["turns"])
         said = [_string(f"turns[{index}]", text) for index, text in enumerate(texts)]
         return [turn for text in said for turn in _said("turns", text, "user")], {"turns"}
-    empty = next((key for key in (*_LISTS, "turns", "input_ids") if key in record), None)
-    if empty is not None and record[empty] is not None:
-        _list(empty, record[empty])
-        raise ValueError(f"{empty} must hold at least one message or token, got none")
+    for key in (*_LISTS, "turns", "input_ids"):
+        if record.get(key) is not None and _empty(_list(key, record[key])):
+            raise ValueError(f"{key} must hold at least one message or token, got none")
     raise ValueError(f"must have {_SHAPES}, got keys {sorted(map(str, record))}")
 
 
