@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -266,6 +274,17 @@ def tokenizer(splitting: str, special: bool) -> PreTrainedTokenizerFast:
     backend.train_from_iterator(texts * 8, trainer)
     backend.add_tokens([AddedToken(marker, special=special) for marker in MARKERS])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    pieces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(pieces)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    special = [*MARKERS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["hello answer answer is"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
 def bytes_of(token: str) -> bytes:

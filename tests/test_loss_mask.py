@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dspark_lab.chats import Chat, Encoded, describe, encode, encode_answers
@@ -20,6 +20,7 @@ from tests.templates import (
     Refused,
     mask_of,
     said,
+    sentencepiece,
     tokenizer,
 )
 
@@ -447,13 +448,7 @@ def test_special_tokens_that_swallow_the_space_beside_them_are_found():
 
 
 def test_sentencepiece_tokenizers():
-    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    pieces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    backend.normalizer = normalizers.Sequence(pieces)
-    special = [*MARKERS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(["hello answer answer is"] * 9, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    made = sentencepiece()
     made.chat_template = BEHAVIOURS["a space before the answer"].jinja
     encoded = encode(Chat(said("hello", "answer is 🎉"), "x"), made)
     tokens = made.convert_ids_to_tokens(encoded.input_ids[encoded.loss_mask])

@@ -21,12 +21,11 @@ from dspark_lab.chats import (
 )
 from dspark_lab.explore import explore_anchors, explore_masks
 from dspark_lab.tuning import Spans
+from tests import templates
+from tests.templates import said
 
 SYSTEM = "You are a helpful assistant."
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = templates.CHATML.replace("<|head|>", "<|im_start|>").replace("<|end|>", "<|im_end|>")
 MARKED = CHATML.replace(
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}",
     "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -78,11 +77,8 @@ def tokenizer_of(template: str):
     return BASE
 
 
-def talk(*turns: str, system: str | None = None, **facts) -> Chat:
-    roles = ("user", "assistant")
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return Chat(tuple(messages), "a", **facts)
+def talk(*turns: str, system: str | None = None) -> Chat:
+    return Chat(said(*turns, system=system), "a")
 
 
 def trainer_rows(chat, tokenizer, like, length=None, **options):
@@ -187,8 +183,8 @@ def test_tool_calls_reach_specforges_template_in_its_own_form():
 def test_deepspec_passes_over_the_empty_thought_of_gemma4():
     tokenizer = tokenizer_of(GEMMA4)
     thought = "<|channel>thought\n<channel|>"
-    for said in ("Yes.", thought + "Yes."):
-        ((ids, mask),) = trainer_rows(talk("Hi", said), tokenizer, "deepspec")
+    for answer in ("Yes.", thought + "Yes."):
+        ((ids, mask),) = trainer_rows(talk("Hi", answer), tokenizer, "deepspec")
         text = f"<|im_start|><|turn>user\nHi<turn|>\n<|turn>model\n{thought}Yes.<turn|>\n"
         assert tokenizer.decode(ids) == text
         first = len(tokenizer(text[: text.index("Yes.")], add_special_tokens=False)["input_ids"])
@@ -239,8 +235,8 @@ def test_automodel_takes_the_mask_of_transformers_with_its_oddities():
         "{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     )
     tokenizer = tokenizer_of(bare)
-    for said in ("a", "hello 🎉", "é"):
-        chat = Chat(({"role": "assistant", "content": said}, TWO.messages[0]), "a")
+    for answer in ("a", "hello 🎉", "é"):
+        chat = Chat(({"role": "assistant", "content": answer}, TWO.messages[0]), "a")
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         found = tokenizer.apply_chat_template(list(chat.messages), **options)
         ((ids, mask),) = trainer_rows(chat, tokenizer, "automodel")
