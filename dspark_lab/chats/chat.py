@@ -114,8 +114,9 @@ def _check_message(where: str, message: dict[str, Any]) -> None:
             raise ValueError(f"{where}.{key} must be a string, got {kind}")
     if message["role"] not in ROLES:
         raise ValueError(f"{where} must have a role of {ROLES}, got {message['role']!r}")
-    for key, value in message.items():
-        check_unicode(f"{where}.{key}", value)
+    check_unicode(f"{where}.content", message["content"])
+    if len(message) > 2:
+        check_unicode(where, message)
     calls = message.get("tool_calls") or []
     if not (isinstance(calls, list) and all(map(_is_call, calls))):
         what = (

@@ -29,8 +29,10 @@ _SHAPES = (
 )
 # Switches of the loss, of a message or of all of a row's.
 _SWITCHES = ("weight", "train", "training", "loss", "loss_mask")
+# Of a message, what is read here; all else is for the template.
+_READ = {*_MESSAGE[0], *_MESSAGE[1], *_SWITCHES}
 # What would make a conversation another one, and cannot be honoured.
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio", "objects")
+_MEDIA = {"images", "image", "videos", "video", "audios", "audio", "objects"}
 _REFUSED = {*_MEDIA, "chosen", "rejected", "functions", "documents", "chat_template"}
 _REFUSED |= {"chat_template_kwargs", "enable_thinking", "reasoning_content", "tool_calls"}
 _GENERATED_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", *_CALLS, "tool_calls")
@@ -56,9 +58,10 @@ def read_record(record: Any, default_id: str) -> Chat | Encoded:
         name = default_id
     elif isinstance(name, bool) or not isinstance(name, (str, int)):
         raise ValueError(f"id must be a string or an integer, got {_kind(name)}")
-    name = _string("id", str(name))
+    name = str(name)
+    check_unicode("id", name)
     if domain is not None:
-        _string("domain", domain)
+        check_unicode("domain", _string("domain", domain))
     if _empty(record.get("input_ids")):
         return _chat(record, name, domain)
     words = any(not _empty(record.get(key)) for key in _WORDS)
@@ -177,14 +180,9 @@ def _message(where: str, raw: Any) -> Turn:
     role_key, content_key = (_one_of(where, raw, keys) for keys in _MESSAGE)
     if role_key not in raw:
         raise ValueError(f"{where} must have {role_key!r}, got keys {sorted(raw)}")
-    for key in _MEDIA:
-        if not _empty(raw.get(key)):
-            raise ValueError(f"{where} has {key!r}, which cannot be honoured")
-    more = {
-        key: value
-        for key, value in raw.items()
-        if key not in (*_MESSAGE[0], *_MESSAGE[1], *_SWITCHES) and not _empty(value)
-    }
+    more = {key: value for key, value in raw.items() if key not in _READ and not _empty(value)}
+    for key in sorted(_MEDIA.intersection(more)):
+        raise ValueError(f"{where} has {key!r}, which cannot be honoured")
     role = _string(f"{where}.{role_key}", raw[role_key])
     content = raw.get(content_key)
     if role in _CALLS and "tool_calls" in more:
@@ -350,7 +348,6 @@ def _list(where: str, value: Any) -> list[Any]:
 def _string(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} must be a string, got {_kind(value)}")
-    check_unicode(where, value)
     return value
 
 
