@@ -142,7 +142,7 @@ def test_every_switch_of_the_loss_is_honoured(tmp_path, switch, off):
 def test_tokens_with_a_mask_are_a_row_with_or_without_their_words(tmp_path):
     ids = {"input_ids": [5, 6, 7]}
     rows = [
-        ids | {"id": "a", "domain": "math", "loss_mask": [0, 1, 1]},
+        ids | {"id": "a", "domain": "math", "loss_mask": [0, 1, 1], "seq_lens": [3]},
         ids | {"labels": [-100, 6, 7], "attention_mask": [1, 1, 1], "position_ids": [0, 1, 2]},
         ids | {"loss_mask": [False, True, 1.0], "attention_mask": [1, 1, 0]},
         ids | {"loss_mask": [0, 1, 1], "labels": [-100, 6, 7], "messages": TWO},
@@ -337,6 +337,8 @@ BAD = [
     (TOKENS | {"attention_mask": [0, 1]}, "attention_mask must be 1 on tokens"),
     (TOKENS | {"attention_mask": [1, 10**30]}, "attention_mask must be 1 on tokens"),
     (TOKENS | {"position_ids": [0, 0]}, "several documents"),
+    (TOKENS | {"segment_ids": [1, 2]}, "'segment_ids' of several documents"),
+    (TOKENS | {"cu_seqlens": [0, 1, 2]}, "'cu_seqlens' of several documents"),
     (TOKENS | {"position_ids": 0}, "position_ids must be a list"),
     ({"input_ids": [], "loss_mask": []}, "at least one"),
 ]  # fmt: skip

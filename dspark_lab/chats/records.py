@@ -37,6 +37,7 @@ _REFUSED = {*_MEDIA, "chosen", "rejected", "functions", "documents", "chat_templ
 _REFUSED |= {"chat_template_kwargs", "enable_thinking", "reasoning_content", "tool_calls"}
 _GENERATED_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", *_CALLS, "tool_calls")
 _CUT_OFF = ("length", "max_tokens")
+_DOCUMENTS = ("segment_ids", "doc_ids", "seq_lens", "cu_seqlens")
 
 Turn = tuple[dict[str, Any], bool]
 
@@ -96,6 +97,11 @@ def _tokens(record: Mapping[str, Any], chat: Chat | None, name: str, domain: str
         raise ValueError("input_ids must hold at least one token, got none")
     if positions is not None and positions[:length] != [*range(length)]:
         raise ValueError("has 'position_ids' of several documents, which cannot be honoured")
+    for key, values in ((key, _numbers(key, record.get(key)) or []) for key in _DOCUMENTS):
+        # The first two number the documents, the others measure them.
+        count = len(set(values[:length])) if key in _DOCUMENTS[:2] else len(values)
+        if count > (2 if key == "cu_seqlens" else 1):
+            raise ValueError(f"has {key!r} of several documents, which cannot be honoured")
     switches = {key: value for key, value in record.items() if key != "loss_mask"}
     keep = _switch("the row", switches, answer=True)
     mask = torch.tensor(masks[0][:length]) & keep

@@ -15,6 +15,7 @@ from dspark_lab.checks import Count, Size, checked
 from dspark_lab.training.config import TrainConfig
 
 
+@checked
 @dataclass
 class BatchOrder:
     """The micro-batches of one process; each epoch has its own order, from the seed alone.
@@ -27,8 +28,8 @@ class BatchOrder:
     tokens: Sequence[Encoded]
     config: TrainConfig
     pad_token_id: int = 0
-    rank: int = 0
-    processes: int = 1
+    rank: Size = 0
+    processes: Count = 1
 
     def __post_init__(self) -> None:
         length = self.config.pack_length
