@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark_lab.chats import (
-    Chat,
-    Encoded,
-    EncodedChats,
-    Like,
-    encode_all,
-    encode_rows,
-    load_chats,
-)
+from dspark_lab.chats import Chat, Encoded, EncodedChats, Like, encode_all, encode_rows, load_chats
 
 ChatsLike = str | os.PathLike[str] | Sequence[Chat | Encoded]
 # Larger files (bytes) are never in memory as a whole; smaller ones are read at once, and encoding
@@ -45,12 +37,9 @@ def encode_chats(
     opened = open_chats(chats, tokenizer, max_length, like)
     if isinstance(opened, EncodedChats):
         return opened.cut(max_length)
-    encoded: list[Encoded] = []
-    for chat in opened:
-        if isinstance(chat, Chat) and tokenizer is None:
-            raise ValueError("the target has no tokenizer: pass encoded conversations")
-        encoded += encode_rows(chat, tokenizer, max_length, like=like)
-    return encoded
+    if tokenizer is None and any(isinstance(chat, Chat) for chat in opened):
+        raise ValueError("the target has no tokenizer: pass encoded conversations")
+    return [row for chat in opened for row in encode_rows(chat, tokenizer, max_length, like=like)]
 
 
 def _size(path: Path) -> int:

@@ -200,16 +200,11 @@ def _lab_trains(s: TrainingSettings) -> str:
 
 
 def _automodel(s: TrainingSettings) -> str:
-    values = {"seq_length": s.seq_len, "micro_batch_size": s.batch_size}
+    values: dict[str, Any] = {"seq_length": s.seq_len, "micro_batch_size": s.batch_size}
     if s.pack_length is not None:
         values["packed_sequence_size"] = s.pack_length
-    text = _yaml(
-        "recipe_args",
-        **values,
-        block_size=s.block_size,
-        num_anchors=s.num_anchors,
-        loss_decay_gamma=s.loss_decay_gamma,
-    )
+    values |= {"block_size": s.block_size, "num_anchors": s.num_anchors}
+    text = _yaml("recipe_args", **values, loss_decay_gamma=s.loss_decay_gamma)
     if s.pack_length is not None and s.batch_size > 1:
         text = f"# a target under FlashAttention packs with micro_batch_size 1 alone\n{text}"
     return text
