@@ -127,11 +127,13 @@ def test_speculators_gets_the_flags_of_one_packed_row():
             export(replace(PACKED, **change), "speculators")
 
 
-def test_torchspec_gets_overrides_that_its_dspark_trainer_reads():
+def test_torchspec_gets_overrides_that_its_trainers_read():
     assert dotted(words(CHOSEN, "torchspec")) == {
         "training.dflash_block_size": "7",
         "training.dspark_num_anchors": "384",
         "training.dspark_loss_decay_gamma": "5.0",
+        "training.dflash_num_anchors": "384",
+        "training.dflash_loss_decay_gamma": "5.0",
         "training.micro_batch_size": "3",
         "training.max_seq_length": "2048",
         "inference.store_last_hidden_states": "true",

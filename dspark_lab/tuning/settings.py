@@ -251,17 +251,16 @@ def _speculators(s: TrainingSettings) -> str:
 
 
 def _torchspec(s: TrainingSettings) -> str:
-    values = {
-        "training.dflash_block_size": s.block_size,
-        "training.dspark_num_anchors": s.num_anchors,
-        "training.dspark_loss_decay_gamma": s.loss_decay_gamma,
-        "training.micro_batch_size": s.batch_size,
-        "training.max_seq_length": s.seq_len,
-        # Teachers and confidences are made of them.
-        "inference.store_last_hidden_states": "true",
-    }
-    draft = "# model.draft_model_config must be a dspark draft's; its DFlash trainer reads "
-    return f"{draft}dflash_num_anchors and dflash_loss_decay_gamma\n{_dotted(values)}"
+    values: dict[str, Any] = {"training.dflash_block_size": s.block_size}
+    for name in ("dspark", "dflash"):
+        values[f"training.{name}_num_anchors"] = s.num_anchors
+        values[f"training.{name}_loss_decay_gamma"] = s.loss_decay_gamma
+    values["training.micro_batch_size"] = s.batch_size
+    values["training.max_seq_length"] = s.seq_len
+    # Teachers and confidences are made of them.
+    values["inference.store_last_hidden_states"] = "true"
+    draft = "# model.draft_model_config must be a dspark draft's (its DFlash trainer reads dflash_)"
+    return f"{draft}\n{_dotted(values)}"
 
 
 def _lab_decodes(s: ServingSettings) -> str:
