@@ -6,6 +6,8 @@ Every test runs on the CPU, but for those marked `gpu`, most of them in `tests/t
 import gc
 import shutil
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +30,21 @@ def cpp_compiler() -> None:
     """For tests that compile for the CPU: a bare machine has nothing to compile with."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("torch.compile needs a C++ compiler")
+
+
+@pytest.fixture
+def unplaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that save much and ask no file where things lie: finding that out takes longest."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    save = Figure.savefig
+
+    def save_unplaced(figure: Figure, *args: Any, **options: Any) -> None:
+        with mock.patch.object(ConstrainedLayoutEngine, "execute"):
+            save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save_unplaced)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def same(found: float, numerator: float, denominator: float) -> bool:
     return found == pytest.approx(numerator / denominator, rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(some_rounds(), st.randoms(use_true_random=False))
 @pytest.mark.parametrize("by", [None, "domain", "conversation"])
 def test_rates_and_tau_are_what_loops_over_rounds_find(by, rounds, random) -> None:

@@ -160,8 +160,10 @@ def test_greedy_answers_are_those_of_transformers(head, end_ids, options):
     settings = {"max_new_tokens": 20, "end_ids": end_ids}
     decoded, rounds = play(target, drafter, PROMPTS, **settings, **options)
     assert decoded.tokens == greedy_answers(*end_ids)
-    for prompt, answer in zip(PROMPTS, decoded.tokens, strict=True):
-        assert decode(target, drafter, [prompt], **settings, **options).tokens == [answer]
+    # Alone, too: each prompt with one of the heads.
+    own = HEADS.index(head)
+    alone = decode(target, drafter, PROMPTS[own : own + 1], **settings, **options)
+    assert alone.tokens == decoded.tokens[own : own + 1]
     lengths, outcomes = {r.verified for r in rounds}, {r.accepted == r.verified for r in rounds}
     assert len(lengths) > 1 and (outcomes == {True, False} or end_ids), "both ways must occur"
 
@@ -232,14 +234,14 @@ def test_greedy_answers_of_the_pocket_pair_are_the_targets_own(pocket):
     accepted = 0
     for first in range(0, 200, 50):
         batch = prompts[first : first + 50]
-        decoded = decode(pocket.target, pocket.drafter, batch, max_new_tokens=24)
-        plain = decode(pocket.target, None, batch, max_new_tokens=24)
+        decoded = decode(pocket.target, pocket.drafter, batch, max_new_tokens=12)
+        plain = decode(pocket.target, None, batch, max_new_tokens=12)
         differences.append(greedy_differences(pocket.target, decoded, plain, batch))
         accepted += decoded.rounds["accepted"].sum()
     found = pd.concat(differences)
     assert len(found) <= 4
     assert (found["margin"] < 64).all()
-    assert accepted > 1000
+    assert accepted > 500
 
 
 def test_greedy_differences_are_found_and_weighed():

@@ -5,13 +5,14 @@ answers stay right and only the draft gets worse, the training forward.
 """
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from dspark_lab.model import Drafter, Proposal, TargetCache
+from dspark_lab.model import Drafter, Proposal, Target, TargetCache
 from dspark_lab.model.drafter import DraftCache
 from dspark_lab.pairs import load_pair
 from tests import faults
@@ -117,10 +118,16 @@ DRAFT_FAULTS = {
 }
 
 
+@cache
+def undecided_pair() -> tuple[Target, Drafter]:
+    """A target and a drafter whose confidence varies, without a fault."""
+    target = exact_target()
+    return target, undecided(target, exact_drafter(seed=8), PROMPT, median=0.5)
+
+
 def answers_differ() -> bool:
     """Whether an answer's probability is off, with a threshold or without; short ones first."""
-    target = exact_target()
-    drafter = undecided(target, exact_drafter(seed=8), PROMPT, median=0.5)
+    target, drafter = undecided_pair()
     for length, options in product((3, 4), ({"threshold": 0.5}, {})):
         settings = SAMPLED | {"end_ids": [1], "max_new_tokens": length}
         found = enumerate_answers(target, drafter, PROMPT, **settings, **options)
@@ -142,6 +149,7 @@ def test_without_a_fault_nothing_differs():
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_decoding_changes_the_answers(name, monkeypatch):
+    undecided_pair()
     plant(monkeypatch, FAULTS[name])
     assert answers_differ()
 

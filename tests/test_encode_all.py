@@ -165,8 +165,12 @@ def test_a_file_gives_the_rows_of_its_list(tmp_path, small_parts):
 
 def test_rows_that_are_encoded_already_pass_through(tmp_path):
     ids, mask = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
-    rows = [Encoded(ids, mask, id="own", domain="d"), talk("Hi", "Yes"), Encoded(ids, mask)]
+    counts = {"left_out": 2, "marker_differences": 1}
+    rows = [Encoded(ids, mask, id="own", domain="d", **counts), talk("Hi", "Yes")]
+    rows.append(Encoded(ids, mask))
     found = made(rows, tmp_path, max_length=2)
+    facts = [["d", None, None], [2, 0, 0], [1, 0, 0]]
+    assert [list(column) for column in found.row_facts()] == facts
     assert_same(found, loop(rows, max_length=2))
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"id": 3, "input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}) + "\n")
@@ -187,6 +191,8 @@ def test_the_result_is_a_sequence_with_views(tmp_path):
             shorter = [encode(row, TOKENIZER, length) for row in full]
             assert_same(part.cut(length), shorter)
             assert part.cut(length).lengths.tolist() == [len(row) for row in shorter]
+            assert_same(part.cut(length).cut(12), part.cut(12).cut(length))
+            assert max(part.cut(length).cut(12).lengths) == min(length or 12, 12)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.samples import tiny_drafter
 from tests.test_target import random_target
 from tests.word_pair import HEADLESS, HOT, QUESTIONS, TEXTS, answers, ask, drafter, target, to_text
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unplaced")
 
 
 @pytest.mark.parametrize("low", [0.651, 0.5, 0.05])

@@ -28,7 +28,7 @@ from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, pictu
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unplaced")
 
 
 def stars(ax: Axes) -> list[list[float]]:

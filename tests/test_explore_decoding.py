@@ -37,7 +37,7 @@ from tests.pictures import points, tick_names, title, words
 from tests.samples import tiny_drafter, tiny_target
 from tests.word_pair import HEADLESS, TEXTS, VOCAB, drafter, target, to_text
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unplaced")
 
 
 @pytest.mark.parametrize("table", [REJECTED, BONUS], ids=["rejected", "bonus"])

@@ -34,7 +34,7 @@ from tests.gallery import BAD, GOOD, LOAD, REPLAYED, TEMPERATURES, picture_of, s
 from tests.pictures import bands, labelled, legend, points, tick_names, title, words
 from tests.word_pair import TEXTS, answers, drafter, target
 
-pytestmark = pytest.mark.usefixtures("one_thread", "few_concurrencies")
+pytestmark = pytest.mark.usefixtures("one_thread", "unplaced", "few_concurrencies")
 
 
 def pairs(table: pd.DataFrame, x: str, y: str) -> list[list[float]]:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ STUBS = sorted(PACKAGE.rglob("__init__.pyi"))
 MAIN = {"__main__", "__init__"}
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def listed(path: Path) -> list[str]:
     """The names in ``__all__``; none where the file has no such list."""
     for node in tree(path).body:
@@ -27,6 +30,7 @@ def listed(path: Path) -> list[str]:
     return []
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """The names that a file's top level defines."""
     names = set()
@@ -40,6 +44,7 @@ def defined(path: Path) -> set[str]:
     return names
 
 
+@cache
 def imported(path: Path) -> list[tuple[str, str]]:
     """Module and name of each ``from module import name`` of the library."""
     return [
