@@ -344,6 +344,25 @@ def test_a_trained_target_in_its_place_holds(trained):
         assert teacher.verdict == "held" and teacher.of > 100
 
 
+def test_positions_are_counted_once_and_inside_of_their_documents():
+    batch = pack(documents(*["a" * 20] * 4), 40, PAD)
+    blocks = draw_blocks(batch, 30, 4, seed=0)
+    output, _ = forward(batch, blocks)
+    vocab = int(batch.input_ids.max()) + 1
+    teacher = 20.0 * torch.nn.functional.one_hot(blocks.target_ids, vocab)
+    output["aligned_target_logits"] = teacher
+    check = lab.check_forward(output, batch, blocks)
+    (held,) = [finding for finding in check.found if finding.unit == "positions"]
+    docs, labels = blocks.doc_ids.tolist(), blocks.label_indices.tolist()
+    places = {
+        (row, label)
+        for row, block, slot in blocks.eval_mask.nonzero().tolist()
+        for label in [labels[row][block][slot]]
+        if label < 39 and docs[row][label - 1] == docs[row][label] == docs[row][label + 1]
+    }
+    assert held.verdict == "held" and held.of == len(places) > 50
+
+
 @pytest.mark.parametrize(("shift", "side"), [(1, "late"), (-1, "early")])
 def test_a_trained_target_beside_its_place_is_seen_by_its_tokens(trained, shift, side):
     check = without_target(trained, shift)
