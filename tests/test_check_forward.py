@@ -361,6 +361,12 @@ def test_positions_are_counted_once_and_inside_of_their_documents():
         if label < 39 and docs[row][label - 1] == docs[row][label] == docs[row][label + 1]
     }
     assert held.verdict == "held" and held.of == len(places) > 50
+    # Of teachers that know nothing there is nothing to tell.
+    output, _ = forward(batch, blocks)
+    rules = lab.check_forward(output, batch, blocks).table.set_index("rule")["verdict"]
+    assert rules["the teacher is the target's distribution behind the token before the label"] == (
+        "no case"
+    )
 
 
 @pytest.mark.parametrize(("shift", "side"), [(1, "late"), (-1, "early")])
