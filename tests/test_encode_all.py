@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dspark_lab.chats import (
@@ -202,7 +202,8 @@ def in_three_parts(tmp_path_factory):
         return made(some(8), tmp_path_factory.mktemp("parts"))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
+@example(size=100, length=None, listed=False, place=slice(None))
 @given(
     st.integers(1, 300),
     st.none() | st.integers(1, 40),
