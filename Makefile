@@ -22,9 +22,9 @@ endif
 JOBS ?= 2
 TOGETHER := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup lab test test-all bench gpu data notebooks lint format lock clean
-test test-all notebooks: export HF_HUB_OFFLINE := 1
-test test-all: export OMP_NUM_THREADS := 1
+.PHONY: help setup lab test quick test-all bench gpu data notebooks lint format lock clean
+quick test-all notebooks: export HF_HUB_OFFLINE := 1
+quick test-all: export OMP_NUM_THREADS := 1
 
 help:  ## this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,7 +35,11 @@ setup:  ## make the environment .venv, if it is not there yet
 lab: setup  ## open JupyterLab on notebooks/ (PORT=8888)
 	@$(RUN) -m jupyterlab $(LAB)
 
-test: lint  ## lint, the quick tests and every notebook, a few minutes
+# Side by side, as lint keeps one core busy and the tests, at their beginning and end, do not all.
+test: setup  ## lint, the quick tests and every notebook, a few minutes
+	@$(MAKE) --no-print-directory -j2 lint quick
+
+quick: setup
 	$(RUN) -m pytest $(TOGETHER) -m "not (slow or guard or browser)" --nbval --nbval-current-env notebooks tests
 
 test-all: test  ## the same, then the guard, browser and long tests, some with SmolLM2 (93 MB) and Ray

@@ -177,11 +177,11 @@ def fresh_compiler():
 
 
 COMPILED = [name for name in NAMES if not name.startswith("attention")]
-# Tiles take longest, and the rest of the graph of packed ones is that of the packed dense mask.
-PACKED_TILES = pytest.param("tile lists, packed", marks=pytest.mark.slow)
+# Tiles take longest.
+TILES = [pytest.param(name, marks=pytest.mark.slow) for name in COMPILED[-2:]]
 
 
-@pytest.mark.parametrize("name", [*COMPILED[:-1], PACKED_TILES])
+@pytest.mark.parametrize("name", [*COMPILED[:-2], *TILES])
 def test_compiled_whole_and_dynamic_it_gives_the_same(name, fresh_compiler):
     function = arguments("cpu", SIZE)[name][0]
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")

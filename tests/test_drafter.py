@@ -157,8 +157,8 @@ def test_rope_is_computed_in_fp32_at_every_dtype(dtype, first):
 @pytest.mark.parametrize(
     ("backend", "compiler"),
     [
-        ("blockwise", "aot_eager"),
-        ("dense", "aot_eager"),
+        ("blockwise", "eager"),
+        ("dense", "eager"),
         pytest.param("auto", "inductor", marks=pytest.mark.slow),
     ],
 )

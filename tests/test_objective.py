@@ -481,7 +481,7 @@ def test_the_operator_is_declared_as_it_is() -> None:
     torch.library.opcheck(objective._chunked, bare, test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_as_one_graph_for_any_number_of_anchors(backend, request) -> None:
     if backend == "inductor":
         request.getfixturevalue("cpp_compiler")

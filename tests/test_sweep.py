@@ -164,6 +164,7 @@ def test_the_command_line_has_the_flags_that_it_always_had():
     assert changed.config() == replace(config, **given)
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path, monkeypatch, capsys):
     """Jobs of ``__main__`` would be looked for in the worker's own ``__main__``.
 

@@ -97,6 +97,7 @@ def test_the_wheel_carries_all_data_but_what_is_too_large(wheels: list[Path]) ->
     assert wheels[0].stat().st_size <= 45_000_000
 
 
+@pytest.mark.slow
 def test_the_main_calls_work_from_the_wheel_in_any_folder(said: list[str]) -> None:
     assert said[0].split()[1:] == ["7", "720"]
 
