@@ -28,6 +28,11 @@ def shipped(name: str) -> Path:
     return path
 
 
+def files_of(path: Path) -> list[Path]:
+    """A file, or all files of a folder, in order."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write, which replaces it at the end and is removed on error."""

@@ -35,7 +35,7 @@ from dspark_lab.chats.stream import Chunk, RowFacts, chunks_of_rows, offsets
 from dspark_lab.chats.tokens import LEFT_OUT, check_options, check_tokenizer, row_plan
 from dspark_lab.chats.trainers import Like
 from dspark_lab.checks import Count, checked
-from dspark_lab.files import read_json, remove_partial, sync, write_json, written_whole
+from dspark_lab.files import files_of, read_json, remove_partial, sync, write_json, written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -268,8 +268,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.rows = path, str(path), "line"
-        folder = sorted(p for p in path.rglob("*") if p.is_file())  # of a saved data set
-        self.files = folder if path.is_dir() else [path]
+        self.files = files_of(path)
         self.total, self.unit = sum(file.stat().st_size for file in self.files), "B"
 
     def requests(self) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_lab.chats import Chat, Encoded, EncodedChats, Like, encode_all, encode_rows, load_chats
+from dspark_lab.files import files_of
 
 ChatsLike = str | os.PathLike[str] | Sequence[Chat | Encoded]
 # Larger files (bytes) are never in memory as a whole; smaller ones are read at once, and encoding
@@ -25,7 +26,9 @@ def open_chats(
     """
     if chats is not None and not isinstance(chats, (str, os.PathLike)):
         return chats
-    if chats is None or _size(Path(chats)) <= LARGE_FILE:
+    if chats is None:
+        return load_chats()
+    if sum(file.stat().st_size for file in files_of(Path(chats)) if file.is_file()) <= LARGE_FILE:
         return load_chats(chats)
     return encode_all(chats, tokenizer, max_length, like=like)
 
@@ -40,9 +43,3 @@ def encode_chats(
     if tokenizer is None and any(isinstance(chat, Chat) for chat in opened):
         raise ValueError("the target has no tokenizer: pass encoded conversations")
     return [row for chat in opened for row in encode_rows(chat, tokenizer, max_length, like=like)]
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
