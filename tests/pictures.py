@@ -1,6 +1,7 @@
 """Reads pictures as they are drawn: pixels, words, lines, bars and bands."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ def pixels(figure: Figure) -> np.ndarray:
     file = png(figure)
     assert file.startswith(b"\x89PNG\r\n\x1a\n")
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGBA")).astype(int)
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """The relative luminance of red, green and blue from 0 to 1, as WCAG 2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """The contrast of two colours, 1 to 21, as WCAG 2 defines it."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def points(line: Any) -> list[list[float]]:

@@ -3,13 +3,14 @@
 from itertools import combinations
 
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
 from dspark_lab import explore
-from dspark_lab.explore.style import INK
+from dspark_lab.explore.masks import REGION_COLOURS, TILE_COLOURS
+from dspark_lab.explore.style import INK, LINE_COLOURS, PAPER, SKY
 from tests.gallery import GOOD, PICTURES, STEPS, biases, bins, picture_of, pixels_of, rates, sweep
-from tests.pictures import shown
+from tests.pictures import contrast, shown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,23 +29,21 @@ def test_every_plot_is_in_the_gallery():
     }
 
 
-@drawings
-def test_a_picture_has_no_background(picture):
-    alpha = pixels_of(picture)[..., 3]
-    assert alpha[0, 0] == alpha[-1, -1] == 0
-    assert (alpha == 0).mean() > 0.2
-
-
-@drawings
-def test_nothing_in_a_picture_vanishes_on_a_black_or_a_white_page(picture):
+@pictures
+def test_a_picture_stands_on_paper_of_its_own(picture):
     values = pixels_of(picture)
-    opaque = values[values[..., 3] > 128]
-    assert opaque[:, :3].max(axis=-1).min() > 80
-    assert opaque[:, :3].min(axis=-1).max() < 160
+    assert (values[..., 3] == 255).all()
+    assert to_hex(values[0, 0, :3] / 255) == to_hex(values[-1, -1, :3] / 255) == PAPER
+
+
+def test_colours_stand_out_from_the_paper():
+    assert contrast(to_rgb(INK), to_rgb(PAPER)) >= 4.5
+    for colour in {SKY, *LINE_COLOURS, *TILE_COLOURS.values(), *REGION_COLOURS.values()}:
+        assert contrast(to_rgb(colour), to_rgb(PAPER)) >= 3, colour
 
 
 @drawings
-def test_all_words_of_a_picture_are_mid_grey(picture):
+def test_all_words_of_a_picture_have_the_colour_of_ink(picture):
     pixels_of(picture)
     words = [text for text in picture_of(picture).findobj(Text) if text.get_text().strip()]
     assert len(words) > 5
