@@ -36,7 +36,8 @@ class View(Base):
     selection = traitlets.Any(None, allow_none=True).tag(sync=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
-        if HAS_ANYWIDGET:
+        # anywidget makes a class of its own for each widget, which has the script already.
+        if HAS_ANYWIDGET and "_esm" not in vars(cls):
             cls._esm = module(*cls.names)
         super().__init_subclass__(**options)
 
