@@ -24,7 +24,7 @@ _SCRIPTS = Path(__file__).with_name("js")
 _EXPORT = "export default { render };\n"
 
 
-class View(Base):
+class WidgetView(Base):
     """A widget whose JavaScript is the files ``js/<name>.js`` of its ``names``, one by one.
 
     ``state`` is all that it shows: values of JSON, and the bytes of arrays. ``selection`` is what
@@ -49,7 +49,7 @@ def module(*names: str) -> str:
 
 
 @checked
-def page(title: str, parts: Sequence[View | str]) -> str:
+def page(title: str, parts: Sequence[WidgetView | str]) -> str:
     """A page of HTML with widgets, alive without a kernel or a network, and HTML between them."""
     sources: dict[tuple[str, ...], str] = {}
     body, states = [f"<h1>{escape(title)}</h1>"], []
