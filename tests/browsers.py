@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
+from jupyter_client.blocking import BlockingKernelClient
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "test-output"
@@ -150,6 +152,14 @@ class Lab:
         for session in self.ask("GET", "api/sessions"):
             self.ask("DELETE", f"api/sessions/{session['id']}")
 
+    def python(self, code: str) -> str:
+        """What some code prints in the only running kernel."""
+        (session,) = self.ask("GET", "api/sessions")
+        file = self.folder.parent / "runtime" / f"kernel-{session['kernel']['id']}.json"
+        # Playwright's loop runs in this thread, so that another must wait for the kernel.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(_ask_kernel, file, code).result()
+
     def choose_theme(self, theme: str) -> None:
         """The theme of the pages that are opened from now on."""
         plugin = "@jupyterlab/apputils-extension:themes"
@@ -176,6 +186,33 @@ class Lab:
         expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=LOADED)
         idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         expect(idle).to_be_visible(timeout=LOADED)
+
+
+def _ask_kernel(file: Path, code: str) -> str:
+    client = BlockingKernelClient()
+    client.load_connection_file(str(file))
+    client.start_channels()
+    printed: list[str] = []
+
+    def collect(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream":
+            printed.append(message["content"]["text"])
+
+    try:
+        answer = client.execute_interactive(code, output_hook=collect, timeout=LOADED / SECONDS)
+    finally:
+        client.stop_channels()
+    if answer["content"]["status"] != "ok":
+        raise AssertionError("\n".join(answer["content"]["traceback"]))
+    return "".join(printed)
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    """A notebook of cells of code."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
 
 
 @contextmanager

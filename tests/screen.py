@@ -1,0 +1,154 @@
+"""What a person would miss on a page: names, sizes and contrasts, read from what is computed.
+
+Nothing here asks the library: colours are composited and compared anew, and names come from the
+tree that Chromium hands to screen readers.
+"""
+
+from typing import Any
+
+# What can be operated or looked at, and so needs a name.
+NAMED = {
+    *("button", "slider", "spinbutton", "checkbox", "radio", "switch", "combobox", "listbox"),
+    *("textbox", "searchbox", "tab", "menuitem", "link", "progressbar", "application", "img"),
+    *("image", "Canvas", "figure", "dialog"),
+}
+SMALLEST = 9  # pixels
+
+# Before any other script of a page: what is written on a canvas, how large, and on what.
+WATCH_CANVASES = """(() => {
+  window.canvasWords = [];
+  const write = CanvasRenderingContext2D.prototype.fillText;
+  CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...rest) {
+    if (window.watchCanvases && String(text).trim() && this.canvas.isConnected) {
+      const { a, b } = this.getTransform();
+      const scale = this.canvas.getBoundingClientRect().width / this.canvas.width;
+      const pixels = parseFloat(this.font.match(/([\\d.]+)px/)[1]);
+      const at = new DOMPoint(x, y).matrixTransform(this.getTransform());
+      const under = [...this.getImageData(Math.round(at.x), Math.round(at.y), 1, 1).data];
+      window.canvasWords.push({
+        text: String(text), size: pixels * Math.hypot(a, b) * scale, under,
+        colour: this.fillStyle, alpha: this.globalAlpha, canvas: this.canvas,
+      });
+    }
+    return write.call(this, text, x, y, ...rest);
+  };
+})()"""
+
+_FIND = """(root) => {
+  const parse = (colour) => {
+    if (colour.startsWith("#")) {
+      return [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)).concat(1);
+    }
+    const numbers = colour.match(/[\\d.]+(e-?\\d+)?/g).map(Number);
+    const unit = colour.startsWith("color(") ? 255 : 1;
+    return [...numbers.slice(0, 3).map((one) => one * unit), numbers[3] ?? 1];
+  };
+  const over = (top, under, alpha) =>
+    [0, 1, 2].map((i) => top[i] * alpha + under[i] * (1 - alpha));
+  const luminance = (c) => {
+    const [r, g, b] = c.map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (a, b) => {
+    const [low, high] = [luminance(a), luminance(b)].sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const parent = (el) => el.assignedSlot ?? el.parentElement ?? el.getRootNode().host;
+  const background = (el) => {
+    const layers = [];
+    for (let one = el; one; one = parent(one)) {
+      const colour = parse(getComputedStyle(one).backgroundColor);
+      if (colour[3] > 0) layers.push(colour);
+      if (colour[3] === 1) break;
+    }
+    const page = matchMedia("(prefers-color-scheme: dark)").matches ? [18, 18, 18] : [255, 255, 255];
+    return layers.reduceRight((under, top) => over(top, under, top[3]), page);
+  };
+  const opacity = (el) => {
+    let share = 1;
+    for (let one = el; one; one = parent(one)) share *= Number(getComputedStyle(one).opacity);
+    return share;
+  };
+  const hidden = (el) => {
+    if (!el.checkVisibility({ visibilityProperty: true })) return true;
+    for (let one = el; one; one = parent(one)) {
+      const style = getComputedStyle(one);
+      if (style.clipPath === "inset(50%)" || style.clip === "rect(0px, 0px, 0px, 0px)") return true;
+      if (one.matches("[aria-disabled=true], :disabled, fieldset:disabled *")) return true;
+      // KaTeX and MathJax keep a copy for screen readers, JupyterLab line ends for copying.
+      if (one.matches("script, style, mjx-assistive-mml, .cm-editor")) return true;
+    }
+    return false;
+  };
+  const troubles = [];
+  const check = (text, size, ink, paper) => {
+    const ratio = contrast(ink, paper);
+    const said = text.trim().slice(0, 40);
+    if (size < SMALLEST - 0.05) troubles.push(`${size.toFixed(1)} px: ${said}`);
+    if (ratio < 4.495) troubles.push(
+      `${ratio.toFixed(2)} : 1: ${said} (${ink.map(Math.round)} on ${paper.map(Math.round)})`);
+  };
+  const visit = (el) => {
+    if (el.shadowRoot) visit(el.shadowRoot);
+    for (const child of el.childNodes) {
+      if (child.nodeType === Node.ELEMENT_NODE) visit(child);
+      if (child.nodeType !== Node.TEXT_NODE || !child.data.trim()) continue;
+      const holder = child.parentElement ?? el.host;
+      if (!holder || hidden(holder)) continue;
+      const range = document.createRange();
+      range.selectNodeContents(child);
+      const box = range.getBoundingClientRect();
+      if (!box.width || !box.height) continue;
+      const style = getComputedStyle(holder);
+      const paper = background(holder);
+      const svg = holder.ownerSVGElement;
+      const scale = svg ? Math.hypot(holder.getScreenCTM().a, holder.getScreenCTM().b) : 1;
+      const colour = parse(svg ? style.fill : style.color);
+      const ink = over(colour, paper, colour[3] * opacity(holder));
+      check(child.data, parseFloat(style.fontSize) * scale, ink, paper);
+    }
+  };
+  visit(root);
+  for (const word of window.canvasWords ?? []) {
+    if (!root.contains(word.canvas)) continue;
+    const below = background(word.canvas);
+    const paper = over(word.under, below, word.under[3] / 255);
+    const colour = parse(word.colour);
+    check(word.text, word.size, over(colour, paper, colour[3] * word.alpha), paper);
+  }
+  return [...new Set(troubles)];
+}""".replace("SMALLEST", str(SMALLEST))
+
+
+def hard_to_read(element: Any) -> list[str]:
+    """Text under an element that is below 9 pixels, or whose contrast is below 4.5 : 1."""
+    return element.evaluate(_FIND)
+
+
+def unnamed(element: Any) -> list[str]:
+    """Controls, buttons and canvases without a name, sliders without a text of their value."""
+    troubles = []
+    for role, name, value in spoken(element):
+        if role in NAMED and not name.strip():
+            troubles.append(f"{role} without a name")
+        if role in ("slider", "spinbutton") and not value.strip():
+            troubles.append(f"{role} {name!r} without a value")
+    return troubles
+
+
+def spoken(element: Any) -> list[tuple[str, str, str]]:
+    """Role, name and value of all that a screen reader finds under an element."""
+    session = element.page.context.new_cdp_session(element.page)
+    element.evaluate("el => { window.lookedAt = el; }")
+    handle = session.send("Runtime.evaluate", {"expression": "window.lookedAt"})["result"]
+    answer = session.send("Accessibility.queryAXTree", {"objectId": handle["objectId"]})
+    session.detach()
+    found = []
+    for node in answer["nodes"]:
+        if not node["ignored"]:
+            said = {each["name"]: each["value"].get("value") for each in node["properties"]}
+            value = said.get("valuetext") or node.get("value", {}).get("value", "")
+            name = node.get("name", {}).get("value", "")
+            found.append((node["role"]["value"], name, str(value)))
+    return found
