@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     attention,
+    browser,
     cost,
     coverage,
     decoding,
@@ -41,6 +42,7 @@ SECTIONS = {
     "serving": serving.run,
     "load": load.run,
     "explorers": explorers.run,
+    "browser": browser.run,
 }
 
 

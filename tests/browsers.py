@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ def find_browser() -> str | None:
 
 
 @contextmanager
-def started_browser() -> Iterator[Any]:
+def started_browser(flags: Sequence[str] = FLAGS) -> Iterator[Any]:
     """A headless Chromium, closed at the end; FileNotFoundError where none is installed."""
     from playwright.sync_api import sync_playwright
 
@@ -50,7 +50,7 @@ def started_browser() -> Iterator[Any]:
     if path is None:
         raise FileNotFoundError("no Chromium or Chrome is installed")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=list(flags))
         try:
             yield browser
         finally:

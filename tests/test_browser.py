@@ -1,134 +1,77 @@
-"""The notebooks in a browser: JupyterLab as `make lab` starts it, every cell run, a slider dragged.
+"""The notebooks and explorers in a browser: JupyterLab as `make lab` starts it, and saved pages.
 
-Drives Chromium through Playwright and keeps screenshots in test-output/, one for each notebook and
-theme. What a picture should show is tested elsewhere, here it must follow its slider.
+Screenshots are kept in test-output/, one for each explorer, theme and width. What a picture should
+show is tested elsewhere, here it must be there, be legible, follow its controls, and say what
+Python says.
 """
 
-import json
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import TimeoutError, expect, sync_playwright
+from playwright.sync_api import expect
 
-from dspark_lab.explore import Explorer, explore_decoding
-from tests import test_packaging
+from dspark_lab.explore.widget import module
+from tests.browsers import ROOT, take_screenshot, write_notebook
+from tests.pictures import contrast
+from tests.screen import SMALLEST, WATCH_CANVASES, hard_to_read, unnamed
 
-ROOT = Path(__file__).resolve().parents[1]
-SCREENSHOTS = ROOT / "test-output"
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-BROWSERS += [f"/Applications/{n}.app/Contents/MacOS/{n}" for n in ("Google Chrome", "Chromium")]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
-SECONDS = 1000  # Playwright counts in milliseconds.
-LOADED = 120 * SECONDS
-SETTLED = 5 * SECONDS
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+EXPLORER = ".jp-OutputArea-output:has(.dspark-panel)"
+# matplotlib's smallest words, and the dots per inch that explorers' pictures are drawn with.
+SMALLEST_POINTS, DOTS = 8, 110
+
+# A mask, and two explorers made by hand: one that fails where n is 3, one that waits to be let go.
+TRIAL = """\
+import threading
+import pandas as pd
+from dspark_lab import explore_masks
+from dspark_lab.explore.controls import slider
+from dspark_lab.explore.explorer import Explorer, Frame
+
+def draw(chosen):
+    if chosen.n == 3:
+        raise ValueError("n must not be 3, got 3")
+    table = pd.DataFrame({"n": [chosen.n]})
+    return Frame({"one": table}, html=f"<p>n is {chosen.n}</p>", recommended={"n": 7})
+
+go, begun = threading.Event(), threading.Event()
+
+def draw_slowly(chosen, progress):
+    begun.set()
+    while not go.wait(0.01):
+        progress(1, 4, "waiting")
+    return draw(chosen)
+"""
+CELLS = (
+    TRIAL,
+    "mask = explore_masks(num_anchors=4, block_size=3, context=24)\nmask",
+    "failing = Explorer('explore_failing', [slider('n', 1, 1, 9)], draw)\nfailing",
+    "slow = Explorer('explore_slow', [slider('n', 1, 1, 9)], draw_slowly, slow=True)\nslow",
+)
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture
-def page():
-    """An empty page of a headless browser; without one the test is skipped, in CI it fails."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        sentence = "no Chromium or Chrome is installed, so the notebooks are not seen in a browser"
-        if os.environ.get("CI"):
-            pytest.fail(sentence)
-        pytest.skip(sentence)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        try:
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.set_default_timeout(LOADED)
-            yield page
-        finally:
-            browser.close()
-
-
-@pytest.fixture
-def lab(tmp_path, theme):
-    """JupyterLab in one theme on a copy of the notebooks without outputs: its address and token."""
-    notebooks = tmp_path / "notebooks"
-    shutil.copytree(ROOT / "notebooks", notebooks, ignore=shutil.ignore_patterns(".*"))
-    for file in notebooks.glob("*.ipynb"):
-        notebook = nbformat.read(file, as_version=4)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.update(outputs=[], execution_count=None)
-        nbformat.write(notebook, file)
-    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    chosen = {"themes": {"theme": f"JupyterLab {theme.title()}"}}
-    for plugin, values in (chosen | {"notification": {"fetchNews": "false"}}).items():
-        (settings / f"{plugin}.jupyterlab-settings").write_text(json.dumps(values))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    for kind in (
-        "JUPYTER_CONFIG JUPYTER_RUNTIME JUPYTERLAB_SETTINGS JUPYTERLAB_WORKSPACES"
-    ).split():
-        environment[f"{kind}_DIR"] = str(tmp_path / kind.partition("_")[2].lower())
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            lab_command(), cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            yield wait_for_address(server, tmp_path)
-        finally:
-            server.terminate()
-            try:
-                server.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def lab_command():
-    """The command of `make lab` on a machine without a display, on a port that it finds itself."""
-    command = shlex.split(test_packaging.lab_command(PORT="0"))
-    assert command[1:3] == ["-m", "jupyterlab"]
-    if "--no-browser" not in command:  # macOS always has a display
-        command.append("--no-browser")
-    return [sys.executable, *command[1:]]
-
-
-def wait_for_address(server, folder):
-    deadline = time.monotonic() + LOADED / SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        for file in (folder / "runtime").glob("jpserver-*.json"):
-            try:
-                info = json.loads(file.read_text())
-            except json.JSONDecodeError:  # still being written
-                continue
-            assert info["token"] and info["hostname"] == "127.0.0.1"
-            return info["url"], info["token"]
-        time.sleep(0.1)
-    raise AssertionError("JupyterLab did not start:\n" + (folder / "log").read_text())
-
-
-def run_all_cells(page, lab, notebook):
-    """Open a notebook and run it; every cell must have run, and none failed."""
-    url, token = lab
-    content = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
-    cells = sum(cell.cell_type == "code" for cell in content.cells)
-    page.goto(f"{url}lab/tree/{notebook}?token={token}")
-    prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
-    idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    expect(prompts).to_have_text(["[ ]:"] * cells, timeout=LOADED)
-    expect(idle).to_be_visible(timeout=LOADED)
-    # Idle before it has a kernel, a notebook asks which one to run its cells with.
-    expect(page.locator("#jp-main-statusbar")).to_contain_text(") | Idle", timeout=LOADED)
-    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
-    page.locator("[data-command='runmenu:run-all']").click()
-    expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=LOADED)
-    expect(idle).to_be_visible(timeout=LOADED)
+def open_notebook(open_page, lab, notebook, theme="light", **size):
+    """A page with a notebook of the folder, all of its cells run without a fault."""
+    lab.choose_theme(theme)
+    page = open_page(**size)
+    page.add_init_script(WATCH_CANVASES)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    lab.open(page, notebook)
+    content = nbformat.read(lab.folder / notebook, as_version=4)
+    lab.run_all(page, sum(cell.cell_type == "code" for cell in content.cells))
     nothing_went_wrong(page)
+    return page
+
+
+@pytest.fixture
+def trial(open_page, lab):
+    """A page with the explorers of ``CELLS``."""
+    write_notebook(lab.folder / "trial.ipynb", *CELLS)
+    return open_notebook(open_page, lab, "trial.ipynb")
 
 
 def nothing_went_wrong(page):
@@ -136,124 +79,222 @@ def nothing_went_wrong(page):
     for trouble in (
         "[data-mime-type='application/vnd.jupyter.error']",
         "[data-mime-type='application/vnd.jupyter.stderr']",
-        ".jupyter-widgets [role=alert]",
+        ".jp-OutputArea [role=alert]",
         ".jupyter-widgets-error-widget",
         ".jp-Dialog",
     ):
         expect(page.locator(trouble)).to_have_count(0)
 
 
+def change_theme(page, theme):
+    """Choose a theme in the menu of an open page."""
+    name = f"JupyterLab {theme.title()}"
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Settings$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Theme$")).hover()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
+    expect(page.locator("body")).to_have_attribute("data-jp-theme-name", name)
+
+
+def repaint(page):
+    """Have all canvases painted anew, watched."""
+    page.evaluate(
+        """async () => {
+            window.canvasWords.length = 0;
+            window.watchCanvases = true;
+            window.dispatchEvent(new Event("resize"));
+            for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
+            window.watchCanvases = false;
+        }"""
+    )
+
+
 def drag(page, slider, share):
-    """Pull a slider's handle in many quick steps to a share of its track."""
+    """Pull a slider in many quick steps, to its end and back to a share of its track."""
     slider.scroll_into_view_if_needed()
-    handle = slider.locator("[role=slider]").bounding_box()
-    track = slider.locator(".noUi-target").bounding_box()
-    height = handle["y"] + handle["height"] / 2
-    page.mouse.move(handle["x"] + handle["width"] / 2, height)
+    box = slider.bounding_box()
+    height = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 2, height)
     page.mouse.down()
-    page.mouse.move(track["x"] + track["width"], height, steps=30)
-    page.mouse.move(track["x"] + track["width"] * share, height, steps=30)
+    page.mouse.move(box["x"] + box["width"] - 2, height, steps=30)
+    page.mouse.move(box["x"] + box["width"] * share, height, steps=30)
     page.mouse.up()
 
 
-def wait_for_html(element, html):
-    """Wait until an element's content is this HTML, as the browser reads it."""
-    try:
-        element.page.wait_for_function(
-            """([element, html]) => {
-                const wanted = document.createElement("div");
-                wanted.innerHTML = html;
-                return element.innerHTML === wanted.innerHTML;
-            }""",
-            arg=[element.element_handle(), html],
-            timeout=SETTLED,
+def picture_of(output):
+    """What an explorer shows first: a canvas or an image."""
+    return output.locator("canvas:visible, img:visible").first
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_notebook_is_legible_and_named_in_both_themes(open_page, lab, notebook):
+    page = open_notebook(open_page, lab, notebook, height=1000)
+    outputs = page.locator(EXPLORER)
+    troubles = {}
+    for theme in ("light", "dark"):
+        if theme == "dark":
+            change_theme(page, theme)
+        for i in range(outputs.count()):
+            output = outputs.nth(i)
+            output.scroll_into_view_if_needed()
+            repaint(page)
+            found = unnamed(output) + hard_to_read(output)
+            for image in output.locator("img").all():
+                wide, shown = image.evaluate("img => [img.naturalWidth, img.clientWidth]")
+                if shown and SMALLEST_POINTS * DOTS / 72 * shown / wide < SMALLEST:
+                    found.append(f"a picture of {wide} pixels shown at {shown}")
+            if found:
+                troubles[theme, i] = found
+            output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
+            take_screenshot(page, f"{Path(notebook).stem}-{i}-{theme}")
+    nothing_went_wrong(page)
+    assert not troubles, "\n".join(f"{where}: {what}" for where, what in troubles.items())
+
+
+@pytest.mark.parametrize("width", [1024, 1600])
+@pytest.mark.parametrize("notebook", ["01_anchors.ipynb", "02_block_masks.ipynb"])
+def test_the_first_screen_holds_the_picture(open_page, lab, notebook, width):
+    page = open_notebook(open_page, lab, notebook, width=width, height=768)
+    output = page.locator(EXPLORER).first
+    output.evaluate("output => output.scrollIntoView()")
+    panel = page.locator(".jp-NotebookPanel:visible").bounding_box()
+    picture = picture_of(output).bounding_box()
+    take_screenshot(page, f"{Path(notebook).stem}-{width}")
+    assert picture["x"] >= panel["x"]
+    assert picture["x"] + picture["width"] <= panel["x"] + panel["width"] + 1
+    seen = min(768, picture["y"] + picture["height"]) - picture["y"]
+    assert seen >= 0.6 * picture["height"], "more than a third of the picture is below the screen"
+
+
+def test_what_the_browser_shows_is_what_python_says(trial, lab):
+    output = trial.locator(EXPLORER).nth(0)
+    slider = output.get_by_role("slider", name="num anchors")
+    typed = output.get_by_role("spinbutton", name="num anchors")
+    view = output.locator("[data-frame]").first
+
+    def agreed(value=None):
+        shown = int(typed.input_value())
+        assert int(slider.input_value()) == shown
+        assert value is None or shown == value
+        expect_python(lab, "mask.controls['num_anchors'].value", str(shown))
+        expect(view).to_have_attribute("data-frame", lab.python("print(mask.frames_drawn)").strip())
+        return shown
+
+    before = agreed()
+    drag(trial, slider, 0.03)
+    dragged = agreed()
+    assert dragged != before
+    assert int(lab.python("print(mask.frames_drawn)")) < 60  # 60 moves, the newest alone are drawn
+
+    typed.fill("6")
+    typed.press("Enter")
+    agreed(6)
+    typed.fill("1000000")
+    typed.press("Enter")
+    assert agreed() == int(lab.python("print(mask.controls['num_anchors'].max)"))
+    typed.fill("2")
+    typed.press("Enter")
+    agreed(2)
+
+    output.get_by_role("button", name="Copy code").click()
+    expect(output.get_by_text("clipboard")).to_be_visible()
+    code = trial.evaluate("navigator.clipboard.readText()")
+    same = f"import dspark_lab as lab\nprint(eval({code!r}).settings == mask.settings)"
+    assert lab.python(same) == "True\n"
+
+    output.get_by_role("button", name="Reset").click()
+    agreed(before)
+    nothing_went_wrong(trial)
+
+
+def expect_python(lab, expression, value):
+    """Wait until an expression in the kernel has a value; the kernel answers in turn."""
+    for _ in range(100):
+        if (said := lab.python(f"print({expression})").strip()) == value:
+            return
+    raise AssertionError(f"{expression} is {said} in Python, {value} in the browser")
+
+
+def test_a_saved_page_is_alive_without_kernel_and_network(trial, lab, open_page, tmp_path):
+    output = trial.locator(EXPLORER).nth(0)
+    output.get_by_role("button", name="Save").click()
+    with trial.expect_download() as download:
+        output.get_by_role("button", name="page").click()
+    saved = tmp_path / "saved.html"
+    download.value.save_as(saved)
+    assert "://" not in re.sub(r"http://www\.w3\.org/\S+", "", saved.read_text())
+    for theme, width in (("light", 1280), ("dark", 640)):
+        page = open_page(saved, theme=theme, width=width)
+        canvas = page.locator("canvas").first
+        box = canvas.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        spoken = page.locator("[aria-live=polite]")
+        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+        expect(spoken.filter(has_text=re.compile(r"\w")).first).to_have_count(1)
+        before = canvas.evaluate("canvas => canvas.toDataURL()")
+        page.mouse.wheel(0, -300)
+        page.wait_for_function(
+            "([canvas, before]) => canvas.toDataURL() !== before",
+            arg=[canvas.element_handle(), before],
         )
-    except TimeoutError:
-        pytest.fail("the picture on the page is not the one that the controls' values make")
+        assert not unnamed(page.locator("body"))
+        take_screenshot(page, f"saved-mask-{theme}-{width}")
 
 
-def take_screenshot(page, output, name):
-    output.evaluate("output => output.closest('.jp-Cell').scrollIntoView()")
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / name)
+def test_a_problem_stands_beside_the_last_good_picture(trial, lab):
+    output = trial.locator(EXPLORER).nth(1)
+    typed = output.get_by_role("spinbutton", name="n")
+    alert = output.get_by_role("alert")
+    expect(output.get_by_text("n is 1")).to_be_visible()
+    top = output.get_by_text("n is 1").bounding_box()["y"]
+    typed.fill("3")
+    typed.press("Enter")
+    expect(alert).to_contain_text("n must not be 3, got 3")
+    picture = output.get_by_text("n is 1")
+    expect(picture).to_be_visible()
+    assert picture.bounding_box()["y"] == top, "the picture jumped"
+    assert not hard_to_read(output) and not unnamed(output)
+    take_screenshot(trial, "problem")
+    output.get_by_role("button", name="Use it").click()
+    expect(output.get_by_text("n is 7")).to_be_visible()
+    expect(alert).to_have_count(0)
+    expect_python(lab, "failing.settings", "{'n': 7}")
 
 
-def shown(explorer):
-    """The HTML under an explorer's controls."""
-    explorer.redraw()
-    _, picture = explorer.children
-    return picture.value
+def test_slow_work_is_cancelled_and_its_bar_leaves(trial, lab):
+    output = trial.locator(EXPLORER).nth(2)
+    bar = output.get_by_role("progressbar")
+    expect(bar).to_be_visible()
+    expect(output.get_by_text("waiting")).to_be_visible()
+    assert not hard_to_read(output) and not unnamed(output)
+    take_screenshot(trial, "progress")
+    output.get_by_role("button", name="Cancel").click()
+    expect(bar).to_be_hidden()
+    output.get_by_role("button", name="Try again").click()
+    expect(bar).to_be_visible()
+    lab.python("go.set()")
+    expect(output.get_by_text("n is 1")).to_be_visible()
+    expect(bar).to_be_hidden()
+    nothing_went_wrong(trial)
 
 
-def first_explorer(notebook):
-    """The notebook's first explorer, made here as its cells make it."""
-    names = {}
-    for cell in nbformat.read(ROOT / "notebooks" / notebook, as_version=4).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, names)
-            for value in names.values():
-                if isinstance(value, Explorer):
-                    return value
-    raise AssertionError(f"{notebook} has no explorer")
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
+# JupyterLab's two themes, and dark ones of other programs that show notebooks.
 @pytest.mark.parametrize(
-    "notebook, control, share",
-    [
-        ("01_anchors.ipynb", "num_anchors", 0.05),
-        ("02_block_masks.ipynb", "block_size", 0.25),
-        ("06_tune_training.ipynb", "block_size", 0.8),
-        ("07_tune_serving.ipynb", "draft_length", 0.3),
-    ],
+    "paper", ["#ffffff", "#f3f3f3", "#111111", "#1f1f1f", "#0d1117", "#2b2b2b"]
 )
-def test_the_picture_follows_a_dragged_slider(page, lab, theme, notebook, control, share):
-    run_all_cells(page, lab, notebook)
-    output = page.locator(".jp-OutputArea-output:has(.widget-hslider)").first
-    slider = output.locator(".widget-hslider", has_text=control)
-    picture = output.locator(".widget-html-content").last
-    explorer = first_explorer(notebook)
-    before = explorer.settings[control]
-    wait_for_html(picture, shown(explorer))
-
-    drag(page, slider, share)
-    value = int(slider.locator(".widget-readout").inner_text())
-    assert value != before
-    explorer.controls[control].value = value
-    wait_for_html(picture, shown(explorer))
-    nothing_went_wrong(page)
-
-    take_screenshot(page, output, f"{Path(notebook).stem}-{theme}.png")
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_tokens_appear_when_a_typed_prompt_is_run(page, lab, theme):
-    run_all_cells(page, lab, "05_decode.ipynb")
-    output = page.locator(".jp-OutputArea-output:has(textarea)").first
-    output.scroll_into_view_if_needed()
-    text = output.locator(".dspark-answer").first
-    expect(text).to_be_visible()
-    box = output.locator(".widget-html-content:has(.dspark-answer)").first
-    # What the reader sees of the answer, each time that it changes.
-    box.evaluate(
-        """box => {
-            window.seen = [];
-            new MutationObserver(() => window.seen.push(box.innerText.length))
-                .observe(box, {childList: true, subtree: true, characterData: true});
-        }"""
+def test_colours_stand_out_from_every_page(open_page, paper):
+    page = open_page(f'<body style="background: {paper}"></body>')
+    texts, marks, found = page.evaluate(
+        f"""() => {{
+            {module("shared")}
+            return [TEXT_COLOURS, MARK_COLOURS].map(Object.keys).concat(palette(document.body));
+        }}"""
     )
-    explorer = explore_decoding(temperature=1.0, max_new_tokens=64, run=False)
-    explorer.controls["prompt"].value = "Why is the sky blue?"
-    explorer.run()
-    tokens, rounds = len(explorer.decoded.tokens[0]), len(explorer.rounds)
+    assert rgb(found["paper"]) == pytest.approx(rgb(paper))
+    faint = {name: contrast(rgb(found[name]), rgb(paper)) for name in (*texts, *marks)}
+    assert not {name: ratio for name, ratio in faint.items() if ratio < 3}
+    assert not {name: faint[name] for name in texts if faint[name] < 4.5}
 
-    output.locator("textarea").fill("Why is the sky blue?")
-    output.get_by_role("button", name="Run").click()
-    expect(output).to_contain_text(f"{tokens} tokens in {rounds} rounds, tau", timeout=LOADED)
-    *_, shown_text, _, _ = explorer.children
-    wait_for_html(box, shown_text.value)
-    lengths = page.evaluate("window.seen")
-    assert len(set(lengths)) > 2, f"the answer did not grow before the reader's eyes: {lengths}"
-    nothing_went_wrong(page)
 
-    take_screenshot(page, output, f"05_decode-{theme}.png")
+def rgb(colour):
+    """Red, green and blue of "#rrggbb", from 0 to 1."""
+    return [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
