@@ -11,6 +11,7 @@ from dspark_lab import explore
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
 from dspark_lab.explore import Explorer
+from dspark_lab.explore.widget import WidgetView
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>"]
@@ -43,18 +44,33 @@ LENGTHS = [26, 15, 96]
 
 
 def picture(explorer: Explorer) -> ipywidgets.HTML:
-    box, shown = explorer.children
+    """What is shown under the panel as HTML."""
+    assert explorer.tables is not None
+    *_, shown = explorer.children
     assert isinstance(shown, ipywidgets.HTML)
-    assert list(box.children) == list(explorer.controls.values())
     return shown
 
 
+def panel(explorer: Explorer) -> WidgetView:
+    """The controls as a browser is given them."""
+    shown = explorer.children[0]
+    assert isinstance(shown, WidgetView)
+    return shown
+
+
+def edit(explorer: Explorer, **values: object) -> None:
+    """Set controls as a browser does: all of them at once, coded as the panel's state codes them."""
+    shown = panel(explorer)
+    held = {control["name"]: control["value"] for control in shown.state["controls"]}
+    shown.selection = {"turn": shown.state["turn"] + 1, "values": held | values}
+
+
 def alert(explorer: Explorer) -> str:
-    """The sentence that stands in place of the picture."""
-    found = re.fullmatch(r'<p role="alert">(.*)</p>', picture(explorer).value)
-    assert found, picture(explorer).value[:200]
-    assert "Traceback" not in found[1] and "\n" not in found[1]
-    return found[1]
+    """The sentence that stands beside the last picture."""
+    assert explorer.tables == {}
+    found = panel(explorer).state["problem"]
+    assert found and "Traceback" not in found and "\n" not in found
+    return found
 
 
 def anchors(**start: object) -> Explorer:

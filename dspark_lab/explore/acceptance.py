@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from dspark_lab.checks import checked
 from dspark_lab.decoding import Decoded, outcome_table, token_kinds
 from dspark_lab.explore import style
 from dspark_lab.explore.decoding import outcome_legend, outcome_text
-from dspark_lab.explore.explorer import Explorer, Frame, dropdown, number_slider, slider
+from dspark_lab.explore.controls import dropdown, number_slider, slider
+from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
 
@@ -308,11 +309,12 @@ def explore_acceptance(
             shown before and after scaling, fitted on half of the conversations, on the others.
         max_new_tokens, batch_size, seed: as in :func:`dspark_lab.decode`.
     """
+    given = dict(locals())
     models = load_models(target, drafter, prompts)
     names = list(models.drafters)
     controls = [
         dropdown("view", view, VIEWS),
-        dropdown("drafter", names[0], names),
+        dropdown("drafter", names[0], names, argument=False),
         number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
         slider("conversation", 0, 0, len(models.prompts) - 1),
     ]
@@ -333,9 +335,9 @@ def explore_acceptance(
             raise ValueError(f"{chosen.view} {missing}")
         run, tables = decoded(chosen.drafter, chosen.temperature)
         frame = _frame(chosen.view, run, models, chosen.conversation)
-        return replace(frame, tables=frame.tables | tables)
+        return replace(frame, tables=frame.made_tables | tables)
 
-    return Explorer("explore_acceptance", controls, draw)
+    return Explorer("explore_acceptance", controls, draw, given=given)
 
 
 def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
@@ -347,20 +349,20 @@ def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
         value: Rate = "survival" if view == "survival" else "conditional"
         name, alt = "rates", f"{value} by slot"
         table = rates.rate_table(rates.trace_sums(run.trace))
-        figure = plot_rates(table, value)
+        figure = partial(plot_rates, table, value)
     elif view == "reliability":
         name, alt = view, "reliability diagram"
         tables = rates.reliability_tables(*rates.split_prompts(run.trace))
         table = pd.concat(tables, names=["values", "bin"]).reset_index()
-        figure = plot_reliability(tables)
+        figure = partial(plot_reliability, tables)
     elif view == "thresholds":
         name, alt = view, "a sweep of thresholds"
         table = rates.threshold_sweep(run.trace)
-        figure = plot_thresholds(table)
+        figure = partial(plot_thresholds, table)
     else:
         by = "domain" if view == "domains" else "kind"
         name, alt = "bias", f"bias by {by}"
         kinds = token_kinds(run.trace["token"], models.to_text)
         table = rates.study(run.trace.assign(kind=kinds), by=[by])
-        figure = plot_bias(table, by)
-    return Frame({name: table}, png=style.png(figure), alt=alt)
+        figure = partial(plot_bias, table, by)
+    return Frame({name: table}, figure, alt=alt)

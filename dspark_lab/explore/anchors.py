@@ -29,7 +29,8 @@ from dspark_lab.chats import (
 from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore import style
-from dspark_lab.explore.explorer import Explorer, Frame, checkbox, dropdown, marked_text, slider
+from dspark_lab.explore.controls import checkbox, dropdown, slider
+from dspark_lab.explore.explorer import Explorer, Frame, marked_text
 from dspark_lab.training import ChatsLike, open_chats
 from dspark_lab.tuning import token_coverage
 
@@ -253,6 +254,7 @@ def explore_anchors(
             in line. ``num_anchors`` counts ``per`` row or document; "anchor_given" is the layout of
             blocks whose first slot is the anchor's own.
     """
+    given = dict(locals())
     rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
@@ -273,7 +275,7 @@ def explore_anchors(
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
-    return Explorer("explore_anchors", controls, draw)
+    return Explorer("explore_anchors", controls, draw, reasons=rows.reasons, given=given)
 
 
 def drawn_blocks(batch: Batch, chosen: SimpleNamespace) -> Blocks:
@@ -357,6 +359,12 @@ class ConversationRows:
             dropdown("per", per, ("row", "document")),
             dropdown("layout", layout, LAYOUTS),
         ]
+
+    def reasons(self, chosen: SimpleNamespace) -> dict[str, str]:
+        """Why some of the controls have no effect on a row that holds one conversation."""
+        if chosen.packed:
+            return {}
+        return {"row_length": "not packed", "per": "not packed: a row is a document"}
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
         """One row: a conversation alone, or packed with those that follow while they fit."""

@@ -26,6 +26,7 @@ from dspark_lab import tuning
 from dspark_lab.blocks import PER, Per
 from dspark_lab.chats import Like
 from dspark_lab.checks import Count, Positive, Share, checked
+from dspark_lab.explore import controls as make
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.anchors import loaded_tokenizer, require_some
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
@@ -407,6 +408,7 @@ def explore_training_budget(
         the reason), ``settings`` (the chosen ones), ``coverage``, ``slots`` and ``never`` (of
         tokens), ``cost``, ``memory`` and ``fit``.
     """
+    given = dict(locals())
     shape = model if isinstance(model, Shape) else Shape.of(model)
     step_options: dict[str, Any] = {"dtype": dtype, "features": features, "device": device}
     step_options |= {"target_dtype": target_dtype, "objective": objective}
@@ -419,14 +421,14 @@ def explore_training_budget(
     cards: dict[str, tuple[Any, Any]] = {} if time is None else {MEASURED: (time, memory)}
     cards |= {name: (name, name) for name in tuning.CARDS}
     controls = [
-        explorer.selection_slider("num_anchors", num_anchors, sorted({*_NUM_ANCHORS, num_anchors})),
-        explorer.slider("block_size", block_size, 1, 16),
-        explorer.selection_slider("seq_len", seq_len, sorted({*_SEQ_LENS, seq_len})),
-        explorer.checkbox("packed", packed),
-        explorer.dropdown("per", per, PER),
-        explorer.slider("batch_size", batch_size, 1, 64),
-        explorer.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
-        explorer.dropdown("export", export, ("json", *tuning.TRAINERS)),
+        make.selection_slider("num_anchors", num_anchors, sorted({*_NUM_ANCHORS, num_anchors})),
+        make.slider("block_size", block_size, 1, 16),
+        make.selection_slider("seq_len", seq_len, sorted({*_SEQ_LENS, seq_len})),
+        make.checkbox("packed", packed),
+        make.dropdown("per", per, PER),
+        make.slider("batch_size", batch_size, 1, 64),
+        make.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
+        make.dropdown("export", export, ("json", *tuning.TRAINERS)),
     ]
     encoded = encode_chats(chats, loaded_tokenizer(tokenizer), like=like)
     require_some(encoded)
@@ -483,16 +485,19 @@ def explore_training_budget(
             "memory": tuning.memory_table(shape, seq_len=longest, **(step | {"num_anchors": most})),
             "fit": fit,
         }
-        figure = plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, most))
+
+        def figure() -> Figure:
+            return plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, most))
+
         words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
         try:
             words += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
         except ValueError as problem:
             words += explorer.alert(problem)
         alt = "what the chosen setting covers, gains, costs and leaves room for"
-        return explorer.Frame(tables, html=words, png=style.png(figure, dpi=100), alt=alt)
+        return explorer.Frame(tables, figure, html=words, alt=alt)
 
-    return explorer.Explorer("explore_training_budget", controls, draw)
+    return explorer.Explorer("explore_training_budget", controls, draw, given=given)
 
 
 def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:

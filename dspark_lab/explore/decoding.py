@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from dspark_lab import decoding
 from dspark_lab.checks import checked
 from dspark_lab.decoding import Decoded, Decoding, Prompt, Round
+from dspark_lab.explore import controls as made
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
 from dspark_lab.explore.style import BLUE, INK, ORANGE, RED, visible_text
@@ -184,11 +185,11 @@ class DecodingExplorer(ipywidgets.VBox):
         controls = [
             example,
             ipywidgets.Textarea(placeholder=placeholder, description="prompt", rows=2, **wide),
-            explorer.dropdown("drafter", names[0], names),
-            explorer.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
-            explorer.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False),
-            explorer.slider("max_new_tokens", max_new_tokens, 1, 512),
-            explorer.slider("seed", seed, 0, 99),
+            made.plain_widget(made.dropdown("drafter", names[0], names)),
+            made.plain_widget(made.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False)),
+            made.plain_widget(made.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False)),
+            made.plain_widget(made.slider("max_new_tokens", max_new_tokens, 1, 512)),
+            made.plain_widget(made.slider("seed", seed, 0, 99)),
         ]
         self.controls: dict[str, Any] = {control.description: control for control in controls}
         example.observe(self._take_example, names="value")
@@ -197,17 +198,18 @@ class DecodingExplorer(ipywidgets.VBox):
         self.run_button.on_click(self._clicked)
         self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
         self.stop_button.on_click(self._stop)
-        self.drafts = explorer.checkbox("drafts in vain", True)
+        self.drafts = made.plain_widget(made.checkbox("drafts in vain", True))
         self.drafts.observe(self._show_again, names="value")
-        self.step = {name: explorer.slider(name, 0, 0, 0) for name in ("round", "slot")}
+        self.step = {name: made.plain_widget(made.slider(name, 0, 0, 0)) for name in ("round", "slot")}
         self.step["round"].observe(self._choose_round, names="value")
         self.step["slot"].observe(self._show_step, names="value")
         wide_text = {"layout": {"width": "100%"}}
         self._status, self._text = ipywidgets.HTML(), ipywidgets.HTML(**wide_text)
         self._step_picture = ipywidgets.HTML(**wide_text)
-        above = explorer.control_box(controls)
+        wrapped = {"layout": {"flex_flow": "row wrap"}}
+        above = ipywidgets.Box(controls, **wrapped)
         buttons = ipywidgets.HBox([self.run_button, self.stop_button, self.drafts])
-        steps = explorer.control_box(list(self.step.values()))
+        steps = ipywidgets.Box(list(self.step.values()), **wrapped)
         super().__init__([above, buttons, self._status, self._text, steps, self._step_picture])
 
     @property
@@ -369,9 +371,9 @@ class DecodingExplorer(ipywidgets.VBox):
     def _show_step(self, _change: object = None) -> None:
         shown = explorer.Frame({})
         if self.rounds:
-            figure = plot_distributions(self._distributions())
+            table = self._distributions()
             alt = "what drafter and target give to the likeliest tokens of this slot"
-            shown = explorer.Frame({}, png=style.png(figure), alt=alt)
+            shown = explorer.Frame({}, lambda: plot_distributions(table), alt=alt)
         self._step_picture.value = shown.as_html()
 
     def __repr__(self) -> str:

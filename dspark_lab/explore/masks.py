@@ -25,7 +25,8 @@ from dspark_lab.chats import Like, token_texts
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks
-from dspark_lab.explore.explorer import Explorer, Frame, checkbox, selection_slider, slider
+from dspark_lab.explore.controls import checkbox, selection_slider, slider
+from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.style import BLUE, INK, ORANGE, PINK, RED, SKY, visible_text
 from dspark_lab.training import ChatsLike
 
@@ -284,6 +285,7 @@ def explore_masks(
     the last tokens of the context alone, and of their block no later slot. All other arguments are
     as in :func:`explore_anchors`, and the tables ``mask``, ``tiles`` and ``blocks``.
     """
+    given = dict(locals())
     rows = ConversationRows(chats, tokenizer, like)
 
     def draw(chosen: SimpleNamespace) -> Frame:
@@ -294,20 +296,23 @@ def explore_masks(
         regions = mask_regions(blocks, view=view)
         tiles = tile_states(block_mask(ContextRanges.of(blocks, view), chosen.tile_size))
         table = block_table(blocks, rows.to_text, view=view)
-        drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
-        drawn["context_text"] = token_texts(rows.to_text, batch.input_ids[0].tolist())
-        drawn["slot_text"] = table["input"].tolist()
-        figure = mask_and_tiles(regions, tiles, tile_size=chosen.tile_size, **drawn)
+
+        def figure() -> Figure:
+            drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+            drawn["context_text"] = token_texts(rows.to_text, batch.input_ids[0].tolist())
+            drawn["slot_text"] = table["input"].tolist()
+            return mask_and_tiles(regions, tiles, tile_size=chosen.tile_size, **drawn)
+
         tables = {"mask": mask_table(regions), "tiles": tile_table(tiles), "blocks": table}
         alt = "the attention mask with its regions, and its tiles"
-        return Frame(tables, png=style.png(figure), alt=alt)
+        return Frame(tables, figure, alt=alt)
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
     controls.insert(3, slider("context", context, 8, 1024))
     controls += [slider("window", window, 0, 512), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
-    return Explorer("explore_masks", controls, draw)
+    return Explorer("explore_masks", controls, draw, reasons=rows.reasons, given=given)
 
 
 def _shuffled(blocks: Blocks, seed: int) -> Blocks:

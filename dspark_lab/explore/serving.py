@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, lru_cache
+from functools import cache
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from dspark_lab import serving, tuning
 from dspark_lab.checks import Count, NotEmpty, Share, checked
 from dspark_lab.decoding import load_trace, rounds_of
+from dspark_lab.explore import controls as make
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.models import DrafterLike, Prompts, TargetLike, load_models
 from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
@@ -109,9 +110,10 @@ def explore_serving(
         fastest at the lowest), ``thresholds`` (with a confidence head), ``profile``, ``steps`` of
         the engine, and ``settings`` (those exported).
     """
-    export_control = explorer.dropdown("export", export, ("json", *tuning.SERVERS))
-    requests_control = explorer.selection_slider("requests", requests, CONCURRENCY)
-    threshold_control = explorer.number_slider("threshold", threshold, 0.0, 1.0)
+    given = dict(locals())
+    export_control = make.dropdown("export", export, ("json", *tuning.SERVERS))
+    requests_control = make.selection_slider("requests", requests, CONCURRENCY)
+    threshold_control = make.number_slider("threshold", threshold, 0.0, 1.0)
     if isinstance(trace, (str, os.PathLike)):
         trace = load_trace(trace)
     if isinstance(engine, (str, os.PathLike)):
@@ -129,25 +131,17 @@ def explore_serving(
     if draft_length > made.longest:
         raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
     controls = [
-        explorer.slider("draft_length", draft_length, 1, made.longest),
-        explorer.dropdown("temperature", held[-1] if temperature is None else temperature, held),
+        make.slider("draft_length", draft_length, 1, made.longest),
+        make.dropdown("temperature", held[-1] if temperature is None else temperature, held),
         requests_control,
         threshold_control,
-        explorer.checkbox("replay", replay),
+        make.checkbox("replay", replay),
         export_control,
     ]
-    threshold_control.disabled = bool(made.lacking)
+    threshold_control.reason = made.lacking
     # Simulations take long: with these, controls other than the threshold move at once.
     for value, length in product(held, range(1, made.longest + 1)):
         made.load(value, length, threshold)
-
-    @lru_cache(maxsize=8)
-    def drawn(t: float, load: tuple[int, bool], draft_length: int, threshold: float) -> bytes:
-        speedups = {f"T {value:g}": made.speedups[value, load] for value in held}
-        marked: dict[str, Any] = {"draft_length": draft_length, "requests": load[0]}
-        marked |= {"replay": load[1], "bold": f"T {t:g}"}
-        figure = plot_serving(speedups, made.load(t, draft_length, threshold), **marked)
-        return style.png(figure, dpi=100)
 
     def draw(chosen: SimpleNamespace) -> explorer.Frame:
         t, k, threshold = chosen.temperature, chosen.draft_length, chosen.threshold
@@ -178,9 +172,15 @@ def explore_serving(
         except ValueError as problem:
             html += explorer.alert(problem)
         alt = "speed-up by draft length, where a round's time goes, and policies under load"
-        return explorer.Frame(tables, html=html, png=drawn(t, load, k, threshold), alt=alt)
 
-    return explorer.Explorer("explore_serving", controls, draw)
+        def figure() -> Figure:
+            speedups = {f"T {value:g}": made.speedups[value, load] for value in held}
+            marked: dict[str, Any] = {"draft_length": k, "requests": load[0], "replay": load[1]}
+            return plot_serving(speedups, tables["load"], bold=f"T {t:g}", **marked)
+
+        return explorer.Frame(tables, figure, html=html, alt=alt)
+
+    return explorer.Explorer("explore_serving", controls, draw, given=given)
 
 
 def _made(

@@ -69,10 +69,11 @@ class LiveCurve(ipywidgets.VBox):
     def redraw(self) -> None:
         """Draw what there is now."""
         begin = time.monotonic()
-        self._png = png(plot_training(self.table))
+        table = self.table
+        frame = Frame({}, lambda: plot_training(table), alt="loss, accept rate and tau")
+        self._png = frame.png
         drawn = time.monotonic()
         self._due = drawn + max(_REDRAW_SECONDS, _TIMES_ITS_DRAWING * (drawn - begin))
-        frame = Frame({}, png=self._png, alt="loss, accept rate and tau")
         self._picture.value = frame.as_html()
         if self._rows:
             words = "step {step}: loss {loss:.3f}, accept rate {accept_rate:.3f}, tau {tau:.2f}"

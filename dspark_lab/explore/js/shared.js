@@ -267,3 +267,9 @@ function saveFile(name, type, content) {
   node("a", { href: address, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
+
+// Keeps keys pressed in a widget from being commands of the notebook around it.
+function ownKeys(el) {
+  el.setAttribute("data-lm-suppress-shortcuts", "true");
+  el.addEventListener("keydown", (event) => event.stopPropagation());
+}

@@ -1,0 +1,313 @@
+// The panel of an explorer: its controls, a line for progress and problems, and its buttons.
+
+const PANEL_STYLE = `
+.dspark-panel { font: 13px/1.3 var(--jp-ui-font-family, system-ui, sans-serif);
+  color: var(--dspark-ink); position: relative; }
+.dspark-controls { display: grid; grid-template-columns: repeat(auto-fill, minmax(248px, 1fr));
+  gap: 3px 18px; margin: 2px 0 4px; }
+.dspark-control { display: flex; align-items: center; gap: 6px; min-height: 26px; min-width: 0; }
+.dspark-control.dspark-wide { grid-column: 1 / -1; align-items: start; }
+.dspark-control > label { flex: 0 0 auto; min-width: 7.2em; text-align: right;
+  overflow-wrap: anywhere; }
+.dspark-control input[type=range] { flex: 1 1 60px; min-width: 40px;
+  accent-color: var(--dspark-focus); }
+.dspark-control input[type=number] { flex: 0 0 5.6em; width: 5.6em; }
+.dspark-control select { flex: 1 1 auto; min-width: 0; }
+.dspark-control textarea { flex: 1 1 auto; resize: vertical; }
+.dspark-panel :is(input, select, textarea, button) { font: inherit; color: var(--dspark-ink);
+  background: var(--dspark-field); }
+.dspark-panel :is(input[type=number], select, textarea, button) { border-radius: 3px;
+  border: 1px solid var(--dspark-line); padding: 1px 5px; box-sizing: border-box; }
+.dspark-panel input[type=checkbox] { width: 16px; height: 16px; margin: 0;
+  accent-color: var(--dspark-focus); }
+.dspark-panel :disabled { color: var(--dspark-faint); cursor: not-allowed; }
+.dspark-panel button { cursor: pointer; padding: 2px 9px; }
+.dspark-panel :focus-visible { outline: 2px solid var(--dspark-focus); outline-offset: 1px; }
+.dspark-reason { flex: 1 1 60px; font-size: 12px; color: var(--dspark-faint);
+  font-style: italic; }
+.dspark-status { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 8px;
+  min-height: 28px; margin-bottom: 4px; }
+.dspark-said { flex: 1 1 220px; min-width: 0; overflow-wrap: anywhere; }
+.dspark-problem { color: var(--dspark-problem); border-left: 4px solid var(--dspark-problem);
+  padding: 2px 8px; }
+.dspark-progress { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
+.dspark-progress progress { width: 160px; height: 12px; accent-color: var(--dspark-focus); }
+.dspark-menu { position: absolute; right: 0; z-index: 6; display: flex; flex-direction: column;
+  gap: 3px; padding: 6px; background: var(--dspark-paper); border: 1px solid var(--dspark-line);
+  border-radius: 4px; box-shadow: 0 2px 8px rgba(0, 0, 0, .35); }
+.dspark-menu button { text-align: left; }
+.dspark-code { width: 100%; box-sizing: border-box; font: 12px/1.4 monospace; }
+`;
+
+let panelCount = 0;
+
+// One control: its element, `update(spec)` from Python's state, and `value()` as Python reads it.
+function controlElement(spec, id, changed) {
+  const label = node("label", { for: id }, spec.name);
+  const reason = node("span", { class: "dspark-reason", id: `${id}-reason` });
+  const inputs = [];
+  let now = spec;
+  let value = spec.value;
+  const take = (next) => {
+    value = next;
+    show();
+    changed();
+  };
+  // Typed numbers are moved to what is allowed, never beyond it.
+  const numberOf = (text) => Number(text.replaceAll(",", ""));
+  const inRange = (raw) => {
+    const number = Math.min(Math.max(raw, now.low), now.high);
+    return now.kind === "whole" ? Math.round(number) : number;
+  };
+  const nearest = (raw) => {
+    const distances = now.labels.map((one) => Math.abs(numberOf(one) - raw));
+    return distances.indexOf(Math.min(...distances));
+  };
+  let show = () => {};
+  const type = (attributes) => {
+    const made = node("input", { type: "number", autocomplete: "off", ...attributes });
+    inputs.push(made);
+    return made;
+  };
+  if (spec.kind === "whole" || spec.kind === "number" || spec.kind === "choice") {
+    const choice = spec.kind === "choice";
+    const range = node("input", { type: "range", id, step: choice ? 1 : spec.step });
+    const words = choice && spec.labels.some((one) => Number.isNaN(numberOf(one)));
+    const typed = words ? node("output", { for: id }) : type({
+      "aria-label": `${label.textContent}, typed`, step: "any",
+    });
+    inputs.unshift(range);
+    range.addEventListener(spec.continuous ? "input" : "change", () => {
+      take(inRangeOrIndex(Number(range.value)));
+    });
+    if (!spec.continuous) {
+      range.addEventListener("input", () => { typed.value = shown(Number(range.value)); });
+    }
+    typed.addEventListener("change", () => {
+      const raw = Number(typed.value);
+      if (typed.value === "" || Number.isNaN(raw)) show();
+      else take(choice ? nearest(raw) : inRange(raw));
+    });
+    const inRangeOrIndex = (raw) => (choice ? raw : inRange(raw));
+    const shown = (one) => {
+      if (!choice) return one;
+      return words ? now.labels[one] : numberOf(now.labels[one]);
+    };
+    show = () => {
+      range.min = choice ? 0 : now.low;
+      range.max = choice ? now.labels.length - 1 : now.high;
+      // A range has a grid, which a typed number need not lie on.
+      range.step = choice ? 1 : Number.isInteger(value / now.step) ? now.step : "any";
+      range.value = value;
+      if (choice) range.setAttribute("aria-valuetext", now.labels[value]);
+      if (!words) {
+        typed.min = choice ? shown(0) : now.low;
+        typed.max = choice ? shown(now.labels.length - 1) : now.high;
+      }
+      typed.value = choice ? shown(value) : Number(value.toFixed(4));
+    };
+    inputs.push(...(words ? [typed] : []));
+  } else if (spec.kind === "list") {
+    const select = node("select", { id });
+    inputs.push(select);
+    select.addEventListener("change", () => take(select.selectedIndex));
+    let labels = null;
+    show = () => {
+      if (labels !== now.labels.join("\n")) {
+        labels = now.labels.join("\n");
+        select.replaceChildren(...now.labels.map((one) => node("option", {}, one)));
+      }
+      select.selectedIndex = value;
+    };
+  } else if (spec.kind === "check") {
+    const box = node("input", { type: "checkbox", id });
+    inputs.push(box);
+    box.addEventListener("change", () => take(box.checked));
+    show = () => { box.checked = value; };
+  } else {
+    const area = node("textarea", { id, rows: 2 });
+    inputs.push(area);
+    area.addEventListener("change", () => take(area.value));
+    show = () => { area.value = value; };
+  }
+  const wide = spec.kind === "text" || spec.labels.some((one) => one.length > 40);
+  const box = node("div", { class: "dspark-control" + (wide ? " dspark-wide" : "") },
+    label, ...inputs, reason);
+  const update = (next, keep) => {
+    now = next;
+    if (!keep) value = next.value;
+    for (const input of inputs) {
+      input.disabled = Boolean(next.reason);
+      if (next.reason) input.setAttribute("aria-describedby", reason.id);
+      else input.removeAttribute("aria-describedby");
+    }
+    reason.textContent = next.reason;
+    reason.hidden = !next.reason;
+    // The reason has the place of the slider.
+    if (inputs[0].type === "range") inputs[0].hidden = Boolean(next.reason);
+    show();
+  };
+  update(spec);
+  return { box, update, value: () => value, set: (next) => { value = next; show(); } };
+}
+
+// The clipboard, and where there is none a field with the text selected.
+async function copyText(text, place) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const field = node("textarea", { class: "dspark-code", rows: 3, readonly: true,
+      "aria-label": "this view as code" });
+    field.value = text;
+    place.replaceChildren(field);
+    field.select();
+    return false;
+  }
+}
+
+function render({ model, el }) {
+  const number = panelCount++;
+  const root = node("div", { class: "dspark-panel", role: "group", "aria-label": "controls" });
+  addStyle(el, PANEL_STYLE);
+  el.append(root);
+  ownKeys(root);
+  const grid = node("div", { class: "dspark-controls" });
+  const said = node("div", { class: "dspark-said" });
+  const bar = node("progress", { "aria-label": "progress" });
+  const words = node("span", { "aria-live": "polite" });
+  const button = (text, onclick, more = {}) =>
+    node("button", { type: "button", onclick, ...more }, text);
+  const cancel = button("Cancel", () => model.send({ action: "cancel" }));
+  const progress = node("div", { class: "dspark-progress", hidden: true }, bar, words, cancel);
+  const again = button("Try again", () => model.send({ action: "again" }), { hidden: true });
+  const use = button("Use it", () => set(model.get("state").recommended), {
+    hidden: true, title: "set the controls to what is recommended",
+  });
+  const reset = button("Reset", () => set(model.get("state").starts));
+  const copy = button("Copy code", async () => {
+    const place = node("div");
+    if (await copyText(model.get("state").code, place)) note("The code is on the clipboard.");
+    else said.replaceChildren(place);
+    place.firstChild?.select();
+  }, { title: "copy this view as code" });
+  const menu = node("div", {
+    class: "dspark-menu", role: "group", "aria-label": "save", hidden: true,
+  });
+  const save = button("Save", () => openMenu(menu.hidden), { "aria-expanded": "false" });
+  const status = node("div", { class: "dspark-status" },
+    progress, said, again, use, reset, copy, save);
+  root.append(grid, status, menu);
+
+  let controls = new Map();
+  let turn = 0;
+  const send = () => {
+    turn += 1;
+    const chosen = Object.fromEntries([...controls].map(([name, one]) => [name, one.value()]));
+    model.set("selection", { turn, values: chosen });
+    model.save_changes();
+  };
+  const set = (chosen) => {
+    for (const [name, value] of Object.entries(chosen)) controls.get(name)?.set(value);
+    send();
+  };
+  const note = (text) => said.replaceChildren(node("span", { role: "status" }, text));
+  const openMenu = (open) => {
+    menu.hidden = !open;
+    save.setAttribute("aria-expanded", String(open));
+    if (!open) return;
+    menu.style.top = `${save.offsetTop + save.offsetHeight}px`;
+    fillMenu([]);
+    model.send({ action: "tables" });
+    menu.querySelector("button")?.focus();
+  };
+  const entry = (text, message) => button(text, () => {
+    openMenu(false);
+    save.focus();
+    note("The file is being made.");
+    model.send({ action: "save", ...message });
+  });
+  const fillMenu = (tables) => {
+    const pictures = model.get("state").picture ? ["svg", "png"] : [];
+    menu.replaceChildren(
+      ...pictures.map((what) => entry(`picture, ${what.toUpperCase()}`, { what })),
+      entry("page, HTML: works without a kernel", { what: "html" }),
+      ...tables.map((table) => entry(`table ${table}, CSV`, { what: "csv", table })),
+    );
+  };
+  menu.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    openMenu(false);
+    save.focus();
+  });
+
+  const show = () => {
+    const state = model.get("state");
+    const specs = state.controls ?? [];
+    const names = specs.map((spec) => spec.name);
+    if (names.join("\n") !== [...controls.keys()].join("\n")) {
+      const made = (spec, i) => controlElement(spec, `dspark-${number}-${i}`, send);
+      controls = new Map(specs.map((spec, i) => [spec.name, made(spec, i)]));
+      grid.replaceChildren(...[...controls.values()].map((one) => one.box));
+      turn = Math.max(turn, state.turn ?? 0);
+    } else {
+      // What the user has set since then stays.
+      const keep = (state.turn ?? 0) < turn;
+      specs.forEach((spec) => controls.get(spec.name).update(spec, keep));
+    }
+    for (const one of [reset, copy, save]) one.hidden = !specs.length;
+    use.hidden = !Object.keys(state.recommended ?? {}).length;
+    again.hidden = !state.again;
+    if (state.problem) {
+      const kept = state.kept ? " The picture is the last that could be drawn." : "";
+      said.replaceChildren(node("div", { class: "dspark-problem", role: "alert" },
+        `⚠ ${state.problem}${kept}`));
+    } else if (said.querySelector("[role=alert]")) said.replaceChildren();
+    el.dataset.turn = state.turn ?? 0;
+  };
+  const showProgress = () => {
+    const now = model.get("progress") ?? {};
+    progress.hidden = now.words === undefined;
+    said.hidden = !progress.hidden;
+    if (progress.hidden) return;
+    if (now.total > 0) {
+      bar.max = now.total;
+      bar.value = now.done;
+    } else bar.removeAttribute("value");
+    const share = now.total > 0 ? ` (${Math.floor((100 * now.done) / now.total)} %)` : "";
+    words.textContent = now.words + share;
+  };
+  const receive = (message, buffers) => {
+    if (message.tables) fillMenu(message.tables);
+    if (!message.name) return;
+    saveFile(message.name, message.type, buffers[0]);
+    note(`${message.name} goes to your downloads.`);
+  };
+  const colour = () => {
+    const colours = palette(el);
+    const named = {
+      ink: colours.ink, faint: colours.faint, line: colours.line, focus: colours.focus,
+      problem: colours.problem, paper: colours.paper,
+      field: mixed(colours.ink, colours.paper, 0.04),
+    };
+    for (const [name, value] of Object.entries(named)) {
+      root.style.setProperty(`--dspark-${name}`, value);
+    }
+    root.style.colorScheme = colours.dark ? "dark" : "light";
+  };
+  const stopTheme = onTheme(el, colour);
+  colour();
+  show();
+  showProgress();
+  model.on("change:state", show);
+  model.on("change:progress", showProgress);
+  model.on("msg:custom", receive);
+  return () => {
+    stopTheme();
+    model.off("change:state", show);
+    model.off("change:progress", showProgress);
+    model.off("msg:custom", receive);
+  };
+}
+
+export default { render };
