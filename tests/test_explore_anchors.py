@@ -256,7 +256,7 @@ def test_the_shipped_tokenizer_is_taken_where_none_is_given():
 
 @pytest.mark.parametrize(
     ("make", "name", "value"),
-    [(anchors, "num_anchors", 4096), (anchors, "row_length", 5000), (masks, "context", 3000)],
+    [(anchors, "num_anchors", 5000), (anchors, "row_length", 200000), (masks, "context", 3000)],
 )
 def test_a_slider_reaches_the_value_that_it_starts_with(make, name, value):
     explorer = make(**{name: value})
