@@ -28,6 +28,13 @@ def shipped(name: str) -> Path:
     return path
 
 
+def require_found(path: str | os.PathLike[str]) -> None:
+    """Refuse the path of a file or folder that is not there, with the folder that was searched."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise FileNotFoundError(f"{found.name} must be in {found.absolute().parent}, but is not")
+
+
 def files_of(path: Path) -> list[Path]:
     """A file, or all files of a folder, in order."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -17,16 +17,19 @@ from dspark_lab.checks import checked
 from dspark_lab.decoding import Decoded, outcome_table, token_kinds
 from dspark_lab.explore import style
 from dspark_lab.explore.decoding import outcome_legend, outcome_text
-from dspark_lab.explore.controls import dropdown, number_slider, slider
+from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
 from dspark_lab.explore.explorer import Explorer, Frame
-from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
+from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
+from dspark_lab.explore.work import Progress
 
 Rate = Literal["conditional", "survival"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
 _PANELS_PER_LINE = 4
+# So many decoded runs are kept.
+_MOST_RUNS = 8
 _KIND_LOOKS: dict[str, dict[str, Any]] = {
     "on policy": {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4},
     "empirical": {"color": GREEN, "linestyle": "none", "marker": "D", "fillstyle": "none"},
@@ -310,34 +313,51 @@ def explore_acceptance(
         max_new_tokens, batch_size, seed: as in :func:`dspark_lab.decode`.
     """
     given = dict(locals())
-    models = load_models(target, drafter, prompts)
-    names = list(models.drafters)
-    controls = [
+    models_of = open_models(target, drafter, prompts)
+    at_once = [
         dropdown("view", view, VIEWS),
-        dropdown("drafter", names[0], names, argument=False),
         number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
-        slider("conversation", 0, 0, len(models.prompts) - 1),
     ]
 
-    @lru_cache(maxsize=8)
-    def decoded(name: str, temperature: float) -> tuple[Decoded, dict[str, pd.DataFrame]]:
-        options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        run = models.decode(name, batch_size, temperature=temperature, **options)
+    def controls(progress: Progress) -> list[Control]:
+        models = models_of(progress)
+        names = list(models.drafters)
+        chosen = dropdown("drafter", names[0], names, argument=False)
+        return [at_once[0], chosen, at_once[1], slider("conversation", 0, 0, len(models.prompts) - 1)]
+
+    def reasons(chosen: SimpleNamespace) -> dict[str, str]:
+        return {} if chosen.view == "text" else {"conversation": "for the view text"}
+
+    made: dict[tuple[str, float], tuple[Decoded, dict[str, pd.DataFrame]]] = {}
+
+    def decoded(
+        models: Models, name: str, temperature: float, progress: Progress
+    ) -> tuple[Decoded, dict[str, pd.DataFrame]]:
+        if (name, temperature) in made:
+            return made[name, temperature]
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+        run = models.decode(name, batch_size, progress, temperature=temperature, **options)
         tables = {"trace": run.trace}
         if len(run.trace):
             tables["tau"] = rates.tau_table(rates.trace_sums(run.trace))
+        if len(made) == _MOST_RUNS:
+            made.pop(next(iter(made)))
+        made[name, temperature] = run, tables
         return run, tables
 
-    def draw(chosen: SimpleNamespace) -> Frame:
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        models = models_of(progress)
         config = models.drafters[chosen.drafter].config
         if chosen.view in _OF_CONFIDENCE and not config.enable_confidence_head:
             missing = f"needs a drafter with a confidence head, got {chosen.drafter}"
             raise ValueError(f"{chosen.view} {missing}")
-        run, tables = decoded(chosen.drafter, chosen.temperature)
+        run, tables = decoded(models, chosen.drafter, chosen.temperature, progress)
+        progress(1, 1, "drawing")
         frame = _frame(chosen.view, run, models, chosen.conversation)
         return replace(frame, tables=frame.made_tables | tables)
 
-    return Explorer("explore_acceptance", controls, draw, given=given)
+    options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
+    return Explorer("explore_acceptance", controls, draw, **options)
 
 
 def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from html import escape
 from itertools import product
 from types import SimpleNamespace
@@ -24,12 +24,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab import tuning
 from dspark_lab.blocks import PER, Per
-from dspark_lab.chats import Like
+from dspark_lab.chats import Encoded, Like
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import controls as make
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.anchors import loaded_tokenizer, require_some
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
+from dspark_lab.explore.work import Progress
+from dspark_lab.files import require_found
 from dspark_lab.model import DrafterConfig
 from dspark_lab.training import ChatsLike, encode_chats
 from dspark_lab.tuning import Dtype, Shape, Spans, StepTime
@@ -430,17 +432,29 @@ def explore_training_budget(
         make.dropdown("card", card or (MEASURED if time else "H100"), tuple(cards)),
         make.dropdown("export", export, ("json", *tuning.TRAINERS)),
     ]
-    encoded = encode_chats(chats, loaded_tokenizer(tokenizer), like=like)
-    require_some(encoded)
+    tokenizer = loaded_tokenizer(tokenizer)
+    if isinstance(chats, (str, os.PathLike)):
+        require_found(chats)
+    elif chats is not None:
+        require_some(chats)
+
+    @cache
+    def encoded() -> Sequence[Encoded]:
+        rows = encode_chats(chats, tokenizer, like=like)
+        require_some(rows)
+        return rows
 
     @lru_cache(maxsize=8)
     def spans_of(seq_len: int, packed: bool, batch_size: int) -> Spans:
-        spans = Spans.of(encoded, seq_len=seq_len, row_length=seq_len if packed else None)
+        spans = Spans.of(encoded(), seq_len=seq_len, row_length=seq_len if packed else None)
         return tuning.in_training_batches(spans, batch_size)
 
     choice_of = lru_cache(maxsize=8)(tuning.choose_training)
 
-    def draw(chosen: SimpleNamespace) -> explorer.Frame:
+    def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
+        progress(0, 0, "encoding the conversations")
+        encoded()
+        progress(0, 0, "counting what a step covers, costs and needs")
         spans = spans_of(chosen.seq_len, chosen.packed, chosen.batch_size)
         n, k, per, batch_size = chosen.num_anchors, chosen.block_size, chosen.per, chosen.batch_size
         candidates = int(spans.candidates(per).max())
@@ -465,12 +479,17 @@ def explore_training_budget(
         cost = tuning.training_cost(shape, seq_len=max(1, round(line["row_tokens"])), **step)
         room = memory or math.inf
         fit = tuning.fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
-        settings = tuning.TrainingSettings(
-            *(n, k, chosen.seq_len, batch_size, gamma),
-            pack_length=chosen.seq_len if chosen.packed else None,
-            per=per,
-            layout=shape.layout,
-        )
+
+        def settings_of(num_anchors: int) -> tuning.TrainingSettings:
+            return tuning.TrainingSettings(
+                *(num_anchors, k, chosen.seq_len, batch_size, gamma),
+                pack_length=chosen.seq_len if chosen.packed else None,
+                per=per,
+                layout=shape.layout,
+            )
+
+        settings = settings_of(n)
+        best = None if choice.best is None else int(choice.best["num_anchors"])
         counted: dict[str, Any] = {"gamma": gamma, "per": per, "layout": shape.layout}
         recommended = {} if choice.best is None else choice.best.to_dict()
         recommended |= {"sure": choice.sure, "reason": choice.reason}
@@ -490,14 +509,14 @@ def explore_training_budget(
             return plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, most))
 
         words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
-        try:
-            words += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
-        except ValueError as problem:
-            words += explorer.alert(problem)
+        advised = None if best is None else settings_of(best)
+        words += explorer.exports(chosen.export, advised, settings, tuning.export)
         alt = "what the chosen setting covers, gains, costs and leaves room for"
-        return explorer.Frame(tables, figure, html=words, alt=alt)
+        use = {} if best is None else {"num_anchors": best}
+        return explorer.Frame(tables, figure, html=words, alt=alt, recommended=use)
 
-    return explorer.Explorer("explore_training_budget", controls, draw, given=given)
+    options: dict[str, Any] = {"slow": True, "given": given}
+    return explorer.Explorer("explore_training_budget", controls, draw, **options)
 
 
 def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:
@@ -507,7 +526,7 @@ def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: floa
     place = "on the device that was measured" if chosen.card == MEASURED else f"on {chosen.card}"
     room = "" if math.isinf(limit) else f" of {limit / 1e9:.1f} GB that it may take"
     said = (
-        f"Chosen: N {chosen.num_anchors:,}{counted}, K {chosen.block_size}, S {chosen.seq_len:,} "
+        f"Your setting now: N {chosen.num_anchors:,}{counted}, K {chosen.block_size}, S {chosen.seq_len:,} "
         f"covers {line['share']:.0%} of the supervised tokens in a pass; a step {place} takes "
         f"{seconds:.3g} s and {held:.1f} GB{room}"
     )

@@ -82,7 +82,8 @@ class Frame:
         width, height = (int.from_bytes(self.png[i : i + 4], "big") for i in (16, 20))
         source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
         size = f'width="{width}" height="{height}" style="max-width:100%;height:auto"'
-        return f'<img alt="{escape(self.alt)}" {size} src="{source}">{self.html}'
+        look = f'class="dspark-picture" alt="{escape(self.alt)}" {size}'
+        return f'<img {look} src="{source}">{self.html}'
 
 
 @contextmanager
@@ -114,6 +115,28 @@ def marked_text(text: str, kinds: Iterable[str], facts: Iterable[str] = ()) -> s
 def call_text(name: str, settings: Mapping[str, Any]) -> str:
     """A call as text, such as ``explore_anchors(seed=1)``."""
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
+def exports(
+    program: str,
+    recommended: Any,
+    now: Any,
+    write: Callable[[Any, str], str],
+    label: str = "recommended",
+) -> str:
+    """In HTML, what to give a program: what is recommended, and the controls' settings."""
+    parts = []
+    for words, settings in ((label, recommended), ("your setting now", now)):
+        if settings is None or (settings is now and now == recommended):
+            continue
+        if recommended == now:
+            words += ", and your setting now"
+        try:
+            text = f"<pre>{escape(write(settings, program))}</pre>"
+        except ValueError as problem:
+            text = alert(problem)
+        parts.append(f"<p><b>For {escape(program)}, {words}:</b></p>{text}")
+    return "".join(parts)
 
 
 @checked
@@ -155,7 +178,7 @@ class Explorer(ipywidgets.VBox):
         self._lock = threading.RLock()
         self.frames_drawn = 0
         self._worker = Worker(self._report)
-        self._reported = 0.0
+        self._reported = 0.0, ""
         self._panel = Panel(self._act) if HAS_ANYWIDGET else None
         self._plain_controls = ipywidgets.Box(layout={"flex_flow": "row wrap"})
         self._status = ipywidgets.HTML()
@@ -363,9 +386,9 @@ class Explorer(ipywidgets.VBox):
         self._refresh()
 
     def _report(self, done: float, total: float, words: str) -> None:
-        now = time.monotonic()
-        if now - self._reported > _REPORT_SECONDS:
-            self._reported = now
+        now, (before, said) = time.monotonic(), self._reported
+        if words != said or now - before > _REPORT_SECONDS:
+            self._reported = now, words
             self._say({"done": done, "total": total, "words": words})
 
     def _say(self, progress: dict[str, Any]) -> None:

@@ -4,12 +4,14 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from dspark_lab.chats import Chat, TokenText, load_chats
-from dspark_lab.decoding import Decoded, Prompt, decode, decode_rounds
+from dspark_lab.decoding import Decoded, Prompt, decode_rounds
+from dspark_lab.explore.work import Progress, threads_for
+from dspark_lab.files import require_found
 from dspark_lab.model import Drafter, Target, load_drafter, load_target
 from dspark_lab.pairs import drafter_names, load_pair, question
 
@@ -36,11 +38,69 @@ class Models:
         tokenizer = self.target.tokenizer
         return "{} ".format if tokenizer is None else TokenText(tokenizer)
 
-    def decode(self, drafter: str, batch_size: int | None, **options: Any) -> Decoded:
+    def decode(
+        self,
+        drafter: str,
+        batch_size: int | None,
+        progress: Progress,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> Decoded:
         """Answer all prompts, one by one where the target decodes no batches."""
-        options["batch_size"] = batch_size if self.target.decodes_batches else None
-        options["domains"] = self.domains
-        return decode(self.target, self.drafters[drafter], self.prompts, **options)
+        run = decode_rounds(
+            self.target,
+            self.drafters[drafter],
+            self.prompts,
+            batch_size=batch_size if self.target.decodes_batches else None,
+            domains=self.domains,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        words = f"{drafter} answers {len(self.prompts)} prompts at temperature {temperature:g}"
+        done, total = 0, len(self.prompts) * max_new_tokens
+        progress(done, total, words)
+        with threads_for(self.target.model):
+            for round_ in run:
+                done += len(round_.tokens)
+                progress(done, total, words)
+        return run.result()
+
+
+def open_models(
+    target: TargetLike | None,
+    drafter: DrafterLike | Mapping[str, DrafterLike] | None,
+    prompts: Prompts | None,
+) -> Callable[[Progress], Models]:
+    """:func:`load_models` for later; whatever needs no loading is done and refused at once."""
+    if (target is None) != (drafter is None):
+        raise ValueError("target and drafter must be given together, got one of them")
+    if isinstance(prompts, (str, os.PathLike)):
+        require_found(prompts)
+        prompts = load_chats(prompts).conversations
+    if prompts is not None and len(prompts) == 0:
+        raise ValueError("prompts must hold at least one, got none")
+    drafters = list(drafter.values()) if isinstance(drafter, Mapping) else [drafter]
+    stored = [one for one in (target, *drafters) if isinstance(one, (str, os.PathLike))]
+    for path in stored:
+        # Others are names on the hub.
+        if not isinstance(path, str) or path.startswith((".", "/", "~")):
+            require_found(path)
+    if target is not None and not stored:
+        models = load_models(target, drafter, prompts)
+        return lambda _progress: models
+
+    @cache
+    def load() -> Models:
+        return load_models(target, drafter, prompts)
+
+    def loaded(progress: Progress) -> Models:
+        progress(0, 0, "loading the models")
+        return load()
+
+    return loaded
 
 
 def load_models(

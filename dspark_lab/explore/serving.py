@@ -1,7 +1,9 @@
 """Choosing for serving: how many tokens to draft, from what confidence on, under which load."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from html import escape
@@ -19,11 +21,20 @@ from dspark_lab.checks import Count, NotEmpty, Share, checked
 from dspark_lab.decoding import load_trace, rounds_of
 from dspark_lab.explore import controls as make
 from dspark_lab.explore import explorer, style
-from dspark_lab.explore.models import DrafterLike, Prompts, TargetLike, load_models
+from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
-from dspark_lab.pairs import load_pair, load_traces
+from dspark_lab.explore.work import Progress, threads_for
+from dspark_lab.files import require_found
+from dspark_lab.pairs import drafter_names, load_traces, pair_folder
 from dspark_lab.rates import SequentialTemperatures
-from dspark_lab.serving import Engine, FixedLength, Policy, PrefixScheduler, StaticThreshold
+from dspark_lab.serving import (
+    Engine,
+    FixedLength,
+    Policy,
+    PrefixScheduler,
+    RoundCosts,
+    StaticThreshold,
+)
 
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
@@ -111,106 +122,149 @@ def explore_serving(
         the engine, and ``settings`` (those exported).
     """
     given = dict(locals())
-    export_control = make.dropdown("export", export, ("json", *tuning.SERVERS))
-    requests_control = make.selection_slider("requests", requests, CONCURRENCY)
-    threshold_control = make.number_slider("threshold", threshold, 0.0, 1.0)
+    at_once = [
+        make.selection_slider("requests", requests, CONCURRENCY),
+        make.number_slider("threshold", threshold, 0.0, 1.0),
+        make.checkbox("replay", replay),
+        make.dropdown("export", export, ("json", *tuning.SERVERS)),
+    ]
     if isinstance(trace, (str, os.PathLike)):
+        require_found(trace)
         trace = load_trace(trace)
     if isinstance(engine, (str, os.PathLike)):
+        require_found(engine)
         engine = Engine.read(engine)
-    if trace is None or engine is None:
-        options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        trace, engine, drafter = _made(
-            target, drafter, prompts, trace, engine, temperatures, **options
-        )
+    if target is None and trace is not None and engine is None:
+        raise ValueError("engine must be given with a trace, or a target to measure, got neither")
+    if target is None and trace is None and prompts is None:
+        drafter, trace = drafter or "dspark-k7", load_traces()
+        engine = engine or serving.load_engine()
     name = _name(drafter)
-    trace = _of_one_drafter(trace, name, temperature)
-    made = _Tables(trace, engine, calibrated, requests_simulated, seed)
-    held = list(made.profiles)
-    draft_length = draft_length or made.longest
-    if draft_length > made.longest:
-        raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
-    controls = [
-        make.slider("draft_length", draft_length, 1, made.longest),
-        make.dropdown("temperature", held[-1] if temperature is None else temperature, held),
-        requests_control,
-        threshold_control,
-        make.checkbox("replay", replay),
-        export_control,
-    ]
-    threshold_control.reason = made.lacking
-    # Simulations take long: with these, controls other than the threshold move at once.
-    for value, length in product(held, range(1, made.longest + 1)):
-        made.load(value, length, threshold)
 
-    def draw(chosen: SimpleNamespace) -> explorer.Frame:
-        t, k, threshold = chosen.temperature, chosen.draft_length, chosen.threshold
-        load = chosen.requests, chosen.replay
-        settings = tuning.ServingSettings(
-            *(k, 0.0 if made.lacking else threshold, name),
+    def tables_of(trace: pd.DataFrame, engine: Engine, drafter: Any) -> _Tables:
+        of_one = _of_one_drafter(trace, drafter, temperature)
+        made = _Tables(of_one, engine, calibrated, requests_simulated, seed)
+        if draft_length is not None and draft_length > made.longest:
+            raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
+        return made
+
+    def controls_of(made: _Tables) -> list[make.Control]:
+        held = list(made.profiles)
+        if made.lacking:
+            at_once[1].reason = made.lacking
+        return [
+            make.slider("draft_length", draft_length or made.longest, 1, made.longest),
+            make.dropdown("temperature", held[-1] if temperature is None else temperature, held),
+            *at_once,
+        ]
+
+    found: list[_Tables] = []
+
+    def controls(progress: Progress) -> list[make.Control]:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+        found.append(tables_of(*_made(models, trace, engine, temperatures, progress, **options)))
+        return controls_of(found[0])
+
+    def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
+        [made] = found
+        made.fill(threshold, progress)
+        return _frame(made, chosen, name)
+
+    def reasons(_chosen: SimpleNamespace) -> dict[str, str]:
+        return {"threshold": made.lacking for made in found}
+
+    options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
+    if trace is not None and engine is not None:
+        found.append(tables_of(trace, engine, name))
+        return explorer.Explorer("explore_serving", controls_of(found[0]), draw, **options)
+    models = open_models(*_asked(target, drafter, prompts, name))
+    return explorer.Explorer("explore_serving", controls, draw, **options)
+
+
+def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
+    """What the explorer shows of one setting of its controls, for a drafter of this name."""
+    t, k, load = chosen.temperature, chosen.draft_length, (chosen.requests, chosen.replay)
+    tables = {
+        "speedup": made.speedups[t, load],
+        "load": made.load(t, k, chosen.threshold),
+        "temperatures": made.by_temperature[load],
+    }
+    if not made.lacking:
+        tables["thresholds"] = made.thresholds(t, load, k)
+    tables["profile"] = made.profiles[t].table()
+    tables["steps"] = made.engine.sps.table
+    best = _recommended(made, t, load)
+    now = {"draft_length": k, "threshold": 0.0 if made.lacking else chosen.threshold}
+    shown = {}
+    for which, values in (("settings", now), ("recommended", best)):
+        shown[which] = tuning.ServingSettings(
+            *(values["draft_length"], values.get("threshold", 0.0), name),
             block_size=made.block_size,
             temperature=t,
         )
-        tables = {
-            "speedup": made.speedups[t, load],
-            "load": made.load(t, k, threshold),
-            "temperatures": made.by_temperature[load],
-        }
-        if not made.lacking:
-            tables["thresholds"] = made.thresholds(t, load, k)
-        tables["profile"] = made.profiles[t].table()
-        tables["steps"] = engine.sps.table
-        tables["settings"] = pd.DataFrame([asdict(settings)])
-        sentences = [
-            made.advice[t, load],
-            made.lacking or _threshold_in_words(tables["thresholds"]),
-            _load_in_words(tables["load"], chosen.requests),
-        ]
-        html = "".join(f"<p>{escape(text)}</p>" for text in sentences)
-        try:
-            html += f"<pre>{escape(tuning.export(settings, chosen.export))}</pre>"
-        except ValueError as problem:
-            html += explorer.alert(problem)
-        alt = "speed-up by draft length, where a round's time goes, and policies under load"
+        tables[which] = pd.DataFrame([asdict(shown[which])])
+    sentences = [
+        made.advice[t, load],
+        made.lacking or _threshold_in_words(made.thresholds(t, load, best["draft_length"])),
+        _load_in_words(tables["load"], chosen.requests),
+    ]
+    html = "".join(f"<p>{escape(text)}</p>" for text in sentences)
+    pays = made.speedups[t, load]["speedup"].max() > 1
+    label = "recommended" if pays else "the least slow, where drafting must be"
+    both = shown["recommended"], shown["settings"]
+    html += explorer.exports(chosen.export, *both, tuning.export, label)
 
-        def figure() -> Figure:
-            speedups = {f"T {value:g}": made.speedups[value, load] for value in held}
-            marked: dict[str, Any] = {"draft_length": k, "requests": load[0], "replay": load[1]}
-            return plot_serving(speedups, tables["load"], bold=f"T {t:g}", **marked)
+    def figure() -> Figure:
+        speedups = {f"T {value:g}": made.speedups[value, load] for value in made.profiles}
+        marked: dict[str, Any] = {"draft_length": k, "requests": load[0], "replay": load[1]}
+        return plot_serving(speedups, tables["load"], bold=f"T {t:g}", **marked)
 
-        return explorer.Frame(tables, figure, html=html, alt=alt)
+    alt = "speed-up by draft length, where a round's time goes, and policies under load"
+    return explorer.Frame(tables, figure, alt=alt, html=html, recommended=best)
 
-    return explorer.Explorer("explore_serving", controls, draw, given=given)
+
+def _recommended(made: _Tables, t: float, load: tuple[int, bool]) -> dict[str, Any]:
+    """The fastest draft length, and the fastest threshold with it."""
+    speed = made.speedups[t, load]
+    known = speed.dropna(subset="speedup")
+    fastest = known if len(known) else speed.head(1)
+    length = int(fastest.loc[fastest["speedup"].fillna(0).idxmax(), "draft_length"])
+    if made.lacking:
+        return {"draft_length": length}
+    table = made.thresholds(t, load, length)
+    return {
+        "draft_length": length,
+        "threshold": float(table.loc[table["speedup"].idxmax(), "threshold"]),
+    }
+
+
+def _asked(target: Any, drafter: Any, prompts: Any, name: str) -> tuple[Any, Any, Any]:
+    """The models to load: the pocket pair's where no target is given, with the named drafter."""
+    if target is not None:
+        return target, drafter, prompts
+    name = "dspark-k7" if drafter is None else name
+    style.require_one_of("drafter", name, drafter_names("pocket"))
+    folder = pair_folder("pocket")
+    return folder / "target", {name: folder / name}, prompts
 
 
 def _made(
-    target: TargetLike | None,
-    drafter: DrafterLike | Mapping[str, DrafterLike] | None,
-    prompts: Prompts | None,
+    models_of: Callable[[Progress], Models],
     trace: pd.DataFrame | None,
     engine: Engine | None,
     temperatures: Sequence[float],
-    **options: int,
-) -> tuple[pd.DataFrame, Engine, Any]:
-    """Trace, engine and drafter, where one of the first two is not given."""
-    if target is None and trace is not None:
-        raise ValueError("engine must be given with a trace, or a target to measure, got neither")
-    if target is None:
-        drafter = drafter or "dspark-k7"
-        engine = engine or serving.load_engine()
-        if prompts is None:
-            return load_traces(), engine, drafter
-        pair = load_pair("pocket", _name(drafter))
-        models = load_models(pair.target, {_name(drafter): pair.drafter}, prompts)
-    else:
-        models = load_models(target, drafter, prompts)
+    progress: Progress,
+    **options: Any,
+) -> tuple[pd.DataFrame, Engine, str]:
+    """Trace, engine and the drafter's name, where one of the first two is not given."""
+    models = models_of(progress)
     if len(models.drafters) != 1:
         raise ValueError(f"drafter must be one, got {list(models.drafters)}")
     [(name, loaded)] = models.drafters.items()
     if trace is None:
         traces = []
         for t in temperatures:
-            run = models.decode(name, batch_size=40, temperature=t, **options)
+            run = models.decode(name, 40, progress, temperature=t, **options)
             if run.trace.empty:
                 raise ValueError(
                     f"at temperature {t:g} every answer ended before a round: max_new_tokens must "
@@ -219,8 +273,10 @@ def _made(
             traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
-        engine = serving.measure_engine(models.target, loaded, seed=options["seed"])
-    return trace, engine, name if isinstance(drafter, Mapping) else drafter
+        progress(0, 0, "measuring what a round costs here")
+        with threads_for(models.target.model):
+            engine = serving.measure_engine(models.target, loaded, seed=options["seed"])
+    return trace, engine, name
 
 
 def _name(drafter: Any) -> str:
@@ -274,15 +330,12 @@ class _Tables:
                 "and no scheduler, which work on whole blocks."
             )
         rounds = {} if self.lacking else {t: rounds_of(part) for t, part in parts.items()}
-        self.speedups, self.advice, self.by_temperature = {}, {}, {}
-        costs = {}
-        for load in product(CONCURRENCY, (False, True)):
-            costs[load] = cost = engine.costs(load[0], replay=load[1])
-            profiles = list(self.profiles.values())
-            self.by_temperature[load] = serving.temperature_table(profiles, cost)
-            for t, profile in self.profiles.items():
-                self.speedups[t, load] = serving.speedup_table(profile, cost)
-                self.advice[t, load] = serving.advice(profile, cost)
+        self.engine = engine
+        self.speedups: dict[tuple[float, tuple[int, bool]], pd.DataFrame] = {}
+        self.advice: dict[tuple[float, tuple[int, bool]], str] = {}
+        self.by_temperature: dict[tuple[int, bool], pd.DataFrame] = {}
+        costs: dict[tuple[int, bool], RoundCosts] = {}
+        self._costs = costs
 
         @cache
         def thresholds(t: float, load: tuple[int, bool], draft_length: int) -> pd.DataFrame:
@@ -299,6 +352,25 @@ class _Tables:
             )
 
         self.thresholds, self._simulated = thresholds, simulated
+
+    def fill(self, threshold: float, progress: Progress) -> None:
+        """Make all tables but those of thresholds; other calls of it find them made."""
+        loads = list(product(CONCURRENCY, (False, True)))
+        profiles = self.profiles
+        for done, load in enumerate(loads):
+            if load in self.by_temperature:
+                continue
+            progress(done, len(loads), "speed-up at each load")
+            self._costs[load] = cost = self.engine.costs(load[0], replay=load[1])
+            for t, profile in profiles.items():
+                self.speedups[t, load] = serving.speedup_table(profile, cost)
+                self.advice[t, load] = serving.advice(profile, cost)
+            self.by_temperature[load] = serving.temperature_table(list(profiles.values()), cost)
+        # Simulations take long: with these, controls other than the threshold move at once.
+        settings = list(product(profiles, range(1, self.longest + 1)))
+        for done, (t, length) in enumerate(settings):
+            progress(done, len(settings), "simulating the load")
+            self.load(t, length, threshold)
 
     def load(self, temperature: float, draft_length: int, threshold: float) -> pd.DataFrame:
         """All policies under load, plain decoding first."""

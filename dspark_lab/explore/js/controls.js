@@ -3,6 +3,7 @@
 const PANEL_STYLE = `
 .dspark-panel { font: 13px/1.3 var(--jp-ui-font-family, system-ui, sans-serif);
   color: var(--dspark-ink); position: relative; }
+.dspark-panel [hidden] { display: none !important; }
 .dspark-controls { display: grid; grid-template-columns: repeat(auto-fill, minmax(248px, 1fr));
   gap: 3px 18px; margin: 2px 0 4px; }
 .dspark-control { display: flex; align-items: center; gap: 6px; min-height: 26px; min-width: 0; }
@@ -36,6 +37,8 @@ const PANEL_STYLE = `
   gap: 3px; padding: 6px; background: var(--dspark-paper); border: 1px solid var(--dspark-line);
   border-radius: 4px; box-shadow: 0 2px 8px rgba(0, 0, 0, .35); }
 .dspark-menu button { text-align: left; }
+/* A picture's grey is for either page; on a dark one it may be lighter. */
+:is([data-jp-theme-light=false], .vscode-dark) .dspark-picture { filter: brightness(1.25); }
 .dspark-code { width: 100%; box-sizing: border-box; font: 12px/1.4 monospace; }
 `;
 
