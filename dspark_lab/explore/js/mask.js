@@ -656,3 +656,531 @@ function paintCell(context, scene, box, view, cell, strong) {
     flag(queryName(scene, cell.query, 10), box.left - 9, top + down / 2, "right");
   }
 }
+
+// ---- The widget
+
+function render({ model, el }) {
+  const root = node("div", { class: "mask", "data-lm-suppress-shortcuts": "true" });
+  el.append(root);
+  addStyle(root, MASK_STYLE);
+  const layers = { regions: true, tiles: false, supervision: true, difference: true };
+  let [scene, view, frame] = [null, { zoom: 0, x: 0, y: 0 }, 0];
+  let [hovered, pinned, side] = [null, model.get("selection") ?? null, "mask"];
+  const box = { left: PLOT.left, top: PLOT.top, width: 1, height: 1 };
+
+  const button = (label, title, call, more = {}) =>
+    node("button", { type: "button", "aria-label": title, title, onclick: call, ...more }, label);
+  const toggles = Object.fromEntries(Object.keys(layers).map((name, i) => [
+    name, button(name, `layer: ${name} (key ${i + 1})`, () => toggle(name)),
+  ]));
+  const sizes = node("select", { "aria-label": "tile size", onchange: () => {
+    layers.tiles = true;
+    settle();
+  } }, [8, 16, 32, 64, 128, 256, 512].map((size) => node("option", { value: size }, `${size}`)));
+  const which = node("select", { "aria-label": "which mask is drawn", onchange: () => {
+    side = which.value;
+    settle();
+  } });
+  const next = button("next difference", "next difference (key n)", () => jump(false));
+  const group = (...children) => node("span", { class: "mask-group", role: "group" }, ...children);
+  const compare = group(which, next);
+  const help = node("div", { class: "mask-help", hidden: true, role: "note" },
+    node("dl", {}, MASK_KEYS.flatMap(([key, text]) => [node("dt", {}, key), node("dd", {}, text)])));
+  const ask = button("?", "keys", () => showHelp(help.hidden), { "aria-expanded": "false" });
+  const legend = node("div", { class: "mask-legend", role: "list", "aria-label": "legend" });
+  const stage = node("div", { class: "mask-stage" });
+  const card = node("div", { class: "mask-card", role: "region", "aria-label": "selected cell" });
+  const strip = node("div", { class: "mask-strip" });
+  root.append(
+    node("div", { class: "mask-bar", role: "toolbar", "aria-label": "mask" },
+      group(toggles.regions, toggles.tiles, sizes), group(toggles.supervision, toggles.difference),
+      compare, node("span", { class: "mask-space" }),
+      group(button("−", "zoom out (key -)", () => zoomBy(1 / 2)),
+        button("+", "zoom in (key +)", () => zoomBy(2)),
+        button("fit", "the whole mask (key 0)", () => reset(false)),
+        button("reset", "the whole mask, no selection, layers as at first", () => reset(true))),
+      group(ask)),
+    legend, node("div", { class: "mask-main" }, stage, card), strip,
+  );
+  const [under, over] = [0, 1].map(() => node("div", { class: "mask-layer" }));
+  stage.append(under, over, help);
+  const base = canvasIn(under, (context, width, height) => {
+    if (!scene) return;
+    box.width = Math.max(40, width - PLOT.left - PLOT.right);
+    box.height = Math.max(40, height - PLOT.top - PLOT.bottom);
+    view = withinMask(scene.mask, box, view);
+    paintMask(context, scene, box, view);
+    el.dataset.frame = frame;
+    el.dataset.view = JSON.stringify({ ...view, box, cell: cellSizes(scene.mask, box, view.zoom) });
+    marks.redraw();
+  });
+  const marks = canvasIn(over, (context) => {
+    if (!scene) return;
+    if (pinned) paintCell(context, scene, box, view, pinned, true);
+    if (hovered) paintCell(context, scene, box, view, hovered, false);
+  });
+  base.canvas.setAttribute("aria-hidden", "true");
+  const canvas = marks.canvas;
+  Object.entries({ tabindex: 0, role: "application" }).forEach(([k, v]) => canvas.setAttribute(k, v));
+  const words = tip(stage);
+  const { say } = speaker(root);
+
+  // What is drawn, from the state.
+
+  let [state, givenSize, read] = [null, null, null];
+  function update() {
+    state = model.get("state");
+    if (!state?.mask) return;
+    read = readState(state, rowOf(model));
+    if (state.tile_size !== givenSize) {
+      givenSize = state.tile_size;
+      if (![...sizes.options].some((one) => Number(one.value) === givenSize)) {
+        sizes.append(node("option", { value: givenSize }, `${givenSize}`));
+      }
+      sizes.value = givenSize;
+    }
+    frame = state.frame ?? 0;
+    if (!read.other) side = "mask";
+    const names = [["mask", read.mask.name || "this mask"], ["other", read.other?.name ?? ""]];
+    which.replaceChildren(...names.map(([value, name]) => node("option", { value }, name)));
+    which.value = side;
+    compare.hidden = !read.other;
+    compare.style.display = read.other ? "" : "none";
+    if (pinned && !exists(pinned)) pinned = null;
+    hovered = null;
+    words.hide();
+    settle();
+  }
+
+  function exists({ query, key }) {
+    return query >= 0 && query < read.mask.queries && key >= 0 && key < read.mask.keys;
+  }
+
+  // Brings all into step with the state, the layers, and the theme.
+  function settle() {
+    if (!read) return;
+    const tileSize = Number(sizes.value);
+    const mask = side === "other" ? read.other : read.mask;
+    const old = scene?.source === read ? scene.data : {};
+    const same = scene?.mask === mask;
+    const data = {
+      regions: same ? old.regions : rectangles(mask),
+      counts: same ? old.counts : countRegions(mask),
+      tiles: same && scene.tileSize === tileSize && old.tiles,
+      difference: old.difference ?? (read.other && differenceRectangles(read.mask, read.other)),
+    };
+    data.tiles ||= layers.tiles ? tileRectangles(mask, tileSize) : null;
+    data.found = old.found
+      ?? (read.other && countDifferences(read.mask, data.difference));
+    const colours = scene?.colours ?? themed();
+    scene = { source: read, mask, blocks: read.blocks, row: read.row, tileSize, layers, colours, data };
+    canvas.setAttribute("aria-label", `attention mask: ${mask.queries} queries, slots of `
+      + `${mask.blocks} blocks; ${mask.keys} keys, ${mask.seq_len} of them context tokens. Arrow `
+      + "keys move the selection, ? lists all keys.");
+    for (const [name, one] of Object.entries(toggles)) one.setAttribute("aria-pressed", layers[name]);
+    toggles.difference.disabled = !read.other;
+    toggles.difference.title = read.other ? "layer: difference (key 4)" : "there is no other mask";
+    if (!read.other) toggles.difference.setAttribute("aria-pressed", false);
+    showLegend();
+    showCard();
+    base.redraw();
+  }
+
+  function themed() {
+    const colours = maskColours(root, canvas.getContext("2d"));
+    const names = { ink: "ink", paper: "paper", line: "line", faint: "faint", focus: "focus",
+      context: "context", own: "own", good: "accepted" };
+    for (const [name, of] of Object.entries(names)) {
+      root.style.setProperty(`--mask-${name}`, colours[of]);
+    }
+    root.style.setProperty("--mask-tint", mixed(colours.ink, colours.paper, 0.08));
+    return colours;
+  }
+
+  function showLegend() {
+    const { colours, data, tileSize } = scene;
+    const entry = (name, count, look) => node("span", { role: "listitem" },
+      look && swatch(look, colours), name, " ", node("b", {}, count.toLocaleString("en")));
+    const entries = [];
+    if (layers.regions) {
+      data.counts.forEach((count, i) => {
+        if (count || i < 3) {
+          entries.push(entry(REGION_NAMES[i], count, colours.looks.regions[i] ?? { colour: colours.ground }));
+        }
+      });
+    }
+    if (layers.tiles) {
+      data.tiles.counts.forEach((count, i) => entries.push(entry(`${TILE_NAMES[i]} tiles of ${tileSize}`,
+        count, colours.looks.tiles[i] ?? { colour: colours.ground })));
+    }
+    if (layers.supervision) {
+      const supervised = read.blocks.supervised.reduce((sum, one) => sum + one, 0);
+      entries.push(entry("supervised slots", supervised, { colour: colours.accepted }));
+    }
+    if (layers.difference && read.other) {
+      const { only, first } = data.found;
+      const [here, there] = [read.mask.name || "this mask", read.other.name];
+      entries.push(entry(`only ${here}`, only[0], colours.looks.difference[0]));
+      entries.push(entry(`only ${there}`, only[1], colours.looks.difference[1]));
+      if (first) {
+        const { block, slot } = slotFacts(read, first.query);
+        entries.push(node("span", { role: "listitem" },
+          `first at block ${block}, slot ${slot}, ${keyWords(read.mask, first.key)}`));
+      } else entries.push(node("span", { role: "listitem" }, "the two masks are the same"));
+    }
+    next.disabled = !data.found?.first;
+    legend.replaceChildren(...entries);
+  }
+
+  // The selected cell in words, and its two tokens in their text.
+  function showCard() {
+    if (!pinned) {
+      card.replaceChildren(node("h4", {}, "No cell selected"), node("p", { class: "faint" },
+        "Point at a cell to read what it is and why it is visible or hidden. Click to keep it here; "
+        + "arrow keys move it, Escape lets go. The wheel zooms, dragging moves, ? lists all keys."));
+    } else {
+      const facts = cellFacts({ ...read, mask: scene.mask, tileSize: scene.tileSize,
+        other: otherOf() }, pinned.query, pinned.key);
+      const { query, key, tile, other } = facts;
+      const rows = [
+        ["query", `block ${query.block}, slot ${query.slot}${query.kept ? "" : ", a dummy"}`],
+        ["reads", visible(query.input, 24) + (query.kept && !query.slot ? ", the anchor" : "")],
+        ["position", `${query.position}${query.kept ? `, anchor ${query.anchor}` : ""}`],
+        ["predicts", query.label_position >= 0 && query.kept
+          ? `token ${query.label_position} ${visible(query.label, 24)}` : "nothing"],
+        ["supervised", query.supervised ? "yes" : `no: ${query.reason}`],
+        ["key", key.kind === "token" ? `token ${key.token} ${visible(key.text, 24)}`
+          : `block ${key.block}, slot ${key.slot}${key.kept ? "" : ", a dummy"}`],
+        key.kind === "token" ? ["document", `${key.document}`] : ["reads", visible(key.input, 24)],
+        ["tile", `row ${tile.row}, column ${tile.column} of ${tile.size}: ${tile.state}`],
+      ];
+      if (other) rows.push([other.name, other.why]);
+      card.replaceChildren(
+        node("h4", {}, "Selected cell", button("✕", "let go (Escape)", () => select(null))),
+        node("p", { class: `mask-why ${facts.visible ? "seen" : ""}` }, facts.why),
+        node("dl", {}, rows.flatMap(([name, text]) => [node("dt", {}, name), node("dd", {}, text)])),
+      );
+    }
+    showStrip();
+  }
+
+  function otherOf() {
+    return side === "other" ? read.mask : read.other;
+  }
+
+  function showStrip() {
+    const cell = hovered ?? pinned;
+    const { mask, row } = scene;
+    if (!row || !cell) {
+      const hint = row ? "the tokens of the cell that you point at" : "the row's text is not known";
+      strip.replaceChildren(...["key", "query"].map((name) => node("div", {},
+        node("div", { class: "faint" }, `text around the ${name}: ${hint}`), node("p", {}))));
+      return;
+    }
+    const query = slotFacts(read, cell.query);
+    const ofKey = cell.key < mask.seq_len ? null : slotFacts(read, cell.key - mask.seq_len);
+    const key = ofKey ? ofKey.anchor + ofKey.slot : cell.key;
+    const label = query.kept ? query.label_position : -1;
+    const pane = (title, centre) => {
+      const marks = [[key, "key"], [query.kept ? query.anchor : -1, "anchor"], [label, "label"]];
+      const first = Math.max(0, Math.min(centre, mask.seq_len - 1) - 9);
+      const parts = [];
+      for (let at = first; at < Math.min(mask.seq_len, first + 60); at++) {
+        const kinds = marks.filter(([place]) => place === at).map(([, kind]) => kind);
+        const text = row.texts[at].replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+        parts.push(kinds.length ? node("mark", { class: kinds.join(" "), "data-token": at },
+          text.replace(/ /g, "␣")) : text);
+      }
+      return node("div", {}, node("div", { class: "faint" }, title),
+        node("p", {}, first ? "… " : "", parts));
+    };
+    const keyTitle = ofKey ? `key: where slot ${ofKey.slot} of block ${ofKey.block} stands (outlined)`
+      : `key: token ${cell.key} (outlined)`;
+    const aim = query.kept ? `query: anchor ${query.anchor} (bold)`
+      + (label >= 0 ? `, predicts token ${label} (double line)` : "") : "query: of a dummy block";
+    strip.replaceChildren(pane(keyTitle, key), pane(aim, query.kept ? query.anchor : 0));
+  }
+
+  // What the user does.
+
+  function cellAt(x, y) {
+    const [wide, high] = cellSizes(scene.mask, box, view.zoom);
+    const key = Math.floor(view.x + (x - box.left) / wide);
+    const query = Math.floor(view.y + (y - box.top) / high);
+    const inside = x >= box.left && y >= box.top && x < box.left + box.width && y < box.top + box.height;
+    return inside && exists({ query, key }) ? { query, key } : null;
+  }
+
+  function factsOf(cell) {
+    return factLines(cellFacts({ ...read, mask: scene.mask, other: otherOf(),
+      tileSize: scene.tileSize }, cell.query, cell.key), (text) => visible(text, 24));
+  }
+
+  function hover(x, y) {
+    const cell = scene && cellAt(x, y);
+    hovered = cell;
+    canvas.style.cursor = cell ? "crosshair" : "default";
+    if (cell) {
+      const lines = factsOf(cell);
+      const [wide, high] = cellSizes(scene.mask, box, view.zoom);
+      const shared = Math.max(1, 1 / wide) * Math.max(1, 1 / high);
+      if (shared >= 2) {
+        lines.push(`This pixel holds about ${Math.round(shared).toLocaleString("en")} cells; this is `
+          + "the one under the pointer's centre.");
+      }
+      words.show(x, y, lines);
+    } else words.hide();
+    showStrip();
+    marks.redraw();
+  }
+
+  function leave() {
+    hovered = null;
+    words.hide();
+    if (scene) showStrip();
+    marks.redraw();
+  }
+
+  function select(cell, moveView = false) {
+    pinned = cell;
+    model.set("selection", cell && { query: cell.query, key: cell.key });
+    model.save_changes();
+    if (cell && moveView) reveal(cell);
+    say(cell ? factsOf(cell).join(". ") : "no cell selected");
+    showCard();
+    marks.redraw();
+  }
+
+  // Moves the view as little as shows a cell.
+  function reveal({ query, key }) {
+    const [wide, high] = cellSizes(scene.mask, box, view.zoom);
+    const [across, down] = [box.width / wide, box.height / high];
+    const moved = (from, at, room) => (at < from ? at : at + 1 > from + room ? at + 1 - room : from);
+    move({ ...view, x: moved(view.x, key, across), y: moved(view.y, query, down) });
+  }
+
+  function move(to) {
+    view = withinMask(scene.mask, box, to);
+    base.redraw();
+  }
+
+  function middle() {
+    const [wide, high] = cellSizes(scene.mask, box, view.zoom);
+    const at = pinned && [(pinned.key + 0.5 - view.x) * wide, (pinned.query + 0.5 - view.y) * high];
+    const inView = at && at[0] >= 0 && at[1] >= 0 && at[0] <= box.width && at[1] <= box.height;
+    return inView ? at : [box.width / 2, box.height / 2];
+  }
+
+  function zoomBy(factor, [x, y] = middle()) {
+    if (!scene) return;
+    move(zoomedAt(scene.mask, box, view, view.zoom + zoomStep(scene.mask, box, factor), x, y));
+  }
+
+  function reset(all) {
+    if (all) {
+      Object.assign(layers, { regions: true, tiles: false, supervision: true, difference: true });
+      side = which.value = "mask";
+      select(null);
+    }
+    move({ zoom: 0, x: 0, y: 0 });
+    settle();
+  }
+
+  function toggle(name) {
+    if (name === "difference" && !read?.other) return;
+    layers[name] = !layers[name];
+    say(`${name} ${layers[name] ? "shown" : "hidden"}`);
+    settle();
+  }
+
+  function jump(backwards) {
+    if (!scene?.data.difference) return;
+    const from = pinned ?? { query: -1, key: -1 };
+    const found = nextDifference(scene.data.difference, from.query, from.key, backwards);
+    if (!found) return say("the two masks are the same");
+    layers.difference = true;
+    select({ query: found.query, key: found.key }, true);
+    settle();
+  }
+
+  function focusOn(cell) {
+    const target = 26;
+    const [wide] = cellSizes(scene.mask, box, 0);
+    const zoom = Math.max(view.zoom, Math.log(target / wide) / Math.log(LARGEST_CELL / wide));
+    const [w, h] = cellSizes(scene.mask, box, zoom);
+    move({ zoom, x: cell.key + 0.5 - box.width / w / 2, y: cell.query + 0.5 - box.height / h / 2 });
+  }
+
+  function showHelp(open) {
+    help.hidden = !open;
+    ask.setAttribute("aria-expanded", open);
+  }
+
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  function press(event) {
+    if (!scene || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { mask } = scene;
+    const block = mask.block_size;
+    const step = steps[event.key] ?? { PageUp: [-block, 0], PageDown: [block, 0] }[event.key];
+    const [wide, high] = cellSizes(mask, box, view.zoom);
+    const names = Object.keys(layers);
+    if (step && event.shiftKey) {
+      move({ ...view, x: view.x + step[1] * 60 / wide, y: view.y + step[0] * 60 / high });
+    } else if (step) {
+      const start = { query: Math.floor(view.y + box.height / high / 2),
+        key: Math.floor(view.x + box.width / wide / 2) };
+      const within = (at, count) => Math.max(0, Math.min(at, count - 1));
+      const from = pinned ?? { query: start.query - step[0], key: start.key - step[1] };
+      select({ query: within(from.query + step[0], mask.queries),
+        key: within(from.key + step[1], mask.keys) }, true);
+    } else if (event.key === "+" || event.key === "=") zoomBy(1.5);
+    else if (event.key === "-" || event.key === "_") zoomBy(1 / 1.5);
+    else if (event.key === "0") reset(false);
+    else if (event.key === "Enter" && pinned) focusOn(pinned);
+    else if (event.key === "n") jump(false);
+    else if (event.key === "p" || event.key === "N") jump(true);
+    else if (names[event.key - 1]) toggle(names[event.key - 1]);
+    else if (event.key === "?") showHelp(help.hidden);
+    else if (event.key === "Escape") {
+      if (!help.hidden) showHelp(false);
+      else {
+        leave();
+        select(null);
+      }
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  // Where the page scrolls under a pointer that rests, its wheel is not taken.
+  let [outside, lastZoom] = [{ x: NaN, y: NaN }, 0];
+  const watch = (event) => {
+    if (!stage.contains(event.composedPath()[0])) outside = { x: event.screenX, y: event.screenY };
+  };
+  window.addEventListener("wheel", watch, { capture: true, passive: true });
+  function wheel(event) {
+    if (!scene) return;
+    if (event.screenX === outside.x && event.screenY === outside.y && !event.ctrlKey) return;
+    const unit = event.deltaMode === 1 ? 33 : 1;
+    const [x, y] = [event.offsetX - box.left, event.offsetY - box.top];
+    const [wide, high] = cellSizes(scene.mask, box, view.zoom);
+    if (event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY)) {
+      const across = (event.deltaX || event.deltaY) * unit;
+      move({ ...view, x: view.x + across / wide });
+    } else {
+      // At its limit the mask lets the page scroll, but not in the middle of a gesture.
+      const out = event.deltaY > 0 && view.zoom === 0 && event.timeStamp - lastZoom > 400;
+      if (out && !event.ctrlKey) return;
+      lastZoom = event.timeStamp;
+      zoomBy(Math.exp(-event.deltaY * unit * (event.ctrlKey ? 0.01 : 0.003)), [x, y]);
+    }
+    event.preventDefault();
+    hover(event.offsetX, event.offsetY);
+  }
+
+  const pointers = new Map();
+  let [start, dragged] = [null, false];
+  const place = (event) => {
+    const { left, top } = canvas.getBoundingClientRect();
+    return { x: event.clientX - left, y: event.clientY - top };
+  };
+  function down(event) {
+    if (event.button) return;
+    pointers.set(event.pointerId, place(event));
+    // A pointer that no longer exists cannot be held.
+    try { canvas.setPointerCapture(event.pointerId); } catch { /* it is not held */ }
+    dragged = pointers.size > 1;
+    start = place(event);
+  }
+  function drag(event) {
+    const at = place(event);
+    outside = { x: NaN, y: NaN };
+    const before = pointers.get(event.pointerId);
+    if (!before) return hover(at.x, at.y);
+    const [wide, high] = cellSizes(scene.mask, box, view.zoom);
+    if (pointers.size === 1) {
+      if (!dragged && Math.hypot(at.x - start.x, at.y - start.y) < 4) return;
+      if (!dragged) leave();
+      dragged = true;
+      canvas.style.cursor = "grabbing";
+      move({ ...view, x: view.x - (at.x - before.x) / wide, y: view.y - (at.y - before.y) / high });
+    } else {
+      const other = [...pointers].find(([id]) => id !== event.pointerId)[1];
+      const apart = (one) => Math.max(10, Math.hypot(one.x - other.x, one.y - other.y));
+      const centre = { x: (at.x + other.x) / 2, y: (at.y + other.y) / 2 };
+      const was = { x: (before.x + other.x) / 2, y: (before.y + other.y) / 2 };
+      move({ ...view, x: view.x - (centre.x - was.x) / wide, y: view.y - (centre.y - was.y) / high });
+      zoomBy(apart(at) / apart(before), [centre.x - box.left, centre.y - box.top]);
+    }
+    pointers.set(event.pointerId, at);
+  }
+  function up(event) {
+    if (!pointers.delete(event.pointerId)) return;
+    const at = place(event);
+    if (!dragged && event.type === "pointerup") {
+      const cell = scene && cellAt(at.x, at.y);
+      if (cell) select(cell);
+    }
+    canvas.style.cursor = "crosshair";
+  }
+
+  const handlers = { pointerdown: down, pointermove: drag, pointerup: up, pointercancel: up,
+    pointerleave: leave, keydown: press };
+  for (const [name, call] of Object.entries(handlers)) canvas.addEventListener(name, call);
+  canvas.addEventListener("dblclick", (event) => {
+    const cell = scene && cellAt(event.offsetX, event.offsetY);
+    if (cell) focusOn(cell);
+  });
+  canvas.addEventListener("wheel", wheel, { passive: false });
+  help.addEventListener("keydown", press);
+
+  const stopTheme = onTheme(root, () => {
+    if (!scene) return;
+    // The page's colours are measured behind the widget's own.
+    scene.colours = themed();
+    settle();
+  });
+  const chosen = () => {
+    const cell = model.get("selection");
+    if (cell?.query === pinned?.query && cell?.key === pinned?.key) return;
+    pinned = cell && read && exists(cell) ? cell : null;
+    if (scene) showCard();
+    marks.redraw();
+  };
+  model.on("change:state", update);
+  model.on("change:row", update);
+  model.on("change:selection", chosen);
+  update();
+  return () => {
+    model.off("change:state", update);
+    model.off("change:row", update);
+    model.off("change:selection", chosen);
+    window.removeEventListener("wheel", watch, { capture: true });
+    stopTheme();
+    words.stop();
+    base.stop();
+    marks.stop();
+  };
+}
+
+// A small picture of a look, its stripes included.
+function swatch(look, colours) {
+  const picture = node("canvas", { width: 32, height: 24, "aria-hidden": "true" });
+  const pen = picture.getContext("2d");
+  pen.scale(2, 2);
+  pen.fillStyle = look.colour ?? colours.ground;
+  pen.fillRect(0, 0, 16, 12);
+  if (look.hatch) {
+    pen.fillStyle = look.hatch;
+    pen.fillRect(0, 0, 16, 12);
+  }
+  return picture;
+}
+
+function keyWords(mask, key) {
+  if (key < mask.seq_len) return `token ${key}`;
+  const query = key - mask.seq_len;
+  return `block ${blockOf(mask, query)}, slot ${slotOf(mask, query)}`;
+}
+
+export default { render };
