@@ -38,13 +38,13 @@ const MASK_STYLE = `
 .mask-group > :last-child { border-radius: 0 5px 5px 0; }
 .mask-group > :only-child { border-radius: 5px; }
 .mask-group > * + * { margin-left: -1px !important; }
-.mask button:hover:not(:disabled) { background: var(--mask-tint); }
+.mask button:hover:not(:disabled, [aria-pressed=true]) { background: var(--mask-tint); }
 .mask button[aria-pressed=true] { background: var(--mask-ink); color: var(--mask-paper); }
 .mask button:disabled { opacity: .5; cursor: default; }
 .mask :focus-visible { outline: 2px solid var(--mask-focus); outline-offset: 1px; z-index: 1; }
 .mask-space { flex: 1; }
 .mask-legend { display: flex; flex-wrap: wrap; gap: 2px 16px; height: 44px; overflow-y: auto;
-  align-content: flex-start; font-size: 12px; line-height: 20px; }
+  align-content: flex-start; font-size: 12px; line-height: 20px; margin-bottom: 4px; }
 .mask-legend span { display: inline-flex; align-items: center; gap: 5px; white-space: nowrap; }
 .mask-legend b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .mask-legend canvas { width: 16px; height: 12px; border: 1px solid var(--mask-line); }
@@ -56,12 +56,16 @@ const MASK_STYLE = `
 .mask-layer canvas { touch-action: none; outline-offset: -2px !important; }
 .mask-card { border: 1px solid var(--mask-line); border-radius: 5px; padding: 10px 12px;
   height: 168px; overflow-y: auto; overflow-wrap: anywhere; }
-@container (min-width: 940px) { .mask-card { height: 470px; } }
 .mask-card h4 { margin: 0 0 6px; font-size: 13px; line-height: 1.4; display: flex; gap: 8px;
   justify-content: space-between; align-items: start; }
 .mask-card h4 button { height: 22px; min-width: 24px; padding: 0 6px; font-size: 12px;
   font-weight: 400; border-radius: 4px; }
-.mask-card dl { display: grid; grid-template-columns: auto 1fr; gap: 2px 10px; margin: 0; }
+.mask-card dl { display: grid; grid-template-columns: fit-content(90px) 1fr fit-content(90px) 1fr;
+  gap: 2px 10px; margin: 0; }
+@container (min-width: 940px) {
+  .mask-card { height: 470px; }
+  .mask-card dl { grid-template-columns: fit-content(90px) 1fr; }
+}
 .mask-card dt { color: var(--mask-faint); }
 .mask-card dd { margin: 0; }
 .mask-card p { margin: 0 0 8px; }
@@ -327,6 +331,12 @@ function paintMask(context, scene, box, view) {
   context.clip();
   if (sizes[1] * context.getTransform().a < 1) {
     paintShares(context, shown, part, view, sizes, colours);
+    // Tiles may be large where queries are not: they keep their stripes.
+    if (layers.tiles && scene.tileSize * Math.min(...sizes) > 6) {
+      const striped = colours.looks.tiles.map((look) => look?.hatch && { ...look, alpha: 0 });
+      const tiles = { rectangles: data.tiles.found, looks: striped };
+      paintRectangles(context, tiles, part, view, sizes);
+    }
   } else {
     context.fillStyle = colours.ground;
     context.fillRect(box.left, box.top, width, height);
@@ -393,8 +403,7 @@ function paintLines(context, { mask, colours, layers, tileSize }, box, view, siz
   if (small >= 5) lines(1, colours.paper, Math.min(1, small / 14), small > 10 ? 1 : least);
   if (small * mask.block_size >= 12) lines(mask.block_size, colours.ink, 0.45, 1, mask.seq_len);
   if (layers.tiles && small * tileSize >= 7) {
-    context.setLineDash([]);
-    lines(tileSize, colours.ink, 0.75, small * tileSize > 60 ? 2 : 1);
+    lines(tileSize, colours.ink, 0.5, small * tileSize > 60 ? 2 : 1);
   }
   context.globalAlpha = 1;
   context.strokeStyle = colours.ink;
@@ -499,7 +508,10 @@ function paintKeys(context, scene, box, view, [wide]) {
     const step = roundStep(wide, 64);
     const end = Math.min(pastKey, mask.seq_len);
     for (let key = Math.ceil(view.x / step) * step; key < end; key += step) {
-      paintTick(context, at(key + 0.5), box.top, key.toLocaleString("en"), colours);
+      const x = at(key + 0.5);
+      // Beside the seam stands the number of the first block.
+      if (x > seam - 46 && seam < box.left + box.width) break;
+      paintTick(context, x, box.top, key.toLocaleString("en"), colours);
     }
     const ofBlocks = roundStep(wide * mask.block_size, 64);
     const first = Math.max(0, Math.floor((view.x - mask.seq_len) / mask.block_size));
@@ -698,8 +710,8 @@ function render({ model, el }) {
       group(button("−", "zoom out (key -)", () => zoomBy(1 / 2)),
         button("+", "zoom in (key +)", () => zoomBy(2)),
         button("fit", "the whole mask (key 0)", () => reset(false)),
-        button("reset", "the whole mask, no selection, layers as at first", () => reset(true))),
-      group(ask)),
+        button("reset", "the whole mask, no selection, layers as at first", () => reset(true)),
+        ask)),
     legend, node("div", { class: "mask-main" }, stage, card), strip,
   );
   const [under, over] = [0, 1].map(() => node("div", { class: "mask-layer" }));
