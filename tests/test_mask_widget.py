@@ -7,12 +7,16 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from dspark_lab.explore.widget import WidgetView, page
+from dspark_lab.explore.widget import WidgetView, module, page
 from tests.browsers import take_screenshot
 
 pytestmark = pytest.mark.browser
 
-WORDS = "Why is the sky blue ? \n Light of short waves is scattered most , so blue reaches us .".split(" ")
+WORDS = (
+    "Why is the sky blue ? \n Light of short waves is scattered most , so blue reaches us .".split(
+        " "
+    )
+)
 
 
 class Mask(WidgetView):
@@ -54,7 +58,9 @@ def large(seq_len, count, block_size, documents=8):
 
 def shown(open_page, mask, other=None, **where):
     tile_size = where.pop("tile_size", 8)
-    page_of = open_page(page("mask", [Mask(state=state_of(mask, other, tile_size=tile_size))]), **where)
+    page_of = open_page(
+        page("mask", [Mask(state=state_of(mask, other, tile_size=tile_size))]), **where
+    )
     page_of.wait_for_function("document.querySelector('.widget').dataset.frame === '1'")
     return page_of
 
@@ -74,7 +80,9 @@ def cell(page, query, key):
 
 def painted(page):
     """Wait until what was asked for has been drawn."""
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.evaluate(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )
 
 
 def tip_of(page):
@@ -141,7 +149,9 @@ def test_the_wheel_zooms_at_the_pointer_and_dragging_moves(open_page):
     assert "This pixel holds about" in under
     for _ in range(6):
         page.mouse.wheel(0, -100)
-    page.wait_for_function(f"JSON.parse(document.querySelector('.widget').dataset.view).cell[0] > {2 * whole[0]}")
+    page.wait_for_function(
+        f"JSON.parse(document.querySelector('.widget').dataset.view).cell[0] > {2 * whole[0]}"
+    )
     assert "query: block 57" in tip_of(page).inner_text()
     before = view_of(page)
     page.mouse.down()
@@ -209,8 +219,55 @@ def test_differences_are_counted_and_walked(open_page):
     assert "context prefix 132" in counts
 
 
+LIVE = """([source, state]) => {
+    const render = new Function(source.replace(/export default [^]*$/, "return render;"))();
+    const held = { state, selection: null }, calls = {};
+    window.model = {
+        get: (name) => held[name],
+        set: (name, value) => { held[name] = value; },
+        save_changes() {}, off() {},
+        on: (event, call) => { calls[event] = call; },
+        change: (state) => { held.state = state; calls["change:state"](); },
+    };
+    render({ model, el: document.querySelector(".widget") });
+}"""
+
+
+def in_lists(value):
+    """A state without bytes, as a page's script can be handed it."""
+    if isinstance(value, dict):
+        return {name: in_lists(one) for name, one in value.items()}
+    return np.frombuffer(value, np.int32).tolist() if isinstance(value, bytes) else value
+
+
+def test_a_new_state_keeps_zoom_and_selection(open_page):
+    page = open_page("<div class=widget></div>")
+    page.evaluate(LIVE, [module(*Mask.names), in_lists(state_of(described()))])
+    page.wait_for_function("document.querySelector('.widget').dataset.frame === '1'")
+    page.mouse.click(*cell(page, 2, 3))
+    assert page.evaluate("model.get('selection')") == {"query": 2, "key": 3}
+    press(page, "+", "+")
+    zoom = view_of(page)["zoom"]
+    assert zoom > 0
+    page.evaluate(
+        "state => model.change(state)", in_lists(state_of(described(anchors=(2, 9)))) | {"frame": 2}
+    )
+    page.wait_for_function("document.querySelector('.widget').dataset.frame === '2'")
+    assert view_of(page)["zoom"] == zoom
+    card = page.locator(".mask-card")
+    assert "hidden: token 3 is not before the anchor 2" in card.inner_text()
+    # A selection outside a smaller mask is let go.
+    press(page, *["PageDown"] * 2)
+    small = in_lists(state_of(described(anchors=(2,), dummies=0))) | {"frame": 3}
+    page.evaluate("state => model.change(state)", small)
+    page.wait_for_function("document.querySelector('.widget').dataset.frame === '3'")
+    assert "No cell selected" in card.inner_text()
+
+
 def test_everything_has_a_name(open_page):
     page = shown(open_page, described())
     for button in page.get_by_role("button").all():
         assert button.get_attribute("aria-label")
-    assert "attention mask: 16 queries" in page.locator("canvas[role=application]").get_attribute("aria-label")
+    assert "attention mask: 16 queries" in page.locator("canvas[role=application]").get_attribute(
+        "aria-label"
+    )

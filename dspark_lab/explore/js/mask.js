@@ -170,13 +170,22 @@ function firstBehind(rectangles, query) {
 
 // ---- Painting
 
+// Whether so many rectangles share the lines of the screen that they are not drawn one by one.
+function manyShare(context, layers, box, view, [, high], blockSize) {
+  const lines = box.height * context.getTransform().a;
+  if (blockSize * high * context.getTransform().a < 4) return true;
+  const past = view.y + box.height / high;
+  const inView = ({ rectangles }) => (firstBehind(rectangles, past) - firstBehind(rectangles, view.y)) / 5;
+  return layers.some((layer) => inView(layer) > 4 * lines);
+}
+
 // Draws layers in which each pixel holds many queries: its colour is the mean of its cells', but of
 // what is rarer than `least` no fainter than that, so that a thin line is not lost.
 function paintShares(context, layers, box, view, sizes, colours) {
   const ratio = context.getTransform().a;
   const width = Math.round(box.width * ratio);
   const height = Math.round(box.height * ratio);
-  const image = context.createImageData(width, height);
+  const image = imageOf(context, width, height);
   const pixels = new Uint32Array(image.data.buffer);
   const [wide, high] = [sizes[0] * ratio, sizes[1] * ratio];
   const ground = channels(colours.ground);
@@ -186,7 +195,8 @@ function paintShares(context, layers, box, view, sizes, colours) {
     from: firstBehind(layer.rectangles, view.y),
     looks: layer.looks.map((look) => look && {
       colour: channels(look.colour), alpha: look.alpha, least: look.least,
-      edges: new Float32Array(width + 2),
+      // What is added at each pixel along a line, and between which pixels.
+      edges: new Float32Array(width + 2), low: width, high: -1,
     }),
   }));
   for (let line = 0; line < height; line++) {
@@ -207,18 +217,18 @@ function paintShares(context, layers, box, view, sizes, colours) {
         if (start >= end) continue;
         // Summed along the line, these give each pixel the part of it that is inside.
         const [first, last] = [Math.floor(start), Math.floor(end)];
+        look.low = Math.min(look.low, first);
+        look.high = Math.max(look.high, last + 2);
         look.edges[first] += share * (1 - start + first);
         look.edges[first + 1] += share * (start - first);
         look.edges[last] -= share * (1 - end + last);
         look.edges[last + 1] -= share * (end - last);
-        look.used = true;
       }
       for (const look of looks) {
-        if (!look?.used) continue;
-        look.used = false;
-        const { edges, alpha, least, colour: [r, g, b] } = look;
+        if (!look || look.low > look.high) continue;
+        const { edges, alpha, least, low, high: past, colour: [r, g, b] } = look;
         let sum = 0;
-        for (let x = 0; x < width; x++) {
+        for (let x = low; x < Math.min(width, past); x++) {
           sum += edges[x];
           if (sum <= 1e-4) continue;
           const share = alpha * (sum > least ? Math.min(sum, 1) : least);
@@ -226,7 +236,9 @@ function paintShares(context, layers, box, view, sizes, colours) {
           green[x] += share * (g - green[x]);
           blue[x] += share * (b - blue[x]);
         }
-        edges.fill(0);
+        edges.fill(0, low, past);
+        look.low = width;
+        look.high = -1;
       }
     }
     const at = line * width;
@@ -235,6 +247,16 @@ function paintShares(context, layers, box, view, sizes, colours) {
     }
   }
   context.putImageData(image, Math.round(box.left * ratio), Math.round(box.top * ratio));
+}
+
+// One image for all frames of a canvas: a new one each time would be much to throw away.
+const IMAGES = new WeakMap();
+function imageOf(context, width, height) {
+  const known = IMAGES.get(context);
+  if (known && known.width === width && known.height === height) return known;
+  const image = context.createImageData(width, height);
+  IMAGES.set(context, image);
+  return image;
 }
 
 // Draws the rectangles in view one by one, each at least a pixel wide and high.
@@ -329,7 +351,7 @@ function paintMask(context, scene, box, view) {
   context.beginPath();
   context.rect(box.left, box.top, width, height);
   context.clip();
-  if (sizes[1] * context.getTransform().a < 1) {
+  if (manyShare(context, shown, part, view, sizes, mask.block_size)) {
     paintShares(context, shown, part, view, sizes, colours);
     // Tiles may be large where queries are not: they keep their stripes.
     if (layers.tiles && scene.tileSize * Math.min(...sizes) > 6) {
