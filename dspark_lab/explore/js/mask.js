@@ -1,15 +1,14 @@
 // The mask on a canvas: queries down, keys across, from one cell to rows of 131,072 tokens.
 //
-// What the mask is says rule.js. Here it is a list of rectangles for each layer; a frame draws those
-// in view one by one where a query has a pixel of its own, and adds up their shares of each pixel
-// where many queries share one.
+// What the mask is says rule.js. Here each layer is a list of rectangles; a frame draws those in
+// view one by one, or where too many share a line of the screen, adds up their shares of pixels.
 
 // Room around the plot: names on the left and above it, the bars that show where one is below it
 // and on its right.
 const PLOT = { left: 122, top: 92, right: 14, bottom: 14 };
 const LARGEST_CELL = 220; // Pixels: then a cell has room for the reason why it is hidden.
 const ROOM_FOR_NAMES = 12;
-const NAME_FONT = "11px var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace)";
+const NAME_FONT = "11px ui-monospace, Menlo, Consolas, monospace";
 const MASK_KEYS = [
   ["arrows", "move the selection by a cell"],
   ["Page Up, Page Down", "by a block"],
@@ -31,7 +30,7 @@ const MASK_STYLE = `
 .mask-bar { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-bottom: 6px; }
 .mask-group { display: inline-flex; align-items: center; }
 .mask button, .mask select { font: inherit; color: inherit; background: var(--mask-paper);
-  border: 1px solid var(--mask-line); height: 28px; min-width: 30px; padding: 0 9px; margin: 0;
+  border: 1px solid var(--mask-line); height: 28px; min-width: 30px; padding: 0 8px; margin: 0;
   cursor: pointer; border-radius: 0; }
 .mask select { padding: 0 4px; }
 .mask-group > :first-child { border-radius: 5px 0 0 5px; }
@@ -175,8 +174,8 @@ function manyShare(context, layers, box, view, [, high], blockSize) {
   const lines = box.height * context.getTransform().a;
   if (blockSize * high * context.getTransform().a < 4) return true;
   const past = view.y + box.height / high;
-  const inView = ({ rectangles }) => (firstBehind(rectangles, past) - firstBehind(rectangles, view.y)) / 5;
-  return layers.some((layer) => inView(layer) > 4 * lines);
+  return layers.some(({ rectangles }) =>
+    firstBehind(rectangles, past) - firstBehind(rectangles, view.y) > 5 * 4 * lines);
 }
 
 // Draws layers in which each pixel holds many queries: its colour is the mean of its cells', but of
@@ -405,14 +404,15 @@ function paintLines(context, { mask, colours, layers, tileSize }, box, view, siz
   const lines = (step, colour, alpha, width, from = 0) => {
     context.beginPath();
     const { left, top } = box;
-    const x = (key) => Math.round((left + (key - view.x) * sizes[0]) / least) * least + least / 2;
-    const y = (query) => Math.round((top + (query - view.y) * sizes[1]) / least) * least + least / 2;
+    const x = (key) => Math.round((left + (key - view.x) * sizes[0]) / least + 0.5) * least;
+    const y = (query) => Math.round((top + (query - view.y) * sizes[1]) / least + 0.5) * least;
     const begin = Math.max(from, from + Math.ceil((view.x - from) / step) * step);
     for (let at = begin; at <= view.x + box.width / sizes[0]; at += step) {
       context.moveTo(x(at), top);
       context.lineTo(x(at), top + box.height);
     }
-    for (let at = Math.ceil(view.y / step) * step; at <= view.y + box.height / sizes[1]; at += step) {
+    const past = view.y + box.height / sizes[1];
+    for (let at = Math.ceil(view.y / step) * step; at <= past; at += step) {
       context.moveTo(left, y(at));
       context.lineTo(left + box.width, y(at));
     }
@@ -507,12 +507,13 @@ function paintKeys(context, scene, box, view, [wide]) {
       const left = Math.max(box.left, at(start));
       const right = Math.min(box.left + box.width, at(mask.documents[i + 1] ?? mask.seq_len));
       const text = start >= mask.length ? "padding" : `document ${i}`;
-      const shown = [text, String(i)].find((one) => context.measureText(one).width < right - left - 4);
+      const fits = (one) => context.measureText(one).width < right - left - 4;
+      const shown = [text, String(i)].find(fits);
       if (shown) context.fillText(shown, (left + right) / 2, 28);
     });
   }
   if (wide >= ROOM_FOR_NAMES) {
-    context.font = canvasFont(scene, NAME_FONT);
+    context.font = NAME_FONT;
     context.textAlign = "left";
     for (let key = Math.floor(view.x); key < pastKey; key++) {
       const x = at(key + 0.5);
@@ -576,7 +577,7 @@ function paintQueries(context, scene, box, view, [, high]) {
   context.fillStyle = colours.ink;
   const edge = box.left - 14;
   if (high >= ROOM_FOR_NAMES) {
-    context.font = canvasFont(scene, NAME_FONT);
+    context.font = NAME_FONT;
     for (let query = Math.floor(view.y); query < past; query++) {
       const y = at(query + 0.5);
       if (y < box.top || y > box.top + box.height) continue;
@@ -603,7 +604,8 @@ function paintQueries(context, scene, box, view, [, high]) {
       const count = mask.keep[block] ? blocks.supervised[block] : 0;
       const top = Math.max(box.top, at(first));
       const bottom = Math.min(box.top + box.height, at(first + count));
-      if (bottom > top) context.fillRect(box.left - 7, top, 4, Math.max(0.3, bottom - top - (high > 6)));
+      const gap = high > 6 ? 1 : 0;
+      if (bottom > top) context.fillRect(box.left - 7, top, 4, Math.max(0.3, bottom - top - gap));
     }
   }
   context.restore();
@@ -613,21 +615,18 @@ function paintQueries(context, scene, box, view, [, high]) {
 function paintBars(context, { mask, colours }, box, view, [wide, high]) {
   const bar = (x, y, long, across, from, share) => {
     if (share >= 0.999) return;
-    context.fillStyle = mixed(colours.ink, colours.paper, 0.15);
-    context.fillRect(x, y, across ? long : 5, across ? 5 : long);
-    context.fillStyle = colours.line;
+    const draw = (start, size, colour) => {
+      context.fillStyle = colour;
+      if (across) context.fillRect(x + start, y, size, 5);
+      else context.fillRect(x, y + start, 5, size);
+    };
     const size = Math.max(12, share * long);
-    const start = Math.min(from * long, long - size);
-    context.fillRect(x + (across ? start : 0), y + (across ? 0 : start), across ? size : 5, across ? 5 : size);
+    draw(0, long, mixed(colours.ink, colours.paper, 0.15));
+    draw(Math.min(from * long, long - size), size, colours.line);
   };
   const [across, down] = [box.width / wide / mask.keys, box.height / high / mask.queries];
   bar(box.left, box.top + box.height + 6, box.width, true, view.x / mask.keys, across);
   bar(box.left + box.width + 6, box.top, box.height, false, view.y / mask.queries, down);
-}
-
-// A canvas takes no font of a style sheet's variable.
-function canvasFont(scene, font) {
-  return font.replace(/var\([^)]*?,\s*/, "").replace(/\)$/, "");
 }
 
 function keyName(mask, row, key, longest) {
@@ -719,7 +718,7 @@ function render({ model, el }) {
   const group = (...children) => node("span", { class: "mask-group", role: "group" }, ...children);
   const compare = group(which, next);
   const help = node("div", { class: "mask-help", hidden: true, role: "note" },
-    node("dl", {}, MASK_KEYS.flatMap(([key, text]) => [node("dt", {}, key), node("dd", {}, text)])));
+    describedList(MASK_KEYS));
   const ask = button("?", "keys", () => showHelp(help.hidden), { "aria-expanded": "false" });
   const legend = node("div", { class: "mask-legend", role: "list", "aria-label": "legend" });
   const stage = node("div", { class: "mask-stage" });
@@ -755,7 +754,8 @@ function render({ model, el }) {
   });
   base.canvas.setAttribute("aria-hidden", "true");
   const canvas = marks.canvas;
-  Object.entries({ tabindex: 0, role: "application" }).forEach(([k, v]) => canvas.setAttribute(k, v));
+  canvas.setAttribute("tabindex", 0);
+  canvas.setAttribute("role", "application");
   const words = tip(stage);
   const { say } = speaker(root);
 
@@ -807,14 +807,17 @@ function render({ model, el }) {
     data.found = old.found
       ?? (read.other && countDifferences(read.mask, data.difference));
     const colours = scene?.colours ?? themed();
-    scene = { source: read, mask, blocks: read.blocks, row: read.row, tileSize, layers, colours, data };
+    const { blocks, row } = read;
+    scene = { source: read, mask, blocks, row, tileSize, layers, colours, data };
     canvas.setAttribute("aria-label", `attention mask: ${mask.queries} queries, slots of `
       + `${mask.blocks} blocks; ${mask.keys} keys, ${mask.seq_len} of them context tokens. Arrow `
       + "keys move the selection, ? lists all keys.");
-    for (const [name, one] of Object.entries(toggles)) one.setAttribute("aria-pressed", layers[name]);
+    for (const [name, toggle] of Object.entries(toggles)) {
+      const possible = name !== "difference" || read.other !== null;
+      toggle.setAttribute("aria-pressed", layers[name] && possible);
+    }
     toggles.difference.disabled = !read.other;
     toggles.difference.title = read.other ? "layer: difference (key 4)" : "there is no other mask";
-    if (!read.other) toggles.difference.setAttribute("aria-pressed", false);
     showLegend();
     showCard();
     base.redraw();
@@ -835,17 +838,20 @@ function render({ model, el }) {
     const { colours, data, tileSize } = scene;
     const entry = (name, count, look) => node("span", { role: "listitem" },
       look && swatch(look, colours), name, " ", node("b", {}, count.toLocaleString("en")));
+    const empty = { colour: colours.ground };
     const entries = [];
     if (layers.regions) {
       data.counts.forEach((count, i) => {
         if (count || i < 3) {
-          entries.push(entry(REGION_NAMES[i], count, colours.looks.regions[i] ?? { colour: colours.ground }));
+          entries.push(entry(REGION_NAMES[i], count, colours.looks.regions[i] ?? empty));
         }
       });
     }
     if (layers.tiles) {
-      data.tiles.counts.forEach((count, i) => entries.push(entry(`${TILE_NAMES[i]} tiles of ${tileSize}`,
-        count, colours.looks.tiles[i] ?? { colour: colours.ground })));
+      data.tiles.counts.forEach((count, i) => {
+        const name = `${TILE_NAMES[i]} tiles of ${tileSize}`;
+        entries.push(entry(name, count, colours.looks.tiles[i] ?? empty));
+      });
     }
     if (layers.supervision) {
       const supervised = read.blocks.supervised.reduce((sum, one) => sum + one, 0);
@@ -870,8 +876,9 @@ function render({ model, el }) {
   function showCard() {
     if (!pinned) {
       card.replaceChildren(node("h4", {}, "No cell selected"), node("p", { class: "faint" },
-        "Point at a cell to read what it is and why it is visible or hidden. Click to keep it here; "
-        + "arrow keys move it, Escape lets go. The wheel zooms, dragging moves, ? lists all keys."));
+        "Point at a cell to read what it is and why it is visible or hidden. Click to keep it "
+        + "here; arrow keys move it, Escape lets go. The wheel zooms, dragging moves, ? lists all "
+        + "keys."));
     } else {
       const facts = cellFacts({ ...read, mask: scene.mask, tileSize: scene.tileSize,
         other: otherOf() }, pinned.query, pinned.key);
@@ -892,7 +899,7 @@ function render({ model, el }) {
       card.replaceChildren(
         node("h4", {}, "Selected cell", button("✕", "let go (Escape)", () => select(null))),
         node("p", { class: `mask-why ${facts.visible ? "seen" : ""}` }, facts.why),
-        node("dl", {}, rows.flatMap(([name, text]) => [node("dt", {}, name), node("dd", {}, text)])),
+        describedList(rows),
       );
     }
     showStrip();
@@ -928,7 +935,8 @@ function render({ model, el }) {
       return node("div", {}, node("div", { class: "faint" }, title),
         node("p", {}, first ? "… " : "", parts));
     };
-    const keyTitle = ofKey ? `key: where slot ${ofKey.slot} of block ${ofKey.block} stands (outlined)`
+    const keyTitle = ofKey
+      ? `key: where slot ${ofKey.slot} of block ${ofKey.block} stands (outlined)`
       : `key: token ${cell.key} (outlined)`;
     const aim = query.kept ? `query: anchor ${query.anchor} (bold)`
       + (label >= 0 ? `, predicts token ${label} (double line)` : "") : "query: of a dummy block";
@@ -941,7 +949,8 @@ function render({ model, el }) {
     const [wide, high] = cellSizes(scene.mask, box, view.zoom);
     const key = Math.floor(view.x + (x - box.left) / wide);
     const query = Math.floor(view.y + (y - box.top) / high);
-    const inside = x >= box.left && y >= box.top && x < box.left + box.width && y < box.top + box.height;
+    const [right, bottom] = [box.left + box.width, box.top + box.height];
+    const inside = x >= box.left && y >= box.top && x < right && y < bottom;
     return inside && exists({ query, key }) ? { query, key } : null;
   }
 
@@ -959,8 +968,9 @@ function render({ model, el }) {
       const [wide, high] = cellSizes(scene.mask, box, view.zoom);
       const shared = Math.max(1, 1 / wide) * Math.max(1, 1 / high);
       if (shared >= 2) {
-        lines.push(`This pixel holds about ${Math.round(shared).toLocaleString("en")} cells; this is `
-          + "the one under the pointer's centre.");
+        const about = Math.round(shared).toLocaleString("en");
+        lines.push(`This pixel holds about ${about} cells; this is the one under the pointer's `
+          + "centre.");
       }
       words.show(x, y, lines);
     } else words.hide();
@@ -989,7 +999,7 @@ function render({ model, el }) {
   function reveal({ query, key }) {
     const [wide, high] = cellSizes(scene.mask, box, view.zoom);
     const [across, down] = [box.width / wide, box.height / high];
-    const moved = (from, at, room) => (at < from ? at : at + 1 > from + room ? at + 1 - room : from);
+    const moved = (from, at, room) => Math.min(at, Math.max(from, at + 1 - room));
     move({ ...view, x: moved(view.x, key, across), y: moved(view.y, query, down) });
   }
 
@@ -1143,7 +1153,8 @@ function render({ model, el }) {
       const apart = (one) => Math.max(10, Math.hypot(one.x - other.x, one.y - other.y));
       const centre = { x: (at.x + other.x) / 2, y: (at.y + other.y) / 2 };
       const was = { x: (before.x + other.x) / 2, y: (before.y + other.y) / 2 };
-      move({ ...view, x: view.x - (centre.x - was.x) / wide, y: view.y - (centre.y - was.y) / high });
+      const [across, down] = [centre.x - was.x, centre.y - was.y];
+      move({ ...view, x: view.x - across / wide, y: view.y - down / high });
       zoomBy(apart(at) / apart(before), [centre.x - box.left, centre.y - box.top]);
     }
     pointers.set(event.pointerId, at);
@@ -1209,6 +1220,11 @@ function swatch(look, colours) {
     pen.fillRect(0, 0, 16, 12);
   }
   return picture;
+}
+
+function describedList(pairs) {
+  const entry = ([name, text]) => [node("dt", {}, name), node("dd", {}, text)];
+  return node("dl", {}, pairs.flatMap(entry));
 }
 
 function keyWords(mask, key) {
