@@ -271,3 +271,58 @@ def test_everything_has_a_name(open_page):
     assert "attention mask: 16 queries" in page.locator("canvas[role=application]").get_attribute(
         "aria-label"
     )
+
+
+def test_two_fingers_zoom_where_they_are(open_page):
+    page = shown(open_page, large(4096, 128, 7), tile_size=128)
+    (x, y), before = cell(page, 400, 2000), view_of(page)["cell"]
+    page.locator("canvas[role=application]").evaluate(
+        """(canvas, [x, y]) => {
+            const fire = (kind, pointerId, clientX) => canvas.dispatchEvent(new PointerEvent(
+                kind, {pointerId, clientX, clientY: y, bubbles: true}));
+            fire("pointerdown", 11, x - 20);
+            fire("pointerdown", 12, x + 20);
+            for (let i = 1; i <= 30; i++) {
+                fire("pointermove", 11, x - 20 - 2 * i);
+                fire("pointermove", 12, x + 20 + 2 * i);
+            }
+            fire("pointerup", 11, x - 80);
+            fire("pointerup", 12, x + 80);
+        }""",
+        [x, y],
+    )
+    painted(page)
+    assert view_of(page)["cell"][0] == pytest.approx(4 * before[0], rel=0.05)
+    assert cell(page, 400, 2000)[0] == pytest.approx(x, abs=8)
+    assert "No cell selected" in page.locator(".mask-card").inner_text()
+
+
+def test_nothing_moves_on_the_page_while_one_explores(open_page):
+    other = described("context with the anchor", reach=1)
+    page = shown(open_page, described("this mask"), other, width=900)
+
+    def places():
+        boxes = [page.locator(f".mask-{name}") for name in ("stage", "card", "strip")]
+        return [box.bounding_box() for box in boxes]
+
+    before = places()
+    page.mouse.click(*cell(page, 2, 3))
+    page.mouse.move(*cell(page, 9, 30))
+    assert places() == before
+    press(page, "2", "n", "+", "+", "?")
+    assert places() == before
+
+
+def test_colours_follow_the_theme(open_page):
+    page = shown(open_page, described())
+
+    def ink():
+        style = "element => getComputedStyle(element).color"
+        return page.locator(".mask").evaluate(style)
+
+    light = ink()
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(
+        "was => getComputedStyle(document.querySelector('.mask')).color !== was", arg=light
+    )
+    assert light == "rgb(26, 26, 26)" and ink() == "rgb(236, 236, 236)"
