@@ -153,6 +153,7 @@ def test_the_wheel_zooms_at_the_pointer_and_dragging_moves(open_page):
         f"JSON.parse(document.querySelector('.widget').dataset.view).cell[0] > {2 * whole[0]}"
     )
     assert "query: block 57" in tip_of(page).inner_text()
+    assert cell(page, 400, 2000) == pytest.approx((x, y), abs=1)
     before = view_of(page)
     page.mouse.down()
     page.mouse.move(x - 60, y - 40, steps=4)
