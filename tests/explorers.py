@@ -1,7 +1,5 @@
 """Explorers under test: how they are looked at, and a tokenizer whose tokens are words."""
 
-import re
-
 import ipywidgets
 import pandas as pd
 from tokenizers import Tokenizer, models, pre_tokenizers

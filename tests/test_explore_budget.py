@@ -23,7 +23,7 @@ from dspark_lab.explore import budget as budget_module
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.tuning import CARDS, TRAINERS, Shape, Spans, StepTime, TrainingSettings
 from tests import gallery
-from tests.explorers import alert, CHATS, LENGTHS, picture, TOKENIZER
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture
 from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, picture_of
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
@@ -271,7 +271,9 @@ def sentences(shown: Explorer) -> list[str]:
 
 def exported(shown: Explorer) -> list[str]:
     """The texts to take away: of the recommendation, and of the controls where they differ."""
-    return [unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", shown._frame.html, re.DOTALL)]
+    return [
+        unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", shown._frame.html, re.DOTALL)
+    ]
 
 
 def by_hand(**settings) -> dict[str, pd.DataFrame]:

@@ -169,7 +169,9 @@ def plain_widget(control: Control) -> ipywidgets.Widget:
         make = ipywidgets.Checkbox if control.kind == "check" else ipywidgets.Textarea
     shown = make(**options)
     if control.kind in ("whole", "number"):
-        control.observe(lambda change: setattr(shown, change["name"], change["new"]), ["min", "max"])
+        control.observe(
+            lambda change: setattr(shown, change["name"], change["new"]), ["min", "max"]
+        )
     traitlets.link((control, "value"), (shown, "value"))
 
     def disable(_change: object = None) -> None:

@@ -186,8 +186,12 @@ class DecodingExplorer(ipywidgets.VBox):
             example,
             ipywidgets.Textarea(placeholder=placeholder, description="prompt", rows=2, **wide),
             made.plain_widget(made.dropdown("drafter", names[0], names)),
-            made.plain_widget(made.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False)),
-            made.plain_widget(made.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False)),
+            made.plain_widget(
+                made.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False)
+            ),
+            made.plain_widget(
+                made.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False)
+            ),
             made.plain_widget(made.slider("max_new_tokens", max_new_tokens, 1, 512)),
             made.plain_widget(made.slider("seed", seed, 0, 99)),
         ]
@@ -200,7 +204,9 @@ class DecodingExplorer(ipywidgets.VBox):
         self.stop_button.on_click(self._stop)
         self.drafts = made.plain_widget(made.checkbox("drafts in vain", True))
         self.drafts.observe(self._show_again, names="value")
-        self.step = {name: made.plain_widget(made.slider(name, 0, 0, 0)) for name in ("round", "slot")}
+        self.step = {
+            name: made.plain_widget(made.slider(name, 0, 0, 0)) for name in ("round", "slot")
+        }
         self.step["round"].observe(self._choose_round, names="value")
         self.step["slot"].observe(self._show_step, names="value")
         wide_text = {"layout": {"width": "100%"}}

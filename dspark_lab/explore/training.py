@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.checks import checked
 from dspark_lab.explore.explorer import Frame
-from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure, png
+from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure
 
 # A training curve is drawn again when it is so old, and then costs a run a tenth of its time.
 _REDRAW_SECONDS, _TIMES_ITS_DRAWING = 0.5, 9
