@@ -68,6 +68,7 @@ from .speed import (
 )
 from .style import png
 from .training import LiveCurve, plot_training
+from .words import readable
 
 __all__ = [
     "DecodingExplorer",
@@ -128,6 +129,7 @@ __all__ = [
     "plot_tiles",
     "plot_training",
     "png",
+    "readable",
     "slot_inputs",
     "sorting_table",
     "tile_spans",

@@ -7,6 +7,8 @@ from typing import Any
 
 import ipywidgets
 import pandas as pd
+from IPython import get_ipython
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -89,3 +91,16 @@ class LiveCurve(ipywidgets.VBox):
         if self._rows:
             bundle["image/png"] = b64encode(self._png).decode("ascii")
         return bundle
+
+    def _ipython_display_(self) -> None:
+        """Show the widget; once its cell has run, the output also holds the last picture."""
+        shown = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        shell = get_ipython()
+        if shell is None or shown is None:
+            return
+
+        def keep(_: object) -> None:
+            shell.events.unregister("post_run_cell", keep)
+            shown.update(self._repr_mimebundle_(), raw=True)
+
+        shell.events.register("post_run_cell", keep)
