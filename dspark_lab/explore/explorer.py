@@ -117,7 +117,7 @@ def call_text(name: str, settings: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
 
 
-def exports(
+def export_texts(
     program: str,
     recommended: Any,
     now: Any,
