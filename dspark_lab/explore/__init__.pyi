@@ -15,9 +15,6 @@ from .anchors import (
     plot_coverage,
     plot_packing,
     slot_inputs,
-    token_legend,
-    token_table,
-    token_text,
 )
 from .budget import (
     MEASURED,
@@ -67,6 +64,15 @@ from .speed import (
     plot_thresholds_speed,
 )
 from .style import png
+from .tokens import (
+    TOKEN_LISTS,
+    TOKEN_STATES,
+    plot_tokens,
+    token_lists,
+    token_row,
+    token_state,
+    token_table,
+)
 from .training import LiveCurve, plot_training
 from .words import readable
 
@@ -82,6 +88,8 @@ __all__ = [
     "RuleMask",
     "Spans",
     "TILE_STATES",
+    "TOKEN_LISTS",
+    "TOKEN_STATES",
     "VIEWS",
     "block_table",
     "count_differences",
@@ -127,6 +135,7 @@ __all__ = [
     "plot_thresholds",
     "plot_thresholds_speed",
     "plot_tiles",
+    "plot_tokens",
     "plot_training",
     "png",
     "readable",
@@ -135,7 +144,8 @@ __all__ = [
     "tile_spans",
     "tile_states",
     "tile_table",
-    "token_legend",
+    "token_lists",
+    "token_row",
+    "token_state",
     "token_table",
-    "token_text",
 ]
