@@ -368,7 +368,9 @@ def test_the_chosen_setting_is_told_in_a_sentence():
     shown.controls["packed"].value = True
     assert "longest" not in sentences(shown)[1]
     shown.controls["per"].value = "document"
-    assert sentences(shown)[1].startswith("Your setting now: N 32 for each document, K 3, S 512 covers")
+    assert sentences(shown)[1].startswith(
+        "Your setting now: N 32 for each document, K 3, S 512 covers"
+    )
 
 
 def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):

@@ -166,6 +166,7 @@ def _draw_parts(ax: Axes, parts: Sequence[Part], top: float) -> None:
         begin, text = inked[0].column, ""
         for part in inked:
             text = text.ljust(part.column - begin) + part.text
-        place = begin + len(text) - len(text.lstrip(" ")), top + row + 0.68
+        across, down = begin + len(text) - len(text.lstrip(" ")), top + row + 0.68
         options: dict[str, Any] = {"color": ink, "fontweight": "bold" if strong else "normal"}
-        ax.text(*place, text.strip(" "), va="baseline", parse_math=False, **options, **_FONT)
+        options |= {"va": "baseline", "parse_math": False, **_FONT}
+        ax.text(across, down, text.strip(" "), **options)
