@@ -480,7 +480,8 @@ class Explorer(ipywidgets.VBox):
 
     def _page(self) -> str:
         view = self.view if self._frame.state is not None else None
-        parts = [self._frame.as_html()] if view is None else [view, self._frame.html]
+        html = self._frame.as_html() if view is None else self._frame.html
+        parts: list[WidgetView | str] = [html] if view is None else [view, html]
         return page(self.code, [part for part in parts if part])
 
     def _written(self) -> dict[str, Any]:
