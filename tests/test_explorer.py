@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 import dspark_lab as lab
 from data.make.recipes import write_chats
 from dspark_lab.explore import Explorer, Frame, explore_anchors, explore_masks
-from dspark_lab.explore import explorer as explorer_module
 from dspark_lab.explore.controls import checkbox, dropdown, number_slider, selection_slider, slider
 from dspark_lab.explore.style import new_figure
 from dspark_lab.explore.widget import WidgetView, module, page
@@ -37,7 +36,7 @@ def some_figure() -> Figure:
 
 
 def counting(**options: Any) -> tuple[Explorer, list[dict]]:
-    """An explorer of all kinds of controls, and the list of settings it has drawn; 13 is refused."""
+    """An explorer of all kinds of controls, and the settings that it has drawn; 13 is refused."""
     drawn: list[dict] = []
 
     def draw(chosen: SimpleNamespace) -> Frame:

@@ -116,8 +116,8 @@ def slider(name: str, value: int, low: int, high: int, step: int = 1) -> Control
 def number_slider(name: str, value: float, low: float, high: float, **options: Any) -> Control:
     """A number in steps of 0.05, typed ones as they are, which reaches further if it starts so."""
     require(name, value, Annotated[float, Within(low)])
-    limits: dict[str, Any] = {"min": low, "max": max(high, value)}
-    return Control(name, "number", float(value), step=0.05, **limits, **options)
+    options |= {"min": low, "max": max(high, value)}
+    return Control(name, "number", float(value), step=0.05, **options)
 
 
 def dropdown(name: str, value: Any, options: Sequence[Any], **more: Any) -> Control:

@@ -480,10 +480,9 @@ class Explorer(ipywidgets.VBox):
 
     def _page(self) -> str:
         view = self.view if self._frame.state is not None else None
-        shown: list[WidgetView | str] = [self._frame.as_html()]
-        if view is not None:
-            shown = [view, self._frame.html]
-        return page(self.code, [part for part in shown if part != ""])
+        html = self._frame.as_html() if view is None else self._frame.html
+        parts: list[WidgetView | str] = [html] if view is None else [view, html]
+        return page(self.code, [part for part in parts if part])
 
     def _written(self) -> dict[str, Any]:
         """The call's arguments that can be written and are not their defaults, then the settings.
