@@ -32,6 +32,7 @@ from .decoding import (
     outcome_legend,
     outcome_text,
     plot_distributions,
+    plot_outcomes,
 )
 from .explorer import Explorer, Frame
 from .mask_geometry import PAIR_KINDS, RuleMask, Spans, count_differences
@@ -119,6 +120,7 @@ __all__ = [
     "plot_gain",
     "plot_load",
     "plot_mask",
+    "plot_outcomes",
     "plot_packing",
     "plot_parts",
     "plot_rates",

@@ -106,7 +106,9 @@ def _heading(name: Any) -> str:
 
 def _written(value: Any, kind: str, digits: int) -> str:
     if isinstance(value, str):
-        return value.replace("\n", "⏎").replace("\t", "⇥")
+        # Of a token's spaces a page would show none.
+        text = value if value == value.strip(" ") else value.replace(" ", "␣")
+        return text.replace("\n", "⏎").replace("\t", "⇥")
     if pd.isna(value):
         return "–"
     if pd.api.types.is_bool(value):
@@ -119,22 +121,33 @@ def _written(value: Any, kind: str, digits: int) -> str:
     return text.replace("-", "−")
 
 
-def _in_words(index: pd.Index) -> pd.Index:
-    """An index or the headings, each level's values written and its name in words."""
-    kinds = [_COLUMNS.get(str(name), ("", ""))[1] for name in index.names]
+def _in_words(index: pd.Index, *, headings: bool) -> pd.Index:
+    """An index: the names of its levels in words, its values written; ``headings`` are names too.
+
+    Values of a level with a name are those of a column, and stay as they are where they are text.
+    """
     names = [None if name is None else _heading(name) for name in index.names]
+    levels = []
+    for place, name in enumerate(index.names):
+        kind = _COLUMNS.get(str(name), ("", ""))[1]
+        written = []
+        for value in index.get_level_values(place):
+            if headings and name is None:
+                written.append(_heading(value))
+            elif pd.api.types.is_float(value) and not kind:
+                written.append(f"{value:g}")
+            else:
+                written.append(_written(value, kind, 2))
+        levels.append(written)
     if isinstance(index, pd.MultiIndex):
-        rows = [[_label(v, k) for v, k in zip(row, kinds, strict=True)] for row in index]
-        return pd.MultiIndex.from_tuples(rows, names=names)
-    return pd.Index([_label(value, kinds[0]) for value in index], name=names[0])
+        return pd.MultiIndex.from_arrays(levels, names=names)
+    return pd.Index(levels[0], name=names[0])
 
 
-def _label(value: Any, kind: str) -> str:
-    if isinstance(value, str):
-        return _heading(value)
-    if pd.api.types.is_float(value) and not kind:
-        return f"{value:g}"
-    return _written(value, kind, 2)
+def _all_whole(column: pd.Series) -> bool:
+    if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
+        return False
+    return bool((column.dropna() % 1 == 0).all())
 
 
 @checked
@@ -161,12 +174,14 @@ def readable(
     table = table if columns is None else table[list(columns)]
     shown = {}
     for place, name in enumerate(table.columns):
-        kind = _COLUMNS.get(values or str(name), ("", ""))[1]
-        shown[place] = [_written(value, kind, digits) for value in table.iloc[:, place]]
+        kind, column = _COLUMNS.get(values or str(name), ("", ""))[1], table.iloc[:, place]
+        if kind in ("", "tenths") and _all_whole(column):
+            kind = "count"
+        shown[place] = [_written(value, kind, digits) for value in column]
     text = pd.DataFrame(shown, index=table.index, dtype=object)
-    text.columns = _in_words(table.columns)
-    if table.index.names == [None] and isinstance(table.index, pd.RangeIndex | pd.Index):
+    text.columns = _in_words(table.columns, headings=True)
+    if table.index.names == [None]:
         text.index = pd.Index([""] * len(text))
     else:
-        text.index = _in_words(table.index)
+        text.index = _in_words(table.index, headings=False)
     return text
