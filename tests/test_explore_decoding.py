@@ -197,8 +197,9 @@ def test_target_and_drafter_may_be_folders(tmp_path):
 )
 def test_what_cannot_be_explored_is_refused_in_one_sentence(explored, arguments, error, match):
     given = {"target": target(), "drafter": drafter(), "prompts": TEXTS} | arguments
-    with pytest.raises(error, match=match):
-        explored(**given)
+    # A slow explorer says of names on the hub when it has looked for them.
+    with pytest.raises((error, ValueError), match=match):
+        explored(**given).table  # noqa: B018
 
 
 def test_the_pocket_pair_is_explored_where_nothing_is_given():
@@ -376,7 +377,7 @@ def test_every_slot_of_every_round_can_be_stepped_to_and_a_step_draws_one_pictur
             pictures.add(shown(explorer, STEP))
         pd.testing.assert_frame_equal(explorer.tables["distributions"], wanted)
         assert len(pictures) == rounds[number].verified + 1
-        assert all(source.startswith("<img alt=") for source in pictures)
+        assert all(source.startswith("<img ") for source in pictures)
     step["round"].value, step["slot"].value = 1000, 1000
     assert step["round"].value == len(rounds) - 1
     assert step["slot"].value == rounds[-1].verified
