@@ -2,6 +2,7 @@ from .backends import Backend, MaskForm, attend, block_attention, choose_backend
 from .compiled import Compiled
 from .findings import Finding, Findings
 from .forward_check import check_forward
+from .given_mask import Runs, visible_runs
 from .mask import (
     FULL,
     ContextRanges,
@@ -25,6 +26,7 @@ __all__ = [
     "Finding",
     "Findings",
     "MaskForm",
+    "Runs",
     "Variant",
     "View",
     "attend",
@@ -40,4 +42,5 @@ __all__ = [
     "training_block_mask",
     "training_dense_mask",
     "training_mask_mod",
+    "visible_runs",
 ]

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from dspark_lab.attention.mask import MaskMod
 from dspark_lab.blocks import Blocks
+from dspark_lab.checks import checked
 
 # Pairs that are looked at together.
 PIECE = 2**22
@@ -144,6 +145,12 @@ class Runs:
         covered = (begin <= key[query]) & (key[query] < end)
         key[query[covered]] = end[covered]
         return key.reshape(self.shape)
+
+
+@checked
+def visible_runs(mine: Tensor | BlockMask | MaskMod, blocks: Blocks) -> Runs:
+    """The visible keys of a mask in any form that ``check_mask`` takes, of its first head."""
+    return given_mask(mine, blocks, 1).runs(0)
 
 
 def given_mask(mine: Tensor | BlockMask | MaskMod, blocks: Blocks, heads: int) -> GivenMask:

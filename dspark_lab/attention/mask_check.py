@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from dspark_lab.attention.findings import Finding, Findings, Report, require_rows
 from dspark_lab.attention.given_mask import GivenMask, Runs, given_mask
 from dspark_lab.attention.mask import MaskMod
-from dspark_lab.attention.mask_rules import MaskView, Variant, rule_findings
+from dspark_lab.attention.mask_rules import SeatedMask, Variant, rule_findings
 from dspark_lab.attention.seats import Owners, Seats, form_of, owners_of_context
 from dspark_lab.attention.tile_faults import tile_findings
 from dspark_lab.blocks import Blocks
@@ -85,7 +85,7 @@ def check_mask(
     if size != blocks.block_size:
         seats = seats.blocks_of(size, blocks.block_size)
     found = [*_form(form, report), *_owners(form, report, rule, owners, size)]
-    found += [*rule_findings(MaskView(form, runs, seats, variants, report)), *of_heads]
+    found += [*rule_findings(SeatedMask(form, runs, seats, variants, report)), *of_heads]
     if isinstance(mine, BlockMask):
         found += list(tile_findings(mask, report, mine))
     return Findings("the mask", tuple(found))

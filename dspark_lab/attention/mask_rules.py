@@ -35,7 +35,7 @@ _EMPTY = "every slot sees something"
 
 
 @dataclass(frozen=True)
-class MaskView:
+class SeatedMask:
     """A mask as runs of keys, beside where its queries belong and what is meant."""
 
     mask: GivenMask
@@ -52,7 +52,7 @@ class MaskView:
         return self.variants is not None and variant in self.variants
 
 
-def rule_findings(view: MaskView) -> Iterator[Finding]:
+def rule_findings(view: SeatedMask) -> Iterator[Finding]:
     yield from _context(view)
     yield from _intervals(view)
     yield from _own_blocks(view)
@@ -64,7 +64,7 @@ def rule_findings(view: MaskView) -> Iterator[Finding]:
         yield report.held(_EMPTY, kept)
 
 
-def _intervals(view: MaskView) -> Iterator[Finding]:
+def _intervals(view: SeatedMask) -> Iterator[Finding]:
     """What must be hidden and is not: the first key and the number of an interval's keys."""
     seats, runs, report = view.seats, view.runs, view.report
     kept, start, past = seats.kept, seats.start, seats.past
@@ -117,7 +117,7 @@ class _Fit:
     of_anchor: bool = False  # the window is that of the anchor, not of each slot
 
 
-def _context(view: MaskView) -> Iterator[Finding]:
+def _context(view: SeatedMask) -> Iterator[Finding]:
     """What is missing of the context, and what a window should cut off."""
     seats, runs, report, wanted = view.seats, view.runs, view.report, view.seats.window
     asked = seats.kept & (seats.anchor > seats.start)
@@ -167,7 +167,7 @@ def _context(view: MaskView) -> Iterator[Finding]:
     yield from found
 
 
-def _fit(view: MaskView, asked: np.ndarray) -> _Fit | None:
+def _fit(view: SeatedMask, asked: np.ndarray) -> _Fit | None:
     """The one way to begin and end that gives each query just the context that it sees."""
     seats, runs = view.seats, view.runs
     begin = runs.first(seats.start, seats.anchor)
@@ -201,7 +201,7 @@ def _fit(view: MaskView, asked: np.ndarray) -> _Fit | None:
     return None
 
 
-def _own_blocks(view: MaskView) -> Iterator[Finding]:
+def _own_blocks(view: SeatedMask) -> Iterator[Finding]:
     """What is missing of the own blocks, as [row, own block, slot, other slot]."""
     mask, seats, report = view.mask, view.seats, view.report
     size = int((seats.slot_past - seats.slot_first).max())

@@ -373,7 +373,8 @@ class Explorer(ipywidgets.VBox):
     def _show(self, frame: Frame) -> None:
         self.frames_drawn += 1
         if self.view is not None and frame.state is not None:
-            self.view.state = frame.state | {"frame": self.frames_drawn}
+            with self.view.hold_sync():
+                self.view.state = frame.state | {"frame": self.frames_drawn}
             shown = frame.html
         else:
             shown = frame.as_html()

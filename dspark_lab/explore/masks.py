@@ -1,10 +1,11 @@
 """Attention masks: what each block sees, pair by pair and tile by tile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from types import SimpleNamespace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, overload
 
 import numpy as np
 import pandas as pd
@@ -19,14 +20,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import avg_pool2d
 
-from dspark_lab.attention import FULL, ContextRanges, View, block_mask, dense_mask
+from dspark_lab.attention import FULL, ContextRanges, View, dense_mask
 from dspark_lab.blocks import Blocks, Layout, Per
-from dspark_lab.chats import Like, token_texts
-from dspark_lab.checks import Within, checked, require
+from dspark_lab.chats import Batch, Like
+from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.explore import style
-from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks
-from dspark_lab.explore.controls import checkbox, selection_slider, slider
+from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks, slot_inputs
+from dspark_lab.explore.controls import checkbox, dropdown, selection_slider, slider
 from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.mask_geometry import (
+    PRESETS,
+    MaskLike,
+    RuleMask,
+    Spans,
+    count_differences,
+    other_mask,
+    shuffled_blocks,
+)
+from dspark_lab.explore.mask_view import MaskView, mask_row, mask_state
 from dspark_lab.explore.style import BLUE, INK, ORANGE, PINK, RED, SKY, visible_text
 from dspark_lab.training import ChatsLike
 
@@ -65,7 +76,35 @@ def mask_regions(
 
 
 @checked
-def mask_table(regions: Regions) -> pd.DataFrame:
+def mask_spans(blocks: Blocks, *, documents: bool = True, row: int = 0, view: View = FULL) -> Spans:
+    """:func:`mask_regions` as intervals, for masks that are too large for a matrix."""
+    return RuleMask(blocks.row(row), view, one_document=not documents).regions
+
+
+@checked
+def tile_spans(blocks: Blocks, tile_size: Count = 128, *, row: int = 0, view: View = FULL) -> Spans:
+    """:func:`tile_states` of the blocks' mask as intervals."""
+    return RuleMask(blocks.row(row), view).tiles(tile_size)
+
+
+@checked
+def difference_table(
+    blocks: Blocks, other: MaskLike, *, batch: Batch | None = None, view: View = FULL
+) -> pd.DataFrame:
+    """What only one of two masks of the first row sees, by kind, with the first place of each.
+
+    ``other`` is a mask of a trainer in any form that ``check_mask`` takes, other blocks, or one of
+    "causal block", "forgotten documents", "context with the anchor" and "window" (half as wide, 64
+    where there is none). Kinds are those of the first mask; ``batch`` tells which are padding.
+    """
+    one = blocks.row(0)
+    length = None if batch is None else int(batch.attention_mask[0].sum())
+    mask = RuleMask(one, view, length=length)
+    return count_differences(mask, other_mask(mask, other))
+
+
+@checked
+def mask_table(regions: Regions | Spans) -> pd.DataFrame:
     """How many pairs of a mask belong to each region: ``region``, ``pairs``, ``share``."""
     return _count_table(regions, "region", REGIONS, "pairs")
 
@@ -79,7 +118,7 @@ def tile_states(mask: BlockMask, *, row: int = 0) -> States:
 
 
 @checked
-def tile_table(states: States) -> pd.DataFrame:
+def tile_table(states: States | Spans) -> pd.DataFrame:
     """How many tiles are in each state: ``state``, ``tiles``, ``share``."""
     return _count_table(states, "state", TILE_STATES, "tiles")
 
@@ -93,24 +132,31 @@ def sorting_table(
     The tiles in each state are those of all rows; ``work`` is the share of pairs that a kernel
     computes (partial and full tiles), ``wasted`` the share of that work that the mask hides.
     """
-    drawn = ContextRanges.of(blocks)
-    orders = {"as drawn": drawn, "shuffled": ContextRanges.of(_shuffled(blocks, seed))}
-    block_size, all_blocks = blocks.block_size, blocks.block_keep_mask.numel()
-    visible = int((drawn.end - drawn.start).sum()) * block_size + all_blocks * block_size**2
+    orders = {"as drawn": blocks, "shuffled": shuffled_blocks(blocks, seed)}
+    masks = {
+        order: [RuleMask(drawn.row(row)) for row in range(len(drawn.doc_ids))]
+        for order, drawn in orders.items()
+    }
+    visible = sum(mask.regions.counts(4)[1:].sum() for mask in masks["as drawn"])
     rows = []
-    for tile_size, (order, ranges) in product(tile_sizes, orders.items()):
-        states = _states_by_row(block_mask(ranges, tile_size)).flatten(0, 1)
-        empty, partial, full = counts = tile_table(states)["tiles"]
+    for tile_size, (order, of_rows) in product(tile_sizes, masks.items()):
+        counts = np.sum([mask.tiles(tile_size).counts(3) for mask in of_rows], axis=0)
+        empty, partial, full = counts.tolist()
         computed = partial + full
         wasted = 1 - visible / (computed * tile_size**2)
         rows.append((tile_size, order, *counts, computed / (empty + computed), wasted))
     return pd.DataFrame(rows, columns=["tile_size", "order", *TILE_STATES, "work", "wasted"])
 
 
-def _count_table(cells: Tensor, kind: str, names: Sequence[str], counted: str) -> pd.DataFrame:
+def _count_table(
+    cells: Tensor | Spans, kind: str, names: Sequence[str], counted: str
+) -> pd.DataFrame:
     """How many cells have each value, which is an index into ``names``."""
-    counts = torch.bincount(cells.flatten().int(), minlength=len(names)).numpy()
-    return pd.DataFrame({kind: names, counted: counts, "share": counts / max(1, cells.numel())})
+    if isinstance(cells, Spans):
+        counts = cells.counts(len(names))
+    else:
+        counts = torch.bincount(cells.flatten().int(), minlength=len(names)).numpy()
+    return pd.DataFrame({kind: names, counted: counts, "share": counts / max(1, counts.sum())})
 
 
 def _states_by_row(mask: BlockMask) -> Int[Tensor, "row query_tile key_tile"]:
@@ -118,8 +164,69 @@ def _states_by_row(mask: BlockMask) -> Int[Tensor, "row query_tile key_tile"]:
     return (2 * mask.to_dense() - partial)[:, 0].to(torch.int8)
 
 
+@overload
 def plot_mask(
-    regions: Regions,
+    regions: Blocks,
+    *,
+    batch: Batch | None = None,
+    to_text: Callable[[int], str] | None = None,
+    compare: MaskLike | None = None,
+    view: View = FULL,
+    tile_size: int = 128,
+    row: int = 0,
+) -> MaskView: ...
+@overload
+def plot_mask(
+    regions: Regions | Spans,
+    *,
+    seq_len: int,
+    block_size: int,
+    context_text: Sequence[str] | None = None,
+    slot_text: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Figure: ...
+def plot_mask(regions: Blocks | Regions | Spans, **options: Any) -> MaskView | Figure:
+    """The attention mask with its regions in colour: queries down, keys across.
+
+    Given blocks, of any size, a widget: the mask of their ``row`` under a layer's ``view``, beside
+    another to ``compare`` with, as :func:`difference_table` takes it. ``batch`` and ``to_text``
+    name its tokens.
+
+    Given ``regions``, from :func:`mask_regions` or :func:`mask_spans`, a figure. A small mask has
+    the texts of its context tokens (or their positions) and of its slots' inputs on its axes. In a
+    large one, a pixel is as deep as the share of its pairs that is visible. ``ax`` takes the place
+    of a new figure.
+    """
+    if isinstance(regions, Blocks):
+        return _mask_widget(regions, **options)
+    return _mask_figure(regions, **options)
+
+
+@checked
+def _mask_widget(
+    blocks: Blocks,
+    *,
+    batch: Batch | None = None,
+    to_text: Callable[[int], str] | None = None,
+    compare: MaskLike | None = None,
+    view: View = FULL,
+    tile_size: int = 128,
+    row: int = 0,
+) -> MaskView:
+    length = None if batch is None else int(batch.attention_mask[row].sum())
+    mask = RuleMask(blocks.row(row), view, length=length)
+    other = None if compare is None else other_mask(mask, compare)
+    tokens = None if batch is None or to_text is None else mask_row(batch, to_text, row=row)
+    state = mask_state(mask, tile_size=tile_size, other=other, row=tokens)
+    shown = MaskView(state=state | {"frame": 1})
+    sizes = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+    texts = None if tokens is None else tokens["texts"]
+    shown.figure = lambda: _mask_figure(mask.regions, **sizes, context_text=texts)
+    return shown
+
+
+def _mask_figure(
+    regions: Regions | Spans,
     *,
     seq_len: int,
     block_size: int,
@@ -127,18 +234,12 @@ def plot_mask(
     slot_text: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """The attention mask with its regions in colour: queries down, keys across.
-
-    ``regions`` are from :func:`mask_regions`. A small mask has the texts of its context tokens (or
-    their positions) and of its slots' inputs on its axes. In a large one, a pixel is as deep as the
-    share of its pairs that is visible. ``ax`` takes the place of a new figure.
-    """
     queries, keys = regions.shape
     named = max(queries, keys) <= MOST_NAMED_CELLS
     if ax is None:
         width, height = (0.24 * keys + 1.6, 0.24 * queries + 1.9) if named else (8.0, 4.6)
         _, ax = style.new_figure(width, height)
-    colours = {i: REGION_COLOURS[REGIONS[i]] for i in regions.unique().tolist() if i}
+    colours = {i: REGION_COLOURS[REGIONS[i]] for i in _values(regions) if i}
     _paint(ax, regions, colours)
     ax.axvline(seq_len - 0.5, color=INK, linewidth=1)
     if named:
@@ -163,7 +264,9 @@ def plot_mask(
     return cast(Figure, ax.figure)
 
 
-def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None = None) -> Figure:
+def plot_tiles(
+    states: States | Spans, *, seq_len: int, tile_size: int, ax: Axes | None = None
+) -> Figure:
     """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
     if ax is None:
@@ -185,8 +288,8 @@ def plot_tiles(states: States, *, seq_len: int, tile_size: int, ax: Axes | None 
 
 @checked
 def mask_and_tiles(
-    regions: Regions,
-    states: States,
+    regions: Regions | Spans,
+    states: States | Spans,
     *,
     seq_len: int,
     block_size: int,
@@ -204,7 +307,7 @@ def mask_and_tiles(
     margin, below = (1.35, 1.35) if named else (0.65, 0.55)
     figure.subplots_adjust(margin / width, below / height, 0.99, 1 - 0.35 / height)
     names = {"context_text": context_text, "slot_text": slot_text}
-    plot_mask(regions, seq_len=seq_len, block_size=block_size, ax=left, **names)
+    _mask_figure(regions, seq_len=seq_len, block_size=block_size, ax=left, **names)
     plot_tiles(states, seq_len=seq_len, tile_size=tile_size, ax=right)
     return figure
 
@@ -227,28 +330,41 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _paint(ax: Axes, cells: Int[Tensor, "row column"], colours: dict[int, str]) -> None:
+def _values(cells: Tensor | Spans) -> list[int]:
+    if isinstance(cells, Spans):
+        return np.unique(cells.value).tolist()
+    return cells.unique().tolist()
+
+
+def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
     """Draw cells in the colours of their values, cell (i, j) centred at (j, i).
 
     Where there are more cells than pixels, a pixel is as deep as the share of its cells that have a
     colour, and mixes their colours.
     """
     rows, columns = cells.shape
-    pixel = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
+    height, width = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
 
-    def counted(chosen: Tensor) -> np.ndarray:
-        planes = chosen.float().unsqueeze(0)
-        return avg_pool2d(planes, pixel, ceil_mode=True, divisor_override=1)[0].double().numpy()
+    def counted(value: int) -> np.ndarray:
+        if isinstance(cells, Spans):
+            return cells.covered(value, height, width)
+        planes = (cells == value).float().unsqueeze(0)
+        pooled = avg_pool2d(planes, (height, width), ceil_mode=True, divisor_override=1)
+        return pooled[0].double().numpy()
 
-    inside = counted(torch.ones_like(cells))
-    image = np.zeros((*inside.shape, 4))
+    down, across = -(-rows // height), -(-columns // width)
+    inside = np.outer(
+        np.minimum(height, rows - height * np.arange(down)),
+        np.minimum(width, columns - width * np.arange(across)),
+    )
+    image = np.zeros((down, across, 4))
     for value, colour in colours.items():
-        share = counted(cells == value) / inside
+        share = counted(value) / inside
         image[..., :3] += share[..., None] * to_rgb(colour)
         image[..., 3] += share
     image[..., :3] /= np.maximum(image[..., 3:], 1e-9)
-    bottom, right = np.multiply(inside.shape, pixel) - 0.5
-    ax.imshow(image, extent=(-0.5, right, bottom, -0.5), aspect="auto", interpolation="nearest")
+    extent = (-0.5, across * width - 0.5, down * height - 0.5, -0.5)
+    ax.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
     ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     ax.spines[:].set_visible(True)
 
@@ -277,44 +393,87 @@ def explore_masks(
     window: int = 0,
     causal: bool = False,
     like: Like | None = None,
+    compare: Any = None,
 ) -> Explorer:
     """The mask of each block of a conversation, pair by pair and tile by tile.
 
-    ``context`` is how many tokens around the first answer to keep: with few of them and few blocks
-    the mask is drawn cell by cell. ``window`` (0: none) and ``causal`` are those of layers that see
-    the last tokens of the context alone, and of their block no later slot. All other arguments are
-    as in :func:`explore_anchors`, and the tables ``mask``, ``tiles`` and ``blocks``.
+    ``context`` is how many tokens around the first answer to keep. ``window`` (0: none) and
+    ``causal`` are those of layers that see the last tokens of the context alone, and of their block
+    no later slot. ``compare`` is another mask: one of a trainer in any form that ``check_mask``
+    takes, "causal block", "forgotten documents", "context with the anchor", "window", "shuffled
+    anchors", or another seed, as a number or as "seed 7". All other arguments are as in
+    :func:`explore_anchors`, and the tables ``mask``, ``tiles``, ``blocks`` and, where masks are
+    compared, ``difference``.
     """
     given = dict(locals())
     rows = ConversationRows(chats, tokenizer, like)
+    start, options = _comparisons(compare)
+
+    @lru_cache(maxsize=16)
+    def row_of(*chosen: Any) -> tuple[Batch, dict[str, Any]]:
+        batch = rows.row(*chosen)
+        return batch, mask_row(batch, rows.to_text)
 
     def draw(chosen: SimpleNamespace) -> Frame:
-        batch = rows.row(chosen.conversation, chosen.packed, chosen.row_length, chosen.context)
+        batch, row = row_of(chosen.conversation, chosen.packed, chosen.row_length, chosen.context)
         blocks, view = drawn_blocks(batch, chosen), View(chosen.window or None, chosen.causal)
         if chosen.shuffled:
-            blocks = _shuffled(blocks, chosen.seed)
-        regions = mask_regions(blocks, view=view)
-        tiles = tile_states(block_mask(ContextRanges.of(blocks, view), chosen.tile_size))
-        table = block_table(blocks, rows.to_text, view=view)
+            blocks = shuffled_blocks(blocks, chosen.seed)
+        length = int(batch.attention_mask[0].sum())
+        mask, other = RuleMask(blocks, view, length=length), None
+        if chosen.compare in options[:1]:
+            pass
+        elif chosen.compare == "yours":
+            other = other_mask(mask, compare)
+        elif chosen.compare == "shuffled anchors":
+            other = other_mask(mask, shuffled_blocks(blocks, chosen.seed + 1), chosen.compare)
+        elif chosen.compare.startswith("seed "):
+            number = int(chosen.compare.removeprefix("seed "))
+            drawn = SimpleNamespace(**vars(chosen) | {"seed": number})
+            other = other_mask(mask, drawn_blocks(batch, drawn), chosen.compare)
+        else:
+            other = other_mask(mask, chosen.compare)
+
+        def tables() -> dict[str, pd.DataFrame]:
+            made = {
+                "mask": mask_table(mask.regions),
+                "tiles": tile_table(mask.tiles(chosen.tile_size)),
+                "blocks": block_table(blocks, rows.to_text, view=view),
+            }
+            return made if other is None else made | {"difference": count_differences(mask, other)}
 
         def figure() -> Figure:
-            drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
-            drawn["context_text"] = token_texts(rows.to_text, batch.input_ids[0].tolist())
-            drawn["slot_text"] = table["input"].tolist()
-            return mask_and_tiles(regions, tiles, tile_size=chosen.tile_size, **drawn)
+            names = {"context_text": row["texts"], "slot_text": slot_inputs(blocks, rows.to_text)}
+            sizes = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+            tiles = mask.tiles(chosen.tile_size)
+            return mask_and_tiles(mask.regions, tiles, tile_size=chosen.tile_size, **sizes, **names)
 
-        tables = {"mask": mask_table(regions), "tiles": tile_table(tiles), "blocks": table}
         alt = "the attention mask with its regions, and its tiles"
-        return Frame(tables, figure, alt=alt)
+        state = mask_state(mask, tile_size=chosen.tile_size, other=other, row=row)
+        return Frame(tables, figure, alt=alt, state=state)
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
-    controls.insert(3, slider("context", context, 8, 1024))
-    controls += [slider("window", window, 0, 512), checkbox("causal", causal)]
+    controls.insert(3, slider("context", context, 8, 131072))
+    controls += [slider("window", window, 0, 4096), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
-    return Explorer("explore_masks", controls, draw, reasons=rows.reasons, given=given)
+    controls.append(dropdown("compare", start, options))
+    return Explorer(
+        "explore_masks", controls, draw, view=MaskView, reasons=rows.reasons, given=given
+    )
 
 
-def _shuffled(blocks: Blocks, seed: int) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return blocks.reordered(torch.randperm(blocks.num_anchors, generator=generator))
+def _comparisons(compare: Any) -> tuple[str, tuple[str, ...]]:
+    """What the control starts with, and what it offers; the first is no comparison."""
+    options = ("nothing", *PRESETS, "shuffled anchors", "seed 1", "seed 2", "seed 3")
+    if compare is None:
+        return options[0], options
+    if isinstance(compare, int) and not isinstance(compare, bool):
+        compare = f"seed {compare}"
+    if not isinstance(compare, str):
+        return "yours", (*options, "yours")
+    if compare in options:
+        return compare, options
+    if not compare.removeprefix("seed ").isdecimal():
+        raise ValueError(f"compare must be a mask, a seed or one of {options}, got {compare!r}")
+    return compare, (*options, compare)

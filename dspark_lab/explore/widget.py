@@ -35,6 +35,11 @@ class WidgetView(Base):
     state = traitlets.Dict().tag(sync=True)
     selection = traitlets.Any(None, allow_none=True).tag(sync=True)
 
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The state for a page, with what a notebook sends apart from it."""
+        return self.state
+
     def __init_subclass__(cls, **options: Any) -> None:
         # anywidget makes a class of its own for each widget, which has the script already.
         if HAS_ANYWIDGET and "_esm" not in vars(cls):
@@ -64,7 +69,7 @@ def page(title: str, parts: Sequence[WidgetView | str]) -> str:
             sources[part.names] = source.removesuffix(_EXPORT) + "return { render };\n"
         body.append(f'<div class="widget" id="widget{len(states)}"></div>')
         number = list(sources).index(part.names)
-        states.append([number, {"state": part.state, "selection": part.selection}])
+        states.append([number, {"state": part.whole, "selection": part.selection}])
     modules = ",\n".join(f"() => {{\n{source}}}" for source in sources.values())
     held = json.dumps(states, default=_coded)
     script = f'"use strict";\nconst modules = [{modules}];\nconst states = {held};\n{_START}'
