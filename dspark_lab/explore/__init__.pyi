@@ -37,7 +37,7 @@ from .decoding import (
     plot_distributions,
 )
 from .explorer import Explorer, Frame
-from .mask_geometry import PAIR_KINDS, RuleMask, Spans
+from .mask_geometry import PAIR_KINDS, RuleMask, Spans, count_differences
 from .mask_view import MaskView, mask_row, mask_state
 from .masks import (
     REGIONS,
@@ -83,6 +83,7 @@ __all__ = [
     "TILE_STATES",
     "VIEWS",
     "block_table",
+    "count_differences",
     "difference_table",
     "explore_acceptance",
     "explore_anchors",

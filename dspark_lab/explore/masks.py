@@ -49,7 +49,7 @@ TILE_SIZES = (16, 32, 64, 128, 256)
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
 MOST_NAMED_CELLS = 48
 # A larger one has as many rows and columns as its axes surely have pixels, so that none is lost.
-MOST_ROWS, MOST_COLUMNS = 240, 480
+PIXEL_ROWS, PIXEL_COLUMNS = 240, 480
 
 Regions = Int[Tensor, "query key"]
 States = Int[Tensor, "query_tile key_tile"]
@@ -343,7 +343,7 @@ def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
     colour, and mixes their colours.
     """
     rows, columns = cells.shape
-    height, width = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
+    height, width = -(-rows // PIXEL_ROWS), -(-columns // PIXEL_COLUMNS)
 
     def counted(value: int) -> np.ndarray:
         if isinstance(cells, Spans):
