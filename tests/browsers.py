@@ -32,7 +32,7 @@ BROWSERS += [f"/Applications/{n}.app/Contents/MacOS/{n}" for n in ("Google Chrom
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 SECONDS = 1000  # Playwright counts in milliseconds.
-LOADED = 120 * SECONDS
+LOADED = 60 * SECONDS
 HERE = {"localhost", "127.0.0.1"}
 
 
@@ -170,19 +170,27 @@ class Lab:
         """Open a notebook of the folder and wait until its kernel is there."""
         from playwright.sync_api import expect
 
-        page.goto(f"{self.url}lab/tree/{notebook}?token={self.token}")
+        page.goto(f"{self.url}lab/tree/{notebook}?reset&token={self.token}")
         idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         expect(idle).to_be_visible(timeout=LOADED)
         # Idle before it has a kernel, a notebook asks which one to run its cells with.
         expect(page.locator("#jp-main-statusbar")).to_contain_text(") | Idle", timeout=LOADED)
 
+    def start_all(self, page: Any) -> None:
+        """Begin to run the open notebook."""
+        page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+        page.locator("[data-command='runmenu:run-all']").click()
+
     def run_all(self, page: Any, cells: int) -> None:
         """Run the open notebook; each of its ``cells`` must have run."""
+        self.start_all(page)
+        self.wait_for(page, cells)
+
+    def wait_for(self, page: Any, cells: int) -> None:
+        """Wait until each of the ``cells`` has run."""
         from playwright.sync_api import expect
 
         prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
-        page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
-        page.locator("[data-command='runmenu:run-all']").click()
         expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=LOADED)
         idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         expect(idle).to_be_visible(timeout=LOADED)

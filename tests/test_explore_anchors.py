@@ -1,6 +1,5 @@
 """Anchors: tables counted once more in plain loops, pictures, text, and the explorer."""
 
-import re
 from base64 import b64decode
 from itertools import product
 
@@ -273,11 +272,9 @@ def test_readers_that_run_no_widgets_get_what_is_shown(make):
         assert bundle[WIDGET]["model_id"] == explorer.model_id
         assert bundle["text/plain"] == repr(explorer)
         if make is anchors:
-            assert bundle["text/html"] == picture(explorer).value
+            assert "text/html" not in bundle
         else:
             assert b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n\x1a\n")
-            assert bundle["image/png"] in picture(explorer).value
-            assert re.search(r'<img alt="[^"]*mask[^"]*"', picture(explorer).value)
 
 
 def test_anchors_per_document_are_drawn_in_each_and_covered_as_if_each_were_alone():

@@ -23,7 +23,7 @@ from dspark_lab.explore import budget as budget_module
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.tuning import CARDS, TRAINERS, Shape, Spans, StepTime, TrainingSettings
 from tests import gallery
-from tests.explorers import CHATS, LENGTHS, TOKENIZER, picture
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture
 from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, picture_of
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
@@ -264,11 +264,16 @@ def explorer(chats=ENCODED, model=SHAPE, tokenizer=None, **start) -> Explorer:
 
 def sentences(shown: Explorer) -> list[str]:
     """The recommendation, the sentence on the chosen setting, and the text to take away."""
-    found = re.fullmatch(
-        r"<img [^>]*><p>(.*?)</p><p>(.*?)</p><pre>(.*?)</pre>", picture(shown).value, re.DOTALL
-    )
+    found = re.fullmatch(r"<img [^>]*><p>(.*?)</p><p>(.*?)</p>.*", picture(shown).value, re.DOTALL)
     assert found, picture(shown).value[-500:]
-    return [unescape(text) for text in found.groups()]
+    return [unescape(text) for text in (*found.groups(), exported(shown)[-1])]
+
+
+def exported(shown: Explorer) -> list[str]:
+    """The texts to take away: of the recommendation, and of the controls where they differ."""
+    return [
+        unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", shown._frame.html, re.DOTALL)
+    ]
 
 
 def by_hand(**settings) -> dict[str, pd.DataFrame]:
@@ -319,7 +324,7 @@ def test_the_picture_all_tables_and_the_recommendation_follow_every_control():
         assert sentences(shown)[0] == tables["recommended"]["reason"].item()
 
 
-def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
+def test_what_is_recommended_is_exported_beside_the_setting_of_the_controls_and_can_be_used():
     shown = explorer(num_anchors=4, batch_size=2)
     chosen = TrainingSettings(4, 3, 256, 2, pack_length=256)
     for kind in ("json", "dspark-lab", "nemo-automodel"):
@@ -327,9 +332,15 @@ def test_the_export_is_that_of_the_controls_and_not_of_the_recommendation():
         assert sentences(shown)[2] == tuning.export(chosen, kind)
         assert '"' not in picture(shown).value.split("<pre>")[1], "escaped"
     assert shown.tables["settings"].to_dict("records") == [vars(chosen)]
-    assert shown.tables["recommended"]["num_anchors"].item() != 4
+    best = int(shown.tables["recommended"]["num_anchors"].item())
+    assert best != 4 and shown._frame.recommended == {"num_anchors": best}
+    advised = replace(chosen, num_anchors=best)
+    assert exported(shown) == [tuning.export(one, kind) for one in (advised, chosen)]
+    assert f"For {kind}, recommended:" in shown._frame.html
+    assert f"For {kind}, your setting now:" in shown._frame.html
     assert shown.controls["export"].options == ("json", *TRAINERS)
     shown.controls["export"].value = "deepspec"
+    assert shown.tables
     assert "DeepSpec always has a row for each conversation" in picture(shown).value
     assert 'role="alert"' in picture(shown).value
     shown.controls["packed"].value = False
@@ -350,25 +361,29 @@ def test_the_chosen_setting_is_told_in_a_sentence():
     shown = explorer(num_anchors=32, packed=False, seq_len=512, card="L4")
     line = shown.table.set_index("num_anchors").loc[32]
     assert sentences(shown)[1] == (
-        f"Chosen: N 32, K 3, S 512 covers {line['share']:.0%} of the supervised tokens in a pass; "
-        f"a step on L4 takes {line['seconds']:.3g} s and {line['memory_bytes'] / 1e9:.1f} GB of "
-        f"23.7 GB that it may take, as the longest row has {LONGEST} tokens."
+        f"Your setting now: N 32, K 3, S 512 covers {line['share']:.0%} of the supervised tokens "
+        f"in a pass; a step on L4 takes {line['seconds']:.3g} s and "
+        f"{line['memory_bytes'] / 1e9:.1f} GB of 23.7 GB that it may take, as the longest row has {LONGEST} tokens."
     )
     shown.controls["packed"].value = True
     assert "longest" not in sentences(shown)[1]
     shown.controls["per"].value = "document"
-    assert sentences(shown)[1].startswith("Chosen: N 32 for each document, K 3, S 512 covers")
+    assert sentences(shown)[1].startswith(
+        "Your setting now: N 32 for each document, K 3, S 512 covers"
+    )
 
 
 def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):
     drawn = Mock(side_effect=plot_budget)
     monkeypatch.setattr(budget_module, "plot_budget", drawn)
     shown = explorer(packed=False, seq_len=512, per="document")
+    assert shown.tables
     assert drawn.call_args.kwargs == {"num_anchors": 8, "at": (LONGEST, 8)}
     shown.controls["packed"].value = True
     spans = Spans.of(ENCODED, seq_len=512, row_length=512)
     docs = np.bincount(spans.document_row)
     marked = 512, 8 * docs.max()
+    assert shown.tables
     assert drawn.call_args.kwargs == {"num_anchors": 8, "at": marked}
 
 
@@ -490,16 +505,16 @@ def test_a_model_is_a_shape_or_what_one_is_made_of():
 def test_rows_too_short_and_too_many_blocks_are_said_in_words_and_can_be_left():
     shown = explorer(documents("." * 280 + "a" * 10))
     assert shown.tables == {}
-    assert "among its first 256" in picture(shown).value and "longer row" in picture(shown).value
+    assert "among its first 256" in alert(shown) and "longer row" in alert(shown)
     shown.controls["seq_len"].value = 512
     assert list(shown.tables) == NAMES
     # Too many blocks to look at.
     shown = explorer(num_anchors=2**18)
-    assert "A row has 262,144 blocks, more than 131,072. Choose fewer." in picture(shown).value
+    assert alert(shown) == "A row has 262,144 blocks, more than 131,072. Choose fewer."
     assert shown.tables == {}
     shown.controls["batch_size"].value = 64
     shown.controls["num_anchors"].value = 8
-    assert "batch_size must be at most the number of rows" in picture(shown).value
+    assert "batch_size must be at most the number of rows" in alert(shown)
     shown.controls["batch_size"].value = 1
     shown.controls["num_anchors"].value = 4
     assert list(shown.tables) == NAMES

@@ -413,7 +413,7 @@ def loads(
 def said(explorer: Explorer) -> list[str]:
     """The sentences and the export below the picture."""
     shown = picture(explorer).value
-    assert shown.startswith("<img alt=")
+    assert shown.startswith("<img ")
     found = re.findall(r"<(?:p|pre)(?: [^>]*)?>(.*?)</(?:p|pre)>", shown, flags=re.DOTALL)
     return [unescape(text) for text in found]
 
@@ -432,16 +432,18 @@ def test_tables_and_sentences_are_what_the_library_says_of_the_chosen_settings(e
         "profile": profile.table(),
         "steps": CURVE.table,
     }
-    assert list(explored.tables) == [*wanted, "settings"]
+    assert list(explored.tables) == [*wanted, "settings", "recommended"]
     for name, table in wanted.items():
         pd.testing.assert_frame_equal(explored.tables[name], table, obj=name)
     pd.testing.assert_frame_equal(explored.table, wanted["speedup"])
     chosen = ServingSettings(k, settings["threshold"], block_size=SLOTS, temperature=temperature)
     assert explored.tables["settings"].to_dict("records") == [vars(chosen)]
     # Below the picture stands what to choose.
-    first, second, third, exported = said(explored)
+    first, second, third, *_, exported = said(explored)
     assert first == serving.advice(acceptance_profile(own, temperature=temperature), costs)
-    thresholds, here = wanted["thresholds"], wanted["load"]
+    speedups, here = wanted["speedup"], wanted["load"]
+    fastest = int(speedups.loc[speedups["speedup"].idxmax(), "draft_length"])
+    thresholds = serving.threshold_table(own, costs, draft_lengths=[fastest])
     best = thresholds.loc[thresholds["speedup"].idxmax()]
     assert f"best static threshold is {best['threshold']:g}: {best['speedup']:.2f} " in second
     here = here[here["concurrency"] == settings["requests"]]
@@ -451,12 +453,19 @@ def test_tables_and_sentences_are_what_the_library_says_of_the_chosen_settings(e
         words = f"{row.policy} {row.throughput:.0f} tokens/s, {row.per_user:.0f} for each user"
         assert words in third
     assert exported == export(chosen, "json")
+    # What is recommended is exported as well, and can be used at once.
+    advised = {"draft_length": fastest, "threshold": best["threshold"]}
+    assert explored._frame.recommended == advised
+    both = ServingSettings(*advised.values(), block_size=SLOTS, temperature=temperature)
+    assert explored.tables["recommended"].to_dict("records") == [vars(both)]
+    assert export(both, "json") in said(explored)
 
 
 def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
     drawn = Mock(side_effect=serving_module.plot_serving)
     monkeypatch.setattr(serving_module, "plot_serving", drawn)
     explorer = shown(draft_length=2, temperature=0.0, requests=8, replay=True)
+    assert explorer.tables
     [((speedups, load), options)] = drawn.call_args_list
     assert list(speedups) == ["T 0", "T 1"]
     for temperature, table in zip((0.0, 1.0), speedups.values(), strict=True):
@@ -465,7 +474,7 @@ def test_the_picture_is_the_composite_of_what_the_tables_hold(monkeypatch):
         pd.testing.assert_frame_equal(table, wanted)
     pd.testing.assert_frame_equal(load, explorer.tables["load"])
     assert options == {"bold": "T 0", "draft_length": 2, "requests": 8, "replay": True}
-    assert Image.open(io.BytesIO(explorer._frame.png)).size == (950, 560)
+    assert Image.open(io.BytesIO(explorer._frame.png)).size == (1045, 616)
 
 
 def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
@@ -477,6 +486,7 @@ def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
 
     def calls() -> dict[str, int]:
         """Since the last time."""
+        assert explorer.tables
         made = Counter(name for name, *_ in watched.method_calls)
         watched.reset_mock()
         return made
@@ -492,12 +502,12 @@ def test_what_was_worked_out_once_is_not_worked_out_again(monkeypatch):
         assert calls() == {"plot_serving": 1} and explorer._frame.png not in seen
         seen.add(explorer._frame.png)
     put(explorer, export="json")
-    assert calls() == {}
+    assert "load_table" not in calls()
     put(explorer, threshold=0.45)
-    assert calls() == {"load_table": 1, "plot_serving": 1}
+    assert calls()["load_table"] == 1
     put(explorer, threshold=0.3)
     put(explorer, threshold=0.45)
-    assert calls() == {}
+    assert "load_table" not in calls()
 
 
 def test_the_chosen_values_are_exported_as_text_or_a_sentence_says_why_not(explored):
@@ -550,10 +560,10 @@ def test_of_short_answers_only_lengths_that_every_temperature_reached_are_shown(
 
 def test_answers_without_a_round_are_said_with_what_to_change():
     message = "at temperature 1 every answer ended before a round: max_new_tokens must be larger"
+    options = {"engine": ENGINE, "temperatures": (1.0,), "max_new_tokens": 2}
+    explorer = explore_serving(target(), drafter(), TEXTS, **options)
     with pytest.raises(ValueError, match=f"{message}.* got 2"):
-        explore_serving(
-            target(), drafter(), TEXTS, engine=ENGINE, temperatures=(1.0,), max_new_tokens=2
-        )
+        explorer.table  # noqa: B018
 
 
 def test_controls_start_where_they_are_told_or_at_the_longest_draft_and_the_highest_temperature():
@@ -646,13 +656,14 @@ def test_an_engine_that_is_not_given_is_measured_on_these_models(monkeypatch):
     monkeypatch.setattr(Models, "decode", None)
     options = {"trace": TRACE, "requests_simulated": 2, "seed": 4}
     explorer = explore_serving(target(), {"mine": drafter()}, TEXTS, **options)
+    assert explorer.tables
     measured.assert_called_once_with(target(), drafter(), seed=4)
     pd.testing.assert_frame_equal(explorer.tables["steps"], CURVE.table)
     assert explorer.tables["settings"]["drafter"].tolist() == ["mine"]
 
 
 def test_with_trace_and_engine_no_model_is_loaded(monkeypatch):
-    for name in ("load_models", "load_pair", "load_traces"):
+    for name in ("open_models", "load_traces"):
         monkeypatch.setattr(serving_module, name, None)
     monkeypatch.setattr(serving, "load_engine", None)
     explorer = explore_serving("no/such-target", "no/such-drafter", **OPTIONS)

@@ -32,9 +32,10 @@ from .decoding import (
     outcome_legend,
     outcome_text,
     plot_distributions,
+    plot_outcomes,
 )
 from .explorer import Explorer, Frame
-from .mask_geometry import PAIR_KINDS, RuleMask, Spans
+from .mask_geometry import PAIR_KINDS, RuleMask, Spans, count_differences
 from .mask_view import MaskView, mask_row, mask_state
 from .masks import (
     REGIONS,
@@ -74,6 +75,7 @@ from .tokens import (
     token_table,
 )
 from .training import LiveCurve, plot_training
+from .words import readable
 
 __all__ = [
     "DecodingExplorer",
@@ -91,6 +93,7 @@ __all__ = [
     "TOKEN_STATES",
     "VIEWS",
     "block_table",
+    "count_differences",
     "difference_table",
     "explore_acceptance",
     "explore_anchors",
@@ -117,6 +120,7 @@ __all__ = [
     "plot_gain",
     "plot_load",
     "plot_mask",
+    "plot_outcomes",
     "plot_packing",
     "plot_parts",
     "plot_rates",
@@ -136,6 +140,7 @@ __all__ = [
     "plot_tokens",
     "plot_training",
     "png",
+    "readable",
     "slot_inputs",
     "sorting_table",
     "tile_spans",

@@ -24,8 +24,8 @@ class MaskView(RowView):
     names: ClassVar[tuple[str, ...]] = ("shared", "rule", "mask")
     figure: Callable[[], Figure] | None = None
 
-    def _repr_mimebundle_(self, **options: object) -> Any:
-        bundle = super()._repr_mimebundle_(**options) if HAS_ANYWIDGET else {}
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        bundle: Any = super()._repr_mimebundle_(**options) if HAS_ANYWIDGET else {}
         if self.figure is None:
             return bundle
         # anywidget gives data and metadata, or nothing where it may not be shown.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import avg_pool2d
 
-from dspark_lab.attention import FULL, ContextRanges, View, dense_mask
+from dspark_lab.attention import FULL, ContextRanges, View, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, Layout, Per
 from dspark_lab.chats import Batch, Like
 from dspark_lab.checks import Count, Within, checked, require
@@ -49,7 +49,9 @@ TILE_SIZES = (16, 32, 64, 128, 256)
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
 MOST_NAMED_CELLS = 48
 # A larger one has as many rows and columns as its axes surely have pixels, so that none is lost.
-MOST_ROWS, MOST_COLUMNS = 240, 480
+PIXEL_ROWS, PIXEL_COLUMNS = 240, 480
+# An explorer looks at a mask of at most so many pairs one by one, at a larger one as intervals.
+MOST_DENSE_PAIRS = 2**20
 
 Regions = Int[Tensor, "query key"]
 States = Int[Tensor, "query_tile key_tile"]
@@ -219,7 +221,7 @@ def _mask_widget(
     tokens = None if batch is None or to_text is None else mask_row(batch, to_text, row=row)
     state = mask_state(mask, tile_size=tile_size, other=other, row=tokens)
     shown = MaskView(state=state | {"frame": 1})
-    sizes = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+    sizes: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
     texts = None if tokens is None else tokens["texts"]
     shown.figure = lambda: _mask_figure(mask.regions, **sizes, context_text=texts)
     return shown
@@ -343,7 +345,7 @@ def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
     colour, and mixes their colours.
     """
     rows, columns = cells.shape
-    height, width = -(-rows // MOST_ROWS), -(-columns // MOST_COLUMNS)
+    height, width = -(-rows // PIXEL_ROWS), -(-columns // PIXEL_COLUMNS)
 
     def counted(value: int) -> np.ndarray:
         if isinstance(cells, Spans):
@@ -434,19 +436,23 @@ def explore_masks(
         else:
             other = other_mask(mask, chosen.compare)
 
+        def parts() -> tuple[Tensor | Spans, Tensor | Spans]:
+            if np.prod(mask.shape) > MOST_DENSE_PAIRS:
+                return mask.regions, mask.tiles(chosen.tile_size)
+            tiled = block_mask(ContextRanges.of(blocks, view), chosen.tile_size)
+            return mask_regions(blocks, view=view), tile_states(tiled)
+
         def tables() -> dict[str, pd.DataFrame]:
-            made = {
-                "mask": mask_table(mask.regions),
-                "tiles": tile_table(mask.tiles(chosen.tile_size)),
-                "blocks": block_table(blocks, rows.to_text, view=view),
-            }
+            regions, tiles = parts()
+            made = {"mask": mask_table(regions), "tiles": tile_table(tiles)}
+            made["blocks"] = block_table(blocks, rows.to_text, view=view)
             return made if other is None else made | {"difference": count_differences(mask, other)}
 
         def figure() -> Figure:
-            names = {"context_text": row["texts"], "slot_text": slot_inputs(blocks, rows.to_text)}
-            sizes = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
-            tiles = mask.tiles(chosen.tile_size)
-            return mask_and_tiles(mask.regions, tiles, tile_size=chosen.tile_size, **sizes, **names)
+            drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+            drawn["context_text"] = row["texts"]
+            drawn["slot_text"] = slot_inputs(blocks, rows.to_text)
+            return mask_and_tiles(*parts(), tile_size=chosen.tile_size, **drawn)
 
         alt = "the attention mask with its regions, and its tiles"
         state = mask_state(mask, tile_size=chosen.tile_size, other=other, row=row)

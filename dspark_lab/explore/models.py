@@ -80,8 +80,7 @@ def open_models(
     if isinstance(prompts, (str, os.PathLike)):
         require_found(prompts)
         prompts = load_chats(prompts).conversations
-    if prompts is not None and len(prompts) == 0:
-        raise ValueError("prompts must hold at least one, got none")
+    _require_some(prompts, drafter)
     drafters = list(drafter.values()) if isinstance(drafter, Mapping) else [drafter]
     stored = [one for one in (target, *drafters) if isinstance(one, (str, os.PathLike))]
     for path in stored:
@@ -101,6 +100,14 @@ def open_models(
         return load()
 
     return loaded
+
+
+def _require_some(prompts: Any, drafter: Any) -> None:
+    """Refuse that there is no prompt or no drafter, where they are given."""
+    asked = 1 if prompts is None or isinstance(prompts, (str, os.PathLike)) else len(prompts)
+    made = len(drafter) if isinstance(drafter, Mapping) else 1
+    if not asked or not made:
+        raise ValueError(f"there must be a prompt and a drafter at least, got {asked} and {made}")
 
 
 def load_models(
@@ -126,9 +133,7 @@ def load_models(
         prompts = random.Random(0).sample(load_chats().conversations, _SHIPPED_PROMPTS)
     elif isinstance(prompts, (str, os.PathLike)):
         prompts = load_chats(prompts).conversations
-    if len(prompts) == 0 or not drafter:
-        counts = f"{len(prompts)} and {len(drafter)}"
-        raise ValueError(f"there must be a prompt and a drafter at least, got {counts}")
+    _require_some(prompts, drafter)
     domains = [(isinstance(prompt, Chat) and prompt.domain) or "none" for prompt in prompts]
     asked = [question(prompt) if isinstance(prompt, Chat) else prompt for prompt in prompts]
     loaded = {}

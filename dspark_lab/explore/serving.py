@@ -136,13 +136,16 @@ def explore_serving(
         engine = Engine.read(engine)
     if target is None and trace is not None and engine is None:
         raise ValueError("engine must be given with a trace, or a target to measure, got neither")
-    if target is None and trace is None and prompts is None:
-        drafter, trace = drafter or "dspark-k7", load_traces()
+    if isinstance(drafter, Mapping) and len(drafter) != 1:
+        raise ValueError(f"drafter must be one, got {list(drafter)}")
+    if target is None and trace is None:
+        drafter = drafter or "dspark-k7"
         engine = engine or serving.load_engine()
-    name = _name(drafter)
+        trace = load_traces() if prompts is None else None
+    name = _name(next(iter(drafter)) if isinstance(drafter, Mapping) else drafter)
 
-    def tables_of(trace: pd.DataFrame, engine: Engine, drafter: Any) -> _Tables:
-        of_one = _of_one_drafter(trace, drafter, temperature)
+    def tables_of(trace: pd.DataFrame, engine: Engine) -> _Tables:
+        of_one = _of_one_drafter(trace, name, temperature)
         made = _Tables(of_one, engine, calibrated, requests_simulated, seed)
         if draft_length is not None and draft_length > made.longest:
             raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
@@ -171,11 +174,11 @@ def explore_serving(
         return _frame(made, chosen, name)
 
     def reasons(_chosen: SimpleNamespace) -> dict[str, str]:
-        return {"threshold": made.lacking for made in found}
+        return dict.fromkeys(["threshold"], found[0].lacking) if found else {}
 
     options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
     if trace is not None and engine is not None:
-        found.append(tables_of(trace, engine, name))
+        found.append(tables_of(trace, engine))
         return explorer.Explorer("explore_serving", controls_of(found[0]), draw, **options)
     models = open_models(*_asked(target, drafter, prompts, name))
     return explorer.Explorer("explore_serving", controls, draw, **options)
@@ -212,7 +215,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
     pays = made.speedups[t, load]["speedup"].max() > 1
     label = "recommended" if pays else "the least slow, where drafting must be"
     both = shown["recommended"], shown["settings"]
-    html += explorer.exports(chosen.export, *both, tuning.export, label)
+    html += explorer.export_texts(chosen.export, *both, tuning.export, label)
 
     def figure() -> Figure:
         speedups = {f"T {value:g}": made.speedups[value, load] for value in made.profiles}
@@ -242,7 +245,6 @@ def _asked(target: Any, drafter: Any, prompts: Any, name: str) -> tuple[Any, Any
     """The models to load: the pocket pair's where no target is given, with the named drafter."""
     if target is not None:
         return target, drafter, prompts
-    name = "dspark-k7" if drafter is None else name
     style.require_one_of("drafter", name, drafter_names("pocket"))
     folder = pair_folder("pocket")
     return folder / "target", {name: folder / name}, prompts
@@ -255,11 +257,9 @@ def _made(
     temperatures: Sequence[float],
     progress: Progress,
     **options: Any,
-) -> tuple[pd.DataFrame, Engine, str]:
-    """Trace, engine and the drafter's name, where one of the first two is not given."""
+) -> tuple[pd.DataFrame, Engine]:
+    """Trace and engine, where one of them is not given."""
     models = models_of(progress)
-    if len(models.drafters) != 1:
-        raise ValueError(f"drafter must be one, got {list(models.drafters)}")
     [(name, loaded)] = models.drafters.items()
     if trace is None:
         traces = []
@@ -276,7 +276,7 @@ def _made(
         progress(0, 0, "measuring what a round costs here")
         with threads_for(models.target.model):
             engine = serving.measure_engine(models.target, loaded, seed=options["seed"])
-    return trace, engine, name
+    return trace, engine
 
 
 def _name(drafter: Any) -> str:

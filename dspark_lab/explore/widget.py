@@ -74,7 +74,7 @@ class RowView(WidgetView):
 def page(title: str, parts: Sequence[WidgetView | str]) -> str:
     """A page of HTML with widgets, alive without a kernel or a network, and HTML between them."""
     sources: dict[tuple[str, ...], str] = {}
-    body, states = [f"<h1>{escape(title)}</h1>"], []
+    body, states = [f"<h1>{escape(title)}</h1>"], list[Any]()
     for part in parts:
         if isinstance(part, str):
             body.append(f"<div>{part}</div>")

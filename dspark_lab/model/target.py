@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from dspark_lab.model.smollm2 import load_smollm2
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+# A module calls the hooks of every thread: an explorer's must not see the user's forward pass.
+_forward_lock = threading.RLock()
 _MASKED_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -337,20 +340,21 @@ class Target:
             copy(index, output)
 
         hooks = []
-        for index, layer_id in enumerate(layer_ids):
-            if layer_id == -1:
-                hook = partial(copy_input, index)
-                hooks.append(layers[0].register_forward_pre_hook(hook, with_kwargs=True))
-            elif layer_id < len(layers) - 1:
-                hook = partial(copy_output, index)
-                hooks.append(layers[layer_id].register_forward_hook(hook))
         if self._takes_a_cache and "past_key_values" not in inputs:
             inputs["past_key_values"] = transformers.Cache(layer_class_to_replicate=_Passing)
-        try:
-            output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
-        finally:
-            for handle in hooks:
-                handle.remove()
+        with _forward_lock:
+            for index, layer_id in enumerate(layer_ids):
+                if layer_id == -1:
+                    hook = partial(copy_input, index)
+                    hooks.append(layers[0].register_forward_pre_hook(hook, with_kwargs=True))
+                elif layer_id < len(layers) - 1:
+                    hook = partial(copy_output, index)
+                    hooks.append(layers[layer_id].register_forward_hook(hook))
+            try:
+                output = self.model.base_model(input_ids, **{"use_cache": False, **inputs})
+            finally:
+                for handle in hooks:
+                    handle.remove()
         last = output.last_hidden_state
         if layer_ids and layer_ids[-1] == len(layers) - 1:
             copy(-1, last)

@@ -42,7 +42,10 @@ const PANEL_STYLE = `
 .dspark-code { width: 100%; box-sizing: border-box; font: 12px/1.4 monospace; }
 `;
 
-let panelCount = 0;
+// Each panel of a page has a copy of this file, and its labels must find its own controls.
+function newPanelName() {
+  return `dspark-${Math.random().toString(36).slice(2)}`;
+}
 
 // One control: its element, `update(spec)` from Python's state, and `value()` as Python reads it.
 function controlElement(spec, id, changed) {
@@ -170,7 +173,7 @@ async function copyText(text, place) {
 }
 
 function render({ model, el }) {
-  const number = panelCount++;
+  const name = newPanelName();
   const root = node("div", { class: "dspark-panel", role: "group", "aria-label": "controls" });
   addStyle(el, PANEL_STYLE);
   el.append(root);
@@ -249,7 +252,7 @@ function render({ model, el }) {
     const specs = state.controls ?? [];
     const names = specs.map((spec) => spec.name);
     if (names.join("\n") !== [...controls.keys()].join("\n")) {
-      const made = (spec, i) => controlElement(spec, `dspark-${number}-${i}`, send);
+      const made = (spec, i) => controlElement(spec, `${name}-${i}`, send);
       controls = new Map(specs.map((spec, i) => [spec.name, made(spec, i)]));
       grid.replaceChildren(...[...controls.values()].map((one) => one.box));
       turn = Math.max(turn, state.turn ?? 0);
