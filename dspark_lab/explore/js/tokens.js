@@ -1,4 +1,4 @@
-// The text of a row under a draw of blocks: what covers each token, lists to jump to, search, a map.
+// The text of a row under a draw of blocks: what covers each token, search, lists, a map.
 //
 // Only the lines in view are elements. Lines are broken once for each width and all equally high,
 // so that where a line stands follows from its number, whatever the row's length.
@@ -193,7 +193,7 @@ function findText(text, wanted) {
   return found;
 }
 
-// At most MOST_LISTED places of one of TOKEN_LISTS, as token_lists in Python, and how many there are.
+// At most MOST_LISTED places of a list, as Python's token_lists, and how many there are in all.
 function listTokens(text, list) {
   const { states, chances } = text;
   let places = [];
@@ -329,9 +329,12 @@ const TOKENS_STYLE = `
 /* A thin line of paper parts tokens; rounded corners and dots are too dear to scroll. */
 .t { padding: 2px 0; border-left: 1px solid var(--paper); margin-left: -1px; }
 .dspark-tokens .t.prompt, .t.padding { color: var(--faint); }
-.dspark-tokens .t.covered { background: var(--covered-tint); border-bottom: 2px solid var(--covered); }
-.dspark-tokens .t.not-covered { background: var(--notCovered-tint); border-bottom: 2px dashed var(--notCovered); }
-.dspark-tokens .t.never-a-label { background: var(--never-tint); border-bottom: 4px double var(--never); }
+.dspark-tokens .t.covered { background: var(--covered-tint);
+  border-bottom: 2px solid var(--covered); }
+.dspark-tokens .t.not-covered { background: var(--notCovered-tint);
+  border-bottom: 2px dashed var(--notCovered); }
+.dspark-tokens .t.never-a-label { background: var(--never-tint);
+  border-bottom: 4px double var(--never); }
 .dspark-tokens .t.anchor { font-weight: 700; box-shadow: inset 0 0 0 2px var(--anchor); }
 .t.context { box-shadow: 0 -3px 0 -1px var(--context); }
 .t.anchor.context { box-shadow: inset 0 0 0 2px var(--anchor), 0 -3px 0 -1px var(--context); }
@@ -374,14 +377,14 @@ function render({ model, el }) {
       + "Arrow keys move a cursor, Enter lights up the blocks that cover its token one by one, "
       + "Escape lets go, a slash goes to the search.",
   }, body);
+  const turner = (name, step, sign) =>
+    node("button", { type: "button", "aria-label": name, onclick: () => turn(step) }, sign);
   const chooser = node("select", { "aria-label": "mask", onchange: () => choose(chooser.value) });
   const search = node("input", { type: "search", placeholder: "search the text",
     "aria-label": "search the text", oninput: () => find(), onkeydown: searchKeys });
   const found = node("output", { "aria-live": "polite" });
   const bar = node("div", { class: "tokens-bar" }, chooser, search,
-    node("button", { type: "button", "aria-label": "previous match", onclick: () => turn(-1) }, "‹"),
-    node("button", { type: "button", "aria-label": "next match", onclick: () => turn(1) }, "›"),
-    found);
+    turner("previous match", -1, "‹"), turner("next match", 1, "›"), found);
   const legend = node("div", { class: "tokens-legend", role: "group",
     "aria-label": "kinds of tokens: each button goes to the next" });
   const padding = node("span");
@@ -588,7 +591,9 @@ function render({ model, el }) {
         const other = texts[1 - shown];
         parts.push(`Under ${other.name}: ${TOKEN_STATES[other.states[cursor]]}`);
       }
-    } else parts.push("Point at a token to see what covers it; click an anchor to light up its block.");
+    } else {
+      parts.push("Point at a token to see what covers it; click an anchor to light up its block.");
+    }
     card.replaceChildren(...parts.map((part) => node("div", {}, part)));
     if (cursor < 0) return;
     const covering = coveringBlocks(text, cursor);
@@ -625,8 +630,9 @@ function render({ model, el }) {
     pinned = -1;
     words?.hide();
     select();
-    const covering = coveringBlocks(text, token).map(({ block, slot }) => `block ${block} slot ${slot}`);
-    spoken.say([...tokenFacts(text, token), ...covering].join(". "));
+    const covering = coveringBlocks(text, token);
+    const by = covering.map(({ block, slot }) => `block ${block}, slot ${slot}`);
+    spoken.say([...tokenFacts(text, token), ...by].join(". "));
   }
 
   // Brings a token into view where it is not, and points at it.
@@ -676,7 +682,8 @@ function render({ model, el }) {
 
   function showFound() {
     const total = matches.length / 2;
-    found.textContent = !search.value ? "" : total ? `${count(match + 1)} of ${count(total)}` : "none";
+    const words = total ? `${count(match + 1)} of ${count(total)}` : "none";
+    found.textContent = search.value ? words : "";
     restyle();
   }
 
@@ -743,7 +750,9 @@ function render({ model, el }) {
       rectangle(NEVER, middle + high + 1, 3);
     }
     context.fillStyle = colours.anchor;
-    for (const block of text.kept) context.fillRect(at(text.anchors[block] + 0.5) - 0.75, 2, 1.5, 8);
+    for (const block of text.kept) {
+      context.fillRect(at(text.anchors[block] + 0.5) - 0.75, 2, 1.5, 8);
+    }
     context.fillStyle = colours.line;
     context.fillRect(0, middle - 0.5, width, 1);
     // Lines of more documents than this would hide all else.
@@ -947,7 +956,8 @@ function render({ model, el }) {
   const dragging = (event) => {
     if (event.buttons & 1) mapJump(event);
   };
-  const handlers = { scroll: scrolled, pointermove: hover, pointerleave: leave, click, keydown: press };
+  const handlers = { scroll: scrolled, pointermove: hover, pointerleave: leave, click,
+    keydown: press };
   for (const [name, call] of Object.entries(handlers)) {
     box.addEventListener(name, call, { passive: name !== "keydown" });
   }
