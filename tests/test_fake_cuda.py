@@ -58,7 +58,8 @@ EXCEPTIONS = {
         explore.explore_training_budget explore.mask_and_tiles explore.mask_row explore.mask_spans
         explore.mask_state explore.mask_table explore.plot_mask explore.plot_tiles
         explore.slot_inputs explore.sorting_table explore.tile_spans explore.tile_table
-        explore.token_table
+        explore.token_row
+        explore.token_state explore.token_table
     """,
     "writes a file": "model.save_drafter",
     "runs once an evaluation, and compares two heads": "model.Drafter.vocabulary_of",

@@ -99,6 +99,9 @@ def token_lists(table: pd.DataFrame, *, most: Count = 200) -> pd.DataFrame:
     *never a label* those that no anchor reaches, *longest gap* runs of tokens of one document that
     this draw does not cover. ``position`` is where a place begins, ``tokens`` how long it is.
     """
+    needed = {"position", "document", "text", "supervised", "p_covered", "state"}
+    if missing := sorted(needed - set(table.columns)):
+        raise ValueError(f"table must be a token_table, got one without {missing}")
     table = table.assign(tokens=1)
     chance = table["p_covered"].astype(np.float32)
     reached = table[table["supervised"] & (chance > 0)]
@@ -208,7 +211,7 @@ def _looked_at(table: pd.DataFrame, first: int, rows: int) -> list[tuple[str, Lo
     for token in table.iloc[first : first + rows * COLUMNS].itertuples(index=False):
         if token.document != document:
             document = token.document
-            pieces.append((f"document {document}", _NOTE))
+            pieces.append((f"{'─' * 12} document {document}", _NOTE))
         look = LOOKS[token.state]
         if token.anchor:
             look = replace(look, sign="frame", line=RED, strong=True)

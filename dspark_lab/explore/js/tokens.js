@@ -1,4 +1,4 @@
-// The text of a row under a draw of blocks: what covers each token, lists to jump to, search, a map.
+// The text of a row under a draw of blocks: what covers each token, search, lists, a map.
 //
 // Only the lines in view are elements. Lines are broken once for each width and all equally high,
 // so that where a line stands follows from its number, whatever the row's length.
@@ -27,7 +27,7 @@ const TOKEN_KINDS = {
 
 const LINE_HEIGHT = 26;
 // Lines beyond the view's edges that are there before they come into view.
-const SPARE_LINES = 12;
+const SPARE_LINES = 6;
 // Columns of the number at a line's beginning.
 const GUTTER = 8;
 // How a line that parts documents is told from one that begins in the middle of a token.
@@ -193,7 +193,7 @@ function findText(text, wanted) {
   return found;
 }
 
-// At most MOST_LISTED places of one of TOKEN_LISTS, as token_lists in Python, and how many there are.
+// At most MOST_LISTED places of a list, as Python's token_lists, and how many there are in all.
 function listTokens(text, list) {
   const { states, chances } = text;
   let places = [];
@@ -306,7 +306,11 @@ const TOKENS_STYLE = `
 .tokens-bar input { width: 15em; max-width: 40cqw; }
 .tokens-bar output { min-width: 8em; color: var(--faint); font-variant-numeric: tabular-nums; }
 .dspark-tokens .tokens-legend button { font-family: var(--jp-code-font-family, monospace);
-  border-color: transparent; font-variant-numeric: tabular-nums; font-size: 12px; }
+  border: 0 solid transparent; background: none; font-variant-numeric: tabular-nums;
+  font-size: 12px; }
+.tokens-legend span { color: var(--faint); }
+.dspark-tokens .tokens-legend button:disabled { cursor: default; opacity: 1; color: var(--faint); }
+.dspark-tokens input::placeholder { color: var(--faint); opacity: 1; }
 .tokens-map { position: relative; height: 46px; margin-bottom: 6px; cursor: pointer;
   touch-action: none; }
 .tokens-view { position: absolute; top: 0; bottom: 0; left: 0; border: 2px solid var(--ink);
@@ -322,21 +326,24 @@ const TOKENS_STYLE = `
 .tokens-line::before { content: attr(data-at); display: inline-block; width: ${GUTTER - 1}ch;
   margin-right: 1ch; text-align: right; color: var(--faint); font-size: inherit; }
 .tokens-line.parts { border-top: 1px solid var(--line); color: var(--faint); }
-.t { padding: 2px 0; border-radius: 2px; }
-.t.prompt, .t.padding { color: var(--faint); }
-.t.covered { background: var(--covered-tint); border-bottom: 2px solid var(--covered); }
-.t.not-covered { background: var(--notCovered-tint); border-bottom: 2px dashed var(--notCovered); }
-.t.never-a-label { background: var(--never-tint); border-bottom: 4px double var(--never); }
-.t.candidate { border-top: 1px dotted var(--candidate); }
-.t.anchor { font-weight: 700; box-shadow: inset 0 0 0 2px var(--anchor); }
+/* A thin line of paper parts tokens; rounded corners and dots are too dear to scroll. */
+.t { padding: 2px 0; border-left: 1px solid var(--paper); margin-left: -1px; }
+.dspark-tokens .t.prompt, .t.padding { color: var(--faint); }
+.dspark-tokens .t.covered { background: var(--covered-tint);
+  border-bottom: 2px solid var(--covered); }
+.dspark-tokens .t.not-covered { background: var(--notCovered-tint);
+  border-bottom: 2px dashed var(--notCovered); }
+.dspark-tokens .t.never-a-label { background: var(--never-tint);
+  border-bottom: 4px double var(--never); }
+.dspark-tokens .t.anchor { font-weight: 700; box-shadow: inset 0 0 0 2px var(--anchor); }
 .t.context { box-shadow: 0 -3px 0 -1px var(--context); }
 .t.anchor.context { box-shadow: inset 0 0 0 2px var(--anchor), 0 -3px 0 -1px var(--context); }
 .t.label { outline: 2px solid var(--focus); outline-offset: -1px; }
 .t.label.unsupervised { outline-style: dotted; }
-.t.lit.anchor { outline: 3px solid var(--anchor); outline-offset: 0; background: var(--paper);
+.dspark-tokens .t.chosen { outline: 3px solid var(--anchor); background: var(--paper);
   color: var(--ink); }
-.t.match { background: var(--match); color: var(--ink); text-decoration: underline; }
-.t.match.current { outline: 2px solid var(--ink); }
+.dspark-tokens .t.match { background: var(--match); color: var(--ink); text-decoration: underline; }
+.dspark-tokens .t.match.current { outline: 2px solid var(--ink); }
 .t.cursor { outline: 2px dashed var(--ink); outline-offset: 1px; }
 .tokens-side { display: flex; flex-direction: column; gap: 6px; height: 340px; min-height: 0; }
 .tokens-side ol { list-style: none; margin: 0; padding: 0; overflow-y: auto; flex: 1;
@@ -347,7 +354,7 @@ const TOKENS_STYLE = `
   white-space: nowrap; font-family: var(--jp-code-font-family, monospace); }
 .tokens-side li span:not(:first-child) { color: var(--faint); }
 .tokens-side p { margin: 0; color: var(--faint); font-size: 12px; }
-.tokens-card { height: 104px; overflow-y: auto; margin-top: 6px; padding: 4px 8px;
+.tokens-card { height: 98px; overflow-y: auto; margin-top: 6px; padding: 4px 8px;
   border: 1px solid var(--line); border-radius: 4px; box-sizing: border-box; }
 .tokens-card div { overflow-wrap: anywhere; }
 .dspark-tokens .tokens-card button { min-height: 22px; padding: 0 6px; margin: 2px 4px 2px 0;
@@ -370,22 +377,24 @@ function render({ model, el }) {
       + "Arrow keys move a cursor, Enter lights up the blocks that cover its token one by one, "
       + "Escape lets go, a slash goes to the search.",
   }, body);
+  const turner = (name, step, sign) =>
+    node("button", { type: "button", "aria-label": name, onclick: () => turn(step) }, sign);
   const chooser = node("select", { "aria-label": "mask", onchange: () => choose(chooser.value) });
   const search = node("input", { type: "search", placeholder: "search the text",
     "aria-label": "search the text", oninput: () => find(), onkeydown: searchKeys });
   const found = node("output", { "aria-live": "polite" });
   const bar = node("div", { class: "tokens-bar" }, chooser, search,
-    node("button", { type: "button", "aria-label": "previous match", onclick: () => turn(-1) }, "‹"),
-    node("button", { type: "button", "aria-label": "next match", onclick: () => turn(1) }, "›"),
-    found);
+    turner("previous match", -1, "‹"), turner("next match", 1, "›"), found);
   const legend = node("div", { class: "tokens-legend", role: "group",
     "aria-label": "kinds of tokens: each button goes to the next" });
+  const padding = node("span");
   const kinds = Object.keys(TOKEN_KINDS).map((kind) => {
     const button = node("button", { type: "button", class: `t ${kind.replaceAll(" ", "-")}`,
       onclick: () => jump(nextOfKind(text, kind, cursor)) });
     legend.append(button);
     return [kind, button];
   });
+  legend.append(padding);
   const view = node("div", { class: "tokens-view" });
   const mapBox = node("div", { class: "tokens-map" });
   const lists = node("select", { "aria-label": "list", onchange: () => {
@@ -408,11 +417,13 @@ function render({ model, el }) {
   map.canvas.setAttribute("aria-label", "Map of the row: states, anchors and documents");
   mapBox.append(view);
   const spoken = speaker(root);
-  const words = tip(root);
+  // Colours are measured once the widget stands on its page.
+  let words = null;
 
   // ---- Colours and sizes
 
   function dress() {
+    words ??= tip(root);
     root.removeAttribute("style");
     colours = palette(el);
     for (const [name, colour] of Object.entries(colours)) {
@@ -522,7 +533,7 @@ function render({ model, el }) {
     else if (text.candidates[token]) name += " candidate";
     if (token >= lights.context[0] && token < lights.context[1]) name += " context";
     const role = lights.roles.get(token);
-    if (role) name += ` lit ${role}`;
+    if (role) name += ` ${role}`;
     if (token === cursor) name += " cursor";
     if (matches.length) {
       const at = matchAt(token);
@@ -554,12 +565,13 @@ function render({ model, el }) {
       }
     };
     const token = hovered >= 0 ? hovered : cursor;
-    if (hovered < 0 && pinned >= 0) {
-      lightBlock(pinned);
+    if (pinned >= 0) {
       const anchor = text.anchors[pinned];
+      lightBlock(pinned);
       roles.set(anchor, "chosen");
       context = [text.documents[documentOf(text, anchor)] ?? 0, anchor];
-    } else if (token >= 0) {
+    }
+    if (token >= 0 && (pinned < 0 || hovered >= 0)) {
       const covering = coveringBlocks(text, token).map(({ block }) => block);
       if (text.blockAt.has(token)) covering.push(text.blockAt.get(token));
       covering.forEach(lightBlock);
@@ -579,7 +591,9 @@ function render({ model, el }) {
         const other = texts[1 - shown];
         parts.push(`Under ${other.name}: ${TOKEN_STATES[other.states[cursor]]}`);
       }
-    } else parts.push("Point at a token to see what covers it; click an anchor to light up its block.");
+    } else {
+      parts.push("Point at a token to see what covers it; click an anchor to light up its block.");
+    }
     card.replaceChildren(...parts.map((part) => node("div", {}, part)));
     if (cursor < 0) return;
     const covering = coveringBlocks(text, cursor);
@@ -614,10 +628,11 @@ function render({ model, el }) {
     cursor = token;
     hovered = -1;
     pinned = -1;
-    words.hide();
+    words?.hide();
     select();
-    const covering = coveringBlocks(text, token).map(({ block, slot }) => `block ${block} slot ${slot}`);
-    spoken.say([...tokenFacts(text, token), ...covering].join(". "));
+    const covering = coveringBlocks(text, token);
+    const by = covering.map(({ block, slot }) => `block ${block}, slot ${slot}`);
+    spoken.say([...tokenFacts(text, token), ...by].join(". "));
   }
 
   // Brings a token into view where it is not, and points at it.
@@ -667,7 +682,8 @@ function render({ model, el }) {
 
   function showFound() {
     const total = matches.length / 2;
-    found.textContent = !search.value ? "" : total ? `${count(match + 1)} of ${count(total)}` : "none";
+    const words = total ? `${count(match + 1)} of ${count(total)}` : "none";
+    found.textContent = search.value ? words : "";
     restyle();
   }
 
@@ -709,6 +725,8 @@ function render({ model, el }) {
       button.textContent = `${kind} ${count(counts[kind])}`;
       button.disabled = !counts[kind];
     }
+    const padded = text.texts.length - text.length;
+    padding.textContent = padded ? `padding ${count(padded)}` : "";
   }
 
   function drawMap(context, width, height) {
@@ -716,29 +734,30 @@ function render({ model, el }) {
     const parts = Math.max(1, Math.min(Math.floor(width), text.length));
     const [counts, each] = [mapColumns(text, parts), width / parts];
     const at = (token) => (token / text.length) * width;
-    const [top, high] = [12, height - 20];
-    // From the bottom up: what is covered least stands lowest, where gaps are looked for.
-    for (const state of [NEVER, NOT_COVERED, COVERED]) {
-      context.fillStyle = colours[STATE_COLOURS[state]];
-      for (let part = 0; part < parts; part++) {
-        const of = counts.subarray(part * TOKEN_STATES.length, (part + 1) * TOKEN_STATES.length);
-        const all = of[0] + of[1] + of[2] + of[3] + of[4];
-        const below = state === COVERED ? of[NOT_COVERED] + of[NEVER]
-          : state === NOT_COVERED ? of[NEVER] : 0;
-        const [tall, low] = [(of[state] / all) * high, top + high - (below / all) * high];
-        // Gaps are half as high: the shape tells them apart without their colour.
-        const share = state === COVERED ? 1 : state === NOT_COVERED ? 0.5 : 0.75;
-        if (tall) context.fillRect(part * each, low - tall * share, Math.max(each, 0.5), tall * share);
-      }
+    // What is covered stands on a line in the middle, gaps hang from it, and dots lie below.
+    const [middle, high] = [Math.round(height / 2), height / 2 - 12];
+    for (let part = 0; part < parts; part++) {
+      const of = counts.subarray(part * TOKEN_STATES.length, (part + 1) * TOKEN_STATES.length);
+      const all = of.reduce((sum, one) => sum + one, 0);
+      const rectangle = (state, top, tall) => {
+        if (!of[state]) return;
+        context.fillStyle = colours[STATE_COLOURS[state]];
+        context.fillRect(part * each, top, Math.max(each, 0.75), tall);
+      };
+      const covered = (of[COVERED] / all) * high;
+      rectangle(COVERED, middle - covered, covered);
+      rectangle(NOT_COVERED, middle, (of[NOT_COVERED] / all) * high);
+      rectangle(NEVER, middle + high + 1, 3);
     }
     context.fillStyle = colours.anchor;
     for (const block of text.kept) {
-      const x = at(text.anchors[block] + 0.5);
-      context.fillRect(x - 0.75, 2, 1.5, 8);
+      context.fillRect(at(text.anchors[block] + 0.5) - 0.75, 2, 1.5, 8);
     }
     context.fillStyle = colours.line;
-    context.fillRect(0, top + high, width, 1);
-    for (const start of text.documents) if (start) context.fillRect(at(start) - 0.5, 0, 1, height);
+    context.fillRect(0, middle - 0.5, width, 1);
+    // Lines of more documents than this would hide all else.
+    const parted = text.documents.length < width / 8 ? text.documents.subarray(1) : [];
+    for (const start of parted) context.fillRect(at(start) - 0.5, 0, 1, height);
     if (pinned >= 0) {
       const anchor = text.anchors[pinned];
       context.fillStyle = colours.context;
@@ -794,8 +813,8 @@ function render({ model, el }) {
           + quoted(text.texts[text.anchors[block]]))];
         if (covering.length > 6) tipLines.push(`and ${covering.length - 6} blocks more`);
       }
-      words.show(event.clientX - left, event.clientY - top, tipLines);
-    } else words.hide();
+      words?.show(event.clientX - left, event.clientY - top, tipLines);
+    } else words?.hide();
     if (token === hovered) return;
     hovered = token;
     lightUp();
@@ -803,7 +822,7 @@ function render({ model, el }) {
   let tipLines = [];
 
   function leave() {
-    words.hide();
+    words?.hide();
     if (hovered < 0) return;
     hovered = -1;
     lightUp();
@@ -886,10 +905,9 @@ function render({ model, el }) {
     // Blocks are known by their anchors.
     const anchor = pinned >= 0 && before ? before.anchors[pinned] : -1;
     if (cursor >= same) cursor = -1;
-    pinned = (anchor >= 0 && anchor < same && text.blockAt.get(anchor)) ?? -1;
-    if (pinned === false) pinned = -1;
+    pinned = anchor < same ? text.blockAt.get(anchor) ?? -1 : -1;
     hovered = -1;
-    words.hide();
+    words?.hide();
     if (before?.joined !== text.joined || before?.documents !== text.documents) {
       clear();
       if (box.clientWidth) {
@@ -938,7 +956,8 @@ function render({ model, el }) {
   const dragging = (event) => {
     if (event.buttons & 1) mapJump(event);
   };
-  const handlers = { scroll: scrolled, pointermove: hover, pointerleave: leave, click, keydown: press };
+  const handlers = { scroll: scrolled, pointermove: hover, pointerleave: leave, click,
+    keydown: press };
   for (const [name, call] of Object.entries(handlers)) {
     box.addEventListener(name, call, { passive: name !== "keydown" });
   }
@@ -949,7 +968,7 @@ function render({ model, el }) {
   mapBox.addEventListener("pointermove", dragging);
   const watch = new ResizeObserver(() => {
     if (!box.clientWidth) return;
-    if (!colours) dress();
+    if (!letter) dress();
     const wide = Math.max(10, Math.floor((box.clientWidth - 6) / (letter || 8)) - GUTTER);
     if (text && (!letter || wide !== columns)) layOut();
     else fill();
@@ -963,7 +982,7 @@ function render({ model, el }) {
     [cursor, pinned] = [token, text.anchors.length > block ? block : -1];
     select();
   };
-  dress();
+  if (el.isConnected) dress();
   model.on("change:state", soon);
   model.on("change:row", soon);
   model.on("change:selection", chosen);
@@ -983,7 +1002,7 @@ function render({ model, el }) {
     watch.disconnect();
     stopTheme();
     map.stop();
-    words.stop();
+    words?.stop();
   };
 }
 
