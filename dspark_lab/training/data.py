@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_lab.chats import Chat, Encoded, EncodedChats, Like, encode_all, encode_rows, load_chats
-from dspark_lab.files import files_of
+from dspark_lab.files import files_of, require_found
 
 ChatsLike = str | os.PathLike[str] | Sequence[Chat | Encoded]
 # Larger files (bytes) are never in memory as a whole; smaller ones are read at once, and encoding
@@ -28,6 +28,7 @@ def open_chats(
         return chats
     if chats is None:
         return load_chats()
+    require_found(chats)
     if sum(file.stat().st_size for file in files_of(Path(chats)) if file.is_file()) <= LARGE_FILE:
         return load_chats(chats)
     return encode_all(chats, tokenizer, max_length, like=like)
