@@ -158,7 +158,7 @@ def _in_a_notebook(browser: Any, folder: Path) -> Iterator[str]:
         lab.run_all(page, len(CELLS))
         new, old = (page.locator(".jp-OutputArea-output").nth(i) for i in (0, 1))
         new.locator("[data-frame]").first.wait_for()
-        slider = new.get_by_role("slider", name="num anchors").first
+        slider = new.get_by_role("slider", name="num_anchors").first
         yield _line(
             "a slider's move to the canvas, S 4,096, N 512, K 7",
             _moves(page, new, slider, MOVES),

@@ -32,7 +32,7 @@ BROWSERS += [f"/Applications/{n}.app/Contents/MacOS/{n}" for n in ("Google Chrom
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 SECONDS = 1000  # Playwright counts in milliseconds.
-LOADED = 60 * SECONDS
+LOADED = 120 * SECONDS
 HERE = {"localhost", "127.0.0.1"}
 
 

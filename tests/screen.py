@@ -82,13 +82,15 @@ _FIND = """(root) => {
     }
     return false;
   };
-  const troubles = [];
+  const troubles = new Map();
+  const note = (trouble, text) => {
+    if (!troubles.has(trouble)) troubles.set(trouble, text.trim().slice(0, 40));
+  };
   const check = (text, size, ink, paper) => {
     const ratio = contrast(ink, paper);
-    const said = text.trim().slice(0, 40);
-    if (size < SMALLEST - 0.05) troubles.push(`${size.toFixed(1)} px: ${said}`);
-    if (ratio < 4.495) troubles.push(
-      `${ratio.toFixed(2)} : 1: ${said} (${ink.map(Math.round)} on ${paper.map(Math.round)})`);
+    if (size < SMALLEST - 0.05) note(`${size.toFixed(1)} px`, text);
+    const [top, under] = [ink, paper].map((colour) => colour.map(Math.round));
+    if (ratio < 4.495) note(`${ratio.toFixed(2)} : 1, ${top} on ${under}`, text);
   };
   const visit = (el) => {
     if (el.shadowRoot) visit(el.shadowRoot);
@@ -118,7 +120,7 @@ _FIND = """(root) => {
     const colour = parse(word.colour);
     check(word.text, word.size, over(colour, paper, colour[3] * word.alpha), paper);
   }
-  return [...new Set(troubles)];
+  return [...troubles].map(([trouble, text]) => `${trouble}: ${text}`);
 }""".replace("SMALLEST", str(SMALLEST))
 
 

@@ -363,7 +363,8 @@ def test_the_chosen_setting_is_told_in_a_sentence():
     assert sentences(shown)[1] == (
         f"Your setting now: N 32, K 3, S 512 covers {line['share']:.0%} of the supervised tokens "
         f"in a pass; a step on L4 takes {line['seconds']:.3g} s and "
-        f"{line['memory_bytes'] / 1e9:.1f} GB of 23.7 GB that it may take, as the longest row has {LONGEST} tokens."
+        f"{line['memory_bytes'] / 1e9:.1f} GB of 23.7 GB that it may take, "
+        f"as the longest row has {LONGEST} tokens."
     )
     shown.controls["packed"].value = True
     assert "longest" not in sentences(shown)[1]

@@ -35,7 +35,7 @@ from .decoding import (
     plot_outcomes,
 )
 from .explorer import Explorer, Frame
-from .mask_geometry import PAIR_KINDS, RuleMask, Spans, count_differences
+from .mask_geometry import PAIR_KINDS, MaskSpans, RuleMask, count_differences
 from .mask_view import MaskView, mask_row, mask_state
 from .masks import (
     REGIONS,
@@ -83,11 +83,11 @@ __all__ = [
     "Frame",
     "LiveCurve",
     "MEASURED",
+    "MaskSpans",
     "MaskView",
     "PAIR_KINDS",
     "REGIONS",
     "RuleMask",
-    "Spans",
     "TILE_STATES",
     "TOKEN_LISTS",
     "TOKEN_STATES",

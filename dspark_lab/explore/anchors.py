@@ -287,7 +287,7 @@ class ConversationRows:
         """Why some of the controls have no effect on a row that holds one conversation."""
         if chosen.packed:
             return {}
-        return {"row_length": "not packed", "per": "not packed: a row is a document"}
+        return {"row_length": "not packed", "per": "not packed"}
 
     def row(self, index: int, packed: bool, row_length: int, context: int | None = None) -> Batch:
         """One row: a conversation alone, or packed with those that follow while they fit."""

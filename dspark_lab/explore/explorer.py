@@ -93,7 +93,7 @@ class Frame:
         width, height = (int.from_bytes(self.png[i : i + 4], "big") for i in (16, 20))
         source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
         size = f'width="{width}" height="{height}" style="max-width:100%;height:auto"'
-        look = f'class="dspark-picture" alt="{escape(self.alt)}" {size}'
+        look = f'alt="{escape(self.alt)}" {size}'
         return f'<img {look} src="{source}">{self.html}'
 
 

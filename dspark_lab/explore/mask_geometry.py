@@ -34,7 +34,7 @@ MaskLike = str | Blocks | Tensor | BlockMask | Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Spans:
+class MaskSpans:
     """Intervals of columns, ``start`` to ``end - 1``, of rows, each with a value."""
 
     row: np.ndarray
@@ -141,7 +141,7 @@ class RuleMask:
         return self.shape[1] + 1
 
     @cached_property
-    def regions(self) -> Spans:
+    def regions(self) -> MaskSpans:
         """The visible pairs by region, an index into ``REGIONS``."""
         query, start = np.divmod(self.edges[::2], self.stride)
         end = self.edges[1::2] % self.stride
@@ -153,9 +153,9 @@ class RuleMask:
         ]
         row, low, high, value = (np.concatenate(column) for column in zip(*parts, strict=True))
         some = low < high
-        return Spans(row[some], low[some], high[some], value[some], self.shape)
+        return MaskSpans(row[some], low[some], high[some], value[some], self.shape)
 
-    def tiles(self, size: int) -> Spans:
+    def tiles(self, size: int) -> MaskSpans:
         """Tiles by their state, an index into ``TILE_STATES``; rows and columns are of tiles."""
         query, start = np.divmod(self.edges[::2], self.stride)
         end = self.edges[1::2] % self.stride
@@ -178,7 +178,7 @@ class RuleMask:
         row, column = np.divmod(edge, columns + 1)
         past = np.append(column[1:], 0)
         seen = state > 0
-        return Spans(row[seen], column[seen], past[seen], state[seen], (rows, columns))
+        return MaskSpans(row[seen], column[seen], past[seen], state[seen], (rows, columns))
 
     def kinds(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """For each of ``PAIR_KINDS`` the intervals of each query's keys that are of the kind."""
@@ -239,14 +239,14 @@ def other_mask(mine: RuleMask, other: MaskLike, name: str = "") -> RuleMask:
     return RuleMask(**same, name=name or "yours", given=edges[times % 2 == 1])
 
 
-def difference_spans(mine: RuleMask, other: RuleMask) -> Spans:
+def difference_spans(mine: RuleMask, other: RuleMask) -> MaskSpans:
     """The pairs that one mask alone sees: value 0 where that is the first, 1 the other."""
     edge = np.union1d(mine.edges, other.edges)
     inside = [np.searchsorted(mask.edges, edge, "right") % 2 == 1 for mask in (mine, other)]
     differs = np.flatnonzero(inside[0] != inside[1])
     query, start = np.divmod(edge[differs], mine.stride)
     end = edge[np.minimum(differs + 1, len(edge) - 1)] % mine.stride
-    return Spans(query, start, end, np.where(inside[0][differs], 0, 1), mine.shape)
+    return MaskSpans(query, start, end, np.where(inside[0][differs], 0, 1), mine.shape)
 
 
 def count_differences(mine: RuleMask, other: RuleMask) -> pd.DataFrame:

@@ -31,8 +31,8 @@ from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.mask_geometry import (
     PRESETS,
     MaskLike,
+    MaskSpans,
     RuleMask,
-    Spans,
     count_differences,
     other_mask,
     shuffled_blocks,
@@ -78,13 +78,17 @@ def mask_regions(
 
 
 @checked
-def mask_spans(blocks: Blocks, *, documents: bool = True, row: int = 0, view: View = FULL) -> Spans:
+def mask_spans(
+    blocks: Blocks, *, documents: bool = True, row: int = 0, view: View = FULL
+) -> MaskSpans:
     """:func:`mask_regions` as intervals, for masks that are too large for a matrix."""
     return RuleMask(blocks.row(row), view, one_document=not documents).regions
 
 
 @checked
-def tile_spans(blocks: Blocks, tile_size: Count = 128, *, row: int = 0, view: View = FULL) -> Spans:
+def tile_spans(
+    blocks: Blocks, tile_size: Count = 128, *, row: int = 0, view: View = FULL
+) -> MaskSpans:
     """:func:`tile_states` of the blocks' mask as intervals."""
     return RuleMask(blocks.row(row), view).tiles(tile_size)
 
@@ -106,7 +110,7 @@ def difference_table(
 
 
 @checked
-def mask_table(regions: Regions | Spans) -> pd.DataFrame:
+def mask_table(regions: Regions | MaskSpans) -> pd.DataFrame:
     """How many pairs of a mask belong to each region: ``region``, ``pairs``, ``share``."""
     return _count_table(regions, "region", REGIONS, "pairs")
 
@@ -120,7 +124,7 @@ def tile_states(mask: BlockMask, *, row: int = 0) -> States:
 
 
 @checked
-def tile_table(states: States | Spans) -> pd.DataFrame:
+def tile_table(states: States | MaskSpans) -> pd.DataFrame:
     """How many tiles are in each state: ``state``, ``tiles``, ``share``."""
     return _count_table(states, "state", TILE_STATES, "tiles")
 
@@ -151,10 +155,10 @@ def sorting_table(
 
 
 def _count_table(
-    cells: Tensor | Spans, kind: str, names: Sequence[str], counted: str
+    cells: Tensor | MaskSpans, kind: str, names: Sequence[str], counted: str
 ) -> pd.DataFrame:
     """How many cells have each value, which is an index into ``names``."""
-    if isinstance(cells, Spans):
+    if isinstance(cells, MaskSpans):
         counts = cells.counts(len(names))
     else:
         counts = torch.bincount(cells.flatten().int(), minlength=len(names)).numpy()
@@ -179,7 +183,7 @@ def plot_mask(
 ) -> MaskView: ...
 @overload
 def plot_mask(
-    regions: Regions | Spans,
+    regions: Regions | MaskSpans,
     *,
     seq_len: int,
     block_size: int,
@@ -187,7 +191,7 @@ def plot_mask(
     slot_text: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Figure: ...
-def plot_mask(regions: Blocks | Regions | Spans, **options: Any) -> MaskView | Figure:
+def plot_mask(regions: Blocks | Regions | MaskSpans, **options: Any) -> MaskView | Figure:
     """The attention mask with its regions in colour: queries down, keys across.
 
     Given blocks, of any size, a widget: the mask of their ``row`` under a layer's ``view``, beside
@@ -228,7 +232,7 @@ def _mask_widget(
 
 
 def _mask_figure(
-    regions: Regions | Spans,
+    regions: Regions | MaskSpans,
     *,
     seq_len: int,
     block_size: int,
@@ -267,7 +271,7 @@ def _mask_figure(
 
 
 def plot_tiles(
-    states: States | Spans, *, seq_len: int, tile_size: int, ax: Axes | None = None
+    states: States | MaskSpans, *, seq_len: int, tile_size: int, ax: Axes | None = None
 ) -> Figure:
     """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
@@ -290,8 +294,8 @@ def plot_tiles(
 
 @checked
 def mask_and_tiles(
-    regions: Regions | Spans,
-    states: States | Spans,
+    regions: Regions | MaskSpans,
+    states: States | MaskSpans,
     *,
     seq_len: int,
     block_size: int,
@@ -332,13 +336,13 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _values(cells: Tensor | Spans) -> list[int]:
-    if isinstance(cells, Spans):
+def _values(cells: Tensor | MaskSpans) -> list[int]:
+    if isinstance(cells, MaskSpans):
         return np.unique(cells.value).tolist()
     return cells.unique().tolist()
 
 
-def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
+def _paint(ax: Axes, cells: Tensor | MaskSpans, colours: dict[int, str]) -> None:
     """Draw cells in the colours of their values, cell (i, j) centred at (j, i).
 
     Where there are more cells than pixels, a pixel is as deep as the share of its cells that have a
@@ -348,7 +352,7 @@ def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
     height, width = -(-rows // PIXEL_ROWS), -(-columns // PIXEL_COLUMNS)
 
     def counted(value: int) -> np.ndarray:
-        if isinstance(cells, Spans):
+        if isinstance(cells, MaskSpans):
             return cells.covered(value, height, width)
         planes = (cells == value).float().unsqueeze(0)
         pooled = avg_pool2d(planes, (height, width), ceil_mode=True, divisor_override=1)
@@ -436,7 +440,7 @@ def explore_masks(
         else:
             other = other_mask(mask, chosen.compare)
 
-        def parts() -> tuple[Tensor | Spans, Tensor | Spans]:
+        def parts() -> tuple[Tensor | MaskSpans, Tensor | MaskSpans]:
             if np.prod(mask.shape) > MOST_DENSE_PAIRS:
                 return mask.regions, mask.tiles(chosen.tile_size)
             tiled = block_mask(ContextRanges.of(blocks, view), chosen.tile_size)

@@ -117,7 +117,6 @@ body {{ background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, s
 h1 {{ font-size: 17px; margin: 0 0 10px; overflow-wrap: anywhere; }}
 img {{ max-width: 100%; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-@media (prefers-color-scheme: dark) {{ img {{ filter: brightness(1.25); }} }}
 </style>
 </head>
 <body>

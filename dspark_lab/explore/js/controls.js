@@ -37,8 +37,6 @@ const PANEL_STYLE = `
   gap: 3px; padding: 6px; background: var(--dspark-paper); border: 1px solid var(--dspark-line);
   border-radius: 4px; box-shadow: 0 2px 8px rgba(0, 0, 0, .35); }
 .dspark-menu button { text-align: left; }
-/* A picture's grey is for either page; on a dark one it may be lighter. */
-:is([data-jp-theme-light=false], .vscode-dark) .dspark-picture { filter: brightness(1.25); }
 .dspark-code { width: 100%; box-sizing: border-box; font: 12px/1.4 monospace; }
 `;
 
