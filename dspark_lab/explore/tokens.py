@@ -96,18 +96,19 @@ def token_lists(table: pd.DataFrame, *, most: Count = 200) -> pd.DataFrame:
     """Where to look first in a :func:`token_table`: at most ``most`` places of each ``list``.
 
     *worst covered* are supervised tokens by their probability of being covered, the lowest first,
-    *never a label* those that no anchor reaches, *longest gap* runs of tokens of one document that
-    this draw does not cover. ``position`` is where a place begins, ``tokens`` how long it is.
+    *never a label* those that no anchor reaches, *longest gap* runs of tokens that this draw does
+    not cover. ``position`` is where a place begins, ``tokens`` how long it is.
     """
-    needed = {"position", "document", "text", "supervised", "p_covered", "state"}
+    needed = {"position", "document", "text", "p_covered", "state"}
     if missing := sorted(needed - set(table.columns)):
         raise ValueError(f"table must be a token_table, got one without {missing}")
     table = table.assign(tokens=1)
     chance = table["p_covered"].astype(np.float32)
-    reached = table[table["supervised"] & (chance > 0)]
+    reached = table[table["state"].isin(["covered", "not covered"])]
     worst = reached.loc[chance[reached.index].sort_values(kind="stable").index]
     open_ = table["state"] == "not covered"
-    begins = open_ & ~(open_.shift(fill_value=False) & (table["document"].diff() == 0))
+    # A gap never goes on in another document, whose first label has no anchor before it.
+    begins = open_ & ~open_.shift(fill_value=False)
     run = begins.cumsum()[open_]
     gaps = table[open_].groupby(run, sort=False)
     longest = table.loc[begins].assign(

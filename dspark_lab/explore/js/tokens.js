@@ -90,7 +90,6 @@ function breakLines(text, columns, cells) {
     if (fresh) begin(token);
     const wide = cells(shown);
     if (shown.includes("\n") || wide > columns) {
-      if (column && wide > columns) begin(token);
       let at = 0;
       for (const sign of shown) {
         if (sign === "\n") fresh = true;
@@ -198,18 +197,17 @@ function listTokens(text, list) {
   const { states, chances } = text;
   let places = [];
   if (list === "longest gap") {
-    const documents = new Set(text.documents);
+    // A gap never goes on in another document, whose first label has no anchor before it.
     for (let i = 0; i < text.length; i++) {
       if (states[i] !== NOT_COVERED) continue;
-      const goes = i > 0 && states[i - 1] === NOT_COVERED && !documents.has(i);
-      if (goes) places.at(-1).tokens++;
+      if (i > 0 && states[i - 1] === NOT_COVERED) places.at(-1).tokens++;
       else places.push({ position: i, tokens: 1 });
     }
     places.sort((a, b) => b.tokens - a.tokens);
   } else {
     const never = list === "never a label";
     const belongs = (i) => (never ? states[i] === NEVER
-      : (states[i] === COVERED || states[i] === NOT_COVERED) && chances[i] > 0);
+      : states[i] === COVERED || states[i] === NOT_COVERED);
     const found = [];
     for (let i = 0; i < text.length; i++) if (belongs(i)) found.push(i);
     // Only the first are put in order: sorting a long row would take longer than a frame.
