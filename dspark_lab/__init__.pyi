@@ -15,6 +15,7 @@ from .explore import (
     explore_masks,
     explore_serving,
     explore_training_budget,
+    readable,
 )
 from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_target
 from .pairs import load_pair
@@ -48,5 +49,6 @@ __all__ = [
     "load_pair",
     "load_target",
     "load_tokenizer",
+    "readable",
     "train",
 ]

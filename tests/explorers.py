@@ -1,7 +1,5 @@
 """Explorers under test: how they are looked at, and a tokenizer whose tokens are words."""
 
-import re
-
 import ipywidgets
 import pandas as pd
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -59,7 +57,7 @@ def panel(explorer: Explorer) -> WidgetView:
 
 
 def edit(explorer: Explorer, **values: object) -> None:
-    """Set controls as a browser does: all of them at once, coded as the panel's state codes them."""
+    """Set controls as a browser does: all of them at once, coded as in the panel's state."""
     shown = panel(explorer)
     held = {control["name"]: control["value"] for control in shown.state["controls"]}
     shown.selection = {"turn": shown.state["turn"] + 1, "values": held | values}

@@ -234,6 +234,9 @@ TRAINING = table(
 ONE_KIND = rates(["one", "two"]).query("kind == 'on policy'")
 
 PICTURES: dict[str, Callable[[], Figure]] = {
+    "tokens": lambda: explore.plot_tokens(
+        explore.token_table(small_batch(), small_blocks(), lambda token_id: f"word {token_id} ")
+    ),
     "coverage": lambda: explore.plot_coverage(COVERAGE),
     "packing": lambda: explore.plot_packing(PACKING),
     "small mask": lambda: explore.plot_mask(mask_regions(small_blocks()), seq_len=10, block_size=2),

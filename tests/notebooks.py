@@ -94,15 +94,6 @@ def table_rows(notebook: NotebookNode, cell_id: str) -> list[list[str]]:
     return [row for row in _Rows("".join(html)).rows if row]
 
 
-def printed(notebook: NotebookNode, cell_id: str) -> str:
-    """All that a cell prints or shows as plain text."""
-    cell = next(cell for cell in code_cells(notebook) if cell.id == cell_id)
-    return "".join(
-        output.text if "text" in output else output.data.get("text/plain", "")
-        for output in cell.outputs
-    )
-
-
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         print(argument, flush=True)

@@ -15,7 +15,7 @@ import torch
 from dspark_lab import explore
 from dspark_lab.attention import View, training_dense_mask
 from dspark_lab.blocks import Blocks
-from dspark_lab.explore import PAIR_KINDS, RuleMask, Spans, mask_state
+from dspark_lab.explore import PAIR_KINDS, MaskSpans, RuleMask, mask_state
 from dspark_lab.explore.mask_geometry import PRESETS, difference_spans, other_mask
 
 RULE = Path(explore.__file__).with_name("js") / "rule.js"
@@ -271,6 +271,6 @@ def unlike_in_python(case: Case) -> list[str]:
     return wrong + ([] if table.values.tolist() == lines else ["difference table"])
 
 
-def filled(spans: Spans, default: int) -> np.ndarray:
+def filled(spans: MaskSpans, default: int) -> np.ndarray:
     rows = np.stack([spans.row, spans.row + 1, spans.start, spans.end, spans.value], axis=1)
     return painted(rows.ravel().tolist(), spans.shape, default)

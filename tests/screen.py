@@ -62,7 +62,8 @@ _FIND = """(root) => {
       if (colour[3] > 0) layers.push(colour);
       if (colour[3] === 1) break;
     }
-    const page = matchMedia("(prefers-color-scheme: dark)").matches ? [18, 18, 18] : [255, 255, 255];
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const page = dark ? [18, 18, 18] : [255, 255, 255];
     return layers.reduceRight((under, top) => over(top, under, top[3]), page);
   };
   const opacity = (el) => {

@@ -65,9 +65,10 @@ def expected_of(drafter: str) -> dict[str, float]:
     rise = threshold_sweep(trace, [0.0, 0.9], resamples=1).diff().iloc[-1]
     return {
         "the raw confidence is too high": 100 * every["bias"],
-        "raw calibration error": 100 * expected_calibration_error(*pairs),
-        "calibration error after scaling": 100 * held["ece_product_scaled"],
-        "scaling lowers the error": 100 * (held["ece_product_scaled"] - held["ece_product"]),
+        "error of single slots, raw": 100 * expected_calibration_error(*pairs),
+        "error of the products, scaled": 100 * held["ece_product_scaled"],
+        "scaling lowers that of the products": 100
+        * (held["ece_product_scaled"] - held["ece_product"]),
         "AUROC of the confidence": auroc(*pairs),
         "a threshold raises the acceptance rate": 100 * rise["acceptance_rate"],
         "at the price of verified slots": rise["verified"],

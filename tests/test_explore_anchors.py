@@ -1,19 +1,16 @@
 """Anchors: tables counted once more in plain loops, pictures, text, and the explorer."""
 
-import re
 from base64 import b64decode
 from itertools import product
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
 from dspark_lab import explore
 from dspark_lab.blocks import cut_blocks, draw_blocks
-from dspark_lab.chats import collate, pack
+from dspark_lab.chats import collate
 from tests import oracle
 from tests.draws import MASK, PAD, draws
 from tests.explorers import (
@@ -27,11 +24,9 @@ from tests.explorers import (
     follows,
     make_tokenizer,
     masks,
-    picture,
     tables_by_hand,
 )
 from tests.gallery import COVERAGE, picture_of
-from tests.pages import ANY_TEXT, ODD, Page
 from tests.pictures import legend, tick_names, words
 from tests.samples import documents
 
@@ -156,57 +151,6 @@ def test_the_packing_lines_are_the_expected_shares_dashed_per_document():
     assert legend(axes) == ["unpacked, per document", "packed, 1024, per row"]
 
 
-def tokens(*texts: str) -> pd.DataFrame:
-    """The token table of a row with these tokens, the first of them a prompt."""
-    batch = collate(documents("." + "a" * (len(texts) - 1)), 0)
-    blocks = draw_blocks(batch, 2, 2, seed=0)
-    return explore.token_table(batch, blocks, lambda token_id: texts[token_id])
-
-
-@example(list(ODD))
-@given(st.lists(ANY_TEXT, min_size=2, max_size=6))
-def test_any_text_can_be_read_back_from_the_token_text_and_is_no_markup(texts):
-    page = Page(explore.token_text(tokens(*texts)))
-    assert page.text.replace("⏎", "") == "".join(texts)
-    assert page.tags == ["style", "div"] + ["span"] * len(texts)
-    assert set(page.attributes) == {"class", "title"}
-
-
-def test_a_tokens_class_and_tip_tell_what_it_is():
-    batch = pack(documents("..aaaaa", ".a"), 12, 99)
-    table = explore.token_table(batch, draw_blocks(batch, 2, 2, seed=0), str)
-    source = explore.token_text(table)
-    page, shown = Page(source), table[table["state"] != "padding"]
-    assert len(shown) == 9 and {"prompt", "covered", "never a label"} <= set(shown["state"])
-    for tip, classes, token in zip(page.tips, page.classes, shown.itertuples(), strict=True):
-        facts = tip.split(" · ")
-        assert {f"position {token.position}", f"id {token.token_id}", token.state} <= set(facts)
-        assert ("anchor" in facts) == token.anchor
-        assert ("candidate" in facts) == (token.candidate and not token.anchor)
-        assert (f"covered with probability {token.p_covered:.3f}" in facts) == token.supervised
-        assert ("document 1" in facts) == (token.document == 1)
-        assert ("dspark-" + token.state.replace(" ", "-")) in classes.split()
-        assert ("dspark-anchor" in classes.split()) == token.anchor
-    for classes in [*page.classes, *Page(explore.token_legend(table)).classes]:
-        assert all(f".{name}{{" in source for name in classes.split())
-
-
-def test_the_legend_counts_the_tokens_of_each_kind():
-    batch = pack(documents("..aaaaaaa", ".a"), 14, 99)
-    table = explore.token_table(batch, draw_blocks(batch, 2, 2, seed=0), str)
-    counts = table["state"].value_counts().drop("padding")
-    expected = {f"{state} {count}" for state, count in counts.items()}
-    entries = {word for word in Page(explore.token_legend(table)).words if word.strip()}
-    assert entries == expected | {"candidate 6", "anchor 2"}
-
-
-def test_the_text_shows_line_breaks_and_numbers_of_documents_and_no_padding():
-    assert Page(explore.token_text(tokens("a", "\n", "b"))).text == "a⏎\nb"
-    batch = pack(documents("..aa", ".a", ".a"), 9, 99)
-    table = explore.token_table(batch, draw_blocks(batch, 2, 2, seed=0), lambda i: f"[{i}]")
-    assert Page(explore.token_text(table)).text == "[0][1][2][3]document 1[4][5]document 2[6][7]"
-
-
 def test_the_anchors_table_follows_every_slider():
     explorer = anchors()
     for name, value, by_hand in [
@@ -221,8 +165,9 @@ def test_the_anchors_table_follows_every_slider():
     ]:
         follows(explorer, name, value, tables_by_hand(*by_hand))
         assert list(explorer.tables) == ["tokens", "blocks"]
-        shown = explore.token_legend(explorer.table) + explore.token_text(explorer.table)
-        assert picture(explorer).value == shown
+        codes = np.frombuffer(explorer.view.state["states"], np.uint8)
+        states = [explore.TOKEN_STATES[code] for code in codes]
+        assert states == explorer.table["state"].tolist()
 
 
 def test_a_row_that_is_too_short_is_said_in_words_and_can_be_left():
@@ -272,12 +217,8 @@ def test_readers_that_run_no_widgets_get_what_is_shown(make):
         bundle = explorer._repr_mimebundle_(include=None, exclude=None)
         assert bundle[WIDGET]["model_id"] == explorer.model_id
         assert bundle["text/plain"] == repr(explorer)
-        if make is anchors:
-            assert "text/html" not in bundle
-        else:
-            assert b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n\x1a\n")
-            assert bundle["image/png"] in picture(explorer).value
-            assert re.search(r'<img [^>]*alt="[^"]*mask[^"]*"', picture(explorer).value)
+        assert "text/html" not in bundle
+        assert b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_anchors_per_document_are_drawn_in_each_and_covered_as_if_each_were_alone():

@@ -23,7 +23,7 @@ from dspark_lab.explore import budget as budget_module
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.tuning import CARDS, TRAINERS, Shape, Spans, StepTime, TrainingSettings
 from tests import gallery
-from tests.explorers import alert, CHATS, LENGTHS, picture, TOKENIZER
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture
 from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, picture_of
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
@@ -271,7 +271,9 @@ def sentences(shown: Explorer) -> list[str]:
 
 def exported(shown: Explorer) -> list[str]:
     """The texts to take away: of the recommendation, and of the controls where they differ."""
-    return [unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", shown._frame.html, re.DOTALL)]
+    return [
+        unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", shown._frame.html, re.DOTALL)
+    ]
 
 
 def by_hand(**settings) -> dict[str, pd.DataFrame]:
@@ -359,25 +361,30 @@ def test_the_chosen_setting_is_told_in_a_sentence():
     shown = explorer(num_anchors=32, packed=False, seq_len=512, card="L4")
     line = shown.table.set_index("num_anchors").loc[32]
     assert sentences(shown)[1] == (
-        f"Chosen: N 32, K 3, S 512 covers {line['share']:.0%} of the supervised tokens in a pass; "
-        f"a step on L4 takes {line['seconds']:.3g} s and {line['memory_bytes'] / 1e9:.1f} GB of "
-        f"23.7 GB that it may take, as the longest row has {LONGEST} tokens."
+        f"Your setting now: N 32, K 3, S 512 covers {line['share']:.0%} of the supervised tokens "
+        f"in a pass; a step on L4 takes {line['seconds']:.3g} s and "
+        f"{line['memory_bytes'] / 1e9:.1f} GB of 23.7 GB that it may take, "
+        f"as the longest row has {LONGEST} tokens."
     )
     shown.controls["packed"].value = True
     assert "longest" not in sentences(shown)[1]
     shown.controls["per"].value = "document"
-    assert sentences(shown)[1].startswith("Chosen: N 32 for each document, K 3, S 512 covers")
+    assert sentences(shown)[1].startswith(
+        "Your setting now: N 32 for each document, K 3, S 512 covers"
+    )
 
 
 def test_the_fit_is_marked_at_the_longest_row_and_at_its_blocks(monkeypatch):
     drawn = Mock(side_effect=plot_budget)
     monkeypatch.setattr(budget_module, "plot_budget", drawn)
     shown = explorer(packed=False, seq_len=512, per="document")
+    assert shown.tables
     assert drawn.call_args.kwargs == {"num_anchors": 8, "at": (LONGEST, 8)}
     shown.controls["packed"].value = True
     spans = Spans.of(ENCODED, seq_len=512, row_length=512)
     docs = np.bincount(spans.document_row)
     marked = 512, 8 * docs.max()
+    assert shown.tables
     assert drawn.call_args.kwargs == {"num_anchors": 8, "at": marked}
 
 

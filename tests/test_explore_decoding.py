@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 
 from dspark_lab import explore
 from dspark_lab.chats import load_chats
@@ -25,7 +26,13 @@ from dspark_lab.decoding import (
     distribution_table,
     outcome_table,
 )
-from dspark_lab.explore import DecodingExplorer, explore_decoding, outcome_legend, outcome_text
+from dspark_lab.explore import (
+    DecodingExplorer,
+    explore_decoding,
+    outcome_legend,
+    outcome_text,
+    plot_outcomes,
+)
 from dspark_lab.explore import decoding as decoding_module
 from dspark_lab.model import Drafter, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
@@ -577,12 +584,15 @@ def test_widgets_are_made_once_and_readers_that_run_none_get_the_answer_and_no_t
     assert list(steps.children) == list(explorer.step.values())
     one, other = explorer._repr_mimebundle_(include=None, exclude=None), decoding()
     assert one.pop(WIDGET)["model_id"] == explorer.model_id
-    assert one == {"text/plain": repr(explorer), "text/html": shown(explorer, ANSWER)}
-    assert other._repr_mimebundle_()["text/html"] == one["text/html"] != ""
-    assert not any(word in "".join(one.values()) for word in ("tokens/s", "times"))
+    assert one.keys() == {"text/plain", "image/png"} and one["text/plain"] == repr(explorer)
+    assert other._repr_mimebundle_()["image/png"] == one["image/png"]
+    assert explorer._repr_mimebundle_()["image/png"] != "" != shown(explorer, ANSWER)
+    picture = plot_outcomes(explorer.table)
+    said = " ".join(text.get_text() for text in picture.findobj(Text))
+    assert "accepted" in said and not any(word in said for word in ("tokens/s", "times"))
     explorer.controls["seed"].value = 5
     explorer.run()
-    assert explorer._repr_mimebundle_()["text/html"] != one["text/html"]
+    assert explorer._repr_mimebundle_()["image/png"] != one["image/png"]
     assert all(a is b for a, b in zip(before, explorer.children, strict=True))
     assert repr(explorer) == (
         "explore_decoding(example=0, prompt='w1 w2 w3', drafter='drafter', temperature=1.0, "

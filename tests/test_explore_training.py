@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
-from dspark_lab.explore import plot_training, training
+from dspark_lab.explore import plot_training, style, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,12 +47,13 @@ def test_live_curve_costs_a_run_at_most_a_tenth_of_its_time(monkeypatch: pytest.
     now, drawn = [0.0], []
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
 
-    def slow_png(figure: object) -> bytes:
+    def slow_png(figure: Figure) -> bytes:
         drawn.append(now[0])
         now[0] += 2
-        return b""
+        return png(figure)
 
-    monkeypatch.setattr(training, "png", slow_png)
+    png = style.png
+    monkeypatch.setattr(style, "png", slow_png)
     curve = training.LiveCurve()
     for step in range(1, 100):
         curve(step_row(step))

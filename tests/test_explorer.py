@@ -1,153 +1,415 @@
-"""The explorer: controls are moved as a browser moves them, with and without a running loop."""
+"""The explorer: its controls moved as a browser moves them, its work, and what it writes."""
 
-import asyncio
+import builtins
+import importlib
 import inspect
 import re
-import selectors
-from collections.abc import Coroutine
+import sys
+import threading
+from base64 import b64decode
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 import dspark_lab as lab
 from data.make.recipes import write_chats
 from dspark_lab.explore import Explorer, Frame, explore_anchors, explore_masks
-from dspark_lab.explore.explorer import SETTLE_SECONDS, slider
+from dspark_lab.explore.controls import checkbox, dropdown, number_slider, selection_slider, slider
+from dspark_lab.explore.style import new_figure
+from dspark_lab.explore.widget import WidgetView, module, page
+from dspark_lab.explore.work import Progress, threads_for
 from tests import explorers
-from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, edit, panel, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Clock(selectors.DefaultSelector):
-    """The time of a loop that never waits: it is moved on to whatever the loop waits for."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list:
-        self.now += max(0.0, timeout or 0.0)
-        return super().select(0)
+def some_figure() -> Figure:
+    figure, ax = new_figure(3, 2)
+    ax.plot([1, 2])
+    return figure
 
 
-def run(clock: Clock, main: Coroutine[Any, Any, Any]) -> Any:
-    """Run until it is done in a loop with this clock."""
-    loop = asyncio.SelectorEventLoop(clock)
-    loop.time = lambda: clock.now
-    try:
-        return loop.run_until_complete(main)
-    finally:
-        loop.close()
-
-
-def counting(**controls: int) -> tuple[Explorer, list[dict]]:
-    """An explorer of sliders that shows their values, and the list of values it has drawn."""
+def counting(**options: Any) -> tuple[Explorer, list[dict]]:
+    """An explorer of all kinds of controls, and the settings that it has drawn; 13 is refused."""
     drawn: list[dict] = []
 
     def draw(chosen: SimpleNamespace) -> Frame:
-        settings = vars(chosen)
-        drawn.append(settings)
-        if settings["number"] == 13:
+        drawn.append(vars(chosen))
+        if chosen.number == 13:
             raise ValueError("13 is <b>unlucky</b>")
-        return Frame({"settings": pd.DataFrame([settings])}, html=f"<i>{settings}</i>")
+        tables = {"settings": pd.DataFrame([vars(chosen)]), "more": pd.DataFrame({"x": [1, 2]})}
+        best = {"recommended": {"number": 7, "size": 16}}
+        return Frame(tables, some_figure, html=f"<i>{chosen.number}</i>", **best)
 
-    sliders = [slider(name, value, 0, 10**9) for name, value in ({"number": 0} | controls).items()]
-    return Explorer("counting", sliders, draw), drawn
+    controls = [
+        slider("number", 0, 0, 100),
+        number_slider("share", 0.5, 0.0, 1.0),
+        checkbox("on", False),
+        dropdown("kind", "a", ("a", "b")),
+        selection_slider("size", 8, (4, 8, 16)),
+    ]
+    return Explorer("counting", controls, draw, **options), drawn
 
 
-def test_an_explorer_draws_once_when_it_is_made_and_at_each_change_without_a_running_loop():
-    explorer, drawn = counting(other=5)
-    assert drawn == [{"number": 0, "other": 5}] and explorer.frames_drawn == 1
-    assert picture(explorer).value == "<i>{'number': 0, 'other': 5}</i>"
+START = {"number": 0, "share": 0.5, "on": False, "kind": "a", "size": 8}
+
+
+def state(explorer: Explorer, name: str) -> dict[str, Any]:
+    """A control as a browser is given it."""
+    [found] = [one for one in panel(explorer).state["controls"] if one["name"] == name]
+    return found
+
+
+def test_it_draws_once_when_it_is_made_and_at_each_change():
+    explorer, drawn = counting()
+    assert drawn == [START] and explorer.frames_drawn == 1
     explorer.controls["number"].value = 7
-    assert drawn[-1] == explorer.settings == {"number": 7, "other": 5}
-    assert picture(explorer).value == "<i>{'number': 7, 'other': 5}</i>"
-    assert explorer.frames_drawn == len(drawn) == 2
+    assert drawn[-1] == explorer.settings == START | {"number": 7}
+    assert picture(explorer).value.endswith("<i>7</i>") and explorer.frames_drawn == 2
+    explorer.controls["number"].value = 7
+    assert len(drawn) == 2
 
 
-@pytest.mark.parametrize("pause, drawn_at", [(None, [50]), (0, [50]), (0.1, range(1, 51))])
-def test_quick_changes_in_a_running_loop_are_one_redraw_of_the_newest_value(pause, drawn_at):
+def test_what_a_browser_sets_arrives_in_one_draw_and_comes_back_with_its_turn():
     explorer, drawn = counting()
-
-    async def drag() -> None:
-        for value in range(1, 51):
-            explorer.controls["number"].value = value
-            if pause is not None:
-                await asyncio.sleep(pause)
-        await asyncio.sleep(SETTLE_SECONDS)
-
-    run(Clock(), drag())
-    assert drawn[1:] == [{"number": number} for number in drawn_at]
-    assert explorer.frames_drawn == len(drawn)
-    assert picture(explorer).value == "<i>{'number': 50}</i>"
+    edit(explorer, number=9, share=0.33, on=True, kind=1, size=2)
+    chosen = {"number": 9, "share": 0.33, "on": True, "kind": "b", "size": 16}
+    assert drawn[1:] == [chosen] and explorer.settings == chosen
+    assert panel(explorer).state["turn"] == 1
+    assert [state(explorer, name)["value"] for name in chosen] == [9, 0.33, True, 1, 2]
 
 
-def test_a_drag_that_outpaces_the_drawing_is_seen_while_it_goes_on_and_leaves_no_stale_frame():
-    clock, drawn = Clock(), []
-
-    def slow(chosen: SimpleNamespace) -> Frame:
-        clock.now += 0.04
-        drawn.append(chosen.number)
-        return Frame({"one": pd.DataFrame([chosen.number])}, html=str(chosen.number))
-
-    explorer = Explorer("slow", [slider("number", 0, 0, 1000)], slow)
-
-    async def drag() -> int:
-        for value in range(1, 101):
-            explorer.controls["number"].value = value
-            await asyncio.sleep(0.002)
-        before = len(drawn)
-        await asyncio.sleep(0.3)
-        return before
-
-    before = run(clock, drag())
-    assert 3 < before < 50
-    assert drawn == sorted(set(drawn)) and drawn[-1] == 100
-    assert len(drawn) - before <= 1
-
-
-def test_what_is_read_or_shown_before_the_loop_goes_on_is_of_the_newest_value():
+def test_a_number_is_moved_into_its_range_and_never_contradicts_the_picture():
     explorer, drawn = counting()
-    number = explorer.controls["number"]
-
-    async def change_and_read() -> list:
-        number.value = 4
-        number.value = 5
-        read = [explorer.table["number"][0], explorer.tables["settings"]["number"][0]]
-        number.value = 6
-        read.append(explorer._repr_mimebundle_())
-        await asyncio.sleep(0.1)
-        return read
-
-    *read, bundle = run(Clock(), change_and_read())
-    assert read == [5, 5] and drawn[1:] == [{"number": 5}, {"number": 6}]
-    assert bundle["text/plain"] == "counting(number=6)"
-    assert bundle["text/html"] == "<i>{'number': 6}</i>"
+    edit(explorer, number=1000, share=-3, size=99)
+    assert drawn[-1] == START | {"number": 100, "share": 0.0, "size": 16}
+    assert state(explorer, "number")["value"] == 100 and state(explorer, "size")["value"] == 2
+    explorer.controls["number"].value = -5
+    assert drawn[-1]["number"] == explorer.controls["number"].value == 0
+    for refused in (1.5, True, "3"):
+        with pytest.raises(TypeError, match="number must be"):
+            explorer.controls["number"].value = refused
+    with pytest.raises(ValueError, match="kind must be one of"):
+        explorer.controls["kind"].value = "c"
+    edit(explorer, number=None)
+    assert explorer.settings["number"] == 0
 
 
-def test_the_picture_is_replaced_in_place_also_by_a_sentence_that_leaves_no_table_and_can_be_left():
+def test_a_control_without_effect_says_why():
+    def reasons(chosen: SimpleNamespace) -> dict[str, str]:
+        return {} if chosen.on else {"share": "it is off"}
+
+    explorer, _ = counting(reasons=reasons)
+    assert state(explorer, "share")["reason"] == "it is off"
+    assert explorer.controls["share"].disabled and not explorer.controls["number"].disabled
+    edit(explorer, on=True)
+    assert state(explorer, "share")["reason"] == "" and not explorer.controls["share"].disabled
+
+
+def test_a_problem_stands_beside_the_last_picture_leaves_no_table_and_can_be_left():
     explorer, _ = counting()
-    shown, children = picture(explorer), explorer.children
-    controls = explorer.children[0].children
-    values: list[str] = []
-    shown.observe(lambda change: values.append(change["new"]), names="value")
-    for number in (3, 13):
-        explorer.controls["number"].value = number
-    assert alert(explorer) == "13 is &lt;b&gt;unlucky&lt;/b&gt;"
-    assert explorer.tables == {}
+    explorer.controls["number"].value = 3
+    before = picture(explorer).value
+    explorer.controls["number"].value = 13
+    assert alert(explorer) == "13 is <b>unlucky</b>" and panel(explorer).state["kept"]
+    assert picture(explorer).value == before and explorer.tables == {}
     with pytest.raises(ValueError, match="counting has nothing to show: 13 is <b>unlucky</b>"):
         explorer.table  # noqa: B018
+    bundle = explorer._repr_mimebundle_()
+    assert "image/png" not in bundle and "13 is" in bundle["text/plain"]
     explorer.controls["number"].value = 4
-    assert explorer.table["number"].tolist() == [4]
-    assert values == [
-        "<i>{'number': 3}</i>",
-        '<p role="alert">13 is &lt;b&gt;unlucky&lt;/b&gt;</p>',
-        "<i>{'number': 4}</i>",
+    assert panel(explorer).state["problem"] == "" and explorer.table["number"].tolist() == [4]
+
+
+def test_reset_and_what_is_recommended_are_one_draw_each():
+    explorer, drawn = counting()
+    explorer.choose(**explorer._frame.recommended)
+    assert drawn[1:] == [START | {"number": 7, "size": 16}]
+    assert panel(explorer).state["recommended"] == {"number": 7, "size": 2}
+    assert panel(explorer).state["starts"] == START | {"kind": 0, "size": 1}
+    explorer.reset()
+    assert drawn[2:] == [START] and explorer.settings == START
+    with pytest.raises(ValueError, match=r"settings must be some of .*, got \['nowhere'\]"):
+        explorer.choose(nowhere=1)
+
+
+def test_the_code_is_the_call_that_makes_the_same_view():
+    explorer = explorers.masks(conversation=1)
+    explorer.choose(num_anchors=3, packed=True, seed=5)
+    names = {"lab": lab, "chats": CHATS, "tokenizer": TOKENIZER}
+    again = eval(explorer.code, names)
+    assert again.settings == explorer.settings and again.code == explorer.code
+    assert explorer.code == panel(explorer).state["code"]
+    assert explorer.code.startswith("lab.explore_masks(chats=chats, tokenizer=tokenizer, ")
+    # A control that no argument names is set by a line of its own.
+    other, _ = counting()
+    other.name, other.controls["number"].argument = "explore_masks", False
+    other.controls["number"].value = 5
+    assert other.code.splitlines()[1] == "explorer.controls['number'].value = 5"
+
+
+def test_pictures_tables_and_pages_are_written_whole_and_sent_to_the_browser(tmp_path, monkeypatch):
+    explorer, _ = counting()
+    sent: list[tuple[dict, list]] = []
+    monkeypatch.setattr(panel(explorer), "send", lambda *message: sent.append(message))
+    explorer.save_picture(tmp_path / "a.png")
+    explorer.save_picture(tmp_path / "a.svg")
+    explorer.save_table(tmp_path / "a.csv")
+    explorer.save_table(str(tmp_path / "b.csv"), "more")
+    explorer.save_html(tmp_path / "a.html")
+    assert (tmp_path / "a.png").read_bytes() == explorer._frame.png
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert pd.read_csv(tmp_path / "a.csv").to_dict("records") == [START]
+    assert pd.read_csv(tmp_path / "b.csv")["x"].tolist() == [1, 2]
+    explorer._act({"action": "tables"})
+    assert sent.pop() == ({"tables": ["settings", "more"]},)
+    for what, table, name in (
+        ("png", None, "a.png"),
+        ("svg", None, "a.svg"),
+        ("html", None, "a.html"),
+        ("csv", "settings", "a.csv"),
+        ("csv", "more", "b.csv"),
+    ):
+        explorer._act({"action": "save", "what": what, "table": table})
+        message, [content] = sent.pop()
+        assert message["name"].endswith(f".{what}") and message["type"]
+        assert content == (tmp_path / name).read_bytes()
+    for call, wrong in (
+        (explorer.save_picture, "a.jpg"),
+        (explorer.save_table, "a.txt"),
+        (explorer.save_html, "a.png"),
+    ):
+        with pytest.raises(ValueError, match=f"path must end in .*, got '{wrong}'"):
+            call(wrong)
+    with pytest.raises(ValueError, match=r"name must be one of \('settings', 'more'\), got 'x'"):
+        explorer.save_table(tmp_path / "c.csv", "x")
+    with pytest.raises(OSError):
+        explorer.save_html(tmp_path / "nowhere" / "c.html")
+    explorer.controls["number"].value = 13
+    with pytest.raises(ValueError, match="counting has no picture: 13 is"):
+        explorer.save_picture(tmp_path / "c.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["a.png", "a.svg", "a.csv", "b.csv", "a.html"]
+    )
+
+
+def test_a_page_needs_no_network_and_no_text_ends_its_script():
+    class Probe(WidgetView):
+        names = ("shared", "controls")
+
+    text = "</script><!-- & é"
+    shown = page("<title>", [Probe(state={"text": text, "bytes": b"\x00\xff"}), "<p>hi</p>"])
+    addresses = set(re.findall(r"https?://[^\s\"'<)]+", shown))
+    assert addresses <= {"http://www.w3.org/2000/svg"}, "the name of SVG is no address"
+    assert "default-src 'none'" in shown and " src=" not in shown and "<link" not in shown
+    assert shown.count("</script") == 1 and "<!--" not in shown
+    assert "&lt;title&gt;" in shown and "<p>hi</p>" in shown and '"base64": "AP8="' in shown
+
+
+def test_a_module_is_its_files_one_behind_the_other():
+    assert module("shared", "controls").startswith(module("shared"))
+    assert module("shared", "controls").endswith(module("controls"))
+    assert re.findall(r"^(?:import|export) .*$", module("shared", "controls"), re.M) == [
+        "export default { render };"
     ]
-    assert explorer.children is children and picture(explorer) is shown
-    assert explorer.children[0].children is controls
+
+
+def slow(draw: Any, **options: Any) -> Explorer:
+    """A slow explorer of one number."""
+
+    def controls(progress: Progress) -> list:
+        return [slider("number", 0, 0, 100)]
+
+    return Explorer("slow", controls, draw, slow=True, **options)
+
+
+def shown_number(chosen: SimpleNamespace) -> Frame:
+    return Frame({"one": pd.DataFrame({"number": [chosen.number]})}, some_figure)
+
+
+def test_a_slow_explorer_is_there_before_its_work_is_done_and_its_tables_wait():
+    may_go_on, told = threading.Event(), threading.Event()
+
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        progress(3, 10, "counting")
+        told.set()
+        assert may_go_on.wait(60)
+        return shown_number(chosen)
+
+    explorer = slow(draw)
+    assert told.wait(60) and explorer.frames_drawn == 0
+    assert panel(explorer).progress == {"done": 3, "total": 10, "words": "counting"}
+    assert repr(explorer) == "slow()"
+    may_go_on.set()
+    assert explorer.table["number"].tolist() == [0] and explorer.frames_drawn == 1
+    assert panel(explorer).progress == {}
+    assert b64decode(explorer._repr_mimebundle_()["image/png"]) == explorer._frame.png
+
+
+def test_the_newest_value_wins_over_work_that_goes_on():
+    begun, may_go_on, finished = threading.Event(), threading.Event(), []
+
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        if chosen.number == 1:
+            begun.set()
+            assert may_go_on.wait(60)
+        progress(1, 2, "half")
+        finished.append(chosen.number)
+        return shown_number(chosen)
+
+    explorer = slow(draw)
+    explorer.controls["number"].value = 1
+    assert begun.wait(60)
+    for number in (2, 3):
+        explorer.controls["number"].value = number
+    may_go_on.set()
+    assert explorer.table["number"].tolist() == [3]
+    assert finished[-1] == 3 and 1 not in finished and explorer._problem == ""
+
+
+def test_cancel_keeps_the_last_picture_says_so_and_it_can_go_on():
+    begun = threading.Event()
+
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        while chosen.number == 1:
+            progress(0, 0, "for ever")
+            begun.set()
+        return shown_number(chosen)
+
+    explorer = slow(draw)
+    before = picture(explorer).value
+    explorer.controls["number"].value = 1
+    assert begun.wait(60)
+    explorer._act({"action": "cancel"})
+    assert alert(explorer) == "Cancelled. Go on with a change of a control, or try again."
+    assert panel(explorer).state["again"] and picture(explorer).value == before
+    assert panel(explorer).progress == {}
+    begun.clear()
+    explorer._act({"action": "again"})
+    assert begun.wait(60)
+    explorer.controls["number"].value = 2
+    assert explorer.table["number"].tolist() == [2] and not panel(explorer).state["again"]
+
+
+def test_a_display_is_there_at_once_and_is_given_its_picture_when_it_is_drawn(monkeypatch):
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        begun.set()
+        assert may_go_on.wait(60)
+        return shown_number(chosen)
+
+    published = []
+
+    def display(bundle: dict, **options: Any) -> Any:
+        published.append(bundle)
+        may_go_on.set()
+        return SimpleNamespace(update=lambda bundle, raw: published.append(bundle))
+
+    monkeypatch.setattr("IPython.display.display", display)
+    explorer = slow(draw)
+    explorer._ipython_display_()
+    first, last = published
+    assert first["text/plain"] == last["text/plain"] == "slow()"
+    assert first[explorers.WIDGET] == last[explorers.WIDGET]
+    assert "image/png" not in first and b64decode(last["image/png"]) == explorer._frame.png
+    # Once it is drawn, it is shown as anything else is.
+    with pytest.raises(NotImplementedError):
+        explorer._ipython_display_()
+
+
+def test_what_goes_wrong_in_the_work_is_a_sentence_or_raised_where_it_is_waited_for():
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        if chosen.number == 0:
+            raise OSError("no such file")
+        raise ZeroDivisionError("a fault")
+
+    explorer = slow(draw)
+    assert alert(explorer) == "no such file"
+    explorer.controls["number"].value = 1
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        explorer.tables  # noqa: B018
+
+    def broken(progress: Progress) -> list:
+        raise ValueError("no models")
+
+    explorer = Explorer("slow", broken, draw, slow=True)
+    with pytest.raises(ValueError, match="slow has no controls: no models"):
+        explorer.controls  # noqa: B018
+
+
+def test_a_small_model_has_one_thread_and_the_others_are_put_back():
+    torch.set_num_threads(2)
+    try:
+        small = torch.nn.Linear(2, 2)
+        with threads_for(small), threads_for(small):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), threads_for(small):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+        with torch.device("meta"):
+            large = torch.nn.Linear(10_000, 10_000)
+        with threads_for(large):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def without_anywidget(monkeypatch):
+    """The explorer's modules, made where anywidget cannot be imported."""
+    found = builtins.__import__
+
+    def refuse(name: str, *more: Any) -> Any:
+        if name.partition(".")[0] == "anywidget":
+            raise ImportError(name)
+        return found(name, *more)
+
+    names = [f"dspark_lab.explore.{name}" for name in ("widget", "controls", "explorer")]
+    kept = {name: sys.modules[name] for name in names}
+    package = sys.modules["dspark_lab.explore"]
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    for name in names:
+        del sys.modules[name]
+    yield importlib.import_module(names[-1])
+    sys.modules.update(kept)
+    for name, held in kept.items():
+        setattr(package, name.rpartition(".")[2], held)
+
+
+def test_without_anywidget_there_are_plain_controls_and_the_picture(without_anywidget):
+    made = sys.modules["dspark_lab.explore.controls"]
+    controls = [made.slider("number", 3, 0, 100), made.dropdown("kind", "a", ("a", "b"))]
+    controls += [made.checkbox("on", True), made.selection_slider("size", 8, (4, 8))]
+
+    def draw(chosen: SimpleNamespace) -> Any:
+        if chosen.number == 13:
+            raise ValueError("13 is unlucky")
+        frame = without_anywidget.Frame
+        return frame({"one": pd.DataFrame([vars(chosen)])}, some_figure, html=str(chosen.number))
+
+    explorer = without_anywidget.Explorer("plain", controls, draw)
+    box, status, shown = explorer.children
+    number, kind, on, size = box.children
+    assert [type(one).__name__ for one in box.children] == [
+        *("IntSlider", "Dropdown", "Checkbox", "SelectionSlider")
+    ]
+    number.value, kind.value, on.value, size.value = 7, "b", False, 4
+    assert explorer.settings == {"number": 7, "kind": "b", "on": False, "size": 4}
+    assert explorer.table["number"].tolist() == [7] and shown.value.endswith(">7")
+    explorer.controls["number"].value = 13
+    assert number.value == 13 and shown.value.endswith(">7")
+    assert status.value == '<p role="alert">13 is unlucky</p>'
+    assert b64decode(explorer._repr_mimebundle_().get("image/png", "")) == b""
+    explorer.reset()
+    assert b64decode(explorer._repr_mimebundle_()["image/png"]).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("explore", [explore_anchors, explore_masks])

@@ -35,7 +35,7 @@ ROOMS = {"blocks": 20, "common": 80, "attention": 40, "chats": 60, "model": 60, 
 ROOMS |= {"rates": 60, "training": 30, "pairs": 10, "tuning": 60, "serving": 60, "explore": 60}
 # Commands, downloads, a clock, sums of a run, and pictures and texts of the tables.
 LEFT_OUT = ("_", "main", "fetch_smollm2", "load_smollm2", "now", "from_stacked", "png", "plot_")
-LEFT_OUT += ("new_figure", "token_text")
+LEFT_OUT += ("new_figure",)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -110,6 +111,25 @@ def test_lab_keeps_its_token_and_listens_on_this_machine_only():
     command = lab_command(PORT="9001")
     assert "--ServerApp.ip=127.0.0.1 --ServerApp.port=9001" in command
     assert not any(word in command.lower() for word in ("token", "password", "0.0.0.0", "origin"))
+
+
+@pytest.mark.slow
+def test_lab_opens_on_the_start_notebook_and_says_its_address_last(tmp_path):
+    words = shlex.split(lab_command(PORT="0"))
+    folders = {f"JUPYTER_{k}_DIR": str(tmp_path / k) for k in ("RUNTIME", "CONFIG", "DATA")}
+    command = [sys.executable, *words[1:], "--no-browser"]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | folders, **both) as server:
+        said = []
+        try:
+            while not said or "/lab/tree/00_start.ipynb?token=" not in said[-1]:
+                said.append(server.stdout.readline())
+                assert said[-1], said
+        finally:
+            server.terminate()
+        rest = server.stdout.read().splitlines()
+    assert said[-1].strip().startswith("http://127.0.0.1:")
+    assert not [line for line in rest if "received signal" not in line and line.strip()], rest
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS always has a display")

@@ -364,7 +364,13 @@ def _make(
     feed = iter(source.requests())
     scale = source.unit == "B"
     with tqdm(
-        None, "encode", source.total, leave=False, unit=source.unit, unit_scale=scale, disable=not progress
+        None,
+        "encode",
+        source.total,
+        leave=False,
+        unit=source.unit,
+        unit_scale=scale,
+        disable=not progress,
     ) as bar:
         for request in islice(feed, len(parts)):
             bar.update(source.weight(request))

@@ -15,9 +15,6 @@ from .anchors import (
     plot_coverage,
     plot_packing,
     slot_inputs,
-    token_legend,
-    token_table,
-    token_text,
 )
 from .budget import (
     MEASURED,
@@ -35,9 +32,10 @@ from .decoding import (
     outcome_legend,
     outcome_text,
     plot_distributions,
+    plot_outcomes,
 )
 from .explorer import Explorer, Frame
-from .mask_geometry import PAIR_KINDS, RuleMask, Spans, count_differences
+from .mask_geometry import PAIR_KINDS, MaskSpans, RuleMask, count_differences
 from .mask_view import MaskView, mask_row, mask_state
 from .masks import (
     REGIONS,
@@ -67,7 +65,17 @@ from .speed import (
     plot_thresholds_speed,
 )
 from .style import png
+from .tokens import (
+    TOKEN_LISTS,
+    TOKEN_STATES,
+    plot_tokens,
+    token_lists,
+    token_row,
+    token_state,
+    token_table,
+)
 from .training import LiveCurve, plot_training
+from .words import readable
 
 __all__ = [
     "DecodingExplorer",
@@ -75,12 +83,14 @@ __all__ = [
     "Frame",
     "LiveCurve",
     "MEASURED",
+    "MaskSpans",
     "MaskView",
     "PAIR_KINDS",
     "REGIONS",
     "RuleMask",
-    "Spans",
     "TILE_STATES",
+    "TOKEN_LISTS",
+    "TOKEN_STATES",
     "VIEWS",
     "block_table",
     "count_differences",
@@ -110,6 +120,7 @@ __all__ = [
     "plot_gain",
     "plot_load",
     "plot_mask",
+    "plot_outcomes",
     "plot_packing",
     "plot_parts",
     "plot_rates",
@@ -126,14 +137,17 @@ __all__ = [
     "plot_thresholds",
     "plot_thresholds_speed",
     "plot_tiles",
+    "plot_tokens",
     "plot_training",
     "png",
+    "readable",
     "slot_inputs",
     "sorting_table",
     "tile_spans",
     "tile_states",
     "tile_table",
-    "token_legend",
+    "token_lists",
+    "token_row",
+    "token_state",
     "token_table",
-    "token_text",
 ]

@@ -16,8 +16,8 @@ from dspark_lab import rates
 from dspark_lab.checks import checked
 from dspark_lab.decoding import Decoded, outcome_table, token_kinds
 from dspark_lab.explore import style
-from dspark_lab.explore.decoding import outcome_legend, outcome_text
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
+from dspark_lab.explore.decoding import outcome_legend, outcome_text
 from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
@@ -323,7 +323,12 @@ def explore_acceptance(
         models = models_of(progress)
         names = list(models.drafters)
         chosen = dropdown("drafter", names[0], names, argument=False)
-        return [at_once[0], chosen, at_once[1], slider("conversation", 0, 0, len(models.prompts) - 1)]
+        return [
+            at_once[0],
+            chosen,
+            at_once[1],
+            slider("conversation", 0, 0, len(models.prompts) - 1),
+        ]
 
     def reasons(chosen: SimpleNamespace) -> dict[str, str]:
         return {} if chosen.view == "text" else {"conversation": "for the view text"}

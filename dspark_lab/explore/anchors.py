@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import pad
 
 from dspark_lab.attention import FULL, ContextRanges, View
-from dspark_lab.blocks import LAYOUTS, Blocks, Layout, Per, draw_blocks, times_supervised
+from dspark_lab.blocks import LAYOUTS, Blocks, Layout, Per, draw_blocks
 from dspark_lab.chats import (
     Batch,
     Chat,
@@ -26,58 +26,12 @@ from dspark_lab.chats import (
     one_row,
     token_texts,
 )
-from dspark_lab.checks import Count, Within, checked, require
-from dspark_lab.common import build_anchor_candidate_mask
+from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import checkbox, dropdown, slider
-from dspark_lab.explore.explorer import Explorer, Frame, marked_text
+from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.tokens import TokensView, plot_tokens, token_row, token_state, token_table
 from dspark_lab.training import ChatsLike, open_chats
-from dspark_lab.tuning import token_coverage
-
-
-@checked
-def token_table(
-    batch: Batch,
-    blocks: Blocks,
-    to_text: Callable[[int], str],
-    *,
-    row: int = 0,
-    num_anchors: Count | None = None,
-    per: Per = "row",
-) -> pd.DataFrame:
-    """The state of each token of one row, before and after a draw of blocks.
-
-    ``to_text`` is ``TokenText(tokenizer)``, or gives the text of a token id. ``document`` is -1 on
-    padding, ``p_covered`` the probability that a draw covers the token, of ``num_anchors`` (as many
-    as ``blocks`` where None) for the row or for each document (``per``).
-    ``state`` is *prompt*, *not covered* or *covered* by this draw, *never a label* (supervised but
-    first of its run, so that no anchor reaches it) or *padding*.
-    """
-    one, drawn = batch.row(row), blocks.row(row)
-    seq_len = drawn.seq_len
-    candidates = build_anchor_candidate_mask(seq_len, one.loss_mask, one.doc_remaining)[0]
-    anchors = drawn.anchor_positions[drawn.block_keep_mask]
-    token_ids = one.input_ids[0].tolist()
-    padding = ~one.attention_mask[0].cpu().numpy()
-    drawn_of: dict[str, Any] = {"per": per, "layout": drawn.layout}
-    covered_by = token_coverage(one, num_anchors or drawn.num_anchors, drawn.block_size, **drawn_of)
-    table = pd.DataFrame(
-        {
-            "position": np.arange(seq_len),
-            "document": np.where(padding, -1, drawn.doc_ids[0].cpu().numpy()),
-            "token_id": token_ids,
-            "text": token_texts(to_text, token_ids),
-            "supervised": one.loss_mask[0].cpu().numpy(),
-            "candidate": [*candidates.tolist(), False],
-            "anchor": np.isin(np.arange(seq_len), anchors.cpu().numpy()),
-            "times_supervised": times_supervised(drawn)[0].cpu().numpy(),
-            "p_covered": covered_by[0].cpu().numpy(),
-        }
-    )
-    covered, reached = table["times_supervised"] > 0, table["p_covered"] > 0
-    states = ["padding", "prompt", "covered", "never a label"]
-    state = np.select([padding, ~table["supervised"], covered, ~reached], states, "not covered")
-    return table.assign(state=state)
 
 
 @checked
@@ -169,61 +123,6 @@ def plot_packing(table: pd.DataFrame) -> Figure:
     return figure
 
 
-# How the token text marks its tokens; half transparent colours let either theme show through.
-_TOKEN_STYLE = """<style>
-.dspark-text{font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;
- word-break:break-word;color:var(--jp-content-font-color1,inherit);max-height:26em;overflow-y:auto;
- padding:2px 4px}
-.dspark-text span,.dspark-key span{border-radius:3px;padding:1px 0}
-.dspark-text span:hover{outline:2px solid #767676}
-.dspark-key{font-size:12px;line-height:2;color:var(--jp-content-font-color1,inherit)}
-.dspark-key span{padding:2px 6px;margin-right:8px;white-space:nowrap}
-.dspark-document{border-top:1px solid #767676;margin-top:.6em;font-size:11px;opacity:.7}
-.dspark-prompt{opacity:.55}.dspark-padding{opacity:.3}
-.dspark-not-covered{background:rgba(230,159,0,.30)}
-.dspark-covered{background:rgba(86,180,233,.38)}
-.dspark-never-a-label{background:rgba(204,121,167,.55)}
-.dspark-candidate{border-bottom:2px dotted #767676}
-.dspark-anchor{border-bottom:3px solid #D55E00;font-weight:700}
-</style>"""
-
-
-@checked
-def token_text(table: pd.DataFrame) -> str:
-    """A :func:`token_table` as text in HTML in the colours of the states, which tips explain."""
-    spans, document = [], 0
-    for token in table[table["state"] != "padding"].itertuples(index=False):
-        if token.document != document:
-            document = token.document
-            spans.append(f'<div class="dspark-document">document {document}</div>')
-        spans.append(_token_span(token))
-    return f'{_TOKEN_STYLE}<div class="dspark-text">{"".join(spans)}</div>'
-
-
-@checked
-def token_legend(table: pd.DataFrame) -> str:
-    """The key to :func:`token_text` in HTML with the tokens of each kind counted."""
-    counts = table["state"].value_counts()
-    states = ("prompt", "covered", "not covered", "never a label")
-    entries = [(state, counts[state]) for state in states if state in counts]
-    entries += [(name, table[name].sum()) for name in ("candidate", "anchor")]
-    spans = [marked_text(f"{name} {count}", [name]) for name, count in entries]
-    return f'{_TOKEN_STYLE}<div class="dspark-key">{" ".join(spans)}</div>'
-
-
-def _token_span(token: Any) -> str:
-    kinds = [token.state]
-    if token.candidate:
-        kinds.append("anchor" if token.anchor else "candidate")
-    facts = [f"position {token.position}", f"id {token.token_id}", *kinds]
-    if token.supervised:
-        facts.append(f"supervised by {token.times_supervised} slots of this draw")
-        facts.append(f"covered with probability {token.p_covered:.3f}")
-    if token.document > 0:
-        facts.append(f"document {token.document}")
-    return marked_text(token.text.replace("\n", "⏎\n"), kinds, facts)
-
-
 @checked
 def explore_anchors(
     chats: ChatsLike | None = None,
@@ -257,25 +156,49 @@ def explore_anchors(
     given = dict(locals())
     rows = ConversationRows(chats, tokenizer, like)
 
-    def draw(chosen: SimpleNamespace) -> Frame:
-        def shown(batch: Batch) -> tuple[Blocks, pd.DataFrame]:
-            blocks = drawn_blocks(batch, chosen)
-            counted: dict[str, Any] = {"num_anchors": chosen.num_anchors, "per": chosen.per}
-            return blocks, token_table(batch, blocks, rows.to_text, **counted)
-
-        blocks, tokens = shown(rows.row(chosen.conversation, chosen.packed, chosen.row_length))
-        tables = {"tokens": tokens, "blocks": block_table(blocks, rows.to_text)}
-        html = token_legend(tokens) + token_text(tokens)
-        own = None if chosen.packed else rows.own_row(chosen.conversation)
+    @lru_cache(maxsize=4)
+    def row_of(*chosen: Any) -> tuple[dict[str, Batch], dict[str, Any]]:
+        """A row, and the lab's own where there is one; and both as the widget is given them."""
+        batches = {"tokens": rows.row(*chosen)}
+        own = None if chosen[1] else rows.own_row(chosen[0])
         if own is not None:
-            tables["own"] = shown(own)[1]
-            html += "<p>The lab's own mask: what the model itself generates.</p>"
-            html += token_legend(tables["own"]) + token_text(tables["own"])
-        return Frame(tables, html=html)
+            batches["own"] = own
+        row, *others = [token_row(batch, rows.to_text) for batch in batches.values()]
+        return batches, row | {"own": others[0] if others else None}
+
+    def draw(chosen: SimpleNamespace) -> Frame:
+        batches, row = row_of(chosen.conversation, chosen.packed, chosen.row_length)
+        drawn = {name: drawn_blocks(batch, chosen) for name, batch in batches.items()}
+        counted: dict[str, Any] = {"num_anchors": chosen.num_anchors, "per": chosen.per}
+        names = {"tokens": f"{like or 'given'} mask", "own": "the lab's own mask"}
+        state, *others = [
+            token_state(batches[name], drawn[name], name=names[name], **counted) for name in drawn
+        ]
+        state |= {"row": row, "own": others[0] if others else None}
+
+        @cache
+        def tokens() -> dict[str, pd.DataFrame]:
+            return {
+                name: token_table(batches[name], drawn[name], rows.to_text, **counted)
+                for name in drawn
+            }
+
+        def tables() -> dict[str, pd.DataFrame]:
+            first, *others = tokens().items()
+            return dict([first, ("blocks", block_table(drawn["tokens"], rows.to_text)), *others])
+
+        def figure() -> Figure:
+            titled = {names[name] if others else "": each for name, each in tokens().items()}
+            return plot_tokens(titled)
+
+        alt = "the tokens of the row in the colours of their states"
+        return Frame(tables, figure, alt=alt, state=state)
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
-    return Explorer("explore_anchors", controls, draw, reasons=rows.reasons, given=given)
+    return Explorer(
+        "explore_anchors", controls, draw, view=TokensView, reasons=rows.reasons, given=given
+    )
 
 
 def drawn_blocks(batch: Batch, chosen: SimpleNamespace) -> Blocks:

@@ -510,7 +510,7 @@ def explore_training_budget(
 
         words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
         advised = None if best is None else settings_of(best)
-        words += explorer.exports(chosen.export, advised, settings, tuning.export)
+        words += explorer.export_texts(chosen.export, advised, settings, tuning.export)
         alt = "what the chosen setting covers, gains, costs and leaves room for"
         use = {} if best is None else {"num_anchors": best}
         return explorer.Frame(tables, figure, html=words, alt=alt, recommended=use)
@@ -526,9 +526,9 @@ def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: floa
     place = "on the device that was measured" if chosen.card == MEASURED else f"on {chosen.card}"
     room = "" if math.isinf(limit) else f" of {limit / 1e9:.1f} GB that it may take"
     said = (
-        f"Your setting now: N {chosen.num_anchors:,}{counted}, K {chosen.block_size}, S {chosen.seq_len:,} "
-        f"covers {line['share']:.0%} of the supervised tokens in a pass; a step {place} takes "
-        f"{seconds:.3g} s and {held:.1f} GB{room}"
+        f"Your setting now: N {chosen.num_anchors:,}{counted}, K {chosen.block_size}, "
+        f"S {chosen.seq_len:,} covers {line['share']:.0%} of the supervised tokens in a pass; "
+        f"a step {place} takes {seconds:.3g} s and {held:.1f} GB{room}"
     )
     if line["seq_len"] < chosen.seq_len:
         said += f", as the longest row has {line['seq_len']:,.0f} tokens"

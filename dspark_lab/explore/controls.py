@@ -116,8 +116,8 @@ def slider(name: str, value: int, low: int, high: int, step: int = 1) -> Control
 def number_slider(name: str, value: float, low: float, high: float, **options: Any) -> Control:
     """A number in steps of 0.05, typed ones as they are, which reaches further if it starts so."""
     require(name, value, Annotated[float, Within(low)])
-    limits = {"min": low, "max": max(high, value)}
-    return Control(name, "number", float(value), step=0.05, **limits, **options)
+    options |= {"min": low, "max": max(high, value)}
+    return Control(name, "number", float(value), step=0.05, **options)
 
 
 def dropdown(name: str, value: Any, options: Sequence[Any], **more: Any) -> Control:
@@ -169,7 +169,9 @@ def plain_widget(control: Control) -> ipywidgets.Widget:
         make = ipywidgets.Checkbox if control.kind == "check" else ipywidgets.Textarea
     shown = make(**options)
     if control.kind in ("whole", "number"):
-        control.observe(lambda change: setattr(shown, change["name"], change["new"]), ["min", "max"])
+        control.observe(
+            lambda change: setattr(shown, change["name"], change["new"]), ["min", "max"]
+        )
     traitlets.link((control, "value"), (shown, "value"))
 
     def disable(_change: object = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,8 @@ from dspark_lab.decoding import Decoded, Decoding, Prompt, Round
 from dspark_lab.explore import controls as made
 from dspark_lab.explore import explorer, style
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
-from dspark_lab.explore.style import BLUE, INK, ORANGE, RED, visible_text
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED, visible_text
+from dspark_lab.explore.textpicture import Look, text_figure
 from dspark_lab.serving import speed_table
 
 # While an answer grows, its text is shown anew when it is at least so old.
@@ -47,6 +49,17 @@ _OUTCOME_STYLE = """<style>
 .dspark-not-verified{font-size:11px;font-style:italic;opacity:.65;border-bottom:1px dashed #767676}
 </style>"""
 
+# The same in a picture.
+_LOOKS = {
+    "accepted": Look("#CFE7F5"),
+    "corrected": Look("#F8DFA6", "underline", RED),
+    "bonus": Look("#BFE5D6", "dotted", GREEN),
+    "first": Look(sign="underline"),
+    "rejected": Look("#F6D5C3", "strike", RED),
+    "not reached": Look(sign="strike"),
+    "not verified": Look(sign="dashed"),
+}
+
 
 @checked
 def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
@@ -67,6 +80,23 @@ def outcome_legend(table: pd.DataFrame) -> str:
     shown = [name for name in decoding.OUTCOMES if name in counts]
     spans = [explorer.marked_text(f"{name} {counts[name]}", [name]) for name in shown]
     return f'{_OUTCOME_STYLE}<div class="dspark-outcomes">{" ".join(spans)}</div>'
+
+
+@checked
+def plot_outcomes(table: pd.DataFrame, drafts: bool = True) -> Figure:
+    """An answer as a picture of coloured text, under the key to its outcomes.
+
+    ``table`` and ``drafts`` are as in :func:`outcome_text`.
+    """
+    counts = decoding.column(table, "outcome").value_counts()
+    legend = [(f"{name} {counts[name]}", look) for name, look in _LOOKS.items() if name in counts]
+    shown = table if drafts else table[table["kept"]]
+    # A line break that is not part of the answer does not break its line.
+    pieces = [
+        (token.text if token.kept else token.text.replace("\n", "⏎"), _LOOKS[token.outcome])
+        for token in shown.itertuples(index=False)
+    ]
+    return text_figure(pieces, legend)
 
 
 def _outcome_span(token: Any) -> str:
@@ -186,8 +216,12 @@ class DecodingExplorer(ipywidgets.VBox):
             example,
             ipywidgets.Textarea(placeholder=placeholder, description="prompt", rows=2, **wide),
             made.plain_widget(made.dropdown("drafter", names[0], names)),
-            made.plain_widget(made.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False)),
-            made.plain_widget(made.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False)),
+            made.plain_widget(
+                made.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False)
+            ),
+            made.plain_widget(
+                made.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False)
+            ),
             made.plain_widget(made.slider("max_new_tokens", max_new_tokens, 1, 512)),
             made.plain_widget(made.slider("seed", seed, 0, 99)),
         ]
@@ -200,7 +234,9 @@ class DecodingExplorer(ipywidgets.VBox):
         self.stop_button.on_click(self._stop)
         self.drafts = made.plain_widget(made.checkbox("drafts in vain", True))
         self.drafts.observe(self._show_again, names="value")
-        self.step = {name: made.plain_widget(made.slider(name, 0, 0, 0)) for name in ("round", "slot")}
+        self.step = {
+            name: made.plain_widget(made.slider(name, 0, 0, 0)) for name in ("round", "slot")
+        }
         self.step["round"].observe(self._choose_round, names="value")
         self.step["slot"].observe(self._show_step, names="value")
         wide_text = {"layout": {"width": "100%"}}
@@ -381,9 +417,11 @@ class DecodingExplorer(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its answer, or why there is none, for readers that run no widgets."""
-        bundle = super()._repr_mimebundle_(**options)
-        shown = self._text.value or self._status.value
-        return bundle | {"text/plain": repr(self), "text/html": shown}
+        bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+        if self.decoded is None:
+            return bundle | {"text/html": self._status.value}
+        picture = style.png(plot_outcomes(self.table, self.drafts.value))
+        return bundle | {"image/png": b64encode(picture).decode("ascii")}
 
 
 def _short(prompt: Prompt, longest: int = 90) -> str:

@@ -11,7 +11,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,25 +53,37 @@ class Frame:
     state: dict[str, Any] | None = None
     recommended: Mapping[str, Any] = field(default_factory=dict)
 
-    @cached_property
-    def made_tables(self) -> dict[str, pd.DataFrame]:
-        return dict(self.tables() if callable(self.tables) else self.tables)
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @cached_property
+    @property
+    def made_tables(self) -> dict[str, pd.DataFrame]:
+        """The tables by name."""
+        tables = self.tables
+        return self._once("tables", lambda: dict(tables() if callable(tables) else tables))
+
+    @property
     def png(self) -> bytes:
         """The picture as a PNG file; empty where there is none."""
-        with drawing():
-            return style.png(self.figure()) if self.figure else b""
+        return self._once("png", lambda: style.png(self.figure()) if self.figure else b"")
 
-    @cached_property
+    @property
     def svg(self) -> bytes:
         """The picture as an SVG file; empty where there is none."""
-        if not self.figure:
-            return b""
-        buffer = io.BytesIO()
+
+        def draw() -> bytes:
+            buffer = io.BytesIO()
+            if self.figure:
+                self.figure().savefig(buffer, format="svg", metadata={"Date": None})
+            return buffer.getvalue()
+
+        return self._once("svg", draw)
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Make it when it is first asked for, in whatever thread that is."""
         with drawing():
-            self.figure().savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue()
+            if name not in self._made:
+                self._made[name] = make()
+            return self._made[name]
 
     def as_html(self) -> str:
         """All that is shown as HTML, a picture included."""
@@ -117,7 +128,7 @@ def call_text(name: str, settings: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
 
 
-def exports(
+def export_texts(
     program: str,
     recommended: Any,
     now: Any,
@@ -469,7 +480,8 @@ class Explorer(ipywidgets.VBox):
 
     def _page(self) -> str:
         view = self.view if self._frame.state is not None else None
-        parts = [self._frame.as_html()] if view is None else [view, self._frame.html]
+        html = self._frame.as_html() if view is None else self._frame.html
+        parts: list[WidgetView | str] = [html] if view is None else [view, html]
         return page(self.code, [part for part in parts if part])
 
     def _written(self) -> dict[str, Any]:

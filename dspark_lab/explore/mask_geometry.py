@@ -5,8 +5,9 @@ some 100,000 numbers. ``js/rule.js`` has the same for the browser.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from dspark_lab.attention import FULL, View, visible_runs
+from dspark_lab.attention import FULL, ContextRanges, View, visible_runs
 from dspark_lab.blocks import Blocks
 
 # What a pair is to the rule; the first three are visible. In the order of ``PAIR_KINDS``.
@@ -28,12 +29,12 @@ PRESETS = ("causal block", "forgotten documents", "context with the anchor", "wi
 # The window of the preset, where the mask itself has none.
 PRESET_WINDOW = 64
 # A mask of the user's is asked at every pair, once: at most at so many.
-MOST_PAIRS = 2**30
+MOST_PAIRS = 2**28
 MaskLike = str | Blocks | Tensor | BlockMask | Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Spans:
+class MaskSpans:
     """Intervals of columns, ``start`` to ``end - 1``, of rows, each with a value."""
 
     row: np.ndarray
@@ -105,19 +106,23 @@ class RuleMask:
 
     @cached_property
     def bounds(self) -> dict[str, np.ndarray]:
-        """Of each query: its slot, anchor, document, context ``low`` to ``end``, own slots."""
-        size, queries = self.blocks.block_size, np.arange(self.shape[0])
-        slot, anchor, kept = queries % size, self.anchors.repeat(size), self.keep.repeat(size)
-        document = np.searchsorted(self.documents, anchor, "right") - 1
-        start = self.documents[document]
-        past = np.append(self.documents, self.seq_len)[document + 1]
-        low, end = start, anchor + self.reach
-        if self.view.window is not None:
-            low = np.maximum(low, anchor + slot + 1 - self.view.window)
-        block = self.seq_len + queries - slot
+        """Of each query: its anchor, whose document ends at ``past``, its context ``low`` to
+        ``end`` and its own slots ``block`` to ``own``."""
+        size, queries, blocks = self.blocks.block_size, np.arange(self.shape[0]), self.blocks
+        if self.one_document:
+            blocks = replace(blocks, doc_ids=torch.zeros_like(blocks.doc_ids))
+        ranges = ContextRanges.of(blocks, self.view)
+        low, start, end = (
+            edge[0].cpu().numpy() for edge in (ranges.slot_start, ranges.start, ranges.end)
+        )
+        anchor, kept = self.anchors.repeat(size), self.keep.repeat(size)
+        document = np.searchsorted(self.documents, anchor, "right")
+        past = np.append(self.documents, self.seq_len)[document]
+        block = self.seq_len + queries - queries % size
         own = self.seq_len + queries + 1 if self.view.causal else block + size
-        found = {"anchor": anchor, "kept": kept, "start": start, "past": past, "block": block}
-        return found | {"low": low * kept, "end": end * kept, "own": own}
+        found = {"anchor": anchor, "kept": kept, "past": past, "block": block, "own": own}
+        context = {"start": start.repeat(size), "low": low, "end": end.repeat(size)}
+        return found | context | {"end": context["end"] + self.reach * kept}
 
     @cached_property
     def edges(self) -> np.ndarray:
@@ -136,7 +141,7 @@ class RuleMask:
         return self.shape[1] + 1
 
     @cached_property
-    def regions(self) -> Spans:
+    def regions(self) -> MaskSpans:
         """The visible pairs by region, an index into ``REGIONS``."""
         query, start = np.divmod(self.edges[::2], self.stride)
         end = self.edges[1::2] % self.stride
@@ -146,11 +151,11 @@ class RuleMask:
             (query, start, np.minimum(end, seam), np.ones_like(query)),
             (query, np.maximum(start, seam), end, own),
         ]
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        some = columns[1] < columns[2]
-        return Spans(*(column[some] for column in columns), self.shape)
+        row, low, high, value = (np.concatenate(column) for column in zip(*parts, strict=True))
+        some = low < high
+        return MaskSpans(row[some], low[some], high[some], value[some], self.shape)
 
-    def tiles(self, size: int) -> Spans:
+    def tiles(self, size: int) -> MaskSpans:
         """Tiles by their state, an index into ``TILE_STATES``; rows and columns are of tiles."""
         query, start = np.divmod(self.edges[::2], self.stride)
         end = self.edges[1::2] % self.stride
@@ -173,7 +178,7 @@ class RuleMask:
         row, column = np.divmod(edge, columns + 1)
         past = np.append(column[1:], 0)
         seen = state > 0
-        return Spans(row[seen], column[seen], past[seen], state[seen], (rows, columns))
+        return MaskSpans(row[seen], column[seen], past[seen], state[seen], (rows, columns))
 
     def kinds(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """For each of ``PAIR_KINDS`` the intervals of each query's keys that are of the kind."""
@@ -204,16 +209,16 @@ class RuleMask:
 
 def other_mask(mine: RuleMask, other: MaskLike, name: str = "") -> RuleMask:
     """The mask to compare with: a preset, that of other blocks, or a user's own of any form."""
-    same = {"blocks": mine.blocks, "view": mine.view, "length": mine.length}
+    same: dict[str, Any] = {"blocks": mine.blocks, "view": mine.view, "length": mine.length}
     if isinstance(other, Blocks):
-        if (other.seq_len, other.num_anchors, other.block_size) != (
-            *(mine.seq_len, mine.blocks.num_anchors, mine.blocks.block_size),
-        ):
-            raise ValueError("other must have blocks of the same number and sizes, got others")
+        got, wanted = ((of.num_anchors, of.block_size, of.seq_len) for of in (other, mine.blocks))
+        if got != wanted:
+            sizes = "{} blocks of {} slots on {} tokens"
+            raise ValueError(f"other must have {sizes.format(*wanted)}, got {sizes.format(*got)}")
         return RuleMask(**same | {"blocks": other.row(0)}, name=name or "other anchors")
     if isinstance(other, str):
         window = mine.view.window
-        changed: dict[str, dict] = {
+        changed: dict[str, dict[str, Any]] = {
             "causal block": {"view": View(window, True)},
             "forgotten documents": {"one_document": True},
             "context with the anchor": {"reach": 1},
@@ -234,14 +239,14 @@ def other_mask(mine: RuleMask, other: MaskLike, name: str = "") -> RuleMask:
     return RuleMask(**same, name=name or "yours", given=edges[times % 2 == 1])
 
 
-def difference_spans(mine: RuleMask, other: RuleMask) -> Spans:
+def difference_spans(mine: RuleMask, other: RuleMask) -> MaskSpans:
     """The pairs that one mask alone sees: value 0 where that is the first, 1 the other."""
     edge = np.union1d(mine.edges, other.edges)
     inside = [np.searchsorted(mask.edges, edge, "right") % 2 == 1 for mask in (mine, other)]
     differs = np.flatnonzero(inside[0] != inside[1])
     query, start = np.divmod(edge[differs], mine.stride)
     end = edge[np.minimum(differs + 1, len(edge) - 1)] % mine.stride
-    return Spans(query, start, end, np.where(inside[0][differs], 0, 1), mine.shape)
+    return MaskSpans(query, start, end, np.where(inside[0][differs], 0, 1), mine.shape)
 
 
 def count_differences(mine: RuleMask, other: RuleMask) -> pd.DataFrame:

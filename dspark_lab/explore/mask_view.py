@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
-import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -13,32 +12,20 @@ from dspark_lab.chats import Batch, token_texts
 from dspark_lab.checks import checked
 from dspark_lab.explore import style
 from dspark_lab.explore.mask_geometry import RuleMask
-from dspark_lab.explore.widget import HAS_ANYWIDGET, WidgetView
+from dspark_lab.explore.widget import HAS_ANYWIDGET, RowView
 
 
-class MaskView(WidgetView):
-    """A mask on a canvas; its tokens, ``row``, are sent when they change, not with each state.
+class MaskView(RowView):
+    """A mask on a canvas.
 
     ``figure`` draws the picture that stands in a stored notebook.
     """
 
     names: ClassVar[tuple[str, ...]] = ("shared", "rule", "mask")
-    row = traitlets.Dict().tag(sync=True)
     figure: Callable[[], Figure] | None = None
 
-    @traitlets.validate("state")
-    def _keep_row(self, proposal: Any) -> dict[str, Any]:
-        state = dict(proposal["value"])
-        if "row" in state:
-            self.row = state.pop("row")
-        return state
-
-    @property
-    def whole(self) -> dict[str, Any]:
-        return self.state | ({"row": self.row} if self.row else {})
-
-    def _repr_mimebundle_(self, **options: object) -> Any:
-        bundle = super()._repr_mimebundle_(**options) if HAS_ANYWIDGET else {}
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        bundle: Any = super()._repr_mimebundle_(**options) if HAS_ANYWIDGET else {}
         if self.figure is None:
             return bundle
         # anywidget gives data and metadata, or nothing where it may not be shown.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import avg_pool2d
 
-from dspark_lab.attention import FULL, ContextRanges, View, dense_mask
+from dspark_lab.attention import FULL, ContextRanges, View, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, Layout, Per
 from dspark_lab.chats import Batch, Like
 from dspark_lab.checks import Count, Within, checked, require
@@ -31,8 +31,8 @@ from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.mask_geometry import (
     PRESETS,
     MaskLike,
+    MaskSpans,
     RuleMask,
-    Spans,
     count_differences,
     other_mask,
     shuffled_blocks,
@@ -50,6 +50,8 @@ TILE_SIZES = (16, 32, 64, 128, 256)
 MOST_NAMED_CELLS = 48
 # A larger one has as many rows and columns as its axes surely have pixels, so that none is lost.
 PIXEL_ROWS, PIXEL_COLUMNS = 240, 480
+# An explorer looks at a mask of at most so many pairs one by one, at a larger one as intervals.
+MOST_DENSE_PAIRS = 2**20
 
 Regions = Int[Tensor, "query key"]
 States = Int[Tensor, "query_tile key_tile"]
@@ -76,13 +78,17 @@ def mask_regions(
 
 
 @checked
-def mask_spans(blocks: Blocks, *, documents: bool = True, row: int = 0, view: View = FULL) -> Spans:
+def mask_spans(
+    blocks: Blocks, *, documents: bool = True, row: int = 0, view: View = FULL
+) -> MaskSpans:
     """:func:`mask_regions` as intervals, for masks that are too large for a matrix."""
     return RuleMask(blocks.row(row), view, one_document=not documents).regions
 
 
 @checked
-def tile_spans(blocks: Blocks, tile_size: Count = 128, *, row: int = 0, view: View = FULL) -> Spans:
+def tile_spans(
+    blocks: Blocks, tile_size: Count = 128, *, row: int = 0, view: View = FULL
+) -> MaskSpans:
     """:func:`tile_states` of the blocks' mask as intervals."""
     return RuleMask(blocks.row(row), view).tiles(tile_size)
 
@@ -104,7 +110,7 @@ def difference_table(
 
 
 @checked
-def mask_table(regions: Regions | Spans) -> pd.DataFrame:
+def mask_table(regions: Regions | MaskSpans) -> pd.DataFrame:
     """How many pairs of a mask belong to each region: ``region``, ``pairs``, ``share``."""
     return _count_table(regions, "region", REGIONS, "pairs")
 
@@ -118,7 +124,7 @@ def tile_states(mask: BlockMask, *, row: int = 0) -> States:
 
 
 @checked
-def tile_table(states: States | Spans) -> pd.DataFrame:
+def tile_table(states: States | MaskSpans) -> pd.DataFrame:
     """How many tiles are in each state: ``state``, ``tiles``, ``share``."""
     return _count_table(states, "state", TILE_STATES, "tiles")
 
@@ -149,10 +155,10 @@ def sorting_table(
 
 
 def _count_table(
-    cells: Tensor | Spans, kind: str, names: Sequence[str], counted: str
+    cells: Tensor | MaskSpans, kind: str, names: Sequence[str], counted: str
 ) -> pd.DataFrame:
     """How many cells have each value, which is an index into ``names``."""
-    if isinstance(cells, Spans):
+    if isinstance(cells, MaskSpans):
         counts = cells.counts(len(names))
     else:
         counts = torch.bincount(cells.flatten().int(), minlength=len(names)).numpy()
@@ -177,7 +183,7 @@ def plot_mask(
 ) -> MaskView: ...
 @overload
 def plot_mask(
-    regions: Regions | Spans,
+    regions: Regions | MaskSpans,
     *,
     seq_len: int,
     block_size: int,
@@ -185,7 +191,7 @@ def plot_mask(
     slot_text: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Figure: ...
-def plot_mask(regions: Blocks | Regions | Spans, **options: Any) -> MaskView | Figure:
+def plot_mask(regions: Blocks | Regions | MaskSpans, **options: Any) -> MaskView | Figure:
     """The attention mask with its regions in colour: queries down, keys across.
 
     Given blocks, of any size, a widget: the mask of their ``row`` under a layer's ``view``, beside
@@ -219,14 +225,14 @@ def _mask_widget(
     tokens = None if batch is None or to_text is None else mask_row(batch, to_text, row=row)
     state = mask_state(mask, tile_size=tile_size, other=other, row=tokens)
     shown = MaskView(state=state | {"frame": 1})
-    sizes = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+    sizes: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
     texts = None if tokens is None else tokens["texts"]
     shown.figure = lambda: _mask_figure(mask.regions, **sizes, context_text=texts)
     return shown
 
 
 def _mask_figure(
-    regions: Regions | Spans,
+    regions: Regions | MaskSpans,
     *,
     seq_len: int,
     block_size: int,
@@ -265,7 +271,7 @@ def _mask_figure(
 
 
 def plot_tiles(
-    states: States | Spans, *, seq_len: int, tile_size: int, ax: Axes | None = None
+    states: States | MaskSpans, *, seq_len: int, tile_size: int, ax: Axes | None = None
 ) -> Figure:
     """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
@@ -288,8 +294,8 @@ def plot_tiles(
 
 @checked
 def mask_and_tiles(
-    regions: Regions | Spans,
-    states: States | Spans,
+    regions: Regions | MaskSpans,
+    states: States | MaskSpans,
     *,
     seq_len: int,
     block_size: int,
@@ -330,13 +336,13 @@ def plot_sorting(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _values(cells: Tensor | Spans) -> list[int]:
-    if isinstance(cells, Spans):
+def _values(cells: Tensor | MaskSpans) -> list[int]:
+    if isinstance(cells, MaskSpans):
         return np.unique(cells.value).tolist()
     return cells.unique().tolist()
 
 
-def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
+def _paint(ax: Axes, cells: Tensor | MaskSpans, colours: dict[int, str]) -> None:
     """Draw cells in the colours of their values, cell (i, j) centred at (j, i).
 
     Where there are more cells than pixels, a pixel is as deep as the share of its cells that have a
@@ -346,7 +352,7 @@ def _paint(ax: Axes, cells: Tensor | Spans, colours: dict[int, str]) -> None:
     height, width = -(-rows // PIXEL_ROWS), -(-columns // PIXEL_COLUMNS)
 
     def counted(value: int) -> np.ndarray:
-        if isinstance(cells, Spans):
+        if isinstance(cells, MaskSpans):
             return cells.covered(value, height, width)
         planes = (cells == value).float().unsqueeze(0)
         pooled = avg_pool2d(planes, (height, width), ceil_mode=True, divisor_override=1)
@@ -434,19 +440,23 @@ def explore_masks(
         else:
             other = other_mask(mask, chosen.compare)
 
+        def parts() -> tuple[Tensor | MaskSpans, Tensor | MaskSpans]:
+            if np.prod(mask.shape) > MOST_DENSE_PAIRS:
+                return mask.regions, mask.tiles(chosen.tile_size)
+            tiled = block_mask(ContextRanges.of(blocks, view), chosen.tile_size)
+            return mask_regions(blocks, view=view), tile_states(tiled)
+
         def tables() -> dict[str, pd.DataFrame]:
-            made = {
-                "mask": mask_table(mask.regions),
-                "tiles": tile_table(mask.tiles(chosen.tile_size)),
-                "blocks": block_table(blocks, rows.to_text, view=view),
-            }
+            regions, tiles = parts()
+            made = {"mask": mask_table(regions), "tiles": tile_table(tiles)}
+            made["blocks"] = block_table(blocks, rows.to_text, view=view)
             return made if other is None else made | {"difference": count_differences(mask, other)}
 
         def figure() -> Figure:
-            names = {"context_text": row["texts"], "slot_text": slot_inputs(blocks, rows.to_text)}
-            sizes = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
-            tiles = mask.tiles(chosen.tile_size)
-            return mask_and_tiles(mask.regions, tiles, tile_size=chosen.tile_size, **sizes, **names)
+            drawn: dict[str, Any] = {"seq_len": blocks.seq_len, "block_size": blocks.block_size}
+            drawn["context_text"] = row["texts"]
+            drawn["slot_text"] = slot_inputs(blocks, rows.to_text)
+            return mask_and_tiles(*parts(), tile_size=chosen.tile_size, **drawn)
 
         alt = "the attention mask with its regions, and its tiles"
         state = mask_state(mask, tile_size=chosen.tile_size, other=other, row=row)

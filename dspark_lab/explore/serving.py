@@ -174,7 +174,7 @@ def explore_serving(
         return _frame(made, chosen, name)
 
     def reasons(_chosen: SimpleNamespace) -> dict[str, str]:
-        return {"threshold": made.lacking for made in found}
+        return dict.fromkeys(["threshold"], found[0].lacking) if found else {}
 
     options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
     if trace is not None and engine is not None:
@@ -215,7 +215,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
     pays = made.speedups[t, load]["speedup"].max() > 1
     label = "recommended" if pays else "the least slow, where drafting must be"
     both = shown["recommended"], shown["settings"]
-    html += explorer.exports(chosen.export, *both, tuning.export, label)
+    html += explorer.export_texts(chosen.export, *both, tuning.export, label)
 
     def figure() -> Figure:
         speedups = {f"T {value:g}": made.speedups[value, load] for value in made.profiles}

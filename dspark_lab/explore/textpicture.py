@@ -155,7 +155,7 @@ def _draw_parts(ax: Axes, parts: Sequence[Part], top: float) -> None:
         words[part.row, part.look.ink, part.look.strong].append(part)
     for look, shapes in patches.items():
         width = 1.0 if look.sign == "frame" else 0.0
-        colours = {"facecolors": look.paper, "edgecolors": look.line}
+        colours: dict[str, Any] = {"facecolors": look.paper, "edgecolors": look.line}
         ax.add_collection(PolyCollection(shapes, linewidths=width, **colours))
     for (colour, dashes), segments in lines.items():
         drawn = LineCollection(segments, colors=colour, linewidths=1.4, linestyles=[dashes])
@@ -166,6 +166,7 @@ def _draw_parts(ax: Axes, parts: Sequence[Part], top: float) -> None:
         begin, text = inked[0].column, ""
         for part in inked:
             text = text.ljust(part.column - begin) + part.text
-        place = begin + len(text) - len(text.lstrip(" ")), top + row + 0.68
-        look: dict[str, Any] = {"color": ink, "fontweight": "bold" if strong else "normal"}
-        ax.text(*place, text.strip(" "), va="baseline", parse_math=False, **look, **_FONT)
+        across, down = begin + len(text) - len(text.lstrip(" ")), top + row + 0.68
+        options: dict[str, Any] = {"color": ink, "fontweight": "bold" if strong else "normal"}
+        options |= {"va": "baseline", "parse_math": False, **_FONT}
+        ax.text(across, down, text.strip(" "), **options)

@@ -7,12 +7,14 @@ from typing import Any
 
 import ipywidgets
 import pandas as pd
+from IPython import get_ipython
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.checks import checked
 from dspark_lab.explore.explorer import Frame
-from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure, png
+from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure
 
 # A training curve is drawn again when it is so old, and then costs a run a tenth of its time.
 _REDRAW_SECONDS, _TIMES_ITS_DRAWING = 0.5, 9
@@ -89,3 +91,16 @@ class LiveCurve(ipywidgets.VBox):
         if self._rows:
             bundle["image/png"] = b64encode(self._png).decode("ascii")
         return bundle
+
+    def _ipython_display_(self) -> None:
+        """Show the widget; once its cell has run, the output also holds the last picture."""
+        shown = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        shell = get_ipython()
+        if shell is None or shown is None:
+            return
+
+        def keep(_: object) -> None:
+            shell.events.unregister("post_run_cell", keep)
+            shown.update(self._repr_mimebundle_(), raw=True)
+
+        shell.events.register("post_run_cell", keep)

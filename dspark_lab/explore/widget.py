@@ -53,11 +53,28 @@ def module(*names: str) -> str:
     return "\n".join((_SCRIPTS / f"{name}.js").read_text(encoding="utf-8") for name in names)
 
 
+class RowView(WidgetView):
+    """A widget that shows a row of tokens: ``row`` of its states is sent when it changes."""
+
+    row = traitlets.Dict().tag(sync=True)
+
+    @traitlets.validate("state")
+    def _keep_row(self, proposal: Any) -> dict[str, Any]:
+        state = dict(proposal["value"])
+        if "row" in state:
+            self.row = state.pop("row")
+        return state
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        return self.state | ({"row": self.row} if self.row else {})
+
+
 @checked
 def page(title: str, parts: Sequence[WidgetView | str]) -> str:
     """A page of HTML with widgets, alive without a kernel or a network, and HTML between them."""
     sources: dict[tuple[str, ...], str] = {}
-    body, states = [f"<h1>{escape(title)}</h1>"], []
+    body, states = [f"<h1>{escape(title)}</h1>"], list[Any]()
     for part in parts:
         if isinstance(part, str):
             body.append(f"<div>{part}</div>")

@@ -115,4 +115,3 @@ def threads_for(model: torch.nn.Module) -> Iterator[None]:
             _threads_held[0] -= small
             if small and not _threads_held[0]:
                 torch.set_num_threads(_threads_held[1])
-

@@ -103,9 +103,15 @@ HEADS: list[Claim] = [
 # Claims about one drafter's confidence; "held" is the half that scaling was not fitted on.
 CONFIDENCE: list[Claim] = [
     ("the raw confidence is too high", "too high", _ALL, bias, _RISE),
-    ("raw calibration error", "3 to 8 %", _ALL, slot_error, (3.0, 8.0)),
-    ("calibration error after scaling", "about 1 %", _SCALED, product_error, (0.0, 1.5)),
-    ("scaling lowers the error", "to about 1 %", _SCALED + _HELD, product_error_change, _FALL),
+    ("error of single slots, raw", "3 to 8 %", _ALL, slot_error, (3.0, 8.0)),
+    ("error of the products, scaled", "about 1 %", _SCALED, product_error, (0.0, 1.5)),
+    (
+        "scaling lowers that of the products",
+        "to about 1 %",
+        _SCALED + _HELD,
+        product_error_change,
+        _FALL,
+    ),
     ("AUROC of the confidence", "0.81 to 0.91", _ALL, roc_area, (0.81, 0.91)),
     ("a threshold raises the acceptance rate", "45.7 to 95.7 %", _ALL, acceptance_rise, _RISE),
     ("at the price of verified slots", "fewer", _ALL, _VERIFIED_RISE, _FALL),
