@@ -32,7 +32,7 @@ BROWSERS += [f"/Applications/{n}.app/Contents/MacOS/{n}" for n in ("Google Chrom
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 SECONDS = 1000  # Playwright counts in milliseconds.
-LOADED = 120 * SECONDS
+LOADED, RUN = 120 * SECONDS, 600 * SECONDS
 HERE = {"localhost", "127.0.0.1"}
 
 
@@ -191,7 +191,7 @@ class Lab:
         from playwright.sync_api import expect
 
         prompts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
-        expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=LOADED)
+        expect(prompts).to_have_text([re.compile(r"^\[\d+\]:$")] * cells, timeout=RUN)
         idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         expect(idle).to_be_visible(timeout=LOADED)
 
