@@ -43,7 +43,7 @@ EXCEPTIONS = {
         decoding.distribution_table
         model.Sums.summary
         serving.prefix_schedule serving.retrospective_schedule serving.schedule_table
-        tuning.MaskSpans.of tuning.anchors_needed tuning.choose_training tuning.coverage_table
+        tuning.Spans.of tuning.anchors_needed tuning.choose_training tuning.coverage_table
         tuning.never_table tuning.packing_table tuning.predict_sweep tuning.slot_supervision
         tuning.supervision tuning.supervision_table tuning.token_coverage
         tuning.token_supervision
@@ -58,8 +58,7 @@ EXCEPTIONS = {
         explore.explore_training_budget explore.mask_and_tiles explore.mask_row explore.mask_spans
         explore.mask_state explore.mask_table explore.plot_mask explore.plot_tiles
         explore.slot_inputs explore.sorting_table explore.tile_spans explore.tile_table
-        explore.token_row
-        explore.token_state explore.token_table
+        explore.token_row explore.token_state explore.token_table
     """,
     "writes a file": "model.save_drafter",
     "runs once an evaluation, and compares two heads": "model.Drafter.vocabulary_of",
