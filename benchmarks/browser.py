@@ -105,15 +105,13 @@ settings = {MOVED} | dict(packed=True, context=4096)
 explorer = explore_masks(**settings)
 explorer""",
     """import ipywidgets
-from base64 import b64encode
-from dspark_lab.explore import style
 inner = explore_masks(**settings)
 old = ipywidgets.IntSlider(512, 256, 1024, description="old way")
 image = ipywidgets.HTML()
 image.add_class("old")
 def redraw(change):
     inner.controls["num_anchors"].value = change.new
-    picture = b64encode(style.png(inner.figure())).decode()
+    picture = inner._repr_mimebundle_()["image/png"]
     image.value = f'<img alt="" src="data:image/png;base64,{picture}">'
 old.observe(redraw, "value")
 ipywidgets.VBox([old, image])""",
@@ -128,7 +126,7 @@ def run() -> Iterator[str]:
         yield f"Chromium {browser.version}, drawing in software"
         masks = explore_masks(**ZOOMED, packed=True, context=ZOOMED["row_length"])
         page = _saved(browser, masks, Path(folder) / "mask.html")
-        canvas = page.locator("canvas").first
+        canvas = page.locator("canvas[role=application]").first
         times = page.evaluate(ZOOM_AND_PAN, [canvas.element_handle(), FRAMES])
         yield _line("zoom and pan, S 65,536, N 1,536, K 16, a frame", times, "at most 16")
 

@@ -44,8 +44,10 @@ def find_browser() -> str | None:
 @contextmanager
 def started_browser(flags: Sequence[str] = FLAGS) -> Iterator[Any]:
     """A headless Chromium, closed at the end; FileNotFoundError where none is installed."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    # A busy machine is no fault.
+    expect.set_options(timeout=LOADED)
     path = find_browser()
     if path is None:
         raise FileNotFoundError("no Chromium or Chrome is installed")
