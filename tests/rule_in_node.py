@@ -17,21 +17,15 @@ from dspark_lab.attention import View, training_dense_mask
 from dspark_lab.blocks import Blocks
 from dspark_lab.explore import PAIR_KINDS, MaskSpans, RuleMask, mask_state
 from dspark_lab.explore.mask_geometry import PRESETS, difference_spans, other_mask
+from tests.node import REVIVED
 
 RULE = Path(explore.__file__).with_name("js") / "rule.js"
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not here")
 
 # Asks about each case of the standard input, a list, and answers with a list.
-_DRIVER = """
-const revived = (value) => {
-  if (Array.isArray(value)) return value.map(revived);
-  if (value === null || typeof value !== "object") return value;
-  if (typeof value.base64 === "string") {
-    const bytes = Buffer.from(value.base64, "base64");
-    return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  }
-  return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, revived(one)]));
-};
+_DRIVER = (
+    REVIVED
+    + """
 const by = (rows, columns, call) =>
   Array.from({ length: rows }, (_, i) => Array.from({ length: columns }, (_, j) => call(i, j)));
 const answer = (given) => {
@@ -64,6 +58,7 @@ const answer = (given) => {
 const cases = JSON.parse(require("fs").readFileSync(0, "utf8"));
 process.stdout.write(JSON.stringify(cases.map(answer)));
 """
+)
 
 
 class Case(NamedTuple):

@@ -6,17 +6,11 @@ from base64 import b64encode
 from typing import Any
 
 from dspark_lab.explore.widget import module
+from tests.node import REVIVED
 
-_DRIVER = """
-const revived = (value) => {
-  if (Array.isArray(value)) return value.map(revived);
-  if (value === null || typeof value !== "object") return value;
-  if (typeof value.base64 === "string") {
-    const bytes = Buffer.from(value.base64, "base64");
-    return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  }
-  return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, revived(one)]));
-};
+_DRIVER = (
+    REVIVED
+    + """
 const answer = (given) => {
   const { row, ...state } = revived(given.state);
   const text = readDraw(state, readRow(row));
@@ -39,6 +33,7 @@ const answer = (given) => {
 const cases = JSON.parse(require("fs").readFileSync(0, "utf8"));
 process.stdout.write(JSON.stringify(cases.map(answer)));
 """
+)
 
 
 def ask(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
