@@ -869,7 +869,7 @@ def test_a_large_file_trains_from_the_cache_and_a_small_one_leaves_nothing(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--data none.jsonl", "No such file"),
+        ("--data none.jsonl", "none.jsonl must be in .*, but is not"),
         ("--target /none/there", "no folder /none/there"),
         ("--learning-rate -1", "learning_rate must be >= 0, got -1"),
         ("--mask-token <nothing>", "mask_token must be a token .*'<nothing>'"),
