@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
-from dspark_lab.checks import checked
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, outcome_table, token_kinds
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
@@ -295,9 +295,9 @@ def explore_acceptance(
     *,
     temperature: float = 1.0,
     view: str = "rates",
-    max_new_tokens: int = 64,
-    batch_size: int | None = 40,
-    seed: int = 0,
+    max_new_tokens: Count = 64,
+    batch_size: Count | None = 40,
+    seed: Size = 0,
 ) -> Explorer:
     """How well the confidence head predicts what the target accepts, on answers decoded for it.
 

@@ -464,8 +464,8 @@ def explore_masks(
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
-    controls.insert(3, slider("context", context, 8, 131072))
-    controls += [slider("window", window, 0, 4096), checkbox("causal", causal)]
+    controls.insert(3, slider("context", context, 8, 131072, growing=True))
+    controls += [slider("window", window, 0, 4096, growing=True), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
     controls.append(dropdown("compare", start, options))
     return Explorer(
