@@ -276,7 +276,7 @@ def plot_tiles(
     """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
     if ax is None:
-        _, ax = style.new_figure(8.0, 4.6)
+        _, ax = style.new_figure(style.WIDEST, 4.2)
     _paint(ax, states, {TILE_STATES.index(state): colour for state, colour in TILE_COLOURS.items()})
     ax.axvline(seq_len / tile_size - 0.5, color=INK, linewidth=1)
     if rows * columns <= 4000:
