@@ -137,9 +137,15 @@ function controlElement(spec, id, changed) {
   const wide = spec.kind === "text" || spec.labels.some((one) => one.length > 40);
   const box = node("div", { class: "dspark-control" + (wide ? " dspark-wide" : "") },
     label, ...inputs, reason);
+  let known = "";
   const update = (next, keep) => {
     now = next;
-    if (!keep) value = next.value;
+    // What looks as it is told is left alone: a move changes one control of many.
+    const { value: given, ...others } = next;
+    const before = known;
+    known = JSON.stringify(others);
+    if (known === before && (keep || given === value)) return;
+    if (!keep) value = given;
     for (const input of inputs) {
       input.disabled = Boolean(next.reason);
       if (next.reason) input.setAttribute("aria-describedby", reason.id);
