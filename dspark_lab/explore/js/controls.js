@@ -197,7 +197,13 @@ function controlElement(spec, id, changed) {
   const wide = spec.kind === "text" || spec.labels.some((one) => one.length > 40);
   const box = node("div", { class: "dspark-control" + (wide ? " dspark-wide" : "") },
     label, ...inputs, reason);
+  let known = "";
   const update = (next, keep) => {
+    // What looks as it is told is left alone: a move changes one control of many.
+    const { value: given, ...others } = next;
+    const before = known;
+    known = JSON.stringify(others);
+    if (known === before && (keep || given === value)) return;
     now = next;
     for (const input of inputs) {
       input.disabled = Boolean(next.reason);
@@ -208,7 +214,7 @@ function controlElement(spec, id, changed) {
     reason.hidden = !next.reason;
     // The reason has the place of the slider.
     if (inputs[0].type === "range") inputs[0].hidden = Boolean(next.reason);
-    set(keep ? value : next.value);
+    set(keep ? value : given);
   };
   update(spec);
   return { box, update, value: () => value, set };
