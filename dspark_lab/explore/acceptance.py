@@ -120,7 +120,9 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     tables = style.tables_by_name(tables)
     count = len(tables)
     grid: dict[str, Any] = {"columns": count, "rows": 2, "height_ratios": (1, 0.22)}
-    figure, axes = style.new_figure(min(3.2 * count + 0.4, style.WIDEST), 4.7, layout="compressed", **grid)
+    figure, axes = style.new_figure(
+        min(3.2 * count + 0.4, style.WIDEST), 4.7, layout="compressed", **grid
+    )
     most = max(1, *(table["count"].max() for table in tables.values()))
     for i, (name, table) in enumerate(tables.items()):
         look = style.line_look(i)
