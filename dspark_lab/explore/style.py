@@ -107,7 +107,7 @@ def doubling_axis(ax: Axes, ticks: Iterable[int]) -> None:
     """A log x axis with plain numbers at ``ticks``."""
     ticks = sorted(set(ticks))
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     ax.minorticks_off()
 
 
