@@ -124,7 +124,7 @@ def plot_parts(
     ax.set_ylabel("part")
     title = f"a step: {EngFormatter(places=1)(total)} operations"
     if seconds is not None:
-        title += f", {1000 * seconds:,.3g} ms"
+        title += f", {EngFormatter('s', places=1)(seconds)}"
     style.add_title(ax, title, y=1)
     return cast(Figure, ax.figure)
 
