@@ -121,7 +121,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     the probability with which the token is drawn in place of a rejected one. ``drafted_text`` names
     the drafted token in the title, in place of its text in the table.
     """
-    figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
+    figure, ax = style.new_figure(style.WIDEST, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
     overlap = table["overlap"].fillna(0)
     bars = {"draft": (ORANGE, "////", -0.19), "target": (BLUE, "", 0.19)}
