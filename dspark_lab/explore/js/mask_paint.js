@@ -5,8 +5,8 @@
 // A frame looks for what is in view by bisection, so that its time follows the screen, not the row.
 
 const LARGEST_CELL = 220; // Pixels: then a cell has room for the reason why it is hidden.
-const ROOM_FOR_NAMES = 12;
-const NAME_FONT = "11px ui-monospace, Menlo, Consolas, monospace";
+const ROOM_FOR_NAMES = 10;
+const NAME_FONT = "10px ui-monospace, Menlo, Consolas, monospace";
 const SMALL_FONT = "11px sans-serif";
 const TITLE_FONT = "600 12px sans-serif";
 const FLAG_FONT = "600 11px sans-serif";
@@ -16,11 +16,11 @@ const [TITLES, DOCUMENTS, NAMES, NUMBERS] = [20, 15, 58, 28];
 // ---- Places: cells of the mask, and pixels of the plot
 
 // How many pixels a key and a query take at a zoom between 0, the whole mask, and 1, a large cell.
-// Whole masks of few cells have nearly square ones.
+// Whole masks of few cells fill the plot, unless cells would be more than twice as wide as high.
 function cellSizes(mask, box, zoom) {
   const [wide, high] = [box.width / mask.keys, box.height / mask.queries];
   const whole = Math.min(wide, high) < 6 ? [wide, high]
-    : [Math.min(wide, 1.6 * high), Math.min(high, 1.6 * wide)];
+    : [Math.min(wide, 2 * high), Math.min(high, 2 * wide)];
   return whole.map((size) => {
     const least = Math.min(size, 40);
     return least * (LARGEST_CELL / least) ** zoom;
@@ -140,8 +140,8 @@ function maskColours(el, context) {
     regions: [null, look(colours.context, 0.12), look(colours.own, 0.45, "."),
       look(colours.dummy, 0.45, "x")],
     tiles: [null, look(colours.partial, 0.3, "/"), look(colours.full, 0.3)],
-    difference: [look(colours.onlyHere, 0.5, "/", { slope: -1 }),
-      look(colours.onlyThere, 0.5, "\\", { slope: 1, thin: true })],
+    difference: [look(colours.onlyHere, 0.5, "/", { slope: 1 }),
+      look(colours.onlyThere, 0.5, "\\", { slope: -1, thin: true })],
     supervised: look(colours.accepted), hidden: look(mixed(ink, paper, 0.05)),
   };
   return { ...colours, ground: looks.hidden.colour, veil: mixed(ink, paper, 0.12),
