@@ -18,6 +18,9 @@ from matplotlib.figure import Figure
 PAPER, INK = "#ffffff", "#595959"
 BLUE, SKY, GREEN = "#00609C", "#3598D4", "#009E73"
 ORANGE, RED, PINK = "#C08600", "#BF4400", "#C8719F"
+# The most inches of a figure whose words of 8 points are shown with 9 pixels at least where
+# JupyterLab has the least room for it: 592 pixels of a page of 1,024.
+WIDEST = 7.3
 LINE_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
