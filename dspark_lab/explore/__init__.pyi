@@ -1,5 +1,6 @@
 from .acceptance import (
     VIEWS,
+    bin_tokens,
     explore_acceptance,
     plot_bias,
     plot_calibration,
@@ -8,6 +9,8 @@ from .acceptance import (
     plot_rates,
     plot_reliability,
     plot_thresholds,
+    rates_state,
+    reliability_state,
 )
 from .anchors import (
     block_table,
@@ -28,9 +31,9 @@ from .budget import (
 )
 from .decoding import (
     DecodingExplorer,
+    DecodingView,
+    decoding_state,
     explore_decoding,
-    outcome_legend,
-    outcome_text,
     plot_distributions,
     plot_outcomes,
 )
@@ -79,6 +82,7 @@ from .words import readable
 
 __all__ = [
     "DecodingExplorer",
+    "DecodingView",
     "Explorer",
     "Frame",
     "LiveCurve",
@@ -92,9 +96,11 @@ __all__ = [
     "TOKEN_LISTS",
     "TOKEN_STATES",
     "VIEWS",
+    "bin_tokens",
     "block_table",
     "count_differences",
     "difference_table",
+    "decoding_state",
     "explore_acceptance",
     "explore_anchors",
     "explore_decoding",
@@ -107,8 +113,6 @@ __all__ = [
     "mask_spans",
     "mask_state",
     "mask_table",
-    "outcome_legend",
-    "outcome_text",
     "plot_bias",
     "plot_budget",
     "plot_calibration",
@@ -140,6 +144,8 @@ __all__ = [
     "plot_tokens",
     "plot_training",
     "png",
+    "rates_state",
+    "reliability_state",
     "readable",
     "slot_inputs",
     "sorting_table",

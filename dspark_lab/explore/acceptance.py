@@ -1,6 +1,6 @@
 """Accept rates and confidences: rates along a block, calibration, thresholds, and the explorer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,21 +13,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
-from dspark_lab.checks import checked
+from dspark_lab.chats import token_texts
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, outcome_table, token_kinds
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
-from dspark_lab.explore.decoding import outcome_legend, outcome_text
+from dspark_lab.explore.decoding import DecodingView, decoding_state, plot_outcomes, short_prompt
 from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
 from dspark_lab.explore.work import Progress
 
 Rate = Literal["conditional", "survival"]
+Values = Literal["raw", "scaled"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
 _PANELS_PER_LINE = 4
+_TENTHS = [0, 0.2, 0.4, 0.6, 0.8, 1]
+_BIN_TOKENS = ["prompt", "round", "slot", "before", "text", "said", "after"]
+_BIN_TOKENS += ["confidence", "accepted", "bin"]
 # So many decoded runs are kept.
 _MOST_RUNS = 8
 _KIND_LOOKS: dict[str, dict[str, Any]] = {
@@ -114,8 +119,9 @@ def _plot_rate(ax: Axes, line: pd.DataFrame, names: list[str], look: dict[str, A
 def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Outcome against confidence, bin by bin; a calibrated head lies on the diagonal.
 
-    The larger a bin's mark, the more slots it holds; the strip below counts them. Each table, from
-    :func:`dspark_lab.rates.reliability_table`, has a panel with its name, such as ``"raw"``.
+    The larger a bin's mark, the more slots it holds; the strip below counts them. A line is the
+    interval of the outcome, or reaches to the diagonal without one. Each table, from
+    :func:`dspark_lab.rates.reliability_tables`, has a panel with its name, such as ``"raw"``.
     """
     tables = style.tables_by_name(tables)
     count = len(tables)
@@ -123,12 +129,15 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     figure, axes = style.new_figure(3.2 * count + 0.4, 4.7, layout="compressed", **grid)
     most = max(1, *(table["count"].max() for table in tables.values()))
     for i, (name, table) in enumerate(tables.items()):
-        look = style.line_look(i)
+        look = style.line_look(i, name)
         colour = look["color"]
         ax, strip = axes[i], axes[count + i]
         known = table[table["confidence"].notna()]
         ax.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
-        ax.vlines(known["confidence"], known["confidence"], known["outcome"], colour, alpha=0.5)
+        low, high = "confidence", "outcome"
+        if "outcome_low" in known:
+            low, high = "outcome_low", "outcome_high"
+        ax.vlines(known["confidence"], known[low], known[high], colour, alpha=0.5)
         ax.plot(known["confidence"], known["outcome"], color=colour, linewidth=1)
         marks = {"s": 12 + 110 * known["count"] / most, "marker": look["marker"], "color": colour}
         ax.scatter(known["confidence"], known["outcome"], clip_on=False, **marks)
@@ -161,7 +170,8 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
         part = table if kind is None else table[table[names[1]] == kind]
         shift = step * (i - (len(kinds) - 1) / 2)
         y = [places.index(place) + shift for place in part[names[0]]]
-        _dots(ax, part["bias"], part["bias_low"], part["bias_high"], y, i, plain_text(kind))
+        look = style.line_look(i, kind)
+        _dots(ax, part["bias"], part["bias_low"], part["bias_high"], y, look, plain_text(kind))
     if len(kinds) > 1:
         for between in range(1, len(places)):
             ax.axhline(between - 0.5, color=INK, alpha=0.25, linewidth=0.6)
@@ -187,7 +197,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     height = 3.5 + 0.18 * (len(named) - 1)
     figure, (left, right) = style.new_figure(8.6, height, columns=2, wspace=0.08)
     for i, (name, table) in enumerate(named.items()):
-        look = style.line_look(i) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
+        look = style.line_look(i, name) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
         name = plain_text(name)
         begin = name + ", " if name else ""
         for ax, column, label, linestyle in (
@@ -219,8 +229,9 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
     for ax, name in ((left, "ece"), (right, "auroc")):
         before, after = report[name], report[f"{name}_scaled"]
         ax.vlines(x, before, after, color=INK, linewidth=1)
-        ax.plot(x, before, "s", color=ORANGE, fillstyle="none", markersize=7, label="raw")
-        ax.plot(x, after, "o", color=BLUE, markersize=4, label="scaled")
+        for values, size, which in ((before, 7, "raw"), (after, 4, "scaled")):
+            look = style.line_look(0, which) | {"linestyle": "none", "markersize": size}
+            ax.plot(x, values, label=which, **look)
         ax.set_xticks(x, labels)
         ax.set_xlabel("slot of the block")
     left.set_ylim(bottom=0)
@@ -264,7 +275,8 @@ def plot_gain(table: pd.DataFrame) -> Figure:
     ax.axvline(0, color=INK, linewidth=1)
     names = []
     for i, row in enumerate(table.itertuples(index=False)):
-        _dots(ax, [row.gain_percent], row.gain_low, row.gain_high, [i], i)
+        look = style.line_look(i, row.values)
+        _dots(ax, [row.gain_percent], row.gain_low, row.gain_high, [i], look)
         cut = "" if pd.isna(row.threshold) else f", threshold {row.threshold:.3f}"
         names.append(f"{row.values}{cut}")
     _finish_dots(ax, names)
@@ -272,8 +284,9 @@ def plot_gain(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _dots(ax: Axes, x: Any, low: Any, high: Any, y: list[float], i: int, label: str = "") -> None:
-    look = style.line_look(i)
+def _dots(
+    ax: Axes, x: Any, low: Any, high: Any, y: list[float], look: dict[str, Any], label: str = ""
+) -> None:
     ax.hlines(y, low, high, color=look["color"], linewidth=1.5)
     ax.plot(x, y, linestyle="none", label=label, **look)
 
@@ -285,6 +298,134 @@ def _finish_dots(ax: Axes, names: list[str]) -> None:
     low, high = ax.get_xlim()
     reach = max(-low, high)
     ax.set_xlim(min(low, -0.25 * reach), max(high, 0.25 * reach))
+
+
+@checked
+def bin_tokens(
+    decoded: Decoded,
+    to_text: Callable[[int], str],
+    bins: Sequence[Size],
+    values: Values = "raw",
+    *,
+    most: Count = 200,
+    around: Size = 8,
+) -> pd.DataFrame:
+    """The tokens in some bins of the reliability diagram of answers, each in its text.
+
+    The diagram is that of :func:`dspark_lab.rates.reliability_tables` on the second half of
+    :func:`dspark_lab.rates.split_prompts`, of raw or scaled confidences.
+
+    Returns:
+        of each bin its first ``most`` slots: ``prompt``, ``round``, ``slot``, ``text``, the drafted
+        token's, ``said``, that of the token which stands in its place in the answer, ``before`` and
+        ``after``, up to ``around`` tokens of the answer, ``confidence`` (of these ``values``),
+        ``accepted`` and ``bin``.
+    """
+    slots = rates.reliability_slots(*rates.split_prompts(decoded.trace))
+    chosen = slots.assign(bin=slots[f"{values}_bin"])
+    if values == "scaled":
+        chosen = chosen.assign(confidence=chosen["scaled"])
+    chosen = chosen[chosen["bin"].isin(bins)].groupby("bin").head(most)
+    answers: dict[int, list[str]] = {}
+    rows = []
+    for slot in chosen.itertuples(index=False):
+        if slot.prompt not in answers:
+            answers[slot.prompt] = token_texts(to_text, decoded.tokens[slot.prompt])
+        answer, at = answers[slot.prompt], slot.position
+        said = answer[at] if at < len(answer) else ""
+        rows.append(
+            {
+                "prompt": slot.prompt,
+                "round": slot.round,
+                "slot": slot.slot,
+                "before": "".join(answer[max(0, at - around) : at]),
+                "text": said if slot.accepted else to_text(slot.token),
+                "said": said,
+                "after": "".join(answer[at + 1 : at + 1 + around]),
+                "confidence": slot.confidence,
+                "accepted": slot.accepted,
+                "bin": slot.bin,
+            }
+        )
+    return pd.DataFrame(rows, columns=_BIN_TOKENS)
+
+
+@checked
+def reliability_state(
+    tables: Mapping[str, pd.DataFrame], lists: Mapping[str, pd.DataFrame]
+) -> dict[str, Any]:
+    """What the browser is given of a reliability diagram: its points, and the bins' tokens.
+
+    The tables are from :func:`dspark_lab.rates.reliability_tables`, the lists, of the same names,
+    from :func:`bin_tokens` of all bins.
+    """
+    panels, listed = [], {}
+    for name, table in tables.items():
+        points = [
+            {
+                "x": row.confidence,
+                "y": row.outcome,
+                **_ends(row.outcome_low, row.outcome_high),
+                "count": row.samples,
+                "bin": row.Index,
+                "name": f"confidence {row.low:.2f} to {row.high:.2f}",
+                "look": name,
+            }
+            for row in table.assign(samples=table["count"]).itertuples()
+            if row.samples
+        ]
+        shares = {"x_range": [0, 1], "y_range": [0, 1], "x_ticks": _TENTHS, "y_ticks": _TENTHS}
+        axes = {"x_label": "confidence, mean of a bin", "y_label": "accepted, share of a bin"}
+        panels.append(
+            {"name": name, "noun": "slots", "diagonal": True, "points": points} | shares | axes
+        )
+        own = lists[name]
+        columns = {column: own[column].tolist() for column in _BIN_TOKENS}
+        held = own["bin"].value_counts()
+        left_out = {p["bin"]: p["count"] - int(held.get(p["bin"], 0)) for p in points}
+        listed[name] = columns | {"left_out": {str(b): n for b, n in left_out.items() if n}}
+    note = "Click a point, or drag over several: their tokens are listed in their text."
+    return {"show": "chart", "panels": panels, "lists": listed, "brush": True, "note": note}
+
+
+@checked
+def rates_state(table: pd.DataFrame, value: Rate = "conditional") -> dict[str, Any]:
+    """What the browser is given of :func:`plot_rates`: a panel for each kind of rate."""
+    label, rate, low, high = _RATES[value]
+    top = max(0.1, float(np.ceil(10 * table[high].max()) / 10))
+    panels = []
+    for kind, part in table.groupby("kind", sort=False):
+        points = [
+            {
+                "x": int(slot),
+                "y": y,
+                **_ends(below, above),
+                "name": f"slot {slot}",
+                "look": kind,
+                "count": int(reached),
+            }
+            for slot, y, below, above, reached in part[
+                ["slot", rate, low, high, "reached"]
+            ].itertuples(index=False)
+            if not np.isnan(y)
+        ]
+        last = int(table["slot"].max())
+        every = max(1, last // 8)
+        axes = {"x_range": [-0.4, last + 0.4], "x_ticks": list(range(0, last + 1, every))}
+        axes |= {"y_range": [0, top], "y_ticks": [round(top * i / 5, 3) for i in range(6)]}
+        words = {"x_label": "slot of the block", "y_label": label, "value": value}
+        panels.append(
+            {"name": kind, "noun": "slots reached", "diagonal": False, "points": points}
+            | axes
+            | words
+        )
+    return {"show": "chart", "panels": panels, "lists": {}, "brush": False}
+
+
+def _ends(low: float, high: float) -> dict[str, float | None]:
+    """An interval, where there is one."""
+    known = not np.isnan(low)
+    return {"low": low if known else None, "high": high if known else None}
 
 
 @checked
@@ -361,25 +502,37 @@ def explore_acceptance(
         frame = _frame(chosen.view, run, models, chosen.conversation)
         return replace(frame, tables=frame.made_tables | tables)
 
-    options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
+    options: dict[str, Any] = {"view": DecodingView, "slow": True}
+    options |= {"reasons": reasons, "given": given}
     return Explorer("explore_acceptance", controls, draw, **options)
 
 
 def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
     """One view of decoded answers: its table, and the picture or the text of it."""
+    state: dict[str, Any] | None = None
     if view == "text":
         table = outcome_table(run, models.to_text, conversation)
-        return Frame({"tokens": table}, html=outcome_legend(table) + outcome_text(table))
+        state = decoding_state(run, models.to_text, prompt=conversation)
+        state["asked"] = short_prompt(models.prompts[conversation], 2000)
+        alt = "one answer in the colours of its tokens' outcomes"
+        return Frame({"tokens": table}, partial(plot_outcomes, table), alt, state=state)
     if view in ("rates", "survival"):
         value: Rate = "survival" if view == "survival" else "conditional"
         name, alt = "rates", f"{value} by slot"
         table = rates.rate_table(rates.trace_sums(run.trace))
-        figure = partial(plot_rates, table, value)
+        figure, state = partial(plot_rates, table, value), rates_state(table, value)
     elif view == "reliability":
         name, alt = view, "reliability diagram"
         tables = rates.reliability_tables(*rates.split_prompts(run.trace))
         table = pd.concat(tables, names=["values", "bin"]).reset_index()
         figure = partial(plot_reliability, tables)
+        state = reliability_state(
+            tables,
+            {
+                which: bin_tokens(run, models.to_text, range(len(part)), which)
+                for which, part in tables.items()
+            },
+        )
     elif view == "thresholds":
         name, alt = view, "a sweep of thresholds"
         table = rates.threshold_sweep(run.trace)
@@ -390,4 +543,8 @@ def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
         kinds = token_kinds(run.trace["token"], models.to_text)
         table = rates.study(run.trace.assign(kind=kinds), by=[by])
         figure = partial(plot_bias, table, by)
-    return Frame({name: table}, figure, alt=alt)
+    frame = Frame({name: table}, figure, alt, state=state)
+    if state is None:
+        picture = {"show": "picture", "png": frame.png, "alt": alt}
+        frame = replace(frame, state=picture)
+    return frame
