@@ -1,6 +1,5 @@
 """Accept rates and confidences: pictures of tables made by hand, and the explorer."""
 
-import re
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,7 +16,7 @@ from dspark_lab.decoding import Decoded, decode, encode_prompt, outcome_table, t
 from dspark_lab.explore import models
 from dspark_lab.explore.style import BLUE, GREEN, ORANGE
 from tests import gallery
-from tests.explorers import alert, picture
+from tests.explorers import alert
 from tests.gallery import DRIFT, GAIN, KINDS, ONE_KIND, REPORT, biases, bins, picture_of, sweep
 from tests.pictures import bands, labelled, legend, points, segments, tick_names, title, words
 from tests.samples import tiny_drafter
@@ -273,7 +272,7 @@ def explored() -> explore.Explorer:
 
 
 def test_a_views_table_is_what_the_library_says_of_the_same_trace_and_has_its_own_picture(explored):
-    run, pictures = answers(drafter()), {}
+    run, pictures, shown = answers(drafter()), {}, {}
     tau = rates.tau_table(rates.trace_sums(run.trace))
     for view in explore.VIEWS:
         explored.controls["view"].value = view
@@ -281,12 +280,13 @@ def test_a_views_table_is_what_the_library_says_of_the_same_trace_and_has_its_ow
         pd.testing.assert_frame_equal(explored.tables["trace"], run.trace)
         pd.testing.assert_frame_equal(explored.tables["tau"], tau)
         assert list(explored.tables)[1:] == ["trace", "tau"]
-        if view != "text":
-            alt, file = re.match(
-                r'<img .*alt="([^"]+)" .*src="(data:image/png[^"]+)"', picture(explored).value
-            ).groups()
-            pictures[alt] = file
-    assert len(pictures) == len(set(pictures.values())) == len(explore.VIEWS) - 1
+        frame = explored.frame
+        pictures[frame.alt] = frame.png
+        assert explored.view.state == frame.state | {"frame": explored.frames_drawn}
+        shown[view] = frame.state["show"]
+    assert len(pictures) == len(set(pictures.values())) == len(explore.VIEWS)
+    charts = dict.fromkeys(("rates", "survival", "reliability"), "chart")
+    assert shown == dict.fromkeys(explore.VIEWS, "picture") | charts | {"text": "answer"}
 
 
 def test_the_text_view_is_the_chosen_conversation(explored):
@@ -296,8 +296,9 @@ def test_the_text_view_is_the_chosen_conversation(explored):
         explored.controls["conversation"].value = conversation
         table = outcome_table(run, to_text, conversation)
         pd.testing.assert_frame_equal(explored.table, table)
-        shown = explore.outcome_legend(table) + explore.outcome_text(table)
-        assert picture(explored).value == shown
+        state = explored.view.state
+        assert state["tokens"]["text"] == table["text"].tolist()
+        assert all(f"w{conversation + at}" in state["asked"] for at in (0, 7))
     explored.controls["conversation"].value = len(QUESTIONS)
     assert explored.settings["conversation"] == len(QUESTIONS) - 1
 
@@ -313,9 +314,9 @@ def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
     moves += [("conversation", 2), ("drafter", "one"), ("view", "survival")]
     moves += [("temperature", 1.5), ("view", "rates")]
     for number, (name, value) in enumerate(moves):
-        before = picture(explorer).value
+        before = explorer.frame.state
         explorer.controls[name].value = value
-        assert picture(explorer).value != before and explorer.frames_drawn == 2 + number
+        assert explorer.frame.state != before and explorer.frames_drawn == 2 + number
         one, temperature = both[explorer.settings["drafter"]], explorer.settings["temperature"]
         run = answers(one, QUESTIONS[:4], temperature=temperature, max_new_tokens=5)
         pd.testing.assert_frame_equal(explorer.tables["trace"], run.trace)
