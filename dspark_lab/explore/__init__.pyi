@@ -9,8 +9,7 @@ from .acceptance import (
     plot_rates,
     plot_reliability,
     plot_thresholds,
-    rates_state,
-    reliability_state,
+    reached_tokens,
 )
 from .anchors import (
     block_table,
@@ -28,6 +27,13 @@ from .budget import (
     plot_parts,
     plot_slots,
     plot_sweeps,
+)
+from .charts import (
+    bias_panels,
+    chart_state,
+    rate_panels,
+    reliability_panels,
+    threshold_panels,
 )
 from .decoding import (
     DecodingExplorer,
@@ -96,8 +102,10 @@ __all__ = [
     "TOKEN_LISTS",
     "TOKEN_STATES",
     "VIEWS",
+    "bias_panels",
     "bin_tokens",
     "block_table",
+    "chart_state",
     "count_differences",
     "difference_table",
     "decoding_state",
@@ -144,11 +152,13 @@ __all__ = [
     "plot_tokens",
     "plot_training",
     "png",
-    "rates_state",
-    "reliability_state",
+    "rate_panels",
+    "reached_tokens",
     "readable",
+    "reliability_panels",
     "slot_inputs",
     "sorting_table",
+    "threshold_panels",
     "tile_spans",
     "tile_states",
     "tile_table",
