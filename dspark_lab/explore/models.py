@@ -85,9 +85,14 @@ class Models:
         """
         one = self.drafters[drafter]
         numbers = RandomNumbers(1, seed, one.config.predicted, first=prompt)
-        options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        asked = [self.prompts[prompt]]
-        run = decode_rounds(self.target, one, asked, random_numbers=numbers, **options)
+        run = decode_rounds(
+            self.target,
+            one,
+            [self.prompts[prompt]],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            random_numbers=numbers,
+        )
         rounds, done = [], 0
         with threads_for(self.target.model):
             for round_ in run:
