@@ -63,7 +63,7 @@ def test_the_fit_is_a_line_for_each_block_size_on_axes_that_double_hollow_where_
         steps = np.diff(ax.transData.transform(places), axis=0)
         assert np.ptp(steps, axis=0).max() < 1e-6
     (ax,) = plot_fit(fit(*[100] * 13)).axes
-    assert tick_names(ax.xaxis) == ["256", "2048", "16384", "131072", "1048576"], "only some"
+    assert tick_names(ax.xaxis) == ["256", "2,048", "16,384", "131,072", "1,048,576"], "only some"
 
 
 def test_where_nothing_fits_the_line_goes_down_to_a_tick_that_says_so():

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -52,6 +52,8 @@ class Frame:
     html: str = ""
     state: dict[str, Any] | None = None
     recommended: Mapping[str, Any] = field(default_factory=dict)
+    # What the explorer keeps of it beside.
+    detail: Any = None
 
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -113,14 +115,6 @@ def drawing() -> Any:
 def alert(problem: object) -> str:
     """A sentence in HTML that stands where something cannot be shown."""
     return f'<p role="alert">{escape(str(problem))}</p>'
-
-
-def marked_text(text: str, kinds: Iterable[str], facts: Iterable[str] = ()) -> str:
-    """Text in HTML in the classes of its kinds; facts are shown when the pointer is over it."""
-    classes = " ".join(f"dspark-{kind.replace(' ', '-')}" for kind in kinds)
-    title = escape(" · ".join(facts))
-    tip = f' title="{title}"' if title else ""
-    return f'<span class="{classes}"{tip}>{escape(text)}</span>'
 
 
 def call_text(name: str, settings: Mapping[str, Any]) -> str:
@@ -220,10 +214,15 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self.controls.items()}
 
     @property
+    def frame(self) -> Frame:
+        """What is shown; empty where the setting cannot be drawn."""
+        self._worker.wait()
+        return Frame({}) if self._problem else self._frame
+
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables behind the picture, by name; empty where the setting cannot be drawn."""
-        self._worker.wait()
-        return {} if self._problem else self._frame.made_tables
+        return self.frame.made_tables
 
     @property
     def table(self) -> pd.DataFrame:
@@ -361,7 +360,9 @@ class Explorer(ipywidgets.VBox):
             if self.view is None:
                 progress(0, 0, "drawing")
                 _ = frame.png
-            progress(1, 1, "drawn")
+            if not self._worker.newest(progress):
+                raise Cancelled
+            # What a cancelled work leaves is shown, where it leaves something.
             with self._lock:
                 self._show(frame)
         except Cancelled:

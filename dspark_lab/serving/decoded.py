@@ -48,6 +48,23 @@ def speed_table(
 
 
 @checked
+def repeated_speeds(
+    plain: Sequence[Decoded], drafted: Sequence[Decoded], block_size: Count
+) -> pd.DataFrame:
+    """The :func:`speed_table` of each of several runs of one prompt, a row for each ``run``.
+
+    The middle of its rows is the speed, and their range how far one run can be trusted.
+    """
+    counts = len(plain), len(drafted)
+    if counts[0] != counts[1] or not plain:
+        raise ValueError(f"plain and drafted must be as many runs, one or more, got {counts}")
+    rows = [
+        speed_table([one], [other], block_size) for one, other in zip(plain, drafted, strict=True)
+    ]
+    return pd.DataFrame(rows).rename_axis("run").reset_index()
+
+
+@checked
 def decode_check(
     target: Target,
     drafter: BlockDrafter,

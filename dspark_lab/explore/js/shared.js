@@ -72,10 +72,12 @@ const MARK_COLOURS = {
   never: ["#b9588f", "#d78cb5"],
   anchor: ["#d55e00", "#e8762b"],
   candidate: ["#767676", "#9a9a9a"],
-  accepted: ["#00805c", "#2cc295"],
+  accepted: ["#2b8cc4", "#56b4e9"],
   corrected: ["#b87a00", "#e69f00"],
-  bonus: ["#0072b2", "#56b4e9"],
+  bonus: ["#00805c", "#2cc295"],
   rejected: ["#c4311c", "#ff8a75"],
+  raw: ["#c08600", "#e69f00"],
+  scaled: ["#00609c", "#3d9be0"],
 };
 
 // [red, green, blue, alpha] of what computed styles and this file write.
