@@ -36,6 +36,7 @@ from .decoding import (
     explore_decoding,
     plot_distributions,
     plot_outcomes,
+    slot_states,
 )
 from .explorer import Explorer, Frame
 from .mask_geometry import PAIR_KINDS, MaskSpans, RuleMask, count_differences
@@ -99,8 +100,8 @@ __all__ = [
     "bin_tokens",
     "block_table",
     "count_differences",
-    "difference_table",
     "decoding_state",
+    "difference_table",
     "explore_acceptance",
     "explore_anchors",
     "explore_decoding",
@@ -148,6 +149,7 @@ __all__ = [
     "reliability_state",
     "readable",
     "slot_inputs",
+    "slot_states",
     "sorting_table",
     "tile_spans",
     "tile_states",
