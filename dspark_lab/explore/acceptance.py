@@ -195,7 +195,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     """
     named = style.tables_by_name(tables)
     height = 3.5 + 0.18 * (len(named) - 1)
-    figure, (left, right) = style.new_figure(8.6, height, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, height, columns=2, wspace=0.08)
     for i, (name, table) in enumerate(named.items()):
         look = style.line_look(i, name) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
         name = plain_text(name)
@@ -222,7 +222,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
 
 def plot_calibration(report: pd.DataFrame) -> Figure:
     """ECE and AUROC before and after scaling, from :func:`dspark_lab.rates.calibration_report`."""
-    figure, (left, right) = style.new_figure(8.6, 3.4, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
     # What is not a slot of the block stands apart.
     x = np.arange(len(labels)) + 0.5 * np.array([not label.isdigit() for label in labels])
@@ -436,9 +436,9 @@ def explore_acceptance(
     *,
     temperature: float = 1.0,
     view: str = "rates",
-    max_new_tokens: int = 64,
-    batch_size: int | None = 40,
-    seed: int = 0,
+    max_new_tokens: Count = 64,
+    batch_size: Count | None = 40,
+    seed: Size = 0,
 ) -> Explorer:
     """How well the confidence head predicts what the target accepts, on answers decoded for it.
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, lru_cache
+from functools import lru_cache
 from html import escape
 from itertools import product
 from types import SimpleNamespace
@@ -124,7 +124,7 @@ def plot_parts(
     ax.set_ylabel("part")
     title = f"a step: {EngFormatter(places=1)(total)} operations"
     if seconds is not None:
-        title += f", {seconds:.3g} s"
+        title += f", {1000 * seconds:,.3g} ms"
     style.add_title(ax, title, y=1)
     return cast(Figure, ax.figure)
 
@@ -236,7 +236,7 @@ def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
     positive = [value for value in values if value > 0] or [1]
     powers = range(math.floor(math.log2(min(positive))), math.ceil(math.log2(max(positive))) + 1)
     ticks = [2**power for power in powers[:: -(-len(powers) // _MOST_TICKS)]]
-    names = [str(tick) for tick in ticks]
+    names = [f"{tick:,}" for tick in ticks]
     if zero:
         ticks, names = [0, *ticks], [zero, *names]
     axis.set_ticks(ticks, names)
@@ -438,22 +438,21 @@ def explore_training_budget(
     elif chats is not None:
         require_some(chats)
 
-    @cache
-    def encoded() -> Sequence[Encoded]:
-        rows = encode_chats(chats, tokenizer, like=like)
-        require_some(rows)
-        return rows
+    # What is encoded once, on the worker's thread.
+    rows: list[Sequence[Encoded]] = []
 
     @lru_cache(maxsize=8)
     def spans_of(seq_len: int, packed: bool, batch_size: int) -> Spans:
-        spans = Spans.of(encoded(), seq_len=seq_len, row_length=seq_len if packed else None)
+        spans = Spans.of(rows[0], seq_len=seq_len, row_length=seq_len if packed else None)
         return tuning.in_training_batches(spans, batch_size)
 
     choice_of = lru_cache(maxsize=8)(tuning.choose_training)
 
     def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
-        progress(0, 0, "encoding the conversations")
-        encoded()
+        if not rows:
+            made = encode_chats(chats, tokenizer, like=like, progress=progress)
+            require_some(made)
+            rows.append(made)
         progress(0, 0, "counting what a step covers, costs and needs")
         spans = spans_of(chosen.seq_len, chosen.packed, chosen.batch_size)
         n, k, per, batch_size = chosen.num_anchors, chosen.block_size, chosen.per, chosen.batch_size

@@ -276,7 +276,7 @@ def plot_tiles(
     """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
     if ax is None:
-        _, ax = style.new_figure(8.0, 4.6)
+        _, ax = style.new_figure(style.WIDEST, 4.2)
     _paint(ax, states, {TILE_STATES.index(state): colour for state, colour in TILE_COLOURS.items()})
     ax.axvline(seq_len / tile_size - 0.5, color=INK, linewidth=1)
     if rows * columns <= 4000:
@@ -464,8 +464,8 @@ def explore_masks(
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
-    controls.insert(3, slider("context", context, 8, 131072))
-    controls += [slider("window", window, 0, 4096), checkbox("causal", causal)]
+    controls.insert(3, slider("context", context, 8, 131072, growing=True))
+    controls += [slider("window", window, 0, 4096, growing=True), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
     controls.append(dropdown("compare", start, options))
     return Explorer(

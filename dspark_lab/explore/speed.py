@@ -123,7 +123,7 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
 
     Where the accept rate falls below the break-even rate, the win is gone.
     """
-    figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.7, columns=2, wspace=0.08)
     x = table["temperature"].to_numpy()
     forgets = _replay_counts(table)
     need = table["break_even_rate"].to_numpy()
@@ -165,7 +165,7 @@ def plot_thresholds_speed(table: pd.DataFrame, *, chosen: float | None = None) -
 
     From :func:`dspark_lab.serving.threshold_table`. The fastest of each draft length is ringed.
     """
-    figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.7, columns=2, wspace=0.08)
     for i, (length, part) in enumerate(table.groupby("draft_length")):
         label = f"K {length}: {_best_in_words(part, 'threshold')}"
         _plot_speed(left, part, "threshold", i, label=label)
@@ -194,7 +194,7 @@ def plot_load(
     shown = levels[:: -(-len(levels) // 5)]
     style.require_one_of("concurrency", concurrency, (None, *levels))
     if axes is None:
-        _, axes = style.new_figure(8.6, 3.9, columns=2, wspace=0.08)
+        _, axes = style.new_figure(style.WIDEST, 3.9, columns=2, wspace=0.08)
     left, right = axes
     fastest = table.loc[table["throughput"].idxmax(), "policy"]
     drafting = [policy for policy in table["policy"].unique() if policy != _PLAIN]
@@ -263,7 +263,7 @@ def plot_steps(table: pd.DataFrame | StepsPerSecond) -> Figure:
     Marks are measured, lines what is taken to lie between them.
     """
     steps = table if isinstance(table, StepsPerSecond) else StepsPerSecond.of(table)
-    figure, (left, right) = style.new_figure(8.6, 3.5, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.5, columns=2, wspace=0.08)
     low, high = steps.tokens[0], steps.tokens[-1]
     between = np.unique(np.append(np.geomspace(low, high, 200).round(), steps.tokens))
     for ax, colour in ((left, BLUE), (right, GREEN)):
