@@ -9,8 +9,7 @@ from .acceptance import (
     plot_rates,
     plot_reliability,
     plot_thresholds,
-    rates_state,
-    reliability_state,
+    reached_tokens,
 )
 from .anchors import (
     block_table,
@@ -29,6 +28,13 @@ from .budget import (
     plot_slots,
     plot_sweeps,
 )
+from .charts import (
+    bias_panels,
+    chart_state,
+    rate_panels,
+    reliability_panels,
+    threshold_panels,
+)
 from .decoding import (
     DecodingExplorer,
     DecodingView,
@@ -36,7 +42,6 @@ from .decoding import (
     explore_decoding,
     plot_distributions,
     plot_outcomes,
-    slot_states,
 )
 from .explorer import Explorer, Frame
 from .mask_geometry import PAIR_KINDS, MaskSpans, RuleMask, count_differences
@@ -97,8 +102,10 @@ __all__ = [
     "TOKEN_LISTS",
     "TOKEN_STATES",
     "VIEWS",
+    "bias_panels",
     "bin_tokens",
     "block_table",
+    "chart_state",
     "count_differences",
     "decoding_state",
     "difference_table",
@@ -145,12 +152,13 @@ __all__ = [
     "plot_tokens",
     "plot_training",
     "png",
-    "rates_state",
-    "reliability_state",
+    "rate_panels",
+    "reached_tokens",
     "readable",
+    "reliability_panels",
     "slot_inputs",
-    "slot_states",
     "sorting_table",
+    "threshold_panels",
     "tile_spans",
     "tile_states",
     "tile_table",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,25 +14,24 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
 from dspark_lab.chats import token_texts
-from dspark_lab.checks import Count, Size, checked
-from dspark_lab.decoding import Decoded, outcome_table, token_kinds
-from dspark_lab.explore import style
+from dspark_lab.checks import Size, checked
+from dspark_lab.decoding import Decoded, Round, outcome_table, token_kinds
+from dspark_lab.explore import charts, style
+from dspark_lab.explore.charts import RATE_COLUMNS, Rate
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
 from dspark_lab.explore.decoding import DecodingView, decoding_state, plot_outcomes, short_prompt
 from dspark_lab.explore.explorer import Explorer, Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
-from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, PINK, RED, plain_text
 from dspark_lab.explore.work import Progress
-
-Rate = Literal["conditional", "survival"]
-Values = Literal["raw", "scaled"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
 _PANELS_PER_LINE = 4
-_TENTHS = [0, 0.2, 0.4, 0.6, 0.8, 1]
-_BIN_TOKENS = ["prompt", "round", "slot", "before", "text", "said", "after"]
-_BIN_TOKENS += ["confidence", "accepted", "bin"]
+# What a token's list says first.
+_PLACE = ["prompt", "domain", "round", "slot", "position", "before", "text", "said", "after"]
+_PLACE += ["kind", "confidence", "accept_rate", "accepted"]
+_OF_BINS = ["scaled", "raw_bin", "scaled_bin"]
 # So many decoded runs are kept.
 _MOST_RUNS = 8
 _KIND_LOOKS: dict[str, dict[str, Any]] = {
@@ -41,11 +40,6 @@ _KIND_LOOKS: dict[str, dict[str, Any]] = {
     "predicted": {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 4},
     "teacher-forced": {"color": INK, "linestyle": "-", "linewidth": 1},
     "predicted, teacher-forced": {"color": PINK, "linestyle": ":", "linewidth": 1.5},
-}
-# Each rate's label and columns.
-_RATES = {
-    "conditional": ("accept rate, given all before", "conditional", "low", "high"),
-    "survival": ("accepted with all before it", "survival", "survival_low", "survival_high"),
 }
 
 
@@ -56,7 +50,7 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
     The table is from :func:`dspark_lab.rates.rate_table` or :func:`dspark_lab.rates.slot_table`,
     kept apart by such as ``by="drafter"``: a panel for each, or a line if it has one kind of rate.
     """
-    label, *names = _RATES[value]
+    label, *names = RATE_COLUMNS[value]
     groups = _groups(table)
     if "kind" in table and table["kind"].nunique() > 1:
         columns = min(len(groups), _PANELS_PER_LINE)
@@ -139,8 +133,11 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
             low, high = "outcome_low", "outcome_high"
         ax.vlines(known["confidence"], known[low], known[high], colour, alpha=0.5)
         ax.plot(known["confidence"], known["outcome"], color=colour, linewidth=1)
-        marks = {"s": 12 + 110 * known["count"] / most, "marker": look["marker"], "color": colour}
-        ax.scatter(known["confidence"], known["outcome"], clip_on=False, **marks)
+        marks = {"s": 12 + 110 * known["count"] / most, "marker": look["marker"]}
+        marks |= {"edgecolors": colour, "facecolors": colour}
+        if look["fillstyle"] == "none":
+            marks["facecolors"] = PAPER
+        ax.scatter(known["confidence"], known["outcome"], clip_on=False, zorder=3, **marks)
         style.add_title(ax, plain_text(name))
         ax.set(xlabel="confidence, mean of a bin", ylabel="outcome, mean of a bin")
         ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
@@ -248,7 +245,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
     """Calibration errors around a change of domain, from :func:`dspark_lab.rates.drift_table`."""
     figure, ax = style.new_figure(7, 3.2)
     lines = {
-        "raw": {"color": ORANGE, "linestyle": ":"},
+        "raw": {"color": style.CONFIDENCE_LOOKS["raw"]["color"], "linestyle": ":"},
         "static": {"color": RED, "linestyle": "--"},
         "online": {"color": BLUE, "linestyle": "-"},
     }
@@ -275,7 +272,8 @@ def plot_gain(table: pd.DataFrame) -> Figure:
     ax.axvline(0, color=INK, linewidth=1)
     names = []
     for i, row in enumerate(table.itertuples(index=False)):
-        look = style.line_look(i, row.values)
+        # None of the others looks like raw or scaled.
+        look = style.line_look(i + 2, row.values)
         _dots(ax, [row.gain_percent], row.gain_low, row.gain_high, [i], look)
         cut = "" if pd.isna(row.threshold) else f", threshold {row.threshold:.3f}"
         names.append(f"{row.values}{cut}")
@@ -301,131 +299,47 @@ def _finish_dots(ax: Axes, names: list[str]) -> None:
 
 
 @checked
-def bin_tokens(
-    decoded: Decoded,
-    to_text: Callable[[int], str],
-    bins: Sequence[Size],
-    values: Values = "raw",
-    *,
-    most: Count = 200,
-    around: Size = 8,
+def reached_tokens(
+    decoded: Decoded, to_text: Callable[[int], str], *, around: Size = 8
 ) -> pd.DataFrame:
-    """The tokens in some bins of the reliability diagram of answers, each in its text.
-
-    The diagram is that of :func:`dspark_lab.rates.reliability_tables` on the second half of
-    :func:`dspark_lab.rates.split_prompts`, of raw or scaled confidences.
+    """The tokens that verification reached, each in its text, with its confidence and its fate.
 
     Returns:
-        of each bin its first ``most`` slots: ``prompt``, ``round``, ``slot``, ``text``, the drafted
-        token's, ``said``, that of the token which stands in its place in the answer, ``before`` and
-        ``after``, up to ``around`` tokens of the answer, ``confidence`` (of these ``values``),
-        ``accepted`` and ``bin``.
+        the :func:`dspark_lab.rates.reached_rows`: ``text`` is the drafted token's, ``said`` that
+        of the token which stands at its ``position`` in the answer, ``before`` and ``after`` up to
+        ``around`` tokens of the answer; ``kind`` as :func:`dspark_lab.decoding.token_kind` has it.
+    """
+    return _in_text(rates.reached_rows(decoded.trace), decoded, to_text, around)
+
+
+@checked
+def bin_tokens(
+    decoded: Decoded, to_text: Callable[[int], str], *, around: Size = 8
+) -> pd.DataFrame:
+    """The tokens of the bins of a reliability diagram: :func:`reached_tokens`, of its slots.
+
+    They are of the second half of :func:`dspark_lab.rates.split_prompts`, with the confidence
+    ``scaled`` and the bins of both confidences, ``raw_bin`` and ``scaled_bin``, numbered as the
+    rows of :func:`dspark_lab.rates.reliability_tables`.
     """
     slots = rates.reliability_slots(*rates.split_prompts(decoded.trace))
-    chosen = slots.assign(bin=slots[f"{values}_bin"])
-    if values == "scaled":
-        chosen = chosen.assign(confidence=chosen["scaled"])
-    chosen = chosen[chosen["bin"].isin(bins)].groupby("bin").head(most)
-    answers: dict[int, list[str]] = {}
-    rows = []
-    for slot in chosen.itertuples(index=False):
-        if slot.prompt not in answers:
-            answers[slot.prompt] = token_texts(to_text, decoded.tokens[slot.prompt])
+    return _in_text(slots, decoded, to_text, around)
+
+
+def _in_text(
+    slots: pd.DataFrame, decoded: Decoded, to_text: Callable[[int], str], around: int
+) -> pd.DataFrame:
+    """Rows of a trace, with their places in the answers."""
+    answers = {p: token_texts(to_text, decoded.tokens[p]) for p in slots["prompt"].unique()}
+    texts: dict[str, list[str]] = {name: [] for name in ("before", "text", "said", "after")}
+    for slot in slots.itertuples(index=False):
         answer, at = answers[slot.prompt], slot.position
-        said = answer[at] if at < len(answer) else ""
-        rows.append(
-            {
-                "prompt": slot.prompt,
-                "round": slot.round,
-                "slot": slot.slot,
-                "before": "".join(answer[max(0, at - around) : at]),
-                "text": said if slot.accepted else to_text(slot.token),
-                "said": said,
-                "after": "".join(answer[at + 1 : at + 1 + around]),
-                "confidence": slot.confidence,
-                "accepted": slot.accepted,
-                "bin": slot.bin,
-            }
-        )
-    return pd.DataFrame(rows, columns=_BIN_TOKENS)
-
-
-@checked
-def reliability_state(
-    tables: Mapping[str, pd.DataFrame], lists: Mapping[str, pd.DataFrame]
-) -> dict[str, Any]:
-    """What the browser is given of a reliability diagram: its points, and the bins' tokens.
-
-    The tables are from :func:`dspark_lab.rates.reliability_tables`, the lists, of the same names,
-    from :func:`bin_tokens` of all bins.
-    """
-    panels, listed = [], {}
-    for name, table in tables.items():
-        points = [
-            {
-                "x": row.confidence,
-                "y": row.outcome,
-                **_ends(row.outcome_low, row.outcome_high),
-                "count": row.samples,
-                "bin": row.Index,
-                "name": f"confidence {row.low:.2f} to {row.high:.2f}",
-                "look": name,
-            }
-            for row in table.assign(samples=table["count"]).itertuples()
-            if row.samples
-        ]
-        shares = {"x_range": [0, 1], "y_range": [0, 1], "x_ticks": _TENTHS, "y_ticks": _TENTHS}
-        axes = {"x_label": "confidence, mean of a bin", "y_label": "accepted, share of a bin"}
-        panels.append(
-            {"name": name, "noun": "slots", "diagonal": True, "points": points} | shares | axes
-        )
-        own = lists[name]
-        columns = {column: own[column].tolist() for column in _BIN_TOKENS}
-        held = own["bin"].value_counts()
-        left_out = {p["bin"]: p["count"] - int(held.get(p["bin"], 0)) for p in points}
-        listed[name] = columns | {"left_out": {str(b): n for b, n in left_out.items() if n}}
-    note = "Click a point, or drag over several: their tokens are listed in their text."
-    return {"show": "chart", "panels": panels, "lists": listed, "brush": True, "note": note}
-
-
-@checked
-def rates_state(table: pd.DataFrame, value: Rate = "conditional") -> dict[str, Any]:
-    """What the browser is given of :func:`plot_rates`: a panel for each kind of rate."""
-    label, rate, low, high = _RATES[value]
-    top = max(0.1, float(np.ceil(10 * table[high].max()) / 10))
-    panels = []
-    for kind, part in table.groupby("kind", sort=False):
-        points = [
-            {
-                "x": int(slot),
-                "y": y,
-                **_ends(below, above),
-                "name": f"slot {slot}",
-                "look": kind,
-                "count": int(reached),
-            }
-            for slot, y, below, above, reached in part[
-                ["slot", rate, low, high, "reached"]
-            ].itertuples(index=False)
-            if not np.isnan(y)
-        ]
-        last = int(table["slot"].max())
-        every = max(1, last // 8)
-        axes = {"x_range": [-0.4, last + 0.4], "x_ticks": list(range(0, last + 1, every))}
-        axes |= {"y_range": [0, top], "y_ticks": [round(top * i / 5, 3) for i in range(6)]}
-        words = {"x_label": "slot of the block", "y_label": label, "value": value}
-        panels.append(
-            {"name": kind, "noun": "slots reached", "diagonal": False, "points": points}
-            | axes
-            | words
-        )
-    return {"show": "chart", "panels": panels, "lists": {}, "brush": False}
-
-
-def _ends(low: float, high: float) -> dict[str, float | None]:
-    """An interval, where there is one."""
-    known = not np.isnan(low)
-    return {"low": low if known else None, "high": high if known else None}
+        texts["before"].append("".join(answer[max(0, at - around) : at]))
+        texts["text"].append(answer[at] if slot.accepted else to_text(slot.token))
+        texts["said"].append(answer[at])
+        texts["after"].append("".join(answer[at + 1 : at + 1 + around]))
+    table = slots.assign(**texts, kind=token_kinds(slots["token"], to_text))
+    return table[_PLACE + [name for name in _OF_BINS if name in table]]
 
 
 @checked
@@ -442,7 +356,9 @@ def explore_acceptance(
 ) -> Explorer:
     """How well the confidence head predicts what the target accepts, on answers decoded for it.
 
-    The tables are the view's, ``trace`` and ``tau`` with its intervals.
+    The tables are the view's, the ``tokens`` behind its points, ``trace`` and ``tau`` with its
+    intervals. A choice of points is :attr:`~Explorer.selection`, a ``column`` of the tokens and the
+    ``keys`` in it.
 
     Args:
         target: a target, its folder or hub id; the pocket target where None.
@@ -474,6 +390,7 @@ def explore_acceptance(
     def reasons(chosen: SimpleNamespace) -> dict[str, str]:
         return {} if chosen.view == "text" else {"conversation": "for the view text"}
 
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     made: dict[tuple[str, float], tuple[Decoded, dict[str, pd.DataFrame]]] = {}
 
     def decoded(
@@ -481,7 +398,6 @@ def explore_acceptance(
     ) -> tuple[Decoded, dict[str, pd.DataFrame]]:
         if (name, temperature) in made:
             return made[name, temperature]
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
         run = models.decode(name, batch_size, progress, temperature=temperature, **options)
         tables = {"trace": run.trace}
         if len(run.trace):
@@ -498,53 +414,57 @@ def explore_acceptance(
             missing = f"needs a drafter with a confidence head, got {chosen.drafter}"
             raise ValueError(f"{chosen.view} {missing}")
         run, tables = decoded(models, chosen.drafter, chosen.temperature, progress)
-        progress(1, 1, "drawing")
-        frame = _frame(chosen.view, run, models, chosen.conversation)
+        if chosen.view == "text":
+            temperature, number = chosen.temperature, chosen.conversation
+            rounds = models.decode_again(
+                run, number, chosen.drafter, progress, temperature=temperature, **options
+            )
+            frame = _text_frame(run, models, number, rounds)
+        else:
+            progress(1, 1, "drawing")
+            frame = _frame(chosen.view, run, models.to_text)
         return replace(frame, tables=frame.made_tables | tables)
 
-    options: dict[str, Any] = {"view": DecodingView, "slow": True}
-    options |= {"reasons": reasons, "given": given}
-    return Explorer("explore_acceptance", controls, draw, **options)
+    how: dict[str, Any] = {"view": DecodingView, "slow": True, "reasons": reasons, "given": given}
+    return Explorer("explore_acceptance", controls, draw, **how)
 
 
-def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
-    """One view of decoded answers: its table, and the picture or the text of it."""
-    state: dict[str, Any] | None = None
-    if view == "text":
-        table = outcome_table(run, models.to_text, conversation)
-        state = decoding_state(run, models.to_text, prompt=conversation)
-        state["asked"] = short_prompt(models.prompts[conversation], 2000)
-        alt = "one answer in the colours of its tokens' outcomes"
-        return Frame({"tokens": table}, partial(plot_outcomes, table), alt, state=state)
-    if view in ("rates", "survival"):
-        value: Rate = "survival" if view == "survival" else "conditional"
-        name, alt = "rates", f"{value} by slot"
-        table = rates.rate_table(rates.trace_sums(run.trace))
-        figure, state = partial(plot_rates, table, value), rates_state(table, value)
-    elif view == "reliability":
-        name, alt = view, "reliability diagram"
-        tables = rates.reliability_tables(*rates.split_prompts(run.trace))
-        table = pd.concat(tables, names=["values", "bin"]).reset_index()
-        figure = partial(plot_reliability, tables)
-        state = reliability_state(
-            tables,
-            {
-                which: bin_tokens(run, models.to_text, range(len(part)), which)
-                for which, part in tables.items()
-            },
-        )
-    elif view == "thresholds":
-        name, alt = view, "a sweep of thresholds"
+def _text_frame(run: Decoded, models: Models, number: int, rounds: list[Round]) -> Frame:
+    """One answer, whose tokens open their slots."""
+    table = outcome_table(run, models.to_text, number)
+    state = decoding_state(run, models.to_text, prompt=number, rounds=rounds)
+    state["asked"] = short_prompt(models.prompts[number], 2000)
+    alt = "one answer in the colours of its tokens' outcomes"
+    return Frame({"tokens": table}, partial(plot_outcomes, table), alt, state=state)
+
+
+def _frame(view: str, run: Decoded, to_text: Callable[[int], str]) -> Frame:
+    """A view of all answers: its tables, its picture, and what the browser is given."""
+    if view == "thresholds":
         table = rates.threshold_sweep(run.trace)
-        figure = partial(plot_thresholds, table)
+        state = charts.chart_state(charts.threshold_panels(table))
+        figure, alt = partial(plot_thresholds, table), "a sweep of thresholds"
+        return Frame({view: table}, figure, alt, state=state)
+    if view == "reliability":
+        parts = rates.reliability_tables(*rates.split_prompts(run.trace))
+        tables = {view: pd.concat(parts, names=["values", "bin"]).reset_index()}
+        tables["tokens"] = bin_tokens(run, to_text)
+        figure, alt = partial(plot_reliability, parts), "reliability diagram"
+        panels = charts.reliability_panels(parts)
     else:
-        by = "domain" if view == "domains" else "kind"
-        name, alt = "bias", f"bias by {by}"
-        kinds = token_kinds(run.trace["token"], models.to_text)
-        table = rates.study(run.trace.assign(kind=kinds), by=[by])
-        figure = partial(plot_bias, table, by)
-    frame = Frame({name: table}, figure, alt, state=state)
-    if state is None:
-        picture = {"show": "picture", "png": frame.png, "alt": alt}
-        frame = replace(frame, state=picture)
-    return frame
+        tokens = reached_tokens(run, to_text)
+        if view in ("rates", "survival"):
+            value: Rate = "survival" if view == "survival" else "conditional"
+            table, name = rates.rate_table(rates.trace_sums(run.trace)), "rates"
+            figure, alt = partial(plot_rates, table, value), f"{value} by slot"
+            panels = charts.rate_panels(table, value)
+        else:
+            by = "domain" if view == "domains" else "kind"
+            kinds = token_kinds(run.trace["token"], to_text)
+            table, name = rates.study(run.trace.assign(kind=kinds), by=[by]), "bias"
+            figure, alt = partial(plot_bias, table, by), f"bias by {by}"
+            panels = charts.bias_panels(table, by)
+        tables = {name: table, "tokens": tokens}
+    answers = [token_texts(to_text, answer) for answer in run.tokens]
+    state = charts.chart_state(panels, tables["tokens"], answers)
+    return Frame(tables, figure, alt, state=state)

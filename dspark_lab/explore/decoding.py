@@ -136,11 +136,12 @@ def decoding_state(
     to_text: Callable[[int], str],
     *,
     prompt: Size = 0,
-    slots: Sequence[Sequence[Mapping[str, Any]]] = (),
+    rounds: Sequence[Round] = (),
 ) -> dict[str, Any]:
-    """What the browser is given of an answer: the rows of its :func:`outcome_table`, by columns.
+    """What the browser is given of an answer: its tokens, and every slot's distributions.
 
-    ``slots`` are the :func:`slot_states` of its rounds, as far as they are kept.
+    The columns are those of :func:`dspark_lab.decoding.outcome_table` and of the
+    :func:`dspark_lab.decoding.distribution_table` of all slots of ``rounds``, where they are given.
     """
     table = decoding.outcome_table(decoded, to_text, prompt)
     tokens: dict[str, Any] = {
@@ -148,12 +149,12 @@ def decoding_state(
     }
     tokens["outcome"] = [OUTCOMES.index(outcome) for outcome in table["outcome"]]
     tokens |= {name: _numbers(table[name]) for name in _NUMBERS}
-    return {"show": "answer", "tokens": tokens, "slots": list(slots)}
+    slots = [_slot_states(round_, to_text) for round_ in rounds]
+    return {"show": "answer", "tokens": tokens, "slots": slots}
 
 
-@checked
-def slot_states(round_: Round, to_text: Callable[[int], str]) -> list[dict[str, Any]]:
-    """What the browser is given of the slots of a round: their distribution tables, by columns.
+def _slot_states(round_: Round, to_text: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The distributions of the slots of a round by columns.
 
     ``drafted`` and ``drawn`` are the rows of these tokens, -1 where there is none; ``target``,
     ``overlap`` and ``residual`` are None where the target was not asked.
@@ -356,10 +357,11 @@ class DecodingExplorer(Explorer):
         def grow() -> None:
             """Decode with the drafter for the first time, and show the answer as it grows."""
             growing, done, redraw_at = run(True), 0, 0.0
+            progress(0, 0, "reading the prompt")
             try:
                 for round_ in growing:
                     answer.rounds.append(_on_host(round_))
-                    answer.slots.append(slot_states(answer.rounds[-1], to_text))
+                    answer.slots.append(_slot_states(answer.rounds[-1], to_text))
                     done += len(round_.tokens)
                     progress(done, chosen.max_new_tokens, "the answer grows")
                     if time.monotonic() > redraw_at:
@@ -383,7 +385,7 @@ class DecodingExplorer(Explorer):
                 grow()
                 cancelled = "The measuring of its speed was cancelled."
                 words = {"words": answer.in_words()}
-                whole = decoding_state(answer.drafted[0], to_text, slots=answer.slots)
+                whole = decoding_state(answer.drafted[0], to_text) | {"slots": answer.slots}
                 self._show_grown(whole | shown | words)
                 for number in range(REPEATS):
                     for with_drafter in (True, False) if number % 2 else (False, True):
@@ -406,7 +408,7 @@ class DecodingExplorer(Explorer):
     ) -> Frame:
         decoded, speeds = answer.drafted[0], answer.speeds()
         words = f"{answer.in_words()} {cancelled}".strip()
-        state = decoding_state(decoded, to_text, slots=answer.slots)
+        state = decoding_state(decoded, to_text) | {"slots": answer.slots}
         state |= shown | {"running": False, "words": words}
         tokens = decoding.outcome_table(decoded, to_text)
         tables = {"tokens": tokens, "rounds": decoded.rounds, "trace": decoded.trace}

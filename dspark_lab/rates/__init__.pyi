@@ -2,6 +2,7 @@ from .acceptance import rate_table, tau_table, trace_sums
 from .calibration import (
     calibration_report,
     drift_table,
+    reached_rows,
     reliability_slots,
     reliability_tables,
     split_prompts,
@@ -69,6 +70,7 @@ __all__ = [
     "prefix_survival",
     "rate_table",
     "ratio_interval",
+    "reached_rows",
     "reliability_slots",
     "reliability_table",
     "reliability_tables",

@@ -153,6 +153,13 @@ def reliability_tables(
 
 
 @checked
+def reached_rows(trace: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a trace whose slots verification reached, round by round."""
+    rounds, row = read_trace(trace)
+    return trace.iloc[row[rounds.reached]].reset_index(drop=True)
+
+
+@checked
 def reliability_slots(
     fit: pd.DataFrame,
     test: pd.DataFrame,
@@ -168,15 +175,13 @@ def reliability_slots(
     """
     fitted, held = scaling.disjoint_rounds(fit, test)
     calibrated = scaling.fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
-    _, row = read_trace(test)
-    reached = held.reached
-    confidences = {"raw": held.confidence, "scaled": calibrated.apply(held.confidence)}
-    slots = test.iloc[row[reached]].assign(scaled=confidences["scaled"][reached])
-    for name, values in confidences.items():
-        samples = values[reached]
+    slots = reached_rows(test)
+    slots["scaled"] = calibrated.apply(held.confidence)[held.reached]
+    for name, own in (("raw", "confidence"), ("scaled", "scaled")):
+        samples = slots[own].to_numpy(dtype=np.float64)
         table = scores.reliability_table(samples, np.zeros_like(samples), bins, binning)
         slots[f"{name}_bin"] = scores.bin_numbers(samples, table)
-    return slots.reset_index(drop=True)
+    return slots
 
 
 @checked

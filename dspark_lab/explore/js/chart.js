@@ -1,21 +1,36 @@
-// Predicted against actual: panels of points with intervals, and the tokens of chosen bins.
+// Predicted against actual: panels of points with intervals, and the tokens behind chosen points.
+//
+// A panel's points have keys. A choice is a column of the listed tokens and keys in it:
+// { column: "raw_bin", keys: [3, 4] } are the tokens whose raw confidence lies in these bins.
 
-// Series have these colours and marks wherever they are drawn.
+// A series looks the same wherever it is drawn: a colour, a mark, a line's dashes, an open mark.
 const CHART_LOOKS = {
-  raw: ["raw", "square", ""], scaled: ["scaled", "circle", ""],
-  "on policy": ["scaled", "circle", ""], empirical: ["bonus", "diamond", "none"],
-  predicted: ["raw", "square", "6 4"],
+  raw: ["raw", "square", "", true],
+  scaled: ["scaled", "circle", "", false],
+  "on policy": ["scaled", "circle", "", false],
+  empirical: ["bonus", "diamond", "none", true],
+  predicted: ["raw", "square", "6 4", false],
+  accepted: ["bonus", "circle", "6 4", false],
 };
-const CHART_SIZE = { width: 400, left: 46, right: 12, top: 26, bottom: 38 };
+const CHART_LOOK = ["scaled", "circle", "", false];
+const CHART_MARGINS = { left: 48, right: 22, top: 24, bottom: 40 };
+// So far from a point it is still meant, in pixels; a drag begins behind the other.
+const CHART_REACH = 16;
+const CHART_DRAG = 4;
+// So many tokens are listed at once, each with as many tokens of its answer on both sides.
+const CHART_ROWS = 200;
+const CHART_AROUND = 8;
 
 const CHART_STYLE = `
 .dspark-chart { position: relative; font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
   color: var(--ink); }
 .dspark-chart [hidden] { display: none !important; }
-.dspark-chart-panels { display: flex; flex-wrap: wrap; gap: 8px 24px; }
-.dspark-chart-panels > div { flex: 0 1 ${CHART_SIZE.width}px; min-width: 240px; }
-.dspark-chart svg { display: block; width: 100%; height: auto; touch-action: pan-y;
-  user-select: none; }
+.dspark-chart ul { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0 0 4px; padding: 0;
+  list-style: none; }
+.dspark-chart li { display: flex; align-items: center; gap: 6px; }
+.dspark-chart-panels { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 8px 24px; }
+.dspark-chart svg { display: block; touch-action: pan-y; user-select: none; }
+.dspark-chart svg:focus:not(:focus-visible) { outline: none; }
 .dspark-chart :focus-visible { outline: 2px solid var(--focus); outline-offset: 1px; }
 .dspark-chart svg text { font-size: 12px; fill: var(--ink); }
 .dspark-chart-line { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px;
@@ -25,60 +40,287 @@ const CHART_STYLE = `
 .dspark-chart-list { max-height: 300px; overflow: auto; border: 1px solid var(--line);
   border-radius: 4px; margin-top: 4px; }
 .dspark-chart-list table { border-collapse: collapse; width: 100%; margin: 0; }
-.dspark-chart-list :is(th, td) { background: var(--paper); font-weight: 400; text-align: left;
-  padding: 2px 8px; border: 0; font-size: 12px; white-space: nowrap; }
+.dspark-chart-list :is(th, td) { background: var(--paper); color: var(--ink); font-weight: 400;
+  text-align: left; padding: 2px 8px; border: 0; font-size: 12px; white-space: nowrap; }
 .dspark-chart-list thead th { position: sticky; top: 0; border-bottom: 1px solid var(--line);
   color: var(--faint); }
-.dspark-chart-list td.dspark-chart-where { white-space: pre-wrap; overflow-wrap: anywhere;
-  min-width: 240px; font-family: var(--jp-code-font-family, monospace); }
-.dspark-chart-where mark { color: var(--ink); background: var(--field);
-  border: 1px solid var(--line); border-radius: 3px; padding: 0 2px; }
-.dspark-chart-where span { color: var(--faint); }
+.dspark-chart-list td:first-child { white-space: pre-wrap; overflow-wrap: anywhere;
+  min-width: 220px; color: var(--faint); font-family: var(--jp-code-font-family, monospace); }
+.dspark-chart-list mark { color: var(--ink); background: var(--field); border-radius: 3px;
+  border: 1px solid var(--line); padding: 0 2px; }
+.dspark-chart-list mark.no { border-style: dashed; text-decoration: line-through; }
 `;
 
 // ---- Charts, without a page
 
-// The points of all panels that a brush over one panel, from x to x, holds; and of others none.
-function brushed(panel, low, high) {
-  const [from, to] = low < high ? [low, high] : [high, low];
-  return panel.points.map((point, i) => [point.x, i])
-    .filter(([x]) => x !== null && x >= from && x <= to).map(([, i]) => i);
+// The keys of a panel's points from one x to another.
+function keysBetween(panel, one, other) {
+  const [low, high] = one < other ? [one, other] : [other, one];
+  const inside = panel.points.filter((point) => point.x >= low && point.x <= high);
+  return [...new Set(inside.map((point) => point.key))];
 }
 
-// What stands beside a point, a line for each fact.
-function pointFacts(panel, point) {
-  const share = (one) => `${(100 * one).toFixed(1)} %`;
-  const lines = [`${panel.name}, ${point.name}`];
-  if (point.count !== undefined) lines.push(`${point.count.toLocaleString("en")} ${panel.noun}`);
-  if (panel.diagonal) lines.push(`predicted ${share(point.x)}`);
-  let actual = `${panel.diagonal ? "actual" : panel.value} ${share(point.y)}`;
-  if (point.low !== null) actual += `, 95 % interval ${share(point.low)} to ${share(point.high)}`;
-  lines.push(actual);
-  if (panel.diagonal) {
-    const gap = point.x - point.y;
-    lines.push(`${gap > 0 ? "too sure" : "not sure enough"} by ${share(Math.abs(gap))}`);
-  }
-  return lines;
+// What is chosen, as far as the panels have it: { column, keys }, or null.
+function chosenIn(panels, selection) {
+  const panel = panels.find((one) => one.column && one.column === selection?.column);
+  if (!panel || !Array.isArray(selection.keys)) return null;
+  const wanted = new Set(selection.keys);
+  const keys = [...new Set(panel.points.map((point) => point.key))].filter((one) => wanted.has(one));
+  return keys.length ? { column: panel.column, keys } : null;
 }
 
-// The tokens of some bins of a panel, in the order of the table.
-function listedTokens(list, bins) {
-  if (!list) return { rows: [], leftOut: 0 };
-  const chosen = new Set(bins);
-  const rows = [...list.bin.keys()].filter((i) => chosen.has(list.bin[i]));
-  const leftOut = bins.reduce((sum, bin) => sum + (list.left_out[bin] ?? 0), 0);
-  return { rows, leftOut };
+// The rows of the listed tokens that are chosen, in their order.
+function listedRows(listed, chosen) {
+  const column = listed[chosen.column] ?? [];
+  const wanted = new Set(chosen.keys);
+  return [...column.keys()].filter((i) => wanted.has(column[i]));
 }
 
-// ---- The page
+// A listed token in its answer: the texts before it, in its place, and behind it.
+function inItsText(state, i) {
+  const { prompt, position } = state.listed;
+  const [answer, at] = [state.answers[prompt[i]], position[i]];
+  return {
+    before: answer.slice(Math.max(0, at - CHART_AROUND), at).join(""), said: answer[at],
+    after: answer.slice(at + 1, at + 1 + CHART_AROUND).join(""),
+  };
+}
 
-function chartMark(kind, x, y, size, properties) {
+// The point that a key leads to: left and right along a series, up and down to another at its key.
+function nextPoint(panel, from, key) {
+  const { points } = panel;
+  const last = points.length - 1;
+  if (from === null) return last < 0 ? null : 0;
+  const along = [...points.keys()].filter((i) => points[i].series === points[from].series);
+  const across = [...points.keys()].filter((i) => points[i].key === points[from].key);
+  const upright = key === "ArrowUp" || key === "ArrowDown";
+  const line = upright && across.length > 1 ? across : along;
+  const by = key === "ArrowRight" || key === (line === across ? "ArrowDown" : "ArrowUp") ? 1 : -1;
+  if (key === "Home") return along[0];
+  if (key === "End") return along.at(-1);
+  return line[Math.min(Math.max(line.indexOf(from) + by, 0), line.length - 1)];
+}
+
+// ---- Drawing
+
+// Where a panel's values lie in an SVG that is at most so wide.
+function chartScale(panel, most) {
+  const { left, right, top, bottom } = CHART_MARGINS;
+  const width = Math.max(240, Math.min(panel.width, most));
+  const inner = width - left - right;
+  const tall = panel.square ? inner : panel.height - top - bottom;
+  const [[x0, x1], [y0, y1]] = [panel.x_range, panel.y_range];
+  return {
+    left, top, inner, tall, width, height: tall + top + bottom,
+    atX: (x) => left + (inner * (x - x0)) / (x1 - x0),
+    atY: (y) => top + tall * (1 - (y - y0) / (y1 - y0)),
+    xAt: (place) => x0 + ((place - left) / inner) * (x1 - x0),
+  };
+}
+
+function chartMark(look, x, y, size, colours) {
+  const [colour, kind, , open] = look;
+  const paint = { fill: open ? colours.paper : colours[colour], stroke: colours[colour],
+    "stroke-width": 1.8 };
   const half = size / 2;
-  if (kind === "circle") return node("svg:circle", { cx: x, cy: y, r: half, ...properties });
-  const square = { x: x - half, y: y - half, width: size, height: size, ...properties };
-  if (kind === "diamond") square.transform = `rotate(45 ${x} ${y})`;
-  return node("svg:rect", square);
+  if (kind === "circle") return node("svg:circle", { cx: x, cy: y, r: half, ...paint });
+  const box = { x: x - half, y: y - half, width: size, height: size, ...paint };
+  return node("svg:rect", { ...box, transform: kind === "diamond" ? `rotate(45 ${x} ${y})` : null });
 }
+
+function chartLine(from, to, paint) {
+  return node("svg:line", { x1: from[0], y1: from[1], x2: to[0], y2: to[1], ...paint });
+}
+
+function chartAxes(panel, at, colours) {
+  const { left, top, inner, tall, height, atX, atY } = at;
+  const [right, bottom] = [left + inner, top + tall];
+  const words = (x, y, text, more) => node("svg:text", { x, y, ...more }, text);
+  const strong = { stroke: colours.line };
+  // A name that is wider than its place is cut; its point says it whole.
+  const room = Math.floor(inner / panel.x_ticks.length / 7);
+  const parts = panel.name ? [node("svg:tspan", { "font-weight": 600 }, panel.name), "   "] : [];
+  return [
+    ...panel.y_ticks.flatMap(([value, text]) => [
+      chartLine([left, atY(value)], [right, atY(value)], { ...strong, "stroke-opacity": 0.3 }),
+      words(left - 6, atY(value) + 4, text, { "text-anchor": "end" }),
+    ]),
+    ...panel.x_ticks.flatMap(([value, text]) => [
+      chartLine([atX(value), bottom], [atX(value), bottom + 4], strong),
+      words(atX(value), bottom + 17,
+        text.length > room ? `${text.slice(0, Math.max(room - 1, 1))}…` : text,
+        { "text-anchor": "middle" }),
+    ]),
+    chartLine([left, bottom], [right, bottom], strong),
+    chartLine([left, top], [left, bottom], strong),
+    words(left + inner / 2, height - 6, panel.x_label, { "text-anchor": "middle" }),
+    node("svg:text", { x: 2, y: 14 }, ...parts,
+      node("svg:tspan", { style: { fill: colours.faint } }, panel.y_label)),
+    ...(panel.guide ? [chartLine([atX(panel.guide[0]), atY(panel.guide[1])],
+      [atX(panel.guide[2]), atY(panel.guide[3])],
+      { stroke: colours.ink, "stroke-dasharray": "2 4" })] : []),
+  ];
+}
+
+// A panel as an element: its SVG, its marks, and what shows its focus, its choice and its brush.
+function chartPanel(panel, most, colours) {
+  const at = chartScale(panel, most);
+  const keys = panel.column ? ", Enter lists their tokens, with Shift more, Escape lets go" : "";
+  const svg = node("svg:svg", {
+    width: at.width, height: at.height, viewBox: `0 0 ${at.width} ${at.height}`, tabindex: 0,
+    role: "application", "aria-roledescription": "chart",
+    "aria-label": `${panel.name} ${panel.y_label}, by ${panel.x_label}: ${panel.points.length} ` +
+      `points. Arrow keys go through them${keys}.`,
+  });
+  const brush = node("svg:rect", { y: at.top, height: at.tall, fill: colours.focus,
+    "fill-opacity": 0.15, stroke: colours.focus, visibility: "hidden" });
+  const ring = node("svg:circle", { r: 11, fill: "none", stroke: colours.focus,
+    "stroke-width": 2, visibility: "hidden" });
+  svg.append(...chartAxes(panel, at, colours), brush);
+  const looks = panel.series.map((one) => CHART_LOOKS[one.look] ?? CHART_LOOK);
+  looks.forEach(([colour, , dash], series) => {
+    if (dash === "none" || panel.lines === false) return;
+    const own = panel.points.filter((point) => point.series === series);
+    svg.append(node("svg:polyline", {
+      points: own.map((point) => `${at.atX(point.x)},${at.atY(point.y)}`).join(" "), fill: "none",
+      stroke: colours[colour], "stroke-width": 1.5, "stroke-dasharray": dash || null,
+    }));
+  });
+  const marks = panel.points.map((point, i) => {
+    const look = looks[point.series];
+    const [x, y] = [at.atX(point.x), at.atY(point.y)];
+    if (point.low !== null) {
+      const paint = { stroke: colours[look[0]], "stroke-width": 1.5 };
+      const [low, high] = [at.atY(point.low), at.atY(point.high)];
+      svg.append(chartLine([x, low], [x, high], paint), chartLine([x - 3, low], [x + 3, low], paint),
+        chartLine([x - 3, high], [x + 3, high], paint));
+    }
+    const mark = chartMark(look, x, y, point.size === undefined ? 8 : 6 + 9 * Math.sqrt(point.size),
+      colours);
+    mark.setAttribute("data-point", i);
+    return { x, y, mark, plain: mark.getAttribute("fill"), full: colours[look[0]] };
+  });
+  svg.append(...marks.map(({ mark }) => mark), ring);
+  // Chosen points are full and have a thick rim, the one at the keys a ring.
+  const update = (chosen, focus) => {
+    const held = new Set(chosen?.column === panel.column ? chosen?.keys : []);
+    marks.forEach(({ mark, plain, full }, i) => {
+      const taken = held.has(panel.points[i].key);
+      mark.setAttribute("fill", taken ? full : plain);
+      mark.setAttribute("stroke", taken ? colours.ink : full);
+      mark.setAttribute("stroke-width", taken ? 3 : 1.8);
+      mark.toggleAttribute("data-chosen", taken);
+    });
+    ring.setAttribute("visibility", focus === null ? "hidden" : "visible");
+    if (focus !== null) {
+      ring.setAttribute("cx", marks[focus].x);
+      ring.setAttribute("cy", marks[focus].y);
+    }
+  };
+  return { panel, svg, at, marks, brush, update };
+}
+
+function chartLegend(series, colours) {
+  return node("ul", {}, ...series.map(({ name, look }) => {
+    const own = CHART_LOOKS[look] ?? CHART_LOOK;
+    const sign = node("svg:svg", { width: 30, height: 14, "aria-hidden": "true" });
+    const paint = { stroke: colours[own[0]], "stroke-width": 1.5,
+      "stroke-dasharray": own[2] || null };
+    if (own[2] !== "none") sign.append(chartLine([0, 7], [30, 7], paint));
+    sign.append(chartMark(own, 15, 7, 8, colours));
+    return node("li", {}, sign, name);
+  }));
+}
+
+// ---- The pointer
+
+// Calls `at.point(i, event)` over a point, and null beside one, and `at.chosen(keys, more)` behind
+// a click or a drag over a panel; `more` adds to what is chosen.
+function followChart({ panel, svg, at, marks, brush }, on) {
+  let from = null;
+  const place = (event) => {
+    const box = svg.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  const nearest = (event) => {
+    const [x, y] = place(event);
+    let [best, least] = [null, CHART_REACH];
+    marks.forEach((mark, i) => {
+      const distance = Math.hypot(mark.x - x, mark.y - y);
+      if (distance < least) [best, least] = [i, distance];
+    });
+    return best;
+  };
+  const dragged = (event) => panel.column && Math.abs(place(event)[0] - from) > CHART_DRAG;
+  const stop = () => {
+    from = null;
+    brush.setAttribute("visibility", "hidden");
+  };
+  svg.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    from = place(event)[0];
+    svg.setPointerCapture(event.pointerId);
+  });
+  svg.addEventListener("pointermove", (event) => {
+    if (from === null || !dragged(event)) {
+      on.point(nearest(event), event);
+      return;
+    }
+    const [low, high] = [from, place(event)[0]].sort((a, b) => a - b);
+    brush.setAttribute("x", Math.max(low, at.left));
+    brush.setAttribute("width", Math.max(0, Math.min(high, at.left + at.inner) -
+      Math.max(low, at.left)));
+    brush.setAttribute("visibility", "visible");
+    on.point(null, event);
+  });
+  svg.addEventListener("pointerup", (event) => {
+    if (from === null) return;
+    const point = nearest(event);
+    if (dragged(event)) on.chosen(keysBetween(panel, at.xAt(from), at.xAt(place(event)[0])), false);
+    else on.chosen(point === null ? [] : [panel.points[point].key], event.shiftKey);
+    stop();
+  });
+  svg.addEventListener("pointercancel", stop);
+  svg.addEventListener("pointerleave", (event) => on.point(null, event));
+}
+
+// ---- The list
+
+function chartRow(state, panel, i) {
+  const { listed } = state;
+  const { before, said, after } = inItsText(state, i);
+  const line = (text) => text.replaceAll("\n", "⏎");
+  const share = (value) => (value === null ? "–" : value.toFixed(3));
+  const accepted = listed.accepted[i];
+  const drafted = node("mark", { class: accepted ? "yes" : "no" }, visible(listed.text[i], 40));
+  return node("tr", { "data-row": i },
+    node("td", {}, line(before), drafted,
+      accepted ? null : node("mark", {}, visible(said, 40)), line(after)),
+    node("td", {}, accepted ? "✓ accepted" : "✗ rejected"),
+    node("td", {}, share(listed[panel.confidence][i])), node("td", {}, share(listed.accept_rate[i])),
+    node("td", {}, String(listed.prompt[i])), node("td", {}, String(listed.round[i])),
+    node("td", {}, String(listed.slot[i])));
+}
+
+function chartTable(state, panel, rows) {
+  const head = ["drafted token in its answer", "", "confidence", "accept rate", "prompt", "round",
+    "slot"];
+  return node("table", {},
+    node("thead", {}, node("tr", {}, ...head.map((one) => node("th", { scope: "col" }, one)))),
+    node("tbody", {}, ...rows.map((i) => chartRow(state, panel, i))));
+}
+
+// What is chosen in words: its points' names, the first and the last.
+function chosenWords(panel, chosen, count) {
+  const held = new Set(chosen.keys);
+  const found = panel.points.filter((point) => held.has(point.key)).map((point) => point.name);
+  const names = [...new Set(found)];
+  const named = names.length > 2 ? [names[0], "…", names.at(-1)].join(" ") : names.join(" and ");
+  const begin = panel.name ? `${panel.name}, ` : "";
+  return `${begin}${named}: ${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`;
+}
+
+// ---- The widget
 
 function renderChart({ model, el }) {
   const root = node("div", { class: "dspark-chart" });
@@ -87,20 +329,110 @@ function renderChart({ model, el }) {
   ownKeys(root);
   const panels = node("div", { class: "dspark-chart-panels" });
   const note = node("span", {});
-  const clear = node("button", { type: "button", onclick: () => choose(null) }, "Clear");
-  const under = node("div", { class: "dspark-chart-line" }, note, clear);
-  const list = node("div", {
-    class: "dspark-chart-list", tabindex: 0, role: "region", "aria-label": "tokens of the bins",
-  });
-  root.append(panels, under, list);
+  const all = node("button", { type: "button" }, "Show all");
+  const clear = node("button", { type: "button" }, "Clear");
+  const list = node("div", { class: "dspark-chart-list", tabindex: 0, role: "region" });
+  root.append(panels, node("div", { class: "dspark-chart-line" }, note, all, clear), list);
   const hint = tip(root);
   const { say } = speaker(root);
-  let state = {};
+  let state = { panels: [], listed: {} };
   let colours = palette(root);
-  // Which panel and which of its points; where the keys are.
-  let chosen = null;
-  let focus = null;
   let drawn = [];
+  let chosen = null;
+  // The panel and the point of the keys, and the point that is pointed at.
+  let focus = null;
+  let pointed = null;
+
+  const choose = (column, keys) => {
+    model.set("selection", keys.length ? { column, keys } : null);
+    model.save_changes();
+    // A page tells of a change at once, a notebook may not.
+    update();
+    say(chosen ? note.textContent : "nothing chosen");
+  };
+  const extended = (panel, keys, more) => {
+    const held = more && chosen?.column === panel.column ? chosen.keys : [];
+    return [...new Set([...held, ...keys])];
+  };
+
+  const follow = (one, number) => {
+    const { panel, svg } = one;
+    followChart(one, {
+      point: (i, event) => {
+        if (i === null) {
+          hint.hide();
+          pointed = null;
+          return;
+        }
+        const box = root.getBoundingClientRect();
+        const { facts } = panel.points[i];
+        hint.show(event.clientX - box.left, event.clientY - box.top, facts);
+        if (pointed !== `${number} ${i}`) say(facts.join(", "));
+        pointed = `${number} ${i}`;
+      },
+      chosen: (keys, more) => {
+        if (panel.column) choose(panel.column, extended(panel, keys, more));
+      },
+    });
+    svg.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      const here = focus?.number === number ? focus.point : null;
+      if (["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
+        const point = nextPoint(panel, here, event.key);
+        if (point === null) return;
+        focus = { number, point };
+        const { key, facts } = panel.points[point];
+        if (event.shiftKey && panel.column) choose(panel.column, extended(panel, [key], true));
+        else update();
+        say(facts.join(", "));
+      } else if ((event.key === "Enter" || event.key === " ") && here !== null && panel.column) {
+        choose(panel.column, extended(panel, [panel.points[here].key], event.shiftKey));
+      } else if (event.key === "Escape") choose(null, []);
+      else return;
+      event.preventDefault();
+    });
+  };
+
+  // What is chosen and where the keys are, on panels that stay.
+  const update = () => {
+    chosen = chosenIn(state.panels, model.get("selection"));
+    drawn.forEach((one, number) =>
+      one.update(chosen, focus?.number === number ? focus.point : null));
+    fillList(CHART_ROWS);
+  };
+
+  const fillList = (most) => {
+    list.hidden = clear.hidden = !chosen;
+    all.hidden = true;
+    const touchable = state.panels.some((panel) => panel.column);
+    note.textContent = touchable
+      ? "Click a point, or drag over several: their tokens are listed in their text." : "";
+    list.replaceChildren();
+    if (!chosen) return;
+    const panel = state.panels.find((one) => one.column === chosen.column);
+    const rows = listedRows(state.listed, chosen);
+    const words = chosenWords(panel, chosen, rows.length);
+    all.hidden = rows.length <= most;
+    all.replaceChildren(`Show all ${rows.length.toLocaleString("en")}`);
+    note.textContent = all.hidden ? words : `${words}, the first ${most} are listed`;
+    list.setAttribute("aria-label", `tokens of ${words}`);
+    list.append(chartTable(state, panel, rows.slice(0, most)));
+  };
+  all.addEventListener("click", () => {
+    fillList(Infinity);
+    list.focus({ preventScroll: true });
+  });
+  clear.addEventListener("click", () => choose(null, []));
+
+  const draw = () => {
+    const held = drawn.findIndex((one) => one.svg === el.getRootNode().activeElement);
+    drawn = state.panels.map((panel) => chartPanel(panel, root.clientWidth || 640, colours));
+    drawn.forEach(follow);
+    panels.replaceChildren(...drawn.map(({ panel, svg }) => node("div", {},
+      panel.series.length > 1 ? chartLegend(panel.series, colours) : null, svg)));
+    if (held >= 0 && drawn[held]) drawn[held].svg.focus({ preventScroll: true });
+    update();
+  };
 
   const colour = () => {
     colours = palette(root);
@@ -112,221 +444,36 @@ function renderChart({ model, el }) {
     draw();
   };
 
-  const drawPanel = (panel, number) => {
-    const { width, left, right, top, bottom } = CHART_SIZE;
-    const inner = width - left - right;
-    const height = panel.diagonal ? inner + top + bottom : 270;
-    const tall = height - top - bottom;
-    const [[x0, x1], [y0, y1]] = [panel.x_range, panel.y_range];
-    const atX = (x) => left + (inner * (x - x0)) / (x1 - x0);
-    const atY = (y) => top + tall * (1 - (y - y0) / (y1 - y0));
-    const svg = node("svg:svg", {
-      viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "application",
-      "aria-label": `${panel.name}: ${panel.points.length} points of ${panel.y_label} by ` +
-        `${panel.x_label}. Arrow keys go through them, Enter chooses, Escape lets go.`,
-    });
-    const label = (x, y, words, more = {}) => node("svg:text", { x, y, ...more }, words);
-    const line = (from, to, more) => node("svg:line", {
-      x1: from[0], y1: from[1], x2: to[0], y2: to[1], stroke: colours.line, ...more,
-    });
-    svg.append(label(left, 15, panel.name, { "font-weight": 600 }));
-    for (const tick of panel.y_ticks) {
-      svg.append(line([left, atY(tick)], [width - right, atY(tick)], { "stroke-opacity": 0.3 }),
-        label(left - 6, atY(tick) + 4, `${Math.round(100 * tick)}%`, { "text-anchor": "end" }));
-    }
-    for (const tick of panel.x_ticks) {
-      svg.append(label(atX(tick), height - bottom + 16,
-        panel.diagonal ? `${Math.round(100 * tick)}%` : String(tick), { "text-anchor": "middle" }));
-    }
-    svg.append(line([left, atY(y0)], [width - right, atY(y0)]), line([left, top], [left, atY(y0)]),
-      label(left + inner / 2, height - 5, panel.x_label, { "text-anchor": "middle" }),
-      label(width - right, 15, panel.y_label, { "text-anchor": "end", fill: colours.faint }));
-    if (panel.diagonal) {
-      svg.append(line([atX(0), atY(0)], [atX(1), atY(1)], { "stroke-dasharray": "2 4" }));
-    }
-    const brush = node("svg:rect", { y: top, height: tall, fill: colours.focus,
-      "fill-opacity": 0.15, stroke: colours.focus, visibility: "hidden" });
-    svg.append(brush);
-    for (const name of new Set(panel.points.map((point) => point.look))) {
-      const own = panel.points.filter((point) => point.look === name && point.y !== null);
-      const [colourName, , dash] = CHART_LOOKS[name] ?? ["line", "circle", ""];
-      if (dash === "none") continue;
-      svg.append(node("svg:polyline", {
-        points: own.map((point) => `${atX(point.x)},${atY(point.y)}`).join(" "), fill: "none",
-        stroke: colours[colourName], "stroke-width": 1.5, "stroke-dasharray": dash || null,
-      }));
-    }
-    const most = Math.max(1, ...panel.points.map((point) => point.count ?? 0));
-    const marks = panel.points.map((point, i) => {
-      if (point.y === null) return null;
-      const [colourName, kind] = CHART_LOOKS[point.look] ?? ["line", "circle", ""];
-      const [x, y] = [atX(point.x), atY(point.y)];
-      const paint = colours[colourName];
-      if (point.low !== null) {
-        const ends = [[x, atY(point.low)], [x, atY(point.high)]];
-        svg.append(line(...ends, { stroke: paint, "stroke-width": 1.5 }));
-        for (const [, end] of ends) {
-          svg.append(line([x - 3, end], [x + 3, end], { stroke: paint, "stroke-width": 1.5 }));
-        }
-      }
-      const taken = chosen?.panel === number && chosen.points.includes(i);
-      const size = panel.diagonal ? 6 + 9 * Math.sqrt((point.count ?? 0) / most) : 8;
-      const mark = chartMark(kind, x, y, size, {
-        fill: taken || kind !== "diamond" ? paint : colours.paper, "data-point": i,
-        stroke: taken ? colours.ink : paint, "stroke-width": taken ? 3 : 1.5,
-      });
-      svg.append(mark);
-      if (focus?.panel === number && focus.point === i) {
-        svg.append(node("svg:circle", { cx: x, cy: y, r: size / 2 + 5, fill: "none",
-          stroke: colours.focus, "stroke-width": 2 }));
-      }
-      return { x, y, size, i };
-    }).filter(Boolean);
-    follow(svg, panel, number, { marks, brush, atX, left, inner, x0, x1, width });
-    return node("div", {}, svg);
-  };
-
-  // Pointer and keys over a panel.
-  const follow = (svg, panel, number, at) => {
-    const inside = (event) => {
-      const box = svg.getBoundingClientRect();
-      const scale = at.width / box.width;
-      return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
-    };
-    const nearest = ([x, y]) => {
-      const by = at.marks.map((mark) => [Math.hypot(mark.x - x, mark.y - y), mark]);
-      const [distance, mark] = by.reduce((one, other) => (other[0] < one[0] ? other : one),
-        [Infinity, null]);
-      return distance < 16 ? mark.i : null;
-    };
-    let from = null;
-    svg.addEventListener("pointerdown", (event) => {
-      from = inside(event)[0];
-      svg.setPointerCapture(event.pointerId);
-    });
-    svg.addEventListener("pointermove", (event) => {
-      const [x, y] = inside(event);
-      if (from !== null && state.brush && Math.abs(x - from) > 4) {
-        hint.hide();
-        at.brush.setAttribute("x", Math.min(x, from));
-        at.brush.setAttribute("width", Math.abs(x - from));
-        at.brush.setAttribute("visibility", "visible");
-        return;
-      }
-      const point = nearest([x, y]);
-      if (point === null) {
-        hint.hide();
-        return;
-      }
-      const box = root.getBoundingClientRect();
-      hint.show(event.clientX - box.left, event.clientY - box.top,
-        pointFacts(panel, panel.points[point]));
-    });
-    svg.addEventListener("pointerleave", hint.hide);
-    svg.addEventListener("pointercancel", () => {
-      from = null;
-      at.brush.setAttribute("visibility", "hidden");
-    });
-    svg.addEventListener("pointerup", (event) => {
-      const [x, y] = inside(event);
-      const begin = from;
-      from = null;
-      if (begin === null) return;
-      const value = (one) => at.x0 + ((one - at.left) / at.inner) * (at.x1 - at.x0);
-      if (state.brush && Math.abs(x - begin) > 4) {
-        const points = brushed(panel, value(begin), value(x));
-        choose(points.length ? { panel: number, points } : null);
-        return;
-      }
-      const point = nearest([x, y]);
-      choose(point === null ? null : { panel: number, points: [point] });
-    });
-    svg.addEventListener("keydown", (event) => {
-      const known = at.marks.map((mark) => mark.i);
-      const place = focus?.panel === number ? known.indexOf(focus.point) : -1;
-      const moves = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 };
-      if (event.key in moves && known.length) {
-        const next = Math.min(Math.max(place + moves[event.key], 0), known.length - 1);
-        focus = { panel: number, point: known[next] };
-        const facts = pointFacts(panel, panel.points[focus.point]).join(", ");
-        if (event.shiftKey && chosen?.panel === number) {
-          choose({ panel: number, points: [...new Set([...chosen.points, focus.point])] });
-        } else draw();
-        say(facts);
-      } else if (event.key === "Enter" || event.key === " ") {
-        if (focus?.panel === number) choose({ panel: number, points: [focus.point] });
-      } else if (event.key === "Escape") choose(null);
-      else return;
-      event.preventDefault();
-    });
-  };
-
-  const draw = () => {
-    const active = drawn.indexOf(document.activeElement?.parentElement ?? null);
-    const rooted = el.getRootNode().activeElement;
-    const at = active >= 0 ? active : drawn.findIndex((one) => one.contains(rooted));
-    drawn = (state.panels ?? []).map(drawPanel);
-    panels.replaceChildren(...drawn);
-    if (at >= 0 && drawn[at]) drawn[at].firstChild.focus({ preventScroll: true });
-    fillList();
-  };
-
-  const fillList = () => {
-    list.hidden = clear.hidden = !chosen || !state.brush;
-    note.textContent = state.brush ? state.note ?? "" : "";
-    if (!chosen || !state.brush) return;
-    const panel = state.panels[chosen.panel];
-    const bins = chosen.points.map((i) => panel.points[i].bin);
-    const { rows, leftOut } = listedTokens(state.lists?.[panel.name], bins);
-    const held = state.lists[panel.name];
-    const whole = chosen.points.reduce((sum, i) => sum + panel.points[i].count, 0);
-    const more = leftOut ? ` The list shows ${rows.length.toLocaleString("en")} of them.` : "";
-    const names = chosen.points.map((i) => panel.points[i].name);
-    const named = names.length > 1 ? `${names[0]} … ${names.at(-1)}` : names[0];
-    const count = `${whole.toLocaleString("en")} ${panel.noun}`;
-    note.textContent = `${panel.name}, ${named}: ${count}.${more}`;
-    const head = ["in its text", "", "confidence", "prompt", "round.slot"];
-    const row = (i) => node("tr", { "data-row": i },
-      node("td", { class: "dspark-chart-where" },
-        node("span", {}, held.before[i]), node("mark", {}, visible(held.text[i], 40)),
-        ...(held.accepted[i] ? [] : [node("span", {}, ` → ${visible(held.said[i], 40)} `)]),
-        node("span", {}, held.after[i])),
-      node("td", {}, held.accepted[i] ? "✓ accepted" : "✗ rejected"),
-      node("td", {}, held.confidence[i].toFixed(3)), node("td", {}, String(held.prompt[i])),
-      node("td", {}, `${held.round[i]}.${held.slot[i]}`));
-    list.replaceChildren(node("table", {},
-      node("thead", {}, node("tr", {}, ...head.map((one) => node("th", { scope: "col" }, one)))),
-      node("tbody", {}, ...rows.map(row))));
-    list.scrollTop = 0;
-  };
-
-  const choose = (next) => {
-    chosen = state.brush ? next : null;
-    draw();
-    say(chosen ? note.textContent : "nothing chosen");
-    const panel = chosen && state.panels[chosen.panel];
-    model.set("selection", chosen && {
-      values: panel.name, bins: chosen.points.map((i) => panel.points[i].bin),
-    });
-    model.save_changes();
-  };
-
   const show = () => {
-    const before = JSON.stringify((state.panels ?? []).map((panel) => panel.points));
-    state = model.get("state") ?? {};
-    if (before !== JSON.stringify((state.panels ?? []).map((panel) => panel.points))) {
-      chosen = focus = null;
-    }
+    const next = model.get("state") ?? {};
+    if (next.show !== "chart") return;
+    const scrolled = list.scrollTop;
+    state = next;
+    // The keys stay where they are as long as there is a point.
+    const point = state.panels[focus?.number]?.points[focus?.point];
+    if (!point) focus = null;
+    hint.hide();
     draw();
+    list.scrollTop = scrolled;
     el.dataset.frame = state.frame ?? 0;
   };
+  let width = 0;
+  const resized = new ResizeObserver(() => {
+    if (root.clientWidth === width) return;
+    width = root.clientWidth;
+    draw();
+  });
   const stopTheme = onTheme(el, colour);
-  colour();
   show();
+  colour();
+  resized.observe(root);
   model.on("change:state", show);
+  model.on("change:selection", update);
   return () => {
     stopTheme();
     hint.stop();
+    resized.disconnect();
     model.off("change:state", show);
+    model.off("change:selection", update);
   };
 }

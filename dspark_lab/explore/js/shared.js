@@ -76,7 +76,7 @@ const MARK_COLOURS = {
   corrected: ["#b87a00", "#e69f00"],
   bonus: ["#00805c", "#2cc295"],
   rejected: ["#c4311c", "#ff8a75"],
-  raw: ["#b87a00", "#e69f00"],
+  raw: ["#c08600", "#e69f00"],
   scaled: ["#00609c", "#3d9be0"],
 };
 
