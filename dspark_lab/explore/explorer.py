@@ -52,6 +52,8 @@ class Frame:
     html: str = ""
     state: dict[str, Any] | None = None
     recommended: Mapping[str, Any] = field(default_factory=dict)
+    # Whether it was cancelled before its end, so that one may want it again.
+    incomplete: bool = False
     # What the explorer keeps of it beside.
     detail: Any = None
 
@@ -338,7 +340,8 @@ class Explorer(ipywidgets.VBox):
     def _edited(self, change: Any) -> None:
         """Take the values that the user set in the panel."""
         edited = change["new"]
-        if not isinstance(edited, dict):
+        # Waiting for controls here would hold what the work needs to make them.
+        if not isinstance(edited, dict) or not self._controls:
             return
         with self._one_refresh():
             self._turn = edited["turn"]
@@ -448,7 +451,7 @@ class Explorer(ipywidgets.VBox):
             "code": self.code if controls else "",
             "problem": self._problem,
             "kept": bool(self._problem) and self._last is not None,
-            "again": self._problem == _CANCELLED,
+            "again": self._problem == _CANCELLED or frame.incomplete,
             "picture": frame.figure is not None,
         }
 
