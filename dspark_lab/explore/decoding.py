@@ -351,8 +351,11 @@ class DecodingExplorer(Explorer):
         threshold = chosen.threshold if _has_confidence(models, chosen) else 0.0
 
         def run(with_drafter: bool) -> decoding.Decoding:
-            one, more = (drafter, {"threshold": threshold or None}) if with_drafter else (None, {})
-            return decoding.decode_rounds(target, one, [asked], **more, **options)
+            if not with_drafter:
+                return decoding.decode_rounds(target, None, [asked], **options)
+            return decoding.decode_rounds(
+                target, drafter, [asked], threshold=threshold or None, **options
+            )
 
         def grow() -> None:
             """Decode with the drafter for the first time, and show the answer as it grows."""
