@@ -57,13 +57,13 @@ def test_the_fit_is_a_line_for_each_block_size_on_axes_that_double_hollow_where_
     assert "hollow: row is the limit" in title(ax)
     assert "hollow" not in title(plot_fit(fit(100, 100)).axes[0])
     # Plain numbers, as far from each other as from the next.
-    assert tick_names(ax.xaxis) == ["256", "512", "1024", "2048"]
-    assert tick_names(ax.yaxis) == ["64", "128", "256", "512", "1024"]
+    assert tick_names(ax.xaxis) == ["256", "512", "1,024", "2,048"]
+    assert tick_names(ax.yaxis) == ["64", "128", "256", "512", "1,024"]
     for places in ([(256, tick) for tick in ax.get_yticks()], [(x, 64) for x in ax.get_xticks()]):
         steps = np.diff(ax.transData.transform(places), axis=0)
         assert np.ptp(steps, axis=0).max() < 1e-6
     (ax,) = plot_fit(fit(*[100] * 13)).axes
-    assert tick_names(ax.xaxis) == ["256", "2048", "16384", "131072", "1048576"], "only some"
+    assert tick_names(ax.xaxis) == ["256", "2,048", "16,384", "131,072", "1,048,576"], "only some"
 
 
 def test_where_nothing_fits_the_line_goes_down_to_a_tick_that_says_so():
@@ -84,7 +84,7 @@ def test_the_chosen_setting_has_a_star_and_its_word_even_beyond_the_table():
     (ax,) = plot_fit(FIT, at=(8192, 40_000)).axes
     low, high = ax.get_ylim()
     assert low < 40_000 < high and ax.get_xlim()[1] > 8192
-    assert tick_names(ax.xaxis) == ["256", "512", "1024", "2048", "4096", "8192"]
+    assert tick_names(ax.xaxis) == ["256", "512", "1,024", "2,048", "4,096", "8,192"]
     (ax,) = plot_fit(FIT).axes
     assert stars(ax) == [] and "chosen" not in title(ax)
 
@@ -99,7 +99,7 @@ def test_the_bars_are_the_parts_in_the_tables_order_with_their_share():
     # The first is on top.
     assert ax.get_ylim()[0] > ax.get_ylim()[1]
     assert title(ax) == "a step: 10.0 T operations"
-    assert title(explore.plot_parts(COST, seconds=0.14832).axes[0]).endswith("operations, 0.148 s")
+    assert title(explore.plot_parts(COST, seconds=0.14832).axes[0]).endswith("operations, 148.3 ms")
 
 
 def test_memory_has_a_panel_of_its_own_that_names_the_moment_and_what_is_allowed():
@@ -216,7 +216,7 @@ def test_the_panels_of_a_budget_are_the_share_the_gain_of_the_best_that_fits_par
     assert title(gain) == "★ chosen   □ best that fits: N 32"
     assert tick_names(parts.yaxis) == tick_names(picture_of("parts").axes[0].yaxis)
     # The chosen option's own seconds.
-    assert title(parts) == "a step: 10.0 T operations, 0.3 s"
+    assert title(parts) == "a step: 10.0 T operations, 300.0 ms"
     assert points(fits.lines[0]) == NONE_LEFT[["seq_len", "num_anchors"]].to_numpy().tolist()
     assert title(fits) == "block 7   ★ chosen   hollow: row is the limit"
     # The chosen setting is marked in three panels and looks alike in all.

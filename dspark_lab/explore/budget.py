@@ -127,7 +127,7 @@ def plot_parts(
     ax.set_ylabel("part")
     title = f"a step: {EngFormatter(places=1)(total)} operations"
     if seconds is not None:
-        title += f", {seconds:.3g} s"
+        title += f", {EngFormatter('s', places=1)(seconds)}"
     style.add_title(ax, title, y=1)
     return cast(Figure, ax.figure)
 
@@ -239,7 +239,7 @@ def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
     positive = [value for value in values if value > 0] or [1]
     powers = range(math.floor(math.log2(min(positive))), math.ceil(math.log2(max(positive))) + 1)
     ticks = [2**power for power in powers[:: -(-len(powers) // _MOST_TICKS)]]
-    names = [str(tick) for tick in ticks]
+    names = [f"{tick:,}" for tick in ticks]
     if zero:
         ticks, names = [0, *ticks], [zero, *names]
     axis.set_ticks(ticks, names)

@@ -17,7 +17,8 @@ class Cancelled(Exception):
 class Progress:
     """What a task calls as it goes on: ``progress(done, total, words)``; a total of 0 is unknown.
 
-    The words end in what is counted, such as "encoding conversation". Raises :class:`Cancelled` where the task was cancelled.
+    The words end in what is counted, such as "encoding conversation". Raises :class:`Cancelled`
+    where the task was cancelled.
     """
 
     def __init__(self, report: Callable[[float, float, str], None] | None = None) -> None:
