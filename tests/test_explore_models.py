@@ -4,6 +4,7 @@ import threading
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -97,21 +98,18 @@ def told(call: Any) -> list[tuple[float, float, str]]:
 
 
 def left_at_each_step(call: Any) -> int:
-    """At how many of its steps a work can be left."""
+    """How many steps a work tells; it ends at the one after it was cancelled."""
     steps = len(told(call))
-    for last in {0, steps // 2, steps - 1}:
-        progress, seen = Progress(), []
+    for last in (1, steps // 2, steps - 1):
+        seen: list[object] = []
 
-        def stop(*one: object, last: int = last, of: Any = None) -> None:
-            seen.append(one)
-            if len(seen) == last + 1:
-                of.cancelled.set()
-
-        progress._report = partial(stop, of=progress)
-        if last < steps - 1:
-            with pytest.raises(Cancelled):
-                call(progress)
-            assert len(seen) == last + 1, "nothing went on"
+        progress = Progress(lambda *one, seen=seen: seen.append(one))
+        cancelled = Mock()
+        cancelled.is_set = lambda seen=seen, last=last: len(seen) == last
+        progress.cancelled = cancelled
+        with pytest.raises(Cancelled):
+            call(progress)
+        assert len(seen) == last, "nothing went on"
     return steps
 
 
