@@ -163,7 +163,8 @@ function onTheme(el, call) {
   });
   // The head also holds the page's icon, which a notebook changes with every message.
   const styles = (change) => change.type === "attributes"
-    || [...change.addedNodes, ...change.removedNodes].some((one) => one.sheet !== undefined);
+    || [...change.addedNodes, ...change.removedNodes].some(
+      (one) => one.matches?.("style, link[rel~=stylesheet]"));
   const observer = new MutationObserver((changes) => changes.some(styles) && look());
   const options = { attributes: true };
   observer.observe(document.documentElement, options);
