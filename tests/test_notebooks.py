@@ -64,20 +64,20 @@ def ratio_of_steps() -> str:
 SENTENCES: list[tuple[str, str, list[Callable[[], Any]]]] = [
     (
         "04",
-        "over all slots it lowers the error from {} to {} %",
+        "over all slots it lowers the product error from {} to {} %",
         [
-            at("04-13", "all", "of the product, %"),
-            at("04-13", "all", "of the product, scaled, %"),
+            at("04-13", "all", "product error, %"),
+            at("04-13", "all", "product error, scaled, %"),
         ],
     ),
     (
         "04",
-        "the error of slot 5 rises from {} to {} %, that of slot 6 from {} to {} %",
+        "the slot error of slot 5 rises from {} to {} %, that of slot 6 from {} to {} %",
         [
-            at("04-13", "5", "error, %"),
-            at("04-13", "5", "error, scaled, %"),
-            at("04-13", "6", "error, %"),
-            at("04-13", "6", "error, scaled, %"),
+            at("04-13", "5", "slot error, %"),
+            at("04-13", "5", "slot error, scaled, %"),
+            at("04-13", "6", "slot error, %"),
+            at("04-13", "6", "slot error, scaled, %"),
         ],
     ),
     (
