@@ -198,7 +198,7 @@ def _dragged(page: Any, lab: Lab, output: Any, slider: Any) -> Iterator[str]:
         share = 0.2 + 0.6 * abs(step % 100 - 50) / 50
         page.mouse.move(box["x"] + box["width"] * share, height)
     page.mouse.up()
-    value = int(slider.input_value())
+    value = int(slider.get_attribute("aria-valuetext"))
     page.wait_for_function("performance.now() - seen.changed > 1000")
     painted = page.evaluate("seen.painted")
     moved, changed = page.evaluate("[seen.moved, seen.changed]")

@@ -1,5 +1,6 @@
 """Accept rates and confidences: pictures of tables made by hand, and the explorer."""
 
+import io
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -61,7 +62,7 @@ def require_rates(ax: Axes, table: pd.DataFrame, by: str, value: str = "conditio
     assert bands(ax) == [pytest.approx(one) for one in wanted]
 
 
-def test_each_drafter_has_a_panel_with_a_line_for_each_kind_four_panels_a_line_on_one_scale():
+def test_each_drafter_has_a_panel_with_a_line_for_each_kind_three_panels_a_line_on_one_scale():
     drafters = ["one", "two", "three", "four", "five"]
     table = gallery.rates(drafters)
     figure = picture_of("rates")
@@ -76,8 +77,8 @@ def test_each_drafter_has_a_panel_with_a_line_for_each_kind_four_panels_a_line_o
         assert drawn["empirical"] == (GREEN, "None") and lines["empirical"].get_marker() == "D"
         assert len(set(drawn.values())) == len(KINDS)
     boxes = [ax.get_position() for ax in figure.axes]
-    assert len({round(box.y0, 3) for box in boxes[:4]}) == 1
-    assert boxes[4].y1 < boxes[0].y0 and boxes[4].x0 == pytest.approx(boxes[0].x0)
+    assert len({round(box.y0, 3) for box in boxes[:3]}) == 1
+    assert boxes[3].y1 < boxes[0].y0 and boxes[3].x0 == pytest.approx(boxes[0].x0)
     [(low, high)] = {ax.get_ylim() for ax in figure.axes}
     assert low < table["low"].min() and high > table["high"].max()
 
@@ -439,3 +440,23 @@ def test_a_target_that_decodes_one_row_at_a_time_is_explored_too():
     options = {"temperature": 1.0, "max_new_tokens": 4}
     expected = decode(windows, made.eval(), [[1, 2, 3], [4, 5]], **options).trace
     pd.testing.assert_frame_equal(explorer.tables["trace"], expected)
+
+
+def test_words_in_a_picture_of_text_are_as_wide_as_the_areas_behind_them():
+    table = pd.DataFrame(
+        {"outcome": "accepted", "kept": True, "text": ["wide"] * 20}, index=range(20)
+    )
+    figure = explore.plot_outcomes(table)
+    # As a notebook draws it.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    [ax] = figure.axes
+    areas = ax.collections[-1].get_paths()
+    left, right = (
+        ax.transData.transform([[area.vertices[n][0], 0] for area in areas])[:, 0] for n in (0, 1)
+    )
+    said = next(text for text in ax.texts if text.get_text().startswith("wide")).get_window_extent()
+    assert said.x0 == pytest.approx(left.min(), abs=3) and said.x1 == pytest.approx(
+        right.max(), abs=3
+    )
+    assert right.max() - left.min() > 300

@@ -237,14 +237,15 @@ def test_a_slow_explorer_is_there_before_its_work_is_done_and_its_tables_wait():
     may_go_on, told = threading.Event(), threading.Event()
 
     def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
-        progress(3, 10, "counting")
+        progress(3, 10, "counting one")
         told.set()
         assert may_go_on.wait(60)
         return shown_number(chosen)
 
     explorer = slow(draw)
     assert told.wait(60) and explorer.frames_drawn == 0
-    assert panel(explorer).progress == {"done": 3, "total": 10, "words": "counting"}
+    counts = {"done": 3, "total": 10, "words": "counting one", "counts": "3 of 10 (30 %)"}
+    assert panel(explorer).progress == counts
     assert repr(explorer) == "slow()"
     may_go_on.set()
     assert explorer.table["number"].tolist() == [0] and explorer.frames_drawn == 1

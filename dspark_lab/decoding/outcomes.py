@@ -87,9 +87,8 @@ def distribution_table(
         ``overlap`` sums to the accept rate; ``residual`` is the distribution in place of a rejected
         token, the target itself at the bonus slot. NaN where the target was not asked.
     """
-    last = _last_slot(round_)
-    if slot > last:
-        raise ValueError(f"slot must be in [0, {last}], got {slot}")
+    if slot > round_.last_slot:
+        raise ValueError(f"slot must be in [0, {round_.last_slot}], got {slot}")
     return pd.DataFrame(_distribution_rows(round_, slot, to_text, top))
 
 
@@ -99,7 +98,7 @@ def distribution_tables(
 ) -> pd.DataFrame:
     """Return the :func:`distribution_table` of every ``slot`` of a round, one below the other."""
     slots = []
-    for slot in range(_last_slot(round_) + 1):
+    for slot in range(round_.last_slot + 1):
         rows = _distribution_rows(round_, slot, to_text, top)
         slots.append({"slot": [slot] * len(rows["token"])} | rows)
     return pd.DataFrame({name: sum((rows[name] for rows in slots), []) for name in slots[0]})
@@ -162,10 +161,6 @@ def token_kinds(tokens: pd.Series, to_text: Callable[[int], str]) -> pd.Series:
     names = {token: token_kind(to_text(int(token))) for token in tokens.dropna().unique()}
     kinds = [None if pd.isna(token) else names[token] for token in tokens]
     return pd.Series(kinds, index=tokens.index, name="kind", dtype=object)
-
-
-def _last_slot(round_: Round) -> int:
-    return max(len(round_.drafted) - 1, round_.verified)
 
 
 def _distribution_rows(

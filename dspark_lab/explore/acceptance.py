@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
 from dspark_lab.chats import token_texts
-from dspark_lab.checks import Size, checked
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, Round, outcome_table, token_kinds
 from dspark_lab.explore import charts, style
 from dspark_lab.explore.charts import RATE_COLUMNS, Rate
@@ -27,7 +27,7 @@ from dspark_lab.explore.work import Progress
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
-_PANELS_PER_LINE = 4
+_PANELS_PER_LINE = 3
 # What a token's list says first.
 _PLACE = ["prompt", "domain", "round", "slot", "position", "before", "text", "said", "after"]
 _PLACE += ["kind", "confidence", "accept_rate", "accepted"]
@@ -56,8 +56,8 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
         columns = min(len(groups), _PANELS_PER_LINE)
         lines = -(-len(groups) // columns)
         # No less than a legend in one line needs.
-        width = max(2.7 * columns, 6.5)
-        figure, panels = style.new_figure(width + 0.5, 2.5 * lines + 0.5, columns, lines)
+        width = min(max(2.7 * columns + 0.5, 7.0), style.WIDEST)
+        figure, panels = style.new_figure(width, 2.5 * lines + 0.5, columns, lines)
         axes, unused = np.split(np.atleast_1d(panels), [len(groups)])
         for ax in unused:
             ax.remove()
@@ -120,7 +120,9 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     tables = style.tables_by_name(tables)
     count = len(tables)
     grid: dict[str, Any] = {"columns": count, "rows": 2, "height_ratios": (1, 0.22)}
-    figure, axes = style.new_figure(3.2 * count + 0.4, 4.7, layout="compressed", **grid)
+    figure, axes = style.new_figure(
+        min(3.2 * count + 0.4, style.WIDEST), 4.7, layout="compressed", **grid
+    )
     most = max(1, *(table["count"].max() for table in tables.values()))
     for i, (name, table) in enumerate(tables.items()):
         look = style.line_look(i, name)
@@ -192,7 +194,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     """
     named = style.tables_by_name(tables)
     height = 3.5 + 0.18 * (len(named) - 1)
-    figure, (left, right) = style.new_figure(8.6, height, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, height, columns=2, wspace=0.08)
     for i, (name, table) in enumerate(named.items()):
         look = style.line_look(i, name) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
         name = plain_text(name)
@@ -219,7 +221,7 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
 
 def plot_calibration(report: pd.DataFrame) -> Figure:
     """ECE and AUROC before and after scaling, from :func:`dspark_lab.rates.calibration_report`."""
-    figure, (left, right) = style.new_figure(8.6, 3.4, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
     # What is not a slot of the block stands apart.
     x = np.arange(len(labels)) + 0.5 * np.array([not label.isdigit() for label in labels])
@@ -350,9 +352,9 @@ def explore_acceptance(
     *,
     temperature: float = 1.0,
     view: str = "rates",
-    max_new_tokens: int = 64,
-    batch_size: int | None = 40,
-    seed: int = 0,
+    max_new_tokens: Count = 64,
+    batch_size: Count | None = 40,
+    seed: Size = 0,
 ) -> Explorer:
     """How well the confidence head predicts what the target accepts, on answers decoded for it.
 

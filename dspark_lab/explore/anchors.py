@@ -275,8 +275,8 @@ class ConversationRows:
         return [
             slider("conversation", conversation, 0, last),
             checkbox("packed", packed),
-            slider("row_length", row_length, 64, 131072, step=64),
-            slider("num_anchors", num_anchors, 1, 4096),
+            slider("row_length", row_length, 64, 131072, growing=True),
+            slider("num_anchors", num_anchors, 1, 4096, growing=True),
             slider("block_size", block_size, 1, 32),
             slider("seed", seed, 0, 99),
             dropdown("per", per, ("row", "document")),

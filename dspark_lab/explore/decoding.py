@@ -85,7 +85,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     the probability with which the token is drawn in place of a rejected one. ``drafted_text`` names
     the drafted token in the title, in place of its text in the table.
     """
-    figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
+    figure, ax = style.new_figure(style.WIDEST, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
     overlap = table["overlap"].fillna(0)
     bars = {"draft": (ORANGE, "////", -0.19), "target": (BLUE, "", 0.19)}
@@ -140,8 +140,8 @@ def decoding_state(
 ) -> dict[str, Any]:
     """What the browser is given of an answer: its tokens, and every slot's distributions.
 
-    The rows are those of :func:`dspark_lab.decoding.outcome_table` and of
-    :func:`dspark_lab.decoding.distribution_table`, of ``rounds`` as far as they are given.
+    The columns are those of :func:`dspark_lab.decoding.outcome_table` and of the
+    :func:`dspark_lab.decoding.distribution_table` of all slots of ``rounds``, where they are given.
     """
     table = decoding.outcome_table(decoded, to_text, prompt)
     tokens: dict[str, Any] = {
@@ -154,17 +154,22 @@ def decoding_state(
 
 
 def _slot_states(round_: Round, to_text: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The distributions of the slots of a round by columns.
+
+    ``drafted`` and ``drawn`` are the rows of these tokens, -1 where there is none; ``target``,
+    ``overlap`` and ``residual`` are None where the target was not asked.
+    """
     table = decoding.distribution_tables(round_, to_text)
-    ends = np.flatnonzero(np.diff(table["slot"], append=-1)) + 1
-    columns = {name: table[name].tolist() for name in ("token", "text", "drafted", "drawn")}
-    columns |= {name: _numbers(table[name]) for name in ("draft", "target", "overlap", "residual")}
     states = []
-    for begin, end in zip([0, *ends], ends, strict=False):
-        rows = {name: column[begin:end] for name, column in columns.items()}
-        asked = rows["target"][0] is not None
-        state = {"ids": rows["token"], "texts": rows["text"], "draft": rows["draft"]}
-        state |= {n: rows[n] if asked else None for n in ("target", "overlap", "residual")}
-        state |= {n: rows[n].index(True) if True in rows[n] else -1 for n in ("drafted", "drawn")}
+    for _, rows in table.groupby("slot"):
+        state = {"ids": rows["token"].tolist(), "texts": rows["text"].tolist()}
+        state["draft"] = _numbers(rows["draft"])
+        asked = rows["target"].notna().all()
+        for name in ("target", "overlap", "residual"):
+            state[name] = _numbers(rows[name]) if asked else None
+        for name in ("drafted", "drawn"):
+            marked = rows[name].tolist()
+            state[name] = marked.index(True) if True in marked else -1
         states.append(state)
     return states
 
@@ -184,62 +189,60 @@ def explore_decoding(
     threshold: float = 0.0,
     max_new_tokens: int = 96,
     seed: int = 0,
-    run: bool = True,
 ) -> DecodingExplorer:
-    """One answer, decoded while you watch, and then slot by slot.
+    """One answer, decoded while you watch, then slot by slot, and its speed.
 
     ``target``, ``drafter`` and ``prompts`` are as in :func:`explore_acceptance`, the rest is where
     the controls start; a threshold of 0 verifies every slot. A control that changes begins anew.
-    ``run`` answers the first prompt at once.
     """
     given = dict(locals())
     models_of = open_models(target, drafter, prompts)
-    at_once = [
+    settings = [
         number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
         number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False),
         slider("max_new_tokens", max_new_tokens, 1, 512),
         slider("seed", seed, 0, 99),
     ]
-    at_once[2].continuous_update = at_once[3].continuous_update = False
-    return DecodingExplorer(models_of, at_once, run, given)
+    for setting in settings:
+        setting.continuous_update = False
+    return DecodingExplorer(models_of, settings, given)
 
 
 @dataclass
 class _Answer:
-    """An answer to one prompt: decoded again and again, with the drafter and without."""
+    """An answer to one prompt: its rounds, and all its runs with the drafter and without."""
 
     block_size: int
     rounds: list[Round] = field(default_factory=list)
+    slots: list[list[dict[str, Any]]] = field(default_factory=list)
     drafted: list[Decoded] = field(default_factory=list)
     plain: list[Decoded] = field(default_factory=list)
 
     def speeds(self) -> pd.DataFrame | None:
-        """Beside plain decoding, run by run; None before both have had a round."""
-        pairs = [
-            (plain, drafted)
-            for plain, drafted in zip(self.plain, self.drafted, strict=False)
-            if len(plain.rounds) and len(drafted.rounds)
-        ]
-        if not pairs:
+        """Beside plain decoding; None before both have had a round."""
+        both = list(zip(self.plain, self.drafted, strict=False))
+        if not both or any(one.rounds.empty for pair in both for one in pair):
             return None
-        plain, drafted = zip(*pairs, strict=True)
+        plain, drafted = zip(*both, strict=True)
         return repeated_speeds(plain, drafted, self.block_size)
 
     def in_words(self) -> str:
+        """How many tokens in how many rounds, and how fast."""
         decoded, speeds = self.drafted[0], self.speeds()
-        tokens = f"{len(decoded.tokens[0])} tokens in {len(decoded.rounds)} rounds"
-        if not len(decoded.rounds):
-            return f"{len(decoded.tokens[0])} tokens, no round"
+        tokens, rounds = len(decoded.tokens[0]), len(decoded.rounds)
+        if not rounds:
+            return f"{tokens} tokens, no round"
+        words = f"{tokens} tokens in {rounds} rounds: tau {decoded.tau:.2f} tokens a round"
         if speeds is None:
-            return f"{tokens}, tau {decoded.tau:.2f}"
-        middle, low, high = (getattr(speeds, name)() for name in ("median", "min", "max"))
-        runs = f"median of {len(speeds)} runs" if len(speeds) > 1 else "one run"
+            return words
+        middle, low, high = (row for _, row in speeds.iterrows())
         return (
-            f"{tokens}, tau {decoded.tau:.2f}; break-even tau here {middle['break_even_tau']:.2f}: "
-            f"{middle['tokens_per_second']:.0f} tokens/s, plain "
-            f"{middle['plain_tokens_per_second']:.0f}, {middle['gain']:.2f} times "
-            f"({runs}, {low['gain']:.2f} to {high['gain']:.2f}; draft {middle['draft']:.0%}, "
-            f"verify {middle['verify']:.0%}, rest {middle['rest']:.0%})"
+            f"{words}, break-even {middle['break_even_tau']:.2f} on this machine. "
+            f"{middle['tokens_per_second']:,.0f} tokens/s, "
+            f"{middle['plain_tokens_per_second']:,.0f} without the drafter: "
+            f"{middle['speedup']:.2f} times as fast (median of {middle['runs']:.0f}, "
+            f"{low['speedup']:.2f} to {high['speedup']:.2f}). Of a round's time: draft "
+            f"{middle['draft']:.0%}, verify {middle['verify']:.0%}, rest {middle['rest']:.0%}."
         )
 
 
@@ -255,11 +258,12 @@ class DecodingExplorer(Explorer):
     def __init__(
         self,
         models_of: Callable[[Progress], Models],
-        at_once: Sequence[Control],
-        run: bool,
+        settings: Sequence[Control],
         given: Mapping[str, Any],
     ) -> None:
-        self._models_of, self._asked_for = models_of, run
+        self._models_of = models_of
+        # What is chosen where no widget is shown.
+        self._chosen: dict[str, int] | None = None
 
         def controls(progress: Progress) -> list[Control]:
             models = models_of(progress)
@@ -267,10 +271,17 @@ class DecodingExplorer(Explorer):
             labels = [short_prompt(prompt) for prompt in models.prompts]
             examples = dropdown("example", 0, range(len(labels)), labels=labels, argument=False)
             chosen = dropdown("drafter", names[0], names, argument=False)
-            return [examples, text_area("prompt", ""), chosen, *at_once]
+            return [examples, text_area("prompt", ""), chosen, *settings]
 
         def reasons(chosen: SimpleNamespace) -> dict[str, str]:
-            return {"example": "a prompt of your own is answered"} if chosen.prompt.strip() else {}
+            found = {}
+            if chosen.prompt.strip():
+                found["example"] = "a prompt of your own is answered"
+            if not _has_confidence(models_of(Progress()), chosen):
+                found["threshold"] = "this drafter has no confidence head"
+            if chosen.temperature == 0:
+                found["seed"] = "at temperature 0 nothing is drawn"
+            return found
 
         options: dict[str, Any] = {"view": DecodingView, "slow": True, "given": given}
         super().__init__("explore_decoding", controls, self._answer, reasons=reasons, **options)
@@ -288,26 +299,31 @@ class DecodingExplorer(Explorer):
     @property
     def plain(self) -> Decoded | None:
         answer = self.frame.detail
-        return None if answer is None or not answer.plain else answer.plain[0]
+        return answer.plain[0] if answer is not None and answer.plain else None
+
+    @property
+    def selection(self) -> Any:
+        """The ``round`` and ``slot`` that are open; None where there are none."""
+        return self._chosen if self.view is None else self.view.selection
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """``tokens``, ``distributions`` (of the chosen slot), ``rounds``, ``trace``, ``speed``.
+        """``tokens``, ``distributions``, ``rounds``, ``trace``, ``speed``; empty where refused.
 
-        Without a choice, the slot of the first round where it was decided. Empty before the first
-        run, and where a run was refused.
+        The distributions are those of the open slot, or of the one where the first round was
+        decided. The speed is beside plain decoding, the median and range of several runs.
         """
-        tables = super().tables
-        rounds = self.rounds
+        tables, rounds = super().tables, self.rounds
         if not rounds:
             return tables
         chosen = self.selection or {}
         number = chosen.get("round", 0)
-        if not 0 <= number < len(rounds):
+        if not 0 <= number < len(rounds) or chosen.get("slot", 0) > rounds[number].last_slot:
             number, chosen = 0, {}
         slot = chosen.get("slot", rounds[number].accepted)
-        to_text = self._models_of(Progress()).to_text
-        shown = decoding.distribution_table(rounds[number], slot, to_text)
+        shown = decoding.distribution_table(
+            rounds[number], slot, self._models_of(Progress()).to_text
+        )
         first, *others = tables.items()
         return dict([first, ("distributions", shown), *others])
 
@@ -317,84 +333,107 @@ class DecodingExplorer(Explorer):
         if round >= len(rounds):
             raise ValueError(f"round must be below {len(rounds)}, got {round}")
         one = rounds[round]
-        last = max(len(one.drafted) - 1, one.verified)
-        if slot is not None and slot > last:
-            raise ValueError(f"slot must be in [0, {last}], got {slot}")
+        if slot is not None and slot > one.last_slot:
+            raise ValueError(f"slot must be in [0, {one.last_slot}], got {slot}")
+        self._chosen = {"round": round, "slot": one.accepted if slot is None else slot}
         if self.view is not None:
-            self.view.selection = {"round": round, "slot": one.accepted if slot is None else slot}
-
-    def run(self) -> None:
-        """Answer the prompt with the controls' present values, and wait until it is done."""
-        self._asked_for = True
-        self.redraw()
-        _ = self.frame
+            self.view.selection = self._chosen
 
     def _answer(self, chosen: SimpleNamespace, progress: Progress) -> Frame:
         models = self._models_of(progress)
-        if not self._asked_for:
-            self._asked_for = True
-            raise ValueError("not run yet: change a control, or call run()")
-        target, drafter = models.target, models.drafters[chosen.drafter]
+        target, drafter, to_text = models.target, models.drafters[chosen.drafter], models.to_text
         asked = chosen.prompt if chosen.prompt.strip() else models.prompts[chosen.example]
+        answer = _Answer(drafter.config.predicted)
+        shown = {"asked": short_prompt(asked, 2000), "running": True}
         options: dict[str, Any] = {
             name: getattr(chosen, name) for name in ("temperature", "max_new_tokens", "seed")
         }
-        answer = _Answer(drafter.config.predicted)
-        shown = {"asked": short_prompt(asked, 2000), "words": ""}
+        threshold = chosen.threshold if _has_confidence(models, chosen) else 0.0
 
-        def rounds_of(with_drafter: bool) -> Any:
-            one = drafter if with_drafter else None
-            more = {"threshold": chosen.threshold or None} if with_drafter else {}
-            return decoding.decode_rounds(target, one, [asked], **more, **options)
+        def run(with_drafter: bool) -> decoding.Decoding:
+            if not with_drafter:
+                return decoding.decode_rounds(target, None, [asked], **options)
+            return decoding.decode_rounds(
+                target, drafter, [asked], threshold=threshold or None, **options
+            )
 
-        def decode_once(with_drafter: bool, words: str) -> None:
-            run, done = rounds_of(with_drafter), 0
-            first = with_drafter and not answer.drafted
-            redraw_at = 0.0
+        def grow() -> None:
+            """Decode with the drafter for the first time, and show the answer as it grows."""
+            growing, done, redraw_at = run(True), 0, 0.0
+            progress(0, 0, "reading the prompt")
             try:
-                for round_ in run:
+                for round_ in growing:
+                    answer.rounds.append(_on_host(round_))
+                    answer.slots.append(_slot_states(answer.rounds[-1], to_text))
                     done += len(round_.tokens)
-                    if first:
-                        answer.rounds.append(_on_host(round_))
-                    progress(done, options["max_new_tokens"], words)
-                    if first and time.monotonic() > redraw_at:
+                    progress(done, chosen.max_new_tokens, "the answer grows")
+                    if time.monotonic() > redraw_at:
                         redraw_at = time.monotonic() + REDRAW_SECONDS
-                        grown = decoding_state(run.result(), models.to_text)
-                        self._show_grown(grown | shown | {"running": True})
-            except Cancelled:
-                if first:
-                    answer.drafted.append(run.result())
-                raise
-            (answer.drafted if with_drafter else answer.plain).append(run.result())
+                        self._show_grown(decoding_state(growing.result(), to_text) | shown)
+            finally:
+                answer.drafted.append(growing.result())
 
-        try:
-            with threads_for(target.model):
-                decode_once(True, "the answer grows")
+        def time_again(number: int, with_drafter: bool) -> None:
+            timed, done = run(with_drafter), 0
+            how = "with" if with_drafter else "without"
+            for round_ in timed:
+                done += len(round_.tokens)
+                words = f"run {number + 1} of {REPEATS} {how} the drafter, for its speed"
+                progress(done, chosen.max_new_tokens, words)
+            (answer.drafted if with_drafter else answer.plain).append(timed.result())
+
+        cancelled = ""
+        with threads_for(target.model):
+            try:
+                grow()
+                cancelled = "The measuring of its speed was cancelled."
+                words = {"words": answer.in_words()}
+                whole = decoding_state(answer.drafted[0], to_text) | {"slots": answer.slots}
+                self._show_grown(whole | shown | words)
                 for number in range(REPEATS):
-                    turns = [False] if number == 0 else [number % 2 == 0, number % 2 == 1]
-                    for with_drafter in turns:
-                        how = "with" if with_drafter else "without"
-                        words = f"timed {how} the drafter, run {number + 1} of {REPEATS}"
-                        decode_once(with_drafter, words)
-        except Cancelled:
-            # What there is stays.
-            if not answer.drafted:
-                raise
-        decoded = answer.drafted[0]
-        shown["words"] = answer.in_words()
-        state = decoding_state(decoded, models.to_text, rounds=answer.rounds) | shown
-        tokens = decoding.outcome_table(decoded, models.to_text)
+                    for with_drafter in (True, False) if number % 2 else (False, True):
+                        if number or not with_drafter:
+                            time_again(number, with_drafter)
+                cancelled = ""
+            except Cancelled:
+                # What there is stays.
+                if not answer.rounds:
+                    raise
+                cancelled = cancelled or "The answer was cancelled."
+        return self._whole(answer, shown, cancelled, to_text)
+
+    def _whole(
+        self,
+        answer: _Answer,
+        shown: dict[str, Any],
+        cancelled: str,
+        to_text: Callable[[int], str],
+    ) -> Frame:
+        decoded, speeds = answer.drafted[0], answer.speeds()
+        words = f"{answer.in_words()} {cancelled}".strip()
+        state = decoding_state(decoded, to_text) | {"slots": answer.slots}
+        state |= shown | {"running": False, "words": words}
+        tokens = decoding.outcome_table(decoded, to_text)
         tables = {"tokens": tokens, "rounds": decoded.rounds, "trace": decoded.trace}
-        speeds = answer.speeds()
         if speeds is not None:
             tables["speed"] = speeds
-        alt = "the answer in the colours of its tokens' outcomes"
-        return Frame(tables, lambda: plot_outcomes(tokens), alt, state=state, detail=answer)
+        return Frame(
+            tables,
+            lambda: plot_outcomes(tokens),
+            "the answer in the colours of its tokens' outcomes",
+            state=state,
+            detail=answer,
+            incomplete=bool(cancelled),
+        )
 
     def _show_grown(self, state: dict[str, Any]) -> None:
         """Show what there is of an answer; it is no new frame."""
         if self.view is not None:
             self.view.state = state | {"frame": self.frames_drawn}
+
+
+def _has_confidence(models: Models, chosen: SimpleNamespace) -> bool:
+    return models.drafters[chosen.drafter].confidence_head is not None
 
 
 def _on_host(round_: Round) -> Round:

@@ -24,7 +24,7 @@ from dspark_lab.checks import checked
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import Control, Panel, plain_widget
 from dspark_lab.explore.widget import HAS_ANYWIDGET, WidgetView, page
-from dspark_lab.explore.work import Cancelled, Progress, Worker
+from dspark_lab.explore.work import Cancelled, Progress, Worker, count_text
 from dspark_lab.files import written_whole
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -52,6 +52,8 @@ class Frame:
     html: str = ""
     state: dict[str, Any] | None = None
     recommended: Mapping[str, Any] = field(default_factory=dict)
+    # Whether it was cancelled before its end, so that one may want it again.
+    incomplete: bool = False
     # What the explorer keeps of it beside.
     detail: Any = None
 
@@ -338,7 +340,8 @@ class Explorer(ipywidgets.VBox):
     def _edited(self, change: Any) -> None:
         """Take the values that the user set in the panel."""
         edited = change["new"]
-        if not isinstance(edited, dict):
+        # Waiting for controls here would hold what the work needs to make them.
+        if not isinstance(edited, dict) or not self._controls:
             return
         with self._one_refresh():
             self._turn = edited["turn"]
@@ -395,20 +398,23 @@ class Explorer(ipywidgets.VBox):
         self._refresh()
 
     def _fail(self, problem: str) -> None:
-        self._problem = problem
+        # One sentence, where some programs' errors are many lines.
+        self._problem = " ".join(problem.split())
         self._refresh()
 
     def _report(self, done: float, total: float, words: str) -> None:
         now, (before, said) = time.monotonic(), self._reported
         if words != said or now - before > _REPORT_SECONDS:
             self._reported = now, words
-            self._say({"done": done, "total": total, "words": words})
+            counts = count_text(done, total)
+            self._say({"done": done, "total": total, "words": words, "counts": counts})
 
     def _say(self, progress: dict[str, Any]) -> None:
         if self._panel is not None:
             self._panel.progress = progress
         else:
-            self._status.value = escape(progress.get("words", "")) or self._problem_html()
+            said = " ".join(progress[name] for name in ("words", "counts") if progress.get(name))
+            self._status.value = escape(said) or self._problem_html()
 
     def _problem_html(self) -> str:
         return alert(self._problem) if self._problem else ""
@@ -445,7 +451,7 @@ class Explorer(ipywidgets.VBox):
             "code": self.code if controls else "",
             "problem": self._problem,
             "kept": bool(self._problem) and self._last is not None,
-            "again": self._problem == _CANCELLED,
+            "again": self._problem == _CANCELLED or frame.incomplete,
             "picture": frame.figure is not None,
         }
 

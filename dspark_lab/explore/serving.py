@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import serving, tuning
-from dspark_lab.checks import Count, NotEmpty, Share, checked
+from dspark_lab.checks import Count, NonNegative, NotEmpty, Share, Size, checked
 from dspark_lab.decoding import load_trace, rounds_of
 from dspark_lab.explore import controls as make
 from dspark_lab.explore import explorer, style
@@ -56,14 +56,16 @@ def plot_serving(
     ``draft_length`` and ``requests`` are marked. ``replay`` says whether the tables of speed-up
     count it; the simulated load never does.
     """
-    # Places are fixed: finding the best ones would take longer than all the drawing.
-    places = {"left": 0.075, "right": 0.985, "bottom": 0.09, "top": 0.87}
+    # Places are fixed: finding the best ones would take longer than all the drawing. Legends have
+    # two lines, but for those of many temperatures.
+    more = max(0, len(speedups) + replay - 3) // 2
+    places = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": 0.87 - 0.03 * more}
     figure, axes = style.new_figure(
-        9.5, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.22, **places
+        style.WIDEST, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.28, **places
     )
     for ax in axes:
         ax.xaxis.set_label_coords(0.5, -0.17)
-        ax.yaxis.set_label_coords(-0.125, 0.5)
+        ax.yaxis.set_label_coords(-0.15, 0.5)
         ax.yaxis.set_major_locator(MaxNLocator(3))
     plot_speedup(speedups, chosen=draft_length, bold=bold, ax=axes[0])
     plot_round(speedups[bold], draft_length=draft_length, ax=axes[1])
@@ -75,7 +77,7 @@ def plot_serving(
     )
     for ax, title in zip(axes[:3], titles, strict=True):
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        style.add_title(ax, title, y=1, pad=32)
+        style.add_title(ax, title, y=1, pad=32 + 12 * more * (ax is not axes[2]))
     return figure
 
 
@@ -87,7 +89,7 @@ def explore_serving(
     *,
     trace: pd.DataFrame | str | os.PathLike[str] | None = None,
     engine: Engine | str | os.PathLike[str] | None = None,
-    temperatures: Annotated[Sequence[float], NotEmpty()] = (0.0, 1.0),
+    temperatures: Annotated[Sequence[NonNegative], NotEmpty()] = (0.0, 1.0),
     draft_length: Count | None = None,
     temperature: float | None = None,
     requests: int = 1,
@@ -97,7 +99,7 @@ def explore_serving(
     max_new_tokens: Count = 64,
     requests_simulated: Count = 64,
     export: str = "dspark-lab",
-    seed: int = 0,
+    seed: Size = 0,
 ) -> explorer.Explorer:
     """How fast a drafter serves, by draft length, temperature, load and policy.
 
@@ -180,7 +182,9 @@ def explore_serving(
     if trace is not None and engine is not None:
         found.append(tables_of(trace, engine))
         return explorer.Explorer("explore_serving", controls_of(found[0]), draw, **options)
-    models = open_models(*_asked(target, drafter, prompts, name))
+    if trace is None and temperature is not None:
+        style.require_one_of("temperature", temperature, temperatures)
+    models = open_models(*_asked(target, drafter, prompts, name), draft_length)
     return explorer.Explorer("explore_serving", controls, draw, **options)
 
 
@@ -273,9 +277,14 @@ def _made(
             traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
-        progress(0, 0, "measuring what a round costs here")
+
+        def timed(done: float, total: float) -> None:
+            progress(done, total, "measuring what a round costs here: round")
+
         with threads_for(models.target.model):
-            engine = serving.measure_engine(models.target, loaded, seed=options["seed"])
+            engine = serving.measure_engine(
+                models.target, loaded, seed=options["seed"], progress=timed
+            )
     return trace, engine
 
 
@@ -360,7 +369,7 @@ class _Tables:
         for done, load in enumerate(loads):
             if load in self.by_temperature:
                 continue
-            progress(done, len(loads), "speed-up at each load")
+            progress(done, len(loads), "counting the speed-up: load")
             self._costs[load] = cost = self.engine.costs(load[0], replay=load[1])
             for t, profile in profiles.items():
                 self.speedups[t, load] = serving.speedup_table(profile, cost)
@@ -369,7 +378,7 @@ class _Tables:
         # Simulations take long: with these, controls other than the threshold move at once.
         settings = list(product(profiles, range(1, self.longest + 1)))
         for done, (t, length) in enumerate(settings):
-            progress(done, len(settings), "simulating the load")
+            progress(done, len(settings), "simulating requests: draft length")
             self.load(t, length, threshold)
 
     def load(self, temperature: float, draft_length: int, threshold: float) -> pd.DataFrame:
