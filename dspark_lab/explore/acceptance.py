@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
 from dspark_lab.chats import token_texts
-from dspark_lab.checks import Size, checked
+from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, Round, outcome_table, token_kinds
 from dspark_lab.explore import charts, style
 from dspark_lab.explore.charts import RATE_COLUMNS, Rate
