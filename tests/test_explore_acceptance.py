@@ -61,7 +61,7 @@ def require_rates(ax: Axes, table: pd.DataFrame, by: str, value: str = "conditio
     assert bands(ax) == [pytest.approx(one) for one in wanted]
 
 
-def test_each_drafter_has_a_panel_with_a_line_for_each_kind_four_panels_a_line_on_one_scale():
+def test_each_drafter_has_a_panel_with_a_line_for_each_kind_three_panels_a_line_on_one_scale():
     drafters = ["one", "two", "three", "four", "five"]
     table = gallery.rates(drafters)
     figure = picture_of("rates")
@@ -76,8 +76,8 @@ def test_each_drafter_has_a_panel_with_a_line_for_each_kind_four_panels_a_line_o
         assert drawn["empirical"] == (GREEN, "None") and lines["empirical"].get_marker() == "D"
         assert len(set(drawn.values())) == len(KINDS)
     boxes = [ax.get_position() for ax in figure.axes]
-    assert len({round(box.y0, 3) for box in boxes[:4]}) == 1
-    assert boxes[4].y1 < boxes[0].y0 and boxes[4].x0 == pytest.approx(boxes[0].x0)
+    assert len({round(box.y0, 3) for box in boxes[:3]}) == 1
+    assert boxes[3].y1 < boxes[0].y0 and boxes[3].x0 == pytest.approx(boxes[0].x0)
     [(low, high)] = {ax.get_ylim() for ax in figure.axes}
     assert low < table["low"].min() and high > table["high"].max()
 

@@ -27,7 +27,7 @@ from dspark_lab.explore.work import Progress
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
-_PANELS_PER_LINE = 4
+_PANELS_PER_LINE = 3
 # What a token's list says first.
 _PLACE = ["prompt", "domain", "round", "slot", "position", "before", "text", "said", "after"]
 _PLACE += ["kind", "confidence", "accept_rate", "accepted"]
@@ -56,8 +56,8 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
         columns = min(len(groups), _PANELS_PER_LINE)
         lines = -(-len(groups) // columns)
         # No less than a legend in one line needs.
-        width = max(2.7 * columns, 6.5)
-        figure, panels = style.new_figure(width + 0.5, 2.5 * lines + 0.5, columns, lines)
+        width = min(max(2.7 * columns + 0.5, 7.0), style.WIDEST)
+        figure, panels = style.new_figure(width, 2.5 * lines + 0.5, columns, lines)
         axes, unused = np.split(np.atleast_1d(panels), [len(groups)])
         for ax in unused:
             ax.remove()
@@ -120,7 +120,9 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     tables = style.tables_by_name(tables)
     count = len(tables)
     grid: dict[str, Any] = {"columns": count, "rows": 2, "height_ratios": (1, 0.22)}
-    figure, axes = style.new_figure(3.2 * count + 0.4, 4.7, layout="compressed", **grid)
+    figure, axes = style.new_figure(
+        min(3.2 * count + 0.4, style.WIDEST), 4.7, layout="compressed", **grid
+    )
     most = max(1, *(table["count"].max() for table in tables.values()))
     for i, (name, table) in enumerate(tables.items()):
         look = style.line_look(i, name)

@@ -61,8 +61,9 @@ def reliability_panels(tables: Mapping[str, pd.DataFrame]) -> Panels:
     """
     most = max(1, *(table["count"].max() for table in tables.values()))
     shares = [[tenths / 10, _percent(tenths / 10)] for tenths in range(0, 11, 2)]
-    axes = {f"{axis}_range": [0, 1] for axis in "xy"} | {f"{axis}_ticks": shares for axis in "xy"}
-    axes |= {"x_label": "confidence, mean of a bin", "y_label": "accepted, share of a bin"}
+    axes: dict[str, Any] = {"x_label": "confidence, mean of a bin"}
+    axes |= {"y_label": "accepted, share of a bin", "x_range": [0, 1], "y_range": [0, 1]}
+    axes |= {"x_ticks": shares, "y_ticks": shares}
     panels = []
     for name, table in tables.items():
         points = []
@@ -173,7 +174,8 @@ def _y_axis(points: Panels, write: Any, within: float | None = None) -> dict[str
     """Ticks around all points and their intervals, and ``within``, where it is given."""
     shown = [point[name] for point in points for name in ("y", "low", "high")]
     shown = [value for value in [*shown, within] if value is not None] or [0.0, 1.0]
-    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(min(shown), max(shown)).tolist()
+    places = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(min(shown), max(shown))
+    ticks = [float(at) for at in places]
     return {"y_range": [ticks[0], ticks[-1]], "y_ticks": [[at, write(at)] for at in ticks]}
 
 

@@ -85,7 +85,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     the probability with which the token is drawn in place of a rejected one. ``drafted_text`` names
     the drafted token in the title, in place of its text in the table.
     """
-    figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
+    figure, ax = style.new_figure(style.WIDEST, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
     overlap = table["overlap"].fillna(0)
     bars = {"draft": (ORANGE, "////", -0.19), "target": (BLUE, "", 0.19)}
@@ -351,8 +351,11 @@ class DecodingExplorer(Explorer):
         threshold = chosen.threshold if _has_confidence(models, chosen) else 0.0
 
         def run(with_drafter: bool) -> decoding.Decoding:
-            one, more = (drafter, {"threshold": threshold or None}) if with_drafter else (None, {})
-            return decoding.decode_rounds(target, one, [asked], **more, **options)
+            if not with_drafter:
+                return decoding.decode_rounds(target, None, [asked], **options)
+            return decoding.decode_rounds(
+                target, drafter, [asked], threshold=threshold or None, **options
+            )
 
         def grow() -> None:
             """Decode with the drafter for the first time, and show the answer as it grows."""

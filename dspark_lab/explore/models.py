@@ -99,7 +99,7 @@ class Models:
         """The target's layers, or what stands for them in a model that has no list of them."""
         model = self.target.model
         lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
-        return list(max(lists, key=len)) if lists else [model]
+        return list(max(lists, key=lambda one: len(list(one)))) if lists else [model]
 
     def decode_again(
         self,
@@ -118,9 +118,14 @@ class Models:
         """
         one = self.drafters[drafter]
         numbers = RandomNumbers(1, seed, one.config.predicted, first=prompt)
-        options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        asked = [self.prompts[prompt]]
-        run = decode_rounds(self.target, one, asked, random_numbers=numbers, **options)
+        run = decode_rounds(
+            self.target,
+            one,
+            [self.prompts[prompt]],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            random_numbers=numbers,
+        )
         rounds, done = [], 0
         with threads_for(self.target.model):
             for round_ in run:
