@@ -263,8 +263,9 @@ def _mask_figure(
     else:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
-        ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
+            axis.set_major_formatter("{x:,.0f}")
+        ax.set_xlabel(f"keys: {seq_len:,} context tokens, then {queries:,} slots")
+        ax.set_ylabel(f"queries: {queries // block_size:,} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
     style.legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
@@ -287,7 +288,7 @@ def plot_tiles(
     handles = []
     for state, count in zip(TILE_STATES, tile_table(states)["tiles"], strict=True):
         colour = TILE_COLOURS.get(state, "none")
-        handles.append(Patch(facecolor=colour, edgecolor=INK, label=f"{state} {count}"))
+        handles.append(Patch(facecolor=colour, edgecolor=INK, label=f"{state} {count:,}"))
     style.legend_above(ax, 3, handles=handles)
     return cast(Figure, ax.figure)
 
