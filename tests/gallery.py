@@ -62,6 +62,13 @@ def large_regions() -> Tensor:
     return regions
 
 
+def named_regions() -> Tensor:
+    """A mask with as many cells as are named at most: a block of 6 slots on 32 context tokens."""
+    regions = torch.full((6, 38), OWN, dtype=torch.int8)
+    regions[:, :32] = SEEN
+    return regions
+
+
 KINDS = ("on policy", "empirical", "predicted", "teacher-forced", "predicted, teacher-forced")
 
 
@@ -163,9 +170,9 @@ def crowd(count: int, most: float = 50) -> pd.DataFrame:
     )
 
 
-def cells() -> pd.DataFrame:
+def cells(anchors: tuple[int, ...] = (4, 12, 32)) -> pd.DataFrame:
     """As `cell_table` gives them; every tau is another one, the last the largest of its map."""
-    rows = product(("seconds", "slots"), (0.0, 1.0), (4, 7), (4, 12, 32))
+    rows = product(("seconds", "slots"), (0.0, 1.0), (4, 7), anchors)
     cells = table("budget temperature block_size num_anchors", *rows)
     tau = 1 + 0.1 * np.arange(len(cells))
     return cells.assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
@@ -241,6 +248,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "packing": lambda: explore.plot_packing(PACKING),
     "small mask": lambda: explore.plot_mask(mask_regions(small_blocks()), seq_len=10, block_size=2),
     "large mask": lambda: explore.plot_mask(large_regions(), seq_len=200, block_size=30),
+    "named mask": lambda: explore.plot_mask(named_regions(), seq_len=32, block_size=6),
     "tiles": lambda: explore.plot_tiles(TILES, seq_len=48, tile_size=16),
     "mask and tiles": lambda: explore.mask_and_tiles(
         large_regions(), TILES, seq_len=200, block_size=30, tile_size=64
@@ -277,6 +285,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "budget": budget,
     "budget, little fits": lambda: budget(2, 64),
     "sweeps": lambda: explore.plot_sweeps(cells()),
+    "wide sweeps": lambda: explore.plot_sweeps(cells((4, 12, 32, 64))),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),
     "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),

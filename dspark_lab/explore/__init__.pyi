@@ -1,5 +1,6 @@
 from .acceptance import (
     VIEWS,
+    bin_tokens,
     explore_acceptance,
     plot_bias,
     plot_calibration,
@@ -8,6 +9,7 @@ from .acceptance import (
     plot_rates,
     plot_reliability,
     plot_thresholds,
+    reached_tokens,
 )
 from .anchors import (
     block_table,
@@ -26,11 +28,18 @@ from .budget import (
     plot_slots,
     plot_sweeps,
 )
+from .charts import (
+    bias_panels,
+    chart_state,
+    rate_panels,
+    reliability_panels,
+    threshold_panels,
+)
 from .decoding import (
     DecodingExplorer,
+    DecodingView,
+    decoding_state,
     explore_decoding,
-    outcome_legend,
-    outcome_text,
     plot_distributions,
     plot_outcomes,
 )
@@ -79,6 +88,7 @@ from .words import readable
 
 __all__ = [
     "DecodingExplorer",
+    "DecodingView",
     "Explorer",
     "Frame",
     "LiveCurve",
@@ -92,8 +102,12 @@ __all__ = [
     "TOKEN_LISTS",
     "TOKEN_STATES",
     "VIEWS",
+    "bias_panels",
+    "bin_tokens",
     "block_table",
+    "chart_state",
     "count_differences",
+    "decoding_state",
     "difference_table",
     "explore_acceptance",
     "explore_anchors",
@@ -107,8 +121,6 @@ __all__ = [
     "mask_spans",
     "mask_state",
     "mask_table",
-    "outcome_legend",
-    "outcome_text",
     "plot_bias",
     "plot_budget",
     "plot_calibration",
@@ -140,9 +152,13 @@ __all__ = [
     "plot_tokens",
     "plot_training",
     "png",
+    "rate_panels",
+    "reached_tokens",
     "readable",
+    "reliability_panels",
     "slot_inputs",
     "sorting_table",
+    "threshold_panels",
     "tile_spans",
     "tile_states",
     "tile_table",

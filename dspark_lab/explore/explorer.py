@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -52,6 +52,10 @@ class Frame:
     html: str = ""
     state: dict[str, Any] | None = None
     recommended: Mapping[str, Any] = field(default_factory=dict)
+    # Whether it was cancelled before its end, so that one may want it again.
+    incomplete: bool = False
+    # What the explorer keeps of it beside.
+    detail: Any = None
 
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -113,14 +117,6 @@ def drawing() -> Any:
 def alert(problem: object) -> str:
     """A sentence in HTML that stands where something cannot be shown."""
     return f'<p role="alert">{escape(str(problem))}</p>'
-
-
-def marked_text(text: str, kinds: Iterable[str], facts: Iterable[str] = ()) -> str:
-    """Text in HTML in the classes of its kinds; facts are shown when the pointer is over it."""
-    classes = " ".join(f"dspark-{kind.replace(' ', '-')}" for kind in kinds)
-    title = escape(" · ".join(facts))
-    tip = f' title="{title}"' if title else ""
-    return f'<span class="{classes}"{tip}>{escape(text)}</span>'
 
 
 def call_text(name: str, settings: Mapping[str, Any]) -> str:
@@ -220,10 +216,15 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self.controls.items()}
 
     @property
+    def frame(self) -> Frame:
+        """What is shown; empty where the setting cannot be drawn."""
+        self._worker.wait()
+        return Frame({}) if self._problem else self._frame
+
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables behind the picture, by name; empty where the setting cannot be drawn."""
-        self._worker.wait()
-        return {} if self._problem else self._frame.made_tables
+        return self.frame.made_tables
 
     @property
     def table(self) -> pd.DataFrame:
@@ -339,7 +340,8 @@ class Explorer(ipywidgets.VBox):
     def _edited(self, change: Any) -> None:
         """Take the values that the user set in the panel."""
         edited = change["new"]
-        if not isinstance(edited, dict):
+        # Waiting for controls here would hold what the work needs to make them.
+        if not isinstance(edited, dict) or not self._controls:
             return
         with self._one_refresh():
             self._turn = edited["turn"]
@@ -361,7 +363,9 @@ class Explorer(ipywidgets.VBox):
             if self.view is None:
                 progress(0, 0, "drawing")
                 _ = frame.png
-            progress(1, 1, "drawn")
+            if not self._worker.newest(progress):
+                raise Cancelled
+            # What a cancelled work leaves is shown, where it leaves something.
             with self._lock:
                 self._show(frame)
         except Cancelled:
@@ -447,7 +451,7 @@ class Explorer(ipywidgets.VBox):
             "code": self.code if controls else "",
             "problem": self._problem,
             "kept": bool(self._problem) and self._last is not None,
-            "again": self._problem == _CANCELLED,
+            "again": self._problem == _CANCELLED or frame.incomplete,
             "picture": frame.figure is not None,
         }
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dspark_lab.chats import Chat, TokenText, load_chats
-from dspark_lab.decoding import Decoded, Prompt, decode_rounds
+from dspark_lab.decoding import Decoded, Prompt, RandomNumbers, Round, decode_rounds
 from dspark_lab.explore.work import Progress, threads_for
 from dspark_lab.files import require_found
 from dspark_lab.model import (
@@ -99,7 +99,43 @@ class Models:
         """The target's layers, or what stands for them in a model that has no list of them."""
         model = self.target.model
         lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
-        return list(max(lists, key=len)) if lists else [model]
+        return list(max(lists, key=lambda one: len(one))) if lists else [model]
+
+    def decode_again(
+        self,
+        decoded: Decoded,
+        prompt: int,
+        drafter: str,
+        progress: Progress,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[Round]:
+        """The rounds of one answer of :meth:`decode`, with the distributions that it did not keep.
+
+        None where one prompt alone is answered otherwise, which rounding can do.
+        """
+        one = self.drafters[drafter]
+        numbers = RandomNumbers(1, seed, one.config.predicted, first=prompt)
+        run = decode_rounds(
+            self.target,
+            one,
+            [self.prompts[prompt]],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            random_numbers=numbers,
+        )
+        rounds, done = [], 0
+        with threads_for(self.target.model):
+            for round_ in run:
+                rounds.append(round_)
+                done += len(round_.tokens)
+                progress(done, max_new_tokens, f"the distributions of answer {prompt}")
+        trace = decoded.trace[decoded.trace["prompt"] == prompt]
+        again = run.result()
+        same = again.tokens[0] == decoded.tokens[prompt]
+        return rounds if same and again.trace["token"].tolist() == trace["token"].tolist() else []
 
 
 def open_models(

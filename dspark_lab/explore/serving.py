@@ -56,14 +56,16 @@ def plot_serving(
     ``draft_length`` and ``requests`` are marked. ``replay`` says whether the tables of speed-up
     count it; the simulated load never does.
     """
-    # Places are fixed: finding the best ones would take longer than all the drawing.
-    places = {"left": 0.075, "right": 0.985, "bottom": 0.09, "top": 0.87}
+    # Places are fixed: finding the best ones would take longer than all the drawing. Legends have
+    # two lines, but for those of many temperatures.
+    more = max(0, len(speedups) + replay - 3) // 2
+    places = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": 0.87 - 0.03 * more}
     figure, axes = style.new_figure(
-        9.5, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.22, **places
+        style.WIDEST, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.28, **places
     )
     for ax in axes:
         ax.xaxis.set_label_coords(0.5, -0.17)
-        ax.yaxis.set_label_coords(-0.125, 0.5)
+        ax.yaxis.set_label_coords(-0.15, 0.5)
         ax.yaxis.set_major_locator(MaxNLocator(3))
     plot_speedup(speedups, chosen=draft_length, bold=bold, ax=axes[0])
     plot_round(speedups[bold], draft_length=draft_length, ax=axes[1])
@@ -75,7 +77,7 @@ def plot_serving(
     )
     for ax, title in zip(axes[:3], titles, strict=True):
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        style.add_title(ax, title, y=1, pad=32)
+        style.add_title(ax, title, y=1, pad=32 + 12 * more * (ax is not axes[2]))
     return figure
 
 

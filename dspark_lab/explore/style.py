@@ -23,6 +23,10 @@ ORANGE, RED, PINK = "#C08600", "#BF4400", "#C8719F"
 WIDEST = 7.3
 LINE_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
+CONFIDENCE_LOOKS = {
+    "raw": {"color": ORANGE, "marker": "s", "fillstyle": "none"},
+    "scaled": {"color": BLUE, "marker": "o", "fillstyle": "full"},
+}
 
 
 def new_figure(
@@ -59,8 +63,13 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-def line_look(i: int) -> dict[str, Any]:
-    """Colour and mark of line ``i``; after six, marks are open, so that no two look alike."""
+def line_look(i: int, name: object = "") -> dict[str, Any]:
+    """Colour and mark of line ``i``; after six, marks are open, so that no two look alike.
+
+    Confidences as they are and scaled, by these names, look the same in every picture.
+    """
+    if name in CONFIDENCE_LOOKS:
+        return dict(CONFIDENCE_LOOKS[str(name)])
     fill = "none" if i // 6 % 2 else "full"
     return {"color": LINE_COLOURS[i % 6], "marker": MARKERS[i % 6], "fillstyle": fill}
 

@@ -17,7 +17,8 @@ class Cancelled(Exception):
 class Progress:
     """What a task calls as it goes on: ``progress(done, total, words)``; a total of 0 is unknown.
 
-    The words end in what is counted, such as "encoding conversation". Raises :class:`Cancelled` where the task was cancelled.
+    The words end in what is counted, such as "encoding conversation". Raises :class:`Cancelled`
+    where the task was cancelled.
     """
 
     def __init__(self, report: Callable[[float, float, str], None] | None = None) -> None:
@@ -33,7 +34,9 @@ class Progress:
 
 def count_text(done: float, total: float) -> str:
     """How far a task is, such as "3 of 10 (30 %)"; nothing of one that is not counted."""
-    return f"{done:,.0f} of {total:,.0f} ({done / total:.0%})".replace("%", " %") if total > 1 else ""
+    return (
+        f"{done:,.0f} of {total:,.0f} ({done / total:.0%})".replace("%", " %") if total > 1 else ""
+    )
 
 
 class Worker:

@@ -266,7 +266,7 @@ def load_drafter(
 
 @checked
 def require_checkpoint(folder: str | os.PathLike[str]) -> DrafterConfig:
-    """What :func:`load_drafter` would find; of a drafter of the hub, its config alone is fetched."""
+    """What :func:`load_drafter` would find; of the hub, the config alone is fetched."""
     path = Path(folder).expanduser()
     if not path.exists() and isinstance(folder, str) and _HUB_ID.fullmatch(folder):
         return _config_of(find_folder(folder, [CONFIG]))
@@ -364,8 +364,8 @@ def find_folder(
         return Path(snapshot_download(folder, allow_patterns=list(files)))
     except Exception as error:
         raise FileNotFoundError(
-            f"{not_in_folder(path, 'a drafter')}, and none could be fetched under the name {folder} "
-            f"from the Hugging Face hub: {error}"
+            f"{not_in_folder(path, 'a drafter')}, and none could be fetched under the name "
+            f"{folder} from the Hugging Face hub: {error}"
         ) from error
 
 
