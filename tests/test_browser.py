@@ -402,7 +402,7 @@ def test_marks_stand_out_in_both_themes(touched, lab):
         wide, high = (size - 2 for size in view["cell"])
         places = cell_places(view, cells)
         boxes = [[x - wide / 2, y - high / 2, wide, high] for x, y in places]
-        return painted_contrasts(widget.locator(".mask-layer canvas[aria-hidden]"), boxes)
+        return painted_contrasts(widget.locator("canvas[role=application]"), boxes)
 
     def toggle(name):
         widget.get_by_role("button", name=f"layer: {name}").click()
