@@ -74,8 +74,6 @@ class Explorer(ipywidgets.VBox):
         self._status = ipywidgets.HTML()
         self.view = view() if view is not None and HAS_ANYWIDGET else None
         self._picture = ipywidgets.HTML(layout={"width": "100%"})
-        if self._panel is not None:
-            self._panel.observe(self._edited, names="selection")
         above = [self._plain_controls, self._status] if self._panel is None else [self._panel]
         super().__init__([*above, *([self.view] if self.view else []), self._picture])
         if not callable(controls):
@@ -217,15 +215,14 @@ class Explorer(ipywidgets.VBox):
         else:
             self.redraw()
 
-    def _edited(self, change: Any) -> None:
+    def _edit(self, turn: int, values: Mapping[str, Any]) -> None:
         """Take the values that the user set in the panel."""
-        edited = change["new"]
         # Waiting for controls here would hold what the work needs to make them.
-        if not isinstance(edited, dict) or not self._controls:
+        if not self._controls:
             return
         with self._one_refresh():
-            self._turn = edited["turn"]
-            known = {name: raw for name, raw in edited["values"].items() if name in self._controls}
+            self._turn = turn
+            known = {name: raw for name, raw in values.items() if name in self._controls}
             self.choose(**{name: self._controls[name].read(raw) for name, raw in known.items()})
 
     def _work(self, progress: Progress) -> None:
@@ -336,10 +333,12 @@ class Explorer(ipywidgets.VBox):
         }
 
     def _act(self, asked: dict[str, Any]) -> None:
-        """Do what a button of the panel asks for."""
+        """Do what the panel asks for."""
         action = asked.get("action")
         panel = cast(Panel, self._panel)
-        if action == "cancel":
+        if action == "set":
+            self._edit(asked["turn"], asked["values"])
+        elif action == "cancel":
             self.cancel()
         elif action == "again":
             self.redraw()
