@@ -366,7 +366,7 @@ class DecodingExplorer(Explorer):
                     answer.rounds.append(_on_host(round_))
                     answer.slots.append(_slot_states(answer.rounds[-1], to_text))
                     done += len(round_.tokens)
-                    progress(done, chosen.max_new_tokens, "the answer grows")
+                    progress(done, chosen.max_new_tokens, "the answer grows: token")
                     if time.monotonic() > redraw_at:
                         redraw_at = time.monotonic() + REDRAW_SECONDS
                         self._show_grown(decoding_state(growing.result(), to_text) | shown)
@@ -378,7 +378,7 @@ class DecodingExplorer(Explorer):
             how = "with" if with_drafter else "without"
             for round_ in timed:
                 done += len(round_.tokens)
-                words = f"run {number + 1} of {REPEATS} {how} the drafter, for its speed"
+                words = f"timed {how} the drafter, run {number + 1} of {REPEATS}: token"
                 progress(done, chosen.max_new_tokens, words)
             (answer.drafted if with_drafter else answer.plain).append(timed.result())
 

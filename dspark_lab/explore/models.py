@@ -99,7 +99,7 @@ class Models:
         """The target's layers, or what stands for them in a model that has no list of them."""
         model = self.target.model
         lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
-        return list(max(lists, key=lambda one: len(one))) if lists else [model]
+        return list(max(lists, key=lambda one: len(list(one)))) if lists else [model]
 
     def decode_again(
         self,
