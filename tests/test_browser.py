@@ -19,7 +19,14 @@ from playwright.sync_api import expect
 from dspark_lab.explore.widget import module
 from tests.browsers import ROOT, take_screenshot, write_notebook
 from tests.pictures import contrast
-from tests.screen import SMALLEST, WATCH_CANVASES, hard_to_read, unnamed
+from tests.screen import (
+    SMALLEST,
+    WATCH_CANVASES,
+    faint_marks,
+    hard_to_read,
+    painted_contrasts,
+    unnamed,
+)
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 EXPLORER = ".jp-OutputArea-output:has(.dspark-panel)"
@@ -185,6 +192,7 @@ def test_a_notebook_is_legible_and_named_in_both_themes(open_page, lab, notebook
             output.scroll_into_view_if_needed()
             repaint(page)
             found = unnamed(output) + hard_to_read(output) + read_aloud_wrongly(output)
+            found += faint_marks(output)
             for image in output.locator("img").all():
                 wide, shown = image.evaluate("img => [img.naturalWidth, img.clientWidth]")
                 if shown and SMALLEST_POINTS * DOTS / 72 * shown / wide < SMALLEST:
@@ -380,6 +388,39 @@ def test_pointer_wheel_and_keys_reach_the_mask_and_not_the_notebook(touched, lab
     touched.keyboard.press("d")
     assert touched.locator(".jp-Cell").count() == count
     nothing_went_wrong(touched)
+
+
+def test_marks_stand_out_in_both_themes(touched, lab):
+    widget = touched.locator("[data-view]")
+    slots = json.loads(lab.python("print(json.dumps(slots))"))
+    dummy = next(i for i, slot in enumerate(slots) if not slot["kept"])
+    anchor = slots[0]["label_position"] - 1
+
+    def contrasts(*cells):
+        repaint(touched)
+        view = json.loads(widget.get_attribute("data-view"))
+        wide, high = (size - 2 for size in view["cell"])
+        places = cell_places(view, cells)
+        boxes = [[x - wide / 2, y - high / 2, wide, high] for x, y in places]
+        return painted_contrasts(widget.locator("canvas[role=application]"), boxes)
+
+    def toggle(name):
+        widget.get_by_role("button", name=f"layer: {name}").click()
+
+    for theme in ("light", "dark"):
+        if theme == "dark":
+            change_theme(touched, theme)
+        # Of two masks, and of queries without supervision, the regions are fainter.
+        (difference,) = contrasts((0, anchor))
+        toggle("difference")
+        toggle("supervision")
+        *regions, hidden = contrasts((0, 0), (0, 88), (dummy, 88 + dummy), (0, anchor + 1))
+        toggle("difference")
+        toggle("supervision")
+        assert min(difference, *regions) >= 3 > hidden, (theme, difference, regions, hidden)
+        for output in touched.locator(".jp-OutputArea-output").all():
+            found = faint_marks(output) + hard_to_read(output) + unnamed(output)
+            assert not found, (theme, found)
 
 
 def test_a_mask_is_compared_and_its_files_are_what_python_has(trial, lab, tmp_path):

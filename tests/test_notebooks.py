@@ -50,7 +50,7 @@ def test_every_explorer_is_stored_as_a_picture(file: Path):
     pictures = 0
     for bundle in bundles(read(file)):
         plain = "".join(bundle.get("text/plain", ""))
-        if plain.startswith(("explore_", "LiveCurve(", "<Figure")):
+        if plain.startswith(("explore_", "LiveCurve(", "MaskView", "<Figure")):
             assert "image/png" in bundle, plain
             pictures += 1
         elif "text/html" in bundle:

@@ -171,6 +171,8 @@ def plot_budget(
     style.add_title(covered, words, y=1)
     _plot_gain(gain, options, chosen)
     plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=parts)
+    # Its title begins where that of the panel above does.
+    style.add_title(parts, parts.get_title(loc="left"), y=1, x=(0.7 - 1.95) / 1.35)
     plot_fit(fit, at=at, ax=fits)
     return figure
 

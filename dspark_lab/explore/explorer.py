@@ -503,7 +503,14 @@ class Explorer(ipywidgets.VBox):
         for name, value in self._given.items():
             if name in taken and name not in shown and not _same(value, taken[name].default):
                 written[name] = value if _can_be_written(value) else _Name(name)
-        return written | {n: value for n, value in shown.items() if n in taken or call is None}
+        for name, value in shown.items():
+            # Where a control starts at an object, its value is a word for that.
+            objects = name in self._given and not _can_be_written(self._given[name])
+            if objects and value == self._starts[name]:
+                written[name] = _Name(name)
+            elif name in taken or call is None:
+                written[name] = value
+        return written
 
     def __repr__(self) -> str:
         return self._text or call_text(self.name, self.settings)

@@ -266,8 +266,9 @@ def _mask_figure(
     else:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
-        ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
+            axis.set_major_formatter("{x:,.0f}")
+        ax.set_xlabel(f"keys: {seq_len:,} context tokens, then {queries:,} slots")
+        ax.set_ylabel(f"queries: {queries // block_size:,} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
     style.legend_above(ax, 2 if beside else 3, handles=handles)
     return cast(Figure, ax.figure)
