@@ -61,7 +61,8 @@ def plot_serving(
     # Places are fixed: finding the best ones would take longer than all the drawing. Legends have
     # two lines, but for those of many temperatures.
     more = max(0, len(speedups) + replay - 3) // 2
-    places = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": 0.87 - 0.03 * more}
+    top = 0.87 - 0.03 * more
+    places: dict[str, Any] = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": top}
     figure, axes = style.new_figure(
         style.WIDEST, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.28, **places
     )
