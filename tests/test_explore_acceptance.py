@@ -1,5 +1,6 @@
 """Accept rates and confidences: pictures of tables made by hand, and the explorer."""
 
+import io
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -439,3 +440,23 @@ def test_a_target_that_decodes_one_row_at_a_time_is_explored_too():
     options = {"temperature": 1.0, "max_new_tokens": 4}
     expected = decode(windows, made.eval(), [[1, 2, 3], [4, 5]], **options).trace
     pd.testing.assert_frame_equal(explorer.tables["trace"], expected)
+
+
+def test_words_in_a_picture_of_text_are_as_wide_as_the_areas_behind_them():
+    table = pd.DataFrame(
+        {"outcome": "accepted", "kept": True, "text": ["wide"] * 20}, index=range(20)
+    )
+    figure = explore.plot_outcomes(table)
+    # As a notebook draws it.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    [ax] = figure.axes
+    areas = ax.collections[-1].get_paths()
+    left, right = (
+        ax.transData.transform([[area.vertices[n][0], 0] for area in areas])[:, 0] for n in (0, 1)
+    )
+    said = next(text for text in ax.texts if text.get_text().startswith("wide")).get_window_extent()
+    assert said.x0 == pytest.approx(left.min(), abs=3) and said.x1 == pytest.approx(
+        right.max(), abs=3
+    )
+    assert right.max() - left.min() > 300

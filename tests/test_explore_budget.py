@@ -24,7 +24,7 @@ from dspark_lab.explore import budget as budget_module
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.tuning import CARDS, TRAINERS, Shape, Spans, StepTime, TrainingSettings
 from tests import gallery
-from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture
+from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture, require_same_view
 from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, picture_of
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
@@ -569,3 +569,10 @@ def test_the_shipped_conversations_and_a_published_target_are_shown_where_nothin
     assert never["prompt"] > 10_000
     assert len(shown._repr_mimebundle_()["image/png"]) > 10_000
     assert shown.tables["cost"]["operations"].sum() > 1e13
+
+
+@undrawn
+def test_the_code_of_a_view_makes_it_again():
+    shown = explorer(gamma=3.0, time=TIME)
+    shown.choose(num_anchors=32, block_size=5, packed=False, card="L4", per="document")
+    require_same_view(shown, chats=ENCODED, model=SHAPE, time=TIME)

@@ -20,7 +20,8 @@ from dspark_lab.explore import charts, style
 from dspark_lab.explore.charts import RATE_COLUMNS, Rate
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
 from dspark_lab.explore.decoding import DecodingView, decoding_state, plot_outcomes, short_prompt
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, PINK, RED, plain_text
 from dspark_lab.explore.work import Progress
@@ -234,7 +235,7 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
         ax.set_xticks(x, labels)
         ax.set_xlabel("slot of the block")
     left.set_ylim(bottom=0)
-    style.percent_axis(left, "expected calibration error")
+    style.percent_axis(left, "error of single slots (ECE)")
     right.axhline(0.5, color=INK, linestyle=":", linewidth=1)
     right.set_ylim(top=1)
     right.set_ylabel("AUROC (0.5: chance)")
@@ -263,7 +264,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
     ax.margins(y=0.15)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("rounds since the change")
-    style.percent_axis(ax, "expected calibration error")
+    style.percent_axis(ax, "error of the products (ECE)")
     style.legend_above(ax, 3)
     return figure
 

@@ -141,7 +141,7 @@ def text_area(name: str, value: str) -> Control:
 class Panel(WidgetView):
     """Controls, a line for progress and problems, and buttons, in JavaScript.
 
-    ``selection`` holds the values that the user set. ``act`` is called with what a button asks for.
+    ``act`` is called with what it asks for: values that the user set, or what a button does.
     """
 
     names: ClassVar[tuple[str, ...]] = ("shared", "controls")
@@ -153,11 +153,18 @@ class Panel(WidgetView):
 
     def open(self) -> None:
         super().open()
-        # ipykernel 7 hands a message to the thread in which its widget spoke last. That may be the
-        # cell that waits for the work which the message cancels, and there is no public way to ask
-        # for another. Without this hook, Cancel waits; the kernel's interrupt cancels as well.
-        if hasattr(self.comm, "_reply_subshell_for"):
-            self.comm._reply_subshell_for = lambda _data, default: default
+        answer_at_once(self.comm)
+
+
+def answer_at_once(comm: Any) -> None:
+    """Have a widget's messages wait for no cell, where the kernel can be asked for that.
+
+    ipykernel 7 hands a message to the thread in which its widget spoke last. That may be the cell
+    that waits for the work which the message cancels, and only this hook, which is not public, asks
+    for another. Where there is none, Cancel may wait; the kernel's interrupt cancels as well.
+    """
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda _data, default: default
 
 
 def plain_widget(control: Control) -> ipywidgets.Widget:

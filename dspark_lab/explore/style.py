@@ -15,6 +15,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# Pixels in an inch of a PNG.
+DPI = 110
 PAPER, INK = "#ffffff", "#595959"
 BLUE, SKY, GREEN = "#00609C", "#3598D4", "#009E73"
 ORANGE, RED, PINK = "#C08600", "#BF4400", "#C8719F"
@@ -35,11 +37,13 @@ def new_figure(
     columns: int = 1,
     rows: int = 1,
     layout: str = "constrained",
+    dpi: int | None = None,
     **grid: object,
 ) -> tuple[Figure, Any]:
     """A figure in inches and its axes: one, or an array of them row by row."""
     size = width, height
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout=layout, gridspec_kw=grid)
+    options: dict[str, Any] = {"layout": layout, "dpi": dpi, "gridspec_kw": grid}
+    figure, axes = plt.subplots(rows, columns, figsize=size, **options)
     plt.close(figure)
     figure.set_facecolor(PAPER)
     for ax in np.ravel(axes):
@@ -54,7 +58,7 @@ def new_figure(
     return figure, axes if isinstance(axes, Axes) else np.ravel(axes)
 
 
-def png(figure: Figure, dpi: int = 110) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
     # Hinting letters takes a third of the time of all words.

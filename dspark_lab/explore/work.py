@@ -34,9 +34,7 @@ class Progress:
 
 def count_text(done: float, total: float) -> str:
     """How far a task is, such as "3 of 10 (30 %)"; nothing of one that is not counted."""
-    return (
-        f"{done:,.0f} of {total:,.0f} ({done / total:.0%})".replace("%", " %") if total > 1 else ""
-    )
+    return f"{done:,.0f} of {total:,.0f} ({100 * done / total:.0f} %)" if total > 1 else ""
 
 
 class Worker:

@@ -33,14 +33,14 @@ const ANSWER_STYLE = `
   margin: 4px 0; }
 .dspark-answer-words { font-weight: 600; }
 .dspark-answer-legend { display: flex; flex-wrap: wrap; gap: 4px 8px; margin: 4px 0; padding: 0;
-  list-style: none; font-size: 12px; }
+  list-style: none; font-size: 12px; align-items: center; }
 .dspark-answer-legend li { padding: 1px 6px; border-radius: 3px; }
 .dspark-answer-rounds { height: 62px; overflow-x: auto; overflow-y: hidden; }
 .dspark-answer-asked { color: var(--faint); white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 5.6em; overflow-y: auto; margin: 4px 0; }
 .dspark-answer-text { font: 14px/2 var(--jp-code-font-family, monospace); white-space: pre-wrap;
   overflow-wrap: anywhere; padding: 2px 4px; min-height: 28px; max-height: 70vh;
-  overflow-y: auto; position: relative; }
+  overflow: hidden auto; position: relative; box-sizing: border-box; }
 .dspark-word { border-radius: 3px; padding: 2px 0; cursor: pointer;
   border-bottom: 2px solid transparent; box-shadow: inset 1px 0 var(--paper); }
 .dspark-word:hover, .dspark-word-chosen { outline: 2px solid var(--focus); outline-offset: -1px; }
@@ -52,7 +52,7 @@ const ANSWER_STYLE = `
   margin: 0 5px; padding: 2px 4px; box-decoration-break: clone;
   -webkit-box-decoration-break: clone; }
 .dspark-vain-name { color: var(--faint); font: italic 11px var(--jp-ui-font-family, sans-serif); }
-.dspark-vain .dspark-word { font-style: italic; margin-left: 3px; }
+.dspark-vain .dspark-word { font-style: italic; margin-left: 3px; box-shadow: none; }
 .dspark-slot { display: inline-block; width: 100%; box-sizing: border-box; white-space: normal;
   vertical-align: top; margin: 4px 0 6px; padding: 6px 10px; border: 1px solid var(--line);
   border-left: 4px solid var(--focus); border-radius: 4px; background: var(--field);
@@ -62,9 +62,10 @@ const ANSWER_STYLE = `
 .dspark-slot :is(th, td) { background: none; font-weight: 400; text-align: right;
   padding: 1px 6px; font-size: 12px; border: 0; white-space: nowrap; }
 .dspark-slot :is(th, td):first-child { text-align: left; font-family: monospace; }
-.dspark-slot .dspark-pair { width: 40%; min-width: 110px; padding: 2px 6px; }
+.dspark-slot .dspark-pair { width: 40%; min-width: 110px; padding: 2px 6px; text-align: left; }
 .dspark-share { position: relative; height: 8px; margin: 1px 0; }
 .dspark-share > div { position: absolute; inset: 0 auto 0 0; box-sizing: border-box; }
+.dspark-swatch { display: inline-block; width: 16px; height: 8px; margin: 0 4px; }
 .dspark-slot p { margin: 4px 0 0; }
 `;
 
@@ -113,23 +114,46 @@ function shownAt(answer, step, drafts) {
   return shown;
 }
 
+// The round that is drafted or judged at a step; -1 at the first token, and where all is shown.
+function roundAtStep(step) {
+  return Math.ceil((step ?? 0) / 2) - 1;
+}
+
 // The slots that can be chosen, in reading order: [round, slot], the first token as [-1, -1].
 function slotsOf(answer) {
   const first = answer.tokens.some((token) => token.round < 0) ? [[-1, -1]] : [];
-  const count = (round) => Math.max(round.drafted.length, round.own ? round.own.slot + 1 : 0);
   return first.concat(answer.rounds.flatMap((round) =>
-    Array.from({ length: count(round) }, (_, slot) => [round.number, slot])));
+    Array.from({ length: lastSlot(round) + 1 }, (_, slot) => [round.number, slot])));
+}
+
+// The last slot with a distribution: the bonus slot counts, where all were verified.
+function lastSlot(round) {
+  return Math.max(round.drafted.length - 1, round.verified);
+}
+
+// A selection of the model as [round, slot]; null where this answer has no such slot.
+function slotHeld(answer, held) {
+  const known = held && slotsOf(answer).some(([round, slot]) =>
+    round === held.round && slot === held.slot);
+  return known ? [held.round, held.slot] : null;
+}
+
+// Where a key leads while the answer is played: draft and verdict one by one, or to a round's end.
+function nextStep(answer, step, key) {
+  const end = 2 * answer.rounds.length;
+  const to = {
+    ArrowRight: step + 1, ArrowLeft: step - 1, Home: 0, End: end,
+    ArrowDown: 2 * Math.floor(step / 2) + 2, ArrowUp: 2 * Math.ceil(step / 2) - 2,
+  }[key];
+  return Math.min(Math.max(to, 0), end);
 }
 
 // Where a key leads: to the slot before or behind, or to a round, where it was decided.
 function nextSlot(answer, chosen, key) {
   const slots = slotsOf(answer);
-  if (!slots.length) return null;
   const decided = (number) => {
     const round = answer.rounds[Math.min(Math.max(number, 0), answer.rounds.length - 1)];
-    if (!round) return slots[0];
-    const most = Math.max(round.drafted.length - 1, round.own ? round.own.slot : 0);
-    return [round.number, Math.min(round.accepted, most)];
+    return round ? [round.number, round.accepted] : slots[0];
   };
   if (key === "Home") return slots[0];
   if (key === "End") return decided(answer.rounds.length - 1);
@@ -174,12 +198,15 @@ function distributionTable(slot) {
   const asked = slot.target !== null;
   const most = Math.max(...slot.draft, ...(asked ? slot.target : [0]), 1e-9);
   const width = (share) => `${(100 * share) / most}%`;
+  const filled = (kind) => ({ background: kind === "draft"
+    ? "repeating-linear-gradient(135deg, var(--draft) 0 3px, var(--draft-tint) 3px 6px)"
+    : "var(--target)", outline: `1px solid var(--${kind})`, outlineOffset: "-1px" });
+  const swatch = (kind) => node("span", { class: "dspark-swatch", style: filled(kind) });
   const bar = (kind, whole, overlap) => node("div", { class: "dspark-share" },
-    node("div", { style: { width: width(overlap), background: kind === "draft"
-      ? "repeating-linear-gradient(135deg, var(--draft) 0 3px, var(--draft-tint) 3px 6px)"
-      : "var(--target)" } }),
+    overlap > 0 && node("div", { style: { width: width(overlap), ...filled(kind) } }),
     node("div", { style: { width: width(whole), border: `1.5px solid var(--${kind})` } }));
-  const head = ["token", "", "draft", "target", "overlap", "residual", ""];
+  const head = ["token", [swatch("draft"), "draft ", swatch("target"), "target"],
+    "draft", "target", "overlap", "residual", ""];
   const rows = slot.ids.map((id, i) => {
     const marks = [i === slot.drafted && "drafted", i === slot.drawn && "drawn by the target"];
     const overlap = asked ? slot.overlap[i] : 0;
@@ -193,7 +220,8 @@ function distributionTable(slot) {
       node("td", { style: { textAlign: "left" } }, marks.filter(Boolean).join(", ")));
   });
   return node("table", { "aria-label": "both distributions" },
-    node("thead", {}, node("tr", {}, ...head.map((one) => node("th", { scope: "col" }, one)))),
+    node("thead", {}, node("tr", {}, ...head.map((one, i) =>
+      node("th", { scope: "col", class: i === 1 ? "dspark-pair" : null }, one)))),
     node("tbody", {}, ...rows));
 }
 
@@ -218,7 +246,7 @@ function slotCard(answer, state, chosen, steer) {
   const round = answer.rounds[number];
   const drafted = round.drafted[slot];
   const own = round.own?.slot === slot ? round.own : null;
-  const outcome = drafted ? drafted.outcome : own.outcome;
+  const outcome = [drafted?.outcome, own?.outcome].filter(Boolean).join(", ") || "nothing drawn";
   const facts = [];
   if (drafted) {
     facts.push(`drafted ${visible(drafted.text, 24)}`);
@@ -230,29 +258,28 @@ function slotCard(answer, state, chosen, steer) {
       facts.push(`accepted with probability ${decimals(drafted.acceptProb, 3)}`);
     }
   } else facts.push("nothing drafted");
-  if (own) facts.push(`drawn by the target ${visible(own.text, 24)} (${own.outcome})`);
+  if (own) facts.push(`drawn by the target ${visible(own.text, 24)}`);
   const title = `round ${number}, slot ${slot}: ${outcome}`;
   const held = state.slots?.[number]?.[slot];
   const content = [node("p", {}, facts.join(" · "))];
   if (!held) {
     content.push(node("p", { style: { color: "var(--faint)" } }, state.running
       ? "The distributions come when the answer is whole."
-      : "The distributions of this answer were not kept: explore_decoding keeps them."));
+      : "The distributions of this answer were not kept."));
     return card(title, ...content);
   }
   const asked = held.target !== null;
   const overlap = asked ? held.overlap.reduce((sum, one) => sum + one, 0) : null;
-  const behind = asked && !drafted;
   content.push(distributionTable(held), node("p", { style: { color: "var(--faint)" } },
     !asked ? "The target was not asked here."
-      : behind ? "The bonus slot: the target draws from its own distribution."
+      : slot >= round.verified ? "The bonus slot: the target draws from its own distribution."
         : `Filled: the overlap, in all ${decimals(overlap, 3)}, the accept rate. Residual: what ` +
           "is drawn from where the draft is refused."));
   return card(title, ...content);
 }
 
 // Rounds from left to right, a cell for each slot from the bottom up.
-function drawRounds(context, height, answer, colours, chosen, column) {
+function drawRounds(context, height, answer, colours, marked, column) {
   const most = Math.max(1, ...answer.rounds.map((round) => round.drafted.length + 1));
   const cell = Math.min(9, (height - 16) / most);
   context.font = "10px system-ui, sans-serif";
@@ -271,7 +298,7 @@ function drawRounds(context, height, answer, colours, chosen, column) {
     if (round.own) box(round.accepted, colours[round.own.outcome], true);
     const from = round.accepted + (round.own ? 1 : 0);
     for (let at = from; at < round.drafted.length; at++) box(at, colours.line, false);
-    if (chosen && chosen[0] === i) {
+    if (i === marked) {
       context.strokeStyle = colours.focus;
       context.lineWidth = 2;
       context.strokeRect(x, 2, column - 1, height - 15);
@@ -318,7 +345,7 @@ function renderAnswer({ model, el }) {
   let column = 14;
 
   const canvas = canvasIn(stripBox, (context, width, height) =>
-    drawRounds(context, height, answer, colours, chosen, column));
+    drawRounds(context, height, answer, colours, chosen ? chosen[0] : roundAtStep(step), column));
   canvas.canvas.setAttribute("role", "img");
 
   const tint = (name) => mixed(colours[name], colours.paper, 0.24);
@@ -336,13 +363,13 @@ function renderAnswer({ model, el }) {
 
   // How a token of an outcome looks: a tint, ink that is read on it, and a line of its own.
   const look = (outcome, how) => {
-    if (how === "drafted") return { background: "transparent", color: colours.ink };
+    if (how === "drafted") return { color: colours.ink };
     const name = OUTCOME_COLOURS[outcome];
-    const background = how === "vain" ? colours.paper : tint(name);
-    const ink = how === "vain" ? readable(colours[name], background) : colours.ink;
+    if (how === "vain") return { color: readable(colours[name], colours.paper) };
+    const background = tint(name);
     const line = readable(colours[name], background, MARK_CONTRAST);
-    const signed = ["corrected", "bonus", "first"].includes(outcome) && how === "said";
-    return { background, color: readable(ink, background),
+    const signed = ["corrected", "bonus", "first"].includes(outcome);
+    return { background, color: readable(colours.ink, background),
       ...(signed ? { borderBottomColor: line } : {}) };
   };
 
@@ -351,7 +378,7 @@ function renderAnswer({ model, el }) {
   const tokenSpan = (token, how) => {
     const end = how === "said" ? "⏎\n" : "⏎";
     const shown = token.text.replaceAll("\t", "⇥").replaceAll("\n", end);
-    const sign = how === "vain" && token.outcome === "rejected" ? "✗" : "";
+    const sign = how === "vain" && token.outcome === "rejected" ? "✗ " : "";
     const made = node("span", {
       class: `dspark-word ${how === "said" ? token.outcome : how}`, "data-i": token.i,
       style: look(token.outcome, how),
@@ -402,7 +429,7 @@ function renderAnswer({ model, el }) {
     const bottom = [...token.getClientRects()].at(-1)?.bottom ?? 0;
     let before = token.closest(".dspark-vain") ?? token;
     do before = before.nextElementSibling;
-    while (before && before.getClientRects()[0].top < bottom - 4);
+    while (before && [...before.getClientRects()].at(-1)?.top < bottom - 4);
     if (before) before.before(card);
     else text.append(card);
   };
@@ -412,7 +439,7 @@ function renderAnswer({ model, el }) {
     layOut();
     const chosenSpan = text.querySelector(".dspark-word-chosen");
     const card = text.querySelector(".dspark-slot");
-    if (chosenSpan && document.activeElement) {
+    if (chosenSpan) {
       const box = text.getBoundingClientRect();
       const low = (card ?? chosenSpan).getBoundingClientRect().bottom;
       if (low > box.bottom) text.scrollTop += low - box.bottom;
@@ -423,9 +450,8 @@ function renderAnswer({ model, el }) {
     if (!next) say("closed");
     else if (next[0] < 0) say("the first token");
     else {
-      const round = answer.rounds[next[0]];
-      const token = round.drafted[next[1]] ?? round.own;
-      say(`${card.getAttribute("aria-label")}. ${tokenFacts(token).join(". ")}`);
+      const token = answer.tokens.find((one) => isChosen(one));
+      say([card.getAttribute("aria-label"), ...(token ? tokenFacts(token) : [])].join(". "));
     }
     const selection = next ? { round: next[0], slot: next[1] } : null;
     model.set("selection", selection);
@@ -433,14 +459,18 @@ function renderAnswer({ model, el }) {
   };
 
   const goTo = (next) => {
+    // What lies below stays where it is, while the answer is shorter.
+    if (step === null && next !== null) text.style.minHeight = `${text.offsetHeight}px`;
+    if (next === null) text.style.minHeight = "";
     step = next;
-    if (step === null || step >= 2 * answer.rounds.length) stop();
+    const last = answer.rounds.length - 1;
+    if (step === null || step > 2 * last + 1) stop();
     all.disabled = step === null;
-    const round = step ? answer.rounds[Math.ceil(step / 2) - 1] : null;
-    place.textContent = step === null ? "" : round
-      ? `round ${round.number + 1} of ${answer.rounds.length}: ` + (step % 2
-        ? `drafted ${round.drafted.length}` : `accepted ${round.accepted}`)
-      : "the first token";
+    const round = answer.rounds[roundAtStep(step)];
+    const drafted = round?.drafted.length;
+    place.textContent = step === null ? "" : !round ? "the first token"
+      : `round ${round.number} of 0 to ${last}: ` +
+        (step % 2 ? `drafted ${drafted}` : `accepted ${round.accepted} of ${drafted}`);
     if (round && step % 2 === 0) say(roundFacts(round));
     layOut();
     if (step !== null) text.scrollTop = text.scrollHeight;
@@ -458,7 +488,7 @@ function renderAnswer({ model, el }) {
       return;
     }
     if (!answer.rounds.length) return;
-    chosen = null;
+    if (chosen) choose(null);
     const end = 2 * answer.rounds.length;
     goTo(step === null || step >= end ? 0 : step);
     play.replaceChildren("❚❚ Pause");
@@ -472,18 +502,12 @@ function renderAnswer({ model, el }) {
       if (timer) stop();
       else if (chosen) choose(null);
       else goTo(null);
-    } else if (step !== null && !chosen && (key === "ArrowUp" || key === "ArrowDown")) {
+    } else if (step !== null && !chosen) {
       stop();
-      const end = 2 * answer.rounds.length;
-      const round = Math.floor(step / 2) + (key === "ArrowDown" ? 1 : step % 2 ? 0 : -1);
-      goTo(Math.min(Math.max(2 * round, 0), end));
-    } else {
-      stop();
-      step = null;
-      all.disabled = true;
-      place.textContent = "";
-      const next = nextSlot(answer, chosen, key);
-      if (next) choose(next);
+      goTo(nextStep(answer, step, key));
+    } else if (answer.tokens.length) {
+      goTo(null);
+      choose(nextSlot(answer, chosen, key));
     }
   };
 
@@ -503,6 +527,7 @@ function renderAnswer({ model, el }) {
     const token = tokenAt(event);
     if (!token) return;
     stop();
+    hint.hide();
     choose(isChosen(token) ? null : [token.round, token.slot]);
     text.focus({ preventScroll: true });
   });
@@ -523,9 +548,8 @@ function renderAnswer({ model, el }) {
   canvas.canvas.addEventListener("click", (event) => {
     const round = roundAt(event);
     if (!round) return;
-    stop();
-    step = null;
-    choose(nextSlot(answer, [round.number - 1, 0], "ArrowDown"));
+    goTo(null);
+    choose([round.number, round.accepted]);
     text.focus({ preventScroll: true });
   });
   canvas.canvas.addEventListener("pointermove", (event) => {
@@ -560,18 +584,12 @@ function renderAnswer({ model, el }) {
     const grown = before.rounds.length <= answer.rounds.length &&
       before.tokens.every((token, i) => answer.tokens[i]?.text === token.text);
     if (!grown) {
-      stop();
-      step = null;
+      goTo(null);
       if (chosen) choose(null);
-    } else if (!before.tokens.length) {
-      const held = model.get("selection");
-      const known = held && slotsOf(answer).some((one) =>
-        one[0] === held.round && one[1] === held.slot);
-      chosen = known ? [held.round, held.slot] : null;
-    }
+    } else if (!before.tokens.length) chosen = slotHeld(answer, model.get("selection"));
     all.disabled = step === null;
     layOut();
-    if (state.running) text.scrollTop = text.scrollHeight;
+    if (state.running && !chosen) text.scrollTop = text.scrollHeight;
     el.dataset.frame = state.frame ?? 0;
   };
   const fillLegend = (counts) => {
@@ -581,13 +599,12 @@ function renderAnswer({ model, el }) {
       const entry = node("li", {
         class: `dspark-word ${how === "said" ? name : ""}`, title: OUTCOME_WORDS[name],
         style: { ...look(name, how), ...sign, cursor: "help" },
-      }, `${name === "rejected" ? "✗" : ""}${name} ${counts[name].toLocaleString("en")}`);
+      }, `${name === "rejected" ? "✗ " : ""}${name} ${counts[name].toLocaleString("en")}`);
       return entry;
     }));
   };
   const select = () => {
-    const held = model.get("selection");
-    const next = held ? [held.round, held.slot] : null;
+    const next = slotHeld(answer, model.get("selection"));
     if (String(next) !== String(chosen)) choose(next, true);
   };
   const recolour = () => {

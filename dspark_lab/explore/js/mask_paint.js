@@ -686,19 +686,24 @@ function paintBlockNumbers(context, { mask }, box, view, high, edge) {
 
 function paintSupervised(context, scene, box, view, high) {
   context.fillStyle = scene.colours.accepted;
+  const bar = (top, bottom) => context.fillRect(box.left - 7, top, 4, Math.max(0.5, bottom - top));
   const end = box.top + box.height;
   const gap = high > 6 ? 1 : 0;
-  let drawn = -1;
+  // Bars with less than a pixel between them are one.
+  let [begun, drawn] = [0, -1];
   const [begin, past] = blocksInView(scene.mask, box, view, high);
   for (let block = begin; block < past; block++) {
     const [from, to] = supervisedOf(scene, block);
     const top = Math.max(box.top, box.top + (from - view.y) * high);
-    const bottom = Math.min(end, box.top + (to - view.y) * high);
-    // As in the veil, one block speaks for a pixel.
-    if (bottom <= top || bottom < drawn + 0.5) continue;
-    context.fillRect(box.left - 7, top, 4, Math.max(0.3, bottom - top - gap));
+    const bottom = Math.min(end, box.top + (to - view.y) * high) - gap;
+    if (bottom <= top) continue;
+    if (top >= drawn + 1 - gap) {
+      if (drawn >= 0) bar(begun, drawn);
+      begun = top;
+    }
     drawn = bottom;
   }
+  if (drawn >= 0) bar(begun, drawn);
 }
 
 // Which part of the mask is in view.

@@ -161,7 +161,11 @@ function onTheme(el, call) {
     if (now !== paper) call();
     paper = now;
   });
-  const observer = new MutationObserver(look);
+  // The head also holds the page's icon, which a notebook changes with every message.
+  const styles = (change) => change.type === "attributes"
+    || [...change.addedNodes, ...change.removedNodes].some(
+      (one) => one.matches?.("style, link[rel~=stylesheet]"));
+  const observer = new MutationObserver((changes) => changes.some(styles) && look());
   const options = { attributes: true };
   observer.observe(document.documentElement, options);
   if (document.body) observer.observe(document.body, options);
