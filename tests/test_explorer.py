@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 from base64 import b64decode
 from pathlib import Path
@@ -494,6 +495,32 @@ def test_without_anywidget_there_are_plain_controls_and_the_picture(without_anyw
     assert b64decode(explorer._repr_mimebundle_().get("image/png", "")) == b""
     explorer.reset()
     assert b64decode(explorer._repr_mimebundle_()["image/png"]).startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_without_anywidget_every_explorer_has_plain_controls_its_tables_and_its_picture():
+    program = """
+        import sys
+        sys.modules["anywidget"] = None
+        import dspark_lab as lab
+        small = {"explore_acceptance": {"max_new_tokens": 4, "prompts": ["What is 2 + 3?"]}}
+        small["explore_decoding"] = small["explore_acceptance"]
+        small["explore_serving"] = {"requests_simulated": 2}
+        for name in (name for name in lab.__all__ if name.startswith("explore_")):
+            explorer = getattr(lab, name)(**small.get(name, {}))
+            assert explorer.tables, name
+            controls, status, shown = explorer.children
+            assert len(controls.children) == len(explorer.controls) > 3, name
+            assert status.value == "" and shown.value.startswith(("<img ", "<div", "<span")), name
+            bundle = explorer._repr_mimebundle_()
+            assert len(bundle["image/png"]) > 1000, name
+            print(name)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [n for n in lab.__all__ if n.startswith("explore_")]
 
 
 @pytest.mark.parametrize("explore", [explore_anchors, explore_masks])
