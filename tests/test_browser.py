@@ -39,7 +39,8 @@ import threading
 import pandas as pd
 from dspark_lab import explore_masks
 from dspark_lab.explore.controls import slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 
 def draw(chosen):
     if chosen.n == 3:

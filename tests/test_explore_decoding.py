@@ -264,7 +264,7 @@ def test_a_typed_prompt_wins_over_the_example_which_says_so(monkeypatch):
         counted.reset_mock()
         explorer.choose(example=example, prompt=typed)
         assert explorer.decoded is not None
-        assert [call.args[2] for call in counted.call_args_list] == [[asked]] * 2 * REPEATS
+        assert [call.args[2] for call in counted.call_args_list] == [[asked]] * (1 + 2 * REPEATS)
         assert bool(typed.strip()) == explorer.controls["example"].disabled
         assert explorer.frame.state["asked"] == short_prompt(asked)
     same_answer(explorer, prompts[3], drafter())
@@ -477,7 +477,7 @@ def test_cancel_ends_an_answer_early_and_leaves_what_was_decoded(monkeypatch, af
 def test_cancel_of_the_measuring_leaves_the_answer_and_the_runs_that_ended(monkeypatch):
     run, rounds = answer(TEXTS[0], drafter())
     steps = len(answer(TEXTS[0], None)[1])
-    for calls, runs in ((len(rounds), 0), (len(rounds) + steps, 1)):
+    for calls, runs in ((len(rounds), 0), (2 * len(rounds) + steps, 1)):
         explorer = cancelled(monkeypatch, calls)
         assert explorer.decoded.tokens == run.tokens
         assert ("speed" in explorer.tables) == bool(runs)

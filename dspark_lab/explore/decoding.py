@@ -20,7 +20,8 @@ from dspark_lab.checks import Size, checked
 from dspark_lab.decoding import OUTCOMES, Decoded, Prompt, Round
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider, text_area
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, RED, visible_text
 from dspark_lab.explore.textpicture import Look, text_figure
@@ -210,9 +211,10 @@ def explore_decoding(
 
 @dataclass
 class _Answer:
-    """An answer to one prompt: its rounds, and all its runs with the drafter and without."""
+    """An answer to one prompt, its rounds, and its timed runs with the drafter and without."""
 
     block_size: int
+    decoded: Decoded = field(init=False)
     rounds: list[Round] = field(default_factory=list)
     slots: list[list[dict[str, Any]]] = field(default_factory=list)
     drafted: list[Decoded] = field(default_factory=list)
@@ -226,13 +228,17 @@ class _Answer:
         plain, drafted = zip(*both, strict=True)
         return repeated_speeds(plain, drafted, self.block_size)
 
+    def state(self, to_text: Callable[[int], str], cancelled: str = "") -> dict[str, Any]:
+        """What the browser is given of the whole answer, with a sentence where it is cut short."""
+        words = f"{self.in_words()} {cancelled}".strip()
+        return decoding_state(self.decoded, to_text) | {"slots": self.slots, "words": words}
+
     def in_words(self) -> str:
         """How many tokens in how many rounds, and how fast."""
-        decoded, speeds = self.drafted[0], self.speeds()
-        tokens, rounds = len(decoded.tokens[0]), len(decoded.rounds)
+        tokens, rounds, speeds = len(self.decoded.tokens[0]), len(self.rounds), self.speeds()
         if not rounds:
             return f"{tokens} tokens, no round"
-        words = f"{tokens} tokens in {rounds} rounds: tau {decoded.tau:.2f} tokens a round"
+        words = f"{tokens} tokens in {rounds} rounds: tau {self.decoded.tau:.2f} tokens a round"
         if speeds is None:
             return words
         middle, low, high = (row for _, row in speeds.iterrows())
@@ -294,7 +300,7 @@ class DecodingExplorer(Explorer):
     @property
     def decoded(self) -> Decoded | None:
         answer = self.frame.detail
-        return None if answer is None else answer.drafted[0]
+        return None if answer is None else answer.decoded
 
     @property
     def plain(self) -> Decoded | None:
@@ -358,7 +364,7 @@ class DecodingExplorer(Explorer):
             )
 
         def grow() -> None:
-            """Decode with the drafter for the first time, and show the answer as it grows."""
+            """Decode with the drafter, and show the answer as it grows."""
             growing, done, redraw_at = run(True), 0, 0.0
             progress(0, 0, "reading the prompt")
             try:
@@ -371,9 +377,9 @@ class DecodingExplorer(Explorer):
                         redraw_at = time.monotonic() + REDRAW_SECONDS
                         self._show_grown(decoding_state(growing.result(), to_text) | shown)
             finally:
-                answer.drafted.append(growing.result())
+                answer.decoded = growing.result()
 
-        def time_again(number: int, with_drafter: bool) -> None:
+        def measure(number: int, with_drafter: bool) -> None:
             timed, done = run(with_drafter), 0
             how = "with" if with_drafter else "without"
             for round_ in timed:
@@ -382,39 +388,25 @@ class DecodingExplorer(Explorer):
                 progress(done, chosen.max_new_tokens, words)
             (answer.drafted if with_drafter else answer.plain).append(timed.result())
 
-        cancelled = ""
         with threads_for(target.model):
+            cancelled = "The answer was cancelled."
             try:
                 grow()
                 cancelled = "The measuring of its speed was cancelled."
-                words = {"words": answer.in_words()}
-                whole = decoding_state(answer.drafted[0], to_text) | {"slots": answer.slots}
-                self._show_grown(whole | shown | words)
+                self._show_grown(answer.state(to_text) | shown)
                 for number in range(REPEATS):
-                    for with_drafter in (True, False) if number % 2 else (False, True):
-                        if number or not with_drafter:
-                            time_again(number, with_drafter)
+                    # In turns, so that what slows the machine down falls on both.
+                    for with_drafter in (False, True) if number % 2 else (True, False):
+                        measure(number, with_drafter)
                 cancelled = ""
             except Cancelled:
                 # What there is stays.
                 if not answer.rounds:
                     raise
-                cancelled = cancelled or "The answer was cancelled."
-        return self._whole(answer, shown, cancelled, to_text)
-
-    def _whole(
-        self,
-        answer: _Answer,
-        shown: dict[str, Any],
-        cancelled: str,
-        to_text: Callable[[int], str],
-    ) -> Frame:
-        decoded, speeds = answer.drafted[0], answer.speeds()
-        words = f"{answer.in_words()} {cancelled}".strip()
-        state = decoding_state(decoded, to_text) | {"slots": answer.slots}
-        state |= shown | {"running": False, "words": words}
-        tokens = decoding.outcome_table(decoded, to_text)
-        tables = {"tokens": tokens, "rounds": decoded.rounds, "trace": decoded.trace}
+        state = answer.state(to_text, cancelled) | shown | {"running": False}
+        tokens = decoding.outcome_table(answer.decoded, to_text)
+        tables = {"tokens": tokens, "rounds": answer.decoded.rounds, "trace": answer.decoded.trace}
+        speeds = answer.speeds()
         if speeds is not None:
             tables["speed"] = speeds
         return Frame(
