@@ -61,7 +61,8 @@ def edit(explorer: Explorer, **values: object) -> None:
     """Set controls as a browser does: all of them at once, coded as in the panel's state."""
     shown = panel(explorer)
     held = {control["name"]: control["value"] for control in shown.state["controls"]}
-    shown.selection = {"turn": shown.state["turn"] + 1, "values": held | values}
+    turn = shown.state["turn"] + 1
+    shown._handle_custom_msg({"action": "set", "turn": turn, "values": held | values}, [])
 
 
 def alert(explorer: Explorer) -> str:

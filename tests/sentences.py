@@ -40,6 +40,7 @@ def markdown(notebook: str) -> str:
     return "\n".join(c.source for c in NOTEBOOKS[notebook].cells if c.cell_type == "markdown")
 
 
+@cache
 def table(place: str) -> list[list[str]]:
     return table_rows(NOTEBOOKS[place[:2]], place)
 

@@ -39,7 +39,8 @@ import threading
 import pandas as pd
 from dspark_lab import explore_masks
 from dspark_lab.explore.controls import slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 
 def draw(chosen):
     if chosen.n == 3:
@@ -193,7 +194,7 @@ def test_a_notebook_is_legible_and_named_in_both_themes(open_page, lab, notebook
             repaint(page)
             found = unnamed(output) + hard_to_read(output) + read_aloud_wrongly(output)
             found += faint_marks(output)
-            for image in output.locator("img").all():
+            for image in output.locator("img:not([alt=''])").all():
                 wide, shown = image.evaluate("img => [img.naturalWidth, img.clientWidth]")
                 if shown and SMALLEST_POINTS * DOTS / 72 * shown / wide < SMALLEST:
                     found.append(f"a picture of {wide} pixels shown at {shown}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from dspark_lab import explore, rates
 from dspark_lab.decoding import Decoded, RandomNumbers, token_kind
@@ -16,6 +17,7 @@ from dspark_lab.explore import style
 from dspark_lab.explore.decoding import DecodingView
 from dspark_lab.explore.widget import module, page
 from tests.browsers import take_screenshot, wait_for_frame
+from tests.pictures import contrast
 from tests.screen import hard_to_read, unnamed
 from tests.traces import reached_by_hand
 from tests.word_pair import HOT, QUESTIONS, answers, drafter, target, to_text
@@ -335,6 +337,17 @@ def drag(shown, panel: int, low: float, high: float) -> None:
     shown.mouse.up()
 
 
+def faint_marks(shown) -> list[str]:
+    """Strokes of points, intervals and lines with less than 3 : 1 of contrast with the page."""
+    paper = {"light": "#ffffff", "dark": "#121212"}[
+        shown.evaluate("matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'")
+    ]
+    drawn = shown.locator(".dspark-chart svg").locator("[data-point], polyline, line[stroke-width]")
+    strokes = drawn.evaluate_all("all => [...new Set(all.map(one => one.getAttribute('stroke')))]")
+    assert strokes
+    return [one for one in strokes if contrast(to_rgb(one), to_rgb(paper)) < 3]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("theme", "width"), [("light", 700), ("dark", 1280)])
 def test_hover_says_the_numbers_of_every_point(open_page, theme, width):
@@ -355,7 +368,7 @@ def test_hover_says_the_numbers_of_every_point(open_page, theme, width):
                 ]
                 assert tip(shown) in near
         assert hard_to_read(shown.locator("body")) == []
-        assert unnamed(shown.locator(".dspark-chart")) == []
+        assert unnamed(shown.locator(".dspark-chart")) == [] == faint_marks(shown)
         assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
         take_screenshot(shown, f"chart-{view}-{theme}-{width}")
 
@@ -462,4 +475,6 @@ def test_a_saved_page_of_the_explorer_lists_a_bin_and_opens_a_slot_offline(open_
     explorer.save_html(tmp_path / "text.html")
     shown = open_page(tmp_path / "text.html")
     wait_for_frame(shown.locator(".widget"), 1)
-    assert len(explorer.view.state["slots"]) > 0
+    words = shown.locator(".dspark-answer-text .dspark-word")
+    words.nth(2).click()
+    assert shown.locator(".dspark-slot table tr").count() > 3, "both distributions"

@@ -43,7 +43,8 @@ from .decoding import (
     plot_distributions,
     plot_outcomes,
 )
-from .explorer import Explorer, Frame
+from .explorer import Explorer
+from .frame import Frame
 from .mask_geometry import PAIR_KINDS, MaskSpans, RuleMask, count_differences
 from .mask_view import MaskView, mask_row, mask_state
 from .masks import (

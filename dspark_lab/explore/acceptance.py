@@ -20,7 +20,8 @@ from dspark_lab.explore import charts, style
 from dspark_lab.explore.charts import RATE_COLUMNS, Rate
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
 from dspark_lab.explore.decoding import DecodingView, decoding_state, plot_outcomes, short_prompt
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, PINK, RED, plain_text
 from dspark_lab.explore.work import Progress

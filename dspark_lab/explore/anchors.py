@@ -29,7 +29,8 @@ from dspark_lab.chats import (
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import checkbox, dropdown, slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.tokens import TokensView, plot_tokens, token_row, token_state, token_table
 from dspark_lab.training import ChatsLike, open_chats
 

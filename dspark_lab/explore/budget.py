@@ -27,8 +27,10 @@ from dspark_lab.blocks import PER, Per
 from dspark_lab.chats import Encoded, Like
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import controls as make
-from dspark_lab.explore import explorer, style
+from dspark_lab.explore import style
 from dspark_lab.explore.anchors import loaded_tokenizer, require_some
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame, export_texts
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.explore.work import Progress
 from dspark_lab.files import require_found
@@ -393,7 +395,7 @@ def explore_training_budget(
     vocabulary: Count | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
     like: Like | None = None,
-) -> explorer.Explorer:
+) -> Explorer:
     """Coverage, gain, cost and memory of a training step on these conversations.
 
     Args:
@@ -453,7 +455,7 @@ def explore_training_budget(
 
     choice_of = lru_cache(maxsize=8)(tuning.choose_training)
 
-    def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
         if not rows:
             made = encode_chats(chats, tokenizer, like=like, progress=progress)
             require_some(made)
@@ -514,13 +516,13 @@ def explore_training_budget(
 
         words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
         advised = None if best is None else settings_of(best)
-        words += explorer.export_texts(chosen.export, advised, settings, tuning.export)
+        words += export_texts(chosen.export, advised, settings, tuning.export)
         alt = "what the chosen setting covers, gains, costs and leaves room for"
         use = {} if best is None else {"num_anchors": best}
-        return explorer.Frame(tables, figure, html=words, alt=alt, recommended=use)
+        return Frame(tables, figure, html=words, alt=alt, recommended=use)
 
     options: dict[str, Any] = {"slow": True, "given": given}
-    return explorer.Explorer("explore_training_budget", controls, draw, **options)
+    return Explorer("explore_training_budget", controls, draw, **options)
 
 
 def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:

@@ -141,7 +141,7 @@ def text_area(name: str, value: str) -> Control:
 class Panel(WidgetView):
     """Controls, a line for progress and problems, and buttons, in JavaScript.
 
-    ``selection`` holds the values that the user set. ``act`` is called with what a button asks for.
+    ``act`` is called with what it asks for: values that the user set, or what a button does.
     """
 
     names: ClassVar[tuple[str, ...]] = ("shared", "controls")

@@ -20,7 +20,8 @@ from dspark_lab.checks import Size, checked
 from dspark_lab.decoding import OUTCOMES, Decoded, Prompt, Round
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider, text_area
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, RED, visible_text
 from dspark_lab.explore.textpicture import Look, text_figure

@@ -27,7 +27,8 @@ from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks, slot_inputs
 from dspark_lab.explore.controls import checkbox, dropdown, selection_slider, slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.mask_geometry import (
     PRESETS,
     MaskLike,

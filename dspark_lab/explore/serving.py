@@ -20,7 +20,9 @@ from dspark_lab import serving, tuning
 from dspark_lab.checks import Count, NonNegative, NotEmpty, Share, Size, checked
 from dspark_lab.decoding import load_trace, rounds_of
 from dspark_lab.explore import controls as make
-from dspark_lab.explore import explorer, style
+from dspark_lab.explore import style
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame, export_texts
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
 from dspark_lab.explore.work import Progress, threads_for
@@ -59,7 +61,8 @@ def plot_serving(
     # Places are fixed: finding the best ones would take longer than all the drawing. Legends have
     # two lines, but for those of many temperatures.
     more = max(0, len(speedups) + replay - 3) // 2
-    places = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": 0.87 - 0.03 * more}
+    top = 0.87 - 0.03 * more
+    places: dict[str, Any] = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": top}
     figure, axes = style.new_figure(
         style.WIDEST, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.28, **places
     )
@@ -100,7 +103,7 @@ def explore_serving(
     requests_simulated: Count = 64,
     export: str = "dspark-lab",
     seed: Size = 0,
-) -> explorer.Explorer:
+) -> Explorer:
     """How fast a drafter serves, by draft length, temperature, load and policy.
 
     The picture is :func:`plot_serving`; below it stand what to choose and the chosen values for a
@@ -170,7 +173,7 @@ def explore_serving(
         found.append(tables_of(*_made(models, trace, engine, temperatures, progress, **options)))
         return controls_of(found[0])
 
-    def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
         [made] = found
         made.fill(threshold, progress)
         return _frame(made, chosen, name)
@@ -181,14 +184,14 @@ def explore_serving(
     options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
     if trace is not None and engine is not None:
         found.append(tables_of(trace, engine))
-        return explorer.Explorer("explore_serving", controls_of(found[0]), draw, **options)
+        return Explorer("explore_serving", controls_of(found[0]), draw, **options)
     if trace is None and temperature is not None:
         style.require_one_of("temperature", temperature, temperatures)
     models = open_models(*_asked(target, drafter, prompts, name), draft_length)
-    return explorer.Explorer("explore_serving", controls, draw, **options)
+    return Explorer("explore_serving", controls, draw, **options)
 
 
-def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
+def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> Frame:
     """What the explorer shows of one setting of its controls, for a drafter of this name."""
     t, k, load = chosen.temperature, chosen.draft_length, (chosen.requests, chosen.replay)
     tables = {
@@ -219,7 +222,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
     pays = made.speedups[t, load]["speedup"].max() > 1
     label = "recommended" if pays else "the least slow, where drafting must be"
     both = shown["recommended"], shown["settings"]
-    html += explorer.export_texts(chosen.export, *both, tuning.export, label)
+    html += export_texts(chosen.export, *both, tuning.export, label)
 
     def figure() -> Figure:
         speedups = {f"T {value:g}": made.speedups[value, load] for value in made.profiles}
@@ -227,7 +230,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
         return plot_serving(speedups, tables["load"], bold=f"T {t:g}", **marked)
 
     alt = "speed-up by draft length, where a round's time goes, and policies under load"
-    return explorer.Frame(tables, figure, alt=alt, html=html, recommended=best)
+    return Frame(tables, figure, alt=alt, html=html, recommended=best)
 
 
 def _recommended(made: _Tables, t: float, load: tuple[int, bool]) -> dict[str, Any]:

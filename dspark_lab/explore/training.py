@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.checks import checked
-from dspark_lab.explore.explorer import Frame
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.style import BLUE, INK, RED, WIDEST, add_title, new_figure
 
 # A training curve is drawn again when it is so old, and then costs a run a tenth of its time.

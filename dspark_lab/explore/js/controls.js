@@ -30,13 +30,17 @@ const PANEL_STYLE = `
 .dspark-status { display: flex; align-items: center; gap: 8px; margin-bottom: 4px; }
 /* Of one height whatever it says, so that the picture below it never moves. */
 .dspark-line { flex: 1 1 0; min-width: 0; height: 40px; display: flex; align-items: center; }
-.dspark-said, .dspark-words { max-height: 40px; overflow: auto; overflow-wrap: anywhere; }
+.dspark-said, .dspark-words { max-height: 100%; overflow: auto; overflow-wrap: anywhere; }
 .dspark-problem { color: var(--dspark-problem); border-left: 4px solid var(--dspark-problem);
   padding: 2px 8px; }
-.dspark-progress { display: flex; align-items: center; gap: 8px; min-width: 0; }
+.dspark-progress { flex: 1 1 auto; display: flex; align-items: center; gap: 8px; min-width: 0;
+  max-height: 100%; }
 .dspark-progress progress { flex: 0 1 160px; min-width: 40px; height: 12px;
   accent-color: var(--dspark-focus); }
 .dspark-buttons { display: flex; gap: 8px; }
+@container (max-width: 700px) {
+  .dspark-line { height: 54px; }
+}
 @container (max-width: 520px) {
   .dspark-status { flex-direction: column; align-items: stretch; gap: 2px; }
   .dspark-line { flex: 0 0 auto; }
@@ -47,6 +51,8 @@ const PANEL_STYLE = `
 .dspark-menu button { text-align: left; }
 .dspark-code { width: 100%; box-sizing: border-box; font: 12px/1.4 monospace; }
 `;
+
+const MOST_ON_THEIR_WAY = 2;
 
 // Each panel of a page has a copy of this file, and its labels must find its own controls.
 function newPanelName() {
@@ -272,12 +278,21 @@ function render({ model, el }) {
   root.append(grid, status, menu);
 
   let controls = new Map();
-  let turn = 0;
+  // Each change is a turn. Few turns are on their way to the kernel at once, so that a fast drag
+  // neither queues nor waits for each picture; the last one is always sent.
+  let [turn, onTheirWay] = [0, []];
   const send = () => {
     turn += 1;
-    const chosen = Object.fromEntries([...controls].map(([name, one]) => [name, one.value()]));
-    model.set("selection", { turn, values: chosen });
-    model.save_changes();
+    pass();
+  };
+  const pass = () => {
+    const done = model.get("state").turn ?? 0;
+    onTheirWay = onTheirWay.filter((one) => one > done);
+    const sent = onTheirWay.at(-1) ?? done;
+    if (sent >= turn || onTheirWay.length >= MOST_ON_THEIR_WAY) return;
+    onTheirWay.push(turn);
+    const values = Object.fromEntries([...controls].map(([name, one]) => [name, one.value()]));
+    model.send({ action: "set", turn, values });
   };
   const set = (chosen) => {
     for (const [name, value] of Object.entries(chosen)) controls.get(name)?.set(value);
@@ -321,12 +336,12 @@ function render({ model, el }) {
       const made = (spec, i) => controlElement(spec, `${name}-${i}`, send);
       controls = new Map(specs.map((spec, i) => [spec.name, made(spec, i)]));
       grid.replaceChildren(...[...controls.values()].map((one) => one.box));
-      turn = Math.max(turn, state.turn ?? 0);
     } else {
       // What the user has set since then stays.
       const keep = (state.turn ?? 0) < turn;
       specs.forEach((spec) => controls.get(spec.name).update(spec, keep));
     }
+    turn = Math.max(turn, state.turn ?? 0);
     for (const one of [reset, copy, save]) one.hidden = !specs.length;
     use.hidden = !Object.keys(state.recommended ?? {}).length;
     again.hidden = !state.again;
@@ -336,6 +351,7 @@ function render({ model, el }) {
         `⚠ ${state.problem}${kept}`));
     } else if (said.querySelector("[role=alert]")) said.replaceChildren();
     el.dataset.turn = state.turn ?? 0;
+    pass();
   };
   const showProgress = () => {
     const now = model.get("progress") ?? {};

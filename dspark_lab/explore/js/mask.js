@@ -46,7 +46,7 @@ const MASK_STYLE = `
 .mask-legend { display: flex; flex-wrap: wrap; gap: 0 16px; max-height: 60px; overflow-y: auto;
   flex: none; font-size: 12px; line-height: 20px; }
 .mask-legend span { display: inline-flex; align-items: center; gap: 5px; white-space: nowrap; }
-.mask-legend b { font-weight: 600; font-variant-numeric: tabular-nums; }
+.mask-legend b { font-weight: 600; font-variant-numeric: tabular-nums; min-width: 4.6em; }
 .mask-legend img { width: 16px; height: 12px; border: 1px solid var(--mask-line); }
 .mask-main { display: grid; grid-template-columns: 100%; gap: 8px;
   --mask-height: clamp(310px, 48vh, 490px); }
