@@ -125,6 +125,19 @@ GAIN = table(
     ("scaled", 0.395, 0.2, -0.3, 0.7),
     ("oracle", 0.27, 7.2, 5.9, 8.5),
 )
+# All outcomes, in two rounds.
+ANSWER = table(
+    "round slot outcome text",
+    (-1, -1, "first", "To"),
+    (0, 0, "accepted", " add"),
+    (0, 1, "rejected", " <b>"),
+    (0, 2, "not reached", "\n"),
+    (0, -1, "corrected", " we"),
+    (1, 0, "accepted", "\n"),
+    (1, 1, "not verified", " x"),
+    (1, -1, "bonus", "!"),
+)
+ANSWER["kept"] = ANSWER["outcome"].isin(["accepted", "corrected", "bonus", "first"])
 REJECTED = table(
     "token text draft target overlap residual drafted drawn",
     (3, " the", 0.6, 0.2, 0.2, 0.0, True, False),
@@ -271,6 +284,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "drift": lambda: explore.plot_drift(DRIFT),
     "gain": lambda: explore.plot_gain(GAIN),
     "distributions": lambda: explore.plot_distributions(REJECTED),
+    "outcomes": lambda: explore.plot_outcomes(ANSWER, drafts=True),
     "not asked": lambda: explore.plot_distributions(UNASKED),
     "fit": lambda: explore.plot_fit(FIT, at=(512, 64)),
     "nothing fits": lambda: explore.plot_fit(NONE_LEFT),

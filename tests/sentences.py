@@ -348,6 +348,23 @@ CLAIMS = [
     Claim("06", "The same {} are very different things", (code("06-10", r"128, (\d+)"),)),
     Claim("06", "short documents have fewer candidates than {}", (code("06-10", r"128, (\d+)"),)),
     Claim(
+        "05",
+        "tau is lower where the target draws",
+        holds=lambda: (
+            number(cell("05-14", ("1", "median"), "tau"))
+            < number(cell("05-14", ("0", "median"), "tau"))
+        ),
+    ),
+    Claim(
+        "05",
+        "above it drafting pays, and the speed-up is the one divided by the other",
+        holds=lambda: all(
+            abs(number(row[6]) - number(row[4]) / number(row[5])) < 0.1
+            for row in table("05-14")[1:]
+            if row[1] == "median"
+        ),
+    ),
+    Claim(
         "06",
         "(Qwen3-4B, S {}, N {}, K {})",
         (

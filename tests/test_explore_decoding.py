@@ -31,7 +31,7 @@ from dspark_lab.model import Drafter, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
 from dspark_lab.serving import repeated_speeds
 from tests.explorers import WIDGET, alert, edit, panel
-from tests.gallery import BONUS, NAN, REJECTED, UNASKED
+from tests.gallery import ANSWER, BONUS, REJECTED, UNASKED
 from tests.pictures import points, tick_names, title
 from tests.pictures import words as words_on
 from tests.samples import tiny_drafter, tiny_target
@@ -92,27 +92,6 @@ def test_the_words_beside_a_bar_begin_behind_it_and_end_inside_the_axes(largest)
     assert len(ticks) > 3 and max(ticks) <= 1
 
 
-def outcomes(*tokens: tuple[int, int, str, str], **numbers: float) -> pd.DataFrame:
-    """An outcome table of tokens (round, slot, outcome, text)."""
-    table = pd.DataFrame(tokens, columns=["round", "slot", "outcome", "text"])
-    for name in ("confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"):
-        table[name] = numbers.get(name, NAN)
-    kept = ["accepted", "corrected", "bonus", "first"]
-    return table.assign(token=table.index, position=0, kept=table["outcome"].isin(kept))
-
-
-ROUNDS = outcomes(
-    (-1, -1, "first", "To"),
-    (0, 0, "accepted", " add"),
-    (0, 1, "rejected", " <b>"),
-    (0, 2, "not reached", "\n"),
-    (0, -1, "corrected", " we"),
-    (1, 0, "accepted", "\n"),
-    (1, 1, "not verified", " x"),
-    (1, -1, "bonus", "!"),
-)
-
-
 def written(table: pd.DataFrame) -> list[str]:
     """The key of the picture, and its text row by row."""
     [ax] = plot_outcomes(table).axes
@@ -121,17 +100,17 @@ def written(table: pd.DataFrame) -> list[str]:
 
 def test_the_picture_reads_as_the_answer_under_its_key():
     key = "accepted 2 corrected 1 bonus 1 first 1"
-    assert written(ROUNDS) == [key, "To add we⏎", "!"]
+    assert written(ANSWER) == [key, "To add we⏎", "!"]
 
 
 def test_drafts_in_vain_say_that_they_were_not_said(monkeypatch):
     drawn = mock.Mock(side_effect=decoding_module.text_figure)
     monkeypatch.setattr(decoding_module, "text_figure", drawn)
-    plot_outcomes(ROUNDS, drafts=True)
+    plot_outcomes(ANSWER, drafts=True)
     pieces, key = drawn.call_args.args
     assert "".join(text for text, _ in pieces) == "To add not said: <b>⏎  we\n not said: x !"
     assert sorted(name for name, _ in key) == sorted(
-        f"{outcome} {(ROUNDS['outcome'] == outcome).sum()}" for outcome in OUTCOMES
+        f"{outcome} {(ANSWER['outcome'] == outcome).sum()}" for outcome in OUTCOMES
     )
 
 

@@ -19,17 +19,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NARROWEST = 592
 pictures = pytest.mark.parametrize("picture", PICTURES)
 # The cells of a heat map are opaque, with black or white words; a text's words lie on patches.
-OTHER_INK = ("sweeps", "wide sweeps", "tokens")
+OTHER_INK = ("sweeps", "wide sweeps", "tokens", "outcomes")
 drawings = pytest.mark.parametrize("picture", [name for name in PICTURES if name not in OTHER_INK])
 # Labels of a mask's cells may touch those of their neighbours, as a text's words do.
-TOUCHING = ("small mask", "named mask", "tokens")
+TOUCHING = ("small mask", "named mask", "tokens", "outcomes")
 written = pytest.mark.parametrize("picture", [name for name in PICTURES if name not in TOUCHING])
 
 
 def test_every_plot_is_in_the_gallery():
     drawn = {name for make in PICTURES.values() for name in make.__code__.co_names}
-    # Composites of these, and a text in colours, which has its own tests.
-    others = {"plot_budget", "plot_serving", "plot_outcomes"}
+    # Composites of these.
+    others = {"plot_budget", "plot_serving"}
     assert {name for name in explore.__all__ if name.startswith("plot_")} <= drawn | others
 
 

@@ -30,13 +30,17 @@ const PANEL_STYLE = `
 .dspark-status { display: flex; align-items: center; gap: 8px; margin-bottom: 4px; }
 /* Of one height whatever it says, so that the picture below it never moves. */
 .dspark-line { flex: 1 1 0; min-width: 0; height: 40px; display: flex; align-items: center; }
-.dspark-said, .dspark-words { max-height: 40px; overflow: auto; overflow-wrap: anywhere; }
+.dspark-said, .dspark-words { max-height: 100%; overflow: auto; overflow-wrap: anywhere; }
 .dspark-problem { color: var(--dspark-problem); border-left: 4px solid var(--dspark-problem);
   padding: 2px 8px; }
-.dspark-progress { display: flex; align-items: center; gap: 8px; min-width: 0; }
+.dspark-progress { flex: 1 1 auto; display: flex; align-items: center; gap: 8px; min-width: 0;
+  max-height: 100%; }
 .dspark-progress progress { flex: 0 1 160px; min-width: 40px; height: 12px;
   accent-color: var(--dspark-focus); }
 .dspark-buttons { display: flex; gap: 8px; }
+@container (max-width: 700px) {
+  .dspark-line { height: 54px; }
+}
 @container (max-width: 520px) {
   .dspark-status { flex-direction: column; align-items: stretch; gap: 2px; }
   .dspark-line { flex: 0 0 auto; }
