@@ -37,8 +37,7 @@ def require_found(path: str | os.PathLike[str]) -> None:
 
 def not_in_folder(path: Path, what: str) -> FileNotFoundError:
     """The error for a folder with ``what`` in it that is not there."""
-    place = path.expanduser().absolute()
-    return FileNotFoundError(f"there is no folder {place.name} with {what} in {place.parent}")
+    return FileNotFoundError(f"there is no folder {path.expanduser().absolute()} with {what}")
 
 
 def files_of(path: Path) -> list[Path]:

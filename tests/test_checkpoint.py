@@ -622,6 +622,6 @@ def test_a_name_of_the_hub_is_fetched_without_code_or_pickles(whole, tmp_path, m
     patterns = ["*.json", "*.safetensors"]
     download.assert_called_once_with("owner/a-drafter_0.5", allow_patterns=patterns)
     download.side_effect = ConnectionError("offline")
-    match = "no folder runs/drafter with a drafter, and none .* from the Hugging Face hub: offline"
+    match = "runs/drafter with a drafter, and none .* from the Hugging Face hub: offline"
     with pytest.raises(FileNotFoundError, match=match):
         load_drafter("runs/drafter")

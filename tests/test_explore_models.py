@@ -42,15 +42,15 @@ def test_what_needs_no_loading_is_refused_at_the_call_with_the_folder_searched(
 ):
     monkeypatch.chdir(tmp_path)
     for path in ("./nowhere", tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match=f"no folder nowhere .* in {tmp_path}$"):
+        with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/nowhere with"):
             call(path, stored)
-        with pytest.raises(FileNotFoundError, match=f"no folder nowhere .* in {tmp_path}$"):
+        with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/nowhere with"):
             call(target(), path)
     # A name without a dot may be one of the hub.
     for name in ("nowhere", "nowhere/model"):
-        with pytest.raises(FileNotFoundError, match=f"in {tmp_path}.*under the name {name}"):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}/{name} with.*the name {name}"):
             call(name, stored)
-    with pytest.raises(FileNotFoundError, match=f"in {tmp_path}/nowhere, .*name nowhere/model"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere/model .*name nowhere/model"):
         call(target(), "nowhere/model")
     with pytest.raises(FileNotFoundError, match=f"none.jsonl must be in {tmp_path}, but is not"):
         call(target(), stored, "none.jsonl")

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from dspark_lab.attention import FULL, ContextRanges, View, visible_runs
 from dspark_lab.blocks import Blocks
+from dspark_lab.checks import checked
 
 # What a pair is to the rule; the first three are visible. In the order of ``PAIR_KINDS``.
 PAIR_KINDS = (
@@ -249,6 +250,7 @@ def difference_spans(mine: RuleMask, other: RuleMask) -> MaskSpans:
     return MaskSpans(query, start, end, np.where(inside[0][differs], 0, 1), mine.shape)
 
 
+@checked
 def count_differences(mine: RuleMask, other: RuleMask) -> pd.DataFrame:
     """The pairs that one mask alone sees, by kind, and the first place of each kind."""
     spans, rows = difference_spans(mine, other), []

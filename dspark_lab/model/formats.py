@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from dspark_lab.checks import require
+from dspark_lab.checks import checked, require
 
 Format = Literal["dspark", "automodel", "speculators", "specforge"]
 
@@ -112,6 +112,7 @@ def format_of(values: Mapping[str, Any]) -> Format:
     return "specforge" if nested and not flat else "dspark"
 
 
+@checked
 def family_of(values: Mapping[str, Any]) -> str | None:
     """The family of drafters that a ``config.json`` is of, None for what is no drafter's."""
     kind, names = values.get("speculators_model_type"), values.get("architectures")
