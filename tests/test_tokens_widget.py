@@ -1,6 +1,7 @@
 """The text of explore_anchors in Chromium, on a page that needs no kernel."""
 
 import json
+import re
 from base64 import b64encode
 
 import pytest
@@ -13,6 +14,7 @@ from dspark_lab.explore.tokens import TokensView
 from dspark_lab.explore.widget import page
 from tests.browsers import take_screenshot
 from tests.draws import PAD
+from tests.pictures import contrast
 from tests.samples import documents
 from tests.screen import hard_to_read, unnamed
 
@@ -207,6 +209,20 @@ def test_lists_and_the_legend_go_to_their_places(open_page):
     counts = table["state"].value_counts()
     for state, number in counts.items():
         assert shown.get_by_role("button", name=f"{state} {number:,}", exact=True).count() == 1
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_candidate_begins_with_a_line_that_is_seen(open_page, theme):
+    shown = opened(open_page, state_of(*small()), theme=theme)
+
+    def colour(number, name):
+        found = token(shown, number).evaluate(f"one => getComputedStyle(one).{name}")
+        return [int(channel) / 255 for channel in re.findall(r"\d+", found)[:3]]
+
+    # Tokens 18 to 38 can be anchors, 39 has no label behind it.
+    lines = [colour(number, "borderLeftColor") for number in (21, 24, 5, 39)]
+    assert lines[0] == lines[1] != lines[2] == lines[3]
+    assert contrast(lines[0], colour(21, "backgroundColor")) >= 3
 
 
 def test_a_click_on_the_map_goes_there(open_page):
