@@ -73,6 +73,9 @@ def test_tables_are_at_most_a_screen_wide(file: Path):
             rows = table_rows(notebook, one.id)
             assert max(map(len, rows)) <= MOST_COLUMNS, one.id
             assert not any("_" in heading for heading in rows[0]), one.id
+            # Above groups of columns, names stand once for each of a group.
+            named = [heading for heading in rows[0] if heading]
+            assert len(set(named)) == len(named), one.id
 
 
 @notebooks
