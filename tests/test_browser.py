@@ -538,6 +538,33 @@ def test_slow_work_is_cancelled_and_its_bar_leaves(open_page, lab):
     nothing_went_wrong(page)
 
 
+def test_an_answer_grows_can_be_cut_short_and_its_open_slot_is_known_in_python(open_page, lab):
+    call = "explorer = lab.explore_decoding(max_new_tokens=400, temperature=2.0)"
+    write_notebook(lab.folder / "grow.ipynb", f"import dspark_lab as lab\n{call}\nexplorer")
+    page = open_page()
+    lab.open(page, "grow.ipynb")
+    lab.start_all(page)
+    output = page.locator(EXPLORER)
+    words = output.locator(".dspark-answer-text .dspark-word")
+    expect(words.nth(3)).to_be_visible()
+    output.get_by_role("button", name="Cancel").click()
+    expect(output.get_by_text("was cancelled.")).to_be_visible()
+    expect(output.get_by_role("progressbar")).to_be_hidden()
+    lab.wait_for(page, 1)
+    words.nth(3).click()
+    expect(output.locator(".dspark-slot table")).to_be_visible()
+    card = output.locator(".dspark-slot")
+    place = {name: int(card.get_attribute(f"data-{name}")) for name in ("round", "slot")}
+    expect_python(lab, "explorer.selection", repr(place))
+    assert not hard_to_read(output) and not unnamed(output)
+    take_screenshot(page, "answer")
+    output.get_by_role("button", name="Try again").click()
+    expect(output.get_by_role("progressbar")).to_be_visible()
+    output.get_by_role("button", name="Cancel").click()
+    expect(output.get_by_role("progressbar")).to_be_hidden()
+    nothing_went_wrong(page)
+
+
 # JupyterLab's two themes, and dark ones of other programs that show notebooks.
 @pytest.mark.parametrize(
     "paper", ["#ffffff", "#f3f3f3", "#111111", "#1f1f1f", "#0d1117", "#2b2b2b"]

@@ -333,7 +333,7 @@ def test_an_answer_of_one_token_has_no_round():
     explorer = decoding(max_new_tokens=1)
     assert list(explorer.tables) == ["tokens", "rounds", "trace"]
     assert explorer.table["outcome"].tolist() == ["first"]
-    assert explorer.rounds == [] and words(explorer) == "1 tokens, no round"
+    assert explorer.rounds == [] and words(explorer) == "1 tokens, no round."
     with pytest.raises(ValueError, match="round must be below 0, got 0"):
         explorer.select(0)
 

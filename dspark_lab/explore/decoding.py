@@ -237,10 +237,10 @@ class _Answer:
         """How many tokens in how many rounds, and how fast."""
         tokens, rounds, speeds = len(self.decoded.tokens[0]), len(self.rounds), self.speeds()
         if not rounds:
-            return f"{tokens} tokens, no round"
+            return f"{tokens} tokens, no round."
         words = f"{tokens} tokens in {rounds} rounds: tau {self.decoded.tau:.2f} tokens a round"
         if speeds is None:
-            return words
+            return f"{words}."
         middle, low, high = (row for _, row in speeds.iterrows())
         return (
             f"{words}, break-even {middle['break_even_tau']:.2f} on this machine. "

@@ -584,8 +584,8 @@ function renderAnswer({ model, el }) {
     const grown = before.rounds.length <= answer.rounds.length &&
       before.tokens.every((token, i) => answer.tokens[i]?.text === token.text);
     if (!grown) {
-      goTo(null);
       if (chosen) choose(null);
+      goTo(null);
     } else if (!before.tokens.length) chosen = slotHeld(answer, model.get("selection"));
     all.disabled = step === null;
     layOut();
