@@ -18,9 +18,17 @@ from tests.browsers import FLAGS, Lab, new_page, started_browser, started_lab, w
 # Frames as fast as they can be made, so that the time between two is what one costs.
 UNLIMITED = [*FLAGS, "--disable-frame-rate-limit", "--disable-gpu-vsync"]
 FRAMES, MOVES, OLD_MOVES, DRAG_STEPS = 200, 41, 9, 400
-ZOOMED: dict[str, Any] = {"num_anchors": 1536, "block_size": 16, "row_length": 65_536}
-MOVED: dict[str, Any] = {"num_anchors": 512, "block_size": 7, "row_length": 4096}
-SCROLLED: dict[str, Any] = {"num_anchors": 1536, "block_size": 7, "row_length": 131_072}
+
+
+def _packed(tokens: int, num_anchors: int, block_size: int) -> dict[str, Any]:
+    """The arguments of an explorer of one packed row of whole conversations."""
+    sizes = {"row_length": tokens, "num_anchors": num_anchors, "block_size": block_size}
+    return sizes | {"packed": True}
+
+
+ZOOMED = _packed(65_536, 1536, 16) | {"context": 65_536}
+MOVED = _packed(4096, 512, 7) | {"context": 4096}
+SCROLLED = _packed(131_072, 1536, 7)
 
 # Wheel and drag in turn, one for each frame; the time from one frame to the next, in ms.
 ZOOM_AND_PAN = """async ([canvas, frames]) => {
@@ -105,18 +113,17 @@ WATCH = """output => {
 CELLS = (
     f"""import time
 from dspark_lab import explore_masks
-settings = {MOVED} | dict(packed=True, context=4096)
-explorer = explore_masks(**settings)
+explorer = explore_masks(**{MOVED})
 explorer""",
-    """import ipywidgets
-inner = explore_masks(**settings)
-old = ipywidgets.IntSlider(512, 256, 1024, description="old way")
+    f"""import ipywidgets
+inner = explore_masks(**{MOVED})
+old = ipywidgets.IntSlider({MOVED["num_anchors"]}, 256, 1024, description="old way")
 image = ipywidgets.HTML()
 image.add_class("old")
 def redraw(change):
     inner.controls["num_anchors"].value = change.new
     picture = inner._repr_mimebundle_()["image/png"]
-    image.value = f'<img alt="" src="data:image/png;base64,{picture}">'
+    image.value = f'<img alt="" src="data:image/png;base64,{{picture}}">'
 old.observe(redraw, "value")
 ipywidgets.VBox([old, image])""",
 )
@@ -128,11 +135,11 @@ def run() -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder, started_browser(UNLIMITED) as browser:
         yield f"Chromium {browser.version}, drawing in software"
-        masks = explore_masks(**ZOOMED, packed=True, context=ZOOMED["row_length"])
+        masks = explore_masks(**ZOOMED)
         page = _saved(browser, masks, Path(folder) / "mask.html")
         canvas = page.locator("canvas[role=application]").first
         times = page.evaluate(ZOOM_AND_PAN, [canvas.element_handle(), FRAMES])
-        yield _line("zoom and pan, S 65,536, N 1,536, K 16, a frame", times, "at most 16")
+        yield _line(f"zoom and pan, {_sizes(ZOOMED)}, a frame", times, "at most 16")
 
         def drawn() -> None:
             masks.redraw()
@@ -140,10 +147,10 @@ def run() -> Iterator[str]:
 
         old = [seconds(drawn) * 1e3 for _ in range(3)]
         yield _line("    the old way, a PNG of it", old)
-        anchors = explore_anchors(**SCROLLED, packed=True)
+        anchors = explore_anchors(**SCROLLED)
         page = _saved(browser, anchors, Path(folder) / "tokens.html")
         times = page.evaluate(SCROLL, [page.locator("body").element_handle(), FRAMES])
-        yield _line("scrolling 131,072 tokens, a frame", times, "none over 33")
+        yield _line(f"scrolling, {_sizes(SCROLLED)}, a frame", times, "none over 33")
     with tempfile.TemporaryDirectory() as folder, started_browser() as browser:
         yield from _in_a_notebook(browser, Path(folder))
 
@@ -167,7 +174,7 @@ def _in_a_notebook(browser: Any, folder: Path) -> Iterator[str]:
         new.locator("[data-frame]").first.wait_for()
         slider = new.get_by_role("slider", name="num_anchors").first
         yield _line(
-            "a slider's move to the canvas, S 4,096, N 512, K 7",
+            f"a slider's move to the canvas, {_sizes(MOVED)}",
             _moves(page, new, slider, MOVES),
             "median at most 50, 95th percentile 100",
         )
@@ -222,6 +229,11 @@ def _dragged(page: Any, lab: Lab, output: Any, slider: Any) -> Iterator[str]:
         f"    from the last move to the last change on the page {changed - moved:.0f} ms, "
         f"and the tables after {float(tables):.0f} ms more (together at most 300)"
     )
+
+
+def _sizes(settings: dict[str, Any]) -> str:
+    names = {"S": "row_length", "N": "num_anchors", "K": "block_size"}
+    return ", ".join(f"{sign} {settings[name]:,}" for sign, name in names.items())
 
 
 def _line(name: str, times: Sequence[float], aim: str = "") -> str:

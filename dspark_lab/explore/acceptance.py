@@ -235,7 +235,7 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
         ax.set_xticks(x, labels)
         ax.set_xlabel("slot of the block")
     left.set_ylim(bottom=0)
-    style.percent_axis(left, "error of single slots (ECE)")
+    style.percent_axis(left, "slot error (ECE)")
     right.axhline(0.5, color=INK, linestyle=":", linewidth=1)
     right.set_ylim(top=1)
     right.set_ylabel("AUROC (0.5: chance)")
@@ -264,7 +264,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
     ax.margins(y=0.15)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("rounds since the change")
-    style.percent_axis(ax, "error of the products (ECE)")
+    style.percent_axis(ax, "product error (ECE)")
     style.legend_above(ax, 3)
     return figure
 

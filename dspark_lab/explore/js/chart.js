@@ -14,6 +14,9 @@ const CHART_LOOKS = {
 };
 const CHART_LOOK = ["scaled", "circle", "", false];
 const CHART_MARGINS = { left: 48, right: 22, top: 24, bottom: 40 };
+// Panels stand side by side as long as each has so many pixels.
+const CHART_NARROWEST = 280;
+const CHART_GAP = 20;
 // So far from a point it is still meant, in pixels; a drag begins behind the other.
 const CHART_REACH = 16;
 const CHART_DRAG = 4;
@@ -28,7 +31,8 @@ const CHART_STYLE = `
 .dspark-chart ul { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 0 0 4px; padding: 0;
   list-style: none; }
 .dspark-chart li { display: flex; align-items: center; gap: 6px; }
-.dspark-chart-panels { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 8px 24px; }
+.dspark-chart-panels { display: flex; flex-wrap: wrap; align-items: flex-end;
+  gap: 8px ${CHART_GAP}px; }
 .dspark-chart svg { display: block; touch-action: pan-y; user-select: none; }
 .dspark-chart svg:focus:not(:focus-visible) { outline: none; }
 .dspark-chart :focus-visible { outline: 2px solid var(--focus); outline-offset: 1px; }
@@ -65,7 +69,8 @@ function chosenIn(panels, selection) {
   const panel = panels.find((one) => one.column && one.column === selection?.column);
   if (!panel || !Array.isArray(selection.keys)) return null;
   const wanted = new Set(selection.keys);
-  const keys = [...new Set(panel.points.map((point) => point.key))].filter((one) => wanted.has(one));
+  const known = new Set(panel.points.map((point) => point.key));
+  const keys = [...known].filter((one) => wanted.has(one));
   return keys.length ? { column: panel.column, keys } : null;
 }
 
@@ -124,8 +129,9 @@ function chartMark(look, x, y, size, colours) {
     "stroke-width": 1.8 };
   const half = size / 2;
   if (kind === "circle") return node("svg:circle", { cx: x, cy: y, r: half, ...paint });
-  const box = { x: x - half, y: y - half, width: size, height: size, ...paint };
-  return node("svg:rect", { ...box, transform: kind === "diamond" ? `rotate(45 ${x} ${y})` : null });
+  const transform = kind === "diamond" ? `rotate(45 ${x} ${y})` : null;
+  const box = { x: x - half, y: y - half, width: size, height: size, transform };
+  return node("svg:rect", { ...box, ...paint });
 }
 
 function chartLine(from, to, paint) {
@@ -192,8 +198,8 @@ function chartPanel(panel, most, colours) {
     if (point.low !== null) {
       const paint = { stroke: colours[look[0]], "stroke-width": 1.5 };
       const [low, high] = [at.atY(point.low), at.atY(point.high)];
-      svg.append(chartLine([x, low], [x, high], paint), chartLine([x - 3, low], [x + 3, low], paint),
-        chartLine([x - 3, high], [x + 3, high], paint));
+      const ends = [low, high].map((end) => chartLine([x - 3, end], [x + 3, end], paint));
+      svg.append(chartLine([x, low], [x, high], paint), ...ends);
     }
     const mark = chartMark(look, x, y, point.size === undefined ? 8 : 6 + 9 * Math.sqrt(point.size),
       colours);
@@ -297,9 +303,9 @@ function chartRow(state, panel, i) {
     node("td", {}, line(before), drafted,
       accepted ? null : node("mark", {}, visible(said, 40)), line(after)),
     node("td", {}, accepted ? "✓ accepted" : "✗ rejected"),
-    node("td", {}, share(listed[panel.confidence][i])), node("td", {}, share(listed.accept_rate[i])),
-    node("td", {}, String(listed.prompt[i])), node("td", {}, String(listed.round[i])),
-    node("td", {}, String(listed.slot[i])));
+    node("td", {}, share(listed[panel.confidence][i])),
+    node("td", {}, share(listed.accept_rate[i])),
+    ...["prompt", "round", "slot"].map((name) => node("td", {}, String(listed[name][i]))));
 }
 
 function chartTable(state, panel, rows) {
@@ -426,7 +432,10 @@ function renderChart({ model, el }) {
 
   const draw = () => {
     const held = drawn.findIndex((one) => one.svg === el.getRootNode().activeElement);
-    drawn = state.panels.map((panel) => chartPanel(panel, root.clientWidth || 640, colours));
+    const room = root.clientWidth || 640;
+    const share = (room - CHART_GAP * (state.panels.length - 1)) / state.panels.length;
+    const most = share >= CHART_NARROWEST ? share : room;
+    drawn = state.panels.map((panel) => chartPanel(panel, most, colours));
     drawn.forEach(follow);
     panels.replaceChildren(...drawn.map(({ panel, svg }) => node("div", {},
       panel.series.length > 1 ? chartLegend(panel.series, colours) : null, svg)));

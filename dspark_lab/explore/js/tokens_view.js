@@ -45,9 +45,9 @@ const TOKENS_STYLE = `
   margin-right: 1ch; text-align: right; color: var(--faint); font-size: inherit; }
 .tokens-line.parts { border-top: 1px solid var(--line); color: var(--faint); }
 /* A thin line of paper parts tokens; rounded corners and dots are too dear to scroll. A candidate
-   begins with a line to be seen, as if the anchor's frame began there. */
+   begins with a line that is seen. */
 .t { padding: 2px 0; border-left: 1px solid var(--paper); margin-left: -1px; }
-.dspark-tokens .t.candidate { border-left: 2px solid var(--candidate); margin-left: -2px; }
+.dspark-tokens .t.candidate { border-left: 1px solid var(--candidate); }
 .dspark-tokens .t.prompt, .t.padding { color: var(--faint); }
 .dspark-tokens .t.covered { background: var(--covered-tint);
   border-bottom: 2px solid var(--covered); }
