@@ -110,7 +110,7 @@ function layersOf({ colours, layers, data }) {
 
 // ---- Colours
 
-// Stripes to fill with, so that colour is never the only sign: "/", "\", "x" or ".".
+// Stripes to fill with, so that colour is never the only sign: "/", "\", "x", "." or "-".
 function stripes(context, kind, colour) {
   const tile = node("canvas", { width: 8, height: 8 });
   const pen = tile.getContext("2d");
@@ -118,6 +118,8 @@ function stripes(context, kind, colour) {
   pen.lineWidth = 1.4;
   if (kind === ".") {
     for (const at of [2, 6]) pen.fillRect(at - 0.8, at - 0.8, 1.6, 1.6);
+  } else if (kind === "-") {
+    for (const at of [0, 4]) pen.fillRect(0, at, 8, 2);
   } else {
     for (const shift of [-8, 0, 8]) {
       if (kind !== "\\") pen.moveTo(shift - 2, 10), pen.lineTo(shift + 10, -2);
@@ -144,7 +146,8 @@ function maskColours(el, context) {
       look(colours.onlyThere, 0.5, "\\", { slope: -1, thin: true })],
     supervised: look(colours.accepted), hidden: look(mixed(ink, paper, 0.05)),
   };
-  return { ...colours, ground: looks.hidden.colour, veil: mixed(ink, paper, 0.12),
+  return { ...colours, ground: looks.hidden.colour,
+    veil: stripes(context, "-", mixed(ink, paper, 0.12)),
     track: mixed(ink, paper, 0.15), looks };
 }
 
@@ -223,10 +226,21 @@ function paintRectangles(context, layer, box, view, [wide, high]) {
   context.globalAlpha = 1;
 }
 
+// What lies under another layer is faint, within an outline that keeps its contrast.
+function isFaint(look) {
+  return look.alpha > 0 && look.alpha < 0.5;
+}
+
 function fillLook(context, look, left, top, across, down) {
   context.globalAlpha = look.alpha;
   context.fillStyle = look.colour;
   context.fillRect(left, top, across, down);
+  if (isFaint(look) && Math.min(across, down) > 4) {
+    context.globalAlpha = 1;
+    context.strokeStyle = look.colour;
+    context.lineWidth = 2;
+    context.strokeRect(left + 1, top + 1, across - 2, down - 2);
+  }
   const wideEnough = look.thin ? Math.max(across, down) > 8 : across > 5 && down > 5;
   if (!look.hatch || !wideEnough) return;
   context.globalAlpha = 1;
@@ -348,7 +362,8 @@ function stepLook(sheet, look, place) {
 }
 
 function endRun(sheet, look, place) {
-  if (look.slope && look.began >= 0) sheet.runs.push(look, look.began, place);
+  const marked = look.slope || isFaint(look);
+  if (marked && look.began >= 0) sheet.runs.push(look, look.began, place);
   look.began = -1;
   look.sum = 0;
 }
@@ -369,11 +384,17 @@ function packed([red, green, blue]) {
   return 0xff000000 | (blue << 16) | (green << 8) | red;
 }
 
-// Stripes of the ground through the line's areas that have a slope.
+// Stripes of the ground through the line's areas that have a slope, and the ends of faint ones.
 function stripeLine({ runs, pixels, width }, ground, line) {
   const colour = packed(ground);
   for (let i = 0; i < runs.length; i += 3) {
-    const { slope, thin, period, stripe, wide } = runs[i];
+    const { slope, thin, period, stripe, wide, channels: own } = runs[i];
+    if (!slope) {
+      const [from, to] = [line * width + runs[i + 1], line * width + Math.min(runs[i + 2], width)];
+      pixels.fill(packed(own), from, Math.min(from + stripe, to));
+      pixels.fill(packed(own), Math.max(from, to - stripe), to);
+      continue;
+    }
     if (!thin && runs[i + 2] - runs[i + 1] < wide) continue;
     const shift = slope * line;
     for (let x = runs[i + 1]; x < Math.min(runs[i + 2], width); x++) {
@@ -396,11 +417,10 @@ function supervisedOf({ mask, blocks }, block) {
   return [from, from + (mask.keep[block] ? blocks.supervised[block] : 0)];
 }
 
-// Veils the queries that are not supervised.
+// Veils the queries that are not supervised by lines, between which marks keep their contrast.
 function paintUnsupervised(context, scene, box, view, [, high]) {
   const { mask, colours } = scene;
   context.fillStyle = colours.veil;
-  context.globalAlpha = 0.62;
   let drawn = -1;
   const veil = (from, past) => {
     const top = box.top + (from - view.y) * high;
@@ -416,7 +436,6 @@ function paintUnsupervised(context, scene, box, view, [, high]) {
     veil(block * mask.block_size, from);
     veil(past, (block + 1) * mask.block_size);
   }
-  context.globalAlpha = 1;
 }
 
 // Lines between cells, tiles, blocks and documents, each kind where it has room.
