@@ -124,3 +124,14 @@ def test_of_two_thin_lines_one_is_broken():
     assert not (whole[:, 5:7] == GROUND).all(-1).any()
     gaps = (broken[:, 5:7] == GROUND).all(-1)
     assert gaps.any() and not gaps.all()
+
+
+@needs_node
+def test_what_lies_under_another_layer_is_faint_between_ends_that_are_not():
+    case = {"rectangles": [[0, 400, 50, 250, 0]], "width": 40, "height": 3, "x": 0, "y": 0}
+    faint = look(COLOURS[0]) | {"alpha": 0.25}
+    [pixels] = painted([case | {"looks": [faint], "wide": 0.1, "high": 0.1}])
+    own, ground = np.array([0xC0, 0x20, 0x10]), np.array([GROUND] * 3)
+    inside = 0.75 * ground + 0.25 * own
+    expected = [ground] * 5 + [own] * 2 + [inside] * 16 + [own] * 2 + [ground] * 15
+    assert np.abs(pixels - np.array(expected)).max() <= 1
