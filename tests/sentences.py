@@ -97,7 +97,7 @@ def in_words(value: Callable[[], Any]) -> Callable[[], str]:
 
 
 def checked_sweep() -> list[list[str]]:
-    """Budget, temperature, block, what was recommended, tau, the best, its tau, lost, decided."""
+    """Budget, temperature, block, what was recommended, tau, the best, lost, decided."""
     return [row for row in table("06-30") if row[0] in ("seconds", "slots")]
 
 
