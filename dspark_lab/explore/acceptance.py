@@ -338,8 +338,10 @@ def _in_text(
     for slot in slots.itertuples(index=False):
         answer, at = answers[slot.prompt], slot.position
         texts["before"].append("".join(answer[max(0, at - around) : at]))
-        texts["text"].append(answer[at] if slot.accepted else to_text(slot.token))
-        texts["said"].append(answer[at])
+        # Nothing, where an answer ended before.
+        said = "".join(answer[at : at + 1])
+        texts["text"].append(said if slot.accepted else to_text(slot.token))
+        texts["said"].append(said)
         texts["after"].append("".join(answer[at + 1 : at + 1 + around]))
     table = slots.assign(**texts, kind=token_kinds(slots["token"], to_text))
     return table[_PLACE + [name for name in _OF_BINS if name in table]]
