@@ -25,6 +25,8 @@ import nbformat
 import pytest
 from jupyter_client.blocking import BlockingKernelClient
 
+from dspark_lab.explore.widget import page as widget_page
+
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "test-output"
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
@@ -121,6 +123,16 @@ def open_page(browser):
     yield open_one
     troubles = [trouble for page in pages for trouble in page.troubles]
     assert not troubles, "\n".join(troubles)
+
+
+def open_widget(open_page: Any, view: Any, **where: Any) -> Any:
+    """A page with a widget whose model is ``window.model``, once its first frame is painted."""
+    html, begin = widget_page("widget", [view]), "loaded[number].render({ model: "
+    assert begin in html
+    html = html.replace(begin, "window.revived = revived; loaded[number].render({ model: model = ")
+    shown = open_page(html.replace("const loaded", "var model; const loaded"), **where)
+    shown.wait_for_function("document.querySelector('.widget').dataset.frame === '1'")
+    return shown
 
 
 def take_screenshot(page: Any, name: str, **options: Any) -> Path:

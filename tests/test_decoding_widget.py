@@ -9,8 +9,7 @@ import pytest
 from dspark_lab.decoding import OTHERS, distribution_table, outcome_table
 from dspark_lab.explore import DecodingExplorer, explore_decoding
 from dspark_lab.explore.decoding import DecodingView
-from dspark_lab.explore.widget import page
-from tests.browsers import take_screenshot
+from tests.browsers import open_widget, take_screenshot
 from tests.screen import hard_to_read, unnamed
 from tests.word_pair import TEXTS, drafter, target, to_text
 
@@ -32,12 +31,7 @@ def explored() -> DecodingExplorer:
 def opened(open_page, state=None, **where):
     """A page with the widget, whose model is ``window.model``."""
     state = (state or explored().frame.state) | {"frame": 1}
-    html, begin = page("answer", [DecodingView(state=state)]), "loaded[number].render({ model: "
-    assert begin in html
-    html = html.replace(begin, "window.revived = revived; loaded[number].render({ model: model = ")
-    shown = open_page(html.replace("const loaded", "var model; const loaded"), **where)
-    shown.wait_for_function("() => document.querySelector('.widget').dataset.frame === '1'")
-    return shown
+    return open_widget(open_page, DecodingView(state=state), **where)
 
 
 def change(shown, state, frame):

@@ -11,8 +11,7 @@ from dspark_lab import explore
 from dspark_lab.blocks import cut_blocks, draw_blocks
 from dspark_lab.chats import collate, pack
 from dspark_lab.explore.tokens import TokensView
-from dspark_lab.explore.widget import page
-from tests.browsers import take_screenshot
+from tests.browsers import open_widget, take_screenshot
 from tests.draws import PAD
 from tests.pictures import contrast
 from tests.samples import documents
@@ -51,12 +50,7 @@ def long(marks=200, seed=0, num_anchors=64):
 
 def opened(open_page, state, **where):
     """A page with the widget, whose model is ``window.model``."""
-    html, begin = page("tokens", [TokensView(state=state)]), "loaded[number].render({ model: "
-    assert begin in html
-    html = html.replace(begin, "window.revived = revived; loaded[number].render({ model: model = ")
-    shown = open_page(html.replace("const loaded", "var model; const loaded"), **where)
-    shown.wait_for_function("document.querySelector('.widget').dataset.frame === '1'")
-    return shown
+    return open_widget(open_page, TokensView(state=state), **where)
 
 
 def change(shown, state, frame):
