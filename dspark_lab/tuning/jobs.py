@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any
 
 from dspark_lab.checks import Count, checked
@@ -49,7 +51,9 @@ def _in_processes(
     # A fork would inherit torch's threads, which it must not.
     context = multiprocessing.get_context("spawn")
     while left:
-        pool = ProcessPoolExecutor(min(processes, len(left)), mp_context=context)
+        pool = ProcessPoolExecutor(
+            min(processes, len(left)), mp_context=context, initializer=_end_with_parent
+        )
         try:
             futures = {pool.submit(function, *given): key for key, given in left.items()}
             deaths += 1
@@ -65,6 +69,18 @@ def _in_processes(
         if deaths >= MOST_DEATHS:
             names = ", ".join(left)
             raise RuntimeError(f"workers died {deaths} times without a result; left: {names}")
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed, so that whoever goes on finds nobody at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(

@@ -1,0 +1,158 @@
+"""What came of a sweep, as tables and files: one line a drafter, or all that was seen on its way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dspark_lab.checks import checked
+from dspark_lab.files import read_csv, read_json, shipped, written_whole
+from dspark_lab.tuning.cells import ALL
+
+# The columns that a table of decoded taus is sorted by; the shipped one has one value of each of
+# the varied columns, and lacks them.
+_BY = ["budget", "temperature", "block_size", "num_anchors", "seed"]
+_VARIED = ["amount", "mix", "batch_size"]
+# A run's settings, then a line's own columns.
+RUN = ["budget", *_VARIED, "num_anchors", "block_size", "seed"]
+_SETTINGS = [*RUN, "steps", "step_seconds", "learning_rate", "warmup_steps"]
+_NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds spent
+    step_seconds learning_rate amount""".split()
+_WHOLE = "batch_size num_anchors block_size seed steps warmup_steps step slots tokens".split()
+_COUNTS = ["conversations", "blocks"]
+_WORDS = ["budget", "mix", "kind", "domain", "conversation"]
+_BY_SLOT = ["accept", "survival"]
+_LINE = """kind step slots tokens seconds domain conversation temperature conversations blocks tau
+    tau_spread accept survival loss ce l1 confidence accept_rate grad_norm lr spent""".split()
+
+
+@checked
+def runs_table(work: str | Path) -> pd.DataFrame:
+    """All that the finished cells of a work folder have seen, as :func:`load_runs` describes it."""
+    work = Path(work)
+    files = [read_json(path) for path in sorted((work / "cells").glob("*.json"))]
+    lines = [found["run"] | line for found in files for line in found["lines"]]
+    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
+    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
+    types |= dict.fromkeys(_NUMBERS, "float64") | dict.fromkeys(_WORDS, "category")
+    table = table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
+    for name in ("sweep", "step_seconds"):
+        if (work / f"{name}.json").exists():
+            table.attrs[name] = read_json(work / f"{name}.json")
+    return table
+
+
+@checked
+def save_runs(runs: pd.DataFrame, path: str | Path) -> None:
+    """Write a table of :func:`runs_table` as Parquet, its numbers in 32 bits."""
+    table = runs.astype(dict.fromkeys(_NUMBERS, "float32"))
+    for name in _BY_SLOT:
+        table[name] = [None if one is None or one is np.nan else np.float32(one) for one in table[name]]
+    with written_whole(Path(path)) as partial:
+        table.to_parquet(partial, index=False, compression="zstd")
+
+
+@checked
+def load_runs(path: str | os.PathLike[str] | None = None) -> pd.DataFrame:
+    """The runs of a sweep, curves included; those that advice is judged on by default.
+
+    A run is a drafter that was trained from its start to its budget's end, its learning rate fallen
+    by then. Each line repeats the run's settings: ``budget`` and ``amount``; ``mix``: what it
+    learned from; rows ``batch_size``, anchors ``num_anchors``, ``block_size``, ``seed``; ``steps``
+    and ``step_seconds``, the time of one as measured alone; ``learning_rate`` (the highest) and
+    ``warmup_steps``. A line is of a ``step``, until which the run has seen ``slots`` supervised
+    slots and ``tokens``, and has trained for ``seconds`` by a clock that other runs disturbed:
+    ``step * step_seconds`` is the time to compare by. There are four kinds of line:
+
+    ``train``: means over the steps since the line before: ``loss`` and its parts ``ce``, ``l1`` and
+    ``confidence``, ``accept_rate``, ``tau``, ``grad_norm``; ``tau_spread``: the standard deviation
+    of the steps' tau; ``lr``: the learning rate of the last one.
+
+    ``held_out``: analytic figures on the same held-out blocks for all drafters of the sweep, each
+    block as long as the longest block size: ``tau``, and by slot the lists ``accept`` and
+    ``survival`` (the first sum(survival[:k]) + 1 is tau when k slots are drafted), means over
+    ``conversations``; ``domain`` "all" or one. ``conversation``: the same for each conversation,
+    at the last step alone.
+
+    ``decoded``: by decoding at a ``temperature``, at the last step: ``tau`` over all rounds
+    (``blocks``), ``survival`` the share of whole blocks whose slot was accepted with all before it.
+
+    ``spent``: seconds that this evaluation or decoding took, which no budget pays for. The table's
+    ``attrs`` have all settings of the ``sweep`` and the repeats of every ``step_seconds``.
+    """
+    path = Path(path or shipped("pocket/runs.parquet"))
+    with path.open("rb") as file:
+        try:
+            table = pd.read_parquet(file)
+            if missing := [name for name in (*_SETTINGS, *_LINE) if name not in table]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path} must hold the runs of a sweep as Parquet: {error}") from error
+    return table
+
+
+@checked
+def sweep_table(work: str | Path) -> pd.DataFrame:
+    """The results of the finished cells in a work folder, one line per cell and temperature.
+
+    ``slots`` are supervised, ``seconds`` the clock's; ``tau`` (tokens per round) is by decoding;
+    ``accepted_0``, ...: the share of whole blocks whose slot was accepted, with all before it.
+    """
+    runs = runs_table(work)
+    table = runs[(runs["kind"] == "decoded") & (runs["domain"] == ALL)]
+    if table.empty:
+        return pd.DataFrame()
+    table = table.rename(columns={"blocks": "rounds"}).astype({"budget": str, "mix": str, "rounds": int})
+    table = table.sort_values([_BY[0], *_VARIED, *_BY[1:]], ignore_index=True)
+    columns = [*RUN, "temperature", "steps", "slots", "seconds", "tau", "rounds"]
+    accepted = pd.DataFrame(table["survival"].tolist()).add_prefix("accepted_")
+    return table[columns].join(accepted)
+
+
+@checked
+def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
+    """A table of :func:`sweep_table` from CSV; the shipped one of the pocket target by default."""
+    return read_csv(path or shipped("pocket/sweep.csv"), [*_BY, "tau"])
+
+
+@checked
+def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Means over the seeds of each cell, with Student's 95 % interval of tau, ``low`` to ``high``.
+
+    Its standard deviation is pooled over the cells of a budget and temperature, and NaN where none
+    of them has two seeds.
+    """
+    from scipy import stats
+
+    by = ["budget", "temperature"]
+    columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
+    missing = [name for name in columns if name not in sweep]
+    if missing:
+        raise ValueError(f"sweep must have the columns {columns}, got no {missing}")
+    for name in set(_VARIED) & set(sweep):
+        if sweep.groupby("budget")[name].nunique().max() > 1:
+            found = sorted(set(sweep[name]))
+            raise ValueError(f"sweep must have one {name} for each budget, got {found}: choose one")
+    groups = sweep.groupby([*by, "block_size", "num_anchors"])
+    table = groups[["tau", "steps", "slots", "seconds"]].mean()
+    table.insert(1, "seeds", groups.size())
+    squares = (sweep["tau"] - groups["tau"].transform("mean")) ** 2
+    freedom = sweep.groupby(by).size() - table.groupby(by).size()
+    freedom = freedom.where(freedom > 0).astype(float)
+    spread = (squares.groupby([sweep[name] for name in by]).sum() / freedom) ** 0.5
+    quantile = freedom.map(lambda v: stats.t.ppf(0.975, v))
+    index = table.index.droplevel(["block_size", "num_anchors"])
+    half = standard_error((spread * quantile).reindex(index).to_numpy(), table["seeds"])
+    table.insert(1, "low", table["tau"] - half)
+    table.insert(2, "high", table["tau"] + half)
+    return table.reset_index()
+
+
+def standard_error(spread: Any, seeds: Any) -> Any:
+    """The standard error of the mean of so many drafters, each with this standard deviation."""
+    return spread / seeds**0.5
