@@ -21,7 +21,7 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
-from .jobs import run_jobs
+from .jobs import end_with_parent, run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .results import RUN, cell_table, load_runs, load_sweep, runs_table, save_runs, sweep_table
@@ -73,6 +73,7 @@ __all__ = [
     "cell_table",
     "choose_training",
     "coverage_table",
+    "end_with_parent",
     "evaluation_steps",
     "expected_work",
     "export",

@@ -85,7 +85,7 @@ class SweepConfig:
     max_new_tokens: Count = 64
     temperatures: Annotated[tuple[NonNegative, ...], NotEmpty()] = (0.0, 1.0)
     evaluations: Count = 12
-    evaluate_chats: Count = 60
+    evaluate_chats: Count = 48
     evaluate_anchors: Count = 8
     target: str = "pocket"
     data: str | None = None

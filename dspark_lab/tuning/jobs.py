@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -44,6 +45,23 @@ def run_jobs(
     return _on_ray(function, jobs, address)
 
 
+@lru_cache(maxsize=1)
+def end_with_parent() -> None:
+    """End this process when the one that started it as a worker is killed, or do nothing elsewhere.
+
+    A job that writes files calls it, so that whoever starts anew finds nobody at work on them.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
 def _in_processes(
     function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], processes: int
 ) -> Iterator[tuple[str, Any]]:
@@ -51,9 +69,7 @@ def _in_processes(
     # A fork would inherit torch's threads, which it must not.
     context = multiprocessing.get_context("spawn")
     while left:
-        pool = ProcessPoolExecutor(
-            min(processes, len(left)), mp_context=context, initializer=_end_with_parent
-        )
+        pool = ProcessPoolExecutor(min(processes, len(left)), mp_context=context)
         try:
             futures = {pool.submit(function, *given): key for key, given in left.items()}
             deaths += 1
@@ -69,18 +85,6 @@ def _in_processes(
         if deaths >= MOST_DEATHS:
             names = ", ".join(left)
             raise RuntimeError(f"workers died {deaths} times without a result; left: {names}")
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed, so that whoever goes on finds nobody at work."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(

@@ -1,9 +1,8 @@
-"""What came of a sweep, as tables and files: one line a drafter, or all that was seen on its way."""
+"""What came of a sweep, as tables and files: a line a drafter, or all that it went through."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ _VARIED = ["amount", "mix", "batch_size"]
 # A run's settings, then a line's own columns.
 RUN = ["budget", *_VARIED, "num_anchors", "block_size", "seed"]
 _SETTINGS = [*RUN, "steps", "step_seconds", "learning_rate", "warmup_steps"]
-_NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds spent
-    step_seconds learning_rate amount""".split()
+_NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds
+    spent""".split()
 _WHOLE = "batch_size num_anchors block_size seed steps warmup_steps step slots tokens".split()
 _COUNTS = ["conversations", "blocks"]
 _WORDS = ["budget", "mix", "kind", "domain", "conversation"]
@@ -39,7 +38,8 @@ def runs_table(work: str | Path) -> pd.DataFrame:
     lines = [found["run"] | line for found in files for line in found["lines"]]
     table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
     types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
-    types |= dict.fromkeys(_NUMBERS, "float64") | dict.fromkeys(_WORDS, "category")
+    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
+    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
     table = table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
     for name in ("sweep", "step_seconds"):
         if (work / f"{name}.json").exists():
@@ -49,10 +49,12 @@ def runs_table(work: str | Path) -> pd.DataFrame:
 
 @checked
 def save_runs(runs: pd.DataFrame, path: str | Path) -> None:
-    """Write a table of :func:`runs_table` as Parquet, its numbers in 32 bits."""
+    """Write a table of :func:`runs_table` as Parquet, what was measured in 32 bits."""
     table = runs.astype(dict.fromkeys(_NUMBERS, "float32"))
     for name in _BY_SLOT:
-        table[name] = [None if one is None or one is np.nan else np.float32(one) for one in table[name]]
+        table[name] = [
+            None if one is None or one is np.nan else np.float32(one) for one in table[name]
+        ]
     with written_whole(Path(path)) as partial:
         table.to_parquet(partial, index=False, compression="zstd")
 
@@ -107,7 +109,9 @@ def sweep_table(work: str | Path) -> pd.DataFrame:
     table = runs[(runs["kind"] == "decoded") & (runs["domain"] == ALL)]
     if table.empty:
         return pd.DataFrame()
-    table = table.rename(columns={"blocks": "rounds"}).astype({"budget": str, "mix": str, "rounds": int})
+    table = table.rename(columns={"blocks": "rounds"}).astype(
+        {"budget": str, "mix": str, "rounds": int}
+    )
     table = table.sort_values([_BY[0], *_VARIED, *_BY[1:]], ignore_index=True)
     columns = [*RUN, "temperature", "steps", "slots", "seconds", "tau", "rounds"]
     accepted = pd.DataFrame(table["survival"].tolist()).add_prefix("accepted_")

@@ -12,7 +12,6 @@ same call goes on where it stopped.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -47,7 +46,7 @@ from dspark_lab.training import (
 )
 from dspark_lab.tuning.cells import ALL, Cell, SweepConfig
 from dspark_lab.tuning.coverage import supervision
-from dspark_lab.tuning.jobs import run_jobs
+from dspark_lab.tuning.jobs import end_with_parent, run_jobs
 from dspark_lab.tuning.results import sweep_table
 from dspark_lab.tuning.spans import Spans, training_steps
 
@@ -105,10 +104,8 @@ def run_sweep(
 
 
 @checked
-def measure_sweep(
-    config: SweepConfig, work: str | Path, *, progress: bool = True
-) -> pd.DataFrame:
-    """Measures the step times that ``work`` does not hold yet; those that it holds stay as they are.
+def measure_sweep(config: SweepConfig, work: str | Path, *, progress: bool = True) -> pd.DataFrame:
+    """Measures the step times that ``work`` does not hold yet; what it holds stays as it is.
 
     On a CPU a time is that of one thread's own work, but a busy machine makes this longer, too: its
     memory is shared. So this is for a quiet one, before the sweep.
@@ -151,6 +148,7 @@ def run_cell(
     Returns its settings, ``run``, and its ``lines``, both as in :func:`load_runs`.
     """
     torch.set_num_threads(1)
+    end_with_parent()
     materials, out = _materials(config), work / "runs" / cell.key
     training = _training(cell, config, steps, step_seconds)
     drafter = _new_drafter(cell, materials)
@@ -190,7 +188,7 @@ def evaluation_steps(steps: Count, count: Count) -> list[int]:
 @checked
 def window_ends(steps: Count, count: Count = WINDOWS) -> list[int]:
     """The last steps of at most ``count`` windows; half of them are in the first quarter."""
-    return sorted({math.ceil(steps * (i / count) ** 2) for i in range(1, count + 1)})
+    return sorted({-(-steps * i * i // count**2) for i in range(1, count + 1)})
 
 
 def _window_lines(table: pd.DataFrame, steps: int) -> list[dict[str, Any]]:
@@ -261,9 +259,7 @@ def _decoded_lines(
     lines = []
     for temperature in config.temperatures:
         begin = time.perf_counter()
-        decoded = decode(
-            materials.target, drafter, questions, temperature=temperature, **options
-        )
+        decoded = decode(materials.target, drafter, questions, temperature=temperature, **options)
         spent, rounds = time.perf_counter() - begin, decoded.rounds
         for domain, part in [(ALL, rounds), *rounds.groupby("domain", sort=False)]:
             accepted = part["accepted"][part["drafted"] == drafter.config.predicted]

@@ -47,9 +47,9 @@ class Options(SweepConfig):
     """
 
     plan: Literal["first", "judge"] = "first"
-    batch_sizes: Annotated[
-        tuple[Count, ...], tyro.conf.arg(aliases=("--batch-size",))
-    ] = PLANS["first"].batch_sizes
+    batch_sizes: Annotated[tuple[Count, ...], tyro.conf.arg(aliases=("--batch-size",))] = PLANS[
+        "first"
+    ].batch_sizes
     training: tyro.conf.Suppress[TrainConfig] = PLANS["first"].training
     max_length: int = PLANS["first"].training.max_length
     learning_rate: float = PLANS["first"].training.learning_rate
