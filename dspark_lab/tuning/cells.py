@@ -6,7 +6,6 @@ budget of its training, in supervised slots or in seconds of a training step's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Literal, get_args
@@ -117,25 +116,19 @@ class SweepConfig:
 
         Seed by seed; within a seed budget by budget, the least first.
         """
-        return [
-            Cell(*budget, *kind, seed)
-            for seed, budget, kind in product(self.seeds, self._budgets(), self._kinds())
-            if seed == self.seeds[0] or not self.corners or self._is_corner(*kind)
+        budgets = [(kind, own) for kind in BUDGETS for own in sorted(getattr(self, kind))]
+        sizes = product(self.mixes, self.batch_sizes, self.block_sizes, self.num_anchors)
+        cells = [
+            Cell(budget, amount, mix, rows, anchors, block_size, seed)
+            for seed, (budget, amount), (mix, rows, block_size, anchors) in product(
+                self.seeds, budgets, list(sizes)
+            )
         ]
+        first = self.seeds[0]
+        return [c for c in cells if c.seed == first or not self.corners or self._is_corner(c)]
 
-    def step_kinds(self) -> list[Cell]:
-        """A cell for each kind of training step, in the order of :meth:`cells`."""
-        return list({cell.step_kind: cell for cell in reversed(self.cells())}.values())[::-1]
-
-    def _budgets(self) -> list[tuple[Budget, float]]:
-        return [(kind, amount) for kind in BUDGETS for amount in sorted(getattr(self, kind))]
-
-    def _kinds(self) -> Iterator[tuple[str, int, int, int]]:
-        every = product(self.mixes, self.batch_sizes, self.block_sizes, self.num_anchors)
-        return ((mix, rows, anchors, size) for mix, rows, size, anchors in every)
-
-    def _is_corner(self, _mix: str, batch_size: int, num_anchors: int, block_size: int) -> bool:
-        chosen = (batch_size, num_anchors, block_size)
+    def _is_corner(self, cell: Cell) -> bool:
+        chosen = (cell.batch_size, cell.num_anchors, cell.block_size)
         every = (self.batch_sizes, self.num_anchors, self.block_sizes)
         return all(own in (min(of), max(of)) for own, of in zip(chosen, every, strict=True))
 

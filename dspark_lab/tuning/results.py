@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def runs_table(work: str | Path) -> pd.DataFrame:
 @checked
 def save_runs(runs: pd.DataFrame, path: str | Path) -> None:
     """Write a table of :func:`runs_table` as Parquet, what was measured in 32 bits."""
+    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
     table = runs.astype(dict.fromkeys(_NUMBERS, "float32"))
     for name in _BY_SLOT:
         table[name] = [
@@ -91,8 +93,7 @@ def load_runs(path: str | os.PathLike[str] | None = None) -> pd.DataFrame:
     with path.open("rb") as file:
         try:
             table = pd.read_parquet(file)
-            if missing := [name for name in (*_SETTINGS, *_LINE) if name not in table]:
-                raise ValueError(f"it has no {', '.join(missing)}")
+            _require_columns("runs", table, (*_SETTINGS, *_LINE))
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path} must hold the runs of a sweep as Parquet: {error}") from error
     return table
@@ -135,9 +136,7 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
 
     by = ["budget", "temperature"]
     columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
-    missing = [name for name in columns if name not in sweep]
-    if missing:
-        raise ValueError(f"sweep must have the columns {columns}, got no {missing}")
+    _require_columns("sweep", sweep, columns)
     for name in set(_VARIED) & set(sweep):
         if sweep.groupby("budget")[name].nunique().max() > 1:
             found = sorted(set(sweep[name]))
@@ -160,3 +159,9 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
 def standard_error(spread: Any, seeds: Any) -> Any:
     """The standard error of the mean of so many drafters, each with this standard deviation."""
     return spread / seeds**0.5
+
+
+def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"{name} must have the columns {list(columns)}, got no {missing}")
