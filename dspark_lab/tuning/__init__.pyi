@@ -24,7 +24,17 @@ from .coverage import (
 from .jobs import end_with_parent, run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .results import RUN, cell_table, load_runs, load_sweep, runs_table, save_runs, sweep_table
+from .results import (
+    RUN,
+    cell_table,
+    fitted_cells,
+    load_runs,
+    load_sweep,
+    run_table,
+    runs_table,
+    save_runs,
+    sweep_table,
+)
 from .runs import evaluation_steps, measure_sweep, run_cell, run_sweep, window_ends
 from .settings import (
     SERVERS,
@@ -80,6 +90,7 @@ __all__ = [
     "exports",
     "fit_step_time",
     "fit_table",
+    "fitted_cells",
     "in_training_batches",
     "load_runs",
     "load_sweep",
@@ -93,6 +104,7 @@ __all__ = [
     "run_cell",
     "run_jobs",
     "run_sweep",
+    "run_table",
     "runs_table",
     "save_runs",
     "slot_supervision",
