@@ -18,9 +18,17 @@ from tests.browsers import FLAGS, Lab, new_page, started_browser, started_lab, w
 # Frames as fast as they can be made, so that the time between two is what one costs.
 UNLIMITED = [*FLAGS, "--disable-frame-rate-limit", "--disable-gpu-vsync"]
 FRAMES, MOVES, OLD_MOVES, DRAG_STEPS = 200, 41, 9, 400
-ZOOMED: dict[str, Any] = {"num_anchors": 1536, "block_size": 16, "row_length": 65_536}
-MOVED: dict[str, Any] = {"num_anchors": 512, "block_size": 7, "row_length": 4096}
-SCROLLED: dict[str, Any] = {"num_anchors": 1536, "block_size": 7, "row_length": 131_072}
+
+
+def _packed(tokens: int, num_anchors: int, block_size: int) -> dict[str, Any]:
+    """The arguments of an explorer of one packed row of whole conversations."""
+    sizes = {"row_length": tokens, "num_anchors": num_anchors, "block_size": block_size}
+    return sizes | {"packed": True}
+
+
+ZOOMED = _packed(65_536, 1536, 16) | {"context": 65_536}
+MOVED = _packed(4096, 512, 7) | {"context": 4096}
+SCROLLED = _packed(131_072, 1536, 7)
 
 # Wheel and drag in turn, one for each frame; the time from one frame to the next, in ms.
 ZOOM_AND_PAN = """async ([canvas, frames]) => {
@@ -69,7 +77,7 @@ SCROLL = """async ([root, frames]) => {
 
 # Notes when a key was pressed or a slider moved, and when what followed was on the screen.
 WATCH = """output => {
-  const seen = { moved: 0, painted: [], changed: 0 };
+  const seen = { moved: 0, painted: [], changed: 0, wake: null };
   window.seen = seen;
   const moved = (event) => { seen.moved = event.timeStamp; };
   for (const kind of ["keydown", "pointermove"]) document.addEventListener(kind, moved, true);
@@ -78,10 +86,14 @@ WATCH = """output => {
     port1.onmessage = () => call(performance.now());
     port2.postMessage(0);
   };
+  const saw = (moved, now) => {
+    seen.painted.push([moved, now]);
+    seen.wake?.();
+  };
   new MutationObserver((changes) => {
     if (changes.some((one) => one.attributeName === "data-frame")) {
       const moved = seen.moved;
-      afterRendering((now) => seen.painted.push([moved, now]));
+      afterRendering((now) => saw(moved, now));
     }
     seen.changed = performance.now();
     const image = changes.some((one) => one.type === "childList" && one.target.closest?.(".old"))
@@ -89,7 +101,7 @@ WATCH = """output => {
     if (image) {
       const moved = seen.moved;
       image.decode().then(() => requestAnimationFrame(
-        () => afterRendering((now) => seen.painted.push([moved, now]))));
+        () => afterRendering((now) => saw(moved, now))));
     }
   }).observe(output, {
     subtree: true, childList: true, characterData: true, attributes: true,
@@ -101,18 +113,17 @@ WATCH = """output => {
 CELLS = (
     f"""import time
 from dspark_lab import explore_masks
-settings = {MOVED} | dict(packed=True, context=4096)
-explorer = explore_masks(**settings)
+explorer = explore_masks(**{MOVED})
 explorer""",
-    """import ipywidgets
-inner = explore_masks(**settings)
-old = ipywidgets.IntSlider(512, 256, 1024, description="old way")
+    f"""import ipywidgets
+inner = explore_masks(**{MOVED})
+old = ipywidgets.IntSlider({MOVED["num_anchors"]}, 256, 1024, description="old way")
 image = ipywidgets.HTML()
 image.add_class("old")
 def redraw(change):
     inner.controls["num_anchors"].value = change.new
     picture = inner._repr_mimebundle_()["image/png"]
-    image.value = f'<img alt="" src="data:image/png;base64,{picture}">'
+    image.value = f'<img alt="" src="data:image/png;base64,{{picture}}">'
 old.observe(redraw, "value")
 ipywidgets.VBox([old, image])""",
 )
@@ -124,11 +135,11 @@ def run() -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder, started_browser(UNLIMITED) as browser:
         yield f"Chromium {browser.version}, drawing in software"
-        masks = explore_masks(**ZOOMED, packed=True, context=ZOOMED["row_length"])
+        masks = explore_masks(**ZOOMED)
         page = _saved(browser, masks, Path(folder) / "mask.html")
         canvas = page.locator("canvas[role=application]").first
         times = page.evaluate(ZOOM_AND_PAN, [canvas.element_handle(), FRAMES])
-        yield _line("zoom and pan, S 65,536, N 1,536, K 16, a frame", times, "at most 16")
+        yield _line(f"zoom and pan, {_sizes(ZOOMED)}, a frame", times, "at most 16")
 
         def drawn() -> None:
             masks.redraw()
@@ -136,10 +147,10 @@ def run() -> Iterator[str]:
 
         old = [seconds(drawn) * 1e3 for _ in range(3)]
         yield _line("    the old way, a PNG of it", old)
-        anchors = explore_anchors(**SCROLLED, packed=True)
+        anchors = explore_anchors(**SCROLLED)
         page = _saved(browser, anchors, Path(folder) / "tokens.html")
         times = page.evaluate(SCROLL, [page.locator("body").element_handle(), FRAMES])
-        yield _line("scrolling 131,072 tokens, a frame", times, "none over 33")
+        yield _line(f"scrolling, {_sizes(SCROLLED)}, a frame", times, "none over 33")
     with tempfile.TemporaryDirectory() as folder, started_browser() as browser:
         yield from _in_a_notebook(browser, Path(folder))
 
@@ -163,7 +174,7 @@ def _in_a_notebook(browser: Any, folder: Path) -> Iterator[str]:
         new.locator("[data-frame]").first.wait_for()
         slider = new.get_by_role("slider", name="num_anchors").first
         yield _line(
-            "a slider's move to the canvas, S 4,096, N 512, K 7",
+            f"a slider's move to the canvas, {_sizes(MOVED)}",
             _moves(page, new, slider, MOVES),
             "median at most 50, 95th percentile 100",
         )
@@ -180,7 +191,8 @@ def _moves(page: Any, output: Any, slider: Any, moves: int) -> list[float]:
     for move in range(moves):
         page.evaluate("seen.painted.length = 0")
         page.keyboard.press("ArrowLeft" if move % 20 < 10 else "ArrowRight")
-        page.wait_for_function("seen.painted.length > 0")
+        # To look in each frame whether it is there would make frames.
+        page.evaluate("new Promise(done => { if (seen.painted.length) done(); seen.wake = done; })")
         begin, end = page.evaluate("seen.painted[0]")
         times.append(end - begin)
     return times
@@ -198,7 +210,7 @@ def _dragged(page: Any, lab: Lab, output: Any, slider: Any) -> Iterator[str]:
         share = 0.2 + 0.6 * abs(step % 100 - 50) / 50
         page.mouse.move(box["x"] + box["width"] * share, height)
     page.mouse.up()
-    value = int(slider.input_value())
+    value = int(slider.get_attribute("aria-valuetext"))
     page.wait_for_function("performance.now() - seen.changed > 1000")
     painted = page.evaluate("seen.painted")
     moved, changed = page.evaluate("[seen.moved, seen.changed]")
@@ -217,6 +229,11 @@ def _dragged(page: Any, lab: Lab, output: Any, slider: Any) -> Iterator[str]:
         f"    from the last move to the last change on the page {changed - moved:.0f} ms, "
         f"and the tables after {float(tables):.0f} ms more (together at most 300)"
     )
+
+
+def _sizes(settings: dict[str, Any]) -> str:
+    names = {"S": "row_length", "N": "num_anchors", "K": "block_size"}
+    return ", ".join(f"{sign} {settings[name]:,}" for sign, name in names.items())
 
 
 def _line(name: str, times: Sequence[float], aim: str = "") -> str:

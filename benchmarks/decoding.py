@@ -55,12 +55,12 @@ def measured(
 
 
 def _line(tables: list[dict[str, float]]) -> str:
-    tables = sorted(tables, key=lambda table: table["gain"])
+    tables = sorted(tables, key=lambda table: table["speedup"])
     middle = tables[len(tables) // 2]
-    gains, checks = (sorted(t[name] for t in tables) for name in ("gain", "against_generate"))
+    gains, checks = (sorted(t[name] for t in tables) for name in ("speedup", "against_generate"))
     return (
         f"{middle['tokens_per_second']:.0f} tokens/s, plain "
-        f"{middle['plain_tokens_per_second']:.0f}: {middle['gain']:.2f} x "
+        f"{middle['plain_tokens_per_second']:.0f}: {middle['speedup']:.2f} x "
         f"({gains[0]:.2f} to {gains[-1]:.2f}), generate {checks[len(checks) // 2]:.2f} x "
         f"({checks[0]:.2f} to {checks[-1]:.2f}); tau {middle['tau']:.2f}; draft "
         f"{middle['draft']:.0%}, verify {middle['verify']:.0%}, rest {middle['rest']:.0%}; "

@@ -35,6 +35,12 @@ def require_found(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{found.name} must be in {found.absolute().parent}, but is not")
 
 
+def not_in_folder(path: Path, what: str) -> FileNotFoundError:
+    """The error for a folder with ``what`` in it that is not there."""
+    place = path.expanduser().absolute()
+    return FileNotFoundError(f"there is no folder {place.name} with {what} in {place.parent}")
+
+
 def files_of(path: Path) -> list[Path]:
     """A file, or all files of a folder, in order."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

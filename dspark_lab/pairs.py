@@ -77,7 +77,7 @@ def load_pair(
         target = load_target("smollm2", **options)
         chats, held_out = split_chats()
     else:
-        with _quietly():
+        with without_bars():
             target = load_target(folder / "target", local_files_only=True, **options)
         chats, held_out = (
             load_chats(folder / f"{name}.jsonl").conversations for name in ("train", "held_out")
@@ -135,8 +135,8 @@ def question(chat: Chat) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Switch off transformers' progress bar, which is noise for a file of a few megabytes."""
+def without_bars() -> Iterator[None]:
+    """Switch off transformers' progress bar, which stays in a notebook when it is done."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

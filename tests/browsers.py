@@ -30,6 +30,8 @@ SCREENSHOTS = ROOT / "test-output"
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
 BROWSERS += [f"/Applications/{n}.app/Contents/MacOS/{n}" for n in ("Google Chrome", "Chromium")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+# A container's shared memory may be too small for a page.
+FLAGS += ["--disable-dev-shm-usage"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 SECONDS = 1000  # Playwright counts in milliseconds.
 LOADED, RUN = 120 * SECONDS, 600 * SECONDS

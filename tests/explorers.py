@@ -5,6 +5,7 @@ import pandas as pd
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import dspark_lab
 from dspark_lab import explore
 from dspark_lab.blocks import draw_blocks
 from dspark_lab.chats import Chat, encode, one_row
@@ -60,7 +61,8 @@ def edit(explorer: Explorer, **values: object) -> None:
     """Set controls as a browser does: all of them at once, coded as in the panel's state."""
     shown = panel(explorer)
     held = {control["name"]: control["value"] for control in shown.state["controls"]}
-    shown.selection = {"turn": shown.state["turn"] + 1, "values": held | values}
+    turn = shown.state["turn"] + 1
+    shown._handle_custom_msg({"action": "set", "turn": turn, "values": held | values}, [])
 
 
 def alert(explorer: Explorer) -> str:
@@ -105,3 +107,17 @@ def follows(
     explorer.controls[name].value = value
     for table in set(explorer.tables) & set(expected):
         pd.testing.assert_frame_equal(explorer.tables[table], expected[table])
+
+
+def require_same_view(explorer: Explorer, **given: object) -> None:
+    """The explorer's code makes its view again, where names stand for the arguments ``given``."""
+    names: dict = {"lab": dspark_lab, **given}
+    code = explorer.code
+    exec(code if code.startswith("explorer = ") else f"explorer = {code}", names)
+    again = names["explorer"]
+    assert again.code == code and again.settings == explorer.settings
+    assert list(again.tables) == list(explorer.tables)
+    for name, table in explorer.tables.items():
+        pd.testing.assert_frame_equal(again.tables[name], table)
+    shown, same = explorer._frame.state, again._frame.state
+    assert (shown is None) == (same is None)

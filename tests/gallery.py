@@ -62,6 +62,13 @@ def large_regions() -> Tensor:
     return regions
 
 
+def named_regions() -> Tensor:
+    """A mask with as many cells as are named at most: a block of 6 slots on 32 context tokens."""
+    regions = torch.full((6, 38), OWN, dtype=torch.int8)
+    regions[:, :32] = SEEN
+    return regions
+
+
 KINDS = ("on policy", "empirical", "predicted", "teacher-forced", "predicted, teacher-forced")
 
 
@@ -118,6 +125,19 @@ GAIN = table(
     ("scaled", 0.395, 0.2, -0.3, 0.7),
     ("oracle", 0.27, 7.2, 5.9, 8.5),
 )
+# All outcomes, in two rounds.
+ANSWER = table(
+    "round slot outcome text",
+    (-1, -1, "first", "To"),
+    (0, 0, "accepted", " add"),
+    (0, 1, "rejected", " <b>"),
+    (0, 2, "not reached", "\n"),
+    (0, -1, "corrected", " we"),
+    (1, 0, "accepted", "\n"),
+    (1, 1, "not verified", " x"),
+    (1, -1, "bonus", "!"),
+)
+ANSWER["kept"] = ANSWER["outcome"].isin(["accepted", "corrected", "bonus", "first"])
 REJECTED = table(
     "token text draft target overlap residual drafted drawn",
     (3, " the", 0.6, 0.2, 0.2, 0.0, True, False),
@@ -163,9 +183,9 @@ def crowd(count: int, most: float = 50) -> pd.DataFrame:
     )
 
 
-def cells() -> pd.DataFrame:
+def cells(anchors: tuple[int, ...] = (4, 12, 32)) -> pd.DataFrame:
     """As `cell_table` gives them; every tau is another one, the last the largest of its map."""
-    rows = product(("seconds", "slots"), (0.0, 1.0), (4, 7), (4, 12, 32))
+    rows = product(("seconds", "slots"), (0.0, 1.0), (4, 7), anchors)
     cells = table("budget temperature block_size num_anchors", *rows)
     tau = 1 + 0.1 * np.arange(len(cells))
     return cells.assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
@@ -241,6 +261,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "packing": lambda: explore.plot_packing(PACKING),
     "small mask": lambda: explore.plot_mask(mask_regions(small_blocks()), seq_len=10, block_size=2),
     "large mask": lambda: explore.plot_mask(large_regions(), seq_len=200, block_size=30),
+    "named mask": lambda: explore.plot_mask(named_regions(), seq_len=32, block_size=6),
     "tiles": lambda: explore.plot_tiles(TILES, seq_len=48, tile_size=16),
     "mask and tiles": lambda: explore.mask_and_tiles(
         large_regions(), TILES, seq_len=200, block_size=30, tile_size=64
@@ -263,6 +284,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "drift": lambda: explore.plot_drift(DRIFT),
     "gain": lambda: explore.plot_gain(GAIN),
     "distributions": lambda: explore.plot_distributions(REJECTED),
+    "outcomes": lambda: explore.plot_outcomes(ANSWER, drafts=True),
     "not asked": lambda: explore.plot_distributions(UNASKED),
     "fit": lambda: explore.plot_fit(FIT, at=(512, 64)),
     "nothing fits": lambda: explore.plot_fit(NONE_LEFT),
@@ -277,6 +299,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "budget": budget,
     "budget, little fits": lambda: budget(2, 64),
     "sweeps": lambda: explore.plot_sweeps(cells()),
+    "wide sweeps": lambda: explore.plot_sweeps(cells((4, 12, 32, 64))),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),
     "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),

@@ -34,7 +34,8 @@ WATCH_CANVASES = """(() => {
   };
 })()"""
 
-_FIND = """(root) => {
+# Of an element: the colours behind it, and how far two colours are apart.
+_COLOURS = """
   const parse = (colour) => {
     if (colour.startsWith("#")) {
       return [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)).concat(1);
@@ -66,6 +67,11 @@ _FIND = """(root) => {
     const page = dark ? [18, 18, 18] : [255, 255, 255];
     return layers.reduceRight((under, top) => over(top, under, top[3]), page);
   };
+"""
+_FIND = (
+    "(root) => {"
+    + _COLOURS
+    + """
   const opacity = (el) => {
     let share = 1;
     for (let one = el; one; one = parent(one)) share *= Number(getComputedStyle(one).opacity);
@@ -122,11 +128,72 @@ _FIND = """(root) => {
   }
   return [...troubles].map(([trouble, text]) => `${trouble}: ${text}`);
 }""".replace("SMALLEST", str(SMALLEST))
+)
+_FAINT = (
+    "(root) => {"
+    + _COLOURS
+    + """
+  const found = [];
+  const check = (what, el, colour, paper) => {
+    const mark = parse(colour);
+    if (!mark[3]) return;
+    const ratio = contrast(over(mark, paper, mark[3]), paper);
+    const name = el.className || el.tagName;
+    // What has the colour of its ground keeps room for a sign and is none.
+    if (ratio > 1.005 && ratio < 2.995) found.push(`${ratio.toFixed(2)} : 1, ${what} of ${name}`);
+  };
+  for (const el of root.querySelectorAll("button, input, select, textarea, [data-token]")) {
+    if (!el.checkVisibility() || el.matches(":disabled")) continue;
+    const style = getComputedStyle(el);
+    const outside = background(parent(el));
+    // A field's border stands out from what is around it, a token's signs from its own ground.
+    for (const side of ["Top", "Right", "Bottom", "Left"]) {
+      if (parseFloat(style[`border${side}Width`]) && style[`border${side}Style`] !== "none") {
+        check("border", el, style[`border${side}Color`], outside);
+      }
+    }
+    if (style.textDecorationLine !== "none") {
+      check("line", el, style.textDecorationColor, background(el));
+    }
+  }
+  return [...new Set(found)];
+}"""
+)
+# The strongest contrast of a canvas's pixels in boxes of [left, top, width, height] with its paper.
+_PAINTED = (
+    "(canvas, boxes) => {"
+    + _COLOURS
+    + """
+  const pen = canvas.getContext("2d");
+  const ratio = canvas.width / canvas.getBoundingClientRect().width;
+  const paper = background(canvas);
+  return boxes.map((box) => {
+    const [left, top, width, height] = box.map((one) => Math.round(one * ratio));
+    const { data } = pen.getImageData(left, top, Math.max(1, width), Math.max(1, height));
+    let most = 1;
+    for (let i = 0; i < data.length; i += 4) {
+      const colour = over([...data.slice(i, i + 3)], paper, data[i + 3] / 255);
+      most = Math.max(most, contrast(colour, paper));
+    }
+    return most;
+  });
+}"""
+)
 
 
 def hard_to_read(element: Any) -> list[str]:
     """Text under an element that is below 9 pixels, or whose contrast is below 4.5 : 1."""
     return element.evaluate(_FIND)
+
+
+def faint_marks(element: Any) -> list[str]:
+    """Borders of fields, and lines of tokens, whose contrast is below 3 : 1."""
+    return element.evaluate(_FAINT)
+
+
+def painted_contrasts(canvas: Any, boxes: list[list[float]]) -> list[float]:
+    """How far what is painted in each box of a canvas stands out from the page."""
+    return canvas.evaluate(_PAINTED, boxes)
 
 
 def unnamed(element: Any) -> list[str]:

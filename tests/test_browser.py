@@ -5,17 +5,28 @@ show is tested elsewhere, here it must be there, be legible, follow its controls
 Python says.
 """
 
+import json
+import random
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 from dspark_lab.explore.widget import module
 from tests.browsers import ROOT, take_screenshot, write_notebook
 from tests.pictures import contrast
-from tests.screen import SMALLEST, WATCH_CANVASES, hard_to_read, unnamed
+from tests.screen import (
+    SMALLEST,
+    WATCH_CANVASES,
+    faint_marks,
+    hard_to_read,
+    painted_contrasts,
+    unnamed,
+)
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 EXPLORER = ".jp-OutputArea-output:has(.dspark-panel)"
@@ -28,7 +39,8 @@ import threading
 import pandas as pd
 from dspark_lab import explore_masks
 from dspark_lab.explore.controls import slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 
 def draw(chosen):
     if chosen.n == 3:
@@ -47,6 +59,34 @@ CELLS = (
     TRIAL,
     "mask = explore_masks(num_anchors=4, block_size=3, context=24)\nmask",
     "failing = Explorer('explore_failing', [slider('n', 1, 1, 9)], draw)\nfailing",
+)
+# A packed row of two short conversations and padding, more anchors than candidates, a comparison.
+TOUCH = (
+    """\
+import json
+import dspark_lab as lab
+from dspark_lab.attention import training_dense_mask
+from dspark_lab.blocks import draw_blocks
+from dspark_lab.chats import Chat, TokenText, pack
+from dspark_lab.explore import block_table, plot_mask
+
+said = ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")
+said += (("assistant", "See you soon!"),)
+chat = Chat(messages=tuple({"role": one, "content": text} for one, text in said), id="greeting")
+tokenizer = lab.load_tokenizer()
+to_text = TokenText(tokenizer)
+row = pack([lab.encode(chat, tokenizer)] * 2, 88, tokenizer.pad_token_id).row(0)
+blocks = draw_blocks(row, 16, 3, seed=0)
+where = blocks.anchor_positions, blocks.block_keep_mask
+sizes = {"seq_len": 88, "block_size": 3, "doc_ids": blocks.doc_ids}
+dense = training_dense_mask(*where, **sizes)[0].int().tolist()
+slots = block_table(blocks, to_text).to_dict("records")""",
+    """\
+mask = plot_mask(
+    blocks, batch=row, to_text=to_text, compare="context with the anchor", tile_size=16
+)
+mask""",
+    "text = lab.explore_anchors([chat], num_anchors=4, block_size=3)\ntext",
 )
 SLOW_CELLS = (
     TRIAL,
@@ -153,7 +193,8 @@ def test_a_notebook_is_legible_and_named_in_both_themes(open_page, lab, notebook
             output.scroll_into_view_if_needed()
             repaint(page)
             found = unnamed(output) + hard_to_read(output) + read_aloud_wrongly(output)
-            for image in output.locator("img").all():
+            found += faint_marks(output)
+            for image in output.locator("img:not([alt=''])").all():
                 wide, shown = image.evaluate("img => [img.naturalWidth, img.clientWidth]")
                 if shown and SMALLEST_POINTS * DOTS / 72 * shown / wide < SMALLEST:
                     found.append(f"a picture of {wide} pixels shown at {shown}")
@@ -188,7 +229,7 @@ def test_what_the_browser_shows_is_what_python_says(trial, lab):
 
     def agreed(value=None):
         shown = int(typed.input_value())
-        assert int(slider.input_value()) == shown
+        assert int(slider.get_attribute("aria-valuetext")) == shown
         assert value is None or shown == value
         expect_python(lab, "mask.controls['num_anchors'].value", str(shown))
         expect(view).to_have_attribute("data-frame", lab.python("print(mask.frames_drawn)").strip())
@@ -218,6 +259,199 @@ def test_what_the_browser_shows_is_what_python_says(trial, lab):
 
     output.get_by_role("button", name="Reset").click()
     agreed(before)
+    nothing_went_wrong(trial)
+
+
+@pytest.fixture
+def touched(open_page, lab):
+    """A page with the widgets of ``TOUCH``."""
+    write_notebook(lab.folder / "touch.ipynb", *TOUCH)
+    return open_notebook(open_page, lab, "touch.ipynb", height=1100)
+
+
+def cell_places(view, cells):
+    """Where the centres of cells lie on the canvas."""
+    (wide, high), box = view["cell"], view["box"]
+    left, top = box["left"] - view["x"] * wide, box["top"] - view["y"] * high
+    return [[left + (key + 0.5) * wide, top + (query + 0.5) * high] for query, key in cells]
+
+
+def hovered(widget, cells):
+    """The lines that are said of each cell when the pointer is over it."""
+    return widget.locator("canvas[role=application]").evaluate(
+        """(canvas, places) => {
+            const { left, top } = canvas.getBoundingClientRect();
+            const tip = canvas.closest(".mask-stage").querySelector("[aria-hidden]:not(.mask-layer,"
+                + ".mask-layer *)");
+            return places.map(([x, y]) => {
+                const where = { clientX: left + x, clientY: top + y, bubbles: true };
+                canvas.dispatchEvent(new PointerEvent("pointermove", where));
+                return [...tip.children].map((line) => line.textContent);
+            });
+        }""",
+        cell_places(json.loads(widget.get_attribute("data-view")), cells),
+    )
+
+
+def visible(text):
+    return text.replace(" ", "␣").replace("\n", "⏎")
+
+
+def test_what_hover_says_of_500_cells_is_what_python_says(touched, lab):
+    widget = touched.locator("[data-view]")
+    code = "json.dumps([slots, dense, blocks.doc_ids[0].tolist()])"
+    slots, dense, documents = json.loads(lab.python(f"print({code})"))
+    assert {slot["kept"] for slot in slots} == {True, False} and len(set(documents)) == 3
+    luck = random.Random(0)
+    cells = [(luck.randrange(len(dense)), luck.randrange(len(dense[0]))) for _ in range(500)]
+    for (query, key), lines in zip(cells, hovered(widget, cells), strict=True):
+        slot = slots[query]
+        kept = slot["kept"]
+        found = re.fullmatch(
+            r"query: block (\d+) \((.+)\), slot (\d), reads “(.+)”, position (\d+)", lines[0]
+        )
+        assert found, lines[0]
+        assert [int(found[i]) for i in (1, 3, 5)] == [
+            slot["block"],
+            slot["slot"],
+            slot["position_id"],
+        ]
+        assert found[4] == visible(slot["input"])
+        if kept:
+            aim = f"predicts token {slot['label_position']} “{visible(slot['label'])}”: "
+            assert found[2].startswith("anchor ") and lines[1].startswith(aim)
+        assert lines[1].endswith(": supervised") == slot["supervised"]
+        if key < 88:
+            assert re.fullmatch(rf"key: token {key} “.*”, document {documents[key]}", lines[2])
+        else:
+            block, place = divmod(key - 88, 3)
+            assert re.match(rf"key: block {block} \(.+\), slot {place}, reads", lines[2])
+        assert lines[3].startswith("visible: " if dense[query][key] else "hidden: ")
+        at_anchor = kept and key == slot["label_position"] - slot["slot"] - 1
+        more = "visible" if dense[query][key] or at_anchor else "hidden"
+        assert lines[4].startswith(f"context with the anchor: {more}: ")
+
+
+def test_pointer_wheel_and_keys_reach_the_mask_and_not_the_notebook(touched, lab):
+    widget = touched.locator("[data-view]")
+    canvas = widget.locator("canvas[role=application]")
+    canvas.scroll_into_view_if_needed()
+    count = touched.locator(".jp-Cell").count()
+
+    def view():
+        return json.loads(widget.get_attribute("data-view"))
+
+    def move_to(query, key):
+        box = canvas.bounding_box()
+        [[x, y]] = cell_places(view(), [(query, key)])
+        touched.mouse.move(box["x"] + x, box["y"] + y)
+        return box["x"] + x, box["y"] + y
+
+    place = move_to(4, 10)
+    expect(widget.get_by_text("query: block 1 ").first).to_be_visible()
+    before = view()["cell"]
+    touched.mouse.wheel(0, -200)
+    touched.wait_for_function(
+        "([el, wide]) => JSON.parse(el.dataset.view).cell[0] > 1.2 * wide",
+        arg=[widget.element_handle(), before[0]],
+    )
+    assert move_to(4, 10) == pytest.approx(place, abs=1.5)
+    touched.mouse.click(*place)
+    expect_python(lab, "mask.selection", "{'query': 4, 'key': 10}")
+    # Each of these is a command of JupyterLab's, too: twice 0 restarts the kernel.
+    for key in ("0", "0", "ArrowDown", "ArrowRight"):
+        touched.keyboard.press(key)
+    expect_python(lab, "mask.selection", "{'query': 5, 'key': 11}")
+    expect(widget.locator("[aria-live=polite]").first).to_contain_text("key: token 11")
+    touched.keyboard.press("n")
+    seen = lab.python("print(json.dumps(mask.selection))")
+    query, key = (json.loads(seen)[name] for name in ("query", "key"))
+    first = "dense[{query}][{key}], slots[{query}]['label_position'] - slots[{query}]['slot'] - 1"
+    assert lab.python("print(" + first.format(query=query, key=key) + ")") == f"0 {key}\n"
+    touched.keyboard.press("Escape")
+    expect_python(lab, "mask.selection", "None")
+
+    tokens = touched.locator(".dspark-tokens")
+    table = json.loads(lab.python("print(text.table.to_json(orient='records'))"))
+    tokens.locator(".tokens-text").focus()
+    touched.keyboard.press("Control+Home")
+    for at in range(len(table)):
+        said = tokens.locator("[aria-live=polite]").last
+        expect(said).to_contain_text(f"position {at} · id {table[at]['token_id']}")
+        state = table[at]["state"]
+        assert (state in ("covered", "not covered", "never a label")) == (
+            "probability" in said.inner_text()
+        )
+        if state == "covered":
+            assert f"{table[at]['p_covered']:.3f}" in said.inner_text()
+        touched.keyboard.press("ArrowRight")
+    touched.keyboard.press("d")
+    touched.keyboard.press("d")
+    assert touched.locator(".jp-Cell").count() == count
+    nothing_went_wrong(touched)
+
+
+def test_marks_stand_out_in_both_themes(touched, lab):
+    widget = touched.locator("[data-view]")
+    slots = json.loads(lab.python("print(json.dumps(slots))"))
+    dummy = next(i for i, slot in enumerate(slots) if not slot["kept"])
+    anchor = slots[0]["label_position"] - 1
+
+    def contrasts(*cells):
+        repaint(touched)
+        view = json.loads(widget.get_attribute("data-view"))
+        wide, high = (size - 2 for size in view["cell"])
+        places = cell_places(view, cells)
+        boxes = [[x - wide / 2, y - high / 2, wide, high] for x, y in places]
+        return painted_contrasts(widget.locator("canvas[role=application]"), boxes)
+
+    def toggle(name):
+        widget.get_by_role("button", name=f"layer: {name}").click()
+
+    for theme in ("light", "dark"):
+        if theme == "dark":
+            change_theme(touched, theme)
+        # Of two masks, and of queries without supervision, the regions are fainter.
+        (difference,) = contrasts((0, anchor))
+        toggle("difference")
+        toggle("supervision")
+        *regions, hidden = contrasts((0, 0), (0, 88), (dummy, 88 + dummy), (0, anchor + 1))
+        toggle("difference")
+        toggle("supervision")
+        assert min(difference, *regions) >= 3 > hidden, (theme, difference, regions, hidden)
+        for output in touched.locator(".jp-OutputArea-output").all():
+            found = faint_marks(output) + hard_to_read(output) + unnamed(output)
+            assert not found, (theme, found)
+
+
+def test_a_mask_is_compared_and_its_files_are_what_python_has(trial, lab, tmp_path):
+    output = trial.locator(EXPLORER).nth(0)
+    output.get_by_role("combobox", name="compare").select_option("causal block")
+    expect(output.locator(".mask-legend")).to_contain_text("only causal block 0")
+    only = int(lab.python("print(mask.tables['difference']['pairs'].sum())"))
+    # Of each block of 3 slots, kept or not, 3 pairs of earlier slots and later ones.
+    assert only == 4 * 3
+    expect(output.locator(".mask-legend")).to_contain_text(f"only this mask {only}")
+
+    def saved(name):
+        output.get_by_role("button", name="Save", exact=True).click()
+        with trial.expect_download() as download:
+            output.get_by_role("button", name=name, exact=True).click()
+        file = tmp_path / download.value.suggested_filename
+        download.value.save_as(file)
+        expect(output.get_by_text(f"{file.name} goes to your downloads")).to_be_visible()
+        return file
+
+    assert saved("picture, SVG").suffix == ".svg"
+    assert ElementTree.parse(tmp_path / "masks.svg").getroot().tag.endswith("}svg")
+    with Image.open(saved("picture, PNG")) as picture:
+        assert picture.size[0] > 600 and len(picture.convert("L").getcolors()) > 10
+    for name in json.loads(lab.python("import json; print(json.dumps(list(mask.tables)))")):
+        file = saved(f"table {name}, CSV")
+        assert file.name == f"masks-{name}.csv"
+        assert file.read_text() == lab.python(
+            f"print(mask.tables[{name!r}].to_csv(index=False), end='')"
+        )
     nothing_went_wrong(trial)
 
 

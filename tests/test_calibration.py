@@ -20,6 +20,7 @@ from dspark_lab.rates import (
     drift_table,
     expected_calibration_error,
     prefix_survival,
+    reliability_slots,
     reliability_table,
     reliability_tables,
     split_prompts,
@@ -119,17 +120,55 @@ def test_reliability_is_that_of_held_samples_scaled_by_hand(trace, outcome, binn
     fit, held = split_prompts(trace)
     options = {"bins": 8, "binning": binning}
     scaling = SequentialTemperatures.fit_trace(fit, otherwise=1.0, **options)
-    reached = reached_by_hand(held)
+    reached = sorted(reached_by_hand(held), key=lambda r: (r.prompt, r.round, r.slot))
     raw = [r.confidence for r in reached]
     scaled = [
         1 / (1 + (1 / r.confidence - 1) ** (1 / scaling.temperatures[r.slot])) for r in reached
     ]
     seen = [float(r.accepted) if outcome == "empirical" else r.accept_rate for r in reached]
-    tables = reliability_tables(fit, held, outcome=outcome, **options)
+    tables = reliability_tables(fit, held, outcome=outcome, resamples=30, seed=5, **options)
     assert list(tables) == ["raw", "scaled"]
+    slots = reliability_slots(fit, held, **options)
+    places = [(r.prompt, r.round, r.slot) for r in reached]
+    assert slots[["prompt", "round", "slot"]].to_records(index=False).tolist() == places
+    assert slots["scaled"].tolist() == pytest.approx(scaled)
     for name, confidence in (("raw", raw), ("scaled", scaled)):
-        assert tables[name]["count"].sum() == len(reached)
-        pd.testing.assert_frame_equal(tables[name], reliability_table(confidence, seen, **options))
+        table, bounds = tables[name], ["outcome_low", "outcome_high"]
+        assert table["count"].sum() == len(reached)
+        expected = reliability_table(confidence, seen, **options)
+        pd.testing.assert_frame_equal(table.drop(columns=bounds), expected)
+        # Of the very numbers, which may lie on an edge.
+        own = slots[{"raw": "confidence"}.get(name, name)]
+        of_bin = bins_by_number(own, [*table["low"], table["high"].iloc[-1]])
+        assert slots[f"{name}_bin"].tolist() == of_bin
+        by_hand = outcome_intervals_by_hand(reached, seen, of_bin, len(table))
+        assert table[bounds].to_numpy() == pytest.approx(by_hand, nan_ok=True)
+
+
+def bins_by_number(confidence: pd.Series, edges: list) -> list[int]:
+    """The first bin whose high edge is not below; the last takes what is left."""
+    last = len(edges) - 2
+    return [min(sum(f > edge for edge in edges[1:]), last) for f in confidence]
+
+
+def outcome_intervals_by_hand(rows: list, seen: list, of_bin: list, bins: int) -> np.ndarray:
+    """Of each bin, from resamples in which a conversation counts as often as it was drawn."""
+    prompts = sorted({r.prompt for r in rows})
+    chances = [1 / len(prompts)] * len(prompts)
+    draws = np.random.default_rng(5).multinomial(len(prompts), chances, size=30)
+    found = np.full((bins, 2), np.nan)
+    for number in range(bins):
+        held = [(r.prompt, o) for r, o, b in zip(rows, seen, of_bin, strict=True) if b == number]
+        if len({prompt for prompt, _ in held}) < 2:
+            continue
+        means = []
+        for times in draws:
+            often = dict(zip(prompts, times, strict=True))
+            sample = [o for prompt, o in held for _ in range(often[prompt])]
+            if sample:
+                means.append(sum(sample) / len(sample))
+        found[number] = np.quantile(means, [0.025, 0.975])
+    return found
 
 
 def claims(fit: pd.DataFrame, held: pd.DataFrame) -> pd.DataFrame:

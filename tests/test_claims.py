@@ -65,9 +65,9 @@ def expected_of(drafter: str) -> dict[str, float]:
     rise = threshold_sweep(trace, [0.0, 0.9], resamples=1).diff().iloc[-1]
     return {
         "the raw confidence is too high": 100 * every["bias"],
-        "error of single slots, raw": 100 * expected_calibration_error(*pairs),
-        "error of the products, scaled": 100 * held["ece_product_scaled"],
-        "scaling lowers that of the products": 100
+        "slot error, raw": 100 * expected_calibration_error(*pairs),
+        "product error, scaled": 100 * held["ece_product_scaled"],
+        "scaling lowers the product error": 100
         * (held["ece_product_scaled"] - held["ece_product"]),
         "AUROC of the confidence": auroc(*pairs),
         "a threshold raises the acceptance rate": 100 * rise["acceptance_rate"],

@@ -1,6 +1,6 @@
 """Accept rates and confidences: pictures of tables made by hand, and the explorer."""
 
-import re
+import io
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -10,14 +10,24 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 from data.make.recipes import write_chats
 from dspark_lab import explore, rates
-from dspark_lab.decoding import Decoded, decode, encode_prompt, outcome_table, token_kinds
+from dspark_lab.decoding import (
+    Decoded,
+    decode,
+    decode_rounds,
+    distribution_table,
+    encode_prompt,
+    outcome_table,
+    token_kinds,
+)
 from dspark_lab.explore import models
 from dspark_lab.explore.style import BLUE, GREEN, ORANGE
+from dspark_lab.pairs import question
 from tests import gallery
-from tests.explorers import alert, picture
+from tests.explorers import alert
 from tests.gallery import DRIFT, GAIN, KINDS, ONE_KIND, REPORT, biases, bins, picture_of, sweep
 from tests.pictures import bands, labelled, legend, points, segments, tick_names, title, words
 from tests.samples import tiny_drafter
@@ -52,7 +62,7 @@ def require_rates(ax: Axes, table: pd.DataFrame, by: str, value: str = "conditio
     assert bands(ax) == [pytest.approx(one) for one in wanted]
 
 
-def test_each_drafter_has_a_panel_with_a_line_for_each_kind_four_panels_a_line_on_one_scale():
+def test_each_drafter_has_a_panel_with_a_line_for_each_kind_three_panels_a_line_on_one_scale():
     drafters = ["one", "two", "three", "four", "five"]
     table = gallery.rates(drafters)
     figure = picture_of("rates")
@@ -67,8 +77,8 @@ def test_each_drafter_has_a_panel_with_a_line_for_each_kind_four_panels_a_line_o
         assert drawn["empirical"] == (GREEN, "None") and lines["empirical"].get_marker() == "D"
         assert len(set(drawn.values())) == len(KINDS)
     boxes = [ax.get_position() for ax in figure.axes]
-    assert len({round(box.y0, 3) for box in boxes[:4]}) == 1
-    assert boxes[4].y1 < boxes[0].y0 and boxes[4].x0 == pytest.approx(boxes[0].x0)
+    assert len({round(box.y0, 3) for box in boxes[:3]}) == 1
+    assert boxes[3].y1 < boxes[0].y0 and boxes[3].x0 == pytest.approx(boxes[0].x0)
     [(low, high)] = {ax.get_ylim() for ax in figure.axes}
     assert low < table["low"].min() and high > table["high"].max()
 
@@ -116,6 +126,14 @@ def test_reliability_shows_each_bin_that_has_a_mean_and_counts_them_all():
     sizes = [ax.collections[-1].get_sizes() for ax in axes[:2]]
     assert sizes[0][-1] > sizes[1].max(), "one scale of marks for all panels"
     assert len({strip.get_ylim() for strip in axes[2:]}) == 1
+
+
+def test_reliability_shows_the_intervals_of_outcomes_where_they_are_known():
+    table = bins(5, 0, 40, 90)
+    table = table.assign(outcome_low=table["outcome"] - 0.02, outcome_high=table["outcome"] + 0.01)
+    ax, _ = explore.plot_reliability({"": table}).axes
+    expected = [[[f, o - 0.02], [f, o + 0.01]] for f, o in points(ax.lines[1])]
+    assert np.array(segments(ax)) == pytest.approx(np.array(expected))
 
 
 def test_reliability_panels_are_square_and_their_strips_as_wide():
@@ -233,6 +251,29 @@ def test_calibration_joins_each_slots_error_before_and_after():
     assert left.get_ylim()[0] == 0
 
 
+def test_raw_and_scaled_look_alike_in_every_picture():
+    """And nothing else beside them looks like one of them."""
+    raw, scaled = (ORANGE, "s", "none"), (BLUE, "o", "full")
+
+    def look(line):
+        return line.get_color(), line.get_marker(), line.get_fillstyle()
+
+    left, right = picture_of("calibration").axes
+    rates_, counts = picture_of("thresholds").axes
+    for ax in (left, right, rates_):
+        lines = labelled(ax)
+        assert [look(lines[name]) for name in ("raw", "scaled")] == [raw, scaled]
+    assert {look(line) for line in labelled(counts).values()} == {raw, scaled}
+    assert [ax.lines[-1].get_color() for ax in picture_of("reliability").axes[:2]] == [ORANGE, BLUE]
+    marks = [ax.collections[-1] for ax in picture_of("reliability").axes[:2]]
+    papers = [to_hex(mark.get_facecolors()[0]).upper() for mark in marks]
+    assert papers == ["#FFFFFF", BLUE.upper()]
+    everything, *both, oracle = map(look, picture_of("gain").axes[0].lines[1:])
+    assert both == [raw, scaled] and len({everything, oracle, raw, scaled}) == 4
+    assert {raw[0], scaled[0]}.isdisjoint({everything[0], oracle[0]})
+    assert labelled(picture_of("drift").axes[0])["raw"].get_color() == ORANGE
+
+
 def test_drift_holds_each_error_over_its_window_and_marks_the_change():
     [ax] = picture_of("drift").axes
     lines = labelled(ax)
@@ -273,20 +314,21 @@ def explored() -> explore.Explorer:
 
 
 def test_a_views_table_is_what_the_library_says_of_the_same_trace_and_has_its_own_picture(explored):
-    run, pictures = answers(drafter()), {}
+    run, pictures, shown = answers(drafter()), {}, {}
     tau = rates.tau_table(rates.trace_sums(run.trace))
     for view in explore.VIEWS:
         explored.controls["view"].value = view
         pd.testing.assert_frame_equal(explored.table, expected(view, run), check_dtype=False)
         pd.testing.assert_frame_equal(explored.tables["trace"], run.trace)
         pd.testing.assert_frame_equal(explored.tables["tau"], tau)
-        assert list(explored.tables)[1:] == ["trace", "tau"]
-        if view != "text":
-            alt, file = re.match(
-                r'<img .*alt="([^"]+)" .*src="(data:image/png[^"]+)"', picture(explored).value
-            ).groups()
-            pictures[alt] = file
-    assert len(pictures) == len(set(pictures.values())) == len(explore.VIEWS) - 1
+        behind = [] if view in ("text", "thresholds") else ["tokens"]
+        assert list(explored.tables)[1:] == [*behind, "trace", "tau"]
+        frame = explored.frame
+        pictures[frame.alt] = frame.png
+        assert explored.view.state == frame.state | {"frame": explored.frames_drawn}
+        shown[view] = frame.state["show"]
+    assert len(pictures) == len(set(pictures.values())) == len(explore.VIEWS)
+    assert shown == dict.fromkeys(explore.VIEWS, "chart") | {"text": "answer"}
 
 
 def test_the_text_view_is_the_chosen_conversation(explored):
@@ -296,10 +338,24 @@ def test_the_text_view_is_the_chosen_conversation(explored):
         explored.controls["conversation"].value = conversation
         table = outcome_table(run, to_text, conversation)
         pd.testing.assert_frame_equal(explored.table, table)
-        shown = explore.outcome_legend(table) + explore.outcome_text(table)
-        assert picture(explored).value == shown
+        state = explored.view.state
+        assert state["tokens"]["text"] == table["text"].tolist()
+        assert all(f"w{conversation + at}" in state["asked"] for at in (0, 7))
     explored.controls["conversation"].value = len(QUESTIONS)
     assert explored.settings["conversation"] == len(QUESTIONS) - 1
+
+
+def test_the_text_view_knows_the_distributions_of_every_slot(explored):
+    explored.choose(view="text", conversation=5)
+    asked = [question(one) for one in QUESTIONS]
+    rounds = [one for one in decode_rounds(target(), drafter(), asked, **HOT) if one.prompt == 5]
+    state = explored.frame.state
+    assert len(state["slots"]) == len(rounds) > 1
+    for slots, one in zip(state["slots"], rounds, strict=True):
+        tables = [distribution_table(one, slot, to_text) for slot in range(len(slots))]
+        assert [slot["ids"] for slot in slots] == [table["token"].tolist() for table in tables]
+        for slot, table in zip(slots, tables, strict=True):
+            assert slot["draft"] == pytest.approx(table["draft"].tolist(), abs=1e-6)
 
 
 def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
@@ -313,13 +369,14 @@ def test_a_moved_control_draws_anew_and_answers_are_decoded_once(monkeypatch):
     moves += [("conversation", 2), ("drafter", "one"), ("view", "survival")]
     moves += [("temperature", 1.5), ("view", "rates")]
     for number, (name, value) in enumerate(moves):
-        before = picture(explorer).value
+        before = explorer.frame.state
         explorer.controls[name].value = value
-        assert picture(explorer).value != before and explorer.frames_drawn == 2 + number
+        assert explorer.frame.state != before and explorer.frames_drawn == 2 + number
         one, temperature = both[explorer.settings["drafter"]], explorer.settings["temperature"]
         run = answers(one, QUESTIONS[:4], temperature=temperature, max_new_tokens=5)
         pd.testing.assert_frame_equal(explorer.tables["trace"], run.trace)
-    asked = [call for call in counted.call_args_list if "temperature" in call.kwargs]
+    # All prompts are answered so often; the text view asks once more for one of them alone.
+    asked = [call for call in counted.call_args_list if "domains" in call.kwargs]
     calls = [(call.args[1], call.kwargs["temperature"]) for call in asked]
     assert len(calls) == 4 and set(calls) == {(one, t) for one in both.values() for t in (1.5, 0.0)}
 
@@ -383,3 +440,23 @@ def test_a_target_that_decodes_one_row_at_a_time_is_explored_too():
     options = {"temperature": 1.0, "max_new_tokens": 4}
     expected = decode(windows, made.eval(), [[1, 2, 3], [4, 5]], **options).trace
     pd.testing.assert_frame_equal(explorer.tables["trace"], expected)
+
+
+def test_words_in_a_picture_of_text_are_as_wide_as_the_areas_behind_them():
+    table = pd.DataFrame(
+        {"outcome": "accepted", "kept": True, "text": ["wide"] * 20}, index=range(20)
+    )
+    figure = explore.plot_outcomes(table)
+    # As a notebook draws it.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    [ax] = figure.axes
+    areas = ax.collections[-1].get_paths()
+    left, right = (
+        ax.transData.transform([[area.vertices[n][0], 0] for area in areas])[:, 0] for n in (0, 1)
+    )
+    said = next(text for text in ax.texts if text.get_text().startswith("wide")).get_window_extent()
+    assert said.x0 == pytest.approx(left.min(), abs=3) and said.x1 == pytest.approx(
+        right.max(), abs=3
+    )
+    assert right.max() - left.min() > 300

@@ -1,6 +1,6 @@
-"""Decoding: an answer as text, distributions, and the explorer that decodes while you watch."""
+"""Decoding: an answer as a picture, distributions, and the explorer that decodes as you watch."""
 
-import asyncio
+import json
 import re
 from itertools import accumulate
 from pathlib import Path
@@ -10,10 +10,8 @@ from unittest import mock
 import pandas as pd
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
-from matplotlib.text import Text
 
+import dspark_lab as lab
 from dspark_lab import explore
 from dspark_lab.chats import load_chats
 from dspark_lab.decoding import (
@@ -26,21 +24,16 @@ from dspark_lab.decoding import (
     distribution_table,
     outcome_table,
 )
-from dspark_lab.explore import (
-    DecodingExplorer,
-    explore_decoding,
-    outcome_legend,
-    outcome_text,
-    plot_outcomes,
-)
+from dspark_lab.explore import DecodingExplorer, explore_decoding, plot_outcomes
 from dspark_lab.explore import decoding as decoding_module
+from dspark_lab.explore.decoding import REPEATS, short_prompt
 from dspark_lab.model import Drafter, save_drafter
 from dspark_lab.pairs import drafter_names, load_pair, question
-from dspark_lab.serving import speed_table
-from tests.explorers import WIDGET
-from tests.gallery import BONUS, NAN, REJECTED, UNASKED
-from tests.pages import ANY_TEXT, ODD, Page
-from tests.pictures import points, tick_names, title, words
+from dspark_lab.serving import repeated_speeds
+from tests.explorers import WIDGET, alert, edit, panel
+from tests.gallery import ANSWER, BONUS, REJECTED, UNASKED
+from tests.pictures import points, tick_names, title
+from tests.pictures import words as words_on
 from tests.samples import tiny_drafter, tiny_target
 from tests.word_pair import HEADLESS, TEXTS, VOCAB, drafter, target, to_text
 
@@ -80,8 +73,8 @@ def test_tokens_are_named_as_they_are_written_and_the_drafted_and_the_drawn_mark
     marks = {text.xy[1]: text.get_text() for text in ax.texts}
     assert marks == {0: "← drafted", 1: "← drawn by the target"}
     [both] = explore.plot_distributions(REJECTED.assign(drawn=REJECTED["drafted"])).axes
-    assert words(both) == ["← drafted,\n    drawn by the target"]
-    assert words(explore.plot_distributions(UNASKED).axes[0]) == ["← drafted"]
+    assert words_on(both) == ["← drafted,\n    drawn by the target"]
+    assert words_on(explore.plot_distributions(UNASKED).axes[0]) == ["← drafted"]
     [ax] = explore.plot_distributions(REJECTED.assign(text=["", "a", "b", OTHERS])).axes
     assert tick_names(ax.yaxis)[0] == "(id 3)"
 
@@ -99,75 +92,26 @@ def test_the_words_beside_a_bar_begin_behind_it_and_end_inside_the_axes(largest)
     assert len(ticks) > 3 and max(ticks) <= 1
 
 
-def outcomes(*tokens: tuple[int, int, str, str], **numbers: float) -> pd.DataFrame:
-    """An outcome table of tokens (round, slot, outcome, text)."""
-    table = pd.DataFrame(tokens, columns=["round", "slot", "outcome", "text"])
-    for name in ("confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob"):
-        table[name] = numbers.get(name, NAN)
-    kept = ["accepted", "corrected", "bonus", "first"]
-    return table.assign(token=table.index, position=0, kept=table["outcome"].isin(kept))
+def written(table: pd.DataFrame) -> list[str]:
+    """The key of the picture, and its text row by row."""
+    [ax] = plot_outcomes(table).axes
+    return [" ".join(text.get_text().split()) for text in ax.texts]
 
 
-ROUNDS = outcomes(
-    (-1, -1, "first", "To"),
-    (0, 0, "accepted", " add"),
-    (0, 1, "rejected", " <b>"),
-    (0, 2, "not reached", "\n"),
-    (0, -1, "corrected", " we"),
-    (1, 0, "accepted", "\n"),
-    (1, 1, "not verified", " x"),
-    (1, -1, "bonus", "!"),
-)
+def test_the_picture_reads_as_the_answer_under_its_key():
+    key = "accepted 2 corrected 1 bonus 1 first 1"
+    assert written(ANSWER) == [key, "To add we⏎", "!"]
 
 
-def test_each_draft_stands_before_what_came_in_its_place_in_the_class_of_its_outcome():
-    page = Page(outcome_text(ROUNDS))
-    assert page.text == "To add <b>⏎ we⏎\n x!"
-    assert Page(outcome_text(ROUNDS, drafts=False)).text == "To add we⏎\n!"
-    assert set(ROUNDS["outcome"]) == set(OUTCOMES)
-    assert page.classes == [f"dspark-{outcome.replace(' ', '-')}" for outcome in ROUNDS["outcome"]]
-    for source in (outcome_text(ROUNDS), outcome_legend(ROUNDS)):
-        assert all(f".{name}{{" in source for name in Page(source).classes)
-
-
-def test_what_is_not_part_of_the_answer_is_small_and_struck_through_or_faint():
-    style = outcome_text(ROUNDS).partition("</style>")[0]
-    rules = {line.partition("{")[0]: line for line in style.replace("\n ", " ").splitlines()}
-    for outcome in OUTCOMES:
-        rule = rules[f".dspark-{outcome.replace(' ', '-')}"]
-        dropped = outcome in ("rejected", "not reached", "not verified")
-        assert ("font-size:11px" in rule) == dropped
-        assert ("line-through" in rule) == (outcome in ("rejected", "not reached"))
-        assert ("opacity" in rule) == (outcome in ("not reached", "not verified"))
-
-
-def test_the_tip_of_a_token_tells_its_place_and_its_numbers():
-    numbers = {"confidence": 0.834, "accept_rate": 0.711, "draft_prob": 0.4, "target_prob": 0.125}
-    [tip] = Page(outcome_text(outcomes((3, 2, "rejected", "a"), **numbers))).tips
-    rates = "confidence 0.83, accept rate 0.71 · draft probability 0.40, target probability 0.12"
-    assert tip == f"round.slot 3.2 · rejected · {rates}"
-    unknown = outcomes((3, 2, "not verified", "a"), confidence=0.2, draft_prob=0.4)
-    [tip] = Page(outcome_text(unknown)).tips
-    assert tip == "round.slot 3.2 · not verified · confidence 0.20 · draft probability 0.40"
-    tips = Page(outcome_text(ROUNDS)).tips
-    assert tips[0] == "first token · first" and tips[4] == "round 0 · corrected"
-
-
-def test_the_legend_counts_the_tokens_of_each_outcome():
-    for table in (ROUNDS, ROUNDS.head(2)):
-        counts = table["outcome"].value_counts()
-        shown = [word for word in Page(outcome_legend(table)).words if word.strip()]
-        assert shown == [f"{name} {counts[name]}" for name in OUTCOMES if name in counts]
-
-
-@example(list(ODD))
-@given(st.lists(ANY_TEXT, min_size=1, max_size=6))
-def test_any_text_can_be_read_back_from_the_answer_and_is_no_markup(texts):
-    table = outcomes(*((0, slot, "accepted", text) for slot, text in enumerate(texts)))
-    page = Page(outcome_text(table))
-    assert page.text.replace("⏎", "") == "".join(texts)
-    assert page.tags == ["style", "div"] + ["span"] * len(texts)
-    assert set(page.attributes) == {"class", "title"}
+def test_drafts_in_vain_say_that_they_were_not_said(monkeypatch):
+    drawn = mock.Mock(side_effect=decoding_module.text_figure)
+    monkeypatch.setattr(decoding_module, "text_figure", drawn)
+    plot_outcomes(ANSWER, drafts=True)
+    pieces, key = drawn.call_args.args
+    assert "".join(text for text, _ in pieces) == "To add not said: <b>⏎  we\n not said: x !"
+    assert sorted(name for name, _ in key) == sorted(
+        f"{outcome} {(ANSWER['outcome'] == outcome).sum()}" for outcome in OUTCOMES
+    )
 
 
 POCKET = str(Path(__file__).resolve().parents[1] / "data" / "pocket" / "target")
@@ -223,8 +167,8 @@ def test_the_pocket_pair_is_explored_where_nothing_is_given():
 
 
 def test_some_of_the_shipped_conversations_are_asked_of_a_target_of_ones_own():
-    explorers = [explore_decoding(target(), drafter(), run=False) for _ in range(2)]
-    labels, again = ([label for label, _ in e.controls["example"].options] for e in explorers)
+    explorers = [explore_decoding(target(), drafter()) for _ in range(2)]
+    labels, again = (e.controls["example"].labels for e in explorers)
     domains = {" ".join(question(chat).split())[:80]: chat.domain for chat in load_chats()}
     assert labels == again and len(labels) == 40 < len(domains)
     assert {domains[label[:80]] for label in labels} == set(domains.values())
@@ -250,19 +194,10 @@ def same_answer(explorer: DecodingExplorer, prompt: Any, one: Drafter, **options
     assert [r.tokens for r in explorer.rounds] == [r.tokens for r in rounds]
 
 
-STATUS, ANSWER, STEP = 2, 3, 5
-
-
-def shown(explorer: DecodingExplorer, place: int) -> str:
-    return explorer.children[place].value
-
-
-def buttons(explorer: DecodingExplorer) -> tuple[bool, bool]:
-    """Which of Run and Stop can be clicked."""
-    return not explorer.run_button.disabled, not explorer.stop_button.disabled
-
-
-IDLE, BUSY = (True, False), (False, True)
+def words(explorer: DecodingExplorer) -> str:
+    """The line above the answer."""
+    assert explorer.frame.state is not None
+    return explorer.frame.state["words"]
 
 
 @pytest.mark.parametrize(
@@ -274,194 +209,167 @@ IDLE, BUSY = (True, False), (False, True)
     ],
     ids=str,
 )
-def test_a_run_gives_what_decode_gives_with_the_same_settings(settings):
-    moved = decoding(run=False)
-    for name, value in settings.items():
-        moved.controls[name].value = value
-    moved.run()
+def test_an_answer_is_what_decode_gives_with_the_same_settings(settings):
+    moved = decoding()
+    moved.choose(**settings)
     alone = {name: value for name, value in settings.items() if name != "threshold"}
-    # Settings that start an explorer are those of its first run.
+    # Settings that start an explorer are those of its first answer.
     for explorer in (moved, decoding(**settings)):
         same_answer(explorer, TEXTS[0], drafter(), **settings)
         assert explorer.plain.tokens == answer(TEXTS[0], None, **alone)[0].tokens
-    further_out = decoding(temperature=3.0, max_new_tokens=600, run=False).settings
+    further_out = decoding(temperature=3.0, max_new_tokens=600).settings
     assert (further_out["temperature"], further_out["max_new_tokens"]) == (3.0, 600)
 
 
-def test_nothing_is_run_before_it_is_asked_for_and_then_the_chosen_drafter():
+def test_every_drafter_can_be_chosen():
     both = {"one": drafter(1), "two": drafter(2, block_size=3)}
-    explorer = decoding(drafters=both, run=False)
-    assert explorer.tables == {} and explorer.decoded is None and explorer.rounds == []
-    with pytest.raises(ValueError, match="explore_decoding has nothing to show: not run yet"):
-        explorer.table  # noqa: B018
-    assert shown(explorer, ANSWER) == "" and shown(explorer, STEP) == ""
-    assert buttons(explorer) == IDLE
+    explorer = decoding(drafters=both)
     for name, one in both.items():
-        explorer.controls["drafter"].value = name
-        explorer.run_button.click()
+        assert explorer.controls["drafter"].options == tuple(both)
+        edit(explorer, drafter=list(both).index(name))
         same_answer(explorer, TEXTS[0], one)
 
 
-def test_choosing_an_example_fills_in_its_text_and_a_typed_prompt_wins_over_it(monkeypatch):
+def test_a_typed_prompt_wins_over_the_example_which_says_so(monkeypatch):
     prompts = [*TEXTS, [4, 5, 6]]
-    explorer = decoding(prompts, run=False)
+    explorer = decoding(prompts)
     counted = mock.Mock(side_effect=decode_rounds)
     monkeypatch.setattr("dspark_lab.decoding.decode_rounds", counted)
-    example, prompt = explorer.controls["example"], explorer.controls["prompt"]
-    assert [label for label, _ in example.options] == [*TEXTS, "[4, 5, 6]"]
-    assert prompt.value == TEXTS[0]
-    for chosen in (2, 3):
-        example.value = chosen
-        assert prompt.value == (prompts[chosen] if chosen < 3 else "")
-        # White space is part of a prompt, and alone it is none.
-        for typed, asked in (
-            (prompt.value, prompts[chosen]),
-            (" w40\n\n", " w40\n\n"),
-            (" \n", prompts[chosen]),
-        ):
-            prompt.value = typed
-            explorer.run()
-            assert [call.args[2] for call in counted.call_args_list[-2:]] == [[asked]] * 2
+    assert explorer.controls["example"].labels == [*TEXTS, "[4, 5, 6]"]
+    # White space is part of a prompt, and alone it is none.
+    for example, typed, asked in (
+        (2, "", TEXTS[2]), (3, "", prompts[3]), (3, " w40\n\n", " w40\n\n"), (3, " \n", prompts[3]),
+    ):  # fmt: skip
+        counted.reset_mock()
+        explorer.choose(example=example, prompt=typed)
+        assert explorer.decoded is not None
+        assert [call.args[2] for call in counted.call_args_list] == [[asked]] * (1 + 2 * REPEATS)
+        assert bool(typed.strip()) == explorer.controls["example"].disabled
+        assert explorer.frame.state["asked"] == short_prompt(asked)
     same_answer(explorer, prompts[3], drafter())
 
 
 def test_long_and_broken_prompts_are_short_labels():
     prompts = ["w1\n\n  w2", "w3 " * 50, [5] * 60, torch.tensor([4, 5])]
-    explorer = decoding(prompts, run=False)
-    first, second, third, tensor = (label for label, _ in explorer.controls["example"].options)
+    first, second, third, tensor = decoding(prompts).controls["example"].labels
     assert first == "w1 w2" and tensor == "[4, 5]"
     assert second.endswith("…") and third.endswith("…") and len(second) <= len(third) == 90
-    assert explorer.controls["prompt"].value == "w1\n\n  w2"
 
 
-def test_the_tables_and_the_line_below_are_those_of_the_run():
+def test_controls_without_effect_say_why_and_have_none():
+    explorer = decoding(drafters={"sure": drafter(), "bare": drafter(3, **HEADLESS)})
+    explorer.choose(drafter="bare", threshold=0.5, temperature=0.0)
+    _ = explorer.frame
+    reasons = {
+        name: control.reason for name, control in explorer.controls.items() if control.reason
+    }
+    assert reasons == {
+        "threshold": "this drafter has no confidence head",
+        "seed": "at temperature 0 nothing is drawn",
+    }
+    same_answer(explorer, TEXTS[0], drafter(3, **HEADLESS), temperature=0.0)
+    explorer.choose(drafter="sure", temperature=1.0)
+    same_answer(explorer, TEXTS[0], drafter(), threshold=0.5)
+    assert not any(control.reason for control in explorer.controls.values())
+
+
+def test_the_tables_and_the_line_above_are_those_of_the_runs():
     explorer = decoding()
     run, rounds = answer(TEXTS[0], drafter())
-    speed = speed_table([explorer.plain], [explorer.decoded], 2)
+    runs = explorer.frame.detail
+    assert len(runs.plain) == len(runs.drafted) == REPEATS
+    assert [one.tokens for one in runs.drafted] == [run.tokens] * REPEATS
+    speed = repeated_speeds(runs.plain, runs.drafted, 2)
     wanted = {
         "tokens": outcome_table(run, to_text),
         "distributions": distribution_table(rounds[0], rounds[0].accepted, to_text),
         "rounds": run.rounds,
         "trace": run.trace,
-        "speed": speed.to_frame().T,
+        "speed": speed,
     }
     assert list(explorer.tables) == list(wanted)
     for name, table in wanted.items():
         pd.testing.assert_frame_equal(explorer.tables[name], table)
-    pd.testing.assert_frame_equal(explorer.table, wanted["tokens"])
-    assert shown(explorer, ANSWER) == outcome_legend(explorer.table) + outcome_text(explorer.table)
-    numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", shown(explorer, STATUS))]
-    assert numbers == [
-        len(explorer.decoded.tokens[0]),
-        len(explorer.rounds),
-        round(speed["tau"], 2),
-        round(speed["tokens_per_second"]),
-        round(speed["plain_tokens_per_second"]),
-        round(speed["gain"], 2),
-        *(round(100 * speed[part]) for part in ("draft", "verify", "rest")),
+    middle, low, high = (row for _, row in speed.iterrows())
+    assert re.findall(r"\d+(?:\.\d+)?", words(explorer).replace(",", "")) == [
+        f"{len(run.tokens[0])}",
+        f"{len(rounds)}",
+        f"{run.tau:.2f}",
+        f"{middle['break_even_tau']:.2f}",
+        f"{middle['tokens_per_second']:.0f}",
+        f"{middle['plain_tokens_per_second']:.0f}",
+        f"{middle['speedup']:.2f}",
+        f"{REPEATS}",
+        f"{low['speedup']:.2f}",
+        f"{high['speedup']:.2f}",
+        *(f"{100 * middle[part]:.0f}" for part in ("draft", "verify", "rest")),
     ]
 
 
-def test_every_slot_of_every_round_can_be_stepped_to_and_a_step_draws_one_picture(monkeypatch):
-    drawn = mock.Mock(side_effect=explore.plot_distributions)
-    monkeypatch.setattr(decoding_module, "plot_distributions", drawn)
+def test_every_slot_of_every_round_can_be_opened():
     explorer = decoding(drafters=drafter(2, block_size=3), max_new_tokens=10, threshold=0.4, seed=3)
-    rounds, step = explorer.rounds, explorer.step
+    rounds = explorer.rounds
     assert len({r.accepted for r in rounds}) > 1 and len({r.verified for r in rounds}) > 1
-    assert step["round"].max == len(rounds) - 1 and step["round"].value == 0
-    assert drawn.call_count == 1
-    for number in [*range(1, len(rounds)), 0]:
-        drawn.reset_mock()
-        step["round"].value = number
-        assert drawn.call_count == 1
-        assert step["slot"].value == rounds[number].accepted
-        assert step["slot"].max == rounds[number].verified
-        pictures = set()
-        for slot in range(rounds[number].verified + 1):
-            step["slot"].value = slot
-            wanted = distribution_table(rounds[number], slot, to_text)
-            pd.testing.assert_frame_equal(drawn.call_args.args[0], wanted)
-            pictures.add(shown(explorer, STEP))
-        pd.testing.assert_frame_equal(explorer.tables["distributions"], wanted)
-        assert len(pictures) == rounds[number].verified + 1
-        assert all(source.startswith("<img ") for source in pictures)
-    step["round"].value, step["slot"].value = 1000, 1000
-    assert step["round"].value == len(rounds) - 1
-    assert step["slot"].value == rounds[-1].verified
-    drawn.reset_mock()
-    explorer.run()
-    assert drawn.call_count == 1
+    for number, one in enumerate(rounds):
+        explorer.select(number)
+        assert explorer.selection == {"round": number, "slot": one.accepted}
+        last = max(len(one.drafted) - 1, one.verified)
+        for slot in range(last + 1):
+            explorer.select(number, slot)
+            wanted = distribution_table(one, slot, to_text)
+            pd.testing.assert_frame_equal(explorer.tables["distributions"], wanted)
+        with pytest.raises(ValueError, match=rf"slot must be in \[0, {last}\], got {last + 1}"):
+            explorer.select(number, last + 1)
+    with pytest.raises(ValueError, match=f"round must be below {len(rounds)}, got"):
+        explorer.select(len(rounds))
+    # The first token has no distributions, and a slot may be gone from the next answer.
+    for gone in ({"round": -1, "slot": -1}, {"round": 99, "slot": 0}, {"round": 0, "slot": 99}):
+        explorer.view.selection = gone
+        first = distribution_table(rounds[0], rounds[0].accepted, to_text)
+        pd.testing.assert_frame_equal(explorer.tables["distributions"], first)
 
 
-def test_a_run_with_fewer_rounds_takes_the_steps_back_and_one_token_has_none():
-    explorer = decoding(max_new_tokens=15)
-    step, last = explorer.step, len(explorer.rounds) - 1
-    step["round"].value = last
-    step["slot"].value = step["slot"].max
-    explorer.controls["max_new_tokens"].value = 3
-    explorer.run()
-    assert 1 <= len(explorer.rounds) < last
-    assert (step["round"].value, step["round"].max) == (0, len(explorer.rounds) - 1)
-    assert step["slot"].value == explorer.rounds[0].accepted
-    explorer.controls["max_new_tokens"].value = 1
-    explorer.run()
+def test_an_answer_of_one_token_has_no_round():
+    explorer = decoding(max_new_tokens=1)
     assert list(explorer.tables) == ["tokens", "rounds", "trace"]
     assert explorer.table["outcome"].tolist() == ["first"]
-    assert [(s.value, s.max) for s in step.values()] == [(0, 0), (0, 0)]
-    assert "no round" in shown(explorer, STATUS) and "dspark-first" in shown(explorer, ANSWER)
-    assert shown(explorer, STEP) == "" and buttons(explorer) == IDLE
+    assert explorer.rounds == [] and words(explorer) == "1 tokens, no round"
+    with pytest.raises(ValueError, match="round must be below 0, got 0"):
+        explorer.select(0)
 
 
-def refusal(explorer: DecodingExplorer) -> str:
-    """The sentence that stands in place of an answer, of which nothing is left."""
-    found = re.fullmatch(r'<p role="alert">(.*)</p>', shown(explorer, STATUS))
-    assert found and "\n" not in found[1]
-    assert explorer.tables == {} and explorer.decoded is None
-    assert shown(explorer, ANSWER) == "" and shown(explorer, STEP) == ""
-    assert buttons(explorer) == IDLE
-    return found[1]
-
-
-def test_a_refused_setting_shows_a_sentence_and_can_be_left():
-    explorer = decoding(drafters={"sure": drafter(), "bare": drafter(3, **HEADLESS)})
-    explorer.controls["drafter"].value = "bare"
-    explorer.controls["threshold"].value = 0.5
-    for refused in (explorer.run, lambda: asyncio.run(clicked(explorer))):
-        refused()
-        assert "need a drafter with a confidence head" in refusal(explorer)
-    with pytest.raises(ValueError, match="explore_decoding has nothing to show: threshold, sch"):
-        explorer.table  # noqa: B018
-    assert explorer._repr_mimebundle_()["text/html"] == shown(explorer, STATUS)
-    for step in explorer.step.values():
-        step.value = 1
-    explorer.controls["threshold"].value = 0.0
-    explorer.run_button.click()
-    same_answer(explorer, TEXTS[0], drafter(3, **HEADLESS))
-    assert "alert" not in shown(explorer, STATUS)
-
-
-def test_an_error_that_is_no_refusal_is_not_hidden_and_leaves_the_buttons(monkeypatch):
+def test_a_refused_setting_shows_a_sentence_beside_the_last_answer_and_can_be_left():
     explorer = decoding()
-    failing = mock.Mock(side_effect=RuntimeError("out of memory"))
-    monkeypatch.setattr("dspark_lab.decoding.decode_rounds", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        explorer.run()
-    assert buttons(explorer) == IDLE and explorer.tables == {}
-    monkeypatch.undo()
-    explorer.run()
+    before = explorer.frame.state
+    explorer.controls["prompt"].value = "w1 " * 2045
+    assert "must have at most 2048 tokens" in alert(explorer)
+    assert explorer.decoded is None and explorer.rounds == []
+    assert explorer.view.state["tokens"] == before["tokens"]
+    explorer.reset()
     same_answer(explorer, TEXTS[0], drafter())
 
 
-async def clicked(explorer: DecodingExplorer, rounds: int = 0, then: Any = None) -> None:
-    """Click Run, and when it has so many rounds do something, then wait until it is done."""
-    explorer.run_button.click()
-    while len(explorer.rounds) < rounds:
-        await asyncio.sleep(0)
-    if then is not None:
-        assert buttons(explorer) == BUSY
-        then()
-    while buttons(explorer) != IDLE:
-        await asyncio.sleep(0)
+def test_the_widget_is_given_the_tables():
+    explorer = decoding(drafters=drafter(2, block_size=3), max_new_tokens=10, threshold=0.4, seed=3)
+    given, table = explorer.frame.state, explorer.table
+    tokens = pd.DataFrame(given["tokens"])
+    tokens["outcome"] = [OUTCOMES[number] for number in tokens["outcome"]]
+    pd.testing.assert_frame_equal(tokens, table[list(tokens)], check_dtype=False, atol=1e-6)
+    for one, slots in zip(explorer.rounds, given["slots"], strict=True):
+        assert len(slots) == max(len(one.drafted) - 1, one.verified) + 1
+        for slot, held in enumerate(slots):
+            wanted = distribution_table(one, slot, to_text)
+            assert held["ids"] == wanted["token"].tolist()
+            assert held["texts"] == wanted["text"].tolist()
+            for name in ("drafted", "drawn"):
+                marked = wanted.index[wanted[name]].tolist()
+                assert [held[name]] == (marked or [-1])
+            for name in ("draft", "target", "overlap", "residual"):
+                if held[name] is None:
+                    assert slot > one.verified and wanted[name].isna().all()
+                else:
+                    assert held[name] == pytest.approx(wanted[name].tolist(), abs=1e-6)
+    assert json.loads(json.dumps(given)) == given
 
 
 @pytest.fixture
@@ -470,134 +378,134 @@ def always_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding_module, "REDRAW_SECONDS", -1.0)
 
 
-def kept_tokens(source: str) -> int:
-    """Tokens of the answer that the text shows."""
-    return len(re.findall(r'<span class="dspark-(?:accepted|corrected|bonus|first)" ', source))
+def said_tokens(state: dict[str, Any]) -> int:
+    """Tokens of the answer that the widget is given."""
+    kept = [OUTCOMES.index(name) for name in ("accepted", "corrected", "bonus", "first")]
+    return sum(outcome in kept for outcome in state["tokens"]["outcome"])
 
 
-def seen_texts(explorer: DecodingExplorer) -> list[tuple[bool, int]]:
-    """A list that will tell of each text shown whether a run goes on, and how much it shows."""
-    seen: list[tuple[bool, int]] = []
-
-    def see(change: Any) -> None:
-        seen.append((explorer.decoded is None, kept_tokens(change["new"])))
-
-    explorer.children[ANSWER].observe(see, names="value")
+def seen_states(explorer: DecodingExplorer) -> list[dict[str, Any]]:
+    """A list that will hold each state that the widget is given."""
+    seen: list[dict[str, Any]] = []
+    assert explorer.view is not None
+    explorer.view.observe(lambda change: seen.append(change["new"]), names="state")
     return seen
 
 
-def test_a_click_in_a_loop_returns_at_once_and_the_answer_grows(always_redrawn):
-    explorer = decoding(max_new_tokens=15, run=False)
-    seen, turns = seen_texts(explorer), 0
-
-    async def click() -> None:
-        nonlocal turns
-        explorer.run_button.click()
-        assert explorer.decoded is None and explorer.rounds == [] and seen == []
-        assert buttons(explorer) == BUSY
-        while buttons(explorer) == BUSY:
-            turns += 1
-            await asyncio.sleep(0)
-
-    asyncio.run(click())
+def test_an_answer_grows_and_can_be_opened_before_its_speed_is_known(always_redrawn):
+    explorer = decoding()
+    _ = explorer.frame
+    seen = seen_states(explorer)
+    explorer.controls["max_new_tokens"].value = 15
     same_answer(explorer, TEXTS[0], drafter(), max_new_tokens=15)
     # One token before the first round, and then what each round adds.
     grown = list(accumulate((len(r.tokens) for r in explorer.rounds), initial=1))[1:]
-    # The text of the last round and that of the whole are the same.
-    assert [count for going, count in seen if going] == grown and len(grown) > 3
-    # Other work had its turn after every round, with the drafter and without.
-    assert turns > len(explorer.rounds) + len(explorer.plain.rounds)
-    assert "tokens/s" in shown(explorer, STATUS)
+    *growing, whole, end = seen
+    assert [said_tokens(state) for state in growing] == grown and len(grown) > 3
+    assert all(state["running"] and state["slots"] == [] for state in growing)
+    assert whole["running"] and not end["running"] and "tokens/s" not in whole["words"]
+    assert whole["slots"] == end["slots"] and len(end["slots"]) == len(explorer.rounds)
+    assert end["words"] == words(explorer) and "tokens/s" in end["words"]
 
 
 def test_without_a_redraw_due_the_answer_is_shown_at_its_start_and_its_end(monkeypatch):
     monkeypatch.setattr(decoding_module, "REDRAW_SECONDS", 1e9)
-    explorer = decoding(max_new_tokens=15, run=False)
-    seen = seen_texts(explorer)
-    explorer.run()
-    first, whole = 1 + len(explorer.rounds[0].tokens), len(explorer.decoded.tokens[0])
-    assert seen == [(True, first), (False, whole)]
-
-
-@pytest.mark.parametrize("after", [0, 3])
-def test_stop_ends_a_run_early_and_leaves_what_was_decoded(always_redrawn, after):
-    settings = {"max_new_tokens": 200, "temperature": 1.3, "seed": 10}
-    explorer = decoding(run=False, **settings)
-    whole, rounds = answer(TEXTS[0], drafter(), **settings)
-    assert len(rounds) > 20
-    asyncio.run(clicked(explorer, after, explorer.stop_button.click))
-    count = len(explorer.rounds)
-    assert max(1, after) <= count <= after + 1
-    said = 1 + sum(len(r.tokens) for r in rounds[:count])
-    assert explorer.decoded.tokens == [whole.tokens[0][:said]]
-    assert len(explorer.tables["rounds"]) == count == explorer.step["round"].max + 1
-    assert kept_tokens(shown(explorer, ANSWER)) == said
-    # Neither does the answer without the drafter go on.
-    assert len(explorer.plain.rounds) == 1
-    explorer.controls["max_new_tokens"].value = 9
-    explorer.run()
-    same_answer(explorer, TEXTS[0], drafter(), temperature=1.3, seed=10)
-
-
-@pytest.mark.parametrize("after", [0, 2])
-def test_a_run_that_goes_on_is_not_disturbed_by_another_or_by_steps(monkeypatch, after):
-    explorer = decoding(max_new_tokens=15)
-    explorer.step["round"].value = last = len(explorer.rounds) - 1
-    counted = mock.Mock(side_effect=decode_rounds)
-    monkeypatch.setattr("dspark_lab.decoding.decode_rounds", counted)
-
-    def disturb() -> None:
-        explorer.run_button.click()
-        with pytest.raises(RuntimeError, match="a run must end or be stopped before the next"):
-            explorer.run()
-        assert explorer.tables == {} and shown(explorer, STEP) == ""
-        with pytest.raises(ValueError, match="explore_decoding has nothing to show: it runs"):
-            explorer.table  # noqa: B018
-        explorer.step["round"].value, explorer.step["slot"].value = last, 2
-        assert [step.value for step in explorer.step.values()] == [0, 0]
-
-    asyncio.run(clicked(explorer, after, disturb))
-    assert [call.args[1] is not None for call in counted.call_args_list] == [True, False]
-    same_answer(explorer, TEXTS[0], drafter(), max_new_tokens=15)
-    assert explorer.step["round"].max == last > 2 and shown(explorer, STEP) != ""
-
-
-def test_run_and_stop_take_turns():
-    explorer = decoding(run=False)
-    seen: dict[str, tuple[bool, bool]] = {}
-
-    def see(change: Any) -> None:
-        seen[change["new"].split()[0]] = buttons(explorer)
-
-    explorer.children[STATUS].observe(see, names="value")
-    explorer.run()
-    said = ["reading", "round", "and", f"{len(explorer.decoded.tokens[0])}"]
-    assert seen == dict.fromkeys(said, BUSY) and buttons(explorer) == IDLE
-
-
-def test_widgets_are_made_once_and_readers_that_run_none_get_the_answer_and_no_timing():
     explorer = decoding()
-    above, buttons, *_, steps, _ = before = list(explorer.children)
-    assert list(above.children) == list(explorer.controls.values())
-    run, stop = explorer.run_button, explorer.stop_button
-    assert list(buttons.children) == [run, stop, explorer.drafts]
-    assert list(steps.children) == list(explorer.step.values())
+    _ = explorer.frame
+    seen = seen_states(explorer)
+    explorer.controls["max_new_tokens"].value = 15
+    whole = len(explorer.decoded.tokens[0])
+    assert [said_tokens(s) for s in seen] == [1 + len(explorer.rounds[0].tokens), whole, whole]
+
+
+def cancelled(monkeypatch: pytest.MonkeyPatch, calls: int, **settings: Any) -> DecodingExplorer:
+    """An explorer whose user cancels at so many tellings of its progress."""
+    explorer = decoding(**settings)
+    _ = explorer.frame
+    told = 0
+
+    def tell(*said: Any) -> None:
+        nonlocal told
+        told += said[0] > 0
+        if told == calls:
+            explorer.cancel()
+
+    monkeypatch.setattr(explorer._worker, "_report", tell)
+    explorer.redraw()
+    return explorer
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_cancel_ends_an_answer_early_and_leaves_what_was_decoded(monkeypatch, after):
+    settings = {"max_new_tokens": 60, "temperature": 1.3, "seed": 10}
+    whole, rounds = answer(TEXTS[0], drafter(), **settings)
+    explorer = cancelled(monkeypatch, after, **settings)
+    # The round that was under way is kept.
+    said = 1 + sum(len(r.tokens) for r in rounds[: after + 1])
+    assert explorer.decoded.tokens == [whole.tokens[0][:said]] and explorer.plain is None
+    assert len(explorer.tables["rounds"]) == len(explorer.rounds) == after + 1 < len(rounds)
+    assert "speed" not in explorer.tables and said_tokens(explorer.view.state) == said
+    assert words(explorer).endswith("The answer was cancelled.")
+    assert panel(explorer).state["again"] and panel(explorer).state["problem"] == ""
+    monkeypatch.undo()
+    explorer._act({"action": "again"})
+    same_answer(explorer, TEXTS[0], drafter(), **settings)
+    assert not panel(explorer).state["again"]
+
+
+def test_cancel_of_the_measuring_leaves_the_answer_and_the_runs_that_ended(monkeypatch):
+    run, rounds = answer(TEXTS[0], drafter())
+    steps = len(answer(TEXTS[0], None)[1])
+    for calls, runs in ((len(rounds), 0), (2 * len(rounds) + steps, 1)):
+        explorer = cancelled(monkeypatch, calls)
+        assert explorer.decoded.tokens == run.tokens
+        assert ("speed" in explorer.tables) == bool(runs)
+        if runs:
+            assert explorer.tables["speed"]["runs"].tolist() == [runs] * 3
+        assert words(explorer).endswith("The measuring of its speed was cancelled.")
+        monkeypatch.undo()
+
+
+def test_the_newest_setting_wins_over_an_answer_that_grows(always_redrawn):
+    explorer = decoding(max_new_tokens=100)
+    for seed in (1, 2, 3):
+        explorer.controls["seed"].value = seed
+    same_answer(explorer, TEXTS[0], drafter(), max_new_tokens=100, seed=3)
+    assert explorer.view.state["tokens"] == explorer.frame.state["tokens"]
+
+
+def test_an_error_that_is_no_refusal_is_not_hidden(monkeypatch):
+    explorer = decoding()
+    _ = explorer.frame
+    failing = mock.Mock(side_effect=RuntimeError("out of memory"))
+    monkeypatch.setattr("dspark_lab.decoding.decode_rounds", failing)
+    explorer.redraw()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _ = explorer.frame
+    monkeypatch.undo()
+    explorer.redraw()
+    same_answer(explorer, TEXTS[0], drafter())
+
+
+def test_readers_that_run_no_widgets_get_the_answer_and_no_timing():
+    explorer = decoding()
     one, other = explorer._repr_mimebundle_(include=None, exclude=None), decoding()
     assert one.pop(WIDGET)["model_id"] == explorer.model_id
     assert one.keys() == {"text/plain", "image/png"} and one["text/plain"] == repr(explorer)
     assert other._repr_mimebundle_()["image/png"] == one["image/png"]
-    assert explorer._repr_mimebundle_()["image/png"] != "" != shown(explorer, ANSWER)
-    picture = plot_outcomes(explorer.table)
-    said = " ".join(text.get_text() for text in picture.findobj(Text))
+    said = " ".join(written(explorer.table))
     assert "accepted" in said and not any(word in said for word in ("tokens/s", "times"))
     explorer.controls["seed"].value = 5
-    explorer.run()
     assert explorer._repr_mimebundle_()["image/png"] != one["image/png"]
-    assert all(a is b for a, b in zip(before, explorer.children, strict=True))
-    assert repr(explorer) == (
-        "explore_decoding(example=0, prompt='w1 w2 w3', drafter='drafter', temperature=1.0, "
-        "threshold=0.0, max_new_tokens=9, seed=5)"
-    )
+
+
+def test_the_view_as_code_makes_it_again():
+    explorer = decoding()
+    explorer.choose(seed=5, example=1, prompt="w9")
+    names: dict[str, Any] = {"lab": lab, "target": target(), "drafter": drafter(), "prompts": TEXTS}
+    exec(explorer.code, names)
+    assert names["explorer"].settings == explorer.settings
+    same_answer(names["explorer"], "w9", drafter(), seed=5)
 
 
 def test_ids_are_decoded_for_a_target_without_a_tokenizer():
@@ -608,29 +516,10 @@ def test_ids_are_decoded_for_a_target_without_a_tokenizer():
     assert explorer.decoded.tokens == run.tokens
     assert explorer.table["text"].tolist() == [f"{token} " for token in explorer.table["token"]]
     explorer.controls["prompt"].value = "w1"
-    explorer.run()
-    assert refusal(explorer) == "in memory has no tokenizer: a prompt must be token ids"
+    assert alert(explorer) == "in memory has no tokenizer: a prompt must be token ids"
     rates = explore.explore_acceptance(
         bare, made, [[1, 2], [3]], max_new_tokens=6, view="token kinds"
     )
     assert set(rates.table["kind"]) <= {"number"}
     with pytest.raises(ValueError, match="in memory has no tokenizer: a prompt must be token ids"):
         explore.explore_acceptance(bare, made, ["w1"])
-
-
-def test_drafts_in_vain_can_be_hidden_and_are_still_in_the_tables():
-    explorer = decoding(max_new_tokens=15)
-    table, whole = explorer.table, shown(explorer, ANSWER)
-    assert not table["kept"].all()
-    explorer.drafts.value = False
-    without = outcome_legend(table) + outcome_text(table, drafts=False)
-    assert shown(explorer, ANSWER) == without != whole
-    pd.testing.assert_frame_equal(explorer.table, table)
-    explorer.run()
-    assert shown(explorer, ANSWER) == without
-    explorer.drafts.value = True
-    assert shown(explorer, ANSWER) == whole
-    explorer.controls["prompt"].value = "w1 " * 2045
-    explorer.run()
-    explorer.drafts.value = False
-    assert "must have at most 2048 tokens" in refusal(explorer)

@@ -3,7 +3,10 @@
 import builtins
 import importlib
 import inspect
+import json
+import math
 import re
+import subprocess
 import sys
 import threading
 from base64 import b64decode
@@ -18,13 +21,23 @@ from matplotlib.figure import Figure
 
 import dspark_lab as lab
 from data.make.recipes import write_chats
+from dspark_lab.blocks import draw_blocks
+from dspark_lab.chats import encode, one_row
 from dspark_lab.explore import Explorer, Frame, explore_anchors, explore_masks
-from dspark_lab.explore.controls import checkbox, dropdown, number_slider, selection_slider, slider
+from dspark_lab.explore.controls import (
+    answer_at_once,
+    checkbox,
+    dropdown,
+    number_slider,
+    selection_slider,
+    slider,
+)
 from dspark_lab.explore.style import new_figure
 from dspark_lab.explore.widget import WidgetView, module, page
 from dspark_lab.explore.work import Progress, threads_for
 from tests import explorers
 from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, edit, panel, picture
+from tests.rule_in_node import needs_node
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,13 +153,25 @@ def test_reset_and_what_is_recommended_are_one_draw_each():
 
 
 def test_the_code_is_the_call_that_makes_the_same_view():
+    names = {"chats": CHATS, "tokenizer": TOKENIZER}
     explorer = explorers.masks(conversation=1)
     explorer.choose(num_anchors=3, packed=True, seed=5)
-    names = {"lab": lab, "chats": CHATS, "tokenizer": TOKENIZER}
-    again = eval(explorer.code, names)
-    assert again.settings == explorer.settings and again.code == explorer.code
+    explorers.require_same_view(explorer, **names)
     assert explorer.code == panel(explorer).state["code"]
     assert explorer.code.startswith("lab.explore_masks(chats=chats, tokenizer=tokenizer, ")
+    explorer.choose(shuffled=True, compare="seed 2", window=9)
+    explorers.require_same_view(explorer, **names)
+    explorer = explorers.anchors(like="specforge", packed=True)
+    explorer.choose(block_size=2, per="document", row_length=65)
+    explorers.require_same_view(explorer, **names)
+    # What is compared with may be an object, which only its own name can say.
+    row = one_row([encode(CHATS[0], TOKENIZER)], LENGTHS[0], TOKENIZER.eos_token_id)
+    names["compare"] = draw_blocks(row, 2, 3, seed=4)
+    explorer = explorers.masks(compare=names["compare"])
+    assert "compare=compare" in explorer.code and explorer.settings["compare"] == "yours"
+    explorers.require_same_view(explorer, **names)
+    explorer.choose(compare="nothing")
+    explorers.require_same_view(explorer, **names)
     # A control that no argument names is set by a line of its own.
     other, _ = counting()
     other.name, other.controls["number"].argument = "explore_masks", False
@@ -220,6 +245,45 @@ def test_a_module_is_its_files_one_behind_the_other():
     ]
 
 
+def growing_stops(low: int, high: int) -> list[int]:
+    """Each number up to 16, then eight of each doubling; the ends, whatever they are."""
+    stops = {low, high} | set(range(low, min(high, 16)))
+    for power in range(4, 40):
+        stops |= {number for number in range(2**power, 2 ** (power + 1), 2 ** (power - 3))}
+    return sorted(stop for stop in stops if low <= stop <= high)
+
+
+@needs_node
+def test_a_wide_slider_stops_at_numbers_that_grow_and_any_number_has_a_place_between():
+    program = module("shared", "controls").removesuffix("export default { render };\n")
+    program += """
+        const answer = ([low, high, values]) => {
+          const scale = scaleOf({ kind: "whole", growing: true, low, high });
+          const stops = [...Array(scale.high + 1).keys()].map(scale.value);
+          const places = values.map(scale.position);
+          return [stops, places, values.map(scale.step), [0.4, -5, 1e9].map(scale.typed)];
+        };
+        const cases = JSON.parse(require("fs").readFileSync(0, "utf8"));
+        process.stdout.write(JSON.stringify(cases.map(answer)));
+    """
+    ranges = [(1, 4096), (64, 131072), (0, 4096), (8, 131072), (100, 5000), (3, 3), (1, 10)]
+    parts = (1, 2, 9, 77, 10**9)
+    cases = [(a, b, sorted({b, *(a + (b - a) // part for part in parts)})) for a, b in ranges]
+    done = subprocess.run(
+        ["node", "-e", program], input=json.dumps(cases), capture_output=True, text=True, check=True
+    )
+    for (low, high, values), (stops, places, steps, typed) in zip(
+        cases, json.loads(done.stdout), strict=True
+    ):
+        assert stops == growing_stops(low, high)
+        assert len(stops) < 120, "the arrow keys pass through all of it"
+        for value, place, step in zip(values, places, steps, strict=True):
+            below, above = stops[math.floor(place)], stops[math.ceil(place)]
+            assert below <= value <= above and (below == above or below < value < above)
+            assert step == (1 if value in stops else "any")
+        assert places == sorted(places) and typed == [low, low, high]
+
+
 def slow(draw: Any, **options: Any) -> Explorer:
     """A slow explorer of one number."""
 
@@ -237,14 +301,15 @@ def test_a_slow_explorer_is_there_before_its_work_is_done_and_its_tables_wait():
     may_go_on, told = threading.Event(), threading.Event()
 
     def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
-        progress(3, 10, "counting")
+        progress(3, 10, "counting one")
         told.set()
         assert may_go_on.wait(60)
         return shown_number(chosen)
 
     explorer = slow(draw)
     assert told.wait(60) and explorer.frames_drawn == 0
-    assert panel(explorer).progress == {"done": 3, "total": 10, "words": "counting"}
+    counts = {"done": 3, "total": 10, "words": "counting one", "counts": "3 of 10 (30 %)"}
+    assert panel(explorer).progress == counts
     assert repr(explorer) == "slow()"
     may_go_on.set()
     assert explorer.table["number"].tolist() == [0] and explorer.frames_drawn == 1
@@ -360,6 +425,25 @@ def test_a_small_model_has_one_thread_and_the_others_are_put_back():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "routed"), [({}, None), ({"_reply_subshell_for": None}, "a subshell")]
+)
+def test_a_message_of_the_panel_goes_to_its_own_thread_where_the_kernel_can_be_asked(
+    attributes, routed
+):
+    class Channel:
+        """A comm that takes no attributes but its own, as another kernel's may not."""
+
+        __slots__ = tuple(attributes)
+
+    channel = Channel()
+    for name, value in attributes.items():
+        setattr(channel, name, value)
+    answer_at_once(channel)
+    if routed:
+        assert channel._reply_subshell_for({"content": {}}, routed) == routed
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ EXCEPTIONS = {
         training.encode_chats training.open_chats
     """,
     "counts in NumPy": """
-        decoding.distribution_table
+        decoding.distribution_table decoding.distribution_tables
         model.Sums.summary
         serving.prefix_schedule serving.retrospective_schedule serving.schedule_table
         tuning.Spans.of tuning.anchors_needed tuning.choose_training tuning.coverage_table
@@ -54,7 +54,7 @@ EXCEPTIONS = {
     "makes a table or a picture": """
         explore.block_table explore.explore_anchors explore.explore_masks
         explore.RuleMask.kinds explore.RuleMask.tiles
-        explore.count_differences explore.difference_table
+        explore.count_differences explore.decoding_state explore.difference_table
         explore.explore_training_budget explore.mask_and_tiles explore.mask_row explore.mask_spans
         explore.mask_state explore.mask_table explore.plot_mask explore.plot_tiles
         explore.slot_inputs explore.sorting_table explore.tile_spans explore.tile_table

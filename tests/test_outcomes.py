@@ -24,6 +24,7 @@ from dspark_lab.decoding import (
     Round,
     decode,
     distribution_table,
+    distribution_tables,
     outcome_table,
     token_kind,
     token_kinds,
@@ -242,3 +243,15 @@ def test_token_kinds_keep_the_index_ask_for_each_token_once_and_take_ids_alone()
     for wrong in ([1, 2], pd.Series(["a"]), pd.Series([1.5])):
         with pytest.raises(TypeError, match="tokens must .*, got"):
             token_kinds(wrong, to_text)
+
+
+@every_run
+def test_the_tables_of_a_round_are_those_of_its_slots_one_below_the_other(name):
+    for round_ in run_of(name)[1][:8]:
+        table = distribution_tables(round_, to_text, top=2)
+        slots = max(len(round_.drafted) - 1, round_.verified) + 1
+        assert table["slot"].unique().tolist() == list(range(slots))
+        for slot, rows in table.groupby("slot"):
+            wanted = distribution_table(round_, int(slot), to_text, top=2)
+            rows = rows.drop(columns="slot").reset_index(drop=True)
+            pd.testing.assert_frame_equal(rows, wanted)

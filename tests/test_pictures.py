@@ -11,22 +11,25 @@ from dspark_lab.explore.masks import REGION_COLOURS, TILE_COLOURS
 from dspark_lab.explore.style import INK, LINE_COLOURS, PAPER, SKY
 from tests.gallery import GOOD, PICTURES, STEPS, biases, bins, picture_of, pixels_of, rates, sweep
 from tests.pictures import contrast, shown
+from tests.screen import SMALLEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# Pixels of an output on a page of 1,024 in JupyterLab, with its list of files beside.
+NARROWEST = 592
 pictures = pytest.mark.parametrize("picture", PICTURES)
 # The cells of a heat map are opaque, with black or white words; a text's words lie on patches.
-OTHER_INK = ("sweeps", "tokens")
+OTHER_INK = ("sweeps", "wide sweeps", "tokens", "outcomes")
 drawings = pytest.mark.parametrize("picture", [name for name in PICTURES if name not in OTHER_INK])
 # Labels of a mask's cells may touch those of their neighbours, as a text's words do.
-TOUCHING = ("small mask", "tokens")
+TOUCHING = ("small mask", "named mask", "tokens", "outcomes")
 written = pytest.mark.parametrize("picture", [name for name in PICTURES if name not in TOUCHING])
 
 
 def test_every_plot_is_in_the_gallery():
     drawn = {name for make in PICTURES.values() for name in make.__code__.co_names}
-    # Composites of these, and a text in colours, which has its own tests.
-    others = {"plot_budget", "plot_serving", "plot_outcomes"}
+    # Composites of these.
+    others = {"plot_budget", "plot_serving"}
     assert {name for name in explore.__all__ if name.startswith("plot_")} <= drawn | others
 
 
@@ -52,13 +55,26 @@ def test_all_words_of_a_picture_have_the_colour_of_ink(picture):
 
 
 @pictures
+def test_no_word_of_a_picture_is_below_nine_pixels_where_a_notebook_is_narrowest(picture):
+    figure = picture_of(picture)
+    wide = pixels_of(picture).shape[1]
+    shown_at = min(1, NARROWEST / wide)
+    sizes = {
+        text.get_text(): text.get_fontsize() / 72 * wide / figure.get_figwidth() * shown_at
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip()
+    }
+    assert not {text: size for text, size in sizes.items() if size < SMALLEST}
+
+
+@pictures
 def test_every_axis_of_a_picture_says_what_it_counts(picture):
     for i, ax in enumerate(picture_of(picture).axes):
         if ax.get_label() == "<text>":
             continue
         assert ax.get_xlabel() or ax.get_label() == "<colorbar>"
         # Panels of rates share the axis of the first of their line; a training's have titles.
-        shares = picture in ("rates", "survival") and i % 4
+        shares = picture in ("rates", "survival") and i % 3
         assert ax.get_ylabel() or shares or (picture == "training" and ax.get_title(loc="left"))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_lab.decoding import Decoded, decode
-from dspark_lab.serving import break_even_rate, speed_table
+from dspark_lab.serving import break_even_rate, repeated_speeds, speed_table
 from tests.samples import tiny_drafter, tiny_target
 
 
@@ -36,7 +36,7 @@ def test_the_figures_are_those_of_hand_made_runs():
     expected = {
         "tokens_per_second": 2.0,
         "plain_tokens_per_second": 0.5,
-        "gain": 4.0,
+        "speedup": 4.0,
         "tau": 4.0,
         "draft": 0.25,
         "verify": 0.5625,
@@ -67,10 +67,10 @@ seconds = st.floats(0.001, 100)
     st.tuples(seconds, seconds, seconds),
     st.tuples(seconds, seconds),
 )
-def test_the_gain_is_tau_over_the_tau_that_breaks_even(tokens, steps, parts, plain_parts):
+def test_the_speedup_is_tau_over_the_tau_that_breaks_even(tokens, steps, parts, plain_parts):
     plain = [a_run([1] * steps, 0.0, *plain_parts)]
     table = speed_table(plain, [a_run(tokens, *parts)], block_size=7)
-    assert table["gain"] == pytest.approx(table["tau"] / table["break_even_tau"])
+    assert table["speedup"] == pytest.approx(table["tau"] / table["break_even_tau"])
     assert table[["draft", "verify", "rest"]].sum() == pytest.approx(1)
     assert table["draft"] / table["rest"] == pytest.approx(parts[0] / parts[2])
 
@@ -83,6 +83,28 @@ def test_several_runs_count_like_one_that_holds_them_all(runs):
     together = a_run([tokens for tokens, _ in runs], 0.1 * count, time, 0.2 * count)
     one, other = speed_table(plain, apart, 7), speed_table(plain, [together], 7)
     assert one.to_dict() == pytest.approx(other.to_dict())
+
+
+def test_repeated_runs_have_the_median_and_the_range_of_each_figure():
+    # Speed-ups of 2, 4 and 1: run by run, a plain token takes 1 s.
+    plain = [a_run([1], 0.0, 1.0, 0.0)] * 3
+    drafted = [a_run([4], 0.5, 0.5 + more, 0.0) for more in (1.0, 0.0, 3.0)]
+    table = repeated_speeds(plain, drafted, block_size=7)
+    assert table["of_runs"].tolist() == ["median", "lowest", "highest"]
+    assert table["runs"].tolist() == [3] * 3
+    assert table["speedup"].tolist() == [2.0, 1.0, 4.0]
+    assert table["break_even_tau"].tolist() == [2.0, 1.0, 4.0]
+    assert table["draft"].tolist() == [0.25, 0.125, 0.5]
+    assert list(table)[2:] == list(speed_table(plain, drafted, block_size=7).index)
+    [middle] = set(repeated_speeds(plain[:1], drafted[:1], block_size=7)["speedup"])
+    assert middle == 2.0
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 2)])
+def test_repeated_runs_are_pairs(counts):
+    plain, drafted = ([a_run([1], 0, 1, 0)] * count for count in counts)
+    with pytest.raises(ValueError, match=rf"as many runs, one or more, got \({counts[0]}, "):
+        repeated_speeds(plain, drafted, block_size=7)
 
 
 def test_a_real_run_has_every_figure():

@@ -38,7 +38,7 @@ process.stdout.write(JSON.stringify(cases.map(answer)));
 
 def ask(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What ``tokens.js`` answers about states, as ``token_state`` makes them, each with its row."""
-    source = module("shared", "tokens").removesuffix("export default { render };\n")
+    source = module("shared", "tokens")
     given = json.dumps(questions, default=lambda v: {"base64": b64encode(v).decode("ascii")})
     command = ["node", "-e", source + _DRIVER]
     done = subprocess.run(command, input=given, capture_output=True, text=True)

@@ -17,7 +17,7 @@ SIZES = {"pocket": (4, 48, 3), "smollm2": (3, 32, 3)}
 FIGURES = {
     "tokens_per_second": ("drafted", "tokens/s"),
     "plain_tokens_per_second": ("plain", "tokens/s"),
-    "gain": ("gain over plain", "x"),
+    "speedup": ("gain over plain", "x"),
     "against_generate": ("gain over generate of transformers", "x"),
     "tau": ("tau", ""),
     "break_even_tau": ("tau to break even", ""),

@@ -173,7 +173,7 @@ def encode_all(
     template_options: dict[str, Any] | None = None,
     cache: str | os.PathLike[str] | None = None,
     workers: Count | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[float, float], None] = True,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> EncodedChats:
     """The rows of :func:`encode`, made in batches on all cores and kept on disk.
@@ -192,7 +192,8 @@ def encode_all(
             that writes the date makes a set a day; by default ``~/.cache/dspark_lab``, or in
             ``$XDG_CACHE_HOME``. Any of them may be deleted.
         workers: processes; one for each core where None.
-        progress: show a bar.
+        progress: show a bar; or what is told how much is done, and of how much, of the file's bytes
+            or of the conversations, and may raise to end it.
         on_error: stop at the first conversation that cannot be read or encoded, or leave it out,
             with its file, line and reason in ``skipped`` of the result.
 
@@ -352,7 +353,7 @@ def _encoded_part(
 
 
 def _make(
-    folder: Path, source: _Source, work: Work, *, skip: bool, workers: int, progress: bool
+    folder: Path, source: _Source, work: Work, *, skip: bool, workers: int, progress: Any
 ) -> None:
     """Write the parts that a set does not hold yet, then the list of all."""
     (folder / _DONE).unlink(missing_ok=True)
@@ -370,10 +371,20 @@ def _make(
         leave=False,
         unit=source.unit,
         unit_scale=scale,
-        disable=not progress,
+        disable=progress is not True,
     ) as bar:
+        done = 0
+
+        def count(weight: int) -> None:
+            nonlocal done
+            done += weight
+            bar.update(weight)
+            if callable(progress):
+                progress(done, source.total)
+
+        count(0)
         for request in islice(feed, len(parts)):
-            bar.update(source.weight(request))
+            count(source.weight(request))
         ahead = list(islice(feed, 2))
         # What fits into one part is done before another process is there.
         workers = workers if len(ahead) > 1 else 1
@@ -390,7 +401,7 @@ def _make(
             parts.append(folder / f"{len(parts):06}-{zlib.crc32(data):08x}.safetensors")
             with written_whole(parts[-1]) as partial:
                 partial.write_bytes(data)
-            bar.update(source.weight(request))
+            count(source.weight(request))
     if not parts:
         raise ValueError(f"{source.name or 'chats'} must hold at least one conversation, got none")
     listed, skipped = [], []

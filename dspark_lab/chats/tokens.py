@@ -23,7 +23,7 @@ from dspark_lab.chats.chat import Chat, Encoded
 from dspark_lab.chats.plans import Plan, run_plans, tokenize
 from dspark_lab.chats.trainers import Like, trainer_plan
 from dspark_lab.checks import Count, checked
-from dspark_lab.files import DATA
+from dspark_lab.files import DATA, not_in_folder
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -40,7 +40,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> Tokeni
     if name_or_path is None:
         name_or_path = SHIPPED_TOKENIZER
     if str(name_or_path).startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"there is no folder {name_or_path} with a tokenizer")
+        raise not_in_folder(Path(name_or_path), "a tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     check_tokenizer(tokenizer)
     return tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,32 +87,21 @@ def distribution_table(
         ``overlap`` sums to the accept rate; ``residual`` is the distribution in place of a rejected
         token, the target itself at the bonus slot. NaN where the target was not asked.
     """
-    last = max(len(round_.drafted) - 1, round_.verified)
-    if slot > last:
-        raise ValueError(f"slot must be in [0, {last}], got {slot}")
-    # Only a turn that ended with an accepted token has none of the target's own.
-    own = round_.tokens[-1] if len(round_.tokens) > round_.accepted == slot else None
-    drafted = round_.drafted[slot] if slot < len(round_.drafted) else None
-    values = _distributions(round_, slot)
+    if slot > round_.last_slot:
+        raise ValueError(f"slot must be in [0, {round_.last_slot}], got {slot}")
+    return pd.DataFrame(_distribution_rows(round_, slot, to_text, top))
 
-    chosen = {token for token in (drafted, own) if token is not None}
-    for name in ("draft", "target"):
-        best, ids = values[name].topk(min(top, values[name].shape[0]))
-        chosen.update(ids[best > 0].tolist())
-    ids = torch.tensor(sorted(chosen))
-    rest = torch.ones_like(values["draft"], dtype=torch.bool).index_fill(0, ids, False)
-    tokens = ids.tolist()
-    table = pd.DataFrame({"token": [*tokens, -1], "text": [*map(to_text, tokens), OTHERS]})
-    for name, column in values.items():
-        table[name] = [*column[ids].tolist(), column[rest].sum().item()]
-    if slot > round_.verified:
-        # Of no other tokens the sum would be 0.
-        table[list(_OF_TARGET)] = torch.nan
-    table["drafted"], table["drawn"] = table["token"] == drafted, table["token"] == own
-    largest = table[["draft", "target"]].max(axis=1)
-    largest.iloc[-1] = -1
-    order = largest.sort_values(ascending=False, kind="stable").index
-    return table.loc[order].reset_index(drop=True)
+
+@checked
+def distribution_tables(
+    round_: Round, to_text: Callable[[int], str], top: Count = 8
+) -> pd.DataFrame:
+    """Return the :func:`distribution_table` of every ``slot`` of a round, one below the other."""
+    slots = []
+    for slot in range(round_.last_slot + 1):
+        rows = _distribution_rows(round_, slot, to_text, top)
+        slots.append({"slot": [slot] * len(rows["token"])} | rows)
+    return pd.DataFrame({name: sum((rows[name] for rows in slots), []) for name in slots[0]})
 
 
 @checked
@@ -171,6 +161,35 @@ def token_kinds(tokens: pd.Series, to_text: Callable[[int], str]) -> pd.Series:
     names = {token: token_kind(to_text(int(token))) for token in tokens.dropna().unique()}
     kinds = [None if pd.isna(token) else names[token] for token in tokens]
     return pd.Series(kinds, index=tokens.index, name="kind", dtype=object)
+
+
+def _distribution_rows(
+    round_: Round, slot: int, to_text: Callable[[int], str], top: int
+) -> dict[str, list[Any]]:
+    """The columns of :func:`distribution_table`."""
+    # Only a turn that ended with an accepted token has none of the target's own.
+    own = round_.tokens[-1] if len(round_.tokens) > round_.accepted == slot else None
+    drafted = round_.drafted[slot] if slot < len(round_.drafted) else None
+    values = _distributions(round_, slot)
+
+    chosen = {token for token in (drafted, own) if token is not None}
+    for name in ("draft", "target"):
+        best, ids = values[name].topk(min(top, values[name].shape[0]))
+        chosen.update(ids[best > 0].tolist())
+    ids = torch.tensor(sorted(chosen))
+    largest = torch.stack([values[name][ids].nan_to_num(-1) for name in ("draft", "target")])
+    ids = ids[largest.amax(dim=0).argsort(descending=True, stable=True)]
+    rest = torch.ones_like(values["draft"], dtype=torch.bool).index_fill(0, ids, False)
+    tokens = ids.tolist()
+    rows = {"token": [*tokens, -1], "text": [*map(to_text, tokens), OTHERS]}
+    for name, column in values.items():
+        # Of no other tokens the sum would be 0.
+        asked = name == "draft" or slot <= round_.verified
+        others = column[rest].sum().item() if asked else torch.nan
+        rows[name] = [*column[ids].tolist(), others]
+    rows["drafted"] = [token == drafted for token in rows["token"]]
+    rows["drawn"] = [token == own for token in rows["token"]]
+    return rows
 
 
 def _distributions(round_: Round, slot: int) -> dict[str, Float[Tensor, " vocab"]]:

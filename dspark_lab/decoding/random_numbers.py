@@ -16,13 +16,15 @@ from dspark_lab.checks import Size, checked
 class RandomNumbers:
     """Numbers in [0, 1) from a seed. A prompt's do not depend on the others in its batch.
 
-    ``prompts`` are the numbers of the prompts that the batch's rows hold.
+    ``prompts`` are the numbers of the prompts that the batch's rows hold; prompt 0 has the stream
+    of the prompt numbered ``first``.
     """
 
-    def __init__(self, count: Size, seed: Size, block_size: Size) -> None:
+    def __init__(self, count: Size, seed: Size, block_size: Size, *, first: Size = 0) -> None:
         self._block_size = block_size
+        numbers = range(first, first + count)
         self._draft, self._accept, self._target = (
-            [_generator(seed, prompt, kind) for prompt in range(count)] for kind in range(3)
+            [_generator(seed, prompt, kind) for prompt in numbers] for kind in range(3)
         )
 
     def draft(self, prompts: Sequence[int]) -> Float[Tensor, " batch"]:

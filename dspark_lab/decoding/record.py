@@ -42,6 +42,11 @@ class Round:
     target_probs: Float[Tensor, "verified+1 vocab"]
     confidence: Float[Tensor, " slot"] | None
 
+    @property
+    def last_slot(self) -> int:
+        """The last slot with a distribution: the bonus slot counts, where all were verified."""
+        return max(len(self.drafted) - 1, self.verified)
+
 
 @dataclass(frozen=True, eq=False)
 class Decoded:

@@ -1,5 +1,6 @@
 from .acceptance import (
     VIEWS,
+    bin_tokens,
     explore_acceptance,
     plot_bias,
     plot_calibration,
@@ -8,6 +9,7 @@ from .acceptance import (
     plot_rates,
     plot_reliability,
     plot_thresholds,
+    reached_tokens,
 )
 from .anchors import (
     block_table,
@@ -26,15 +28,23 @@ from .budget import (
     plot_slots,
     plot_sweeps,
 )
+from .charts import (
+    bias_panels,
+    chart_state,
+    rate_panels,
+    reliability_panels,
+    threshold_panels,
+)
 from .decoding import (
     DecodingExplorer,
+    DecodingView,
+    decoding_state,
     explore_decoding,
-    outcome_legend,
-    outcome_text,
     plot_distributions,
     plot_outcomes,
 )
-from .explorer import Explorer, Frame
+from .explorer import Explorer
+from .frame import Frame
 from .mask_geometry import PAIR_KINDS, MaskSpans, RuleMask, count_differences
 from .mask_view import MaskView, mask_row, mask_state
 from .masks import (
@@ -79,6 +89,7 @@ from .words import readable
 
 __all__ = [
     "DecodingExplorer",
+    "DecodingView",
     "Explorer",
     "Frame",
     "LiveCurve",
@@ -92,8 +103,12 @@ __all__ = [
     "TOKEN_LISTS",
     "TOKEN_STATES",
     "VIEWS",
+    "bias_panels",
+    "bin_tokens",
     "block_table",
+    "chart_state",
     "count_differences",
+    "decoding_state",
     "difference_table",
     "explore_acceptance",
     "explore_anchors",
@@ -107,8 +122,6 @@ __all__ = [
     "mask_spans",
     "mask_state",
     "mask_table",
-    "outcome_legend",
-    "outcome_text",
     "plot_bias",
     "plot_budget",
     "plot_calibration",
@@ -140,9 +153,13 @@ __all__ = [
     "plot_tokens",
     "plot_training",
     "png",
+    "rate_panels",
+    "reached_tokens",
     "readable",
+    "reliability_panels",
     "slot_inputs",
     "sorting_table",
+    "threshold_panels",
     "tile_spans",
     "tile_states",
     "tile_table",

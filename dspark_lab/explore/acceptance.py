@@ -1,10 +1,10 @@
 """Accept rates and confidences: rates along a block, calibration, thresholds, and the explorer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,21 +13,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
-from dspark_lab.checks import checked
-from dspark_lab.decoding import Decoded, outcome_table, token_kinds
-from dspark_lab.explore import style
+from dspark_lab.chats import token_texts
+from dspark_lab.checks import Count, Size, checked
+from dspark_lab.decoding import Decoded, Round, outcome_table, token_kinds
+from dspark_lab.explore import charts, style
+from dspark_lab.explore.charts import RATE_COLUMNS, Rate
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider
-from dspark_lab.explore.decoding import outcome_legend, outcome_text
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.decoding import DecodingView, decoding_state, plot_outcomes, short_prompt
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
-from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, plain_text
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, PINK, RED, plain_text
 from dspark_lab.explore.work import Progress
-
-Rate = Literal["conditional", "survival"]
 
 VIEWS = ("rates", "survival", "reliability", "domains", "token kinds", "thresholds", "text")
 _OF_CONFIDENCE = ("reliability", "domains", "token kinds", "thresholds")
-_PANELS_PER_LINE = 4
+_PANELS_PER_LINE = 3
+# What a token's list says first.
+_PLACE = ["prompt", "domain", "round", "slot", "position", "before", "text", "said", "after"]
+_PLACE += ["kind", "confidence", "accept_rate", "accepted"]
+_OF_BINS = ["scaled", "raw_bin", "scaled_bin"]
 # So many decoded runs are kept.
 _MOST_RUNS = 8
 _KIND_LOOKS: dict[str, dict[str, Any]] = {
@@ -36,11 +41,6 @@ _KIND_LOOKS: dict[str, dict[str, Any]] = {
     "predicted": {"color": ORANGE, "linestyle": "--", "marker": "s", "markersize": 4},
     "teacher-forced": {"color": INK, "linestyle": "-", "linewidth": 1},
     "predicted, teacher-forced": {"color": PINK, "linestyle": ":", "linewidth": 1.5},
-}
-# Each rate's label and columns.
-_RATES = {
-    "conditional": ("accept rate, given all before", "conditional", "low", "high"),
-    "survival": ("accepted with all before it", "survival", "survival_low", "survival_high"),
 }
 
 
@@ -51,14 +51,14 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
     The table is from :func:`dspark_lab.rates.rate_table` or :func:`dspark_lab.rates.slot_table`,
     kept apart by such as ``by="drafter"``: a panel for each, or a line if it has one kind of rate.
     """
-    label, *names = _RATES[value]
+    label, *names = RATE_COLUMNS[value]
     groups = _groups(table)
     if "kind" in table and table["kind"].nunique() > 1:
         columns = min(len(groups), _PANELS_PER_LINE)
         lines = -(-len(groups) // columns)
         # No less than a legend in one line needs.
-        width = max(2.7 * columns, 6.5)
-        figure, panels = style.new_figure(width + 0.5, 2.5 * lines + 0.5, columns, lines)
+        width = min(max(2.7 * columns + 0.5, 7.0), style.WIDEST)
+        figure, panels = style.new_figure(width, 2.5 * lines + 0.5, columns, lines)
         axes, unused = np.split(np.atleast_1d(panels), [len(groups)])
         for ax in unused:
             ax.remove()
@@ -114,24 +114,33 @@ def _plot_rate(ax: Axes, line: pd.DataFrame, names: list[str], look: dict[str, A
 def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Outcome against confidence, bin by bin; a calibrated head lies on the diagonal.
 
-    The larger a bin's mark, the more slots it holds; the strip below counts them. Each table, from
-    :func:`dspark_lab.rates.reliability_table`, has a panel with its name, such as ``"raw"``.
+    The larger a bin's mark, the more slots it holds; the strip below counts them. A line is the
+    interval of the outcome, or reaches to the diagonal without one. Each table, from
+    :func:`dspark_lab.rates.reliability_tables`, has a panel with its name, such as ``"raw"``.
     """
     tables = style.tables_by_name(tables)
     count = len(tables)
     grid: dict[str, Any] = {"columns": count, "rows": 2, "height_ratios": (1, 0.22)}
-    figure, axes = style.new_figure(3.2 * count + 0.4, 4.7, layout="compressed", **grid)
+    figure, axes = style.new_figure(
+        min(3.2 * count + 0.4, style.WIDEST), 4.7, layout="compressed", **grid
+    )
     most = max(1, *(table["count"].max() for table in tables.values()))
     for i, (name, table) in enumerate(tables.items()):
-        look = style.line_look(i)
+        look = style.line_look(i, name)
         colour = look["color"]
         ax, strip = axes[i], axes[count + i]
         known = table[table["confidence"].notna()]
         ax.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
-        ax.vlines(known["confidence"], known["confidence"], known["outcome"], colour, alpha=0.5)
+        low, high = "confidence", "outcome"
+        if "outcome_low" in known:
+            low, high = "outcome_low", "outcome_high"
+        ax.vlines(known["confidence"], known[low], known[high], colour, alpha=0.5)
         ax.plot(known["confidence"], known["outcome"], color=colour, linewidth=1)
-        marks = {"s": 12 + 110 * known["count"] / most, "marker": look["marker"], "color": colour}
-        ax.scatter(known["confidence"], known["outcome"], clip_on=False, **marks)
+        marks = {"s": 12 + 110 * known["count"] / most, "marker": look["marker"]}
+        marks |= {"edgecolors": colour, "facecolors": colour}
+        if look["fillstyle"] == "none":
+            marks["facecolors"] = PAPER
+        ax.scatter(known["confidence"], known["outcome"], clip_on=False, zorder=3, **marks)
         style.add_title(ax, plain_text(name))
         ax.set(xlabel="confidence, mean of a bin", ylabel="outcome, mean of a bin")
         ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
@@ -161,7 +170,8 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
         part = table if kind is None else table[table[names[1]] == kind]
         shift = step * (i - (len(kinds) - 1) / 2)
         y = [places.index(place) + shift for place in part[names[0]]]
-        _dots(ax, part["bias"], part["bias_low"], part["bias_high"], y, i, plain_text(kind))
+        look = style.line_look(i, kind)
+        _dots(ax, part["bias"], part["bias_low"], part["bias_high"], y, look, plain_text(kind))
     if len(kinds) > 1:
         for between in range(1, len(places)):
             ax.axhline(between - 0.5, color=INK, alpha=0.25, linewidth=0.6)
@@ -185,9 +195,9 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     """
     named = style.tables_by_name(tables)
     height = 3.5 + 0.18 * (len(named) - 1)
-    figure, (left, right) = style.new_figure(8.6, height, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, height, columns=2, wspace=0.08)
     for i, (name, table) in enumerate(named.items()):
-        look = style.line_look(i) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
+        look = style.line_look(i, name) | {"markersize": 4, "markevery": max(1, len(table) // 10)}
         name = plain_text(name)
         begin = name + ", " if name else ""
         for ax, column, label, linestyle in (
@@ -212,19 +222,20 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
 
 def plot_calibration(report: pd.DataFrame) -> Figure:
     """ECE and AUROC before and after scaling, from :func:`dspark_lab.rates.calibration_report`."""
-    figure, (left, right) = style.new_figure(8.6, 3.4, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
     # What is not a slot of the block stands apart.
     x = np.arange(len(labels)) + 0.5 * np.array([not label.isdigit() for label in labels])
     for ax, name in ((left, "ece"), (right, "auroc")):
         before, after = report[name], report[f"{name}_scaled"]
         ax.vlines(x, before, after, color=INK, linewidth=1)
-        ax.plot(x, before, "s", color=ORANGE, fillstyle="none", markersize=7, label="raw")
-        ax.plot(x, after, "o", color=BLUE, markersize=4, label="scaled")
+        for values, size, which in ((before, 7, "raw"), (after, 4, "scaled")):
+            look = style.line_look(0, which) | {"linestyle": "none", "markersize": size}
+            ax.plot(x, values, label=which, **look)
         ax.set_xticks(x, labels)
         ax.set_xlabel("slot of the block")
     left.set_ylim(bottom=0)
-    style.percent_axis(left, "expected calibration error")
+    style.percent_axis(left, "slot error (ECE)")
     right.axhline(0.5, color=INK, linestyle=":", linewidth=1)
     right.set_ylim(top=1)
     right.set_ylabel("AUROC (0.5: chance)")
@@ -237,7 +248,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
     """Calibration errors around a change of domain, from :func:`dspark_lab.rates.drift_table`."""
     figure, ax = style.new_figure(7, 3.2)
     lines = {
-        "raw": {"color": ORANGE, "linestyle": ":"},
+        "raw": {"color": style.CONFIDENCE_LOOKS["raw"]["color"], "linestyle": ":"},
         "static": {"color": RED, "linestyle": "--"},
         "online": {"color": BLUE, "linestyle": "-"},
     }
@@ -253,7 +264,7 @@ def plot_drift(table: pd.DataFrame) -> Figure:
     ax.margins(y=0.15)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("rounds since the change")
-    style.percent_axis(ax, "expected calibration error")
+    style.percent_axis(ax, "product error (ECE)")
     style.legend_above(ax, 3)
     return figure
 
@@ -264,7 +275,9 @@ def plot_gain(table: pd.DataFrame) -> Figure:
     ax.axvline(0, color=INK, linewidth=1)
     names = []
     for i, row in enumerate(table.itertuples(index=False)):
-        _dots(ax, [row.gain_percent], row.gain_low, row.gain_high, [i], i)
+        # None of the others looks like raw or scaled.
+        look = style.line_look(i + 2, row.values)
+        _dots(ax, [row.gain_percent], row.gain_low, row.gain_high, [i], look)
         cut = "" if pd.isna(row.threshold) else f", threshold {row.threshold:.3f}"
         names.append(f"{row.values}{cut}")
     _finish_dots(ax, names)
@@ -272,8 +285,9 @@ def plot_gain(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _dots(ax: Axes, x: Any, low: Any, high: Any, y: list[float], i: int, label: str = "") -> None:
-    look = style.line_look(i)
+def _dots(
+    ax: Axes, x: Any, low: Any, high: Any, y: list[float], look: dict[str, Any], label: str = ""
+) -> None:
     ax.hlines(y, low, high, color=look["color"], linewidth=1.5)
     ax.plot(x, y, linestyle="none", label=label, **look)
 
@@ -288,6 +302,50 @@ def _finish_dots(ax: Axes, names: list[str]) -> None:
 
 
 @checked
+def reached_tokens(
+    decoded: Decoded, to_text: Callable[[int], str], *, around: Size = 8
+) -> pd.DataFrame:
+    """The tokens that verification reached, each in its text, with its confidence and its fate.
+
+    Returns:
+        the :func:`dspark_lab.rates.reached_rows`: ``text`` is the drafted token's, ``said`` that
+        of the token which stands at its ``position`` in the answer, ``before`` and ``after`` up to
+        ``around`` tokens of the answer; ``kind`` as :func:`dspark_lab.decoding.token_kind` has it.
+    """
+    return _in_text(rates.reached_rows(decoded.trace), decoded, to_text, around)
+
+
+@checked
+def bin_tokens(
+    decoded: Decoded, to_text: Callable[[int], str], *, around: Size = 8
+) -> pd.DataFrame:
+    """The tokens of the bins of a reliability diagram: :func:`reached_tokens`, of its slots.
+
+    They are of the second half of :func:`dspark_lab.rates.split_prompts`, with the confidence
+    ``scaled`` and the bins of both confidences, ``raw_bin`` and ``scaled_bin``, numbered as the
+    rows of :func:`dspark_lab.rates.reliability_tables`.
+    """
+    slots = rates.reliability_slots(*rates.split_prompts(decoded.trace))
+    return _in_text(slots, decoded, to_text, around)
+
+
+def _in_text(
+    slots: pd.DataFrame, decoded: Decoded, to_text: Callable[[int], str], around: int
+) -> pd.DataFrame:
+    """Rows of a trace, with their places in the answers."""
+    answers = {p: token_texts(to_text, decoded.tokens[p]) for p in slots["prompt"].unique()}
+    texts: dict[str, list[str]] = {name: [] for name in ("before", "text", "said", "after")}
+    for slot in slots.itertuples(index=False):
+        answer, at = answers[slot.prompt], slot.position
+        texts["before"].append("".join(answer[max(0, at - around) : at]))
+        texts["text"].append(answer[at] if slot.accepted else to_text(slot.token))
+        texts["said"].append(answer[at])
+        texts["after"].append("".join(answer[at + 1 : at + 1 + around]))
+    table = slots.assign(**texts, kind=token_kinds(slots["token"], to_text))
+    return table[_PLACE + [name for name in _OF_BINS if name in table]]
+
+
+@checked
 def explore_acceptance(
     target: TargetLike | None = None,
     drafter: DrafterLike | Mapping[str, DrafterLike] | None = None,
@@ -295,13 +353,15 @@ def explore_acceptance(
     *,
     temperature: float = 1.0,
     view: str = "rates",
-    max_new_tokens: int = 64,
-    batch_size: int | None = 40,
-    seed: int = 0,
+    max_new_tokens: Count = 64,
+    batch_size: Count | None = 40,
+    seed: Size = 0,
 ) -> Explorer:
     """How well the confidence head predicts what the target accepts, on answers decoded for it.
 
-    The tables are the view's, ``trace`` and ``tau`` with its intervals.
+    The tables are the view's, the ``tokens`` behind its points, ``trace`` and ``tau`` with its
+    intervals. A choice of points is :attr:`~Explorer.selection`, a ``column`` of the tokens and the
+    ``keys`` in it.
 
     Args:
         target: a target, its folder or hub id; the pocket target where None.
@@ -333,6 +393,7 @@ def explore_acceptance(
     def reasons(chosen: SimpleNamespace) -> dict[str, str]:
         return {} if chosen.view == "text" else {"conversation": "for the view text"}
 
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     made: dict[tuple[str, float], tuple[Decoded, dict[str, pd.DataFrame]]] = {}
 
     def decoded(
@@ -340,7 +401,6 @@ def explore_acceptance(
     ) -> tuple[Decoded, dict[str, pd.DataFrame]]:
         if (name, temperature) in made:
             return made[name, temperature]
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
         run = models.decode(name, batch_size, progress, temperature=temperature, **options)
         tables = {"trace": run.trace}
         if len(run.trace):
@@ -357,37 +417,57 @@ def explore_acceptance(
             missing = f"needs a drafter with a confidence head, got {chosen.drafter}"
             raise ValueError(f"{chosen.view} {missing}")
         run, tables = decoded(models, chosen.drafter, chosen.temperature, progress)
-        progress(1, 1, "drawing")
-        frame = _frame(chosen.view, run, models, chosen.conversation)
+        if chosen.view == "text":
+            temperature, number = chosen.temperature, chosen.conversation
+            rounds = models.decode_again(
+                run, number, chosen.drafter, progress, temperature=temperature, **options
+            )
+            frame = _text_frame(run, models, number, rounds)
+        else:
+            progress(1, 1, "drawing")
+            frame = _frame(chosen.view, run, models.to_text)
         return replace(frame, tables=frame.made_tables | tables)
 
-    options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
-    return Explorer("explore_acceptance", controls, draw, **options)
+    how: dict[str, Any] = {"view": DecodingView, "slow": True, "reasons": reasons, "given": given}
+    return Explorer("explore_acceptance", controls, draw, **how)
 
 
-def _frame(view: str, run: Decoded, models: Models, conversation: int) -> Frame:
-    """One view of decoded answers: its table, and the picture or the text of it."""
-    if view == "text":
-        table = outcome_table(run, models.to_text, conversation)
-        return Frame({"tokens": table}, html=outcome_legend(table) + outcome_text(table))
-    if view in ("rates", "survival"):
-        value: Rate = "survival" if view == "survival" else "conditional"
-        name, alt = "rates", f"{value} by slot"
-        table = rates.rate_table(rates.trace_sums(run.trace))
-        figure = partial(plot_rates, table, value)
-    elif view == "reliability":
-        name, alt = view, "reliability diagram"
-        tables = rates.reliability_tables(*rates.split_prompts(run.trace))
-        table = pd.concat(tables, names=["values", "bin"]).reset_index()
-        figure = partial(plot_reliability, tables)
-    elif view == "thresholds":
-        name, alt = view, "a sweep of thresholds"
+def _text_frame(run: Decoded, models: Models, number: int, rounds: list[Round]) -> Frame:
+    """One answer, whose tokens open their slots."""
+    table = outcome_table(run, models.to_text, number)
+    state = decoding_state(run, models.to_text, prompt=number, rounds=rounds)
+    state["asked"] = short_prompt(models.prompts[number], 2000)
+    alt = "one answer in the colours of its tokens' outcomes"
+    return Frame({"tokens": table}, partial(plot_outcomes, table), alt, state=state)
+
+
+def _frame(view: str, run: Decoded, to_text: Callable[[int], str]) -> Frame:
+    """A view of all answers: its tables, its picture, and what the browser is given."""
+    if view == "thresholds":
         table = rates.threshold_sweep(run.trace)
-        figure = partial(plot_thresholds, table)
+        state = charts.chart_state(charts.threshold_panels(table))
+        figure, alt = partial(plot_thresholds, table), "a sweep of thresholds"
+        return Frame({view: table}, figure, alt, state=state)
+    if view == "reliability":
+        parts = rates.reliability_tables(*rates.split_prompts(run.trace))
+        tables = {view: pd.concat(parts, names=["values", "bin"]).reset_index()}
+        tables["tokens"] = bin_tokens(run, to_text)
+        figure, alt = partial(plot_reliability, parts), "reliability diagram"
+        panels = charts.reliability_panels(parts)
     else:
-        by = "domain" if view == "domains" else "kind"
-        name, alt = "bias", f"bias by {by}"
-        kinds = token_kinds(run.trace["token"], models.to_text)
-        table = rates.study(run.trace.assign(kind=kinds), by=[by])
-        figure = partial(plot_bias, table, by)
-    return Frame({name: table}, figure, alt=alt)
+        tokens = reached_tokens(run, to_text)
+        if view in ("rates", "survival"):
+            value: Rate = "survival" if view == "survival" else "conditional"
+            table, name = rates.rate_table(rates.trace_sums(run.trace)), "rates"
+            figure, alt = partial(plot_rates, table, value), f"{value} by slot"
+            panels = charts.rate_panels(table, value)
+        else:
+            by = "domain" if view == "domains" else "kind"
+            kinds = token_kinds(run.trace["token"], to_text)
+            table, name = rates.study(run.trace.assign(kind=kinds), by=[by]), "bias"
+            figure, alt = partial(plot_bias, table, by), f"bias by {by}"
+            panels = charts.bias_panels(table, by)
+        tables = {name: table, "tokens": tokens}
+    answers = [token_texts(to_text, answer) for answer in run.tokens]
+    state = charts.chart_state(panels, tables["tokens"], answers)
+    return Frame(tables, figure, alt, state=state)

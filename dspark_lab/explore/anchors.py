@@ -29,7 +29,8 @@ from dspark_lab.chats import (
 from dspark_lab.checks import Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import checkbox, dropdown, slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.tokens import TokensView, plot_tokens, token_row, token_state, token_table
 from dspark_lab.training import ChatsLike, open_chats
 
@@ -275,8 +276,8 @@ class ConversationRows:
         return [
             slider("conversation", conversation, 0, last),
             checkbox("packed", packed),
-            slider("row_length", row_length, 64, 131072, step=64),
-            slider("num_anchors", num_anchors, 1, 4096),
+            slider("row_length", row_length, 64, 131072, growing=True),
+            slider("num_anchors", num_anchors, 1, 4096, growing=True),
             slider("block_size", block_size, 1, 32),
             slider("seed", seed, 0, 99),
             dropdown("per", per, ("row", "document")),

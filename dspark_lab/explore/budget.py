@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, lru_cache
+from functools import lru_cache
 from html import escape
 from itertools import product
 from types import SimpleNamespace
@@ -27,8 +27,10 @@ from dspark_lab.blocks import PER, Per
 from dspark_lab.chats import Encoded, Like
 from dspark_lab.checks import Count, Positive, Share, checked
 from dspark_lab.explore import controls as make
-from dspark_lab.explore import explorer, style
+from dspark_lab.explore import style
 from dspark_lab.explore.anchors import loaded_tokenizer, require_some
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame, export_texts
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.explore.work import Progress
 from dspark_lab.files import require_found
@@ -42,6 +44,8 @@ _SEQ_LENS = tuple(2**power for power in range(8, 16))
 _NUM_ANCHORS = tuple(2**power for power in range(2, 16))
 # A row of more blocks takes longer to look at than a slider may.
 _MOST_BLOCKS = 2**17
+# How high the panels of a budget are, in inches.
+_HIGH = 1.9
 # The mark of the chosen setting, in every panel.
 _CHOSEN: dict[str, Any] = {"color": ORANGE, "marker": "*", "markersize": 13, "linestyle": "none"}
 _CHOSEN |= {"markeredgecolor": INK, "markeredgewidth": 0.6, "clip_on": False, "zorder": 4}
@@ -99,7 +103,7 @@ def plot_parts(
     seconds: float | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Where a training step's operations go, part by part, and its bytes.
+    """Where a training step's operations go, part by part, and its bytes below.
 
     The tables are from :func:`dspark_lab.tuning.training_cost` and
     :func:`dspark_lab.tuning.memory_table`. ``limit``, bytes that tensors may take, and ``seconds``
@@ -111,8 +115,9 @@ def plot_parts(
         raise ValueError(f"limit must come with a memory table, got {limit} without")
     if ax is None:
         panels = [cost] if memory is None else [cost, memory]
-        height = 0.27 * max(map(len, panels)) + 1.1
-        _, axes = style.new_figure(4.8 * len(panels), height, len(panels))
+        heights = [0.27 * len(panel) + 1.1 for panel in panels]
+        grid: dict[str, Any] = {"rows": len(panels), "height_ratios": heights}
+        _, axes = style.new_figure(7, sum(heights), **grid)
         ax, *others = np.atleast_1d(axes)
         if memory is not None:
             _plot_bytes(others[0], memory, limit)
@@ -124,7 +129,7 @@ def plot_parts(
     ax.set_ylabel("part")
     title = f"a step: {EngFormatter(places=1)(total)} operations"
     if seconds is not None:
-        title += f", {seconds:.3g} s"
+        title += f", {EngFormatter('s', places=1)(seconds)}"
     style.add_title(ax, title, y=1)
     return cast(Figure, ax.figure)
 
@@ -147,14 +152,19 @@ def plot_budget(
     options = options.sort_values("num_anchors")
     style.require_one_of("num_anchors", num_anchors, options["num_anchors"].tolist())
     chosen = options[options["num_anchors"] == num_anchors]
-    width, height = 9.5, 5.6
-    # Fixed margins, in inches, and fixed places of labels: finding the best ones would take long.
-    margins = {"left": 1.95 / width, "right": 1 - 0.15 / width}
-    margins |= {"bottom": 0.5 / height, "top": 1 - 0.35 / height}
-    figure, axes = style.new_figure(
-        width, height, columns=2, rows=2, layout="none", wspace=0.25, hspace=0.5, **margins
-    )
+    width, height = style.WIDEST, 5.6
+    figure, axes = style.new_figure(width, height, columns=2, rows=2, layout="none")
     covered, gain, parts, fits = axes
+    # Fixed places, in inches, also of labels: finding the best ones would take long.
+    for ax, left, bottom, wide, beside, under in (
+        (covered, 0.7, 3.3, 2.6, 0.55, 0.25),
+        (gain, 4.2, 3.3, 3.0, 0.55, 0.25),
+        (parts, 1.95, 0.5, 1.35, 1.8, 0.08),
+        (fits, 4.2, 0.5, 3.0, 0.6, 0.25),
+    ):
+        ax.set_position((left / width, bottom / height, wide / width, _HIGH / height))
+        ax.xaxis.set_label_coords(0.5, -under / _HIGH)
+        ax.yaxis.set_label_coords(-beside / wide, 0.5)
     covered.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
     covered.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
     covered.set_ylim(0, 1.02)
@@ -163,12 +173,9 @@ def plot_budget(
     style.add_title(covered, words, y=1)
     _plot_gain(gain, options, chosen)
     plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=parts)
+    # Its title begins where that of the panel above does.
+    style.add_title(parts, parts.get_title(loc="left"), y=1, x=(0.7 - 1.95) / 1.35)
     plot_fit(fit, at=at, ax=fits)
-    for ax in axes:
-        beside, under = (1.8, 0.08) if ax is parts else (0.55, 0.25)
-        _, _, wide, high = ax.get_position().bounds
-        ax.xaxis.set_label_coords(0.5, -under / (height * high))
-        ax.yaxis.set_label_coords(-beside / (width * wide), 0.5)
     return figure
 
 
@@ -236,7 +243,7 @@ def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
     positive = [value for value in values if value > 0] or [1]
     powers = range(math.floor(math.log2(min(positive))), math.ceil(math.log2(max(positive))) + 1)
     ticks = [2**power for power in powers[:: -(-len(powers) // _MOST_TICKS)]]
-    names = [str(tick) for tick in ticks]
+    names = [f"{tick:,}" for tick in ticks]
     if zero:
         ticks, names = [0, *ticks], [zero, *names]
     axis.set_ticks(ticks, names)
@@ -315,14 +322,14 @@ def plot_sweeps(cells: pd.DataFrame) -> Figure:
     budgets = sorted(cells["budget"].unique())
     temperatures = sorted(cells["temperature"].unique())
     columns, rows = cells["num_anchors"].nunique(), cells["block_size"].nunique()
-    width = len(budgets) * (1.05 * columns + 0.7) + 0.9
+    width = min(len(budgets) * (1.05 * columns + 0.7) + 0.9, style.WIDEST)
     height = len(temperatures) * (0.6 * rows + 0.9) + 0.2
     figure, axes = style.new_figure(width, height, columns=len(budgets), rows=len(temperatures))
     axes = np.atleast_1d(axes)
     colours = Normalize(cells["tau"].min(), cells["tau"].max())
     for ax, (temperature, budget) in zip(axes, product(temperatures, budgets), strict=True):
         shown = (cells["budget"] == budget) & (cells["temperature"] == temperature)
-        _heat_map(ax, cells[shown], colours)
+        _heat_map(ax, cells[shown], colours, " to\n" if len(budgets) * columns > 6 else " to ")
     bar = figure.colorbar(ScalarMappable(colours, _HEAT), ax=list(axes), fraction=0.04, pad=0.02)
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.set_label("tau (tokens per round)", color=INK, fontsize=9)
@@ -330,14 +337,14 @@ def plot_sweeps(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-def _heat_map(ax: Axes, cells: pd.DataFrame, colours: Normalize) -> None:
+def _heat_map(ax: Axes, cells: pd.DataFrame, colours: Normalize, to: str) -> None:
     grid = cells.pivot(index="block_size", columns="num_anchors", values="tau")
     ax.imshow(grid, cmap=_HEAT, norm=colours, aspect="auto")
     rows, columns = list(grid.index), list(grid.columns)
     for cell in cells.itertuples(index=False):
         words = f"{cell.tau:.2f}"
         if not math.isnan(cast(float, cell.low)):
-            words += f"\n{cell.low:.2f} to {cell.high:.2f}"
+            words += f"\n{cell.low:.2f}{to}{cell.high:.2f}"
         place = columns.index(cell.num_anchors), rows.index(cell.block_size)
         colour = _readable_on(_HEAT(colours(cell.tau)))
         ax.text(*place, words, ha="center", va="center", color=colour, fontsize=8)
@@ -350,7 +357,7 @@ def _heat_map(ax: Axes, cells: pd.DataFrame, colours: Normalize) -> None:
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set_xlabel("anchors (num_anchors)")
-    ax.set_ylabel("slots of a block (block_size)")
+    ax.set_ylabel("slots (block_size)")
     title = f"budget: {best['budget']}, temperature {best['temperature']:g}\n"
     title += f"framed: the best, N {best['num_anchors']:,}, K {best['block_size']:,}"
     style.add_title(ax, title, y=1)
@@ -388,7 +395,7 @@ def explore_training_budget(
     vocabulary: Count | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
     like: Like | None = None,
-) -> explorer.Explorer:
+) -> Explorer:
     """Coverage, gain, cost and memory of a training step on these conversations.
 
     Args:
@@ -438,22 +445,21 @@ def explore_training_budget(
     elif chats is not None:
         require_some(chats)
 
-    @cache
-    def encoded() -> Sequence[Encoded]:
-        rows = encode_chats(chats, tokenizer, like=like)
-        require_some(rows)
-        return rows
+    # What is encoded once, on the worker's thread.
+    rows: list[Sequence[Encoded]] = []
 
     @lru_cache(maxsize=8)
     def spans_of(seq_len: int, packed: bool, batch_size: int) -> Spans:
-        spans = Spans.of(encoded(), seq_len=seq_len, row_length=seq_len if packed else None)
+        spans = Spans.of(rows[0], seq_len=seq_len, row_length=seq_len if packed else None)
         return tuning.in_training_batches(spans, batch_size)
 
     choice_of = lru_cache(maxsize=8)(tuning.choose_training)
 
-    def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
-        progress(0, 0, "encoding the conversations")
-        encoded()
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
+        if not rows:
+            made = encode_chats(chats, tokenizer, like=like, progress=progress)
+            require_some(made)
+            rows.append(made)
         progress(0, 0, "counting what a step covers, costs and needs")
         spans = spans_of(chosen.seq_len, chosen.packed, chosen.batch_size)
         n, k, per, batch_size = chosen.num_anchors, chosen.block_size, chosen.per, chosen.batch_size
@@ -510,13 +516,13 @@ def explore_training_budget(
 
         words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
         advised = None if best is None else settings_of(best)
-        words += explorer.export_texts(chosen.export, advised, settings, tuning.export)
+        words += export_texts(chosen.export, advised, settings, tuning.export)
         alt = "what the chosen setting covers, gains, costs and leaves room for"
         use = {} if best is None else {"num_anchors": best}
-        return explorer.Frame(tables, figure, html=words, alt=alt, recommended=use)
+        return Frame(tables, figure, html=words, alt=alt, recommended=use)
 
     options: dict[str, Any] = {"slow": True, "given": given}
-    return explorer.Explorer("explore_training_budget", controls, draw, **options)
+    return Explorer("explore_training_budget", controls, draw, **options)
 
 
 def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:

@@ -33,12 +33,15 @@ class Control(traitlets.HasTraits):
         value: Any,
         *,
         step: float = 1,
+        growing: bool = False,
         labels: Sequence[str] | None = None,
         continuous_update: bool = True,
         argument: bool = True,
         **traits: Any,
     ) -> None:
         self.description, self.kind, self.step = description, kind, step
+        # Whether a slider's steps grow with its value, so that a wide range is within its reach.
+        self.growing = growing
         self.labels = labels
         # Whether a drag's values count before it ends.
         self.continuous_update = continuous_update
@@ -79,6 +82,7 @@ class Control(traitlets.HasTraits):
             "low": self.min,
             "high": self.max,
             "step": self.step,
+            "growing": self.growing,
             "labels": list(labels),
             "reason": self.reason,
             "continuous": self.continuous_update,
@@ -107,10 +111,10 @@ def checkbox(name: str, value: bool) -> Control:
     return Control(name, "check", value)
 
 
-def slider(name: str, value: int, low: int, high: int, step: int = 1) -> Control:
+def slider(name: str, value: int, low: int, high: int, *, growing: bool = False) -> Control:
     """A whole number from ``low`` to ``high``, and further if it starts further out."""
     require(name, value, Annotated[int, Within(low)])
-    return Control(name, "whole", value, min=low, max=max(high, value), step=step)
+    return Control(name, "whole", value, min=low, max=max(high, value), growing=growing)
 
 
 def number_slider(name: str, value: float, low: float, high: float, **options: Any) -> Control:
@@ -137,7 +141,7 @@ def text_area(name: str, value: str) -> Control:
 class Panel(WidgetView):
     """Controls, a line for progress and problems, and buttons, in JavaScript.
 
-    ``selection`` holds the values that the user set. ``act`` is called with what a button asks for.
+    ``act`` is called with what it asks for: values that the user set, or what a button does.
     """
 
     names: ClassVar[tuple[str, ...]] = ("shared", "controls")
@@ -149,9 +153,18 @@ class Panel(WidgetView):
 
     def open(self) -> None:
         super().open()
-        # ipykernel hands a message to the thread in which its widget spoke last. That may be the
-        # cell that waits for the work which the message cancels.
-        self.comm._reply_subshell_for = lambda _data, default: default
+        answer_at_once(self.comm)
+
+
+def answer_at_once(comm: Any) -> None:
+    """Have a widget's messages wait for no cell, where the kernel can be asked for that.
+
+    ipykernel 7 hands a message to the thread in which its widget spoke last. That may be the cell
+    that waits for the work which the message cancels, and only this hook, which is not public, asks
+    for another. Where there is none, Cancel may wait; the kernel's interrupt cancels as well.
+    """
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda _data, default: default
 
 
 def plain_widget(control: Control) -> ipywidgets.Widget:

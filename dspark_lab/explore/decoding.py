@@ -1,15 +1,13 @@
-"""Decoding: an answer as text, the distributions at one slot, and an answer that grows."""
+"""Decoding: an answer as text in colour, the distributions at a slot, an answer that grows."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from base64 import b64encode
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
-import ipywidgets
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,100 +16,67 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import decoding
-from dspark_lab.checks import checked
-from dspark_lab.decoding import Decoded, Decoding, Prompt, Round
-from dspark_lab.explore import controls as made
-from dspark_lab.explore import explorer, style
-from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, load_models
-from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED, visible_text
+from dspark_lab.checks import Size, checked
+from dspark_lab.decoding import OUTCOMES, Decoded, Prompt, Round
+from dspark_lab.explore import style
+from dspark_lab.explore.controls import Control, dropdown, number_slider, slider, text_area
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
+from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PAPER, RED, visible_text
 from dspark_lab.explore.textpicture import Look, text_figure
-from dspark_lab.serving import speed_table
+from dspark_lab.explore.widget import WidgetView
+from dspark_lab.explore.work import Cancelled, Progress, threads_for
+from dspark_lab.serving import repeated_speeds
 
 # While an answer grows, its text is shown anew when it is at least so old.
 REDRAW_SECONDS = 0.1
+# Runs with and without the drafter, in turns, whose median is the speed.
+REPEATS = 3
 
-# How the outcome text marks its tokens; half transparent colours let either theme show through.
-_OUTCOME_STYLE = """<style>
-.dspark-answer{font:13px/1.9 var(--jp-code-font-family,monospace);white-space:pre-wrap;
- word-break:break-word;color:var(--jp-content-font-color1,inherit);max-height:26em;overflow-y:auto;
- padding:2px 4px}
-.dspark-answer span,.dspark-outcomes span{border-radius:3px;padding:1px 0}
-.dspark-answer span:hover{outline:2px solid #767676}
-.dspark-outcomes{font-size:12px;line-height:2.2;color:var(--jp-content-font-color1,inherit)}
-.dspark-outcomes span{padding:2px 6px;margin-right:8px;white-space:nowrap}
-.dspark-accepted{background:rgba(86,180,233,.38)}
-.dspark-corrected{background:rgba(230,159,0,.40);border-bottom:2px solid #D55E00}
-.dspark-bonus{background:rgba(0,158,115,.30);border-bottom:2px dotted #009E73}
-.dspark-first{border-bottom:2px solid #767676}
-.dspark-rejected{font-size:11px;text-decoration:line-through 2px #D55E00;
- background:rgba(213,94,0,.18)}
-.dspark-not-reached{font-size:11px;text-decoration:line-through 1px #767676;opacity:.65}
-.dspark-not-verified{font-size:11px;font-style:italic;opacity:.65;border-bottom:1px dashed #767676}
-</style>"""
-
-# The same in a picture.
+_NUMBERS = ("confidence", "accept_rate", "accept_prob", "draft_prob", "target_prob")
+# How a picture of an answer marks its tokens.
 _LOOKS = {
     "accepted": Look("#CFE7F5"),
-    "corrected": Look("#F8DFA6", "underline", RED),
+    "corrected": Look("#F8DFA6", "underline", "#8A6000"),
     "bonus": Look("#BFE5D6", "dotted", GREEN),
-    "first": Look(sign="underline"),
-    "rejected": Look("#F6D5C3", "strike", RED),
-    "not reached": Look(sign="strike"),
-    "not verified": Look(sign="dashed"),
+    "first": Look(sign="double"),
+    "rejected": Look(PAPER, "frame", RED, ink="#A03000"),
+    "not reached": Look(PAPER, "frame", INK, ink=INK),
+    "not verified": Look(PAPER, "frame", INK, ink=INK),
 }
+_NOT_SAID = Look(PAPER, ink=INK)
+
+
+class DecodingView(WidgetView):
+    """An answer as text whose tokens open their slots, or a chart of answers."""
+
+    names: ClassVar[tuple[str, ...]] = ("shared", "decoding", "chart", "answers")
 
 
 @checked
-def outcome_text(table: pd.DataFrame, drafts: bool = True) -> str:
-    """An answer, from :func:`dspark_lab.decoding.outcome_table`, as text in HTML.
+def plot_outcomes(table: pd.DataFrame, drafts: bool = False) -> Figure:
+    """An answer, from :func:`dspark_lab.decoding.outcome_table`, as text in colour under its key.
 
-    Each token has the colour of its outcome, and a tip with its numbers. Unless ``drafts`` is
-    False, drafted tokens that are not part of the answer stand before what came in their place.
-    """
-    shown = table if drafts else table[table["kept"]]
-    spans = [_outcome_span(token) for token in shown.itertuples(index=False)]
-    return f'{_OUTCOME_STYLE}<div class="dspark-answer">{"".join(spans)}</div>'
-
-
-@checked
-def outcome_legend(table: pd.DataFrame) -> str:
-    """The key to :func:`outcome_text` in HTML with the tokens of each outcome counted."""
-    counts = decoding.column(table, "outcome").value_counts()
-    shown = [name for name in decoding.OUTCOMES if name in counts]
-    spans = [explorer.marked_text(f"{name} {counts[name]}", [name]) for name in shown]
-    return f'{_OUTCOME_STYLE}<div class="dspark-outcomes">{" ".join(spans)}</div>'
-
-
-@checked
-def plot_outcomes(table: pd.DataFrame, drafts: bool = True) -> Figure:
-    """An answer as a picture of coloured text, under the key to its outcomes.
-
-    ``table`` and ``drafts`` are as in :func:`outcome_text`.
+    With ``drafts``, drafted tokens that are not part of the answer stand, in frames and with "not
+    said" before them, where another came in their place.
     """
     counts = decoding.column(table, "outcome").value_counts()
-    legend = [(f"{name} {counts[name]}", look) for name, look in _LOOKS.items() if name in counts]
     shown = table if drafts else table[table["kept"]]
-    # A line break that is not part of the answer does not break its line.
-    pieces = [
-        (token.text if token.kept else token.text.replace("\n", "⏎"), _LOOKS[token.outcome])
-        for token in shown.itertuples(index=False)
-    ]
-    return text_figure(pieces, legend)
-
-
-def _outcome_span(token: Any) -> str:
-    place = "first token" if token.round < 0 else f"round {token.round}"
-    facts = [place if token.slot < 0 else f"round.slot {token.round}.{token.slot}", token.outcome]
-    for pairs in (
-        (("confidence", token.confidence), ("accept rate", token.accept_rate)),
-        (("draft probability", token.draft_prob), ("target probability", token.target_prob)),
-    ):
-        known = [f"{name} {value:.2f}" for name, value in pairs if not pd.isna(value)]
-        if known:
-            facts.append(", ".join(known))
-    # A line break that is not part of the answer does not break its line.
-    text = token.text.replace("\n", "⏎\n" if token.kept else "⏎")
-    return explorer.marked_text(text, [token.outcome], facts)
+    known = set(shown["outcome"])
+    legend = [(f"{name} {counts[name]}", _LOOKS[name]) for name in _LOOKS if name in known]
+    pieces: list[tuple[str, Look]] = []
+    kept = True
+    for token in shown.itertuples(index=False):
+        if kept and not token.kept:
+            pieces.append((" not said:", _NOT_SAID))
+        elif token.kept and not kept:
+            pieces.append((" ", _NOT_SAID))
+        kept = token.kept
+        # A line break that is not part of the answer does not break its line.
+        text = token.text if kept else token.text.replace("\n", "⏎")
+        pieces.append((text, _LOOKS[token.outcome]))
+    return text_figure(pieces, legend, noun="pieces" if drafts else "tokens")
 
 
 def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> Figure:
@@ -121,7 +86,7 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     the probability with which the token is drawn in place of a rejected one. ``drafted_text`` names
     the drafted token in the title, in place of its text in the table.
     """
-    figure, ax = style.new_figure(7.4, 0.36 * len(table) + 1.4)
+    figure, ax = style.new_figure(style.WIDEST, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
     overlap = table["overlap"].fillna(0)
     bars = {"draft": (ORANGE, "////", -0.19), "target": (BLUE, "", 0.19)}
@@ -167,6 +132,55 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
 
 
 @checked
+def decoding_state(
+    decoded: Decoded,
+    to_text: Callable[[int], str],
+    *,
+    prompt: Size = 0,
+    rounds: Sequence[Round] = (),
+) -> dict[str, Any]:
+    """What the browser is given of an answer: its tokens, and every slot's distributions.
+
+    The columns are those of :func:`dspark_lab.decoding.outcome_table` and of the
+    :func:`dspark_lab.decoding.distribution_table` of all slots of ``rounds``, where they are given.
+    """
+    table = decoding.outcome_table(decoded, to_text, prompt)
+    tokens: dict[str, Any] = {
+        name: table[name].tolist() for name in ("round", "slot", "position", "text")
+    }
+    tokens["outcome"] = [OUTCOMES.index(outcome) for outcome in table["outcome"]]
+    tokens |= {name: _numbers(table[name]) for name in _NUMBERS}
+    slots = [_slot_states(round_, to_text) for round_ in rounds]
+    return {"show": "answer", "tokens": tokens, "slots": slots}
+
+
+def _slot_states(round_: Round, to_text: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The distributions of the slots of a round by columns.
+
+    ``drafted`` and ``drawn`` are the rows of these tokens, -1 where there is none; ``target``,
+    ``overlap`` and ``residual`` are None where the target was not asked.
+    """
+    table = decoding.distribution_tables(round_, to_text)
+    states = []
+    for _, rows in table.groupby("slot"):
+        state = {"ids": rows["token"].tolist(), "texts": rows["text"].tolist()}
+        state["draft"] = _numbers(rows["draft"])
+        asked = rows["target"].notna().all()
+        for name in ("target", "overlap", "residual"):
+            state[name] = _numbers(rows[name]) if asked else None
+        for name in ("drafted", "drawn"):
+            marked = rows[name].tolist()
+            state[name] = marked.index(True) if True in marked else -1
+        states.append(state)
+    return states
+
+
+def _numbers(values: pd.Series) -> list[float | None]:
+    """Numbers as JSON knows them."""
+    return [None if np.isnan(value) else round(value, 7) for value in values.tolist()]
+
+
+@checked
 def explore_decoding(
     target: TargetLike | None = None,
     drafter: DrafterLike | Mapping[str, DrafterLike] | None = None,
@@ -176,255 +190,251 @@ def explore_decoding(
     threshold: float = 0.0,
     max_new_tokens: int = 96,
     seed: int = 0,
-    run: bool = True,
 ) -> DecodingExplorer:
-    """One answer, decoded while you watch, and then slot by slot.
+    """One answer, decoded while you watch, then slot by slot, and its speed.
 
     ``target``, ``drafter`` and ``prompts`` are as in :func:`explore_acceptance`, the rest is where
-    the controls start; a threshold of 0 verifies every slot. ``run`` answers the first prompt.
+    the controls start; a threshold of 0 verifies every slot. A control that changes begins anew.
     """
-    models = load_models(target, drafter, prompts)
-    shown = DecodingExplorer(models, temperature, threshold, max_new_tokens, seed)
-    if run:
-        shown.run()
-    return shown
+    given = dict(locals())
+    models_of = open_models(target, drafter, prompts)
+    settings = [
+        number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False),
+        number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False),
+        slider("max_new_tokens", max_new_tokens, 1, 512),
+        slider("seed", seed, 0, 99),
+    ]
+    for setting in settings:
+        setting.continuous_update = False
+    return DecodingExplorer(models_of, settings, given)
+
+
+@dataclass
+class _Answer:
+    """An answer to one prompt, its rounds, and its timed runs with the drafter and without."""
+
+    block_size: int
+    decoded: Decoded = field(init=False)
+    rounds: list[Round] = field(default_factory=list)
+    slots: list[list[dict[str, Any]]] = field(default_factory=list)
+    drafted: list[Decoded] = field(default_factory=list)
+    plain: list[Decoded] = field(default_factory=list)
+
+    def speeds(self) -> pd.DataFrame | None:
+        """Beside plain decoding; None before both have had a round."""
+        both = list(zip(self.plain, self.drafted, strict=False))
+        if not both or any(one.rounds.empty for pair in both for one in pair):
+            return None
+        plain, drafted = zip(*both, strict=True)
+        return repeated_speeds(plain, drafted, self.block_size)
+
+    def state(self, to_text: Callable[[int], str], cancelled: str = "") -> dict[str, Any]:
+        """What the browser is given of the whole answer, with a sentence where it is cut short."""
+        words = f"{self.in_words()} {cancelled}".strip()
+        return decoding_state(self.decoded, to_text) | {"slots": self.slots, "words": words}
+
+    def in_words(self) -> str:
+        """How many tokens in how many rounds, and how fast."""
+        tokens, rounds, speeds = len(self.decoded.tokens[0]), len(self.rounds), self.speeds()
+        if not rounds:
+            return f"{tokens} tokens, no round"
+        words = f"{tokens} tokens in {rounds} rounds: tau {self.decoded.tau:.2f} tokens a round"
+        if speeds is None:
+            return words
+        middle, low, high = (row for _, row in speeds.iterrows())
+        return (
+            f"{words}, break-even {middle['break_even_tau']:.2f} on this machine. "
+            f"{middle['tokens_per_second']:,.0f} tokens/s, "
+            f"{middle['plain_tokens_per_second']:,.0f} without the drafter: "
+            f"{middle['speedup']:.2f} times as fast (median of {middle['runs']:.0f}, "
+            f"{low['speedup']:.2f} to {high['speedup']:.2f}). Of a round's time: draft "
+            f"{middle['draft']:.0%}, verify {middle['verify']:.0%}, rest {middle['rest']:.0%}."
+        )
 
 
 @checked
-class DecodingExplorer(ipywidgets.VBox):
-    """Controls, Run and Stop above an answer, and below it one slot of one round.
+class DecodingExplorer(Explorer):
+    """An answer that grows under its controls; a click on a token opens its slot.
 
     ``decoded`` and ``plain`` are what :func:`dspark_lab.decoding.decode` returned with and without
-    the drafter, ``rounds`` the rounds with their distributions, on the CPU.
+    the drafter, ``rounds`` the rounds with their distributions, on the CPU. What is asked for
+    while it works is waited for.
     """
 
     def __init__(
-        self, models: Models, temperature: float, threshold: float, max_new_tokens: int, seed: int
+        self,
+        models_of: Callable[[Progress], Models],
+        settings: Sequence[Control],
+        given: Mapping[str, Any],
     ) -> None:
-        self._models = models
-        self.rounds: list[Round] = []
-        self.decoded: Decoded | None = None
-        self.plain: Decoded | None = None
-        self._problem, self._stopped = "not run yet", False
+        self._models_of = models_of
+        # What is chosen where no widget is shown.
+        self._chosen: dict[str, int] | None = None
 
-        labels = [(_short(prompt), index) for index, prompt in enumerate(models.prompts)]
-        names = list(models.drafters)
-        wide = {"style": {"description_width": "9em"}, "layout": {"width": "54em"}}
-        example = ipywidgets.Dropdown(options=labels, description="example", **wide)
-        placeholder = "or type a prompt"
-        controls = [
-            example,
-            ipywidgets.Textarea(placeholder=placeholder, description="prompt", rows=2, **wide),
-            made.plain_widget(made.dropdown("drafter", names[0], names)),
-            made.plain_widget(
-                made.number_slider("temperature", temperature, 0.0, 2.0, continuous_update=False)
-            ),
-            made.plain_widget(
-                made.number_slider("threshold", threshold, 0.0, 1.0, continuous_update=False)
-            ),
-            made.plain_widget(made.slider("max_new_tokens", max_new_tokens, 1, 512)),
-            made.plain_widget(made.slider("seed", seed, 0, 99)),
-        ]
-        self.controls: dict[str, Any] = {control.description: control for control in controls}
-        example.observe(self._take_example, names="value")
-        self._take_example()
-        self.run_button = ipywidgets.Button(description="Run", button_style="primary", icon="play")
-        self.run_button.on_click(self._clicked)
-        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
-        self.stop_button.on_click(self._stop)
-        self.drafts = made.plain_widget(made.checkbox("drafts in vain", True))
-        self.drafts.observe(self._show_again, names="value")
-        self.step = {
-            name: made.plain_widget(made.slider(name, 0, 0, 0)) for name in ("round", "slot")
-        }
-        self.step["round"].observe(self._choose_round, names="value")
-        self.step["slot"].observe(self._show_step, names="value")
-        wide_text = {"layout": {"width": "100%"}}
-        self._status, self._text = ipywidgets.HTML(), ipywidgets.HTML(**wide_text)
-        self._step_picture = ipywidgets.HTML(**wide_text)
-        wrapped = {"layout": {"flex_flow": "row wrap"}}
-        above = ipywidgets.Box(controls, **wrapped)
-        buttons = ipywidgets.HBox([self.run_button, self.stop_button, self.drafts])
-        steps = ipywidgets.Box(list(self.step.values()), **wrapped)
-        super().__init__([above, buttons, self._status, self._text, steps, self._step_picture])
+        def controls(progress: Progress) -> list[Control]:
+            models = models_of(progress)
+            names = list(models.drafters)
+            labels = [short_prompt(prompt) for prompt in models.prompts]
+            examples = dropdown("example", 0, range(len(labels)), labels=labels, argument=False)
+            chosen = dropdown("drafter", names[0], names, argument=False)
+            return [examples, text_area("prompt", ""), chosen, *settings]
+
+        def reasons(chosen: SimpleNamespace) -> dict[str, str]:
+            found = {}
+            if chosen.prompt.strip():
+                found["example"] = "a prompt of your own is answered"
+            if not _has_confidence(models_of(Progress()), chosen):
+                found["threshold"] = "this drafter has no confidence head"
+            if chosen.temperature == 0:
+                found["seed"] = "at temperature 0 nothing is drawn"
+            return found
+
+        options: dict[str, Any] = {"view": DecodingView, "slow": True, "given": given}
+        super().__init__("explore_decoding", controls, self._answer, reasons=reasons, **options)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The controls' values by name."""
-        return {name: control.value for name, control in self.controls.items()}
+    def rounds(self) -> list[Round]:
+        answer = self.frame.detail
+        return [] if answer is None else answer.rounds
+
+    @property
+    def decoded(self) -> Decoded | None:
+        answer = self.frame.detail
+        return None if answer is None else answer.decoded
+
+    @property
+    def plain(self) -> Decoded | None:
+        answer = self.frame.detail
+        return answer.plain[0] if answer is not None and answer.plain else None
+
+    @property
+    def selection(self) -> Any:
+        """The ``round`` and ``slot`` that are open; None where there are none."""
+        return self._chosen if self.view is None else self.view.selection
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """``tokens``, ``distributions`` (of the chosen slot), ``rounds``, ``trace``, ``speed``.
+        """``tokens``, ``distributions``, ``rounds``, ``trace``, ``speed``; empty where refused.
 
-        Empty before the first run, and where a run was refused.
+        The distributions are those of the open slot, or of the one where the first round was
+        decided. The speed is beside plain decoding, the median and range of several runs.
         """
-        if self.decoded is None:
-            return {}
-        tables = {"tokens": decoding.outcome_table(self.decoded, self._models.to_text)}
-        if self.rounds:
-            tables["distributions"] = self._distributions()
-        tables |= {"rounds": self.decoded.rounds, "trace": self.decoded.trace}
-        speed = self._speed()
-        if speed is not None:
-            tables["speed"] = speed.to_frame().T
-        return tables
+        tables, rounds = super().tables, self.rounds
+        if not rounds:
+            return tables
+        chosen = self.selection or {}
+        number = chosen.get("round", 0)
+        if not 0 <= number < len(rounds) or chosen.get("slot", 0) > rounds[number].last_slot:
+            number, chosen = 0, {}
+        slot = chosen.get("slot", rounds[number].accepted)
+        shown = decoding.distribution_table(
+            rounds[number], slot, self._models_of(Progress()).to_text
+        )
+        first, *others = tables.items()
+        return dict([first, ("distributions", shown), *others])
 
-    @property
-    def table(self) -> pd.DataFrame:
-        """The answer token by token, with all that was drafted for it."""
-        if self.decoded is None:
-            raise ValueError(f"explore_decoding has nothing to show: {self._problem}")
-        return self.tables["tokens"]
+    def select(self, round: Size, slot: Size | None = None) -> None:
+        """Open a slot of a round, by default the one where the round was decided."""
+        rounds = self.rounds
+        if round >= len(rounds):
+            raise ValueError(f"round must be below {len(rounds)}, got {round}")
+        one = rounds[round]
+        if slot is not None and slot > one.last_slot:
+            raise ValueError(f"slot must be in [0, {one.last_slot}], got {slot}")
+        self._chosen = {"round": round, "slot": one.accepted if slot is None else slot}
+        if self.view is not None:
+            self.view.selection = self._chosen
 
-    def run(self) -> None:
-        """Answer the prompt with the controls' present values, and wait until it is done."""
-        if self.run_button.disabled:
-            raise RuntimeError("a run must end or be stopped before the next, and one goes on")
-        for _ in self._rounds_shown():
-            pass
+    def _answer(self, chosen: SimpleNamespace, progress: Progress) -> Frame:
+        models = self._models_of(progress)
+        target, drafter, to_text = models.target, models.drafters[chosen.drafter], models.to_text
+        asked = chosen.prompt if chosen.prompt.strip() else models.prompts[chosen.example]
+        answer = _Answer(drafter.config.predicted)
+        shown = {"asked": short_prompt(asked, 2000), "running": True}
+        options: dict[str, Any] = {
+            name: getattr(chosen, name) for name in ("temperature", "max_new_tokens", "seed")
+        }
+        threshold = chosen.threshold if _has_confidence(models, chosen) else 0.0
 
-    def _clicked(self, _button: object) -> None:
-        if self.run_button.disabled:
-            return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.run()
-            return
-        rounds = self._rounds_shown()
-        next(rounds)
-        self._task = loop.create_task(self._run_beside(rounds))
+        def run(with_drafter: bool) -> decoding.Decoding:
+            if not with_drafter:
+                return decoding.decode_rounds(target, None, [asked], **options)
+            return decoding.decode_rounds(
+                target, drafter, [asked], threshold=threshold or None, **options
+            )
 
-    async def _run_beside(self, rounds: Iterator[None]) -> None:
-        for _ in rounds:
-            # Other messages, such as a click on Stop, have their turn.
-            await asyncio.sleep(0.001)
+        def grow() -> None:
+            """Decode with the drafter, and show the answer as it grows."""
+            growing, done, redraw_at = run(True), 0, 0.0
+            progress(0, 0, "reading the prompt")
+            try:
+                for round_ in growing:
+                    answer.rounds.append(_on_host(round_))
+                    answer.slots.append(_slot_states(answer.rounds[-1], to_text))
+                    done += len(round_.tokens)
+                    progress(done, chosen.max_new_tokens, "the answer grows: token")
+                    if time.monotonic() > redraw_at:
+                        redraw_at = time.monotonic() + REDRAW_SECONDS
+                        self._show_grown(decoding_state(growing.result(), to_text) | shown)
+            finally:
+                answer.decoded = growing.result()
 
-    def _stop(self, _button: object) -> None:
-        self._stopped = True
+        def measure(number: int, with_drafter: bool) -> None:
+            timed, done = run(with_drafter), 0
+            how = "with" if with_drafter else "without"
+            for round_ in timed:
+                done += len(round_.tokens)
+                words = f"timed {how} the drafter, run {number + 1} of {REPEATS}: token"
+                progress(done, chosen.max_new_tokens, words)
+            (answer.drafted if with_drafter else answer.plain).append(timed.result())
 
-    def _rounds_shown(self) -> Iterator[None]:
-        """Clear away the last run; decode with and without the drafter, round by round."""
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        self._stopped, self._problem = False, "it runs"
-        self.rounds, self.decoded, self.plain = [], None, None
-        for step in self.step.values():
-            step.max = 0
-        self._show_step()
-        yield
-        try:
-            yield from self._decode()
-        except (ValueError, TypeError) as problem:
-            self._problem = str(problem)
-            self._status.value = explorer.alert(problem)
-            self._text.value = ""
-        finally:
-            self.run_button.disabled, self.stop_button.disabled = False, True
-
-    def _decode(self) -> Iterator[None]:
-        settings, target = self.settings, self._models.target
-        self._drafter = self._models.drafters[settings["drafter"]]
-        typed = settings["prompt"]
-        asked = [typed if typed.strip() else self._models.prompts[settings["example"]]]
-        options = {name: settings[name] for name in ("temperature", "max_new_tokens", "seed")}
-        threshold = settings["threshold"] or None
-        run = decoding.decode_rounds(target, self._drafter, asked, threshold=threshold, **options)
-        self._status.value = "reading the prompt"
-        redraw_at = 0.0
-        for round_ in self._until_stopped(run):
-            draft_probs, target_probs = round_.draft_probs.cpu(), round_.target_probs.cpu()
-            self.rounds.append(replace(round_, draft_probs=draft_probs, target_probs=target_probs))
-            if time.monotonic() > redraw_at:
-                redraw_at = time.monotonic() + REDRAW_SECONDS
-                self._show_answer(run.result())
-                self._status.value = f"round {len(self.rounds)}"
-            yield
-        self.decoded = run.result()
-        self._show_answer(self.decoded)
-        self.step["round"].max = max(0, len(self.rounds) - 1)
-        self._choose_round()
-        self._status.value = "and now without the drafter, to compare"
-        plain = decoding.decode_rounds(target, None, asked, **options)
-        for _ in self._until_stopped(plain):
-            yield
-        self.plain = plain.result()
-        self._status.value = self._in_words(self.decoded)
-
-    def _until_stopped(self, run: Decoding) -> Iterator[Round]:
-        for round_ in run:
-            yield round_
-            if self._stopped:
-                return
-
-    def _show_answer(self, decoded: Decoded) -> None:
-        table = decoding.outcome_table(decoded, self._models.to_text)
-        self._text.value = outcome_legend(table) + outcome_text(table, drafts=self.drafts.value)
-
-    def _show_again(self, _change: object) -> None:
-        if self.decoded is not None:
-            self._show_answer(self.decoded)
-
-    def _speed(self) -> pd.Series | None:
-        """Beside plain decoding; None before both have had a round."""
-        plain, decoded = self.plain, self.decoded
-        if plain is None or decoded is None or plain.rounds.empty or decoded.rounds.empty:
-            return None
-        return speed_table([plain], [decoded], self._drafter.config.predicted)
-
-    def _in_words(self, decoded: Decoded) -> str:
-        tokens, speed = len(decoded.tokens[0]), self._speed()
-        if speed is None:
-            return f"{tokens} tokens, no round"
-        return (
-            f"{tokens} tokens in {len(decoded.rounds)} rounds, tau {speed['tau']:.2f}: "
-            f"<b>{speed['tokens_per_second']:.0f} tokens/s</b>, plain "
-            f"{speed['plain_tokens_per_second']:.0f}: <b>{speed['gain']:.2f} times</b> "
-            f"(draft {speed['draft']:.0%}, verify {speed['verify']:.0%}, rest {speed['rest']:.0%})"
+        with threads_for(target.model):
+            cancelled = "The answer was cancelled."
+            try:
+                grow()
+                cancelled = "The measuring of its speed was cancelled."
+                self._show_grown(answer.state(to_text) | shown)
+                for number in range(REPEATS):
+                    # In turns, so that what slows the machine down falls on both.
+                    for with_drafter in (False, True) if number % 2 else (True, False):
+                        measure(number, with_drafter)
+                cancelled = ""
+            except Cancelled:
+                # What there is stays.
+                if not answer.rounds:
+                    raise
+        state = answer.state(to_text, cancelled) | shown | {"running": False}
+        tokens = decoding.outcome_table(answer.decoded, to_text)
+        tables = {"tokens": tokens, "rounds": answer.decoded.rounds, "trace": answer.decoded.trace}
+        speeds = answer.speeds()
+        if speeds is not None:
+            tables["speed"] = speeds
+        return Frame(
+            tables,
+            lambda: plot_outcomes(tokens),
+            "the answer in the colours of its tokens' outcomes",
+            state=state,
+            detail=answer,
+            incomplete=bool(cancelled),
         )
 
-    def _take_example(self, _change: object = None) -> None:
-        prompt = self._models.prompts[self.controls["example"].value]
-        self.controls["prompt"].value = prompt if isinstance(prompt, str) else ""
-
-    def _choose_round(self, _change: object = None) -> None:
-        slot = self.step["slot"]
-        before = slot.value
-        if self.rounds:
-            round_ = self.rounds[self.step["round"].value]
-            with slot.hold_trait_notifications():
-                slot.max = len(round_.target_probs) - 1
-                # Where it was decided: the first slot that was not accepted.
-                slot.value = round_.accepted
-        if slot.value == before:
-            # Else the slot has shown itself.
-            self._show_step()
-
-    def _distributions(self) -> pd.DataFrame:
-        round_ = self.rounds[self.step["round"].value]
-        return decoding.distribution_table(round_, self.step["slot"].value, self._models.to_text)
-
-    def _show_step(self, _change: object = None) -> None:
-        shown = explorer.Frame({})
-        if self.rounds:
-            table = self._distributions()
-            alt = "what drafter and target give to the likeliest tokens of this slot"
-            shown = explorer.Frame({}, lambda: plot_distributions(table), alt=alt)
-        self._step_picture.value = shown.as_html()
-
-    def __repr__(self) -> str:
-        return explorer.call_text("explore_decoding", self.settings)
-
-    def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
-        """The widget, and its answer, or why there is none, for readers that run no widgets."""
-        bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
-        if self.decoded is None:
-            return bundle | {"text/html": self._status.value}
-        picture = style.png(plot_outcomes(self.table, self.drafts.value))
-        return bundle | {"image/png": b64encode(picture).decode("ascii")}
+    def _show_grown(self, state: dict[str, Any]) -> None:
+        """Show what there is of an answer; it is no new frame."""
+        if self.view is not None:
+            self.view.state = state | {"frame": self.frames_drawn}
 
 
-def _short(prompt: Prompt, longest: int = 90) -> str:
+def _has_confidence(models: Models, chosen: SimpleNamespace) -> bool:
+    return models.drafters[chosen.drafter].confidence_head is not None
+
+
+def _on_host(round_: Round) -> Round:
+    draft_probs, target_probs = round_.draft_probs.cpu(), round_.target_probs.cpu()
+    return replace(round_, draft_probs=draft_probs, target_probs=target_probs)
+
+
+def short_prompt(prompt: Prompt, longest: int = 90) -> str:
+    """A prompt in one line of at most ``longest`` characters."""
     whole = prompt if isinstance(prompt, str) else str([int(token) for token in prompt])
     text = " ".join(whole.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"

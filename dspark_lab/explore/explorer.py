@@ -1,16 +1,11 @@
 """``Explorer``: controls, and a picture and tables that follow them."""
 
-import gc
-import importlib
-import inspect
-import io
 import os
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,136 +13,19 @@ from typing import Any, cast
 
 import ipywidgets
 import pandas as pd
-from matplotlib.figure import Figure
 
 from dspark_lab.checks import checked
 from dspark_lab.explore import style
+from dspark_lab.explore.calls import call_text, view_code, written_arguments
 from dspark_lab.explore.controls import Control, Panel, plain_widget
+from dspark_lab.explore.frame import Frame, alert, drawing
 from dspark_lab.explore.widget import HAS_ANYWIDGET, WidgetView, page
-from dspark_lab.explore.work import Cancelled, Progress, Worker
+from dspark_lab.explore.work import Cancelled, Progress, Worker, count_text
 from dspark_lab.files import written_whole
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # A progress bar moves at most so often.
 _REPORT_SECONDS = 0.1
-# Drawing, and the pause of the garbage collector meanwhile, are one thread's at a time.
-_drawing = threading.RLock()
-
-Tables = Mapping[str, pd.DataFrame]
-
-
-@checked
-@dataclass(frozen=True)
-class Frame:
-    """What an explorer shows of one setting of its controls.
-
-    ``tables`` and ``figure`` are made when they are first read. ``state`` is what the explorer's
-    widget is given, ``html`` a short text under the picture, ``alt`` the picture in words.
-    ``recommended`` are settings of the controls that the picture recommends.
-    """
-
-    tables: Tables | Callable[[], Tables]
-    figure: Callable[[], Figure] | None = None
-    alt: str = ""
-    html: str = ""
-    state: dict[str, Any] | None = None
-    recommended: Mapping[str, Any] = field(default_factory=dict)
-
-    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def made_tables(self) -> dict[str, pd.DataFrame]:
-        """The tables by name."""
-        tables = self.tables
-        return self._once("tables", lambda: dict(tables() if callable(tables) else tables))
-
-    @property
-    def png(self) -> bytes:
-        """The picture as a PNG file; empty where there is none."""
-        return self._once("png", lambda: style.png(self.figure()) if self.figure else b"")
-
-    @property
-    def svg(self) -> bytes:
-        """The picture as an SVG file; empty where there is none."""
-
-        def draw() -> bytes:
-            buffer = io.BytesIO()
-            if self.figure:
-                self.figure().savefig(buffer, format="svg", metadata={"Date": None})
-            return buffer.getvalue()
-
-        return self._once("svg", draw)
-
-    def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Make it when it is first asked for, in whatever thread that is."""
-        with drawing():
-            if name not in self._made:
-                self._made[name] = make()
-            return self._made[name]
-
-    def as_html(self) -> str:
-        """All that is shown as HTML, a picture included."""
-        if not self.png:
-            return self.html
-        # The size is told, so that nothing moves before the picture is there.
-        width, height = (int.from_bytes(self.png[i : i + 4], "big") for i in (16, 20))
-        source = f"data:image/png;base64,{b64encode(self.png).decode('ascii')}"
-        size = f'width="{width}" height="{height}" style="max-width:100%;height:auto"'
-        look = f'alt="{escape(self.alt)}" {size}'
-        return f'<img {look} src="{source}">{self.html}'
-
-
-@contextmanager
-def drawing() -> Any:
-    """For drawing: matplotlib has state of its own, and a garbage collection outlasts a picture."""
-    with _drawing:
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if collects:
-                gc.enable()
-
-
-def alert(problem: object) -> str:
-    """A sentence in HTML that stands where something cannot be shown."""
-    return f'<p role="alert">{escape(str(problem))}</p>'
-
-
-def marked_text(text: str, kinds: Iterable[str], facts: Iterable[str] = ()) -> str:
-    """Text in HTML in the classes of its kinds; facts are shown when the pointer is over it."""
-    classes = " ".join(f"dspark-{kind.replace(' ', '-')}" for kind in kinds)
-    title = escape(" · ".join(facts))
-    tip = f' title="{title}"' if title else ""
-    return f'<span class="{classes}"{tip}>{escape(text)}</span>'
-
-
-def call_text(name: str, settings: Mapping[str, Any]) -> str:
-    """A call as text, such as ``explore_anchors(seed=1)``."""
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
-
-
-def export_texts(
-    program: str,
-    recommended: Any,
-    now: Any,
-    write: Callable[[Any, str], str],
-    label: str = "recommended",
-) -> str:
-    """In HTML, what to give a program: what is recommended, and the controls' settings."""
-    parts = []
-    for words, settings in ((label, recommended), ("your setting now", now)):
-        if settings is None or (settings is now and now == recommended):
-            continue
-        if recommended == now:
-            words += ", and your setting now"
-        try:
-            text = f"<pre>{escape(write(settings, program))}</pre>"
-        except ValueError as problem:
-            text = alert(problem)
-        parts.append(f"<p><b>For {escape(program)}, {words}:</b></p>{text}")
-    return "".join(parts)
 
 
 @checked
@@ -182,6 +60,7 @@ class Explorer(ipywidgets.VBox):
         self._given = dict(given or {})
         self._make_controls = controls if callable(controls) else None
         self._controls: dict[str, Control] = {}
+        self._starts: dict[str, Any] = {}
         self._frame, self._problem = Frame({}), ""
         # What has been drawn last without a problem.
         self._last: Frame | None = None
@@ -195,14 +74,14 @@ class Explorer(ipywidgets.VBox):
         self._status = ipywidgets.HTML()
         self.view = view() if view is not None and HAS_ANYWIDGET else None
         self._picture = ipywidgets.HTML(layout={"width": "100%"})
-        if self._panel is not None:
-            self._panel.observe(self._edited, names="selection")
         above = [self._plain_controls, self._status] if self._panel is None else [self._panel]
         super().__init__([*above, *([self.view] if self.view else []), self._picture])
         if not callable(controls):
             self._install(controls)
         self._slow = slow
-        self._text = call_text(name, self._written()) if callable(controls) else ""
+        self._text = (
+            call_text(name, written_arguments(name, self._given)) if self._make_controls else ""
+        )
         self.redraw()
 
     @property
@@ -220,10 +99,15 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self.controls.items()}
 
     @property
+    def frame(self) -> Frame:
+        """What is shown; empty where the setting cannot be drawn."""
+        self._worker.wait()
+        return Frame({}) if self._problem else self._frame
+
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables behind the picture, by name; empty where the setting cannot be drawn."""
-        self._worker.wait()
-        return {} if self._problem else self._frame.made_tables
+        return self.frame.made_tables
 
     @property
     def table(self) -> pd.DataFrame:
@@ -281,12 +165,7 @@ class Explorer(ipywidgets.VBox):
     @property
     def code(self) -> str:
         """The present view as the call that makes it, and as settings that no argument names."""
-        written = self._written()
-        lines = [call_text(f"lab.{self.name}", written)]
-        for name, value in self.settings.items():
-            if name not in written and value != self._starts[name]:
-                lines.append(f"explorer.controls[{name!r}].value = {value!r}")
-        return lines[0] if len(lines) == 1 else "\n".join([f"explorer = {lines[0]}", *lines[1:]])
+        return view_code(self.name, self._given, self.controls, self._starts)
 
     def save_picture(self, path: str | os.PathLike[str]) -> None:
         """Write the picture to a file, ``.png`` or ``.svg``."""
@@ -336,14 +215,14 @@ class Explorer(ipywidgets.VBox):
         else:
             self.redraw()
 
-    def _edited(self, change: Any) -> None:
+    def _edit(self, turn: int, values: Mapping[str, Any]) -> None:
         """Take the values that the user set in the panel."""
-        edited = change["new"]
-        if not isinstance(edited, dict):
+        # Waiting for controls here would hold what the work needs to make them.
+        if not self._controls:
             return
         with self._one_refresh():
-            self._turn = edited["turn"]
-            known = {name: raw for name, raw in edited["values"].items() if name in self._controls}
+            self._turn = turn
+            known = {name: raw for name, raw in values.items() if name in self._controls}
             self.choose(**{name: self._controls[name].read(raw) for name, raw in known.items()})
 
     def _work(self, progress: Progress) -> None:
@@ -361,7 +240,9 @@ class Explorer(ipywidgets.VBox):
             if self.view is None:
                 progress(0, 0, "drawing")
                 _ = frame.png
-            progress(1, 1, "drawn")
+            if not self._worker.newest(progress):
+                raise Cancelled
+            # What a cancelled work leaves is shown, where it leaves something.
             with self._lock:
                 self._show(frame)
         except Cancelled:
@@ -394,20 +275,23 @@ class Explorer(ipywidgets.VBox):
         self._refresh()
 
     def _fail(self, problem: str) -> None:
-        self._problem = problem
+        # One sentence, where some programs' errors are many lines.
+        self._problem = " ".join(problem.split())
         self._refresh()
 
     def _report(self, done: float, total: float, words: str) -> None:
         now, (before, said) = time.monotonic(), self._reported
         if words != said or now - before > _REPORT_SECONDS:
             self._reported = now, words
-            self._say({"done": done, "total": total, "words": words})
+            counts = count_text(done, total)
+            self._say({"done": done, "total": total, "words": words, "counts": counts})
 
     def _say(self, progress: dict[str, Any]) -> None:
         if self._panel is not None:
             self._panel.progress = progress
         else:
-            self._status.value = escape(progress.get("words", "")) or self._problem_html()
+            said = " ".join(progress[name] for name in ("words", "counts") if progress.get(name))
+            self._status.value = escape(said) or self._problem_html()
 
     def _problem_html(self) -> str:
         return alert(self._problem) if self._problem else ""
@@ -438,21 +322,23 @@ class Explorer(ipywidgets.VBox):
 
         self._panel.state = {
             "controls": [control.state() for control in controls.values()],
-            "starts": coded(self._starts) if controls else {},
+            "starts": coded(self._starts),
             "recommended": coded(frame.recommended),
             "turn": self._turn,
             "code": self.code if controls else "",
             "problem": self._problem,
             "kept": bool(self._problem) and self._last is not None,
-            "again": self._problem == _CANCELLED,
+            "again": self._problem == _CANCELLED or frame.incomplete,
             "picture": frame.figure is not None,
         }
 
     def _act(self, asked: dict[str, Any]) -> None:
-        """Do what a button of the panel asks for."""
+        """Do what the panel asks for."""
         action = asked.get("action")
         panel = cast(Panel, self._panel)
-        if action == "cancel":
+        if action == "set":
+            self._edit(asked["turn"], asked["values"])
+        elif action == "cancel":
             self.cancel()
         elif action == "again":
             self.redraw()
@@ -484,22 +370,10 @@ class Explorer(ipywidgets.VBox):
         parts: list[WidgetView | str] = [html] if view is None else [view, html]
         return page(self.code, [part for part in parts if part])
 
-    def _written(self) -> dict[str, Any]:
-        """The call's arguments that can be written and are not their defaults, then the settings.
-
-        Other objects are written as the names of their arguments.
-        """
-        call = getattr(importlib.import_module("dspark_lab"), self.name, None)
-        taken = inspect.signature(call).parameters if call is not None else {}
-        shown = {n: c.value for n, c in self._controls.items() if c.argument}
-        written: dict[str, Any] = {}
-        for name, value in self._given.items():
-            if name in taken and name not in shown and not _same(value, taken[name].default):
-                written[name] = value if _can_be_written(value) else _Name(name)
-        return written | {n: value for n, value in shown.items() if n in taken or call is None}
-
     def __repr__(self) -> str:
-        return self._text or call_text(self.name, self.settings)
+        # Controls that its work makes are not waited for.
+        told = written_arguments(self.name, self._given) if self._make_controls else self.settings
+        return call_text(self.name, told)
 
     def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
         """The widget, and its present picture for readers that run no widgets."""
@@ -534,23 +408,6 @@ class Explorer(ipywidgets.VBox):
 
 
 _CANCELLED = "Cancelled. Go on with a change of a control, or try again."
-
-
-class _Name(str):
-    """An argument that cannot be written, as the name of a variable."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _can_be_written(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return len(value) < 20 and all(map(_can_be_written, value))
-    return value is None or type(value) in (bool, int, float, str)
-
-
-def _same(value: object, default: object) -> bool:
-    return value is default or (_can_be_written(value) and value == default)
 
 
 def _csv(table: pd.DataFrame) -> bytes:

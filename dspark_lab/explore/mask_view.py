@@ -21,7 +21,7 @@ class MaskView(RowView):
     ``figure`` draws the picture that stands in a stored notebook.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("shared", "rule", "mask")
+    names: ClassVar[tuple[str, ...]] = ("shared", "rule", "mask_paint", "mask")
     figure: Callable[[], Figure] | None = None
 
     def _repr_mimebundle_(self, **options: Any) -> Any:

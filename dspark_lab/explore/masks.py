@@ -27,7 +27,8 @@ from dspark_lab.checks import Count, Within, checked, require
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks, slot_inputs
 from dspark_lab.explore.controls import checkbox, dropdown, selection_slider, slider
-from dspark_lab.explore.explorer import Explorer, Frame
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.mask_geometry import (
     PRESETS,
     MaskLike,
@@ -47,9 +48,10 @@ TILE_STATES = ("empty", "partial", "full")
 TILE_COLOURS = {"partial": ORANGE, "full": BLUE}
 TILE_SIZES = (16, 32, 64, 128, 256)
 # A picture of at most this many cells along a side is drawn cell by cell, with its tokens' names.
-MOST_NAMED_CELLS = 48
+MOST_NAMED_CELLS = 38
+_MOST_NAMED_BESIDE = 20
 # A larger one has as many rows and columns as its axes surely have pixels, so that none is lost.
-PIXEL_ROWS, PIXEL_COLUMNS = 240, 480
+PIXEL_ROWS, PIXEL_COLUMNS = 240, 360
 # An explorer looks at a mask of at most so many pairs one by one, at a larger one as intervals.
 MOST_DENSE_PAIRS = 2**20
 
@@ -241,9 +243,11 @@ def _mask_figure(
     ax: Axes | None = None,
 ) -> Figure:
     queries, keys = regions.shape
-    named = max(queries, keys) <= MOST_NAMED_CELLS
+    beside = ax is not None
+    named = max(queries, keys) <= (_MOST_NAMED_BESIDE if beside else MOST_NAMED_CELLS)
     if ax is None:
-        width, height = (0.24 * keys + 1.6, 0.24 * queries + 1.9) if named else (8.0, 4.6)
+        cell = min(0.24, (style.WIDEST - 1.6) / keys)
+        width, height = (cell * keys + 1.6, cell * queries + 1.9) if named else (style.WIDEST, 4.2)
         _, ax = style.new_figure(width, height)
     colours = {i: REGION_COLOURS[REGIONS[i]] for i in _values(regions) if i}
     _paint(ax, regions, colours)
@@ -254,7 +258,7 @@ def _mask_figure(
         slots = [f"{i // block_size}.{i % block_size} {text}" for i, text in enumerate(inputs)]
         ax.set_xticks(range(keys), context + slots, rotation=90)
         ax.set_yticks(range(queries), slots)
-        ax.tick_params(labelsize=7 if keys <= 40 else 6, length=0)
+        ax.tick_params(length=0)
         _rule(ax, np.arange(queries), np.arange(keys), linewidth=0.3)
         edges = np.arange(block_size, queries, block_size)
         _rule(ax, edges, seq_len + edges, linewidth=1)
@@ -263,10 +267,11 @@ def _mask_figure(
     else:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.set_xlabel(f"keys: {seq_len} context tokens, then {queries} slots")
-        ax.set_ylabel(f"queries: {queries // block_size} blocks of {block_size} slots")
+            axis.set_major_formatter("{x:,.0f}")
+        ax.set_xlabel(f"keys: {seq_len:,} context tokens, then {queries:,} slots")
+        ax.set_ylabel(f"queries: {queries // block_size:,} blocks of {block_size} slots")
     handles = [Patch(facecolor=colour, label=REGIONS[i]) for i, colour in colours.items()]
-    style.legend_above(ax, 3, handles=handles)
+    style.legend_above(ax, 2 if beside else 3, handles=handles)
     return cast(Figure, ax.figure)
 
 
@@ -275,8 +280,9 @@ def plot_tiles(
 ) -> Figure:
     """The tiles that a FlexAttention kernel works through, from :func:`tile_states`."""
     rows, columns = states.shape
+    beside = ax is not None
     if ax is None:
-        _, ax = style.new_figure(8.0, 4.6)
+        _, ax = style.new_figure(style.WIDEST, 4.2)
     _paint(ax, states, {TILE_STATES.index(state): colour for state, colour in TILE_COLOURS.items()})
     ax.axvline(seq_len / tile_size - 0.5, color=INK, linewidth=1)
     if rows * columns <= 4000:
@@ -287,8 +293,8 @@ def plot_tiles(
     handles = []
     for state, count in zip(TILE_STATES, tile_table(states)["tiles"], strict=True):
         colour = TILE_COLOURS.get(state, "none")
-        handles.append(Patch(facecolor=colour, edgecolor=INK, label=f"{state} {count}"))
-    style.legend_above(ax, 3, handles=handles)
+        handles.append(Patch(facecolor=colour, edgecolor=INK, label=f"{state} {count:,}"))
+    style.legend_above(ax, 2 if beside else 3, handles=handles)
     return cast(Figure, ax.figure)
 
 
@@ -304,14 +310,14 @@ def mask_and_tiles(
     slot_text: Sequence[str] | None = None,
 ) -> Figure:
     """:func:`plot_mask` and :func:`plot_tiles` side by side."""
-    named = max(regions.shape) <= MOST_NAMED_CELLS
-    width, height = 9.5, min(max(3.6, 0.15 * regions.shape[0] + 1.9), 6.5) if named else 3.6
+    named = max(regions.shape) <= _MOST_NAMED_BESIDE
+    width, height = style.WIDEST, max(3.6, 0.15 * regions.shape[0] + 2.1) if named else 3.6
     figure, (left, right) = style.new_figure(
         width, height, columns=2, layout="none", width_ratios=(3, 2), wspace=0.25
     )
     # Fixed margins, in inches: finding the best ones would take longer than all the drawing.
     margin, below = (1.35, 1.35) if named else (0.65, 0.55)
-    figure.subplots_adjust(margin / width, below / height, 0.99, 1 - 0.35 / height)
+    figure.subplots_adjust(margin / width, below / height, 0.99, 1 - 0.5 / height)
     names = {"context_text": context_text, "slot_text": slot_text}
     _mask_figure(regions, seq_len=seq_len, block_size=block_size, ax=left, **names)
     plot_tiles(states, seq_len=seq_len, tile_size=tile_size, ax=right)
@@ -464,8 +470,8 @@ def explore_masks(
 
     drawn = (num_anchors, block_size, seed, per, layout)
     controls = rows.controls(conversation, packed, row_length, *drawn)
-    controls.insert(3, slider("context", context, 8, 131072))
-    controls += [slider("window", window, 0, 4096), checkbox("causal", causal)]
+    controls.insert(3, slider("context", context, 8, 131072, growing=True))
+    controls += [slider("window", window, 0, 4096, growing=True), checkbox("causal", causal)]
     controls += [selection_slider("tile_size", tile_size, TILE_SIZES), checkbox("shuffled", False)]
     controls.append(dropdown("compare", start, options))
     return Explorer(

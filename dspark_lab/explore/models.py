@@ -1,5 +1,6 @@
 """Loads what explorers of decoding show: a target, its drafters, and prompts."""
 
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +9,21 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dspark_lab.chats import Chat, TokenText, load_chats
-from dspark_lab.decoding import Decoded, Prompt, decode_rounds
+from dspark_lab.decoding import Decoded, Prompt, RandomNumbers, Round, decode_rounds
 from dspark_lab.explore.work import Progress, threads_for
 from dspark_lab.files import require_found
-from dspark_lab.model import Drafter, Target, load_drafter, load_target
-from dspark_lab.pairs import drafter_names, load_pair, question
+from dspark_lab.model import (
+    Drafter,
+    Target,
+    load_drafter,
+    load_target,
+    require_checkpoint,
+    require_target,
+)
+from dspark_lab.pairs import drafter_names, load_pair, question, without_bars
 
 # So many of the shipped conversations are asked where no prompts are given, or a few more.
 _SHIPPED_PROMPTS = 40
@@ -59,20 +69,80 @@ class Models:
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        words = f"{drafter} answers {len(self.prompts)} prompts at temperature {temperature:g}"
-        done, total = 0, len(self.prompts) * max_new_tokens
-        progress(done, total, words)
+        asked, answered = len(self.prompts), len(self.prompts) * max_new_tokens
+        words = f"{drafter} answers {asked} prompts at temperature {temperature:g}: token"
+        layers = self._layers
+        done = layer = 0
+
+        def tell(*_: object) -> None:
+            """Said at each layer: a batch of long prompts takes long, and ends when cancelled."""
+            nonlocal layer
+            layer = layer % len(layers) + 1
+            if done:
+                progress(done, answered, words)
+            else:
+                progress(layer, len(layers), f"{drafter} reads {asked} prompts: layer")
+
+        hooks = [one.register_forward_pre_hook(tell) for one in layers]
+        try:
+            with threads_for(self.target.model):
+                for round_ in run:
+                    done += len(round_.tokens)
+                    progress(done, answered, words)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return run.result()
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        """The target's layers, or what stands for them in a model that has no list of them."""
+        model = self.target.model
+        lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
+        return list(max(lists, key=lambda one: len(list(one)))) if lists else [model]
+
+    def decode_again(
+        self,
+        decoded: Decoded,
+        prompt: int,
+        drafter: str,
+        progress: Progress,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[Round]:
+        """The rounds of one answer of :meth:`decode`, with the distributions that it did not keep.
+
+        None where one prompt alone is answered otherwise, which rounding can do.
+        """
+        one = self.drafters[drafter]
+        numbers = RandomNumbers(1, seed, one.config.predicted, first=prompt)
+        run = decode_rounds(
+            self.target,
+            one,
+            [self.prompts[prompt]],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            random_numbers=numbers,
+        )
+        rounds, done = [], 0
         with threads_for(self.target.model):
             for round_ in run:
+                rounds.append(round_)
                 done += len(round_.tokens)
-                progress(done, total, words)
-        return run.result()
+                progress(done, max_new_tokens, f"the distributions of answer {prompt}")
+        trace = decoded.trace[decoded.trace["prompt"] == prompt]
+        again = run.result()
+        same = again.tokens[0] == decoded.tokens[prompt]
+        return rounds if same and again.trace["token"].tolist() == trace["token"].tolist() else []
 
 
 def open_models(
     target: TargetLike | None,
     drafter: DrafterLike | Mapping[str, DrafterLike] | None,
     prompts: Prompts | None,
+    draft_length: int | None = None,
 ) -> Callable[[Progress], Models]:
     """:func:`load_models` for later; whatever needs no loading is done and refused at once."""
     if (target is None) != (drafter is None):
@@ -83,10 +153,16 @@ def open_models(
     _require_some(prompts, drafter)
     drafters = list(drafter.values()) if isinstance(drafter, Mapping) else [drafter]
     stored = [one for one in (target, *drafters) if isinstance(one, (str, os.PathLike))]
-    for path in stored:
-        # Others are names on the hub.
-        if not isinstance(path, str) or path.startswith((".", "/", "~")):
-            require_found(path)
+    configs = [
+        require_checkpoint(one) if isinstance(one, (str, os.PathLike)) else one.config
+        for one in drafters
+        if one is not None
+    ]
+    most = min((config.predicted for config in configs), default=math.inf)
+    if draft_length is not None and draft_length > most:
+        raise ValueError(f"draft_length must be at most {most}, a block's, got {draft_length}")
+    if isinstance(target, (str, os.PathLike)):
+        require_target(target)
     if target is not None and not stored:
         models = load_models(target, drafter, prompts)
         return lambda _progress: models
@@ -125,7 +201,8 @@ def load_models(
         if prompts is None:
             prompts = pair.held_out[:: len(pair.held_out) // _SHIPPED_PROMPTS]
     if not isinstance(target, Target):
-        target = load_target(target)
+        with without_bars():
+            target = load_target(target)
     if not isinstance(drafter, Mapping):
         drafter = {"drafter" if isinstance(drafter, Drafter) else Path(drafter).name: drafter}
     if prompts is None:

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import serving, tuning
-from dspark_lab.checks import Count, NotEmpty, Share, checked
+from dspark_lab.checks import Count, NonNegative, NotEmpty, Share, Size, checked
 from dspark_lab.decoding import load_trace, rounds_of
 from dspark_lab.explore import controls as make
-from dspark_lab.explore import explorer, style
+from dspark_lab.explore import style
+from dspark_lab.explore.explorer import Explorer
+from dspark_lab.explore.frame import Frame, export_texts
 from dspark_lab.explore.models import DrafterLike, Models, Prompts, TargetLike, open_models
 from dspark_lab.explore.speed import plot_load, plot_round, plot_speedup
 from dspark_lab.explore.work import Progress, threads_for
@@ -56,14 +58,17 @@ def plot_serving(
     ``draft_length`` and ``requests`` are marked. ``replay`` says whether the tables of speed-up
     count it; the simulated load never does.
     """
-    # Places are fixed: finding the best ones would take longer than all the drawing.
-    places = {"left": 0.075, "right": 0.985, "bottom": 0.09, "top": 0.87}
+    # Places are fixed: finding the best ones would take longer than all the drawing. Legends have
+    # two lines, but for those of many temperatures.
+    more = max(0, len(speedups) + replay - 3) // 2
+    top = 0.87 - 0.03 * more
+    places: dict[str, Any] = {"left": 0.095, "right": 0.985, "bottom": 0.09, "top": top}
     figure, axes = style.new_figure(
-        9.5, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.22, **places
+        style.WIDEST, 5.6, columns=2, rows=2, layout="none", hspace=0.75, wspace=0.28, **places
     )
     for ax in axes:
         ax.xaxis.set_label_coords(0.5, -0.17)
-        ax.yaxis.set_label_coords(-0.125, 0.5)
+        ax.yaxis.set_label_coords(-0.15, 0.5)
         ax.yaxis.set_major_locator(MaxNLocator(3))
     plot_speedup(speedups, chosen=draft_length, bold=bold, ax=axes[0])
     plot_round(speedups[bold], draft_length=draft_length, ax=axes[1])
@@ -75,7 +80,7 @@ def plot_serving(
     )
     for ax, title in zip(axes[:3], titles, strict=True):
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        style.add_title(ax, title, y=1, pad=32)
+        style.add_title(ax, title, y=1, pad=32 + 12 * more * (ax is not axes[2]))
     return figure
 
 
@@ -87,7 +92,7 @@ def explore_serving(
     *,
     trace: pd.DataFrame | str | os.PathLike[str] | None = None,
     engine: Engine | str | os.PathLike[str] | None = None,
-    temperatures: Annotated[Sequence[float], NotEmpty()] = (0.0, 1.0),
+    temperatures: Annotated[Sequence[NonNegative], NotEmpty()] = (0.0, 1.0),
     draft_length: Count | None = None,
     temperature: float | None = None,
     requests: int = 1,
@@ -97,8 +102,8 @@ def explore_serving(
     max_new_tokens: Count = 64,
     requests_simulated: Count = 64,
     export: str = "dspark-lab",
-    seed: int = 0,
-) -> explorer.Explorer:
+    seed: Size = 0,
+) -> Explorer:
     """How fast a drafter serves, by draft length, temperature, load and policy.
 
     The picture is :func:`plot_serving`; below it stand what to choose and the chosen values for a
@@ -168,7 +173,7 @@ def explore_serving(
         found.append(tables_of(*_made(models, trace, engine, temperatures, progress, **options)))
         return controls_of(found[0])
 
-    def draw(chosen: SimpleNamespace, progress: Progress) -> explorer.Frame:
+    def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
         [made] = found
         made.fill(threshold, progress)
         return _frame(made, chosen, name)
@@ -179,12 +184,14 @@ def explore_serving(
     options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
     if trace is not None and engine is not None:
         found.append(tables_of(trace, engine))
-        return explorer.Explorer("explore_serving", controls_of(found[0]), draw, **options)
-    models = open_models(*_asked(target, drafter, prompts, name))
-    return explorer.Explorer("explore_serving", controls, draw, **options)
+        return Explorer("explore_serving", controls_of(found[0]), draw, **options)
+    if trace is None and temperature is not None:
+        style.require_one_of("temperature", temperature, temperatures)
+    models = open_models(*_asked(target, drafter, prompts, name), draft_length)
+    return Explorer("explore_serving", controls, draw, **options)
 
 
-def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
+def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> Frame:
     """What the explorer shows of one setting of its controls, for a drafter of this name."""
     t, k, load = chosen.temperature, chosen.draft_length, (chosen.requests, chosen.replay)
     tables = {
@@ -215,7 +222,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
     pays = made.speedups[t, load]["speedup"].max() > 1
     label = "recommended" if pays else "the least slow, where drafting must be"
     both = shown["recommended"], shown["settings"]
-    html += explorer.export_texts(chosen.export, *both, tuning.export, label)
+    html += export_texts(chosen.export, *both, tuning.export, label)
 
     def figure() -> Figure:
         speedups = {f"T {value:g}": made.speedups[value, load] for value in made.profiles}
@@ -223,7 +230,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> explorer.Frame:
         return plot_serving(speedups, tables["load"], bold=f"T {t:g}", **marked)
 
     alt = "speed-up by draft length, where a round's time goes, and policies under load"
-    return explorer.Frame(tables, figure, alt=alt, html=html, recommended=best)
+    return Frame(tables, figure, alt=alt, html=html, recommended=best)
 
 
 def _recommended(made: _Tables, t: float, load: tuple[int, bool]) -> dict[str, Any]:
@@ -273,9 +280,14 @@ def _made(
             traces.append(run.trace.assign(temperature=float(t)))
         trace = pd.concat(traces, ignore_index=True)
     if engine is None:
-        progress(0, 0, "measuring what a round costs here")
+
+        def timed(done: float, total: float) -> None:
+            progress(done, total, "measuring what a round costs here: round")
+
         with threads_for(models.target.model):
-            engine = serving.measure_engine(models.target, loaded, seed=options["seed"])
+            engine = serving.measure_engine(
+                models.target, loaded, seed=options["seed"], progress=timed
+            )
     return trace, engine
 
 
@@ -360,7 +372,7 @@ class _Tables:
         for done, load in enumerate(loads):
             if load in self.by_temperature:
                 continue
-            progress(done, len(loads), "speed-up at each load")
+            progress(done, len(loads), "counting the speed-up: load")
             self._costs[load] = cost = self.engine.costs(load[0], replay=load[1])
             for t, profile in profiles.items():
                 self.speedups[t, load] = serving.speedup_table(profile, cost)
@@ -369,7 +381,7 @@ class _Tables:
         # Simulations take long: with these, controls other than the threshold move at once.
         settings = list(product(profiles, range(1, self.longest + 1)))
         for done, (t, length) in enumerate(settings):
-            progress(done, len(settings), "simulating the load")
+            progress(done, len(settings), "simulating requests: draft length")
             self.load(t, length, threshold)
 
     def load(self, temperature: float, draft_length: int, threshold: float) -> pd.DataFrame:

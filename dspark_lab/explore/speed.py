@@ -47,6 +47,7 @@ def plot_speedup(
     """
     named = style.tables_by_name(tables)
     style.require_one_of("bold", bold, (None, *named))
+    alone = ax is None
     if ax is None:
         _, ax = style.new_figure(7, 3.8)
     forgets = False
@@ -59,15 +60,15 @@ def plot_speedup(
             ax.plot(table["draft_length"], table["without_replay"], "--", color=colour)
         look: dict[str, Any] = {"label": ": ".join(words), "linewidth": 1 if thin else 2}
         _plot_speed(ax, table, "draft_length", i, band=not thin, **look)
-    # The shortest drafts are rarely the fastest, so there is room for words.
-    _plain_line(ax, "left")
+    _plain_line(ax)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _mark_chosen(ax, "draft length K", chosen)
     handles = ax.get_legend_handles_labels()[0]
     if forgets:
         handles.append(Line2D([], [], linestyle="--", color=INK, label="forgetting replay"))
-    # Two lines of the legend, for as many as six.
-    style.legend_above(ax, 2 if len(handles) <= 4 else 3, handles=handles, handlelength=2.5)
+    # Two lines of the legend, for as many as six, where there is room.
+    columns = 3 if alone and len(handles) > 4 else 2
+    style.legend_above(ax, columns, handles=handles, handlelength=2.5)
     return cast(Figure, ax.figure)
 
 
@@ -123,7 +124,7 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
 
     Where the accept rate falls below the break-even rate, the win is gone.
     """
-    figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.7, columns=2, wspace=0.08)
     x = table["temperature"].to_numpy()
     forgets = _replay_counts(table)
     need = table["break_even_rate"].to_numpy()
@@ -165,7 +166,7 @@ def plot_thresholds_speed(table: pd.DataFrame, *, chosen: float | None = None) -
 
     From :func:`dspark_lab.serving.threshold_table`. The fastest of each draft length is ringed.
     """
-    figure, (left, right) = style.new_figure(8.6, 3.7, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.7, columns=2, wspace=0.08)
     for i, (length, part) in enumerate(table.groupby("draft_length")):
         label = f"K {length}: {_best_in_words(part, 'threshold')}"
         _plot_speed(left, part, "threshold", i, label=label)
@@ -187,14 +188,14 @@ def plot_load(
     """Policies under load: throughput against the speed of one user, and what they verify.
 
     From :func:`dspark_lab.serving.load_table`; further up and to the right is better.
-    ``concurrency`` is one to mark.
+    ``concurrency`` is one to mark: dotted, on the left from policy to policy, the fastest ringed.
     """
     levels = sorted(set(table["concurrency"]))
     # No more names than there is room for.
     shown = levels[:: -(-len(levels) // 5)]
     style.require_one_of("concurrency", concurrency, (None, *levels))
     if axes is None:
-        _, axes = style.new_figure(8.6, 3.9, columns=2, wspace=0.08)
+        _, axes = style.new_figure(style.WIDEST, 3.9, columns=2, wspace=0.08)
     left, right = axes
     fastest = table.loc[table["throughput"].idxmax(), "policy"]
     drafting = [policy for policy in table["policy"].unique() if policy != _PLAIN]
@@ -209,8 +210,10 @@ def plot_load(
         if policy == fastest:
             for row in part[part["concurrency"].isin(shown)].itertuples(index=False):
                 add_note(left, f"{row.concurrency}", (row.per_user, row.throughput), (5, 3))
-    ringed = table[table["concurrency"] == concurrency]
-    _ring(left, ringed["per_user"], ringed["throughput"], INK)
+    chosen = table[table["concurrency"] == concurrency].sort_values("throughput")
+    left.plot(chosen["per_user"], chosen["throughput"], ":", color=INK, linewidth=1.2)
+    # They may lie close together, where rings around all would hide them.
+    _ring(left, chosen["per_user"].tail(1), chosen["throughput"].tail(1), INK)
     left.set_xlim(left=0)
     left.set_xlabel("tokens/s of one user")
     left.set_ylabel("tokens/s of all")
@@ -263,7 +266,7 @@ def plot_steps(table: pd.DataFrame | StepsPerSecond) -> Figure:
     Marks are measured, lines what is taken to lie between them.
     """
     steps = table if isinstance(table, StepsPerSecond) else StepsPerSecond.of(table)
-    figure, (left, right) = style.new_figure(8.6, 3.5, columns=2, wspace=0.08)
+    figure, (left, right) = style.new_figure(style.WIDEST, 3.5, columns=2, wspace=0.08)
     low, high = steps.tokens[0], steps.tokens[-1]
     between = np.unique(np.append(np.geomspace(low, high, 200).round(), steps.tokens))
     for ax, colour in ((left, BLUE), (right, GREEN)):
@@ -319,17 +322,16 @@ def _ring(ax: Axes, x: pd.Series, y: pd.Series, colour: str) -> None:
     ax.plot(x, y, "o", color=colour, fillstyle="none", markersize=11, clip_on=False)
 
 
-def _plain_line(ax: Axes, side: str = "right") -> None:
+def _plain_line(ax: Axes) -> None:
     """Draw the line that drafting has to beat, and shade what lies below."""
     low, high = ax.get_ylim()
     reach = 0.15 * max(high - low, 0.2)
-    low, high = min(low, 1 - reach), max(high, 1 + reach)
+    # Below all that is drawn there is room for the words.
+    low, high = min(low, 1) - reach, max(high, 1 + reach)
     ax.set_ylim(low, high)
     ax.axhline(1, color=INK, linewidth=1.2)
     ax.axhspan(low, 1, color=INK, alpha=0.1, linewidth=0)
-    edge, shift = (0, 3) if side == "left" else (1, -3)
-    add_note(ax, "plain", (edge, 1), (shift, 2), x="axes fraction", ha=side)
-    add_note(ax, "slower", (edge, 1), (shift, -3), x="axes fraction", ha=side, va="top")
+    add_note(ax, "slower than plain", (0, 0), (3, 3), x="axes fraction", y="axes fraction")
     ax.set_ylabel("speed-up over plain")
     style.add_rules(ax)
 

@@ -24,10 +24,11 @@ Sign = Literal["", "underline", "dotted", "dashed", "double", "strike", "frame"]
 COLUMNS = 92
 MOST_ROWS = 40
 
-_POINTS = 9.0
-_ROW_POINTS = 16.0
 # A letter's width, as a share of the font's size, in the font that comes with matplotlib.
 _ADVANCE = 0.60205
+# A notebook draws letters whole pixels apart: in this size 8, as far as the areas behind them.
+_POINTS = 8 * 72 / (style.DPI * _ADVANCE)
+_ROW_POINTS = 16.0
 _FONT: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": _POINTS}
 # How a sign's lines are dashed, and where in a row they run.
 _LINES: dict[str, list[tuple[Any, float]]] = {
@@ -93,7 +94,7 @@ def text_figure(
     last = (note or shown)[-1:]
     height = top + last[0].row + 1 if last else top + 1
     inches = (columns + 1) * _ADVANCE * _POINTS / 72, (height + 0.5) * _ROW_POINTS / 72
-    figure, ax = style.new_figure(*inches, layout="none")
+    figure, ax = style.new_figure(*inches, layout="none", dpi=style.DPI)
     ax.set_position((0, 0, 1, 1))
     ax.set_axis_off()
     # These axes count nothing.

@@ -36,7 +36,7 @@ _BEFORE_ANSWER = 6 * COLUMNS
 class TokensView(RowView):
     """The text of a row that can be touched: what covers a token, lists to jump to, a map."""
 
-    names: ClassVar[tuple[str, ...]] = ("shared", "tokens")
+    names: ClassVar[tuple[str, ...]] = ("shared", "tokens", "tokens_view")
 
 
 @checked

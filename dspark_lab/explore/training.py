@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.checks import checked
-from dspark_lab.explore.explorer import Frame
-from dspark_lab.explore.style import BLUE, INK, RED, add_title, new_figure
+from dspark_lab.explore.frame import Frame
+from dspark_lab.explore.style import BLUE, INK, RED, WIDEST, add_title, new_figure
 
 # A training curve is drawn again when it is so old, and then costs a run a tenth of its time.
 _REDRAW_SECONDS, _TIMES_ITS_DRAWING = 0.5, 9
@@ -25,7 +25,7 @@ def plot_training(table: pd.DataFrame) -> Figure:
 
     Each value is a dot, their moving average a line.
     """
-    figure, axes = new_figure(9, 2.8, columns=3)
+    figure, axes = new_figure(WIDEST, 2.6, columns=3)
     smooth = table.ewm(span=max(2, len(table) // 12)).mean() if len(table) else table
     titles = {"loss": "loss", "accept_rate": "accept rate", "tau": "tau (accepted length)"}
     for ax, (name, title), colour in zip(axes, titles.items(), (INK, BLUE, RED), strict=True):

@@ -33,7 +33,8 @@ class WidgetView(Base):
 
     names: ClassVar[tuple[str, ...]] = ()
     state = traitlets.Dict().tag(sync=True)
-    selection = traitlets.Any(None, allow_none=True).tag(sync=True)
+    # The browser that sent a selection needs no copy of it back.
+    selection = traitlets.Any(None, allow_none=True).tag(sync=True, echo_update=False)
 
     @property
     def whole(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Cancelled(Exception):
 class Progress:
     """What a task calls as it goes on: ``progress(done, total, words)``; a total of 0 is unknown.
 
-    Raises :class:`Cancelled` where the task was cancelled.
+    The words end in what is counted, such as "encoding conversation". Raises :class:`Cancelled`
+    where the task was cancelled.
     """
 
     def __init__(self, report: Callable[[float, float, str], None] | None = None) -> None:
@@ -29,6 +30,11 @@ class Progress:
             raise Cancelled
         if self._report is not None:
             self._report(done, total, words)
+
+
+def count_text(done: float, total: float) -> str:
+    """How far a task is, such as "3 of 10 (30 %)"; nothing of one that is not counted."""
+    return f"{done:,.0f} of {total:,.0f} ({100 * done / total:.0f} %)" if total > 1 else ""
 
 
 class Worker:

@@ -1,4 +1,11 @@
-from .checkpoint import CALIBRATION, WEIGHTS, convert_checkpoint, load_drafter, save_drafter
+from .checkpoint import (
+    CALIBRATION,
+    WEIGHTS,
+    convert_checkpoint,
+    load_drafter,
+    require_checkpoint,
+    save_drafter,
+)
 from .config import DrafterConfig, Yarn, read_scaling
 from .describe import describe_checkpoint
 from .drafter import Drafter, drafter_sizes
@@ -9,7 +16,7 @@ from .objective import Objective, Sums, chunk_sizes, dspark_objective, most_slot
 from .protocol import BlockDrafter, DrafterSizes, Features, Proposal, Slots
 from .slotwise import DecayGamma, LogitRule, at_least_fp32, decay_weights, slot_weights, survival
 from .smollm2 import fetch_smollm2, load_smollm2, save_tokenizer, smollm2_cache, split_digits
-from .target import Target, TargetCache, load_target
+from .target import Target, TargetCache, load_target, require_target
 
 __all__ = [
     "ARCHITECTURES",
@@ -52,6 +59,8 @@ __all__ = [
     "most_slots",
     "output_objective",
     "read_scaling",
+    "require_checkpoint",
+    "require_target",
     "save_drafter",
     "save_tokenizer",
     "slot_weights",

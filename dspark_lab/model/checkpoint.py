@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,7 @@ from torch import nn
 
 from dspark_lab.blocks import Layout
 from dspark_lab.checks import Count, Device, checked
-from dspark_lab.files import previous_version, read_json, replaced_whole, write_json
+from dspark_lab.files import not_in_folder, previous_version, read_json, replaced_whole, write_json
 from dspark_lab.model.config import DrafterConfig
 from dspark_lab.model.drafter import Drafter, meta_drafter
 from dspark_lab.model.formats import ARCHITECTURES, Format, config_for
@@ -264,18 +264,30 @@ def load_drafter(
     return drafter.eval()
 
 
+@checked
+def require_checkpoint(folder: str | os.PathLike[str]) -> DrafterConfig:
+    """What :func:`load_drafter` would find; of the hub, the config alone is fetched."""
+    path = Path(folder).expanduser()
+    if not path.exists() and isinstance(folder, str) and _HUB_ID.fullmatch(folder):
+        return _config_of(find_folder(folder, [CONFIG]))
+    return read_checkpoint(folder).config
+
+
 def read_checkpoint(folder: str | os.PathLike[str]) -> Stored:
     """A checkpoint of any format, its configuration and the shapes of its tensors checked."""
     path = find_folder(folder)
-    values = read_config(path)
-    try:
-        config = DrafterConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path / CONFIG}: {error}") from None
+    config = _config_of(path)
     parts, not_read = _own_names(path, _read_headers(path))
-    stored = Stored(path, values, config, parts, not_read)
+    stored = Stored(path, read_config(path), config, parts, not_read)
     _check_tensors(stored)
     return stored
+
+
+def _config_of(path: Path) -> DrafterConfig:
+    try:
+        return DrafterConfig.from_dict(read_config(path))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path / CONFIG}: {error}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -325,8 +337,10 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def find_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint, fetched from the hub where it is the name of one there."""
+def find_folder(
+    folder: str | os.PathLike[str], files: Sequence[str] = ("*.json", "*.safetensors")
+) -> Path:
+    """The folder of a checkpoint; of one on the hub, such files are fetched."""
     path = Path(folder).expanduser()
     if path.is_dir():
         return path
@@ -343,15 +357,15 @@ def find_folder(folder: str | os.PathLike[str]) -> Path:
         )
         return previous
     if not (isinstance(folder, str) and _HUB_ID.fullmatch(folder)):
-        raise FileNotFoundError(f"there is no folder {path} with a drafter")
+        raise not_in_folder(path, "a drafter")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(folder, allow_patterns=list(files)))
     except Exception as error:
         raise FileNotFoundError(
-            f"there is no folder {folder} with a drafter, and none could be fetched under that "
-            f"name from the Hugging Face hub: {error}"
+            f"{not_in_folder(path, 'a drafter')}, and none could be fetched under the name "
+            f"{folder} from the Hugging Face hub: {error}"
         ) from error
 
 

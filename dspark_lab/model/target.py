@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dspark_lab.chats import Batch
 from dspark_lab.checks import Device, checked, may_be_read
 from dspark_lab.common import context_doc_ids, validate_target_layer_ids
-from dspark_lab.files import read_json, upload
+from dspark_lab.files import not_in_folder, read_json, upload
 from dspark_lab.model.checkpoint import checkpoints_inside
 from dspark_lab.model.protocol import Features
 from dspark_lab.model.rows import KeyValues, Rows
@@ -432,17 +432,7 @@ def load_target(
     if name_or_path == "smollm2":
         return Target(*load_smollm2(device, dtype), "smollm2")
     name = os.path.expanduser(name_or_path)
-    if not isinstance(name_or_path, str) or name.startswith((".", "/")) or os.path.isdir(name):
-        folder = Path(name)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder} with a model")
-        if not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(
-                f"{folder} must hold its weights as *.safetensors, got none; pickled weights "
-                "(*.bin, *.pt) can run code when they are read, so they never are"
-                f"{checkpoints_inside(folder)}"
-            )
-        read_json(folder / "config.json")
+    _require_weights(name_or_path)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
     try:
         result: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -465,6 +455,38 @@ def load_target(
         keys = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
         raise ValueError(f"{name}: weights have other shapes than the config says: {sorted(keys)}")
     return Target(loaded.to(device), _tokenizer(name, options), name)
+
+
+@checked
+def require_target(name_or_path: str | os.PathLike[str]) -> None:
+    """Refuse what :func:`load_target` would not find; of a model of the hub, its config is read."""
+    if name_or_path == "smollm2" or _require_weights(name_or_path):
+        return
+    try:
+        transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{not_in_folder(Path(name_or_path), 'a model')}, and none could be fetched under the "
+            f"name {name_or_path} from the Hugging Face hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _require_weights(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether it names a folder, in which a model must lie."""
+    name = os.path.expanduser(name_or_path)
+    folder = Path(name)
+    if isinstance(name_or_path, str) and not name.startswith((".", "/")) and not folder.is_dir():
+        return False
+    if not folder.is_dir():
+        raise not_in_folder(folder, "a model")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{folder} must hold its weights as *.safetensors, got none; pickled weights "
+            "(*.bin, *.pt) can run code when they are read, so they never are"
+            f"{checkpoints_inside(folder)}"
+        )
+    read_json(folder / "config.json")
+    return True
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> transformers.PreTrainedTokenizerBase | None:

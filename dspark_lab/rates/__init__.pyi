@@ -1,5 +1,13 @@
 from .acceptance import rate_table, tau_table, trace_sums
-from .calibration import calibration_report, drift_table, reliability_tables, split_prompts, study
+from .calibration import (
+    calibration_report,
+    drift_table,
+    reached_rows,
+    reliability_slots,
+    reliability_tables,
+    split_prompts,
+    study,
+)
 from .claims import claims_table
 from .intervals import bootstrap, interval, ratio_interval, resampled
 from .scaling import (
@@ -62,6 +70,8 @@ __all__ = [
     "prefix_survival",
     "rate_table",
     "ratio_interval",
+    "reached_rows",
+    "reliability_slots",
     "reliability_table",
     "reliability_tables",
     "resampled",

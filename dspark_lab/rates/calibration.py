@@ -122,18 +122,66 @@ def reliability_tables(
     bins: Count = 15,
     binning: scores.Binning = "width",
     grid: ArrayLike = scaling.TEMPERATURE_GRID,
+    resamples: Count = 200,
+    seed: Size = 0,
 ) -> dict[str, pd.DataFrame]:
     """Return the reliability of all reached slots of ``test``, before and after scaling on ``fit``.
 
-    Arguments as in :func:`calibration_report`; ``raw`` and ``scaled`` as :func:`reliability_table`.
+    Arguments as in :func:`calibration_report`; ``raw`` and ``scaled`` as :func:`reliability_table`,
+    with the intervals of the outcomes, ``outcome_low`` and ``outcome_high``.
     """
     fitted, held = scaling.disjoint_rounds(fit, test)
     calibrated = scaling.fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
     parts = {"raw": held, "scaled": replace(held, confidence=calibrated.apply(held.confidence))}
-    return {
-        name: scores.reliability_table(*part.pairs(outcome), bins, binning)
-        for name, part in parts.items()
-    }
+    owner = held.conversation[np.nonzero(held.reached)[0]]
+    conversations = int(held.conversation.max()) + 1
+    drawn = resampled(conversations, resamples, seed)
+    tables = {}
+    for name, part in parts.items():
+        confidence, seen = part.pairs(outcome)
+        table = scores.reliability_table(confidence, seen, bins, binning)
+        cell = scores.bin_numbers(confidence, table) * conversations + owner
+        count, total = (
+            np.bincount(cell, weights, bins * conversations).reshape(bins, conversations)
+            for weights in (None, seen)
+        )
+        with np.errstate(invalid="ignore"):
+            means = (drawn @ total.T) / (drawn @ count.T)
+        low, high = interval(means, (count > 0).sum(axis=1))
+        tables[name] = table.assign(outcome_low=low, outcome_high=high)
+    return tables
+
+
+@checked
+def reached_rows(trace: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a trace whose slots verification reached, round by round."""
+    rounds, row = read_trace(trace)
+    return trace.iloc[row[rounds.reached]].reset_index(drop=True)
+
+
+@checked
+def reliability_slots(
+    fit: pd.DataFrame,
+    test: pd.DataFrame,
+    *,
+    bins: Count = 15,
+    binning: scores.Binning = "width",
+    grid: ArrayLike = scaling.TEMPERATURE_GRID,
+) -> pd.DataFrame:
+    """Return the reached slots of ``test``, the samples of :func:`reliability_tables`.
+
+    Arguments as there. The rows of the trace with the confidence ``scaled``, and the bins that
+    ``raw`` and scaled confidences lie in, ``raw_bin`` and ``scaled_bin``.
+    """
+    fitted, held = scaling.disjoint_rounds(fit, test)
+    calibrated = scaling.fit_identifiable_slots(fitted, bins=bins, binning=binning, grid=grid)
+    slots = reached_rows(test)
+    slots["scaled"] = calibrated.apply(held.confidence)[held.reached]
+    for name, own in (("raw", "confidence"), ("scaled", "scaled")):
+        samples = slots[own].to_numpy(dtype=np.float64)
+        table = scores.reliability_table(samples, np.zeros_like(samples), bins, binning)
+        slots[f"{name}_bin"] = scores.bin_numbers(samples, table)
+    return slots
 
 
 @checked

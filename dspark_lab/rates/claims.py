@@ -103,10 +103,10 @@ HEADS: list[Claim] = [
 # Claims about one drafter's confidence; "held" is the half that scaling was not fitted on.
 CONFIDENCE: list[Claim] = [
     ("the raw confidence is too high", "too high", _ALL, bias, _RISE),
-    ("error of single slots, raw", "3 to 8 %", _ALL, slot_error, (3.0, 8.0)),
-    ("error of the products, scaled", "about 1 %", _SCALED, product_error, (0.0, 1.5)),
+    ("slot error, raw", "3 to 8 %", _ALL, slot_error, (3.0, 8.0)),
+    ("product error, scaled", "about 1 %", _SCALED, product_error, (0.0, 1.5)),
     (
-        "scaling lowers that of the products",
+        "scaling lowers the product error",
         "to about 1 %",
         _SCALED + _HELD,
         product_error_change,

@@ -42,6 +42,11 @@ def reliability_table(
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": count, **means})
 
 
+def bin_numbers(confidence: Sample, table: pd.DataFrame) -> Int[np.ndarray, " sample"]:
+    """The number of the bin of a :func:`reliability_table` that each confidence lies in."""
+    return _bin(confidence, np.append(table["low"], table["high"].iloc[-1]))
+
+
 @checked
 def expected_calibration_error(
     confidence: ArrayLike, outcome: ArrayLike, bins: Count = 15, binning: Binning = "width"

@@ -1,5 +1,5 @@
 from .costs import RoundCosts, break_even, break_even_rate
-from .decoded import decode_check, speed_table
+from .decoded import decode_check, repeated_speeds, speed_table
 from .engine import ENGINE, Engine, load_engine
 from .load import (
     FixedLength,
@@ -59,6 +59,7 @@ __all__ = [
     "retrospective_schedule",
     "schedule_table",
     "simulate",
+    "repeated_speeds",
     "speed_table",
     "speedup_table",
     "temperature_table",

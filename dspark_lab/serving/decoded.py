@@ -38,13 +38,33 @@ def speed_table(
     figures = {
         "tokens_per_second": speed,
         "plain_tokens_per_second": plain_speed,
-        "gain": speed / plain_speed,
+        "speedup": speed / plain_speed,
         "tau": tokens / rounds,
         **parts / seconds,
         "break_even_tau": break_even_tau,
         "break_even_rate": break_even_rate(break_even_tau, block_size),
     }
     return pd.Series(figures)
+
+
+@checked
+def repeated_speeds(
+    plain: Sequence[Decoded], drafted: Sequence[Decoded], block_size: Count
+) -> pd.DataFrame:
+    """The :func:`speed_table` of runs of the same prompts: median, lowest and highest figures.
+
+    Run i of ``drafted`` is timed against run i of ``plain``. The rows are named in ``of_runs``.
+    """
+    counts = len(plain), len(drafted)
+    if counts[0] != counts[1] or not plain:
+        raise ValueError(f"plain and drafted must be as many runs, one or more, got {counts}")
+    runs = pd.DataFrame(
+        [speed_table([one], [other], block_size) for one, other in zip(plain, drafted, strict=True)]
+    )
+    table = runs.agg(["median", "min", "max"]).assign(runs=len(runs))
+    return table.reset_index(drop=True).assign(of_runs=["median", "lowest", "highest"])[
+        ["of_runs", "runs", *runs.columns]
+    ]
 
 
 @checked
@@ -118,8 +138,8 @@ def decode_check(
             # The last rounds yield less and cost as much.
             speeds = ["speedup", "speedup_low", "speedup_high", "without_replay"]
             row |= figures[[*speeds, "without_overhead"]] * (tau / figures["tau"])
-            row["speedup_decoded"] = real["gain"]
-            row["speedup_error"] = row["speedup"] / real["gain"] - 1
+            row["speedup_decoded"] = real["speedup"]
+            row["speedup_error"] = row["speedup"] / real["speedup"] - 1
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ def measure_engine(
     repeats: Count = 10,
     warm_up: Size = 3,
     seed: Size = 0,
+    progress: Callable[[float, float], None] | None = None,
 ) -> Engine:
     """This lab's decoding as an :class:`Engine`, on the devices of these models.
 
@@ -46,6 +47,7 @@ def measure_engine(
         requests: how many take their rounds together, rising; 1, 4 and 16 where None, or 1 alone.
         draft_lengths: one slot and a whole block where None.
         repeats, warm_up: rounds that count, and rounds before these.
+        progress: is told how many rounds are timed, and of how many, and may raise to end it.
     """
     if requests is None:
         requests = (1, 4, 16) if target.decodes_batches else (1,)
@@ -73,7 +75,7 @@ def measure_engine(
         for count in counts
         for k in (0, *lengths)
     }
-    spent = _timed_rounds(runs, repeats, warm_up)
+    spent = _timed_rounds(runs, repeats, warm_up, progress)
     steps: dict[int, list[float]] = {}
     for (count, k), (_, verify, _) in spent.items():
         steps.setdefault(count * (k + 1), []).append(verify)
@@ -142,7 +144,10 @@ def measure_steps_per_second(
 
 
 def _timed_rounds(
-    runs: Mapping[Kind, Decoding], repeats: int, warm_up: int
+    runs: Mapping[Kind, Decoding],
+    repeats: int,
+    warm_up: int,
+    progress: Callable[[float, float], None] | None,
 ) -> dict[Kind, list[float]]:
     """Median seconds of drafting, verifying and the rest of a round, for each kind.
 
@@ -150,9 +155,13 @@ def _timed_rounds(
     each finds its weights in the processor's caches as it would alone.
     """
     clocks = {kind: [[0.0] * 3] for kind in runs}
+    done = 0
     for begin in range(0, warm_up + repeats, _ROUNDS_AT_A_TIME):
         for kind, run in runs.items():
             for _ in range(min(_ROUNDS_AT_A_TIME, warm_up + repeats - begin)):
+                if progress is not None:
+                    progress(done, len(runs) * (warm_up + repeats))
+                done += 1
                 for _ in range(kind[0]):
                     next(run)
                 clocks[kind].append([run.seconds[part] for part in ("draft", "verify", "rest")])

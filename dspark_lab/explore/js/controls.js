@@ -2,7 +2,7 @@
 
 const PANEL_STYLE = `
 .dspark-panel { font: 13px/1.3 var(--jp-ui-font-family, system-ui, sans-serif);
-  color: var(--dspark-ink); position: relative; }
+  color: var(--dspark-ink); position: relative; container-type: inline-size; }
 .dspark-panel [hidden] { display: none !important; }
 .dspark-controls { display: grid; grid-template-columns: repeat(auto-fill, minmax(248px, 1fr));
   gap: 3px 18px; margin: 2px 0 4px; }
@@ -14,6 +14,7 @@ const PANEL_STYLE = `
   accent-color: var(--dspark-focus); }
 .dspark-control input[type=number] { flex: 0 0 5.6em; width: 5.6em; }
 .dspark-control select { flex: 1 1 auto; min-width: 0; }
+.dspark-control select:disabled { flex: 0 0 auto; }
 .dspark-control textarea { flex: 1 1 auto; resize: vertical; }
 .dspark-panel :is(input, select, textarea, button) { font: inherit; color: var(--dspark-ink);
   background: var(--dspark-field); }
@@ -26,13 +27,24 @@ const PANEL_STYLE = `
 .dspark-panel :focus-visible { outline: 2px solid var(--dspark-focus); outline-offset: 1px; }
 .dspark-reason { flex: 1 1 60px; font-size: 12px; color: var(--dspark-faint);
   font-style: italic; }
-.dspark-status { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 8px;
-  min-height: 28px; margin-bottom: 4px; }
-.dspark-said { flex: 1 1 220px; min-width: 0; overflow-wrap: anywhere; }
+.dspark-status { display: flex; align-items: center; gap: 8px; margin-bottom: 4px; }
+/* Of one height whatever it says, so that the picture below it never moves. */
+.dspark-line { flex: 1 1 0; min-width: 0; height: 40px; display: flex; align-items: center; }
+.dspark-said, .dspark-words { max-height: 100%; overflow: auto; overflow-wrap: anywhere; }
 .dspark-problem { color: var(--dspark-problem); border-left: 4px solid var(--dspark-problem);
   padding: 2px 8px; }
-.dspark-progress { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
-.dspark-progress progress { width: 160px; height: 12px; accent-color: var(--dspark-focus); }
+.dspark-progress { flex: 1 1 auto; display: flex; align-items: center; gap: 8px; min-width: 0;
+  max-height: 100%; }
+.dspark-progress progress { flex: 0 1 160px; min-width: 40px; height: 12px;
+  accent-color: var(--dspark-focus); }
+.dspark-buttons { display: flex; gap: 8px; }
+@container (max-width: 700px) {
+  .dspark-line { height: 54px; }
+}
+@container (max-width: 520px) {
+  .dspark-status { flex-direction: column; align-items: stretch; gap: 2px; }
+  .dspark-line { flex: 0 0 auto; }
+}
 .dspark-menu { position: absolute; right: 0; z-index: 6; display: flex; flex-direction: column;
   gap: 3px; padding: 6px; background: var(--dspark-paper); border: 1px solid var(--dspark-line);
   border-radius: 4px; box-shadow: 0 2px 8px rgba(0, 0, 0, .35); }
@@ -40,106 +52,165 @@ const PANEL_STYLE = `
 .dspark-code { width: 100%; box-sizing: border-box; font: 12px/1.4 monospace; }
 `;
 
+const MOST_ON_THEIR_WAY = 2;
+
 // Each panel of a page has a copy of this file, and its labels must find its own controls.
 function newPanelName() {
   return `dspark-${Math.random().toString(36).slice(2)}`;
 }
 
-// One control: its element, `update(spec)` from Python's state, and `value()` as Python reads it.
-function controlElement(spec, id, changed) {
-  const label = node("label", { for: id }, spec.name);
-  const reason = node("span", { class: "dspark-reason", id: `${id}-reason` });
-  const inputs = [];
-  let now = spec;
-  let value = spec.value;
-  const take = (next) => {
-    value = next;
-    show();
-    changed();
-  };
-  // Typed numbers are moved to what is allowed, never beyond it.
-  const numberOf = (text) => Number(text.replaceAll(",", ""));
+// ---- How a slider's positions stand for values
+
+const numberOf = (text) => Number(text.replaceAll(",", ""));
+
+// The whole numbers that a slider of a wide range stops at: all up to 16, then eight of each
+// doubling, and both ends.
+function growingStops(low, high) {
+  const stops = [];
+  for (let one = low; one < high;) {
+    stops.push(one);
+    const step = one < 16 ? 1 : 2 ** (Math.floor(Math.log2(one)) - 3);
+    one = (Math.floor(one / step) + 1) * step;
+  }
+  return [...stops, high];
+}
+
+// A scale has the slider's `low`, `high` and `step(value)`, takes a value to a `position` and back
+// with `value`, a number that was `typed` to a value, and `shows` a value as a number or words.
+function scaleOf(spec) {
+  if (spec.kind === "choice") return scaleOfChoice(spec);
   const inRange = (raw) => {
-    const number = Math.min(Math.max(raw, now.low), now.high);
-    return now.kind === "whole" ? Math.round(number) : number;
+    const number = Math.min(Math.max(raw, spec.low), spec.high);
+    return spec.kind === "whole" ? Math.round(number) : number;
   };
-  const nearest = (raw) => {
-    const distances = now.labels.map((one) => Math.abs(numberOf(one) - raw));
+  const shows = (value) => Number(value.toFixed(4));
+  const numbers = { least: spec.low, most: spec.high, typed: inRange, shows };
+  return spec.growing ? scaleOfStops(spec, numbers) : {
+    ...numbers, low: spec.low, high: spec.high, position: (value) => value, value: inRange,
+    // A range has a grid, which a typed number need not lie on.
+    step: (value) => (Number.isInteger(value / spec.step) ? spec.step : "any"),
+  };
+}
+
+function scaleOfStops(spec, numbers) {
+  const stops = growingStops(spec.low, spec.high);
+  const position = (value) => {
+    const next = stops.findIndex((stop) => stop >= value);
+    if (stops[next] === value) return next;
+    return next - (stops[next] - value) / (stops[next] - stops[next - 1]);
+  };
+  return {
+    ...numbers, low: 0, high: stops.length - 1, position,
+    value: (at) => stops[Math.round(at)],
+    step: (value) => (Number.isInteger(position(value)) ? 1 : "any"),
+  };
+}
+
+function scaleOfChoice({ labels }) {
+  const words = labels.some((one) => Number.isNaN(numberOf(one)));
+  const shows = (index) => (words ? labels[index] : numberOf(labels[index]));
+  const typed = (raw) => {
+    const distances = labels.map((one) => Math.abs(numberOf(one) - raw));
     return distances.indexOf(Math.min(...distances));
   };
-  let show = () => {};
-  const type = (attributes) => {
-    const made = node("input", { type: "number", autocomplete: "off", ...attributes });
-    inputs.push(made);
-    return made;
+  const high = labels.length - 1;
+  return {
+    low: 0, high, least: shows(0), most: shows(high), words, shows, typed,
+    position: (index) => index, value: (at) => at, step: () => 1,
   };
-  if (spec.kind === "whole" || spec.kind === "number" || spec.kind === "choice") {
-    const choice = spec.kind === "choice";
-    const range = node("input", { type: "range", id, step: choice ? 1 : spec.step });
-    const words = choice && spec.labels.some((one) => Number.isNaN(numberOf(one)));
-    const typed = words ? node("output", { for: id }) : type({
-      "aria-label": `${label.textContent}, typed`, step: "any",
-    });
-    inputs.unshift(range);
-    range.addEventListener(spec.continuous ? "input" : "change", () => {
-      take(inRangeOrIndex(Number(range.value)));
-    });
-    if (!spec.continuous) {
-      range.addEventListener("input", () => { typed.value = shown(Number(range.value)); });
+}
+
+// ---- Controls
+
+// The inputs of a kind of control, the one that the label names first, and `show(spec, value)`.
+// `take` is called with the value that a user gives them.
+const INPUTS = {
+  whole: sliderInputs, number: sliderInputs, choice: sliderInputs, list: listInputs,
+  check: checkInputs, text: textInputs,
+};
+
+function sliderInputs(spec, id, take) {
+  let scale = scaleOf(spec);
+  const range = node("input", { type: "range", id });
+  const typed = scale.words ? node("output", { for: id }) : node("input", {
+    type: "number", autocomplete: "off", step: "any", "aria-label": `${spec.name}, typed`,
+  });
+  let shown = spec.value;
+  const moved = () => scale.value(Number(range.value));
+  const say = (value) => {
+    typed.value = scale.shows(value);
+    range.setAttribute("aria-valuetext", scale.shows(value));
+  };
+  range.addEventListener("input", () => (spec.continuous ? take(moved()) : say(moved())));
+  if (!spec.continuous) range.addEventListener("change", () => take(moved()));
+  typed.addEventListener("change", () => {
+    const raw = Number(typed.value);
+    if (typed.value === "" || Number.isNaN(raw)) say(shown);
+    else take(scale.typed(raw));
+  });
+  const show = (next, value) => {
+    shown = value;
+    scale = scaleOf(next);
+    Object.assign(range, { min: scale.low, max: scale.high, step: scale.step(value) });
+    range.value = scale.position(value);
+    if (!scale.words) Object.assign(typed, { min: scale.least, max: scale.most });
+    say(value);
+  };
+  return { inputs: [range, typed], show };
+}
+
+function listInputs(spec, id, take) {
+  const select = node("select", { id });
+  select.addEventListener("change", () => take(select.selectedIndex));
+  let labels = null;
+  const show = (next, value) => {
+    if (labels !== next.labels.join("\n")) {
+      labels = next.labels.join("\n");
+      select.replaceChildren(...next.labels.map((one) => node("option", {}, one)));
     }
-    typed.addEventListener("change", () => {
-      const raw = Number(typed.value);
-      if (typed.value === "" || Number.isNaN(raw)) show();
-      else take(choice ? nearest(raw) : inRange(raw));
-    });
-    const inRangeOrIndex = (raw) => (choice ? raw : inRange(raw));
-    const shown = (one) => {
-      if (!choice) return one;
-      return words ? now.labels[one] : numberOf(now.labels[one]);
-    };
-    show = () => {
-      range.min = choice ? 0 : now.low;
-      range.max = choice ? now.labels.length - 1 : now.high;
-      // A range has a grid, which a typed number need not lie on.
-      range.step = choice ? 1 : Number.isInteger(value / now.step) ? now.step : "any";
-      range.value = value;
-      if (choice) range.setAttribute("aria-valuetext", now.labels[value]);
-      if (!words) {
-        typed.min = choice ? shown(0) : now.low;
-        typed.max = choice ? shown(now.labels.length - 1) : now.high;
-      }
-      typed.value = choice ? shown(value) : Number(value.toFixed(4));
-    };
-    inputs.push(...(words ? [typed] : []));
-  } else if (spec.kind === "list") {
-    const select = node("select", { id });
-    inputs.push(select);
-    select.addEventListener("change", () => take(select.selectedIndex));
-    let labels = null;
-    show = () => {
-      if (labels !== now.labels.join("\n")) {
-        labels = now.labels.join("\n");
-        select.replaceChildren(...now.labels.map((one) => node("option", {}, one)));
-      }
-      select.selectedIndex = value;
-    };
-  } else if (spec.kind === "check") {
-    const box = node("input", { type: "checkbox", id });
-    inputs.push(box);
-    box.addEventListener("change", () => take(box.checked));
-    show = () => { box.checked = value; };
-  } else {
-    const area = node("textarea", { id, rows: 2 });
-    inputs.push(area);
-    area.addEventListener("change", () => take(area.value));
-    show = () => { area.value = value; };
-  }
+    select.selectedIndex = value;
+  };
+  return { inputs: [select], show };
+}
+
+function checkInputs(spec, id, take) {
+  const box = node("input", { type: "checkbox", id });
+  box.addEventListener("change", () => take(box.checked));
+  return { inputs: [box], show: (next, value) => { box.checked = value; } };
+}
+
+function textInputs(spec, id, take) {
+  const area = node("textarea", { id, rows: 2 });
+  area.addEventListener("change", () => take(area.value));
+  return { inputs: [area], show: (next, value) => { area.value = value; } };
+}
+
+// One control: its element, `update(spec, keep)` from Python's state, and the `value()` that Python
+// reads.
+function controlElement(spec, id, changed) {
+  let now = spec;
+  let value = spec.value;
+  const set = (next) => {
+    value = next;
+    show(now, value);
+  };
+  const { inputs, show } = INPUTS[spec.kind](spec, id, (next) => {
+    set(next);
+    changed();
+  });
+  const label = node("label", { for: id }, spec.name);
+  const reason = node("span", { class: "dspark-reason", id: `${id}-reason` });
   const wide = spec.kind === "text" || spec.labels.some((one) => one.length > 40);
   const box = node("div", { class: "dspark-control" + (wide ? " dspark-wide" : "") },
     label, ...inputs, reason);
+  let known = "";
   const update = (next, keep) => {
+    // What looks as it is told is left alone: a move changes one control of many.
+    const { value: given, ...others } = next;
+    const before = known;
+    known = JSON.stringify(others);
+    if (known === before && (keep || given === value)) return;
     now = next;
-    if (!keep) value = next.value;
     for (const input of inputs) {
       input.disabled = Boolean(next.reason);
       if (next.reason) input.setAttribute("aria-describedby", reason.id);
@@ -149,10 +220,10 @@ function controlElement(spec, id, changed) {
     reason.hidden = !next.reason;
     // The reason has the place of the slider.
     if (inputs[0].type === "range") inputs[0].hidden = Boolean(next.reason);
-    show();
+    set(keep ? value : given);
   };
   update(spec);
-  return { box, update, value: () => value, set: (next) => { value = next; show(); } };
+  return { box, update, value: () => value, set };
 }
 
 // The clipboard, and where there is none a field with the text selected.
@@ -161,7 +232,7 @@ async function copyText(text, place) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    const field = node("textarea", { class: "dspark-code", rows: 3, readonly: true,
+    const field = node("textarea", { class: "dspark-code", rows: 2, readonly: true,
       "aria-label": "this view as code" });
     field.value = text;
     place.replaceChildren(field);
@@ -180,10 +251,12 @@ function render({ model, el }) {
   const said = node("div", { class: "dspark-said" });
   const bar = node("progress", { "aria-label": "progress" });
   const words = node("span", { "aria-live": "polite" });
+  const counts = node("span");
   const button = (text, onclick, more = {}) =>
     node("button", { type: "button", onclick, ...more }, text);
   const cancel = button("Cancel", () => model.send({ action: "cancel" }));
-  const progress = node("div", { class: "dspark-progress", hidden: true }, bar, words, cancel);
+  const progress = node("div", { class: "dspark-progress", hidden: true }, bar,
+    node("span", { class: "dspark-words" }, words, " ", counts), cancel);
   const again = button("Try again", () => model.send({ action: "again" }), { hidden: true });
   const use = button("Use it", () => set(model.get("state").recommended), {
     hidden: true, title: "set the controls to what is recommended",
@@ -200,16 +273,26 @@ function render({ model, el }) {
   });
   const save = button("Save", () => openMenu(menu.hidden), { "aria-expanded": "false" });
   const status = node("div", { class: "dspark-status" },
-    progress, said, again, use, reset, copy, save);
+    node("div", { class: "dspark-line" }, progress, said),
+    node("div", { class: "dspark-buttons" }, again, use, reset, copy, save));
   root.append(grid, status, menu);
 
   let controls = new Map();
-  let turn = 0;
+  // Each change is a turn. Few turns are on their way to the kernel at once, so that a fast drag
+  // neither queues nor waits for each picture; the last one is always sent.
+  let [turn, onTheirWay] = [0, []];
   const send = () => {
     turn += 1;
-    const chosen = Object.fromEntries([...controls].map(([name, one]) => [name, one.value()]));
-    model.set("selection", { turn, values: chosen });
-    model.save_changes();
+    pass();
+  };
+  const pass = () => {
+    const done = model.get("state").turn ?? 0;
+    onTheirWay = onTheirWay.filter((one) => one > done);
+    const sent = onTheirWay.at(-1) ?? done;
+    if (sent >= turn || onTheirWay.length >= MOST_ON_THEIR_WAY) return;
+    onTheirWay.push(turn);
+    const values = Object.fromEntries([...controls].map(([name, one]) => [name, one.value()]));
+    model.send({ action: "set", turn, values });
   };
   const set = (chosen) => {
     for (const [name, value] of Object.entries(chosen)) controls.get(name)?.set(value);
@@ -253,12 +336,12 @@ function render({ model, el }) {
       const made = (spec, i) => controlElement(spec, `${name}-${i}`, send);
       controls = new Map(specs.map((spec, i) => [spec.name, made(spec, i)]));
       grid.replaceChildren(...[...controls.values()].map((one) => one.box));
-      turn = Math.max(turn, state.turn ?? 0);
     } else {
       // What the user has set since then stays.
       const keep = (state.turn ?? 0) < turn;
       specs.forEach((spec) => controls.get(spec.name).update(spec, keep));
     }
+    turn = Math.max(turn, state.turn ?? 0);
     for (const one of [reset, copy, save]) one.hidden = !specs.length;
     use.hidden = !Object.keys(state.recommended ?? {}).length;
     again.hidden = !state.again;
@@ -268,6 +351,7 @@ function render({ model, el }) {
         `⚠ ${state.problem}${kept}`));
     } else if (said.querySelector("[role=alert]")) said.replaceChildren();
     el.dataset.turn = state.turn ?? 0;
+    pass();
   };
   const showProgress = () => {
     const now = model.get("progress") ?? {};
@@ -278,8 +362,9 @@ function render({ model, el }) {
       bar.max = now.total;
       bar.value = now.done;
     } else bar.removeAttribute("value");
-    const share = now.total > 0 ? ` (${Math.floor((100 * now.done) / now.total)} %)` : "";
-    words.textContent = now.words + share;
+    // Words that stay the same are not read aloud again.
+    if (words.textContent !== now.words) words.textContent = now.words;
+    counts.textContent = now.counts;
   };
   const receive = (message, buffers) => {
     if (message.tables) fillMenu(message.tables);

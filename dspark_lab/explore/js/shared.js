@@ -72,10 +72,12 @@ const MARK_COLOURS = {
   never: ["#b9588f", "#d78cb5"],
   anchor: ["#d55e00", "#e8762b"],
   candidate: ["#767676", "#9a9a9a"],
-  accepted: ["#00805c", "#2cc295"],
+  accepted: ["#2b8cc4", "#56b4e9"],
   corrected: ["#b87a00", "#e69f00"],
-  bonus: ["#0072b2", "#56b4e9"],
+  bonus: ["#00805c", "#2cc295"],
   rejected: ["#c4311c", "#ff8a75"],
+  raw: ["#c08600", "#e69f00"],
+  scaled: ["#00609c", "#3d9be0"],
 };
 
 // [red, green, blue, alpha] of what computed styles and this file write.
@@ -159,7 +161,11 @@ function onTheme(el, call) {
     if (now !== paper) call();
     paper = now;
   });
-  const observer = new MutationObserver(look);
+  // The head also holds the page's icon, which a notebook changes with every message.
+  const styles = (change) => change.type === "attributes"
+    || [...change.addedNodes, ...change.removedNodes].some(
+      (one) => one.matches?.("style, link[rel~=stylesheet]"));
+  const observer = new MutationObserver((changes) => changes.some(styles) && look());
   const options = { attributes: true };
   observer.observe(document.documentElement, options);
   if (document.body) observer.observe(document.body, options);
@@ -178,16 +184,17 @@ function onTheme(el, call) {
 // ---- Canvases, tips, spoken words
 
 // A canvas that fills its box, sharp on every screen; `draw(context, width, height)` in CSS pixels
-// is called at most once for each animation frame, after `redraw()` and when the box changes.
+// is called at most once for each animation frame, after `redraw()` and when the box changes;
+// `paint()` calls it at once. An `opaque` canvas is not cleared before, and quicker on the screen.
 // `stop()` is for the widget's clean-up.
-function canvasIn(el, draw) {
+function canvasIn(el, draw, { opaque = false } = {}) {
   const canvas = node("canvas", { style: { display: "block", width: "100%", height: "100%" } });
   el.append(canvas);
-  const context = canvas.getContext("2d");
-  let waiting = 0;
+  const context = canvas.getContext("2d", { alpha: !opaque });
+  let [width, height, waiting] = [0, 0, 0];
   const paint = () => {
+    cancelAnimationFrame(waiting);
     waiting = 0;
-    const { clientWidth: width, clientHeight: height } = el;
     if (!width || !height) return;
     const ratio = window.devicePixelRatio || 1;
     const [columns, rows] = [Math.round(width * ratio), Math.round(height * ratio)];
@@ -195,23 +202,26 @@ function canvasIn(el, draw) {
     if (canvas.width !== columns) canvas.width = columns;
     if (canvas.height !== rows) canvas.height = rows;
     context.setTransform(columns / width, 0, 0, rows / height, 0, 0);
-    context.clearRect(0, 0, width, height);
+    if (!opaque) context.clearRect(0, 0, width, height);
     draw(context, width, height);
   };
   const redraw = () => {
     waiting ||= requestAnimationFrame(paint);
   };
-  const observer = new ResizeObserver(redraw);
+  // The box is not measured in each frame: that would lay out the page in its midst.
+  const observer = new ResizeObserver(([{ contentRect }]) => {
+    [width, height] = [Math.round(contentRect.width), Math.round(contentRect.height)];
+    paint();
+  });
   observer.observe(el);
   // Zooming the page changes the ratio, and mostly the box as well.
   window.addEventListener("resize", redraw);
-  redraw();
   const stop = () => {
     cancelAnimationFrame(waiting);
     observer.disconnect();
     window.removeEventListener("resize", redraw);
   };
-  return { canvas, redraw, stop };
+  return { canvas, redraw, paint, stop };
 }
 
 // A box of a few lines beside the pointer: `show(x, y, lines)` in CSS pixels of `el`, which it does

@@ -1,0 +1,657 @@
+"""What the notebooks' sentences say in numbers, and what in the stored outputs it follows from.
+
+``CLAIMS`` are sentences, or parts of them, with what their numbers are made of. ``OTHERS`` have
+numbers that no cell computes, by the reason for it. ``unread`` finds numbers that are in neither.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+from tests.notebooks import FILES, code_cells, read, table_rows
+
+NOTEBOOKS = {file.stem[:2]: read(file) for file in FILES}
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+WORDS += ("eleven", "twelve")
+# "One" is a pronoun more often than a number.
+_NUMBER = re.compile(
+    rf"(?<![\w.,])[-−]?\d[\d,.]*\d|\d|\b({'|'.join(WORDS[2:])}|half|twice|thirty|hundreds?|thousand"
+    r"|million|percent)\b",
+    re.IGNORECASE,
+)
+# Code, formulas, where links lead, marks of emphasis, and names such as Qwen3-4B.
+_NO_PROSE = re.compile(
+    r"```.*?```|`[^`]*`|\$[^$]*\$|\[\d\d[^\]]*\]\([^)]*\)|\]\([^)]*\)|\b[A-Za-z]\w*\d[\w-]*|[*|]",
+    re.DOTALL,
+)
+
+
+class Claim(NamedTuple):
+    """A text of a notebook with places for ``values``; ``holds`` is of what it says without."""
+
+    notebook: str
+    text: str
+    values: tuple[Callable[[], Any], ...] = ()
+    holds: Callable[[], bool] = lambda: True
+
+
+def markdown(notebook: str) -> str:
+    return "\n".join(c.source for c in NOTEBOOKS[notebook].cells if c.cell_type == "markdown")
+
+
+@cache
+def table(place: str) -> list[list[str]]:
+    return table_rows(NOTEBOOKS[place[:2]], place)
+
+
+def cell(place: str, row: str | tuple[str, ...], column: str) -> str:
+    """What stands in a stored table, under a heading and behind the first cells of a row."""
+    headings, *rows = table(place)
+    wanted = (row,) if isinstance(row, str) else row
+    [found] = [r for r in rows if tuple(c for c in r if c)[: len(wanted)] == wanted]
+    return found[headings.index(column)]
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", "").replace("−", "-"))
+
+
+def column(place: str, heading: str, **where: str) -> list[float]:
+    """A column of a stored table as numbers; where others, by their headings, have these texts."""
+    headings, *rows = table(place)
+    wanted = {headings.index(name.replace("_", " ")): text for name, text in where.items()}
+    found = [r for r in rows if len(r) == len(headings)]
+    kept = [r for r in found if all(r[i] == text for i, text in wanted.items())]
+    return [number(r[headings.index(heading)]) for r in kept if r[headings.index(heading)] != "–"]
+
+
+def cell_code(place: str) -> str:
+    [found] = [c.source for c in code_cells(NOTEBOOKS[place[:2]]) if c.id == place]
+    return found
+
+
+def source(place: str, pattern: str) -> str:
+    """What a cell's code says."""
+    found = re.search(pattern, cell_code(place))
+    assert found is not None, (place, pattern)
+    return found[1]
+
+
+def printed(place: str) -> str:
+    [one] = [c for c in code_cells(NOTEBOOKS[place[:2]]) if c.id == place]
+    return "".join(o.text for o in one.outputs if o.output_type == "stream")
+
+
+def at(place: str, *where: Any) -> Callable[[], str]:
+    return lambda: cell(place, *where)
+
+
+def code(place: str, pattern: str) -> Callable[[], str]:
+    """A whole number of a cell's code, with its thousands separated."""
+    return lambda: f"{int(source(place, pattern)):,}"
+
+
+def in_words(value: Callable[[], Any]) -> Callable[[], str]:
+    return lambda: WORDS[int(value())]
+
+
+def checked_sweep() -> list[list[str]]:
+    """Budget, temperature, block, what was recommended, tau, the best, its tau, lost, decided."""
+    return [row for row in table("06-30") if row[0] in ("seconds", "slots")]
+
+
+def equal_time(*, all_sizes: bool) -> list[float]:
+    """What the recommendation lost of tau in sweeps of equal time, where it lost for certain."""
+    timed = [row for row in checked_sweep() if row[0] == "seconds"]
+    found = [row for row in timed if (row[2] == "all") == all_sizes and row[-1] == "yes"]
+    return [float(row[-2]) for row in found]
+
+
+def good_enough() -> tuple[int, int]:
+    """Sweeps of equal time and a given block in which nothing is better for certain, and all."""
+    rows = [row for row in checked_sweep() if row[0] == "seconds" and row[2] != "all"]
+    return sum(row[3] == row[5] or row[-1] == "no" for row in rows), len(rows)
+
+
+def sweep_sizes() -> tuple[int, int, int, int]:
+    """How many drafters, numbers of anchors, block sizes and seeds the sweep has."""
+    from dspark_lab.tuning import load_sweep
+
+    sweep = load_sweep()
+    drafters = sweep.groupby(["budget", "num_anchors", "block_size", "seed"]).ngroups
+    return drafters, *(sweep[n].nunique() for n in ("num_anchors", "block_size", "seed"))
+
+
+def sweep_size(place: int) -> Callable[[], Any]:
+    return lambda: sweep_sizes()[place] if place == 0 else WORDS[sweep_sizes()[place]]
+
+
+def slower(policy: str) -> Callable[[], str]:
+    """By how many percent a policy is slower than plain decoding, one request at a time."""
+
+    def value() -> str:
+        ours, plain = (float(cell("07-35", "1", name)) for name in (policy, "plain decoding"))
+        return f"{100 * (1 - ours / plain):.0f}"
+
+    return value
+
+
+def throughput(requests: int) -> dict[str, float]:
+    """Tokens a second of each policy."""
+    headings, *rows = table("07-35")
+    [row] = [row for row in rows if row[0] == str(requests)]
+    return {name: float(text) for name, text in zip(headings[1:], row[1:], strict=True)}
+
+
+def best(requests: int) -> str:
+    found = throughput(requests)
+    return max(found, key=found.__getitem__)
+
+
+def drafting(requests: int) -> dict[str, float]:
+    return {name: one for name, one in throughput(requests).items() if name != "plain decoding"}
+
+
+def target_share() -> str:
+    """Whether the target's own pass is more than half of all operations."""
+    done = {row[0]: float(row[3]) for row in table("06-13")[1:] if row[3]}
+    return "More" if done["target forward"] > sum(done.values()) / 2 else "Less"
+
+
+def steps_a_second(tokens: int) -> float:
+    return number(cell("07-19", str(tokens), "steps a second"))
+
+
+def admitted(heading: str) -> int:
+    """Slots that the scheduler, or the search, admits of those of the stored table, and before."""
+    headings, *rows = table("07-29")
+    yes = [row for row in rows if row[headings.index(heading)] == "yes"]
+    # Seven tokens are the requests' own.
+    return int(yes[-1][headings.index("tokens")]) - 7
+
+
+def advised(requests: int) -> float:
+    """The speed-up that the advice for so many requests names."""
+    found = re.search(rf"{requests} together\..*?(\d\.\d\d) \(", printed("07-38"))
+    assert found is not None
+    return float(found[1])
+
+
+def conditional(drafter: str, slot: str) -> float:
+    """The chance that a slot is accepted once it is reached."""
+    [row] = [row for row in table("03-03") if row[1:3] == [drafter, slot]]
+    return float(row[5])
+
+
+def too_confident() -> tuple[float, float]:
+    """What the drafter of SmolLM2 says of all slots, and what is true of them."""
+    said, true = (float(cell("04-16", "all", name)) for name in ("confidence", "outcome"))
+    return said, true
+
+
+def first_slots(place: str, **where: str) -> list[tuple[str, str]]:
+    """The blocks of a stored table whose first slots have these texts, with their positions."""
+    headings, *rows = table(place)
+    wanted = {headings.index(name): text for name, text in where.items()}
+    position = headings.index("position")
+    found = [row for row in rows if all(row[i] == text for i, text in wanted.items())]
+    return [(row[0], row[position]) for row in found if row[1] == "0"]
+
+
+def usable_percent() -> float:
+    from dspark_lab.tuning import CARDS, usable_bytes
+
+    return 100 * usable_bytes("H100") / CARDS["H100"].memory_bytes
+
+
+def card_memory(name: str) -> float:
+    """What a card's name says: 2**30 bytes each."""
+    from dspark_lab.tuning import CARDS
+
+    return CARDS[name].memory_bytes / 2**30
+
+
+@cache
+def smollm2() -> Any:
+    from dspark_lab.pairs import load_traces
+
+    return load_traces("smollm2")
+
+
+def calibrated(row: str, *columns: str) -> tuple[Callable[[], str], ...]:
+    return tuple(at("04-13", row, one) for one in columns)
+
+
+CLAIMS = [
+    Claim(
+        "01",
+        "Past 90 % most of the work goes into tokens that were covered already",
+        holds=lambda: all(
+            times > 2 * share / 100
+            for share, times in zip(
+                column("01-11", "covered, expected, %"),
+                column("01-11", "times a label"),
+                strict=True,
+            )
+            if share > 90
+        ),
+    ),
+    Claim("01", "all {} count the end", (in_words(lambda: len(table("01-mask-22")[0]) - 1),)),
+    Claim("02", "A short chat of {} turns", (in_words(lambda: cell_code("02-05").count("user")),)),
+    Claim(
+        "02",
+        "Blocks 6 and 7 are dummies: not kept, position 0",
+        holds=lambda: first_slots("02-06", kept="no") == [("6", "0"), ("7", "0")],
+    ),
+    Claim(
+        "02",
+        "is packed twice into a row",
+        holds=lambda: "[cut, cut]" in cell_code("02-11"),
+    ),
+    Claim(
+        "02",
+        "Block 5 ends its document: its second label would be the next one's first token",
+        holds=lambda: cell("02-11", ("5", "1"), "label") == cell("02-11", ("6", "0"), "input"),
+    ),
+    Claim(
+        "02",
+        "Block 6 opens the second document, and its positions begin again",
+        holds=lambda: cell("02-11", ("6", "0"), "position") == "0",
+    ),
+    Claim(
+        "02",
+        "Block 12 is a dummy: it sits at position 0",
+        holds=lambda: first_slots("02-11", kept="no") == [("12", "0")],
+    ),
+    Claim(
+        "02",
+        "a row of {} tokens, packed with conversations as a trainer would, {} anchors, "
+        "blocks of {}",
+        (
+            code("02-13", r"pack\(encoded, (\d+)"),
+            code("02-13", r"num_anchors=(\d+)"),
+            code("02-13", r"block_size=(\d+)"),
+        ),
+    ),
+    Claim("02", "has {:.1f} million pairs", (lambda: sum(column("02-14", "pairs")) / 10**6,)),
+    Claim(
+        "03",
+        "its rate drops right after slot 0",
+        holds=lambda: conditional("dflash-k7", "1") < conditional("dflash-k7", "0"),
+    ),
+    Claim(
+        "04", "has just answered {} questions", (at("04-03", ("empirical", "0"), "conversations"),)
+    ),
+    Claim(
+        "04", "at temperature 1. For each", holds=lambda: "temperature=1.0" in cell_code("04-01")
+    ),
+    Claim(
+        "04",
+        "it agrees, at slot 0 to the digits shown",
+        holds=lambda: (
+            len(
+                {row[-1] for row in table("04-06") if row[0] == "0"}
+                | {row[-2] for row in table("04-06") if row[0] == "0"}
+            )
+            == 1
+        ),
+    ),
+    Claim(
+        "04",
+        "over all slots it lowers the product error from {} to {} %",
+        calibrated("all", "product error, %", "product error, scaled, %"),
+    ),
+    Claim(
+        "04",
+        "the slot error of slot 5 rises from {} to {} %",
+        calibrated("5", "slot error, %", "slot error, scaled, %"),
+    ),
+    Claim(
+        "04",
+        "that of slot 6 from {} to {} %",
+        calibrated("6", "slot error, %", "slot error, scaled, %"),
+    ),
+    Claim(
+        "04",
+        "though up to each single slot it moves by less than a point",
+        holds=lambda: all(
+            abs(raw - scaled) < 1
+            for raw, scaled in zip(
+                column("04-13", "product error, %"),
+                column("04-13", "product error, scaled, %"),
+                strict=True,
+            )
+        ),
+    ),
+    Claim(
+        "04",
+        "about ten points too confident",
+        holds=lambda: round(100 * (too_confident()[0] - too_confident()[1])) in (9, 10, 11),
+    ),
+    Claim(
+        "04",
+        "where {:.1f} is said and {:.1f} is true",
+        (lambda: too_confident()[0], lambda: too_confident()[1]),
+    ),
+    Claim(
+        "04",
+        "whose target pass costs 1, and {} for each token, and whose drafter costs {}",
+        (
+            lambda: round(number(source("04-29", r"\[1\.1, ([\d.]+)")) - 1.1, 6),
+            lambda: source("04-29", r"draft_seconds=([\d.]+)"),
+        ),
+    ),
+    Claim("04", "the weight of a round halves every {}", (code("04-33", r"half_life=(\d+)"),)),
+    Claim("04", "windows of {} rounds differ more by chance", (at("04-34", "0", "rounds"),)),
+    Claim("06", "packed into rows of {} tokens", (code("06-01", r"seq_len=(\d+)"),)),
+    Claim("06", "The same {} are very different things", (code("06-10", r"128, (\d+)"),)),
+    Claim("06", "short documents have fewer candidates than {}", (code("06-10", r"128, (\d+)"),)),
+    Claim(
+        "05",
+        "tau is lower where the target draws",
+        holds=lambda: (
+            number(cell("05-14", ("1", "median"), "tau"))
+            < number(cell("05-14", ("0", "median"), "tau"))
+        ),
+    ),
+    Claim(
+        "05",
+        "above it drafting pays, and the speed-up is the one divided by the other",
+        holds=lambda: all(
+            abs(number(row[6]) - number(row[4]) / number(row[5])) < 0.1
+            for row in table("05-14")[1:]
+            if row[1] == "median"
+        ),
+    ),
+    Claim(
+        "06",
+        "(Qwen3-4B, S {}, N {}, K {})",
+        (
+            code("06-12", r"seq_len=(\d+)"),
+            code("06-12", r"num_anchors=(\d+)"),
+            code("06-12", r"block_size=(\d+)"),
+        ),
+    ),
+    Claim("06", "of the {:.0f} % of an H100's memory", (usable_percent,)),
+    Claim("06", "{} than half of the work is the target's own forward pass", (target_share,)),
+    Claim("06", "the target reads {} tokens for the sake", (code("06-12", r"seq_len=(\d+)"),)),
+    Claim("06", "on a card of {:.0f} GB", (lambda: card_memory("RTX 4090"),)),
+    Claim("06", "0 means that not one fits", holds=lambda: "0" in table("06-18")[2]),
+    Claim("06", "the peak of a step of {} anchors", (code("06-12", r"num_anchors=(\d+)"),)),
+    Claim(
+        "06",
+        "So {} drafters of the pocket target were trained: {} numbers of anchors, {} block sizes, "
+        "{} seeds",
+        tuple(map(sweep_size, range(4))),
+    ),
+    Claim("06", "the mean tau of its {} drafters", (sweep_size(3),)),
+    Claim(
+        "06",
+        "in {} of {} cases",
+        (in_words(lambda: good_enough()[0]), in_words(lambda: good_enough()[1])),
+    ),
+    Claim(
+        "06",
+        "at K 7 it asked for 12 anchors where 4 did better",
+        holds=lambda: all(
+            row[3] == "N 12" and row[5] == "N 4" and row[-1] == "yes"
+            for row in checked_sweep()
+            if row[0] == "seconds" and row[2] == "7"
+        ),
+    ),
+    Claim(
+        "06",
+        "lost {:.1f} to {:.1f} % of tau",
+        (
+            lambda: min(equal_time(all_sizes=False)),
+            lambda: max(equal_time(all_sizes=False)),
+        ),
+    ),
+    Claim(
+        "06",
+        "Over all block sizes it preferred K {}, and lost {:.1f} to {:.1f} %: these drafters are "
+        "too young to fill twelve slots",
+        (
+            lambda: {r[3].partition("K ")[2] for r in checked_sweep() if r[2] == "all"}.pop(),
+            lambda: min(equal_time(all_sizes=True)),
+            lambda: max(equal_time(all_sizes=True)),
+        ),
+    ),
+    Claim(
+        "06",
+        "**At an equal number of slots** fewer anchors always won",
+        holds=lambda: (
+            {r[5].partition(",")[0] for r in checked_sweep() if r[0] == "slots"} == {"N 4"}
+        ),
+    ),
+    Claim(
+        "06",
+        "Runs this short (some hundred steps)",
+        holds=lambda: 100 <= sorted(column("06-28", "steps"))[6] < 1000,
+    ),
+    Claim(
+        "07",
+        "shipped traces of {} held-out questions",
+        (lambda: smollm2()["prompt"].nunique(),),
+    ),
+    Claim(
+        "07",
+        "At temperature 0 the drafter wins a little; at 0.7 and 1 it loses, at any length",
+        holds=lambda: [s > 1 for s in column("07-06", "speed-up")] == [True, False, False],
+    ),
+    Claim(
+        "07",
+        "a *best length* of 0 says: do not draft",
+        holds=lambda: column("07-06", "best length")[1:] == [0, 0],
+    ),
+    Claim("07", "Two requests together:", holds=lambda: "requests=2" in cell_code("07-08")),
+    Claim(
+        "07",
+        "a win at every temperature. There is next to none at 0, and a loss at the others. Where "
+        "the time of a round goes at temperature 1:",
+        holds=lambda: (
+            min(column("07-09", "speed-up without it")) > 1
+            and 1 <= column("07-09", "speed-up")[0] < 1.05
+            and max(column("07-09", "speed-up")[1:]) < 1
+            and "profiles[1.0]" in cell_code("07-11")
+        ),
+    ),
+    Claim("07", "traces of whole blocks of seven", holds=lambda: smollm2()["slot"].max() == 6),
+    Claim(
+        "07",
+        "its own trace's questions at {} lengths, and at temperature 1",
+        (in_words(lambda: len(set(column("07-14", "drafted K")))),),
+    ),
+    Claim(
+        "07",
+        "Short blocks do a little better than a trace of long ones promises",
+        holds=lambda: all(
+            real > told
+            for real, told in zip(
+                column("07-14", "tau decoded", drafted_K="3"),
+                column("07-14", "tau", drafted_K="3"),
+                strict=True,
+            )
+        ),
+    ),
+    Claim(
+        "07",
+        "Two tokens take longer than four here",
+        holds=lambda: steps_a_second(2) < steps_a_second(4),
+    ),
+    Claim(
+        "07",
+        "drafting gains most with two requests",
+        holds=lambda: advised(2) == max(map(advised, (1, 2, 4, 8))),
+    ),
+    Claim(
+        "07",
+        "four requests together, temperature 0, blocks of seven:",
+        holds=lambda: (
+            "requests=4" in cell_code("07-23") and "temperature=0.0" in cell_code("07-23")
+        ),
+    ),
+    Claim(
+        "07",
+        "its kink at 32 tokens stops the scheduler at {} slots, and a search that looks on finds "
+        "its best at {}",
+        (lambda: admitted("admitted"), lambda: admitted("retrospective")),
+        holds=lambda: admitted("admitted") < 32 - 7 < admitted("retrospective"),
+    ),
+    Claim(
+        "06",
+        "the most anchors at S {} and K {}",
+        (code("06-12", r"seq_len=(\d+)"), code("06-12", r"block_size=(\d+)")),
+    ),
+    Claim(
+        "07",
+        "all but plain decoding draft whole blocks of seven",
+        holds=lambda: smollm2()["slot"].max() == 6,
+    ),
+    Claim("07", "Seven blocks of the trace", holds=lambda: "first[:7]" in cell_code("07-28")),
+    Claim(
+        "07",
+        "A with probability {} and B with {}, the drafter {} each. The first slot's confidence is "
+        "{}; the second's is {} after A and 0 after B",
+        (
+            lambda: source("07-31", r"output_distribution\(\[([\d.]+)"),
+            lambda: source("07-31", r"output_distribution\(\[[\d.]+, ([\d.]+)"),
+            lambda: source("07-31", r"\], \[([\d.]+), 0.5\]"),
+            lambda: source("07-31", r"schedule\(\[\[([\d.]+), 0.9"),
+            lambda: source("07-31", r"schedule\(\[\[0.8, ([\d.]+)"),
+        ),
+    ),
+    Claim(
+        "07",
+        "Stopping early is exact; the retrospective search turns 0.7 into {}",
+        (at("07-31", "retrospective_schedule", "A"),),
+        holds=lambda: cell("07-31", "prefix_schedule", "A") == "0.70",
+    ),
+    Claim(
+        "07",
+        "**One request**: plain decoding is the fastest by a hair, with {} tokens a second against "
+        "{} of the scheduler and {} of whole blocks",
+        (
+            at("07-35", "1", "plain decoding"),
+            at("07-35", "1", "prefix scheduler"),
+            at("07-35", "1", "fixed 7"),
+        ),
+        holds=lambda: best(1) == "plain decoding",
+    ),
+    Claim(
+        "07",
+        "a fixed length of 3 and the threshold lose {} and {} %, since they pay for drafts of "
+        "seven",
+        (slower("fixed 3"), slower("threshold 0.4")),
+    ),
+    Claim("07", "to {} together (left end)", (lambda: table("07-35")[-1][0],)),
+    Claim(
+        "07",
+        "**Two together**: every way to draft wins",
+        holds=lambda: min(drafting(2).values()) > throughput(2)["plain decoding"],
+    ),
+    Claim(
+        "07",
+        "**four**: whoever does not verify whole blocks; the scheduler most",
+        holds=lambda: (
+            best(4) == "prefix scheduler"
+            and {n for n, one in drafting(4).items() if one < throughput(4)["plain decoding"]}
+            == {"fixed 7"}
+        ),
+    ),
+    Claim(
+        "07",
+        "**Eight or more**: plain decoding wins whatever the rule, because a step of 64 tokens "
+        "takes more than twice as long as one of 8",
+        holds=lambda: (
+            best(8) == best(16) == "plain decoding" and steps_a_second(8) > 2 * steps_a_second(64)
+        ),
+    ),
+    Claim(
+        "07",
+        "is the fastest of those that draft at every load",
+        holds=lambda: all(
+            max(drafting(n), key=drafting(n).__getitem__) == "prefix scheduler"
+            for n in (1, 2, 4, 8, 16)
+        ),
+    ),
+    Claim(
+        "07", "The length for four requests together", holds=lambda: "four)" in cell_code("07-40")
+    ),
+    Claim(
+        "07",
+        "The drafter's block has seven slots",
+        holds=lambda: "block_size=7" in cell_code("07-40"),
+    ),
+]
+OTHERS = {
+    "what is to come": [
+        "Seven decisions",
+        "Three regions:",
+        "Three things to look for:",
+        "**Three signs of a healthy run**",
+        "The three signs as a check, the last tenth of the steps",
+        "Two taus for one drafter",
+        "Is a confidence of 80 % right 80 % of the time?",
+        "Two rules only show",
+        "Two things set the price",
+        "and all that is shown here is of the other half",
+    ],
+    "what a word means": [
+        "one of their places, counted from 0",
+        "Slot 0 reads the anchor's own token",
+        "predicts token anchor + *k* + 1",
+        "that token enters through slot 0",
+        "dummies at position 0",
+        "(1 for its own, plus what it accepts)",
+        "of a finite sample is never 0",
+        "0.5 is guessing",
+        "away from one half or towards it",
+        "to the right of 0 the head promises too much",
+        "At temperature 0 an accept rate is 0 or 1",
+        "it was trained at temperature 1",
+        "At temperature 0 the target accepts the token that it would have said itself",
+        "At temperature 1 both draw",
+        "The two together give exactly",
+        "the **overlap** of the two distributions",
+        "At temperature 0 the answers with a drafter are those without",
+        "Two logits that are equal up to rounding",
+        "far above 1, most of the work repeats",
+        "Two numbers, a fixed cost and a speed",
+        "A measurement at temperature 0 does not tell",
+        "As long as a step of 8 tokens takes little longer than one of 1",
+    ],
+    "how all of the lab's intervals and splits are made, held by the tests of rates": [
+        "95 % interval",
+        "It is fitted on half of the conversations",
+        "its best threshold on one half of the conversations",
+        "The best one is chosen on half of the conversations",
+        "Two taus with overlapping intervals can still differ",
+    ],
+    "what was measured or made once, not by a cell": [
+        "up to 64 tokens each",
+        "thirty (SmolLM2) to a thousand times smaller",
+        "count 100,000 draws",
+        "decoded the same 60 questions",
+        "measured once on two x86-64 cores",
+        "a few percent of the allocator's peak",
+        "up to hundreds of tokens a step",
+    ],
+    "not about results": [
+        "Every explorer takes the same two",
+        "All three can be measured in minutes",
+    ],
+}
+
+
+def unread(notebook: str) -> Iterator[str]:
+    """Numbers of a notebook's prose that are in no claim and in none of the others."""
+    text = markdown(notebook)
+    prose = _NO_PROSE.sub(lambda found: " " * len(found[0]), text)
+    texts = [c.text.format(*(v() for v in c.values)) for c in CLAIMS if c.notebook == notebook]
+    texts += [one for ones in OTHERS.values() for one in ones]
+    known = [found.span() for one in texts for found in re.finditer(re.escape(one), text)]
+    for found in _NUMBER.finditer(prose):
+        if not any(start <= found.start() and found.end() <= end for start, end in known):
+            yield " ".join(text[max(0, found.start() - 60) : found.end() + 40].split())
