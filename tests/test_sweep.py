@@ -72,7 +72,7 @@ def noting(asked: list[str], most: int = 99) -> Callable[..., dict[str, Any]]:
 
 def measured(work: Path, seconds: dict[str, float] = SECONDS) -> Path:
     """A work folder whose times are measured already."""
-    repeats = {kind: [[own, own]] * lab.REPEATS for kind, own in seconds.items()}
+    repeats = {kind: [[own, own]] * lab.STEP_REPEATS for kind, own in seconds.items()}
     (work / "step_seconds.json").write_text(json.dumps(repeats))
     return work
 

@@ -52,7 +52,7 @@ from dspark_lab.tuning.spans import Spans, training_steps
 
 # A step's time: the median over repeats, each the mean over at least so many steps and seconds
 # behind the first few. The repeats of all kinds take turns, so that a disturbance hits many.
-REPEATS, LEAST_STEPS, LEAST_SECONDS, FIRST_STEPS = 3, 5, 2.5, 2
+STEP_REPEATS, LEAST_STEPS, LEAST_SECONDS, FIRST_STEPS = 3, 5, 2.5, 2
 # What a kill may cost: seconds of training between checkpoints.
 CHECKPOINT_SECONDS = 30
 # Windows of training metrics.
@@ -121,7 +121,7 @@ def measure_sweep(config: SweepConfig, work: str | Path, *, progress: bool = Tru
     path = work / "step_seconds.json"
     known: dict[str, list[list[float]]] = read_json(path) if path.exists() else {}
     kinds = {cell.step_kind: cell for cell in config.cells()}
-    for repeat in range(REPEATS):
+    for repeat in range(STEP_REPEATS):
         for kind, cell in kinds.items():
             found = known.setdefault(kind, [])
             if len(found) > repeat:
@@ -129,7 +129,7 @@ def measure_sweep(config: SweepConfig, work: str | Path, *, progress: bool = Tru
             found.append(_measured(replace(cell, seed=repeat), config, work))
             write_json(path, known, indent=0)
             if progress:
-                told = f"{kind}, repeat {repeat + 1} of {REPEATS}: {found[-1][0] * 1e3:.1f} ms"
+                told = f"{kind}, repeat {repeat + 1} of {STEP_REPEATS}: {found[-1][0] * 1e3:.1f} ms"
                 print(told, file=sys.stderr, flush=True)
     lines = {}
     for kind in kinds:
