@@ -1,7 +1,9 @@
 """Every job is done once, whatever dies: in processes, and on a Ray cluster of two."""
 
 import os
+import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +35,23 @@ def test_a_worker_that_dies_loses_no_job_and_none_is_counted_twice(tmp_path):
 def test_a_job_that_always_kills_its_worker_ends_with_an_error_that_names_it():
     with pytest.raises(RuntimeError, match=r"workers died 3 times without a result; left: bad"):
         list(run_jobs(chores.die, {"bad": ()}))
+
+
+@pytest.mark.slow
+def test_no_worker_goes_on_when_the_process_that_waits_for_it_is_killed(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code = "import sys; from pathlib import Path; from dspark_lab.tuning import run_jobs; "
+    code += "from tests import chores; list(run_jobs(chores.hold, {'a': (Path(sys.argv[1]),)}))"
+    here = Path(__file__).parents[1]
+    waiting = subprocess.Popen([sys.executable, "-c", code, str(pipe)], cwd=here)
+    held = os.open(pipe, os.O_RDONLY)
+    assert os.read(held, 4) == b"here"
+    waiting.kill()
+    waiting.wait()
+    # The pipe ends when nobody holds it any more; the limit is that of a test that fails.
+    assert select.select([held], [], [], 60)[0] and os.read(held, 1) == b""
+    os.close(held)
 
 
 def test_an_error_in_a_job_is_raised_as_it_is():
@@ -68,7 +87,9 @@ def cluster(monkeypatch) -> Iterator:
     nodes.shutdown()
 
 
-def noted_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict]:
+def noted_cell(
+    cell: Cell, config: SweepConfig, steps: int, seconds: float, work: Path
+) -> dict[str, Any]:
     """A real cell that notes when it begins; the first on each node then waits for its death."""
     import ray
 
@@ -79,7 +100,7 @@ def noted_cell(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[
         (work / "doomed" / node).rename(work / "waiting" / f"{node} {cell.key} {os.getpid()}")
         while True:
             signal.pause()
-    return run_cell(cell, config, steps, work)
+    return run_cell(cell, config, steps, seconds, work)
 
 
 def first_cell(work: Path, node: str, sweep: threading.Thread) -> tuple[str, int]:
@@ -102,7 +123,8 @@ def test_a_sweep_on_two_nodes_completes_each_cell_once_though_a_worker_and_a_nod
     for node in (first, second):
         (tmp_path / "doomed" / node).touch()
     sizes: dict[str, Any] = {"num_anchors": (4, 8), "block_sizes": (2, 3), "seeds": (0,)}
-    config = SweepConfig(**sizes, slots=2_000, seconds=0.5, prompts=3, features="live")
+    sizes |= {"slots": (2_000,), "seconds": (0.5,), "evaluations": 1, "evaluate_chats": 3}
+    config = SweepConfig(**sizes, prompts=3, features="live")
     tables = []
 
     def run() -> None:

@@ -3,53 +3,78 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, replace
 from itertools import product
 from pathlib import Path
 from runpy import run_module
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from dspark_lab import tuning
+from dspark_lab.chats import collate
 from dspark_lab.files import DATA
+from dspark_lab.rates import whole_block_anchors
 from dspark_lab.tuning import (
     BUDGETS,
+    PLANS,
     Cell,
     SweepConfig,
     cell_table,
+    evaluation_steps,
+    fitted_cells,
+    load_runs,
     load_sweep,
+    measure_sweep,
+    run_cell,
     run_sweep,
+    run_table,
+    runs_table,
+    save_runs,
     supervision,
+    window_ends,
 )
-from dspark_lab.tuning import cells as lab
+from dspark_lab.tuning import runs as lab
 from dspark_lab.tuning.sweep import main, parsed
 from tests.runs import target_on_disk
 
-SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=100, seconds=3)
-SMALL = replace(SMALL, prompts=2, max_new_tokens=8, features="live")
-SECONDS = {"n2-k2": 0.5, "n3-k2": 0.75}
+SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=(100,), seconds=(3,))
+SMALL = replace(SMALL, batch_sizes=(16,), prompts=2, max_new_tokens=8, features="live")
+SMALL = replace(SMALL, evaluate_chats=3, evaluate_anchors=2, evaluations=3)
+SECONDS = {"all-rows16-n2-k2": 0.5, "all-rows16-n3-k2": 0.75}
+CELL = Cell("slots", 100, "all", 16, 2, 2, 0)
 
 
-def pretended(cell: Cell, config: SweepConfig, steps: int, work: Path) -> list[dict]:
+def pretended(
+    cell: Cell, config: SweepConfig, steps: int, step_seconds: float, work: Path
+) -> dict[str, Any]:
     """What a cell returns, without training anything."""
-    return [
-        {**asdict(cell), "temperature": t, "steps": steps, "tau": 1 + cell.num_anchors / 10}
-        for t in config.temperatures
-    ]
+    line = {"kind": "decoded", "domain": "all", "tau": 1 + cell.num_anchors / 10, "survival": [0.5]}
+    line |= {"step": steps, "slots": 7, "tokens": 9, "seconds": 1.5, "blocks": 4}
+    run = {**asdict(cell), "steps": steps, "step_seconds": step_seconds, "warmup_steps": 1}
+    return {"run": run, "lines": [{**line, "temperature": t} for t in config.temperatures]}
 
 
-def noting(asked: list[str], most: int = 99) -> Callable[..., list[dict]]:
+def noting(asked: list[str], most: int = 99) -> Callable[..., dict[str, Any]]:
     """Notes the cells that are run, of which only so many end well."""
 
-    def run(cell: Cell, *others) -> list[dict]:
+    def run(cell: Cell, *others) -> dict[str, Any]:
         if len(asked) == most:
             raise OSError("no space")
         asked.append(cell.key)
         return pretended(cell, *others)
 
     return run
+
+
+def measured(work: Path, seconds: dict[str, float] = SECONDS) -> Path:
+    """A work folder whose times are measured already."""
+    repeats = {kind: [[own, own]] * lab.STEP_REPEATS for kind, own in seconds.items()}
+    (work / "step_seconds.json").write_text(json.dumps(repeats))
+    return work
 
 
 @pytest.fixture
@@ -60,8 +85,7 @@ def here(monkeypatch, tmp_path) -> Path:
         return ((key, function(*given)) for key, given in jobs.items())
 
     monkeypatch.setattr(lab, "run_jobs", in_turn)
-    (tmp_path / "step_seconds.json").write_text(json.dumps(SECONDS))
-    return tmp_path
+    return measured(tmp_path)
 
 
 def run(work: Path, cell=pretended, config: SweepConfig = SMALL) -> pd.DataFrame:
@@ -73,8 +97,27 @@ def test_the_cells_are_all_combinations_seed_by_seed():
     assert len(cells) == 2 * 4 * 3 * 3
     assert len({cell.key for cell in cells}) == len(cells)
     every = set(product(BUDGETS, (4, 12, 32, 96), (4, 7, 12), (0, 1, 2)))
-    assert {astuple(cell) for cell in cells} == every
+    assert {(c.budget, c.num_anchors, c.block_size, c.seed) for c in cells} == every
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert {(c.amount, c.mix, c.batch_size) for c in cells} == {
+        (250_000, "all", 16),
+        (75, "all", 16),
+    }
+
+
+def test_the_sweep_to_judge_by_has_three_seeds_at_its_corners_and_takes_five_hours_of_one_core():
+    cells = PLANS["judge"].cells()
+    settings = set(product(("all", "code"), (2, 8), (4, 16, 96), (4, 7, 15)))
+    corners = set(product(("all", "code"), (2, 8), (4, 96), (4, 15)))
+    budgets = (20, 60, 180)
+    expected = {("seconds", b, *setting, 0) for setting in settings for b in budgets}
+    expected |= {("seconds", b, *corner, s) for corner in corners for b in budgets for s in (1, 2)}
+    assert {astuple(cell) for cell in cells} == expected
+    assert len(cells) == len(expected) == 3 * (36 + 2 * 16)
+    assert sum(cell.amount for cell in cells) == 68 * (20 + 60 + 180)
+    # Seed 0 first, and short budgets first within a seed.
+    order = [(cell.seed, cell.amount) for cell in cells]
+    assert order == sorted(order)
 
 
 def test_a_sweep_that_stopped_goes_on_with_the_cells_that_are_missing(here):
@@ -93,19 +136,19 @@ def test_a_sweep_that_stopped_goes_on_with_the_cells_that_are_missing(here):
 
 def test_a_folder_of_another_sweep_is_refused_and_says_what_differs(here):
     run(here)
-    other = replace(SMALL, slots=101, prompts=7)
+    other = replace(SMALL, slots=(101,), prompts=7)
     with pytest.raises(ValueError, match="got one with other slots, prompts"):
         run(here, config=other)
 
 
 def test_steps_are_what_the_budgets_pay(here):
     table = run(here)
-    _, chats, _ = lab._materials(SMALL)
+    chats = lab._materials(SMALL).chats
     for anchors in SMALL.num_anchors:
-        per_step = supervision(chats, anchors, 2).expected / len(chats) * SMALL.training.batch_size
+        per_step = supervision(chats, anchors, 2).expected / len(chats) * 16
         steps = table[table["num_anchors"] == anchors].groupby("budget")["steps"].first()
         assert steps["slots"] == max(1, round(100 / per_step))
-        assert steps["seconds"] == round(3 / SECONDS[f"n{anchors}-k2"])
+        assert steps["seconds"] == round(3 / SECONDS[f"all-rows16-n{anchors}-k2"])
 
 
 def test_the_slots_of_a_real_run_of_planned_steps_are_those_of_the_budget(tmp_path):
@@ -113,26 +156,233 @@ def test_the_slots_of_a_real_run_of_planned_steps_are_those_of_the_budget(tmp_pa
     lines = data.read_text().splitlines()[:5]
     data.write_text("\n".join(lines))
     # Of five rows one is left over, in whose batch three anchors would be as many as in one of two.
-    per = {"anchors_per": "batch", "batch_size": 2, "accumulate": 3}
+    per = {"anchors_per": "batch", "accumulate": 3}
     files = {"target": str(target), "data": str(data), "held_out": str(data)}
-    options = {"slots": 400, "prompts": 1, "max_new_tokens": 2, "temperatures": (0.0,)}
+    options = {"prompts": 1, "max_new_tokens": 2, "temperatures": (0.0,), "batch_sizes": (2,)}
     config = replace(SMALL, training=replace(SMALL.training, **per), **files, **options)
-    (tmp_path / "step_seconds.json").write_text(json.dumps(SECONDS))
-    steps = lab._planned_steps(config, tmp_path)["slots", 3, 2]
-    (line,) = lab.run_cell(Cell("slots", 3, 2, 0), config, steps, tmp_path)
-    assert line["slots"] == pytest.approx(config.slots, rel=0.05)
+    cell = Cell("slots", 400, "all", 2, 3, 2, 0)
+    steps = lab._planned_steps(cell, config, pd.Series(dtype=float))
+    found = run_cell(cell, config, steps, 1.0, tmp_path)
+    assert found["lines"][-1]["slots"] == pytest.approx(400, rel=0.05)
 
 
-def test_a_real_cell_trains_so_many_steps_and_decodes_at_each_temperature(tmp_path):
-    lines = lab.run_cell(Cell("slots", 2, 2, 0), SMALL, 2, tmp_path)
-    assert [line["temperature"] for line in lines] == [0.0, 1.0]
-    for line in lines:
-        assert line["steps"] == 2 and line["slots"] > 0
-        # Every answer has 8 tokens at most, the first of which belongs to no round.
-        assert 1 <= line["tau"] <= 3 and 2 <= line["rounds"] <= 14
-        assert line["accepted_0"] >= line["accepted_1"] >= 0
-    again = lab.run_cell(Cell("slots", 2, 2, 0), SMALL, 2, tmp_path / "again")
-    assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> SweepConfig:
+    """A sweep of a tiny target, two rows a step, over conversations of two domains."""
+    folder = tmp_path_factory.mktemp("tiny")
+    target, data = target_on_disk(folder)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    domains = ["math", "code"] * 3
+    lines = [{**line, "domain": domain} for line, domain in zip(lines, domains, strict=True)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    files = {"target": str(target), "data": str(data), "held_out": str(data)}
+    return replace(SMALL, batch_sizes=(2,), **files)
+
+
+TINY_CELL = replace(CELL, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, tiny) -> pd.DataFrame:
+    """The runs of two real cells, of four steps and of one."""
+    work = tmp_path_factory.mktemp("work")
+    (work / "cells").mkdir()
+    for cell, steps in ((TINY_CELL, 4), (replace(TINY_CELL, mix="code"), 1)):
+        found = run_cell(cell, tiny, steps, 0.5, work)
+        (work / "cells" / f"{cell.key}.json").write_text(json.dumps(found))
+    return runs_table(work)
+
+
+def test_a_real_cell_is_trained_evaluated_on_its_way_and_decoded_at_each_temperature(real):
+    own = real[real["mix"] == "all"]
+    assert (own[["steps", "batch_size", "num_anchors", "seed"]] == [4, 2, 2, 0]).all(axis=None)
+    assert own["learning_rate"].eq(3e-3).all() and own["warmup_steps"].eq(1).all()
+    trained = own[own["kind"] == "train"]
+    assert trained["step"].tolist() == [1, 2, 3, 4]
+    assert (trained[["loss", "grad_norm", "tau"]] > 0).all(axis=None)
+    # Two rows of two blocks of two slots, some cut at an answer's end.
+    assert (np.diff([0, *trained["slots"]]) <= 8).all() and trained["slots"].is_monotonic_increasing
+    held = own[own["kind"] == "held_out"]
+    assert held["step"].tolist() == [step for step in (1, 2, 4) for _ in range(3)]
+    assert held["domain"].tolist() == ["all", "math", "code"] * 3
+    for line in own[own["kind"].isin(["held_out", "conversation"])].itertuples():
+        assert line.tau == pytest.approx(1 + sum(line.survival), abs=1e-4)
+        assert line.survival[0] == line.accept[0] and len(line.accept) == len(line.survival) == 2
+    # A mean over the conversations, each of which is there at the end.
+    last = held[(held["step"] == 4) & (held["domain"] == "all")].iloc[0]
+    each = own[own["kind"] == "conversation"]
+    assert each["step"].eq(4).all() and len(each) == last["conversations"] == 3
+    assert last["tau"] == pytest.approx(each["tau"].mean(), abs=1e-4)
+    assert last["blocks"] == each["blocks"].sum() == 3 * 2
+    decoded = own[(own["kind"] == "decoded") & (own["domain"] == "all")]
+    assert decoded["temperature"].tolist() == [0.0, 1.0] and decoded["step"].eq(4).all()
+    # Every answer has 8 tokens at most, the first of which belongs to no round.
+    assert decoded["tau"].between(1, 3).all() and decoded["blocks"].between(2, 14).all()
+    # A running total has at a step the same value in every line.
+    assert (own.groupby("step")[["slots", "tokens", "seconds"]].nunique() == 1).all(axis=None)
+
+
+def test_the_sweep_of_a_work_folder_is_its_lines_decoded_over_all_domains(tmp_path):
+    work = tmp_path
+    (work / "cells").mkdir()
+    found = pretended(CELL, SMALL, 4, 0.5, work)
+    found["lines"] += [{**line, "domain": "code", "tau": 9} for line in found["lines"]]
+    found["lines"].append({**found["lines"][0], "kind": "held_out", "tau": 9})
+    (work / "cells" / "one.json").write_text(json.dumps(found))
+    (first, second) = tuning.sweep_table(work).to_dict("records")
+    same = asdict(CELL) | {"steps": 4, "slots": 7, "seconds": 1.5, "tau": 1.2, "rounds": 4}
+    assert first == same | {"temperature": 0.0, "accepted_0": 0.5}
+    assert second == first | {"temperature": 1.0}
+
+
+def test_drafters_of_all_block_sizes_meet_the_same_held_out_blocks(tiny, tmp_path):
+    one = {"prompts": 1, "temperatures": (0.0,)}
+    config = replace(tiny, block_sizes=(2, 5), evaluate_anchors=50, **one)
+    short, long = (
+        pd.DataFrame(
+            run_cell(replace(TINY_CELL, block_size=size), config, 1, 1.0, tmp_path)["lines"]
+        )
+        for size in (2, 5)
+    )
+    by = ["kind", "domain", "conversation", "blocks"]
+    met, other = (table.loc[table["accept"].notna(), by] for table in (short, long))
+    pd.testing.assert_frame_equal(met, other)
+    # Alone, the short one would find more of them.
+    encoded = lab._materials(config).evaluated
+    places = [len(whole_block_anchors(collate([row], 0), 5)) for row in encoded]
+    assert met["blocks"].iloc[0] == sum(places)
+
+
+def test_a_cell_that_was_killed_goes_on_from_its_checkpoint_and_ends_the_same(
+    tiny, tmp_path, monkeypatch
+):
+    evaluate, calls = lab.evaluate, []
+
+    def killed(*given, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise SystemExit
+        return evaluate(*given, **named)
+
+    whole = run_cell(TINY_CELL, tiny, 4, 0.5, tmp_path / "whole")
+    monkeypatch.setattr(lab, "evaluate", killed)
+    # A checkpoint every two steps.
+    monkeypatch.setattr(lab, "CHECKPOINT_SECONDS", 1)
+    with pytest.raises(SystemExit):
+        run_cell(TINY_CELL, tiny, 4, 0.5, tmp_path / "killed")
+    again = run_cell(TINY_CELL, tiny, 4, 0.5, tmp_path / "killed")
+    # At steps 1 and 2, and twice at 4.
+    assert len(calls) == 4
+    for found in (whole, again):
+        for line in found["lines"]:
+            line.pop("spent", None), line.pop("seconds")
+    np.testing.assert_equal(again, whole)
+
+
+def test_evaluations_are_spaced_by_the_logarithm_and_windows_by_the_square_root():
+    assert evaluation_steps(1000, 4) == [10, 46, 215, 1000]
+    assert evaluation_steps(10_000, 12)[:2] + evaluation_steps(10_000, 12)[-1:] == [
+        100,
+        152,
+        10_000,
+    ]
+    assert evaluation_steps(3, 12) == [1, 2, 3] and evaluation_steps(7, 1) == [7]
+    assert window_ends(1600) == [i * i for i in range(1, 41)]
+    assert window_ends(5) == [1, 2, 3, 4, 5] and window_ends(100, 2) == [25, 100]
+
+
+def test_a_window_is_the_mean_of_its_steps(monkeypatch):
+    monkeypatch.setattr(lab, "WINDOWS", 2)
+    monkeypatch.setattr(lab, "window_ends", lambda steps: [1, 4])
+    table = pd.DataFrame(dict.fromkeys(lab._MEANS, 1.0), index=range(4))
+    table = table.assign(step=[1, 2, 3, 4], tau=[1.0, 2.0, 3.0, 4.0], lr=[0.1, 0.2, 0.3, 0.4])
+    first, second = lab._window_lines(table, 4)
+    assert (first["step"], second["step"]) == (1, 4)
+    assert (first["tau"], second["tau"]) == (1.0, 3.0)
+    assert second["tau_spread"] == 1.0 and math.isnan(first["tau_spread"])
+    assert (first["lr"], second["lr"], second["loss"]) == (0.1, 0.4, 1.0)
+
+
+def test_runs_are_the_same_in_a_file_which_says_which_sweep_they_are_of(real, tmp_path, here):
+    run(here, config=replace(SMALL, slots=()))
+    save_runs(runs_table(here), tmp_path / "planned.parquet")
+    assert load_runs(tmp_path / "planned.parquet").attrs["sweep"]["prompts"] == 2
+    save_runs(real, tmp_path / "runs.parquet")
+    found = load_runs(tmp_path / "runs.parquet")
+    assert list(found) == list(real) and len(found) == len(real)
+    for name in real:
+        for one, other in zip(found[name], real[name], strict=True):
+            if name in ("accept", "survival"):
+                assert (one is None) == (not isinstance(other, list))
+                assert one is None or one.tolist() == pytest.approx(other)
+            elif isinstance(other, float):
+                assert one == pytest.approx(other, nan_ok=True)
+            else:
+                assert (pd.isna(one) and pd.isna(other)) or one == other
+
+
+def test_the_runs_of_the_sweep_to_judge_by_would_fill_less_than_three_megabytes(tmp_path):
+    """Numbers without any pattern are as large as numbers can be in a file."""
+    rng, runs = np.random.default_rng(0), []
+    for cell in PLANS["judge"].cells():
+        rates = rng.random((48 + 48 + 8, 2, cell.block_size)).round(5)
+        lines = [{"kind": "held_out", "accept": a, "survival": s} for a, s in rates.tolist()]
+        lines += [dict(zip(lab._MEANS, rng.random(7).round(5), strict=True)) for _ in range(40)]
+        runs += [
+            asdict(cell) | dict.fromkeys(("steps", "warmup_steps", "step"), 1) | line
+            for line in lines
+        ]
+    (tmp_path / "cells").mkdir()
+    table = pd.DataFrame(runs).assign(slots=1, tokens=1, step_seconds=1.0, kind="held_out")
+    save_runs(table.reindex(columns=list(runs_table(tmp_path))), tmp_path / "runs.parquet")
+    assert (tmp_path / "runs.parquet").stat().st_size < 3_000_000
+
+
+def test_step_times_are_measured_once_and_never_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(lab, "LEAST_STEPS", 1)
+    config = replace(tiny, num_anchors=(2,), seeds=(0,))
+    table = measure_sweep(config, tmp_path, progress=False)
+    assert list(table.index) == ["all-rows2-n2-k2"]
+    (line,) = table.itertuples()
+    assert 0 < line.fastest <= line.seconds <= line.slowest and line.clock > 0
+    kept = (tmp_path / "step_seconds.json").read_bytes()
+    monkeypatch.setattr(lab, "_measured", lambda *given: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(measure_sweep(config, tmp_path, progress=False), table)
+    assert (tmp_path / "step_seconds.json").read_bytes() == kept
+
+
+def test_a_measurement_that_stopped_goes_on_with_the_repeats_that_are_missing(
+    tmp_path, monkeypatch
+):
+    asked: list[tuple[str, int]] = []
+
+    def pretend(cell: Cell, *others) -> list[float]:
+        if len(asked) == 3:
+            raise OSError("no space")
+        asked.append((cell.step_kind, cell.seed))
+        return [float(len(asked)), 9.0]
+
+    monkeypatch.setattr(lab, "_measured", pretend)
+    with pytest.raises(OSError, match="no space"):
+        measure_sweep(SMALL, tmp_path, progress=False)
+    before, asked = asked, []
+    monkeypatch.setattr(lab, "_measured", lambda cell, *_: (asked.append(cell), [7.0, 8.0])[1])
+    table = measure_sweep(SMALL, tmp_path, progress=False)
+    first, second = SECONDS
+    # Repeat by repeat, each on other batches.
+    assert before == [(first, 0), (second, 0), (first, 1)]
+    assert [(c.step_kind, c.seed) for c in asked] == [(second, 1), (first, 2), (second, 2)]
+    assert table["seconds"].tolist() == [3.0, 7.0]
+    assert table["fastest"].tolist() == [1.0, 2.0] and table["slowest"].tolist() == [7.0, 7.0]
+
+
+def test_a_mix_is_a_domain_of_the_conversations(tiny):
+    materials = lab._materials(tiny)
+    assert [item.domain for item in materials.mix("code")] == ["code"] * 3
+    assert len(materials.mix("all")) == 6
+    with pytest.raises(ValueError, match=r"'all' or a domain of \['code', 'math'\], got 'x'"):
+        materials.mix("x")
 
 
 def test_the_shipped_sweep_has_every_cell_three_times():
@@ -143,16 +393,18 @@ def test_the_shipped_sweep_has_every_cell_three_times():
     plan = SweepConfig()
     slots = table[table["budget"] == "slots"]
     # What was drawn lies around what was expected, the closer the more steps there were.
-    off = (slots["slots"] / plan.slots - 1).abs()
+    off = (slots["slots"] / plan.slots[0] - 1).abs()
     assert (off < 0.2).all() and (off[slots["steps"] > 200] < 0.02).all()
 
 
 def test_the_command_line_has_the_flags_that_it_always_had():
     options, config = parsed([]), SweepConfig()
     expected = {"num_anchors": (4, 12, 32, 96), "block_sizes": (4, 7, 12), "seeds": (0, 1, 2)}
-    expected |= {"temperatures": (0.0, 1.0), "slots": 250000, "seconds": 75.0, "prompts": 60}
+    expected |= {"temperatures": (0.0, 1.0), "slots": (250000,), "seconds": (75.0,), "prompts": 60}
     expected |= {"max_new_tokens": 64, "target": "pocket", "data": None, "held_out": None}
-    expected |= {"device": "cpu", "features": "cached", "batch_size": 16, "max_length": 512}
+    expected |= {"device": "cpu", "features": "cached", "batch_sizes": (16,), "max_length": 512}
+    expected |= {"mixes": ("all",), "corners": False, "plan": "first", "measure": False}
+    expected |= {"evaluations": 12, "evaluate_chats": 48, "evaluate_anchors": 8}
     expected |= {"learning_rate": 0.003, "training": config.training, "processes": 1}
     expected |= {"work": Path("build/sweep"), "out": DATA / "pocket" / "sweep.csv"}
     assert vars(options) == expected | {"address": None}
@@ -162,6 +414,27 @@ def test_the_command_line_has_the_flags_that_it_always_had():
     training = replace(config.training, max_length=64)
     given = {"num_anchors": (2, 3), "temperatures": (0.5,), "training": training}
     assert changed.config() == replace(config, **given)
+    assert parsed(["--batch-size", "4"]).batch_sizes == (4,)
+    judge = parsed(["--plan", "judge", "--prompts", "7", "--work", "here"])
+    assert judge.config() == replace(PLANS["judge"], prompts=7) and judge.work == Path("here")
+    assert judge.out == DATA / "pocket" / "runs.parquet"
+
+
+def test_the_command_measures_alone_and_writes_either_kind_of_table(
+    here, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(lab, "run_cell", pretended)
+    command = "--num-anchors 2 3 --block-sizes 2 --seeds 0 --slots --seconds 3 6".split()
+    command += ["--work", str(here), "--out"]
+    main([*command, str(tmp_path / "table.csv"), "--measure"])
+    assert "all-rows16-n3-k2     0.75" in capsys.readouterr().out
+    assert not (tmp_path / "table.csv").exists()
+    main([*command, str(tmp_path / "table.csv")])
+    main([*command, str(tmp_path / "runs.parquet")])
+    assert len(load_sweep(tmp_path / "table.csv")) == len(load_runs(tmp_path / "runs.parquet")) == 8
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("1 of 4 cells, seconds3-all-rows16-n2-k2-seed0; ")
+    assert told[3].endswith("; 0:00:00 left") and len(told) == 4
 
 
 @pytest.mark.slow
@@ -176,7 +449,7 @@ def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path, mo
     command += "--prompts 1 --max-new-tokens 4 --temperatures 0 --features live".split()
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "table.csv")]
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "step_seconds.json").write_text('{"n2-k2": 1.0}')
+    measured(tmp_path / "work", {"all-rows2-n2-k2": 1.0})
     monkeypatch.setattr(sys, "argv", ["sweep", *command, "--batch-size", "2"])
     monkeypatch.setattr(sys, "warnoptions", ["error::RuntimeWarning"])
     monkeypatch.delitem(sys.modules, "dspark_lab.tuning.sweep")
@@ -208,5 +481,67 @@ def test_an_interval_is_students_over_the_pooled_spread():
     assert found["tau"].tolist() == [2.0, 4.0]
     assert (found["high"] - found["tau"]).tolist() == pytest.approx([half, half], abs=1e-3)
     assert (found["tau"] - found["low"]).tolist() == pytest.approx([half, half], abs=1e-3)
+    with pytest.raises(
+        ValueError, match="one batch_size for each budget, got \\[2, 8\\]: choose one"
+    ):
+        cell_table(table.assign(batch_size=[2, 2, 2, 8, 8, 8]))
     lone = cell_table(table[table["seed"] == 0])
     assert lone["low"].isna().all() and lone["tau"].tolist() == [1.0, 4.0]
+
+
+def test_a_run_stands_in_one_line_with_what_it_reached_at_its_end(real):
+    table = run_table(real)
+    assert table[["mix", "steps"]].values.tolist() == [["all", 4], ["code", 1]]
+    ended = real[(real["mix"] == "all") & (real["step"] == 4) & (real["domain"] == "all")]
+    first = table.iloc[0]
+    taus = ended.set_index(["kind", "temperature"])["tau"]
+    assert first["held_out"] == taus["held_out"].iloc[0]
+    assert first["decoded_0"] == taus["decoded", 0.0]
+    assert first["decoded_1"] == taus["decoded", 1.0]
+    assert first["slots"] == ended["slots"].max() == real.loc[real["mix"] == "all", "slots"].max()
+    held = real[(real["kind"] == "held_out") & (real["domain"] == "math")]
+    assert run_table(real, domain="math")["held_out"].tolist() == held["tau"].iloc[[2, 3]].tolist()
+    with pytest.raises(ValueError, match="domain must be one of .*, got 'x'"):
+        run_table(real, domain="x")
+
+
+def surface(seeds: int = 1, spread: float = 0.0, rows: Sequence[int] = (2, 8)) -> pd.DataFrame:
+    """Runs whose tau has its peak at 16 anchors and seven slots, the higher the more rows."""
+    every = product(rows, (4, 16, 96), (4, 7, 15), range(seeds))
+    table = pd.DataFrame(every, columns=["batch_size", "num_anchors", "block_size", "seed"])
+    peak = -((np.log(table["num_anchors"] / 16)) ** 2) - np.log(table["block_size"] / 7) ** 2
+    noise = np.random.default_rng(0).normal(0, spread, len(table))
+    tau = 2 * np.exp(0.1 * peak + noise) * table["batch_size"] ** 0.1
+    return table.assign(budget="seconds", amount=20.0, mix="all", held_out=tau)
+
+
+def test_the_best_cell_is_that_of_a_surface_through_all_cells():
+    cells = fitted_cells(surface())
+    assert len(cells) == 18 and cells["fitted"].tolist() == pytest.approx(cells["found"].tolist())
+    (best,) = cells[cells["best"]].itertuples()
+    assert (best.batch_size, best.num_anchors, best.block_size, best.seeds) == (8, 16, 7, 1)
+    assert best.low == pytest.approx(best.high) == pytest.approx(2 * 8**0.1)
+    # One lucky cell is no peak.
+    lucky = surface()
+    lucky.loc[0, "held_out"] = 2.6
+    again = fitted_cells(pd.concat([lucky, surface().assign(mix="code")]))
+    best = again[again["best"]]
+    assert best["num_anchors"].tolist() == [16, 16] and best["mix"].tolist() == ["all", "code"]
+    # As many coefficients as cells leave nothing to tell the error by.
+    few = fitted_cells(surface().iloc[:2])
+    assert few["low"].isna().all() and few["best"].sum() == 1
+
+
+def test_the_interval_of_a_fitted_cell_is_that_of_least_squares():
+    table = surface(seeds=3, spread=0.02, rows=(2,))
+    table = table[table["block_size"] == 7]
+    cells = fitted_cells(table)
+    x, y = np.log(table["num_anchors"]), np.log(table["held_out"])
+    coefficients, covariance = np.polyfit(x, y, 2, cov=True)
+    for cell in cells.itertuples():
+        powers = np.log(cell.num_anchors) ** np.array([2, 1, 0])
+        centre, error = powers @ coefficients, math.sqrt(powers @ covariance @ powers)
+        # The quantile for 9 - 3 degrees of freedom from a printed table.
+        assert math.log(cell.fitted) == pytest.approx(centre)
+        assert math.log(cell.high) == pytest.approx(centre + 2.4469 * error, abs=1e-6)
+        assert math.log(cell.low) == pytest.approx(centre - 2.4469 * error, abs=1e-6)

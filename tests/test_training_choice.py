@@ -294,8 +294,9 @@ def test_the_shipped_sweep_can_be_checked_cell_by_cell():
 
 
 def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
-    config = SweepConfig(num_anchors=(2, 4, 8), block_sizes=(3, 5), seconds=9.0)
-    config = replace(config, training=replace(config.training, batch_size=6))
+    config = SweepConfig(
+        num_anchors=(2, 4, 8), block_sizes=(3, 5), seconds=(9.0,), batch_sizes=(6,)
+    )
     same = chosen(batch_size=6, dtype="bf16", features="cached")
     steps = same.table[["block_size", "num_anchors"]].assign(steps=9.0 / same.table["seconds"])
     sweep = pd.concat([steps.assign(budget="seconds"), steps.assign(budget="slots", steps=1.0)])
@@ -305,6 +306,8 @@ def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
     assert found.sure == pytest.approx(1.0)
     with pytest.raises(ValueError, match=r"none of \[\(5, 8\)\]"):
         predict_sweep(sweep[sweep["num_anchors"] * sweep["block_size"] != 40], CHATS, SHAPE, config)
+    with pytest.raises(ValueError, match=r"one of batch_sizes, got \(9.0,\) and \(2, 8\)"):
+        predict_sweep(sweep, CHATS, SHAPE, replace(config, batch_sizes=(2, 8)))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def evaluate(
     encoded: Sequence[Encoded],
     *,
     num_anchors: Count | None = None,
+    slots: Count | None = None,
     seed: Size = 0,
     features: FeatureSource | None = None,
 ) -> pd.DataFrame:
@@ -47,12 +48,16 @@ def evaluate(
 
     Blocks that an answer's end cuts are left out: their expected length says less of the drafter
     than of where the answer ends. ``num_anchors`` draws at most so many blocks of a conversation,
-    from ``seed`` and its place alone: drafters of one block size meet the same blocks. A row
-    has the means of a conversation's ``blocks``: ``tau``, and for each slot k the accept rate
-    ``accept_k`` and ``survival_k``, the product of the rates up to it.
+    from ``seed`` and its place alone: drafters of one block size meet the same blocks, and so do
+    those of several where ``slots`` says how many must fit behind an anchor. A row has the means of
+    a conversation's ``blocks``: ``tau``, and for each slot k the accept rate ``accept_k`` and
+    ``survival_k``, the product of the rates up to it.
     """
+    own = drafter.config.predicted
+    if slots is not None and slots < own:
+        raise ValueError(f"slots must be at least those of the drafter's block, {own}, got {slots}")
     rows = []
-    found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features)
+    found = _whole_blocks(drafter, target, encoded, num_anchors, seed, features, slots)
     for index, domain, rates in found:
         survival = prefix_survival(rates.accept).mean(axis=0)
         row: dict[str, Any] = {"conversation": encoded[index].id, "domain": domain}
@@ -221,11 +226,12 @@ def _whole_blocks(
     num_anchors: int | None,
     seed: int,
     features: FeatureSource | None,
+    slots: int | None = None,
 ) -> Iterator[tuple[int, str, BlockRates]]:
     """Number, domain and block rates of each conversation that holds a whole block."""
     source = features or live_features(target, drafter.config.target_layer_ids)
     vocabulary = drafter.vocabulary_of(target.head_weight, target.logit_rule)
-    size, found = drafter.config.predicted, False
+    size, found = slots or drafter.config.predicted, False
     for index, item in enumerate(encoded):
         batch = collate([item], pad_token_id=0)
         anchors = whole_block_anchors(batch, size)

@@ -1,13 +1,4 @@
-from .cells import (
-    BUDGETS,
-    Cell,
-    SweepConfig,
-    cell_table,
-    load_sweep,
-    run_cell,
-    run_sweep,
-    sweep_table,
-)
+from .cells import ALL, BUDGETS, PLANS, Cell, SweepConfig
 from .choice import (
     TrainingChoice,
     card_time,
@@ -30,9 +21,21 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
-from .jobs import run_jobs
+from .jobs import end_with_parent, run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
+from .results import (
+    RUN,
+    cell_table,
+    fitted_cells,
+    load_runs,
+    load_sweep,
+    run_table,
+    runs_table,
+    save_runs,
+    sweep_table,
+)
+from .runs import evaluation_steps, measure_sweep, run_cell, run_sweep, window_ends
 from .settings import (
     SERVERS,
     TRAINERS,
@@ -48,6 +51,7 @@ from .step import Dtype, Step
 from .steptime import StepTime, fit_step_time, measure_steps
 
 __all__ = [
+    "ALL",
     "AttentionWork",
     "BUDGETS",
     "CARDS",
@@ -55,8 +59,10 @@ __all__ = [
     "Cell",
     "Dtype",
     "Layers",
+    "PLANS",
     "Program",
     "REASONS",
+    "RUN",
     "SERVERS",
     "ServingSettings",
     "Shape",
@@ -77,14 +83,19 @@ __all__ = [
     "cell_table",
     "choose_training",
     "coverage_table",
+    "end_with_parent",
+    "evaluation_steps",
     "expected_work",
     "export",
     "exports",
     "fit_step_time",
     "fit_table",
+    "fitted_cells",
     "in_training_batches",
+    "load_runs",
     "load_sweep",
     "measure_steps",
+    "measure_sweep",
     "memory_table",
     "never_table",
     "packing_table",
@@ -93,6 +104,9 @@ __all__ = [
     "run_cell",
     "run_jobs",
     "run_sweep",
+    "run_table",
+    "runs_table",
+    "save_runs",
     "slot_supervision",
     "supervision",
     "supervision_table",
@@ -104,4 +118,5 @@ __all__ = [
     "training_memory",
     "training_steps",
     "usable_bytes",
+    "window_ends",
 ]

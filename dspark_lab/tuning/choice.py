@@ -229,13 +229,18 @@ def predict_sweep(
     """The figures of :func:`choose_training` for the cells of a sweep before it is run.
 
     Step times are fitted to the sweep's plan: a cell of the budget of seconds has as many steps as
-    its seconds pay for. ``data`` trained the drafters; ``config`` None is the shipped sweep's.
+    its seconds pay for. ``data`` trained the drafters; ``config``, which has one budget of seconds
+    and one number of rows, None for the shipped sweep's.
     """
     config = config or SweepConfig()
+    if len(config.seconds) != 1 or len(config.batch_sizes) != 1:
+        got = f"got {config.seconds} and {config.batch_sizes}"
+        raise ValueError(f"config must have one of seconds and one of batch_sizes, {got}")
+    (seconds,), (batch_size,) = config.seconds, config.batch_sizes
     options: dict[str, Any] = {
         "num_anchors": config.num_anchors,
         "block_sizes": config.block_sizes,
-        "batch_size": config.training.batch_size,
+        "batch_size": batch_size,
         "gamma": config.training.loss_decay_gamma,
         "dtype": config.training.precision,
         "features": config.features,
@@ -251,7 +256,7 @@ def predict_sweep(
     if missing:
         wanted = "every block size and anchor count of config"
         raise ValueError(f"sweep must hold {wanted}, got none of {missing}")
-    measured = pd.DataFrame({"operations": operations, "seconds": config.seconds / steps})
+    measured = pd.DataFrame({"operations": operations, "seconds": seconds / steps})
     return choose_training(data, shape, time=fit_step_time(measured.dropna()), **options)
 
 

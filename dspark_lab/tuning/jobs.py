@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from multiprocessing.connection import wait
 from typing import Any
 
 from dspark_lab.checks import Count, checked
@@ -40,6 +43,23 @@ def run_jobs(
     if address is None:
         return _in_processes(function, jobs, processes)
     return _on_ray(function, jobs, address)
+
+
+@lru_cache(maxsize=1)
+def end_with_parent() -> None:
+    """End this process when the one that started it as a worker is killed, or do nothing elsewhere.
+
+    A job that writes files calls it, so that whoever starts anew finds nobody at work on them.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _in_processes(

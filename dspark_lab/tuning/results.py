@@ -1,0 +1,229 @@
+"""What came of a sweep, as tables and files: a line a drafter, or all that it went through."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+
+from dspark_lab.checks import NotEmpty, checked
+from dspark_lab.files import read_csv, read_json, shipped, written_whole
+from dspark_lab.tuning.cells import ALL
+
+# The columns that a table of decoded taus is sorted by; the shipped one has one value of each of
+# the varied columns, and lacks them.
+_BY = ["budget", "temperature", "block_size", "num_anchors", "seed"]
+_VARIED = ["amount", "mix", "batch_size"]
+# A run's settings, then a line's own columns.
+RUN = ["budget", *_VARIED, "num_anchors", "block_size", "seed"]
+_CELL = ["batch_size", "num_anchors", "block_size"]
+_SETTINGS = [*RUN, "steps", "step_seconds", "learning_rate", "warmup_steps"]
+_NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds
+    spent""".split()
+_WHOLE = "batch_size num_anchors block_size seed steps warmup_steps step slots tokens".split()
+_COUNTS = ["conversations", "blocks"]
+_WORDS = ["budget", "mix", "kind", "domain", "conversation"]
+_BY_SLOT = ["accept", "survival"]
+_LINE = """kind step slots tokens seconds domain conversation temperature conversations blocks tau
+    tau_spread accept survival loss ce l1 confidence accept_rate grad_norm lr spent""".split()
+
+
+@checked
+def runs_table(work: str | Path) -> pd.DataFrame:
+    """All that the finished cells of a work folder have seen, as :func:`load_runs` describes it."""
+    work = Path(work)
+    files = [read_json(path) for path in sorted((work / "cells").glob("*.json"))]
+    lines = [found["run"] | line for found in files for line in found["lines"]]
+    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
+    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
+    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
+    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
+    table = table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
+    for name in ("sweep", "step_seconds"):
+        if (work / f"{name}.json").exists():
+            table.attrs[name] = read_json(work / f"{name}.json")
+    return table
+
+
+@checked
+def save_runs(runs: pd.DataFrame, path: str | Path) -> None:
+    """Write a table of :func:`runs_table` as Parquet, what was measured in 32 bits."""
+    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    table = runs.astype(dict.fromkeys(_NUMBERS, "float32"))
+    for name in _BY_SLOT:
+        table[name] = [
+            None if one is None or one is np.nan else np.float32(one) for one in table[name]
+        ]
+    with written_whole(Path(path)) as partial:
+        table.to_parquet(partial, index=False, compression="zstd")
+
+
+@checked
+def load_runs(path: str | os.PathLike[str] | None = None) -> pd.DataFrame:
+    """The runs of a sweep, curves included; those that advice is judged on by default.
+
+    A run is a drafter that was trained from its start to its budget's end, its learning rate fallen
+    by then. Each line repeats the run's settings: ``budget`` and ``amount``; ``mix``: what it
+    learned from; rows ``batch_size``, anchors ``num_anchors``, ``block_size``, ``seed``; ``steps``
+    and ``step_seconds``, the time of one as measured alone; ``learning_rate`` (the highest) and
+    ``warmup_steps``. A line is of a ``step``, until which the run has seen ``slots`` supervised
+    slots and ``tokens``, and has trained for ``seconds`` by a clock that other runs disturbed:
+    ``step * step_seconds`` is the time to compare by. There are four kinds of line:
+
+    ``train``: means over the steps since the line before: ``loss`` and its parts ``ce``, ``l1`` and
+    ``confidence``, ``accept_rate``, ``tau``, ``grad_norm``; ``tau_spread``: the standard deviation
+    of the steps' tau; ``lr``: the learning rate of the last one.
+
+    ``held_out``: analytic figures on the same held-out blocks for all drafters of the sweep, each
+    block as long as the longest block size: ``tau``, and by slot the lists ``accept`` and
+    ``survival`` (the first sum(survival[:k]) + 1 is tau when k slots are drafted), means over
+    ``conversations``; ``domain`` "all" or one. ``conversation``: the same for each conversation,
+    at the last step alone.
+
+    ``decoded``: by decoding at a ``temperature``, at the last step: ``tau`` over all rounds
+    (``blocks``), ``survival`` the share of whole blocks whose slot was accepted with all before it.
+
+    ``spent``: seconds that this evaluation or decoding took, which no budget pays for. The table's
+    ``attrs`` have all settings of the ``sweep`` and the repeats of every ``step_seconds``.
+    """
+    path = Path(path or shipped("pocket/runs.parquet"))
+    with path.open("rb") as file:
+        try:
+            table = pd.read_parquet(file)
+            _require_columns("runs", table, (*_SETTINGS, *_LINE))
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path} must hold the runs of a sweep as Parquet: {error}") from error
+    return table
+
+
+@checked
+def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
+    """One line for each run of :func:`load_runs`: what it had seen and what it reached at its end.
+
+    ``held_out`` is the analytic tau, ``decoded_0`` and so on tau by decoding at that temperature,
+    all over the conversations of a ``domain``.
+    """
+    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    ended = runs[(runs["step"] == runs["steps"]) & (runs["domain"] == domain)]
+    own = ended[ended["kind"] == "held_out"].set_index(RUN)
+    if own.empty:
+        raise ValueError(f"domain must be one of {list(set(runs['domain']))}, got {domain!r}")
+    table = own[["steps", "step_seconds", "slots", "tokens", "seconds"]].assign(held_out=own["tau"])
+    decoded = ended[ended["kind"] == "decoded"]
+    for temperature, part in decoded.groupby("temperature"):
+        table[f"decoded_{temperature:g}"] = part.set_index(RUN)["tau"]
+    return table.reset_index()
+
+
+@checked
+def fitted_cells(
+    table: pd.DataFrame,
+    by: str = "held_out",
+    setting: Annotated[Sequence[str], NotEmpty()] = ("budget", "amount", "mix"),
+) -> pd.DataFrame:
+    """The cells of each setting on a surface that is fitted to all of them, and which is the best.
+
+    The logarithm of the column ``by`` of :func:`run_table` is fitted by a second-degree polynomial
+    in the logarithms of rows, anchors and block size, each run alike: so the best of many cells is
+    not the luckiest.
+
+    Returns:
+        one line for each cell: its ``seeds`` and their mean ``found``, the ``fitted`` one with its
+        95 % interval ``low`` to ``high`` (NaN with no more runs than coefficients), and ``best``.
+    """
+    from scipy import stats
+
+    _require_columns("table", table, (*setting, *_CELL, by))
+    found = []
+    for _, part in table.groupby(list(setting), observed=True):
+        logs = np.log(part[_CELL].to_numpy(dtype=float))
+        pairs = combinations_with_replacement(range(len(_CELL)), 2)
+        terms = [np.ones(len(part)), *logs.T, *(logs[:, i] * logs[:, j] for i, j in pairs)]
+        design, aim = np.stack(terms, axis=1), np.log(part[by].to_numpy(dtype=float))
+        # The terms of what takes only one or two values are not told apart, but their sums are.
+        inverse = np.linalg.pinv(design)
+        fitted = design @ inverse @ aim
+        freedom = len(part) - np.linalg.matrix_rank(design)
+        variance = ((aim - fitted) ** 2).sum() / freedom if freedom else np.nan
+        error = np.sqrt(variance * ((design @ inverse) ** 2).sum(axis=1))
+        half = error * stats.t.ppf(0.975, freedom) if freedom else np.nan
+        lines = part[[*setting, *_CELL]].assign(found=part[by], fitted=np.exp(fitted))
+        lines = lines.assign(low=np.exp(fitted - half), high=np.exp(fitted + half))
+        groups = lines.groupby([*setting, *_CELL], observed=True)
+        cells = groups.mean()
+        cells.insert(0, "seeds", groups.size())
+        found.append(cells.assign(best=cells["fitted"] == cells["fitted"].max()).reset_index())
+    return pd.concat(found, ignore_index=True)
+
+
+@checked
+def sweep_table(work: str | Path) -> pd.DataFrame:
+    """The results of the finished cells in a work folder, one line per cell and temperature.
+
+    ``slots`` are supervised, ``seconds`` the clock's; ``tau`` (tokens per round) is by decoding;
+    ``accepted_0``, ...: the share of whole blocks whose slot was accepted, with all before it.
+    """
+    runs = runs_table(work)
+    table = runs[(runs["kind"] == "decoded") & (runs["domain"] == ALL)]
+    if table.empty:
+        return pd.DataFrame()
+    table = table.rename(columns={"blocks": "rounds"}).astype(
+        {"budget": str, "mix": str, "rounds": int}
+    )
+    table = table.sort_values([_BY[0], *_VARIED, *_BY[1:]], ignore_index=True)
+    columns = [*RUN, "temperature", "steps", "slots", "seconds", "tau", "rounds"]
+    accepted = pd.DataFrame(table["survival"].tolist()).add_prefix("accepted_")
+    return table[columns].join(accepted)
+
+
+@checked
+def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
+    """A table of :func:`sweep_table` from CSV; the shipped one of the pocket target by default."""
+    return read_csv(path or shipped("pocket/sweep.csv"), [*_BY, "tau"])
+
+
+@checked
+def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Means over the seeds of each cell, with Student's 95 % interval of tau, ``low`` to ``high``.
+
+    Its standard deviation is pooled over the cells of a budget and temperature, and NaN where none
+    of them has two seeds.
+    """
+    from scipy import stats
+
+    by = ["budget", "temperature"]
+    columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
+    _require_columns("sweep", sweep, columns)
+    for name in set(_VARIED) & set(sweep):
+        if sweep.groupby("budget")[name].nunique().max() > 1:
+            found = sorted(set(sweep[name]))
+            raise ValueError(f"sweep must have one {name} for each budget, got {found}: choose one")
+    groups = sweep.groupby([*by, "block_size", "num_anchors"])
+    table = groups[["tau", "steps", "slots", "seconds"]].mean()
+    table.insert(1, "seeds", groups.size())
+    squares = (sweep["tau"] - groups["tau"].transform("mean")) ** 2
+    freedom = sweep.groupby(by).size() - table.groupby(by).size()
+    freedom = freedom.where(freedom > 0).astype(float)
+    spread = (squares.groupby([sweep[name] for name in by]).sum() / freedom) ** 0.5
+    quantile = freedom.map(lambda v: stats.t.ppf(0.975, v))
+    index = table.index.droplevel(["block_size", "num_anchors"])
+    half = standard_error((spread * quantile).reindex(index).to_numpy(), table["seeds"])
+    table.insert(1, "low", table["tau"] - half)
+    table.insert(2, "high", table["tau"] + half)
+    return table.reset_index()
+
+
+def standard_error(spread: Any, seeds: Any) -> Any:
+    """The standard error of the mean of so many drafters, each with this standard deviation."""
+    return spread / seeds**0.5
+
+
+def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"{name} must have the columns {list(columns)}, got no {missing}")
