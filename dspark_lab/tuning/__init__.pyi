@@ -21,6 +21,7 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
+from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
 from .jobs import end_with_parent, run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
@@ -58,11 +59,13 @@ __all__ = [
     "Card",
     "Cell",
     "Dtype",
+    "Forecast",
     "Layers",
     "PLANS",
     "Program",
     "REASONS",
     "RUN",
+    "Reference",
     "SERVERS",
     "ServingSettings",
     "Shape",
@@ -88,10 +91,13 @@ __all__ = [
     "expected_work",
     "export",
     "exports",
+    "extrapolate",
     "fit_step_time",
     "fit_table",
     "fitted_cells",
     "in_training_batches",
+    "learn_curves",
+    "learning_rates",
     "load_runs",
     "load_sweep",
     "measure_steps",
