@@ -24,7 +24,7 @@ from .coverage import (
 from .jobs import end_with_parent, run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .noise import GradientNoise, Moments, gradient_moments, measure_noise
+from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
 from .progress import progress_reason, progress_table
 from .results import (
     RUN,
@@ -97,6 +97,7 @@ __all__ = [
     "fitted_cells",
     "gradient_moments",
     "in_training_batches",
+    "label_overlap",
     "load_runs",
     "load_sweep",
     "measure_noise",
