@@ -25,7 +25,7 @@ from .jobs import end_with_parent, run_jobs
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
-from .progress import progress_reason, progress_table
+from .progress import Dilution, dilution, progress_reason, progress_table
 from .results import (
     RUN,
     cell_table,
@@ -59,6 +59,7 @@ __all__ = [
     "CARDS",
     "Card",
     "Cell",
+    "Dilution",
     "Dtype",
     "GradientNoise",
     "Layers",
@@ -87,6 +88,7 @@ __all__ = [
     "cell_table",
     "choose_training",
     "coverage_table",
+    "dilution",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",
