@@ -233,7 +233,10 @@ def test_gradients_are_those_of_the_training_objective(monkeypatch):
             for index, places in zip(conversation, anchors, strict=True)
         ]
         flat = torch.stack(
-            [torch.cat([(g / squares[n].sqrt().sqrt()).flatten() for n, g in e.items()]) for e in exact]
+            [
+                torch.cat([(g / squares[n].sqrt().sqrt()).flatten() for n, g in e.items()])
+                for e in exact
+            ]
         )
         products = gradients @ gradients.T
         np.testing.assert_allclose(products, (flat @ flat.T).detach().numpy(), rtol=1e-6)
