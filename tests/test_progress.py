@@ -136,7 +136,7 @@ def noise_of(seed: int = 0, signal: float = 1.0, block_sizes: tuple[int, ...] = 
     random = np.random.default_rng(seed)
     wholes = {}
     for size in block_sizes:
-        own = random.normal(size=(40, 10)) * np.array([[1.5], [1.0]] * 20)
+        own = random.normal(size=(40, 10)) * np.array([[1.25], [1.0]] * 20)
         gradients = signal + own + random.normal(size=(20, 10)).repeat(2, axis=0)
         groups = [np.array([0, 1, 2]), np.array([10, 20, 30])] * 20
         conversation = np.arange(40) // 2
@@ -159,7 +159,7 @@ def test_rates_follow_from_moments_dilution_and_seconds():
     options: dict[str, Any] = {"batch_sizes": (1, 2), "num_anchors": (1, 2, 4)}
     table = progress_table(noise, SPANS, step_table((1, 2), (1, 2, 4)), **options)
     signal, between, within, shared = noise.wholes[3].estimates()[0]
-    assert min(signal, between, within, shared) > 0
+    assert min(signal, between, within, shared, within - shared) > 0
     assert len(table) == 6
     for line in table.to_dict("records"):
         found = dilution(SPANS, line["num_anchors"], line["batch_size"], OVERLAP)
@@ -248,7 +248,7 @@ def test_a_signal_that_is_not_told_from_zero_is_said_and_orders_still():
     given: dict[str, Any] = {"batch_sizes": (2,), "num_anchors": (1, 4)}
     table = progress_table(noise_of(3, signal=0.0), SPANS, step_table((2,), (1, 4)), **given)
     assert not table["known"].any()
-    assert table["low"].tolist() == [0, 0]
+    assert table["low"].max() < 1e-6
     assert math.isclose(table["best"].sum(), 1)
     assert "is not known yet" in progress_reason(table)
 
