@@ -52,7 +52,7 @@ from dspark_lab.tuning.spans import Spans, training_steps
 
 # A step's time: the median over repeats, each the mean over at least so many steps and seconds
 # behind the first few. The repeats of all kinds take turns, so that a disturbance hits many.
-STEP_REPEATS, LEAST_STEPS, LEAST_SECONDS, FIRST_STEPS = 3, 5, 2.5, 2
+STEP_REPEATS, LEAST_STEPS, LEAST_SECONDS, FIRST_STEPS = 5, 5, 2.0, 2
 # What a kill may cost: seconds of training between checkpoints.
 CHECKPOINT_SECONDS = 30
 # Windows of training metrics.
