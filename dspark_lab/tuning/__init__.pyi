@@ -22,12 +22,12 @@ from .coverage import (
     token_supervision,
 )
 from .jobs import end_with_parent, run_jobs
+from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .results import (
     RUN,
     cell_table,
-    fitted_cells,
     load_runs,
     load_sweep,
     run_table,
@@ -82,6 +82,7 @@ __all__ = [
     "card_time",
     "cell_table",
     "choose_training",
+    "coverage_advice",
     "coverage_table",
     "end_with_parent",
     "evaluation_steps",
@@ -92,6 +93,8 @@ __all__ = [
     "fit_table",
     "fitted_cells",
     "in_training_batches",
+    "judge_advice",
+    "judged_table",
     "load_runs",
     "load_sweep",
     "measure_steps",
@@ -112,6 +115,7 @@ __all__ = [
     "supervision_table",
     "sweep_check",
     "sweep_table",
+    "taus_at",
     "token_coverage",
     "token_supervision",
     "training_cost",
