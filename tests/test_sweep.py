@@ -133,6 +133,23 @@ def test_a_sweep_that_stopped_goes_on_with_the_cells_that_are_missing(here):
     assert table.equals(run(here, noting([], 0)))
 
 
+def test_more_drafters_of_some_kinds_come_into_the_same_folder(here):
+    first = run(here)
+    kind = SMALL.cells()[0].kind
+    more = replace(SMALL, only=(kind,), seeds=(7, 8), corners=True)
+    assert [cell.key for cell in replace(more, corners=False).cells()] == [
+        f"{kind}-seed7",
+        f"{kind}-seed8",
+    ]
+    table = run(here, config=replace(more, corners=False))
+    assert len(table) == len(first) + 2 * len(SMALL.temperatures)
+    assert set(table["seed"]) == {*first["seed"], 7, 8}
+    with pytest.raises(
+        ValueError, match="only must name drafters of the sweep, got \\['nobody'\\]"
+    ):
+        replace(SMALL, only=(kind, "nobody"))
+
+
 def test_a_folder_of_another_sweep_is_refused_and_says_what_differs(here):
     run(here)
     other = replace(SMALL, slots=(101,), prompts=7)
@@ -363,6 +380,7 @@ def test_a_measurement_that_stopped_goes_on_with_the_repeats_that_are_missing(
         return [float(len(asked)), 9.0]
 
     monkeypatch.setattr(lab, "_measured", pretend)
+    monkeypatch.setattr(lab, "STEP_REPEATS", 3)
     with pytest.raises(OSError, match="no space"):
         measure_sweep(SMALL, tmp_path, progress=False)
     before, asked = asked, []
@@ -402,7 +420,7 @@ def test_the_command_line_has_the_flags_that_it_always_had():
     expected |= {"temperatures": (0.0, 1.0), "slots": (250000,), "seconds": (75.0,), "prompts": 60}
     expected |= {"max_new_tokens": 64, "target": "pocket", "data": None, "held_out": None}
     expected |= {"device": "cpu", "features": "cached", "batch_sizes": (16,), "max_length": 512}
-    expected |= {"mixes": ("all",), "corners": False, "plan": "first", "measure": False}
+    expected |= {"mixes": ("all",), "corners": False, "only": (), "plan": "first", "measure": False}
     expected |= {"evaluations": 12, "evaluate_chats": 48, "evaluate_anchors": 8}
     expected |= {"learning_rate": 0.003, "training": config.training, "processes": 1}
     expected |= {"work": Path("build/sweep"), "out": DATA / "pocket" / "sweep.csv"}

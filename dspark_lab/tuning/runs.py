@@ -394,12 +394,14 @@ def _materials(config: SweepConfig) -> _Materials:
 
 
 def _require_same_sweep(path: Path, config: SweepConfig) -> None:
-    # As JSON has it: tuples are lists there.
+    # As JSON has it: tuples are lists there. More drafters of the same sweep may come later.
     given = json.loads(json.dumps(asdict(config)))
+    chosen = ("seeds", "corners", "only")
     if not path.exists():
         write_json(path, given, indent=1)
     saved = read_json(path)
-    other = ", ".join(name for name in given if saved.get(name) != given[name])
+    compared = (name for name in given if name not in chosen)
+    other = ", ".join(name for name in compared if saved.get(name) != given[name])
     if other:
         wanted = "a new folder or one of the same sweep"
         raise ValueError(f"{path.parent} must be {wanted}, got one with other {other}")
