@@ -45,6 +45,7 @@ from dspark_lab.model import (
     WEIGHTS,
     Drafter,
     FeatureSource,
+    Objective,
     Slots,
     Sums,
     Target,
@@ -217,21 +218,31 @@ class Forward(nn.Module):
     def forward(
         self, blocks: Blocks, context: Tensor, last: Tensor, normaliser: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        bf16 = self.config.precision == "bf16"
-        terms: dict[str, Any] = self.config.term_weights_at(step)
-        terms["loss_decay_gamma"] = self.config.loss_decay_gamma
+        objective = self.objective(self.read(blocks, context, last), normaliser, step)
+        return objective.loss, objective.sums.stacked()
+
+    def read(self, blocks: Blocks, context: Tensor, last: Tensor) -> Slots:
+        """The slots of a training forward."""
         # Made here, since what it takes to compile it for every length is long.
         backend = choose_backend(context.device)
         forms = self.drafter.mask_forms(blocks, backend)
-        with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.slots(blocks, context, last, backend=backend, forms=forms)
-            w2 = self.drafter.markov_w2_weight
-            if self.config.vocabulary == "seen":
-                slots = replace(slots, target_ids=self.place[slots.target_ids])
-                w2 = None if w2 is None else w2[self.seen]
-            terms |= self.drafter.vocabulary | {"normaliser": normaliser}
-            objective = dspark_objective(slots, self.head, w2, **terms)
-        return objective.loss, objective.sums.stacked()
+        with self._autocast():
+            return self.slots(blocks, context, last, backend=backend, forms=forms)
+
+    def objective(self, slots: Slots, normaliser: Tensor, step: int) -> Objective:
+        """The objective of slots, as weighted at a 0-based step."""
+        terms: dict[str, Any] = self.config.term_weights_at(step)
+        terms |= {"loss_decay_gamma": self.config.loss_decay_gamma, "normaliser": normaliser}
+        w2 = self.drafter.markov_w2_weight
+        if self.config.vocabulary == "seen":
+            slots = replace(slots, target_ids=self.place[slots.target_ids])
+            w2 = None if w2 is None else w2[self.seen]
+        with self._autocast():
+            return dspark_objective(slots, self.head, w2, **terms, **self.drafter.vocabulary)
+
+    def _autocast(self) -> torch.autocast:
+        bf16, device = self.config.precision == "bf16", self.drafter.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 @checked

@@ -25,6 +25,8 @@ from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
+from .noise import GradientNoise, Moments, gradient_moments, measure_noise
+from .progress import progress_reason, progress_table
 from .results import (
     RUN,
     cell_table,
@@ -58,7 +60,9 @@ __all__ = [
     "Card",
     "Cell",
     "Dtype",
+    "GradientNoise",
     "Layers",
+    "Moments",
     "PLANS",
     "Program",
     "REASONS",
@@ -92,17 +96,21 @@ __all__ = [
     "fit_step_time",
     "fit_table",
     "fitted_cells",
+    "gradient_moments",
     "in_training_batches",
     "judge_advice",
     "judged_table",
     "load_runs",
     "load_sweep",
+    "measure_noise",
     "measure_steps",
     "measure_sweep",
     "memory_table",
     "never_table",
     "packing_table",
     "predict_sweep",
+    "progress_reason",
+    "progress_table",
     "row_blocks",
     "run_cell",
     "run_jobs",
