@@ -84,9 +84,9 @@ def train(
 ) -> History:
     """Train ``drafter`` in place, on the target's device, in fp32 at least.
 
-    Embedding and LM head become the target's own. ``out`` receives ``metrics.jsonl`` and
-    ``checkpoint-<step>`` folders, each a drafter that :func:`dspark_lab.load_drafter` reads, with
-    the optimiser's state beside it. Ctrl-C ends the run after the step it is in, with a checkpoint;
+    Embedding and LM head become the target's own. ``out`` receives ``run.json`` with the
+    configuration, ``metrics.jsonl`` and ``checkpoint-<step>`` folders, each a drafter that
+    :func:`dspark_lab.load_drafter` reads, with the optimiser's state beside it. Ctrl-C ends the run after the step it is in, with a checkpoint;
     the same call goes on from there.
 
     Args:
@@ -391,6 +391,7 @@ class Run:
         self.processes.wait()
         if self.processes.main:
             state.cut_to_checkpoint(self.out, rows)
+            state.write_run(self.out, self.config)
         return rows
 
     def save(self) -> None:
