@@ -25,8 +25,8 @@ from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .noise import GradientNoise, Moments, gradient_moments, measure_noise
-from .progress import progress_reason, progress_table
+from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .progress import Dilution, dilution, progress_reason, progress_table
 from .results import (
     RUN,
     cell_table,
@@ -59,6 +59,7 @@ __all__ = [
     "CARDS",
     "Card",
     "Cell",
+    "Dilution",
     "Dtype",
     "GradientNoise",
     "Layers",
@@ -88,6 +89,7 @@ __all__ = [
     "choose_training",
     "coverage_advice",
     "coverage_table",
+    "dilution",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",
@@ -100,6 +102,7 @@ __all__ = [
     "in_training_batches",
     "judge_advice",
     "judged_table",
+    "label_overlap",
     "load_runs",
     "load_sweep",
     "measure_noise",
