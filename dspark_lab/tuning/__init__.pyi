@@ -22,12 +22,14 @@ from .coverage import (
     token_supervision,
 )
 from .jobs import end_with_parent, run_jobs
+from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
+from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .progress import Dilution, dilution, progress_reason, progress_table
 from .results import (
     RUN,
     cell_table,
-    fitted_cells,
     load_runs,
     load_sweep,
     run_table,
@@ -57,8 +59,11 @@ __all__ = [
     "CARDS",
     "Card",
     "Cell",
+    "Dilution",
     "Dtype",
+    "GradientNoise",
     "Layers",
+    "Moments",
     "PLANS",
     "Program",
     "REASONS",
@@ -82,7 +87,9 @@ __all__ = [
     "card_time",
     "cell_table",
     "choose_training",
+    "coverage_advice",
     "coverage_table",
+    "dilution",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",
@@ -91,15 +98,22 @@ __all__ = [
     "fit_step_time",
     "fit_table",
     "fitted_cells",
+    "gradient_moments",
     "in_training_batches",
+    "judge_advice",
+    "judged_table",
+    "label_overlap",
     "load_runs",
     "load_sweep",
+    "measure_noise",
     "measure_steps",
     "measure_sweep",
     "memory_table",
     "never_table",
     "packing_table",
     "predict_sweep",
+    "progress_reason",
+    "progress_table",
     "row_blocks",
     "run_cell",
     "run_jobs",
@@ -112,6 +126,7 @@ __all__ = [
     "supervision_table",
     "sweep_check",
     "sweep_table",
+    "taus_at",
     "token_coverage",
     "token_supervision",
     "training_cost",

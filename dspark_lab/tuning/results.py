@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dspark_lab.checks import NotEmpty, checked
+from dspark_lab.checks import checked
 from dspark_lab.files import read_csv, read_json, shipped, written_whole
 from dspark_lab.tuning.cells import ALL
 
@@ -21,7 +20,6 @@ _BY = ["budget", "temperature", "block_size", "num_anchors", "seed"]
 _VARIED = ["amount", "mix", "batch_size"]
 # A run's settings, then a line's own columns.
 RUN = ["budget", *_VARIED, "num_anchors", "block_size", "seed"]
-_CELL = ["batch_size", "num_anchors", "block_size"]
 _SETTINGS = [*RUN, "steps", "step_seconds", "learning_rate", "warmup_steps"]
 _NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds
     spent""".split()
@@ -53,7 +51,7 @@ def runs_table(work: str | Path) -> pd.DataFrame:
 @checked
 def save_runs(runs: pd.DataFrame, path: str | Path) -> None:
     """Write a table of :func:`runs_table` as Parquet, what was measured in 32 bits."""
-    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
     table = runs.astype(dict.fromkeys(_NUMBERS, "float32"))
     for name in _BY_SLOT:
         table[name] = [
@@ -95,7 +93,7 @@ def load_runs(path: str | os.PathLike[str] | None = None) -> pd.DataFrame:
     with path.open("rb") as file:
         try:
             table = pd.read_parquet(file)
-            _require_columns("runs", table, (*_SETTINGS, *_LINE))
+            require_columns("runs", table, (*_SETTINGS, *_LINE))
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path} must hold the runs of a sweep as Parquet: {error}") from error
     return table
@@ -108,7 +106,7 @@ def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
     ``held_out`` is the analytic tau, ``decoded_0`` and so on tau by decoding at that temperature,
     all over the conversations of a ``domain``.
     """
-    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
     ended = runs[(runs["step"] == runs["steps"]) & (runs["domain"] == domain)]
     own = ended[ended["kind"] == "held_out"].set_index(RUN)
     if own.empty:
@@ -118,47 +116,6 @@ def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
     for temperature, part in decoded.groupby("temperature"):
         table[f"decoded_{temperature:g}"] = part.set_index(RUN)["tau"]
     return table.reset_index()
-
-
-@checked
-def fitted_cells(
-    table: pd.DataFrame,
-    by: str = "held_out",
-    setting: Annotated[Sequence[str], NotEmpty()] = ("budget", "amount", "mix"),
-) -> pd.DataFrame:
-    """The cells of each setting on a surface that is fitted to all of them, and which is the best.
-
-    The logarithm of the column ``by`` of :func:`run_table` is fitted by a second-degree polynomial
-    in the logarithms of rows, anchors and block size, each run alike: so the best of many cells is
-    not the luckiest.
-
-    Returns:
-        one line for each cell: its ``seeds`` and their mean ``found``, the ``fitted`` one with its
-        95 % interval ``low`` to ``high`` (NaN with no more runs than coefficients), and ``best``.
-    """
-    from scipy import stats
-
-    _require_columns("table", table, (*setting, *_CELL, by))
-    found = []
-    for _, part in table.groupby(list(setting), observed=True):
-        logs = np.log(part[_CELL].to_numpy(dtype=float))
-        pairs = combinations_with_replacement(range(len(_CELL)), 2)
-        terms = [np.ones(len(part)), *logs.T, *(logs[:, i] * logs[:, j] for i, j in pairs)]
-        design, aim = np.stack(terms, axis=1), np.log(part[by].to_numpy(dtype=float))
-        # The terms of what takes only one or two values are not told apart, but their sums are.
-        inverse = np.linalg.pinv(design)
-        fitted = design @ inverse @ aim
-        freedom = len(part) - np.linalg.matrix_rank(design)
-        variance = ((aim - fitted) ** 2).sum() / freedom if freedom else np.nan
-        error = np.sqrt(variance * ((design @ inverse) ** 2).sum(axis=1))
-        half = error * stats.t.ppf(0.975, freedom) if freedom else np.nan
-        lines = part[[*setting, *_CELL]].assign(found=part[by], fitted=np.exp(fitted))
-        lines = lines.assign(low=np.exp(fitted - half), high=np.exp(fitted + half))
-        groups = lines.groupby([*setting, *_CELL], observed=True)
-        cells = groups.mean()
-        cells.insert(0, "seeds", groups.size())
-        found.append(cells.assign(best=cells["fitted"] == cells["fitted"].max()).reset_index())
-    return pd.concat(found, ignore_index=True)
 
 
 @checked
@@ -198,7 +155,7 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
 
     by = ["budget", "temperature"]
     columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
-    _require_columns("sweep", sweep, columns)
+    require_columns("sweep", sweep, columns)
     for name in set(_VARIED) & set(sweep):
         if sweep.groupby("budget")[name].nunique().max() > 1:
             found = sorted(set(sweep[name]))
@@ -223,7 +180,7 @@ def standard_error(spread: Any, seeds: Any) -> Any:
     return spread / seeds**0.5
 
 
-def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"{name} must have the columns {list(columns)}, got no {missing}")
