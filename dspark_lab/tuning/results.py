@@ -12,6 +12,7 @@ import pandas as pd
 
 from dspark_lab.checks import checked
 from dspark_lab.files import read_csv, read_json, shipped, written_whole
+from dspark_lab.rates import ratio_interval, resampled
 from dspark_lab.tuning.cells import ALL
 
 # The columns that a table of decoded taus is sorted by; the shipped one has one value of each of
@@ -116,6 +117,73 @@ def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
     for temperature, part in decoded.groupby("temperature"):
         table[f"decoded_{temperature:g}"] = part.set_index(RUN)["tau"]
     return table.reset_index()
+
+
+@checked
+def block_loss(
+    runs: pd.DataFrame,
+    trained: Count = 15,
+    served: Count = 7,
+    *,
+    by: Sequence[str] = ("mix", "amount"),
+    domain: str = ALL,
+) -> pd.DataFrame:
+    """What is lost by training long blocks and serving shorter ones, in pairs.
+
+    A run of blocks of ``trained`` slots, of which the first ``served`` are drafted, is compared
+    with one that differs from it in its block size alone, ``served``: of the same budget; and after
+    as many steps, where the shorter blocks have runs of fewer and of more (log tau of each
+    conversation is then linear in log steps between them). Both on the same conversations, at the
+    end of :func:`load_runs`' runs or where these have stopped.
+
+    Returns:
+        one line for each kind of ``equal``, "budget" or "steps", and each combination of the
+        columns ``by``: the number of pairs, ``runs``, and of ``conversations``; mean tau of those
+        trained on ``served`` slots; and what the others have ``lost`` of it, a share, in its 95 %
+        interval over conversations, ``low`` to ``high``.
+    """
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    if not served < trained:
+        raise ValueError(f"served must be below trained, {trained}, got {served}")
+    lines = runs[(runs["kind"] == "conversation") & runs["block_size"].isin([trained, served])]
+    lines = lines[lines["step"] == lines.groupby(RUN, observed=True)["step"].transform("max")]
+    lines = lines if domain == ALL else lines[lines["domain"] == domain]
+    tau = [1 + float(np.sum(one[:served])) for one in lines["survival"]]
+    same = [name for name in RUN if name != "block_size"] + ["conversation"]
+    table = lines[[*same, "block_size", "step"]].astype({"conversation": str}).assign(tau=tau)
+    long, short = (
+        table[table["block_size"] == size].drop(columns="block_size") for size in (trained, served)
+    )
+    pairs = {"budget": long.merge(short, on=same, suffixes=("_long", ""))}
+    pairs["steps"] = _after_equal_steps(long, short, [n for n in same if n != "amount"])
+    parts = []
+    for equal, pair in pairs.items():
+        groups = pair.groupby(list(by), observed=True) if by else [((), pair)]
+        for key, part in groups:
+            if len(part):
+                one_by_one = part.groupby("conversation", observed=True)[["tau_long", "tau"]].sum()
+                top, bottom = one_by_one.to_numpy().T
+                drawn = resampled(len(top), 10_000, 0)
+                high, low = 1 - ratio_interval(top, bottom, drawn)
+                count = len(part[same[:-1]].drop_duplicates())
+                found = (count, len(top), part["tau"].mean(), 1 - top.sum() / bottom.sum())
+                parts.append((equal, *key, *found, float(low), float(high)))
+    columns = ["runs", "conversations", "tau", "lost", "low", "high"]
+    return pd.DataFrame(parts, columns=["equal", *by, *columns])
+
+
+def _after_equal_steps(long: pd.DataFrame, short: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Each line of ``long`` with the tau that ``short`` would have after as many steps."""
+    curves = {key: part.sort_values("step") for key, part in short.groupby(by, observed=True)}
+    found = []
+    for line, key in zip(long.to_dict("records"), long[by].itertuples(index=False), strict=True):
+        curve = curves.get(tuple(key))
+        if curve is None or not curve["step"].min() <= line["step"] <= curve["step"].max():
+            continue
+        logs = np.log(curve["step"]), np.log(curve["tau"])
+        tau = float(np.exp(np.interp(np.log(line["step"]), *logs)))
+        found.append({**line, "tau_long": line["tau"], "tau": tau})
+    return pd.DataFrame(found, columns=[*long.columns, "tau_long"])
 
 
 @checked
