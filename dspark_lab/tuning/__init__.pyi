@@ -25,7 +25,7 @@ from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .noise import GradientNoise, Moments, gradient_moments, measure_noise
+from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
 from .progress import progress_reason, progress_table
 from .results import (
     RUN,
@@ -100,6 +100,7 @@ __all__ = [
     "in_training_batches",
     "judge_advice",
     "judged_table",
+    "label_overlap",
     "load_runs",
     "load_sweep",
     "measure_noise",
