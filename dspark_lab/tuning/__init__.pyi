@@ -21,14 +21,26 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
+from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .pilots import pilot
 from .progress import progress_reason, progress_table
+from .race import (
+    Advice,
+    Contest,
+    Pilot,
+    decide,
+    next_pilots,
+    pilot_allowance,
+    replay_pilot,
+)
 from .results import (
     RUN,
+    block_loss,
     cell_table,
     load_runs,
     load_sweep,
@@ -54,16 +66,21 @@ from .steptime import StepTime, fit_step_time, measure_steps
 
 __all__ = [
     "ALL",
+    "Advice",
     "AttentionWork",
     "BUDGETS",
     "CARDS",
     "Card",
     "Cell",
+    "Contest",
     "Dtype",
+    "GROWTH",
     "GradientNoise",
+    "Growth",
     "Layers",
     "Moments",
     "PLANS",
+    "Pilot",
     "Program",
     "REASONS",
     "RUN",
@@ -82,17 +99,20 @@ __all__ = [
     "TrainingChoice",
     "TrainingSettings",
     "anchors_needed",
+    "block_loss",
     "card_table",
     "card_time",
     "cell_table",
     "choose_training",
     "coverage_advice",
     "coverage_table",
+    "decide",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",
     "export",
     "exports",
+    "fit_growth",
     "fit_step_time",
     "fit_table",
     "fitted_cells",
@@ -108,10 +128,14 @@ __all__ = [
     "measure_sweep",
     "memory_table",
     "never_table",
+    "next_pilots",
     "packing_table",
+    "pilot",
+    "pilot_allowance",
     "predict_sweep",
     "progress_reason",
     "progress_table",
+    "replay_pilot",
     "row_blocks",
     "run_cell",
     "run_jobs",

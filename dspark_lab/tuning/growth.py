@@ -25,10 +25,9 @@ from jaxtyping import Float
 
 from dspark_lab.checks import checked
 from dspark_lab.tuning.cells import ALL
+from dspark_lab.tuning.judging import CELL
 from dspark_lab.tuning.results import run_table
 
-# What decides a step, but for the data.
-OPTION = ["batch_size", "num_anchors", "block_size"]
 # The origins of steps, 1 + noise and block size, and the x beyond which q is its tangent.
 _STEPS, _NOISE, _BLOCK, _BOUND = 500.0, 5.0, 7.0, 2.5
 # Of logit(p) and of log(steps), for derivatives.
@@ -127,7 +126,7 @@ def fit_growth(
     ``mix`` where it has such a column.
     """
     ends = run_table(runs, domain=domain).astype({"mix": str})
-    ends = ends.merge(progress[[*OPTION, *{"mix"} & set(progress), "noise"]])
+    ends = ends.merge(progress[[*CELL, *{"mix"} & set(progress), "noise"]])
     if ends.empty:
         raise ValueError("progress must hold the options of runs, got none of them")
     terms = _terms(ends, ends["steps"].to_numpy(dtype=float))
@@ -139,9 +138,7 @@ def fit_growth(
     before = half * np.eye(len(start))
     before[:size, :size] = prior.covariance
     before[0, 0] = half
-    aim = _logit(
-        ends["held_out"].to_numpy(dtype=float), ends["block_size"].to_numpy(dtype=float)
-    )
+    aim = _logit(ends["held_out"].to_numpy(dtype=float), ends["block_size"].to_numpy(dtype=float))
     residual = prior.residual
     for _ in range(20):
         noisy = design @ before @ design.T + residual**2 * np.eye(len(aim))

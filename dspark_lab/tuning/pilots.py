@@ -26,8 +26,9 @@ from dspark_lab.files import read_json, shipped, write_json
 from dspark_lab.training import TrainConfig, train
 from dspark_lab.tuning.cells import ALL, Cell, SweepConfig
 from dspark_lab.tuning.choice import choose_training
-from dspark_lab.tuning.growth import GROWTH, OPTION, Growth
+from dspark_lab.tuning.growth import GROWTH, Growth
 from dspark_lab.tuning.jobs import run_jobs
+from dspark_lab.tuning.judging import CELL
 from dspark_lab.tuning.noise import GradientNoise, measure_noise
 from dspark_lab.tuning.progress import progress_table
 from dspark_lab.tuning.race import (
@@ -143,7 +144,7 @@ def pilot(
     contest = Contest(options, budget, allowed, measured, arms, growth, reference)
     cells = {
         label: Cell("seconds", round(contest.plan.seconds, 3), ALL, *map(int, option), seed)
-        for label, option in options[OPTION].T.items()
+        for label, option in options[CELL].T.items()
     }
     threads = torch.get_num_threads()
     try:
@@ -224,7 +225,7 @@ def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFr
             per=training.anchors_per,
             **sizes,
         )
-        options = options[[*OPTION, "seconds", "noise", "rate", "low", "high"]]
+        options = options[[*CELL, "seconds", "noise", "rate", "low", "high"]]
         found = {"seconds": spent + more, "options": options.to_dict("records")}
         write_json(path, found, indent=0)
     found = read_json(path)
@@ -240,9 +241,11 @@ def _timed(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFram
     order = table["operations"].argsort(kind="stable").to_numpy()
     for place in np.linspace(0, len(order) - 1, min(_TIMED, len(order))).round().astype(int):
         line = table.loc[order[place]]
-        cell = Cell("seconds", budget, ALL, *map(int, line[OPTION]), config.seeds[0])
+        cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
         if len(measured) > 1:
-            expected = measured.iloc[-1] * line["operations"] / table["operations"][measured.index[-1]]
+            expected = (
+                measured.iloc[-1] * line["operations"] / table["operations"][measured.index[-1]]
+            )
             if spent + expected * (FIRST_STEPS + LEAST_STEPS) > _TIMING * budget:
                 break
         if cell.step_kind not in known:
@@ -277,7 +280,7 @@ def _operations(config: SweepConfig) -> pd.DataFrame:
     for rows in config.batch_sizes:
         time = StepTime(1.0, 0.0, 0.0, 0.0, 0)
         table = choose_training(shared.chats, shape, time=time, batch_size=rows, **given).table
-        parts.append(table[[*OPTION[1:], "operations"]].assign(batch_size=rows))
+        parts.append(table[[*CELL[1:], "operations"]].assign(batch_size=rows))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -290,16 +293,20 @@ def _noise(
     line = longest.loc[longest["seconds"].idxmin()]
     seconds = float(line["seconds"])
     steps = int(min(_WARM_STEPS, max(1, _WARMING * budget / seconds)))
-    cell = Cell("seconds", budget, ALL, *map(int, line[OPTION]), config.seeds[0])
+    cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
     training = cell_training(cell, config, steps, seconds)
     drafter = cell_drafter(cell, shared)
     given: dict[str, Any] = {"features": config.features, "cache": work / "features"}
     out = work / "runs" / "warm"
-    history = train(drafter, shared.target, shared.chats, training, out=out, progress=False, **given)
+    history = train(
+        drafter, shared.target, shared.chats, training, out=out, progress=False, **given
+    )
     if history.interrupted:
         raise KeyboardInterrupt
     begin = time.process_time()
-    noise = measure_noise(drafter, shared.target, shared.chats, training, block_sizes=config.block_sizes)
+    noise = measure_noise(
+        drafter, shared.target, shared.chats, training, block_sizes=config.block_sizes
+    )
     return noise, steps * seconds + time.process_time() - begin
 
 

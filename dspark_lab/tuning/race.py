@@ -28,7 +28,8 @@ from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, Within,
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.extrapolation import Forecast, extrapolate
-from dspark_lab.tuning.growth import GROWTH, OPTION, Growth
+from dspark_lab.tuning.growth import GROWTH, Growth
+from dspark_lab.tuning.judging import CELL
 from dspark_lab.tuning.results import run_table
 from dspark_lab.tuning.runs import evaluation_steps
 from dspark_lab.tuning.settings import TrainingSettings
@@ -37,6 +38,8 @@ from dspark_lab.tuning.settings import TrainingSettings
 # end; what goes on runs two of them further, 2.3 times as long.
 EVALUATIONS, FURTHER = 12, 2
 SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
+# No pilot ends before the learning rate has risen, which takes a twentieth of a run.
+_FIRST = 4
 # Draws of a posterior.
 _DRAWS = 4000
 # Half a 90 % interval in standard deviations.
@@ -67,7 +70,7 @@ def pilot_error(share: Annotated[float, Within(0, 1, above=True)]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Pilot:
-    """The beginning of a run: the ``share`` of it that was run, and its lines (:func:`load_runs`)."""
+    """The beginning of a run: its lines (:func:`load_runs`), and the ``share`` that was run."""
 
     share: float
     lines: pd.DataFrame
@@ -99,7 +102,7 @@ class Contest:
     reference: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
-        wanted = [*OPTION, "seconds", "noise", "rate", "low", "high"]
+        wanted = [*CELL, "seconds", "noise", "rate", "low", "high"]
         missing = [name for name in wanted if name not in self.options]
         if missing or self.options.empty or not self.options.index.is_unique:
             got = f"got {len(self.options)} without {missing}" if missing else "got other ones"
@@ -116,7 +119,7 @@ class Contest:
         best, most = Plan((), (), rest), 0.0
         for count in range(2, min(self.arms, len(order)) + 1):
             arms = order[:count]
-            for first in range(EVALUATIONS - 1):
+            for first in range(_FIRST, EVALUATIONS - 1):
                 plan = _scheduled(arms.tolist(), first, rest)
                 if plan is None or rest - plan.seconds > self.allowed:
                     continue
@@ -204,11 +207,11 @@ class Advice:
             ``lead_high``.
         sure: the probability that no other option would reach more.
         steps: of the chosen run, as many as the rest of the budget pays for.
-        spent: of the budget, by measuring and by pilots that lost.
-        table: a line an option: ``seconds`` of a step; progress a second, ``rate``, in its interval;
-            ``steps`` of a whole run; tau as expected before any pilot, ``prior``; the share that its
-            pilot has run, ``piloted``, and what this alone forecasts; ``tau`` after both in its 90 %
-            interval ``low`` to ``high``; and the probability to be the ``best``.
+        spent: of the budget, by measuring and by pilots that lost: what the chosen run lacks.
+        table: a line an option: ``seconds`` of a step; progress a second, ``rate``, in its
+            interval; ``steps`` of a whole run; tau as expected before any pilot, ``prior``; the
+            share that its pilot has run, ``piloted``, and what this alone forecasts; ``tau`` after
+            both in its 90 % interval ``low`` to ``high``; and the probability to be the ``best``.
         curves: of each pilot the points that were measured, and their extrapolation.
         surer: what it would take to be surer.
         settings: of the chosen run, to be exported; None where there is no run to go on with.
@@ -266,7 +269,7 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
     draws = beliefs.draws()
     found = {arm: forecast.tau for arm, forecast in race.forecasts.items()}
     arms = range(len(options))
-    table = options[[*OPTION, "seconds", "rate"]].assign(
+    table = options[[*CELL, "seconds", "rate"]].assign(
         rate_low=options["low"],
         rate_high=options["high"],
         steps=contest.steps,
@@ -280,9 +283,10 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
     )
     first, *others = np.argsort(-mean, kind="stable").tolist()
     begun = race.shares.get(first, 0.0)
-    spent = contest.measured + (sum(race.shares.values()) - begun) * plan.seconds
-    # A run that has begun has its steps; of another one the time of all pilots is taken.
-    rest = plan.seconds if begun else contest.budget - spent
+    # A run that has begun has its steps; a new one has what all pilots have left.
+    rest = plan.seconds
+    if not begun:
+        rest = contest.budget - contest.measured - sum(race.shares.values()) * plan.seconds
     steps = max(1, round(rest / float(options["seconds"].iloc[first])))
     lead = (math.inf, math.inf, math.inf)
     if others:
@@ -295,7 +299,7 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
         *lead,
         float(table["best"].iloc[first]),
         steps,
-        float(spent),
+        contest.budget - rest,
         table,
         _curves(options.index, race, pilots),
         _surer(contest, race, first, others[0]) if others else "There is no other option.",
@@ -426,7 +430,7 @@ def _surer(contest: Contest, race: _Race, best: int, other: int) -> str:
         return f"Between these two it is {sure:.0%} sure, which more pilots would hardly change."
     run = sum(race.shares.get(arm, 0.0) for arm in pair)
     text = ""
-    for share in SHARES[:-1]:
+    for share in SHARES[_FIRST:-1]:
         if share <= begun:
             continue
         error = _more_precise(begun, share) if begun else pilot_error(share)
@@ -466,26 +470,8 @@ def _curves(labels: pd.Index, race: _Race, pilots: Mapping[int, Pilot]) -> pd.Da
 
 def option_name(option: pd.Series) -> str:
     """Such as "N 16, K 7, 8 rows"."""
-    rows, anchors, block_size = (int(option[name]) for name in OPTION)
+    rows, anchors, block_size = (int(option[name]) for name in CELL)
     return f"N {anchors}, K {block_size}, {rows} row{'s' if rows > 1 else ''}"
-
-
-@checked
-def final_tau(runs: pd.DataFrame, amount: Positive, by: Literal["seconds", "slots"]) -> float:
-    """The held-out tau that a setting reaches in so many seconds or slots, by its recorded runs.
-
-    Between budgets, and below the least of them, log tau is linear in the logarithm of what was
-    spent; ``runs`` are those of one option and seed on one mix, of two budgets at least.
-    """
-    ends = run_table(runs)
-    spent = ends["slots"] if by == "slots" else ends["steps"] * ends["step_seconds"]
-    points = pd.Series(np.log(ends["held_out"].to_numpy()), np.log(spent.to_numpy())).sort_index()
-    if len(points) < 2 or not points.index.is_unique:
-        raise ValueError(f"runs must be of two budgets at least, one each, got {len(points)}")
-    x, y = points.index.to_numpy(), points.to_numpy()
-    place = int(np.clip(np.searchsorted(x, math.log(amount)), 1, len(x) - 1))
-    slope = (y[place] - y[place - 1]) / (x[place] - x[place - 1])
-    return math.exp(y[place] + slope * (math.log(amount) - x[place]))
 
 
 @checked
@@ -500,16 +486,15 @@ def replay_pilot(
     share: Share = 0.15,
     by: Literal["seconds", "slots"] = "seconds",
     seed: Size = 0,
-) -> tuple[Advice, float]:
-    """What a pilot would have answered, and the tau that this would have come to.
+) -> Advice:
+    """What a pilot would have answered whose runs are the beginnings of recorded ones.
 
-    Pilots are the beginnings of recorded runs of the budget ``amount``. What measuring and losing
-    pilots cost is taken from the winner's budget.
+    What it has ``spent``, the winner's run lacks: :func:`judge_advice` takes it away.
 
     Args:
-        runs: of one mix, of every option and several budgets (:func:`load_runs`).
+        runs: of one mix, of every option (:func:`load_runs`); for pilots, of the budget ``amount``.
         progress: a line for each option of the runs (:func:`progress_table`).
-        amount: the budget, which must be one of the runs'.
+        amount: the budget.
         measured: seconds that step times and noise took.
         growth: of runs on other data, see :func:`fit_growth`.
         reference: runs on other data.
@@ -519,24 +504,21 @@ def replay_pilot(
     options, by_option = progress.reset_index(drop=True), {}
     for label, option in options.iterrows():
         mine = runs["seed"] == seed
-        for name in OPTION:
+        for name in CELL:
             mine &= runs[name] == option[name]
         by_option[label] = runs[mine]
         if by_option[label].empty:
-            raise ValueError(f"runs must hold every option of progress, got no {option_name(option)}")
+            raise ValueError(
+                f"runs must hold every option of progress, got no {option_name(option)}"
+            )
         if by == "slots":
             ends = run_table(by_option[label])
             options.loc[label, "seconds"] = (ends["slots"] / ends["steps"]).mean()
     allowed = pilot_allowance(amount, share) if by == "seconds" else 0.0
-    contest = Contest(
-        options, amount, allowed, measured, growth=growth, reference=reference
-    )
+    contest = Contest(options, amount, allowed, measured, growth=growth, reference=reference)
     pilots: dict[int, Pilot] = {}
     while todo := next_pilots(contest, pilots):
         for label, part in todo.items():
             lines = by_option[label]
             pilots[label] = Pilot(part, lines[lines["amount"] == amount])
-    advice = decide(contest, pilots)
-    chosen = advice.best.name
-    left = advice.steps * options["seconds"][chosen]
-    return advice, final_tau(by_option[chosen], left, by)
+    return decide(contest, pilots)
