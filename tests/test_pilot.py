@@ -95,3 +95,259 @@ def test_pilots_may_have_a_share_of_the_budget_and_of_short_ones_half_a_minute()
     assert pilot_allowance(180) == pilot_allowance(67) == 30
     assert pilot_allowance(20) == pytest.approx(9) and pilot_allowance(100, 0.0) == 0
     assert pilot_allowance(1000, 0.1) == 100 and pilot_allowance(100, 0.1) == 20
+
+
+def expected_logit(coefficients: list[float], steps: float, noise: float, slots: float) -> float:
+    """The sentence of growth.py, a term a line."""
+    a, b, c, d, e, f, g = coefficients
+    x, v, k = math.log(steps / 500), math.log((1 + noise) / 5), math.log(slots / 7)
+    bent = x * x if abs(x) <= 2.5 else 2 * 2.5 * abs(x) - 2.5**2
+    return a + b * x + c * bent + d * v + e * x * v + f * k + g * x * k
+
+
+def tau_of(probability: float, slots: int) -> float:
+    return sum(probability**k for k in range(slots + 1))
+
+
+def test_tau_grows_as_the_curve_says():
+    table, coefficients = options(), [0.1, 0.8, -0.1, -0.4, 0.05, 0.2, -0.03]
+    steps = np.array([2, 30, 100, 500, 900, 3000, 7000, 20_000], dtype=float)
+    known = Growth(np.array(coefficients), np.zeros((7, 7)), 0.1)
+    mean, covariance = known.predict(table, steps)
+    slopes = known.slope(table, steps)
+    for place, option in enumerate(table.itertuples()):
+        around = []
+        for shift, stretch in ((0, 1), (1e-3, 1), (0, math.exp(1e-3))):
+            logit = expected_logit(
+                coefficients, steps[place] * stretch, option.noise, option.block_size
+            )
+            probability = 1 / (1 + math.exp(-logit - shift))
+            around.append(math.log(tau_of(probability, option.block_size)))
+        here, by_logit, by_steps = around
+        assert mean[place] == pytest.approx(here)
+        spread = 0.1 * (by_logit - here) / 1e-3
+        assert covariance[place, place] == pytest.approx(spread**2, rel=1e-2)
+        assert slopes[place] == pytest.approx((by_steps - here) / 1e-3, rel=1e-2)
+    assert not covariance[~np.eye(len(table), dtype=bool)].any()
+
+
+@given(st.floats(-8, 8), st.integers(1, 40))
+def test_a_tau_stands_for_one_probability_of_all_slots(logit: float, slots: int):
+    tau = tau_of(1 / (1 + math.exp(-logit)), slots)
+    found = growing._logit(np.array([tau]), np.array([float(slots)]))
+    assert growing._tau(np.array([logit]), np.array([float(slots)])) == pytest.approx(tau)
+    assert growing._tau(found, np.array([float(slots)])) == pytest.approx(tau)
+
+
+def ended_runs(coefficients: list[float], mixes: dict[str, float], spread: float) -> pd.DataFrame:
+    """Ends of runs that lie about the curve, each mix at a level of its own."""
+    rng, lines = np.random.default_rng(0), []
+    cells = product(mixes, (2, 8), (4, 16, 96), (4, 7, 15), (20.0, 60.0, 180.0))
+    for mix, rows, anchors, size, amount in cells:
+        (option,) = options((rows, anchors, size)).itertuples()
+        steps = round(amount / option.seconds)
+        logit = expected_logit(coefficients, steps, option.noise, size) + mixes[mix]
+        tau = tau_of(1 / (1 + math.exp(-logit - spread * rng.normal())), size)
+        line = {"budget": "seconds", "amount": amount, "mix": mix, "seed": 0, "steps": steps}
+        line |= dict(zip(CELLS, (rows, anchors, size), strict=True)) | {"noise": option.noise}
+        line |= {"step_seconds": option.seconds, "kind": "held_out", "domain": "all"}
+        lines.append(line | {"step": steps, "tau": tau})
+    return pd.DataFrame(lines)
+
+
+def with_all_columns(runs: pd.DataFrame) -> pd.DataFrame:
+    from dspark_lab.tuning import results
+
+    return runs.reindex(columns=list(dict.fromkeys([*results._SETTINGS, *results._LINE])))
+
+
+def test_growth_is_learned_from_the_runs_of_other_data():
+    true = [0.3, 0.6, -0.1, -0.7, -0.2, 0.2, 0.05]
+    runs = ended_runs(true, {"one": 0.2, "two": -0.3}, 0.05)
+    progress = runs[[*CELLS, "noise"]].drop_duplicates()
+    found = fit_growth(with_all_columns(runs), progress)
+    error = np.sqrt(np.diag(found.covariance))
+    # Seven intervals of three standard deviations, with the seed that there is.
+    assert (np.abs(found.mean - true)[1:] < 3 * error[1:]).all()
+    before = np.sqrt(np.diag(GROWTH.covariance))
+    assert (error[1:] < before[1:] / 2).all()
+    # New data have a level of their own, of which others say less than half.
+    assert before[0] / 2**0.5 < error[0] < before[0]
+    assert 0.04 < found.residual < 0.07
+    of_mix = runs[["mix", *CELLS, "noise"]].drop_duplicates()
+    np.testing.assert_allclose(fit_growth(with_all_columns(runs), of_mix).mean, found.mean)
+    with pytest.raises(ValueError, match="progress must hold the options of runs"):
+        fit_growth(with_all_columns(runs), options((3, 3, 3)))
+
+
+def test_estimates_and_what_was_known_before_are_joined_as_gaussians():
+    rng = np.random.default_rng(1)
+    root = rng.normal(size=(4, 4))
+    mean, covariance = rng.normal(size=4), root @ root.T
+    seen, errors, found = [0, 2], np.array([0.5, 0.8]), np.array([1.0, -1.0])
+    before = race.Beliefs(mean, covariance, np.ones(4))
+    after = before.given(seen, found, errors)
+    # All six at once: four values, and two estimates of which half the variance is in common.
+    joint = np.zeros((6, 6))
+    joint[:4, :4] = covariance
+    for i, one in enumerate(seen):
+        joint[4 + i, :4] = joint[:4, 4 + i] = covariance[one]
+        for j, other in enumerate(seen):
+            shared = race.SHARED_ERROR * errors[i] * errors[j]
+            own = (1 - race.SHARED_ERROR) * errors[i] ** 2 if i == j else 0.0
+            joint[4 + i, 4 + j] = covariance[one, other] + shared + own
+    precision = np.linalg.inv(joint)
+    left = np.linalg.inv(precision[:4, :4])
+    expected = mean - left @ precision[:4, 4:] @ (found - mean[seen])
+    np.testing.assert_allclose(after.mean, expected)
+    np.testing.assert_allclose(after.covariance, left, atol=1e-12)
+    drawn = after.draws()
+    np.testing.assert_allclose(drawn.mean(axis=0), after.mean, atol=0.15)
+    np.testing.assert_allclose(np.cov(drawn.T), after.covariance, atol=0.3)
+
+
+def test_choosing_after_an_estimate_gains_what_the_formula_of_two_normals_says():
+    mean, covariance = np.array([0.2, 0.0]), np.diag([0.1, 0.3]) ** 2
+    before = race.Beliefs(mean, covariance, np.ones(2))
+    errors = np.array([0.2, 0.2])
+    gain = before.expected_gain([0, 1], errors)
+    # The difference of the two posterior means is a normal with this variance.
+    own = covariance + np.diag(errors**2) * (1 - race.SHARED_ERROR) + race.SHARED_ERROR * 0.04
+    moved = covariance @ np.linalg.inv(own) @ covariance
+    deviation = math.sqrt(moved[0, 0] + moved[1, 1] - 2 * moved[0, 1])
+    normal = NormalDist()
+    expected = deviation * normal.pdf(0.2 / deviation) - 0.2 * normal.cdf(-0.2 / deviation)
+    assert gain == pytest.approx(expected, abs=3 * deviation / race._DRAWS**0.5)
+    assert before.expected_gain([0, 1], errors * 1000) == pytest.approx(0, abs=1e-3)
+
+
+@given(st.lists(st.floats(1, 9), min_size=1, max_size=6, unique=True), st.randoms())
+@settings(max_examples=15, deadline=None)
+def test_the_better_half_is_promoted_whatever_the_order(values: list[float], random: Any):
+    order = list(enumerate(values))
+    random.shuffle(order)
+    kept = race.promoted(dict(order))
+    best = sorted(range(len(values)), key=lambda key: -values[key])
+    assert set(kept) == set(best[: max(1, len(values) // 2)])
+
+
+def test_of_equal_runs_the_first_stay():
+    assert race.promoted({3: 2.0, 1: 2.0, 2: 2.0, 7: 2.0}) == [3, 1]
+
+
+BUDGETS = (20.0, 100.0, 700.0, 5000.0)
+
+
+@pytest.mark.parametrize(("seed", "budget"), list(enumerate(BUDGETS * 3)))
+def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, monkeypatch: Any):
+    world = World(seed, options(), budget, measured=0.02 * budget)
+    contest, asked = world.contest, {}
+    monkeypatch.setattr(race, "extrapolate", world.extrapolate)
+    pilots: dict[int, Pilot] = {}
+    while todo := next_pilots(contest, pilots):
+        for label, share in todo.items():
+            assert share > asked.get(label, 0)
+            asked[label] = share
+            pilots[label] = world.pilot(label, share)
+    advice = decide(contest, pilots)
+    seconds = contest.options["seconds"]
+    spent = {label: share * contest.steps[label] * seconds[label] for label, share in asked.items()}
+    lost = sum(spent.values()) - spent.get(advice.best.name, 0.0)
+    # Whole steps are as close to a share of a run as they can be.
+    near = contest.steps.reindex(list(asked)).rsub(0).abs() if asked else pd.Series(dtype=float)
+    assert lost <= contest.allowed + 0.5 * seconds.max() * max(1, len(near))
+    assert advice.spent >= contest.measured
+    run = advice.steps * advice.best["seconds"]
+    assert run + advice.spent == pytest.approx(budget, abs=advice.best["seconds"])
+    assert lost <= advice.spent - contest.measured + 0.5 * seconds.max() * max(1, len(near))
+    assert advice.table["best"].sum() == pytest.approx(1)
+    assert advice.best["tau"] == advice.table["tau"].max()
+    assert advice.best["low"] < advice.best["tau"] < advice.best["high"]
+    assert (advice.table["piloted"] > 0).sum() == len(asked) <= contest.arms
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_order_in_which_pilots_end_changes_nothing(seed: int, monkeypatch: Any):
+    world = World(seed, options(), 2000.0)
+    first, *others = (world.play(monkeypatch, order) for order in range(3))
+    assert len(first) > 1
+    answer = decide(world.contest, first)
+    for pilots in others:
+        again = decide(world.contest, pilots)
+        pd.testing.assert_frame_equal(again.table, answer.table)
+        assert again.reason == answer.reason and again.steps == answer.steps
+    # Nor does what was run further than it was asked for.
+    more = decide(world.contest, world.play(monkeypatch, extra=True))
+    pd.testing.assert_frame_equal(more.table, answer.table)
+
+
+def test_a_race_goes_on_where_it_stopped(monkeypatch: Any):
+    world = World(3, options(), 2000.0)
+    whole = world.play(monkeypatch)
+    # With each part of what was run at first, the same is left to run.
+    for count in range(len(whole)):
+        kept = dict(list(whole.items())[:count])
+        with pytest.raises(ValueError, match="pilots must hold all of next_pilots"):
+            decide(world.contest, kept)
+        while todo := next_pilots(world.contest, kept):
+            kept |= {label: world.pilot(label, share) for label, share in todo.items()}
+        assert {k: v.share for k, v in kept.items()} == {k: v.share for k, v in whole.items()}
+
+
+def test_pilots_find_the_best_of_what_was_thought_to_be_equal(monkeypatch: Any):
+    # Alike in all that is known beforehand.
+    table = pd.concat([options((8, 16, 7))] * 4, ignore_index=True)
+    world = World(0, table, 2000.0)
+    for winner in range(4):
+        world.log_tau = np.log([2.0] * 4)
+        world.log_tau[winner] = math.log(2.6)
+        pilots = world.play(monkeypatch)
+        assert len(pilots) > 1
+        # An option that was no pilot is not chosen for that.
+        if winner in pilots:
+            advice = decide(world.contest, pilots)
+            assert advice.best.name == winner and advice.sure > 0.5
+            assert advice.lead > 0 and advice.lead_low < advice.lead < advice.lead_high
+            assert f"{len(pilots)} pilots were run" in advice.reason
+
+
+def test_pilots_that_cannot_gain_what_they_cost_are_not_run():
+    table = options((8, 4, 7), (8, 32, 7))
+    certain = Growth(GROWTH.mean, GROWTH.covariance * 1e-6, 1e-3)
+    exact = table.assign(low=table["rate"], high=table["rate"])
+    for contest in (
+        Contest(exact, 1000.0, 150.0, growth=certain),
+        Contest(table, 1000.0, 0.0),
+        Contest(table, 1000.0, 150.0, arms=1),
+        Contest(table.iloc[:1], 1000.0, 150.0),
+    ):
+        assert next_pilots(contest, {}) == {}
+        advice = decide(contest, {})
+        assert "no pilot was worth its time" in advice.reason and advice.spent == 0
+        assert advice.steps == round(1000 / advice.best["seconds"])
+    assert advice.runner_up is None and advice.surer == "There is no other option."
+    # Of the same two with their errors, they are worth it.
+    assert next_pilots(Contest(table, 1000.0, 150.0), {})
+
+
+def test_a_contest_refuses_what_it_cannot_race():
+    table = options()
+    with pytest.raises(ValueError, match=r"options must be lines with .*got 8 without \['noise'\]"):
+        Contest(table.drop(columns="noise"), 10.0, 1.0)
+    with pytest.raises(ValueError, match="labels of their own"):
+        Contest(pd.concat([table, table]), 10.0, 1.0)
+    with pytest.raises(ValueError, match="measured must be below budget 10.0, got 10.0"):
+        Contest(table, 10.0, 1.0, 10.0)
+
+
+def test_how_sure_a_longer_pilot_would_make_is_that_of_simulated_ones():
+    lead, variance, error = 0.1, 0.04, 0.02
+    rng = np.random.default_rng(0)
+    truth = lead + variance**0.5 * rng.normal(size=40_000)
+    seen = truth + error**0.5 * rng.normal(size=truth.size)
+    after = (lead / variance + seen / error) / (1 / variance + 1 / error)
+    right = ((after > 0) == (truth > 0)).mean()
+    # Three standard errors.
+    assert race._expected_sure(lead, variance, error) == pytest.approx(right, abs=0.007)
+    unseen = NormalDist().cdf(lead / variance**0.5)
+    assert race._expected_sure(lead, variance, math.inf) == pytest.approx(unseen)

@@ -28,7 +28,7 @@ from .memory import card_table, fit_table, memory_table, training_memory, usable
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
 from .pilots import pilot
-from .progress import progress_reason, progress_table
+from .progress import Dilution, dilution, progress_reason, progress_table
 from .race import (
     Advice,
     Contest,
@@ -73,6 +73,7 @@ __all__ = [
     "Card",
     "Cell",
     "Contest",
+    "Dilution",
     "Dtype",
     "GROWTH",
     "GradientNoise",
@@ -107,6 +108,7 @@ __all__ = [
     "coverage_advice",
     "coverage_table",
     "decide",
+    "dilution",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",

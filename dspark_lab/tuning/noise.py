@@ -87,7 +87,7 @@ class Moments:
     cross: Float[np.ndarray, "conversation conversation"]
     design: Float[np.ndarray, "conversation term term"]
     products: Float[np.ndarray, "conversation term"]
-    decay: Float[np.ndarray, " distance"]
+    overlap: Float[np.ndarray, " distance"]
 
     @property
     def conversations(self) -> int:
@@ -150,7 +150,7 @@ class GradientNoise:
             ]
             line = {"objective": kind, "number": number, "conversations": moments.conversations}
             line |= {"signal": signal[0], "between": between[0], "within": within[0]}
-            line |= {"shared": shared[0] / within[0] if moments.decay.any() else np.nan}
+            line |= {"shared": shared[0] / within[0] if moments.overlap.any() else np.nan}
             line |= {"signal_error": signal[1:].std() / abs(signal[0])}
             for name, scale in zip(("rows_scale", "anchors_scale"), scales, strict=True):
                 low, high = np.quantile(scale[1:], [0.025, 0.975], method="nearest")
