@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,11 +38,13 @@ from dspark_lab.tuning.race import (
     Contest,
     Pilot,
     decide,
+    known_noise,
     next_pilots,
     option_name,
     pilot_allowance,
     pilot_step,
 )
+from dspark_lab.tuning.results import block_loss, result_table
 from dspark_lab.tuning.runs import (
     FIRST_STEPS,
     LEAST_STEPS,
@@ -165,7 +168,25 @@ def pilot(
     )
     out = place / "runs" / cells[chosen].key
     command = _command(config, cells[chosen].block_size, own, out, place / "features")
-    return replace(advice, settings=settings, command=command)
+    return replace(advice, blocks=_blocks(pilots), settings=settings, command=command)
+
+
+def _blocks(pilots: Mapping[int, Pilot]) -> str:
+    """What long blocks lose where fewer of their slots are served, so far."""
+    shares = {one.share for one in pilots.values()}
+    if len(shares) != 1:
+        return ""
+    lines = pd.concat([one.lines for one in pilots.values()])
+    for trained, served in combinations(sorted(set(lines["block_size"]), reverse=True), 2):
+        loss = block_loss(lines, trained, served, by=())
+        if len(loss):
+            one = loss.iloc[0]
+            return (
+                f"Trained on blocks of {trained} slots, of which {served} are served, drafters "
+                f"have {one['lost']:.1%} less tau so far than trained on {served} "
+                f"({one['low']:.1%} to {one['high']:.1%})."
+            )
+    return ""
 
 
 def _run(
@@ -225,7 +246,7 @@ def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFr
             per=training.anchors_per,
             **sizes,
         )
-        options = options[[*CELL, "seconds", "noise", "rate", "low", "high"]]
+        options = known_noise(options)[[*CELL, "seconds", "noise", "rate", "low", "high"]]
         found = {"seconds": spent + more, "options": options.to_dict("records")}
         write_json(path, found, indent=0)
     found = read_json(path)
@@ -324,12 +345,11 @@ def _race(
     while todo := next_pilots(contest, pilots):
         jobs: dict[str, tuple[Any, ...]] = {}
         for label, part in todo.items():
-            steps, own = int(contest.steps[label]), float(options["seconds"][label])
+            steps, own = int(contest.steps[label]), float(contest.options["seconds"][label])
             until = pilot_step(steps, part)
             key = f"{cells[label].key}-step{until}"
             jobs[key] = (cells[label], config, steps, own, work, until)
         found = _run(jobs, work / "pilots", processes, address, progress)
         for (label, part), key in zip(todo.items(), jobs, strict=True):
-            run, lines = found[key]["run"], found[key]["lines"]
-            pilots[label] = Pilot(part, pd.DataFrame([run | line for line in lines]))
+            pilots[label] = Pilot(part, result_table([found[key]]))
     return pilots

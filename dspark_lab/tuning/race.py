@@ -49,6 +49,8 @@ SHARED_ERROR = 0.5
 # Pilots have a share of the budget, of shorter budgets than this one the same seconds, as long as
 # these are at most so many times the share.
 _SHORT, _TIMES = 200.0, 3.0
+# The standard deviation of the logarithm of a rate of which nothing is known.
+_UNKNOWN = 1.0
 # Probability at which an answer needs no more pilots.
 _SURE = 0.9
 
@@ -65,7 +67,7 @@ def pilot_allowance(seconds: Positive, share: Share = 0.15) -> float:
 @checked
 def pilot_error(share: Annotated[float, Within(0, 1, above=True)]) -> float:
     """The standard deviation of log tau as extrapolated from a share of a run."""
-    return 0.06 * math.log(1 / share) / math.log(4)
+    return 0.1 * math.log(1 / share) / math.log(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class Contest:
     Args:
         options: of :func:`progress_table`: a line each with ``batch_size``, ``num_anchors``,
             ``block_size``, ``seconds`` and ``noise`` of a step, and ``rate``, progress a second, in
-            its interval ``low`` to ``high``.
+            its 95 % interval ``low`` to ``high``.
         budget: seconds, or whatever else ``seconds`` counts.
         allowed: of the budget, for pilots that lose.
         measured: of the budget, spent before.
@@ -107,6 +109,8 @@ class Contest:
         if missing or self.options.empty or not self.options.index.is_unique:
             got = f"got {len(self.options)} without {missing}" if missing else "got other ones"
             raise ValueError(f"options must be lines with {wanted} and labels of their own, {got}")
+        if not np.isfinite(self.options[["seconds", "noise"]].to_numpy(dtype=float)).all():
+            raise ValueError("options must have finite seconds and noise: see known_noise")
         if self.measured >= self.budget:
             raise ValueError(f"measured must be below budget {self.budget}, got {self.measured}")
 
@@ -140,8 +144,12 @@ class Contest:
         steps = (seconds / self.options["seconds"]).clip(lower=1).to_numpy()
         mean, covariance = self.growth.predict(self.options, steps)
         slope = self.growth.slope(self.options, steps)
-        spread = np.log(self.options["high"] / self.options["low"]).to_numpy() / (2 * _HALF)
-        return Beliefs(mean, covariance + np.diag((slope * spread) ** 2), slope)
+        low, high = (self.options[name].to_numpy(dtype=float) for name in ("low", "high"))
+        with np.errstate(divide="ignore"):
+            spread = np.minimum(np.log(high / low) / (2 * 1.96), _UNKNOWN)
+        # Most of what is not known of the noise, |G|^2, all options have in common.
+        off = slope * spread
+        return Beliefs(mean, covariance + np.outer(off, off), slope)
 
 
 @dataclass(frozen=True)
@@ -214,6 +222,7 @@ class Advice:
             both in its 90 % interval ``low`` to ``high``; and the probability to be the ``best``.
         curves: of each pilot the points that were measured, and their extrapolation.
         surer: what it would take to be surer.
+        blocks: what long blocks lose where fewer of their slots are served, if pilots show it.
         settings: of the chosen run, to be exported; None where there is no run to go on with.
         command: that goes on with it.
     """
@@ -229,6 +238,7 @@ class Advice:
     table: pd.DataFrame
     curves: pd.DataFrame
     surer: str
+    blocks: str = ""
     settings: TrainingSettings | None = None
     command: str = ""
 
@@ -245,8 +255,25 @@ class Advice:
                 f", {self.lead:.1%} above the runner-up, {option_name(self.runner_up)} "
                 f"({self.lead_low:.1%} to {self.lead_high:.1%})"
             )
-        pilots = f"{piloted} pilots were run" if piloted else "no pilot was worth its time"
-        return f"{text}; {pilots}, and {self.spent:,.0f} s went elsewhere. {self.surer}"
+        pilots = f"{piloted} pilots were run" if piloted else "No pilot was worth its time"
+        text += f". {pilots}; measuring and losing pilots took {self.spent:,.1f} s. {self.surer}"
+        return f"{text} {self.blocks}".rstrip()
+
+
+@checked
+def known_noise(options: pd.DataFrame) -> pd.DataFrame:
+    """The options with a noise each, where that of some is infinite: the gradient was not found.
+
+    It is then that of the same rows and anchors in the nearest block size of which it is known, the
+    same for all where it is known of none. The rate stays as it is.
+    """
+    known = options[np.isfinite(options["noise"])]
+    noise = []
+    for option in options.itertuples():
+        alike = known[(known[CELL[:2]] == [option.batch_size, option.num_anchors]).all(axis=1)]
+        apart = (np.log(alike["block_size"]) - math.log(option.block_size)).abs()
+        noise.append(alike["noise"][apart.idxmin()] if len(alike) else 1.0)
+    return options.assign(noise=noise)
 
 
 @checked
@@ -277,8 +304,8 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
         piloted=[race.shares.get(arm, 0.0) for arm in arms],
         forecast=[found.get(arm, math.nan) for arm in arms],
         tau=np.exp(mean),
-        low=np.exp(mean - _HALF * deviation),
-        high=np.exp(mean + _HALF * deviation),
+        low=np.maximum(np.exp(mean - _HALF * deviation), 1),
+        high=np.minimum(np.exp(mean + _HALF * deviation), options["block_size"] + 1),
         best=np.bincount(draws.argmax(axis=1), minlength=len(mean)) / len(draws),
     )
     first, *others = np.argsort(-mean, kind="stable").tolist()

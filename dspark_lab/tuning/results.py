@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,21 @@ def runs_table(work: str | Path) -> pd.DataFrame:
     """All that the finished cells of a work folder have seen, as :func:`load_runs` describes it."""
     work = Path(work)
     files = [read_json(path) for path in sorted((work / "cells").glob("*.json"))]
-    lines = [found["run"] | line for found in files for line in found["lines"]]
-    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
-    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
-    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
-    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
-    table = table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
+    table = result_table(files)
     for name in ("sweep", "step_seconds"):
         if (work / f"{name}.json").exists():
             table.attrs[name] = read_json(work / f"{name}.json")
     return table
+
+
+def result_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The lines of :func:`run_cell`'s results, as :func:`load_runs` describes them."""
+    lines = [found["run"] | line for found in results for line in found["lines"]]
+    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
+    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
+    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
+    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
+    return table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
 
 
 @checked
