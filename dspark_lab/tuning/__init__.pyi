@@ -22,6 +22,7 @@ from .coverage import (
     token_supervision,
 )
 from .growth import GROWTH, Growth, fit_growth
+from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
 from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
@@ -75,6 +76,7 @@ __all__ = [
     "Contest",
     "Dilution",
     "Dtype",
+    "Forecast",
     "GROWTH",
     "GradientNoise",
     "Growth",
@@ -85,6 +87,7 @@ __all__ = [
     "Program",
     "REASONS",
     "RUN",
+    "Reference",
     "SERVERS",
     "ServingSettings",
     "Shape",
@@ -114,6 +117,7 @@ __all__ = [
     "expected_work",
     "export",
     "exports",
+    "extrapolate",
     "fit_growth",
     "fit_step_time",
     "fit_table",
@@ -123,6 +127,8 @@ __all__ = [
     "judge_advice",
     "judged_table",
     "label_overlap",
+    "learn_curves",
+    "learning_rates",
     "load_runs",
     "load_sweep",
     "measure_noise",
