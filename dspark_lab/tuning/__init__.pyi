@@ -26,7 +26,8 @@ from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, 
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
-from .progress import Dilution, dilution, progress_reason, progress_table
+from .noise_file import load_noise, save_noise
+from .progress import Dilution, best_option, dilution, progress_reason, progress_table
 from .results import (
     RUN,
     cell_table,
@@ -83,6 +84,7 @@ __all__ = [
     "TrainingChoice",
     "TrainingSettings",
     "anchors_needed",
+    "best_option",
     "card_table",
     "card_time",
     "cell_table",
@@ -103,6 +105,7 @@ __all__ = [
     "judge_advice",
     "judged_table",
     "label_overlap",
+    "load_noise",
     "load_runs",
     "load_sweep",
     "measure_noise",
@@ -120,6 +123,7 @@ __all__ = [
     "run_sweep",
     "run_table",
     "runs_table",
+    "save_noise",
     "save_runs",
     "slot_supervision",
     "supervision",
