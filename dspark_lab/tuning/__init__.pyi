@@ -28,8 +28,9 @@ from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, 
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .noise_file import load_noise, save_noise
 from .pilots import pilot
-from .progress import Dilution, dilution, progress_reason, progress_table
+from .progress import Dilution, best_option, dilution, progress_reason, progress_table
 from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
 from .results import (
     RUN,
@@ -87,6 +88,7 @@ __all__ = [
     "TrainingChoice",
     "TrainingSettings",
     "anchors_needed",
+    "best_option",
     "block_loss",
     "card_table",
     "card_time",
@@ -113,6 +115,7 @@ __all__ = [
     "label_overlap",
     "learn_curves",
     "learning_rates",
+    "load_noise",
     "load_runs",
     "load_sweep",
     "measure_noise",
@@ -134,6 +137,7 @@ __all__ = [
     "run_sweep",
     "run_table",
     "runs_table",
+    "save_noise",
     "save_runs",
     "slot_supervision",
     "supervision",
