@@ -335,7 +335,7 @@ def options(**columns: list[Any]) -> pd.DataFrame:
     table = pd.DataFrame(
         {"num_anchors": [8, 24, 32], "rate": [1.0, 2.0, 1.5], "best": [0.1, 0.8, 0.1]}
     )
-    table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True)
+    table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True, fits=True)
     table = table.assign(blocks=4 * table["num_anchors"], seconds=[1.0, 2.0, 2.0 * 1.03**8])
     table = table.assign(progress=[0.2, 0.5, 0.5 * 1.01**8], noise=4.0, rows_noise=1.0)
     return table.assign(**({"effective": table["num_anchors"] / 3} | columns))

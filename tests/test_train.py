@@ -5,6 +5,7 @@ import math
 import random
 import re
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -33,6 +34,7 @@ from dspark_lab.training import (
     loop,
     mask_token_id,
     new_drafter,
+    read_run,
     state,
     train,
 )
@@ -453,7 +455,8 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
         load_drafter(checkpoint, target=tiny_target())
     small_run(out)
     assert ending(out) == ending(whole)
-    assert {path.name for path in out.iterdir()} == {checkpoints(out)[-1].name, "metrics.jsonl"}
+    left = {checkpoints(out)[-1].name, "metrics.jsonl", "run.json"}
+    assert {path.name for path in out.iterdir()} == left
 
 
 def test_a_run_killed_at_any_time_and_again_ends_with_the_same_bits(
@@ -662,6 +665,29 @@ def test_a_checkpoint_has_the_files_and_names_that_earlier_runs_have(whole: Path
         "data": "3e99d084e71f36258faf1d66efc21b94",
         "processes": 1,
     }
+
+
+def test_a_run_says_its_configuration_from_its_first_step_on(whole: Path, tmp_path: Path) -> None:
+    found = []
+
+    def read(row: dict[str, Any]) -> None:
+        found.append(read_run(tmp_path))
+
+    history = small_run(tmp_path, on_metrics=read)
+    assert all(config == CONFIG for _, config in found)
+    assert [rows for rows, _ in found] == [history.rows[:i] for i in range(1, len(found) + 1)]
+    (tmp_path / "run.json").unlink()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert read_run(tmp_path / "metrics.jsonl") == (history.rows, CONFIG)
+    for folder in checkpoints(tmp_path):
+        shutil.rmtree(folder)
+    assert read_run(tmp_path) == (history.rows, None)
+    (tmp_path / "run.json").write_text('{"steps": 0}')
+    with pytest.raises(ValueError, match="must hold a configuration .* steps must be >= 1, got 0"):
+        read_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="must be the metrics of a run"):
+        read_run(tmp_path / "other")
 
 
 def test_what_the_caller_has_frozen_stays_so_and_comes_back(tmp_path: Path) -> None:

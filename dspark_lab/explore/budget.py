@@ -335,7 +335,7 @@ def plot_progress(table: pd.DataFrame) -> Figure:
     ax.set_xlabel("num_anchors")
     ax.set_ylabel("progress a second, in noiseless steps")
     style.add_rules(ax)
-    found = (f"K {k}: {n:,} ({p:.0%} sure)" for k, n, p in best[_BEST].values.tolist())
+    found = (f"K {k:.0f}: {n:,.0f} ({p:.0%} sure)" for k, n, p in best[_BEST].values.tolist())
     style.add_title(ax, f"{_STAR} best anchors for {', '.join(found)}", y=1)
     style.add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -4,7 +4,7 @@ from .loop import Forward, Run, train
 from .order import BatchOrder, row_groups
 from .processes import Processes
 from .start import init_from_target, mask_token_id, new_drafter
-from .state import History, checkpoints
+from .state import History, checkpoints, read_run
 
 __all__ = [
     "BatchOrder",
@@ -20,6 +20,7 @@ __all__ = [
     "mask_token_id",
     "new_drafter",
     "open_chats",
+    "read_run",
     "row_groups",
     "train",
 ]

@@ -39,7 +39,7 @@ from dspark_lab.chats import (
     rows_with_labels,
     seen_tokens,
 )
-from dspark_lab.checks import checked
+from dspark_lab.checks import Count, checked
 from dspark_lab.files import read_json, upload
 from dspark_lab.model import (
     WEIGHTS,
@@ -78,15 +78,16 @@ def train(
     parallel: Parallel = "none",
     compile: bool = False,
     resume: bool = True,
+    until: Count | None = None,
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
     like: Like | None = None,
 ) -> History:
     """Train ``drafter`` in place, on the target's device, in fp32 at least.
 
-    Embedding and LM head become the target's own. ``out`` receives ``metrics.jsonl`` and
-    ``checkpoint-<step>`` folders, each a drafter that :func:`dspark_lab.load_drafter` reads, with
-    the optimiser's state beside it. Ctrl-C ends the run after the step it is in, with a checkpoint;
+    Embedding and LM head become the target's own. ``out`` receives ``run.json`` with the
+    configuration, ``metrics.jsonl`` and ``checkpoint-<step>`` folders, each a drafter that
+    :func:`dspark_lab.load_drafter` reads, with the optimiser's state beside it. Ctrl-C ends the run after the step it is in, with a checkpoint;
     the same call goes on from there.
 
     Args:
@@ -101,6 +102,7 @@ def train(
         compile: run the drafter through ``torch.compile``, or, where that fails, without it after a
             warning. It changes results by rounding. On CUDA attention is compiled in any case.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
+        until: stop after this step, with a checkpoint; a later call goes on as if it had not.
         progress: show a bar, and say how many conversations have no label.
         like: supervise what another trainer does, see :func:`dspark_lab.encode`; evaluations are on
             the lab's own mask in any case.
@@ -142,10 +144,11 @@ def train(
                 on_metrics(row)
 
     hidden = not (progress and processes.main)
-    bar = tqdm(total=config.steps, initial=run.step, desc="train", disable=hidden)
+    last = min(until or config.steps, config.steps)
+    bar = tqdm(total=last, initial=run.step, desc="train", disable=hidden)
     stopped = False
     with _interrupts() as interrupts, bar:
-        while run.step < config.steps and not stopped:
+        while run.step < last and not stopped:
             row, stopped = run.advance(source, interrupts)
             record(row)
             shown = {name: f"{row[name]:.3f}" for name in ("loss", "accept_rate", "tau")}
@@ -153,7 +156,7 @@ def train(
             bar.update()
             if others and run.is_due(config.evaluate_every):
                 record(run.evaluate(target, others))
-            if stopped or run.is_due(config.checkpoint_every):
+            if stopped or run.step == last or run.is_due(config.checkpoint_every):
                 run.save()
     drafter.eval()
     return History(out, rows, run.step < config.steps, unlabelled)
@@ -399,6 +402,7 @@ class Run:
         self.processes.wait()
         if self.processes.main:
             state.cut_to_checkpoint(self.out, rows)
+            state.write_run(self.out, self.config)
         return rows
 
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""A run on disk: metrics as JSON lines, checkpoints with the optimiser's state."""
+"""A run on disk: configuration, metrics as JSON lines, checkpoints with the optimiser's state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from dspark_lab import files
 from dspark_lab.chats import Encoded, token_chunks
 from dspark_lab.checks import checked
 from dspark_lab.model import Drafter, save_drafter
+from dspark_lab.training.config import TrainConfig
 
-METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint-"
+METRICS, CHECKPOINT, RUN = "metrics.jsonl", "checkpoint-", "run.json"
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
@@ -77,19 +78,48 @@ class History:
 def read_metrics(out: Path, steps: int) -> list[dict[str, Any]]:
     """The metrics of a run up to its last checkpoint, which has ``steps`` steps."""
     path = out / METRICS
-    # A last line without its end was torn by a kill; it belongs to no checkpoint.
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        rows = [row for row in map(_from_json, lines) if row["step"] <= steps]
-        missing = set(range(1, steps + 1)) - {row["step"] for row in rows if "loss" in row}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a step's metrics in each line: {error!r}") from None
+    rows = [row for row in _read_rows(path) if row["step"] <= steps] if path.exists() else []
+    missing = set(range(1, steps + 1)) - {row["step"] for row in rows if "loss" in row}
     if missing:
         raise ValueError(
             f"{path} must have a line for each of the {steps} steps of the last checkpoint, "
             f"got none for step {min(missing)}"
         )
     return rows
+
+
+@checked
+def read_run(
+    path: str | os.PathLike[str],
+) -> tuple[list[dict[str, Any]], TrainConfig | None]:
+    """The metrics of a run so far, which may be going on, and its configuration.
+
+    ``path`` is the run's folder or its ``metrics.jsonl``. The configuration stands in ``run.json``,
+    or in the last checkpoint; None where there is neither.
+    """
+    path = Path(path)
+    out = path if path.is_dir() else path.parent
+    metrics = out / METRICS if path.is_dir() else path
+    if not metrics.is_file():
+        raise FileNotFoundError(f"{metrics} must be the metrics of a run, got no such file")
+    rows = _read_rows(metrics)
+    found = checkpoints(out)
+    if (out / RUN).exists():
+        saved = files.read_json(out / RUN)
+    elif found:
+        saved = read_state(found[-1])["config"]
+    else:
+        return rows, None
+    try:
+        return rows, TrainConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{out} must hold a configuration of this version: {error}") from None
+
+
+def write_run(out: Path, config: TrainConfig) -> None:
+    """Write the configuration of a run, which its metrics alone do not tell."""
+    with write_errors(out / RUN):
+        files.write_json(out / RUN, asdict(config))
 
 
 def append_metrics(out: Path, row: Mapping[str, Any]) -> None:
@@ -180,6 +210,19 @@ def write_errors(path: Path) -> Iterator[None]:
         message = f"could not write {path}, what was saved before is intact: {reason}"
         number = getattr(error, "errno", None)
         raise (OSError(number, message) if number else OSError(message)) from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of the metrics; a last one without its end was torn, and is in no checkpoint."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        rows = [_from_json(line) for line in lines]
+        for row in rows:
+            if not isinstance(row["step"], int):
+                raise TypeError(f"a step {row['step']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a step's metrics in each line: {error!r}") from None
+    return rows
 
 
 def _to_json(row: Mapping[str, Any]) -> str:

@@ -17,15 +17,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Per
 from dspark_lab.checks import Count, NotEmpty, Positive, Size, checked
 from dspark_lab.rates import resampled
 from dspark_lab.tuning.choice import row_blocks
 from dspark_lab.tuning.cost import step_cost
+from dspark_lab.tuning.memory import usable_bytes
+from dspark_lab.tuning.moments import StepBytes
 from dspark_lab.tuning.noise import GradientNoise
-from dspark_lab.tuning.shape import Shape
+from dspark_lab.tuning.shape import Card, Shape
 from dspark_lab.tuning.spans import Spans, in_training_batches, training_steps
 from dspark_lab.tuning.step import Step
 from dspark_lab.tuning.steptime import StepTime
@@ -103,6 +105,7 @@ def progress_table(
     measured: tuple[Count, Count] | None = None,
     shape: Shape | None = None,
     step: Step | None = None,
+    memory: float | Card | str | None = None,
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
@@ -119,6 +122,8 @@ def progress_table(
             the ``shape``, and ``step`` for all that is no option (its sizes do not matter).
         per: what ``num_anchors`` counts for.
         budget: seconds of the run over which the mean is taken, which several measurements need.
+        memory: bytes, or a card, of which a step may take what :func:`usable_bytes` leaves; it
+            needs the ``shape``. All options fit where None.
         resamples: of the conversations and step times, for the intervals.
 
     Returns:
@@ -127,9 +132,10 @@ def progress_table(
         anchors of a row; ``noise``, the variance of the step's gradient over its squared mean, with
         ``rows_noise``, the part that no anchors lower; ``progress`` of a step, its ``seconds``, and
         ``rate``, progress a second, with its 95 % interval ``low`` to ``high``; ``best``: the
-        probability to have the highest rate of all options of its block size. Rates of different
-        block sizes are those of different objectives, and say nothing of each other. ``known``:
-        whether the mean gradient is told from 0 (in 97.5 % of the resamples its square is above).
+        probability to have the highest rate of all options of its block size that fit. Rates of
+        different block sizes are those of different objectives, and say nothing of each other.
+        ``known``: whether the mean gradient is told from 0 (in 97.5 % of the resamples its square
+        is above). ``fits``: into the memory.
     """
     by_step = {0: noise} if isinstance(noise, GradientNoise) else dict(sorted(noise.items()))
     known_sizes = set.intersection(*(set(one.wholes) for one in by_step.values()))
@@ -147,6 +153,7 @@ def progress_table(
     options = product(spans, pers, batch_sizes, num_anchors, sizes)
     table = pd.DataFrame(list(options), columns=_OPTION)
     table = table.join(_step_seconds(table, seconds, spans, shape, step))
+    table["fits"] = _fits(table, memory, spans, shape, step)
     random = np.random.default_rng((seed, 1)).standard_normal((len(table), resamples + 1))
     random[:, 0] = 0
     # Times are as likely too long as too short by a factor.
@@ -171,11 +178,12 @@ def progress_table(
     table["rate"] = rates[:, 0]
     table["low"], table["high"] = np.quantile(rates[:, 1:], [0.025, 0.975], axis=1)
     table["best"] = 0.0
-    for places in table.groupby("block_size").indices.values():
+    for own in table[table["fits"]].groupby("block_size").groups.values():
+        places = np.asarray(own)
         fastest = rates[places, 1:].argmax(axis=0)
         table.loc[places, "best"] = np.bincount(fastest, minlength=len(places)) / resamples
     columns = [*_OPTION, "blocks", "effective", "noise", "rows_noise", "progress", "seconds"]
-    return table[[*columns, "rate", "low", "high", "best", "known"]]
+    return table[[*columns, "rate", "low", "high", "best", "known", "fits"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,17 +312,51 @@ def _step_seconds(
     return pd.DataFrame({"seconds": times, "error": error})
 
 
-@checked
-def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str:
-    """Why the best option of :func:`progress_table` is the best, in a sentence.
+def _fits(
+    options: pd.DataFrame,
+    memory: float | Card | str | None,
+    spans: Mapping[int, Spans],
+    shape: Shape | None,
+    step: Step | None,
+) -> Bool[np.ndarray, " option"]:
+    """Whether a step of longest rows and most blocks holds no more than it may."""
+    if memory is None:
+        return np.ones(len(options), dtype=bool)
+    if shape is None:
+        raise ValueError("memory needs the shape of the models, got None")
+    form, limit, held = step or Step(1, 1, 1), usable_bytes(memory), []
+    for length, per, rows, anchors, size in options[_OPTION].itertuples(index=False):
+        own = spans[length] if per == "row" else in_training_batches(spans[length], rows)
+        _, most = row_blocks(own, anchors, per)
+        sizes = {"seq_len": length, "num_anchors": most, "block_size": size, "batch_size": rows}
+        held.append(StepBytes(shape, replace(form, **sizes)).peak)
+    return np.array(held) <= limit
 
-    What one more anchor would do is told from the next larger number in the table.
+
+@checked
+def best_option(table: pd.DataFrame, block_size: Count | None = None) -> pd.Series:
+    """The option of :func:`progress_table` that is the best with the highest probability.
+
+    Of those that fit and, where the table has several, of a ``block_size``; a ValueError where
+    nothing fits.
     """
     sizes = sorted(set(table["block_size"]))
     if block_size is None and len(sizes) > 1 or block_size not in (None, *sizes):
         raise ValueError(f"block_size must be one of {sizes}, got {block_size}")
-    own = table[table["block_size"] == (block_size or sizes[0])]
-    best = own.loc[own[["best", "rate"]].apply(tuple, axis=1).idxmax()]
+    own = table[table["fits"] & (table["block_size"] == (block_size or sizes[0]))]
+    if own.empty:
+        raise ValueError("table must hold an option that fits, got none")
+    return own.loc[own[["best", "rate"]].apply(tuple, axis=1).idxmax()]
+
+
+@checked
+def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str:
+    """Why :func:`best_option` of :func:`progress_table` is the best, in a sentence.
+
+    What one more anchor would do is told from the next larger number in the table.
+    """
+    best = best_option(table, block_size)
+    own = table[table["fits"] & (table["block_size"] == best["block_size"])]
     others = own
     for name in ("seq_len", "per", "batch_size"):
         others = others[others[name] == best[name]]
