@@ -1,6 +1,9 @@
 """`dspark_lab.tuning.progress`: variances of a step against every draw there is, rates by hand."""
 
+import importlib
+import inspect
 import math
+import sys
 from itertools import combinations, product
 from typing import Any
 
@@ -25,6 +28,8 @@ from dspark_lab.tuning import (
 )
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.progress import EXPONENT
+from tests import test_noise
+from tests.faults import ESTIMATES, plant
 from tests.samples import documents, tiny_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -389,3 +394,41 @@ def test_batches_of_the_first_epoch_are_those_of_a_batch_total():
     np.testing.assert_allclose(found.blocks, blocks)
     squares = np.mean([one[1] * one[0] ** 2 for one in each])
     np.testing.assert_allclose(found.rows, squares / blocks**2)
+
+
+# The test that notices each fault.
+NOTICED: dict[str, Any] = {
+    "a conversation is a pair with itself": test_noise.test_single_blocks_give_means_over_pairs,
+    "what all gradients share is what sets conversations apart": (
+        test_noise.test_single_blocks_give_means_over_pairs
+    ),
+    "neighbours share no label": lambda: test_noise.test_label_overlap_is_that_of_two_blocks(
+        5, 4.0
+    ),
+    "squares are those of the largest gradients": (
+        test_noise.test_gradients_are_those_of_the_training_objective
+    ),
+    "a short answer has as many anchors as a long one": (
+        lambda: test_dilution_is_the_mean_over_every_draw(50)
+    ),
+    "anchors are drawn with replacement": lambda: test_dilution_is_the_mean_over_every_draw(2),
+    "each block is of another conversation": lambda: test_dilution_is_the_mean_over_every_draw(2),
+    "noise stays as it was at first": lambda: test_a_run_is_walked_through_its_measurements(90.0),
+    "step times have no error": test_the_error_of_step_times_widens_intervals,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_a_planted_fault_is_noticed(name, monkeypatch):
+    noticing = NOTICED[name]
+    given = (monkeypatch,) if "monkeypatch" in inspect.signature(noticing).parameters else ()
+    plant(monkeypatch, ESTIMATES[name])
+    # Tests hold some functions by a name of their own.
+    for module in (sys.modules[__name__], test_noise):
+        fault = ESTIMATES[name]
+        owner, function = fault.owner(importlib.import_module(fault.module))
+        if hasattr(module, function) and not inspect.isclass(owner):
+            monkeypatch.setattr(module, function, getattr(owner, function))
+    with pytest.raises(AssertionError):
+        noticing(*given)

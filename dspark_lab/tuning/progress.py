@@ -79,16 +79,29 @@ def dilution(
     trained, steps = training_steps(spans, batch_size, per)
     own = trained.candidates("document").astype(float)
     unit = trained.candidates(per)[trained.unit(per)].astype(float)
-    drawn = np.minimum(num_anchors, unit)
+    drawn = _anchors_drawn(num_anchors, unit)
     blocks = float((own * drawn / unit.clip(min=1)).sum()) / steps
     if not blocks:
         raise ValueError("no row has a candidate: no two supervised tokens are next to each other")
-    chance = drawn * (drawn - 1) / (unit * (unit - 1)).clip(min=1)
+    chance = _pair_chance(drawn, unit)
     pairs = float((chance * own * (own - 1)).sum()) / steps
     apart = np.arange(1, len(overlap) + 1)
     neighbours = 2 * (trained.run_kept[:, None] - 1 - apart).clip(min=0) @ overlap
     near = float((chance[trained.run_document] * neighbours).sum()) / steps
     return Dilution(blocks, (blocks + pairs) / blocks**2, 1 / blocks, near / blocks**2)
+
+
+def _anchors_drawn(
+    num_anchors: int, candidates: Float[np.ndarray, " document"]
+) -> Float[np.ndarray, " document"]:
+    return np.minimum(num_anchors, candidates)
+
+
+def _pair_chance(
+    drawn: Float[np.ndarray, " document"], candidates: Float[np.ndarray, " document"]
+) -> Float[np.ndarray, " document"]:
+    """The probability of two different candidates to be drawn both."""
+    return drawn * (drawn - 1) / (candidates * (candidates - 1)).clip(min=1)
 
 
 @checked
