@@ -21,8 +21,8 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
-from .growth import GROWTH, Growth, fit_growth
 from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
