@@ -14,7 +14,6 @@ from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import Decoded, Prompt, decode, encode_prompt
 from dspark_lab.files import now
 from dspark_lab.model import BlockDrafter, Target, TargetCache
-from dspark_lab.rates import prefix_survival
 from dspark_lab.serving.costs import RoundCosts, break_even_rate, require_lengths
 from dspark_lab.serving.profile import acceptance_profile, tau_of_answers
 from dspark_lab.serving.speedup import speedup_table
@@ -128,9 +127,8 @@ def decode_check(
             real = speed_table(runs[0], runs[k], k)
             figures = speedup_table(profile, here, [k]).iloc[0]
             answers = np.array([len(run.tokens[0]) - 1 for run in runs[k]])
-            tau = float(tau_of_answers(profile.survival[:k], answers))
-            survival = prefix_survival(profile.samples[:, :k])
-            low, high = profile.interval(tau_of_answers(survival, answers))
+            tau = float(tau_of_answers(profile.survival_of(k), answers))
+            low, high = profile.interval(tau_of_answers(profile.sampled_survival(k), answers))
             row = {"temperature": temperature, "draft_length": k}
             row["rounds"] = sum(len(run.rounds) for run in runs[k])
             row |= {"tau": tau, "tau_low": low, "tau_high": high}

@@ -10,7 +10,6 @@ import pandas as pd
 
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import column
-from dspark_lab.rates import prefix_survival
 from dspark_lab.serving.costs import RoundCosts, break_even, break_even_rate, require_lengths
 from dspark_lab.serving.profile import AcceptanceProfile, acceptance_profile
 
@@ -27,8 +26,8 @@ def speedup_table(
     """
     rows, speeds = [], []
     for k in require_lengths(draft_lengths, min(len(profile.rates), costs.longest)):
-        figures = costs.figures(profile.survival[:k])
-        sample = costs.figures(prefix_survival(profile.samples[:, :k]))
+        figures = costs.figures(profile.survival_of(k))
+        sample = costs.figures(profile.sampled_survival(k))
         row = {"draft_length": k, **{name: float(value) for name, value in figures.items()}}
         for name in ("tau", "speedup"):
             row[f"{name}_low"], row[f"{name}_high"] = profile.interval(sample[name])

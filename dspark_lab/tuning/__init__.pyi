@@ -28,17 +28,10 @@ from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, 
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .noise_file import load_noise, save_noise
 from .pilots import pilot
-from .progress import Dilution, dilution, progress_reason, progress_table
-from .race import (
-    Advice,
-    Contest,
-    Pilot,
-    decide,
-    next_pilots,
-    pilot_allowance,
-    replay_pilot,
-)
+from .progress import Dilution, best_option, dilution, progress_reason, progress_table
+from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
 from .results import (
     RUN,
     block_loss,
@@ -51,15 +44,7 @@ from .results import (
     sweep_table,
 )
 from .runs import evaluation_steps, measure_sweep, run_cell, run_sweep, window_ends
-from .settings import (
-    SERVERS,
-    TRAINERS,
-    Program,
-    ServingSettings,
-    TrainingSettings,
-    export,
-    exports,
-)
+from .settings import SERVERS, TRAINERS, Program, ServingSettings, TrainingSettings, export, exports
 from .shape import CARDS, TARGETS, Card, Layers, Shape
 from .spans import Spans, in_training_batches, training_steps
 from .step import Dtype, Step
@@ -103,6 +88,7 @@ __all__ = [
     "TrainingChoice",
     "TrainingSettings",
     "anchors_needed",
+    "best_option",
     "block_loss",
     "card_table",
     "card_time",
@@ -129,6 +115,7 @@ __all__ = [
     "label_overlap",
     "learn_curves",
     "learning_rates",
+    "load_noise",
     "load_runs",
     "load_sweep",
     "measure_noise",
@@ -150,6 +137,7 @@ __all__ = [
     "run_sweep",
     "run_table",
     "runs_table",
+    "save_noise",
     "save_runs",
     "slot_supervision",
     "supervision",
