@@ -269,7 +269,7 @@ def measure_noise(
 
     edges = [0, *(range(1, slots + 1) if by_slot else sizes)]
     groups = []
-    for index, of_row in drawn[scales:]:
+    for index, of_row in drawn[scales : scales + conversations]:
         place = np.sort(np.concatenate(of_row))
         read = rows.read(index, place)
         for chosen in of_row:

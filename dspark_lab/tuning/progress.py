@@ -15,15 +15,17 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Per
 from dspark_lab.checks import Count, NotEmpty, Size, checked
 from dspark_lab.rates import resampled
 from dspark_lab.tuning.choice import row_blocks
 from dspark_lab.tuning.cost import step_cost
+from dspark_lab.tuning.memory import usable_bytes
+from dspark_lab.tuning.moments import StepBytes
 from dspark_lab.tuning.noise import GradientNoise
-from dspark_lab.tuning.shape import Shape
+from dspark_lab.tuning.shape import Card, Shape
 from dspark_lab.tuning.spans import Spans, in_training_batches, training_steps
 from dspark_lab.tuning.step import Step
 from dspark_lab.tuning.steptime import StepTime
@@ -97,6 +99,7 @@ def progress_table(
     per: Per | Sequence[Per] = "row",
     shape: Shape | None = None,
     step: Step | None = None,
+    memory: float | Card | str | None = None,
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
@@ -111,6 +114,8 @@ def progress_table(
             ``error`` is their relative standard deviation, 0 where absent. Or a fit, which needs
             the ``shape``, and ``step`` for all that is no option (its sizes do not matter).
         per: what ``num_anchors`` counts for.
+        memory: bytes, or a card, of which a step may take what :func:`usable_bytes` leaves; it
+            needs the ``shape``. All options fit where None.
         resamples: of the conversations and step times, for the intervals.
 
     Returns:
@@ -119,9 +124,10 @@ def progress_table(
         anchors of a row; ``noise``, the variance of the step's gradient over its squared mean, with
         ``rows_noise``, the part that no anchors lower; ``progress`` of a step, its ``seconds``, and
         ``rate``, progress a second, with its 95 % interval ``low`` to ``high``; ``best``: the
-        probability to have the highest rate of all options of its block size. Rates of different
-        block sizes are those of different objectives, and say nothing of each other. ``known``:
-        whether the mean gradient is told from 0 (in 97.5 % of the resamples its square is above).
+        probability to have the highest rate of all options of its block size that fit. Rates of
+        different block sizes are those of different objectives, and say nothing of each other.
+        ``known``: whether the mean gradient is told from 0 (in 97.5 % of the resamples its square
+        is above). ``fits``: into the memory.
     """
     sizes = noise.block_sizes if block_sizes is None else list(block_sizes)
     if not set(sizes) <= set(noise.block_sizes):
@@ -151,6 +157,7 @@ def progress_table(
     progress = np.divide(signal, total, out=np.zeros_like(total), where=total > 0) ** EXPONENT
     table["progress"] = progress[:, 0]
     table = table.join(_step_seconds(table, seconds, spans, shape, step))
+    table["fits"] = _fits(table, memory, spans, shape, step)
     random = np.random.default_rng((seed, 1)).standard_normal(variance.shape)
     random[:, 0] = 0
     # The mean error is 0, so the times are as likely too long as too short.
@@ -161,12 +168,12 @@ def progress_table(
     # The same order as that of the rates, and known even where |G|^2 is not told from 0.
     slowness = EXPONENT * np.log(total) + np.log(times)
     table["best"] = 0.0
-    for _, lines_of in table.groupby("block_size").groups.items():
+    for _, lines_of in table[table["fits"]].groupby("block_size").groups.items():
         places = np.asarray(lines_of)
         found = slowness[places, 1:].argmin(axis=0)
         table.loc[places, "best"] = np.bincount(found, minlength=len(places)) / resamples
     columns = [*_OPTION, "blocks", "effective", "noise", "rows_noise", "progress", "seconds"]
-    return table[[*columns, "rate", "low", "high", "best", "known"]]
+    return table[[*columns, "rate", "low", "high", "best", "known", "fits"]]
 
 
 def _estimates(
@@ -217,17 +224,51 @@ def _step_seconds(
     return pd.DataFrame({"seconds": times, "error": error})
 
 
-@checked
-def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str:
-    """Why the best option of :func:`progress_table` is the best, in a sentence.
+def _fits(
+    options: pd.DataFrame,
+    memory: float | Card | str | None,
+    spans: Mapping[int, Spans],
+    shape: Shape | None,
+    step: Step | None,
+) -> Bool[np.ndarray, " option"]:
+    """Whether a step of longest rows and most blocks holds no more than it may."""
+    if memory is None:
+        return np.ones(len(options), dtype=bool)
+    if shape is None:
+        raise ValueError("memory needs the shape of the models, got None")
+    form, limit, held = step or Step(1, 1, 1), usable_bytes(memory), []
+    for length, per, rows, anchors, size in options[_OPTION].itertuples(index=False):
+        own = spans[length] if per == "row" else in_training_batches(spans[length], rows)
+        _, most = row_blocks(own, anchors, per)
+        sizes = {"seq_len": length, "num_anchors": most, "block_size": size, "batch_size": rows}
+        held.append(StepBytes(shape, replace(form, **sizes)).peak)
+    return np.array(held) <= limit
 
-    What one more anchor would do is told from the next larger number in the table.
+
+@checked
+def best_option(table: pd.DataFrame, block_size: Count | None = None) -> pd.Series:
+    """The option of :func:`progress_table` that is the best with the highest probability.
+
+    Of those that fit and, where the table has several, of a ``block_size``; a ValueError where
+    nothing fits.
     """
     sizes = sorted(set(table["block_size"]))
     if block_size is None and len(sizes) > 1 or block_size not in (None, *sizes):
         raise ValueError(f"block_size must be one of {sizes}, got {block_size}")
-    own = table[table["block_size"] == (block_size or sizes[0])]
-    best = own.loc[own[["best", "rate"]].apply(tuple, axis=1).idxmax()]
+    own = table[table["fits"] & (table["block_size"] == (block_size or sizes[0]))]
+    if own.empty:
+        raise ValueError("table must hold an option that fits, got none")
+    return own.loc[own[["best", "rate"]].apply(tuple, axis=1).idxmax()]
+
+
+@checked
+def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str:
+    """Why :func:`best_option` of :func:`progress_table` is the best, in a sentence.
+
+    What one more anchor would do is told from the next larger number in the table.
+    """
+    best = best_option(table, block_size)
+    own = table[table["fits"] & (table["block_size"] == best["block_size"])]
     others = own
     for name in ("seq_len", "per", "batch_size"):
         others = others[others[name] == best[name]]
