@@ -10,6 +10,7 @@ import sys
 import torch
 
 from benchmarks import (
+    advice,
     attention,
     browser,
     cost,
@@ -40,6 +41,7 @@ SECTIONS = {
     "cost": cost.run,
     "scheduling": scheduling.run,
     "serving": serving.run,
+    "advice": advice.run,
     "load": load.run,
     "explorers": explorers.run,
     "browser": browser.run,

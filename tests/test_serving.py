@@ -23,7 +23,7 @@ from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures, threshold_sweep
 from dspark_lab.serving import AcceptanceProfile, RoundCosts, acceptance_profile, speedup_table
 from tests.samples import tell_clock, tiny_drafter, tiny_target
-from tests.traces import PROBABILITY, SLOTS, TRACE, made_trace, rounds_by_hand
+from tests.traces import PROBABILITY, SLOTS, TRACE, Made, made_trace, rounds_by_hand, trace_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,22 +154,66 @@ def test_tau_of_short_answers_counts_their_cut_rounds(rates, tokens) -> None:
     assert profile.tau(len(rates), 3000) == pytest.approx(profile.tau(len(rates)), rel=2e-3)
 
 
-def counted(trace: pd.DataFrame, prompts: Sequence[int] | None = None) -> list[float]:
-    """Of each slot, mean c* over the rounds that reached it, conversation by conversation."""
+def test_short_answers_make_long_blocks_pay_less() -> None:
+    profile = acceptance_profile(TRACE, resamples=30)
+    costs = COSTS.cutting()
+    endless = speedup_table(profile, costs).set_index("draft_length")
+    for tokens in (5, [5], [5, 5, 5]):
+        table = speedup_table(profile, costs, tokens=tokens).set_index("draft_length")
+        for k, row in table.iterrows():
+            tau = profile.tau(k, 5)
+            assert row["tau"] == pytest.approx(tau)
+            for name in ("speedup", "tokens_per_second", "without_replay", "without_overhead"):
+                expected = endless.loc[k, name] * tau / profile.tau(k)
+                assert row[name] == pytest.approx(expected)
+            survival = profile.sampled_survival(k)
+            sampled = [AcceptanceProfile.of(chain_of(one)).tau(k, 5) for one in survival]
+            assert row["tau_low"] == pytest.approx(np.quantile(sampled, 0.025))
+            seconds = row["draft_seconds"] + row["verify_seconds"] + row["overhead_seconds"]
+            assert row["round_seconds"] == pytest.approx(seconds)
+    assert (table["tau"].diff() < endless["tau"].diff())[1:].all()
+    # Free verification: the longer the better, but not where an answer has two tokens more.
+    costs = RoundCosts.of(4, plain_seconds=1, draft_seconds=[0.1, 0.2, 0.3, 0.4], verify_seconds=1)
+    sure = AcceptanceProfile.of([1.0] * 4)
+    assert serving.best_length(sure, costs) == 4
+    assert serving.best_length(sure, costs, tokens=2) == 1
+    assert serving.advice(sure, costs, tokens=2).startswith("Draft 1 a round: 1.82 times")
+    with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
+        serving.best_length(sure, costs, tokens=0)
+
+
+def chain_of(survival: np.ndarray) -> list[float]:
+    """Rates that survive so."""
+    return (survival / np.append(1, survival[:-1])).tolist()
+
+
+def counted(
+    trace: pd.DataFrame, prompts: Sequence[int] | None = None, k: int = SLOTS
+) -> list[float]:
+    """Of each slot of rounds of k, mean c* over the drafted tokens that fall on it.
+
+    Conversation by conversation, and token by token: those of a run, from one rejection to the
+    next, are dealt to rounds of k slots and the target's own token.
+    """
     blocks = rounds_by_hand(trace)
-    top, bottom = [0.0] * SLOTS, [0] * SLOTS
+    top, bottom = [0.0] * (k + 1), [0] * (k + 1)
     for prompt in sorted(set(trace["prompt"])) if prompts is None else prompts:
-        for (own, _), block in blocks.items():
+        token = 0
+        for own, number in sorted(blocks):
             if own != prompt:
                 continue
-            for row in block:
+            going = 0
+            for row in blocks[own, number]:
                 if not row.verified:
                     break
-                top[row.slot] += row.accept_rate
-                bottom[row.slot] += 1
+                top[token % (k + 1)] += row.accept_rate
+                bottom[token % (k + 1)] += 1
                 if not row.accepted:
                     break
-    return [a / b if b else math.nan for a, b in zip(top, bottom, strict=True)]
+                going, token = going + 1, token + 1
+            # Behind a whole block stands the target's own token.
+            token = token + 1 if going == SLOTS else 0
+    return [a / b if b else math.nan for a, b in zip(top[:k], bottom[:k], strict=True)]
 
 
 @pytest.mark.parametrize("trace", [TRACE, ENDED], ids=["whole", "ended"])
@@ -177,21 +221,28 @@ def test_a_profile_is_the_rates_of_reached_slots(trace) -> None:
     profile = acceptance_profile(trace, resamples=30, seed=3)
     assert profile.rates.tolist() == pytest.approx(counted(trace))
     assert profile.survival.tolist() == pytest.approx(np.cumprod(counted(trace)).tolist())
-    assert profile.tau(3) == pytest.approx(1 + sum(np.cumprod(counted(trace)[:3])))
+    for k in range(1, SLOTS + 1):
+        rates = counted(trace, k=k)
+        assert profile.by_length[k - 1, :k].tolist() == pytest.approx(rates)
+        assert np.isnan(profile.by_length[k - 1, k:]).all()
+        assert profile.survival_of(k).tolist() == pytest.approx(np.cumprod(rates).tolist())
+        assert profile.tau(k) == pytest.approx(1 + sum(np.cumprod(rates)))
     assert profile.conversations == 12
     times = np.random.default_rng(3).multinomial(12, [1 / 12] * 12, size=30)
     for sample, drawn in zip(profile.samples, times, strict=True):
         again = [prompt for prompt, often in enumerate(drawn) for _ in range(often)]
-        assert sample.tolist() == pytest.approx(counted(trace, again))
+        for k in range(1, SLOTS + 1):
+            assert sample[k - 1, :k].tolist() == pytest.approx(counted(trace, again, k))
     table = profile.table()
-    lived = np.cumprod(profile.samples, axis=1)
-    for name, values in (("rate", profile.samples), ("survival", lived)):
+    whole = profile.samples[:, -1]
+    for name, values in (("rate", whole), ("survival", np.cumprod(whole, axis=1))):
         low, high = np.quantile(values, [0.025, 0.975], axis=0)
         assert table[f"{name}_low"].tolist() == pytest.approx(low.tolist())
         assert table[f"{name}_high"].tolist() == pytest.approx(high.tolist())
     speeds = speedup_table(profile, COSTS)
     sampled = [
-        [by_hand(COSTS, sample[:k]) for k in range(1, SLOTS + 1)] for sample in profile.samples
+        [by_hand(COSTS, sample[k - 1, :k]) for k in range(1, SLOTS + 1)]
+        for sample in profile.samples
     ]
     each = np.array([[tokens / seconds for tokens, seconds in row] for row in sampled])
     low, high = np.quantile(each, [0.025, 0.975], axis=0)
@@ -200,6 +251,50 @@ def test_a_profile_is_the_rates_of_reached_slots(trace) -> None:
     fastest = each.argmax(axis=1).tolist()
     share = [fastest.count(k) / 30 for k in range(SLOTS)]
     assert speeds["best_share"].tolist() == pytest.approx(share)
+
+
+def rounds_in_text(easy: Sequence[bool], k: int) -> list[int]:
+    """How many of k are accepted in each round, where a drafted token is iff it is easy."""
+    accepted, token = [], 0
+    while token + k < len(easy):
+        going = list(easy[token : token + k])
+        accepted.append(going.index(False) if False in going else k)
+        token += accepted[-1] + 1
+    return accepted
+
+
+@given(st.lists(st.booleans(), min_size=6, max_size=60), st.sampled_from([1, 2]))
+@example([True] * 40 + [False] * 20, 2)
+def test_short_blocks_are_accepted_as_the_text_is_easy(easy, k) -> None:
+    """Rounds of one or two slots end where those of five do, so that nothing is left to guess."""
+    whole = rounds_in_text(easy, 5)
+    rates = ([float(slot < accepted) for slot in range(5)] for accepted in whole)
+    trace = trace_of(Made(0, [0.5] * 5, one, 5, int(sum(one))) for one in rates)
+    profile = acceptance_profile(trace, resamples=1)
+    tokens = sum(accepted + 1 for accepted in whole)
+    short = rounds_in_text([*easy[:tokens], *[True] * k], k)
+    assert sum(accepted + 1 for accepted in short) == tokens
+    for slot, rate in enumerate(profile.by_length[k - 1, :k]):
+        reached = [accepted > slot for accepted in short if accepted >= slot]
+        assert rate == pytest.approx(np.mean(reached) if reached else math.nan, nan_ok=True)
+
+
+def test_between_two_temperatures_rates_are_linear() -> None:
+    cold = acceptance_profile(TRACE, temperature=0.0, resamples=20)
+    hot = acceptance_profile(made_trace(5), temperature=0.8, resamples=20)
+    warm = cold.between(hot, 0.2)
+    assert warm.temperature == 0.2 and warm.conversations == 12
+    assert warm.rates.tolist() == pytest.approx((0.75 * cold.rates + 0.25 * hot.rates).tolist())
+    expected = 0.75 * cold.samples + 0.25 * hot.samples
+    np.testing.assert_allclose(warm.samples, expected)
+    assert cold.between(hot, 0.8).rates.tolist() == hot.rates.tolist()
+    for other, temperature in ((hot, 0.9), (cold, 0.0), (acceptance_profile(TRACE), 0.2)):
+        with pytest.raises(
+            ValueError, match="between those of two profiles, a colder and a hotter"
+        ):
+            cold.between(other, temperature)
+    with pytest.raises(ValueError, match=r"as many samples and slots, got \[\[20, 4, 4\], \[9, "):
+        cold.between(acceptance_profile(TRACE, temperature=1.0, resamples=9), 0.5)
 
 
 def test_rounds_that_the_end_of_an_answer_cut_do_not_lower_tau() -> None:
@@ -327,14 +422,13 @@ def test_thresholds_are_replayed_round_by_round(trace) -> None:
 
 @pytest.mark.parametrize("trace", [TRACE, ENDED], ids=["whole", "ended"])
 def test_a_threshold_of_nothing_is_a_fixed_length(trace) -> None:
-    lengths = [1, 2, 3, 4]
     drawn = {"resamples": 40, "seed": 5}
-    loose = serving.threshold_table(trace, COSTS, thresholds=[0.0], draft_lengths=lengths, **drawn)
-    fixed = speedup_table(acceptance_profile(trace, **drawn), COSTS)
+    loose = serving.threshold_table(trace, COSTS, thresholds=[0.0], **drawn)
+    fixed = speedup_table(acceptance_profile(trace, **drawn), COSTS, [SLOTS])
     shared = [name for name in loose if name in fixed]
     assert len(shared) == len(loose.columns) - 2
     pd.testing.assert_frame_equal(loose[shared], fixed[shared])
-    assert loose["verified"].tolist() == lengths
+    assert loose["verified"].tolist() == [SLOTS]
 
 
 def test_whole_rounds_are_swept_as_the_sweep_sweeps_them() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, astuple, replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,6 @@ from dspark_lab.tuning import (
     SweepConfig,
     cell_table,
     evaluation_steps,
-    fitted_cells,
     load_runs,
     load_sweep,
     measure_sweep,
@@ -134,6 +133,23 @@ def test_a_sweep_that_stopped_goes_on_with_the_cells_that_are_missing(here):
     assert table.equals(run(here, noting([], 0)))
 
 
+def test_more_drafters_of_some_kinds_come_into_the_same_folder(here):
+    first = run(here)
+    kind = SMALL.cells()[0].kind
+    more = replace(SMALL, only=(kind,), seeds=(7, 8), corners=True)
+    assert [cell.key for cell in replace(more, corners=False).cells()] == [
+        f"{kind}-seed7",
+        f"{kind}-seed8",
+    ]
+    table = run(here, config=replace(more, corners=False))
+    assert len(table) == len(first) + 2 * len(SMALL.temperatures)
+    assert set(table["seed"]) == {*first["seed"], 7, 8}
+    with pytest.raises(
+        ValueError, match="only must name drafters of the sweep, got \\['nobody'\\]"
+    ):
+        replace(SMALL, only=(kind, "nobody"))
+
+
 def test_a_folder_of_another_sweep_is_refused_and_says_what_differs(here):
     run(here)
     other = replace(SMALL, slots=(101,), prompts=7)
@@ -143,7 +159,7 @@ def test_a_folder_of_another_sweep_is_refused_and_says_what_differs(here):
 
 def test_steps_are_what_the_budgets_pay(here):
     table = run(here)
-    chats = lab._materials(SMALL).chats
+    chats = lab.sweep_materials(SMALL).chats
     for anchors in SMALL.num_anchors:
         per_step = supervision(chats, anchors, 2).expected / len(chats) * 16
         steps = table[table["num_anchors"] == anchors].groupby("budget")["steps"].first()
@@ -248,7 +264,7 @@ def test_drafters_of_all_block_sizes_meet_the_same_held_out_blocks(tiny, tmp_pat
     met, other = (table.loc[table["accept"].notna(), by] for table in (short, long))
     pd.testing.assert_frame_equal(met, other)
     # Alone, the short one would find more of them.
-    encoded = lab._materials(config).evaluated
+    encoded = lab.sweep_materials(config).evaluated
     places = [len(whole_block_anchors(collate([row], 0), 5)) for row in encoded]
     assert met["blocks"].iloc[0] == sum(places)
 
@@ -277,6 +293,28 @@ def test_a_cell_that_was_killed_goes_on_from_its_checkpoint_and_ends_the_same(
         for line in found["lines"]:
             line.pop("spent", None), line.pop("seconds")
     np.testing.assert_equal(again, whole)
+
+
+def test_a_cell_that_stops_at_a_step_has_the_lines_until_there_and_goes_on(tiny, tmp_path):
+    whole = run_cell(TINY_CELL, tiny, 6, 0.5, tmp_path / "whole")
+    begun = run_cell(TINY_CELL, tiny, 6, 0.5, tmp_path / "begun", 2)
+    again = run_cell(TINY_CELL, tiny, 6, 0.5, tmp_path / "begun")
+    for found in (whole, begun, again):
+        for line in found["lines"]:
+            line.pop("spent", None), line.pop("seconds")
+    np.testing.assert_equal(again, whole)
+    assert begun["run"] == whole["run"]
+    until = [line for line in whole["lines"] if line["step"] <= 2]
+    each = [line for line in begun["lines"] if line["kind"] == "conversation"]
+    assert {line["kind"] for line in until} == {"train", "held_out"}
+    others = [line for line in begun["lines"] if line["kind"] != "conversation"]
+    np.testing.assert_equal(others, until)
+    # In place of its end, where every conversation has a line.
+    assert [line["step"] for line in each] == [2] * 3
+    assert np.mean([line["tau"] for line in each]) == pytest.approx(
+        next(line["tau"] for line in until if line["kind"] == "held_out" and line["step"] == 2),
+        abs=1e-4,
+    )
 
 
 def test_evaluations_are_spaced_by_the_logarithm_and_windows_by_the_square_root():
@@ -347,7 +385,7 @@ def test_step_times_are_measured_once_and_never_again(tiny, tmp_path, monkeypatc
     (line,) = table.itertuples()
     assert 0 < line.fastest <= line.seconds <= line.slowest and line.clock > 0
     kept = (tmp_path / "step_seconds.json").read_bytes()
-    monkeypatch.setattr(lab, "_measured", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(lab, "measure_cell", lambda *given: pytest.fail("measured again"))
     pd.testing.assert_frame_equal(measure_sweep(config, tmp_path, progress=False), table)
     assert (tmp_path / "step_seconds.json").read_bytes() == kept
 
@@ -363,11 +401,12 @@ def test_a_measurement_that_stopped_goes_on_with_the_repeats_that_are_missing(
         asked.append((cell.step_kind, cell.seed))
         return [float(len(asked)), 9.0]
 
-    monkeypatch.setattr(lab, "_measured", pretend)
+    monkeypatch.setattr(lab, "measure_cell", pretend)
+    monkeypatch.setattr(lab, "STEP_REPEATS", 3)
     with pytest.raises(OSError, match="no space"):
         measure_sweep(SMALL, tmp_path, progress=False)
     before, asked = asked, []
-    monkeypatch.setattr(lab, "_measured", lambda cell, *_: (asked.append(cell), [7.0, 8.0])[1])
+    monkeypatch.setattr(lab, "measure_cell", lambda cell, *_: (asked.append(cell), [7.0, 8.0])[1])
     table = measure_sweep(SMALL, tmp_path, progress=False)
     first, second = SECONDS
     # Repeat by repeat, each on other batches.
@@ -378,7 +417,7 @@ def test_a_measurement_that_stopped_goes_on_with_the_repeats_that_are_missing(
 
 
 def test_a_mix_is_a_domain_of_the_conversations(tiny):
-    materials = lab._materials(tiny)
+    materials = lab.sweep_materials(tiny)
     assert [item.domain for item in materials.mix("code")] == ["code"] * 3
     assert len(materials.mix("all")) == 6
     with pytest.raises(ValueError, match=r"'all' or a domain of \['code', 'math'\], got 'x'"):
@@ -403,7 +442,7 @@ def test_the_command_line_has_the_flags_that_it_always_had():
     expected |= {"temperatures": (0.0, 1.0), "slots": (250000,), "seconds": (75.0,), "prompts": 60}
     expected |= {"max_new_tokens": 64, "target": "pocket", "data": None, "held_out": None}
     expected |= {"device": "cpu", "features": "cached", "batch_sizes": (16,), "max_length": 512}
-    expected |= {"mixes": ("all",), "corners": False, "plan": "first", "measure": False}
+    expected |= {"mixes": ("all",), "corners": False, "only": (), "plan": "first", "measure": False}
     expected |= {"evaluations": 12, "evaluate_chats": 48, "evaluate_anchors": 8}
     expected |= {"learning_rate": 0.003, "training": config.training, "processes": 1}
     expected |= {"work": Path("build/sweep"), "out": DATA / "pocket" / "sweep.csv"}
@@ -503,45 +542,3 @@ def test_a_run_stands_in_one_line_with_what_it_reached_at_its_end(real):
     assert run_table(real, domain="math")["held_out"].tolist() == held["tau"].iloc[[2, 3]].tolist()
     with pytest.raises(ValueError, match="domain must be one of .*, got 'x'"):
         run_table(real, domain="x")
-
-
-def surface(seeds: int = 1, spread: float = 0.0, rows: Sequence[int] = (2, 8)) -> pd.DataFrame:
-    """Runs whose tau has its peak at 16 anchors and seven slots, the higher the more rows."""
-    every = product(rows, (4, 16, 96), (4, 7, 15), range(seeds))
-    table = pd.DataFrame(every, columns=["batch_size", "num_anchors", "block_size", "seed"])
-    peak = -((np.log(table["num_anchors"] / 16)) ** 2) - np.log(table["block_size"] / 7) ** 2
-    noise = np.random.default_rng(0).normal(0, spread, len(table))
-    tau = 2 * np.exp(0.1 * peak + noise) * table["batch_size"] ** 0.1
-    return table.assign(budget="seconds", amount=20.0, mix="all", held_out=tau)
-
-
-def test_the_best_cell_is_that_of_a_surface_through_all_cells():
-    cells = fitted_cells(surface())
-    assert len(cells) == 18 and cells["fitted"].tolist() == pytest.approx(cells["found"].tolist())
-    (best,) = cells[cells["best"]].itertuples()
-    assert (best.batch_size, best.num_anchors, best.block_size, best.seeds) == (8, 16, 7, 1)
-    assert best.low == pytest.approx(best.high) == pytest.approx(2 * 8**0.1)
-    # One lucky cell is no peak.
-    lucky = surface()
-    lucky.loc[0, "held_out"] = 2.6
-    again = fitted_cells(pd.concat([lucky, surface().assign(mix="code")]))
-    best = again[again["best"]]
-    assert best["num_anchors"].tolist() == [16, 16] and best["mix"].tolist() == ["all", "code"]
-    # As many coefficients as cells leave nothing to tell the error by.
-    few = fitted_cells(surface().iloc[:2])
-    assert few["low"].isna().all() and few["best"].sum() == 1
-
-
-def test_the_interval_of_a_fitted_cell_is_that_of_least_squares():
-    table = surface(seeds=3, spread=0.02, rows=(2,))
-    table = table[table["block_size"] == 7]
-    cells = fitted_cells(table)
-    x, y = np.log(table["num_anchors"]), np.log(table["held_out"])
-    coefficients, covariance = np.polyfit(x, y, 2, cov=True)
-    for cell in cells.itertuples():
-        powers = np.log(cell.num_anchors) ** np.array([2, 1, 0])
-        centre, error = powers @ coefficients, math.sqrt(powers @ covariance @ powers)
-        # The quantile for 9 - 3 degrees of freedom from a printed table.
-        assert math.log(cell.fitted) == pytest.approx(centre)
-        assert math.log(cell.high) == pytest.approx(centre + 2.4469 * error, abs=1e-6)
-        assert math.log(cell.low) == pytest.approx(centre - 2.4469 * error, abs=1e-6)

@@ -23,6 +23,7 @@ from .speedup import advice, best_length, speedup_table, temperature_table
 from .steps import Speed, StepsPerSecond
 from .thresholds import best_threshold, gain_table, threshold_table
 from .timing import measure_engine, measure_steps_per_second
+from .turns import decode_lengths, length_loss, length_table
 
 __all__ = [
     "AcceptanceProfile",
@@ -47,8 +48,11 @@ __all__ = [
     "break_even",
     "break_even_rate",
     "decode_check",
+    "decode_lengths",
     "draw_requests",
     "gain_table",
+    "length_loss",
+    "length_table",
     "load_engine",
     "load_table",
     "measure_engine",

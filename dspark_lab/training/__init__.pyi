@@ -1,6 +1,6 @@
 from .config import TrainConfig
 from .data import ChatsLike, encode_chats, open_chats
-from .loop import Run, train
+from .loop import Forward, Run, train
 from .order import BatchOrder, row_groups
 from .processes import Processes
 from .start import init_from_target, mask_token_id, new_drafter
@@ -9,6 +9,7 @@ from .state import History, checkpoints, read_run
 __all__ = [
     "BatchOrder",
     "ChatsLike",
+    "Forward",
     "History",
     "Processes",
     "Run",

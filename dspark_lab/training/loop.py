@@ -39,12 +39,13 @@ from dspark_lab.chats import (
     rows_with_labels,
     seen_tokens,
 )
-from dspark_lab.checks import checked
+from dspark_lab.checks import Count, checked
 from dspark_lab.files import read_json, upload
 from dspark_lab.model import (
     WEIGHTS,
     Drafter,
     FeatureSource,
+    Objective,
     Slots,
     Sums,
     Target,
@@ -77,6 +78,7 @@ def train(
     parallel: Parallel = "none",
     compile: bool = False,
     resume: bool = True,
+    until: Count | None = None,
     progress: bool = True,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
     like: Like | None = None,
@@ -100,6 +102,7 @@ def train(
         compile: run the drafter through ``torch.compile``, or, where that fails, without it after a
             warning. It changes results by rounding. On CUDA attention is compiled in any case.
         resume: go on from the last checkpoint in ``out``; else ``out`` must hold none.
+        until: stop after this step, with a checkpoint; a later call goes on as if it had not.
         progress: show a bar, and say how many conversations have no label.
         like: supervise what another trainer does, see :func:`dspark_lab.encode`; evaluations are on
             the lab's own mask in any case.
@@ -141,10 +144,11 @@ def train(
                 on_metrics(row)
 
     hidden = not (progress and processes.main)
-    bar = tqdm(total=config.steps, initial=run.step, desc="train", disable=hidden)
+    last = min(until or config.steps, config.steps)
+    bar = tqdm(total=last, initial=run.step, desc="train", disable=hidden)
     stopped = False
     with _interrupts() as interrupts, bar:
-        while run.step < config.steps and not stopped:
+        while run.step < last and not stopped:
             row, stopped = run.advance(source, interrupts)
             record(row)
             shown = {name: f"{row[name]:.3f}" for name in ("loss", "accept_rate", "tau")}
@@ -152,7 +156,7 @@ def train(
             bar.update()
             if others and run.is_due(config.evaluate_every):
                 record(run.evaluate(target, others))
-            if stopped or run.is_due(config.checkpoint_every):
+            if stopped or run.step == last or run.is_due(config.checkpoint_every):
                 run.save()
     drafter.eval()
     return History(out, rows, run.step < config.steps, unlabelled)
@@ -217,21 +221,31 @@ class Forward(nn.Module):
     def forward(
         self, blocks: Blocks, context: Tensor, last: Tensor, normaliser: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
-        bf16 = self.config.precision == "bf16"
-        terms: dict[str, Any] = self.config.term_weights_at(step)
-        terms["loss_decay_gamma"] = self.config.loss_decay_gamma
+        objective = self.objective(self.read(blocks, context, last), normaliser, step)
+        return objective.loss, objective.sums.stacked()
+
+    def read(self, blocks: Blocks, context: Tensor, last: Tensor) -> Slots:
+        """The slots of a training forward."""
         # Made here, since what it takes to compile it for every length is long.
         backend = choose_backend(context.device)
         forms = self.drafter.mask_forms(blocks, backend)
-        with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
-            slots = self.slots(blocks, context, last, backend=backend, forms=forms)
-            w2 = self.drafter.markov_w2_weight
-            if self.config.vocabulary == "seen":
-                slots = replace(slots, target_ids=self.place[slots.target_ids])
-                w2 = None if w2 is None else w2[self.seen]
-            terms |= self.drafter.vocabulary | {"normaliser": normaliser}
-            objective = dspark_objective(slots, self.head, w2, **terms)
-        return objective.loss, objective.sums.stacked()
+        with self._autocast():
+            return self.slots(blocks, context, last, backend=backend, forms=forms)
+
+    def objective(self, slots: Slots, normaliser: Tensor, step: int) -> Objective:
+        """The objective of slots, as weighted at a 0-based step."""
+        terms: dict[str, Any] = self.config.term_weights_at(step)
+        terms |= {"loss_decay_gamma": self.config.loss_decay_gamma, "normaliser": normaliser}
+        w2 = self.drafter.markov_w2_weight
+        if self.config.vocabulary == "seen":
+            slots = replace(slots, target_ids=self.place[slots.target_ids])
+            w2 = None if w2 is None else w2[self.seen]
+        with self._autocast():
+            return dspark_objective(slots, self.head, w2, **terms, **self.drafter.vocabulary)
+
+    def _autocast(self) -> torch.autocast:
+        bf16, device = self.config.precision == "bf16", self.drafter.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 @checked

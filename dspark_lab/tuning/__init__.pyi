@@ -22,13 +22,20 @@ from .coverage import (
     token_supervision,
 )
 from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
+from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
+from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .noise_file import load_noise, save_noise
+from .pilots import pilot
+from .progress import Dilution, best_option, dilution, progress_reason, progress_table
+from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
 from .results import (
     RUN,
+    block_loss,
     cell_table,
-    fitted_cells,
     load_runs,
     load_sweep,
     run_table,
@@ -37,15 +44,7 @@ from .results import (
     sweep_table,
 )
 from .runs import evaluation_steps, measure_sweep, run_cell, run_sweep, window_ends
-from .settings import (
-    SERVERS,
-    TRAINERS,
-    Program,
-    ServingSettings,
-    TrainingSettings,
-    export,
-    exports,
-)
+from .settings import SERVERS, TRAINERS, Program, ServingSettings, TrainingSettings, export, exports
 from .shape import CARDS, TARGETS, Card, Layers, Shape
 from .spans import Spans, in_training_batches, training_steps
 from .step import Dtype, Step
@@ -53,15 +52,23 @@ from .steptime import StepTime, fit_step_time, measure_steps
 
 __all__ = [
     "ALL",
+    "Advice",
     "AttentionWork",
     "BUDGETS",
     "CARDS",
     "Card",
     "Cell",
+    "Contest",
+    "Dilution",
     "Dtype",
     "Forecast",
+    "GROWTH",
+    "GradientNoise",
+    "Growth",
     "Layers",
+    "Moments",
     "PLANS",
+    "Pilot",
     "Program",
     "REASONS",
     "RUN",
@@ -81,43 +88,63 @@ __all__ = [
     "TrainingChoice",
     "TrainingSettings",
     "anchors_needed",
+    "best_option",
+    "block_loss",
     "card_table",
     "card_time",
     "cell_table",
     "choose_training",
+    "coverage_advice",
     "coverage_table",
+    "decide",
+    "dilution",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",
     "export",
     "exports",
     "extrapolate",
+    "fit_growth",
     "fit_step_time",
     "fit_table",
     "fitted_cells",
+    "gradient_moments",
     "in_training_batches",
+    "judge_advice",
+    "judged_table",
+    "label_overlap",
     "learn_curves",
     "learning_rates",
+    "load_noise",
     "load_runs",
     "load_sweep",
+    "measure_noise",
     "measure_steps",
     "measure_sweep",
     "memory_table",
     "never_table",
+    "next_pilots",
     "packing_table",
+    "pilot",
+    "pilot_allowance",
     "predict_sweep",
+    "progress_reason",
+    "progress_table",
+    "replay_pilot",
     "row_blocks",
     "run_cell",
     "run_jobs",
     "run_sweep",
     "run_table",
     "runs_table",
+    "save_noise",
     "save_runs",
     "slot_supervision",
     "supervision",
     "supervision_table",
     "sweep_check",
     "sweep_table",
+    "taus_at",
     "token_coverage",
     "token_supervision",
     "training_cost",

@@ -37,8 +37,13 @@ class Cell:
         return f"{self.mix}-rows{self.batch_size}-n{self.num_anchors}-k{self.block_size}"
 
     @property
+    def kind(self) -> str:
+        """All but the seed."""
+        return f"{self.budget}{self.amount:g}-{self.step_kind}"
+
+    @property
     def key(self) -> str:
-        return f"{self.budget}{self.amount:g}-{self.step_kind}-seed{self.seed}"
+        return f"{self.kind}-seed{self.seed}"
 
 
 @checked
@@ -54,6 +59,8 @@ class SweepConfig:
         seeds: drafters of each kind.
         corners: seeds after the first only where anchors, block size and rows are each the least or
             the most; everywhere otherwise.
+        only: these kinds of drafter and no others, by the name of their results without the seed,
+            like seconds20-all-rows2-n16-k7.
         slots: budgets of supervised slots.
         seconds: budgets of training time.
         prompts: held-out questions to decode, domains in turn.
@@ -78,6 +85,7 @@ class SweepConfig:
     mixes: Annotated[tuple[str, ...], NotEmpty()] = (ALL,)
     seeds: Annotated[tuple[Size, ...], NotEmpty()] = (0, 1, 2)
     corners: bool = False
+    only: tuple[str, ...] = ()
     slots: tuple[Count, ...] = (250_000,)
     seconds: tuple[Positive, ...] = (75.0,)
     prompts: Count = 60
@@ -108,6 +116,9 @@ class SweepConfig:
                 raise ValueError(f"{name} must hold each value once, got {values}")
         if not (self.slots or self.seconds):
             raise ValueError("slots or seconds must hold a budget, got none")
+        unknown = set(self.only) - {cell.kind for cell in self._every()}
+        if unknown:
+            raise ValueError(f"only must name drafters of the sweep, got {sorted(unknown)}")
         if self.target != "pocket" and not (self.data and self.held_out):
             raise ValueError(f"target {self.target!r} needs data and held_out")
 
@@ -116,16 +127,20 @@ class SweepConfig:
 
         Seed by seed; within a seed budget by budget, the least first.
         """
+        first, cells = self.seeds[0], self._every()
+        if self.only:
+            cells = [cell for cell in cells if cell.kind in self.only]
+        return [c for c in cells if c.seed == first or not self.corners or self._is_corner(c)]
+
+    def _every(self) -> list[Cell]:
         budgets = [(kind, own) for kind in BUDGETS for own in sorted(getattr(self, kind))]
         sizes = product(self.mixes, self.batch_sizes, self.block_sizes, self.num_anchors)
-        cells = [
+        return [
             Cell(budget, amount, mix, rows, anchors, block_size, seed)
             for seed, (budget, amount), (mix, rows, block_size, anchors) in product(
                 self.seeds, budgets, list(sizes)
             )
         ]
-        first = self.seeds[0]
-        return [c for c in cells if c.seed == first or not self.corners or self._is_corner(c)]
 
     def _is_corner(self, cell: Cell) -> bool:
         chosen = (cell.batch_size, cell.num_anchors, cell.block_size)

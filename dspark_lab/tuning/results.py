@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from itertools import combinations_with_replacement
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dspark_lab.checks import NotEmpty, checked
+from dspark_lab.checks import checked
 from dspark_lab.files import read_csv, read_json, shipped, written_whole
+from dspark_lab.rates import ratio_interval, resampled
 from dspark_lab.tuning.cells import ALL
 
 # The columns that a table of decoded taus is sorted by; the shipped one has one value of each of
@@ -21,7 +21,6 @@ _BY = ["budget", "temperature", "block_size", "num_anchors", "seed"]
 _VARIED = ["amount", "mix", "batch_size"]
 # A run's settings, then a line's own columns.
 RUN = ["budget", *_VARIED, "num_anchors", "block_size", "seed"]
-_CELL = ["batch_size", "num_anchors", "block_size"]
 _SETTINGS = [*RUN, "steps", "step_seconds", "learning_rate", "warmup_steps"]
 _NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds
     spent""".split()
@@ -38,22 +37,27 @@ def runs_table(work: str | Path) -> pd.DataFrame:
     """All that the finished cells of a work folder have seen, as :func:`load_runs` describes it."""
     work = Path(work)
     files = [read_json(path) for path in sorted((work / "cells").glob("*.json"))]
-    lines = [found["run"] | line for found in files for line in found["lines"]]
-    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
-    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
-    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
-    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
-    table = table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
+    table = result_table(files)
     for name in ("sweep", "step_seconds"):
         if (work / f"{name}.json").exists():
             table.attrs[name] = read_json(work / f"{name}.json")
     return table
 
 
+def result_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The lines of :func:`run_cell`'s results, as :func:`load_runs` describes them."""
+    lines = [found["run"] | line for found in results for line in found["lines"]]
+    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
+    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
+    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
+    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
+    return table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
+
+
 @checked
 def save_runs(runs: pd.DataFrame, path: str | Path) -> None:
     """Write a table of :func:`runs_table` as Parquet, what was measured in 32 bits."""
-    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
     table = runs.astype(dict.fromkeys(_NUMBERS, "float32"))
     for name in _BY_SLOT:
         table[name] = [
@@ -95,7 +99,7 @@ def load_runs(path: str | os.PathLike[str] | None = None) -> pd.DataFrame:
     with path.open("rb") as file:
         try:
             table = pd.read_parquet(file)
-            _require_columns("runs", table, (*_SETTINGS, *_LINE))
+            require_columns("runs", table, (*_SETTINGS, *_LINE))
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path} must hold the runs of a sweep as Parquet: {error}") from error
     return table
@@ -108,7 +112,7 @@ def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
     ``held_out`` is the analytic tau, ``decoded_0`` and so on tau by decoding at that temperature,
     all over the conversations of a ``domain``.
     """
-    _require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
     ended = runs[(runs["step"] == runs["steps"]) & (runs["domain"] == domain)]
     own = ended[ended["kind"] == "held_out"].set_index(RUN)
     if own.empty:
@@ -121,44 +125,70 @@ def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
 
 
 @checked
-def fitted_cells(
-    table: pd.DataFrame,
-    by: str = "held_out",
-    setting: Annotated[Sequence[str], NotEmpty()] = ("budget", "amount", "mix"),
+def block_loss(
+    runs: pd.DataFrame,
+    trained: Count = 15,
+    served: Count = 7,
+    *,
+    by: Sequence[str] = ("mix", "amount"),
+    domain: str = ALL,
 ) -> pd.DataFrame:
-    """The cells of each setting on a surface that is fitted to all of them, and which is the best.
+    """What is lost by training long blocks and serving shorter ones, in pairs.
 
-    The logarithm of the column ``by`` of :func:`run_table` is fitted by a second-degree polynomial
-    in the logarithms of rows, anchors and block size, each run alike: so the best of many cells is
-    not the luckiest.
+    A run of blocks of ``trained`` slots, of which the first ``served`` are drafted, is compared
+    with one that differs from it in its block size alone, ``served``: of the same budget; and after
+    as many steps, where the shorter blocks have runs of fewer and of more (log tau of each
+    conversation is then linear in log steps between them). Both on the same conversations, at the
+    end of :func:`load_runs`' runs or where these have stopped.
 
     Returns:
-        one line for each cell: its ``seeds`` and their mean ``found``, the ``fitted`` one with its
-        95 % interval ``low`` to ``high`` (NaN with no more runs than coefficients), and ``best``.
+        one line for each kind of ``equal``, "budget" or "steps", and each combination of the
+        columns ``by``: the number of pairs, ``runs``, and of ``conversations``; mean tau of those
+        trained on ``served`` slots; and what the others have ``lost`` of it, a share, in its 95 %
+        interval over conversations, ``low`` to ``high``.
     """
-    from scipy import stats
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    if not served < trained:
+        raise ValueError(f"served must be below trained, {trained}, got {served}")
+    lines = runs[(runs["kind"] == "conversation") & runs["block_size"].isin([trained, served])]
+    lines = lines[lines["step"] == lines.groupby(RUN, observed=True)["step"].transform("max")]
+    lines = lines if domain == ALL else lines[lines["domain"] == domain]
+    tau = [1 + float(np.sum(one[:served])) for one in lines["survival"]]
+    same = [name for name in RUN if name != "block_size"] + ["conversation"]
+    table = lines[[*same, "block_size", "step"]].astype({"conversation": str}).assign(tau=tau)
+    long, short = (
+        table[table["block_size"] == size].drop(columns="block_size") for size in (trained, served)
+    )
+    pairs = {"budget": long.merge(short, on=same, suffixes=("_long", ""))}
+    pairs["steps"] = _after_equal_steps(long, short, [n for n in same if n != "amount"])
+    parts = []
+    for equal, pair in pairs.items():
+        groups = pair.groupby(list(by), observed=True) if by else [((), pair)]
+        for key, part in groups:
+            if len(part):
+                one_by_one = part.groupby("conversation", observed=True)[["tau_long", "tau"]].sum()
+                top, bottom = one_by_one.to_numpy().T
+                drawn = resampled(len(top), 10_000, 0)
+                high, low = 1 - ratio_interval(top, bottom, drawn)
+                count = len(part[same[:-1]].drop_duplicates())
+                found = (count, len(top), part["tau"].mean(), 1 - top.sum() / bottom.sum())
+                parts.append((equal, *key, *found, float(low), float(high)))
+    columns = ["runs", "conversations", "tau", "lost", "low", "high"]
+    return pd.DataFrame(parts, columns=["equal", *by, *columns])
 
-    _require_columns("table", table, (*setting, *_CELL, by))
+
+def _after_equal_steps(long: pd.DataFrame, short: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Each line of ``long`` with the tau that ``short`` would have after as many steps."""
+    curves = {key: part.sort_values("step") for key, part in short.groupby(by, observed=True)}
     found = []
-    for _, part in table.groupby(list(setting), observed=True):
-        logs = np.log(part[_CELL].to_numpy(dtype=float))
-        pairs = combinations_with_replacement(range(len(_CELL)), 2)
-        terms = [np.ones(len(part)), *logs.T, *(logs[:, i] * logs[:, j] for i, j in pairs)]
-        design, aim = np.stack(terms, axis=1), np.log(part[by].to_numpy(dtype=float))
-        # The terms of what takes only one or two values are not told apart, but their sums are.
-        inverse = np.linalg.pinv(design)
-        fitted = design @ inverse @ aim
-        freedom = len(part) - np.linalg.matrix_rank(design)
-        variance = ((aim - fitted) ** 2).sum() / freedom if freedom else np.nan
-        error = np.sqrt(variance * ((design @ inverse) ** 2).sum(axis=1))
-        half = error * stats.t.ppf(0.975, freedom) if freedom else np.nan
-        lines = part[[*setting, *_CELL]].assign(found=part[by], fitted=np.exp(fitted))
-        lines = lines.assign(low=np.exp(fitted - half), high=np.exp(fitted + half))
-        groups = lines.groupby([*setting, *_CELL], observed=True)
-        cells = groups.mean()
-        cells.insert(0, "seeds", groups.size())
-        found.append(cells.assign(best=cells["fitted"] == cells["fitted"].max()).reset_index())
-    return pd.concat(found, ignore_index=True)
+    for line, key in zip(long.to_dict("records"), long[by].itertuples(index=False), strict=True):
+        curve = curves.get(tuple(key))
+        if curve is None or not curve["step"].min() <= line["step"] <= curve["step"].max():
+            continue
+        logs = np.log(curve["step"]), np.log(curve["tau"])
+        tau = float(np.exp(np.interp(np.log(line["step"]), *logs)))
+        found.append({**line, "tau_long": line["tau"], "tau": tau})
+    return pd.DataFrame(found, columns=[*long.columns, "tau_long"])
 
 
 @checked
@@ -198,7 +228,7 @@ def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
 
     by = ["budget", "temperature"]
     columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
-    _require_columns("sweep", sweep, columns)
+    require_columns("sweep", sweep, columns)
     for name in set(_VARIED) & set(sweep):
         if sweep.groupby("budget")[name].nunique().max() > 1:
             found = sorted(set(sweep[name]))
@@ -223,7 +253,7 @@ def standard_error(spread: Any, seeds: Any) -> Any:
     return spread / seeds**0.5
 
 
-def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"{name} must have the columns {list(columns)}, got no {missing}")

@@ -1,0 +1,200 @@
+"""The advised draft length against real decoding of prompts that the advice has not seen.
+
+Costs are measured first, rates come from the shipped traces; then other held-out questions are
+decoded plainly and at every length, in turns. Where all questions are in the trace, one half of it
+advises and the other is decoded. For a temperature that a trace has not, rates are between those
+of the nearest that it has; one drafter is advised by another's trace. One thread; the clock is the
+process's CPU time, which other work on the machine disturbs less than wall time.
+
+python -m benchmarks advice                     both pairs, a quarter of an hour
+python -m benchmarks.advice smollm2             one of them
+python -m benchmarks.advice --quick             seconds, and no figure that counts
+python -m benchmarks.advice --keep FOLDER       engines and what was decoded, as CSV
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+
+from dspark_lab.pairs import Pair, in_turns, load_pair, load_traces, question
+from dspark_lab.serving import (
+    AcceptanceProfile,
+    acceptance_profile,
+    best_length,
+    decode_lengths,
+    length_loss,
+    length_table,
+    measure_engine,
+)
+
+LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 15)
+# A loss up to this is none.
+ENOUGH = 0.03
+
+
+class Setting(NamedTuple):
+    """``trace``: the drafter whose trace advises, where it is another one."""
+
+    drafter: str
+    temperature: float
+    requests: int = 1
+    trace: str | None = None
+
+
+class Plan(NamedTuple):
+    """``prompts`` to decode, ``tokens`` of each answer, rounds whose median is a cost."""
+
+    settings: Sequence[Setting]
+    prompts: int
+    tokens: int
+    repeats: int
+
+
+PLANS = {
+    "pocket": Plan(
+        [
+            *(Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)),
+            *(Setting("dspark-k7", value, requests=4) for value in (0.0, 0.4, 1.0)),
+            *(Setting("dspark-k15", value) for value in (0.0, 1.0)),
+            *(Setting("dflash-k7", value) for value in (0.0, 1.0)),
+            *(Setting("gated-k7", value, trace="dspark-k7") for value in (0.0, 1.0)),
+        ],
+        prompts=32,
+        tokens=64,
+        repeats=30,
+    ),
+    "smollm2": Plan(
+        [Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)],
+        prompts=12,
+        tokens=32,
+        repeats=12,
+    ),
+}
+
+
+def run(
+    names: Sequence[str] = ("pocket", "smollm2"), *, quick: bool = False, keep: Path | None = None
+) -> Iterator[str]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin, losses = time.perf_counter(), []
+    for name in names:
+        plan = PLANS[name]
+        if quick:
+            settings = [plan.settings[0], plan.settings[1], plan.settings[-1]]
+            plan = Plan(settings, prompts=4, tokens=8, repeats=2)
+        try:
+            pair = load_pair(name)
+        except (FileNotFoundError, OSError) as error:
+            yield f"{name}: left out, {error}"
+            continue
+        with patch("time.perf_counter", time.process_time):
+            for setting, loss, table in _settings(pair, plan, keep):
+                losses.append(loss)
+                yield from _lines(name, setting, loss, table)
+    torch.set_num_threads(threads)
+    if losses:
+        yield from _verdict(pd.DataFrame(losses), time.perf_counter() - begin)
+
+
+def _settings(
+    pair: Pair, plan: Plan, keep: Path | None
+) -> Iterator[tuple[Setting, pd.Series, pd.DataFrame]]:
+    trace, asked = load_traces(pair.name), [question(chat) for chat in in_turns(pair.held_out)]
+    unseen = asked[trace["prompt"].max() + 1 :]
+    if not unseen:
+        trace, unseen = trace[trace["prompt"] % 2 == 0], asked[1::2]
+    engines = {}
+    for number, setting in enumerate(plan.settings):
+        name, requests = setting.drafter, setting.requests
+        drafter = pair.load_drafter(name)
+        if name not in engines:
+            together = sorted({one.requests for one in plan.settings if one.drafter == name})
+            options: dict[str, Any] = {"requests": together, "repeats": plan.repeats}
+            engines[name] = measure_engine(pair.target, drafter, **options)
+        profile = _profile(trace, setting.trace or name, setting.temperature)
+        costs = engines[name].costs(requests)
+        lengths = [k for k in LENGTHS if k <= drafter.config.predicted]
+        # Several together are counted until the first answer ends.
+        tokens = plan.tokens - 1 if requests == 1 else None
+        advised = best_length(profile, costs, lengths[1:], tokens=tokens)
+        decoded = decode_lengths(
+            pair.target,
+            drafter,
+            unseen[: plan.prompts * requests],
+            draft_lengths=lengths,
+            temperature=setting.temperature,
+            requests=requests,
+            turns=1,
+            max_new_tokens=plan.tokens,
+        )
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            engines[name].save(keep / f"{pair.name}-{name}.csv")
+            decoded.to_csv(keep / f"{pair.name}-{number}.csv", index=False)
+        yield (
+            setting,
+            length_loss(decoded, advised),
+            length_table(decoded, profile, costs, tokens=tokens),
+        )
+
+
+def _profile(trace: pd.DataFrame, drafter: str, temperature: float) -> AcceptanceProfile:
+    """Of the trace's own temperature, or between those on both sides."""
+    held = sorted(trace["temperature"].unique().tolist())
+    near = [max(t for t in held if t <= temperature), min(t for t in held if t >= temperature)]
+    cold, hot = (acceptance_profile(trace, drafter=drafter, temperature=t) for t in near)
+    return cold if near[0] == near[1] else cold.between(hot, temperature)
+
+
+def _lines(pair: str, setting: Setting, loss: pd.Series, table: pd.DataFrame) -> Iterator[str]:
+    advised_by = f", advised by {setting.trace}" if setting.trace else ""
+    yield (
+        f"{pair}, {setting.drafter}{advised_by}, temperature {setting.temperature:g}, "
+        f"{setting.requests} together: advised K {loss['advised']}, fastest {loss['fastest']}; "
+        f"loss {loss['loss']:+.1%} ({loss['loss_low']:+.1%} to {loss['loss_high']:+.1%}), "
+        f"{'' if loss['told_apart'] else 'not '}told apart; of all {loss['loss_of_all']:.1%}"
+    )
+    for row in table.to_dict("records"):
+        speed, tau, seconds = (
+            (row[name], row[f"{name}_predicted"] / row[name] - 1)
+            for name in ("tokens_per_second", "tau", "round_seconds")
+        )
+        yield (
+            f"  K {row['draft_length']:>2}: {speed[0]:6.1f} tokens/s "
+            f"({row['tokens_per_second_low']:.1f} to {row['tokens_per_second_high']:.1f}), "
+            f"predicted {speed[1]:+6.1%}; tau {tau[0]:.2f}, {tau[1]:+6.1%}; "
+            f"round {seconds[0] * 1e3:6.2f} ms, {seconds[1]:+6.1%}"
+        )
+
+
+def _verdict(losses: pd.DataFrame, seconds: float) -> Iterator[str]:
+    near, apart = losses["loss"] <= ENOUGH, losses["told_apart"].astype(bool)
+    yield (
+        f"{len(losses)} settings: loss of speed {losses['loss'].median():.1%} in the median, "
+        f"{losses['loss'].max():.1%} at most; against the fastest of all, which errs high, "
+        f"{losses['loss_of_all'].median():.1%} and {losses['loss_of_all'].max():.1%}"
+    )
+    yield (
+        f"{near.sum()} within {ENOUGH:.0%}, {(~apart).sum()} not told apart from the fastest, "
+        f"{(near | ~apart).sum()} one of both; {seconds:.0f} s, {platform.machine()}, 1 thread"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[[], *PLANS], default=[], metavar="pair")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    given = parser.parse_args()
+    for line in run(given.names or list(PLANS), quick=given.quick, keep=given.keep):
+        print(line, flush=True)
