@@ -22,6 +22,7 @@ from .coverage import (
     token_supervision,
 )
 from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .forecasts import forecast, forecast_summary, judge_forecasts
 from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
@@ -108,9 +109,12 @@ __all__ = [
     "fit_step_time",
     "fit_table",
     "fitted_cells",
+    "forecast",
+    "forecast_summary",
     "gradient_moments",
     "in_training_batches",
     "judge_advice",
+    "judge_forecasts",
     "judged_table",
     "label_overlap",
     "learn_curves",

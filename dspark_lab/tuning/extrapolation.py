@@ -46,8 +46,8 @@ FLAT, TENTH = 0.01, 1.1
 _WANDER, _TRAINING, _WINDOWS, _EARLY = 1.0, 4.0, 40, 10.0
 # E-folds of the area in which wander is forgotten.
 _MEMORY = 1.5
-# An error of tau that is as large as the error of y where tau - 1 is that small.
-_NEAR_ONE = 0.3
+# The standard deviation of an evaluation's tau around its curve.
+_EVALUATION = 0.02
 _ITERATIONS = 40
 # The least variance of the coefficients, and for how many runs it counts.
 _LEAST_VARIANCE, _LEAST_RUNS = 1e-3, 2
@@ -78,7 +78,7 @@ class Reference:
     """The curves of tau and of slots' accept rates in other runs, and which runs these are."""
 
     tau: Curves
-    accept: Curves
+    accept: Curves | None
     source: str
 
 
@@ -190,15 +190,23 @@ def extrapolate(
     ahead = area[at] > now
     design = factors[at]
     design[:, -1] = kind
-    y, deviation = fit.predict(design, factors[at, 1], _TRAINING if kind else 1.0)
+    y, deviation = fit.predict(design, factors[at, 1])
     half = deviation * _quantile(reference.tau, kind, now / np.maximum(area[at], now), level)
     frame = pd.DataFrame({"step": at + 1, "tau": 1 + np.exp(y)})
     frame["low"], frame["high"], frame["ahead"] = 1 + np.exp(y - half), 1 + np.exp(y + half), ahead
     tau, low, high = (float(frame[name].iloc[-1]) for name in ("tau", "low", "high"))
-    longer = np.zeros(len(COEFFICIENTS))
-    longer[1:3] = np.log(TENTH), TENTH - 1
-    half = _quantile(reference.tau, kind, share, level) * _deviation(longer, fit.covariance)
-    gained = longer @ fit.mean + np.array([0, -half, half])
+    # The same points, earlier in a run that is a tenth longer, whose end has the same factors.
+    longer = _Fit(
+        reference.tau, _points(table, _factors(own, TENTH * float(area[-1]))), TENTH * length
+    )
+    (more,), _ = longer.predict(design[-1:], factors[-1:, 1])
+    gained = (
+        more
+        - y[-1]
+        + _quantile(reference.tau, kind, share, level)
+        * np.array([0, -1, 1])
+        * (longer.change(np.log(TENTH)))
+    )
     gain, gain_low, gain_high = ((1 + np.exp(y[-1] + gained)) / tau - 1).tolist()
     name: Literal["held_out", "train"] = "train" if kind else "held_out"
     result = Forecast(
@@ -213,13 +221,15 @@ def extrapolate(
 
 
 @checked
-def learn_curves(runs: pd.DataFrame, *, domain: str = ALL, source: str | None = None) -> Reference:
+def learn_curves(
+    runs: pd.DataFrame, *, domain: str = ALL, by_slot: bool = True, source: str | None = None
+) -> Reference:
     """Learn from finished runs, as :func:`load_runs` gives them, how curves go on.
 
     The coefficients' distribution is the likeliest one (by expectation and maximisation: Laird and
     Ware 1982, Biometrics 38). How far extrapolations are off is seen on runs that were left out:
     all of one budget and mix at a time, or one run at a time where all are of one. ``domain``: of
-    the held-out conversations.
+    the held-out conversations; ``by_slot``: learn of accept rates, too, which takes longer.
     """
     groups, tau, accept = [], [], []
     for key, lines in runs.groupby(RUN, observed=True, sort=False):
@@ -230,7 +240,7 @@ def learn_curves(runs: pd.DataFrame, *, domain: str = ALL, source: str | None = 
         groups.append(key)
         tau.append((_points(table, factors), length))
         held = table[table["kind"] == "held_out"]
-        slots = range(len(held["accept"].iloc[-1]))
+        slots = range(len(held["accept"].iloc[-1]) if by_slot else 0)
         accept.append([(_points(held, factors, slot), length) for slot in slots])
     if len(groups) < 3:
         raise ValueError(f"runs must hold at least 3 finished runs, got {len(groups)}")
@@ -240,7 +250,7 @@ def learn_curves(runs: pd.DataFrame, *, domain: str = ALL, source: str | None = 
     of_slots = [setting for setting, slots in zip(settings, accept, strict=True) for _ in slots]
     return Reference(
         _learn(tau, settings),
-        _learn([run for slots in accept for run in slots], of_slots),
+        _learn([run for slots in accept for run in slots], of_slots) if by_slot else None,
         source or f"{len(groups)} runs",
     )
 
@@ -346,18 +356,25 @@ class _Fit:
         self.mean, self.covariance = means[0], covariances[0]
 
     def predict(
-        self, design: Float[np.ndarray, "at coefficient"], x: Float[np.ndarray, " at"], noise: float
+        self, design: Float[np.ndarray, "at coefficient"], x: Float[np.ndarray, " at"]
     ) -> tuple[Float[np.ndarray, " at"], Float[np.ndarray, " at"]]:
-        """y, and its standard deviation, of points with a variance of ``noise``."""
+        """y, and its standard deviation, of evaluations, or of training where its factor is 1."""
         points = self.points
         near = _wander(x, points.x)
         known = np.diag(points.variance) + _wander(points.x, points.x)
         weights = np.linalg.solve(known, near.T).T
         y = design @ self.mean + weights @ (points.y - points.design @ self.mean)
-        open_ = _WANDER - (weights * near).sum(axis=1) + noise
-        left = _deviation(design - weights @ points.design, self.covariance) ** 2
-        # An error of tau is a larger one of y where tau is near 1.
-        return y, np.sqrt((left + self.noise**2 * open_) * (1 + (_NEAR_ONE / np.exp(y)) ** 2))
+        variance = self.noise**2 * (_WANDER - (weights * near).sum(axis=1))
+        variance += _deviation(design - weights @ points.design, self.covariance) ** 2
+        trained = design[:, -1] == 1
+        own = np.where(trained, self.noise * _TRAINING**0.5, _EVALUATION / np.exp(y))
+        return y, np.sqrt(variance + own**2)
+
+    def change(self, x: float) -> float:
+        """The standard deviation of what y changes by within x at the end of a run."""
+        design = np.array([0, x, np.expm1(x), 0, 0])
+        wander = 2 * _WANDER * (1 - np.exp(-x / _MEMORY))
+        return float(np.hypot(_deviation(design, self.covariance), self.noise * wander**0.5))
 
 
 def _deviation(design: np.ndarray, covariance: np.ndarray) -> Any:
@@ -400,7 +417,7 @@ def _end_error(
         return None
     end = points.where(ends[-1:])
     fit = _Fit(curves, points.where(seen), length)
-    y, deviation = fit.predict(end.design, end.x, _TRAINING if kind else 1.0)
+    y, deviation = fit.predict(end.design, end.x)
     return float(abs(end.y - y)[0] / deviation[0])
 
 
@@ -432,18 +449,18 @@ def _slot_table(
     table: pd.DataFrame,
     own_factors: Float[np.ndarray, "step coefficient"],
     end: Float[np.ndarray, " coefficient"],
-    curves: Curves,
+    curves: Curves | None,
     length: float,
     level: float,
 ) -> pd.DataFrame:
     """The accept rate of each slot at the end, where evaluations have them."""
     held = table[table["kind"] == "held_out"]
     lines = []
-    if "accept" in held and len(held) and not held["accept"].isna().any():
+    if curves and "accept" in held and len(held) and not held["accept"].isna().any():
         share = float(np.exp(own_factors[held["step"].max() - 1, 1]))
         for slot in range(len(held["accept"].iloc[-1])):
             fit = _Fit(curves, _points(held, own_factors, slot), length)
-            (y,), (deviation,) = fit.predict(end[None], end[None, 1], 1.0)
+            (y,), (deviation,) = fit.predict(end[None], end[None, 1])
             half = _quantile(curves, 0, share, level) * deviation
             lines.append((slot, *expit([y, y - half, y + half])))
     return pd.DataFrame(lines, columns=["slot", "accept", "low", "high"])
@@ -461,42 +478,31 @@ def _reason(forecast: Forecast) -> str:
 
 
 _TAU = Curves(
-    np.array(
-        [[-6.125, -0.2786, 3.045, -0.5394, 0.7854], [0.6759, 0.05859, -0.1987, 0.04822, 0.05372]]
-    ),
-    np.array(
-        [
-            [0.04636, 0.00169, -0.003779, 0.001312, 0.0001108],
-            [0.00169, 0.0007568, -0.0008061, 0.0002725, -3.077e-05],
-            [-0.003779, -0.0008061, 0.006908, -0.003484, -0.0001378],
-            [0.001312, 0.0002725, -0.003484, 0.003363, 0.0002223],
-            [0.0001108, -3.077e-05, -0.0001378, 0.0002223, 0.001552],
-        ]
-    ),
+    np.array([[-6.125, -0.2786, 3.045, -0.5394, 0.7854],
+ [0.6759, 0.05859, -0.1987, 0.04822, 0.05372]]),
+    np.array([[0.04636, 0.00169, -0.003779, 0.001312, 0.0001108],
+ [0.00169, 0.0007568, -0.0008061, 0.0002725, -3.077e-05],
+ [-0.003779, -0.0008061, 0.006908, -0.003484, -0.0001378],
+ [0.001312, 0.0002725, -0.003484, 0.003363, 0.0002223],
+ [0.0001108, -3.077e-05, -0.0001378, 0.0002223, 0.001552]]),
     0.2115,
     (12.5, 1048),
-    np.array(
-        [
-            [1.027, 0.9911, 0.5189, 0.5038, 0.4638, 0.5105],
-            [0.6372, 0.9999, 0.8085, 1.02, 1.021, 0.8464],
-        ]
-    ),
+    np.array([[1.326, 1.487, 0.8525, 0.8538, 0.879, 1.22],
+ [0.7388, 1.379, 1.205, 1.433, 1.118, 0.9104]]),
     20,
 )
 _ACCEPT = Curves(
-    np.array([[-6.593, -0.3862, 3.848, -1.193, 0], [0.7074, 0.08423, -0.318, 0.07765, 0]]),
-    np.array(
-        [
-            [0.1095, 0.006674, -0.04617, 0.02287, 0],
-            [0.006674, 0.002014, -0.01072, 0.005009, 0],
-            [-0.04617, -0.01072, 0.09911, -0.05855, 0],
-            [0.02287, 0.005009, -0.05855, 0.04242, 0],
-            [0, 0, 0, 0, 0.6215],
-        ]
-    ),
+    np.array([[-6.593, -0.3862, 3.848, -1.193, 0],
+ [0.7074, 0.08423, -0.318, 0.07765, 0]]),
+    np.array([[0.1095, 0.006674, -0.04617, 0.02287, 0],
+ [0.006674, 0.002014, -0.01072, 0.005009, 0],
+ [-0.04617, -0.01072, 0.09911, -0.05855, 0],
+ [0.02287, 0.005009, -0.05855, 0.04242, 0],
+ [0, 0, 0, 0, 0.6215]]),
     0.2909,
     (12.5, 1048),
-    np.array([[0.436, 0.413, 0.3137, 0.3257, 0.289, 0.2813], [1, 1, 1, 1, 1, 1]]),
+    np.array([[0.9948, 0.9424, 0.8375, 0.7564, 0.7078, 0.6989],
+ [1, 1, 1, 1, 1, 1]]),
     167,
 )
 # Learned from 20 runs of the pocket target that no advice is judged on: conversations of "math",
