@@ -21,7 +21,7 @@ from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_t
 from .pairs import load_pair
 from .rates import evaluate
 from .training import train
-from .tuning import choose_training, export
+from .tuning import choose_training, export, pilot
 
 __version__: str
 
@@ -49,6 +49,7 @@ __all__ = [
     "load_pair",
     "load_target",
     "load_tokenizer",
+    "pilot",
     "readable",
     "train",
 ]

@@ -204,7 +204,8 @@ def speedup(*rates: float, replay: bool = False, rollback: float = 0.0) -> pd.Da
     costs = serving.RoundCosts.of(
         4, verify_seconds=verify, replay=replay, rollback_seconds=rollback, **seconds
     )
-    profile = serving.AcceptanceProfile(np.array(rates), np.empty((0, 4)))
+    by_length = np.where(np.tri(4, dtype=bool), rates, np.nan)
+    profile = serving.AcceptanceProfile(by_length, np.empty((0, 4, 4)))
     table = serving.speedup_table(profile, costs)
     speed = table["speedup"]
     return table.assign(speedup_low=speed - 0.05, speedup_high=speed + 0.04)

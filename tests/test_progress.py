@@ -138,9 +138,8 @@ def noise_of(seed: int = 0, signal: float = 1.0, block_sizes: tuple[int, ...] = 
     random = np.random.default_rng(seed)
     wholes = {}
     for size in block_sizes:
-        gradients = (
-            signal + random.normal(size=(40, 10)) + random.normal(size=(20, 10)).repeat(2, 0)
-        )
+        own = random.normal(size=(40, 10)) * np.array([[1.5], [1.0]] * 20)
+        gradients = signal + own + random.normal(size=(20, 10)).repeat(2, axis=0)
         groups = [np.array([0, 1, 2]), np.array([10, 20, 30])] * 20
         conversation = np.arange(40) // 2
         wholes[size] = gradient_moments(gradients, conversation, groups, label_overlap(size))
@@ -265,7 +264,7 @@ def options(**columns: list[Any]) -> pd.DataFrame:
     table["fits"] = True
     table = table.assign(blocks=4 * table["num_anchors"], seconds=[1.0, 2.0, 2.0 * 1.03**8])
     table = table.assign(progress=[0.2, 0.5, 0.5 * 1.01**8], noise=4.0, rows_noise=1.0)
-    return table.assign(effective=table["num_anchors"] / 3, **columns)
+    return table.assign(**({"effective": table["num_anchors"] / 3} | columns))
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_folder_of_another_sweep_is_refused_and_says_what_differs(here):
 
 def test_steps_are_what_the_budgets_pay(here):
     table = run(here)
-    chats = lab._materials(SMALL).chats
+    chats = lab.sweep_materials(SMALL).chats
     for anchors in SMALL.num_anchors:
         per_step = supervision(chats, anchors, 2).expected / len(chats) * 16
         steps = table[table["num_anchors"] == anchors].groupby("budget")["steps"].first()
@@ -264,7 +264,7 @@ def test_drafters_of_all_block_sizes_meet_the_same_held_out_blocks(tiny, tmp_pat
     met, other = (table.loc[table["accept"].notna(), by] for table in (short, long))
     pd.testing.assert_frame_equal(met, other)
     # Alone, the short one would find more of them.
-    encoded = lab._materials(config).evaluated
+    encoded = lab.sweep_materials(config).evaluated
     places = [len(whole_block_anchors(collate([row], 0), 5)) for row in encoded]
     assert met["blocks"].iloc[0] == sum(places)
 
@@ -363,7 +363,7 @@ def test_step_times_are_measured_once_and_never_again(tiny, tmp_path, monkeypatc
     (line,) = table.itertuples()
     assert 0 < line.fastest <= line.seconds <= line.slowest and line.clock > 0
     kept = (tmp_path / "step_seconds.json").read_bytes()
-    monkeypatch.setattr(lab, "_measured", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(lab, "measure_cell", lambda *given: pytest.fail("measured again"))
     pd.testing.assert_frame_equal(measure_sweep(config, tmp_path, progress=False), table)
     assert (tmp_path / "step_seconds.json").read_bytes() == kept
 
@@ -379,12 +379,12 @@ def test_a_measurement_that_stopped_goes_on_with_the_repeats_that_are_missing(
         asked.append((cell.step_kind, cell.seed))
         return [float(len(asked)), 9.0]
 
-    monkeypatch.setattr(lab, "_measured", pretend)
+    monkeypatch.setattr(lab, "measure_cell", pretend)
     monkeypatch.setattr(lab, "STEP_REPEATS", 3)
     with pytest.raises(OSError, match="no space"):
         measure_sweep(SMALL, tmp_path, progress=False)
     before, asked = asked, []
-    monkeypatch.setattr(lab, "_measured", lambda cell, *_: (asked.append(cell), [7.0, 8.0])[1])
+    monkeypatch.setattr(lab, "measure_cell", lambda cell, *_: (asked.append(cell), [7.0, 8.0])[1])
     table = measure_sweep(SMALL, tmp_path, progress=False)
     first, second = SECONDS
     # Repeat by repeat, each on other batches.
@@ -395,7 +395,7 @@ def test_a_measurement_that_stopped_goes_on_with_the_repeats_that_are_missing(
 
 
 def test_a_mix_is_a_domain_of_the_conversations(tiny):
-    materials = lab._materials(tiny)
+    materials = lab.sweep_materials(tiny)
     assert [item.domain for item in materials.mix("code")] == ["code"] * 3
     assert len(materials.mix("all")) == 6
     with pytest.raises(ValueError, match=r"'all' or a domain of \['code', 'math'\], got 'x'"):

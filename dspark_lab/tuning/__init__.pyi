@@ -21,15 +21,20 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
+from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
 from .noise_file import load_noise, save_noise
+from .pilots import pilot
 from .progress import Dilution, best_option, dilution, progress_reason, progress_table
+from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
 from .results import (
     RUN,
+    block_loss,
     cell_table,
     load_runs,
     load_sweep,
@@ -39,15 +44,7 @@ from .results import (
     sweep_table,
 )
 from .runs import evaluation_steps, measure_sweep, run_cell, run_sweep, window_ends
-from .settings import (
-    SERVERS,
-    TRAINERS,
-    Program,
-    ServingSettings,
-    TrainingSettings,
-    export,
-    exports,
-)
+from .settings import SERVERS, TRAINERS, Program, ServingSettings, TrainingSettings, export, exports
 from .shape import CARDS, TARGETS, Card, Layers, Shape
 from .spans import Spans, in_training_batches, training_steps
 from .step import Dtype, Step
@@ -55,20 +52,27 @@ from .steptime import StepTime, fit_step_time, measure_steps
 
 __all__ = [
     "ALL",
+    "Advice",
     "AttentionWork",
     "BUDGETS",
     "CARDS",
     "Card",
     "Cell",
+    "Contest",
     "Dilution",
     "Dtype",
+    "Forecast",
+    "GROWTH",
     "GradientNoise",
+    "Growth",
     "Layers",
     "Moments",
     "PLANS",
+    "Pilot",
     "Program",
     "REASONS",
     "RUN",
+    "Reference",
     "SERVERS",
     "ServingSettings",
     "Shape",
@@ -85,18 +89,22 @@ __all__ = [
     "TrainingSettings",
     "anchors_needed",
     "best_option",
+    "block_loss",
     "card_table",
     "card_time",
     "cell_table",
     "choose_training",
     "coverage_advice",
     "coverage_table",
+    "decide",
     "dilution",
     "end_with_parent",
     "evaluation_steps",
     "expected_work",
     "export",
     "exports",
+    "extrapolate",
+    "fit_growth",
     "fit_step_time",
     "fit_table",
     "fitted_cells",
@@ -105,6 +113,8 @@ __all__ = [
     "judge_advice",
     "judged_table",
     "label_overlap",
+    "learn_curves",
+    "learning_rates",
     "load_noise",
     "load_runs",
     "load_sweep",
@@ -113,10 +123,14 @@ __all__ = [
     "measure_sweep",
     "memory_table",
     "never_table",
+    "next_pilots",
     "packing_table",
+    "pilot",
+    "pilot_allowance",
     "predict_sweep",
     "progress_reason",
     "progress_table",
+    "replay_pilot",
     "row_blocks",
     "run_cell",
     "run_jobs",

@@ -1,10 +1,355 @@
-"""Pilots: a few short real runs say which settings the rest of a training budget should go to."""
+"""Pilots: a few short real runs say which settings the rest of a training budget should go to.
+
+Every finished part is a file of the work folder: step times, the noise of the gradient, and each
+pilot up to each rung. The same call goes on where it stopped, and the run of the option that it
+recommends goes on from where its pilot ended.
+"""
 
 from __future__ import annotations
 
-from dspark_lab.checks import checked
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dspark_lab.checks import Count, NotEmpty, Positive, Share, Size, checked
+from dspark_lab.files import read_json, shipped, write_json
+from dspark_lab.training import TrainConfig, train
+from dspark_lab.tuning.cells import ALL, Cell, SweepConfig
+from dspark_lab.tuning.choice import choose_training
+from dspark_lab.tuning.growth import GROWTH, Growth
+from dspark_lab.tuning.jobs import run_jobs
+from dspark_lab.tuning.judging import CELL
+from dspark_lab.tuning.noise import GradientNoise, measure_noise
+from dspark_lab.tuning.progress import progress_table
+from dspark_lab.tuning.race import (
+    EVALUATIONS,
+    Advice,
+    Contest,
+    Pilot,
+    decide,
+    known_noise,
+    next_pilots,
+    option_name,
+    pilot_allowance,
+    pilot_step,
+)
+from dspark_lab.tuning.results import block_loss, result_table
+from dspark_lab.tuning.runs import (
+    FIRST_STEPS,
+    LEAST_STEPS,
+    cell_drafter,
+    cell_training,
+    measure_cell,
+    require_same_sweep,
+    run_cell,
+    sweep_materials,
+)
+from dspark_lab.tuning.settings import TrainingSettings
+from dspark_lab.tuning.shape import Shape
+from dspark_lab.tuning.spans import Spans
+from dspark_lab.tuning.steptime import StepTime, fit_step_time
+
+# Options whose steps are timed, and what that may take: of the budget, and seconds of each. The
+# relative error of a step's time where no fit says one.
+_TIMED, _TIMING, _LEAST_SECONDS, _ERROR = 4, 0.03, 1.0, 0.05
+# Of the run on whose drafter the noise is measured: steps, and what they may take of the budget.
+_WARM_STEPS, _WARMING = 100, 0.02
 
 
 @checked
-def pilot(target, chats=None, *, minutes, **options):
-    raise NotImplementedError
+def pilot(
+    target: str | os.PathLike[str] = "pocket",
+    chats: str | os.PathLike[str] | None = None,
+    *,
+    minutes: Positive,
+    held_out: str | os.PathLike[str] | None = None,
+    num_anchors: Annotated[Sequence[Count], NotEmpty()] = (4, 16, 64),
+    block_sizes: Annotated[Sequence[Count], NotEmpty()] = (4, 7, 15),
+    batch_sizes: Annotated[Sequence[Count], NotEmpty()] = (2, 8),
+    share: Share = 0.15,
+    arms: Count = 5,
+    work: str | os.PathLike[str] = "build/pilot",
+    training: TrainConfig = SweepConfig.training,
+    evaluate_chats: Count = 24,
+    evaluate_anchors: Count = 8,
+    device: str = "cpu",
+    features: Literal["live", "cached"] = "cached",
+    growth: Growth = GROWTH,
+    reference: pd.DataFrame | None = None,
+    processes: Count = 1,
+    address: str | None = None,
+    seed: Size = 0,
+    progress: bool = True,
+) -> Advice:
+    """Find the anchors, block size and rows that a training of so many ``minutes`` should have.
+
+    Step times of a few options and the noise of the gradient say what each option makes of the
+    time (:func:`progress_table`). Where that leaves open which is the best, and finding out is
+    worth its cost, the few that may win are begun, each as the run of the whole budget that it
+    would be, and those that fall behind are stopped (successive halving, by the forecast of their
+    tau at the end). The winner's run goes on with the answer's ``command``.
+
+    Args:
+        target: "pocket", or a folder or hub id, which needs chats and held_out.
+        chats: file of conversations to learn from.
+        minutes: the budget, of training steps: evaluations are not counted.
+        held_out: file of conversations to evaluate on.
+        share: of the budget that pilots which lose may take; see :func:`pilot_allowance`.
+        arms: pilots at most.
+        work: folder of the parts, of one such question; all processes must see it.
+        training: all other settings; steps, warm-up and checkpoints are the pilot's.
+        evaluate_chats: held-out conversations to evaluate on, domains in turn.
+        evaluate_anchors: blocks of each of them.
+        features: of the target, stored first or asked for every batch.
+        growth: how tau grows with progress, see :func:`fit_growth`.
+        reference: runs on other data (:func:`load_runs`), which help to extrapolate.
+        processes, address: see :func:`run_jobs`; in this process where there is one alone.
+        progress: write a line for each finished part.
+
+    Raises:
+        ValueError: ``work`` is the folder of another question, or what is asked cannot be trained.
+        KeyboardInterrupt: Ctrl-C, after the step that a run is in; the same call goes on.
+    """
+    files = {"data": chats, "held_out": held_out}
+    config = SweepConfig(
+        num_anchors=tuple(num_anchors),
+        block_sizes=tuple(block_sizes),
+        batch_sizes=tuple(batch_sizes),
+        seeds=(seed,),
+        slots=(),
+        seconds=(60.0 * minutes,),
+        evaluations=EVALUATIONS,
+        evaluate_chats=evaluate_chats,
+        evaluate_anchors=evaluate_anchors,
+        target=os.fspath(target),
+        device=device,
+        features=features,
+        training=training,
+        **{name: None if path is None else os.fspath(path) for name, path in files.items()},
+    )
+    place = Path(work).absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    require_same_sweep(place / "sweep.json", config)
+    (budget,) = config.seconds
+    options, measured = _options(config, place, progress)
+    allowed = pilot_allowance(budget, share)
+    contest = Contest(options, budget, allowed, measured, arms, growth, reference)
+    cells = {
+        label: Cell("seconds", round(contest.plan.seconds, 3), ALL, *map(int, option), seed)
+        for label, option in options[CELL].T.items()
+    }
+    threads = torch.get_num_threads()
+    try:
+        pilots = _race(contest, config, cells, place, processes, address, progress)
+    finally:
+        torch.set_num_threads(threads)
+    advice = decide(contest, pilots)
+    chosen = int(advice.best.name)
+    own = cell_training(cells[chosen], config, advice.steps, float(options["seconds"][chosen]))
+    settings = TrainingSettings(
+        own.num_anchors,
+        cells[chosen].block_size,
+        own.max_length,
+        own.batch_size,
+        own.loss_decay_gamma,
+        own.pack_length,
+        own.anchors_per,
+    )
+    out = place / "runs" / cells[chosen].key
+    command = _command(config, cells[chosen].block_size, own, out, place / "features")
+    return replace(advice, blocks=_blocks(pilots), settings=settings, command=command)
+
+
+def _blocks(pilots: Mapping[int, Pilot]) -> str:
+    """What long blocks lose where fewer of their slots are served, so far."""
+    shares = {one.share for one in pilots.values()}
+    if len(shares) != 1:
+        return ""
+    lines = pd.concat([one.lines for one in pilots.values()])
+    for trained, served in combinations(sorted(set(lines["block_size"]), reverse=True), 2):
+        loss = block_loss(lines, trained, served, by=())
+        if len(loss):
+            one = loss.iloc[0]
+            return (
+                f"Trained on blocks of {trained} slots, of which {served} are served, drafters "
+                f"have {one['lost']:.1%} less tau so far than trained on {served} "
+                f"({one['low']:.1%} to {one['high']:.1%})."
+            )
+    return ""
+
+
+def _run(
+    jobs: dict[str, tuple[Any, ...]],
+    folder: Path,
+    processes: int,
+    address: str | None,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """The results of :func:`run_cell`, of which the folder has those that are finished."""
+    folder.mkdir(exist_ok=True)
+    left = {key: given for key, given in jobs.items() if not (folder / f"{key}.json").exists()}
+    if processes == 1 and address is None:
+        results = ((key, run_cell(*given)) for key, given in left.items())
+    else:
+        results = run_jobs(run_cell, left, processes=processes, address=address)
+    for key, result in results:
+        write_json(folder / f"{key}.json", result, indent=0)
+        if progress:
+            print(f"pilot {key}", file=sys.stderr, flush=True)
+    return {key: read_json(folder / f"{key}.json") for key in jobs}
+
+
+def _command(
+    config: SweepConfig, block_size: int, training: TrainConfig, out: Path, cache: Path
+) -> str:
+    """The command line that makes or goes on with a run."""
+    if config.target == "pocket":
+        pocket = shipped("pocket")
+        files = {"target": pocket / "target", "data": pocket / "train.jsonl"}
+    else:
+        files = {"target": config.target, "data": config.data}
+    given: dict[str, Any] = {"out": out, **files, "device": config.device}
+    given |= {"features": config.features, "cache": cache, "block-size": block_size}
+    for field in fields(training):
+        value = getattr(training, field.name)
+        if value != field.default:
+            given[field.name.replace("_", "-")] = value
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
+    return f"python -m dspark_lab.training {flags}"
+
+
+def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFrame, float]:
+    """The options with their progress, and the seconds of the budget that this took."""
+    path = work / "options.json"
+    if not path.exists():
+        table, spent = _timed(config, work, progress)
+        noise, more = _noise(config, table, work, progress)
+        training = config.training
+        spans = Spans.of(sweep_materials(config).chats, row_length=training.pack_length)
+        sizes = {"batch_sizes": config.batch_sizes, "num_anchors": config.num_anchors}
+        options = progress_table(
+            noise,
+            spans,
+            table,
+            block_sizes=config.block_sizes,
+            per=training.anchors_per,
+            **sizes,
+        )
+        options = known_noise(options)[[*CELL, "seconds", "noise", "rate", "low", "high"]]
+        found = {"seconds": spent + more, "options": options.to_dict("records")}
+        write_json(path, found, indent=0)
+    found = read_json(path)
+    return pd.DataFrame(found["options"]), float(found["seconds"])
+
+
+def _timed(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFrame, float]:
+    """Seconds of each option's step: measured of a few, which a fit carries over to the others."""
+    table, (budget,) = _operations(config), config.seconds
+    path = work / "step_seconds.json"
+    known: dict[str, float] = read_json(path) if path.exists() else {}
+    measured, spent = pd.Series(dtype=float), 0.0
+    order = table["operations"].argsort(kind="stable").to_numpy()
+    for place in np.linspace(0, len(order) - 1, min(_TIMED, len(order))).round().astype(int):
+        line = table.loc[order[place]]
+        cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
+        if len(measured) > 1:
+            expected = (
+                measured.iloc[-1] * line["operations"] / table["operations"][measured.index[-1]]
+            )
+            if spent + expected * (FIRST_STEPS + LEAST_STEPS) > _TIMING * budget:
+                break
+        if cell.step_kind not in known:
+            known[cell.step_kind] = measure_cell(cell, config, work, _LEAST_SECONDS)[0]
+            write_json(path, known, indent=0)
+            if progress:
+                told = f"{option_name(line)}: {known[cell.step_kind] * 1e3:.1f} ms a step"
+                print(told, file=sys.stderr, flush=True)
+        seconds = known[cell.step_kind]
+        measured[order[place]] = seconds
+        spent += max(_LEAST_SECONDS, LEAST_STEPS * seconds) + FIRST_STEPS * seconds
+    table["seconds"], table["error"] = measured.iloc[0], _ERROR
+    if table["operations"][measured.index].nunique() > 1:
+        fit = fit_step_time(table.loc[measured.index, ["operations"]].assign(seconds=measured))
+        table["seconds"] = fit.predict(table["operations"])
+        table["error"] = _ERROR if math.isnan(fit.error) else fit.error
+    table.loc[measured.index, "seconds"] = measured
+    return table, spent
+
+
+def _operations(config: SweepConfig) -> pd.DataFrame:
+    """Operations of a step of each option."""
+    shared, training = sweep_materials(config), config.training
+    cells = config.cells()
+    shape = Shape.of(cell_drafter(cells[0], shared).config)
+    given: dict[str, Any] = {"num_anchors": config.num_anchors, "block_sizes": config.block_sizes}
+    given |= {"gamma": training.loss_decay_gamma, "dtype": training.precision}
+    given |= {"per": training.anchors_per, "features": "cached"}
+    if training.pack_length is not None:
+        given |= {"seq_lens": (training.pack_length,), "packed": True}
+    parts = []
+    for rows in config.batch_sizes:
+        time = StepTime(1.0, 0.0, 0.0, 0.0, 0)
+        table = choose_training(shared.chats, shape, time=time, batch_size=rows, **given).table
+        parts.append(table[[*CELL[1:], "operations"]].assign(batch_size=rows))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _noise(
+    config: SweepConfig, table: pd.DataFrame, work: Path, progress: bool
+) -> tuple[GradientNoise, float]:
+    """The noise of the gradient of a drafter of the longest block that has learned a little."""
+    shared, (budget,) = sweep_materials(config), config.seconds
+    longest = table[table["block_size"] == table["block_size"].max()]
+    line = longest.loc[longest["seconds"].idxmin()]
+    seconds = float(line["seconds"])
+    steps = int(min(_WARM_STEPS, max(1, _WARMING * budget / seconds)))
+    cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
+    training = cell_training(cell, config, steps, seconds)
+    drafter = cell_drafter(cell, shared)
+    given: dict[str, Any] = {"features": config.features, "cache": work / "features"}
+    out = work / "runs" / "warm"
+    history = train(
+        drafter, shared.target, shared.chats, training, out=out, progress=False, **given
+    )
+    if history.interrupted:
+        raise KeyboardInterrupt
+    begin = time.process_time()
+    noise = measure_noise(
+        drafter, shared.target, shared.chats, training, block_sizes=config.block_sizes
+    )
+    return noise, steps * seconds + time.process_time() - begin
+
+
+def _race(
+    contest: Contest,
+    config: SweepConfig,
+    cells: Mapping[int, Cell],
+    work: Path,
+    processes: int,
+    address: str | None,
+    progress: bool,
+) -> dict[int, Pilot]:
+    """The pilots that were asked for, one rung after the other."""
+    pilots: dict[int, Pilot] = {}
+    while todo := next_pilots(contest, pilots):
+        jobs: dict[str, tuple[Any, ...]] = {}
+        for label, part in todo.items():
+            steps, own = int(contest.steps[label]), float(contest.options["seconds"][label])
+            until = pilot_step(steps, part)
+            key = f"{cells[label].key}-step{until}"
+            jobs[key] = (cells[label], config, steps, own, work, until)
+        found = _run(jobs, work / "pilots", processes, address, progress)
+        for (label, part), key in zip(todo.items(), jobs, strict=True):
+            pilots[label] = Pilot(part, result_table([found[key]]))
+    return pilots

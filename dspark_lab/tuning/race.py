@@ -1,57 +1,207 @@
-"""Which pilots to run, how far, and what their results say: without training anything.
+"""Which pilots to run, how far, and what their results say; nothing is trained here.
 
-    contest = Contest(options, budget=600)
-    while todo := next_runs(contest, points):
-        points = ...                             # run each option of todo up to its step
-    decide(contest, points)
+    contest = Contest(options, budget=600, allowed=90)
+    while todo := next_pilots(contest, pilots):
+        pilots = ...                    # run each option of todo up to its share of a whole run
+    decide(contest, pilots)
 
-What an option will reach in the whole budget is known in advance with some error, by
+What an option would reach in the whole budget is known beforehand with some error, by
 :class:`Growth`. A pilot is the beginning of an option's own run, and its extrapolation another
 estimate of the same. The two are combined as Gaussians, log tau of all options together, so that a
-pilot says something of the options that it was not. Pilots cost what the losers' training takes
-from the winner, and are run where the log tau that the choice is expected to gain is more.
+pilot says something of the options that were not run, too. Pilots take the time of those that lose
+from the winner, and are run only where the choice is expected to gain more than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
-from dspark_lab.checks import Count, NonNegative, Positive, Share, checked
-from dspark_lab.tuning.growth import Growth
+from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, Within, checked
+from dspark_lab.training import TrainConfig
+from dspark_lab.tuning.cells import ALL
+from dspark_lab.tuning.extrapolation import Forecast, extrapolate
+from dspark_lab.tuning.growth import GROWTH, Growth
+from dspark_lab.tuning.judging import CELL
+from dspark_lab.tuning.results import run_table
+from dspark_lab.tuning.runs import evaluation_steps
+from dspark_lab.tuning.settings import TrainingSettings
+
+# Points of a whole run, evenly spaced in their logarithm from 1 % to all of it, at which pilots may
+# end; what goes on runs two of them further, 2.3 times as long.
+EVALUATIONS, FURTHER = 12, 2
+SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
+# No pilot ends before the learning rate has risen, which takes a twentieth of a run.
+_FIRST = 4
+# Draws of a posterior.
+_DRAWS = 4000
+# Half a 90 % interval in standard deviations.
+_HALF = 1.645
+# The part of its variance that extrapolations of one contest have in common.
+SHARED_ERROR = 0.5
+# Pilots have a share of the budget, of shorter budgets than this one the same seconds, as long as
+# these are at most so many times the share.
+_SHORT, _TIMES = 200.0, 3.0
+# The standard deviation of the logarithm of a rate of which nothing is known.
+_UNKNOWN = 1.0
+# Probability at which an answer needs no more pilots.
+_SURE = 0.9
+
+
+@checked
+def pilot_allowance(seconds: Positive, share: Share = 0.15) -> float:
+    """Seconds of a budget that pilots which do not win may take: 15 %, 30 s of less than 200 s.
+
+    Of less than 67 s it is 45 %, else nothing would be left to train with.
+    """
+    return share * max(seconds, min(_SHORT, _TIMES * seconds))
+
+
+@checked
+def pilot_error(share: Annotated[float, Within(0, 1, above=True)]) -> float:
+    """The standard deviation of log tau as extrapolated from a share of a run."""
+    return 0.1 * math.log(1 / share) / math.log(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Pilot:
+    """The beginning of a run: its lines (:func:`load_runs`), and the ``share`` that was run."""
+
+    share: float
+    lines: pd.DataFrame
+
 
 @checked
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """Options and what they may cost.
+    """Options, and what finding the best of them may cost.
 
     Args:
         options: of :func:`progress_table`: a line each with ``batch_size``, ``num_anchors``,
             ``block_size``, ``seconds`` and ``noise`` of a step, and ``rate``, progress a second, in
-            its interval ``low`` to ``high``.
-        budget: seconds (or whatever else ``seconds`` of a step counts).
-        measured: of the budget, spent already.
-        share: of the budget that pilots which do not win may take; see :attr:`allowed`.
-        arms: pilots at most.
-        evaluations: points of a whole run, at which pilots may end.
+            its 95 % interval ``low`` to ``high``.
+        budget: seconds, or whatever else ``seconds`` counts.
+        allowed: of the budget, for pilots that lose.
+        measured: of the budget, spent before.
+        arms: pilots at once, at most.
         growth: how tau grows, from other data.
+        reference: runs on other data, which help to extrapolate pilots.
     """
 
     options: pd.DataFrame
     budget: Positive
+    allowed: NonNegative
     measured: NonNegative = 0.0
-    share: Share = 0.15
     arms: Count = 5
-    evaluations: Count = 12
-    growth: Growth = None
+    growth: Growth = GROWTH
+    reference: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        wanted = [*CELL, "seconds", "noise", "rate", "low", "high"]
+        missing = [name for name in wanted if name not in self.options]
+        if missing or self.options.empty or not self.options.index.is_unique:
+            got = f"got {len(self.options)} without {missing}" if missing else "got other ones"
+            raise ValueError(f"options must be lines with {wanted} and labels of their own, {got}")
+        if not np.isfinite(self.options[["seconds", "noise"]].to_numpy(dtype=float)).all():
+            raise ValueError("options must have finite seconds and noise: see known_noise")
+        if self.measured >= self.budget:
+            raise ValueError(f"measured must be below budget {self.budget}, got {self.measured}")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The pilots that are expected to be worth most, perhaps none."""
+        rest = self.budget - self.measured
+        beliefs = self.beliefs(rest)
+        order = np.argsort(-beliefs.mean, kind="stable")
+        best, most = Plan((), (), rest), 0.0
+        for count in range(2, min(self.arms, len(order)) + 1):
+            arms = order[:count]
+            for first in range(_FIRST, EVALUATIONS - 1):
+                plan = _scheduled(arms.tolist(), first, rest)
+                if plan is None or rest - plan.seconds > self.allowed:
+                    continue
+                errors = pilot_error(plan.rungs[0][1]) * np.ones(count)
+                worth = beliefs.expected_gain(arms, errors)
+                worth -= beliefs.slope[order[0]] * math.log(rest / plan.seconds)
+                if worth > most:
+                    best, most = plan, worth
+        return best
 
     @property
-    def allowed(self) -> float:
-        """Seconds that losers may take: a share of 200 s at least, but of a third of the budget"""
-        raise NotImplementedError
+    def steps(self) -> pd.Series:
+        """Of a whole run of each option, which the budget pays for beside planned pilots."""
+        return (self.plan.seconds / self.options["seconds"]).round().clip(lower=1).astype(int)
+
+    def beliefs(self, seconds: float) -> Beliefs:
+        """Log tau of each option after so many seconds, before any pilot."""
+        steps = (seconds / self.options["seconds"]).clip(lower=1).to_numpy()
+        mean, covariance = self.growth.predict(self.options, steps)
+        slope = self.growth.slope(self.options, steps)
+        low, high = (self.options[name].to_numpy(dtype=float) for name in ("low", "high"))
+        with np.errstate(divide="ignore"):
+            spread = np.minimum(np.log(high / low) / (2 * 1.96), _UNKNOWN)
+        # Most of what is not known of the noise, |G|^2, all options have in common.
+        off = slope * spread
+        return Beliefs(mean, covariance + np.outer(off, off), slope)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pilots in rungs: at each, so many of the ``arms`` have run a share of their whole run.
+
+    ``seconds`` are those of a whole run, if all rungs are run.
+    """
+
+    arms: tuple[int, ...]
+    rungs: tuple[tuple[int, float], ...]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Beliefs:
+    """Log tau of the options as a Gaussian; ``slope``: its derivative by the log of time."""
+
+    mean: Float[np.ndarray, " option"]
+    covariance: Float[np.ndarray, "option option"]
+    slope: Float[np.ndarray, " option"]
+
+    def expected_gain(self, seen: Any, errors: Float[np.ndarray, " seen"]) -> float:
+        """What choosing after estimates of the ``seen`` options gains in log tau, on average."""
+        moved = self._gain(seen, errors)
+        draws = np.random.default_rng(0).standard_normal((_DRAWS, len(errors)))
+        best = (self.mean + draws @ moved.T).max(axis=1)
+        return float(best.mean() - self.mean.max())
+
+    def given(self, seen: Any, found: Any, errors: Float[np.ndarray, " seen"]) -> Beliefs:
+        """The beliefs after estimates of the ``seen`` options with these standard deviations."""
+        if not len(errors):
+            return self
+        moved = self._gain(seen, errors)
+        root = np.linalg.cholesky(self._noisy(seen, errors))
+        mean = self.mean + moved @ np.linalg.solve(root, found - self.mean[seen])
+        return Beliefs(mean, self.covariance - moved @ moved.T, self.slope)
+
+    def draws(self) -> Float[np.ndarray, "draw option"]:
+        values, vectors = np.linalg.eigh(self.covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0))
+        normal = np.random.default_rng(0).standard_normal((_DRAWS, len(values)))
+        return self.mean + normal @ root.T
+
+    def _noisy(self, seen: Any, errors: Float[np.ndarray, " seen"]) -> Float[np.ndarray, "a a"]:
+        """The covariance of the estimates. Part of their error is the same for all."""
+        own = np.diag(errors**2) * (1 - SHARED_ERROR)
+        return self.covariance[np.ix_(seen, seen)] + own + SHARED_ERROR * np.outer(errors, errors)
+
+    def _gain(self, seen: Any, errors: Float[np.ndarray, " seen"]) -> Float[np.ndarray, "a b"]:
+        root = np.linalg.cholesky(self._noisy(seen, errors))
+        return np.linalg.solve(root, self.covariance[seen]).T
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +209,22 @@ class Advice:
     """What to train with the rest of the budget, and how sure that is.
 
     Attributes:
-        best: the option, with its ``steps``, ``tau``, ``low`` and ``high``.
-        runner_up: the next, None where there is none; ``lead``: relative, of tau, with
-            ``lead_low`` and ``lead_high``.
-        sure: probability that no other option reaches more.
-        spent: seconds of the budget that measuring and losing pilots took.
-        table: a line an option: its progress, its pilot, its forecast with a 90 % interval.
-        surer: what more pilots would bring, in words.
-        reason: all that in a sentence or two.
+        best: the option, a line of ``table``.
+        runner_up: the next one, None where there is no other.
+        lead: of the best, in tau, relative to the runner-up, in its 90 % interval ``lead_low`` to
+            ``lead_high``.
+        sure: the probability that no other option would reach more.
+        steps: of the chosen run, as many as the rest of the budget pays for.
+        spent: of the budget, by measuring and by pilots that lost: what the chosen run lacks.
+        table: a line an option: ``seconds`` of a step; progress a second, ``rate``, in its
+            interval; ``steps`` of a whole run; tau as expected before any pilot, ``prior``; the
+            share that its pilot has run, ``piloted``, and what this alone forecasts; ``tau`` after
+            both in its 90 % interval ``low`` to ``high``; and the probability to be the ``best``.
+        curves: of each pilot the points that were measured, and their extrapolation.
+        surer: what it would take to be surer.
+        blocks: what long blocks lose where fewer of their slots are served, if pilots show it.
+        settings: of the chosen run, to be exported; None where there is no run to go on with.
+        command: that goes on with it.
     """
 
     best: pd.Series
@@ -75,26 +233,272 @@ class Advice:
     lead_low: float
     lead_high: float
     sure: float
+    steps: int
     spent: float
     table: pd.DataFrame
+    curves: pd.DataFrame
     surer: str
-    reason: str
+    blocks: str = ""
+    settings: TrainingSettings | None = None
+    command: str = ""
+
+    @property
+    def reason(self) -> str:
+        best, piloted = self.best, int((self.table["piloted"] > 0).sum())
+        text = (
+            f"Train with {option_name(best)}: {self.steps:,} steps are expected to reach a tau of "
+            f"{best['tau']:.2f} ({best['low']:.2f} to {best['high']:.2f}). It is the best of "
+            f"{len(self.table)} options with a probability of {self.sure:.0%}"
+        )
+        if self.runner_up is not None:
+            text += (
+                f", {self.lead:.1%} above the runner-up, {option_name(self.runner_up)} "
+                f"({self.lead_low:.1%} to {self.lead_high:.1%})"
+            )
+        pilots = f"{piloted} pilots were run" if piloted else "No pilot was worth its time"
+        text += f". {pilots}; measuring and losing pilots took {self.spent:,.1f} s. {self.surer}"
+        return f"{text} {self.blocks}".rstrip()
 
 
 @checked
-def next_runs(contest: Contest, points: pd.DataFrame) -> dict[int, int]:
-    """The options to run, and the step until which, given what there is; none where it is decided.
+def known_noise(options: pd.DataFrame) -> pd.DataFrame:
+    """The options with a noise each, where that of some is infinite: the gradient was not found.
 
-    ``points`` are lines of runs as :func:`load_runs` describes them, with the ``option`` (its label
-    in the contest's table) that each is of.
+    It is then that of the same rows and anchors in the nearest block size of which it is known, the
+    same for all where it is known of none. The rate stays as it is.
     """
-    raise NotImplementedError
+    known = options[np.isfinite(options["noise"])]
+    noise = []
+    for option in options.itertuples():
+        alike = known[(known[CELL[:2]] == [option.batch_size, option.num_anchors]).all(axis=1)]
+        apart = (np.log(alike["block_size"]) - math.log(option.block_size)).abs()
+        noise.append(alike["noise"][apart.idxmin()] if len(alike) else 1.0)
+    return options.assign(noise=noise)
 
 
 @checked
-def decide(contest: Contest, points: pd.DataFrame) -> Advice:
-    """The answer, from the points that :func:`next_runs` asked for; all other points count for nothing."""
-    raise NotImplementedError
+def next_pilots(contest: Contest, pilots: Mapping[int, Pilot]) -> dict[int, float]:
+    """The options to run, by their label, and the share of a whole run until which.
+
+    None where the answer is there. What ``pilots`` hold beyond what was asked for changes nothing.
+    """
+    return _Race(contest, pilots).todo
+
+
+@checked
+def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
+    """The answer; a ValueError while pilots are still to be run."""
+    race = _Race(contest, pilots)
+    if race.todo:
+        raise ValueError(f"pilots must hold all of next_pilots, got none of {race.todo}")
+    options, beliefs, plan = contest.options, race.beliefs, contest.plan
+    mean, deviation = beliefs.mean, np.sqrt(np.diag(beliefs.covariance))
+    draws = beliefs.draws()
+    found = {arm: forecast.tau for arm, forecast in race.forecasts.items()}
+    arms = range(len(options))
+    table = options[[*CELL, "seconds", "rate"]].assign(
+        rate_low=options["low"],
+        rate_high=options["high"],
+        steps=contest.steps,
+        prior=np.exp(race.prior.mean),
+        piloted=[race.shares.get(arm, 0.0) for arm in arms],
+        forecast=[found.get(arm, math.nan) for arm in arms],
+        tau=np.exp(mean),
+        low=np.maximum(np.exp(mean - _HALF * deviation), 1),
+        high=np.minimum(np.exp(mean + _HALF * deviation), options["block_size"] + 1),
+        best=np.bincount(draws.argmax(axis=1), minlength=len(mean)) / len(draws),
+    )
+    first, *others = np.argsort(-mean, kind="stable").tolist()
+    begun = race.shares.get(first, 0.0)
+    # A run that has begun has its steps; a new one has what all pilots have left.
+    rest = plan.seconds
+    if not begun:
+        rest = contest.budget - contest.measured - sum(race.shares.values()) * plan.seconds
+    steps = max(1, round(rest / float(options["seconds"].iloc[first])))
+    lead = (math.inf, math.inf, math.inf)
+    if others:
+        apart = draws[:, first] - draws[:, others[0]]
+        bounds = np.quantile(apart, [0.05, 0.95]).tolist()
+        lead = tuple(math.expm1(x) for x in (mean[first] - mean[others[0]], *bounds))
+    return Advice(
+        table.iloc[first],
+        table.iloc[others[0]] if others else None,
+        *lead,
+        float(table["best"].iloc[first]),
+        steps,
+        contest.budget - rest,
+        table,
+        _curves(options.index, race, pilots),
+        _surer(contest, race, first, others[0]) if others else "There is no other option.",
+    )
+
+
+class _Race:
+    """The pilots of a plan, as far as they have come.
+
+    ``todo`` as in :func:`next_pilots`; ``shares`` and ``forecasts`` of the arms that were run.
+    """
+
+    def __init__(self, contest: Contest, pilots: Mapping[int, Pilot]) -> None:
+        plan = contest.plan
+        self.todo: dict[int, float] = {}
+        self.prior = self.beliefs = contest.beliefs(plan.seconds)
+        self.shares: dict[int, float] = {}
+        self.forecasts: dict[int, Forecast] = {}
+        alive, before = list(plan.arms), 0.0
+        for _, share in plan.rungs:
+            if before and not self._worth_going_on(alive, before, share):
+                break
+            labels = {int(contest.options.index[arm]): arm for arm in alive}
+            behind = [one for one in labels if one not in pilots or pilots[one].share < share]
+            if behind:
+                self.todo = dict.fromkeys(behind, share)
+                return
+            for label, arm in labels.items():
+                self.shares[arm] = share
+                self.forecasts[arm] = _forecast(pilots[label], share, contest.reference)
+            seen = sorted(self.forecasts)
+            found = np.log([self.forecasts[arm].tau for arm in seen])
+            errors = np.array([_error(self.forecasts[arm]) for arm in seen])
+            self.beliefs = self.prior.given(seen, found, errors)
+            alive = promoted({arm: float(self.beliefs.mean[arm]) for arm in alive})
+            before = share
+
+    def _worth_going_on(self, alive: Sequence[int], before: float, share: float) -> bool:
+        errors = np.full(len(alive), _more_precise(before, share))
+        lost = (len(alive) - 1) * (share - before)
+        slope = self.beliefs.slope[self.beliefs.mean.argmax()]
+        return self.beliefs.expected_gain(list(alive), errors) > slope * lost
+
+
+@checked
+def promoted(forecasts: Mapping[int, float]) -> list[int]:
+    """The half of the runs that goes on to the next rung of successive halving, one at least.
+
+    Optuna's pruner judges a run by those that came to the rung before it; here each comes last, so
+    that the order in which they end changes nothing. Of equal ones the first stay.
+    """
+    import optuna
+
+    logged = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        kept = [key for key in forecasts if _stays(key, forecasts)]
+    finally:
+        optuna.logging.set_verbosity(logged)
+    return kept[: max(1, len(forecasts) // 2)]
+
+
+def _stays(key: int, forecasts: Mapping[int, float]) -> bool:
+    import optuna
+
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    pruned = False
+    for other in [*(other for other in forecasts if other != key), key]:
+        trial = study.ask()
+        trial.report(forecasts[other], step=1)
+        pruned = trial.should_prune()
+    return not pruned
+
+
+def _scheduled(arms: Sequence[int], first: int, rest: float) -> Plan | None:
+    """Rungs from a point of the run on, each for half as many; None where a run is too short."""
+    shares = SHARES[first:-1:FURTHER]
+    rungs, lost, count = [], 0.0, len(arms)
+    while count > 1:
+        if len(rungs) == len(shares):
+            return None
+        share, kept = shares[len(rungs)], count // 2
+        rungs.append((count, share))
+        lost, count = lost + (count - kept) * share, kept
+    return Plan(tuple(arms), tuple(rungs), rest / (1 + lost))
+
+
+def pilot_step(steps: int, share: float) -> int:
+    """The evaluated step that is nearest to a share of a run."""
+    return min(evaluation_steps(steps, EVALUATIONS), key=lambda step: abs(step - share * steps))
+
+
+def _held_out(pilot: Pilot, share: float) -> pd.DataFrame:
+    """The evaluations of a pilot, over all domains, up to a share of its run."""
+    lines = pilot.lines
+    by_then = lines["step"] <= pilot_step(int(lines["steps"].iloc[0]), share)
+    return lines[(lines["kind"] == "held_out") & (lines["domain"] == ALL) & by_then]
+
+
+def _forecast(pilot: Pilot, share: float, reference: pd.DataFrame | None) -> Forecast:
+    lines = _held_out(pilot, share)
+    run = lines.iloc[0]
+    rates = {"learning_rate": float(run["learning_rate"]), "warmup_steps": int(run["warmup_steps"])}
+    config = TrainConfig(int(run["steps"]), **rates)
+    every = np.array([config.learning_rate_at(step) for step in range(config.steps)])
+    return extrapolate(lines, every, reference=reference)
+
+
+def _error(forecast: Forecast) -> float:
+    """The standard deviation of its log tau."""
+    return math.log(forecast.high / forecast.low) / (2 * _HALF)
+
+
+def _more_precise(before: float, share: float) -> float:
+    """The error of what a longer pilot adds to what the shorter one said."""
+    return (pilot_error(share) ** -2 - pilot_error(before) ** -2) ** -0.5
+
+
+def _surer(contest: Contest, race: _Race, best: int, other: int) -> str:
+    """What longer pilots of the best and the runner-up would cost, and how sure they would make."""
+    pair = [best, other]
+    lead = float(race.beliefs.mean[best] - race.beliefs.mean[other])
+    (a, c), (_, b) = race.beliefs.covariance[np.ix_(pair, pair)]
+    variance, begun = float(a + b - 2 * c), min(race.shares.get(arm, 0.0) for arm in pair)
+    sure = _expected_sure(lead, variance, math.inf)
+    if sure >= _SURE:
+        return f"Between these two it is {sure:.0%} sure, which more pilots would hardly change."
+    run = sum(race.shares.get(arm, 0.0) for arm in pair)
+    text = ""
+    for share in SHARES[_FIRST:-1]:
+        if share <= begun:
+            continue
+        error = _more_precise(begun, share) if begun else pilot_error(share)
+        sure = _expected_sure(lead, variance, 2 * (1 - SHARED_ERROR) * error**2)
+        seconds = (2 * share - run) * contest.plan.seconds
+        text = f"Another {seconds:,.0f} s of pilots of these two would make it {sure:.0%} sure"
+        if sure >= _SURE:
+            return f"{text}."
+    return f"{text} and no more: seeds differ by as much, and two runs of each say more."
+
+
+def _expected_sure(lead: float, variance: float, error: float) -> float:
+    """The expected probability of the better of two after their difference is measured.
+
+    The difference of their log tau is a Gaussian, and so is the ``error`` (a variance) of what is
+    measured of it.
+    """
+    from scipy import stats
+
+    left = variance if math.isinf(error) else variance * error / (variance + error)
+    quantiles = stats.norm.ppf((np.arange(400) + 0.5) / 400)
+    means = lead + math.sqrt(max(variance - left, 0)) * quantiles
+    return float(stats.norm.cdf(np.abs(means) / math.sqrt(left)).mean())
+
+
+def _curves(labels: pd.Index, race: _Race, pilots: Mapping[int, Pilot]) -> pd.DataFrame:
+    """What was measured, with the survival by slot, and where it leads."""
+    columns = ["option", "kind", "step", "tau", "low", "high", "survival"]
+    parts = [pd.DataFrame(columns=columns)]
+    for arm, forecast in race.forecasts.items():
+        label = labels[arm]
+        seen = _held_out(pilots[label], race.shares[arm])[["step", "tau", "survival"]]
+        parts.append(seen.assign(option=label, kind="measured"))
+        parts.append(forecast.table.assign(option=label, kind="forecast"))
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
+def option_name(option: pd.Series) -> str:
+    """Such as "N 16, K 7, 8 rows"."""
+    rows, anchors, block_size = (int(option[name]) for name in CELL)
+    return f"N {anchors}, K {block_size}, {rows} row{'s' if rows > 1 else ''}"
 
 
 @checked
@@ -103,20 +507,45 @@ def replay_pilot(
     progress: pd.DataFrame,
     amount: Positive,
     *,
-    reference: pd.DataFrame | None = None,
-    reference_progress: pd.DataFrame | None = None,
     measured: NonNegative = 0.0,
+    growth: Growth = GROWTH,
+    reference: pd.DataFrame | None = None,
     share: Share = 0.15,
     by: Literal["seconds", "slots"] = "seconds",
+    seed: Size = 0,
 ) -> Advice:
-    """What a pilot would have said of recorded runs of one mix (:func:`load_runs`).
+    """What a pilot would have answered whose runs are the beginnings of recorded ones.
+
+    What it has ``spent``, the winner's run lacks: :func:`judge_advice` takes it away.
 
     Args:
-        runs: of one mix; a cell's runs of other budgets say what it reaches in less than ``amount``.
-        progress: of :func:`progress_table` for this mix.
+        runs: of one mix, of every option (:func:`load_runs`); for pilots, of the budget ``amount``.
+        progress: a line for each option of the runs (:func:`progress_table`).
         amount: the budget.
-        reference: runs of other data, with their progress, that say how tau grows.
         measured: seconds that step times and noise took.
-        by: what the budget counts: seconds, or supervised slots.
+        growth: of runs on other data, see :func:`fit_growth`.
+        reference: runs on other data.
+        by: what the budget counts: seconds, or supervised slots, of which then no pilot is run.
+        seed: of the runs.
     """
-    raise NotImplementedError
+    options, by_option = progress.reset_index(drop=True), {}
+    for label, option in options.iterrows():
+        mine = runs["seed"] == seed
+        for name in CELL:
+            mine &= runs[name] == option[name]
+        by_option[label] = runs[mine]
+        if by_option[label].empty:
+            raise ValueError(
+                f"runs must hold every option of progress, got no {option_name(option)}"
+            )
+        if by == "slots":
+            ends = run_table(by_option[label])
+            options.loc[label, "seconds"] = (ends["slots"] / ends["steps"]).mean()
+    allowed = pilot_allowance(amount, share) if by == "seconds" else 0.0
+    contest = Contest(options, amount, allowed, measured, growth=growth, reference=reference)
+    pilots: dict[int, Pilot] = {}
+    while todo := next_pilots(contest, pilots):
+        for label, part in todo.items():
+            lines = by_option[label]
+            pilots[label] = Pilot(part, lines[lines["amount"] == amount])
+    return decide(contest, pilots)

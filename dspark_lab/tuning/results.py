@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 
 from dspark_lab.checks import checked
 from dspark_lab.files import read_csv, read_json, shipped, written_whole
+from dspark_lab.rates import ratio_interval, resampled
 from dspark_lab.tuning.cells import ALL
 
 # The columns that a table of decoded taus is sorted by; the shipped one has one value of each of
@@ -36,16 +37,21 @@ def runs_table(work: str | Path) -> pd.DataFrame:
     """All that the finished cells of a work folder have seen, as :func:`load_runs` describes it."""
     work = Path(work)
     files = [read_json(path) for path in sorted((work / "cells").glob("*.json"))]
-    lines = [found["run"] | line for found in files for line in found["lines"]]
-    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
-    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
-    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
-    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
-    table = table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
+    table = result_table(files)
     for name in ("sweep", "step_seconds"):
         if (work / f"{name}.json").exists():
             table.attrs[name] = read_json(work / f"{name}.json")
     return table
+
+
+def result_table(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The lines of :func:`run_cell`'s results, as :func:`load_runs` describes them."""
+    lines = [found["run"] | line for found in results for line in found["lines"]]
+    table = pd.DataFrame(lines).reindex(columns=[*_SETTINGS, *_LINE])
+    types = dict.fromkeys(_WHOLE, "int64") | dict.fromkeys(_COUNTS, "Int64")
+    numbers = [*_NUMBERS, "amount", "step_seconds", "learning_rate"]
+    types |= dict.fromkeys(numbers, "float64") | dict.fromkeys(_WORDS, "category")
+    return table.astype(types).sort_values(RUN, kind="stable", ignore_index=True)
 
 
 @checked
@@ -116,6 +122,73 @@ def run_table(runs: pd.DataFrame, *, domain: str = ALL) -> pd.DataFrame:
     for temperature, part in decoded.groupby("temperature"):
         table[f"decoded_{temperature:g}"] = part.set_index(RUN)["tau"]
     return table.reset_index()
+
+
+@checked
+def block_loss(
+    runs: pd.DataFrame,
+    trained: Count = 15,
+    served: Count = 7,
+    *,
+    by: Sequence[str] = ("mix", "amount"),
+    domain: str = ALL,
+) -> pd.DataFrame:
+    """What is lost by training long blocks and serving shorter ones, in pairs.
+
+    A run of blocks of ``trained`` slots, of which the first ``served`` are drafted, is compared
+    with one that differs from it in its block size alone, ``served``: of the same budget; and after
+    as many steps, where the shorter blocks have runs of fewer and of more (log tau of each
+    conversation is then linear in log steps between them). Both on the same conversations, at the
+    end of :func:`load_runs`' runs or where these have stopped.
+
+    Returns:
+        one line for each kind of ``equal``, "budget" or "steps", and each combination of the
+        columns ``by``: the number of pairs, ``runs``, and of ``conversations``; mean tau of those
+        trained on ``served`` slots; and what the others have ``lost`` of it, a share, in its 95 %
+        interval over conversations, ``low`` to ``high``.
+    """
+    require_columns("runs", runs, (*_SETTINGS, *_LINE))
+    if not served < trained:
+        raise ValueError(f"served must be below trained, {trained}, got {served}")
+    lines = runs[(runs["kind"] == "conversation") & runs["block_size"].isin([trained, served])]
+    lines = lines[lines["step"] == lines.groupby(RUN, observed=True)["step"].transform("max")]
+    lines = lines if domain == ALL else lines[lines["domain"] == domain]
+    tau = [1 + float(np.sum(one[:served])) for one in lines["survival"]]
+    same = [name for name in RUN if name != "block_size"] + ["conversation"]
+    table = lines[[*same, "block_size", "step"]].astype({"conversation": str}).assign(tau=tau)
+    long, short = (
+        table[table["block_size"] == size].drop(columns="block_size") for size in (trained, served)
+    )
+    pairs = {"budget": long.merge(short, on=same, suffixes=("_long", ""))}
+    pairs["steps"] = _after_equal_steps(long, short, [n for n in same if n != "amount"])
+    parts = []
+    for equal, pair in pairs.items():
+        groups = pair.groupby(list(by), observed=True) if by else [((), pair)]
+        for key, part in groups:
+            if len(part):
+                one_by_one = part.groupby("conversation", observed=True)[["tau_long", "tau"]].sum()
+                top, bottom = one_by_one.to_numpy().T
+                drawn = resampled(len(top), 10_000, 0)
+                high, low = 1 - ratio_interval(top, bottom, drawn)
+                count = len(part[same[:-1]].drop_duplicates())
+                found = (count, len(top), part["tau"].mean(), 1 - top.sum() / bottom.sum())
+                parts.append((equal, *key, *found, float(low), float(high)))
+    columns = ["runs", "conversations", "tau", "lost", "low", "high"]
+    return pd.DataFrame(parts, columns=["equal", *by, *columns])
+
+
+def _after_equal_steps(long: pd.DataFrame, short: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Each line of ``long`` with the tau that ``short`` would have after as many steps."""
+    curves = {key: part.sort_values("step") for key, part in short.groupby(by, observed=True)}
+    found = []
+    for line, key in zip(long.to_dict("records"), long[by].itertuples(index=False), strict=True):
+        curve = curves.get(tuple(key))
+        if curve is None or not curve["step"].min() <= line["step"] <= curve["step"].max():
+            continue
+        logs = np.log(curve["step"]), np.log(curve["tau"])
+        tau = float(np.exp(np.interp(np.log(line["step"]), *logs)))
+        found.append({**line, "tau_long": line["tau"], "tau": tau})
+    return pd.DataFrame(found, columns=[*long.columns, "tau_long"])
 
 
 @checked

@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 from dspark_lab.chats import Chat, Encoded, collate, load_chats
-from dspark_lab.checks import Count, Positive, checked
+from dspark_lab.checks import Count, NonNegative, Positive, checked
 from dspark_lab.decoding import decode
 from dspark_lab.files import read_json, write_json
 from dspark_lab.model import Drafter, Target, cached_features, load_target
@@ -117,7 +117,7 @@ def measure_sweep(config: SweepConfig, work: str | Path, *, progress: bool = Tru
     """
     work = Path(work).absolute()
     work.mkdir(parents=True, exist_ok=True)
-    _require_same_sweep(work / "sweep.json", config)
+    require_same_sweep(work / "sweep.json", config)
     path = work / "step_seconds.json"
     known: dict[str, list[list[float]]] = read_json(path) if path.exists() else {}
     kinds = {cell.step_kind: cell for cell in config.cells()}
@@ -126,7 +126,7 @@ def measure_sweep(config: SweepConfig, work: str | Path, *, progress: bool = Tru
             found = known.setdefault(kind, [])
             if len(found) > repeat:
                 continue
-            found.append(_measured(replace(cell, seed=repeat), config, work))
+            found.append(measure_cell(replace(cell, seed=repeat), config, work))
             write_json(path, known, indent=0)
             if progress:
                 told = f"{kind}, repeat {repeat + 1} of {STEP_REPEATS}: {found[-1][0] * 1e3:.1f} ms"
@@ -141,36 +141,47 @@ def measure_sweep(config: SweepConfig, work: str | Path, *, progress: bool = Tru
 
 @checked
 def run_cell(
-    cell: Cell, config: SweepConfig, steps: Count, step_seconds: Positive, work: Path
+    cell: Cell,
+    config: SweepConfig,
+    steps: Count,
+    step_seconds: Positive,
+    work: Path,
+    until: Count | None = None,
 ) -> dict[str, Any]:
     """Trains one drafter, evaluates it on the way, and decodes with it.
 
+    With ``until`` it stops after that step, with the lines of each conversation in place of what it
+    decodes at its end; a later call goes on.
+
     Returns its settings, ``run``, and its ``lines``, both as in :func:`load_runs`.
     """
+    until = min(until or steps, steps)
     torch.set_num_threads(1)
     end_with_parent()
-    materials, out = _materials(config), work / "runs" / cell.key
-    training = _training(cell, config, steps, step_seconds)
-    drafter = _new_drafter(cell, materials)
+    materials, out = sweep_materials(config), work / "runs" / cell.key
+    training = cell_training(cell, config, steps, step_seconds)
+    drafter = cell_drafter(cell, materials)
     held_out = _HeldOut(config, materials, drafter, work)
-    points = evaluation_steps(steps, config.evaluations)
+    points = [step for step in evaluation_steps(steps, config.evaluations) if step <= until]
 
     def on_metrics(row: dict[str, Any]) -> None:
         # Before the checkpoint of its step, so that no checkpoint lacks an evaluation.
         if row["step"] in points:
-            lines = held_out.lines(drafter, each=row["step"] == steps)
+            lines = held_out.lines(drafter, each=row["step"] in (until, steps))
             write_json(out / f"evaluation-{row['step']}.json", lines, indent=0)
 
-    history = _train(drafter, cell, config, training, work, out, on_metrics)
-    if history.interrupted:
-        raise KeyboardInterrupt
+    history = _train(drafter, cell, config, training, work, out, on_metrics, until)
     table = history.table()
+    if len(table) < until:
+        raise KeyboardInterrupt
     totals = table[_TOTALS].cumsum().set_index(table["step"]).round(3)
-    lines = _window_lines(table, steps)
+    lines = [line for line in _window_lines(table, steps) if line["step"] <= until]
     for point in points:
         found = read_json(out / f"evaluation-{point}.json", list)
-        lines += [{**line, "step": point} for line in found]
-    for line in _decoded_lines(cell, config, materials, drafter):
+        last = point == points[-1]
+        kept = (line for line in found if last or line["kind"] != "conversation")
+        lines += [{**line, "step": point} for line in kept]
+    for line in _decoded_lines(cell, config, materials, drafter) if until == steps else ():
         lines.append({**line, "step": steps})
     lines = [{**line, **totals.loc[line["step"]].to_dict()} for line in lines]
     run = {**asdict(cell), "steps": steps, "step_seconds": step_seconds}
@@ -206,7 +217,7 @@ class _HeldOut:
     """The held-out conversations that every drafter of a sweep is evaluated on."""
 
     def __init__(
-        self, config: SweepConfig, materials: _Materials, drafter: Drafter, work: Path
+        self, config: SweepConfig, materials: Materials, drafter: Drafter, work: Path
     ) -> None:
         slots = max(config.block_sizes)
         self.target, self.encoded = materials.target, materials.evaluated
@@ -246,7 +257,7 @@ def _rates(table: pd.DataFrame, slots: range) -> dict[str, Any]:
 
 
 def _decoded_lines(
-    cell: Cell, config: SweepConfig, materials: _Materials, drafter: Drafter
+    cell: Cell, config: SweepConfig, materials: Materials, drafter: Drafter
 ) -> list[dict[str, Any]]:
     """Tau by decoding, and the share of whole blocks whose slot was accepted, at each temperature.
 
@@ -276,7 +287,7 @@ def _planned_steps(cell: Cell, config: SweepConfig, seconds: pd.Series) -> int:
     """As many steps as the cell's budget pays, one at least."""
     if cell.budget == "seconds":
         return max(1, round(cell.amount / seconds[cell.step_kind]))
-    chats, training = _materials(config).mix(cell.mix), config.training
+    chats, training = sweep_materials(config).mix(cell.mix), config.training
     spans = Spans.of(chats, row_length=training.pack_length)
     per: dict[str, Any] = {"per": training.anchors_per}
     trained, batches = training_steps(spans, cell.batch_size, **per)
@@ -288,11 +299,18 @@ class _Enough(Exception):
     """Raised by a measurement in the middle of training."""
 
 
-def _measured(cell: Cell, config: SweepConfig, work: Path) -> list[float]:
-    """Seconds of a training step, by the time of this process and by the clock."""
+@checked
+def measure_cell(
+    cell: Cell, config: SweepConfig, work: Path, least_seconds: NonNegative | None = None
+) -> list[float]:
+    """Seconds of a training step, by the time of this process and by the clock.
+
+    The mean over at least so many seconds, by default :data:`LEAST_SECONDS`.
+    """
+    least = LEAST_SECONDS if least_seconds is None else least_seconds
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    materials = _materials(config)
+    materials = sweep_materials(config)
     on_cpu = materials.target.device.type == "cpu"
     own = time.process_time if on_cpu else time.perf_counter
     times: list[tuple[float, float]] = []
@@ -300,11 +318,11 @@ def _measured(cell: Cell, config: SweepConfig, work: Path) -> list[float]:
     def on_metrics(row: dict[str, Any]) -> None:
         times.append((own(), time.perf_counter()))
         behind = len(times) - FIRST_STEPS
-        if behind >= LEAST_STEPS and times[-1][0] - times[FIRST_STEPS - 1][0] >= LEAST_SECONDS:
+        if behind >= LEAST_STEPS and times[-1][0] - times[FIRST_STEPS - 1][0] >= least:
             raise _Enough
 
-    training = replace(_training(cell, config, 2**20, 1.0), checkpoint_every=0)
-    drafter = _new_drafter(cell, materials)
+    training = replace(cell_training(cell, config, 2**20, 1.0), checkpoint_every=0)
+    drafter = cell_drafter(cell, materials)
     with tempfile.TemporaryDirectory() as folder:
         try:
             _train(drafter, cell, config, training, work, Path(folder), on_metrics)
@@ -315,7 +333,8 @@ def _measured(cell: Cell, config: SweepConfig, work: Path) -> list[float]:
     return [(b - a) / (len(times) - FIRST_STEPS) for a, b in zip(first, last, strict=True)]
 
 
-def _training(cell: Cell, config: SweepConfig, steps: int, step_seconds: float) -> TrainConfig:
+def cell_training(cell: Cell, config: SweepConfig, steps: int, step_seconds: float) -> TrainConfig:
+    """The settings of a cell's run."""
     return replace(
         config.training,
         steps=steps,
@@ -327,7 +346,8 @@ def _training(cell: Cell, config: SweepConfig, steps: int, step_seconds: float) 
     )
 
 
-def _new_drafter(cell: Cell, materials: _Materials) -> Drafter:
+def cell_drafter(cell: Cell, materials: Materials) -> Drafter:
+    """A cell's drafter before its first step."""
     torch.manual_seed(cell.seed)
     mask = mask_token_id(None, materials.target, materials.chats)
     sizes: dict[str, Any] = {"block_size": cell.block_size, "num_anchors": cell.num_anchors}
@@ -342,16 +362,17 @@ def _train(
     work: Path,
     out: Path,
     on_metrics: Callable[[dict[str, Any]], None],
+    until: int | None = None,
 ) -> History:
-    materials = _materials(config)
+    materials = sweep_materials(config)
     options: dict[str, Any] = {"features": config.features, "cache": work / "features"}
     chats = materials.mix(cell.mix)
-    options |= {"out": out, "progress": False, "on_metrics": on_metrics}
+    options |= {"out": out, "progress": False, "on_metrics": on_metrics, "until": until}
     return train(drafter, materials.target, chats, training, **options)
 
 
 @dataclass(frozen=True, eq=False)
-class _Materials:
+class Materials:
     """The target, conversations to learn from, others to evaluate on, and those asked."""
 
     target: Target
@@ -370,7 +391,8 @@ class _Materials:
 
 
 @lru_cache(maxsize=1)
-def _materials(config: SweepConfig) -> _Materials:
+def sweep_materials(config: SweepConfig) -> Materials:
+    """What all drafters of a sweep share, loaded once."""
     if config.target == "pocket":
         pair = load_pair(device=config.device)
         target, others = pair.target, pair.held_out
@@ -390,10 +412,11 @@ def _materials(config: SweepConfig) -> _Materials:
     if not evaluated:
         wanted = f"a conversation with {slots + 1} supervised tokens in a row"
         raise ValueError(f"held_out must hold {wanted}, got none in {len(turns)}")
-    return _Materials(target, encoded, evaluated, turns[: config.prompts])
+    return Materials(target, encoded, evaluated, turns[: config.prompts])
 
 
-def _require_same_sweep(path: Path, config: SweepConfig) -> None:
+def require_same_sweep(path: Path, config: SweepConfig) -> None:
+    """Note the sweep in a file of its work folder, or refuse the folder of another one."""
     # As JSON has it: tuples are lists there. More drafters of the same sweep may come later.
     given = json.loads(json.dumps(asdict(config)))
     chosen = ("seeds", "corners", "only")

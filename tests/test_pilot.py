@@ -1,0 +1,437 @@
+"""Pilots: what is known before them, which are run, what their results say, and the real ones."""
+
+import json
+import math
+import shlex
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_lab.files import write_json
+from dspark_lab.training import TrainConfig
+from dspark_lab.training.__main__ import main as train_main
+from dspark_lab.tuning import (
+    GROWTH,
+    Contest,
+    Growth,
+    Pilot,
+    TrainingSettings,
+    decide,
+    evaluation_steps,
+    fit_growth,
+    next_pilots,
+    pilot,
+    pilot_allowance,
+    pilots,
+    race,
+    replay_pilot,
+)
+from dspark_lab.tuning import growth as growing
+from dspark_lab.tuning.extrapolation import Forecast
+from tests.runs import target_on_disk
+
+CELLS = ["batch_size", "num_anchors", "block_size"]
+
+
+def options(*cells: tuple[int, int, int]) -> pd.DataFrame:
+    """Steps that take the longer the more slots they have, and are the less noisy."""
+    table = pd.DataFrame(cells or list(product((2, 8), (4, 32), (4, 15))), columns=CELLS)
+    slots = table.prod(axis=1)
+    table["seconds"] = 0.1 + 0.002 * slots
+    table["noise"] = (16 + 125 / table["num_anchors"]) / table["batch_size"]
+    table["rate"] = 1 / (1 + table["noise"]) / table["seconds"]
+    return table.assign(low=table["rate"] / 1.1, high=table["rate"] * 1.1)
+
+
+def run_lines(steps: int, tau: float, label: int = 0) -> pd.DataFrame:
+    """The evaluations of a run on its straight way to a tau; the label is where a fake reads it."""
+    table = pd.DataFrame({"step": evaluation_steps(steps, 12)})
+    table["tau"] = 1 + (tau - 1) * table["step"] / steps
+    table["survival"] = [[one - 1] for one in table["tau"]]
+    run = {"steps": steps, "learning_rate": 1e-3, "warmup_steps": 1, "blocks": label}
+    return table.assign(kind="held_out", domain="all", **run)
+
+
+class World:
+    """Options whose final tau is known, and forecasts that are off by what they say."""
+
+    def __init__(self, seed: int, table: pd.DataFrame, budget: float, **others: Any) -> None:
+        rng = np.random.default_rng(seed)
+        self.contest = Contest(table, budget, pilot_allowance(budget), **others)
+        mean, covariance = GROWTH.predict(table, (budget / table["seconds"]).to_numpy())
+        self.log_tau = np.maximum(rng.multivariate_normal(mean, covariance), 0.01)
+        self.seed = seed
+
+    def pilot(self, label: int, share: float) -> Pilot:
+        lines = run_lines(int(self.contest.steps[label]), math.exp(self.log_tau[label]), label)
+        return Pilot(share, lines)
+
+    def extrapolate(self, lines: pd.DataFrame, rates: Any, reference: Any = None) -> Forecast:
+        share = lines["step"].iloc[-1] / len(rates)
+        error = race.pilot_error(min(share, 0.99))
+        drawn = np.random.default_rng([self.seed, int(lines["blocks"].iloc[0]), len(lines)])
+        tau = math.exp(self.log_tau[int(lines["blocks"].iloc[0])] + error * drawn.normal())
+        return forecast(tau, error, len(rates))
+
+    def play(self, monkeypatch: Any, order: int = 0, extra: bool = False) -> dict[int, Pilot]:
+        """Run what is asked for, one pilot after the other; ``order`` shuffles them."""
+        monkeypatch.setattr(race, "extrapolate", self.extrapolate)
+        rng, pilots = np.random.default_rng(order), {}
+        if extra:
+            pilots = {label: self.pilot(label, 0.9) for label in self.contest.options.index[::2]}
+        while todo := next_pilots(self.contest, pilots):
+            label = int(rng.choice(list(todo)))
+            pilots[label] = self.pilot(label, todo[label])
+        return pilots
+
+
+def forecast(tau: float, error: float, steps: int = 10) -> Forecast:
+    half = math.exp(1.645 * error)
+    table = pd.DataFrame({"step": [steps], "tau": [tau], "low": [tau / half], "high": [tau * half]})
+    rest = (0.0, 0.0, 0.0, False, table, pd.DataFrame(), "")
+    return Forecast(tau, tau / half, tau * half, 0.9, "held_out", steps, *rest)
+
+
+def test_pilots_may_have_a_share_of_the_budget_and_of_short_ones_half_a_minute():
+    assert pilot_allowance(3600) == 540 and pilot_allowance(200) == 30
+    assert pilot_allowance(180) == pilot_allowance(67) == 30
+    assert pilot_allowance(20) == pytest.approx(9) and pilot_allowance(100, 0.0) == 0
+    assert pilot_allowance(1000, 0.1) == 100 and pilot_allowance(100, 0.1) == 20
+
+
+def expected_logit(coefficients: list[float], steps: float, noise: float, slots: float) -> float:
+    """The sentence of growth.py, a term a line."""
+    a, b, *c, d, e, f, g = coefficients
+    x, v, k = math.log(steps / 500), math.log((1 + noise) / 5), math.log(slots / 7)
+    for break_, at in zip(c, (100, 200, 500, 1500), strict=True):
+        a += break_ * max(0.0, math.log(steps / at))
+    return a + b * x + d * v + e * x * v + f * k + g * x * k
+
+
+def tau_of(probability: float, slots: int) -> float:
+    return sum(probability**k for k in range(slots + 1))
+
+
+def test_tau_grows_as_the_curve_says():
+    table, coefficients = options(), [0.1, 0.8, 0.3, -0.5, -0.1, 0.2, -0.4, 0.05, 0.2, -0.03]
+    steps = np.array([2, 30, 100, 500, 900, 3000, 7000, 20_000], dtype=float)
+    known = Growth(np.array(coefficients), np.zeros((10, 10)), 0.1)
+    mean, covariance = known.predict(table, steps)
+    slopes = known.slope(table, steps)
+    for place, option in enumerate(table.itertuples()):
+        around = []
+        for shift, stretch in ((0, 1), (1e-3, 1), (0, math.exp(1e-3))):
+            logit = expected_logit(
+                coefficients, steps[place] * stretch, option.noise, option.block_size
+            )
+            probability = 1 / (1 + math.exp(-logit - shift))
+            around.append(math.log(tau_of(probability, option.block_size)))
+        here, by_logit, by_steps = around
+        assert mean[place] == pytest.approx(here)
+        spread = 0.1 * (by_logit - here) / 1e-3
+        assert covariance[place, place] == pytest.approx(spread**2, rel=1e-2)
+        assert slopes[place] == pytest.approx((by_steps - here) / 1e-3, rel=1e-2)
+    assert not covariance[~np.eye(len(table), dtype=bool)].any()
+
+
+@given(st.floats(-8, 8), st.integers(1, 40))
+def test_a_tau_stands_for_one_probability_of_all_slots(logit: float, slots: int):
+    tau = tau_of(1 / (1 + math.exp(-logit)), slots)
+    found = growing._logit(np.array([tau]), np.array([float(slots)]))
+    assert growing._tau(np.array([logit]), np.array([float(slots)])) == pytest.approx(tau)
+    assert growing._tau(found, np.array([float(slots)])) == pytest.approx(tau)
+
+
+def ended_runs(coefficients: list[float], mixes: dict[str, float], spread: float) -> pd.DataFrame:
+    """Ends of runs that lie about the curve, each mix at a level of its own."""
+    rng, lines = np.random.default_rng(0), []
+    cells = product(mixes, (2, 8), (4, 16, 96), (4, 7, 15), (200.0, 600.0, 1800.0))
+    for mix, rows, anchors, size, amount in cells:
+        (option,) = options((rows, anchors, size)).itertuples()
+        steps = round(amount / option.seconds)
+        logit = expected_logit(coefficients, steps, option.noise, size) + mixes[mix]
+        tau = tau_of(1 / (1 + math.exp(-logit - spread * rng.normal())), size)
+        line = {"budget": "seconds", "amount": amount, "mix": mix, "seed": 0, "steps": steps}
+        line |= dict(zip(CELLS, (rows, anchors, size), strict=True)) | {"noise": option.noise}
+        line |= {"step_seconds": option.seconds, "kind": "held_out", "domain": "all"}
+        lines.append(line | {"step": steps, "tau": tau})
+    return pd.DataFrame(lines)
+
+
+def with_all_columns(runs: pd.DataFrame) -> pd.DataFrame:
+    from dspark_lab.tuning import results
+
+    return runs.reindex(columns=list(dict.fromkeys([*results._SETTINGS, *results._LINE])))
+
+
+def test_growth_is_learned_from_the_runs_of_other_data():
+    true = [0.3, 0.9, 0.2, -0.5, -0.3, 0.0, -0.7, -0.2, 0.2, 0.05]
+    runs = ended_runs(true, {"one": 0.2, "two": -0.3}, 0.05)
+    progress = runs[[*CELLS, "noise"]].drop_duplicates()
+    found = fit_growth(with_all_columns(runs), progress)
+    error = np.sqrt(np.diag(found.covariance))
+    # Nine intervals of three standard deviations, with the seed that there is.
+    assert (np.abs(found.mean - true)[1:] < 3 * error[1:]).all()
+    before = np.sqrt(np.diag(GROWTH.covariance))
+    assert (error[1:] < before[1:]).all() and (error[[6, 7, 8]] < before[[6, 7, 8]] / 2).all()
+    # New data have a level of their own, of which others say less than half.
+    assert before[0] / 2**0.5 < error[0] < before[0]
+    assert 0.04 < found.residual < 0.07
+    of_mix = runs[["mix", *CELLS, "noise"]].drop_duplicates()
+    np.testing.assert_allclose(fit_growth(with_all_columns(runs), of_mix).mean, found.mean)
+    with pytest.raises(ValueError, match="progress must hold the options of runs"):
+        fit_growth(with_all_columns(runs), options((3, 3, 3)))
+
+
+def test_estimates_and_what_was_known_before_are_joined_as_gaussians():
+    rng = np.random.default_rng(1)
+    root = rng.normal(size=(4, 4))
+    mean, covariance = rng.normal(size=4), root @ root.T
+    seen, errors, found = [0, 2], np.array([0.5, 0.8]), np.array([1.0, -1.0])
+    before = race.Beliefs(mean, covariance, np.ones(4))
+    after = before.given(seen, found, errors)
+    # All six at once: four values, and two estimates of which half the variance is in common.
+    joint = np.zeros((6, 6))
+    joint[:4, :4] = covariance
+    for i, one in enumerate(seen):
+        joint[4 + i, :4] = joint[:4, 4 + i] = covariance[one]
+        for j, other in enumerate(seen):
+            shared = race.SHARED_ERROR * errors[i] * errors[j]
+            own = (1 - race.SHARED_ERROR) * errors[i] ** 2 if i == j else 0.0
+            joint[4 + i, 4 + j] = covariance[one, other] + shared + own
+    precision = np.linalg.inv(joint)
+    left = np.linalg.inv(precision[:4, :4])
+    expected = mean - left @ precision[:4, 4:] @ (found - mean[seen])
+    np.testing.assert_allclose(after.mean, expected)
+    np.testing.assert_allclose(after.covariance, left, atol=1e-12)
+    drawn = after.draws()
+    np.testing.assert_allclose(drawn.mean(axis=0), after.mean, atol=0.15)
+    np.testing.assert_allclose(np.cov(drawn.T), after.covariance, atol=0.3)
+
+
+def test_choosing_after_an_estimate_gains_what_the_formula_of_two_normals_says():
+    mean, covariance = np.array([0.2, 0.0]), np.diag([0.1, 0.3]) ** 2
+    before = race.Beliefs(mean, covariance, np.ones(2))
+    errors = np.array([0.2, 0.2])
+    gain = before.expected_gain([0, 1], errors)
+    # The difference of the two posterior means is a normal with this variance.
+    own = covariance + np.diag(errors**2) * (1 - race.SHARED_ERROR) + race.SHARED_ERROR * 0.04
+    moved = covariance @ np.linalg.inv(own) @ covariance
+    deviation = math.sqrt(moved[0, 0] + moved[1, 1] - 2 * moved[0, 1])
+    normal = NormalDist()
+    expected = deviation * normal.pdf(0.2 / deviation) - 0.2 * normal.cdf(-0.2 / deviation)
+    assert gain == pytest.approx(expected, abs=3 * deviation / race._DRAWS**0.5)
+    assert before.expected_gain([0, 1], errors * 1000) == pytest.approx(0, abs=1e-3)
+
+
+@given(st.lists(st.floats(1, 9), min_size=1, max_size=6, unique=True), st.randoms())
+@settings(max_examples=15, deadline=None)
+def test_the_better_half_is_promoted_whatever_the_order(values: list[float], random: Any):
+    order = list(enumerate(values))
+    random.shuffle(order)
+    kept = race.promoted(dict(order))
+    best = sorted(range(len(values)), key=lambda key: -values[key])
+    assert set(kept) == set(best[: max(1, len(values) // 2)])
+
+
+def test_of_equal_runs_the_first_stay():
+    assert race.promoted({3: 2.0, 1: 2.0, 2: 2.0, 7: 2.0}) == [3, 1]
+
+
+BUDGETS = (100.0, 700.0, 5000.0)
+
+
+@pytest.mark.parametrize(("seed", "budget"), list(enumerate(BUDGETS * 3)))
+def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, monkeypatch: Any):
+    world = World(seed, options(), budget, measured=0.02 * budget)
+    contest, asked = world.contest, {}
+    monkeypatch.setattr(race, "extrapolate", world.extrapolate)
+    pilots: dict[int, Pilot] = {}
+    while todo := next_pilots(contest, pilots):
+        for label, share in todo.items():
+            assert share > asked.get(label, 0)
+            asked[label] = share
+            pilots[label] = world.pilot(label, share)
+    advice = decide(contest, pilots)
+    seconds = contest.options["seconds"]
+    spent = {label: share * contest.steps[label] * seconds[label] for label, share in asked.items()}
+    lost = sum(spent.values()) - spent.get(advice.best.name, 0.0)
+    # Whole steps are as close to a share of a run as they can be.
+    near = contest.steps.reindex(list(asked)).rsub(0).abs() if asked else pd.Series(dtype=float)
+    assert lost <= contest.allowed + 0.5 * seconds.max() * max(1, len(near))
+    assert advice.spent >= contest.measured
+    run = advice.steps * advice.best["seconds"]
+    assert run + advice.spent == pytest.approx(budget, abs=advice.best["seconds"])
+    assert lost <= advice.spent - contest.measured + 0.5 * seconds.max() * max(1, len(near))
+    assert advice.table["best"].sum() == pytest.approx(1)
+    assert advice.best["tau"] == advice.table["tau"].max()
+    assert advice.best["low"] < advice.best["tau"] < advice.best["high"]
+    assert (advice.table["piloted"] > 0).sum() == len(asked) <= contest.arms
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_in_which_pilots_end_changes_nothing(seed: int, monkeypatch: Any):
+    world = World(seed, options(), 5000.0)
+    first, *others = (world.play(monkeypatch, order) for order in range(3))
+    assert len(first) > 1
+    answer = decide(world.contest, first)
+    for pilots in others:
+        again = decide(world.contest, pilots)
+        pd.testing.assert_frame_equal(again.table, answer.table)
+        assert again.reason == answer.reason and again.steps == answer.steps
+    # Nor does what was run further than it was asked for.
+    more = decide(world.contest, world.play(monkeypatch, extra=True))
+    pd.testing.assert_frame_equal(more.table, answer.table)
+
+
+def test_a_race_goes_on_where_it_stopped(monkeypatch: Any):
+    world = World(3, options(), 5000.0)
+    whole = world.play(monkeypatch)
+    # With each part of what was run at first, the same is left to run.
+    for count in range(len(whole)):
+        kept = dict(list(whole.items())[:count])
+        with pytest.raises(ValueError, match="pilots must hold all of next_pilots"):
+            decide(world.contest, kept)
+        while todo := next_pilots(world.contest, kept):
+            kept |= {label: world.pilot(label, share) for label, share in todo.items()}
+        assert {k: v.share for k, v in kept.items()} == {k: v.share for k, v in whole.items()}
+
+
+def test_pilots_find_the_best_of_what_was_thought_to_be_equal(monkeypatch: Any):
+    # Alike in all that is known beforehand.
+    table = pd.concat([options((8, 16, 7))] * 4, ignore_index=True)
+    world = World(0, table, 2000.0, growth=replace(GROWTH, residual=0.5))
+    for winner in range(4):
+        world.log_tau = np.log([2.0] * 4)
+        world.log_tau[winner] = math.log(4.0)
+        pilots = world.play(monkeypatch)
+        assert len(pilots) > 1
+        # An option that was no pilot is not chosen for that.
+        if winner in pilots:
+            advice = decide(world.contest, pilots)
+            assert advice.best.name == winner and advice.sure > 0.5
+            assert advice.lead > 0 and advice.lead_low < advice.lead < advice.lead_high
+            assert f"{len(pilots)} pilots were run" in advice.reason
+
+
+def test_pilots_that_cannot_gain_what_they_cost_are_not_run():
+    table = options((8, 4, 7), (8, 32, 7))
+    certain = Growth(GROWTH.mean, GROWTH.covariance * 1e-6, 1e-3)
+    exact = table.assign(low=table["rate"], high=table["rate"])
+    for contest in (
+        Contest(exact, 1000.0, 150.0, growth=certain),
+        Contest(table, 1000.0, 0.0),
+        Contest(table, 1000.0, 150.0, arms=1),
+        Contest(table.iloc[:1], 1000.0, 150.0),
+    ):
+        assert next_pilots(contest, {}) == {}
+        advice = decide(contest, {})
+        assert "no pilot was worth its time" in advice.reason and advice.spent == 0
+        assert advice.steps == round(1000 / advice.best["seconds"])
+    assert advice.runner_up is None and advice.surer == "There is no other option."
+    # Of the same two with their errors, they are worth it.
+    assert next_pilots(Contest(table, 1000.0, 150.0), {})
+
+
+def test_a_contest_refuses_what_it_cannot_race():
+    table = options()
+    with pytest.raises(ValueError, match=r"options must be lines with .*got 8 without \['noise'\]"):
+        Contest(table.drop(columns="noise"), 10.0, 1.0)
+    with pytest.raises(ValueError, match="labels of their own"):
+        Contest(pd.concat([table, table]), 10.0, 1.0)
+    with pytest.raises(ValueError, match="measured must be below budget 10.0, got 10.0"):
+        Contest(table, 10.0, 1.0, 10.0)
+
+
+def test_how_sure_a_longer_pilot_would_make_is_that_of_simulated_ones():
+    lead, variance, error = 0.1, 0.04, 0.02
+    rng = np.random.default_rng(0)
+    truth = lead + variance**0.5 * rng.normal(size=40_000)
+    seen = truth + error**0.5 * rng.normal(size=truth.size)
+    after = (lead / variance + seen / error) / (1 / variance + 1 / error)
+    right = ((after > 0) == (truth > 0)).mean()
+    # Three standard errors.
+    assert race._expected_sure(lead, variance, error) == pytest.approx(right, abs=0.007)
+    unseen = NormalDist().cdf(lead / variance**0.5)
+    assert race._expected_sure(lead, variance, math.inf) == pytest.approx(unseen)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, Any]:
+    """A question about a tiny target, of 40 s of which pilots are begun in any case."""
+    folder = tmp_path_factory.mktemp("tiny")
+    target, data = target_on_disk(folder)
+    training = TrainConfig(steps=1, max_length=64, learning_rate=3e-3)
+    question: dict[str, Any] = {"target": target, "chats": data, "held_out": data}
+    question |= {"num_anchors": (2,), "block_sizes": (2, 4), "batch_sizes": (2,)}
+    question |= {"features": "live", "evaluate_chats": 2, "evaluate_anchors": 2}
+    question |= {"training": training, "growth": replace(GROWTH, residual=2.0)}
+    return question | {"minutes": 2 / 3, "progress": False}
+
+
+def known(work: Path) -> Path:
+    """A folder in which step times and noise are measured already."""
+    work.mkdir()
+    table = options((2, 2, 2), (2, 2, 4)).assign(seconds=[1.0, 1.2])
+    found = {"seconds": 2.0, "options": table.to_dict("records")}
+    (work / "options.json").write_text(json.dumps(found))
+    return work
+
+
+def straight(lines: pd.DataFrame, rates: Any, reference: Any = None) -> Forecast:
+    return forecast(float(lines["tau"].iloc[-1]) + 0.1, 0.1, len(rates))
+
+
+def test_a_pilot_goes_on_where_it_was_interrupted_and_so_does_the_run_that_it_recommends(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setattr(race, "extrapolate", straight)
+    whole = pilot(work=known(tmp_path / "whole"), **tiny)
+    run_cell, calls = pilots.run_cell, []
+
+    def interrupted(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_cell(*given)
+
+    work = known(tmp_path / "work")
+    monkeypatch.setattr(pilots, "run_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pilot(work=work, **tiny)
+    assert len(list((work / "pilots").iterdir())) == 1
+    again = pilot(work=work, **tiny)
+    # The pilot that had ended was not run again.
+    assert len(calls) == 3 and calls[2] == calls[1] != calls[0]
+    assert again.reason == whole.reason
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    pd.testing.assert_frame_equal(again.curves, whole.curves)
+    monkeypatch.setattr(pilots, "run_cell", lambda *given: pytest.fail("run again"))
+    pd.testing.assert_frame_equal(pilot(work=work, **tiny).table, whole.table)
+
+    assert (again.table["piloted"] > 0).all() and again.spent > 2
+    best = again.best
+    assert again.settings == TrainingSettings(2, int(best["block_size"]), 64, 2)
+    program, *arguments = shlex.split(again.command.removeprefix("python -m "))
+    assert program == "dspark_lab.training"
+    out = Path(arguments[arguments.index("--out") + 1])
+    before = (out / "metrics.jsonl").read_text().splitlines()
+    assert 0 < len(before) < again.steps
+    train_main(arguments)
+    after = (out / "metrics.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before and len(after) == again.steps
+
+
+def test_a_folder_holds_the_pilots_of_one_question(tiny: dict[str, Any], tmp_path: Path):
+    work = known(tmp_path / "work")
+    write_json(work / "sweep.json", {"minutes": 1})
+    with pytest.raises(ValueError, match="must be a new folder or one of the same sweep"):
+        pilot(work=work, **tiny)
