@@ -26,6 +26,7 @@ from dspark_lab.tuning import (
     progress_table,
 )
 from dspark_lab.tuning.cost import step_cost
+from dspark_lab.tuning.progress import EXPONENT
 from tests.samples import documents, tiny_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,7 +139,7 @@ def noise_of(seed: int = 0, signal: float = 1.0, block_sizes: tuple[int, ...] = 
     random = np.random.default_rng(seed)
     wholes = {}
     for size in block_sizes:
-        own = random.normal(size=(40, 10)) * np.array([[1.5], [1.0]] * 20)
+        own = random.normal(size=(40, 10)) * np.array([[1.25], [1.0]] * 20)
         gradients = signal + own + random.normal(size=(20, 10)).repeat(2, axis=0)
         groups = [np.array([0, 1, 2]), np.array([10, 20, 30])] * 20
         conversation = np.arange(40) // 2
@@ -161,14 +162,14 @@ def test_rates_follow_from_moments_dilution_and_seconds():
     options: dict[str, Any] = {"batch_sizes": (1, 2), "num_anchors": (1, 2, 4)}
     table = progress_table(noise, SPANS, step_table((1, 2), (1, 2, 4)), **options)
     signal, between, within, shared = noise.wholes[3].estimates()[0]
-    assert min(signal, between, within, shared) > 0
+    assert min(signal, between, within, shared, within - shared) > 0
     assert len(table) == 6
     for line in table.to_dict("records"):
         found = dilution(SPANS, line["num_anchors"], line["batch_size"], OVERLAP)
         variance = found.rows * between + found.alone * within + found.shared * shared
         assert math.isclose(line["noise"], variance / signal)
         assert math.isclose(line["rows_noise"], found.rows * between / signal)
-        assert math.isclose(line["progress"], 1 / (1 + variance / signal))
+        assert math.isclose(line["progress"], (1 + variance / signal) ** -EXPONENT)
         seconds = 0.1 + 0.03 * line["batch_size"] * line["num_anchors"]
         assert math.isclose(line["seconds"], seconds)
         assert math.isclose(line["rate"], line["progress"] / seconds)
@@ -250,9 +251,85 @@ def test_a_signal_that_is_not_told_from_zero_is_said_and_orders_still():
     given: dict[str, Any] = {"batch_sizes": (2,), "num_anchors": (1, 4)}
     table = progress_table(noise_of(3, signal=0.0), SPANS, step_table((2,), (1, 4)), **given)
     assert not table["known"].any()
-    assert table["low"].tolist() == [0, 0]
+    assert table["low"].max() < 1e-4
     assert math.isclose(table["best"].sum(), 1)
     assert "is not known yet" in progress_reason(table)
+
+
+def walked(
+    scales: dict[int, tuple[float, float, float]],
+    share: Any,
+    measured: Any,
+    steps: int,
+) -> float:
+    """Progress step by step, the noise linear in the progress made."""
+
+    def noise(of: Any, made: float, knots: list[float]) -> float:
+        values = [
+            of.rows * between + of.alone * within + of.shared * shared
+            for between, within, shared in scales.values()
+        ]
+        if made > knots[-1] and len(knots) > 1:
+            slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+            return values[-1] + max(slope, 0) * (made - knots[-1])
+        return float(np.interp(made, knots, values))
+
+    knots, made, last = [0.0], 0.0, list(scales)[-1]
+    fine = 100
+    marks = [step * fine for step in scales]
+    values = [
+        measured.rows * between + measured.alone * within + measured.shared * shared
+        for between, within, shared in scales.values()
+    ]
+    # Progress between two measurements is what makes the steps come out right.
+    for number in range(1, len(marks)):
+        low, high = 0.0, float(last)
+        for _ in range(60):
+            middle = (low + high) / 2
+            grid = np.linspace(values[number - 1], values[number], 2001)
+            taken = middle * float(((1 + (grid[1:] + grid[:-1]) / 2) ** EXPONENT).mean())
+            low, high = (
+                (middle, high)
+                if taken < (marks[number] - marks[number - 1]) / fine
+                else (low, middle)
+            )
+        knots.append(knots[-1] + low)
+    for _ in range(steps * fine):
+        made += (1 + noise(share, made, knots)) ** -EXPONENT / fine
+    return made
+
+
+@pytest.mark.parametrize("seconds", [3.0, 20.0, 90.0])
+def test_a_run_is_walked_through_its_measurements(seconds):
+    noises = {0: noise_of(0, 2.0), 20: noise_of(1, 1.0), 50: noise_of(2, 0.7)}
+    scales = {}
+    for step, noise in noises.items():
+        signal, between, within, shared = noise.wholes[3].estimates()[0].clip(min=0)
+        scales[step] = (between / signal, within / signal, shared / signal)
+    times = pd.DataFrame([(2, 4, 3, 0.5)], columns=[*step_table((1,), (1,))])
+    given: dict[str, Any] = {"batch_sizes": (2,), "num_anchors": (4,), "measured": (1, 2)}
+    table = progress_table(noises, SPANS, times, budget=seconds, **given)
+    shares = dilution(SPANS, 4, 2, OVERLAP), dilution(SPANS, 2, 1, OVERLAP)
+    expected = walked(scales, *shares, steps=round(seconds / 0.5))
+    assert math.isclose(table["rate"].iloc[0] * seconds, expected, rel_tol=0.01)
+    assert math.isclose(table["progress"].iloc[0], table["rate"].iloc[0] * 0.5)
+
+
+def test_one_measurement_holds_for_the_whole_run():
+    times, given = step_table((2,), (1, 4)), {"batch_sizes": (2,), "num_anchors": (1, 4)}
+    plain = progress_table(noise_of(), SPANS, times, **given)
+    run = progress_table(noise_of(), SPANS, times, **given, budget=50.0)
+    also = progress_table({30: noise_of()}, SPANS, times, **given, budget=50.0, measured=(1, 2))
+    for table in (run, also):
+        np.testing.assert_allclose(table["rate"], plain["rate"])
+        np.testing.assert_allclose(table["high"], plain["high"])
+
+
+def test_several_measurements_need_their_run():
+    noises = {0: noise_of(), 9: noise_of(1)}
+    for given in ({"budget": 5.0}, {"measured": (1, 2)}):
+        with pytest.raises(ValueError, match="several measurements need budget and measured"):
+            progress_table(noises, SPANS, step_table((8,), (4,)), num_anchors=(4,), **given)
 
 
 def options(**columns: list[Any]) -> pd.DataFrame:

@@ -53,6 +53,7 @@ _CHOSEN |= {"markeredgecolor": INK, "markeredgewidth": 0.6, "clip_on": False, "z
 _STAR, _RING, _SQUARE = "★", "○", "□"
 # Dark is little, light is much, to any eye and in grey, too.
 _HEAT = matplotlib.colormaps["viridis"]
+_BEST = ["block_size", "num_anchors", "best"]
 # A log axis with more doublings than this names every second, or third.
 _MOST_TICKS = 6
 
@@ -311,6 +312,33 @@ def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None
     heights = np.maximum(heights, below[::-1])
     for name, px, py, place in zip(names, x, y, heights, strict=True):
         ax.annotate(name, (px, py), xytext=(1.03, place), **look)
+
+
+def plot_progress(table: pd.DataFrame) -> Figure:
+    """Progress a second against the number of anchors, from :func:`dspark_lab.progress_table`.
+
+    A line with its 95 % interval for all that differs otherwise; of each block size the option that
+    is most probably the best is marked.
+    """
+    names = {"block_size": "K {}", "batch_size": "{} rows", "seq_len": "S {:,}", "per": "per {}"}
+    by = [name for name in names if table[name].nunique() > 1] or ["block_size"]
+    figure, ax = style.new_figure(7, 3.6)
+    for i, (option, part) in enumerate(table.groupby(by)):
+        part, look = part.sort_values("num_anchors"), style.line_look(i)
+        label = ", ".join(names[n].format(value) for n, value in zip(by, option, strict=True))
+        style.add_band(ax, part["num_anchors"], part["low"], part["high"], look["color"])
+        ax.plot(part["num_anchors"], part["rate"], **look, markersize=4, linewidth=1.4, label=label)
+    best = table.loc[table.groupby("block_size")["best"].idxmax()]
+    ax.plot(best["num_anchors"], best["rate"], **_CHOSEN)
+    ax.set_ylim(0, 1.08 * table["high"].max())
+    style.doubling_axis(ax, table["num_anchors"])
+    ax.set_xlabel("num_anchors")
+    ax.set_ylabel("progress a second, in noiseless steps")
+    style.add_rules(ax)
+    found = (f"K {k}: {n:,} ({p:.0%} sure)" for k, n, p in best[_BEST].values.tolist())
+    style.add_title(ax, f"{_STAR} best anchors for {', '.join(found)}", y=1)
+    style.add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def plot_sweeps(cells: pd.DataFrame) -> Figure:
