@@ -73,7 +73,10 @@ PLANS = {
         repeats=30,
     ),
     "smollm2": Plan(
-        [Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)], prompts=12, tokens=32, repeats=12
+        [Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)],
+        prompts=12,
+        tokens=32,
+        repeats=12,
     ),
 }
 
@@ -121,11 +124,12 @@ def _settings(
         profile = _profile(trace, setting.trace or name, setting.temperature)
         costs = engines[name].costs(requests)
         lengths = [k for k in LENGTHS if k <= drafter.config.predicted]
-        advised = best_length(profile, costs, lengths[1:])
+        # Several together are counted until the first answer ends.
+        tokens = plan.tokens - 1 if requests == 1 else None
+        advised = best_length(profile, costs, lengths[1:], tokens=tokens)
         decoded = decode_lengths(
             pair.target,
             drafter,
-            # As many groups as there are prompts one at a time, if there are enough.
             unseen[: plan.prompts * requests],
             draft_lengths=lengths,
             temperature=setting.temperature,
@@ -137,7 +141,11 @@ def _settings(
             keep.mkdir(parents=True, exist_ok=True)
             engines[name].save(keep / f"{pair.name}-{name}.csv")
             decoded.to_csv(keep / f"{pair.name}-{number}.csv", index=False)
-        yield setting, length_loss(decoded, advised), length_table(decoded, profile, costs)
+        yield (
+            setting,
+            length_loss(decoded, advised),
+            length_table(decoded, profile, costs, tokens=tokens),
+        )
 
 
 def _profile(trace: pd.DataFrame, drafter: str, temperature: float) -> AcceptanceProfile:

@@ -195,8 +195,8 @@ def progress(rows: tuple[int, ...] = (2, 8), sizes: tuple[int, ...] = (4, 7, 15)
     """As `progress_table` gives it; each block size has another best number of anchors."""
     lines = list(product((100,), ("row",), rows, (4, 8, 16, 32, 64, 128), sizes))
     table_of = table("seq_len per batch_size num_anchors block_size", *lines)
-    order = np.log2(table_of["num_anchors"]) - 6 + table_of["block_size"] / 5
-    rate = (2 - 0.05 * order**2) * (1 + 0.02 * table_of["batch_size"])
+    order = np.log2(table_of["num_anchors"]) - 6.5 + table_of["block_size"] / 3.5
+    rate = 1 + 3 / table_of["block_size"] + 0.02 * table_of["batch_size"] - 0.04 * order**2
     best = rate == rate.groupby(table_of["block_size"]).transform("max")
     spread = table_of.assign(rate=rate, low=0.8 * rate, high=1.1 * rate)
     return spread.assign(best=np.where(best, 0.75, 0.0), fits=spread["num_anchors"] < 128)

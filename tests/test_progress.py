@@ -1,6 +1,9 @@
 """`dspark_lab.tuning.progress`: variances of a step against every draw there is, rates by hand."""
 
+import importlib
+import inspect
 import math
+import sys
 from itertools import combinations, product
 from typing import Any
 
@@ -27,6 +30,8 @@ from dspark_lab.tuning import (
 )
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.progress import EXPONENT
+from tests import test_noise
+from tests.faults import ESTIMATES, plant
 from tests.samples import documents, tiny_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -337,8 +342,7 @@ def options(**columns: list[Any]) -> pd.DataFrame:
     table = pd.DataFrame(
         {"num_anchors": [8, 24, 32], "rate": [1.0, 2.0, 1.5], "best": [0.1, 0.8, 0.1]}
     )
-    table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True)
-    table["fits"] = True
+    table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True, fits=True)
     table = table.assign(blocks=4 * table["num_anchors"], seconds=[1.0, 2.0, 2.0 * 1.03**8])
     table = table.assign(progress=[0.2, 0.5, 0.5 * 1.01**8], noise=4.0, rows_noise=1.0)
     return table.assign(**({"effective": table["num_anchors"] / 3} | columns))
@@ -435,4 +439,44 @@ def test_the_best_option_has_the_highest_probability_then_the_highest_rate():
     assert best_option(options(best=[0.4, 0.2, 0.4]))["num_anchors"] == 32
     two = pd.concat([options(), options(best=[1.0, 0.0, 0.0]).assign(block_size=4)])
     assert best_option(two, 4)["num_anchors"] == 8 and best_option(two, 7)["num_anchors"] == 24
-    assert progress_reason(options().assign(batch_size=1)).startswith("24 anchors a row with 1 row is")
+    assert progress_reason(options().assign(batch_size=1)).startswith(
+        "24 anchors a row with 1 row is"
+    )
+
+
+# The test that notices each fault.
+NOTICED: dict[str, Any] = {
+    "a conversation is a pair with itself": test_noise.test_single_blocks_give_means_over_pairs,
+    "what all gradients share is what sets conversations apart": (
+        test_noise.test_single_blocks_give_means_over_pairs
+    ),
+    "neighbours share no label": lambda: test_noise.test_label_overlap_is_that_of_two_blocks(
+        5, 4.0
+    ),
+    "squares are those of the largest gradients": (
+        test_noise.test_gradients_are_those_of_the_training_objective
+    ),
+    "a short answer has as many anchors as a long one": (
+        lambda: test_dilution_is_the_mean_over_every_draw(50)
+    ),
+    "anchors are drawn with replacement": lambda: test_dilution_is_the_mean_over_every_draw(2),
+    "each block is of another conversation": lambda: test_dilution_is_the_mean_over_every_draw(2),
+    "noise stays as it was at first": lambda: test_a_run_is_walked_through_its_measurements(90.0),
+    "step times have no error": test_the_error_of_step_times_widens_intervals,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_a_planted_fault_is_noticed(name, monkeypatch):
+    noticing = NOTICED[name]
+    given = (monkeypatch,) if "monkeypatch" in inspect.signature(noticing).parameters else ()
+    plant(monkeypatch, ESTIMATES[name])
+    # Tests hold some functions by a name of their own.
+    for module in (sys.modules[__name__], test_noise):
+        fault = ESTIMATES[name]
+        owner, function = fault.owner(importlib.import_module(fault.module))
+        if hasattr(module, function) and not inspect.isclass(owner):
+            monkeypatch.setattr(module, function, getattr(owner, function))
+    with pytest.raises(AssertionError):
+        noticing(*given)

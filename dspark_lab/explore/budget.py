@@ -259,7 +259,9 @@ def _plot_coverage(covered: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -
     covered.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
     covered.set_ylim(0, 1.02)
     _budget_axes(covered, options, "tokens covered")
-    words = f"{_STAR} chosen: N {chosen['num_anchors'].iloc[0]:,} covers {chosen['share'].iloc[0]:.0%}"
+    words = (
+        f"{_STAR} chosen: N {chosen['num_anchors'].iloc[0]:,} covers {chosen['share'].iloc[0]:.0%}"
+    )
     style.add_title(covered, words, y=1)
 
 

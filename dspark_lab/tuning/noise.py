@@ -103,14 +103,21 @@ class Moments:
         """
         if times is None:
             times = np.ones((1, self.conversations))
-        own = np.diag(self.cross)
-        products = ((times @ self.cross) * times).sum(axis=1) - times**2 @ own
-        signal = products / (times.sum(axis=1) ** 2 - (times**2).sum(axis=1))
+        signal = _mean_of_pairs(self.cross, times)
         design = np.tensordot(times, self.design, axes=1)
         # Groups that share no label, or slots that cannot, leave ``shared`` at 0.
         solved = np.linalg.pinv(design, hermitian=True) @ (times @ self.products)[..., None]
         total, within, shared = solved[..., 0].T
         return np.stack([signal, total - signal, within, shared], axis=1)
+
+
+def _mean_of_pairs(
+    cross: Float[np.ndarray, "conversation conversation"],
+    times: Float[np.ndarray, "resample conversation"],
+) -> Float[np.ndarray, " resample"]:
+    """The mean product of two different conversations, each counted so many times."""
+    products = ((times @ cross) * times).sum(axis=1) - times**2 @ np.diag(cross)
+    return products / (times.sum(axis=1) ** 2 - (times**2).sum(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,7 +405,7 @@ class _Rows:
             part.add_(part.mean() / len(drawn)).div_(len(drawn) + 1)
         generator = torch.Generator().manual_seed(seed)
         signs = 2 * torch.randint(0, 2, squares.shape, generator=generator).to(squares) - 1
-        scale = signs / squares.clamp(min=torch.finfo(squares.dtype).tiny) ** 0.25
+        scale = signs * _unit(squares)
         if len(scale) <= SKETCH:
             return lambda gradient: gradient * scale
 
@@ -407,6 +414,11 @@ class _Rows:
             return padded.view(-1, SKETCH).sum(dim=0)
 
         return sketched
+
+
+def _unit(squares: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
+    """What a gradient is multiplied by, so that its squares are those of Adam's metric."""
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny) ** -0.25
 
 
 def _between(

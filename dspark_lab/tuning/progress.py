@@ -79,16 +79,29 @@ def dilution(
     trained, steps = training_steps(spans, batch_size, per)
     own = trained.candidates("document").astype(float)
     unit = trained.candidates(per)[trained.unit(per)].astype(float)
-    drawn = np.minimum(num_anchors, unit)
+    drawn = _anchors_drawn(num_anchors, unit)
     blocks = float((own * drawn / unit.clip(min=1)).sum()) / steps
     if not blocks:
         raise ValueError("no row has a candidate: no two supervised tokens are next to each other")
-    chance = drawn * (drawn - 1) / (unit * (unit - 1)).clip(min=1)
+    chance = _pair_chance(drawn, unit)
     pairs = float((chance * own * (own - 1)).sum()) / steps
     apart = np.arange(1, len(overlap) + 1)
     neighbours = 2 * (trained.run_kept[:, None] - 1 - apart).clip(min=0) @ overlap
     near = float((chance[trained.run_document] * neighbours).sum()) / steps
     return Dilution(blocks, (blocks + pairs) / blocks**2, 1 / blocks, near / blocks**2)
+
+
+def _anchors_drawn(
+    num_anchors: int, candidates: Float[np.ndarray, " document"]
+) -> Float[np.ndarray, " document"]:
+    return np.minimum(num_anchors, candidates)
+
+
+def _pair_chance(
+    drawn: Float[np.ndarray, " document"], candidates: Float[np.ndarray, " document"]
+) -> Float[np.ndarray, " document"]:
+    """The probability of two different candidates to be drawn both."""
+    return drawn * (drawn - 1) / (candidates * (candidates - 1)).clip(min=1)
 
 
 @checked
@@ -121,9 +134,9 @@ def progress_table(
             ``error`` is their relative standard deviation, 0 where absent. Or a fit, which needs
             the ``shape``, and ``step`` for all that is no option (its sizes do not matter).
         per: what ``num_anchors`` counts for.
+        budget: seconds of the run over which the mean is taken, which several measurements need.
         memory: bytes, or a card, of which a step may take what :func:`usable_bytes` leaves; it
             needs the ``shape``. All options fit where None.
-        budget: seconds of the run over which the mean is taken, which several measurements need.
         resamples: of the conversations and step times, for the intervals.
 
     Returns:
@@ -178,11 +191,10 @@ def progress_table(
     table["rate"] = rates[:, 0]
     table["low"], table["high"] = np.quantile(rates[:, 1:], [0.025, 0.975], axis=1)
     table["best"] = 0.0
-    for size in sizes:
-        places = np.flatnonzero(table["fits"] & (table["block_size"] == size))
-        if len(places):
-            fastest = rates[places, 1:].argmax(axis=0)
-            table.loc[places, "best"] = np.bincount(fastest, minlength=len(places)) / resamples
+    for own in table[table["fits"]].groupby("block_size").groups.values():
+        places = np.asarray(own)
+        fastest = rates[places, 1:].argmax(axis=0)
+        table.loc[places, "best"] = np.bincount(fastest, minlength=len(places)) / resamples
     columns = [*_OPTION, "blocks", "effective", "noise", "rows_noise", "progress", "seconds"]
     return table[[*columns, "rate", "low", "high", "best", "known", "fits"]]
 
