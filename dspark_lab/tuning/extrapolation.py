@@ -193,7 +193,7 @@ def extrapolate(
     found = _points(table, own_factors)
     kind = int((found.kind == 1).all())
     step = int(found.step.max())
-    now, length = float(own[:step].sum()), float(area[-1] / learning_rates.max())
+    now, length = float(own.cumsum()[step - 1]), float(area[-1] / learning_rates.max())
     share = now / float(area[-1])
     fit = _Fit(reference.tau, found, length)
     at = np.unique(np.linspace(1, len(area), 121).round().astype(int)) - 1

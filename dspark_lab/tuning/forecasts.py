@@ -116,7 +116,7 @@ def _compared(
         places = (np.arange(steps) + 0.5) / steps * len(left) - 0.5
         ahead = np.interp(places, np.arange(len(left)), left) if len(left) else left
         whole = np.concatenate([past, ahead])
-        return extrapolate(points, whole, measured=past, reference=taught).tau
+        return extrapolate(points, whole, reference=taught).tau
 
     options = progress[["batch_size", "num_anchors"]].copy()
     options["speed"] = progress["rate"] / own["rate"]
