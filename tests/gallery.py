@@ -199,7 +199,7 @@ def progress(rows: tuple[int, ...] = (2, 8), sizes: tuple[int, ...] = (4, 7, 15)
     rate = 1 + 3 / table_of["block_size"] + 0.02 * table_of["batch_size"] - 0.04 * order**2
     best = rate == rate.groupby(table_of["block_size"]).transform("max")
     spread = table_of.assign(rate=rate, low=0.8 * rate, high=1.1 * rate)
-    return spread.assign(best=np.where(best, 0.75, 0.0))
+    return spread.assign(best=np.where(best, 0.75, 0.0), fits=spread["num_anchors"] < 128)
 
 
 def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
@@ -311,7 +311,17 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "budget": budget,
     "budget, little fits": lambda: budget(2, 64),
     "progress": lambda: explore.plot_progress(progress()),
-    "progress of one": lambda: explore.plot_progress(progress((2,), (7,))),
+    "progress of one": lambda: explore.plot_progress(
+        progress((1, 2), (7,)), at=(1, 16), coverage=(1, 128)
+    ),
+    "budget by progress": lambda: explore.plot_budget(
+        *(options(), COST, NONE_LEFT),
+        num_anchors=16,
+        at=(300, 16),
+        progress=progress((1, 2, 4), (7,)),
+        rows=2,
+        coverage=64,
+    ),
     "sweeps": lambda: explore.plot_sweeps(cells()),
     "wide sweeps": lambda: explore.plot_sweeps(cells((4, 12, 32, 64))),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),

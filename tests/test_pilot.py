@@ -24,6 +24,7 @@ from dspark_lab.tuning import (
     Growth,
     Pilot,
     TrainingSettings,
+    block_loss,
     decide,
     evaluation_steps,
     fit_growth,
@@ -84,20 +85,21 @@ class World:
     def play(self, monkeypatch: Any, order: int = 0, extra: bool = False) -> dict[int, Pilot]:
         """Run what is asked for, one pilot after the other; ``order`` shuffles them."""
         monkeypatch.setattr(race, "extrapolate", self.extrapolate)
-        rng, pilots = np.random.default_rng(order), {}
+        rng = np.random.default_rng(order)
+        begun: dict[int, Pilot] = {}
         if extra:
-            pilots = {label: self.pilot(label, 0.9) for label in self.contest.options.index[::2]}
-        while todo := next_pilots(self.contest, pilots):
+            begun = {label: self.pilot(label, 0.9) for label in self.contest.options.index[::2]}
+        while todo := next_pilots(self.contest, begun):
             label = int(rng.choice(list(todo)))
-            pilots[label] = self.pilot(label, todo[label])
-        return pilots
+            begun[label] = self.pilot(label, todo[label])
+        return begun
 
 
 def forecast(tau: float, error: float, steps: int = 10) -> Forecast:
     half = math.exp(1.645 * error)
     table = pd.DataFrame({"step": [steps], "tau": [tau], "low": [tau / half], "high": [tau * half]})
-    rest = (0.0, 0.0, 0.0, False, table, pd.DataFrame(), "")
-    return Forecast(tau, tau / half, tau * half, 0.9, "held_out", steps, *rest)
+    rest = (0.0, 0.0, 0.0, False, table, pd.DataFrame(), "", "")
+    return Forecast(tau, tau / half, tau * half, 0.9, "held_out", steps, steps, *rest)
 
 
 def test_pilots_may_have_a_share_of_the_budget_and_of_short_ones_half_a_minute():
@@ -264,13 +266,13 @@ def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, m
     seconds = contest.options["seconds"]
     spent = {label: share * contest.steps[label] * seconds[label] for label, share in asked.items()}
     lost = sum(spent.values()) - spent.get(advice.best.name, 0.0)
-    # Whole steps are as close to a share of a run as they can be.
-    near = contest.steps.reindex(list(asked)).rsub(0).abs() if asked else pd.Series(dtype=float)
-    assert lost <= contest.allowed + 0.5 * seconds.max() * max(1, len(near))
+    # But for half a step of each.
+    rounded = 0.5 * seconds.max() * (1 + len(asked))
+    assert lost <= contest.allowed + rounded
     assert advice.spent >= contest.measured
     run = advice.steps * advice.best["seconds"]
     assert run + advice.spent == pytest.approx(budget, abs=advice.best["seconds"])
-    assert lost <= advice.spent - contest.measured + 0.5 * seconds.max() * max(1, len(near))
+    assert lost <= advice.spent - contest.measured + rounded
     assert advice.table["best"].sum() == pytest.approx(1)
     assert advice.best["tau"] == advice.table["tau"].max()
     assert advice.best["low"] < advice.best["tau"] < advice.best["high"]
@@ -283,8 +285,8 @@ def test_the_order_in_which_pilots_end_changes_nothing(seed: int, monkeypatch: A
     first, *others = (world.play(monkeypatch, order) for order in range(3))
     assert len(first) > 1
     answer = decide(world.contest, first)
-    for pilots in others:
-        again = decide(world.contest, pilots)
+    for shuffled in others:
+        again = decide(world.contest, shuffled)
         pd.testing.assert_frame_equal(again.table, answer.table)
         assert again.reason == answer.reason and again.steps == answer.steps
     # Nor does what was run further than it was asked for.
@@ -334,7 +336,7 @@ def test_pilots_that_cannot_gain_what_they_cost_are_not_run():
     ):
         assert next_pilots(contest, {}) == {}
         advice = decide(contest, {})
-        assert "no pilot was worth its time" in advice.reason and advice.spent == 0
+        assert "No pilot was worth its time" in advice.reason and advice.spent == 0
         assert advice.steps == round(1000 / advice.best["seconds"])
     assert advice.runner_up is None and advice.surer == "There is no other option."
     # Of the same two with their errors, they are worth it.
@@ -364,6 +366,136 @@ def test_how_sure_a_longer_pilot_would_make_is_that_of_simulated_ones():
     assert race._expected_sure(lead, variance, math.inf) == pytest.approx(unseen)
 
 
+def recorded(table: pd.DataFrame, amounts: tuple[float, ...], taus: list[float]) -> pd.DataFrame:
+    """Runs of each option and budget on their straight way to a tau, as a sweep records them."""
+    parts = []
+    for (label, option), amount in product(table.iterrows(), amounts):
+        steps = max(1, round(amount / option["seconds"]))
+        run = {"budget": "seconds", "amount": amount, "mix": "all", "seed": 0, "loss": 0.0}
+        run |= {name: int(option[name]) for name in CELLS} | {"step_seconds": option["seconds"]}
+        lines = run_lines(steps, 1 + (taus[label] - 1) * (amount / max(amounts)) ** 0.3)
+        slots = lines["step"] * int(option[CELLS].prod())
+        parts.append(lines.assign(slots=slots, **run))
+    return with_all_columns(pd.concat(parts, ignore_index=True))
+
+
+def test_a_replay_runs_the_pilots_of_recorded_runs_and_counts_their_time(monkeypatch: Any):
+    table, taus = options(), [1.5, 1.6, 1.7, 1.8, 2.2, 2.4, 2.3, 2.1]
+    runs = recorded(table, (300.0, 1000.0), taus)
+    asked = []
+
+    def extrapolate(lines: pd.DataFrame, rates: Any, reference: Any = None) -> Forecast:
+        asked.append(lines)
+        return forecast(float(lines["tau"].iloc[-1]) + 0.5, 0.05, len(rates))
+
+    monkeypatch.setattr(race, "extrapolate", extrapolate)
+    growth = replace(GROWTH, residual=0.5)
+    advice = replay_pilot(runs, table, 1000.0, growth=growth)
+    piloted = advice.table[advice.table["piloted"] > 0]
+    assert len(piloted) > 1 and 0 < advice.spent < 200
+    assert advice.curves["kind"].value_counts()["measured"] >= 5 * len(piloted)
+    for lines in asked:
+        assert lines["amount"].eq(1000.0).all() and lines["step"].max() < lines["steps"].iloc[0] / 2
+    assert replay_pilot(runs, table, 1000.0, growth=growth, measured=50.0).spent >= 50
+    # No pilot, no slots: what measuring takes is all.
+    none = replay_pilot(runs, table, 1000.0, growth=growth, share=0.0)
+    assert (none.table["piloted"] == 0).all()
+    _, timing = race.timed_options(table["seconds"], 1000.0, table["seconds"].to_dict().__getitem__)
+    plan = race.noise_plan(table, 1000.0)
+    assert none.spent == pytest.approx(timing + plan.seconds)
+    by_slots = replay_pilot(runs, table, 5e4, by="slots", measured=0.0)
+    np.testing.assert_allclose(by_slots.table["seconds"], table[CELLS].prod(axis=1))
+    assert by_slots.spent == 0 and (by_slots.table["piloted"] == 0).all()
+    with pytest.raises(ValueError, match="got no N 3, K 3, 1 row"):
+        replay_pilot(runs, options((1, 3, 3)), 1000.0)
+
+
+def test_few_options_are_timed_and_fewer_for_short_budgets():
+    work = pd.Series({7: 1.0, 5: 100.0, 3: 10.0, 1: 1000.0, 9: 10_000.0})
+    asked: list[int] = []
+
+    def measure(label: int) -> float:
+        asked.append(label)
+        return 0.01 * work[label]
+
+    found, spent = race.timed_options(work, 1e6, measure)
+    assert asked == [7, 3, 1, 9] and spent == pytest.approx(7 * 0.01 * (1 + 10 + 1000 + 10_000))
+    assert found == {label: 0.01 * work[label] for label in asked}
+    # 2 % of 4,000 s are 80 s, of which the third would take 70 and the fourth far more.
+    assert list(race.timed_options(work, 4000.0, measure)[0]) == [7, 3, 1]
+    # Two are needed for a fit, whatever they take.
+    assert list(race.timed_options(work, 1.0, measure)[0]) == [7, 3]
+    assert list(race.timed_options(work[[3]], 1.0, measure)[0]) == [3]
+
+
+def test_noise_is_measured_where_a_few_percent_of_the_budget_pay_for_it():
+    table = options((2, 4, 4), (2, 4, 15), (2, 32, 15), (8, 4, 4))
+    seconds = table["seconds"][1]
+    plan = race.noise_plan(table, 1e5)
+    # Two gradients of each of two block sizes take a conversation twice as long as a step's two.
+    assert plan == race.NoisePlan(1, 100, 64, pytest.approx((100 + 64 * 2) * seconds))
+    less = race.noise_plan(table, 2000 * seconds)
+    assert (less.steps, less.conversations) == (20, 20)
+    assert race.noise_plan(table, 1999 * seconds) is None
+
+
+def test_noise_that_is_not_known_is_that_of_the_nearest_block():
+    table = options(*product((2,), (4, 32), (4, 7, 15))).assign(known=True)
+    pd.testing.assert_frame_equal(race.known_noise(table), table)
+    table.loc[[0, 3], "known"], table.loc[[0, 3], "noise"] = False, [math.inf, 1e9]
+    found = race.known_noise(table)
+    assert found["noise"][[0, 3]].tolist() == table["noise"][[1, 4]].tolist()
+    usual = (14 + 250 / np.repeat([4, 32], 3)) / 2
+    np.testing.assert_allclose(race.known_noise(table.assign(known=False))["noise"], usual)
+    assert (race.usual_noise(table)["rate"] == 1 / (1 + usual) / table["seconds"]).all()
+
+
+def conversation_lines(size: int, amount: float, steps: int, taus: dict[str, float]) -> list[dict]:
+    run = {"budget": "seconds", "amount": amount, "mix": "all", "batch_size": 2, "num_anchors": 4}
+    run |= {"block_size": size, "seed": 0, "steps": steps, "kind": "conversation", "domain": "all"}
+    beyond = [0.1] * (size - 2)
+    return [
+        {**run, "conversation": name, "step": steps, "survival": [(tau - 1) / 2] * 2 + beyond}
+        for name, tau in taus.items()
+    ]
+
+
+def test_what_long_blocks_lose_is_found_in_pairs_of_runs_and_conversations():
+    lines = conversation_lines(15, 20.0, 100, {"a": 1.2, "b": 2.0})
+    lines += conversation_lines(15, 60.0, 300, {"a": 1.8, "b": 2.4})
+    lines += conversation_lines(2, 20.0, 200, {"a": 1.3, "b": 2.1, "c": 9.0})
+    lines += conversation_lines(2, 60.0, 600, {"a": 1.9, "b": 2.5})
+    # An earlier line of a run that went on.
+    lines.append({**lines[0], "step": 50, "survival": [0.0] * 15})
+    runs = with_all_columns(pd.DataFrame(lines))
+    found = block_loss(runs, 15, 2).set_index(["equal", "amount"])
+    assert found.loc[("budget", 20.0), "lost"] == pytest.approx(1 - 3.2 / 3.4)
+    assert found.loc[("budget", 60.0), "lost"] == pytest.approx(1 - 4.2 / 4.4)
+    assert found.loc[("budget", 60.0), "tau"] == pytest.approx(2.2)
+    # 300 steps lie between 200 and 600, 100 do not.
+    between = math.log(300 / 200) / math.log(600 / 200)
+    same = [
+        math.exp(math.log(x) * (1 - between) + math.log(y) * between)
+        for x, y in ((1.3, 1.9), (2.1, 2.5))
+    ]
+    assert found.loc[("steps", 60.0), "lost"] == pytest.approx(1 - 4.2 / sum(same))
+    assert len(found) == 3 and (found["runs"] == 1).all() and (found["conversations"] == 2).all()
+    assert (found["low"] <= found["lost"]).all() and (found["lost"] <= found["high"]).all()
+    (together, _) = block_loss(runs, 15, 2, by=()).to_dict("records")
+    assert together["lost"] == pytest.approx(1 - 7.4 / 7.8) and together["runs"] == 2
+    # Of two conversations that lose alike there is no doubt but rounding.
+    alike = conversation_lines(4, 20.0, 9, {"a": 1.5, "b": 1.5})
+    alike += conversation_lines(2, 20.0, 9, {"a": 2.0, "b": 2.0})
+    (line,) = (
+        block_loss(with_all_columns(pd.DataFrame(alike)), 4, 2, by=("mix",))
+        .iloc[:1]
+        .to_dict("records")
+    )
+    assert line["low"] == line["lost"] == line["high"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="served must be below trained, 4, got 4"):
+        block_loss(runs, 4, 4)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, Any]:
     """A question about a tiny target, of 40 s of which pilots are begun in any case."""
@@ -374,7 +506,7 @@ def tiny(tmp_path_factory) -> dict[str, Any]:
     question |= {"num_anchors": (2,), "block_sizes": (2, 4), "batch_sizes": (2,)}
     question |= {"features": "live", "evaluate_chats": 2, "evaluate_anchors": 2}
     question |= {"training": training, "growth": replace(GROWTH, residual=2.0)}
-    return question | {"minutes": 2 / 3, "progress": False}
+    return question | {"minutes": 1 / 3, "progress": False}
 
 
 def known(work: Path) -> Path:
@@ -386,14 +518,9 @@ def known(work: Path) -> Path:
     return work
 
 
-def straight(lines: pd.DataFrame, rates: Any, reference: Any = None) -> Forecast:
-    return forecast(float(lines["tau"].iloc[-1]) + 0.1, 0.1, len(rates))
-
-
 def test_a_pilot_goes_on_where_it_was_interrupted_and_so_does_the_run_that_it_recommends(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ):
-    monkeypatch.setattr(race, "extrapolate", straight)
     whole = pilot(work=known(tmp_path / "whole"), **tiny)
     run_cell, calls = pilots.run_cell, []
 

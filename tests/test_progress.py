@@ -18,7 +18,9 @@ from dspark_lab.tuning import (
     Shape,
     Spans,
     Step,
+    StepBytes,
     StepTime,
+    best_option,
     dilution,
     gradient_moments,
     in_training_batches,
@@ -394,6 +396,52 @@ def test_batches_of_the_first_epoch_are_those_of_a_batch_total():
     np.testing.assert_allclose(found.blocks, blocks)
     squares = np.mean([one[1] * one[0] ** 2 for one in each])
     np.testing.assert_allclose(found.rows, squares / blocks**2)
+
+
+def test_what_does_not_fit_is_never_the_best():
+    shape, time = Shape.of(tiny_drafter().config), StepTime(0.01, 1e-9, 0.1, 0.2, 4)
+    rows = Spans.of(documents("a" * 12, ".." + "a" * 10, "a" * 9, "a" * 5))
+    given: dict[str, Any] = {"batch_sizes": (1, 2), "num_anchors": (1, 2, 4), "shape": shape}
+    given |= {"step": Step(1, 1, 1, features="cached", device="cpu", dtype="fp32")}
+    free = progress_table(noise_of(), rows, time, **given)
+    assert free["fits"].all() and math.isclose(free["best"].sum(), 1)
+    # Room for all but the largest step, of the longest row and the most blocks.
+    held = [
+        StepBytes(shape, Step(12, n, 3, b, features="cached", device="cpu", dtype="fp32")).peak
+        for b, n in product((1, 2), (1, 2, 4))
+    ]
+    second, largest = sorted(held)[-2:]
+    memory = (second + largest) / 2 / 0.92
+    table = progress_table(noise_of(), rows, time, memory=memory, **given)
+    assert table["fits"].tolist() == [size < largest for size in held]
+    assert not table.loc[~table["fits"], "best"].any() and math.isclose(table["best"].sum(), 1)
+    unchanged = [name for name in table if name not in ("best", "fits")]
+    pd.testing.assert_frame_equal(table[unchanged], free[unchanged])
+    with pytest.raises(ValueError, match="memory needs the shape of the models, got None"):
+        progress_table(
+            noise_of(),
+            SPANS,
+            step_table((2,), (2,)),
+            memory=1e9,
+            batch_sizes=(2,),
+            num_anchors=(2,),
+        )
+    # The reason speaks of those that fit.
+    table = options(fits=[True, False, True], best=[0.3, 0.0, 0.7])
+    assert best_option(table)["num_anchors"] == 32
+    assert "best of 2 settings" in progress_reason(table)
+    with pytest.raises(ValueError, match="table must hold an option that fits, got none"):
+        progress_reason(table.assign(fits=False))
+
+
+def test_the_best_option_has_the_highest_probability_then_the_highest_rate():
+    assert best_option(options())["num_anchors"] == 24
+    assert best_option(options(best=[0.4, 0.2, 0.4]))["num_anchors"] == 32
+    two = pd.concat([options(), options(best=[1.0, 0.0, 0.0]).assign(block_size=4)])
+    assert best_option(two, 4)["num_anchors"] == 8 and best_option(two, 7)["num_anchors"] == 24
+    assert progress_reason(options().assign(batch_size=1)).startswith(
+        "24 anchors a row with 1 row is"
+    )
 
 
 # The test that notices each fault.

@@ -295,6 +295,28 @@ def test_a_cell_that_was_killed_goes_on_from_its_checkpoint_and_ends_the_same(
     np.testing.assert_equal(again, whole)
 
 
+def test_a_cell_that_stops_at_a_step_has_the_lines_until_there_and_goes_on(tiny, tmp_path):
+    whole = run_cell(TINY_CELL, tiny, 6, 0.5, tmp_path / "whole")
+    begun = run_cell(TINY_CELL, tiny, 6, 0.5, tmp_path / "begun", 2)
+    again = run_cell(TINY_CELL, tiny, 6, 0.5, tmp_path / "begun")
+    for found in (whole, begun, again):
+        for line in found["lines"]:
+            line.pop("spent", None), line.pop("seconds")
+    np.testing.assert_equal(again, whole)
+    assert begun["run"] == whole["run"]
+    until = [line for line in whole["lines"] if line["step"] <= 2]
+    each = [line for line in begun["lines"] if line["kind"] == "conversation"]
+    assert {line["kind"] for line in until} == {"train", "held_out"}
+    others = [line for line in begun["lines"] if line["kind"] != "conversation"]
+    np.testing.assert_equal(others, until)
+    # In place of its end, where every conversation has a line.
+    assert [line["step"] for line in each] == [2] * 3
+    assert np.mean([line["tau"] for line in each]) == pytest.approx(
+        next(line["tau"] for line in until if line["kind"] == "held_out" and line["step"] == 2),
+        abs=1e-4,
+    )
+
+
 def test_evaluations_are_spaced_by_the_logarithm_and_windows_by_the_square_root():
     assert evaluation_steps(1000, 4) == [10, 46, 215, 1000]
     assert evaluation_steps(10_000, 12)[:2] + evaluation_steps(10_000, 12)[-1:] == [

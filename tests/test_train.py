@@ -488,6 +488,25 @@ def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(
     assert ending(tmp_path) == ending(whole)
 
 
+# A checkpoint is due after the fourth step, none after the third.
+@pytest.mark.parametrize("stops", [[3], [4], [1, 6, 9]])
+def test_a_run_that_stops_where_it_was_told_ends_with_the_same_bits(
+    stops: list[int], whole: Path, tmp_path: Path
+) -> None:
+    for step in stops:
+        history = small_run(tmp_path, until=step)
+        reached = min(step, CONFIG.steps)
+        assert history.interrupted == (reached < CONFIG.steps)
+        assert history.table()["step"].max() == reached
+        [checkpoint] = checkpoints(tmp_path)
+        assert checkpoint.name == f"checkpoint-00000{reached}"
+        # It is there already, and a step before it is, too.
+        assert small_run(tmp_path, until=step).rows == history.rows
+        assert small_run(tmp_path, until=1).rows == history.rows
+    small_run(tmp_path)
+    assert ending(tmp_path) == ending(whole)
+
+
 def test_a_second_interrupt_is_as_always(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

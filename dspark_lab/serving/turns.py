@@ -15,7 +15,7 @@ from dspark_lab.model import BlockDrafter, Target
 from dspark_lab.rates import interval, ratio_interval, resampled
 from dspark_lab.serving.costs import RoundCosts, require_lengths
 from dspark_lab.serving.profile import AcceptanceProfile
-from dspark_lab.serving.speedup import speedup_table
+from dspark_lab.serving.speedup import Tokens, speedup_table
 
 _COLUMNS = ("turn", "group", "draft_length", "requests", "tokens", "steps", "seconds")
 
@@ -86,6 +86,7 @@ def length_table(
     profile: AcceptanceProfile | None = None,
     costs: RoundCosts | None = None,
     *,
+    tokens: Tokens = None,
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
@@ -94,21 +95,21 @@ def length_table(
     Returns:
         a row for each length: ``tau``, ``round_seconds``, and ``tokens_per_second`` of a request
         with its 95 % interval over groups. With a profile and costs of as many requests, all three
-        as ``_predicted`` by :func:`speedup_table`, too.
+        as ``_predicted`` by :func:`speedup_table` for answers of ``tokens``, too.
     """
     sums = _sums(decoded)
     requests = decoded["requests"].iloc[0]
-    tokens, steps, seconds = (sums[name] for name in ("tokens", "steps", "seconds"))
-    tokens = tokens / requests
+    grown, steps, seconds = (sums[name] for name in ("tokens", "steps", "seconds"))
+    grown = grown / requests
     table = pd.DataFrame(
         {
-            "tau": tokens.sum() / steps.sum(),
+            "tau": grown.sum() / steps.sum(),
             "round_seconds": seconds.sum() / steps.sum(),
-            "tokens_per_second": tokens.sum() / seconds.sum(),
+            "tokens_per_second": grown.sum() / seconds.sum(),
         }
     ).reset_index()
-    drawn = resampled(len(tokens), resamples, seed)
-    bounds = ratio_interval(tokens.to_numpy().T, seconds.to_numpy().T, drawn)
+    drawn = resampled(len(grown), resamples, seed)
+    bounds = ratio_interval(grown.to_numpy().T, seconds.to_numpy().T, drawn)
     table["tokens_per_second_low"], table["tokens_per_second_high"] = bounds
     if profile is not None and costs is not None:
         plain = costs.plain_seconds
@@ -116,7 +117,9 @@ def length_table(
             {"draft_length": 0, "tau": 1, "round_seconds": plain, "tokens_per_second": 1 / plain}
         ]
         drafted = table["draft_length"][table["draft_length"] > 0].tolist()
-        predicted = pd.concat([pd.DataFrame(rows), speedup_table(profile, costs, drafted)])
+        predicted = pd.concat(
+            [pd.DataFrame(rows), speedup_table(profile, costs, drafted, tokens=tokens)]
+        )
         predicted = predicted[list(rows[0])].set_index("draft_length").add_suffix("_predicted")
         table = table.join(predicted, on="draft_length")
     return table

@@ -29,7 +29,7 @@ _NAME = re.compile(r"(block|slot)\.(\d{1,4})\.(cross|design|products|overlap)")
 
 @checked
 def save_noise(noise: GradientNoise, path: str | os.PathLike[str]) -> None:
-    """Write what was measured, for :func:`load_noise`; about 11 kB an objective of 64 conversations.
+    """Write what was measured, for :func:`load_noise`; 11 kB an objective of 64 conversations.
 
     A ValueError where a number is not finite in 32 bits.
     """
@@ -38,7 +38,7 @@ def save_noise(noise: GradientNoise, path: str | os.PathLike[str]) -> None:
         for number, moments in objectives.items():
             parts = {
                 "cross": moments.cross[np.triu_indices(moments.conversations)],
-                "design": moments.design[:, *np.triu_indices(3)],
+                "design": moments.design[(slice(None), *np.triu_indices(3))],
                 "products": moments.products,
                 "overlap": moments.overlap,
             }

@@ -18,7 +18,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -27,6 +26,7 @@ from dspark_lab.files import read_json, shipped, write_json
 from dspark_lab.training import TrainConfig, train
 from dspark_lab.tuning.cells import ALL, Cell, SweepConfig
 from dspark_lab.tuning.choice import choose_training
+from dspark_lab.tuning.extrapolation import Reference
 from dspark_lab.tuning.growth import GROWTH, Growth
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.judging import CELL
@@ -36,18 +36,20 @@ from dspark_lab.tuning.race import (
     EVALUATIONS,
     Advice,
     Contest,
+    NoisePlan,
     Pilot,
     decide,
     known_noise,
     next_pilots,
+    noise_plan,
     option_name,
     pilot_allowance,
     pilot_step,
+    timed_options,
+    usual_noise,
 )
 from dspark_lab.tuning.results import block_loss, result_table
 from dspark_lab.tuning.runs import (
-    FIRST_STEPS,
-    LEAST_STEPS,
     cell_drafter,
     cell_training,
     measure_cell,
@@ -60,11 +62,8 @@ from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.spans import Spans
 from dspark_lab.tuning.steptime import StepTime, fit_step_time
 
-# Options whose steps are timed, and what that may take: of the budget, and seconds of each. The
-# relative error of a step's time where no fit says one.
-_TIMED, _TIMING, _LEAST_SECONDS, _ERROR = 4, 0.03, 1.0, 0.05
-# Of the run on whose drafter the noise is measured: steps, and what they may take of the budget.
-_WARM_STEPS, _WARMING = 100, 0.02
+# The relative error of a step's time where no fit says one.
+_ERROR = 0.05
 
 
 @checked
@@ -86,7 +85,7 @@ def pilot(
     device: str = "cpu",
     features: Literal["live", "cached"] = "cached",
     growth: Growth = GROWTH,
-    reference: pd.DataFrame | None = None,
+    reference: Reference | None = None,
     processes: Count = 1,
     address: str | None = None,
     seed: Size = 0,
@@ -113,7 +112,7 @@ def pilot(
         evaluate_anchors: blocks of each of them.
         features: of the target, stored first or asked for every batch.
         growth: how tau grows with progress, see :func:`fit_growth`.
-        reference: runs on other data (:func:`load_runs`), which help to extrapolate.
+        reference: how learning curves go on, see :func:`learn_curves`.
         processes, address: see :func:`run_jobs`; in this process where there is one alone.
         progress: write a line for each finished part.
 
@@ -231,23 +230,22 @@ def _command(
 
 def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFrame, float]:
     """The options with their progress, and the seconds of the budget that this took."""
-    path = work / "options.json"
+    path, columns = work / "options.json", [*CELL, "seconds", "noise", "rate", "low", "high"]
     if not path.exists():
         table, spent = _timed(config, work, progress)
-        noise, more = _noise(config, table, work, progress)
-        training = config.training
-        spans = Spans.of(sweep_materials(config).chats, row_length=training.pack_length)
-        sizes = {"batch_sizes": config.batch_sizes, "num_anchors": config.num_anchors}
-        options = progress_table(
-            noise,
-            spans,
-            table,
-            block_sizes=config.block_sizes,
-            per=training.anchors_per,
-            **sizes,
-        )
-        options = known_noise(options)[[*CELL, "seconds", "noise", "rate", "low", "high"]]
-        found = {"seconds": spent + more, "options": options.to_dict("records")}
+        plan = noise_plan(table, config.seconds[0])
+        if plan is None:
+            options = usual_noise(table)
+        else:
+            noise, seconds = _noise(config, table, plan, work)
+            spent += seconds
+            training = config.training
+            spans = Spans.of(sweep_materials(config).chats, row_length=training.pack_length)
+            sizes: dict[str, Any] = {"batch_sizes": config.batch_sizes}
+            sizes |= {"num_anchors": config.num_anchors, "block_sizes": config.block_sizes}
+            options = progress_table(noise, spans, table, per=training.anchors_per, **sizes)
+            options = known_noise(options)
+        found = {"seconds": spent, "options": options[columns].to_dict("records")}
         write_json(path, found, indent=0)
     found = read_json(path)
     return pd.DataFrame(found["options"]), float(found["seconds"])
@@ -258,26 +256,19 @@ def _timed(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFram
     table, (budget,) = _operations(config), config.seconds
     path = work / "step_seconds.json"
     known: dict[str, float] = read_json(path) if path.exists() else {}
-    measured, spent = pd.Series(dtype=float), 0.0
-    order = table["operations"].argsort(kind="stable").to_numpy()
-    for place in np.linspace(0, len(order) - 1, min(_TIMED, len(order))).round().astype(int):
-        line = table.loc[order[place]]
-        cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
-        if len(measured) > 1:
-            expected = (
-                measured.iloc[-1] * line["operations"] / table["operations"][measured.index[-1]]
-            )
-            if spent + expected * (FIRST_STEPS + LEAST_STEPS) > _TIMING * budget:
-                break
+
+    def measure(label: int) -> float:
+        cell = Cell("seconds", budget, ALL, *map(int, table.loc[label, CELL]), config.seeds[0])
         if cell.step_kind not in known:
-            known[cell.step_kind] = measure_cell(cell, config, work, _LEAST_SECONDS)[0]
+            known[cell.step_kind] = measure_cell(cell, config, work, 0.0)[0]
             write_json(path, known, indent=0)
             if progress:
-                told = f"{option_name(line)}: {known[cell.step_kind] * 1e3:.1f} ms a step"
-                print(told, file=sys.stderr, flush=True)
-        seconds = known[cell.step_kind]
-        measured[order[place]] = seconds
-        spent += max(_LEAST_SECONDS, LEAST_STEPS * seconds) + FIRST_STEPS * seconds
+                told = f"{option_name(table.loc[label])}: {known[cell.step_kind] * 1e3:.1f} ms"
+                print(f"{told} a step", file=sys.stderr, flush=True)
+        return known[cell.step_kind]
+
+    found, spent = timed_options(table["operations"], budget, measure)
+    measured = pd.Series(found)
     table["seconds"], table["error"] = measured.iloc[0], _ERROR
     if table["operations"][measured.index].nunique() > 1:
         fit = fit_step_time(table.loc[measured.index, ["operations"]].assign(seconds=measured))
@@ -306,29 +297,23 @@ def _operations(config: SweepConfig) -> pd.DataFrame:
 
 
 def _noise(
-    config: SweepConfig, table: pd.DataFrame, work: Path, progress: bool
+    config: SweepConfig, table: pd.DataFrame, plan: NoisePlan, work: Path
 ) -> tuple[GradientNoise, float]:
-    """The noise of the gradient of a drafter of the longest block that has learned a little."""
+    """The noise of the gradient of a drafter that has learned a little, and what it took."""
     shared, (budget,) = sweep_materials(config), config.seconds
-    longest = table[table["block_size"] == table["block_size"].max()]
-    line = longest.loc[longest["seconds"].idxmin()]
-    seconds = float(line["seconds"])
-    steps = int(min(_WARM_STEPS, max(1, _WARMING * budget / seconds)))
+    line = table.loc[plan.label]
     cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
-    training = cell_training(cell, config, steps, seconds)
+    training = cell_training(cell, config, plan.steps, float(line["seconds"]))
     drafter = cell_drafter(cell, shared)
     given: dict[str, Any] = {"features": config.features, "cache": work / "features"}
-    out = work / "runs" / "warm"
-    history = train(
-        drafter, shared.target, shared.chats, training, out=out, progress=False, **given
-    )
-    if history.interrupted:
+    given |= {"out": work / "runs" / "warm", "progress": False}
+    if train(drafter, shared.target, shared.chats, training, **given).interrupted:
         raise KeyboardInterrupt
     begin = time.process_time()
-    noise = measure_noise(
-        drafter, shared.target, shared.chats, training, block_sizes=config.block_sizes
-    )
-    return noise, steps * seconds + time.process_time() - begin
+    of = (drafter, shared.target, shared.chats, training)
+    sizes: dict[str, Any] = {"block_sizes": config.block_sizes}
+    noise = measure_noise(*of, conversations=plan.conversations, **sizes)
+    return noise, plan.steps * float(line["seconds"]) + time.process_time() - begin
 
 
 def _race(

@@ -376,7 +376,8 @@ def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str
     more = others[others["num_anchors"] > best["num_anchors"]].sort_values("num_anchors")
     fewer = others[others["num_anchors"] < best["num_anchors"]].sort_values("num_anchors")
     unit = {"row": "a row", "document": "a conversation", "batch": "a step"}[best["per"]]
-    said = f"{best['num_anchors']} anchors {unit} with {best['batch_size']} rows"
+    rows = f"{best['batch_size']} row" + ("s" if best["batch_size"] > 1 else "")
+    said = f"{best['num_anchors']:,} anchors {unit} with {rows}"
     said += f" is the best of {len(own)} settings with probability {best['best']:.0%}"
     if len(more):
         cost, gain = _marginal(best, more.iloc[0])
