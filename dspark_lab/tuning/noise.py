@@ -167,6 +167,16 @@ class GradientNoise:
 
 
 @checked
+def noise_table(noises: Mapping[int, GradientNoise]) -> pd.DataFrame:
+    """:meth:`GradientNoise.table` of several, by the steps after which they were measured."""
+    tables = [noise.table().assign(step=step) for step, noise in sorted(noises.items())]
+    if not tables:
+        raise ValueError("noises must hold a measurement, got none")
+    table = pd.concat(tables, ignore_index=True)
+    return table[["step", *table.columns.drop("step")]]
+
+
+@checked
 def label_overlap(block_size: Count, gamma: DecayGamma = 4.0) -> Float[np.ndarray, " distance"]:
     """rho / shared of two blocks 1, 2, ... tokens apart, as far as they share a label."""
     weights = decay_weights(block_size, gamma).numpy()
