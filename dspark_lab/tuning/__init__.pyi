@@ -28,7 +28,14 @@ from .jobs import end_with_parent, run_jobs
 from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
+from .noise import (
+    GradientNoise,
+    Moments,
+    gradient_moments,
+    label_overlap,
+    measure_noise,
+    noise_table,
+)
 from .noise_file import load_noise, save_noise
 from .pilots import pilot
 from .progress import Dilution, best_option, dilution, progress_reason, progress_table
@@ -127,6 +134,7 @@ __all__ = [
     "measure_sweep",
     "memory_table",
     "never_table",
+    "noise_table",
     "next_pilots",
     "packing_table",
     "pilot",
