@@ -197,7 +197,7 @@ def gradient_moments(
     counts = np.array([len(a) for a in anchors])
     means, designs, products = [], [], []
     for one in found:
-        groups = np.flatnonzero(conversation == one)
+        groups = np.flatnonzero(conversation == one).tolist()
         own = gradients[groups].astype(np.float64)
         means.append(counts[groups] @ own / counts[groups].sum())
         design, product = np.zeros((3, 3)), np.zeros(3)
