@@ -25,11 +25,18 @@ from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learn
 from .forecasts import forecast, forecast_summary, judge_forecasts
 from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
-from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
+from .judging import (
+    coverage_advice,
+    fitted_cells,
+    judge_advice,
+    judged_table,
+    recorded_step_time,
+    taus_at,
+)
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
-from .noise_file import load_noise, save_noise
+from .noise_file import NOISE_RUN, NOISE_STEPS, load_noise, save_noise, shipped_noise
 from .pilots import pilot
 from .progress import Dilution, best_option, dilution, progress_reason, progress_table
 from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
@@ -68,6 +75,8 @@ __all__ = [
     "Growth",
     "Layers",
     "Moments",
+    "NOISE_RUN",
+    "NOISE_STEPS",
     "PLANS",
     "Pilot",
     "Program",
@@ -134,6 +143,7 @@ __all__ = [
     "predict_sweep",
     "progress_reason",
     "progress_table",
+    "recorded_step_time",
     "replay_pilot",
     "row_blocks",
     "run_cell",
@@ -143,6 +153,7 @@ __all__ = [
     "runs_table",
     "save_noise",
     "save_runs",
+    "shipped_noise",
     "slot_supervision",
     "supervision",
     "supervision_table",
