@@ -135,8 +135,9 @@ def acceptance_profile(
     """The accept rates of a trace, of one drafter at one temperature.
 
     A rate is the mean of the analytic c* = sum_v min(p, q) over the slots that were reached; the
-    trace must be of whole blocks. ``drafter`` and ``temperature`` say which rows to take, or label
-    a trace without the column.
+    trace must be of whole blocks. The first tokens of an answer are the easiest, so that a trace of
+    short answers promises too much for long ones. ``drafter`` and ``temperature`` say which rows to
+    take, or label a trace without the column.
     """
     trace, drafter, temperature = rows_of(trace, drafter, temperature)
     rounds, row = read_trace(trace)

@@ -22,9 +22,17 @@ from .coverage import (
     token_supervision,
 )
 from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .forecasts import forecast, forecast_summary, judge_forecasts
 from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
-from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
+from .judging import (
+    coverage_advice,
+    fitted_cells,
+    judge_advice,
+    judged_table,
+    recorded_step_time,
+    taus_at,
+)
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
 from .noise import (
@@ -35,7 +43,7 @@ from .noise import (
     measure_noise,
     noise_table,
 )
-from .noise_file import load_noise, save_noise
+from .noise_file import NOISE_RUN, NOISE_STEPS, load_noise, save_noise, shipped_noise
 from .pilots import pilot
 from .progress import Dilution, best_option, dilution, progress_reason, progress_table
 from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
@@ -74,6 +82,8 @@ __all__ = [
     "Growth",
     "Layers",
     "Moments",
+    "NOISE_RUN",
+    "NOISE_STEPS",
     "PLANS",
     "Pilot",
     "Program",
@@ -115,9 +125,12 @@ __all__ = [
     "fit_step_time",
     "fit_table",
     "fitted_cells",
+    "forecast",
+    "forecast_summary",
     "gradient_moments",
     "in_training_batches",
     "judge_advice",
+    "judge_forecasts",
     "judged_table",
     "label_overlap",
     "learn_curves",
@@ -130,14 +143,15 @@ __all__ = [
     "measure_sweep",
     "memory_table",
     "never_table",
-    "noise_table",
     "next_pilots",
+    "noise_table",
     "packing_table",
     "pilot",
     "pilot_allowance",
     "predict_sweep",
     "progress_reason",
     "progress_table",
+    "recorded_step_time",
     "replay_pilot",
     "row_blocks",
     "run_cell",
@@ -147,6 +161,7 @@ __all__ = [
     "runs_table",
     "save_noise",
     "save_runs",
+    "shipped_noise",
     "slot_supervision",
     "supervision",
     "supervision_table",
