@@ -29,10 +29,12 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
+from dspark_lab.chats import Chat
 from dspark_lab.pairs import Pair, in_turns, load_pair, load_traces, question
 from dspark_lab.serving import (
     AcceptanceProfile,
     acceptance_profile,
+    answers_of,
     best_length,
     decode_lengths,
     length_loss,
@@ -78,8 +80,8 @@ PLANS = {
     ),
     "smollm2": Plan(
         [Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)],
-        prompts=12,
-        tokens=40,
+        prompts=10,
+        tokens=64,
         repeats=12,
     ),
 }
@@ -119,10 +121,13 @@ def _measured(name: str, *, quick: bool, keep: Path | None) -> list[Result] | st
 
 
 def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
-    trace, asked = load_traces(pair.name), [question(chat) for chat in in_turns(pair.held_out)]
-    unseen = asked[trace["prompt"].max() + 1 :]
-    if not unseen:
-        trace, unseen = trace[trace["prompt"] % 2 == 0], asked[1::2]
+    chats, every = in_turns(pair.held_out), load_traces(pair.name)
+    asked = [question(chat) for chat in chats]
+    # Several together are counted until the first answer ends: all of them should be long.
+    enough = [len(pair.tokenizer(answer(chat))["input_ids"]) >= plan.tokens for chat in chats]
+    traced = set(range(every["prompt"].max() + 1))
+    if len(traced) == len(chats):
+        traced = set(range(0, len(chats), 2))
     engines = {}
     for number, setting in enumerate(plan.settings):
         name, requests = setting.drafter, setting.requests
@@ -131,16 +136,18 @@ def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
             together = sorted({one.requests for one in plan.settings if one.drafter == name})
             options: dict[str, Any] = {"requests": together, "repeats": plan.repeats}
             engines[name] = measure_engine(pair.target, drafter, **options)
-        profile = _profile(trace, setting.trace or name, setting.temperature)
         costs = engines[name].costs(requests)
+        taken = [i for i in range(len(chats)) if requests == 1 or enough[i]]
+        trace = every[every["drafter"] == (setting.trace or name)]
+        trace = trace[trace["prompt"].isin(traced.intersection(taken))]
+        profile, tokens = _profile(trace, setting.temperature)
+        predicted: dict[str, Any] = {"tokens": tokens if requests == 1 else None}
         lengths = [k for k in LENGTHS if k <= drafter.config.predicted]
-        # Several together are counted until the first answer ends.
-        tokens = plan.tokens - 1 if requests == 1 else None
-        advised = best_length(profile, costs, lengths[1:], tokens=tokens)
+        advised = best_length(profile, costs, lengths[1:], **predicted)
         decoded = decode_lengths(
             pair.target,
             drafter,
-            unseen[: plan.prompts * requests],
+            [asked[i] for i in taken if i not in traced][: plan.prompts * requests],
             draft_lengths=lengths,
             temperature=setting.temperature,
             requests=requests,
@@ -151,19 +158,21 @@ def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
             keep.mkdir(parents=True, exist_ok=True)
             engines[name].save(keep / f"{pair.name}-{name}.csv")
             decoded.to_csv(keep / f"{pair.name}-{number}.csv", index=False)
-        yield (
-            setting,
-            length_loss(decoded, advised),
-            length_table(decoded, profile, costs, tokens=tokens),
-        )
+        table = length_table(decoded, profile, costs, **predicted)
+        yield setting, length_loss(decoded, advised), table
 
 
-def _profile(trace: pd.DataFrame, drafter: str, temperature: float) -> AcceptanceProfile:
-    """Of the trace's own temperature, or between those on both sides."""
-    held = sorted(trace["temperature"].unique().tolist())
-    near = [max(t for t in held if t <= temperature), min(t for t in held if t >= temperature)]
-    cold, hot = (acceptance_profile(trace, drafter=drafter, temperature=t) for t in near)
-    return cold if near[0] == near[1] else cold.between(hot, temperature)
+def answer(chat: Chat) -> str:
+    return next(str(one["content"]) for one in chat.messages if one["role"] == "assistant")
+
+
+def _profile(trace: pd.DataFrame, temperature: float) -> tuple[AcceptanceProfile, list[int]]:
+    """At a traced temperature, or between those on both sides; and the tokens of its answers."""
+    held = trace["temperature"].unique()
+    near = held[held <= temperature].max(), held[held >= temperature].min()
+    cold, hot = (acceptance_profile(trace, temperature=float(value)) for value in near)
+    tokens = answers_of(trace[trace["temperature"] == near[0]]).tokens.tolist()
+    return cold if near[0] == near[1] else cold.between(hot, temperature), tokens
 
 
 def _lines(pair: str, setting: Setting, loss: pd.Series, table: pd.DataFrame) -> Iterator[str]:

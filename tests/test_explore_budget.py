@@ -598,7 +598,7 @@ def test_progress_is_a_line_for_all_that_differs_of_the_best_of_its_block_that_f
     (diamond,) = [line for line in ax.lines if line.get_markersize() == 8]
     assert diamond.get_marker() == "D" and points(diamond)[0][0] == 128
     assert [x for x, _ in stars(ax)] == [16] and [x for x, _ in hollow(ax)][:2] == [128, 128]
-    said = f"★ chosen   □ best, K 7: N {best}   ◇ by coverage alone: N 128   ○ too large"
+    said = f"★ chosen   □ best: N {best}, 2 rows   ◇ by coverage alone: N 128   ○ too large"
     assert title(ax) == said
     (ax,) = picture_of("progress").axes
     assert legend(ax)[:2] == ["2 rows, K 4", "2 rows, K 7"]

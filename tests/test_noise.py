@@ -14,7 +14,14 @@ from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import collate
 from dspark_lab.model import cached_features, output_objective
 from dspark_lab.training import TrainConfig
-from dspark_lab.tuning import gradient_moments, label_overlap, measure_noise, noise
+from dspark_lab.tuning import (
+    Moments,
+    gradient_moments,
+    label_overlap,
+    measure_noise,
+    noise,
+    noise_table,
+)
 from tests.runs import double_pair
 from tests.samples import documents, random_chats, tiny_drafter, tiny_target
 
@@ -109,7 +116,7 @@ def test_estimates_are_least_squares_over_products(seed, conversations):
         np.testing.assert_allclose(found[2:], solved[1:], rtol=1e-6, atol=1e-9)
 
 
-def simulated(random: np.random.Generator, conversations: int) -> np.ndarray:
+def simulated(random: np.random.Generator, conversations: int) -> Moments:
     """Estimates from gradients of known moments: signal 1, between 3, within 20, shared 0.6."""
     size, dim = 4, 6
     overlap = label_overlap(size)
@@ -161,6 +168,23 @@ def test_a_signal_that_is_not_told_from_zero_has_no_upper_end():
     line = noise.GradientNoise({4: moments}, {}).table().iloc[0]
     assert line["anchors_scale_high"] == math.inf
     assert line["signal_error"] > 0.5
+
+
+def test_a_table_joins_several_measurements():
+    random = np.random.default_rng(3)
+    first, second = (noise.GradientNoise({4: simulated(random, 5)}, {}) for _ in range(2))
+    table = noise_table({100: second, 0: first})
+    assert table["step"].tolist() == [0, 100]
+    for line, one in zip(table.to_dict("records"), (first, second), strict=True):
+        signal, between, within, shared = one.wholes[4].estimates()[0]
+        assert math.isclose(line["signal"], signal)
+        assert math.isclose(line["shared"], shared / within)
+        expected = max(within, 0) / signal if signal > 0 else math.inf
+        assert math.isclose(line["anchors_scale"], expected)
+        expected = max(between, 0) / signal if signal > 0 else math.inf
+        assert math.isclose(line["rows_scale"], expected)
+    with pytest.raises(ValueError, match="noises must hold a measurement, got none"):
+        noise_table({})
 
 
 def test_a_short_list_of_groups_is_refused():

@@ -12,6 +12,7 @@ from dspark_lab.tuning import (
     label_overlap,
     load_noise,
     save_noise,
+    shipped_noise,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,3 +113,15 @@ def test_what_is_no_safetensors_file_or_holds_no_block_is_refused(path, tmp_path
     save_file(slots, path)
     with pytest.raises(ValueError, match="the noise of a block of 1 slot or more, got none"):
         load_noise(path)
+
+
+def test_the_noise_that_ships_is_named_by_its_mix_and_its_steps(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("dspark_lab.tuning.noise_file.shipped", lambda name: tmp_path / name)
+    monkeypatch.setattr("dspark_lab.tuning.noise_file.load_noise", read.append)
+    assert list(shipped_noise("code")) == [0, 100, 400]
+    assert [path.relative_to(tmp_path).as_posix() for path in read] == [
+        f"pocket/noise-code-{step}.safetensors" for step in (0, 100, 400)
+    ]
+    with pytest.raises(ValueError, match="mix must be 'all' or 'code', got 'math'"):
+        shipped_noise("math")

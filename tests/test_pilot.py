@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -562,3 +563,21 @@ def test_a_folder_holds_the_pilots_of_one_question(tiny: dict[str, Any], tmp_pat
     write_json(work / "sweep.json", {"minutes": 1})
     with pytest.raises(ValueError, match="must be a new folder or one of the same sweep"):
         pilot(work=work, **tiny)
+
+
+@pytest.mark.slow
+def test_a_pilot_of_the_pocket_pair_measures_races_and_answers(tmp_path: Path):
+    sizes: dict[str, Any] = {"num_anchors": (4, 16), "block_sizes": (4, 7), "batch_sizes": (4,)}
+    sizes |= {"evaluate_chats": 6, "evaluate_anchors": 4}
+    begin = time.process_time()
+    unsure = replace(GROWTH, residual=0.5)
+    advice = pilot(minutes=1.5, work=tmp_path, growth=unsure, progress=False, **sizes)
+    assert time.process_time() - begin < 300
+    piloted = advice.table[advice.table["piloted"] > 0]
+    assert 2 <= len(piloted) <= 4 and advice.spent < 90 * 0.05 + pilot_allowance(90)
+    assert advice.table["tau"].between(1, 5).all()
+    # What its runs have learned so far shows in both kinds of figure.
+    measured = advice.curves[advice.curves["kind"] == "measured"]
+    assert measured.groupby("option")["tau"].last().gt(1).all()
+    assert f"--num-anchors {advice.settings.num_anchors}" in advice.command
+    assert (tmp_path / "options.json").exists() and len(list((tmp_path / "pilots").iterdir())) >= 2

@@ -164,11 +164,11 @@ def plot_progress(
     unit = table["block_size"].map({size: one["rate"] or 1.0 for size, one in best.items()})
     rates = table[["rate", "low", "high"]].div(unit.fillna(1.0), axis=0)
     table = table.assign(**rates).sort_values("num_anchors")
-    names = {"batch_size": "{:,} rows", "block_size": "K {}", "seq_len": "S {:,}", "per": "per {}"}
+    names = {"batch_size": _rows, "block_size": "K {}".format}
+    names |= {"seq_len": "S {:,}".format, "per": "per {}".format}
     by = [name for name in names if table[name].nunique() > 1] or ["batch_size"]
     for i, (option, line) in enumerate(table.groupby(by)):
-        words = (names[name].format(value) for name, value in zip(by, option, strict=True))
-        label = ", ".join("1 row" if word == "1 rows" else word for word in words)
+        label = ", ".join(names[name](value) for name, value in zip(by, option, strict=True))
         style.add_band(
             ax, line["num_anchors"], line["low"], line["high"], style.line_look(i)["color"]
         )
@@ -178,7 +178,10 @@ def plot_progress(
     for one in best.values():
         place = one["num_anchors"], table.loc[one.name, "rate"]
         ax.plot(*place, marker="s", color=GREEN, markersize=11, **ring)
-    if best:
+    if len(best) == 1:
+        (one,) = best.values()
+        key.append(f"{_SQUARE} best: N {one['num_anchors']:,}, {_rows(one['batch_size'])}")
+    elif best:
         found = [f"K {size}: N {one['num_anchors']:,}" for size, one in best.items()]
         key.append(f"{_SQUARE} best, " + ", ".join(found))
     if coverage:
@@ -193,6 +196,10 @@ def plot_progress(
     style.add_title(ax, "   ".join(key), y=1)
     style.add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
     return cast(Figure, ax.figure)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("s" if count != 1 else "")
 
 
 def _place(table: pd.DataFrame, option: tuple[int, int]) -> tuple[int, float]:
@@ -671,8 +678,7 @@ def _recommended(progress: pd.DataFrame, batch_size: int, covering: int | None) 
     if covering is not None:
         mine = progress["batch_size"] == batch_size
         other = progress[mine & (progress["num_anchors"] == covering)].iloc[0]
-        rows = f"{batch_size} row" + ("s" if batch_size != 1 else "")
-        said = f"By coverage alone it would be N {covering:,} with {rows}"
+        said = f"By coverage alone it would be N {covering:,} with {_rows(batch_size)}"
         if best["rate"] > 0:
             said += f", which makes {other['rate'] / best['rate']:.0%} of that progress a second"
         options.append(other)

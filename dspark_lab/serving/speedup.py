@@ -15,7 +15,7 @@ from dspark_lab.serving.costs import RoundCosts, break_even, break_even_rate, re
 from dspark_lab.serving.profile import AcceptanceProfile, acceptance_profile, tau_of_answers
 
 # How long an answer is, or each of several, without its first token; None is an endless one.
-Tokens = Count | Sequence[Size] | None
+AnswerTokens = Count | Sequence[Size] | None
 _OF_ANSWERS = ("tau", "tokens_per_second", "speedup", "without_replay", "without_overhead")
 
 
@@ -25,7 +25,7 @@ def speedup_table(
     costs: RoundCosts,
     draft_lengths: Sequence[int] | None = None,
     *,
-    tokens: Tokens = None,
+    tokens: AnswerTokens = None,
 ) -> pd.DataFrame:
     """Predicted speed for each number of tokens drafted a round.
 
@@ -59,7 +59,7 @@ def best_length(
     costs: RoundCosts,
     draft_lengths: Sequence[int] | None = None,
     *,
-    tokens: Tokens = None,
+    tokens: AnswerTokens = None,
 ) -> int:
     """The fastest number of tokens to draft a round; 0 where plain decoding is as fast.
 
@@ -131,7 +131,7 @@ def advice(
     costs: RoundCosts,
     draft_lengths: Sequence[int] | None = None,
     *,
-    tokens: Tokens = None,
+    tokens: AnswerTokens = None,
 ) -> str:
     """How many tokens to draft and why, in one sentence; "Do not draft" where nothing pays.
 
@@ -169,7 +169,7 @@ def advice(
 
 
 def _figures(
-    costs: RoundCosts, survival: Float[np.ndarray, "*axes slot"], tokens: Tokens
+    costs: RoundCosts, survival: Float[np.ndarray, "*axes slot"], tokens: AnswerTokens
 ) -> dict[str, Any]:
     figures = costs.figures(survival)
     if tokens is None:

@@ -15,7 +15,7 @@ from dspark_lab.model import BlockDrafter, Target
 from dspark_lab.rates import interval, ratio_interval, resampled
 from dspark_lab.serving.costs import RoundCosts, require_lengths
 from dspark_lab.serving.profile import AcceptanceProfile
-from dspark_lab.serving.speedup import Tokens, speedup_table
+from dspark_lab.serving.speedup import AnswerTokens, speedup_table
 
 _COLUMNS = ("turn", "group", "draft_length", "requests", "tokens", "steps", "seconds")
 
@@ -45,7 +45,8 @@ def decode_lengths(
 
     Returns:
         a row for each turn, group and length: ``tokens``, ``steps`` that the requests shared, and
-        ``seconds``, without the reading of prompts, and as long as all of the group go on.
+        ``seconds``, without the reading of prompts, and as long as all of the group go on. Since an
+        answer's first tokens are the easiest, those of a group should be about as long.
     """
     if requests > 1 and not target.decodes_batches:
         raise ValueError(
@@ -86,7 +87,7 @@ def length_table(
     profile: AcceptanceProfile | None = None,
     costs: RoundCosts | None = None,
     *,
-    tokens: Tokens = None,
+    tokens: AnswerTokens = None,
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:

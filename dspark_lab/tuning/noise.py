@@ -167,6 +167,16 @@ class GradientNoise:
 
 
 @checked
+def noise_table(noises: Mapping[int, GradientNoise]) -> pd.DataFrame:
+    """:meth:`GradientNoise.table` of several, by the steps after which they were measured."""
+    tables = [noise.table().assign(step=step) for step, noise in sorted(noises.items())]
+    if not tables:
+        raise ValueError("noises must hold a measurement, got none")
+    table = pd.concat(tables, ignore_index=True)
+    return table[["step", *table.columns.drop("step")]]
+
+
+@checked
 def label_overlap(block_size: Count, gamma: DecayGamma = 4.0) -> Float[np.ndarray, " distance"]:
     """rho / shared of two blocks 1, 2, ... tokens apart, as far as they share a label."""
     weights = decay_weights(block_size, gamma).numpy()
@@ -197,7 +207,7 @@ def gradient_moments(
     counts = np.array([len(a) for a in anchors])
     means, designs, products = [], [], []
     for one in found:
-        groups = np.flatnonzero(conversation == one)
+        groups = np.flatnonzero(conversation == one).tolist()
         own = gradients[groups].astype(np.float64)
         means.append(counts[groups] @ own / counts[groups].sum())
         design, product = np.zeros((3, 3)), np.zeros(3)
@@ -240,6 +250,9 @@ def measure_noise(
     seed: Size = 0,
 ) -> GradientNoise:
     """Measures the noise of ``drafter``'s gradients as it is now, which trains nothing.
+
+    Noise grows as a drafter learns. To choose settings for a run by one measurement, make it in the
+    run's first tenth; by several, give them all to :func:`~dspark_lab.tuning.progress_table`.
 
     Args:
         drafter: at its start, or after a warm-up; its embedding and LM head become the target's.

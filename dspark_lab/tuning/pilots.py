@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -120,7 +120,6 @@ def pilot(
         ValueError: ``work`` is the folder of another question, or what is asked cannot be trained.
         KeyboardInterrupt: Ctrl-C, after the step that a run is in; the same call goes on.
     """
-    files = {"data": chats, "held_out": held_out}
     config = SweepConfig(
         num_anchors=tuple(num_anchors),
         block_sizes=tuple(block_sizes),
@@ -132,10 +131,11 @@ def pilot(
         evaluate_chats=evaluate_chats,
         evaluate_anchors=evaluate_anchors,
         target=os.fspath(target),
+        data=None if chats is None else os.fspath(chats),
+        held_out=None if held_out is None else os.fspath(held_out),
         device=device,
         features=features,
         training=training,
-        **{name: None if path is None else os.fspath(path) for name, path in files.items()},
     )
     place = Path(work).absolute()
     place.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,8 @@ def pilot(
     allowed = pilot_allowance(budget, share)
     contest = Contest(options, budget, allowed, measured, arms, growth, reference)
     cells = {
-        label: Cell("seconds", round(contest.plan.seconds, 3), ALL, *map(int, option), seed)
-        for label, option in options[CELL].T.items()
+        int(label): _cell(config, option, contest.plan.seconds)
+        for label, option in options.iterrows()
     }
     threads = torch.get_num_threads()
     try:
@@ -198,6 +198,7 @@ def _run(
     """The results of :func:`run_cell`, of which the folder has those that are finished."""
     folder.mkdir(exist_ok=True)
     left = {key: given for key, given in jobs.items() if not (folder / f"{key}.json").exists()}
+    results: Iterable[tuple[str, dict[str, Any]]]
     if processes == 1 and address is None:
         results = ((key, run_cell(*given)) for key, given in left.items())
     else:
@@ -213,11 +214,10 @@ def _command(
     config: SweepConfig, block_size: int, training: TrainConfig, out: Path, cache: Path
 ) -> str:
     """The command line that makes or goes on with a run."""
+    files: dict[str, Any] = {"target": config.target, "data": config.data}
     if config.target == "pocket":
         pocket = shipped("pocket")
         files = {"target": pocket / "target", "data": pocket / "train.jsonl"}
-    else:
-        files = {"target": config.target, "data": config.data}
     given: dict[str, Any] = {"out": out, **files, "device": config.device}
     given |= {"features": config.features, "cache": cache, "block-size": block_size}
     for field in fields(training):
@@ -258,7 +258,7 @@ def _timed(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFram
     known: dict[str, float] = read_json(path) if path.exists() else {}
 
     def measure(label: int) -> float:
-        cell = Cell("seconds", budget, ALL, *map(int, table.loc[label, CELL]), config.seeds[0])
+        cell = _cell(config, table.loc[label], budget)
         if cell.step_kind not in known:
             known[cell.step_kind] = measure_cell(cell, config, work, 0.0)[0]
             write_json(path, known, indent=0)
@@ -276,6 +276,12 @@ def _timed(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFram
         table["error"] = _ERROR if math.isnan(fit.error) else fit.error
     table.loc[measured.index, "seconds"] = measured
     return table, spent
+
+
+def _cell(config: SweepConfig, option: pd.Series, seconds: float) -> Cell:
+    rows, anchors, block_size = (int(option[name]) for name in CELL)
+    amount, (seed,) = round(seconds, 3), config.seeds
+    return Cell("seconds", amount, ALL, rows, anchors, block_size, seed)
 
 
 def _operations(config: SweepConfig) -> pd.DataFrame:
@@ -300,9 +306,8 @@ def _noise(
     config: SweepConfig, table: pd.DataFrame, plan: NoisePlan, work: Path
 ) -> tuple[GradientNoise, float]:
     """The noise of the gradient of a drafter that has learned a little, and what it took."""
-    shared, (budget,) = sweep_materials(config), config.seconds
-    line = table.loc[plan.label]
-    cell = Cell("seconds", budget, ALL, *map(int, line[CELL]), config.seeds[0])
+    shared, line = sweep_materials(config), table.loc[plan.label]
+    cell = _cell(config, line, config.seconds[0])
     training = cell_training(cell, config, plan.steps, float(line["seconds"]))
     drafter = cell_drafter(cell, shared)
     given: dict[str, Any] = {"features": config.features, "cache": work / "features"}

@@ -42,7 +42,7 @@ from dspark_lab.tuning.settings import TrainingSettings
 # Points of a whole run, evenly spaced in their logarithm from 1 % to all of it, at which pilots may
 # end; what goes on runs two of them further, 2.3 times as long.
 EVALUATIONS, FURTHER = 12, 2
-SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
+PILOT_SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
 # No pilot ends before the learning rate has risen, which takes a twentieth of a run.
 _FIRST = 4
 # Draws of a posterior.
@@ -131,12 +131,12 @@ class Contest:
             raise ValueError(f"measured must be below budget {self.budget}, got {self.measured}")
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> PilotPlan:
         """The pilots that are expected to be worth most, perhaps none."""
         rest = self.budget - self.measured
         beliefs = self.beliefs(rest)
         order = np.argsort(-beliefs.mean, kind="stable")
-        best, most = Plan((), (), rest), 0.0
+        best, most = PilotPlan((), (), rest), 0.0
         for count in range(2, min(self.arms, len(order)) + 1):
             arms = order[:count]
             for first in range(_FIRST, EVALUATIONS - 1):
@@ -169,7 +169,7 @@ class Contest:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PilotPlan:
     """Pilots in rungs: at each, so many of the ``arms`` have run a share of their whole run.
 
     ``seconds`` are those of a whole run, if all rungs are run.
@@ -396,15 +396,17 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
     if not begun:
         rest = contest.budget - contest.measured - sum(race.shares.values()) * plan.seconds
     steps = max(1, round(rest / float(options["seconds"].iloc[first])))
-    lead = (math.inf, math.inf, math.inf)
+    lead = low = high = math.inf
     if others:
         apart = draws[:, first] - draws[:, others[0]]
-        bounds = np.quantile(apart, [0.05, 0.95]).tolist()
-        lead = tuple(math.expm1(x) for x in (mean[first] - mean[others[0]], *bounds))
+        low, high = np.expm1(np.quantile(apart, [0.05, 0.95])).tolist()
+        lead = math.expm1(mean[first] - mean[others[0]])
     return Advice(
         table.iloc[first],
         table.iloc[others[0]] if others else None,
-        *lead,
+        lead,
+        low,
+        high,
         float(table["best"].iloc[first]),
         steps,
         contest.budget - rest,
@@ -484,17 +486,18 @@ def _stays(key: int, forecasts: Mapping[int, float]) -> bool:
     return not pruned
 
 
-def _scheduled(arms: Sequence[int], first: int, rest: float) -> Plan | None:
+def _scheduled(arms: Sequence[int], first: int, rest: float) -> PilotPlan | None:
     """Rungs from a point of the run on, each for half as many; None where a run is too short."""
-    shares = SHARES[first:-1:FURTHER]
-    rungs, lost, count = [], 0.0, len(arms)
+    shares = PILOT_SHARES[first:-1:FURTHER]
+    rungs: list[tuple[int, float]] = []
+    lost, count = 0.0, len(arms)
     while count > 1:
         if len(rungs) == len(shares):
             return None
         share, kept = shares[len(rungs)], count // 2
         rungs.append((count, share))
         lost, count = lost + (count - kept) * share, kept
-    return Plan(tuple(arms), tuple(rungs), rest / (1 + lost))
+    return PilotPlan(tuple(arms), tuple(rungs), rest / (1 + lost))
 
 
 def pilot_step(steps: int, share: float) -> int:
@@ -538,7 +541,7 @@ def _surer(contest: Contest, race: _Race, best: int, other: int) -> str:
         return f"Between these two it is {sure:.0%} sure, which more pilots would hardly change."
     run = sum(race.shares.get(arm, 0.0) for arm in pair)
     text = ""
-    for share in SHARES[_FIRST:-1]:
+    for share in PILOT_SHARES[_FIRST:-1]:
         if share <= begun:
             continue
         error = _more_precise(begun, share) if begun else pilot_error(share)

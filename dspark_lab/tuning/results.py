@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dspark_lab.checks import checked
+from dspark_lab.checks import Count, checked
 from dspark_lab.files import read_csv, read_json, shipped, written_whole
 from dspark_lab.rates import ratio_interval, resampled
 from dspark_lab.tuning.cells import ALL
