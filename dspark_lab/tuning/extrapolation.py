@@ -146,7 +146,7 @@ class _Sums(NamedTuple):
     squares: Float[np.ndarray, "*run coefficient coefficient"]
     products: Float[np.ndarray, "*run coefficient"]
     y_squared: Float[np.ndarray, "*run"]
-    count: Float[np.ndarray, "*run"]
+    points: Float[np.ndarray, "*run"]
 
 
 @checked
@@ -212,9 +212,18 @@ def extrapolate(
     more = reference.tau.mean[1, 0] * np.log(TENTH) / fit.prior[1]
     gained = more * (growth + spread * np.array([0, -1, 1]))
     gain, gain_low, gain_high = ((1 + np.exp(y[-1] + gained)) / tau - 1).tolist()
-    name: Literal["held_out", "train"] = "train" if kind else "held_out"
+    of: Literal["held_out", "train"] = "train" if kind else "held_out"
     result = Forecast(
-        *(tau, low, high, level, name, step, len(area), gain, gain_low, gain_high),
+        tau=tau,
+        low=low,
+        high=high,
+        level=level,
+        kind=of,
+        step=step,
+        steps=len(area),
+        gain=gain,
+        gain_low=gain_low,
+        gain_high=gain_high,
         flat=gain_high < FLAT,
         table=frame,
         by_slot=_slot_table(table, own_factors, factors[-1], reference.accept, length, level),
@@ -371,14 +380,15 @@ class _Fit:
     def __init__(self, curves: Curves, points: Points, length: float) -> None:
         self.prior = _logs(length, curves.lengths) @ curves.mean
         like = (0.5, 1.0, self.prior, curves.covariance)
+        unlike = [(power, _ODDS, *_UNLIKE) for power in _POWERS]
         fits = []
-        for power, odds, *known in (like, *((power, _ODDS, *_UNLIKE) for power in _POWERS)):
+        for power, odds, mean, covariance in (like, *unlike):
             shaped = points._replace(design=_with_power(points.design, power))
             sums = _sums(shaped)
             for less in _NOISES:
                 # A density of the noise that falls off with its square.
                 odds_so = odds * less**2
-                fit = _fit(sums, *known, curves.noise * less)
+                fit = _fit(sums, mean, covariance, curves.noise * less)
                 fits.append((fit[0] + np.log(odds_so), power, shaped, *fit[1:]))
         best = max(fits, key=lambda fit: fit[0])
         _, self.power, self.points, self.noise, self.mean, self.covariance = best
@@ -413,7 +423,7 @@ def _fit(
     mean = posterior @ weighted
     misfit = sums.y_squared / noise**2 + prior @ precision @ prior - mean @ weighted
     size = np.linalg.slogdet(precision[1:, 1:])[1] + np.linalg.slogdet(posterior)[1]
-    evidence = (size - misfit) / 2 - sums.count * np.log(noise)
+    evidence = (size - misfit) / 2 - sums.points * np.log(noise)
     return float(evidence), noise, mean, posterior
 
 
@@ -434,9 +444,10 @@ def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -
     for left_out in dict.fromkeys(settings):
         inside = np.array([setting == left_out for setting in settings])
         curves = _likeliest(_Sums(*(part[~inside] for part in found)), lengths[~inside])
-        for place in np.flatnonzero(inside):
+        for place in np.flatnonzero(inside).tolist():
+            points, length = runs[place]
             for kind, number in product((0, 1), range(len(SHARES))):
-                error = _end_error(curves, *runs[place], kind, SHARES[number])
+                error = _end_error(curves, points, length, kind, SHARES[number])
                 if error is not None:
                     errors.setdefault((kind, number), []).append(error)
     scale = np.ones((2, len(SHARES)))
@@ -480,7 +491,7 @@ def _likeliest(sums: _Sums, lengths: Float[np.ndarray, " run"]) -> Curves:
         covariance = (off.T @ off + covariances.sum(axis=0) + least) / (runs + _LEAST_RUNS)
         second = covariances + means[:, :, None] * means[:, None, :]
         explained = 2 * (sums.products * means).sum() - (sums.squares * second).sum()
-        noise = float(np.sqrt((sums.y_squared.sum() - explained) / sums.count.sum()))
+        noise = float(np.sqrt((sums.y_squared.sum() - explained) / sums.points.sum()))
         curves = replace(curves, mean=mean, covariance=covariance, noise=noise)
     return curves
 
