@@ -3,10 +3,11 @@
 Costs are measured first, rates come from the shipped traces; then other held-out questions are
 decoded plainly and at every length, in turns. Where all questions are in the trace, one half of it
 advises and the other is decoded. For a temperature that a trace has not, rates are between those
-of the nearest that it has; one drafter is advised by another's trace. One thread; the clock is the
-process's CPU time, which other work on the machine disturbs less than wall time.
+of the nearest that it has; one drafter is advised by another's trace. Each pair has a process of
+its own with one thread; the clock is the process's CPU time, which other work on the machine
+disturbs less than wall time.
 
-python -m benchmarks advice                     both pairs, a quarter of an hour
+python -m benchmarks advice                     both pairs, a quarter of an hour on two quiet cores
 python -m benchmarks.advice smollm2             one of them
 python -m benchmarks.advice --quick             seconds, and no figure that counts
 python -m benchmarks.advice --keep FOLDER       engines and what was decoded, as CSV
@@ -18,6 +19,9 @@ import argparse
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -25,10 +29,12 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
+from dspark_lab.chats import Chat
 from dspark_lab.pairs import Pair, in_turns, load_pair, load_traces, question
 from dspark_lab.serving import (
     AcceptanceProfile,
     acceptance_profile,
+    answers_of,
     best_length,
     decode_lengths,
     length_loss,
@@ -36,7 +42,7 @@ from dspark_lab.serving import (
     measure_engine,
 )
 
-LENGTHS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 15)
+LENGTHS = (0, 1, 2, 3, 4, 5, 7, 10, 15)
 # A loss up to this is none.
 ENOUGH = 0.03
 
@@ -73,43 +79,55 @@ PLANS = {
         repeats=30,
     ),
     "smollm2": Plan(
-        [Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)], prompts=12, tokens=32, repeats=12
+        [Setting("dspark-k7", value) for value in (0.0, 0.4, 1.0)],
+        prompts=10,
+        tokens=64,
+        repeats=12,
     ),
 }
+# A setting with the loss of the advised length and the table of all.
+Result = tuple[Setting, pd.Series, pd.DataFrame]
 
 
 def run(
-    names: Sequence[str] = ("pocket", "smollm2"), *, quick: bool = False, keep: Path | None = None
+    names: Sequence[str] = tuple(PLANS), *, quick: bool = False, keep: Path | None = None
 ) -> Iterator[str]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     begin, losses = time.perf_counter(), []
-    for name in names:
-        plan = PLANS[name]
-        if quick:
-            settings = [plan.settings[0], plan.settings[1], plan.settings[-1]]
-            plan = Plan(settings, prompts=4, tokens=8, repeats=2)
-        try:
-            pair = load_pair(name)
-        except (FileNotFoundError, OSError) as error:
-            yield f"{name}: left out, {error}"
-            continue
-        with patch("time.perf_counter", time.process_time):
-            for setting, loss, table in _settings(pair, plan, keep):
+    measured = partial(_measured, quick=quick, keep=keep)
+    with ProcessPoolExecutor(len(names), mp_context=get_context("spawn")) as processes:
+        for name, found in zip(names, processes.map(measured, names), strict=True):
+            if isinstance(found, str):
+                yield f"{name}: left out, {found}"
+                continue
+            for setting, loss, table in found:
                 losses.append(loss)
                 yield from _lines(name, setting, loss, table)
-    torch.set_num_threads(threads)
     if losses:
         yield from _verdict(pd.DataFrame(losses), time.perf_counter() - begin)
 
 
-def _settings(
-    pair: Pair, plan: Plan, keep: Path | None
-) -> Iterator[tuple[Setting, pd.Series, pd.DataFrame]]:
-    trace, asked = load_traces(pair.name), [question(chat) for chat in in_turns(pair.held_out)]
-    unseen = asked[trace["prompt"].max() + 1 :]
-    if not unseen:
-        trace, unseen = trace[trace["prompt"] % 2 == 0], asked[1::2]
+def _measured(name: str, *, quick: bool, keep: Path | None) -> list[Result] | str:
+    """All settings of a pair, or why it is left out."""
+    torch.set_num_threads(1)
+    plan = PLANS[name]
+    if quick:
+        plan = Plan([*plan.settings[:2], plan.settings[-1]], prompts=4, tokens=8, repeats=2)
+    try:
+        pair = load_pair(name)
+    except (FileNotFoundError, OSError) as error:
+        return str(error)
+    with patch("time.perf_counter", time.process_time):
+        return list(_settings(pair, plan, keep))
+
+
+def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
+    chats, every = in_turns(pair.held_out), load_traces(pair.name)
+    asked = [question(chat) for chat in chats]
+    # Several together are counted until the first answer ends: all of them should be long.
+    enough = [len(pair.tokenizer(answer(chat))["input_ids"]) >= plan.tokens for chat in chats]
+    traced = set(range(every["prompt"].max() + 1))
+    if len(traced) == len(chats):
+        traced = set(range(0, len(chats), 2))
     engines = {}
     for number, setting in enumerate(plan.settings):
         name, requests = setting.drafter, setting.requests
@@ -118,15 +136,18 @@ def _settings(
             together = sorted({one.requests for one in plan.settings if one.drafter == name})
             options: dict[str, Any] = {"requests": together, "repeats": plan.repeats}
             engines[name] = measure_engine(pair.target, drafter, **options)
-        profile = _profile(trace, setting.trace or name, setting.temperature)
         costs = engines[name].costs(requests)
+        taken = [i for i in range(len(chats)) if requests == 1 or enough[i]]
+        trace = every[every["drafter"] == (setting.trace or name)]
+        trace = trace[trace["prompt"].isin(traced.intersection(taken))]
+        profile, tokens = _profile(trace, setting.temperature)
+        predicted: dict[str, Any] = {"tokens": tokens if requests == 1 else None}
         lengths = [k for k in LENGTHS if k <= drafter.config.predicted]
-        advised = best_length(profile, costs, lengths[1:])
+        advised = best_length(profile, costs, lengths[1:], **predicted)
         decoded = decode_lengths(
             pair.target,
             drafter,
-            # As many groups as there are prompts one at a time, if there are enough.
-            unseen[: plan.prompts * requests],
+            [asked[i] for i in taken if i not in traced][: plan.prompts * requests],
             draft_lengths=lengths,
             temperature=setting.temperature,
             requests=requests,
@@ -137,15 +158,21 @@ def _settings(
             keep.mkdir(parents=True, exist_ok=True)
             engines[name].save(keep / f"{pair.name}-{name}.csv")
             decoded.to_csv(keep / f"{pair.name}-{number}.csv", index=False)
-        yield setting, length_loss(decoded, advised), length_table(decoded, profile, costs)
+        table = length_table(decoded, profile, costs, **predicted)
+        yield setting, length_loss(decoded, advised), table
 
 
-def _profile(trace: pd.DataFrame, drafter: str, temperature: float) -> AcceptanceProfile:
-    """Of the trace's own temperature, or between those on both sides."""
-    held = sorted(trace["temperature"].unique().tolist())
-    near = [max(t for t in held if t <= temperature), min(t for t in held if t >= temperature)]
-    cold, hot = (acceptance_profile(trace, drafter=drafter, temperature=t) for t in near)
-    return cold if near[0] == near[1] else cold.between(hot, temperature)
+def answer(chat: Chat) -> str:
+    return next(str(one["content"]) for one in chat.messages if one["role"] == "assistant")
+
+
+def _profile(trace: pd.DataFrame, temperature: float) -> tuple[AcceptanceProfile, list[int]]:
+    """At a traced temperature, or between those on both sides; and the tokens of its answers."""
+    held = trace["temperature"].unique()
+    near = held[held <= temperature].max(), held[held >= temperature].min()
+    cold, hot = (acceptance_profile(trace, temperature=float(value)) for value in near)
+    tokens = answers_of(trace[trace["temperature"] == near[0]]).tokens.tolist()
+    return cold if near[0] == near[1] else cold.between(hot, temperature), tokens
 
 
 def _lines(pair: str, setting: Setting, loss: pd.Series, table: pd.DataFrame) -> Iterator[str]:
@@ -178,7 +205,8 @@ def _verdict(losses: pd.DataFrame, seconds: float) -> Iterator[str]:
     )
     yield (
         f"{near.sum()} within {ENOUGH:.0%}, {(~apart).sum()} not told apart from the fastest, "
-        f"{(near | ~apart).sum()} one of both; {seconds:.0f} s, {platform.machine()}, 1 thread"
+        f"{(near | ~apart).sum()} one of both; {seconds:.0f} s, {platform.machine()}, "
+        "a process with one thread for each pair"
     )
 
 

@@ -21,7 +21,7 @@ from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_t
 from .pairs import load_pair
 from .rates import evaluate
 from .training import train
-from .tuning import choose_training, export, pilot
+from .tuning import choose_training, export, forecast, pilot
 
 __version__: str
 
@@ -44,6 +44,7 @@ __all__ = [
     "explore_serving",
     "explore_training_budget",
     "export",
+    "forecast",
     "load_chats",
     "load_drafter",
     "load_pair",

@@ -44,8 +44,7 @@ from dspark_lab.model import (
     Yarn,
     build_markov_head,
 )
-from dspark_lab.training import Processes, TrainConfig
-from dspark_lab.training.loop import Forward
+from dspark_lab.training import Forward, Processes, TrainConfig
 from tests.recorder import tensors
 
 # Indexing needs a device guard: one that does nothing. The backward pass asks the hooks whether
@@ -252,6 +251,16 @@ def training_forward(
     with mock.patch("dspark_lab.training.loop.seen_tokens", lambda *_: _Seen()):
         forward = Forward(drafter(kind, 2, variant), config, [])
     return given(forward, blocks(packed, layout_of(variant)), *features(), fixed(), 0)
+
+
+def training_slots(variant: str) -> Given:
+    (forward, *states, _, _), _ = training_forward(variant=variant)
+    return given(forward, *states)
+
+
+def training_objective(vocabulary: str) -> Given:
+    (forward, *_), _ = training_forward(vocabulary=vocabulary)
+    return given(forward, slots(), fixed(), 0)
 
 
 class _Seen:
@@ -491,7 +500,9 @@ TABLE = {
     "model.survival": of(lambda: given(floats(*PLACES), flags(*PLACES))),
     "training.Processes.total": of(lambda: given(Processes("none"), fixed())),
     "training.Processes.wrap": of(lambda: given(Processes("none"), drafter(), drafter(), False)),
-    "training.loop.Forward.forward": of(training_forward, kind=KINDS)
+    "training.Forward.objective": of(training_objective, vocabulary=("full", "seen")),
+    "training.Forward.read": of(training_slots, variant=VARIANTS),
+    "training.Forward.forward": of(training_forward, kind=KINDS)
     | of(training_forward, packed=(False,))
     | of(training_forward, precision=("bf16",), vocabulary=("full", "seen"))
     | of(training_forward, vocabulary=("seen",))
@@ -616,7 +627,7 @@ def outcome_of_fault(plant: Callable[[Tensor], Any]) -> dict[str, Any]:
         return result
 
     with mock.patch.object(Drafter, "confidence", faulty):
-        return outcome("training.loop.Forward.forward", training_forward)
+        return outcome("training.Forward.forward", training_forward)
 
 
 def imitate_cuda(folder: str) -> None:

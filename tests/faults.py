@@ -289,6 +289,39 @@ TUNE: dict[str, Fault] = {
         "tuning.settings:_require_rows", lambda right, settings, program: None
     ),
 }
+# Of estimates of gradient noise and progress; `tests/test_progress.py` notices them.
+ESTIMATES: dict[str, Fault] = {
+    "a conversation is a pair with itself": Fault(
+        "tuning.noise:_mean_of_pairs",
+        lambda right, cross, times: ((times @ cross) * times).sum(axis=1) / times.sum(axis=1) ** 2,
+    ),
+    "what all gradients share is what sets conversations apart": Fault(
+        "tuning.noise:Moments.estimates",
+        changed_result(lambda found: found + found[:, :1] * np.array([0, 1, 0, 0])),
+    ),
+    "neighbours share no label": Fault(
+        "tuning.noise:label_overlap", changed_result(lambda overlap: 0 * overlap)
+    ),
+    "squares are those of the largest gradients": Fault(
+        "tuning.noise:_unit", changed_result(lambda unit: 0 * unit + 1)
+    ),
+    "a short answer has as many anchors as a long one": Fault(
+        "tuning.progress:_anchors_drawn",
+        lambda right, num_anchors, candidates: 0 * candidates + num_anchors,
+    ),
+    "anchors are drawn with replacement": Fault(
+        "tuning.progress:_pair_chance", lambda right, drawn, candidates: (drawn / candidates) ** 2
+    ),
+    "each block is of another conversation": Fault(
+        "tuning.progress:dilution", changed_result(lambda found: replace(found, rows=found.alone))
+    ),
+    "noise stays as it was at first": Fault(
+        "tuning.progress:_Course.noises", changed_result(lambda noises: 0 * noises + noises[0])
+    ),
+    "step times have no error": Fault(
+        "tuning.progress:_step_seconds", changed_result(lambda times: times.assign(error=0.0))
+    ),
+}
 SERVE: dict[str, Fault] = {
     "a rejection costs nothing": Fault(
         "serving.costs:expected_replay_seconds", changed_result(lambda seconds: 0 * seconds)

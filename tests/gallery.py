@@ -191,6 +191,17 @@ def cells(anchors: tuple[int, ...] = (4, 12, 32)) -> pd.DataFrame:
     return cells.assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
 
 
+def progress(rows: tuple[int, ...] = (2, 8), sizes: tuple[int, ...] = (4, 7, 15)) -> pd.DataFrame:
+    """As `progress_table` gives it; each block size has another best number of anchors."""
+    lines = list(product((100,), ("row",), rows, (4, 8, 16, 32, 64, 128), sizes))
+    table_of = table("seq_len per batch_size num_anchors block_size", *lines)
+    order = np.log2(table_of["num_anchors"]) - 6.5 + table_of["block_size"] / 3.5
+    rate = 1 + 3 / table_of["block_size"] + 0.02 * table_of["batch_size"] - 0.04 * order**2
+    best = rate == rate.groupby(table_of["block_size"]).transform("max")
+    spread = table_of.assign(rate=rate, low=0.8 * rate, high=1.1 * rate)
+    return spread.assign(best=np.where(best, 0.75, 0.0), fits=spread["num_anchors"] < 128)
+
+
 def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
     return explore.plot_budget(
         options(fits), COST, NONE_LEFT, num_anchors=num_anchors, at=(300, num_anchors)
@@ -299,6 +310,18 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     ),
     "budget": budget,
     "budget, little fits": lambda: budget(2, 64),
+    "progress": lambda: explore.plot_progress(progress()),
+    "progress of one": lambda: explore.plot_progress(
+        progress((1, 2), (7,)), at=(1, 16), coverage=(1, 128)
+    ),
+    "budget by progress": lambda: explore.plot_budget(
+        *(options(), COST, NONE_LEFT),
+        num_anchors=16,
+        at=(300, 16),
+        progress=progress((1, 2, 4), (7,)),
+        rows=2,
+        coverage=64,
+    ),
     "sweeps": lambda: explore.plot_sweeps(cells()),
     "wide sweeps": lambda: explore.plot_sweeps(cells((4, 12, 32, 64))),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),

@@ -28,6 +28,7 @@ from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture, require_s
 from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, picture_of
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
+from tests.test_progress import noise_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unplaced")
 
@@ -576,3 +577,179 @@ def test_the_code_of_a_view_makes_it_again():
     shown = explorer(gamma=3.0, time=TIME)
     shown.choose(num_anchors=32, block_size=5, packed=False, card="L4", per="document")
     require_same_view(shown, chats=ENCODED, model=SHAPE, time=TIME)
+
+
+def test_progress_is_a_line_for_all_that_differs_of_the_best_of_its_block_that_fits():
+    table = gallery.progress((1, 2), (7,))
+    (ax,) = picture_of("progress of one").axes
+    unit = table[table["fits"]]["rate"].max()
+    lines = labelled(ax)
+    assert list(lines) == legend(ax) == ["1 row", "2 rows"]
+    for rows, line in zip((1, 2), lines.values(), strict=True):
+        own = table[table["batch_size"] == rows]
+        expected = own.assign(rate=own["rate"] / unit)[["num_anchors", "rate"]].to_numpy()
+        np.testing.assert_allclose(points(line), expected)
+    assert len(ax.collections) == 2, "an interval a line"
+    ((x, low, *_),) = [c.get_paths()[0].get_extents().bounds for c in ax.collections[:1]]
+    assert x == 4 and low == pytest.approx(table[table["batch_size"] == 1]["low"].min() / unit)
+    (frame,) = [line for line in ax.lines if line.get_marker() == "s" and line.get_color() == GREEN]
+    best = int(tuning.best_option(table)["num_anchors"])
+    assert points(frame) == [[best, 1]]
+    (diamond,) = [line for line in ax.lines if line.get_markersize() == 8]
+    assert diamond.get_marker() == "D" and points(diamond)[0][0] == 128
+    assert [x for x, _ in stars(ax)] == [16] and [x for x, _ in hollow(ax)][:2] == [128, 128]
+    said = f"★ chosen   □ best: N {best}, 2 rows   ◇ by coverage alone: N 128   ○ too large"
+    assert title(ax) == said
+    (ax,) = picture_of("progress").axes
+    assert legend(ax)[:2] == ["2 rows, K 4", "2 rows, K 7"]
+    frames = [line for line in ax.lines if line.get_markersize() == 11]
+    assert [y for line in frames for _, y in points(line)] == [1, 1, 1]
+    best = [tuning.best_option(gallery.progress(), k)["num_anchors"] for k in (4, 7, 15)]
+    assert title(ax).startswith("□ best, K 4: N {}, K 7: N {}, K 15: N {}".format(*best))
+    with pytest.raises(ValueError, match=r"rows and anchors must be one of .*, got \(3, 16\)"):
+        explore.plot_progress(table, at=(3, 16))
+    # Nothing fits, or nothing is known: lines, and no best.
+    (ax,) = explore.plot_progress(table.assign(fits=False)).axes
+    assert "best" not in title(ax) and len(labelled(ax)) == 2
+    (ax,) = explore.plot_progress(table.assign(rate=0.0, low=0.0)).axes
+    assert {y for line in labelled(ax).values() for _, y in points(line)} == {0}
+
+
+def test_progress_stands_in_place_of_coverage_and_gain():
+    axes = picture_of("budget by progress").axes
+    assert len(axes) == 3 and legend(axes[0]) == ["1 row", "2 rows", "4 rows"]
+    assert title(axes[1]) == "a step: 10.0 T operations, 300.0 ms"
+    assert [x for x, _ in stars(axes[0])] == [16]
+
+
+NOISE = noise_of(block_sizes=(3, 5))
+
+
+def with_noise(**start) -> Explorer:
+    return explorer(**({"noise": NOISE, "card": "L4"} | start))
+
+
+def progress_by_hand(**options) -> pd.DataFrame:
+    given = {"batch_sizes": (1, 2), "num_anchors": (4, 8, 16, 32, 64, 128), "memory": "L4"}
+    given |= {"block_sizes": (3,), "shape": SHAPE, "step": tuning.Step(1, 1, 1)} | options
+    spans = Spans.of(ENCODED, seq_len=256, row_length=256)
+    return tuning.progress_table(NOISE, spans, tuning.card_time("L4"), **given)
+
+
+def test_with_noise_the_best_by_progress_stands_beside_that_by_coverage(drawn):
+    covering = plain_best(explorer(card="L4"))
+    shown, expected = with_noise(), progress_by_hand()
+    assert list(shown.tables) == [*NAMES, "progress"]
+    pd.testing.assert_frame_equal(shown.tables["progress"], expected)
+    best = tuning.best_option(expected)
+    table = shown.tables["recommended"]
+    assert table["by"].tolist() == ["progress", "coverage"]
+    sizes = ["batch_size", "num_anchors"]
+    assert table[sizes].values.tolist() == [best[sizes].tolist(), [1, covering]]
+    other = expected.query("batch_size == 1 and num_anchors == @covering").iloc[0]
+    for name in ("seconds", "rate", "low", "high", "best"):
+        assert table[name].tolist() == [best[name], other[name]]
+    reason = tuning.progress_reason(expected)
+    kept = f"which makes {other['rate'] / best['rate']:.0%} of that progress a second."
+    said = f"By coverage alone it would be N {covering} with 1 row, {kept}"
+    assert table["reason"].tolist() == [reason, said]
+    assert sentences(shown)[0] == f"{reason} Step times are assumed, not measured."
+    assert said in unescape(picture(shown).value)
+    assert drawn.call_args.kwargs["rows"] == 1 and drawn.call_args.kwargs["coverage"] == covering
+    near = {best["batch_size"] * factor for factor in (0.5, 1, 2)} | {1}
+    assert set(drawn.call_args.kwargs["progress"]["batch_size"]) == near & {1, 2}
+    # What is measured is not assumed.
+    assert "assumed" not in sentences(with_noise(time=TIME, card=None))[0]
+
+
+def plain_best(shown: Explorer) -> int:
+    return int(shown.tables["recommended"]["num_anchors"].item())
+
+
+@undrawn
+def test_rows_and_anchors_by_progress_are_what_is_recommended_and_exported():
+    shown = with_noise(num_anchors=64, batch_size=3)
+    best = tuning.best_option(shown.tables["progress"])
+    use = {name: int(best[name]) for name in ("num_anchors", "batch_size")}
+    assert shown._frame.recommended == use and use["batch_size"] != 3
+    chosen = TrainingSettings(64, 3, 256, 3, pack_length=256)
+    assert exported(shown) == [
+        tuning.export(replace(chosen, **use), "dspark-lab"),
+        tuning.export(chosen, "dspark-lab"),
+    ]
+    # The chosen number of rows stands among those that double.
+    assert set(shown.tables["progress"]["batch_size"]) == {1, 2, 3}
+    shown.choose(**use)
+    assert (
+        shown.tables
+        and len(exported(shown)) == 1
+        and "recommended, and your setting now" in shown._frame.html
+    )
+
+
+@undrawn
+def test_progress_follows_every_control():
+    shown = with_noise()
+    for name, value in [("block_size", 5), ("per", "document"), ("packed", False), ("card", "T4")]:
+        before = shown.tables["progress"]
+        shown.controls[name].value = value
+        assert not shown.tables["progress"].equals(before), name
+    spans = Spans.of(ENCODED, seq_len=256)
+    options = {"batch_sizes": (1, 2, 4, 8, 16), "num_anchors": (4, 8, 16, 32, 64), "shape": SHAPE}
+    options |= {
+        "block_sizes": (5,),
+        "per": "document",
+        "memory": "T4",
+        "step": tuning.Step(1, 1, 1),
+    }
+    options["num_anchors"] = tuple(sorted(set(shown.table["num_anchors"])))
+    expected = tuning.progress_table(NOISE, spans, tuning.card_time("T4"), **options)
+    pd.testing.assert_frame_equal(shown.tables["progress"], expected)
+
+
+@undrawn
+def test_block_sizes_are_those_whose_noise_is_known():
+    assert with_noise().controls["block_size"].options == (3, 5)
+    assert with_noise(block_size=None).settings["block_size"] == 5, "the nearest to 7"
+    assert explorer(block_size=None).settings["block_size"] == 7
+    wanted = r"block_size must be one of \[3, 5\], whose noise was measured, got 7"
+    with pytest.raises(ValueError, match=wanted):
+        with_noise(block_size=7)
+
+
+@undrawn
+def test_noise_may_be_a_file_which_the_code_names(tmp_path):
+    path = tmp_path / "noise.safetensors"
+    tuning.save_noise(NOISE, path)
+    shown = with_noise(noise=str(path))
+    assert f"noise={str(path)!r}" in shown.code
+    require_same_view(shown, chats=ENCODED, model=SHAPE)
+    kept = shown.tables["progress"]["rate"]
+    np.testing.assert_allclose(kept, with_noise().tables["progress"]["rate"], rtol=1e-4)
+    assert "noise=noise" in with_noise().code
+    require_same_view(with_noise(), chats=ENCODED, model=SHAPE, noise=NOISE)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        with_noise(noise=tmp_path / "nothing")
+
+
+@undrawn
+def test_without_noise_it_is_said_what_is_not_known_and_what_measures_it():
+    shown = explorer()
+    assert "progress" not in shown.tables
+    assert "What a step teaches also depends on" in shown._frame.html
+    assert "dspark_lab.tuning.measure_noise as noise" in shown._frame.html
+    assert "measure_noise" not in with_noise()._frame.html
+
+
+@undrawn
+def test_where_too_many_rows_are_chosen_fewer_are_recommended_and_where_nothing_fits_it_is_said():
+    shown = with_noise(model="qwen3-4b", card="T4")
+    assert sentences(shown)[0].startswith("Nothing fits") and not shown._frame.recommended
+    assert not shown.tables["progress"]["fits"].any()
+    # No step of eight rows fits, one of fewer does.
+    step = {"seq_len": LONGEST, "num_anchors": 4, "block_size": 3}
+    held = tuning.memory_table(SHAPE, batch_size=1, **step)["held"].sum()
+    start = {"time": TIME, "card": None, "memory": 1.01 * held / 0.92, "packed": False}
+    shown = with_noise(**start, batch_size=8, num_anchors=4, seq_len=512)
+    assert not shown.table["fits"].any() and shown._frame.recommended["batch_size"] < 8
+    assert shown.tables["recommended"]["by"].tolist() == ["progress"]

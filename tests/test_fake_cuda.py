@@ -75,7 +75,7 @@ LAYERS = {
     "attention.block_attention": 1,
     "model.Drafter.forward": 1,
     "model.Drafter.slots": 1,
-    "training.loop.Forward.forward": 2,
+    "training.Forward.forward": 2,
 }
 TRAINED = [*LAYERS, "model.dspark_objective", "model.output_objective"]
 

@@ -28,6 +28,7 @@ from dspark_lab.decoding import decode
 from dspark_lab.pairs import load_pair, load_traces, question
 from dspark_lab.serving import acceptance_profile, load_engine
 from dspark_lab.tuning import Shape, Spans, load_sweep
+from tests.test_progress import noise_of
 
 LIBRARY = str(Path(dspark_lab.__file__).parent)
 # Calls in each room.
@@ -80,6 +81,7 @@ def right() -> dict[str, Any]:
     values |= {"profile": acceptance_profile(trace, resamples=3), "sweep": load_sweep()}
     values |= {"shape": Shape.of("qwen3-4b"), "memory": "H100", "time": "H100", "by": "domain"}
     values |= {"length": 256, "pad_token_id": 0, "device": "cpu"}
+    values |= {"noise": noise_of(block_sizes=(3, 7))}
     values |= {"confidence": np.full((2, 3), 0.5), "outcome": np.ones((2, 3))}
     values |= dict.fromkeys(("steps", "repeats", "runs"), 1)
     return values | {name: Path(name) for name in ("out", "folder", "work", "path")}

@@ -11,10 +11,12 @@ import pytest
 from dspark_lab.tuning import (
     PLANS,
     Shape,
+    choose_training,
     coverage_advice,
     fitted_cells,
     judge_advice,
     judged_table,
+    recorded_step_time,
     taus_at,
 )
 from tests.samples import random_chats
@@ -201,3 +203,21 @@ def test_the_old_advice_is_the_most_coverage_a_second_or_a_slot():
         taus_at(table, "slots", 20_000), {"all": chats}, Shape.of("pocket"), PLANS["judge"].training
     )
     assert slots["budget"].tolist() == ["slots"]
+
+
+def test_recorded_step_times_are_a_line_over_operations_with_cached_features():
+    chats, shape = random_chats(12), Shape.of("pocket")
+    table, seconds = surface(seeds=2), []
+    for line in table.itertuples():
+        sizes = {"num_anchors": (line.num_anchors,), "block_sizes": (line.block_size,)}
+        sizes |= {"batch_size": line.batch_size, "dtype": "bf16", "features": "cached"}
+        counted = choose_training(chats, shape, time="H100", **sizes).table
+        seconds.append(0.02 + 3e-11 * counted["operations"].item())
+    mixes = {"all": chats}
+    time = recorded_step_time(
+        table.assign(step_seconds=seconds), mixes, shape, PLANS["judge"].training
+    )
+    assert time.seconds_per_step == pytest.approx(0.02)
+    assert time.seconds_per_operation == pytest.approx(3e-11)
+    # Each kind of step counts once.
+    assert time.held_out == 18 and time.worst_error < 1e-6

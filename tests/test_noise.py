@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 
 from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import collate
-from dspark_lab.model import output_objective
+from dspark_lab.model import cached_features, output_objective
 from dspark_lab.training import TrainConfig
-from dspark_lab.tuning import gradient_moments, label_overlap, measure_noise, noise
+from dspark_lab.tuning import (
+    Moments,
+    gradient_moments,
+    label_overlap,
+    measure_noise,
+    noise,
+    noise_table,
+)
 from tests.runs import double_pair
 from tests.samples import documents, random_chats, tiny_drafter, tiny_target
 
@@ -32,7 +39,7 @@ def rho(block_size: int, gamma: float, apart: int) -> float:
 
 @pytest.mark.parametrize("block_size", [1, 2, 5, 9])
 @pytest.mark.parametrize("gamma", [0.5, 4.0, math.inf])
-def test_label_overlap_is_that_of_two_blocks_side_by_side(block_size, gamma):
+def test_label_overlap_is_that_of_two_blocks(block_size, gamma):
     expected = [rho(block_size, gamma, apart) for apart in range(1, block_size)]
     np.testing.assert_allclose(label_overlap(block_size, gamma), expected, atol=1e-12)
 
@@ -109,7 +116,7 @@ def test_estimates_are_least_squares_over_products(seed, conversations):
         np.testing.assert_allclose(found[2:], solved[1:], rtol=1e-6, atol=1e-9)
 
 
-def simulated(random: np.random.Generator, conversations: int) -> np.ndarray:
+def simulated(random: np.random.Generator, conversations: int) -> Moments:
     """Estimates from gradients of known moments: signal 1, between 3, within 20, shared 0.6."""
     size, dim = 4, 6
     overlap = label_overlap(size)
@@ -133,12 +140,12 @@ def simulated(random: np.random.Generator, conversations: int) -> np.ndarray:
 def test_estimates_are_unbiased():
     """Each mean is within four standard errors: 0.03 % of right code would fail."""
     random = np.random.default_rng(1)
-    found = np.array([simulated(random, 6).estimates()[0] for _ in range(500)])
+    found = np.array([simulated(random, 6).estimates()[0] for _ in range(250)])
     error = found.std(axis=0) / math.sqrt(len(found))
     expected = np.array([1, 3, 20, 12])
     assert (np.abs(found.mean(axis=0) - expected) < 4 * error).all()
     # Precise enough to see a wrong formula.
-    assert (error < [0.15, 0.5, 0.7, 1.2]).all()
+    assert (error < [0.2, 0.7, 1.0, 1.7]).all()
 
 
 @pytest.mark.slow
@@ -163,6 +170,23 @@ def test_a_signal_that_is_not_told_from_zero_has_no_upper_end():
     assert line["signal_error"] > 0.5
 
 
+def test_a_table_joins_several_measurements():
+    random = np.random.default_rng(3)
+    first, second = (noise.GradientNoise({4: simulated(random, 5)}, {}) for _ in range(2))
+    table = noise_table({100: second, 0: first})
+    assert table["step"].tolist() == [0, 100]
+    for line, one in zip(table.to_dict("records"), (first, second), strict=True):
+        signal, between, within, shared = one.wholes[4].estimates()[0]
+        assert math.isclose(line["signal"], signal)
+        assert math.isclose(line["shared"], shared / within)
+        expected = max(within, 0) / signal if signal > 0 else math.inf
+        assert math.isclose(line["anchors_scale"], expected)
+        expected = max(between, 0) / signal if signal > 0 else math.inf
+        assert math.isclose(line["rows_scale"], expected)
+    with pytest.raises(ValueError, match="noises must hold a measurement, got none"):
+        noise_table({})
+
+
 def test_a_short_list_of_groups_is_refused():
     one = [np.array([0]), np.array([1])]
     with pytest.raises(ValueError, match="conversation must name 2 conversations or more, got 1"):
@@ -179,8 +203,9 @@ def exact_gradient(drafter: Any, target: Any, item: Any, anchors: list[int], slo
     own = drafter.config
     place = torch.tensor([anchors])
     keep = torch.ones_like(place, dtype=torch.bool)
-    blocks = cut_blocks(batch, place, keep, own.block_size, mask_token_id=own.mask_token_id)
-    for slot in range(own.block_size):
+    marks: dict[str, Any] = {"mask_token_id": own.mask_token_id, "layout": own.layout}
+    blocks = cut_blocks(batch, place, keep, own.block_size, **marks)
+    for slot in range(own.predicted):
         blocks.eval_mask[:, :, slot] &= slot in slots
     given = target.batch_features(batch, own.target_layer_ids)
     output = drafter.output(drafter.slots(blocks, given.context, given.last, backend="dense"))
@@ -194,9 +219,10 @@ def exact_gradient(drafter: Any, target: Any, item: Any, anchors: list[int], slo
     return {n: g for n, g in gradients.items() if n.split(".")[0] != "confidence_head"}
 
 
-def test_gradients_are_those_of_the_training_objective(monkeypatch):
+def check_gradients(monkeypatch: pytest.MonkeyPatch, **shape: Any) -> None:
     """Their products, in units of the mean squares, with every gradient asked for by itself."""
-    target, drafter = double_pair()
+    target, drafter = double_pair(**shape)
+    predicted = drafter.config.predicted
     chats = random_chats(9)
     asked: list[tuple[int, list[int]]] = []
     groups: list[tuple[np.ndarray, np.ndarray, Any]] = []
@@ -216,16 +242,18 @@ def test_gradients_are_those_of_the_training_objective(monkeypatch):
     config = TrainConfig(steps=5, max_length=64)
     found = measure_noise(
         *(drafter, target, chats, config),
-        **{"conversations": 3, "anchors": 3, "block_sizes": (2, 3), "by_slot": True},
+        **{"conversations": 3, "anchors": 3, "block_sizes": (2, predicted), "by_slot": True},
     )
-    assert list(found.wholes) == [2, 3] and list(found.slots) == [0, 1, 2]
+    assert list(found.wholes) == [*sorted({2, predicted})]
+    assert list(found.slots) == list(range(predicted))
     # Two of the nine say what the unit is.
     squares: dict[str, torch.Tensor] = {}
     for index, places in asked[:2]:
-        exact = exact_gradient(drafter, target, chats[index], places, range(3))
+        exact = exact_gradient(drafter, target, chats[index], places, range(predicted))
         squares = {n: squares.get(n, 0) + g**2 for n, g in exact.items()}
     squares = {n: (total + total.mean() / 2) / 3 for n, total in squares.items()}
-    parts = [range(2), range(3), range(1), range(1, 2), range(2, 3)]
+    parts = [range(size) for size in found.wholes]
+    parts += [range(slot, slot + 1) for slot in range(predicted)]
     assert len(groups) == len(parts)
     for slots, (gradients, conversation, anchors) in zip(parts, groups, strict=True):
         exact = [
@@ -242,6 +270,26 @@ def test_gradients_are_those_of_the_training_objective(monkeypatch):
         np.testing.assert_allclose(products, (flat @ flat.T).detach().numpy(), rtol=1e-6)
 
 
+def test_gradients_are_those_of_the_training_objective(monkeypatch):
+    check_gradients(monkeypatch)
+
+
+def test_gradients_of_blocks_whose_anchor_is_given(monkeypatch):
+    check_gradients(monkeypatch, sample_from_anchor=False)
+
+
+def test_stored_features_give_the_same_moments(tmp_path):
+    target, drafter = double_pair()
+    chats, config = random_chats(8), TrainConfig(steps=1, max_length=64)
+    layers = drafter.config.target_layer_ids
+    stored = cached_features(target, chats, layers, tmp_path, progress=False)
+    found = [
+        measure_noise(drafter, target, chats, config, anchors=2, features=source).wholes[3].cross
+        for source in (None, stored)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
 def test_sketches_keep_products(monkeypatch):
     """Within six standard errors, which right code leaves once in a hundred million."""
     target, drafter = double_pair()
@@ -249,7 +297,7 @@ def test_sketches_keep_products(monkeypatch):
     for size in (10**6, 997):
         monkeypatch.setattr(noise, "SKETCH", size)
         config = TrainConfig(steps=1, max_length=64)
-        measured = measure_noise(drafter, target, random_chats(12), config, anchors=3)
+        measured = measure_noise(drafter, target, random_chats(8), config, anchors=3)
         found.append(measured.wholes[3].cross)
     exact, sketched = found
     most = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))

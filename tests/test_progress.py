@@ -1,6 +1,9 @@
 """`dspark_lab.tuning.progress`: variances of a step against every draw there is, rates by hand."""
 
+import importlib
+import inspect
 import math
+import sys
 from itertools import combinations, product
 from typing import Any
 
@@ -15,7 +18,9 @@ from dspark_lab.tuning import (
     Shape,
     Spans,
     Step,
+    StepBytes,
     StepTime,
+    best_option,
     dilution,
     gradient_moments,
     in_training_batches,
@@ -24,6 +29,9 @@ from dspark_lab.tuning import (
     progress_table,
 )
 from dspark_lab.tuning.cost import step_cost
+from dspark_lab.tuning.progress import EXPONENT
+from tests import test_noise
+from tests.faults import ESTIMATES, plant
 from tests.samples import documents, tiny_drafter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,7 +144,7 @@ def noise_of(seed: int = 0, signal: float = 1.0, block_sizes: tuple[int, ...] = 
     random = np.random.default_rng(seed)
     wholes = {}
     for size in block_sizes:
-        own = random.normal(size=(40, 10)) * np.array([[1.5], [1.0]] * 20)
+        own = random.normal(size=(40, 10)) * np.array([[1.25], [1.0]] * 20)
         gradients = signal + own + random.normal(size=(20, 10)).repeat(2, axis=0)
         groups = [np.array([0, 1, 2]), np.array([10, 20, 30])] * 20
         conversation = np.arange(40) // 2
@@ -159,14 +167,14 @@ def test_rates_follow_from_moments_dilution_and_seconds():
     options: dict[str, Any] = {"batch_sizes": (1, 2), "num_anchors": (1, 2, 4)}
     table = progress_table(noise, SPANS, step_table((1, 2), (1, 2, 4)), **options)
     signal, between, within, shared = noise.wholes[3].estimates()[0]
-    assert min(signal, between, within, shared) > 0
+    assert min(signal, between, within, shared, within - shared) > 0
     assert len(table) == 6
     for line in table.to_dict("records"):
         found = dilution(SPANS, line["num_anchors"], line["batch_size"], OVERLAP)
         variance = found.rows * between + found.alone * within + found.shared * shared
         assert math.isclose(line["noise"], variance / signal)
         assert math.isclose(line["rows_noise"], found.rows * between / signal)
-        assert math.isclose(line["progress"], 1 / (1 + variance / signal))
+        assert math.isclose(line["progress"], (1 + variance / signal) ** -EXPONENT)
         seconds = 0.1 + 0.03 * line["batch_size"] * line["num_anchors"]
         assert math.isclose(line["seconds"], seconds)
         assert math.isclose(line["rate"], line["progress"] / seconds)
@@ -248,9 +256,85 @@ def test_a_signal_that_is_not_told_from_zero_is_said_and_orders_still():
     given: dict[str, Any] = {"batch_sizes": (2,), "num_anchors": (1, 4)}
     table = progress_table(noise_of(3, signal=0.0), SPANS, step_table((2,), (1, 4)), **given)
     assert not table["known"].any()
-    assert table["low"].tolist() == [0, 0]
+    assert table["low"].max() < 1e-4
     assert math.isclose(table["best"].sum(), 1)
     assert "is not known yet" in progress_reason(table)
+
+
+def walked(
+    scales: dict[int, tuple[float, float, float]],
+    share: Any,
+    measured: Any,
+    steps: int,
+) -> float:
+    """Progress step by step, the noise linear in the progress made."""
+
+    def noise(of: Any, made: float, knots: list[float]) -> float:
+        values = [
+            of.rows * between + of.alone * within + of.shared * shared
+            for between, within, shared in scales.values()
+        ]
+        if made > knots[-1] and len(knots) > 1:
+            slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+            return values[-1] + max(slope, 0) * (made - knots[-1])
+        return float(np.interp(made, knots, values))
+
+    knots, made, last = [0.0], 0.0, list(scales)[-1]
+    fine = 100
+    marks = [step * fine for step in scales]
+    values = [
+        measured.rows * between + measured.alone * within + measured.shared * shared
+        for between, within, shared in scales.values()
+    ]
+    # Progress between two measurements is what makes the steps come out right.
+    for number in range(1, len(marks)):
+        low, high = 0.0, float(last)
+        for _ in range(60):
+            middle = (low + high) / 2
+            grid = np.linspace(values[number - 1], values[number], 2001)
+            taken = middle * float(((1 + (grid[1:] + grid[:-1]) / 2) ** EXPONENT).mean())
+            low, high = (
+                (middle, high)
+                if taken < (marks[number] - marks[number - 1]) / fine
+                else (low, middle)
+            )
+        knots.append(knots[-1] + low)
+    for _ in range(steps * fine):
+        made += (1 + noise(share, made, knots)) ** -EXPONENT / fine
+    return made
+
+
+@pytest.mark.parametrize("seconds", [3.0, 20.0, 90.0])
+def test_a_run_is_walked_through_its_measurements(seconds):
+    noises = {0: noise_of(0, 2.0), 20: noise_of(1, 1.0), 50: noise_of(2, 0.7)}
+    scales = {}
+    for step, noise in noises.items():
+        signal, between, within, shared = noise.wholes[3].estimates()[0].clip(min=0)
+        scales[step] = (between / signal, within / signal, shared / signal)
+    times = pd.DataFrame([(2, 4, 3, 0.5)], columns=[*step_table((1,), (1,))])
+    given: dict[str, Any] = {"batch_sizes": (2,), "num_anchors": (4,), "measured": (1, 2)}
+    table = progress_table(noises, SPANS, times, budget=seconds, **given)
+    shares = dilution(SPANS, 4, 2, OVERLAP), dilution(SPANS, 2, 1, OVERLAP)
+    expected = walked(scales, *shares, steps=round(seconds / 0.5))
+    assert math.isclose(table["rate"].iloc[0] * seconds, expected, rel_tol=0.01)
+    assert math.isclose(table["progress"].iloc[0], table["rate"].iloc[0] * 0.5)
+
+
+def test_one_measurement_holds_for_the_whole_run():
+    times, given = step_table((2,), (1, 4)), {"batch_sizes": (2,), "num_anchors": (1, 4)}
+    plain = progress_table(noise_of(), SPANS, times, **given)
+    run = progress_table(noise_of(), SPANS, times, **given, budget=50.0)
+    also = progress_table({30: noise_of()}, SPANS, times, **given, budget=50.0, measured=(1, 2))
+    for table in (run, also):
+        np.testing.assert_allclose(table["rate"], plain["rate"])
+        np.testing.assert_allclose(table["high"], plain["high"])
+
+
+def test_several_measurements_need_their_run():
+    noises = {0: noise_of(), 9: noise_of(1)}
+    for given in ({"budget": 5.0}, {"measured": (1, 2)}):
+        with pytest.raises(ValueError, match="several measurements need budget and measured"):
+            progress_table(noises, SPANS, step_table((8,), (4,)), num_anchors=(4,), **given)
 
 
 def options(**columns: list[Any]) -> pd.DataFrame:
@@ -258,7 +342,7 @@ def options(**columns: list[Any]) -> pd.DataFrame:
     table = pd.DataFrame(
         {"num_anchors": [8, 24, 32], "rate": [1.0, 2.0, 1.5], "best": [0.1, 0.8, 0.1]}
     )
-    table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True)
+    table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True, fits=True)
     table = table.assign(blocks=4 * table["num_anchors"], seconds=[1.0, 2.0, 2.0 * 1.03**8])
     table = table.assign(progress=[0.2, 0.5, 0.5 * 1.01**8], noise=4.0, rows_noise=1.0)
     return table.assign(**({"effective": table["num_anchors"] / 3} | columns))
@@ -312,3 +396,87 @@ def test_batches_of_the_first_epoch_are_those_of_a_batch_total():
     np.testing.assert_allclose(found.blocks, blocks)
     squares = np.mean([one[1] * one[0] ** 2 for one in each])
     np.testing.assert_allclose(found.rows, squares / blocks**2)
+
+
+def test_what_does_not_fit_is_never_the_best():
+    shape, time = Shape.of(tiny_drafter().config), StepTime(0.01, 1e-9, 0.1, 0.2, 4)
+    rows = Spans.of(documents("a" * 12, ".." + "a" * 10, "a" * 9, "a" * 5))
+    given: dict[str, Any] = {"batch_sizes": (1, 2), "num_anchors": (1, 2, 4), "shape": shape}
+    given |= {"step": Step(1, 1, 1, features="cached", device="cpu", dtype="fp32")}
+    free = progress_table(noise_of(), rows, time, **given)
+    assert free["fits"].all() and math.isclose(free["best"].sum(), 1)
+    # Room for all but the largest step, of the longest row and the most blocks.
+    held = [
+        StepBytes(shape, Step(12, n, 3, b, features="cached", device="cpu", dtype="fp32")).peak
+        for b, n in product((1, 2), (1, 2, 4))
+    ]
+    second, largest = sorted(held)[-2:]
+    memory = (second + largest) / 2 / 0.92
+    table = progress_table(noise_of(), rows, time, memory=memory, **given)
+    assert table["fits"].tolist() == [size < largest for size in held]
+    assert not table.loc[~table["fits"], "best"].any() and math.isclose(table["best"].sum(), 1)
+    unchanged = [name for name in table if name not in ("best", "fits")]
+    pd.testing.assert_frame_equal(table[unchanged], free[unchanged])
+    with pytest.raises(ValueError, match="memory needs the shape of the models, got None"):
+        progress_table(
+            noise_of(),
+            SPANS,
+            step_table((2,), (2,)),
+            memory=1e9,
+            batch_sizes=(2,),
+            num_anchors=(2,),
+        )
+    # The reason speaks of those that fit.
+    table = options(fits=[True, False, True], best=[0.3, 0.0, 0.7])
+    assert best_option(table)["num_anchors"] == 32
+    assert "best of 2 settings" in progress_reason(table)
+    with pytest.raises(ValueError, match="table must hold an option that fits, got none"):
+        progress_reason(table.assign(fits=False))
+
+
+def test_the_best_option_has_the_highest_probability_then_the_highest_rate():
+    assert best_option(options())["num_anchors"] == 24
+    assert best_option(options(best=[0.4, 0.2, 0.4]))["num_anchors"] == 32
+    two = pd.concat([options(), options(best=[1.0, 0.0, 0.0]).assign(block_size=4)])
+    assert best_option(two, 4)["num_anchors"] == 8 and best_option(two, 7)["num_anchors"] == 24
+    assert progress_reason(options().assign(batch_size=1)).startswith(
+        "24 anchors a row with 1 row is"
+    )
+
+
+# The test that notices each fault.
+NOTICED: dict[str, Any] = {
+    "a conversation is a pair with itself": test_noise.test_single_blocks_give_means_over_pairs,
+    "what all gradients share is what sets conversations apart": (
+        test_noise.test_single_blocks_give_means_over_pairs
+    ),
+    "neighbours share no label": lambda: test_noise.test_label_overlap_is_that_of_two_blocks(
+        5, 4.0
+    ),
+    "squares are those of the largest gradients": (
+        test_noise.test_gradients_are_those_of_the_training_objective
+    ),
+    "a short answer has as many anchors as a long one": (
+        lambda: test_dilution_is_the_mean_over_every_draw(50)
+    ),
+    "anchors are drawn with replacement": lambda: test_dilution_is_the_mean_over_every_draw(2),
+    "each block is of another conversation": lambda: test_dilution_is_the_mean_over_every_draw(2),
+    "noise stays as it was at first": lambda: test_a_run_is_walked_through_its_measurements(90.0),
+    "step times have no error": test_the_error_of_step_times_widens_intervals,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_a_planted_fault_is_noticed(name, monkeypatch):
+    noticing = NOTICED[name]
+    given = (monkeypatch,) if "monkeypatch" in inspect.signature(noticing).parameters else ()
+    plant(monkeypatch, ESTIMATES[name])
+    # Tests hold some functions by a name of their own.
+    for module in (sys.modules[__name__], test_noise):
+        fault = ESTIMATES[name]
+        owner, function = fault.owner(importlib.import_module(fault.module))
+        if hasattr(module, function) and not inspect.isclass(owner):
+            monkeypatch.setattr(module, function, getattr(owner, function))
+    with pytest.raises(AssertionError):
+        noticing(*given)

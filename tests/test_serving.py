@@ -154,6 +154,39 @@ def test_tau_of_short_answers_counts_their_cut_rounds(rates, tokens) -> None:
     assert profile.tau(len(rates), 3000) == pytest.approx(profile.tau(len(rates)), rel=2e-3)
 
 
+def test_short_answers_make_long_blocks_pay_less() -> None:
+    profile = acceptance_profile(TRACE, resamples=30)
+    costs = COSTS.cutting()
+    endless = speedup_table(profile, costs).set_index("draft_length")
+    for tokens in (5, [5], [5, 5, 5]):
+        table = speedup_table(profile, costs, tokens=tokens).set_index("draft_length")
+        for k, row in table.iterrows():
+            tau = profile.tau(k, 5)
+            assert row["tau"] == pytest.approx(tau)
+            for name in ("speedup", "tokens_per_second", "without_replay", "without_overhead"):
+                expected = endless.loc[k, name] * tau / profile.tau(k)
+                assert row[name] == pytest.approx(expected)
+            survival = profile.sampled_survival(k)
+            sampled = [AcceptanceProfile.of(chain_of(one)).tau(k, 5) for one in survival]
+            assert row["tau_low"] == pytest.approx(np.quantile(sampled, 0.025))
+            seconds = row["draft_seconds"] + row["verify_seconds"] + row["overhead_seconds"]
+            assert row["round_seconds"] == pytest.approx(seconds)
+    assert (table["tau"].diff() < endless["tau"].diff())[1:].all()
+    # Free verification: the longer the better, but not where an answer has two tokens more.
+    costs = RoundCosts.of(4, plain_seconds=1, draft_seconds=[0.1, 0.2, 0.3, 0.4], verify_seconds=1)
+    sure = AcceptanceProfile.of([1.0] * 4)
+    assert serving.best_length(sure, costs) == 4
+    assert serving.best_length(sure, costs, tokens=2) == 1
+    assert serving.advice(sure, costs, tokens=2).startswith("Draft 1 a round: 1.82 times")
+    with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
+        serving.best_length(sure, costs, tokens=0)
+
+
+def chain_of(survival: np.ndarray) -> list[float]:
+    """Rates that survive so."""
+    return (survival / np.append(1, survival[:-1])).tolist()
+
+
 def counted(
     trace: pd.DataFrame, prompts: Sequence[int] | None = None, k: int = SLOTS
 ) -> list[float]:
@@ -256,7 +289,9 @@ def test_between_two_temperatures_rates_are_linear() -> None:
     np.testing.assert_allclose(warm.samples, expected)
     assert cold.between(hot, 0.8).rates.tolist() == hot.rates.tolist()
     for other, temperature in ((hot, 0.9), (cold, 0.0), (acceptance_profile(TRACE), 0.2)):
-        with pytest.raises(ValueError, match="between those of two profiles, a colder and a hotter"):
+        with pytest.raises(
+            ValueError, match="between those of two profiles, a colder and a hotter"
+        ):
             cold.between(other, temperature)
     with pytest.raises(ValueError, match=r"as many samples and slots, got \[\[20, 4, 4\], \[9, "):
         cold.between(acceptance_profile(TRACE, temperature=1.0, resamples=9), 0.5)

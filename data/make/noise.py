@@ -20,9 +20,8 @@ from dspark_lab.chats import Encoded
 from dspark_lab.files import DATA
 from dspark_lab.pairs import load_pair
 from dspark_lab.training import encode_chats, mask_token_id, new_drafter, train
-from dspark_lab.tuning import ALL, PLANS, measure_noise, save_noise
+from dspark_lab.tuning import ALL, NOISE_RUN, NOISE_STEPS, PLANS, measure_noise, save_noise
 
-ROWS, ANCHORS = 8, 16
 # The learning rate falls over so many steps, as many as a few minutes pay for, so that after the
 # last measurement it is still nearly at its highest.
 SCHEDULE = 2000
@@ -34,8 +33,8 @@ def measure(
     conversations: int,
     out: Path,
     work: Path,
-    rows: int = ROWS,
-    anchors: int = ANCHORS,
+    rows: int = NOISE_RUN[0],
+    anchors: int = NOISE_RUN[1],
     block_sizes: Sequence[int] = PLANS["judge"].block_sizes,
 ) -> None:
     """Write ``noise-<mix>-<step>.safetensors`` for each stage that ``out`` does not have yet."""
@@ -73,7 +72,7 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixes", nargs="*", default=[ALL, "code"])
-    parser.add_argument("--steps", nargs="*", type=int, default=[0, 100, 400])
+    parser.add_argument("--steps", nargs="*", type=int, default=NOISE_STEPS)
     parser.add_argument("--conversations", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("build/noise"))
     parser.add_argument("--out", type=Path, default=DATA / "pocket")

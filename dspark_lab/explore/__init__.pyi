@@ -25,6 +25,7 @@ from .budget import (
     plot_fit,
     plot_front,
     plot_parts,
+    plot_progress,
     plot_slots,
     plot_sweeps,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "plot_outcomes",
     "plot_packing",
     "plot_parts",
+    "plot_progress",
     "plot_rates",
     "plot_reliability",
     "plot_round",

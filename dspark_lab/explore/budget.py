@@ -36,12 +36,19 @@ from dspark_lab.explore.work import Progress
 from dspark_lab.files import require_found
 from dspark_lab.model import DrafterConfig
 from dspark_lab.training import ChatsLike, encode_chats
-from dspark_lab.tuning import Dtype, Shape, Spans, StepTime
+from dspark_lab.tuning import Dtype, GradientNoise, Shape, Spans, StepTime
 
 # The entry among the cards that stands for the user's own measurement.
 MEASURED = "measured here"
 _SEQ_LENS = tuple(2**power for power in range(8, 16))
 _NUM_ANCHORS = tuple(2**power for power in range(2, 16))
+_BATCH_SIZES = tuple(2**power for power in range(7))
+# What is not known without the noise of gradients.
+_UNKNOWN = (
+    "This counts what is supervised. What a step teaches also depends on how much gradients differ "
+    "between conversations and between anchors, which only a measurement tells: give the result of "
+    "dspark_lab.tuning.measure_noise as noise."
+)
 # A row of more blocks takes longer to look at than a slider may.
 _MOST_BLOCKS = 2**17
 # How high the panels of a budget are, in inches.
@@ -50,7 +57,7 @@ _HIGH = 1.9
 _CHOSEN: dict[str, Any] = {"color": ORANGE, "marker": "*", "markersize": 13, "linestyle": "none"}
 _CHOSEN |= {"markeredgecolor": INK, "markeredgewidth": 0.6, "clip_on": False, "zorder": 4}
 # Marks as a title writes them: a title is drawn in a third of the time that a legend takes.
-_STAR, _RING, _SQUARE = "★", "○", "□"
+_STAR, _RING, _SQUARE, _DIAMOND = "★", "○", "□", "◇"
 # Dark is little, light is much, to any eye and in grey, too.
 _HEAT = matplotlib.colormaps["viridis"]
 # A log axis with more doublings than this names every second, or third.
@@ -134,6 +141,74 @@ def plot_parts(
     return cast(Figure, ax.figure)
 
 
+def plot_progress(
+    table: pd.DataFrame,
+    *,
+    at: tuple[int, int] | None = None,
+    coverage: tuple[int, int] | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Expected progress a second over anchors, from :func:`dspark_lab.tuning.progress_table`.
+
+    A line with its 95 % interval for all that differs otherwise, relative to the best of the same
+    block size that fits, which has a frame; hollow marks do not fit. ``at`` is a chosen number of
+    rows and of anchors, ``coverage`` that which covers most, both to be marked.
+    """
+    if ax is None:
+        _, ax = style.new_figure(style.WIDEST, 2.9)
+    best = {}
+    for size, own in table.groupby("block_size"):
+        if own["fits"].any():
+            best[size] = tuning.best_option(own)
+    # All are 0 where the mean gradient is not told from 0.
+    unit = table["block_size"].map({size: one["rate"] or 1.0 for size, one in best.items()})
+    rates = table[["rate", "low", "high"]].div(unit.fillna(1.0), axis=0)
+    table = table.assign(**rates).sort_values("num_anchors")
+    names = {"batch_size": _rows, "block_size": "K {}".format}
+    names |= {"seq_len": "S {:,}".format, "per": "per {}".format}
+    by = [name for name in names if table[name].nunique() > 1] or ["batch_size"]
+    for i, (option, line) in enumerate(table.groupby(by)):
+        label = ", ".join(names[name](value) for name, value in zip(by, option, strict=True))
+        style.add_band(
+            ax, line["num_anchors"], line["low"], line["high"], style.line_look(i)["color"]
+        )
+        _line_and_marks(ax, line["num_anchors"], line["rate"], line["fits"], i, label, markersize=4)
+    key = [f"{_STAR} chosen"] if at else []
+    ring: dict[str, Any] = {"fillstyle": "none", "markeredgewidth": 1.8, "linestyle": "none"}
+    for one in best.values():
+        place = one["num_anchors"], table.loc[one.name, "rate"]
+        ax.plot(*place, marker="s", color=GREEN, markersize=11, **ring)
+    if len(best) == 1:
+        (one,) = best.values()
+        key.append(f"{_SQUARE} best: N {one['num_anchors']:,}, {_rows(one['batch_size'])}")
+    elif best:
+        found = [f"K {size}: N {one['num_anchors']:,}" for size, one in best.items()]
+        key.append(f"{_SQUARE} best, " + ", ".join(found))
+    if coverage:
+        ax.plot(*_place(table, coverage), marker="D", color=INK, markersize=8, **ring)
+        key.append(f"{_DIAMOND} by coverage alone: N {coverage[1]:,}")
+    if not table["fits"].all():
+        key.append(f"{_RING} too large")
+    if at:
+        ax.plot(*_place(table, at), **_CHOSEN)
+    ax.set_ylim(0, 1.04 * max(1.0, float(table["high"].clip(upper=1.6).max())))
+    _budget_axes(ax, table, "progress/s, of the best")
+    style.add_title(ax, "   ".join(key), y=1)
+    style.add_legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
+    return cast(Figure, ax.figure)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("s" if count != 1 else "")
+
+
+def _place(table: pd.DataFrame, option: tuple[int, int]) -> tuple[int, float]:
+    """Where an option of so many rows and anchors is drawn."""
+    options = list(table[["batch_size", "num_anchors"]].itertuples(index=False, name=None))
+    style.require_one_of("rows and anchors", option, options)
+    return option[1], float(table["rate"].iloc[options.index(option)])
+
+
 def plot_budget(
     options: pd.DataFrame,
     cost: pd.DataFrame,
@@ -141,6 +216,9 @@ def plot_budget(
     *,
     num_anchors: int,
     at: tuple[int, int],
+    progress: pd.DataFrame | None = None,
+    rows: int = 1,
+    coverage: int | None = None,
 ) -> Figure:
     """Coverage, gain, cost and memory of a choice for training, in four panels.
 
@@ -148,6 +226,9 @@ def plot_budget(
         options: ``table`` of :func:`dspark_lab.choose_training` for one block size and row length.
         cost, fit: of the chosen step, as in :func:`plot_parts`, and as in :func:`plot_fit`.
         at: where it stands in ``fit``: the longest row, and its blocks.
+        progress: as in :func:`plot_progress`, of the chosen block size and row length; it takes the
+            place of coverage and gain.
+        rows, coverage: of the chosen step, and the anchors that cover most with so many rows.
     """
     options = options.sort_values("num_anchors")
     style.require_one_of("num_anchors", num_anchors, options["num_anchors"].tolist())
@@ -155,9 +236,10 @@ def plot_budget(
     width, height = style.WIDEST, 5.6
     figure, axes = style.new_figure(width, height, columns=2, rows=2, layout="none")
     covered, gain, parts, fits = axes
+    first = 2.6 if progress is None else 5.4
     # Fixed places, in inches, also of labels: finding the best ones would take long.
     for ax, left, bottom, wide, beside, under in (
-        (covered, 0.7, 3.3, 2.6, 0.55, 0.25),
+        (covered, 0.7, 3.3, first, 0.55, 0.25),
         (gain, 4.2, 3.3, 3.0, 0.55, 0.25),
         (parts, 1.95, 0.5, 1.35, 1.8, 0.08),
         (fits, 4.2, 0.5, 3.0, 0.6, 0.25),
@@ -165,18 +247,29 @@ def plot_budget(
         ax.set_position((left / width, bottom / height, wide / width, _HIGH / height))
         ax.xaxis.set_label_coords(0.5, -under / _HIGH)
         ax.yaxis.set_label_coords(-beside / wide, 0.5)
-    covered.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
-    covered.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
-    covered.set_ylim(0, 1.02)
-    _budget_axes(covered, options, "tokens covered")
-    words = f"{_STAR} chosen: N {num_anchors:,} covers {chosen['share'].iloc[0]:.0%}"
-    style.add_title(covered, words, y=1)
-    _plot_gain(gain, options, chosen)
+    if progress is None:
+        _plot_coverage(covered, options, chosen)
+        _plot_gain(gain, options, chosen)
+    else:
+        gain.remove()
+        by_coverage = None if coverage is None else (rows, coverage)
+        plot_progress(progress, at=(rows, num_anchors), coverage=by_coverage, ax=covered)
     plot_parts(cost, seconds=float(chosen["seconds"].iloc[0]), ax=parts)
     # Its title begins where that of the panel above does.
     style.add_title(parts, parts.get_title(loc="left"), y=1, x=(0.7 - 1.95) / 1.35)
     plot_fit(fit, at=at, ax=fits)
     return figure
+
+
+def _plot_coverage(covered: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
+    covered.plot(options["num_anchors"], options["share"], "-o", color=BLUE, markersize=4)
+    covered.plot(chosen["num_anchors"], chosen["share"], **_CHOSEN)
+    covered.set_ylim(0, 1.02)
+    _budget_axes(covered, options, "tokens covered")
+    words = (
+        f"{_STAR} chosen: N {chosen['num_anchors'].iloc[0]:,} covers {chosen['share'].iloc[0]:.0%}"
+    )
+    style.add_title(covered, words, y=1)
 
 
 def _plot_gain(ax: Axes, options: pd.DataFrame, chosen: pd.DataFrame) -> None:
@@ -377,7 +470,7 @@ def explore_training_budget(
     tokenizer: Any = None,
     *,
     num_anchors: Count = 512,
-    block_size: Count = 7,
+    block_size: Count | None = None,
     seq_len: Count = 4096,
     packed: bool = True,
     per: Per = "row",
@@ -385,6 +478,7 @@ def explore_training_budget(
     card: str | None = None,
     time: StepTime | None = None,
     memory: float | None = None,
+    noise: GradientNoise | str | os.PathLike[str] | None = None,
     gamma: Positive = 4.0,
     export: str = "dspark-lab",
     dtype: Dtype = "bf16",
@@ -396,17 +490,21 @@ def explore_training_budget(
     device: Literal["cuda", "cpu"] = "cuda",
     like: Like | None = None,
 ) -> Explorer:
-    """Coverage, gain, cost and memory of a training step on these conversations.
+    """Progress, coverage, cost and memory of a training step on these conversations.
 
     Args:
         chats, tokenizer, like: as in :func:`explore_anchors`.
         model: a shape, or what :meth:`dspark_lab.tuning.Shape.of` makes one of.
         num_anchors, block_size, seq_len, packed, per, batch_size, export: where the controls start;
-            ``export`` at "json" or one of :data:`~dspark_lab.tuning.TRAINERS`.
+            ``export`` at "json" or one of :data:`~dspark_lab.tuning.TRAINERS`, ``block_size`` at 7,
+            or the nearest that the noise is known of, where None.
         card: where that control starts, one of :data:`~dspark_lab.tuning.CARDS`, of whose peak a
             share is assumed, or "measured here", the default with ``time``; an H100 otherwise.
         time: step times fitted on the user's own device; the choice "measured here".
         memory: bytes of that device; everything fits there where None.
+        noise: of gradients, from :func:`dspark_lab.tuning.measure_noise`, or a file of it
+            (:func:`dspark_lab.tuning.save_noise`). Expected progress a second then takes the place
+            of coverage, rows are recommended, too, and block sizes are those that were measured.
         gamma: decay of the slots' weights.
         dtype, features, target_dtype, objective, supervised, vocabulary, device: see
             :class:`dspark_lab.tuning.Step`.
@@ -415,9 +513,20 @@ def explore_training_budget(
         an explorer whose ``table`` has a line per number of anchors, see
         :func:`dspark_lab.choose_training`. ``tables`` also has ``recommended`` (its best line, with
         the reason), ``settings`` (the chosen ones), ``coverage``, ``slots`` and ``never`` (of
-        tokens), ``cost``, ``memory`` and ``fit``.
+        tokens), ``cost``, ``memory`` and ``fit``. With ``noise`` also ``progress``
+        (:func:`~dspark_lab.tuning.progress_table`), and ``recommended`` has a line of its best
+        option and one of what coverage alone would recommend.
     """
     given = dict(locals())
+    if isinstance(noise, (str, os.PathLike)):
+        noise = tuning.load_noise(noise)
+    sizes = range(1, 17) if noise is None else noise.block_sizes
+    if block_size is None:
+        block_size = min(sizes, key=lambda size: abs(size - 7))
+    elif noise is not None and block_size not in sizes:
+        raise ValueError(
+            f"block_size must be one of {sizes}, whose noise was measured, got {block_size}"
+        )
     shape = model if isinstance(model, Shape) else Shape.of(model)
     step_options: dict[str, Any] = {"dtype": dtype, "features": features, "device": device}
     step_options |= {"target_dtype": target_dtype, "objective": objective}
@@ -431,7 +540,9 @@ def explore_training_budget(
     cards |= {name: (name, name) for name in tuning.CARDS}
     controls = [
         make.selection_slider("num_anchors", num_anchors, sorted({*_NUM_ANCHORS, num_anchors})),
-        make.slider("block_size", block_size, 1, 16),
+        make.slider("block_size", block_size, 1, 16)
+        if noise is None
+        else make.selection_slider("block_size", block_size, sizes),
         make.selection_slider("seq_len", seq_len, sorted({*_SEQ_LENS, seq_len})),
         make.checkbox("packed", packed),
         make.dropdown("per", per, PER),
@@ -454,6 +565,19 @@ def explore_training_budget(
         return tuning.in_training_batches(spans, batch_size)
 
     choice_of = lru_cache(maxsize=8)(tuning.choose_training)
+
+    @lru_cache(maxsize=8)
+    def progress_of(
+        chosen: tuple[int, bool, int], batch_sizes: tuple[int, ...], card: str, **options: Any
+    ) -> pd.DataFrame:
+        assert isinstance(noise, tuning.GradientNoise)
+        time, memory = cards[card]
+        time = time if isinstance(time, StepTime) else tuning.card_time(time)
+        step = tuning.Step(1, 1, 1, **step_options)
+        options |= {"shape": shape, "step": step, "memory": memory}
+        return tuning.progress_table(
+            noise, spans_of(*chosen), time, batch_sizes=batch_sizes, **options
+        )
 
     def draw(chosen: SimpleNamespace, progress: Progress) -> Frame:
         if not rows:
@@ -486,7 +610,7 @@ def explore_training_budget(
         room = memory or math.inf
         fit = tuning.fit_table(shape, room, _SEQ_LENS, (k,), batch_size=batch_size, **step_options)
 
-        def settings_of(num_anchors: int) -> tuning.TrainingSettings:
+        def settings_of(num_anchors: int, batch_size: int) -> tuning.TrainingSettings:
             return tuning.TrainingSettings(
                 *(num_anchors, k, chosen.seq_len, batch_size, gamma),
                 pack_length=chosen.seq_len if chosen.packed else None,
@@ -494,7 +618,7 @@ def explore_training_budget(
                 layout=shape.layout,
             )
 
-        settings = settings_of(n)
+        settings = settings_of(n, batch_size)
         best = None if choice.best is None else int(choice.best["num_anchors"])
         counted: dict[str, Any] = {"gamma": gamma, "per": per, "layout": shape.layout}
         recommended = {} if choice.best is None else choice.best.to_dict()
@@ -511,22 +635,71 @@ def explore_training_budget(
             "fit": fit,
         }
 
-        def figure() -> Figure:
-            return plot_budget(choice.table, cost, fit, num_anchors=n, at=(longest, most))
-
-        words = _in_words(choice.reason, line, chosen, tuning.usable_bytes(room))
-        advised = None if best is None else settings_of(best)
-        words += export_texts(chosen.export, advised, settings, tuning.export)
-        alt = "what the chosen setting covers, gains, costs and leaves room for"
+        said = [choice.reason, _in_words(line, chosen, tuning.usable_bytes(room))]
         use = {} if best is None else {"num_anchors": best}
+        marks: dict[str, Any] = {"num_anchors": n, "at": (longest, most)}
+        if noise is None:
+            said.append(_UNKNOWN)
+        else:
+            tables["progress"] = progress = progress_of(
+                (chosen.seq_len, chosen.packed, 1),
+                tuple(sorted({b for b in _BATCH_SIZES if b <= spans.rows} | {batch_size})),
+                chosen.card,
+                num_anchors=tried,
+                block_sizes=(k,),
+                per=per,
+            )
+            marks |= {"rows": batch_size, "coverage": best}
+            marks["progress"] = _near(progress, batch_size)
+            if progress["fits"].any():
+                tables["recommended"] = both = _recommended(progress, batch_size, best)
+                use = {name: int(both[name].iloc[0]) for name in ("num_anchors", "batch_size")}
+                said = [both["reason"].iloc[0], said[1], *both["reason"].iloc[1:]]
+                if not isinstance(time, StepTime):
+                    said[0] += " Step times are assumed, not measured."
+
+        def figure() -> Figure:
+            return plot_budget(choice.table, cost, fit, **marks)
+
+        words = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+        advised = settings_of(**{"batch_size": batch_size, **use}) if use else None
+        words += export_texts(chosen.export, advised, settings, tuning.export)
+        alt = "what the chosen setting teaches, costs and leaves room for"
         return Frame(tables, figure, html=words, alt=alt, recommended=use)
 
     options: dict[str, Any] = {"slow": True, "given": given}
     return Explorer("explore_training_budget", controls, draw, **options)
 
 
-def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:
-    """The recommendation, and the chosen setting, in a sentence each."""
+def _recommended(progress: pd.DataFrame, batch_size: int, covering: int | None) -> pd.DataFrame:
+    """The best option by progress, and that by coverage: so many anchors of so many rows."""
+    best = tuning.best_option(progress)
+    options, reasons = [best], [tuning.progress_reason(progress)]
+    if covering is not None:
+        mine = progress["batch_size"] == batch_size
+        other = progress[mine & (progress["num_anchors"] == covering)].iloc[0]
+        said = f"By coverage alone it would be N {covering:,} with {_rows(batch_size)}"
+        if best["rate"] > 0:
+            said += f", which makes {other['rate'] / best['rate']:.0%} of that progress a second"
+        options.append(other)
+        reasons.append(f"{said}.")
+    columns = ["batch_size", "num_anchors", "block_size", "seconds", "rate", "low", "high", "best"]
+    table = progress.loc[[one.name for one in options], columns].reset_index(drop=True)
+    table.insert(0, "by", ["progress", "coverage"][: len(table)])
+    return table.assign(reason=reasons)
+
+
+def _near(progress: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """The lines of the best number of rows, half and twice as many, and the chosen number."""
+    shown = {batch_size}
+    if progress["fits"].any():
+        best = tuning.best_option(progress)["batch_size"]
+        shown |= {best // 2, best, 2 * best}
+    return progress[progress["batch_size"].isin(shown)]
+
+
+def _in_words(line: pd.Series, chosen: SimpleNamespace, limit: float) -> str:
+    """The chosen setting in a sentence."""
     counted = {"document": " for each document", "batch": " in total"}.get(chosen.per, "")
     held, seconds = line["memory_bytes"] / 1e9, line["seconds"]
     place = "on the device that was measured" if chosen.card == MEASURED else f"on {chosen.card}"
@@ -539,4 +712,4 @@ def _in_words(reason: str, line: pd.Series, chosen: SimpleNamespace, limit: floa
     if line["seq_len"] < chosen.seq_len:
         said += f", as the longest row has {line['seq_len']:,.0f} tokens"
     said += "." if line["fits"] else ": it does not fit."
-    return f"<p>{escape(reason)}</p><p>{escape(said)}</p>"
+    return said

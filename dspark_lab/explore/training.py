@@ -9,21 +9,35 @@ import ipywidgets
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.checks import checked
 from dspark_lab.explore.frame import Frame
-from dspark_lab.explore.style import BLUE, INK, RED, WIDEST, add_title, new_figure
+from dspark_lab.explore.style import (
+    BLUE,
+    INK,
+    RED,
+    WIDEST,
+    add_band,
+    add_note,
+    add_title,
+    new_figure,
+)
+from dspark_lab.training import TrainConfig
+from dspark_lab.tuning import Forecast, forecast
 
 # A training curve is drawn again when it is so old, and then costs a run a tenth of its time.
 _REDRAW_SECONDS, _TIMES_ITS_DRAWING = 0.5, 9
 
 
-def plot_training(table: pd.DataFrame) -> Figure:
+@checked
+def plot_training(table: pd.DataFrame, forecast: Forecast | None = None) -> Figure:
     """Loss, accept rate and tau of :meth:`dspark_lab.training.History.table` by step.
 
-    Each value is a dot, their moving average a line.
+    Each value is a dot, their moving average a line. A forecast (:func:`dspark_lab.forecast`) is a
+    dashed line of tau to the end of the run, in its interval.
     """
     figure, axes = new_figure(WIDEST, 2.6, columns=3)
     smooth = table.ewm(span=max(2, len(table) // 12)).mean() if len(table) else table
@@ -35,7 +49,20 @@ def plot_training(table: pd.DataFrame) -> Figure:
         add_title(ax, title)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if forecast is not None:
+        _add_forecast(axes[2], forecast)
     return figure
+
+
+def _add_forecast(ax: Axes, forecast: Forecast) -> None:
+    """The forecast curve from the last step on, and what it ends at."""
+    curve = forecast.table[forecast.table["step"] >= forecast.step]
+    kind, colour = ("held out", BLUE) if forecast.kind == "held_out" else ("training", RED)
+    ax.plot(curve["step"], curve["tau"], "--", color=colour)
+    add_band(ax, curve["step"], curve["low"], curve["high"], colour)
+    words = f"at the end {forecast.tau:.2f}\n({kind})"
+    place = (0.98, 0.03)
+    add_note(ax, words, place, (0, 0), x="axes fraction", y="axes fraction", ha="right")
 
 
 @checked
@@ -47,10 +74,14 @@ class LiveCurve(ipywidgets.VBox):
         train(..., on_metrics=curve)
 
     The picture is redrawn at most twice a second, and costs a run at most a tenth of its time.
+    ``config``: the run's; it also shows where tau will be at the end, once 5 % of the steps and the
+    warm-up are over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: TrainConfig | None = None) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._evaluations: list[dict[str, Any]] = []
+        self._config = config
         self._due, self._png = -math.inf, b""
         self._line, self._picture = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
         super().__init__([self._line, self._picture])
@@ -58,6 +89,7 @@ class LiveCurve(ipywidgets.VBox):
     def __call__(self, row: dict[str, Any]) -> None:
         """Takes a line of the run's metrics."""
         if "loss" not in row:
+            self._evaluations.append(row)
             return
         self._rows.append(row)
         if time.monotonic() > self._due:
@@ -68,11 +100,19 @@ class LiveCurve(ipywidgets.VBox):
         """One row for each step so far."""
         return pd.DataFrame(self._rows, columns=["step", "loss", "accept_rate", "tau"])
 
+    @property
+    def forecast(self) -> Forecast | None:
+        """Where tau will be at the end; None as long as there is too little to say so."""
+        config, done = self._config, len(self._rows)
+        if config is None or done <= config.warmup_steps or done < 0.05 * config.steps:
+            return None
+        return forecast(pd.DataFrame(self._rows + self._evaluations), config=config)
+
     def redraw(self) -> None:
         """Draw what there is now."""
         begin = time.monotonic()
-        table = self.table
-        frame = Frame({}, lambda: plot_training(table), alt="loss, accept rate and tau")
+        table, found = self.table, self.forecast
+        frame = Frame({}, lambda: plot_training(table, found), alt="loss, accept rate and tau")
         self._png = frame.png
         drawn = time.monotonic()
         self._due = drawn + max(_REDRAW_SECONDS, _TIMES_ITS_DRAWING * (drawn - begin))
@@ -80,6 +120,10 @@ class LiveCurve(ipywidgets.VBox):
         if self._rows:
             words = "step {step}: loss {loss:.3f}, accept rate {accept_rate:.3f}, tau {tau:.2f}"
             self._line.value = words.format(**self._rows[-1])
+            if found is not None:
+                end = f"{found.tau:.2f} ({found.low:.2f} to {found.high:.2f})"
+                word = "held-out tau" if found.kind == "held_out" else "tau"
+                self._line.value += f"; at the end {word} {end}"
 
     def __repr__(self) -> str:
         return "LiveCurve()"

@@ -15,7 +15,7 @@ from dspark_lab.decoding import Decoded, Prompt, decode, encode_prompt
 from dspark_lab.files import now
 from dspark_lab.model import BlockDrafter, Target, TargetCache
 from dspark_lab.serving.costs import RoundCosts, break_even_rate, require_lengths
-from dspark_lab.serving.profile import acceptance_profile, tau_of_answers
+from dspark_lab.serving.profile import acceptance_profile
 from dspark_lab.serving.speedup import speedup_table
 from dspark_lab.serving.timing import measure_engine
 
@@ -125,17 +125,14 @@ def decode_check(
                 runs[k].append(_with_replay(target, prompt, run) if replay else run)
         for k in lengths:
             real = speed_table(runs[0], runs[k], k)
-            figures = speedup_table(profile, here, [k]).iloc[0]
-            answers = np.array([len(run.tokens[0]) - 1 for run in runs[k]])
-            tau = float(tau_of_answers(profile.survival_of(k), answers))
-            low, high = profile.interval(tau_of_answers(profile.sampled_survival(k), answers))
+            answers = [len(run.tokens[0]) - 1 for run in runs[k]]
+            figures = speedup_table(profile, here, [k], tokens=answers).iloc[0]
             row = {"temperature": temperature, "draft_length": k}
             row["rounds"] = sum(len(run.rounds) for run in runs[k])
-            row |= {"tau": tau, "tau_low": low, "tau_high": high}
-            row |= {"tau_decoded": real["tau"], "tau_error": tau / real["tau"] - 1}
-            # The last rounds yield less and cost as much.
+            row |= figures[["tau", "tau_low", "tau_high"]]
+            row |= {"tau_decoded": real["tau"], "tau_error": figures["tau"] / real["tau"] - 1}
             speeds = ["speedup", "speedup_low", "speedup_high", "without_replay"]
-            row |= figures[[*speeds, "without_overhead"]] * (tau / figures["tau"])
+            row |= figures[[*speeds, "without_overhead"]]
             row["speedup_decoded"] = real["speedup"]
             row["speedup_error"] = row["speedup"] / real["speedup"] - 1
             rows.append(row)

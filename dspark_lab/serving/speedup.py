@@ -7,27 +7,41 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.decoding import column
 from dspark_lab.serving.costs import RoundCosts, break_even, break_even_rate, require_lengths
-from dspark_lab.serving.profile import AcceptanceProfile, acceptance_profile
+from dspark_lab.serving.profile import AcceptanceProfile, acceptance_profile, tau_of_answers
+
+# How long an answer is, or each of several, without its first token; None is an endless one.
+AnswerTokens = Count | Sequence[Size] | None
+_OF_ANSWERS = ("tau", "tokens_per_second", "speedup", "without_replay", "without_overhead")
 
 
 @checked
 def speedup_table(
-    profile: AcceptanceProfile, costs: RoundCosts, draft_lengths: Sequence[int] | None = None
+    profile: AcceptanceProfile,
+    costs: RoundCosts,
+    draft_lengths: Sequence[int] | None = None,
+    *,
+    tokens: AnswerTokens = None,
 ) -> pd.DataFrame:
     """Predicted speed for each number of tokens drafted a round.
 
     A row for each length, by default all that have both a rate and a cost: the figures of
     :meth:`RoundCosts.figures`, with 95 % bootstrap intervals, the rates of :func:`break_even`, and
     ``best_share``, how often the length is the fastest of a resample (NaN without any).
+
+    Answers of so many ``tokens``, their first ones left out, end within a round, which yields less
+    and is counted as dear as the others: the shorter they are, the less long blocks pay.
     """
     rows, speeds = [], []
     for k in require_lengths(draft_lengths, min(len(profile.rates), costs.longest)):
-        figures = costs.figures(profile.survival_of(k))
-        sample = costs.figures(profile.sampled_survival(k))
+        figures, sample = (
+            _figures(costs, survival, tokens)
+            for survival in (profile.survival_of(k), profile.sampled_survival(k))
+        )
         row = {"draft_length": k, **{name: float(value) for name, value in figures.items()}}
         for name in ("tau", "speedup"):
             row[f"{name}_low"], row[f"{name}_high"] = profile.interval(sample[name])
@@ -41,10 +55,17 @@ def speedup_table(
 
 
 def best_length(
-    profile: AcceptanceProfile, costs: RoundCosts, draft_lengths: Sequence[int] | None = None
+    profile: AcceptanceProfile,
+    costs: RoundCosts,
+    draft_lengths: Sequence[int] | None = None,
+    *,
+    tokens: AnswerTokens = None,
 ) -> int:
-    """The fastest number of tokens to draft a round; 0 where plain decoding is as fast."""
-    best = _fastest(speedup_table(profile, costs, draft_lengths))
+    """The fastest number of tokens to draft a round; 0 where plain decoding is as fast.
+
+    Arguments are those of :func:`speedup_table`.
+    """
+    best = _fastest(speedup_table(profile, costs, draft_lengths, tokens=tokens))
     return int(best["draft_length"]) if best["speedup"] > 1 else 0
 
 
@@ -106,10 +127,17 @@ def temperature_table(
 
 
 def advice(
-    profile: AcceptanceProfile, costs: RoundCosts, draft_lengths: Sequence[int] | None = None
+    profile: AcceptanceProfile,
+    costs: RoundCosts,
+    draft_lengths: Sequence[int] | None = None,
+    *,
+    tokens: AnswerTokens = None,
 ) -> str:
-    """How many tokens to draft and why, in one sentence; "Do not draft" where nothing pays."""
-    table = speedup_table(profile, costs, draft_lengths)
+    """How many tokens to draft and why, in one sentence; "Do not draft" where nothing pays.
+
+    Arguments are those of :func:`speedup_table`.
+    """
+    table = speedup_table(profile, costs, draft_lengths, tokens=tokens)
     best = _fastest(table)
     length, speed = int(best["draft_length"]), best["speedup"]
     where = "" if profile.temperature is None else f" at temperature {profile.temperature:g}"
@@ -138,6 +166,16 @@ def advice(
         if not np.isnan(best["best_share"]):
             reason += f", and {length} is the fastest in {best['best_share']:.0%} of resamples"
     return f"Draft {length} a round: {reason}."
+
+
+def _figures(
+    costs: RoundCosts, survival: Float[np.ndarray, "*axes slot"], tokens: AnswerTokens
+) -> dict[str, Any]:
+    figures = costs.figures(survival)
+    if tokens is None:
+        return figures
+    share = tau_of_answers(survival, np.atleast_1d(tokens)) / figures["tau"]
+    return figures | {name: share * figures[name] for name in _OF_ANSWERS}
 
 
 def _fastest(table: pd.DataFrame) -> pd.Series:

@@ -39,8 +39,8 @@ def threshold_table(
     """Predicted speed under a static threshold on each slot's confidence.
 
     The whole block is drafted, and paid for. A row holds the ``verified`` slots per round and
-    otherwise what :func:`speedup_table` says, which it equals at threshold 0 of whole blocks; rounds
-    of a shorter ``draft_length`` are taken to begin where the trace's did.
+    otherwise what :func:`speedup_table` says, which it equals at threshold 0 of whole blocks;
+    rounds of a shorter ``draft_length`` are taken to begin where the trace's did.
 
     Args:
         trace, drafter, temperature: as in :func:`acceptance_profile`; rounds are taken as they are.

@@ -15,7 +15,7 @@ from dspark_lab.model import BlockDrafter, Target
 from dspark_lab.rates import interval, ratio_interval, resampled
 from dspark_lab.serving.costs import RoundCosts, require_lengths
 from dspark_lab.serving.profile import AcceptanceProfile
-from dspark_lab.serving.speedup import speedup_table
+from dspark_lab.serving.speedup import AnswerTokens, speedup_table
 
 _COLUMNS = ("turn", "group", "draft_length", "requests", "tokens", "steps", "seconds")
 
@@ -45,7 +45,8 @@ def decode_lengths(
 
     Returns:
         a row for each turn, group and length: ``tokens``, ``steps`` that the requests shared, and
-        ``seconds``, without the reading of prompts, and as long as all of the group go on.
+        ``seconds``, without the reading of prompts, and as long as all of the group go on. Since an
+        answer's first tokens are the easiest, those of a group should be about as long.
     """
     if requests > 1 and not target.decodes_batches:
         raise ValueError(
@@ -86,6 +87,7 @@ def length_table(
     profile: AcceptanceProfile | None = None,
     costs: RoundCosts | None = None,
     *,
+    tokens: AnswerTokens = None,
     resamples: Count = 1000,
     seed: Size = 0,
 ) -> pd.DataFrame:
@@ -94,27 +96,31 @@ def length_table(
     Returns:
         a row for each length: ``tau``, ``round_seconds``, and ``tokens_per_second`` of a request
         with its 95 % interval over groups. With a profile and costs of as many requests, all three
-        as ``_predicted`` by :func:`speedup_table`, too.
+        as ``_predicted`` by :func:`speedup_table` for answers of ``tokens``, too.
     """
     sums = _sums(decoded)
     requests = decoded["requests"].iloc[0]
-    tokens, steps, seconds = (sums[name] for name in ("tokens", "steps", "seconds"))
-    tokens = tokens / requests
+    grown, steps, seconds = (sums[name] for name in ("tokens", "steps", "seconds"))
+    grown = grown / requests
     table = pd.DataFrame(
         {
-            "tau": tokens.sum() / steps.sum(),
+            "tau": grown.sum() / steps.sum(),
             "round_seconds": seconds.sum() / steps.sum(),
-            "tokens_per_second": tokens.sum() / seconds.sum(),
+            "tokens_per_second": grown.sum() / seconds.sum(),
         }
     ).reset_index()
-    drawn = resampled(len(tokens), resamples, seed)
-    bounds = ratio_interval(tokens.to_numpy().T, seconds.to_numpy().T, drawn)
+    drawn = resampled(len(grown), resamples, seed)
+    bounds = ratio_interval(grown.to_numpy().T, seconds.to_numpy().T, drawn)
     table["tokens_per_second_low"], table["tokens_per_second_high"] = bounds
     if profile is not None and costs is not None:
         plain = costs.plain_seconds
-        rows = [{"draft_length": 0, "tau": 1, "round_seconds": plain, "tokens_per_second": 1 / plain}]
+        rows = [
+            {"draft_length": 0, "tau": 1, "round_seconds": plain, "tokens_per_second": 1 / plain}
+        ]
         drafted = table["draft_length"][table["draft_length"] > 0].tolist()
-        predicted = pd.concat([pd.DataFrame(rows), speedup_table(profile, costs, drafted)])
+        predicted = pd.concat(
+            [pd.DataFrame(rows), speedup_table(profile, costs, drafted, tokens=tokens)]
+        )
         predicted = predicted[list(rows[0])].set_index("draft_length").add_suffix("_predicted")
         table = table.join(predicted, on="draft_length")
     return table

@@ -1,3 +1,4 @@
+from .backtest import pilot_advice, slot_advice
 from .cells import ALL, BUDGETS, PLANS, Cell, SweepConfig
 from .choice import (
     TrainingChoice,
@@ -22,13 +23,28 @@ from .coverage import (
     token_supervision,
 )
 from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .forecasts import forecast, forecast_summary, judge_forecasts
 from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
-from .judging import coverage_advice, fitted_cells, judge_advice, judged_table, taus_at
+from .judging import (
+    coverage_advice,
+    fitted_cells,
+    judge_advice,
+    judged_table,
+    recorded_step_time,
+    taus_at,
+)
 from .memory import card_table, fit_table, memory_table, training_memory, usable_bytes
 from .moments import StepBytes
-from .noise import GradientNoise, Moments, gradient_moments, label_overlap, measure_noise
-from .noise_file import load_noise, save_noise
+from .noise import (
+    GradientNoise,
+    Moments,
+    gradient_moments,
+    label_overlap,
+    measure_noise,
+    noise_table,
+)
+from .noise_file import NOISE_RUN, NOISE_STEPS, load_noise, save_noise, shipped_noise
 from .pilots import pilot
 from .progress import Dilution, best_option, dilution, progress_reason, progress_table
 from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
@@ -67,6 +83,8 @@ __all__ = [
     "Growth",
     "Layers",
     "Moments",
+    "NOISE_RUN",
+    "NOISE_STEPS",
     "PLANS",
     "Pilot",
     "Program",
@@ -108,9 +126,12 @@ __all__ = [
     "fit_step_time",
     "fit_table",
     "fitted_cells",
+    "forecast",
+    "forecast_summary",
     "gradient_moments",
     "in_training_batches",
     "judge_advice",
+    "judge_forecasts",
     "judged_table",
     "label_overlap",
     "learn_curves",
@@ -124,12 +145,15 @@ __all__ = [
     "memory_table",
     "never_table",
     "next_pilots",
+    "noise_table",
     "packing_table",
     "pilot",
+    "pilot_advice",
     "pilot_allowance",
     "predict_sweep",
     "progress_reason",
     "progress_table",
+    "recorded_step_time",
     "replay_pilot",
     "row_blocks",
     "run_cell",
@@ -139,6 +163,8 @@ __all__ = [
     "runs_table",
     "save_noise",
     "save_runs",
+    "shipped_noise",
+    "slot_advice",
     "slot_supervision",
     "supervision",
     "supervision_table",

@@ -20,7 +20,7 @@ from dspark_lab.tuning.choice import choose_training
 from dspark_lab.tuning.results import require_columns
 from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.spans import Spans
-from dspark_lab.tuning.steptime import StepTime
+from dspark_lab.tuning.steptime import StepTime, fit_step_time
 
 CELL = ["batch_size", "num_anchors", "block_size"]
 SETTING = ["budget", "amount", "mix"]
@@ -212,7 +212,39 @@ def coverage_advice(
     each mix's drafters learned from, ``table`` is of :func:`run_table` or :func:`taus_at`.
     """
     require_columns("table", table, (*SETTING, *CELL, "steps", "step_seconds", "slots"))
-    gains = []
+    both = table.merge(_counted(table, data, shape, training)[["mix", *CELL, "gain"]])
+    by_time = both["budget"] == "seconds"
+    both["rate"] = both["gain"] / both["step_seconds"].where(by_time, both["slots"] / both["steps"])
+    best = both.loc[both.groupby(SETTING, observed=True)["rate"].idxmax(), [*SETTING, *CELL]]
+    return best.assign(advisor="coverage", spent=0.0).reset_index(drop=True)
+
+
+@checked
+def recorded_step_time(
+    table: pd.DataFrame,
+    data: Mapping[str, Sequence[Encoded] | Spans],
+    shape: Shape,
+    training: TrainConfig,
+) -> StepTime:
+    """Fit the step times that recorded runs were planned with, the target's features cached.
+
+    Arguments as of :func:`coverage_advice`.
+    """
+    require_columns("table", table, ("mix", *CELL, "step_seconds"))
+    counted = _counted(table, data, shape, training)[["mix", *CELL, "operations"]]
+    kinds = table.merge(counted).groupby(["mix", *CELL], observed=True)
+    found = kinds[["operations", "step_seconds"]].first()
+    return fit_step_time(found.rename(columns={"step_seconds": "seconds"}))
+
+
+def _counted(
+    table: pd.DataFrame,
+    data: Mapping[str, Sequence[Encoded] | Spans],
+    shape: Shape,
+    training: TrainConfig,
+) -> pd.DataFrame:
+    """What :func:`choose_training` counts of each cell of each mix."""
+    parts = []
     for mix, chats in data.items():
         own = table[table["mix"] == mix]
         for rows, part in own.groupby("batch_size"):
@@ -222,15 +254,12 @@ def coverage_advice(
                 "batch_size": int(str(rows)),
                 "gamma": training.loss_decay_gamma,
                 "dtype": training.precision,
+                "features": "cached",
                 "per": training.anchors_per,
             }
             found = choose_training(chats, shape, time=StepTime(1.0, 0.0, 0.0, 0.0, 0), **options)
-            gains.append(found.table.assign(mix=mix, batch_size=int(str(rows))))
-    both = table.merge(pd.concat(gains)[["mix", *CELL, "gain"]])
-    by_time = both["budget"] == "seconds"
-    both["rate"] = both["gain"] / both["step_seconds"].where(by_time, both["slots"] / both["steps"])
-    best = both.loc[both.groupby(SETTING, observed=True)["rate"].idxmax(), [*SETTING, *CELL]]
-    return best.assign(advisor="coverage", spent=0.0).reset_index(drop=True)
+            parts.append(found.table.assign(mix=mix, batch_size=int(str(rows))))
+    return pd.concat(parts)
 
 
 def _kept(table: pd.DataFrame, one: Mapping[str, Any], by: str) -> float:

@@ -103,14 +103,21 @@ class Moments:
         """
         if times is None:
             times = np.ones((1, self.conversations))
-        own = np.diag(self.cross)
-        products = ((times @ self.cross) * times).sum(axis=1) - times**2 @ own
-        signal = products / (times.sum(axis=1) ** 2 - (times**2).sum(axis=1))
+        signal = _mean_of_pairs(self.cross, times)
         design = np.tensordot(times, self.design, axes=1)
         # Groups that share no label, or slots that cannot, leave ``shared`` at 0.
         solved = np.linalg.pinv(design, hermitian=True) @ (times @ self.products)[..., None]
         total, within, shared = solved[..., 0].T
         return np.stack([signal, total - signal, within, shared], axis=1)
+
+
+def _mean_of_pairs(
+    cross: Float[np.ndarray, "conversation conversation"],
+    times: Float[np.ndarray, "resample conversation"],
+) -> Float[np.ndarray, " resample"]:
+    """The mean product of two different conversations, each counted so many times."""
+    products = ((times @ cross) * times).sum(axis=1) - times**2 @ np.diag(cross)
+    return products / (times.sum(axis=1) ** 2 - (times**2).sum(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +167,16 @@ class GradientNoise:
 
 
 @checked
+def noise_table(noises: Mapping[int, GradientNoise]) -> pd.DataFrame:
+    """:meth:`GradientNoise.table` of several, by the steps after which they were measured."""
+    tables = [noise.table().assign(step=step) for step, noise in sorted(noises.items())]
+    if not tables:
+        raise ValueError("noises must hold a measurement, got none")
+    table = pd.concat(tables, ignore_index=True)
+    return table[["step", *table.columns.drop("step")]]
+
+
+@checked
 def label_overlap(block_size: Count, gamma: DecayGamma = 4.0) -> Float[np.ndarray, " distance"]:
     """rho / shared of two blocks 1, 2, ... tokens apart, as far as they share a label."""
     weights = decay_weights(block_size, gamma).numpy()
@@ -190,7 +207,7 @@ def gradient_moments(
     counts = np.array([len(a) for a in anchors])
     means, designs, products = [], [], []
     for one in found:
-        groups = np.flatnonzero(conversation == one)
+        groups = np.flatnonzero(conversation == one).tolist()
         own = gradients[groups].astype(np.float64)
         means.append(counts[groups] @ own / counts[groups].sum())
         design, product = np.zeros((3, 3)), np.zeros(3)
@@ -233,6 +250,9 @@ def measure_noise(
     seed: Size = 0,
 ) -> GradientNoise:
     """Measures the noise of ``drafter``'s gradients as it is now, which trains nothing.
+
+    Noise grows as a drafter learns. To choose settings for a run by one measurement, make it in the
+    run's first tenth; by several, give them all to :func:`~dspark_lab.tuning.progress_table`.
 
     Args:
         drafter: at its start, or after a warm-up; its embedding and LM head become the target's.
@@ -398,7 +418,7 @@ class _Rows:
             part.add_(part.mean() / len(drawn)).div_(len(drawn) + 1)
         generator = torch.Generator().manual_seed(seed)
         signs = 2 * torch.randint(0, 2, squares.shape, generator=generator).to(squares) - 1
-        scale = signs / squares.clamp(min=torch.finfo(squares.dtype).tiny) ** 0.25
+        scale = signs * _unit(squares)
         if len(scale) <= SKETCH:
             return lambda gradient: gradient * scale
 
@@ -407,6 +427,11 @@ class _Rows:
             return padded.view(-1, SKETCH).sum(dim=0)
 
         return sketched
+
+
+def _unit(squares: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
+    """What a gradient is multiplied by, so that its squares are those of Adam's metric."""
+    return squares.clamp(min=torch.finfo(squares.dtype).tiny) ** -0.25
 
 
 def _between(

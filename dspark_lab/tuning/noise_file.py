@@ -14,6 +14,7 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -21,15 +22,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dspark_lab.checks import checked
-from dspark_lab.files import written_whole
+from dspark_lab.files import shipped, written_whole
 from dspark_lab.tuning.noise import GradientNoise, Moments
 
+# What the noise that ships was measured after, and the rows and anchors of its run.
+NOISE_STEPS = (0, 100, 400)
+NOISE_RUN = (8, 16)
 _NAME = re.compile(r"(block|slot)\.(\d{1,4})\.(cross|design|products|overlap)")
 
 
 @checked
 def save_noise(noise: GradientNoise, path: str | os.PathLike[str]) -> None:
-    """Write what was measured, for :func:`load_noise`; about 11 kB an objective of 64 conversations.
+    """Write what was measured, for :func:`load_noise`; 11 kB an objective of 64 conversations.
 
     A ValueError where a number is not finite in 32 bits.
     """
@@ -38,7 +42,7 @@ def save_noise(noise: GradientNoise, path: str | os.PathLike[str]) -> None:
         for number, moments in objectives.items():
             parts = {
                 "cross": moments.cross[np.triu_indices(moments.conversations)],
-                "design": moments.design[:, *np.triu_indices(3)],
+                "design": moments.design[(slice(None), *np.triu_indices(3))],
                 "products": moments.products,
                 "overlap": moments.overlap,
             }
@@ -61,7 +65,9 @@ def load_noise(path: str | os.PathLike[str]) -> GradientNoise:
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} must be a safetensors file of noise, but is not: {error}") from error
+        raise ValueError(
+            f"{path} must be a safetensors file of noise, but is not: {error}"
+        ) from error
     found: dict[str, dict[int, dict[str, Float[np.ndarray, "..."]]]] = defaultdict(dict)
     for name, values in tensors.items():
         parts = _NAME.fullmatch(name)
@@ -100,3 +106,16 @@ def _moments(where: str, parts: dict[str, Float[np.ndarray, "..."]]) -> Moments:
     return Moments(
         cross, design, parts["products"].astype(np.float64), parts["overlap"].astype(np.float64)
     )
+
+
+@checked
+def shipped_noise(mix: Literal["all", "code"] = "all") -> dict[int, GradientNoise]:
+    """The noise of the pocket pair's gradients, by the steps after which it was measured.
+
+    Of one run on a ``mix`` of the conversations, with the rows and anchors of :data:`NOISE_RUN`, in
+    blocks of 15 slots.
+    """
+    files = (Path("pocket") / f"noise-{mix}-{step}.safetensors" for step in NOISE_STEPS)
+    return {
+        step: load_noise(shipped(str(file))) for step, file in zip(NOISE_STEPS, files, strict=True)
+    }

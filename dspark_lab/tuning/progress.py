@@ -2,7 +2,9 @@
 
 A step whose gradient has the noise x (see :mod:`dspark_lab.tuning.noise`) makes the share
 (1 + x)^-EXPONENT of the progress of one whose gradient has none, of the same objective and from the
-same weights.
+same weights. So progress counts noiseless steps. Noise grows as a drafter learns, since |G|^2 falls
+faster than variances do: with several measurements in the course of a run, an option's noise is
+taken as linear in the progress made, between them and beyond the last.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Per
-from dspark_lab.checks import Count, NotEmpty, Size, checked
+from dspark_lab.checks import Count, NotEmpty, Positive, Size, checked
 from dspark_lab.rates import resampled
 from dspark_lab.tuning.choice import row_blocks
 from dspark_lab.tuning.cost import step_cost
@@ -30,10 +32,12 @@ from dspark_lab.tuning.spans import Spans, in_training_batches, training_steps
 from dspark_lab.tuning.step import Step
 from dspark_lab.tuning.steptime import StepTime
 
-# The loss falls by this power of 1 / (1 + noise): McCandlish et al. 2018, arXiv 1812.06162,
-# equation 2.7, with the best learning rate for each noise. Where the rate is the same for all and
-# the noise large, Adam's steps have one length and the power would be 1/2.
-EXPONENT = 1.0
+# Between two theories. The power is 1 where each noise has its best learning rate (McCandlish et
+# al. 2018, arXiv 1812.06162, equation 2.7). It is 1/2 where the noise is large and one learning
+# rate is kept: Adam's steps then have one length, of which the share 1 / sqrt(1 + noise) leads down
+# (Malladi et al. 2022, arXiv 2205.10287). Over development runs at equal time, those of sweep.csv
+# and others of 4 rows, 3/4 and 1/2 tell log(tau - 1) of a block size to 0.13, 1 to 0.17.
+EXPONENT = 0.75
 # What makes an option.
 _OPTION = ["seq_len", "per", "batch_size", "num_anchors", "block_size"]
 
@@ -75,11 +79,11 @@ def dilution(
     trained, steps = training_steps(spans, batch_size, per)
     own = trained.candidates("document").astype(float)
     unit = trained.candidates(per)[trained.unit(per)].astype(float)
-    drawn = np.minimum(num_anchors, unit)
+    drawn = _anchors_drawn(num_anchors, unit)
     blocks = float((own * drawn / unit.clip(min=1)).sum()) / steps
     if not blocks:
         raise ValueError("no row has a candidate: no two supervised tokens are next to each other")
-    chance = drawn * (drawn - 1) / (unit * (unit - 1)).clip(min=1)
+    chance = _pair_chance(drawn, unit)
     pairs = float((chance * own * (own - 1)).sum()) / steps
     apart = np.arange(1, len(overlap) + 1)
     neighbours = 2 * (trained.run_kept[:, None] - 1 - apart).clip(min=0) @ overlap
@@ -87,9 +91,22 @@ def dilution(
     return Dilution(blocks, (blocks + pairs) / blocks**2, 1 / blocks, near / blocks**2)
 
 
+def _anchors_drawn(
+    num_anchors: int, candidates: Float[np.ndarray, " document"]
+) -> Float[np.ndarray, " document"]:
+    return np.minimum(num_anchors, candidates)
+
+
+def _pair_chance(
+    drawn: Float[np.ndarray, " document"], candidates: Float[np.ndarray, " document"]
+) -> Float[np.ndarray, " document"]:
+    """The probability of two different candidates to be drawn both."""
+    return drawn * (drawn - 1) / (candidates * (candidates - 1)).clip(min=1)
+
+
 @checked
 def progress_table(
-    noise: GradientNoise,
+    noise: GradientNoise | Mapping[int, GradientNoise],
     spans: Spans | Mapping[int, Spans],
     seconds: StepTime | pd.DataFrame,
     *,
@@ -97,6 +114,8 @@ def progress_table(
     num_anchors: Annotated[Sequence[Count], NotEmpty()] = (4, 8, 16, 32, 64, 128),
     block_sizes: Annotated[Sequence[Count], NotEmpty()] | None = None,
     per: Per | Sequence[Per] = "row",
+    budget: Positive | None = None,
+    measured: tuple[Count, Count] | None = None,
     shape: Shape | None = None,
     step: Step | None = None,
     memory: float | Card | str | None = None,
@@ -106,7 +125,8 @@ def progress_table(
     """The expected progress a second of every combination of rows, anchors and block size.
 
     Args:
-        noise: as measured; ``block_sizes`` are all of its own where None.
+        noise: as measured, once, or by the steps after which it was, of one run whose rows and
+            anchors are ``measured``; ``block_sizes`` are all that it has where None.
         spans: of the conversations, in rows as they are trained on; or several by the row's length,
             of which the noise is then taken to be the same.
         seconds: of a step: a table with ``seconds`` of each option, told by ``batch_size``,
@@ -114,6 +134,7 @@ def progress_table(
             ``error`` is their relative standard deviation, 0 where absent. Or a fit, which needs
             the ``shape``, and ``step`` for all that is no option (its sizes do not matter).
         per: what ``num_anchors`` counts for.
+        budget: seconds of the run over which the mean is taken, which several measurements need.
         memory: bytes, or a card, of which a step may take what :func:`usable_bytes` leaves; it
             needs the ``shape``. All options fit where None.
         resamples: of the conversations and step times, for the intervals.
@@ -129,63 +150,143 @@ def progress_table(
         ``known``: whether the mean gradient is told from 0 (in 97.5 % of the resamples its square
         is above). ``fits``: into the memory.
     """
-    sizes = noise.block_sizes if block_sizes is None else list(block_sizes)
-    if not set(sizes) <= set(noise.block_sizes):
-        raise ValueError(f"block_sizes must be of {noise.block_sizes}, as measured, got {sizes}")
+    by_step = {0: noise} if isinstance(noise, GradientNoise) else dict(sorted(noise.items()))
+    known_sizes = set.intersection(*(set(one.wholes) for one in by_step.values()))
+    sizes = sorted(known_sizes) if block_sizes is None else list(block_sizes)
+    if not set(sizes) <= known_sizes:
+        wanted = f"block_sizes must be of {sorted(known_sizes)}, as measured"
+        raise ValueError(f"{wanted}, got {sizes}")
+    if len(by_step) > 1 and (budget is None or measured is None):
+        raise ValueError("several measurements need budget and measured, got None")
     if isinstance(spans, Spans):
         spans = {int(spans.row_tokens.max()): spans}
     pers = [per] if isinstance(per, str) else list(per)
-    drawn = {size: _estimates(noise, size, resamples, seed) for size in sizes}
-    lines, variances = [], []
-    for (length, own), unit, rows, anchors, size in product(
-        spans.items(), pers, batch_sizes, num_anchors, sizes
-    ):
-        share = dilution(own, anchors, rows, noise.wholes[size].overlap, unit)
-        signal, between, within, shared = drawn[size].T
-        parts = share.rows * between, share.alone * within + share.shared * shared
-        variances.append(parts[0] + parts[1])
-        effective = within[0] / parts[1][0] / rows if parts[1][0] else math.nan
-        known = bool((signal[1:] > 0).mean() >= 0.975)
-        lines.append((length, unit, rows, anchors, size, share.blocks, effective, parts[0], known))
-    table = pd.DataFrame(lines, columns=[*_OPTION, "blocks", "effective", "rows_noise", "known"])
-    variance = np.stack(variances)
-    signal = np.stack([drawn[size][:, 0] for size in table["block_size"]]).clip(min=0)
-    with np.errstate(divide="ignore"):
-        table["noise"] = variance[:, 0] / signal[:, 0]
-        table["rows_noise"] = np.stack(table["rows_noise"])[:, 0] / signal[:, 0]
-    total = signal + variance
-    progress = np.divide(signal, total, out=np.zeros_like(total), where=total > 0) ** EXPONENT
-    table["progress"] = progress[:, 0]
+    first = next(iter(spans.values()))
+    drawn = {size: _Course.of(by_step, size, first, measured, resamples, seed) for size in sizes}
+    options = product(spans, pers, batch_sizes, num_anchors, sizes)
+    table = pd.DataFrame(list(options), columns=_OPTION)
     table = table.join(_step_seconds(table, seconds, spans, shape, step))
     table["fits"] = _fits(table, memory, spans, shape, step)
-    random = np.random.default_rng((seed, 1)).standard_normal(variance.shape)
+    random = np.random.default_rng((seed, 1)).standard_normal((len(table), resamples + 1))
     random[:, 0] = 0
-    # The mean error is 0, so the times are as likely too long as too short.
+    # Times are as likely too long as too short by a factor.
     times = table[["seconds"]].to_numpy() * np.exp(table[["error"]].to_numpy() * random)
-    rates = progress / times
+    found, rates = [], np.empty_like(times)
+    for place, (length, unit, rows, anchors, size) in enumerate(table[_OPTION].values.tolist()):
+        course = drawn[size]
+        share = dilution(spans[length], anchors, rows, course.overlap, unit)
+        steps = np.ones(resamples + 1) if budget is None else budget / times[place]
+        progress = course.progress(share, steps) / steps
+        rates[place] = progress / times[place]
+        noisy = progress[0] ** (-1 / EXPONENT) - 1
+        if course.moments[:, 0, 0].min() <= 0:
+            progress[0], rates[place, 0], noisy = 0, 0, math.inf
+        _, between, within, shared = course.moments[-1, 0]
+        parts = share.rows * between, share.alone * within + share.shared * shared
+        of_rows = noisy * parts[0] / sum(parts) if sum(parts) else 0.0
+        effective = within / parts[1] / rows if parts[1] else math.nan
+        found.append((share.blocks, effective, noisy, of_rows, progress[0], course.known))
+    columns = ["blocks", "effective", "noise", "rows_noise", "progress", "known"]
+    table = table.join(pd.DataFrame(found, columns=columns))
     table["rate"] = rates[:, 0]
     table["low"], table["high"] = np.quantile(rates[:, 1:], [0.025, 0.975], axis=1)
-    # The same order as that of the rates, and known even where |G|^2 is not told from 0.
-    slowness = EXPONENT * np.log(total) + np.log(times)
     table["best"] = 0.0
-    for _, lines_of in table[table["fits"]].groupby("block_size").groups.items():
-        places = np.asarray(lines_of)
-        found = slowness[places, 1:].argmin(axis=0)
-        table.loc[places, "best"] = np.bincount(found, minlength=len(places)) / resamples
+    for own in table[table["fits"]].groupby("block_size").groups.values():
+        places = np.asarray(own)
+        fastest = rates[places, 1:].argmax(axis=0)
+        table.loc[places, "best"] = np.bincount(fastest, minlength=len(places)) / resamples
     columns = [*_OPTION, "blocks", "effective", "noise", "rows_noise", "progress", "seconds"]
     return table[[*columns, "rate", "low", "high", "best", "known", "fits"]]
 
 
-def _estimates(
-    noise: GradientNoise, size: int, resamples: int, seed: int
-) -> Float[np.ndarray, "resample moment"]:
-    """Moments as measured, then of each resample; variances are 0 where they came out below."""
-    moments = noise.wholes[size]
-    times = resampled(moments.conversations, resamples, seed).astype(float)
-    found = np.concatenate([moments.estimates(), moments.estimates(times)])
-    found[:, 1:] = found[:, 1:].clip(min=0)
-    found[:, 3] = np.minimum(found[:, 3], found[:, 2])
-    return found
+@dataclass(frozen=True, eq=False)
+class _Course:
+    """Moments in the course of a run, as measured and then of each resample, and where it was.
+
+    ``made`` is the progress until each measurement. Variances that came out below 0 are 0.
+    """
+
+    moments: Float[np.ndarray, "measurement resample moment"]
+    made: Float[np.ndarray, "measurement resample"]
+    overlap: Float[np.ndarray, " distance"]
+
+    @classmethod
+    def of(
+        cls,
+        by_step: Mapping[int, GradientNoise],
+        size: int,
+        spans: Spans,
+        measured: tuple[int, int] | None,
+        resamples: int,
+        seed: int,
+    ) -> _Course:
+        found = []
+        for noise in by_step.values():
+            own = noise.wholes[size]
+            times = resampled(own.conversations, resamples, seed).astype(float)
+            found.append(np.concatenate([own.estimates(), own.estimates(times)]))
+        moments = np.stack(found)
+        moments[..., 1:] = moments[..., 1:].clip(min=0)
+        moments[..., 3] = np.minimum(moments[..., 3], moments[..., 2])
+        course = cls(moments, np.zeros(moments.shape[:2]), own.overlap)
+        if measured is None:
+            return course
+        noises = course.noises(dilution(spans, measured[1], measured[0], own.overlap))
+        taken = np.diff([0, *by_step])
+        gains = [_gain(taken[0], noises[0], 0 * noises[0])]
+        for steps, before, after in zip(taken[1:], noises, noises[1:], strict=False):
+            gains.append(steps / _steps_of_one(before, after))
+        return replace(course, made=np.cumsum(gains, axis=0))
+
+    @property
+    def known(self) -> bool:
+        return bool(((self.moments[:, 1:, 0] > 0).mean(axis=1) >= 0.975).all())
+
+    def noises(self, share: Dilution) -> Float[np.ndarray, "measurement resample"]:
+        """The noise of a step at each measurement; large but finite where |G|^2 is not above 0."""
+        signal, between, within, shared = np.moveaxis(self.moments, -1, 0)
+        least = 1e-9 * (between + within) + np.finfo(float).tiny
+        variance = share.rows * between + share.alone * within + share.shared * shared
+        return variance / np.maximum(signal, least)
+
+    def progress(
+        self, share: Dilution, steps: Float[np.ndarray, " resample"]
+    ) -> Float[np.ndarray, " resample"]:
+        """What so many steps of this dilution make, from the start of the run on."""
+        noises = self.noises(share)
+        # From and to which noise, and over how much progress, the last without an end.
+        stretches = [(noises[0], noises[0], self.made[0])]
+        for i in range(len(noises) - 1):
+            stretches.append((noises[i], noises[i + 1], self.made[i + 1] - self.made[i]))
+        total, slope = np.zeros_like(steps), np.zeros_like(steps)
+        for before, after, length in stretches:
+            here = np.minimum(steps, length * _steps_of_one(before, after))
+            slope = (after - before) / np.maximum(length, np.finfo(float).tiny)
+            total, steps = total + _gain(here, before, slope), steps - here
+        return total + _gain(steps, noises[-1], slope.clip(min=0))
+
+
+def _steps_of_one(
+    before: Float[np.ndarray, " resample"], after: Float[np.ndarray, " resample"]
+) -> Float[np.ndarray, " resample"]:
+    """Steps for progress of 1 in the mean, while the noise goes evenly from one to the other."""
+    power, rise = EXPONENT + 1, after - before
+    flat = np.abs(rise) < 1e-6 * (1 + before)
+    rise = np.where(flat, 1, rise)
+    mean = ((1 + after) ** power - (1 + before) ** power) / (power * rise)
+    return np.where(flat, (1 + before) ** EXPONENT, mean)
+
+
+def _gain(
+    steps: Any, noise: Float[np.ndarray, " resample"], slope: Float[np.ndarray, " resample"]
+) -> Float[np.ndarray, " resample"]:
+    """Progress of so many steps, while the noise rises by ``slope`` with each progress of 1."""
+    power = EXPONENT + 1
+    flat = np.abs(slope) * steps < 1e-6 * (1 + noise) ** power
+    rise = np.where(flat, 1, slope)
+    grown = (1 + noise) ** power + power * rise * steps
+    end = np.maximum(grown, 0) ** (1 / power) - 1
+    return np.where(flat, steps / (1 + noise) ** EXPONENT, (end - noise) / rise)
 
 
 def _step_seconds(
@@ -275,7 +376,8 @@ def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str
     more = others[others["num_anchors"] > best["num_anchors"]].sort_values("num_anchors")
     fewer = others[others["num_anchors"] < best["num_anchors"]].sort_values("num_anchors")
     unit = {"row": "a row", "document": "a conversation", "batch": "a step"}[best["per"]]
-    said = f"{best['num_anchors']} anchors {unit} with {best['batch_size']} rows"
+    rows = f"{best['batch_size']} row" + ("s" if best["batch_size"] > 1 else "")
+    said = f"{best['num_anchors']:,} anchors {unit} with {rows}"
     said += f" is the best of {len(own)} settings with probability {best['best']:.0%}"
     if len(more):
         cost, gain = _marginal(best, more.iloc[0])
