@@ -1,3 +1,4 @@
+from .backtest import pilot_advice, slot_advice
 from .cells import ALL, BUDGETS, PLANS, Cell, SweepConfig
 from .choice import (
     TrainingChoice,
@@ -147,6 +148,7 @@ __all__ = [
     "noise_table",
     "packing_table",
     "pilot",
+    "pilot_advice",
     "pilot_allowance",
     "predict_sweep",
     "progress_reason",
@@ -162,6 +164,7 @@ __all__ = [
     "save_noise",
     "save_runs",
     "shipped_noise",
+    "slot_advice",
     "slot_supervision",
     "supervision",
     "supervision_table",

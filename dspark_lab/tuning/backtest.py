@@ -1,0 +1,112 @@
+"""Replay pilots on recorded runs, knowing other runs alone: of another mix, or of other budgets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pandas as pd
+
+from dspark_lab.checks import NonNegative, Share, Size, checked
+from dspark_lab.tuning.extrapolation import learn_curves
+from dspark_lab.tuning.growth import fit_growth
+from dspark_lab.tuning.judging import CELL, taus_at
+from dspark_lab.tuning.race import Advice, replay_pilot
+from dspark_lab.tuning.results import require_columns, run_table
+
+# What is left out, so that nothing is known of it: a mix, or a budget.
+LeftOut = Literal["mix", "amount"]
+
+
+@checked
+def pilot_advice(
+    runs: pd.DataFrame,
+    progress: pd.DataFrame,
+    *,
+    left_out: LeftOut = "mix",
+    measured: NonNegative = 0.0,
+    share: Share = 0.15,
+    seed: Size = 0,
+) -> pd.DataFrame:
+    """What a pilot advises for each setting of recorded runs that it knows nothing of.
+
+    How tau grows (:func:`fit_growth`) and how far forecasts are off is learned from all runs but
+    those of the setting's own mix, or of its own budget on any mix.
+
+    Args:
+        runs: of :func:`load_runs`, with budgets of seconds.
+        progress: of :func:`progress_table`, with a column ``mix``.
+        measured: seconds that step times and noise took.
+        share: of a budget, for pilots; with 0 the choice rests on progress alone.
+        seed: of the runs that are the pilots.
+
+    Returns:
+        a line for each setting, for :func:`judge_advice`: the advised cell, ``spent``, and what
+        was promised: ``tau`` between ``tau_low`` and ``tau_high`` (90 %), ``sure``, ``pilots``.
+    """
+    lines = []
+    for (mix, amount), _ in _settings(runs):
+        found = _replayed(
+            runs, progress, mix, amount, left_out, measured=measured, share=share, seed=seed
+        )
+        lines.append(_line("seconds", amount, mix, found))
+    return pd.DataFrame(lines)
+
+
+@checked
+def slot_advice(
+    runs: pd.DataFrame,
+    progress: pd.DataFrame,
+    amounts: list[int],
+    *,
+    left_out: LeftOut = "mix",
+    seed: Size = 0,
+) -> pd.DataFrame:
+    """The same for budgets of supervised slots, for which no pilot is run.
+
+    The options are the cells whose recorded runs reach the budget, see :func:`taus_at`.
+    """
+    lines, ends = [], run_table(runs)
+    for amount in amounts:
+        for mix in sorted(set(runs["mix"].astype(str))):
+            reach = taus_at(ends[ends["mix"] == mix], "slots", amount)
+            if reach.empty:
+                continue
+            within = progress.merge(reach[["mix", *CELL]], on=["mix", *CELL])
+            options: dict[str, Any] = {"by": "slots", "seed": seed}
+            found = _replayed(runs, within, mix, float(amount), left_out, known=progress, **options)
+            lines.append(_line("slots", amount, mix, found))
+    return pd.DataFrame(lines)
+
+
+def _settings(runs: pd.DataFrame) -> Any:
+    require_columns("runs", runs, ("budget", "mix", "amount"))
+    if set(runs["budget"]) != {"seconds"}:
+        raise ValueError(f"runs must have budgets of seconds, got {sorted(set(runs['budget']))}")
+    return runs.groupby(["mix", "amount"], observed=True)
+
+
+def _replayed(
+    runs: pd.DataFrame,
+    progress: pd.DataFrame,
+    mix: Any,
+    amount: float,
+    left_out: LeftOut,
+    *,
+    known: pd.DataFrame | None = None,
+    **options: Any,
+) -> Advice:
+    others = runs[runs[left_out] != {"mix": mix, "amount": amount}[left_out]]
+    if others.empty:
+        raise ValueError(f"runs must hold another {left_out} than {mix}, {amount:g}, got none")
+    growth = fit_growth(others, progress if known is None else known)
+    own = progress[progress["mix"] == mix]
+    given = {"growth": growth, "reference": learn_curves(others), **options}
+    return replay_pilot(runs[runs["mix"] == mix], own, amount, **given)
+
+
+def _line(budget: str, amount: float, mix: Any, found: Advice) -> dict[str, Any]:
+    line: dict[str, Any] = {"budget": budget, "amount": float(amount), "mix": str(mix)}
+    line |= {name: int(found.best[name]) for name in CELL}
+    line |= {"advisor": "pilot", "spent": found.spent if budget == "seconds" else 0.0}
+    line |= {"tau": found.best["tau"], "tau_low": found.best["low"], "tau_high": found.best["high"]}
+    return line | {"sure": found.sure, "pilots": int((found.table["piloted"] > 0).sum())}

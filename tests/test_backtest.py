@@ -1,0 +1,80 @@
+"""Pilots replayed on recorded runs learn nothing from the runs that they are judged by."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dspark_lab.tuning import backtest, pilot_advice, run_table, slot_advice
+from tests.test_judging import ended
+
+SETTINGS = {("all", 20.0), ("all", 60.0), ("code", 20.0), ("code", 60.0)}
+
+
+@pytest.fixture
+def seen(monkeypatch: Any) -> list[dict[str, Any]]:
+    """What each replay was given; its advice is the first option."""
+    found: list[dict[str, Any]] = []
+
+    def pairs(runs: pd.DataFrame) -> set[tuple[str, float]]:
+        return set(zip(runs["mix"], runs["amount"], strict=True))
+
+    def replay(runs: pd.DataFrame, progress: pd.DataFrame, amount: float, **given: Any) -> Any:
+        found.append({"own": pairs(runs), "options": progress, "amount": amount, **given})
+        best = progress.iloc[0].to_dict() | {"tau": 2.0, "low": 1.5, "high": 2.5}
+        table = pd.DataFrame({"piloted": [0.1, 0.0, 0.05]})
+        return SimpleNamespace(best=best, spent=3.0, sure=0.6, table=table)
+
+    monkeypatch.setattr(backtest, "fit_growth", lambda runs, progress: (pairs(runs), progress))
+    monkeypatch.setattr(backtest, "learn_curves", pairs)
+    monkeypatch.setattr(backtest, "replay_pilot", replay)
+    return found
+
+
+def runs() -> pd.DataFrame:
+    table = ended(lambda *_: 2.0, (20.0, 60.0))
+    return pd.concat([table, table.assign(mix="code")], ignore_index=True)
+
+
+def progress() -> pd.DataFrame:
+    cells = runs()[["mix", "batch_size", "num_anchors", "block_size"]].drop_duplicates()
+    return cells.assign(noise=1.0)
+
+
+@pytest.mark.parametrize("left_out", ["mix", "amount"])
+def test_what_is_left_out_is_known_to_nobody(left_out: str, seen: list[dict[str, Any]]):
+    advice = pilot_advice(runs(), progress(), left_out=left_out, measured=2.0, share=0.1)
+    assert set(zip(advice["mix"], advice["amount"], strict=True)) == SETTINGS
+    for one, given in zip(advice.to_dict("records"), seen, strict=True):
+        place = 0 if left_out == "mix" else 1
+        own = (one["mix"], one["amount"])
+        known = {pair for pair in SETTINGS if pair[place] != own[place]}
+        assert given["growth"][0] == given["reference"] == known
+        assert {mix for mix, _ in given["own"]} == {one["mix"]} == set(given["options"]["mix"])
+        assert given["amount"] == one["amount"]
+        assert (given["measured"], given["share"]) == (2.0, 0.1)
+        assert (one["advisor"], one["spent"], one["tau"], one["pilots"]) == ("pilot", 3.0, 2.0, 2)
+
+
+def test_of_a_budget_of_slots_the_options_are_the_cells_that_reach_it(
+    seen: list[dict[str, Any]], monkeypatch: Any
+):
+    table = runs()
+    # Of N 16 on code, runs end before the budget; the slots of all others are 400 a second.
+    table.loc[(table["mix"] == "code") & (table["num_anchors"] == 16), "slots"] /= 10
+    monkeypatch.setattr(backtest, "run_table", lambda _: table)
+    advice = slot_advice(table, progress(), [15_000, 10**9])
+    assert advice["mix"].tolist() == ["all", "code"] and advice["budget"].unique() == ["slots"]
+    assert [len(given["options"]) for given in seen] == [4, 2]
+    assert all(given["by"] == "slots" and len(given["growth"][1]) == 8 for given in seen)
+    assert advice["spent"].tolist() == [0.0, 0.0] and run_table is not backtest.run_table
+
+
+def test_there_must_be_other_runs_to_learn_from(seen: list[dict[str, Any]]):
+    alone = runs().query("mix == 'all'")
+    with pytest.raises(ValueError, match="runs must hold another mix than all, 20, got none"):
+        pilot_advice(alone, progress())
+    slots = alone.assign(budget="slots")
+    with pytest.raises(ValueError, match="runs must have budgets of seconds, got \\['slots'\\]"):
+        pilot_advice(slots, progress())
