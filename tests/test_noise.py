@@ -15,6 +15,7 @@ from dspark_lab.chats import collate
 from dspark_lab.model import cached_features, output_objective
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning import (
+    Moments,
     gradient_moments,
     label_overlap,
     measure_noise,
@@ -115,7 +116,7 @@ def test_estimates_are_least_squares_over_products(seed, conversations):
         np.testing.assert_allclose(found[2:], solved[1:], rtol=1e-6, atol=1e-9)
 
 
-def simulated(random: np.random.Generator, conversations: int) -> np.ndarray:
+def simulated(random: np.random.Generator, conversations: int) -> Moments:
     """Estimates from gradients of known moments: signal 1, between 3, within 20, shared 0.6."""
     size, dim = 4, 6
     overlap = label_overlap(size)

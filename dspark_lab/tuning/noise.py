@@ -251,6 +251,9 @@ def measure_noise(
 ) -> GradientNoise:
     """Measures the noise of ``drafter``'s gradients as it is now, which trains nothing.
 
+    Noise grows as a drafter learns. To choose settings for a run by one measurement, make it in the
+    run's first tenth; by several, give them all to :func:`~dspark_lab.tuning.progress_table`.
+
     Args:
         drafter: at its start, or after a warm-up; its embedding and LM head become the target's.
         chats: to draw from; encoded already, or with the target's tokenizer here.
