@@ -95,7 +95,7 @@ class AcceptanceProfile:
         """An estimate for a temperature between that of this profile and of a ``hotter`` one.
 
         Rates are taken to be linear in the temperature, both profiles to be of the same drafter and
-        prompts, drawn alike. Decoding there says more: tau is off by 4 to 6 % on the shipped pairs.
+        prompts, drawn alike. Decoding there says more: on the shipped pairs tau was off by up to 6 %.
         """
         low, high = self.temperature, hotter.temperature
         if low is None or high is None or not low < high or not low <= temperature <= high:
