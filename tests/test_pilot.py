@@ -1,5 +1,6 @@
 """Pilots: what is known before them, which are run, what their results say, and the real ones."""
 
+import dataclasses
 import json
 import math
 import shlex
@@ -35,6 +36,7 @@ from dspark_lab.tuning import (
     pilots,
     race,
     replay_pilot,
+    runs,
 )
 from dspark_lab.tuning import growth as growing
 from dspark_lab.tuning.extrapolation import Forecast
@@ -105,9 +107,9 @@ def forecast(tau: float, error: float, steps: int = 10) -> Forecast:
 
 def test_pilots_may_have_a_share_of_the_budget_and_of_short_ones_half_a_minute():
     assert pilot_allowance(3600) == 540 and pilot_allowance(200) == 30
-    assert pilot_allowance(180) == pilot_allowance(67) == 30
-    assert pilot_allowance(20) == pytest.approx(9) and pilot_allowance(100, 0.0) == 0
-    assert pilot_allowance(1000, 0.1) == 100 and pilot_allowance(100, 0.1) == 20
+    assert pilot_allowance(180) == pilot_allowance(134) == 30
+    assert pilot_allowance(20) == pytest.approx(4.5) and pilot_allowance(100, 0.0) == 0
+    assert pilot_allowance(1000, 0.1) == 100 and pilot_allowance(100, 0.1) == 15
 
 
 def expected_logit(coefficients: list[float], steps: float, noise: float, slots: float) -> float:
@@ -252,7 +254,7 @@ def test_of_equal_runs_the_first_stay():
 BUDGETS = (100.0, 700.0, 5000.0)
 
 
-@pytest.mark.parametrize(("seed", "budget"), list(enumerate(BUDGETS * 3)))
+@pytest.mark.parametrize(("seed", "budget"), list(enumerate(BUDGETS * 2)))
 def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, monkeypatch: Any):
     world = World(seed, options(), budget, measured=0.02 * budget)
     contest, asked = world.contest, {}
@@ -280,7 +282,7 @@ def test_losing_pilots_never_take_more_than_they_may(seed: int, budget: float, m
     assert (advice.table["piloted"] > 0).sum() == len(asked) <= contest.arms
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_order_in_which_pilots_end_changes_nothing(seed: int, monkeypatch: Any):
     world = World(seed, options(), 5000.0)
     first, *others = (world.play(monkeypatch, order) for order in range(3))
@@ -312,7 +314,7 @@ def test_pilots_find_the_best_of_what_was_thought_to_be_equal(monkeypatch: Any):
     # Alike in all that is known beforehand.
     table = pd.concat([options((8, 16, 7))] * 4, ignore_index=True)
     world = World(0, table, 2000.0, growth=replace(GROWTH, residual=0.5))
-    for winner in range(4):
+    for winner in (0, 3):
         world.log_tau = np.log([2.0] * 4)
         world.log_tau[winner] = math.log(4.0)
         pilots = world.play(monkeypatch)
@@ -519,23 +521,28 @@ def known(work: Path) -> Path:
     return work
 
 
-def test_a_pilot_goes_on_where_it_was_interrupted_and_so_does_the_run_that_it_recommends(
+def test_a_pilot_goes_on_where_it_was_killed_and_so_does_the_run_that_it_recommends(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ):
     whole = pilot(work=known(tmp_path / "whole"), **tiny)
     run_cell, calls = pilots.run_cell, []
 
-    def interrupted(*given: Any) -> Any:
+    def killed(*given: Any, **named: Any) -> Any:
+        raise SystemExit
+
+    def begun(*given: Any) -> Any:
         calls.append(given)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            # In the middle of the second pilot.
+            monkeypatch.setattr(runs, "evaluate", killed)
         return run_cell(*given)
 
-    work = known(tmp_path / "work")
-    monkeypatch.setattr(pilots, "run_cell", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    work, evaluate = known(tmp_path / "work"), runs.evaluate
+    monkeypatch.setattr(pilots, "run_cell", begun)
+    with pytest.raises(SystemExit):
         pilot(work=work, **tiny)
     assert len(list((work / "pilots").iterdir())) == 1
+    monkeypatch.setattr(runs, "evaluate", evaluate)
     again = pilot(work=work, **tiny)
     # The pilot that had ended was not run again.
     assert len(calls) == 3 and calls[2] == calls[1] != calls[0]
@@ -546,6 +553,7 @@ def test_a_pilot_goes_on_where_it_was_interrupted_and_so_does_the_run_that_it_re
     pd.testing.assert_frame_equal(pilot(work=work, **tiny).table, whole.table)
 
     assert (again.table["piloted"] > 0).all() and again.spent > 2
+    assert "Trained on blocks of 4 slots, of which 2 are served, drafters have" in again.reason
     best = again.best
     assert again.settings == TrainingSettings(2, int(best["block_size"]), 64, 2)
     program, *arguments = shlex.split(again.command.removeprefix("python -m "))
@@ -556,6 +564,31 @@ def test_a_pilot_goes_on_where_it_was_interrupted_and_so_does_the_run_that_it_re
     train_main(arguments)
     after = (out / "metrics.jsonl").read_text().splitlines()
     assert after[: len(before)] == before and len(after) == again.steps
+
+
+def test_pilots_are_jobs_of_processes_or_of_a_cluster(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any
+):
+    asked: list[tuple[int, str | None]] = []
+
+    def in_turn(function: Any, jobs: Any, *, processes: int, address: str | None) -> Any:
+        asked.append((processes, address))
+        return ((key, function(*given)) for key, given in reversed(jobs.items()))
+
+    def pretended(cell: Any, config: Any, steps: int, own: float, work: Path, until: int) -> Any:
+        lines = run_lines(steps, 1.5 + cell.block_size / 10)
+        lines = lines[lines["step"] <= until].assign(**dataclasses.asdict(cell), step_seconds=own)
+        lines = lines.assign(slots=1, tokens=1)
+        return {"run": {}, "lines": lines.to_dict("records")}
+
+    monkeypatch.setattr(pilots, "run_jobs", in_turn)
+    monkeypatch.setattr(pilots, "run_cell", pretended)
+    alone = pilot(work=known(tmp_path / "alone"), **tiny)
+    assert not asked
+    for where in ({"processes": 2}, {"address": "auto"}):
+        other = pilot(work=known(tmp_path / str(len(asked))), **where, **tiny)
+        pd.testing.assert_frame_equal(other.table, alone.table)
+    assert asked == [(2, None), (1, "auto")]
 
 
 def test_a_folder_holds_the_pilots_of_one_question(tiny: dict[str, Any], tmp_path: Path):
