@@ -6,15 +6,15 @@ The logarithm of tau - 1 (the log-odds of a slot's accept rate) is, in the run's
 
 where g = 2 (sqrt(s) - 1) grows with the share s = S / S_end of the whole run's area under the
 learning rate, and v = 1 - rate / peak with how far the rate has fallen since its peak: after Tissue
-et al. 2024 (arXiv 2408.11029, equation 1), whose loss has a power of S and a gain by annealing.
-``wander`` is what a run does besides, forgotten within some e-folds of S (an Ornstein-Uhlenbeck
-process), so that the last points count most. A run that is unlike the others, by the evidence of its points, may grow by
-another power of s, or by its logarithm, and may be less noisy.
+et al. 2024 (arXiv 2408.11029), whose loss has a power of S and a gain by annealing. ``wander`` is
+what a run does besides, forgotten within some e-folds of S (an Ornstein-Uhlenbeck process), so that
+the last points count most. A run that its points show to be unlike others may grow by another power
+of s, or by its logarithm, and may be less noisy.
 
 The level is the run's own. All other coefficients are drawn from a normal distribution over runs,
 :class:`Curves`, so that a run's points overrule it as they come; its mean depends on how long the
 run is. How wide the intervals are follows from how far the same procedure was off on other runs at
-the same share of the run, never from the points' fit.
+the same share of the run, never from the residuals of the fit alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.special import expit, logit
-from scipy.stats import norm
 
 from dspark_lab.checks import Positive, checked
 from dspark_lab.training import TrainConfig
@@ -340,7 +339,8 @@ def _points(
     if slot is None:
         y = np.log(np.maximum(table["tau"].to_numpy(dtype=float) - 1, 1e-3))
     else:
-        y = logit(np.clip([rates[slot] for rates in table["accept"]], 1e-3, 1 - 1e-3))
+        rate = np.clip([rates[slot] for rates in table["accept"]], 1e-3, 1 - 1e-3)
+        y = np.log(rate / (1 - rate))
     return Points(step, kind, _log_share(design), design, y, variance)
 
 
@@ -433,7 +433,7 @@ def _deviation(design: np.ndarray, covariance: np.ndarray) -> Any:
 
 def _quantile(curves: Curves, kind: int, share: Any, level: float) -> Any:
     """Half the interval of ``level``, in standard deviations, from this share of a run."""
-    return np.interp(share, SHARES, curves.scale[kind]) * norm.ppf((1 + level) / 2)
+    return np.interp(share, SHARES, curves.scale[kind]) * NormalDist().inv_cdf((1 + level) / 2)
 
 
 def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -> Curves:
@@ -453,7 +453,7 @@ def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -
     scale = np.ones((2, len(SHARES)))
     for at, values in errors.items():
         share = min(1.0, 0.9 * (1 + 1 / len(values)))
-        scale[at] = np.quantile(values, share) / norm.ppf(0.95)
+        scale[at] = np.quantile(values, share) / NormalDist().inv_cdf(0.95)
     return replace(_likeliest(found, lengths), scale=scale)
 
 
@@ -514,7 +514,7 @@ def _slot_table(
             fit = _Fit(curves, _points(held, own_factors, slot), length)
             (y,), (deviation,) = fit.predict(end[None])
             half = _quantile(curves, 0, share, level) * deviation
-            lines.append((slot, *expit([y, y - half, y + half])))
+            lines.append((slot, *(1 / (1 + np.exp([-y, half - y, -y - half])))))
     return pd.DataFrame(lines, columns=["slot", "accept", "low", "high"])
 
 
