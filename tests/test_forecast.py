@@ -213,6 +213,9 @@ def test_a_level_curve_is_flat_and_one_that_grows_is_not() -> None:
     flat, other = extrapolate(level, rates), extrapolate(grows, rates)
     assert flat.flat and abs(flat.gain) < 0.01 and "has flattened" in flat.reason
     assert not other.flat and other.gain > 0.01 and "has not flattened" in other.reason
+    unsure = [extrapolate(points_of(rates, (1.1, 0.5, 0, 0.3), noise=0.3), rates)]
+    unsure = [found for found in unsure if found.gain < 0.01 <= found.gain_high]
+    assert unsure and not unsure[0].flat
     early = extrapolate(level[level["step"] <= 6000], rates)
     assert early.low < 1 + math.exp(1.1) < early.high
 
@@ -383,6 +386,13 @@ def test_a_run_without_configuration_asks_for_its_steps(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold the tau and lr of one training step"):
         lab.forecast(pd.DataFrame({"step": []}), steps=20)
     assert lab.forecast(tmp_path, steps=300).steps == 300
+    # What was trained with another schedule stays as it was.
+    longer = learning_rates(replace(CONFIG, steps=300, warmup_steps=100))
+    longer[:50] = learning_rates(CONFIG)[:50]
+    rows = pd.DataFrame(rows_of(50))
+    found = lab.forecast(rows, config=replace(CONFIG, steps=300, warmup_steps=100))
+    means = lab.tuning.forecasts._points(rows_of(50), [r for r in rows_of(50) if "loss" in r])
+    pd.testing.assert_frame_equal(found.table, extrapolate(means, longer).table)
 
 
 def test_a_checkpoint_says_the_configuration_where_nothing_else_does(tmp_path: Path) -> None:
