@@ -38,7 +38,12 @@ def test_a_forecast_is_a_dashed_line_to_the_end_of_the_run_in_its_interval() -> 
     assert line.get_ydata()[-1] == found.tau
     ends = band[band[:, 0] == 80][:, 1]
     assert (ends.min(), ends.max()) == (found.low, found.high)
-    assert ax.texts[0].get_text() == f"at the end {found.tau:.2f}\n(training)"
+    assert ax.get_title(loc="left") == f"tau; at the end {found.tau:.2f} (training)"
+    assert len(ax.lines) == 3
+    evaluated = pd.DataFrame([*rows, {"step": 10, "held_out_tau": 1.8}])
+    found = forecast(evaluated, config=TrainConfig(steps=80, warmup_steps=2))
+    *_, so_far, ahead = plot_training(table, found).axes[2].lines
+    assert so_far.get_xdata()[0] == 1 and so_far.get_xdata()[-1] < ahead.get_xdata()[0] == 20
 
 
 def test_live_curve_says_where_tau_will_be_once_the_warm_up_is_over() -> None:

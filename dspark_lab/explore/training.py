@@ -21,7 +21,6 @@ from dspark_lab.explore.style import (
     RED,
     WIDEST,
     add_band,
-    add_note,
     add_title,
     new_figure,
 )
@@ -55,14 +54,15 @@ def plot_training(table: pd.DataFrame, forecast: Forecast | None = None) -> Figu
 
 
 def _add_forecast(ax: Axes, forecast: Forecast) -> None:
-    """The forecast curve from the last step on, and what it ends at."""
-    curve = forecast.table[forecast.table["step"] >= forecast.step]
+    """The forecast curve from the last step on; of held-out tau also so far, which has no dots."""
+    ahead = forecast.table["step"] >= forecast.step
+    curve, so_far = forecast.table[ahead], forecast.table[~ahead]
     kind, colour = ("held out", BLUE) if forecast.kind == "held_out" else ("training", RED)
+    if forecast.kind == "held_out":
+        ax.plot(so_far["step"], so_far["tau"], color=colour)
     ax.plot(curve["step"], curve["tau"], "--", color=colour)
     add_band(ax, curve["step"], curve["low"], curve["high"], colour)
-    words = f"at the end {forecast.tau:.2f}\n({kind})"
-    place = (0.98, 0.03)
-    add_note(ax, words, place, (0, 0), x="axes fraction", y="axes fraction", ha="right")
+    add_title(ax, f"tau; at the end {forecast.tau:.2f} ({kind})")
 
 
 @checked

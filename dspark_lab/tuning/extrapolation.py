@@ -6,15 +6,15 @@ The logarithm of tau - 1 (the log-odds of a slot's accept rate) is, in the run's
 
 where g = 2 (sqrt(s) - 1) grows with the share s = S / S_end of the whole run's area under the
 learning rate, and v = 1 - rate / peak with how far the rate has fallen since its peak: after Tissue
-et al. 2024 (arXiv 2408.11029, equation 1), whose loss has a power of S and a gain by annealing.
-``wander`` is what a run does besides, forgotten within some e-folds of S (an Ornstein-Uhlenbeck
-process), so that the last points count most. A run that is unlike the others, by the evidence of its points, may grow by
-another power of s, or by its logarithm, and may be less noisy.
+et al. 2024 (arXiv 2408.11029), whose loss has a power of S and a gain by annealing. ``wander`` is
+what a run does besides, forgotten within some e-folds of S (an Ornstein-Uhlenbeck process), so that
+the last points count most. A run that its points show to be unlike others may grow by another power
+of s, or by its logarithm, and may be less noisy.
 
 The level is the run's own. All other coefficients are drawn from a normal distribution over runs,
 :class:`Curves`, so that a run's points overrule it as they come; its mean depends on how long the
 run is. How wide the intervals are follows from how far the same procedure was off on other runs at
-the same share of the run, never from the points' fit.
+the same share of the run, never from the residuals of the fit alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.special import expit, logit
-from scipy.stats import norm
 
 from dspark_lab.checks import Positive, checked
 from dspark_lab.training import TrainConfig
@@ -146,7 +145,7 @@ class _Sums(NamedTuple):
     squares: Float[np.ndarray, "*run coefficient coefficient"]
     products: Float[np.ndarray, "*run coefficient"]
     y_squared: Float[np.ndarray, "*run"]
-    count: Float[np.ndarray, "*run"]
+    points: Float[np.ndarray, "*run"]
 
 
 @checked
@@ -212,9 +211,18 @@ def extrapolate(
     more = reference.tau.mean[1, 0] * np.log(TENTH) / fit.prior[1]
     gained = more * (growth + spread * np.array([0, -1, 1]))
     gain, gain_low, gain_high = ((1 + np.exp(y[-1] + gained)) / tau - 1).tolist()
-    name: Literal["held_out", "train"] = "train" if kind else "held_out"
+    of: Literal["held_out", "train"] = "train" if kind else "held_out"
     result = Forecast(
-        *(tau, low, high, level, name, step, len(area), gain, gain_low, gain_high),
+        tau=tau,
+        low=low,
+        high=high,
+        level=level,
+        kind=of,
+        step=step,
+        steps=len(area),
+        gain=gain,
+        gain_low=gain_low,
+        gain_high=gain_high,
         flat=gain_high < FLAT,
         table=frame,
         by_slot=_slot_table(table, own_factors, factors[-1], reference.accept, length, level),
@@ -331,7 +339,8 @@ def _points(
     if slot is None:
         y = np.log(np.maximum(table["tau"].to_numpy(dtype=float) - 1, 1e-3))
     else:
-        y = logit(np.clip([rates[slot] for rates in table["accept"]], 1e-3, 1 - 1e-3))
+        rate = np.clip([rates[slot] for rates in table["accept"]], 1e-3, 1 - 1e-3)
+        y = np.log(rate / (1 - rate))
     return Points(step, kind, _log_share(design), design, y, variance)
 
 
@@ -371,14 +380,15 @@ class _Fit:
     def __init__(self, curves: Curves, points: Points, length: float) -> None:
         self.prior = _logs(length, curves.lengths) @ curves.mean
         like = (0.5, 1.0, self.prior, curves.covariance)
+        unlike = [(power, _ODDS, *_UNLIKE) for power in _POWERS]
         fits = []
-        for power, odds, *known in (like, *((power, _ODDS, *_UNLIKE) for power in _POWERS)):
+        for power, odds, mean, covariance in (like, *unlike):
             shaped = points._replace(design=_with_power(points.design, power))
             sums = _sums(shaped)
             for less in _NOISES:
                 # A density of the noise that falls off with its square.
                 odds_so = odds * less**2
-                fit = _fit(sums, *known, curves.noise * less)
+                fit = _fit(sums, mean, covariance, curves.noise * less)
                 fits.append((fit[0] + np.log(odds_so), power, shaped, *fit[1:]))
         best = max(fits, key=lambda fit: fit[0])
         _, self.power, self.points, self.noise, self.mean, self.covariance = best
@@ -413,7 +423,7 @@ def _fit(
     mean = posterior @ weighted
     misfit = sums.y_squared / noise**2 + prior @ precision @ prior - mean @ weighted
     size = np.linalg.slogdet(precision[1:, 1:])[1] + np.linalg.slogdet(posterior)[1]
-    evidence = (size - misfit) / 2 - sums.count * np.log(noise)
+    evidence = (size - misfit) / 2 - sums.points * np.log(noise)
     return float(evidence), noise, mean, posterior
 
 
@@ -423,7 +433,7 @@ def _deviation(design: np.ndarray, covariance: np.ndarray) -> Any:
 
 def _quantile(curves: Curves, kind: int, share: Any, level: float) -> Any:
     """Half the interval of ``level``, in standard deviations, from this share of a run."""
-    return np.interp(share, SHARES, curves.scale[kind]) * norm.ppf((1 + level) / 2)
+    return np.interp(share, SHARES, curves.scale[kind]) * NormalDist().inv_cdf((1 + level) / 2)
 
 
 def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -> Curves:
@@ -434,15 +444,16 @@ def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -
     for left_out in dict.fromkeys(settings):
         inside = np.array([setting == left_out for setting in settings])
         curves = _likeliest(_Sums(*(part[~inside] for part in found)), lengths[~inside])
-        for place in np.flatnonzero(inside):
+        for place in np.flatnonzero(inside).tolist():
+            points, length = runs[place]
             for kind, number in product((0, 1), range(len(SHARES))):
-                error = _end_error(curves, *runs[place], kind, SHARES[number])
+                error = _end_error(curves, points, length, kind, SHARES[number])
                 if error is not None:
                     errors.setdefault((kind, number), []).append(error)
     scale = np.ones((2, len(SHARES)))
     for at, values in errors.items():
         share = min(1.0, 0.9 * (1 + 1 / len(values)))
-        scale[at] = np.quantile(values, share) / norm.ppf(0.95)
+        scale[at] = np.quantile(values, share) / NormalDist().inv_cdf(0.95)
     return replace(_likeliest(found, lengths), scale=scale)
 
 
@@ -480,7 +491,7 @@ def _likeliest(sums: _Sums, lengths: Float[np.ndarray, " run"]) -> Curves:
         covariance = (off.T @ off + covariances.sum(axis=0) + least) / (runs + _LEAST_RUNS)
         second = covariances + means[:, :, None] * means[:, None, :]
         explained = 2 * (sums.products * means).sum() - (sums.squares * second).sum()
-        noise = float(np.sqrt((sums.y_squared.sum() - explained) / sums.count.sum()))
+        noise = float(np.sqrt((sums.y_squared.sum() - explained) / sums.points.sum()))
         curves = replace(curves, mean=mean, covariance=covariance, noise=noise)
     return curves
 
@@ -503,7 +514,7 @@ def _slot_table(
             fit = _Fit(curves, _points(held, own_factors, slot), length)
             (y,), (deviation,) = fit.predict(end[None])
             half = _quantile(curves, 0, share, level) * deviation
-            lines.append((slot, *expit([y, y - half, y + half])))
+            lines.append((slot, *(1 / (1 + np.exp([-y, half - y, -y - half])))))
     return pd.DataFrame(lines, columns=["slot", "accept", "low", "high"])
 
 
