@@ -17,6 +17,8 @@ from dspark_lab.chats import Batch, pack
 from dspark_lab.decoding import OTHERS
 from dspark_lab.explore import REGIONS, mask_regions, sorting_table
 from dspark_lab.serving import StepsPerSecond
+from dspark_lab.training import TrainConfig
+from dspark_lab.tuning import Forecast, forecast
 from tests.pictures import pixels
 from tests.samples import documents
 
@@ -263,6 +265,12 @@ def composite(replay: bool = False) -> Figure:
 TRAINING = table(
     "step loss accept_rate tau", (1, 3.0, 0.1, 1.1), (2, 2.0, 0.2, 1.2), (3, 1.0, 0.4, 1.4)
 )
+
+
+def training_forecast() -> Forecast:
+    return forecast(TRAINING.assign(lr=1e-3), config=TrainConfig(steps=9, warmup_steps=1))
+
+
 ONE_KIND = rates(["one", "two"]).query("kind == 'on policy'")
 
 PICTURES: dict[str, Callable[[], Figure]] = {
@@ -280,6 +288,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     ),
     "sorting": lambda: explore.plot_sorting(sorting_table(small_blocks(), tile_sizes=(2, 4))),
     "training": lambda: explore.plot_training(TRAINING),
+    "training with its forecast": lambda: explore.plot_training(TRAINING, training_forecast()),
     "rates": lambda: explore.plot_rates(rates(["one", "two", "three", "four", "five"])),
     "survival": lambda: explore.plot_rates(rates(["one", "two"]), "survival"),
     "rates of one": lambda: explore.plot_rates(rates(["one"]).drop(columns="drafter")),

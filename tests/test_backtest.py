@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from dspark_lab.tuning import backtest, pilot_advice, run_table, slot_advice
+from dspark_lab.tuning.race import TIMED_STEPS, noise_plan
 from tests.test_judging import ended
 
 SETTINGS = {("all", 20.0), ("all", 60.0), ("code", 20.0), ("code", 60.0)}
@@ -39,12 +40,12 @@ def runs() -> pd.DataFrame:
 
 def progress() -> pd.DataFrame:
     cells = runs()[["mix", "batch_size", "num_anchors", "block_size"]].drop_duplicates()
-    return cells.assign(noise=1.0)
+    return cells.assign(noise=1.0, seconds=cells["num_anchors"] / 100)
 
 
 @pytest.mark.parametrize("left_out", ["mix", "amount"])
 def test_what_is_left_out_is_known_to_nobody(left_out: str, seen: list[dict[str, Any]]):
-    advice = pilot_advice(runs(), progress(), left_out=left_out, measured=2.0, share=0.1)
+    advice = pilot_advice(runs(), progress(), left_out=left_out, share=0.1)
     assert set(zip(advice["mix"], advice["amount"], strict=True)) == SETTINGS
     for one, given in zip(advice.to_dict("records"), seen, strict=True):
         place = 0 if left_out == "mix" else 1
@@ -53,8 +54,27 @@ def test_what_is_left_out_is_known_to_nobody(left_out: str, seen: list[dict[str,
         assert given["growth"][0] == given["reference"] == known
         assert {mix for mix, _ in given["own"]} == {one["mix"]} == set(given["options"]["mix"])
         assert given["amount"] == one["amount"]
-        assert (given["measured"], given["share"]) == (2.0, 0.1)
+        assert given["share"] == 0.1 and set(given["options"]["mix"]) == {one["mix"]}
         assert (one["advisor"], one["spent"], one["tau"], one["pilots"]) == ("pilot", 3.0, 2.0, 2)
+
+
+def test_measuring_costs_what_it_costs_a_pilot(seen: list[dict[str, Any]]):
+    """All steps take a tenth of a second, so that a plan of any label costs the same."""
+    even = progress().assign(seconds=0.1)
+    rich = pd.concat([runs(), runs().assign(amount=runs()["amount"] * 100)], ignore_index=True)
+    pilot_advice(rich, even)
+    for given in seen:
+        own = even[even["mix"] == given["options"]["mix"].iloc[0]]
+        plan = noise_plan(own, given["amount"])
+        timing = len(own) * TIMED_STEPS * 0.1
+        if given["amount"] < 1000:
+            # A few of them are timed, and the noise is the usual one.
+            assert plan is None and 0 < given["measured"] <= timing
+            assert given["options"]["noise"].nunique() > 1
+        else:
+            assert plan is not None and given["measured"] == pytest.approx(timing + plan.seconds)
+            assert given["options"]["noise"].unique().tolist() == [1.0]
+    assert {given["amount"] for given in seen} == {20.0, 60.0, 2000.0, 6000.0}
 
 
 def test_of_a_budget_of_slots_the_options_are_the_cells_that_reach_it(

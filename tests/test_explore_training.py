@@ -8,6 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from dspark_lab.explore import plot_training, style, training
+from dspark_lab.training import TrainConfig
+from dspark_lab.tuning import forecast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +26,35 @@ def test_training_shows_every_step_and_can_be_empty() -> None:
         assert list(dots.get_ydata()) == list(table[name]) and list(dots.get_xdata()) == [1, 2, 3]
         assert len(course.get_ydata()) == 3
     assert all(len(ax.lines) == 0 for ax in plot_training(table.iloc[:0]).axes)
+
+
+def test_a_forecast_is_a_dashed_line_to_the_end_of_the_run_in_its_interval() -> None:
+    rows = [step_row(step) | {"lr": 1e-3} for step in range(1, 21)]
+    table = pd.DataFrame(rows)
+    found = forecast(table, config=TrainConfig(steps=80, warmup_steps=2))
+    ax = plot_training(table, found).axes[2]
+    line, band = ax.lines[-1], ax.collections[0].get_paths()[0].vertices
+    assert line.get_linestyle() == "--" and line.get_xdata()[[0, -1]].tolist() == [20, 80]
+    assert line.get_ydata()[-1] == found.tau
+    ends = band[band[:, 0] == 80][:, 1]
+    assert (ends.min(), ends.max()) == (found.low, found.high)
+    assert ax.texts[0].get_text() == f"at the end {found.tau:.2f}\n(training)"
+
+
+def test_live_curve_says_where_tau_will_be_once_the_warm_up_is_over() -> None:
+    curve = training.LiveCurve(TrainConfig(steps=100, warmup_steps=6))
+    for step in range(1, 31):
+        curve(step_row(step) | {"lr": 1e-3})
+        assert (curve.forecast is None) == (step <= 6)
+    curve.redraw()
+    found = curve.forecast
+    assert found is not None and found.steps == 100 and found.kind == "train"
+    end = f"at the end tau {found.tau:.2f} ({found.low:.2f} to {found.high:.2f})"
+    assert curve._line.value.endswith(end)
+    curve({"step": 30, "held_out_tau": 2.0, "accept_by_slot": [0.5]})
+    curve.redraw()
+    assert curve.forecast is not None and curve.forecast.kind == "held_out"
+    assert "at the end held-out tau" in curve._line.value
 
 
 def test_live_curve_keeps_every_step_and_redraws_at_most_twice_a_second(

@@ -87,8 +87,8 @@ def train(
 
     Embedding and LM head become the target's own. ``out`` receives ``run.json`` with the
     configuration, ``metrics.jsonl`` and ``checkpoint-<step>`` folders, each a drafter that
-    :func:`dspark_lab.load_drafter` reads, with the optimiser's state beside it. Ctrl-C ends the run after the step it is in, with a checkpoint;
-    the same call goes on from there.
+    :func:`dspark_lab.load_drafter` reads, with the optimiser's state beside it. Ctrl-C ends the run
+    after the step it is in, with a checkpoint; the same call goes on from there.
 
     Args:
         drafter: with "fsdp2" it is left in shards; the last checkpoint holds it whole.

@@ -25,7 +25,7 @@ from dspark_lab.checks import checked
 from dspark_lab.model import Drafter, save_drafter
 from dspark_lab.training.config import TrainConfig
 
-METRICS, CHECKPOINT, RUN = "metrics.jsonl", "checkpoint-", "run.json"
+METRICS, CHECKPOINT, SETTINGS_FILE = "metrics.jsonl", "checkpoint-", "run.json"
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
@@ -104,8 +104,8 @@ def read_run(
         raise FileNotFoundError(f"{metrics} must be the metrics of a run, got no such file")
     rows = _read_rows(metrics)
     found = checkpoints(out)
-    if (out / RUN).exists():
-        saved = files.read_json(out / RUN)
+    if (out / SETTINGS_FILE).exists():
+        saved = files.read_json(out / SETTINGS_FILE)
     elif found:
         saved = read_state(found[-1])["config"]
     else:
@@ -118,8 +118,8 @@ def read_run(
 
 def write_run(out: Path, config: TrainConfig) -> None:
     """Write the configuration of a run, which its metrics alone do not tell."""
-    with write_errors(out / RUN):
-        files.write_json(out / RUN, asdict(config))
+    with write_errors(out / SETTINGS_FILE):
+        files.write_json(out / SETTINGS_FILE, asdict(config))
 
 
 def append_metrics(out: Path, row: Mapping[str, Any]) -> None:

@@ -6,11 +6,17 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from dspark_lab.checks import NonNegative, Share, Size, checked
+from dspark_lab.checks import Share, Size, checked
 from dspark_lab.tuning.extrapolation import learn_curves
 from dspark_lab.tuning.growth import fit_growth
 from dspark_lab.tuning.judging import CELL, taus_at
-from dspark_lab.tuning.race import Advice, replay_pilot
+from dspark_lab.tuning.race import (
+    Advice,
+    noise_plan,
+    replay_pilot,
+    timed_options,
+    usual_noise,
+)
 from dspark_lab.tuning.results import require_columns, run_table
 
 # What is left out, so that nothing is known of it: a mix, or a budget.
@@ -23,19 +29,18 @@ def pilot_advice(
     progress: pd.DataFrame,
     *,
     left_out: LeftOut = "mix",
-    measured: NonNegative = 0.0,
     share: Share = 0.15,
     seed: Size = 0,
 ) -> pd.DataFrame:
     """What a pilot advises for each setting of recorded runs that it knows nothing of.
 
     How tau grows (:func:`fit_growth`) and how far forecasts are off is learned from all runs but
-    those of the setting's own mix, or of its own budget on any mix.
+    those of the setting's own mix, or of its own budget on any mix. Measuring costs what it costs
+    :func:`dspark_lab.pilot`, which measures no noise where the budget is too small for it.
 
     Args:
         runs: of :func:`load_runs`, with budgets of seconds.
         progress: of :func:`progress_table`, with a column ``mix``.
-        measured: seconds that step times and noise took.
         share: of a budget, for pilots; with 0 the choice rests on progress alone.
         seed: of the runs that are the pilots.
 
@@ -45,9 +50,9 @@ def pilot_advice(
     """
     lines = []
     for (mix, amount), _ in _settings(runs):
-        found = _replayed(
-            runs, progress, mix, amount, left_out, measured=measured, share=share, seed=seed
-        )
+        own, measured = _measured(progress[progress["mix"] == mix], float(amount))
+        options: dict[str, Any] = {"measured": measured, "share": share, "seed": seed}
+        found = _replayed(runs, progress, own, mix, amount, left_out, **options)
         lines.append(_line("seconds", amount, mix, found))
     return pd.DataFrame(lines)
 
@@ -71,9 +76,9 @@ def slot_advice(
             reach = taus_at(ends[ends["mix"] == mix], "slots", amount)
             if reach.empty:
                 continue
-            within = progress.merge(reach[["mix", *CELL]], on=["mix", *CELL])
+            within = progress[progress["mix"] == mix].merge(reach[CELL], on=CELL)
             options: dict[str, Any] = {"by": "slots", "seed": seed}
-            found = _replayed(runs, within, mix, float(amount), left_out, known=progress, **options)
+            found = _replayed(runs, progress, within, mix, float(amount), left_out, **options)
             lines.append(_line("slots", amount, mix, found))
     return pd.DataFrame(lines)
 
@@ -85,21 +90,29 @@ def _settings(runs: pd.DataFrame) -> Any:
     return runs.groupby(["mix", "amount"], observed=True)
 
 
+def _measured(options: pd.DataFrame, amount: float) -> tuple[pd.DataFrame, float]:
+    """The options as a pilot with this budget knows them, and the seconds that this takes."""
+    work = options["seconds"]
+    _, spent = timed_options(work, amount, lambda label: float(work[label]))
+    plan = noise_plan(options, amount)
+    if plan is None:
+        return usual_noise(options), spent
+    return options, spent + plan.seconds
+
+
 def _replayed(
     runs: pd.DataFrame,
     progress: pd.DataFrame,
+    own: pd.DataFrame,
     mix: Any,
     amount: float,
     left_out: LeftOut,
-    *,
-    known: pd.DataFrame | None = None,
     **options: Any,
 ) -> Advice:
     others = runs[runs[left_out] != {"mix": mix, "amount": amount}[left_out]]
     if others.empty:
         raise ValueError(f"runs must hold another {left_out} than {mix}, {amount:g}, got none")
-    growth = fit_growth(others, progress if known is None else known)
-    own = progress[progress["mix"] == mix]
+    growth = fit_growth(others, progress)
     given = {"growth": growth, "reference": learn_curves(others), **options}
     return replay_pilot(runs[runs["mix"] == mix], own, amount, **given)
 

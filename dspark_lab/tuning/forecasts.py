@@ -15,6 +15,7 @@ from dspark_lab.checks import Count, Positive, Within, checked
 from dspark_lab.training import History, TrainConfig, read_run
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.extrapolation import (
+    REFERENCE,
     Forecast,
     Reference,
     extrapolate,
@@ -34,6 +35,7 @@ def forecast(
     steps: Count | None = None,
     config: TrainConfig | None = None,
     reference: Reference | pd.DataFrame | None = None,
+    progress: pd.DataFrame | None = None,
     level: Positive = 0.9,
 ) -> Forecast:
     """Say where tau will be at the end of a run, from its metrics so far.
@@ -54,6 +56,13 @@ def forecast(
             cosine, and the peak that of the metrics.
         reference: other runs, as :func:`dspark_lab.tuning.load_runs` gives them, or what was
             learned from them; else small runs of this lab.
+        progress: what steps of other rows and anchors teach a second, for one block size and with
+            the run's own among them, by :func:`dspark_lab.tuning.progress_table`: would another
+            choice have been better from here? ``options`` of the forecast has a line for each:
+            its ``speed`` over the run's own, and the ``tau`` at the end, had the time that is left
+            been spent on it: as much as the run itself learns in ``speed`` times its steps left.
+            ``low`` and ``high`` are the tau of the slowest and the fastest that the two intervals
+            allow together.
         level: probability of the intervals.
 
     Raises:
@@ -74,7 +83,57 @@ def forecast(
     rates = _rates(np.array([row["lr"] for row in taken]), config, steps)
     if isinstance(reference, pd.DataFrame):
         reference = learn_curves(reference)
-    return extrapolate(_points(rows, taken), rates, reference=reference, level=level)
+    points = _points(rows, taken)
+    result = extrapolate(points, rates, reference=reference, level=level)
+    if progress is None:
+        return result
+    if config is None:
+        raise ValueError("progress needs the run's own rows and anchors: give its config")
+    return _compared(result, points, rates, config, progress, reference)
+
+
+def _compared(
+    result: Forecast,
+    points: pd.DataFrame,
+    rates: Float[np.ndarray, " step"],
+    config: TrainConfig,
+    progress: pd.DataFrame,
+    reference: Reference | None,
+) -> Forecast:
+    """The forecast with what the other options would have come to in the time that is left."""
+    sizes = progress["block_size"].unique().tolist()
+    rows, anchors = config.batch_size * config.accumulate, config.num_anchors
+    mine = (progress["batch_size"] == rows) & (progress["num_anchors"] == anchors)
+    if len(sizes) != 1 or mine.sum() != 1:
+        wanted = f"one block size, and one line of {rows} rows and {anchors} anchors"
+        raise ValueError(f"progress must have {wanted}, got {sizes} and {mine.sum()} lines")
+    own, step = progress[mine].iloc[0], result.step
+    past, left = rates[:step], rates[step:]
+    taught = replace(reference or REFERENCE, accept=None)
+
+    def tau(speed: float) -> float:
+        steps = max(1, round(len(left) * speed))
+        places = (np.arange(steps) + 0.5) / steps * len(left) - 0.5
+        ahead = np.interp(places, np.arange(len(left)), left) if len(left) else left
+        whole = np.concatenate([past, ahead])
+        return extrapolate(points, whole, reference=taught).tau
+
+    options = progress[["batch_size", "num_anchors"]].copy()
+    options["speed"] = progress["rate"] / own["rate"]
+    options["tau"] = options["speed"].map(tau)
+    options["low"] = np.where(mine, 1.0, progress["low"] / own["high"])
+    options["high"] = np.where(mine, 1.0, progress["high"] / own["low"])
+    options[["low", "high"]] = options[["low", "high"]].map(tau)
+    best = options.loc[options["speed"].idxmax()]
+    words = "No other choice of rows and anchors would teach faster from here."
+    if best["speed"] > 1:
+        words = (
+            f"From here {best['num_anchors']:.0f} anchors and {best['batch_size']:.0f} rows "
+            f"instead of {anchors} and {rows} would teach {best['speed']:.2f} times as fast: tau "
+            f"{best['tau']:.2f} ({best['low']:.2f} to {best['high']:.2f}) instead of "
+            f"{result.tau:.2f} after the same time."
+        )
+    return replace(result, options=options, reason=f"{result.reason} {words}")
 
 
 def _number(row: Mapping[Any, Any], name: str) -> bool:
