@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,10 +55,14 @@ def measure(
             continue
         torch.manual_seed(training.seed)
         mask = mask_token_id(None, pair.target, chats)
-        sizes = {"block_size": max(block_sizes), "num_anchors": anchors}
+        sizes: dict[str, Any] = {"block_size": max(block_sizes), "num_anchors": anchors}
         drafter = new_drafter(pair.target, mask_token_id=mask, **sizes)
         if stage:
-            options = {"features": "cached", "cache": work / "features", "until": stage}
+            options: dict[str, Any] = {
+                "features": "cached",
+                "cache": work / "features",
+                "until": stage,
+            }
             train(drafter, pair.target, own, training, out=work / mix, **options)
         noise = measure_noise(
             *(drafter, pair.target, own, training),

@@ -641,7 +641,7 @@ def explore_training_budget(
         if noise is None:
             said.append(_UNKNOWN)
         else:
-            tables["progress"] = progress = progress_of(
+            tables["progress"] = surface = progress_of(
                 (chosen.seq_len, chosen.packed, 1),
                 tuple(sorted({b for b in _BATCH_SIZES if b <= spans.rows} | {batch_size})),
                 chosen.card,
@@ -650,9 +650,9 @@ def explore_training_budget(
                 per=per,
             )
             marks |= {"rows": batch_size, "coverage": best}
-            marks["progress"] = _near(progress, batch_size)
-            if progress["fits"].any():
-                tables["recommended"] = both = _recommended(progress, batch_size, best)
+            marks["progress"] = _near(surface, batch_size)
+            if surface["fits"].any():
+                tables["recommended"] = both = _recommended(surface, batch_size, best)
                 use = {name: int(both[name].iloc[0]) for name in ("num_anchors", "batch_size")}
                 said = [both["reason"].iloc[0], said[1], *both["reason"].iloc[1:]]
                 if not isinstance(time, StepTime):

@@ -95,7 +95,8 @@ class AcceptanceProfile:
         """An estimate for a temperature between that of this profile and of a ``hotter`` one.
 
         Rates are taken to be linear in the temperature, both profiles to be of the same drafter and
-        prompts, drawn alike. Decoding there says more: on the shipped pairs tau was off by up to 6 %.
+        prompts, drawn alike. Decoding there says more: tau was off by up to 6 % on the shipped
+        pairs.
         """
         low, high = self.temperature, hotter.temperature
         if low is None or high is None or not low < high or not low <= temperature <= high:
