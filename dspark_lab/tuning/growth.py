@@ -58,9 +58,16 @@ class Growth:
         terms, slots = _terms(options, steps), options["block_size"].to_numpy(dtype=float)
         logit = terms @ self.mean
         covariance = terms @ self.covariance @ terms.T + self.residual**2 * np.eye(len(terms))
-        log_tau = np.log(_tau(logit, slots))
-        slope = (np.log(_tau(logit + _SMALL, slots)) - log_tau) / _SMALL
-        return log_tau, covariance * np.outer(slope, slope)
+        by_logit = self.by_logit(options, steps)
+        return np.log(_tau(logit, slots)), covariance * np.outer(by_logit, by_logit)
+
+    @checked
+    def by_logit(
+        self, options: pd.DataFrame, steps: Float[np.ndarray, " option"]
+    ) -> Float[np.ndarray, " option"]:
+        """The derivative of log tau by logit(p)."""
+        logit, slots = _terms(options, steps) @ self.mean, options["block_size"].to_numpy(float)
+        return (np.log(_tau(logit + _SMALL, slots)) - np.log(_tau(logit, slots))) / _SMALL
 
     @checked
     def slope(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -76,12 +76,13 @@ def pilot_allowance(seconds: Positive, share: Share = 0.15) -> float:
 
 @checked
 def pilot_error(share: Annotated[float, Within(0, 1, above=True)]) -> float:
-    """How far one pilot's log tau, extrapolated from a share of its run, is off more than others'.
+    """How far one pilot's logit(p), extrapolated from a share of a run, is off more than others'.
 
-    The standard deviation in the 18 runs of the development sweep: 0.09 from 5 %, 0.05 from 12 %,
-    0.03 from 28 %. What they are all off together changes no choice.
+    See :class:`Growth` for p. The standard deviation in the 18 runs of the development sweep, at a
+    tau of 1.1 to 1.7: 0.3 from 5 %, 0.2 from 12 %, 0.1 from 28 %. What they are all off together
+    changes no choice.
     """
-    return 0.015 * share**-0.6
+    return 0.05 * share**-0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +142,9 @@ class Contest:
             arms = order[:count]
             for first in range(_FIRST, EVALUATIONS - 1):
                 plan = _scheduled(arms.tolist(), first, rest)
-                if plan is None or rest - plan.seconds > self.allowed:
+                if plan is None or plan.most > self.allowed:
                     continue
-                errors = pilot_error(plan.rungs[0][1]) * np.ones(count)
+                errors = pilot_error(plan.rungs[0][1]) * beliefs.by_logit[arms]
                 worth = beliefs.expected_gain(arms, errors)
                 worth -= beliefs.slope[order[0]] * math.log(rest / plan.seconds)
                 if worth > most:
@@ -165,28 +166,33 @@ class Contest:
             spread = np.minimum(np.log(high / low) / (2 * 1.96), _UNKNOWN)
         # Most of what is not known of the noise, |G|^2, all options have in common.
         off = slope * spread
-        return Beliefs(mean, covariance + np.outer(off, off), slope)
+        by_logit = self.growth.by_logit(self.options, steps)
+        return Beliefs(mean, covariance + np.outer(off, off), slope, by_logit)
 
 
 @dataclass(frozen=True)
 class PilotPlan:
     """Pilots in rungs: at each, so many of the ``arms`` have run a share of their whole run.
 
-    ``seconds`` are those of a whole run, if all rungs are run.
+    ``seconds`` are those of a whole run, if all rungs are run, and ``most`` those of all pilots,
+    which are lost where none of them is chosen.
     """
 
     arms: tuple[int, ...]
     rungs: tuple[tuple[int, float], ...]
     seconds: float
+    most: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Beliefs:
-    """Log tau of the options as a Gaussian; ``slope``: its derivative by the log of time."""
+    """Log tau of the options as a Gaussian, and its derivatives at the start: by the log of time,
+    ``slope``, and by the logit of what it stands for, ``by_logit``."""
 
     mean: Float[np.ndarray, " option"]
     covariance: Float[np.ndarray, "option option"]
     slope: Float[np.ndarray, " option"]
+    by_logit: Float[np.ndarray, " option"]
 
     def expected_gain(self, seen: Any, errors: Float[np.ndarray, " seen"]) -> float:
         """What choosing after estimates of the ``seen`` options gains in log tau, on average."""
@@ -208,7 +214,7 @@ class Beliefs:
         """
         root, moved = self._moved(seen, errors, shared)
         mean = self.mean + moved @ np.linalg.solve(root, found - self.mean[seen])
-        return Beliefs(mean, self.covariance - moved @ moved.T, self.slope)
+        return replace(self, mean=mean, covariance=self.covariance - moved @ moved.T)
 
     def draws(self) -> Float[np.ndarray, "draw option"]:
         values, vectors = np.linalg.eigh(self.covariance)
@@ -447,6 +453,7 @@ class _Race:
             slots = contest.options["block_size"].to_numpy()[seen]
             found = np.log(np.minimum([self.forecasts[arm].tau for arm in seen], slots + 1))
             own = np.array([pilot_error(self.shares[arm]) for arm in seen])
+            own *= self.prior.by_logit[seen]
             whole = np.array([_error(self.forecasts[arm]) for arm in seen])
             shared = np.sqrt(np.maximum(whole**2 - own**2, 0))
             self.beliefs = self.prior.given(seen, found, own, shared)
@@ -454,7 +461,7 @@ class _Race:
             before = share
 
     def _worth_going_on(self, alive: Sequence[int], before: float, share: float) -> bool:
-        errors = np.full(len(alive), _more_precise(before, share))
+        errors = _more_precise(before, share) * self.beliefs.by_logit[list(alive)]
         lost = (len(alive) - 1) * (share - before)
         slope = self.beliefs.slope[self.beliefs.mean.argmax()]
         return self.beliefs.expected_gain(list(alive), errors) > slope * lost
@@ -502,7 +509,9 @@ def _scheduled(arms: Sequence[int], first: int, rest: float) -> PilotPlan | None
         share, kept = shares[len(rungs)], count // 2
         rungs.append((count, share))
         lost, count = lost + (count - kept) * share, kept
-    return PilotPlan(tuple(arms), tuple(rungs), rest / (1 + lost))
+    whole = rest / (1 + lost)
+    # The one that is left at the end has run as far as the last rung.
+    return PilotPlan(tuple(arms), tuple(rungs), whole, (lost + rungs[-1][1]) * whole)
 
 
 def pilot_step(steps: int, share: float) -> int:
@@ -550,7 +559,9 @@ def _surer(contest: Contest, race: _Race, best: int, other: int) -> str:
         if share <= begun:
             continue
         error = _more_precise(begun, share) if begun else pilot_error(share)
-        sure = _expected_sure(lead, variance, 2 * error**2)
+        sure = _expected_sure(
+            lead, variance, error**2 * float((race.prior.by_logit[pair] ** 2).sum())
+        )
         seconds = (2 * share - run) * contest.plan.seconds
         text = f"Another {seconds:,.0f} s of pilots of these two would make it {sure:.0%} sure"
         if sure >= _SURE:
