@@ -14,7 +14,6 @@ from dspark_lab.tuning.race import (
     Advice,
     noise_plan,
     replay_pilot,
-    timed_options,
     usual_noise,
 )
 from dspark_lab.tuning.results import require_columns, run_table
@@ -50,9 +49,10 @@ def pilot_advice(
     """
     lines = []
     for (mix, amount), _ in _settings(runs):
-        own, measured = _measured(progress[progress["mix"] == mix], float(amount))
-        options: dict[str, Any] = {"measured": measured, "share": share, "seed": seed}
-        found = _replayed(runs, progress, own, mix, amount, left_out, **options)
+        own = progress[progress["mix"] == mix]
+        if noise_plan(own, float(amount)) is None:
+            own = usual_noise(own)
+        found = _replayed(runs, progress, own, mix, amount, left_out, share=share, seed=seed)
         lines.append(_line("seconds", amount, mix, found))
     return pd.DataFrame(lines)
 
@@ -88,16 +88,6 @@ def _settings(runs: pd.DataFrame) -> Any:
     if set(runs["budget"]) != {"seconds"}:
         raise ValueError(f"runs must have budgets of seconds, got {sorted(set(runs['budget']))}")
     return runs.groupby(["mix", "amount"], observed=True)
-
-
-def _measured(options: pd.DataFrame, amount: float) -> tuple[pd.DataFrame, float]:
-    """The options as a pilot with this budget knows them, and the seconds that this takes."""
-    work = options["seconds"]
-    _, spent = timed_options(work, amount, lambda label: float(work[label]))
-    plan = noise_plan(options, amount)
-    if plan is None:
-        return usual_noise(options), spent
-    return options, spent + plan.seconds
 
 
 def _replayed(
