@@ -10,9 +10,11 @@ Nothing is timed: budgets are of the runs' own step times, measured before them.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from dspark_lab.chats import Encoded
 from dspark_lab.files import DATA
 from dspark_lab.pairs import load_pair
 from dspark_lab.training import encode_chats
@@ -50,17 +52,21 @@ def run() -> Iterator[str]:
         load_pair(),
     )
     encoded = encode_chats(pair.chats, pair.target.tokenizer, training.max_length)
-    data, parts = {}, []
+    data: dict[str, list[Encoded]] = {}
+    parts = []
     for mix in sorted(set(ends["mix"])):
         data[mix] = [one for one in encoded if mix in (ALL, one.domain)]
         own = ends[ends["mix"] == mix]
         times = own.groupby(CELL, as_index=False)["step_seconds"].first()
-        sizes = {f"{name}s": sorted(set(own[name])) for name in ("batch_size", "block_size")}
+        sizes: dict[str, Any] = {
+            "batch_sizes": sorted(set(own["batch_size"])),
+            "num_anchors": sorted(set(own["num_anchors"])),
+            "block_sizes": sorted(set(own["block_size"])),
+        }
         table = progress_table(
             load_noise(noises / f"noise-{mix}-{NOISE_STEP}.safetensors"),
             Spans.of(data[mix]),
             times.rename(columns={"step_seconds": "seconds"}),
-            num_anchors=sorted(set(own["num_anchors"])),
             **sizes,
         )
         parts.append(table.assign(mix=mix))
