@@ -385,7 +385,7 @@ def recorded(table: pd.DataFrame, amounts: tuple[float, ...], taus: list[float])
         run |= {name: int(option[name]) for name in CELLS} | {"step_seconds": option["seconds"]}
         lines = run_lines(steps, 1 + (taus[label] - 1) * (amount / max(amounts)) ** 0.3)
         slots = lines["step"] * int(option[CELLS].prod())
-        parts.append(lines.assign(slots=slots, **run))
+        parts.append(lines.assign(slots=slots, spent=2.0 + lines["step"] / steps, **run))
     return with_all_columns(pd.concat(parts, ignore_index=True))
 
 
@@ -403,10 +403,18 @@ def test_a_replay_runs_the_pilots_of_recorded_runs_and_counts_their_time(monkeyp
     advice = replay_pilot(runs, table, 1000.0, growth=growth)
     piloted = advice.table[advice.table["piloted"] > 0]
     assert len(piloted) > 1 and 0 < advice.spent < 200
-    assert advice.curves["kind"].value_counts()["measured"] >= 4 * len(piloted)
     for lines in asked:
         assert lines["amount"].eq(1000.0).all() and lines["step"].max() < lines["steps"].iloc[0] / 2
     assert replay_pilot(runs, table, 1000.0, growth=growth, measured=50.0).spent >= 50
+    # What is spent: the losers' steps, and an evaluation of each pilot at the end of each rung, as
+    # long as the quickest of all that were recorded.
+    paid = replay_pilot(runs, table, 1000.0, growth=growth, measured=0.0)
+    losers = paid.table.drop(index=paid.best.name)
+    steps = float((losers["piloted"] * losers["steps"] * losers["seconds"]).sum())
+    evaluations = int((paid.curves["kind"] == "measured").sum())
+    assert evaluations >= (paid.table["piloted"] > 0).sum() > 1
+    whole = steps + runs["spent"].min() * evaluations
+    assert paid.spent == pytest.approx(whole, rel=0.02)
     # No pilot, no slots: what measuring takes is all.
     none = replay_pilot(runs, table, 1000.0, growth=growth, share=0.0)
     assert (none.table["piloted"] == 0).all()
@@ -524,7 +532,7 @@ def known(work: Path) -> Path:
     """A folder in which step times and noise are measured already."""
     work.mkdir()
     table = options((2, 2, 2), (2, 2, 4)).assign(seconds=[1.0, 1.2])
-    found = {"seconds": 2.0, "options": table.to_dict("records")}
+    found = {"seconds": 2.0, "evaluation": 0.1, "options": table.to_dict("records")}
     (work / "options.json").write_text(json.dumps(found))
     return work
 

@@ -53,6 +53,7 @@ from dspark_lab.tuning.runs import (
     cell_drafter,
     cell_training,
     measure_cell,
+    measure_evaluation,
     require_same_sweep,
     run_cell,
     sweep_materials,
@@ -102,7 +103,8 @@ def pilot(
     Args:
         target: "pocket", or a folder or hub id, which needs chats and held_out.
         chats: file of conversations to learn from.
-        minutes: the budget, of training steps: evaluations are not counted.
+        minutes: the budget, of training steps, measurements, and evaluations of the pilots; not
+            counted is what the run that is advised does beside its steps.
         held_out: file of conversations to evaluate on.
         share: of the budget that pilots which lose may take; see :func:`pilot_allowance`.
         arms: pilots at most.
@@ -141,9 +143,9 @@ def pilot(
     place.mkdir(parents=True, exist_ok=True)
     require_same_sweep(place / "sweep.json", config)
     (budget,) = config.seconds
-    options, measured = _options(config, place, progress)
+    options, measured, evaluation = _options(config, place, progress)
     allowed = pilot_allowance(budget, share)
-    contest = Contest(options, budget, allowed, measured, arms, growth, reference)
+    contest = Contest(options, budget, allowed, measured, evaluation, arms, growth, reference)
     cells = {
         int(label): _cell(config, option, contest.plan.seconds)
         for label, option in options.iterrows()
@@ -228,8 +230,8 @@ def _command(
     return f"python -m dspark_lab.training {flags}"
 
 
-def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFrame, float]:
-    """The options with their progress, and the seconds of the budget that this took."""
+def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFrame, float, float]:
+    """The options with their progress, the seconds that this took, and those of an evaluation."""
     path, columns = work / "options.json", [*CELL, "seconds", "noise", "rate", "low", "high"]
     if not path.exists():
         table, spent = _timed(config, work, progress)
@@ -245,10 +247,13 @@ def _options(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFr
             sizes |= {"num_anchors": config.num_anchors, "block_sizes": config.block_sizes}
             options = progress_table(noise, spans, table, per=training.anchors_per, **sizes)
             options = known_noise(options)
-        found = {"seconds": spent, "options": options[columns].to_dict("records")}
-        write_json(path, found, indent=0)
+        longest = table.loc[table["block_size"].idxmax()]
+        evaluation = measure_evaluation(_cell(config, longest, config.seconds[0]), config, work)
+        spent += evaluation
+        found = {"seconds": spent, "evaluation": evaluation}
+        write_json(path, found | {"options": options[columns].to_dict("records")}, indent=0)
     found = read_json(path)
-    return pd.DataFrame(found["options"]), float(found["seconds"])
+    return pd.DataFrame(found["options"]), float(found["seconds"]), float(found["evaluation"])
 
 
 def _timed(config: SweepConfig, work: Path, progress: bool) -> tuple[pd.DataFrame, float]:

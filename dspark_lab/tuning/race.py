@@ -105,6 +105,7 @@ class Contest:
         budget: seconds, or whatever else ``seconds`` counts.
         allowed: of the budget, for pilots that lose.
         measured: of the budget, spent before.
+        evaluation: of the budget, for evaluating a pilot once, as is done at the end of each rung.
         arms: pilots at once, at most.
         growth: how tau grows, from other data.
         reference: what other runs say of how learning curves go on, see :func:`learn_curves`.
@@ -115,6 +116,7 @@ class Contest:
     budget: Positive
     allowed: NonNegative
     measured: NonNegative = 0.0
+    evaluation: NonNegative = 0.0
     arms: Count = 5
     growth: Growth = GROWTH
     reference: Reference | None = None
@@ -141,7 +143,7 @@ class Contest:
         for count in range(2, min(self.arms, len(order)) + 1):
             arms = order[:count]
             for first in range(_FIRST, EVALUATIONS - 1):
-                plan = _scheduled(arms.tolist(), first, rest)
+                plan = _scheduled(arms.tolist(), first, rest, self.evaluation)
                 if plan is None or plan.most > self.allowed:
                     continue
                 errors = pilot_error(plan.rungs[0][1]) * beliefs.by_logit[arms]
@@ -174,8 +176,8 @@ class Contest:
 class PilotPlan:
     """Pilots in rungs: at each, so many of the ``arms`` have run a share of their whole run.
 
-    ``seconds`` are those of a whole run, if all rungs are run, and ``most`` those of all pilots,
-    which are lost where none of them is chosen.
+    ``seconds`` are those of a whole run, if all rungs are run, and ``most`` those of all pilots
+    with their evaluations, which are lost where none of them is chosen.
     """
 
     arms: tuple[int, ...]
@@ -403,7 +405,8 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
     # A run that has begun has its steps; a new one has what all pilots have left.
     rest = plan.seconds
     if not begun:
-        rest = contest.budget - contest.measured - sum(race.shares.values()) * plan.seconds
+        rest = contest.budget - contest.measured - race.evaluations * contest.evaluation
+        rest -= sum(race.shares.values()) * plan.seconds
     steps = max(1, round(rest / float(options["seconds"].iloc[first])))
     lead = low = high = math.inf
     if others:
@@ -428,7 +431,8 @@ def decide(contest: Contest, pilots: Mapping[int, Pilot]) -> Advice:
 class _Race:
     """The pilots of a plan, as far as they have come.
 
-    ``todo`` as in :func:`next_pilots`; ``shares`` and ``forecasts`` of the arms that were run.
+    ``todo`` as in :func:`next_pilots`; ``shares`` and ``forecasts`` of the arms that were run, and
+    how many ``evaluations`` these had.
     """
 
     def __init__(self, contest: Contest, pilots: Mapping[int, Pilot]) -> None:
@@ -437,6 +441,7 @@ class _Race:
         self.prior = self.beliefs = contest.beliefs(plan.seconds)
         self.shares: dict[int, float] = {}
         self.forecasts: dict[int, Forecast] = {}
+        self.evaluations = 0
         alive, before = list(plan.arms), 0.0
         for _, share in plan.rungs:
             if before and not self._worth_going_on(alive, before, share):
@@ -446,6 +451,7 @@ class _Race:
             if behind:
                 self.todo = dict.fromkeys(behind, share)
                 return
+            self.evaluations += len(alive)
             for label, arm in labels.items():
                 self.shares[arm] = share
                 self.forecasts[arm] = _forecast(pilots[label], share, contest)
@@ -498,7 +504,7 @@ def _stays(key: int, forecasts: Mapping[int, float]) -> bool:
     return not pruned
 
 
-def _scheduled(arms: Sequence[int], first: int, rest: float) -> PilotPlan | None:
+def _scheduled(arms: Sequence[int], first: int, rest: float, evaluation: float) -> PilotPlan | None:
     """Rungs from a point of the run on, each for half as many; None where a run is too short."""
     shares = PILOT_SHARES[first:-1]
     rungs: list[tuple[int, float]] = []
@@ -509,9 +515,13 @@ def _scheduled(arms: Sequence[int], first: int, rest: float) -> PilotPlan | None
         share, kept = shares[len(rungs)], count // 2
         rungs.append((count, share))
         lost, count = lost + (count - kept) * share, kept
-    whole = rest / (1 + lost)
+    evaluated = sum(number for number, _ in rungs) * evaluation
+    whole = (rest - evaluated) / (1 + lost)
+    if whole <= 0:
+        return None
     # The one that is left at the end has run as far as the last rung.
-    return PilotPlan(tuple(arms), tuple(rungs), whole, (lost + rungs[-1][1]) * whole)
+    most = (lost + rungs[-1][1]) * whole + evaluated
+    return PilotPlan(tuple(arms), tuple(rungs), whole, most)
 
 
 def pilot_step(steps: int, share: float) -> int:
@@ -622,6 +632,8 @@ def replay_pilot(
 
     Args:
         runs: of one mix, of every option (:func:`load_runs`); for pilots, of the budget ``amount``.
+            Of their evaluations a pilot has those at the ends of its rungs, each as long as the
+            quickest that was recorded.
         progress: a line for each option of the runs (:func:`progress_table`).
         amount: the budget.
         measured: seconds that step times and noise took; None for what :func:`pilot` would take. It
@@ -643,8 +655,8 @@ def replay_pilot(
                 f"runs must hold every option of progress, got no {option_name(option)}"
             )
         if by == "slots":
-            ends = run_table(by_option[label])
-            options.loc[label, "seconds"] = (ends["slots"] / ends["steps"]).mean()
+            ended = run_table(by_option[label])
+            options.loc[label, "seconds"] = (ended["slots"] / ended["steps"]).mean()
     if measured is None:
         _, measured = timed_options(
             options["seconds"], amount, lambda label: float(options["seconds"][label])
@@ -653,10 +665,15 @@ def replay_pilot(
         measured += plan.seconds if plan else 0.0
     allowed = pilot_allowance(amount, share) if by == "seconds" else 0.0
     others: dict[str, Any] = {"growth": growth, "reference": reference, "domain": domain}
-    contest = Contest(options, amount, allowed, measured, **others)
+    held_out = runs["kind"] == "held_out"
+    evaluation = float(runs.loc[held_out, "spent"].min()) if by == "seconds" else 0.0
+    contest = Contest(options, amount, allowed, measured, evaluation, **others)
     pilots: dict[int, Pilot] = {}
+    ends: dict[int, list[int]] = {}
     while todo := next_pilots(contest, pilots):
         for label, part in todo.items():
-            lines = by_option[label]
-            pilots[label] = Pilot(part, lines[lines["amount"] == amount])
+            lines = by_option[label][by_option[label]["amount"] == amount]
+            ends.setdefault(label, []).append(pilot_step(int(lines["steps"].iloc[0]), part))
+            seen = (lines["kind"] == "train") | lines["step"].isin(ends[label])
+            pilots[label] = Pilot(part, lines[seen])
     return decide(contest, pilots)

@@ -150,8 +150,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Trains one drafter, evaluates it on the way, and decodes with it.
 
-    With ``until`` it stops after that step, with the lines of each conversation in place of what it
-    decodes at its end; a later call goes on.
+    With ``until`` it stops after that step, evaluated there and where earlier calls stopped, with
+    the lines of each conversation in place of what it decodes at its end; a later call goes on.
 
     Returns its settings, ``run``, and its ``lines``, both as in :func:`load_runs`.
     """
@@ -162,7 +162,7 @@ def run_cell(
     training = cell_training(cell, config, steps, step_seconds)
     drafter = cell_drafter(cell, materials)
     held_out = _HeldOut(config, materials, drafter, work)
-    points = [step for step in evaluation_steps(steps, config.evaluations) if step <= until]
+    points = evaluation_steps(steps, config.evaluations) if until == steps else [until]
 
     def on_metrics(row: dict[str, Any]) -> None:
         # Before the checkpoint of its step, so that no checkpoint lacks an evaluation.
@@ -176,7 +176,7 @@ def run_cell(
         raise KeyboardInterrupt
     totals = table[_TOTALS].cumsum().set_index(table["step"]).round(3)
     lines = [line for line in _window_lines(table, steps) if line["step"] <= until]
-    for point in points:
+    for point in sorted({*points, *_evaluated(out, until)}):
         found = read_json(out / f"evaluation-{point}.json", list)
         last = point == points[-1]
         kept = (line for line in found if last or line["kind"] != "conversation")
@@ -190,6 +190,22 @@ def run_cell(
 
 
 @checked
+def measure_evaluation(cell: Cell, config: SweepConfig, work: Path) -> float:
+    """Seconds of an evaluation on the held-out conversations, by the time of this process.
+
+    On a CPU; elsewhere by the clock. Of a drafter that has learned nothing, after a first one.
+    """
+    materials = sweep_materials(config)
+    drafter = cell_drafter(cell, materials)
+    drafter.to(materials.target.device)
+    held_out = _HeldOut(config, materials, drafter, work)
+    own = time.process_time if materials.target.device.type == "cpu" else time.perf_counter
+    begin = own()
+    held_out.lines(drafter, each=False)
+    return own() - begin
+
+
+@checked
 def evaluation_steps(steps: Count, count: Count) -> list[int]:
     """At most ``count`` of the steps, evenly spaced in their logarithm, from 1 % to the last."""
     spaced = np.geomspace(steps, max(1, steps / 100), count)
@@ -200,6 +216,12 @@ def evaluation_steps(steps: Count, count: Count) -> list[int]:
 def window_ends(steps: Count, count: Count = WINDOWS) -> list[int]:
     """The last steps of at most ``count`` windows; half of them are in the first quarter."""
     return sorted({-(-steps * i * i // count**2) for i in range(1, count + 1)})
+
+
+def _evaluated(out: Path, until: int) -> list[int]:
+    """The steps at which a run was evaluated, up to one."""
+    steps = (int(path.stem.partition("-")[2]) for path in out.glob("evaluation-*.json"))
+    return [step for step in steps if step <= until]
 
 
 def _window_lines(table: pd.DataFrame, steps: int) -> list[dict[str, Any]]:
