@@ -176,7 +176,8 @@ def run_cell(
         raise KeyboardInterrupt
     totals = table[_TOTALS].cumsum().set_index(table["step"]).round(3)
     lines = [line for line in _window_lines(table, steps) if line["step"] <= until]
-    for point in sorted({*points, *_evaluated(out, until)}):
+    # A run that began as a pilot has not been evaluated before that one's end.
+    for point in _evaluated(out, until):
         found = read_json(out / f"evaluation-{point}.json", list)
         last = point == points[-1]
         kept = (line for line in found if last or line["kind"] != "conversation")
@@ -221,7 +222,7 @@ def window_ends(steps: Count, count: Count = WINDOWS) -> list[int]:
 def _evaluated(out: Path, until: int) -> list[int]:
     """The steps at which a run was evaluated, up to one."""
     steps = (int(path.stem.partition("-")[2]) for path in out.glob("evaluation-*.json"))
-    return [step for step in steps if step <= until]
+    return sorted(step for step in steps if step <= until)
 
 
 def _window_lines(table: pd.DataFrame, steps: int) -> list[dict[str, Any]]:
