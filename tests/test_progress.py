@@ -343,8 +343,8 @@ def options(**columns: list[Any]) -> pd.DataFrame:
         {"num_anchors": [8, 24, 32], "rate": [1.0, 2.0, 1.5], "best": [0.1, 0.8, 0.1]}
     )
     table = table.assign(seq_len=100, per="row", batch_size=4, block_size=7, known=True, fits=True)
-    table = table.assign(blocks=4 * table["num_anchors"], seconds=[1.0, 2.0, 2.0 * 1.03**8])
-    table = table.assign(progress=[0.2, 0.5, 0.5 * 1.01**8], noise=4.0, rows_noise=1.0)
+    table = table.assign(blocks=4 * table["num_anchors"], seconds=[1.0, 2.0, 3.0])
+    table = table.assign(progress=[0.2, 0.5, 0.6], noise=4.0, rows_noise=1.0)
     return table.assign(**({"effective": table["num_anchors"] / 3} | columns))
 
 
@@ -357,18 +357,21 @@ def options(**columns: list[Any]) -> pd.DataFrame:
         ({"effective": 20.0}, "a step has 4 times as much noise as signal"),
     ],
 )
-def test_the_reason_says_what_another_anchor_costs_and_adds(columns, why):
+def test_the_reason_says_what_more_anchors_cost_and_add(columns, why):
+    """A third more cost half as much time again and add a fifth."""
+    tenth = math.log(1.1) / math.log(4 / 3)
     reason = progress_reason(options(**columns))
     assert "24 anchors a row with 4 rows" in reason and "80%" in reason
-    assert "another anchor costs 3.0% of a step's time and adds 1.0% to what it teaches" in reason
+    cost, gain = 1.5**tenth - 1, 1.2**tenth - 1
+    assert f"more of them cost {cost:.1%} of a step's time and add {gain:.1%} to what it" in reason
     assert why in reason
 
 
 def test_the_reason_of_the_largest_number_looks_back():
     reason = progress_reason(options().query("num_anchors < 32"))
     assert "the most that was asked for" in reason
-    assert f"cost {2 ** (1 / 16) - 1:.1%}" in reason
-    assert f"added {2.5 ** (1 / 16) - 1:.1%}" in reason
+    tenth = math.log(1.1) / math.log(3)
+    assert f"cost {2**tenth - 1:.1%}" in reason and f"added {2.5**tenth - 1:.1%}" in reason
 
 
 def test_the_reason_is_of_one_block_size():

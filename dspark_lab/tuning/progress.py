@@ -366,7 +366,7 @@ def best_option(table: pd.DataFrame, block_size: Count | None = None) -> pd.Seri
 def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str:
     """Why :func:`best_option` of :func:`progress_table` is the best, in a sentence.
 
-    What one more anchor would do is told from the next larger number in the table.
+    What a tenth more anchors would do is told from the next larger number in the table.
     """
     best = best_option(table, block_size)
     own = table[table["fits"] & (table["block_size"] == best["block_size"])]
@@ -381,22 +381,22 @@ def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str
     said += f" is the best of {len(own)} settings with probability {best['best']:.0%}"
     if len(more):
         cost, gain = _marginal(best, more.iloc[0])
-        said += f": another anchor costs {cost:.1%} of a step's time and adds {gain:.1%} to what it"
-        said += f" teaches, since {_why(best)}"
+        said += f": a tenth more of them cost {cost:.1%} of a step's time and add {gain:.1%} to"
+        said += f" what it teaches, since {_why(best)}"
     elif len(fewer):
         cost, gain = _marginal(fewer.iloc[-1], best)
-        said += f", the most that was asked for: the last ones cost {cost:.1%} of a step's time"
-        said += f" each and added {gain:.1%} to what it teaches"
+        said += f", the most that was asked for: the last tenth more cost {cost:.1%} of a step's"
+        said += f" time and added {gain:.1%} to what it teaches"
     if not best["known"]:
         said += "; how noisy a step is compared with what it teaches is not known yet"
     return f"{said}."
 
 
 def _marginal(fewer: pd.Series, more: pd.Series) -> tuple[float, float]:
-    """What one anchor adds to the time and to the progress of a step, relative to both."""
-    added = more["num_anchors"] - fewer["num_anchors"]
+    """What a tenth more anchors add to the time and to the progress of a step, relative to both."""
+    part = math.log(1.1) / math.log(more["num_anchors"] / fewer["num_anchors"])
     rises = (more[name] / fewer[name] if fewer[name] else 1.0 for name in ("seconds", "progress"))
-    cost, gain = (rise ** (1 / added) - 1 for rise in rises)
+    cost, gain = (rise**part - 1 for rise in rises)
     return cost, gain
 
 
