@@ -283,7 +283,7 @@ TUNE: dict[str, Fault] = {
         ],
     ),
     "each cell's interval is of one drafter": Fault(
-        "tuning.cells:standard_error", lambda right, spread, seeds: right(spread, 1)
+        "tuning.results:standard_error", lambda right, spread, seeds: right(spread, 1)
     ),
     "every trainer packs as the lab does": Fault(
         "tuning.settings:_require_rows", lambda right, settings, program: None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_lab.chats import Chat, Encoded, EncodedChats, Like, encode_all, encode_rows, load_chats
+from dspark_lab.checks import checked
 from dspark_lab.files import files_of, require_found
 
 ChatsLike = str | os.PathLike[str] | Sequence[Chat | Encoded]
@@ -18,6 +19,7 @@ LARGE_FILE = 2**24
 Counted = Callable[[float, float, str], None]
 
 
+@checked
 def open_chats(
     chats: ChatsLike | None,
     tokenizer: Any,
@@ -46,6 +48,7 @@ def open_chats(
     return encode_all(chats, tokenizer, max_length, like=like, progress=shown)
 
 
+@checked
 def encode_chats(
     chats: ChatsLike | None,
     tokenizer: Any,
