@@ -32,6 +32,7 @@ from dspark_lab.tuning.extrapolation import (
     Reference,
     extrapolate,
     learning_rates,
+    run_points,
 )
 from dspark_lab.tuning.growth import GROWTH, Growth
 from dspark_lab.tuning.judging import CELL
@@ -533,8 +534,7 @@ def _measured(pilot: Pilot, share: float, domain: str) -> pd.DataFrame:
     """The lines of training, and of evaluations over a domain, up to a share of a pilot's run."""
     lines = pilot.lines
     by_then = lines["step"] <= pilot_step(int(lines["steps"].iloc[0]), share)
-    held_out = (lines["kind"] == "held_out") & (lines["domain"] == domain)
-    return lines[by_then & (held_out | (lines["kind"] == "train"))]
+    return run_points(lines[by_then], domain)
 
 
 def _forecast(pilot: Pilot, share: float, contest: Contest) -> Forecast:
