@@ -10,19 +10,16 @@ Nothing is timed: budgets are of the runs' own step times, measured before them.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from dspark_lab.chats import Encoded
 from dspark_lab.files import DATA
 from dspark_lab.pairs import load_pair
 from dspark_lab.training import encode_chats
 from dspark_lab.tuning import (
     ALL,
-    PLANS,
     Shape,
-    Spans,
+    SweepConfig,
     block_loss,
     coverage_advice,
     forecast_summary,
@@ -32,7 +29,7 @@ from dspark_lab.tuning import (
     load_noise,
     load_runs,
     pilot_advice,
-    progress_table,
+    recorded_progress,
     run_table,
     slot_advice,
     taus_at,
@@ -40,7 +37,6 @@ from dspark_lab.tuning import (
 
 # The noise is that after so many steps; the budgets of slots are those that most cells reach.
 NOISE_STEP, SLOTS = 100, (100_000, 200_000, 400_000)
-CELL = ["batch_size", "num_anchors", "block_size"]
 
 
 def run() -> Iterator[str]:
@@ -48,29 +44,16 @@ def run() -> Iterator[str]:
     noises = Path(os.environ.get("DSPARK_LAB_NOISE", DATA / "pocket"))
     ends, training, pair = (
         run_table(runs).astype({"mix": str}),
-        PLANS["judge"].training,
+        SweepConfig.training,
         load_pair(),
     )
     encoded = encode_chats(pair.chats, pair.target.tokenizer, training.max_length)
-    data: dict[str, list[Encoded]] = {}
-    parts = []
-    for mix in sorted(set(ends["mix"])):
-        data[mix] = [one for one in encoded if mix in (ALL, one.domain)]
-        own = ends[ends["mix"] == mix]
-        times = own.groupby(CELL, as_index=False)["step_seconds"].first()
-        sizes: dict[str, Any] = {
-            "batch_sizes": sorted(set(own["batch_size"])),
-            "num_anchors": sorted(set(own["num_anchors"])),
-            "block_sizes": sorted(set(own["block_size"])),
-        }
-        table = progress_table(
-            load_noise(noises / f"noise-{mix}-{NOISE_STEP}.safetensors"),
-            Spans.of(data[mix]),
-            times.rename(columns={"step_seconds": "seconds"}),
-            **sizes,
-        )
-        parts.append(table.assign(mix=mix))
-    progress = pd.concat(parts, ignore_index=True)
+    data = {
+        mix: [one for one in encoded if mix in (ALL, one.domain)]
+        for mix in sorted(set(ends["mix"]))
+    }
+    noise = {mix: load_noise(noises / f"noise-{mix}-{NOISE_STEP}.safetensors") for mix in data}
+    progress = recorded_progress(ends, data, noise)
     first = runs[runs["seed"] == runs["seed"].min()]
     fresh = ends[ends["seed"] >= 3] if (ends["seed"] >= 3).any() else None
     swept = ends[ends["seed"] < 3]

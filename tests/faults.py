@@ -282,9 +282,6 @@ TUNE: dict[str, Fault] = {
             right(table.assign(gain_per_second=table["gain_per_byte"])).index
         ],
     ),
-    "each cell's interval is of one drafter": Fault(
-        "tuning.results:standard_error", lambda right, spread, seeds: right(spread, 1)
-    ),
     "every trainer packs as the lab does": Fault(
         "tuning.settings:_require_rows", lambda right, settings, program: None
     ),

@@ -18,7 +18,7 @@ from dspark_lab.decoding import OTHERS
 from dspark_lab.explore import REGIONS, mask_regions, sorting_table
 from dspark_lab.serving import StepsPerSecond
 from dspark_lab.training import TrainConfig
-from dspark_lab.tuning import Forecast, forecast
+from dspark_lab.tuning import Advice, Forecast, forecast
 from tests.pictures import pixels
 from tests.samples import documents
 
@@ -185,14 +185,6 @@ def crowd(count: int, most: float = 50) -> pd.DataFrame:
     )
 
 
-def cells(anchors: tuple[int, ...] = (4, 12, 32)) -> pd.DataFrame:
-    """As `cell_table` gives them; every tau is another one, the last the largest of its map."""
-    rows = product(("seconds", "slots"), (0.0, 1.0), (4, 7), anchors)
-    cells = table("budget temperature block_size num_anchors", *rows)
-    tau = 1 + 0.1 * np.arange(len(cells))
-    return cells.assign(tau=tau, low=tau - 0.04, high=tau + 0.06)
-
-
 def progress(rows: tuple[int, ...] = (2, 8), sizes: tuple[int, ...] = (4, 7, 15)) -> pd.DataFrame:
     """As `progress_table` gives it; each block size has another best number of anchors."""
     lines = list(product((100,), ("row",), rows, (4, 8, 16, 32, 64, 128), sizes))
@@ -202,6 +194,35 @@ def progress(rows: tuple[int, ...] = (2, 8), sizes: tuple[int, ...] = (4, 7, 15)
     best = rate == rate.groupby(table_of["block_size"]).transform("max")
     spread = table_of.assign(rate=rate, low=0.8 * rate, high=1.1 * rate)
     return spread.assign(best=np.where(best, 0.75, 0.0), fits=spread["num_anchors"] < 128)
+
+
+OPTIONS = table(
+    "batch_size num_anchors block_size prior piloted forecast tau low high",
+    (2, 4, 4, 1.8, 0.0, NAN, 1.9, 1.7, 2.1),
+    (2, 16, 7, 2.2, 0.1, 2.6, 2.5, 2.4, 2.7),
+    (8, 4, 7, 2.1, 0.05, 2.0, 2.05, 1.9, 2.2),
+    (8, 96, 15, 1.5, 0.0, NAN, 1.4, 1.2, 1.6),
+)
+
+
+def advice(piloted: bool = True) -> Advice:
+    """What a pilot has found about four options; the second is the best."""
+    shown = OPTIONS if piloted else OPTIONS.assign(piloted=0.0, forecast=NAN)
+    figures = {"lead": 0.2, "lead_low": 0.1, "lead_high": 0.3, "sure": 0.9, "spent": 3.0}
+    best, other = shown.iloc[1], shown.iloc[2]
+    return Advice(best, other, steps=100, table=shown, curves=shown, surer="", **figures)
+
+
+REACHED = OPTIONS.assign(held_out=[1.95, 2.55, 2.1, 1.45])
+JUDGED = table(
+    "advisor mix budget amount lost low high",
+    *(
+        ("pilot", "all", "seconds", 20.0, 0.01, -0.01, 0.03),
+        ("pilot", "code", "slots", 2e5, 0, 0, 0),
+    ),
+    *(("coverage", "all", "seconds", 20.0, 0.1, 0.08, 0.12),),
+    *(("coverage", "code", "slots", 2e5, 0.06, 0.05, 0.07),),
+)
 
 
 def budget(fits: int = 5, num_anchors: int = 16) -> Figure:
@@ -331,8 +352,9 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         rows=2,
         coverage=64,
     ),
-    "sweeps": lambda: explore.plot_sweeps(cells()),
-    "wide sweeps": lambda: explore.plot_sweeps(cells((4, 12, 32, 64))),
+    "advice": lambda: explore.plot_advice(advice(), REACHED),
+    "advice without pilots": lambda: explore.plot_advice(advice(False), most=3),
+    "judged": lambda: explore.plot_judged(JUDGED),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),
     "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),

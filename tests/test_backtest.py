@@ -6,9 +6,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dspark_lab.tuning import backtest, pilot_advice, run_table, slot_advice
+from dspark_lab.tuning import (
+    backtest,
+    pilot_advice,
+    progress_table,
+    recorded_progress,
+    run_table,
+    slot_advice,
+)
 from dspark_lab.tuning.race import noise_plan
 from tests.test_judging import ended
+from tests.test_progress import SPANS, noise_of, step_table
 
 SETTINGS = {("all", 20.0), ("all", 60.0), ("code", 20.0), ("code", 60.0)}
 
@@ -89,3 +97,17 @@ def test_there_must_be_other_runs_to_learn_from(seen: list[dict[str, Any]]):
     slots = alone.assign(budget="slots")
     with pytest.raises(ValueError, match="runs must have budgets of seconds, got \\['slots'\\]"):
         pilot_advice(slots, progress())
+
+
+def test_recorded_options_have_the_progress_of_their_mix_at_their_step_times():
+    noise = {"all": noise_of(), "code": noise_of(block_sizes=(3, 7))}
+    times = step_table((1, 2), (1, 4))
+    longer = times.assign(seconds=2 * times["seconds"])
+    runs = [times.assign(mix="code"), longer.assign(mix="all"), longer.assign(mix="all")]
+    table = pd.concat(runs).rename(columns={"seconds": "step_seconds"})
+    found = recorded_progress(table, dict.fromkeys(noise, SPANS), noise)
+    sizes: dict[str, Any] = {"batch_sizes": (1, 2), "num_anchors": (1, 4), "block_sizes": (3,)}
+    for mix, seconds in (("all", longer), ("code", times)):
+        own = found[found["mix"] == mix].drop(columns="mix").reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, progress_table(noise[mix], SPANS, seconds, **sizes))
+    assert len(found) == 2 * len(times)

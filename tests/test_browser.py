@@ -364,6 +364,7 @@ def test_pointer_wheel_and_keys_reach_the_mask_and_not_the_notebook(touched, lab
     expect_python(lab, "mask.selection", "{'query': 5, 'key': 11}")
     expect(widget.locator("[aria-live=polite]").first).to_contain_text("key: token 11")
     touched.keyboard.press("n")
+    expect_python(lab, "mask.selection == {'query': 5, 'key': 11}", "False")
     seen = lab.python("print(json.dumps(mask.selection))")
     query, key = (json.loads(seen)[name] for name in ("query", "key"))
     first = "dense[{query}][{key}], slots[{query}]['label_position'] - slots[{query}]['slot'] - 1"

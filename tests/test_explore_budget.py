@@ -5,16 +5,13 @@ import math
 import re
 from dataclasses import replace
 from html import unescape
-from itertools import product
 from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from dspark_lab import explore, tuning
 from dspark_lab.blocks import PER
@@ -25,7 +22,7 @@ from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
 from dspark_lab.tuning import CARDS, TRAINERS, Shape, Spans, StepTime, TrainingSettings
 from tests import gallery
 from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture, require_same_view
-from tests.gallery import COST, FIT, MEMORY, NAN, NONE_LEFT, fit, options, picture_of
+from tests.gallery import COST, FIT, MEMORY, NONE_LEFT, fit, options, picture_of
 from tests.pictures import labelled, legend, points, tick_names, title, words
 from tests.samples import documents, random_chats
 from tests.test_progress import noise_of
@@ -154,57 +151,6 @@ def test_the_names_of_a_front_stand_beside_it_in_the_order_of_its_points(name, c
     for heights in ([text.get_position()[1] for text in ax.texts], [t.xy[1] for t in ax.texts]):
         assert heights == sorted(heights, reverse=True) and len(heights) == count
         assert min(heights) >= 0
-
-
-def map_of(ax: Axes) -> tuple[np.ndarray, dict[tuple[int, int], str]]:
-    """A heat map's numbers, and its words by row and column."""
-    (image,) = ax.images
-    places = [text.get_position() for text in ax.texts]
-    words = {(round(y), round(x)): text for (x, y), text in zip(places, ax.texts, strict=True)}
-    numbers = np.ma.filled(image.get_array(), np.nan)
-    return numbers, {place: text.get_text() for place, text in words.items()}
-
-
-def test_a_cell_of_the_sweep_holds_what_is_known_of_it_and_the_best_has_a_frame():
-    *_, ax, _ = picture_of("sweeps").axes
-    numbers, words = map_of(ax)
-    # Those of the last of the four maps.
-    assert numbers.tolist() == [pytest.approx([2.8, 2.9, 3.0]), pytest.approx([3.1, 3.2, 3.3])]
-    assert words[0, 0] == "2.80\n2.76 to 2.86" and words[1, 2] == "3.30\n3.26 to 3.36"
-    assert len(words) == 6
-    assert tick_names(ax.xaxis) == ["4", "12", "32"] and tick_names(ax.yaxis) == ["4", "7"]
-    assert title(ax).startswith("budget: slots, temperature 1\n")
-    (frame,) = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
-    assert frame.get_xy() == (1.5, 0.5) and frame.get_width() == frame.get_height() == 1
-    assert not frame.get_fill() and to_hex(frame.get_edgecolor()).upper() == RED
-    assert title(ax).endswith("framed: the best, N 32, K 7")
-    table = gallery.cells().assign(low=NAN, high=NAN).drop(index=19)
-    numbers, words = map_of(explore.plot_sweeps(table).axes[3])
-    assert np.isnan(numbers[0, 1]) and np.isnan(numbers).sum() == 1
-    assert words[0, 0] == "2.80" and (0, 1) not in words
-
-
-def test_the_sweeps_stand_in_order_in_common_colours_on_which_every_word_is_readable():
-    *maps, bar = picture_of("sweeps").axes
-    # Budgets across, temperatures down.
-    assert [title(ax).split("\n")[0] for ax in maps] == [
-        f"budget: {name}, temperature {t}" for t in (0, 1) for name in ("seconds", "slots")
-    ]
-    assert [map_of(ax)[0][0, 0] for ax in maps] == pytest.approx([1.0, 2.2, 1.6, 2.8])
-    places = [ax.get_position() for ax in maps]
-    assert places[0].x1 < places[1].x0 and places[0].y0 > places[2].y1
-    assert bar.get_ylabel() == "tau (tokens per round)"
-    seen = set()
-    for ax in maps:
-        assert ax.images[0].get_clim() == pytest.approx((1.0, 3.3))
-        for image, text in product(ax.images, ax.texts):
-            column, row = map(round, text.get_position())
-            below = image.cmap(image.norm(image.get_array()[row, column]))[:3]
-            # Contrast by the Web Content Accessibility Guidelines, with a plain gamma.
-            light = np.power(below, 2.2) @ (0.2126, 0.7152, 0.0722) + 0.05
-            assert {"black": light / 0.05, "white": 1.05 / light}[text.get_color()] >= 4.5
-            seen.add(text.get_color())
-    assert seen == {"black", "white"}
 
 
 def test_the_panels_of_a_budget_are_the_share_the_gain_of_the_best_that_fits_parts_and_fit():

@@ -45,7 +45,7 @@ EXCEPTIONS = {
         serving.prefix_schedule serving.retrospective_schedule serving.schedule_table
         tuning.Spans.of tuning.anchors_needed tuning.choose_training tuning.coverage_advice
         tuning.coverage_table tuning.recorded_step_time
-        tuning.never_table tuning.packing_table tuning.predict_sweep tuning.slot_supervision
+        tuning.never_table tuning.packing_table tuning.slot_supervision
         tuning.supervision tuning.supervision_table tuning.token_coverage
         tuning.token_supervision
     """,

@@ -27,7 +27,7 @@ from dspark_lab.chats import collate, encode
 from dspark_lab.decoding import decode
 from dspark_lab.pairs import load_pair, load_traces, question
 from dspark_lab.serving import acceptance_profile, load_engine
-from dspark_lab.tuning import Shape, Spans, load_sweep
+from dspark_lab.tuning import Shape, Spans
 from tests.test_progress import noise_of
 
 LIBRARY = str(Path(dspark_lab.__file__).parent)
@@ -78,7 +78,7 @@ def right() -> dict[str, Any]:
     values |= {"decoded": decode(pair.target, pair.drafter, prompts, max_new_tokens=4)}
     values |= dict.fromkeys(("trace", "fit", "test", "before", "after"), trace)
     values |= {"sps": engine.sps, "engine": engine, "costs": engine.costs(2)}
-    values |= {"profile": acceptance_profile(trace, resamples=3), "sweep": load_sweep()}
+    values["profile"] = acceptance_profile(trace, resamples=3)
     values |= {"shape": Shape.of("qwen3-4b"), "memory": "H100", "time": "H100", "by": "domain"}
     values |= {"length": 256, "pad_token_id": 0, "device": "cpu"}
     values |= {"noise": noise_of(block_sizes=(3, 7))}

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from dspark_lab.tuning import (
-    PLANS,
     Shape,
+    SweepConfig,
     choose_training,
     coverage_advice,
     fitted_cells,
@@ -190,7 +190,7 @@ def test_the_summary_names_the_worst_setting():
 def test_the_old_advice_is_the_most_coverage_a_second_or_a_slot():
     chats = random_chats(12)
     table = ended(lambda *_: 2.0)
-    found = coverage_advice(table, {"all": chats}, Shape.of("pocket"), PLANS["judge"].training)
+    found = coverage_advice(table, {"all": chats}, Shape.of("pocket"), SweepConfig.training)
     # Rows of twelve to forty tokens: four anchors cover nearly all, and sixteen take four times as
     # long; four times the rows cover more in the same time.
     assert found[["amount", "batch_size", "num_anchors"]].values.tolist() == [
@@ -200,7 +200,7 @@ def test_the_old_advice_is_the_most_coverage_a_second_or_a_slot():
     ]
     assert found["advisor"].unique().tolist() == ["coverage"]
     slots = coverage_advice(
-        taus_at(table, "slots", 20_000), {"all": chats}, Shape.of("pocket"), PLANS["judge"].training
+        taus_at(table, "slots", 20_000), {"all": chats}, Shape.of("pocket"), SweepConfig.training
     )
     assert slots["budget"].tolist() == ["slots"]
 
@@ -215,7 +215,7 @@ def test_recorded_step_times_are_a_line_over_operations_with_cached_features():
         seconds.append(0.02 + 3e-11 * counted["operations"].item())
     mixes = {"all": chats}
     time = recorded_step_time(
-        table.assign(step_seconds=seconds), mixes, shape, PLANS["judge"].training
+        table.assign(step_seconds=seconds), mixes, shape, SweepConfig.training
     )
     assert time.seconds_per_step == pytest.approx(0.02)
     assert time.seconds_per_operation == pytest.approx(3e-11)

@@ -630,3 +630,14 @@ def test_a_pilot_of_the_pocket_pair_measures_races_and_answers(tmp_path: Path):
     assert measured.groupby("option")["tau"].last().gt(1).all()
     assert f"--num-anchors {advice.settings.num_anchors}" in advice.command
     assert (tmp_path / "options.json").exists() and len(list((tmp_path / "pilots").iterdir())) >= 2
+
+
+def test_a_pilot_is_forecast_by_the_schedule_of_its_own_training(monkeypatch):
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(race, "extrapolate", lambda lines, rates, **_: seen.append(rates))
+    constant = TrainConfig(steps=7, schedule="constant", learning_rate=9.0, warmup_steps=3)
+    contest = Contest(options(), 100.0, 10.0, training=constant)
+    lines = run_lines(50, 2.0)
+    race._forecast(Pilot(0.5, lines), 0.5, contest)
+    # Its peak and warm-up are those that the lines say.
+    assert seen[0].tolist() == [1e-3] * 50

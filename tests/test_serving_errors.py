@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from dspark_lab import serving
-from dspark_lab.tuning import load_sweep
 from tests.samples import tiny_target
 from tests.traces import TRACE
 
@@ -38,7 +37,7 @@ def test_values_out_of_range_and_arguments_of_another_kind_are_refused(call, mes
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2,3\n", "\0\1\n\2"], ids=["empty", "torn", "junk"])
-@pytest.mark.parametrize("read", [serving.Engine.read, serving.StepsPerSecond.read, load_sweep])
+@pytest.mark.parametrize("read", [serving.Engine.read, serving.StepsPerSecond.read])
 def test_a_file_that_is_no_table_is_refused_by_name(read, content, tmp_path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text(content)

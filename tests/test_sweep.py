@@ -14,19 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dspark_lab import tuning
 from dspark_lab.chats import collate
-from dspark_lab.files import DATA
 from dspark_lab.rates import whole_block_anchors
 from dspark_lab.tuning import (
-    BUDGETS,
-    PLANS,
     Cell,
     SweepConfig,
-    cell_table,
     evaluation_steps,
     load_runs,
-    load_sweep,
     measure_sweep,
     run_cell,
     run_sweep,
@@ -41,10 +35,13 @@ from dspark_lab.tuning.sweep import main, parsed
 from tests.runs import target_on_disk
 
 SMALL = SweepConfig(num_anchors=(2, 3), block_sizes=(2,), seeds=(0, 1), slots=(100,), seconds=(3,))
-SMALL = replace(SMALL, batch_sizes=(16,), prompts=2, max_new_tokens=8, features="live")
+SMALL = replace(SMALL, batch_sizes=(16,), corners=False, features="live")
+SMALL = replace(SMALL, prompts=2, max_new_tokens=8)
 SMALL = replace(SMALL, evaluate_chats=3, evaluate_anchors=2, evaluations=3)
 SECONDS = {"all-rows16-n2-k2": 0.5, "all-rows16-n3-k2": 0.75}
 CELL = Cell("slots", 100, "all", 16, 2, 2, 0)
+# Of the runs that ship.
+JUDGED = SweepConfig(mixes=("all", "code"))
 
 
 def pretended(
@@ -54,7 +51,8 @@ def pretended(
     line = {"kind": "decoded", "domain": "all", "tau": 1 + cell.num_anchors / 10, "survival": [0.5]}
     line |= {"step": steps, "slots": 7, "tokens": 9, "seconds": 1.5, "blocks": 4}
     run = {**asdict(cell), "steps": steps, "step_seconds": step_seconds, "warmup_steps": 1}
-    return {"run": run, "lines": [{**line, "temperature": t} for t in config.temperatures]}
+    lines = [{**line, "temperature": t} for t in config.temperatures]
+    return {"run": run, "lines": [{**line, "kind": "held_out"}, *lines]}
 
 
 def noting(asked: list[str], most: int = 99) -> Callable[..., dict[str, Any]]:
@@ -91,21 +89,8 @@ def run(work: Path, cell=pretended, config: SweepConfig = SMALL) -> pd.DataFrame
     return run_sweep(config, work, progress=False, run=cell)
 
 
-def test_the_cells_are_all_combinations_seed_by_seed():
-    cells = SweepConfig().cells()
-    assert len(cells) == 2 * 4 * 3 * 3
-    assert len({cell.key for cell in cells}) == len(cells)
-    every = set(product(BUDGETS, (4, 12, 32, 96), (4, 7, 12), (0, 1, 2)))
-    assert {(c.budget, c.num_anchors, c.block_size, c.seed) for c in cells} == every
-    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    assert {(c.amount, c.mix, c.batch_size) for c in cells} == {
-        (250_000, "all", 16),
-        (75, "all", 16),
-    }
-
-
 def test_the_sweep_to_judge_by_has_three_seeds_at_its_corners_and_takes_five_hours_of_one_core():
-    cells = PLANS["judge"].cells()
+    cells = JUDGED.cells()
     settings = set(product(("all", "code"), (2, 8), (4, 16, 96), (4, 7, 15)))
     corners = set(product(("all", "code"), (2, 8), (4, 96), (4, 15)))
     budgets = (20, 60, 180)
@@ -121,15 +106,14 @@ def test_the_sweep_to_judge_by_has_three_seeds_at_its_corners_and_takes_five_hou
 
 def test_a_sweep_that_stopped_goes_on_with_the_cells_that_are_missing(here):
     asked: list[str] = []
-    assert tuning.sweep_table(here).empty
     with pytest.raises(OSError, match="no space"):
         run(here, noting(asked, 3))
     assert len(list((here / "cells").iterdir())) == 3
     table = run(here, noting(asked))
     assert sorted(asked) == sorted(cell.key for cell in SMALL.cells())
-    assert len(table) == len(asked) * len(SMALL.temperatures)
-    by = ["budget", "num_anchors", "block_size", "seed", "temperature"]
-    assert not table.duplicated(by).any()
+    assert len(table) == len(asked)
+    assert not table.duplicated(["budget", "num_anchors", "block_size", "seed"]).any()
+    assert (table[["held_out", "decoded_0", "decoded_1"]].nunique(axis=1) == 1).all()
     assert table.equals(run(here, noting([], 0)))
 
 
@@ -142,7 +126,7 @@ def test_more_drafters_of_some_kinds_come_into_the_same_folder(here):
         f"{kind}-seed8",
     ]
     table = run(here, config=replace(more, corners=False))
-    assert len(table) == len(first) + 2 * len(SMALL.temperatures)
+    assert len(table) == len(first) + 2
     assert set(table["seed"]) == {*first["seed"], 7, 8}
     with pytest.raises(
         ValueError, match="only must name drafters of the sweep, got \\['nobody'\\]"
@@ -236,19 +220,6 @@ def test_a_real_cell_is_trained_evaluated_on_its_way_and_decoded_at_each_tempera
     assert decoded["tau"].between(1, 3).all() and decoded["blocks"].between(2, 14).all()
     # A running total has at a step the same value in every line.
     assert (own.groupby("step")[["slots", "tokens", "seconds"]].nunique() == 1).all(axis=None)
-
-
-def test_the_sweep_of_a_work_folder_is_its_lines_decoded_over_all_domains(tmp_path):
-    work = tmp_path
-    (work / "cells").mkdir()
-    found = pretended(CELL, SMALL, 4, 0.5, work)
-    found["lines"] += [{**line, "domain": "code", "tau": 9} for line in found["lines"]]
-    found["lines"].append({**found["lines"][0], "kind": "held_out", "tau": 9})
-    (work / "cells" / "one.json").write_text(json.dumps(found))
-    (first, second) = tuning.sweep_table(work).to_dict("records")
-    same = asdict(CELL) | {"steps": 4, "slots": 7, "seconds": 1.5, "tau": 1.2, "rounds": 4}
-    assert first == same | {"temperature": 0.0, "accepted_0": 0.5}
-    assert second == first | {"temperature": 1.0}
 
 
 def test_drafters_of_all_block_sizes_meet_the_same_held_out_blocks(tiny, tmp_path):
@@ -366,7 +337,7 @@ def test_runs_are_the_same_in_a_file_which_says_which_sweep_they_are_of(real, tm
 def test_the_runs_of_the_sweep_to_judge_by_would_fill_less_than_three_megabytes(tmp_path):
     """Numbers without any pattern are as large as numbers can be in a file."""
     rng, runs = np.random.default_rng(0), []
-    for cell in PLANS["judge"].cells():
+    for cell in JUDGED.cells():
         rates = rng.random((48 + 48 + 8, 2, cell.block_size)).round(5)
         lines = [{"kind": "held_out", "accept": a, "survival": s} for a, s in rates.tolist()]
         lines += [dict(zip(lab._MEANS, rng.random(7).round(5), strict=True)) for _ in range(40)]
@@ -428,28 +399,16 @@ def test_a_mix_is_a_domain_of_the_conversations(tiny):
         materials.mix("x")
 
 
-def test_the_shipped_sweep_has_every_cell_three_times():
-    table = load_sweep()
-    cells = table.groupby(["budget", "num_anchors", "block_size", "temperature"])["seed"]
-    assert len(cells) == 2 * 12 * 2 and (cells.nunique() == 3).all() and (cells.size() == 3).all()
-    assert table["tau"].between(1, table["block_size"] + 1).all()
-    plan = SweepConfig()
-    slots = table[table["budget"] == "slots"]
-    # What was drawn lies around what was expected, the closer the more steps there were.
-    off = (slots["slots"] / plan.slots[0] - 1).abs()
-    assert (off < 0.2).all() and (off[slots["steps"] > 200] < 0.02).all()
-
-
 def test_the_command_line_has_the_flags_that_it_always_had():
     options, config = parsed([]), SweepConfig()
-    expected = {"num_anchors": (4, 12, 32, 96), "block_sizes": (4, 7, 12), "seeds": (0, 1, 2)}
-    expected |= {"temperatures": (0.0, 1.0), "slots": (250000,), "seconds": (75.0,), "prompts": 60}
+    expected = {"num_anchors": (4, 16, 96), "block_sizes": (4, 7, 15), "seeds": (0, 1, 2)}
+    expected |= {"temperatures": (0.0, 1.0), "slots": (), "seconds": (20.0, 60.0, 180.0)}
     expected |= {"max_new_tokens": 64, "target": "pocket", "data": None, "held_out": None}
-    expected |= {"device": "cpu", "features": "cached", "batch_sizes": (16,), "max_length": 512}
-    expected |= {"mixes": ("all",), "corners": False, "only": (), "plan": "first", "measure": False}
+    expected |= {"device": "cpu", "features": "cached", "batch_sizes": (2, 8), "max_length": 512}
+    expected |= {"mixes": ("all",), "corners": True, "only": (), "measure": False, "prompts": 60}
     expected |= {"evaluations": 12, "evaluate_chats": 48, "evaluate_anchors": 8}
     expected |= {"learning_rate": 0.003, "training": config.training, "processes": 1}
-    expected |= {"work": Path("build/sweep"), "out": DATA / "pocket" / "sweep.csv"}
+    expected |= {"work": Path("build/sweep"), "out": Path("build/sweep/runs.parquet")}
     assert vars(options) == expected | {"address": None}
     assert options.config() == config
     changed = parsed("--num-anchors 2 3 --max-length 64 --temperatures 0.5 --address auto".split())
@@ -458,23 +417,18 @@ def test_the_command_line_has_the_flags_that_it_always_had():
     given = {"num_anchors": (2, 3), "temperatures": (0.5,), "training": training}
     assert changed.config() == replace(config, **given)
     assert parsed(["--batch-size", "4"]).batch_sizes == (4,)
-    judge = parsed(["--plan", "judge", "--prompts", "7", "--work", "here"])
-    assert judge.config() == replace(PLANS["judge"], prompts=7) and judge.work == Path("here")
-    assert judge.out == DATA / "pocket" / "runs.parquet"
+    assert parsed(["--mixes", "all", "code"]).config() == JUDGED
 
 
-def test_the_command_measures_alone_and_writes_either_kind_of_table(
-    here, tmp_path, monkeypatch, capsys
-):
+def test_the_command_measures_alone_and_writes_the_runs(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab, "run_cell", pretended)
-    command = "--num-anchors 2 3 --block-sizes 2 --seeds 0 --slots --seconds 3 6".split()
-    command += ["--work", str(here), "--out"]
-    main([*command, str(tmp_path / "table.csv"), "--measure"])
+    command = "--num-anchors 2 3 --block-sizes 2 --batch-size 16 --seeds 0 --seconds 3 6".split()
+    command += ["--work", str(here), "--out", str(tmp_path / "runs.parquet")]
+    main([*command, "--measure"])
     assert "all-rows16-n3-k2     0.75" in capsys.readouterr().out
-    assert not (tmp_path / "table.csv").exists()
-    main([*command, str(tmp_path / "table.csv")])
-    main([*command, str(tmp_path / "runs.parquet")])
-    assert len(load_sweep(tmp_path / "table.csv")) == len(load_runs(tmp_path / "runs.parquet")) == 8
+    assert not (tmp_path / "runs.parquet").exists()
+    main(command)
+    assert len(run_table(load_runs(tmp_path / "runs.parquet"))) == 4
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("1 of 4 cells, seconds3-all-rows16-n2-k2-seed0; ")
     assert told[3].endswith("; 0:00:00 left") and len(told) == 4
@@ -490,15 +444,16 @@ def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path, mo
     command = ["--target", str(target), "--data", str(data), "--held-out", str(data)]
     command += "--num-anchors 2 --block-sizes 2 --seeds 0 --slots 4 --seconds 1".split()
     command += "--prompts 1 --max-new-tokens 4 --temperatures 0 --features live".split()
-    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "table.csv")]
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "runs.parquet")]
     (tmp_path / "work").mkdir()
     measured(tmp_path / "work", {"all-rows2-n2-k2": 1.0})
     monkeypatch.setattr(sys, "argv", ["sweep", *command, "--batch-size", "2"])
     monkeypatch.setattr(sys, "warnoptions", ["error::RuntimeWarning"])
     monkeypatch.delitem(sys.modules, "dspark_lab.tuning.sweep")
     run_module("dspark_lab.tuning.sweep", run_name="__main__", alter_sys=True)
-    assert capsys.readouterr().out == f"2 lines in {tmp_path / 'table.csv'}\n"
-    assert load_sweep(tmp_path / "table.csv")["steps"].tolist() == [1, 1]
+    found = load_runs(tmp_path / "runs.parquet")
+    assert capsys.readouterr().out == f"{len(found)} lines in {tmp_path / 'runs.parquet'}\n"
+    assert run_table(found)["steps"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -511,25 +466,7 @@ def test_the_command_runs_as_a_module_whose_jobs_workers_can_import(tmp_path, mo
 )
 def test_the_command_line_says_what_is_wrong(given, message, here):
     with pytest.raises(SystemExit, match=f"^python -m dspark_lab.tuning.sweep: .*{message}"):
-        main([*given, "--work", str(here), "--out", str(here / "table.csv")])
-
-
-def test_an_interval_is_students_over_the_pooled_spread():
-    table = pd.DataFrame({"num_anchors": [8] * 3 + [16] * 3, "seed": [0, 1, 2] * 2})
-    table = table.assign(budget="slots", temperature=0.0, block_size=4, steps=1, slots=1, seconds=1)
-    table["tau"] = [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
-    found = cell_table(table)
-    # Squares 2 + 0 over four degrees of freedom; the quantile from a printed table.
-    half = 2.776 * math.sqrt(2 / 4) / math.sqrt(3)
-    assert found["tau"].tolist() == [2.0, 4.0]
-    assert (found["high"] - found["tau"]).tolist() == pytest.approx([half, half], abs=1e-3)
-    assert (found["tau"] - found["low"]).tolist() == pytest.approx([half, half], abs=1e-3)
-    with pytest.raises(
-        ValueError, match="one batch_size for each budget, got \\[2, 8\\]: choose one"
-    ):
-        cell_table(table.assign(batch_size=[2, 2, 2, 8, 8, 8]))
-    lone = cell_table(table[table["seed"] == 0])
-    assert lone["low"].isna().all() and lone["tau"].tolist() == [1.0, 4.0]
+        main([*given, "--work", str(here), "--out", str(here / "runs.parquet")])
 
 
 def test_a_run_stands_in_one_line_with_what_it_reached_at_its_end(real):

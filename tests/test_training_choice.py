@@ -22,17 +22,12 @@ from dspark_lab.tuning import (
     Shape,
     Spans,
     StepTime,
-    SweepConfig,
     card_time,
-    cell_table,
     choose_training,
     export,
     in_training_batches,
-    load_sweep,
-    predict_sweep,
     row_blocks,
     supervision,
-    sweep_check,
     training_memory,
 )
 from dspark_lab.tuning.choice import _front
@@ -262,52 +257,6 @@ def test_the_layout_of_the_shape_is_part_of_the_choice():
     given = replace(SHAPE, sample_from_anchor=False)
     assert choose_training(CHATS, given, time=TIME).settings.layout == "anchor_given"
     assert choose_training(CHATS, SHAPE, time=TIME).settings.layout == "anchor_predicts"
-
-
-def sweep(*taus: float) -> pd.DataFrame:
-    """Two seeds of each of some cells, 0.1 apart around its tau."""
-    cells = [(n, tau + half) for n, tau in enumerate(taus, start=1) for half in (0.05, -0.05)]
-    table = pd.DataFrame(cells, columns=["num_anchors", "tau"])
-    return table.assign(budget="slots", temperature=0.0, block_size=4, steps=1, slots=1, seconds=1)
-
-
-def test_a_recommendation_is_held_against_the_best_cell():
-    cells = cell_table(sweep(2.0, 3.0, 2.5))
-    predicted = pd.DataFrame(
-        {"block_size": 4, "num_anchors": [1, 2, 3], "gain_per_second": [3.0, 2.0, 1.0]}
-    )
-    line = sweep_check(predicted, cells).iloc[0]
-    assert (line["recommended"], line["found_best"]) == ("N 1", "N 2")
-    assert line["lost"] == pytest.approx(1 / 3) and line["decided"]
-    assert line["rank_correlation"] == pytest.approx(-0.5)
-    with pytest.raises(ValueError, match=r"must hold every cell, got none for \[\[3, 4\]\]"):
-        sweep_check(predicted[:2], cells)
-
-
-def test_the_shipped_sweep_can_be_checked_cell_by_cell():
-    plan = SweepConfig()
-    choice = chosen(num_anchors=plan.num_anchors, block_sizes=plan.block_sizes)
-    checked = sweep_check(choice.table, cell_table(load_sweep()))
-    # Two budgets, two temperatures; three block sizes and all of them.
-    assert len(checked) == 2 * 2 * 4
-    assert checked["lost"].between(0, 1).all()
-
-
-def test_a_sweep_is_predicted_with_the_step_times_that_it_was_planned_with():
-    config = SweepConfig(
-        num_anchors=(2, 4, 8), block_sizes=(3, 5), seconds=(9.0,), batch_sizes=(6,)
-    )
-    same = chosen(batch_size=6, dtype="bf16", features="cached")
-    steps = same.table[["block_size", "num_anchors"]].assign(steps=9.0 / same.table["seconds"])
-    sweep = pd.concat([steps.assign(budget="seconds"), steps.assign(budget="slots", steps=1.0)])
-    found = predict_sweep(sweep, CHATS, SHAPE, config)
-    pd.testing.assert_frame_equal(found.table, same.table)
-    # Times without noise: the fit makes no error, so there is no doubt.
-    assert found.sure == pytest.approx(1.0)
-    with pytest.raises(ValueError, match=r"none of \[\(5, 8\)\]"):
-        predict_sweep(sweep[sweep["num_anchors"] * sweep["block_size"] != 40], CHATS, SHAPE, config)
-    with pytest.raises(ValueError, match=r"one of batch_sizes, got \(9.0,\) and \(2, 8\)"):
-        predict_sweep(sweep, CHATS, SHAPE, replace(config, batch_sizes=(2, 8)))
 
 
 @pytest.mark.parametrize(

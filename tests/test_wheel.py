@@ -24,11 +24,11 @@ PROGRAM = """
 import dspark_lab as lab
 from dspark_lab.pairs import load_traces
 from dspark_lab.serving import load_engine
-from dspark_lab.tuning import load_sweep
+from dspark_lab.tuning import load_runs
 
 print(lab.__file__)
 anchors, pair = lab.explore_anchors(), lab.load_pair()
-load_traces(), load_engine("smollm2"), load_sweep()
+load_traces(), load_engine("smollm2"), load_runs()
 print(len(anchors.table), pair.drafter.config.block_size, len(lab.load_chats()))
 for load in (lab.load_pair, load_traces):
     try:

@@ -101,7 +101,8 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 | `train.jsonl` | the conversations that the drafters learned from |
 | `held_out.jsonl` | conversations whose questions neither target nor drafters have seen |
 | `traces.parquet` | what each drafter drafted for 120 held-out questions, greedy and at temperature 1, slot by slot |
-| `sweep.csv` | 72 more drafters, trained briefly over anchors and block size: tau of each by decoding (`python -m dspark_lab.tuning.sweep`) |
+| `runs.parquet` | drafters trained for 20 seconds, one and three minutes over mixes of conversations, rows, anchors and block size, with the course of each: advice for training is judged on them (`python -m dspark_lab.tuning.sweep --mixes all code`) |
+| `noise-all-*.safetensors`, `noise-code-*.safetensors` | how gradients vary between conversations and between anchors on either mix, before the first step, after 100 and after 400 (`python -m data.make.noise`) |
 | `engine.csv` | seconds of the target's steps, of drafting and of the rest of a round, by tokens and requests, two x86-64 cores, one thread (`python -m data.make.recipes pocket --engine`) |
 
 ## Target

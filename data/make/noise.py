@@ -21,7 +21,7 @@ from dspark_lab.chats import Encoded
 from dspark_lab.files import DATA
 from dspark_lab.pairs import load_pair
 from dspark_lab.training import encode_chats, mask_token_id, new_drafter, train
-from dspark_lab.tuning import ALL, NOISE_RUN, NOISE_STEPS, PLANS, measure_noise, save_noise
+from dspark_lab.tuning import ALL, NOISE_RUN, NOISE_STEPS, SweepConfig, measure_noise, save_noise
 
 # The learning rate falls over so many steps, as many as a few minutes pay for, so that after the
 # last measurement it is still nearly at its highest.
@@ -36,12 +36,12 @@ def measure(
     work: Path,
     rows: int = NOISE_RUN[0],
     anchors: int = NOISE_RUN[1],
-    block_sizes: Sequence[int] = PLANS["judge"].block_sizes,
+    block_sizes: Sequence[int] = SweepConfig.block_sizes,
 ) -> None:
     """Write ``noise-<mix>-<step>.safetensors`` for each stage that ``out`` does not have yet."""
     pair = load_pair("pocket")
     training = replace(
-        PLANS["judge"].training,
+        SweepConfig.training,
         steps=max(SCHEDULE, *stages),
         warmup_steps=max(SCHEDULE, *stages) // 20,
         batch_size=rows,
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixes", nargs="*", default=[ALL, "code"])
     parser.add_argument("--steps", nargs="*", type=int, default=NOISE_STEPS)
-    parser.add_argument("--conversations", type=int, default=64)
+    parser.add_argument("--conversations", type=int, default=96)
     parser.add_argument("--work", type=Path, default=Path("build/noise"))
     parser.add_argument("--out", type=Path, default=DATA / "pocket")
     options = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ from .acceptance import (
     plot_thresholds,
     reached_tokens,
 )
+from .advice import plot_advice, plot_judged
 from .anchors import (
     block_table,
     explore_anchors,
@@ -27,7 +28,6 @@ from .budget import (
     plot_parts,
     plot_progress,
     plot_slots,
-    plot_sweeps,
 )
 from .charts import (
     bias_panels,
@@ -123,6 +123,7 @@ __all__ = [
     "mask_spans",
     "mask_state",
     "mask_table",
+    "plot_advice",
     "plot_bias",
     "plot_budget",
     "plot_calibration",
@@ -132,6 +133,7 @@ __all__ = [
     "plot_fit",
     "plot_front",
     "plot_gain",
+    "plot_judged",
     "plot_load",
     "plot_mask",
     "plot_outcomes",
@@ -147,7 +149,6 @@ __all__ = [
     "plot_sorting",
     "plot_speedup",
     "plot_steps",
-    "plot_sweeps",
     "plot_temperatures",
     "plot_thresholds",
     "plot_thresholds_speed",

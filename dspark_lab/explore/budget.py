@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from html import escape
-from itertools import product
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -16,10 +15,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from dspark_lab import tuning
@@ -404,63 +400,6 @@ def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None
     heights = np.maximum(heights, below[::-1])
     for name, px, py, place in zip(names, x, y, heights, strict=True):
         ax.annotate(name, (px, py), xytext=(1.03, place), **look)
-
-
-def plot_sweeps(cells: pd.DataFrame) -> Figure:
-    """Tau of the cells of :func:`dspark_lab.tuning.cell_table`, with its 95 % interval.
-
-    A heat map for every budget (across) and temperature (down), in common colours; the best cell of
-    each has a frame, and one that is missing stays empty.
-    """
-    budgets = sorted(cells["budget"].unique())
-    temperatures = sorted(cells["temperature"].unique())
-    columns, rows = cells["num_anchors"].nunique(), cells["block_size"].nunique()
-    width = min(len(budgets) * (1.05 * columns + 0.7) + 0.9, style.WIDEST)
-    height = len(temperatures) * (0.6 * rows + 0.9) + 0.2
-    figure, axes = style.new_figure(width, height, columns=len(budgets), rows=len(temperatures))
-    axes = np.atleast_1d(axes)
-    colours = Normalize(cells["tau"].min(), cells["tau"].max())
-    for ax, (temperature, budget) in zip(axes, product(temperatures, budgets), strict=True):
-        shown = (cells["budget"] == budget) & (cells["temperature"] == temperature)
-        _heat_map(ax, cells[shown], colours, " to\n" if len(budgets) * columns > 6 else " to ")
-    bar = figure.colorbar(ScalarMappable(colours, _HEAT), ax=list(axes), fraction=0.04, pad=0.02)
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.set_label("tau (tokens per round)", color=INK, fontsize=9)
-    cast(Any, bar.outline).set_visible(False)
-    return figure
-
-
-def _heat_map(ax: Axes, cells: pd.DataFrame, colours: Normalize, to: str) -> None:
-    grid = cells.pivot(index="block_size", columns="num_anchors", values="tau")
-    ax.imshow(grid, cmap=_HEAT, norm=colours, aspect="auto")
-    rows, columns = list(grid.index), list(grid.columns)
-    for cell in cells.itertuples(index=False):
-        words = f"{cell.tau:.2f}"
-        if not math.isnan(cast(float, cell.low)):
-            words += f"\n{cell.low:.2f}{to}{cell.high:.2f}"
-        place = columns.index(cell.num_anchors), rows.index(cell.block_size)
-        colour = _readable_on(_HEAT(colours(cell.tau)))
-        ax.text(*place, words, ha="center", va="center", color=colour, fontsize=8)
-    best = cells.loc[cells["tau"].idxmax()]
-    corner = columns.index(best["num_anchors"]) - 0.5, rows.index(best["block_size"]) - 0.5
-    ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=3, clip_on=False))
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    ax.set_xlabel("anchors (num_anchors)")
-    ax.set_ylabel("slots (block_size)")
-    title = f"budget: {best['budget']}, temperature {best['temperature']:g}\n"
-    title += f"framed: the best, N {best['num_anchors']:,}, K {best['block_size']:,}"
-    style.add_title(ax, title, y=1)
-
-
-def _readable_on(colour: tuple[float, float, float, float]) -> str:
-    """Black or white, whichever stands out more on a colour (WCAG's relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-    return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
 @checked

@@ -1,12 +1,10 @@
-from .backtest import pilot_advice, slot_advice
-from .cells import ALL, BUDGETS, PLANS, Cell, SweepConfig
+from .backtest import pilot_advice, recorded_progress, slot_advice
+from .cells import ALL, Cell, SweepConfig
 from .choice import (
     TrainingChoice,
     card_time,
     choose_training,
-    predict_sweep,
     row_blocks,
-    sweep_check,
 )
 from .cost import TILE, AttentionWork, expected_work, training_cost
 from .coverage import (
@@ -27,6 +25,7 @@ from .forecasts import forecast, forecast_summary, judge_forecasts
 from .growth import GROWTH, Growth, fit_growth
 from .jobs import end_with_parent, run_jobs
 from .judging import (
+    CELL,
     coverage_advice,
     fitted_cells,
     judge_advice,
@@ -47,17 +46,23 @@ from .noise import (
 from .noise_file import NOISE_RUN, NOISE_STEPS, load_noise, save_noise, shipped_noise
 from .pilots import pilot
 from .progress import Dilution, best_option, dilution, progress_reason, progress_table
-from .race import Advice, Contest, Pilot, decide, next_pilots, pilot_allowance, replay_pilot
+from .race import (
+    Advice,
+    Contest,
+    Pilot,
+    decide,
+    next_pilots,
+    option_name,
+    pilot_allowance,
+    replay_pilot,
+)
 from .results import (
     RUN,
     block_loss,
-    cell_table,
     load_runs,
-    load_sweep,
     run_table,
     runs_table,
     save_runs,
-    sweep_table,
 )
 from .runs import evaluation_steps, measure_sweep, run_cell, run_sweep, window_ends
 from .settings import SERVERS, TRAINERS, Program, ServingSettings, TrainingSettings, export, exports
@@ -70,8 +75,8 @@ __all__ = [
     "ALL",
     "Advice",
     "AttentionWork",
-    "BUDGETS",
     "CARDS",
+    "CELL",
     "Card",
     "Cell",
     "Contest",
@@ -85,7 +90,6 @@ __all__ = [
     "Moments",
     "NOISE_RUN",
     "NOISE_STEPS",
-    "PLANS",
     "Pilot",
     "Program",
     "REASONS",
@@ -110,7 +114,6 @@ __all__ = [
     "block_loss",
     "card_table",
     "card_time",
-    "cell_table",
     "choose_training",
     "coverage_advice",
     "coverage_table",
@@ -138,7 +141,6 @@ __all__ = [
     "learning_rates",
     "load_noise",
     "load_runs",
-    "load_sweep",
     "measure_noise",
     "measure_steps",
     "measure_sweep",
@@ -146,13 +148,14 @@ __all__ = [
     "never_table",
     "next_pilots",
     "noise_table",
+    "option_name",
     "packing_table",
     "pilot",
     "pilot_advice",
     "pilot_allowance",
-    "predict_sweep",
     "progress_reason",
     "progress_table",
+    "recorded_progress",
     "recorded_step_time",
     "replay_pilot",
     "row_blocks",
@@ -168,8 +171,6 @@ __all__ = [
     "slot_supervision",
     "supervision",
     "supervision_table",
-    "sweep_check",
-    "sweep_table",
     "taus_at",
     "token_coverage",
     "token_supervision",

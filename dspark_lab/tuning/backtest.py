@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pandas as pd
 
+from dspark_lab.chats import Encoded
 from dspark_lab.checks import Share, Size, checked
 from dspark_lab.tuning.extrapolation import learn_curves
 from dspark_lab.tuning.growth import fit_growth
 from dspark_lab.tuning.judging import CELL, taus_at
+from dspark_lab.tuning.noise import GradientNoise
+from dspark_lab.tuning.progress import progress_table
 from dspark_lab.tuning.race import (
     Advice,
     noise_plan,
@@ -17,9 +21,37 @@ from dspark_lab.tuning.race import (
     usual_noise,
 )
 from dspark_lab.tuning.results import require_columns, run_table
+from dspark_lab.tuning.spans import Spans
 
 # What is left out, so that nothing is known of it: a mix, or a budget.
 LeftOut = Literal["mix", "amount"]
+
+
+@checked
+def recorded_progress(
+    table: pd.DataFrame,
+    data: Mapping[str, Sequence[Encoded] | Spans],
+    noise: Mapping[str, GradientNoise],
+) -> pd.DataFrame:
+    """:func:`progress_table` of the options of recorded runs, with their own step times.
+
+    A column ``mix`` says what each was learned from: ``data`` and ``noise`` hold that of every mix
+    of ``table``, which is of :func:`run_table`.
+    """
+    require_columns("table", table, ("mix", *CELL, "step_seconds"))
+    parts = []
+    for mix, own in table.groupby("mix", observed=True):
+        times = own.groupby(CELL, as_index=False)["step_seconds"].first()
+        options = {f"{name}s": sorted(set(own[name])) for name in ("batch_size", "block_size")}
+        found = progress_table(
+            noise[str(mix)],
+            data[str(mix)] if isinstance(data[str(mix)], Spans) else Spans.of(data[str(mix)]),
+            times.rename(columns={"step_seconds": "seconds"}),
+            num_anchors=sorted(set(own["num_anchors"])),
+            **options,
+        )
+        parts.append(found.assign(mix=str(mix)))
+    return pd.concat(parts, ignore_index=True)
 
 
 @checked

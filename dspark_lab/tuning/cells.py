@@ -51,6 +51,12 @@ class Cell:
 class SweepConfig:
     """The settings to sweep, and the budget of each drafter.
 
+    By default those of the runs that ship, on which advice is judged, so that nothing may be tuned
+    on them; their mixes are "all" and "code". Whoever changes rows, anchors or blocks leaves a
+    recipe's learning rate as it is, so all have one (at two rows a tau of 2.25 or 2.26 with it or
+    with 0.4 of it, after 2,000 steps). Each run's falls by its own budget's end, so a short run is
+    no part of a long one.
+
     Args:
         num_anchors: blocks of a row.
         block_sizes: slots of a block.
@@ -79,15 +85,15 @@ class SweepConfig:
             are the cell's.
     """
 
-    num_anchors: Annotated[tuple[Count, ...], NotEmpty()] = (4, 12, 32, 96)
-    block_sizes: Annotated[tuple[Count, ...], NotEmpty()] = (4, 7, 12)
-    batch_sizes: Annotated[tuple[Count, ...], NotEmpty()] = (16,)
+    num_anchors: Annotated[tuple[Count, ...], NotEmpty()] = (4, 16, 96)
+    block_sizes: Annotated[tuple[Count, ...], NotEmpty()] = (4, 7, 15)
+    batch_sizes: Annotated[tuple[Count, ...], NotEmpty()] = (2, 8)
     mixes: Annotated[tuple[str, ...], NotEmpty()] = (ALL,)
     seeds: Annotated[tuple[Size, ...], NotEmpty()] = (0, 1, 2)
-    corners: bool = False
+    corners: bool = True
     only: tuple[str, ...] = ()
-    slots: tuple[Count, ...] = (250_000,)
-    seconds: tuple[Positive, ...] = (75.0,)
+    slots: tuple[Count, ...] = ()
+    seconds: tuple[Positive, ...] = (20.0, 60.0, 180.0)
     prompts: Count = 60
     max_new_tokens: Count = 64
     temperatures: Annotated[tuple[NonNegative, ...], NotEmpty()] = (0.0, 1.0)
@@ -146,21 +152,3 @@ class SweepConfig:
         chosen = (cell.batch_size, cell.num_anchors, cell.block_size)
         every = (self.batch_sizes, self.num_anchors, self.block_sizes)
         return all(own in (min(of), max(of)) for own, of in zip(chosen, every, strict=True))
-
-
-# The sweep whose table ships as sweep.csv, and the one on which advice is judged, which nothing may
-# be tuned on. Whoever changes rows, anchors or blocks leaves a recipe's learning rate as it is, so
-# all have one (at two rows a tau of 2.25 or 2.26 with it or with 0.4 of it, after 2,000 steps), and
-# each run's falls by its own budget's end, so a short run is no part of a long one.
-PLANS = {
-    "first": SweepConfig(),
-    "judge": SweepConfig(
-        num_anchors=(4, 16, 96),
-        block_sizes=(4, 7, 15),
-        batch_sizes=(2, 8),
-        mixes=(ALL, "code"),
-        corners=True,
-        slots=(),
-        seconds=(20.0, 60.0, 180.0),
-    ),
-}

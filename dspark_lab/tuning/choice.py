@@ -10,8 +10,9 @@ w_0 + ... + w_(K-1) of a block's slots, which is about the accepted length of a 
 are accepted with probability exp(-1 / gamma). Its cost is known from operations, memory and step
 times. The best option gains most a second among those that fit.
 
-This models how much is supervised, not how much is learned: :func:`sweep_check` compares it with
-drafters that were really trained.
+This models how much is supervised, not how much is learned: see
+:func:`dspark_lab.tuning.progress_table`, and :func:`dspark_lab.tuning.judge_advice` for what either
+loses against drafters that were really trained.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from dspark_lab.blocks import Layout, Per
 from dspark_lab.chats import Batch, Encoded, token_counts
 from dspark_lab.checks import Count, NotEmpty, Share, Within, checked
 from dspark_lab.model import DecayGamma
-from dspark_lab.tuning.cells import SweepConfig
 from dspark_lab.tuning.cost import step_cost
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.memory import usable_bytes
@@ -40,7 +40,7 @@ from dspark_lab.tuning.settings import TrainingSettings
 from dspark_lab.tuning.shape import CARDS, Card, Shape
 from dspark_lab.tuning.spans import Spans, in_training_batches, sum_by, training_steps
 from dspark_lab.tuning.step import Dtype, Step
-from dspark_lab.tuning.steptime import StepTime, fit_step_time
+from dspark_lab.tuning.steptime import StepTime
 
 # The share of a card's peak that training steps of transformers commonly reach; an assumption.
 UTILISATION = 0.4
@@ -217,79 +217,6 @@ def row_blocks(spans: Spans, num_anchors: Count, per: Per) -> tuple[int, int]:
             found.append(drawn.max(axis=1))
         fullest = np.concatenate(found)
     return max(1, round(float(fullest.mean()))), max(1, int(fullest.max()))
-
-
-@checked
-def predict_sweep(
-    sweep: pd.DataFrame,
-    data: Spans | Batch | Sequence[Encoded],
-    shape: Shape,
-    config: SweepConfig | None = None,
-) -> TrainingChoice:
-    """The figures of :func:`choose_training` for the cells of a sweep before it is run.
-
-    Step times are fitted to the sweep's plan: a cell of the budget of seconds has as many steps as
-    its seconds pay for. ``data`` trained the drafters; ``config``, which has one budget of seconds
-    and one number of rows, None for the shipped sweep's.
-    """
-    config = config or SweepConfig()
-    if len(config.seconds) != 1 or len(config.batch_sizes) != 1:
-        got = f"got {config.seconds} and {config.batch_sizes}"
-        raise ValueError(f"config must have one of seconds and one of batch_sizes, {got}")
-    (seconds,), (batch_size,) = config.seconds, config.batch_sizes
-    options: dict[str, Any] = {
-        "num_anchors": config.num_anchors,
-        "block_sizes": config.block_sizes,
-        "batch_size": batch_size,
-        "gamma": config.training.loss_decay_gamma,
-        "dtype": config.training.precision,
-        "features": config.features,
-        "per": config.training.anchors_per,
-    }
-    if config.training.pack_length is not None:
-        options |= {"seq_lens": (config.training.pack_length,), "packed": True}
-    cell = ["block_size", "num_anchors"]
-    steps = sweep[sweep["budget"] == "seconds"].groupby(cell)["steps"].first()
-    operations = choose_training(data, shape, time=StepTime(1.0, 0.0, 0.0, 0.0, 0), **options).table
-    operations = operations.set_index(cell)["operations"]
-    missing = [key for key in operations.index if key not in steps.index]
-    if missing:
-        wanted = "every block size and anchor count of config"
-        raise ValueError(f"sweep must hold {wanted}, got none of {missing}")
-    measured = pd.DataFrame({"operations": operations, "seconds": seconds / steps})
-    return choose_training(data, shape, time=fit_step_time(measured.dropna()), **options)
-
-
-@checked
-def sweep_check(predicted: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Compares the ``table`` of a :class:`TrainingChoice` with trained cells (:func:`cell_table`).
-
-    Returns:
-        one line per budget, temperature and block size, and one for "all" block sizes; ``lost`` is
-        relative, of tau, ``decided`` whether the two intervals are apart, ``rank_correlation``
-        Spearman's, of gain a second with tau.
-    """
-    cell = ["block_size", "num_anchors"]
-    both = cells.merge(predicted[[*cell, "gain_per_second"]], on=cell, how="left")
-    lost = both[both["gain_per_second"].isna()][["num_anchors", "block_size"]]
-    if len(lost):
-        raise ValueError(f"predicted must hold every cell, got none for {lost.values.tolist()}")
-    lines = []
-    for by, part in both.groupby(["budget", "temperature"], sort=True):
-        groups: list[tuple[Any, pd.DataFrame]] = list(part.groupby("block_size"))
-        for block_size, group in [*groups, ("all", part)]:
-            mine = group.loc[group["gain_per_second"].idxmax()]
-            top = group.loc[group["tau"].idxmax()]
-            name = "N {num_anchors:.0f}"
-            if block_size == "all":
-                name += ", K {block_size:.0f}"
-            ranks = group["gain_per_second"].corr(group["tau"], method="spearman")
-            decided, loss = bool(top["low"] > mine["high"]), 1 - mine["tau"] / top["tau"]
-            found = (*mine[["tau", "low", "high"]], name.format(**top), top["tau"])
-            lines.append((*by, block_size, name.format(**mine), *found, loss, decided, ranks))
-    columns = ["budget", "temperature", "block_size", "recommended", "tau", "low", "high"]
-    columns += ["found_best", "best_tau", "lost", "decided", "rank_correlation"]
-    return pd.DataFrame(lines, columns=columns)
 
 
 def _rows(

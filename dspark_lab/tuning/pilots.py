@@ -145,7 +145,8 @@ def pilot(
     (budget,) = config.seconds
     options, measured, evaluation = _options(config, place, progress)
     allowed = pilot_allowance(budget, share)
-    contest = Contest(options, budget, allowed, measured, evaluation, arms, growth, reference)
+    known: dict[str, Any] = {"growth": growth, "reference": reference, "training": training}
+    contest = Contest(options, budget, allowed, measured, evaluation, arms, **known)
     cells = {
         int(label): _cell(config, option, contest.plan.seconds)
         for label, option in options.iterrows()

@@ -35,8 +35,8 @@ from dspark_lab.tuning.steptime import StepTime
 # Between two theories. The power is 1 where each noise has its best learning rate (McCandlish et
 # al. 2018, arXiv 1812.06162, equation 2.7). It is 1/2 where the noise is large and one learning
 # rate is kept: Adam's steps then have one length, of which the share 1 / sqrt(1 + noise) leads down
-# (Malladi et al. 2022, arXiv 2205.10287). Over development runs at equal time, those of sweep.csv
-# and others of 4 rows, 3/4 and 1/2 tell log(tau - 1) of a block size to 0.13, 1 to 0.17.
+# (Malladi et al. 2022, arXiv 2205.10287). Over development runs at equal time, some of 16 rows and
+# some of 4, 3/4 and 1/2 tell log(tau - 1) of a block size to 0.13, 1 to 0.17.
 EXPONENT = 0.75
 # What makes an option.
 _OPTION = ["seq_len", "per", "batch_size", "num_anchors", "block_size"]

@@ -111,6 +111,7 @@ class Contest:
         growth: how tau grows, from other data.
         reference: what other runs say of how learning curves go on, see :func:`learn_curves`.
         domain: of the held-out conversations that count.
+        training: of the runs, whose learning rate falls by its schedule.
     """
 
     options: pd.DataFrame
@@ -122,6 +123,7 @@ class Contest:
     growth: Growth = GROWTH
     reference: Reference | None = None
     domain: str = ALL
+    training: TrainConfig = TrainConfig(steps=1)
 
     def __post_init__(self) -> None:
         wanted = [*CELL, "seconds", "noise", "rate", "low", "high"]
@@ -540,7 +542,8 @@ def _measured(pilot: Pilot, share: float, domain: str) -> pd.DataFrame:
 def _forecast(pilot: Pilot, share: float, contest: Contest) -> Forecast:
     lines = _measured(pilot, share, contest.domain)
     steps, peak, warmup = lines[["steps", "learning_rate", "warmup_steps"]].iloc[0]
-    config = TrainConfig(int(steps), learning_rate=float(peak), warmup_steps=int(warmup))
+    own = {"steps": int(steps), "learning_rate": float(peak), "warmup_steps": int(warmup)}
+    config = replace(contest.training, **own)
     return extrapolate(lines, learning_rates(config), reference=contest.reference)
 
 

@@ -11,16 +11,12 @@ import numpy as np
 import pandas as pd
 
 from dspark_lab.checks import Count, checked
-from dspark_lab.files import read_csv, read_json, shipped, written_whole
+from dspark_lab.files import read_json, shipped, written_whole
 from dspark_lab.rates import ratio_interval, resampled
 from dspark_lab.tuning.cells import ALL
 
-# The columns that a table of decoded taus is sorted by; the shipped one has one value of each of
-# the varied columns, and lacks them.
-_BY = ["budget", "temperature", "block_size", "num_anchors", "seed"]
-_VARIED = ["amount", "mix", "batch_size"]
 # A run's settings, then a line's own columns.
-RUN = ["budget", *_VARIED, "num_anchors", "block_size", "seed"]
+RUN = ["budget", "amount", "mix", "batch_size", "num_anchors", "block_size", "seed"]
 _SETTINGS = [*RUN, "steps", "step_seconds", "learning_rate", "warmup_steps"]
 _NUMBERS = """temperature tau tau_spread loss ce l1 confidence accept_rate grad_norm lr seconds
     spent""".split()
@@ -189,68 +185,6 @@ def _after_equal_steps(long: pd.DataFrame, short: pd.DataFrame, by: list[str]) -
         tau = float(np.exp(np.interp(np.log(line["step"]), *logs)))
         found.append({**line, "tau_long": line["tau"], "tau": tau})
     return pd.DataFrame(found, columns=[*long.columns, "tau_long"])
-
-
-@checked
-def sweep_table(work: str | Path) -> pd.DataFrame:
-    """The results of the finished cells in a work folder, one line per cell and temperature.
-
-    ``slots`` are supervised, ``seconds`` the clock's; ``tau`` (tokens per round) is by decoding;
-    ``accepted_0``, ...: the share of whole blocks whose slot was accepted, with all before it.
-    """
-    runs = runs_table(work)
-    table = runs[(runs["kind"] == "decoded") & (runs["domain"] == ALL)]
-    if table.empty:
-        return pd.DataFrame()
-    table = table.rename(columns={"blocks": "rounds"}).astype(
-        {"budget": str, "mix": str, "rounds": int}
-    )
-    table = table.sort_values([_BY[0], *_VARIED, *_BY[1:]], ignore_index=True)
-    columns = [*RUN, "temperature", "steps", "slots", "seconds", "tau", "rounds"]
-    accepted = pd.DataFrame(table["survival"].tolist()).add_prefix("accepted_")
-    return table[columns].join(accepted)
-
-
-@checked
-def load_sweep(path: str | Path | None = None) -> pd.DataFrame:
-    """A table of :func:`sweep_table` from CSV; the shipped one of the pocket target by default."""
-    return read_csv(path or shipped("pocket/sweep.csv"), [*_BY, "tau"])
-
-
-@checked
-def cell_table(sweep: pd.DataFrame) -> pd.DataFrame:
-    """Means over the seeds of each cell, with Student's 95 % interval of tau, ``low`` to ``high``.
-
-    Its standard deviation is pooled over the cells of a budget and temperature, and NaN where none
-    of them has two seeds.
-    """
-    from scipy import stats
-
-    by = ["budget", "temperature"]
-    columns = [*by, "block_size", "num_anchors", "tau", "steps", "slots", "seconds"]
-    require_columns("sweep", sweep, columns)
-    for name in set(_VARIED) & set(sweep):
-        if sweep.groupby("budget")[name].nunique().max() > 1:
-            found = sorted(set(sweep[name]))
-            raise ValueError(f"sweep must have one {name} for each budget, got {found}: choose one")
-    groups = sweep.groupby([*by, "block_size", "num_anchors"])
-    table = groups[["tau", "steps", "slots", "seconds"]].mean()
-    table.insert(1, "seeds", groups.size())
-    squares = (sweep["tau"] - groups["tau"].transform("mean")) ** 2
-    freedom = sweep.groupby(by).size() - table.groupby(by).size()
-    freedom = freedom.where(freedom > 0).astype(float)
-    spread = (squares.groupby([sweep[name] for name in by]).sum() / freedom) ** 0.5
-    quantile = freedom.map(lambda v: stats.t.ppf(0.975, v))
-    index = table.index.droplevel(["block_size", "num_anchors"])
-    half = standard_error((spread * quantile).reindex(index).to_numpy(), table["seeds"])
-    table.insert(1, "low", table["tau"] - half)
-    table.insert(2, "high", table["tau"] + half)
-    return table.reset_index()
-
-
-def standard_error(spread: Any, seeds: Any) -> Any:
-    """The standard error of the mean of so many drafters, each with this standard deviation."""
-    return spread / seeds**0.5
 
 
 def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:

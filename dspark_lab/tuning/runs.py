@@ -47,12 +47,12 @@ from dspark_lab.training import (
 from dspark_lab.tuning.cells import ALL, Cell, SweepConfig
 from dspark_lab.tuning.coverage import supervision
 from dspark_lab.tuning.jobs import end_with_parent, run_jobs
-from dspark_lab.tuning.results import sweep_table
+from dspark_lab.tuning.results import run_table, runs_table
 from dspark_lab.tuning.spans import Spans, training_steps
 
 # A step's time: the median over repeats, each the mean over at least so many steps and seconds
 # behind the first few. The repeats of all kinds take turns, so that a disturbance hits many.
-STEP_REPEATS, LEAST_STEPS, LEAST_SECONDS, FIRST_STEPS = 5, 5, 2.0, 2
+STEP_REPEATS, LEAST_STEPS, LEAST_SECONDS, FIRST_STEPS = 3, 5, 2.0, 2
 # What a kill may cost: seconds of training between checkpoints.
 CHECKPOINT_SECONDS = 30
 # Windows of training metrics.
@@ -71,7 +71,7 @@ def run_sweep(
     progress: bool = True,
     run: Callable[..., dict[str, Any]] | None = None,
 ) -> pd.DataFrame:
-    """Trains and decodes every cell that ``work`` does not hold yet; returns :func:`sweep_table`.
+    """Trains and decodes every cell that ``work`` does not hold yet; returns :func:`run_table`.
 
     Args:
         config: the sweep; ``work`` must hold no other.
@@ -100,7 +100,7 @@ def run_sweep(
             wait = (time.monotonic() - begin) * rest / (whole - rest)
             done = f"{len(cells) - len(planned)} of {len(cells)} cells, {key}"
             print(f"{done}; {timedelta(seconds=round(wait))} left", file=sys.stderr, flush=True)
-    return sweep_table(work)
+    return run_table(runs_table(work))
 
 
 @checked
