@@ -163,7 +163,6 @@ NONE_LEFT = fit(255, 100, 3, 0)
 COST = table("part operations", ("target forward", 6e12), ("MLP", 3.999e12), ("optimiser", 1e9))
 MEMORY = table("part held", ("weights", 3_000_000_000), ("gradients", 0))
 MEMORY["moment"] = "heads backward"
-SLOTS = table("slot expected weighted", (0, 900.0, 900.0), (1, 800.0, 600.0), (2, 700.0, 400.0))
 
 
 def options(fits: int = 5, seq_lens: tuple[int, ...] = (4096,)) -> pd.DataFrame:
@@ -174,15 +173,6 @@ def options(fits: int = 5, seq_lens: tuple[int, ...] = (4096,)) -> pd.DataFrame:
     options = options.assign(gain_per_second=rate, gain_per_byte=rate[::-1] * 1e-9)
     options = options.assign(fits=fitting, front=(rate >= 40) & fitting)
     return pd.concat([options.assign(seq_len=n) for n in seq_lens], ignore_index=True)
-
-
-def crowd(count: int, most: float = 50) -> pd.DataFrame:
-    """A front of many that gain nearly the same."""
-    one = options().iloc[[3]]
-    rate = most - 0.01 * np.arange(count)
-    return pd.concat([one] * count, ignore_index=True).assign(
-        num_anchors=4 + np.arange(count), gain_per_second=rate, gain_per_byte=1e-7 / rate
-    )
 
 
 def progress(rows: tuple[int, ...] = (2, 8), sizes: tuple[int, ...] = (4, 7, 15)) -> pd.DataFrame:
@@ -332,12 +322,6 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "nothing fits": lambda: explore.plot_fit(NONE_LEFT),
     "parts": lambda: explore.plot_parts(COST),
     "parts and memory": lambda: explore.plot_parts(COST, MEMORY, limit=4e9),
-    "slots": lambda: explore.plot_slots(SLOTS),
-    "front": lambda: explore.plot_front(options(4)),
-    "crowded front": lambda: explore.plot_front(crowd(14)),
-    "low front": lambda: explore.plot_front(
-        pd.concat([options(4).assign(front=False), crowd(9, 0.1)])
-    ),
     "budget": budget,
     "budget, little fits": lambda: budget(2, 64),
     "progress": lambda: explore.plot_progress(progress()),

@@ -18,12 +18,12 @@ from dspark_lab.blocks import PER
 from dspark_lab.chats import encode, load_chats
 from dspark_lab.explore import MEASURED, Explorer, explore_training_budget, plot_budget, plot_fit
 from dspark_lab.explore import budget as budget_module
-from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
+from dspark_lab.explore.style import GREEN, ORANGE
 from dspark_lab.tuning import CARDS, TRAINERS, Shape, Spans, StepTime, TrainingSettings
 from tests import gallery
 from tests.explorers import CHATS, LENGTHS, TOKENIZER, alert, picture, require_same_view
 from tests.gallery import COST, FIT, MEMORY, NONE_LEFT, fit, options, picture_of
-from tests.pictures import labelled, legend, points, tick_names, title, words
+from tests.pictures import labelled, legend, points, tick_names, title
 from tests.samples import documents, random_chats
 from tests.test_progress import noise_of
 
@@ -113,44 +113,6 @@ def test_memory_has_a_panel_of_its_own_that_names_the_moment_and_what_is_allowed
         explore.plot_parts(COST, limit=1.0)
     with pytest.raises(ValueError, match="memory must be None where ax is given, got both"):
         explore.plot_parts(COST, MEMORY, ax=ax)
-
-
-def test_each_slot_has_a_bar_of_its_supervisions_and_one_of_their_weight():
-    (ax,) = picture_of("slots").axes
-    expected, weighted = ax.containers
-    assert [bar.get_height() for bar in expected] == gallery.SLOTS["expected"].tolist()
-    assert [bar.get_height() for bar in weighted] == gallery.SLOTS["weighted"].tolist()
-    for slot, (left, right) in enumerate(zip(expected, weighted, strict=True)):
-        assert left.get_x() < slot < right.get_x() + right.get_width()
-        assert left.get_x() + left.get_width() <= right.get_x() + 1e-9
-    assert legend(ax) == ["supervised slots", "their summed weight"]
-    assert weighted[0].get_hatch() and not expected[0].get_hatch()
-
-
-def test_the_front_shows_every_option_once_by_its_kind_and_names_its_own():
-    (ax,) = picture_of("front").axes
-    fits, unfit, front = ax.lines
-    assert points(fits) == [[pytest.approx(35), 10], [pytest.approx(50), 30]]
-    assert points(unfit) == [[pytest.approx(10), 35]]
-    assert points(front) == [[pytest.approx(40), 40], [pytest.approx(30), 50]]
-    assert unfit.get_fillstyle() == "none" and fits.get_fillstyle() == "full"
-    assert front.get_marker() != fits.get_marker()
-    assert (fits.get_color(), unfit.get_color(), front.get_color()) == (BLUE, INK, RED)
-    assert legend(ax) == ["fits", "does not fit", "on the front: none beats it"]
-    names = {text.get_text(): text.xy for text in ax.texts}
-    assert names == {"N 32, K 7": (pytest.approx(30), 50), "N 16, K 7": (pytest.approx(40), 40)}
-    (ax,) = explore.plot_front(options(seq_lens=(512, 4096))).axes
-    assert sorted(words(ax)) == [f"N {n}, K 7, S {s}" for n in (16, 32) for s in ("4,096", "512")]
-    (ax,) = explore.plot_front(options(0)).axes
-    assert words(ax) == [] and len(points(ax.lines[0])) == 5
-
-
-@pytest.mark.parametrize("name, count", [("crowded front", 14), ("low front", 9)])
-def test_the_names_of_a_front_stand_beside_it_in_the_order_of_its_points(name, count):
-    (ax,) = picture_of(name).axes
-    for heights in ([text.get_position()[1] for text in ax.texts], [t.xy[1] for t in ax.texts]):
-        assert heights == sorted(heights, reverse=True) and len(heights) == count
-        assert min(heights) >= 0
 
 
 def test_the_panels_of_a_budget_are_the_share_the_gain_of_the_best_that_fits_parts_and_fit():

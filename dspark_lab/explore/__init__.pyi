@@ -24,10 +24,8 @@ from .budget import (
     explore_training_budget,
     plot_budget,
     plot_fit,
-    plot_front,
     plot_parts,
     plot_progress,
-    plot_slots,
 )
 from .charts import (
     bias_panels,
@@ -131,7 +129,6 @@ __all__ = [
     "plot_distributions",
     "plot_drift",
     "plot_fit",
-    "plot_front",
     "plot_gain",
     "plot_judged",
     "plot_load",
@@ -145,7 +142,6 @@ __all__ = [
     "plot_round",
     "plot_schedule",
     "plot_serving",
-    "plot_slots",
     "plot_sorting",
     "plot_speedup",
     "plot_steps",

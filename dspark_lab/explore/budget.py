@@ -11,7 +11,6 @@ from html import escape
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -27,7 +26,7 @@ from dspark_lab.explore import style
 from dspark_lab.explore.anchors import loaded_tokenizer, require_some
 from dspark_lab.explore.explorer import Explorer
 from dspark_lab.explore.frame import Frame, export_texts
-from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, RED
+from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE
 from dspark_lab.explore.work import Progress
 from dspark_lab.files import require_found
 from dspark_lab.model import DrafterConfig
@@ -54,8 +53,6 @@ _CHOSEN: dict[str, Any] = {"color": ORANGE, "marker": "*", "markersize": 13, "li
 _CHOSEN |= {"markeredgecolor": INK, "markeredgewidth": 0.6, "clip_on": False, "zorder": 4}
 # Marks as a title writes them: a title is drawn in a third of the time that a legend takes.
 _STAR, _RING, _SQUARE, _DIAMOND = "★", "○", "□", "◇"
-# Dark is little, light is much, to any eye and in grey, too.
-_HEAT = matplotlib.colormaps["viridis"]
 # A log axis with more doublings than this names every second, or third.
 _MOST_TICKS = 6
 
@@ -337,69 +334,6 @@ def _name_doublings(axis: Any, values: list[int], zero: str = "") -> None:
         ticks, names = [0, *ticks], [zero, *names]
     axis.set_ticks(ticks, names)
     axis.set_minor_locator(NullLocator())
-
-
-def plot_slots(table: pd.DataFrame) -> Figure:
-    """Supervised slots and their weight, from :func:`~dspark_lab.tuning.slot_supervision`."""
-    figure, ax = style.new_figure(7, 3.2)
-    bar: dict[str, Any] = {"width": 0.38, "edgecolor": INK, "linewidth": 0}
-    plain = bar | {"color": BLUE, "label": "supervised slots"}
-    ax.bar(table["slot"] - 0.2, table["expected"], **plain)
-    hatched = bar | {"color": ORANGE, "hatch": "////", "label": "their summed weight"}
-    ax.bar(table["slot"] + 0.2, table["weighted"], **hatched)
-    ax.xaxis.set_major_locator(MaxNLocator(16, integer=True))
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.set_xlabel("slot of the block")
-    ax.set_ylabel("expected in one pass over the data")
-    style.add_rules(ax)
-    style.legend_above(ax, 2)
-    return figure
-
-
-def plot_front(table: pd.DataFrame) -> Figure:
-    """The gain of options of :func:`dspark_lab.choose_training`, a second and a byte held.
-
-    Those on the front are named.
-    """
-    front = table[table["front"]].sort_values("gain_per_second", ascending=False)
-    figure, ax = style.new_figure(7, max(3.6, 0.19 * len(front) + 1.1))
-    dot: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none"}
-    diamond = dot | {"marker": "D", "markersize": 6}
-    kinds = (
-        ("fits", table["fits"] & ~table["front"], dot | {"color": BLUE}),
-        ("does not fit", ~table["fits"], dot | {"color": INK, "fillstyle": "none"}),
-        ("on the front: none beats it", table["front"], diamond | {"color": RED}),
-    )
-    for label, shown, look in kinds:
-        if shown.any():
-            part = table[shown]
-            ax.plot(1e9 * part["gain_per_byte"], part["gain_per_second"], label=label, **look)
-    ax.set_ylim(0, 1.06 * table["gain_per_second"].max())
-    ax.yaxis.set_major_formatter("{x:,.0f}")
-    ax.xaxis.set_major_formatter("{x:,g}")
-    ax.set_xlabel("gain of a step for each GB that it holds")
-    ax.set_ylabel("gain per second")
-    name = "N {0.num_anchors:,}, K {0.block_size:,}"
-    name += ", S {0.seq_len:,}" * (table["seq_len"].nunique() > 1)
-    names = [name.format(one) for one in front.itertuples()]
-    _name_beside(ax, 1e9 * front["gain_per_byte"], front["gain_per_second"], names)
-    style.add_rules(ax)
-    style.legend_above(ax, 3)
-    return figure
-
-
-def _name_beside(ax: Axes, x: pd.Series, y: pd.Series, names: list[str]) -> None:
-    """Names in a column right of the axes, from high to low, each with a line from its point."""
-    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5)}
-    look: dict[str, Any] = {"va": "center", "color": INK, "fontsize": 8, "annotation_clip": False}
-    look |= {"textcoords": "axes fraction", "arrowprops": line}
-    below = 0.17 / (cast(Figure, ax.figure).get_figheight() - 1.0) * np.arange(len(names))
-    low, high = ax.get_ylim()
-    # Downwards, none nearer than a line's height to the one above; then up again from the floor.
-    heights = np.minimum.accumulate((y - low) / (high - low) + below) - below
-    heights = np.maximum(heights, below[::-1])
-    for name, px, py, place in zip(names, x, y, heights, strict=True):
-        ax.annotate(name, (px, py), xytext=(1.03, place), **look)
 
 
 @checked

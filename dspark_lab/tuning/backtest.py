@@ -42,10 +42,11 @@ def recorded_progress(
     parts = []
     for mix, own in table.groupby("mix", observed=True):
         times = own.groupby(CELL, as_index=False)["step_seconds"].first()
-        options = {f"{name}s": sorted(set(own[name])) for name in ("batch_size", "block_size")}
+        sizes = ("batch_size", "block_size")
+        options: dict[str, Any] = {f"{name}s": sorted(set(own[name])) for name in sizes}
         found = progress_table(
             noise[str(mix)],
-            data[str(mix)] if isinstance(data[str(mix)], Spans) else Spans.of(data[str(mix)]),
+            Spans.of(data[str(mix)]),
             times.rename(columns={"step_seconds": "seconds"}),
             num_anchors=sorted(set(own["num_anchors"])),
             **options,

@@ -542,8 +542,8 @@ def _measured(pilot: Pilot, share: float, domain: str) -> pd.DataFrame:
 def _forecast(pilot: Pilot, share: float, contest: Contest) -> Forecast:
     lines = _measured(pilot, share, contest.domain)
     steps, peak, warmup = lines[["steps", "learning_rate", "warmup_steps"]].iloc[0]
-    own = {"steps": int(steps), "learning_rate": float(peak), "warmup_steps": int(warmup)}
-    config = replace(contest.training, **own)
+    own: dict[str, Any] = {"learning_rate": float(peak), "warmup_steps": int(warmup)}
+    config = replace(contest.training, steps=int(steps), **own)
     return extrapolate(lines, learning_rates(config), reference=contest.reference)
 
 
