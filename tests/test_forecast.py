@@ -234,23 +234,6 @@ def test_each_slot_ends_where_its_own_rates_lead() -> None:
     assert extrapolate(held.drop(columns="accept"), rates).by_slot.empty
 
 
-def test_a_pilot_of_fewer_steps_is_read_by_its_own_learning_rates() -> None:
-    """The pilot's rate fell early; a long run that looks like it would end elsewhere."""
-    short, long = rates_of(100), rates_of(400)
-    _, growth, annealing, offset = USUAL
-    area, y = short.cumsum() / long.sum(), []
-    for place, rate in enumerate(short):
-        fallen = 1 - rate / max(short) if place >= short.argmax() else 0
-        y.append(0.3 + growth * 2 * (area[place] ** 0.5 - 1) + annealing * fallen)
-    steps = list(range(5, 101, 5))
-    pilot = pd.DataFrame({"step": steps, "tau": [1 + math.exp(y[step - 1]) for step in steps]})
-    end = 1 + math.exp(curve(long, *USUAL[:3])[-1])
-    found = extrapolate(pilot, long, measured=short, reference=usual_reference())
-    assert found.tau == pytest.approx(end, rel=0.02)
-    unaware = extrapolate(pilot, long, reference=usual_reference())
-    assert abs(unaware.tau / end - 1) > 0.05
-
-
 @pytest.mark.parametrize(
     ("changed", "error"),
     [

@@ -159,7 +159,6 @@ def extrapolate(
     points: pd.DataFrame,
     learning_rates: Float[np.ndarray, " step"],
     *,
-    measured: Float[np.ndarray, " measured_step"] | None = None,
     reference: Reference | None = None,
     level: Positive = 0.9,
 ) -> Forecast:
@@ -172,8 +171,6 @@ def extrapolate(
             of :func:`load_runs` are such a table, of one domain; other kinds of line are ignored.
             For tau of fewer slots, give ``tau`` of fewer.
         learning_rates: of every step of the run that is asked about, from its first to its last.
-        measured: those of the run that the points are of, where it is another one of the same
-            settings: a pilot of fewer steps, whose rate has fallen earlier.
         reference: what :func:`learn_curves` learned from other runs; by default
             :data:`REFERENCE`, from small runs of this lab.
         level: of the intervals, below 1; levels other than 0.9 take errors as normal.
@@ -181,18 +178,16 @@ def extrapolate(
     if level >= 1:
         raise ValueError(f"level must be below 1, got {level}")
     reference = REFERENCE if reference is None else reference
-    own = learning_rates if measured is None else measured
-    for name, rates in (("learning_rates", learning_rates), ("measured", own)):
-        if not len(rates) or not np.isfinite(rates).all() or rates[0] <= 0 or rates.min() < 0:
-            raise ValueError(f"{name} must be finite, the first above 0 and none below")
-    table = _points_table(points, len(own))
-    area = learning_rates.cumsum()
-    factors = _factors(learning_rates, float(area[-1]))
-    own_factors = factors if measured is None else _factors(own, float(area[-1]))
-    found = _points(table, own_factors)
+    rates = learning_rates
+    if not len(rates) or not np.isfinite(rates).all() or rates[0] <= 0 or rates.min() < 0:
+        raise ValueError("learning_rates must be finite, the first above 0 and none below")
+    table = _points_table(points, len(rates))
+    area = rates.cumsum()
+    factors = _factors(rates, float(area[-1]))
+    found = _points(table, factors)
     kind = int((found.kind == 1).all())
     step = int(found.step.max())
-    now, length = float(own.cumsum()[step - 1]), float(area[-1] / learning_rates.max())
+    now, length = float(area[step - 1]), float(area[-1] / rates.max())
     share = now / float(area[-1])
     fit = _Fit(reference.tau, found, length)
     at = np.unique(np.linspace(1, len(area), 121).round().astype(int)) - 1
@@ -225,7 +220,7 @@ def extrapolate(
         gain_high=gain_high,
         flat=gain_high < FLAT,
         table=frame,
-        by_slot=_slot_table(table, own_factors, factors[-1], reference.accept, length, level),
+        by_slot=_slot_table(table, factors, reference.accept, length, level),
         source=reference.source,
         reason="",
     )
@@ -498,8 +493,7 @@ def _likeliest(sums: _Sums, lengths: Float[np.ndarray, " run"]) -> Curves:
 
 def _slot_table(
     table: pd.DataFrame,
-    own_factors: Float[np.ndarray, "step coefficient"],
-    end: Float[np.ndarray, " coefficient"],
+    factors: Float[np.ndarray, "step coefficient"],
     curves: Curves | None,
     length: float,
     level: float,
@@ -508,11 +502,11 @@ def _slot_table(
     held = table[table["kind"] == "held_out"]
     lines = []
     if curves and "accept" in held and len(held) and not held["accept"].isna().any():
-        last = own_factors[[held["step"].max() - 1]]
+        last = factors[[held["step"].max() - 1]]
         share = float(np.exp(_log_share(last))[0])
         for slot in range(len(held["accept"].iloc[-1])):
-            fit = _Fit(curves, _points(held, own_factors, slot), length)
-            (y,), (deviation,) = fit.predict(end[None])
+            fit = _Fit(curves, _points(held, factors, slot), length)
+            (y,), (deviation,) = fit.predict(factors[-1:])
             half = _quantile(curves, 0, share, level) * deviation
             lines.append((slot, *(1 / (1 + np.exp([-y, half - y, -y - half])))))
     return pd.DataFrame(lines, columns=["slot", "accept", "low", "high"])
