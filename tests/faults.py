@@ -255,37 +255,6 @@ DECODE: dict[str, Fault] = {
         lambda right, confidence, threshold: right(confidence.roll(-1, 1), threshold),
     ),
 }
-TUNE: dict[str, Fault] = {
-    "what is covered counts twice": Fault(
-        "tuning.coverage:_covered", changed_result(lambda covered: 2 * covered)
-    ),
-    "slots have the same weight": Fault(
-        "model.slotwise:decay_weights", changed_result(lambda weights: 0 * weights + 1)
-    ),
-    "every token of an answer can be a label": Fault(
-        "tuning.coverage:_first_tokens", changed_result(lambda counts: 0 * counts)
-    ),
-    "the target is read backward too": Fault(
-        "tuning.cost:_backward",
-        lambda right, products, *, input_needs_gradient: right(products, input_needs_gradient=True),
-    ),
-    "the optimiser keeps one moment": Fault(
-        "tuning.moments:StepBytes.always",
-        changed_result(lambda held: held | {"optimiser": held["optimiser"] // 2}),
-    ),
-    "a card's memory is all for tensors": Fault(
-        "tuning.memory:usable_bytes", lambda right, memory, usable=1.0: right(memory, 1.0)
-    ),
-    "the best gains most a byte": Fault(
-        "tuning.choice:_ranked",
-        lambda right, table: table.loc[
-            right(table.assign(gain_per_second=table["gain_per_byte"])).index
-        ],
-    ),
-    "every trainer packs as the lab does": Fault(
-        "tuning.settings:_require_rows", lambda right, settings, program: None
-    ),
-}
 # Of estimates of gradient noise and progress; `tests/test_progress.py` notices them.
 ESTIMATES: dict[str, Fault] = {
     "a conversation is a pair with itself": Fault(
@@ -318,6 +287,50 @@ ESTIMATES: dict[str, Fault] = {
     "step times have no error": Fault(
         "tuning.progress:_step_seconds", changed_result(lambda times: times.assign(error=0.0))
     ),
+}
+TUNE: dict[str, Fault] = {
+    "what is covered counts twice": Fault(
+        "tuning.coverage:_covered", changed_result(lambda covered: 2 * covered)
+    ),
+    "slots have the same weight": Fault(
+        "model.slotwise:decay_weights", changed_result(lambda weights: 0 * weights + 1)
+    ),
+    "the target is read backward too": Fault(
+        "tuning.cost:_backward",
+        lambda right, products, *, input_needs_gradient: right(products, input_needs_gradient=True),
+    ),
+    "the optimiser keeps one moment": Fault(
+        "tuning.moments:StepBytes.always",
+        changed_result(lambda held: held | {"optimiser": held["optimiser"] // 2}),
+    ),
+    "a card's memory is all for tensors": Fault(
+        "tuning.memory:usable_bytes", lambda right, memory, usable=1.0: right(memory, 1.0)
+    ),
+    "the best gains most a byte": Fault(
+        "tuning.choice:_ranked",
+        lambda right, table: table.loc[
+            right(table.assign(gain_per_second=table["gain_per_byte"])).index
+        ],
+    ),
+    "every trainer packs as the lab does": Fault(
+        "tuning.settings:_require_rows", lambda right, settings, program: None
+    ),
+    "a pilot's own time is free": Fault("tuning.judging:_kept", lambda right, table, one, by: 1.0),
+    "a run never wanders from its curve": Fault(
+        "tuning.extrapolation:_wander", changed_result(lambda covariance: 0 * covariance)
+    ),
+}
+# Those of the estimates that the notebook's stored measurements can show, too.
+TUNE |= {
+    name: ESTIMATES[name]
+    for name in (
+        "a conversation is a pair with itself",
+        "what all gradients share is what sets conversations apart",
+        "a short answer has as many anchors as a long one",
+        "anchors are drawn with replacement",
+        "each block is of another conversation",
+        "step times have no error",
+    )
 }
 SERVE: dict[str, Fault] = {
     "a rejection costs nothing": Fault(

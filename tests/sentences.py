@@ -96,37 +96,6 @@ def in_words(value: Callable[[], Any]) -> Callable[[], str]:
     return lambda: WORDS[int(value())]
 
 
-def checked_sweep() -> list[list[str]]:
-    """Budget, temperature, block, what was recommended, tau, the best, lost, decided."""
-    return [row for row in table("06-30") if row[0] in ("seconds", "slots")]
-
-
-def equal_time(*, all_sizes: bool) -> list[float]:
-    """What the recommendation lost of tau in sweeps of equal time, where it lost for certain."""
-    timed = [row for row in checked_sweep() if row[0] == "seconds"]
-    found = [row for row in timed if (row[2] == "all") == all_sizes and row[-1] == "yes"]
-    return [float(row[-2]) for row in found]
-
-
-def good_enough() -> tuple[int, int]:
-    """Sweeps of equal time and a given block in which nothing is better for certain, and all."""
-    rows = [row for row in checked_sweep() if row[0] == "seconds" and row[2] != "all"]
-    return sum(row[3] == row[5] or row[-1] == "no" for row in rows), len(rows)
-
-
-def sweep_sizes() -> tuple[int, int, int, int]:
-    """How many drafters, numbers of anchors, block sizes and seeds the sweep has."""
-    from dspark_lab.tuning import load_sweep
-
-    sweep = load_sweep()
-    drafters = sweep.groupby(["budget", "num_anchors", "block_size", "seed"]).ngroups
-    return drafters, *(sweep[n].nunique() for n in ("num_anchors", "block_size", "seed"))
-
-
-def sweep_size(place: int) -> Callable[[], Any]:
-    return lambda: sweep_sizes()[place] if place == 0 else WORDS[sweep_sizes()[place]]
-
-
 def slower(policy: str) -> Callable[[], str]:
     """By how many percent a policy is slower than plain decoding, one request at a time."""
 
@@ -155,7 +124,7 @@ def drafting(requests: int) -> dict[str, float]:
 
 def target_share() -> str:
     """Whether the target's own pass is more than half of all operations."""
-    done = {row[0]: float(row[3]) for row in table("06-13")[1:] if row[3]}
+    done = {row[0]: float(row[3]) for row in table("06-07")[1:] if row[3]}
     return "More" if done["target forward"] > sum(done.values()) / 2 else "Less"
 
 
@@ -197,6 +166,26 @@ def first_slots(place: str, **where: str) -> list[tuple[str, str]]:
     position = headings.index("position")
     found = [row for row in rows if all(row[i] == text for i, text in wanted.items())]
     return [(row[0], row[position]) for row in found if row[1] == "0"]
+
+
+@cache
+def runs() -> Any:
+    from dspark_lab.tuning import load_runs, run_table
+
+    return run_table(load_runs())
+
+
+def options() -> int:
+    from dspark_lab.tuning import CELL
+
+    return len(runs().drop_duplicates(CELL))
+
+
+@cache
+def noise(mix: Any) -> Any:
+    from dspark_lab.tuning import shipped_noise
+
+    return shipped_noise(mix)
 
 
 def usable_percent() -> float:
@@ -344,9 +333,6 @@ CLAIMS = [
     ),
     Claim("04", "the weight of a round halves every {}", (code("04-33", r"half_life=(\d+)"),)),
     Claim("04", "windows of {} rounds differ more by chance", (at("04-34", "0", "rounds"),)),
-    Claim("06", "packed into rows of {} tokens", (code("06-01", r"seq_len=(\d+)"),)),
-    Claim("06", "The same {} are very different things", (code("06-10", r"128, (\d+)"),)),
-    Claim("06", "short documents have fewer candidates than {}", (code("06-10", r"128, (\d+)"),)),
     Claim(
         "05",
         "tau is lower where the target draws",
@@ -365,72 +351,6 @@ CLAIMS = [
         ),
     ),
     Claim(
-        "06",
-        "(Qwen3-4B, S {}, N {}, K {})",
-        (
-            code("06-12", r"seq_len=(\d+)"),
-            code("06-12", r"num_anchors=(\d+)"),
-            code("06-12", r"block_size=(\d+)"),
-        ),
-    ),
-    Claim("06", "of the {:.0f} % of an H100's memory", (usable_percent,)),
-    Claim("06", "{} than half of the work is the target's own forward pass", (target_share,)),
-    Claim("06", "the target reads {} tokens for the sake", (code("06-12", r"seq_len=(\d+)"),)),
-    Claim("06", "on a card of {:.0f} GB", (lambda: card_memory("RTX 4090"),)),
-    Claim("06", "0 means that not one fits", holds=lambda: "0" in table("06-18")[2]),
-    Claim("06", "the peak of a step of {} anchors", (code("06-12", r"num_anchors=(\d+)"),)),
-    Claim(
-        "06",
-        "So {} drafters of the pocket target were trained: {} numbers of anchors, {} block sizes, "
-        "{} seeds",
-        tuple(map(sweep_size, range(4))),
-    ),
-    Claim("06", "the mean tau of its {} drafters", (sweep_size(3),)),
-    Claim(
-        "06",
-        "in {} of {} cases",
-        (in_words(lambda: good_enough()[0]), in_words(lambda: good_enough()[1])),
-    ),
-    Claim(
-        "06",
-        "at K 7 it asked for 12 anchors where 4 did better",
-        holds=lambda: all(
-            row[3] == "N 12" and row[5] == "N 4" and row[-1] == "yes"
-            for row in checked_sweep()
-            if row[0] == "seconds" and row[2] == "7"
-        ),
-    ),
-    Claim(
-        "06",
-        "lost {:.1f} to {:.1f} % of tau",
-        (
-            lambda: min(equal_time(all_sizes=False)),
-            lambda: max(equal_time(all_sizes=False)),
-        ),
-    ),
-    Claim(
-        "06",
-        "Over all block sizes it preferred K {}, and lost {:.1f} to {:.1f} %: these drafters are "
-        "too young to fill twelve slots",
-        (
-            lambda: {r[3].partition("K ")[2] for r in checked_sweep() if r[2] == "all"}.pop(),
-            lambda: min(equal_time(all_sizes=True)),
-            lambda: max(equal_time(all_sizes=True)),
-        ),
-    ),
-    Claim(
-        "06",
-        "**At an equal number of slots** fewer anchors always won",
-        holds=lambda: (
-            {r[5].partition(",")[0] for r in checked_sweep() if r[0] == "slots"} == {"N 4"}
-        ),
-    ),
-    Claim(
-        "06",
-        "Runs this short (some hundred steps)",
-        holds=lambda: 100 <= sorted(column("06-28", "steps"))[6] < 1000,
-    ),
-    Claim(
         "07",
         "shipped traces of {} held-out questions",
         (lambda: smollm2()["prompt"].nunique(),),
@@ -444,6 +364,38 @@ CLAIMS = [
         "07",
         "a *best length* of 0 says: do not draft",
         holds=lambda: column("07-06", "best length")[1:] == [0, 0],
+    ),
+    Claim(
+        "06",
+        "Measured on {} conversations",
+        (lambda: noise("all")[100].wholes[7].conversations,),
+    ),
+    Claim(
+        "06",
+        "(Qwen3-4B, S {}, N {}, K {})",
+        (
+            code("06-06", r"seq_len=(\d+)"),
+            code("06-06", r"num_anchors=(\d+)"),
+            code("06-06", r"block_size=(\d+)"),
+        ),
+    ),
+    Claim("06", "of the {:.0f} % of an H100's memory", (usable_percent,)),
+    Claim("06", "{} than half of the work is the target's own forward pass", (target_share,)),
+    Claim("06", "on a card of {:.0f} GB", (lambda: card_memory("RTX 4090"),)),
+    Claim(
+        "06",
+        "one minute of training for the pocket target, {} options",
+        (options,),
+        lambda: source("06-14", r"longest = (\d+)") == "60",
+    ),
+    Claim(
+        "06",
+        "training on {} and serving {}, against training on {}",
+        (
+            code("06-17", r"trained=(\d+)"),
+            code("06-17", r"served=(\d+)"),
+            code("06-17", r"served=(\d+)"),
+        ),
     ),
     Claim("07", "Two requests together:", holds=lambda: "requests=2" in cell_code("07-08")),
     Claim(
@@ -496,11 +448,6 @@ CLAIMS = [
         "its best at {}",
         (lambda: admitted("admitted"), lambda: admitted("retrospective")),
         holds=lambda: admitted("admitted") < 32 - 7 < admitted("retrospective"),
-    ),
-    Claim(
-        "06",
-        "the most anchors at S {} and K {}",
-        (code("06-12", r"seq_len=(\d+)"), code("06-12", r"block_size=(\d+)")),
     ),
     Claim(
         "07",
