@@ -45,6 +45,14 @@ from tests.runs import target_on_disk
 CELLS = ["batch_size", "num_anchors", "block_size"]
 
 
+@pytest.fixture(autouse=True)
+def short_pilots(monkeypatch: Any) -> int:
+    """Pilots of these small runs may end after any step; returns how many are needed else."""
+    least = race.LEAST_STEPS
+    monkeypatch.setattr(race, "LEAST_STEPS", 1)
+    return least
+
+
 def options(*cells: tuple[int, int, int]) -> pd.DataFrame:
     """Steps that take the longer the more slots they have, and are the less noisy."""
     table = pd.DataFrame(cells or list(product((2, 8), (4, 32), (4, 15))), columns=CELLS)
@@ -351,6 +359,22 @@ def test_pilots_that_cannot_gain_what_they_cost_are_not_run():
     assert advice.runner_up is None and advice.surer == "There is no other option."
     # Of the same two with their errors, they are worth it.
     assert next_pilots(Contest(table, 1000.0, 150.0), {})
+
+
+def test_no_pilot_ends_before_drafters_have_learned_enough_to_compare(
+    short_pilots: int, monkeypatch: Any
+):
+    table = pd.concat([options((8, 16, 7))] * 4, ignore_index=True)
+    for budget, enough in ((500.0, False), (2000.0, False), (8000.0, True)):
+        plans = []
+        for least in (1, short_pilots):
+            monkeypatch.setattr(race, "LEAST_STEPS", least)
+            known = {"growth": replace(GROWTH, residual=0.5)}
+            plans.append(Contest(table, budget, pilot_allowance(budget), **known).plan)
+        free, held = plans
+        ends = [share * free.seconds / table["seconds"].iloc[0] for _, share in free.rungs]
+        assert ends and (ends[0] >= short_pilots) == enough
+        assert held == (free if enough else race.PilotPlan((), (), budget))
 
 
 def test_a_contest_refuses_what_it_cannot_race():

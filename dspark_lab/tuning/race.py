@@ -45,8 +45,9 @@ from dspark_lab.tuning.settings import TrainingSettings
 EVALUATIONS = 12
 PILOT_SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
 # None ends at the first three: the learning rate rises over a twentieth of a run, and what a pilot
-# shows before is off by up to a fifth.
-_FIRST = 3
+# shows before is off by up to a fifth. Nor within so many steps, of which drafters learn nearly
+# alike little in the first half (:mod:`dspark_lab.tuning.growth`).
+_FIRST, LEAST_STEPS = 3, 200
 # Draws of a posterior.
 _DRAWS = 4000
 # Half a 90 % interval in standard deviations.
@@ -148,6 +149,9 @@ class Contest:
             for first in range(_FIRST, EVALUATIONS - 1):
                 plan = _scheduled(arms.tolist(), first, rest, self.evaluation)
                 if plan is None or plan.most > self.allowed:
+                    continue
+                steps = plan.seconds / self.options["seconds"].to_numpy()[arms]
+                if plan.rungs[0][1] * steps.min() < LEAST_STEPS:
                     continue
                 errors = pilot_error(plan.rungs[0][1]) * beliefs.by_logit[arms]
                 worth = beliefs.expected_gain(arms, errors)
