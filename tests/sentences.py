@@ -181,6 +181,27 @@ def options() -> int:
     return len(runs().drop_duplicates(CELL))
 
 
+def noise_step(place: int) -> Callable[[], int]:
+    def value() -> int:
+        from dspark_lab.tuning import NOISE_STEPS
+
+        return NOISE_STEPS[place]
+
+    return value
+
+
+def exponent() -> float:
+    from dspark_lab.tuning.progress import EXPONENT
+
+    return EXPONENT
+
+
+def least_steps() -> int:
+    from dspark_lab.tuning.race import LEAST_STEPS
+
+    return LEAST_STEPS
+
+
 @cache
 def noise(mix: Any) -> Any:
     from dspark_lab.tuning import shipped_noise
@@ -386,7 +407,7 @@ CLAIMS = [
         "06",
         "one minute of training for the pocket target, {} options",
         (options,),
-        lambda: source("06-14", r"longest = (\d+)") == "60",
+        lambda: source("06-14", r"\"all\"\], (\d+)") == "60",
     ),
     Claim(
         "06",
@@ -395,6 +416,79 @@ CLAIMS = [
             code("06-17", r"trained=(\d+)"),
             code("06-17", r"served=(\d+)"),
             code("06-17", r"served=(\d+)"),
+        ),
+    ),
+    Claim("06", "before the first step, after {} and after {}", (noise_step(1), noise_step(2))),
+    Claim("06", "$(1 + \\text{{noise}})^{{-{}}}$", (exponent,)),
+    Claim(
+        "06",
+        "In a budget this short no pilot pays: in their first {} steps",
+        (least_steps,),
+        lambda: "No pilot was worth its time" in printed("06-14"),
+    ),
+    Claim(
+        "06",
+        "In equal time it loses {} and {} % of tau",
+        (
+            at("06-17", ("budget", "20"), "tau lost, %"),
+            at("06-17", ("budget", "60"), "tau lost, %"),
+        ),
+    ),
+    Claim(
+        "06",
+        "After equally many steps nothing is lost ({} to {} %)",
+        (at("06-17", ("steps", "60"), "from, %"), at("06-17", ("steps", "60"), "to, %")),
+        lambda: (
+            number(cell("06-17", ("steps", "60"), "from, %"))
+            < 0
+            < number(cell("06-17", ("steps", "60"), "to, %"))
+        ),
+    ),
+    Claim(
+        "06",
+        "of {} and {} seconds, one of each option",
+        (lambda: table("06-17")[2][1], lambda: table("06-17")[3][1]),
+        lambda: runs().query("amount <= 60")["seed"].unique().tolist() == [0],
+    ),
+    Claim(
+        "06",
+        "Over {} settings the new advice loses {} % of tau in the median, the older one {} %",
+        (
+            in_words(lambda: cell("06-21", ("mix", "pilot"), "settings")),
+            at("06-21", ("mix", "pilot"), "tau lost, median, %"),
+            at("06-21", ("mix", "coverage"), "tau lost, median, %"),
+        ),
+        lambda: [row[2:] for row in table("06-21")[2:4]] == [row[2:] for row in table("06-21")[4:]],
+    ),
+    Claim(
+        "06",
+        "It is worst on code, by {} %: it expects short blocks to do best, as they do on all "
+        "domains together, but code is so regular that {} slots pay within a minute",
+        (
+            at("06-21", ("mix", "pilot"), "at worst, %"),
+            at("06-20", ("pilot", "code", "60"), "best K"),
+        ),
+        lambda: (
+            cell("06-21", ("mix", "pilot"), "where") == "code, 60 seconds"
+            and {cell("06-20", ("pilot", "all", n), "best K") for n in ("20", "60")}
+            == {cell("06-20", ("pilot", "code", "60"), "block K")}
+            == {"4"}
+        ),
+    ),
+    Claim(
+        "06",
+        "The forecast is off by {} and {} % in the median, the last value seen by {} %, and the "
+        "intervals of 90 % hold {} and {} % of the ends",
+        (
+            at("06-23", "mix", "error, median, %"),
+            at("06-23", "amount", "error, median, %"),
+            at("06-23", "mix", "last value's error, %"),
+            at("06-23", "mix", "in the interval, %"),
+            at("06-23", "amount", "in the interval, %"),
+        ),
+        lambda: (
+            cell("06-23", "mix", "last value's error, %")
+            == cell("06-23", "amount", "last value's error, %")
         ),
     ),
     Claim("07", "Two requests together:", holds=lambda: "requests=2" in cell_code("07-08")),
@@ -562,8 +656,6 @@ OTHERS = {
         "the **overlap** of the two distributions",
         "At temperature 0 the answers with a drafter are those without",
         "Two logits that are equal up to rounding",
-        "far above 1, most of the work repeats",
-        "Two numbers, a fixed cost and a speed",
         "A measurement at temperature 0 does not tell",
         "As long as a step of 8 tokens takes little longer than one of 1",
     ],
@@ -578,9 +670,7 @@ OTHERS = {
         "up to 64 tokens each",
         "thirty (SmolLM2) to a thousand times smaller",
         "count 100,000 draws",
-        "decoded the same 60 questions",
         "measured once on two x86-64 cores",
-        "a few percent of the allocator's peak",
         "up to hundreds of tokens a step",
     ],
     "not about results": [

@@ -21,6 +21,10 @@ _KINDS: dict[str, tuple[float, str]] = {
 # Heading and kind of a column; what is not listed keeps its name and is written with `digits`.
 _COLUMNS: dict[str, tuple[str, str]] = {
     "num_anchors": ("anchors N", "count"),
+    "batch_size": ("rows", "count"),
+    "best_num_anchors": ("best N", "count"),
+    "best_block_size": ("best K", "count"),
+    "best_batch_size": ("best rows", "count"),
     "block_size": ("block K", "count"),
     "seq_len": ("row S", "count"),
     "times_supervised": ("times a label", "count"),
