@@ -31,7 +31,7 @@ def test_options_stand_by_their_tau_with_what_was_known_forecast_and_reached():
 
 def test_without_pilots_the_best_options_stand_alone():
     (ax,) = picture_of("advice without pilots").axes
-    assert set(lines(ax)) == {"expected", "before pilots"}
+    assert set(lines(ax)) == {"expected"}
     assert len(tick_names(ax.yaxis)) == 3
 
 

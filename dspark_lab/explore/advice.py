@@ -22,9 +22,9 @@ _LINE, _AROUND = 0.23, 0.95
 def plot_advice(advice: Advice, found: pd.DataFrame | None = None, *, most: Count = 12) -> Figure:
     """Expected tau of each option of :func:`dspark_lab.pilot` in its 90 % interval, best first.
 
-    Hollow marks are what was expected before any pilot, diamonds what an option's own pilot
-    forecasts. ``found``, of :func:`dspark_lab.tuning.run_table`, adds what runs of the same options
-    really reached, their mean. At most so many options, and those that were piloted.
+    Where pilots were run, hollow marks are what was expected before them, diamonds what an option's
+    own pilot forecasts. ``found``, of :func:`dspark_lab.tuning.run_table`, adds what runs of the
+    same options really reached, their mean. At most so many options, and those that were piloted.
     """
     table = advice.table.sort_values("tau", ascending=False, kind="stable")
     shown = (np.arange(len(table)) < most) | (table["piloted"] > 0).to_numpy()
@@ -35,9 +35,9 @@ def plot_advice(advice: Advice, found: pd.DataFrame | None = None, *, most: Coun
     look: dict[str, Any] = {"linestyle": "none", "color": BLUE, "markersize": 5}
     ax.hlines(y, table["low"], table["high"], color=BLUE, linewidth=1.4)
     ax.plot(table["tau"], y, marker="o", label="expected", **look)
-    ax.plot(table["prior"], y, marker="o", fillstyle="none", label="before pilots", **look)
     piloted = table["forecast"].notna().to_numpy()
     if piloted.any():
+        ax.plot(table["prior"], y, marker="o", fillstyle="none", label="before pilots", **look)
         own = table["forecast"][piloted]
         ax.plot(own, y[piloted], marker="D", fillstyle="none", label="its pilot alone", **look)
     if found is not None:
