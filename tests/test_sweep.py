@@ -319,7 +319,7 @@ def test_a_window_is_the_mean_of_its_steps(monkeypatch):
 def test_runs_are_the_same_in_a_file_which_says_which_sweep_they_are_of(real, tmp_path, here):
     run(here, config=replace(SMALL, slots=()))
     save_runs(runs_table(here), tmp_path / "planned.parquet")
-    assert load_runs(tmp_path / "planned.parquet").attrs["sweep"]["prompts"] == 2
+    assert json.loads(load_runs(tmp_path / "planned.parquet").attrs["sweep"])["prompts"] == 2
     save_runs(real, tmp_path / "runs.parquet")
     found = load_runs(tmp_path / "runs.parquet")
     assert list(found) == list(real) and len(found) == len(real)

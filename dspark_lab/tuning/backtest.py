@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import pandas as pd
@@ -80,12 +81,14 @@ def pilot_advice(
         a line for each setting, for :func:`judge_advice`: the advised cell, ``spent``, and what
         was promised: ``tau`` between ``tau_low`` and ``tau_high`` (90 %), ``sure``, ``pilots``.
     """
-    lines = []
+    lines, known = [], _without(runs, progress, left_out)
     for (mix, amount), _ in _settings(runs):
         own = progress[progress["mix"] == mix]
         if noise_plan(own, float(amount)) is None:
             own = usual_noise(own)
-        found = _replayed(runs, progress, own, mix, amount, left_out, share=share, seed=seed)
+        options: dict[str, Any] = {"share": share, "seed": seed}
+        options |= known({"mix": mix, "amount": amount}[left_out])
+        found = replay_pilot(runs[runs["mix"] == mix], own, amount, **options)
         lines.append(_line("seconds", amount, mix, found))
     return pd.DataFrame(lines)
 
@@ -103,7 +106,7 @@ def slot_advice(
 
     The options are the cells whose recorded runs reach the budget, see :func:`taus_at`.
     """
-    lines, ends = [], run_table(runs)
+    lines, ends, known = [], run_table(runs), _without(runs, progress, left_out)
     for amount in amounts:
         for mix in sorted(set(runs["mix"].astype(str))):
             reach = taus_at(ends[ends["mix"] == mix], "slots", amount)
@@ -111,7 +114,8 @@ def slot_advice(
                 continue
             within = progress[progress["mix"] == mix].merge(reach[CELL], on=CELL)
             options: dict[str, Any] = {"by": "slots", "seed": seed}
-            found = _replayed(runs, progress, within, mix, float(amount), left_out, **options)
+            options |= known({"mix": mix, "amount": amount}[left_out])
+            found = replay_pilot(runs[runs["mix"] == mix], within, float(amount), **options)
             lines.append(_line("slots", amount, mix, found))
     return pd.DataFrame(lines)
 
@@ -123,21 +127,20 @@ def _settings(runs: pd.DataFrame) -> Any:
     return runs.groupby(["mix", "amount"], observed=True)
 
 
-def _replayed(
-    runs: pd.DataFrame,
-    progress: pd.DataFrame,
-    own: pd.DataFrame,
-    mix: Any,
-    amount: float,
-    left_out: LeftOut,
-    **options: Any,
-) -> Advice:
-    others = runs[runs[left_out] != {"mix": mix, "amount": amount}[left_out]]
-    if others.empty:
-        raise ValueError(f"runs must hold another {left_out} than {mix}, {amount:g}, got none")
-    growth = fit_growth(others, progress)
-    given = {"growth": growth, "reference": learn_curves(others), **options}
-    return replay_pilot(runs[runs["mix"] == mix], own, amount, **given)
+def _without(
+    runs: pd.DataFrame, progress: pd.DataFrame, left_out: LeftOut
+) -> Callable[[Any], dict[str, Any]]:
+    """What all runs teach but those of a mix, or of a budget."""
+
+    @cache
+    def known(own: Any) -> dict[str, Any]:
+        others = runs[runs[left_out] != own]
+        if others.empty:
+            raise ValueError(f"runs must hold another {left_out} than {own}, got none")
+        curves = learn_curves(others, by_slot=False)
+        return {"growth": fit_growth(others, progress), "reference": curves}
+
+    return known
 
 
 def _line(budget: str, amount: float, mix: Any, found: Advice) -> dict[str, Any]:

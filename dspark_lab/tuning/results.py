@@ -36,7 +36,8 @@ def runs_table(work: str | Path) -> pd.DataFrame:
     table = result_table(files)
     for name in ("sweep", "step_seconds"):
         if (work / f"{name}.json").exists():
-            table.attrs[name] = read_json(work / f"{name}.json")
+            # As text: pandas copies attributes deeply with nearly every operation.
+            table.attrs[name] = (work / f"{name}.json").read_text(encoding="utf-8")
     return table
 
 
@@ -89,7 +90,7 @@ def load_runs(path: str | os.PathLike[str] | None = None) -> pd.DataFrame:
     (``blocks``), ``survival`` the share of whole blocks whose slot was accepted with all before it.
 
     ``spent``: seconds that this evaluation or decoding took, which no budget pays for. The table's
-    ``attrs`` have all settings of the ``sweep`` and the repeats of every ``step_seconds``.
+    ``attrs`` have all settings of the ``sweep`` and the repeats of every ``step_seconds`` as JSON.
     """
     path = Path(path or shipped("pocket/runs.parquet"))
     with path.open("rb") as file:
