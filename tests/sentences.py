@@ -203,9 +203,9 @@ def exponent() -> float:
 
 
 def least_steps() -> int:
-    from dspark_lab.tuning.race import LEAST_STEPS
+    from dspark_lab.tuning.race import PILOT_STEPS
 
-    return LEAST_STEPS
+    return PILOT_STEPS
 
 
 @cache
@@ -453,24 +453,28 @@ CLAIMS = [
     ),
     Claim(
         "06",
-        "Over {} settings the new advice loses {} % of tau in the median, the older one {} %",
+        "Over {} settings the new advice loses {} and {} % of tau in the median, the older one "
+        "{} %",
         (
             in_words(lambda: cell("06-21", ("mix", "pilot"), "settings")),
             at("06-21", ("mix", "pilot"), "tau lost, median, %"),
+            at("06-21", ("amount", "pilot"), "tau lost, median, %"),
             at("06-21", ("mix", "coverage"), "tau lost, median, %"),
         ),
-        lambda: [row[2:] for row in table("06-21")[2:4]] == [row[2:] for row in table("06-21")[4:]],
+        lambda: table("06-21")[3][2:] == table("06-21")[5][2:],
     ),
     Claim(
         "06",
-        "It is worst on code, by {} %: it expects short blocks to do best, as they do on all "
-        "domains together, but code is so regular that {} slots pay within a minute",
+        "It is worst on code, by {} and {} %: it expects short blocks to do best, as they do on "
+        "all domains together, but code is so regular that {} slots pay within a minute",
         (
             at("06-21", ("mix", "pilot"), "at worst, %"),
+            at("06-21", ("amount", "pilot"), "at worst, %"),
             at("06-20", ("pilot", "code", "60"), "best K"),
         ),
         lambda: (
-            cell("06-21", ("mix", "pilot"), "where") == "code, 60 seconds"
+            {cell("06-21", (out, "pilot"), "where") for out in ("mix", "amount")}
+            == {"code, 60 seconds"}
             and {cell("06-20", ("pilot", "all", n), "best K") for n in ("20", "60")}
             == {cell("06-20", ("pilot", "code", "60"), "block K")}
             == {"4"}

@@ -37,9 +37,11 @@ from dspark_lab.tuning import (
     race,
     replay_pilot,
     runs,
+    shipped_noise,
 )
 from dspark_lab.tuning import growth as growing
 from dspark_lab.tuning.extrapolation import Forecast
+from dspark_lab.tuning.progress import EXPONENT
 from tests.runs import target_on_disk
 
 CELLS = ["batch_size", "num_anchors", "block_size"]
@@ -48,8 +50,8 @@ CELLS = ["batch_size", "num_anchors", "block_size"]
 @pytest.fixture(autouse=True)
 def short_pilots(monkeypatch: Any) -> int:
     """Pilots of these small runs may end after any step; returns how many are needed else."""
-    least = race.LEAST_STEPS
-    monkeypatch.setattr(race, "LEAST_STEPS", 1)
+    least = race.PILOT_STEPS
+    monkeypatch.setattr(race, "PILOT_STEPS", 1)
     return least
 
 
@@ -368,7 +370,7 @@ def test_no_pilot_ends_before_drafters_have_learned_enough_to_compare(
     for budget, enough in ((500.0, False), (2000.0, False), (8000.0, True)):
         plans = []
         for least in (1, short_pilots):
-            monkeypatch.setattr(race, "LEAST_STEPS", least)
+            monkeypatch.setattr(race, "PILOT_STEPS", least)
             known = {"growth": replace(GROWTH, residual=0.5)}
             plans.append(Contest(table, budget, pilot_allowance(budget), **known).plan)
         free, held = plans
@@ -488,9 +490,16 @@ def test_noise_that_is_not_known_is_that_of_the_nearest_block():
     table.loc[[0, 3], "known"], table.loc[[0, 3], "noise"] = False, [math.inf, 1e9]
     found = race.known_noise(table)
     assert found["noise"][[0, 3]].tolist() == table["noise"][[1, 4]].tolist()
-    usual = (14 + 250 / np.repeat([4, 32], 3)) / 2
+    usual = (9 + 125 / np.repeat([4, 32], 3)) / 2
     np.testing.assert_allclose(race.known_noise(table.assign(known=False))["noise"], usual)
-    assert (race.usual_noise(table)["rate"] == 1 / (1 + usual) / table["seconds"]).all()
+    rates = race.usual_noise(table)["rate"]
+    np.testing.assert_allclose(rates, (1 + usual) ** -EXPONENT / table["seconds"])
+
+
+def test_the_usual_noise_is_about_that_which_ships():
+    found = shipped_noise()[100].table().query("objective == 'block'")
+    assert found["rows_scale"].mean() == pytest.approx(9, rel=0.1)
+    assert found["anchors_scale"].mean() == pytest.approx(125, rel=0.1)
 
 
 def conversation_lines(size: int, amount: float, steps: int, taus: dict[str, float]) -> list[dict]:

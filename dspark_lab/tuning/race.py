@@ -36,6 +36,7 @@ from dspark_lab.tuning.extrapolation import (
 )
 from dspark_lab.tuning.growth import GROWTH, Growth
 from dspark_lab.tuning.judging import CELL
+from dspark_lab.tuning.progress import EXPONENT
 from dspark_lab.tuning.results import run_table
 from dspark_lab.tuning.runs import evaluation_steps
 from dspark_lab.tuning.settings import TrainingSettings
@@ -47,7 +48,7 @@ PILOT_SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
 # None ends at the first three: the learning rate rises over a twentieth of a run, and what a pilot
 # shows before is off by up to a fifth. Nor within so many steps, of which drafters learn nearly
 # alike little in the first half (:mod:`dspark_lab.tuning.growth`).
-_FIRST, LEAST_STEPS = 3, 200
+_FIRST, PILOT_STEPS = 3, 200
 # Draws of a posterior.
 _DRAWS = 4000
 # Half a 90 % interval in standard deviations.
@@ -151,7 +152,7 @@ class Contest:
                 if plan is None or plan.most > self.allowed:
                     continue
                 steps = plan.seconds / self.options["seconds"].to_numpy()[arms]
-                if plan.rungs[0][1] * steps.min() < LEAST_STEPS:
+                if plan.rungs[0][1] * steps.min() < PILOT_STEPS:
                     continue
                 errors = pilot_error(plan.rungs[0][1]) * beliefs.by_logit[arms]
                 worth = beliefs.expected_gain(arms, errors)
@@ -298,11 +299,12 @@ class Advice:
 def usual_noise(options: pd.DataFrame) -> pd.DataFrame:
     """Options (sizes and ``seconds``) with the noise that the pocket pair has, and their progress.
 
-    For budgets that measuring it would use up: between conversations 14 |G|^2, between blocks 250
-    (64 conversations, after 100 steps). Other data may be off by a factor of three.
+    For budgets that measuring it would use up: between conversations 9 |G|^2, between blocks 125,
+    about as :func:`shipped_noise` has them after 100 steps. On code alone both are less than half;
+    other data may be off by a factor of three.
     """
-    noise = (14 + 250 / options["num_anchors"]) / options["batch_size"]
-    rate = 1 / (1 + noise) / options["seconds"]
+    noise = (9 + 125 / options["num_anchors"]) / options["batch_size"]
+    rate = (1 + noise) ** -EXPONENT / options["seconds"]
     return options.assign(noise=noise, rate=rate, low=rate / 3, high=rate * 3)
 
 
