@@ -44,7 +44,7 @@ EXCEPTIONS = {
         model.Sums.summary
         serving.prefix_schedule serving.retrospective_schedule serving.schedule_table
         tuning.Spans.of tuning.anchors_needed tuning.choose_training tuning.coverage_advice
-        tuning.coverage_table tuning.recorded_step_time
+        tuning.coverage_table tuning.recorded_progress tuning.recorded_step_time
         tuning.never_table tuning.packing_table tuning.slot_supervision
         tuning.supervision tuning.supervision_table tuning.token_coverage
         tuning.token_supervision

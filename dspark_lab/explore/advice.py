@@ -46,6 +46,7 @@ def plot_advice(advice: Advice, found: pd.DataFrame | None = None, *, most: Coun
         mark = look | {"color": RED, "markersize": 7, "markeredgewidth": 1.6}
         ax.plot(taus, y, marker="x", label="really reached", **mark)
     ax.set_xlabel("tau at the end of the budget")
+    ax.set_ylabel("option")
     style.legend_above(ax, 4)
     return figure
 
@@ -72,6 +73,7 @@ def plot_judged(judged: pd.DataFrame) -> Figure:
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_xlabel("tau lost against the best cell")
+    ax.set_ylabel("conversations, budget")
     style.legend_above(ax, len(advisors))
     return figure
 
