@@ -46,8 +46,8 @@ from dspark_lab.tuning.settings import TrainingSettings
 EVALUATIONS = 12
 PILOT_SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
 # None ends at the first three: the learning rate rises over a twentieth of a run, and what a pilot
-# shows before is off by up to a fifth. Nor within so many steps, of which drafters learn nearly
-# alike little in the first half (:mod:`dspark_lab.tuning.growth`).
+# shows before is off by up to a fifth. Nor within so many steps: in the first half of them drafters
+# of all options learn little.
 _FIRST, PILOT_STEPS = 3, 200
 # Draws of a posterior.
 _DRAWS = 4000
