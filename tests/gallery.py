@@ -206,12 +206,10 @@ def advice(piloted: bool = True) -> Advice:
 REACHED = OPTIONS.assign(held_out=[1.95, 2.55, 2.1, 1.45])
 JUDGED = table(
     "advisor mix budget amount lost low high",
-    *(
-        ("pilot", "all", "seconds", 20.0, 0.01, -0.01, 0.03),
-        ("pilot", "code", "slots", 2e5, 0, 0, 0),
-    ),
-    *(("coverage", "all", "seconds", 20.0, 0.1, 0.08, 0.12),),
-    *(("coverage", "code", "slots", 2e5, 0.06, 0.05, 0.07),),
+    ("pilot", "all", "seconds", 20.0, 0.01, -0.01, 0.03),
+    ("pilot", "code", "slots", 2e5, 0.0, 0.0, 0.0),
+    ("coverage", "all", "seconds", 20.0, 0.1, 0.08, 0.12),
+    ("coverage", "code", "slots", 2e5, 0.06, 0.05, 0.07),
 )
 
 
