@@ -18,7 +18,6 @@ from dspark_lab.pairs import load_pair
 from dspark_lab.training import encode_chats
 from dspark_lab.tuning import (
     ALL,
-    CELL,
     Shape,
     SweepConfig,
     block_loss,
@@ -41,7 +40,7 @@ NOISE_STEP, SLOTS = 100, (100_000, 200_000, 400_000)
 
 
 def run() -> Iterator[str]:
-    runs = _whole(load_runs(os.environ.get("DSPARK_LAB_RUNS")))
+    runs = load_runs(os.environ.get("DSPARK_LAB_RUNS"))
     noises = Path(os.environ.get("DSPARK_LAB_NOISE", DATA / "pocket"))
     ends, training, pair = (
         run_table(runs).astype({"mix": str}),
@@ -90,15 +89,6 @@ def run() -> Iterator[str]:
     yield from _titled("trained on blocks of 15 slots, served with fewer")
     for served in (4, 7):
         yield from _lines(block_loss(runs, trained=15, served=served))
-
-
-def _whole(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of those mixes and budgets of which every cell was run."""
-    cells = runs.astype({"mix": str})[["mix", "amount", *CELL]].drop_duplicates()
-    sizes = cells.groupby(["mix", "amount"]).size()
-    whole = set(sizes[sizes == sizes.max()].index)
-    keep = [setting in whole for setting in zip(runs["mix"], runs["amount"], strict=True)]
-    return runs[keep]
 
 
 def _titled(title: str) -> Iterator[str]:

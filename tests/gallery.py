@@ -171,7 +171,7 @@ def options(fits: int = 5, seq_lens: tuple[int, ...] = (4096,)) -> pd.DataFrame:
     options = pd.DataFrame({"num_anchors": [4, 8, 16, 32, 64], "share": [0.1, 0.3, 0.5, 0.7, 0.8]})
     options = options.assign(block_size=7, seconds=[0.1, 0.2, 0.3, 0.4567, 0.5])
     options = options.assign(gain_per_second=rate, gain_per_byte=rate[::-1] * 1e-9)
-    options = options.assign(fits=fitting, front=(rate >= 40) & fitting)
+    options = options.assign(fits=fitting)
     return pd.concat([options.assign(seq_len=n) for n in seq_lens], ignore_index=True)
 
 

@@ -35,7 +35,10 @@ def seen(monkeypatch: Any) -> list[dict[str, Any]]:
         table = pd.DataFrame({"piloted": [0.1, 0.0, 0.05]})
         return SimpleNamespace(best=best, spent=3.0, sure=0.6, table=table)
 
-    monkeypatch.setattr(backtest, "fit_growth", lambda runs, progress: (pairs(runs), progress))
+    def fit(runs: pd.DataFrame, progress: pd.DataFrame, mix: str) -> Any:
+        return pairs(runs), progress, mix
+
+    monkeypatch.setattr(backtest, "fit_growth", fit)
     monkeypatch.setattr(backtest, "learn_curves", lambda runs, by_slot: pairs(runs))
     monkeypatch.setattr(backtest, "replay_pilot", replay)
     return found
@@ -60,6 +63,7 @@ def test_what_is_left_out_is_known_to_nobody(left_out: str, seen: list[dict[str,
         own = (one["mix"], one["amount"])
         known = {pair for pair in SETTINGS if pair[place] != own[place]}
         assert given["growth"][0] == given["reference"] == known
+        assert given["growth"][2] == one["mix"]
         assert {mix for mix, _ in given["own"]} == {one["mix"]} == set(given["options"]["mix"])
         assert given["amount"] == one["amount"]
         assert given["share"] == 0.1 and set(given["options"]["mix"]) == {one["mix"]}

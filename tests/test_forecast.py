@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dspark_lab as lab
+from data.make.learned import learned
 from dspark_lab.training import History, TrainConfig
 from dspark_lab.tuning import (
     Reference,
@@ -23,10 +24,12 @@ from dspark_lab.tuning import (
     judge_forecasts,
     learn_curves,
     learning_rates,
+    shipped_growth,
+    shipped_reference,
     window_ends,
 )
 
-CURVES = extrapolation.REFERENCE.tau
+CURVES = shipped_reference().tau
 SCHEDULES = ("cosine", "linear", "constant")
 # level, growth, annealing, offset of training
 USUAL = (0.3, 0.95, 0.3, 1.0)
@@ -44,8 +47,19 @@ def curve(rates: np.ndarray, level: float, growth: float, annealing: float) -> l
     return y
 
 
+def tau_of(y: Any, slots: int | None = None) -> Any:
+    """Tau of blocks of which every slot is accepted with the log-odds y; None: of endless ones."""
+    if slots is None:
+        return 1 + np.exp(y)
+    return sum((1 / (1 + np.exp(-y))) ** number for number in range(slots + 1))
+
+
 def points_of(
-    rates: np.ndarray, coefficients: Any = USUAL, noise: float = 0.0, seed: int = 0
+    rates: np.ndarray,
+    coefficients: Any = USUAL,
+    noise: float = 0.0,
+    seed: int = 0,
+    slots: int | None = None,
 ) -> pd.DataFrame:
     """Evaluations and training windows of a run that goes by the formula, with noise on y."""
     *own, offset = coefficients
@@ -58,18 +72,18 @@ def points_of(
         first = step
     table = pd.DataFrame(lines, columns=["step", "kind", "y"])
     table["y"] += noise * rng.standard_normal(len(table))
-    return table.assign(tau=1 + np.exp(table["y"])).drop(columns="y")
+    return table.assign(tau=tau_of(table["y"], slots)).drop(columns="y")
 
 
 def rates_of(steps: int = 400, schedule: Any = "cosine") -> np.ndarray:
     return learning_rates(TrainConfig(steps=steps, warmup_steps=steps // 20, schedule=schedule))
 
 
-def usual_reference(noise: float = 0.05) -> Reference:
-    """Curves that are around USUAL, whatever the run's length."""
+def usual_reference(noise: float = 0.05, longer: float = 0.0) -> Reference:
+    """Curves that are around USUAL, the level higher by ``longer`` with each e-fold of length."""
     curves = replace(
         CURVES,
-        mean=np.array([USUAL, (0.0, 0, 0, 0)]),
+        mean=np.array([USUAL, (longer, 0, 0, 0)]),
         covariance=np.diag([1.0, 0.01, 0.01, 0.01]),
         noise=noise,
         lengths=(1.0, 1e6),
@@ -87,14 +101,15 @@ def simulated_runs(amounts: Any = (20.0, 60.0), each: int = 12, seed: int = 0) -
                 steps = int(rng.integers(60, 90) * amount / 20)
                 rates = rates_of(steps)
                 own = np.array(USUAL) + np.array([0.3, 0.1, 0.05, 0.1]) * rng.standard_normal(4)
-                table = points_of(rates, own, noise=0.03, seed=int(rng.integers(2**31)))
+                seeded = int(rng.integers(2**31))
+                table = points_of(rates, own, noise=0.03, seed=seeded, slots=7)
                 held = table["kind"] == "held_out"
                 accept = [[0.4, 0.2]] * len(table)
                 table["accept"] = pd.Series(accept, dtype=object).where(held, None)
                 table["domain"] = np.where(held, "all", None)
                 table["lr"] = rates[table["step"] - 1]
                 run = {"budget": "seconds", "amount": amount, "mix": mix, "batch_size": 2}
-                run |= {"num_anchors": number, "block_size": 2, "seed": 0, "steps": steps}
+                run |= {"num_anchors": number, "block_size": 7, "seed": 0, "steps": steps}
                 tables.append(table.assign(**run))
     return pd.concat(tables, ignore_index=True)
 
@@ -210,14 +225,37 @@ def test_a_level_curve_is_flat_and_one_that_grows_is_not() -> None:
     rates = rates_of(20_000)
     level = points_of(rates, (1.1, 0.0, 0.0, 0.3), noise=0.01)
     grows = points_of(rates, USUAL, noise=0.01)
-    flat, other = extrapolate(level, rates), extrapolate(grows, rates)
+    known = {"reference": usual_reference(longer=0.5)}
+    flat, other = extrapolate(level, rates, **known), extrapolate(grows, rates, **known)
+    # In y a tenth more steps bring 0.5 ln(1.1), if growth is the usual one.
+    gain = tau_of(math.log(other.tau - 1) + 0.5 * math.log(1.1)) / other.tau - 1
+    assert other.gain == pytest.approx(gain, rel=0.1)
     assert flat.flat and abs(flat.gain) < 0.01 and "has flattened" in flat.reason
     assert not other.flat and other.gain > 0.01 and "has not flattened" in other.reason
-    unsure = [extrapolate(points_of(rates, (1.1, 0.5, 0, 0.3), noise=0.3), rates)]
-    unsure = [found for found in unsure if found.gain < 0.01 <= found.gain_high]
-    assert unsure and not unsure[0].flat
+    noisy, unsure = points_of(rates, (1.1, 0.95, 0, 0.3), noise=0.3), other
+    longer = 0.1
+    for _ in range(2):
+        unsure = extrapolate(noisy, rates, reference=usual_reference(longer=longer))
+        longer *= 0.0097 / unsure.gain
+    assert unsure.gain < 0.01 <= unsure.gain_high and not unsure.flat
     early = extrapolate(level[level["step"] <= 6000], rates)
     assert early.low < 1 + math.exp(1.1) < early.high
+
+
+@pytest.mark.parametrize("told", ["block_size", "accept"])
+def test_no_more_than_all_slots_are_accepted(told: str) -> None:
+    rates, steep = rates_of(400), (2.5, 0.95, 0.3, 1.0)
+    points = points_of(rates, steep, slots=4)
+    held = points["kind"] == "held_out"
+    given: dict[str, Any] = {"block_size": 4}
+    if told == "accept":
+        given = {"accept": pd.Series([[0.5] * 4] * len(points), dtype=object).where(held, None)}
+    reference = replace(usual_reference(), accept=None)
+    seen = points.assign(**given).query("step <= 100")
+    found = extrapolate(seen, rates, reference=reference)
+    assert 1 <= found.low < found.tau < found.high < 5
+    assert found.table[["tau", "low", "high"]].max().max() < 5
+    assert found.tau == pytest.approx(float(tau_of(2.8, 4)), rel=0.05)
 
 
 def test_each_slot_ends_where_its_own_rates_lead() -> None:
@@ -253,6 +291,17 @@ def test_what_cannot_be_extrapolated_is_refused(changed: dict[str, Any], error: 
 
 
 # -- learned from runs
+
+
+def test_what_ships_is_what_the_shipped_runs_teach() -> None:
+    growth, reference = learned()
+    shipped = shipped_growth(), shipped_reference()
+    pairs = [(growth, shipped[0]), (reference.tau, shipped[1].tau)]
+    assert reference.source == shipped[1].source
+    assert reference.accept is not None and shipped[1].accept is not None
+    for one, other in [*pairs, (reference.accept, shipped[1].accept)]:
+        for name, value in asdict(one).items():
+            np.testing.assert_allclose(getattr(other, name), value, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_learned_from_runs_is_what_they_were_made_of(runs: pd.DataFrame) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
 import time
 from dataclasses import replace
@@ -160,19 +161,19 @@ def test_tau_grows_as_the_curve_says():
 @given(st.floats(-8, 8), st.integers(1, 40))
 def test_a_tau_stands_for_one_probability_of_all_slots(logit: float, slots: int):
     tau = tau_of(1 / (1 + math.exp(-logit)), slots)
-    found = growing._logit(np.array([tau]), np.array([float(slots)]))
-    assert growing._tau(np.array([logit]), np.array([float(slots)])) == pytest.approx(tau)
-    assert growing._tau(found, np.array([float(slots)])) == pytest.approx(tau)
+    found = growing.logit_of(np.array([tau]), np.array([float(slots)]))
+    assert growing.tau_at(np.array([logit]), np.array([float(slots)])) == pytest.approx(tau)
+    assert growing.tau_at(found, np.array([float(slots)])) == pytest.approx(tau)
 
 
-def ended_runs(coefficients: list[float], mixes: dict[str, float], spread: float) -> pd.DataFrame:
-    """Ends of runs that lie about the curve, each mix at a level of its own."""
+def ended_runs(mixes: dict[str, list[float]], spread: float) -> pd.DataFrame:
+    """Ends of runs that lie about the curve, each mix with coefficients of its own."""
     rng, lines = np.random.default_rng(0), []
     cells = product(mixes, (2, 8), (4, 16, 96), (4, 7, 15), (200.0, 600.0, 1800.0))
     for mix, rows, anchors, size, amount in cells:
         (option,) = options((rows, anchors, size)).itertuples()
         steps = round(amount / option.seconds)
-        logit = expected_logit(coefficients, steps, option.noise, size) + mixes[mix]
+        logit = expected_logit(mixes[mix], steps, option.noise, size)
         tau = tau_of(1 / (1 + math.exp(-logit - spread * rng.normal())), size)
         line = {"budget": "seconds", "amount": amount, "mix": mix, "seed": 0, "steps": steps}
         line |= dict(zip(CELLS, (rows, anchors, size), strict=True)) | {"noise": option.noise}
@@ -188,22 +189,60 @@ def with_all_columns(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_growth_is_learned_from_the_runs_of_other_data():
-    true = [0.3, 0.9, 0.2, -0.5, -0.3, 0.0, -0.7, -0.2, 0.2, 0.05]
-    runs = ended_runs(true, {"one": 0.2, "two": -0.3}, 0.05)
-    progress = runs[[*CELLS, "noise"]].drop_duplicates()
-    found = fit_growth(with_all_columns(runs), progress)
-    error = np.sqrt(np.diag(found.covariance))
-    # Nine intervals of three standard deviations, with the seed that there is.
-    assert (np.abs(found.mean - true)[1:] < 3 * error[1:]).all()
+    true = np.array([0.3, 0.9, 0.2, -0.5, -0.3, 0.0, -0.7, -0.2, 0.2, 0.05])
+    own = np.zeros(10)
+    own[[0, 6, 8]] = 0.25, 0.1, -0.1
+    mixes = {"one": list(true + own), "two": list(true - own)}
+    runs = with_all_columns(ended_runs(mixes, 0.05))
+    progress = ended_runs(mixes, 0.05)[[*CELLS, "noise"]].drop_duplicates()
     before = np.sqrt(np.diag(GROWTH.covariance))
-    assert (error[1:] < before[1:]).all() and (error[[6, 7, 8]] < before[[6, 7, 8]] / 2).all()
-    # New data have a level of their own, of which others say less than half.
-    assert before[0] / 2**0.5 < error[0] < before[0]
-    assert 0.04 < found.residual < 0.07
-    of_mix = runs[["mix", *CELLS, "noise"]].drop_duplicates()
-    np.testing.assert_allclose(fit_growth(with_all_columns(runs), of_mix).mean, found.mean)
+    for mix, coefficients in [*mixes.items(), (None, true), ("three", true)]:
+        found = fit_growth(runs, progress, mix=mix)
+        error = np.sqrt(np.diag(found.covariance))
+        # Ten intervals of three standard deviations, with the seed that there is.
+        assert (np.abs(found.mean - coefficients) < 3 * error).all()
+        assert (error < before).all()
+        # Of new data, others say less than half of what these have of their own.
+        new = mix not in mixes
+        assert ((before / error)[[0, 6, 8]] < 2**0.5).all() == new
+        assert ((before / error)[[0, 6, 8]] > 2).all() == (not new)
+        assert 0.04 < found.residual < 0.07
+        both = runs[["mix", *CELLS]].drop_duplicates().merge(progress)
+        np.testing.assert_allclose(fit_growth(runs, both, mix=mix).mean, found.mean)
     with pytest.raises(ValueError, match="progress must hold the options of runs"):
-        fit_growth(with_all_columns(runs), options((3, 3, 3)))
+        fit_growth(runs, options((3, 3, 3)))
+
+
+def test_the_growth_of_a_mix_is_that_of_normal_equations():
+    rng = np.random.default_rng(3)
+    lines = ended_runs({name: list(rng.normal(GROWTH.mean, 0.05)) for name in "ab"}, 0.1)
+    lines = lines.sample(7, random_state=0)
+    progress = lines[[*CELLS, "noise"]].drop_duplicates()
+    found = fit_growth(with_all_columns(lines), progress, mix="b")
+    # Unknown: ten common coefficients, and three by which each of two mixes differs from them.
+    variance = np.diag(GROWTH.covariance).copy()
+    variance[[0, 6, 8]] /= 2
+    prior = np.concatenate([variance, variance[[0, 6, 8]], variance[[0, 6, 8]]])
+    precision, right = np.diag(1 / prior), np.concatenate([GROWTH.mean / variance, np.zeros(6)])
+    for line in lines.to_dict("records"):
+        unit = np.eye(10)
+        terms = [
+            expected_logit(list(one), line["steps"], line["noise"], line["block_size"])
+            for one in unit
+        ]
+        row = np.zeros(16)
+        row[:10] = terms
+        first = 10 if line["mix"] == "a" else 13
+        row[first : first + 3] = np.array(terms)[[0, 6, 8]]
+        sizes = np.array([float(line["block_size"])])
+        (aim,) = growing.logit_of(np.array([line["tau"]]), sizes)
+        precision += np.outer(row, row) / found.residual**2
+        right += row * aim / found.residual**2
+    covariance = np.linalg.inv(precision)
+    mean, to_b = covariance @ right, np.eye(10, 16)
+    to_b[[0, 6, 8], [13, 14, 15]] = 1
+    np.testing.assert_allclose(found.mean, to_b @ mean, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.covariance, to_b @ covariance @ to_b.T, atol=1e-9)
 
 
 def test_estimates_and_what_was_known_before_are_joined_as_gaussians():
@@ -387,6 +426,22 @@ def test_a_contest_refuses_what_it_cannot_race():
         Contest(pd.concat([table, table]), 10.0, 1.0)
     with pytest.raises(ValueError, match="measured must be below budget 10.0, got 10.0"):
         Contest(table, 10.0, 1.0, 10.0)
+
+
+def test_pilots_that_are_proposed_have_enough_steps_and_fit_into_the_budget(
+    short_pilots: int, monkeypatch: Any
+):
+    monkeypatch.setattr(race, "PILOT_STEPS", short_pilots)
+    told = []
+    for budget, residual in product((20.0, 60.0, 300.0, 3000.0), (0.02, 0.12, 1.0)):
+        table = options((8, 4, 7), (8, 5, 7))
+        known = replace(GROWTH, residual=residual)
+        told.append(decide(Contest(table, budget, 0.0, growth=known), {}).surer)
+        for seconds in re.findall(r"([\d,]+) s of pilots", told[-1]):
+            share = float(seconds.replace(",", "")) / 2 / budget
+            assert share <= 0.5 and share * budget / table["seconds"].min() > short_pilots - 5
+    assert any("s of pilots" in text for text in told)
+    assert any("would take longer than the run" in text for text in told)
 
 
 def test_how_sure_a_longer_pilot_would_make_is_that_of_simulated_ones():

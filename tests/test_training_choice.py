@@ -30,7 +30,6 @@ from dspark_lab.tuning import (
     supervision,
     training_memory,
 )
-from dspark_lab.tuning.choice import _front
 from tests import runs
 from tests.samples import random_chats
 
@@ -84,21 +83,6 @@ def test_only_what_fits_is_chosen_and_what_does_not_is_named():
 def test_memory_is_that_of_a_step_of_longest_rows():
     sizes = {"seq_len": max(map(len, CHATS)), "num_anchors": 2, "block_size": 3}
     assert chosen().table["memory_bytes"].iloc[0] == training_memory(SHAPE, **sizes)
-
-
-def test_the_front_holds_what_no_other_option_beats():
-    table = chosen().table
-    rates = table[["gain_per_second", "gain_per_byte", "gain_per_operation"]].to_numpy()
-    for mine, front in zip(rates, table["front"], strict=True):
-        assert front != any((other >= mine).all() and (other > mine).any() for other in rates)
-
-
-def test_an_option_is_beaten_by_one_that_is_as_good_but_in_one_rate_and_fits():
-    rates = np.array([[2.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 3.0, 0.5], [1.0, 1.0, 1.0]])
-    every = np.array([True] * 4)
-    assert _front(rates, every).tolist() == [True, False, True, False]
-    # Two that are alike do not beat each other.
-    assert _front(rates, ~every | (rates[:, 0] < 2)).tolist() == [True, True, True, True]
 
 
 def test_a_larger_error_of_times_makes_the_choice_less_sure():

@@ -20,9 +20,16 @@ from .coverage import (
     token_coverage,
     token_supervision,
 )
-from .extrapolation import Forecast, Reference, extrapolate, learn_curves, learning_rates
+from .extrapolation import (
+    Forecast,
+    Reference,
+    extrapolate,
+    learn_curves,
+    learning_rates,
+    shipped_reference,
+)
 from .forecasts import forecast, forecast_summary, judge_forecasts
-from .growth import GROWTH, Growth, fit_growth
+from .growth import GROWTH, Growth, fit_growth, shipped_growth
 from .jobs import end_with_parent, run_jobs
 from .judging import (
     CELL,
@@ -166,7 +173,9 @@ __all__ = [
     "runs_table",
     "save_noise",
     "save_runs",
+    "shipped_growth",
     "shipped_noise",
+    "shipped_reference",
     "slot_advice",
     "slot_supervision",
     "supervision",

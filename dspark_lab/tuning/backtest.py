@@ -10,7 +10,7 @@ import pandas as pd
 
 from dspark_lab.chats import Encoded
 from dspark_lab.checks import Share, Size, checked
-from dspark_lab.tuning.extrapolation import learn_curves
+from dspark_lab.tuning.extrapolation import Reference, learn_curves
 from dspark_lab.tuning.growth import fit_growth
 from dspark_lab.tuning.judging import CELL, taus_at
 from dspark_lab.tuning.noise import GradientNoise
@@ -87,7 +87,7 @@ def pilot_advice(
         if noise_plan(own, float(amount)) is None:
             own = usual_noise(own)
         options: dict[str, Any] = {"share": share, "seed": seed}
-        options |= known({"mix": mix, "amount": amount}[left_out])
+        options |= known({"mix": mix, "amount": amount}[left_out], str(mix))
         found = replay_pilot(runs[runs["mix"] == mix], own, amount, **options)
         lines.append(_line("seconds", amount, mix, found))
     return pd.DataFrame(lines)
@@ -114,7 +114,7 @@ def slot_advice(
                 continue
             within = progress[progress["mix"] == mix].merge(reach[CELL], on=CELL)
             options: dict[str, Any] = {"by": "slots", "seed": seed}
-            options |= known({"mix": mix, "amount": amount}[left_out])
+            options |= known({"mix": mix, "amount": amount}[left_out], mix)
             found = replay_pilot(runs[runs["mix"] == mix], within, float(amount), **options)
             lines.append(_line("slots", amount, mix, found))
     return pd.DataFrame(lines)
@@ -129,16 +129,23 @@ def _settings(runs: pd.DataFrame) -> Any:
 
 def _without(
     runs: pd.DataFrame, progress: pd.DataFrame, left_out: LeftOut
-) -> Callable[[Any], dict[str, Any]]:
-    """What all runs teach but those of a mix, or of a budget."""
+) -> Callable[[Any, str], dict[str, Any]]:
+    """What all runs but those of a mix, or of a budget, teach of a mix."""
 
     @cache
-    def known(own: Any) -> dict[str, Any]:
-        others = runs[runs[left_out] != own]
-        if others.empty:
+    def others(own: Any) -> pd.DataFrame:
+        found = runs[runs[left_out] != own]
+        if found.empty:
             raise ValueError(f"runs must hold another {left_out} than {own}, got none")
-        curves = learn_curves(others, by_slot=False)
-        return {"growth": fit_growth(others, progress), "reference": curves}
+        return found
+
+    @cache
+    def curves(own: Any) -> Reference:
+        return learn_curves(others(own), by_slot=False)
+
+    def known(own: Any, mix: str) -> dict[str, Any]:
+        growth = fit_growth(others(own), progress, mix=mix)
+        return {"growth": growth, "reference": curves(own)}
 
     return known
 

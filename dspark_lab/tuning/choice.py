@@ -26,7 +26,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Layout, Per
 from dspark_lab.chats import Batch, Encoded, token_counts
@@ -145,8 +144,7 @@ def choose_training(
         a choice whose ``table`` has a line per option: ``share`` (of the supervised tokens that a
         pass covers); per step ``tokens`` (without padding), ``anchors`` (kept blocks), ``covered``
         (different tokens), ``weighted`` (summed weight of all supervised slots) and
-        ``memory_bytes`` (of longest rows and most blocks); ``front``, whether no option that
-        fits is better in one of the three rates of ``gain`` and as good in the others.
+        ``memory_bytes`` (of longest rows and most blocks); and three rates of ``gain``.
     """
     step_time = time if isinstance(time, StepTime) else card_time(time)
     limit = math.inf if memory is None else usable_bytes(memory, usable)
@@ -178,8 +176,6 @@ def choose_training(
     for rate, of in zip(_RATES, ("seconds", "memory_bytes", "operations"), strict=True):
         table[rate] = table["gain"] / table[of]
     table["fits"] = table["memory_bytes"] <= limit
-    rates = table[list(_RATES)].to_numpy()
-    table["front"] = table["fits"] & _front(rates, table["fits"].to_numpy())
     packed = packed or any(spans.documents > spans.rows for spans in rows.values())
     max_length = None
     if isinstance(data, Spans) and (data.document_kept < data.document_tokens).any():
@@ -231,15 +227,6 @@ def _rows(
         length: Spans.of(data, seq_len=length, row_length=length if packed else None)
         for length in seq_lens or [int(token_counts(data).max())]
     }
-
-
-def _front(
-    rates: Float[np.ndarray, "option rate"], fits: Bool[np.ndarray, " option"]
-) -> Bool[np.ndarray, " option"]:
-    """Whether no option that fits is better in one rate and as good in the others."""
-    as_good = (rates[:, None] <= rates).all(axis=2)
-    better = (rates[:, None] < rates).any(axis=2)
-    return np.asarray(~(as_good & better & fits).any(axis=1))
 
 
 def _ranked(table: pd.DataFrame) -> pd.DataFrame:

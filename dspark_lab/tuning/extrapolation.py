@@ -1,6 +1,7 @@
 """Learning curves: where tau will be at the end of a run, from its points so far.
 
-The logarithm of tau - 1 (the log-odds of a slot's accept rate) is, in the run's own time,
+The log-odds of the one accept rate of all slots that tau stands for (:mod:`.growth`; of endless
+blocks it is the logarithm of tau - 1) is, in the run's own time,
 
     y = level + growth g + annealing v + offset of training + wander,
 
@@ -19,8 +20,10 @@ the same share of the run, never from the residuals of the fit alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
@@ -30,8 +33,10 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from dspark_lab.checks import Positive, checked
+from dspark_lab.files import read_json, shipped
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning.cells import ALL
+from dspark_lab.tuning.growth import logit_of, tau_at, tau_slope
 from dspark_lab.tuning.results import RUN
 
 # The coefficients, in this order.
@@ -40,7 +45,8 @@ COEFFICIENTS = ("level", "growth", "annealing", "training")
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 # Another tenth of steps that brings less than this share of tau leaves it flat.
 FLAT, TENTH = 0.01, 1.1
-# All that follows was chosen on the runs that REFERENCE names. Variances, in units of the noise's:
+# All that follows was chosen on 22 runs of "math" conversations that no advice is judged on, 22 to
+# 2,000 steps long. Variances, in units of the noise's:
 # of wander, of a training point that is the mean over a fortieth of a run, and of any point the
 # more, the earlier: at first a drafter's outputs still swing.
 _WANDER, _TRAINING, _WINDOWS, _EARLY = 4.0, 4.0, 40, 10.0
@@ -53,8 +59,8 @@ _EVALUATION = 0.02
 _NOISES, _POWERS = (1.0, 0.5, 0.25, 0.125), (0.0, -0.5)
 _UNLIKE = (np.array([0, 0.25, 0.3, 1.0]), np.diag([1.0, 0.3, 0.3, 1.0]) ** 2)
 _ODDS = 0.05
-# The most that y is ever said to be unsure by.
-_MOST = 10.0
+# The most that y is ever said to be unsure by, and how near to its bounds tau may come.
+_MOST, _LEAST = 10.0, 1e-3
 _ITERATIONS = 40
 # The least variance of the coefficients, and for how many runs it counts.
 _LEAST_VARIANCE, _LEAST_RUNS = 1e-3, 2
@@ -167,29 +173,31 @@ def extrapolate(
     Args:
         points: a line for each: ``step`` (until which, from 1), ``tau``; optional ``kind``,
             "held_out" (else all are) or "train" (the mean over the steps since the training point
-            before), and ``accept``, for evaluations the list of accept rates by slot. A run's lines
+            before), ``accept``, for evaluations the list of accept rates by slot, and
+            ``block_size``: by either of these two it is known what tau cannot exceed. A run's lines
             of :func:`load_runs` are such a table, of one domain; other kinds of line are ignored.
-            For tau of fewer slots, give ``tau`` of fewer.
+            For tau of fewer slots, give ``tau`` and ``accept`` of fewer.
         learning_rates: of every step of the run that is asked about, from its first to its last.
         reference: what :func:`learn_curves` learned from other runs; by default
-            :data:`REFERENCE`, from small runs of this lab.
+            :func:`shipped_reference`, from small runs of this lab.
         level: of the intervals, below 1; levels other than 0.9 take errors as normal.
     """
     if level >= 1:
         raise ValueError(f"level must be below 1, got {level}")
-    reference = REFERENCE if reference is None else reference
+    reference = reference or shipped_reference()
     rates = learning_rates
     if not len(rates) or not np.isfinite(rates).all() or rates[0] <= 0 or rates.min() < 0:
         raise ValueError("learning_rates must be finite, the first above 0 and none below")
     table = _points_table(points, len(rates))
     area = rates.cumsum()
     factors = _factors(rates, float(area[-1]))
-    found = _points(table, factors)
+    slots = _slots(table)
+    found = _points(table, factors, slots)
     kind = int((found.kind == 1).all())
     step = int(found.step.max())
     now, length = float(area[step - 1]), float(area[-1] / rates.max())
     share = now / float(area[-1])
-    fit = _Fit(reference.tau, found, length)
+    fit = _Fit(reference.tau, found, length, slots)
     at = np.unique(np.linspace(1, len(area), 121).round().astype(int)) - 1
     ahead = area[at] > now
     design = factors[at]
@@ -197,15 +205,16 @@ def extrapolate(
     y, deviation = fit.predict(design)
     half = deviation * _quantile(reference.tau, kind, now / np.maximum(area[at], now), level)
     half = np.minimum(half, _MOST)
-    frame = pd.DataFrame({"step": at + 1, "tau": 1 + np.exp(y)})
-    frame["low"], frame["high"], frame["ahead"] = 1 + np.exp(y - half), 1 + np.exp(y + half), ahead
+    frame = pd.DataFrame({"step": at + 1, "tau": tau_at(y, slots)})
+    frame["low"], frame["high"] = tau_at(y - half, slots), tau_at(y + half, slots)
+    frame["ahead"] = ahead
     tau, low, high = (float(frame[name].iloc[-1]) for name in ("tau", "low", "high"))
     growth, spread = fit.mean[1], fit.covariance[1, 1] ** 0.5
     spread *= _quantile(reference.tau, kind, share, level)
     # What a longer run gains, times how this run's growth compares with that of others.
     more = reference.tau.mean[1, 0] * np.log(TENTH) / fit.prior[1]
     gained = more * (growth + spread * np.array([0, -1, 1]))
-    gain, gain_low, gain_high = ((1 + np.exp(y[-1] + gained)) / tau - 1).tolist()
+    gain, gain_low, gain_high = (tau_at(y[-1] + gained, slots) / tau - 1).tolist()
     of: Literal["held_out", "train"] = "train" if kind else "held_out"
     result = Forecast(
         tau=tau,
@@ -245,10 +254,10 @@ def learn_curves(
         factors, length = _factors(rates, whole), whole / float(rates.max())
         table = _points_table(run_points(lines, domain), None)
         groups.append(key)
-        tau.append((_points(table, factors), length))
-        held = table[table["kind"] == "held_out"]
-        slots = range(len(held["accept"].iloc[-1]) if by_slot else 0)
-        accept.append([(_points(held, factors, slot), length) for slot in slots])
+        slots = _slots(table)
+        tau.append(_Run(_points(table, factors, slots), length, slots))
+        held = _by_slot(table) if by_slot else []
+        accept.append([_Run(_points(one, factors, 1), length, 1) for one in held])
     if len(groups) < 3:
         raise ValueError(f"runs must hold at least 3 finished runs, got {len(groups)}")
     settings: list[Hashable] = [key[:3] for key in groups]
@@ -317,10 +326,26 @@ def _with_power(
     return np.concatenate([design[:, :1], grown[:, None], design[:, 2:]], axis=1)
 
 
+def _slots(table: pd.DataFrame) -> float:
+    """The slots of a block, infinitely many where nothing says how many there are."""
+    if "block_size" in table:
+        return float(table["block_size"].iloc[0])
+    held = table["accept"].dropna().tolist() if "accept" in table else []
+    return float(len(held[0])) if held else math.inf
+
+
+def _by_slot(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The evaluations of each slot, as a block of one slot: its tau is 1 + the accept rate."""
+    held = table[table["kind"] == "held_out"]
+    if "accept" not in held or held.empty or held["accept"].isna().any():
+        return []
+    return [held.assign(tau=1 + rates) for rates in np.array(held["accept"].tolist()).T]
+
+
 def _points(
-    table: pd.DataFrame, factors: Float[np.ndarray, "step coefficient"], slot: int | None = None
+    table: pd.DataFrame, factors: Float[np.ndarray, "step coefficient"], slots: float
 ) -> Points:
-    """The points of tau, or of a slot's accept rate; the factors of training points are means."""
+    """The points of the tau of so many slots; the factors of training points are means."""
     step = table["step"].to_numpy(dtype=int)
     kind = (table["kind"] == "train").to_numpy().astype(int)
     design, trained = factors[step - 1].copy(), kind == 1
@@ -331,11 +356,8 @@ def _points(
     design[:, -1] = kind
     variance = 1 + _EARLY / step
     variance[trained] *= _TRAINING * len(factors) / _WINDOWS / over
-    if slot is None:
-        y = np.log(np.maximum(table["tau"].to_numpy(dtype=float) - 1, 1e-3))
-    else:
-        rate = np.clip([rates[slot] for rates in table["accept"]], 1e-3, 1 - 1e-3)
-        y = np.log(rate / (1 - rate))
+    tau = np.clip(table["tau"].to_numpy(dtype=float), 1 + _LEAST, slots + 1 - _LEAST)
+    y = logit_of(tau, np.full(len(tau), slots))
     return Points(step, kind, _log_share(design), design, y, variance)
 
 
@@ -369,10 +391,19 @@ def _logs(lengths: Any, limits: tuple[float, float]) -> Float[np.ndarray, "run 2
     return np.stack([np.ones_like(log), log], axis=-1)
 
 
+class _Run(NamedTuple):
+    """A run's points, its length, and the slots of its blocks."""
+
+    points: Points
+    length: float
+    slots: float
+
+
 class _Fit:
     """The coefficients of one run, given its points, and what follows from them."""
 
-    def __init__(self, curves: Curves, points: Points, length: float) -> None:
+    def __init__(self, curves: Curves, points: Points, length: float, slots: float) -> None:
+        self.slots = slots
         self.prior = _logs(length, curves.lengths) @ curves.mean
         like = (0.5, 1.0, self.prior, curves.covariance)
         unlike = [(power, _ODDS, *_UNLIKE) for power in _POWERS]
@@ -400,7 +431,8 @@ class _Fit:
         variance = self.noise**2 * (_WANDER - (weights * near).sum(axis=1))
         variance += _deviation(design - weights @ points.design, self.covariance) ** 2
         trained = design[:, -1] == 1
-        own = np.where(trained, self.noise * _TRAINING**0.5, _EVALUATION / np.exp(y))
+        evaluated = _EVALUATION / tau_slope(y, self.slots)
+        own = np.where(trained, self.noise * _TRAINING**0.5, evaluated)
         return y, np.sqrt(variance + own**2)
 
 
@@ -431,18 +463,17 @@ def _quantile(curves: Curves, kind: int, share: Any, level: float) -> Any:
     return np.interp(share, SHARES, curves.scale[kind]) * NormalDist().inv_cdf((1 + level) / 2)
 
 
-def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -> Curves:
+def _learn(runs: Sequence[_Run], settings: Sequence[Hashable]) -> Curves:
     """The distribution of the runs' coefficients, and how far off it is on settings left out."""
-    lengths = np.array([length for _, length in runs])
-    found = _Sums(*map(np.array, zip(*(_sums(points) for points, _ in runs), strict=True)))
+    lengths = np.array([run.length for run in runs])
+    found = _Sums(*map(np.array, zip(*(_sums(run.points) for run in runs), strict=True)))
     errors: dict[tuple[int, int], list[float]] = {}
     for left_out in dict.fromkeys(settings):
         inside = np.array([setting == left_out for setting in settings])
         curves = _likeliest(_Sums(*(part[~inside] for part in found)), lengths[~inside])
         for place in np.flatnonzero(inside).tolist():
-            points, length = runs[place]
             for kind, number in product((0, 1), range(len(SHARES))):
-                error = _end_error(curves, points, length, kind, SHARES[number])
+                error = _end_error(curves, runs[place], kind, SHARES[number])
                 if error is not None:
                     errors.setdefault((kind, number), []).append(error)
     scale = np.ones((2, len(SHARES)))
@@ -452,17 +483,16 @@ def _learn(runs: Sequence[tuple[Points, float]], settings: Sequence[Hashable]) -
     return replace(_likeliest(found, lengths), scale=scale)
 
 
-def _end_error(
-    curves: Curves, points: Points, length: float, kind: int, share: float
-) -> float | None:
+def _end_error(curves: Curves, run: _Run, kind: int, share: float) -> float | None:
     """The size of the error of a run's end from its first part, in standard deviations."""
+    points = run.points
     ends = np.flatnonzero(points.kind == kind)
     # A run without evaluations has training points alone.
     seen = (points.kind >= kind) & (points.x <= np.log(share))
     if not len(ends) or not (seen & (points.kind == kind)).any():
         return None
     end = points.where(ends[-1:])
-    fit = _Fit(curves, points.where(seen), length)
+    fit = _Fit(curves, points.where(seen), run.length, run.slots)
     y, deviation = fit.predict(end.design)
     return float(abs(end.y - y)[0] / deviation[0])
 
@@ -486,7 +516,8 @@ def _likeliest(sums: _Sums, lengths: Float[np.ndarray, " run"]) -> Curves:
         covariance = (off.T @ off + covariances.sum(axis=0) + least) / (runs + _LEAST_RUNS)
         second = covariances + means[:, :, None] * means[:, None, :]
         explained = 2 * (sums.products * means).sum() - (sums.squares * second).sum()
-        noise = float(np.sqrt((sums.y_squared.sum() - explained) / sums.points.sum()))
+        left = max((sums.y_squared.sum() - explained) / sums.points.sum(), _LEAST_VARIANCE**2)
+        noise = float(np.sqrt(left))
         curves = replace(curves, mean=mean, covariance=covariance, noise=noise)
     return curves
 
@@ -499,16 +530,14 @@ def _slot_table(
     level: float,
 ) -> pd.DataFrame:
     """The accept rate of each slot at the end, where evaluations have them."""
-    held = table[table["kind"] == "held_out"]
     lines = []
-    if curves and "accept" in held and len(held) and not held["accept"].isna().any():
-        last = factors[[held["step"].max() - 1]]
-        share = float(np.exp(_log_share(last))[0])
-        for slot in range(len(held["accept"].iloc[-1])):
-            fit = _Fit(curves, _points(held, factors, slot), length)
-            (y,), (deviation,) = fit.predict(factors[-1:])
-            half = _quantile(curves, 0, share, level) * deviation
-            lines.append((slot, *(1 / (1 + np.exp([-y, half - y, -y - half])))))
+    for slot, held in enumerate(_by_slot(table) if curves else ()):
+        assert curves
+        fit = _Fit(curves, _points(held, factors, 1), length, 1)
+        (y,), (deviation,) = fit.predict(factors[-1:])
+        share = np.exp(_log_share(factors[[held["step"].max() - 1]]))
+        half = float(_quantile(curves, 0, share, level)[0] * deviation)
+        lines.append((slot, *(tau_at(y + np.array([0, -half, half]), 1) - 1)))
     return pd.DataFrame(lines, columns=["slot", "accept", "low", "high"])
 
 
@@ -523,39 +552,15 @@ def _reason(forecast: Forecast) -> str:
     )
 
 
-_TAU = Curves(
-    np.array([[-3.761, 0.7781, 0.4713, 0.793], [0.4928, 0.02508, -0.03291, 0.05019]]),
-    np.array(
-        [
-            [0.09243, 0.001769, -0.001496, 0.0001153],
-            [0.001769, 0.00194, -0.00145, -0.0008317],
-            [-0.001496, -0.00145, 0.003187, 0.001125],
-            [0.0001153, -0.0008317, 0.001125, 0.002324],
-        ]
-    ),
-    0.1935,
-    (12.5, 1049),
-    np.array(
-        [[1.334, 1.332, 0.7497, 0.7624, 0.8377, 1.437], [1.166, 1.67, 1.086, 1.211, 1.089, 0.9722]]
-    ),
-    22,
-)
-_ACCEPT = Curves(
-    np.array([[-4.08, 0.642, 0.3126, 0], [0.5209, 0.07293, -0.07558, 0]]),
-    np.array(
-        [
-            [0.1599, 0.01084, -0.01343, 0],
-            [0.01084, 0.008991, -0.009594, 0],
-            [-0.01343, -0.009594, 0.01763, 0],
-            [0, 0, 0, 0.6351],
-        ]
-    ),
-    0.2459,
-    (12.5, 1049),
-    np.array([[0.8706, 0.8005, 0.7122, 0.7461, 0.6822, 0.6687], [1, 1, 1, 1, 1, 1]]),
-    175,
-)
-# Learned from 22 runs of the pocket target that no advice is judged on: conversations of "math",
-# 2 or 4 rows, 6 to 96 anchors, 4 to 15 slots, 22 to 2,000 steps, the rate falling by a cosine, but
-# for one run by a line and one not at all.
-REFERENCE = Reference(_TAU, _ACCEPT, "22 small runs of the lab's")
+@cache
+def shipped_reference() -> Reference:
+    """What the shipped runs (:func:`load_runs`) of one seed teach of learning curves."""
+    found = read_json(shipped("pocket/learned.json"))
+    tau, accept = (_curves(**found[name]) for name in ("tau", "accept"))
+    return Reference(tau, accept, found["source"])
+
+
+def _curves(lengths: Any, noise: float, runs: int, **arrays: Any) -> Curves:
+    """Curves as JSON has them."""
+    made = {name: np.array(values) for name, values in arrays.items()}
+    return Curves(lengths=tuple(lengths), noise=noise, runs=runs, **made)

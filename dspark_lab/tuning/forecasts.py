@@ -15,7 +15,6 @@ from dspark_lab.checks import Count, Positive, Within, checked
 from dspark_lab.training import History, TrainConfig, read_run
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.extrapolation import (
-    REFERENCE,
     Forecast,
     Reference,
     extrapolate,
@@ -23,6 +22,7 @@ from dspark_lab.tuning.extrapolation import (
     learning_rates,
     run_points,
     run_rates,
+    shipped_reference,
 )
 from dspark_lab.tuning.results import RUN
 from dspark_lab.tuning.runs import window_ends
@@ -109,7 +109,7 @@ def _compared(
         raise ValueError(f"progress must have {wanted}, got {sizes} and {mine.sum()} lines")
     own, step = progress[mine].iloc[0], result.step
     past, left = rates[:step], rates[step:]
-    taught = replace(reference or REFERENCE, accept=None)
+    taught = replace(reference or shipped_reference(), accept=None)
 
     def tau(speed: float) -> float:
         steps = max(1, round(len(left) * speed))

@@ -11,20 +11,23 @@ there is one such p. With x = log(steps), v = log(1 + noise) and k = log(K), eac
     logit(p) = a + b x + c_1 (x - x_1)^+ + ... + d v + e x v + f k + g x k + residual
 
 a broken line in x: drafters learn little at first, then much within few steps, then slowly. The
-coefficients are known from runs on other data, up to the level a, which each data set has of its
-own.
+coefficients are known from runs on other data. Of the level a, of what noise costs, d, and of what
+a longer block brings, f, each data set has its own about those that all have in common.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from dspark_lab.checks import checked
+from dspark_lab.files import read_json, shipped
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.judging import CELL
 from dspark_lab.tuning.results import run_table
@@ -32,6 +35,8 @@ from dspark_lab.tuning.results import run_table
 # The origins of steps, 1 + noise and block size, and the steps at which the line may break.
 _STEPS, _NOISE, _BLOCK = 500.0, 5.0, 7.0
 _BREAKS = (100.0, 200.0, 500.0, 1500.0)
+# The places of a, d and f.
+_OWN = [0, 6, 8]
 # Of logit(p) and of log(steps), for derivatives.
 _SMALL = 1e-4
 
@@ -59,7 +64,7 @@ class Growth:
         logit = terms @ self.mean
         covariance = terms @ self.covariance @ terms.T + self.residual**2 * np.eye(len(terms))
         by_logit = self.by_logit(options, steps)
-        return np.log(_tau(logit, slots)), covariance * np.outer(by_logit, by_logit)
+        return np.log(tau_at(logit, slots)), covariance * np.outer(by_logit, by_logit)
 
     @checked
     def by_logit(
@@ -67,7 +72,7 @@ class Growth:
     ) -> Float[np.ndarray, " option"]:
         """The derivative of log tau by logit(p)."""
         logit, slots = _terms(options, steps) @ self.mean, options["block_size"].to_numpy(float)
-        return (np.log(_tau(logit + _SMALL, slots)) - np.log(_tau(logit, slots))) / _SMALL
+        return tau_slope(logit, slots) / tau_at(logit, slots)
 
     @checked
     def slope(
@@ -76,27 +81,30 @@ class Growth:
         """The derivative of log tau by log steps."""
         slots = options["block_size"].to_numpy(dtype=float)
         logits = (_terms(options, more) @ self.mean for more in (steps, steps * math.exp(_SMALL)))
-        here, ahead = (np.log(_tau(logit, slots)) for logit in logits)
+        here, ahead = (np.log(tau_at(logit, slots)) for logit in logits)
         return (ahead - here) / _SMALL
 
 
-def _tau(
-    logit: Float[np.ndarray, " option"], slots: Float[np.ndarray, " option"]
-) -> Float[np.ndarray, " option"]:
+def tau_at(logit: Any, slots: Any) -> Any:
     """Tau of blocks all of whose slots are accepted with one probability."""
     survival = 1 / (1 + np.exp(-logit))
     # 1 - p exactly, where p is nearly 1.
     return -np.expm1((slots + 1) * np.log(survival)) * (1 + np.exp(logit))
 
 
-def _logit(
+def tau_slope(logit: Any, slots: Any) -> Any:
+    """The derivative of that tau by the logit."""
+    return (tau_at(logit + _SMALL, slots) - tau_at(logit, slots)) / _SMALL
+
+
+def logit_of(
     tau: Float[np.ndarray, " option"], slots: Float[np.ndarray, " option"]
 ) -> Float[np.ndarray, " option"]:
-    """The inverse of :func:`_tau`, by bisection; of a tau of 1 or of all slots its bound, 20."""
+    """The inverse of :func:`tau_at`, by bisection; of a tau of 1 or of all slots its bound, 20."""
     low, high = np.full(len(tau), -20.0), np.full(len(tau), 20.0)
     for _ in range(50):
         middle = (low + high) / 2
-        less = _tau(middle, slots) < tau
+        less = tau_at(middle, slots) < tau
         low, high = np.where(less, middle, low), np.where(less, high, middle)
     return (low + high) / 2
 
@@ -125,37 +133,54 @@ GROWTH = Growth(
 
 @checked
 def fit_growth(
-    runs: pd.DataFrame, progress: pd.DataFrame, prior: Growth = GROWTH, *, domain: str = ALL
+    runs: pd.DataFrame,
+    progress: pd.DataFrame,
+    prior: Growth = GROWTH,
+    *,
+    mix: str | None = None,
+    domain: str = ALL,
 ) -> Growth:
     """The growth that the ends of recorded runs show (:func:`load_runs`), beside the ``prior``.
 
-    Each mix has its own level, so that of new data stays nearly as uncertain as it was.
-    ``progress`` has the ``noise`` of each batch size, number of anchors and block size, and of each
-    ``mix`` where it has such a column.
+    Half of the prior's variance of a, d and f is what mixes differ by. The growth is that of
+    ``mix``, of which runs may have other budgets, or of data of which there are none. ``progress``
+    has the ``noise`` of each batch size, number of anchors and block size, and of each ``mix``
+    where it has such a column.
     """
     ends = run_table(runs, domain=domain).astype({"mix": str})
     ends = ends.merge(progress[[*CELL, *{"mix"} & set(progress), "noise"]])
     if ends.empty:
         raise ValueError("progress must hold the options of runs, got none of them")
-    terms = _terms(ends, ends["steps"].to_numpy(dtype=float))
-    mixes = pd.get_dummies(ends["mix"]).to_numpy(dtype=float)
-    design, size = np.concatenate([terms, mixes], axis=1), len(prior.mean)
-    start = np.concatenate([prior.mean, np.zeros(mixes.shape[1])])
-    # Half of what is not known of the level is the same for all data.
-    half = prior.covariance[0, 0] / 2
-    before = half * np.eye(len(start))
-    before[:size, :size] = prior.covariance
-    before[0, 0] = half
-    aim = _logit(ends["held_out"].to_numpy(dtype=float), ends["block_size"].to_numpy(dtype=float))
+    terms, size = _terms(ends, ends["steps"].to_numpy(dtype=float)), len(prior.mean)
+    mixes = sorted({mix or "", *ends["mix"]})
+    # The common coefficients, then what those of each mix differ by.
+    design, every = [terms], [np.eye(size)]
+    for name in mixes:
+        design.append(terms[:, _OWN] * (ends["mix"] == name).to_numpy()[:, None])
+        every.append(np.eye(size)[:, _OWN] * (name == (mix or "")))
+    factors, of_mix = np.concatenate(design, axis=1), np.concatenate(every, axis=1)
+    before, start = np.zeros((factors.shape[1],) * 2), np.zeros(factors.shape[1])
+    before[:size, :size], start[:size] = prior.covariance, prior.mean
+    before[np.ix_(_OWN, _OWN)] /= 2
+    for first in range(size, len(start), len(_OWN)):
+        place = slice(first, first + len(_OWN))
+        before[place, place] = before[np.ix_(_OWN, _OWN)]
+    aim = logit_of(ends["held_out"].to_numpy(dtype=float), ends["block_size"].to_numpy(dtype=float))
     residual = prior.residual
     for _ in range(20):
-        noisy = design @ before @ design.T + residual**2 * np.eye(len(aim))
-        gain = np.linalg.solve(noisy, design @ before).T
-        mean = start + gain @ (aim - design @ start)
+        noisy = factors @ before @ factors.T + residual**2 * np.eye(len(aim))
+        gain = np.linalg.solve(noisy, factors @ before).T
+        mean = start + gain @ (aim - factors @ start)
         # As if the prior's residual had been seen in as many runs as there are coefficients, which
         # is what these take away.
-        left = ((aim - design @ mean) ** 2).sum() + size * prior.residual**2
+        left = ((aim - factors @ mean) ** 2).sum() + size * prior.residual**2
         residual = math.sqrt(left / len(aim))
-    own = (before - gain @ design @ before)[:size, :size]
-    own[0, 0] += half
-    return Growth(mean[:size], own, residual)
+    after = before - gain @ factors @ before
+    return Growth(of_mix @ mean, of_mix @ after @ of_mix.T, residual)
+
+
+@cache
+def shipped_growth() -> Growth:
+    """The growth of new data that the shipped runs (:func:`load_runs`) of one seed teach."""
+    found = read_json(shipped("pocket/learned.json"))["growth"]
+    return Growth(np.array(found["mean"]), np.array(found["covariance"]), found["residual"])

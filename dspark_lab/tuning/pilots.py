@@ -27,7 +27,7 @@ from dspark_lab.training import TrainConfig, train
 from dspark_lab.tuning.cells import ALL, Cell, SweepConfig
 from dspark_lab.tuning.choice import choose_training
 from dspark_lab.tuning.extrapolation import Reference
-from dspark_lab.tuning.growth import GROWTH, Growth
+from dspark_lab.tuning.growth import Growth, shipped_growth
 from dspark_lab.tuning.jobs import run_jobs
 from dspark_lab.tuning.judging import CELL
 from dspark_lab.tuning.noise import GradientNoise, measure_noise
@@ -85,7 +85,7 @@ def pilot(
     evaluate_anchors: Count = 8,
     device: str = "cpu",
     features: Literal["live", "cached"] = "cached",
-    growth: Growth = GROWTH,
+    growth: Growth | None = None,
     reference: Reference | None = None,
     processes: Count = 1,
     address: str | None = None,
@@ -114,7 +114,8 @@ def pilot(
         evaluate_anchors: blocks of each of them.
         features: of the target, stored first or asked for every batch.
         growth: how tau grows with progress, see :func:`fit_growth`.
-        reference: how learning curves go on, see :func:`learn_curves`.
+        reference: how learning curves go on, see :func:`learn_curves`; both are those of the
+            shipped runs where None.
         processes, address: see :func:`run_jobs`; in this process where there is one alone.
         progress: write a line for each finished part.
 
@@ -145,7 +146,8 @@ def pilot(
     (budget,) = config.seconds
     options, measured, evaluation = _options(config, place, progress)
     allowed = pilot_allowance(budget, share)
-    known: dict[str, Any] = {"growth": growth, "reference": reference, "training": training}
+    known: dict[str, Any] = {"growth": growth or shipped_growth(), "reference": reference}
+    known["training"] = training
     contest = Contest(options, budget, allowed, measured, evaluation, arms, **known)
     cells = {
         int(label): _cell(config, option, contest.plan.seconds)

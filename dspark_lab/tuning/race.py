@@ -572,20 +572,24 @@ def _surer(contest: Contest, race: _Race, best: int, other: int) -> str:
     sure = _expected_sure(lead, variance, math.inf)
     if sure >= _SURE:
         return f"Between these two it is {sure:.0%} sure, which more pilots would hardly change."
-    run = sum(race.shares.get(arm, 0.0) for arm in pair)
+    run, steps = sum(race.shares.get(arm, 0.0) for arm in pair), contest.steps.iloc[pair].min()
     text = ""
     for share in PILOT_SHARES[_FIRST:-1]:
-        if share <= begun:
+        if share <= begun or share * steps < PILOT_STEPS:
             continue
         error = _more_precise(begun, share) if begun else pilot_error(share)
         sure = _expected_sure(
             lead, variance, error**2 * float((race.prior.by_logit[pair] ** 2).sum())
         )
         seconds = (2 * share - run) * contest.plan.seconds
+        if seconds > contest.budget:
+            break
         text = f"Another {seconds:,.0f} s of pilots of these two would make it {sure:.0%} sure"
         if sure >= _SURE:
             return f"{text}."
-    return f"{text} and no more: seeds differ by as much, and two runs of each say more."
+    if not text:
+        return "Pilots that make it surer would take longer than the run: train both."
+    return f"{text} and no more: longer ones take more than the budget, or seeds differ by as much."
 
 
 def _expected_sure(lead: float, variance: float, error: float) -> float:
