@@ -20,6 +20,7 @@ from .explore import (
 from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_target
 from .pairs import load_pair
 from .rates import evaluate
+from .records import load_acceptance
 from .training import train
 from .tuning import choose_training, export, forecast, pilot
 
@@ -45,6 +46,7 @@ __all__ = [
     "explore_training_budget",
     "export",
     "forecast",
+    "load_acceptance",
     "load_chats",
     "load_drafter",
     "load_pair",

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from dspark_lab.explore.models import Models
 from dspark_lab.explore.style import BLUE, INK, ORANGE, RED, WIDEST
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures
+from dspark_lab.records import load_acceptance
 from dspark_lab.serving import Engine, StepsPerSecond, acceptance_profile, speedup_table
 from dspark_lab.tuning import SERVERS, ServingSettings, export
 from tests import gallery
@@ -719,3 +721,31 @@ def test_the_code_of_a_view_makes_it_again():
     explorer = shown(draft_length=2)
     put(explorer, requests=8, replay=True, threshold=0.45, temperature=0.0)
     require_same_view(explorer, trace=TRACE, engine=ENGINE)
+
+
+def test_what_a_server_counted_stands_for_a_trace(tmp_path: Path):
+    path = tmp_path / "requests.jsonl"
+    steps = [[2, 0, 1, 2], [0, 2, 2, 1, 0]]
+    rows = [
+        {"id": name, "per_step_accepted": one, "per_step_drafted": [2] * len(one)}
+        for name, one in zip("ab", steps, strict=True)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    engine = serving.load_engine()
+    explorer = explore_serving(record=path, engine=engine, requests_simulated=4)
+    record = load_acceptance(path)
+    expected = speedup_table(record.profile(), engine.costs(1, replay=False))
+    shown = explorer.tables["speedup"]
+    pd.testing.assert_frame_equal(shown, expected)
+    assert shown["tau"].iloc[1] == pytest.approx(1 + (6 + 4) / 9)
+    assert "thresholds" not in explorer.tables
+    assert set(explorer.tables["load"]["policy"]) == {"plain decoding", "fixed 2"}
+    html = unescape(explorer._frame.html)
+    assert "A record has no confidences" in html and "it is taken to be 1" in html
+    assert "shipped pocket pair" not in html
+    told = explore_serving(record=record, temperature=0.7, requests_simulated=4)
+    assert told.tables["recommended"]["temperature"].tolist() == [0.7]
+    html = unescape(told._frame.html)
+    assert "shipped pocket pair" in html and "taken to be" not in html
+    with pytest.raises(ValueError, match="a record must stand alone"):
+        explore_serving(record=record, prompts=["one"])

@@ -631,3 +631,17 @@ def test_predicted_is_what_decoding_then_does(replay, monkeypatch) -> None:
         tokens += len(answer) - 1
         rounds += (len(answer) - 1) / profile.tau(3, len(answer) - 1) if answer[1:] else 0
     assert table["tau"].iloc[-1] == pytest.approx(tokens / rounds)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
+def test_rates_are_found_again_from_their_survival(rates: list[float]):
+    survival = np.cumprod(rates)
+    found = AcceptanceProfile.of_survival(survival.tolist(), temperature=0.5)
+    np.testing.assert_allclose(found.rates, rates)
+    np.testing.assert_allclose(found.survival, survival)
+    assert found.temperature == 0.5 and found.tau(len(rates)) == pytest.approx(1 + survival.sum())
+
+
+def test_survival_that_rises_is_refused():
+    with pytest.raises(ValueError, match="of slot 2 be at most 0.3, got 0.4"):
+        AcceptanceProfile.of_survival([0.5, 0.3, 0.4])

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from html import escape
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import serving, tuning
 from dspark_lab.checks import Count, NonNegative, NotEmpty, Share, Size, checked
-from dspark_lab.decoding import load_trace, rounds_of
+from dspark_lab.decoding import Rounds, load_trace, rounds_of
 from dspark_lab.explore import controls as make
 from dspark_lab.explore import style
 from dspark_lab.explore.explorer import Explorer
@@ -29,7 +30,10 @@ from dspark_lab.explore.work import Progress, threads_for
 from dspark_lab.files import require_found
 from dspark_lab.pairs import drafter_names, load_traces, pair_folder
 from dspark_lab.rates import SequentialTemperatures
+from dspark_lab.records import AcceptanceRecord, load_acceptance
 from dspark_lab.serving import (
+    AcceptanceProfile,
+    Answers,
     Engine,
     FixedLength,
     Policy,
@@ -40,6 +44,10 @@ from dspark_lab.serving import (
 
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
+# What is said where nothing is known of the server that a record is of.
+_SHIPPED_ENGINE = (
+    "What a round costs is that of the shipped pocket pair: give engine= for your own."
+)
 # What stands for a drafter without a name.
 _UNNAMED = tuning.ServingSettings(0).drafter
 
@@ -91,6 +99,7 @@ def explore_serving(
     prompts: Prompts | None = None,
     *,
     trace: pd.DataFrame | str | os.PathLike[str] | None = None,
+    record: AcceptanceRecord | str | os.PathLike[str] | None = None,
     engine: Engine | str | os.PathLike[str] | None = None,
     temperatures: Annotated[Sequence[NonNegative], NotEmpty()] = (0.0, 1.0),
     draft_length: Count | None = None,
@@ -114,6 +123,10 @@ def explore_serving(
             are put to the pocket pair. Without a target, ``drafter`` names one in the trace.
         trace: of whole blocks, or its file, with a column ``temperature`` unless ``temperature`` is
             given; decoded where None.
+        record: instead of a trace, what a server counted by slot, or its file
+            (:func:`dspark_lab.load_acceptance`). ``temperature`` says at which one it was served
+            where the record does not, and is 1 where neither does; answers of which no length is
+            known have ``max_new_tokens``.
         engine: what a round costs, or its file; measured where None, but that of the pocket pair
             without a target. Loads that it was not measured at are extrapolated.
         draft_length, temperature, requests, threshold, replay, export: where the controls start. By
@@ -139,19 +152,26 @@ def explore_serving(
     if isinstance(engine, (str, os.PathLike)):
         require_found(engine)
         engine = Engine.read(engine)
+    if isinstance(record, (str, os.PathLike)):
+        record = load_acceptance(record)
+    if record is not None and not (target is None and trace is None and prompts is None):
+        raise ValueError("a record must stand alone, got a target, a trace or prompts beside it")
     if target is None and trace is not None and engine is None:
         raise ValueError("engine must be given with a trace, or a target to measure, got neither")
     if isinstance(drafter, Mapping) and len(drafter) != 1:
         raise ValueError(f"drafter must be one, got {list(drafter)}")
-    if target is None and trace is None:
+    if target is None and trace is None and record is None:
         drafter = drafter or "dspark-k7"
         engine = engine or serving.load_engine()
         trace = load_traces() if prompts is None else None
     name = _name(next(iter(drafter)) if isinstance(drafter, Mapping) else drafter)
 
     def tables_of(trace: pd.DataFrame, engine: Engine) -> _Tables:
-        of_one = _of_one_drafter(trace, name, temperature)
-        made = _Tables(of_one, engine, calibrated, requests_simulated, seed)
+        parts = _traced(_of_one_drafter(trace, name, temperature), calibrated, seed)
+        return tables_from(parts, engine)
+
+    def tables_from(parts: dict[float, _Part], engine: Engine) -> _Tables:
+        made = _Tables(parts, engine, calibrated, requests_simulated, seed)
         if draft_length is not None and draft_length > made.longest:
             raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
         return made
@@ -182,8 +202,13 @@ def explore_serving(
         return dict.fromkeys(["threshold"], found[0].lacking) if found else {}
 
     options: dict[str, Any] = {"slow": True, "reasons": reasons, "given": given}
-    if trace is not None and engine is not None:
+    if record is not None:
+        own = engine or serving.load_engine()
+        found.append(tables_from(_recorded(record, temperature, max_new_tokens), own))
+        found[0].taken += _SHIPPED_ENGINE * (engine is None)
+    elif trace is not None and engine is not None:
         found.append(tables_of(trace, engine))
+    if found:
         return Explorer("explore_serving", controls_of(found[0]), draw, **options)
     if trace is None and temperature is not None:
         style.require_one_of("temperature", temperature, temperatures)
@@ -217,8 +242,9 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> Frame:
         made.advice[t, load],
         made.lacking or _threshold_in_words(made.thresholds(t, load, best["draft_length"])),
         _load_in_words(tables["load"], chosen.requests),
+        made.taken,
     ]
-    html = "".join(f"<p>{escape(text)}</p>" for text in sentences)
+    html = "".join(f"<p>{escape(text)}</p>" for text in sentences if text)
     pays = made.speedups[t, load]["speedup"].max() > 1
     label = "recommended" if pays else "the least slow, where drafting must be"
     both = shown["recommended"], shown["settings"]
@@ -311,37 +337,87 @@ def _of_one_drafter(trace: pd.DataFrame, name: str, temperature: float | None) -
     return trace
 
 
+class _Part(NamedTuple):
+    """What was accepted at one temperature; ``rounds`` of whole blocks, with confidences.
+
+    ``lacking``: why there are no confidences; ``taken``: what was taken for granted.
+    """
+
+    profile: AcceptanceProfile
+    answers: Answers
+    rounds: Rounds | None
+    lacking: str = ""
+    taken: str = ""
+
+
+def _traced(trace: pd.DataFrame, calibrated: Any, seed: int) -> dict[float, _Part]:
+    """A trace of one drafter, by temperature."""
+    if trace.empty:
+        raise ValueError("trace must hold a drafted slot, got none")
+    blind = bool(trace["confidence"].isna().all())
+    lacking = "The drafter has no confidence head: no threshold and no scheduler." if blind else ""
+    found = {}
+    for t in sorted(trace["temperature"].unique().tolist()):
+        part = trace[trace["temperature"] == t]
+        profile = serving.acceptance_profile(part, temperature=t)
+        answers = serving.answers_of(part, calibrated, seed=seed)
+        found[t] = _Part(profile, answers, None if blind else rounds_of(part), lacking)
+    return found
+
+
+def _recorded(
+    record: AcceptanceRecord, temperature: float | None, tokens: int
+) -> dict[float, _Part]:
+    """What a server counted, as if all its blocks were alike."""
+    profile = record.profile()
+    known = profile.temperature if temperature is None else temperature
+    taken = "" if known is not None else "The record says no temperature: it is taken to be 1. "
+    profile = replace(profile, temperature=1.0 if known is None else float(known))
+    lengths = np.full(1, tokens)
+    if record.requests is not None:
+        lengths = (record.lines["rounds"] + record.lines["accepted"]).to_numpy().round().astype(int)
+        if "output_tokens" in record.lines:
+            said = record.lines["output_tokens"].astype(float)
+            lengths = said.fillna(pd.Series(lengths)).to_numpy().astype(int)
+    count = len(lengths)
+    rates = np.tile(profile.rates, (count, 1))
+    each = np.ones(count, dtype=np.int64)
+    answers = Answers(
+        accept_prob=rates,
+        confidence=np.full_like(rates, np.nan),
+        first=np.arange(count),
+        count=each,
+        tokens=np.maximum(lengths, 1),
+        domain=np.full(count, ""),
+    )
+    lacking = "A record has no confidences: no threshold and no scheduler."
+    assert profile.temperature is not None
+    return {profile.temperature: _Part(profile, answers, None, lacking, taken)}
+
+
 class _Tables:
-    """A trace of one drafter on an engine, and the tables of both, each made once.
+    """What one drafter had accepted on an engine, and the tables of both, each made once.
 
     Keys are a temperature and a load, which is the requests that share a step and whether replay
     counts. ``lacking`` says why there is neither threshold nor scheduler; "" where there are.
     """
 
     def __init__(
-        self, trace: pd.DataFrame, engine: Engine, calibrated: Any, requests: int, seed: int
+        self, parts: dict[float, _Part], engine: Engine, calibrated: Any, requests: int, seed: int
     ) -> None:
-        if trace.empty:
-            raise ValueError("trace must hold a drafted slot, got none")
-        temperatures = sorted(trace["temperature"].unique().tolist())
-        parts = {t: trace[trace["temperature"] == t] for t in temperatures}
-        self.profiles = {
-            t: serving.acceptance_profile(part, temperature=t) for t, part in parts.items()
-        }
-        answers = {t: serving.answers_of(part, calibrated, seed=seed) for t, part in parts.items()}
-        slots = len(self.profiles[temperatures[0]].rates)
+        self.profiles = {t: part.profile for t, part in parts.items()}
+        answers = {t: part.answers for t, part in parts.items()}
+        first = next(iter(parts.values()))
+        slots = len(first.profile.rates)
         self.block_size = slots
         reached = (profile.longest for profile in self.profiles.values())
         self.longest = longest = min(*reached, engine.longest)
-        self.lacking = ""
-        if trace["confidence"].isna().all():
-            self.lacking = "The drafter has no confidence head: no threshold and no scheduler."
-        elif engine.longest < slots:
+        self.lacking, self.taken = first.lacking, first.taken
+        if not self.lacking and engine.longest < slots:
             self.lacking = (
                 f"Blocks have {slots} slots and the engine knows {engine.longest}: no threshold "
                 "and no scheduler, which work on whole blocks."
             )
-        rounds = {} if self.lacking else {t: rounds_of(part) for t, part in parts.items()}
         self.engine = engine
         self.speedups: dict[tuple[float, tuple[int, bool]], pd.DataFrame] = {}
         self.advice: dict[tuple[float, tuple[int, bool]], str] = {}
@@ -352,7 +428,9 @@ class _Tables:
         @cache
         def thresholds(t: float, load: tuple[int, bool], draft_length: int) -> pd.DataFrame:
             options: dict[str, Any] = {"draft_lengths": [draft_length], "calibrated": calibrated}
-            return serving.threshold_table(rounds[t], costs[load], **options)
+            rounds = parts[t].rounds
+            assert rounds is not None
+            return serving.threshold_table(rounds, costs[load], **options)
 
         @cache
         def simulated(t: float, policy: Policy) -> pd.DataFrame:

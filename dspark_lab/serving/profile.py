@@ -48,6 +48,25 @@ class AcceptanceProfile:
         by_length = np.where(np.tri(len(values), dtype=bool), values, np.nan)
         return cls(by_length, np.empty((0, *by_length.shape)), temperature=temperature)
 
+    @classmethod
+    @checked
+    def of_survival(
+        cls, survival: Sequence[float], *, temperature: float | None = None
+    ) -> AcceptanceProfile:
+        """From the shares of all rounds that pass each slot, as servers print them.
+
+        Raises:
+            ValueError: a slot passes more rounds than the one before it.
+        """
+        shares = as_probabilities("survival", list(survival))
+        before = np.append(1.0, shares[:-1])
+        if (shares > before).any():
+            slot = int((shares > before).argmax())
+            wanted = f"survival must not rise, so of slot {slot} be at most {before[slot]:g}"
+            raise ValueError(f"{wanted}, got {shares[slot]:g}")
+        rates = np.where(before > 0, shares / np.where(before > 0, before, 1), 0.0)
+        return cls.of(rates.tolist(), temperature=temperature)
+
     @property
     def rates(self) -> Float[np.ndarray, " slot"]:
         """Those of whole blocks."""

@@ -1,0 +1,5 @@
+from .compare import compare_acceptance, drift_over_time
+from .reading import load_acceptance
+from .record import AcceptanceRecord
+
+__all__ = ["AcceptanceRecord", "compare_acceptance", "drift_over_time", "load_acceptance"]

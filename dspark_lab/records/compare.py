@@ -1,0 +1,118 @@
+"""Two records side by side, and one record over time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from dspark_lab.checks import Count, Size, checked
+from dspark_lab.rates import interval, resampled
+from dspark_lab.records.record import AcceptanceRecord
+
+_Sums = Float[np.ndarray, "line sum"]
+
+
+@checked
+def compare_acceptance(
+    before: AcceptanceRecord,
+    after: AcceptanceRecord,
+    *,
+    resamples: Count = 10_000,
+    seed: Size = 0,
+) -> pd.DataFrame:
+    """Whether acceptance of one record differs from that of another: tau and survival by slot.
+
+    Requests with the same id in both, at least two, are compared in pairs, and only these; else all
+    of either are. Ids are those of the records; their numbers in a file are none.
+
+    Returns:
+        one line for each ``figure``, "tau" or "survival k": its value ``before`` and ``after``,
+        their ``difference`` in its 95 % bootstrap interval over requests, ``low`` to ``high`` (NaN
+        where a record has no requests), whether they are ``paired``, and how many ``requests``
+        count, of the later record.
+    """
+    if before.rounds == 0 or after.rounds == 0:
+        raise ValueError("both records must have rounds, got none in one of them")
+    slots = min(before.passed.shape[1], after.passed.shape[1])
+    sums = [_sums(record, slots) for record in (before, after)]
+    places = _pairs(before, after)
+    if places is not None:
+        sums = [own[place] for own, place in zip(sums, places, strict=True)]
+    values = [_figures(own.sum(axis=0)) for own in sums]
+    low, high = np.full((2, slots + 1), np.nan)
+    requests = before.unit == after.unit == "request"
+    if requests and min(map(len, sums)) > 1:
+        drawn = [resampled(len(own), resamples, (seed, place)) for place, own in enumerate(sums)]
+        if places is not None:
+            drawn[1] = drawn[0]
+        both = [_figures(times @ own) for times, own in zip(drawn, sums, strict=True)]
+        low, high = interval(both[1] - both[0], min(map(len, sums)))
+    return pd.DataFrame(
+        {
+            "figure": ["tau", *(f"survival {slot}" for slot in range(slots))],
+            "before": values[0],
+            "after": values[1],
+            "difference": values[1] - values[0],
+            "low": low,
+            "high": high,
+            "paired": places is not None,
+            "requests": len(sums[1]) if requests else 0,
+        }
+    )
+
+
+@checked
+def drift_over_time(record: AcceptanceRecord, parts: Count = 10) -> pd.DataFrame:
+    """Tau of a record in so many stretches of time, each of as many lines.
+
+    Returns:
+        a line for each stretch: its first and last second, ``begin`` and ``end``, counted from the
+        record's first; its ``rounds`` and ``tau``, in the 95 % interval ``low`` to ``high`` where
+        lines are requests.
+    """
+    if "seconds" not in record.lines or record.lines["seconds"].isna().any():
+        raise ValueError("record must say when each of its lines was, got some without a time")
+    seconds = record.lines["seconds"].to_numpy(dtype=float)
+    order = np.argsort(seconds, kind="stable")
+    sums, lines = _sums(record, 0)[order], []
+    for place in np.array_split(np.arange(len(order)), min(parts, len(order))):
+        own, at = sums[place], seconds[order[place]] - seconds.min()
+        low, high = np.nan, np.nan
+        if record.unit == "request" and len(own) > 1:
+            drawn = resampled(len(own), 1000, 0)
+            low, high = interval(_figures(drawn @ own)[:, 0], len(own)).tolist()
+        (tau,) = _figures(own.sum(axis=0))
+        lines.append((at[0], at[-1], own[:, 0].sum(), tau, low, high))
+    return pd.DataFrame(lines, columns=["begin", "end", "rounds", "tau", "low", "high"])
+
+
+def _sums(record: AcceptanceRecord, slots: int) -> _Sums:
+    """Of each line the rounds, the accepted tokens, and the rounds that passed each slot."""
+    counts = record.lines[["rounds", "accepted"]].to_numpy(dtype=float)
+    return np.concatenate([counts, record.passed[:, :slots]], axis=1)
+
+
+def _figures(sums: Float[np.ndarray, "*resample sum"]) -> Float[np.ndarray, "*resample figure"]:
+    """Tau and survival by slot."""
+    shares = sums[..., 1:] / np.where(sums[..., :1] == 0, np.nan, sums[..., :1])
+    shares[..., 0] += 1
+    return shares
+
+
+def _pairs(
+    before: AcceptanceRecord, after: AcceptanceRecord
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The places of requests that are in both records; None where these are fewer than two."""
+    ids = []
+    for record in (before, after):
+        names = record.lines["line"]
+        if record.unit != "request" or not names.map(lambda one: isinstance(one, str)).all():
+            return None
+        if names.duplicated().any():
+            return None
+        ids.append(pd.Index(names))
+    shared = ids[0].intersection(ids[1], sort=False)
+    if len(shared) < 2:
+        return None
+    return ids[0].get_indexer(shared), ids[1].get_indexer(shared)

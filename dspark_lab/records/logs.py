@@ -1,0 +1,264 @@
+"""Records in lines of text: logs of vLLM, SGLang and llama.cpp, and Prometheus' exposition."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime
+from typing import Protocol
+
+from dspark_lab.records.record import Tally
+
+
+class LogReader(Protocol):
+    """Reads the lines that hold ``mark``; ``tally`` is what they came to."""
+
+    mark: str
+
+    def read(self, line: str) -> bool:
+        """Take a line in; false where it is cut off or not what it begins as."""
+        ...
+
+    @property
+    def used(self) -> bool:
+        """Whether a line was taken in."""
+        ...
+
+    @property
+    def tally(self) -> Tally: ...
+
+
+_TIME = re.compile(r"(\d{4}-)?\d\d-\d\d[ T]\d\d:\d\d:\d\d")
+# Names and values of a line, a value with commas ends where the next name begins.
+_PAIR = re.compile(r"([A-Z][\w -]*): (.*?)(?=,\s+[A-Z][\w -]*: |,?\s*$)")
+
+
+class _Clock:
+    """Seconds since the first time stamp of a log; a year is missing in some."""
+
+    def __init__(self) -> None:
+        self.first: datetime | None = None
+
+    def seconds(self, line: str) -> float | None:
+        found = _TIME.search(line)
+        if found is None:
+            return None
+        stamp = found[0].replace("T", " ")
+        now = datetime.fromisoformat(stamp if found[1] else f"2000-{stamp}")
+        self.first = self.first or now
+        return (now - self.first).total_seconds()
+
+
+class _Log:
+    """A log whose lines are lines of a record."""
+
+    tally: Tally
+
+    @property
+    def used(self) -> bool:
+        return self.tally.count > 0
+
+
+class VllmLog(_Log):
+    mark = "SpecDecoding metrics:"
+
+    def __init__(self) -> None:
+        self.tally = Tally(
+            "vLLM log",
+            "interval",
+            "Rates by position are shares of all rounds (survival), tau counts the target's token; "
+            "tokens behind an end of turn count as accepted",
+        )
+        self._clock = _Clock()
+
+    def read(self, line: str) -> bool:
+        found = dict(_PAIR.findall(line.split(self.mark, 1)[1].strip()))
+        counts = [
+            re.match(r"(\d+) tokens", found.get(name, "")) for name in ("Accepted", "Drafted")
+        ]
+        if counts[0] is None or counts[1] is None:
+            return False
+        accepted, drafted = int(counts[0][1]), int(counts[1][1])
+        rates = [
+            float(one) for one in found.get("Per-position acceptance rate", "").split(",") if one
+        ]
+        rounds = _rounds(accepted, drafted, rates, found.get("Mean acceptance length"))
+        if rounds is None:
+            raise ValueError("vLLM's log must have rates by position: this version has none")
+        self.tally.exact &= rounds[1]
+        passed = [rate * rounds[0] for rate in rates]
+        about = {"seconds": self._clock.seconds(line)}
+        self.tally.add(rounds[0], accepted, drafted, passed=passed, about=about)
+        return True
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(one) for one in text.split(",") if one.strip()]
+
+
+def _rounds(
+    accepted: int, drafted: int, rates: list[float], length: str | None
+) -> tuple[int, bool] | None:
+    """The rounds of an interval, and whether they are exact: whole blocks that fit all figures."""
+    if not rates or not drafted:
+        return None
+    whole, rest = divmod(drafted, len(rates))
+    off = abs(accepted / whole - sum(rates)) if whole else math.inf
+    if not rest and off <= 0.0005 * len(rates) + 1e-9:
+        return whole, True
+    if sum(rates) > 0:
+        return max(round(accepted / sum(rates)), 1), False
+    mean = float(length) - 1 if length else 0.0
+    return (max(round(accepted / mean), 1) if mean > 0 else max(whole, 1)), False
+
+
+class SglangLog(_Log):
+    mark = "accept len:"
+    # Decoding steps between two lines, by default.
+    _STEPS = 40
+
+    def __init__(self) -> None:
+        self.tally = Tally(
+            "SGLang log",
+            "interval",
+            "Mean accepted length with the target's token, over the steps since the line before; "
+            f"rounds are {self._STEPS} steps, the default, of the running requests",
+        )
+        self.tally.exact = False
+        self._clock = _Clock()
+
+    def read(self, line: str) -> bool:
+        found = dict(re.findall(r"([#\w][\w .()/-]*): ([\d.]+)", line.split("Decode batch", 1)[-1]))
+        if "Decode batch" not in line or not found.get("accept len", "").strip("."):
+            return False
+        length, running = float(found["accept len"]), int(found.get("#running-req", 1))
+        rounds = self._STEPS * max(running, 1)
+        if float(found.get("cap len", 0)) > 0:
+            self.tally.notes["a cap cut what was verified: tau is that of the cut rounds"] = None
+        about = {"seconds": self._clock.seconds(line), "running": running}
+        self.tally.add(rounds, (length - 1) * rounds, about=about)
+        return True
+
+
+_DRAFTED = re.compile(
+    r"draft acceptance(?: rate)? = ([\d.]+) \(\s*(\d+) accepted /\s*(\d+) generated\)"
+    r"(?:, mean (?:len|acceptance length) =\s*([\d.]+))?"
+    r"(?:, acceptance rate per position = \(([\d., ]+)\))?"
+)
+
+
+class LlamaLog(_Log):
+    mark = "draft acceptance"
+
+    def __init__(self) -> None:
+        self.tally = Tally(
+            "llama.cpp log",
+            "request",
+            "The mean length counts the target's token, over rounds that had a draft; rounds are "
+            "worked out of it",
+        )
+        self.tally.exact = False
+
+    def read(self, line: str) -> bool:
+        found = _DRAFTED.search(line)
+        if found is None:
+            return False
+        accepted, drafted = int(found[2]), int(found[3])
+        if found[4] is None:
+            raise ValueError(
+                "llama.cpp's log must have a mean length in its lines, from June 2026 on, got none"
+            )
+        length = float(found[4])
+        rounds = max(round(accepted / (length - 1)), 1) if length > 1 else drafted
+        rates = _numbers(found[5] or "")
+        passed = [rate * rounds for rate in rates]
+        task = re.search(r"task (\d+)", line)
+        about = {"line": task[1] if task else self.tally.count + 1}
+        self.tally.add(rounds, accepted, drafted, passed=passed, about=about)
+        return True
+
+
+_SAMPLE = re.compile(r"^([\w:]+)(?:\{(.*)\})?\s+([\d.eE+-]+|NaN)(?:\s+\d+)?\s*$")
+_COUNTERS = re.compile(
+    r"(?:vllm:|llamacpp:|trtllm[:_])spec_decode_(?:num_)?"
+    r"(drafts|draft_tokens|drafted_tokens|accepted_tokens|accepted_tokens_per_pos)(?:_total)?$"
+)
+
+
+class Exposition:
+    """Prometheus' text: counters since a server's start, of all its engines together."""
+
+    mark = "spec_"
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], tuple[float, int | None, str]] = {}
+        self._program = ""
+
+    def read(self, line: str) -> bool:
+        if line.startswith("#"):
+            return True
+        sample = _SAMPLE.match(line.strip())
+        if sample is None:
+            return False
+        counter = _COUNTERS.match(sample[1])
+        if counter:
+            self._program = {"v": "vLLM", "l": "llama.cpp", "t": "TensorRT-LLM"}[sample[1][0]]
+        elif sample[1].startswith("sglang:spec_"):
+            self._program = "SGLang"
+        else:
+            return True
+        place = re.search(r'(?:token_)?position="(\d+)"', sample[2] or "")
+        name = counter[1] if counter else sample[1].removeprefix("sglang:")
+        at = int(place[1]) if place else None
+        self._last[sample[1], sample[2] or ""] = (float(sample[3]), at, name)
+        return True
+
+    @property
+    def used(self) -> bool:
+        return bool(self._last)
+
+    def _sum(self, name: str) -> float:
+        found = [value for value, _, own in self._last.values() if own == name]
+        return sum(found) if found else math.nan
+
+    def _by_slot(self, name: str) -> list[float]:
+        found: dict[int, float] = {}
+        for value, place, own in self._last.values():
+            if own == name and place is not None:
+                found[place] = found.get(place, 0.0) + value
+        return [found.get(slot, 0.0) for slot in range(max(found, default=-1) + 1)]
+
+    @property
+    def tally(self) -> Tally:
+        tally = Tally(
+            f"{self._program} metrics",
+            "server",
+            "Counters since the server's start, what warmed it up among them; by position the "
+            "rounds whose slot was accepted with all before it",
+        )
+        if self._program == "SGLang":
+            tally.definition = "The mean of the last interval, of which the rounds are not known"
+            lengths = [v for v, _, own in self._last.values() if own == "spec_accept_length"]
+            if not lengths:
+                raise ValueError("SGLang's metrics must have spec_accept_length, got none")
+            tally.exact = False
+            for length in lengths:
+                tally.add(1, length - 1)
+            return tally
+        if self._program == "TensorRT-LLM":
+            passed, offered = self._by_slot("accepted_tokens"), self._by_slot("drafted_tokens")
+            if not offered:
+                raise ValueError("TensorRT-LLM's metrics must count drafted tokens by position")
+            rounds, drafted = offered[0], sum(offered)
+        else:
+            passed = self._by_slot("accepted_tokens_per_pos")
+            rounds, drafted = self._sum("drafts"), self._sum("draft_tokens")
+        if not rounds > 0:
+            raise ValueError("the metrics must count rounds (spec_decode_num_drafts), got none")
+        tally.add(rounds, sum(passed), drafted, passed=passed)
+        return tally
+
+
+LOGS: tuple[type[LogReader], ...] = (VllmLog, SglangLog, LlamaLog, Exposition)
+# Acceptance that a server was told to make up.
+MADE_UP = "synthetic speculative acceptance is enabled"

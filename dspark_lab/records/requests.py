@@ -1,0 +1,356 @@
+"""Records of single requests, as JSON objects: vLLM, SGLang, TensorRT-LLM, AIPerf, llama.cpp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dspark_lab.records.record import Tally
+
+Object = Mapping[str, Any]
+# Where a request's own facts stand, by their name in a record.
+_ABOUT = {
+    "line": ("id", "request_id", "rid", "x_request_id", "conversation_id", "index"),
+    "temperature": ("temperature",),
+    "label": ("label", "dataset", "subset", "domain", "category"),
+    "seconds": ("created", "request_start_ns", "timestamp"),
+    "prompt_tokens": ("prompt_tokens",),
+    "output_tokens": ("completion_tokens", "predicted_n"),
+}
+# What may be a text.
+_NAMES = ("line", "label")
+# Within a request, where else they may stand.
+_PLACES = ("metadata", "meta_info", "usage", "sampling_params", "request", "timings")
+
+
+class Format(NamedTuple):
+    """One form of a request's record: where it stands in an object, and what is read of it.
+
+    Fields with the ``prefix`` that are not ``known`` are kept as they are.
+    """
+
+    kind: str
+    definition: str
+    find: Callable[[Object], Object | None]
+    read: Callable[[Tally, Object, dict[str, Any]], None]
+    known: frozenset[str]
+    prefix: str = ""
+
+
+def held(value: Any, *path: str) -> Any:
+    """What stands at the end of a path of keys; None where there is none."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be below 0, got {value!r}")
+    return int(value)
+
+
+def _counts(value: Any, name: str) -> list[int]:
+    """A histogram as a list; as an object its keys are the numbers."""
+    if isinstance(value, Mapping):
+        found = {whole(float(key), name): whole(count, name) for key, count in value.items()}
+        return [found.get(number, 0) for number in range(max(found, default=-1) + 1)]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be a list or an object of counts, got {value!r}")
+    return [whole(count, name) for count in value]
+
+
+def about(row: Object) -> dict[str, Any]:
+    """What is known of a request beside its acceptance; never its text."""
+    found: dict[str, Any] = {}
+    places = [row, *(row[name] for name in _PLACES if isinstance(row.get(name), Mapping))]
+    for name, keys in _ABOUT.items():
+        for place in places:
+            for key in keys:
+                value = place.get(key)
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if name not in found and (number or (isinstance(value, str) and name in _NAMES)):
+                    found[name] = value / 1e9 if key.endswith("_ns") else value
+    return found
+
+
+def text(row: Object) -> dict[str, Any]:
+    """A request's prompt and answer, where they stand beside its record."""
+    choice = (row.get("choices") or [{}])[0]
+    answer = row.get("text") or choice.get("text") or held(choice, "message", "content")
+    prompt = row.get("prompt") or row.get("messages")
+    found = {"prompt": prompt, "answer": answer}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _steps_or_histogram(tally: Tally, found: Object, told: dict[str, Any], names: Object) -> None:
+    """A line of vLLM's form, by whichever of its parts says most."""
+    accepted, drafted = found.get("per_step_accepted"), found.get("per_step_drafted")
+    by_length = found.get("acceptance_histogram_by_draft_length")
+    given = found.get(names["drafted"])
+    if accepted and drafted:
+        if len(accepted) != len(drafted):
+            sizes = f"{len(accepted)} and {len(drafted)}"
+            raise ValueError(f"per_step_accepted and per_step_drafted differ in length: {sizes}")
+        taken, offered = (_counts(one, "per_step") for one in (accepted, drafted))
+        if any(a > d for a, d in zip(taken, offered, strict=True)):
+            raise ValueError("per_step_accepted must not be above per_step_drafted")
+        tally.add_steps(taken, offered, told)
+        return
+    if by_length:
+        taken, offered = [], []
+        for length, counts in by_length.items():
+            for number, rounds in enumerate(
+                _counts(counts, "acceptance_histogram_by_draft_length")
+            ):
+                taken += [number] * rounds
+                offered += [whole(float(length), "draft length")] * rounds
+        tally.add_steps(taken, offered, told)
+        return
+    histogram = _counts(found[names["histogram"]], names["histogram"])
+    most = found.get("num_spec_tokens")
+    slots = whole(most, "num_spec_tokens") if most is not None else len(histogram) - 1
+    tally.add_histogram(histogram, slots, math.nan if given is None else given, told)
+    for name, value in (
+        ("steps", sum(histogram)),
+        ("accepted", sum(number * count for number, count in enumerate(histogram))),
+    ):
+        said = found.get(names[name])
+        if said is not None and said != value:
+            raise ValueError(f"{names[name]} must be that of the histogram, {value}, got {said}")
+
+
+_VLLM = {
+    "histogram": "acceptance_histogram",
+    "steps": "num_spec_steps",
+    "accepted": "num_accepted_draft_tokens",
+    "drafted": "num_draft_tokens",
+}
+_TENSORRT = _VLLM | {"accepted": "total_accepted_draft_tokens", "drafted": "total_draft_tokens"}
+
+
+def _vllm(tally: Tally, found: Object, told: dict[str, Any]) -> None:
+    _steps_or_histogram(tally, found, told, _VLLM)
+
+
+def _tensorrt(tally: Tally, found: Object, told: dict[str, Any]) -> None:
+    _steps_or_histogram(tally, found, told, _TENSORRT)
+
+
+def _aiperf(tally: Tally, found: Object, told: dict[str, Any]) -> None:
+    if found.get("engine") in ("llamacpp", "llama.cpp"):
+        steps, accepted = found["num_spec_steps"], found["num_accepted_draft_tokens"]
+        tally.exact = False
+        tally.notes["AIPerf makes up the histogram of llama.cpp: its slots are left out"] = None
+        tally.add(steps, accepted, found.get("num_draft_tokens", math.nan), about=told)
+        return
+    _vllm(tally, found, told)
+
+
+def _sglang(tally: Tally, found: Object, told: dict[str, Any]) -> None:
+    def first(*names: str) -> Any:
+        return next((found[name] for name in names if found.get(name) is not None), None)
+
+    rounds = whole(found["spec_verify_ct"], "spec_verify_ct")
+    histogram = first("spec_correct_drafts_histogram", "spec_accept_histogram")
+    accepted = first("spec_num_correct_drafts", "spec_accepted_drafts", "spec_accept_token_num")
+    drafted = first("spec_num_proposed_drafts", "spec_proposed_drafts", "spec_draft_token_num")
+    if not rounds:
+        return
+    if not histogram:
+        if accepted is None:
+            output = told.get("output_tokens")
+            if output is None:
+                raise ValueError("spec_verify_ct alone says nothing: completion_tokens are missing")
+            tally.exact = False
+            tally.notes["accepted tokens are worked out of the answers' lengths"] = None
+            accepted = max(output - 1 - rounds, 0)
+        tally.add(rounds, accepted, math.nan if drafted is None else drafted, about=told)
+        return
+    counts = _counts(histogram, "histogram")
+    if sum(counts) != rounds:
+        raise ValueError(
+            f"spec_verify_ct must be that of the histogram, {sum(counts)}, got {rounds}"
+        )
+    slots = round(drafted / rounds) if drafted else len(counts) - 1
+    windows = found.get("spec_cap_lens_histogram")
+    if windows:
+        drafted = sum(max(size - 1, 0) * n for size, n in enumerate(_counts(windows, "windows")))
+    tally.add_histogram(counts, slots, math.nan if drafted is None else drafted, told)
+
+
+def _llama(tally: Tally, found: Object, told: dict[str, Any]) -> None:
+    accepted, drafted = (whole(found[name], name) for name in ("draft_n_accepted", "draft_n"))
+    tally.exact = False
+    rounds = max(whole(found["predicted_n"], "predicted_n") - accepted - 1, 1)
+    tally.add(rounds, accepted, drafted, about=told)
+
+
+def _choice(row: Object) -> Object | None:
+    choices = row.get("choices")
+    found = held(choices[0], "speculative_decoding") if choices else None
+    return found if isinstance(found, Mapping) else None
+
+
+def _tokens_details(row: Object) -> Object | None:
+    found = held(row, "sglext", "spec_tokens_details")
+    return found[0] if isinstance(found, list) and found else found
+
+
+def _itself(*names: str) -> Callable[[Object], Object | None]:
+    return lambda row: row if all(name in row for name in names) else None
+
+
+def _at(*path: str, needs: str | None = None) -> Callable[[Object], Object | None]:
+    def find(row: Object) -> Object | None:
+        found = held(row, *path)
+        return found if isinstance(found, Mapping) and (needs is None or needs in found) else None
+
+    return find
+
+
+_OF_VLLM = frozenset(
+    """mean_acceptance_length draft_acceptance_rate acceptance_histogram num_spec_steps
+    num_accepted_draft_tokens num_draft_tokens num_spec_tokens per_step_accepted per_step_drafted
+    acceptance_histogram_by_draft_length""".split()
+)
+_OF_SGLANG = frozenset(
+    """spec_verify_ct spec_num_correct_drafts spec_accepted_drafts spec_accept_token_num
+    spec_num_proposed_drafts spec_proposed_drafts spec_draft_token_num spec_accept_rate
+    spec_correct_drafts_histogram spec_accept_histogram spec_accept_length spec_cap_length
+    spec_cap_lens_histogram spec_block_accept_length""".split()
+)
+_COUNTED = "tokens behind an end of turn count as accepted"
+VLLM = f"Histograms of accepted tokens, the target's own left out; {_COUNTED}"
+SGLANG = f"Histograms of accepted drafts, the target's own token left out; {_COUNTED}"
+_VLLM_REQUESTS = ("vLLM requests", VLLM), (_vllm, _OF_VLLM)
+_META_INFO = ("SGLang meta_info", SGLANG), (_sglang, _OF_SGLANG, "spec_")
+
+
+def _formats(
+    told: tuple[str, str], read: tuple[Any, ...], *found: Callable[[Object], Object | None]
+) -> list[Format]:
+    """The same form in several places."""
+    return [Format(*told, find, *read) for find in found]
+
+
+FORMATS = [
+    Format(
+        "AIPerf records",
+        VLLM,
+        _at("spec_decode_acceptance"),
+        _aiperf,
+        _OF_VLLM | {"engine", "completion_tokens"},
+    ),
+    *_formats(
+        *_VLLM_REQUESTS,
+        _at("metrics", "speculative_decoding"),
+        _itself("acceptance_histogram", "num_spec_steps"),
+        _itself("per_step_accepted", "per_step_drafted"),
+    ),
+    Format(
+        "TensorRT-LLM requests",
+        f"Histograms of accepted tokens over verified drafts; {_COUNTED}",
+        _choice,
+        _tensorrt,
+        _OF_VLLM | {"acceptance_rate", "total_accepted_draft_tokens", "total_draft_tokens"},
+    ),
+    *_formats(
+        *_META_INFO,
+        _at("meta_info", needs="spec_verify_ct"),
+        _tokens_details,
+        _itself("spec_verify_ct"),
+    ),
+    Format(
+        "llama.cpp timings",
+        "Accepted and drafted tokens; rounds are worked out of the answer's length",
+        _at("timings", needs="draft_n"),
+        _llama,
+        frozenset({"draft_n", "draft_n_accepted"}),
+        "draft_",
+    ),
+]
+
+
+def request_format(row: Object) -> Format | None:
+    """The format of a request's object, None where it is none."""
+    return next((one for one in FORMATS if one.find(row) is not None), None)
+
+
+def read_requests(rows: Iterator[Object], format: Format, *, texts: bool) -> Tally:
+    """All requests of one format; what has no record of acceptance is counted and left out."""
+    tally, without, left_out = Tally(format.kind, "request", format.definition), 0, 0
+    for row in rows:
+        found = format.find(row)
+        if found is None:
+            other = request_format(row)
+            if other is not None and other.kind != format.kind:
+                raise ValueError(f"all rows must be {format.kind}, got {other.kind}, too")
+            if other is None:
+                without += 1
+                continue
+            found = other.find(row)
+            assert found is not None
+        phase = held(row, "metadata", "benchmark_phase")
+        if phase == "warmup" or held(row, "metadata", "was_cancelled") or row.get("error"):
+            left_out += 1
+            continue
+        told = about(row) | (text(row) if texts else {})
+        more = {name: value for name, value in found.items() if name.startswith(format.prefix)}
+        more = {name: value for name, value in more.items() if name not in format.known}
+        tally.unknown.update(dict.fromkeys(more))
+        told |= more
+        format.read(tally, found, told)
+    if without:
+        tally.notes[f"{without} rows have no record of acceptance"] = None
+    if left_out:
+        tally.notes[f"{left_out} warm-up, cancelled or failed requests are left out"] = None
+    return tally
+
+
+def dump_payloads(row: Object) -> list[Object]:
+    """The debug records of SGLang's DSpark in an answer of its server, none where it is none."""
+    if isinstance(row.get("records"), list) and ("gamma" in row or "sampling" in row):
+        return [row]
+    found = held(row, "dspark_info_record")
+    if isinstance(found, Mapping):
+        return [found]
+    states = row.get("internal_states")
+    return (
+        [one for state in states for one in dump_payloads(state)]
+        if isinstance(states, list)
+        else []
+    )
+
+
+def read_dump(payloads: Sequence[Object]) -> Tally:
+    """SGLang's debug record: each round of each request, of whole blocks where all was verified."""
+    tally = Tally(
+        "SGLang dump", "request", "Accepted drafts of each round, the target's own token left out"
+    )
+    rounds: dict[str, tuple[list[int], list[int]]] = {}
+    for payload in payloads:
+        if payload.get("simulate_acc_len") not in (None, 0, -1):
+            raise ValueError("SGLang was told to simulate acceptance: its record is no measurement")
+        slots = payload.get("gamma")
+        for step in payload["records"]:
+            for one in step.get("reqs", ()):
+                name = str(one.get("rid", one.get("req_pool_index", "?")))
+                taken, offered = rounds.setdefault(name, ([], []))
+                trimmed = max(one.get("cap_trim", 0) or 0, 0)
+                accepted = whole(one.get("correct_drafts", 0), "correct_drafts") + trimmed
+                verified = whole(one["verify_len"], "verify_len") - 1
+                mode = step.get("mode", payload.get("mode"))
+                whole_block = mode == "cap-accept" and slots is not None
+                taken.append(accepted)
+                offered.append(whole(slots, "gamma") if whole_block else verified)
+                if trimmed:
+                    tally.notes["tau is that of whole blocks: a cap cut what was served"] = None
+    for name, (taken, offered) in rounds.items():
+        tally.add_steps(taken, np.maximum(offered, taken).tolist(), {"line": name})
+    return tally

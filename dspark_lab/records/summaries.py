@@ -1,0 +1,150 @@
+"""Records of whole runs: trainers' evaluations, benchmarks, TensorRT-LLM's iterations."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from dspark_lab.records.record import Tally
+from dspark_lab.records.requests import Object, held, whole
+
+_ITERATION = frozenset(
+    """numDraftTokens numAcceptedTokens numRequestsWithDraftTokens acceptanceLength iterLatencyMS
+    draftOverhead""".split()
+)
+
+
+def is_iteration(row: Object) -> bool:
+    return "iter" in row and "iterLatencyMS" in row
+
+
+def read_iterations(rows: Iterable[Object]) -> Tally:
+    """TensorRT-LLM's iteration statistics: sums alone, a line an iteration."""
+    tally = Tally(
+        "TensorRT-LLM iterations",
+        "interval",
+        "Accepted tokens, the target's own left out, over the requests that had a draft",
+    )
+    for row in rows:
+        found = row.get("specDecodingStats")
+        rank = row.get("attentionDpRank")
+        if not isinstance(found, Mapping) or rank not in (None, 0):
+            continue
+        rounds = whole(found["numRequestsWithDraftTokens"], "numRequestsWithDraftTokens")
+        if rounds:
+            accepted, drafted = (whole(found[f"num{n}Tokens"], n) for n in ("Accepted", "Draft"))
+            tally.unknown.update(dict.fromkeys(name for name in found if name not in _ITERATION))
+            tally.add(rounds, accepted, drafted, about={"line": row["iter"]})
+    return tally
+
+
+def python_literal(text: str) -> Any:
+    """A value written by Python instead of as JSON, as some save TensorRT-LLM's answer."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+# Rounds, accepted and drafted tokens of a whole run.
+_COUNTS = ["num_drafts", "num_accepted_tokens", "num_draft_tokens"]
+
+
+def _automodel(row: Object) -> Tally:
+    tally = Tally(
+        "NeMo AutoModel bench", "data set", "The accepted length counts the target's token"
+    )
+    rows = row["results"] if "results" in row else [row]
+    for one in rows:
+        if one.get("error") is not None or one.get("accept_length") is None:
+            continue
+        about = {"label": one["dataset"]} if "dataset" in one else None
+        if one.get("num_drafts"):
+            counts = (
+                one[name] for name in ("num_drafts", "num_accepted_tokens", "num_draft_tokens")
+            )
+            tally.add(*counts, about=about)
+        else:
+            tally.exact = False
+            tally.notes["rounds are not known, and counted as one"] = None
+            tally.add(1, one["accept_length"] - 1, about=about)
+    return tally
+
+
+def _deepspec(row: Object) -> Tally:
+    tally = Tally(
+        "DeepSpec metrics",
+        "data set",
+        "Labels by position are of the slot and all before it (survival); answers are cut at their "
+        "end of turn",
+    )
+    spec, positions = row["spec"], held(row, "confidence", "per_position") or []
+    rounds, rates = held(row, "confidence", "proposal_count"), spec["accept_rates_by_position"]
+    weights = [one["total_weight"] for one in positions]
+    if not rounds:
+        tally.exact, rounds = False, 1
+        tally.notes["rounds are not known, and counted as one"] = None
+    if weights and min(weights) < rounds:
+        tally.notes["blocks that an end of turn cut count up to the cut"] = None
+    seen = weights or [rounds] * len(rates)
+    passed = [rate * n for rate, n in zip(rates, seen, strict=True) if rate is not None]
+    # How many of the rounds that passed a slot had another is known where all had.
+    reached = [seen[0]] + [
+        before if seen[i] == seen[i + 1] else math.nan for i, before in enumerate(passed[:-1])
+    ]
+    accepted, about = (spec["acceptance_length"] - 1) * rounds, {"label": spec.get("dataset", "")}
+    tally.add(rounds, accepted, sum(seen), passed=passed, reached=reached, about=about)
+    return tally
+
+
+def _vllm_bench(row: Object) -> Tally:
+    tally = Tally("vLLM bench", "server", "Counters of one run; rates by position are survival")
+    rounds = whole(row["spec_decode_num_drafts"], "spec_decode_num_drafts")
+    rates = row.get("spec_decode_per_position_acceptance_rates") or []
+    drafted = row["spec_decode_draft_tokens"]
+    passed = [rate * rounds for rate in rates]
+    accepted = row["spec_decode_accepted_tokens"]
+    tally.add(rounds, accepted, drafted, passed=passed)
+    return tally
+
+
+def summary_reader(row: Object) -> Callable[[Object], Tally] | None:
+    """What reads an object that is of a whole run."""
+    if "spec_decode_num_drafts" in row:
+        return _vllm_bench
+    if isinstance(held(row, "spec", "accept_rates_by_position"), list):
+        return _deepspec
+    if "accept_length" in row or ("results" in row and "aggregate" in row):
+        return _automodel
+    return None
+
+
+CSV_HEAD = "subset,num_drafts,"
+
+
+def read_csv_table(table: pd.DataFrame) -> Tally:
+    """speculators' acceptance.csv: a line a set of prompts, in the order of the file."""
+    tally = Tally(
+        "speculators acceptance.csv",
+        "data set",
+        "Rates by position are shares of all rounds (survival), the length counts the target's "
+        "token",
+    )
+    slots = sorted(
+        (name for name in table if str(name).startswith("acceptance_at_pos_")),
+        key=lambda name: int(str(name).rsplit("_", 1)[1]),
+    )
+    known = {"subset", "acceptance_length", *_COUNTS, *slots}
+    tally.unknown.update(dict.fromkeys(name for name in table if name not in known))
+    for row in table.to_dict("records"):
+        rounds, accepted, drafted = (float(row[name]) for name in _COUNTS)
+        if not rounds:
+            continue
+        passed = [float(row[name]) * rounds for name in slots]
+        about = {"label": row["subset"]} | {name: row[name] for name in tally.unknown}
+        tally.add(rounds, accepted, drafted, passed=passed, about=about)
+    return tally
