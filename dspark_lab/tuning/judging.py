@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from dspark_lab.chats import Encoded
 from dspark_lab.checks import NotEmpty, Positive, checked
+from dspark_lab.rates import interval
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning.choice import choose_training
 from dspark_lab.tuning.results import require_columns
@@ -190,7 +191,9 @@ def judged_table(judged: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for by, part in judged.groupby(["budget", "advisor"], sort=False, observed=True):
         worst = part.loc[part["lost"].idxmax()]
-        low, high = _median_interval(part["lost"].to_numpy(dtype=float))
+        lost = part["lost"].to_numpy(dtype=float)
+        drawn = np.random.default_rng(0).integers(0, len(lost), (10_000, len(lost)))
+        low, high = interval(np.median(lost[drawn], axis=1), len(lost)).tolist()
         where = f"{worst['mix']}, {worst['amount']:g} {worst['budget']}"
         median = float(part["lost"].median())
         figures = (len(part), median, low, high, float(worst["lost"]), where)
@@ -306,10 +309,3 @@ def _fresh_loss(
     half = error * stats.t.ppf(0.975, freedom)
     top = pd.Series([*best, float(np.exp(means[best]))], index=[*CELL, "fitted"])
     return 1 - np.exp(behind + np.array([0, half, -half])), top, int(counts[cell])
-
-
-def _median_interval(values: Float[np.ndarray, " setting"]) -> tuple[float, float]:
-    """The 95 % percentile interval of a median when the settings are drawn again."""
-    draws = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
-    low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])
-    return float(low), float(high)
