@@ -25,7 +25,7 @@ from dspark_lab.records.requests import (
     dump_payloads,
     read_dump,
     read_requests,
-    request_format,
+    request_form,
 )
 from dspark_lab.records.summaries import (
     CSV_HEAD,
@@ -140,10 +140,10 @@ def _objects(text: IO[str], texts: bool) -> tuple[Tally, str | None]:
     elif reader := summary_reader(first):
         tally = reader(first)
     else:
-        format = next((found for row in ahead if (found := request_format(row))), None)
-        if format is None:
+        form = next((found for row in ahead if (found := request_form(row))), None)
+        if form is None:
             raise ValueError(f"known are {KINDS}")
-        tally = read_requests(rows, format, texts=texts)
+        tally = read_requests(rows, form, texts=texts)
     return tally, end[0] if end else None
 
 

@@ -26,7 +26,7 @@ _NAMES = ("line", "label")
 _PLACES = ("metadata", "meta_info", "usage", "sampling_params", "request", "timings")
 
 
-class Format(NamedTuple):
+class RequestForm(NamedTuple):
     """One form of a request's record: where it stands in an object, and what is read of it.
 
     Fields with the ``prefix`` that are not ``known`` are kept as they are.
@@ -47,7 +47,7 @@ def held(value: Any, *path: str) -> Any:
     return value
 
 
-def whole(value: Any, name: str) -> int:
+def whole_number(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < 0:
@@ -58,11 +58,14 @@ def whole(value: Any, name: str) -> int:
 def _counts(value: Any, name: str) -> list[int]:
     """A histogram as a list; as an object its keys are the numbers."""
     if isinstance(value, Mapping):
-        found = {whole(float(key), name): whole(count, name) for key, count in value.items()}
+        found = {
+            whole_number(float(key), name): whole_number(count, name)
+            for key, count in value.items()
+        }
         return [found.get(number, 0) for number in range(max(found, default=-1) + 1)]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{name} must be a list or an object of counts, got {value!r}")
-    return [whole(count, name) for count in value]
+    return [whole_number(count, name) for count in value]
 
 
 def about(row: Object) -> dict[str, Any]:
@@ -109,12 +112,12 @@ def _steps_or_histogram(tally: Tally, found: Object, told: dict[str, Any], names
                 _counts(counts, "acceptance_histogram_by_draft_length")
             ):
                 taken += [number] * rounds
-                offered += [whole(float(length), "draft length")] * rounds
+                offered += [whole_number(float(length), "draft length")] * rounds
         tally.add_steps(taken, offered, told)
         return
     histogram = _counts(found[names["histogram"]], names["histogram"])
     most = found.get("num_spec_tokens")
-    slots = whole(most, "num_spec_tokens") if most is not None else len(histogram) - 1
+    slots = whole_number(most, "num_spec_tokens") if most is not None else len(histogram) - 1
     tally.add_histogram(histogram, slots, math.nan if given is None else given, told)
     for name, value in (
         ("steps", sum(histogram)),
@@ -156,7 +159,7 @@ def _sglang(tally: Tally, found: Object, told: dict[str, Any]) -> None:
     def first(*names: str) -> Any:
         return next((found[name] for name in names if found.get(name) is not None), None)
 
-    rounds = whole(found["spec_verify_ct"], "spec_verify_ct")
+    rounds = whole_number(found["spec_verify_ct"], "spec_verify_ct")
     histogram = first("spec_correct_drafts_histogram", "spec_accept_histogram")
     accepted = first("spec_num_correct_drafts", "spec_accepted_drafts", "spec_accept_token_num")
     drafted = first("spec_num_proposed_drafts", "spec_proposed_drafts", "spec_draft_token_num")
@@ -185,9 +188,11 @@ def _sglang(tally: Tally, found: Object, told: dict[str, Any]) -> None:
 
 
 def _llama(tally: Tally, found: Object, told: dict[str, Any]) -> None:
-    accepted, drafted = (whole(found[name], name) for name in ("draft_n_accepted", "draft_n"))
+    accepted, drafted = (
+        whole_number(found[name], name) for name in ("draft_n_accepted", "draft_n")
+    )
     tally.exact = False
-    rounds = max(whole(found["predicted_n"], "predicted_n") - accepted - 1, 1)
+    rounds = max(whole_number(found["predicted_n"], "predicted_n") - accepted - 1, 1)
     tally.add(rounds, accepted, drafted, about=told)
 
 
@@ -232,41 +237,41 @@ _VLLM_REQUESTS = ("vLLM requests", VLLM), (_vllm, _OF_VLLM)
 _META_INFO = ("SGLang meta_info", SGLANG), (_sglang, _OF_SGLANG, "spec_")
 
 
-def _formats(
+def _forms(
     told: tuple[str, str], read: tuple[Any, ...], *found: Callable[[Object], Object | None]
-) -> list[Format]:
+) -> list[RequestForm]:
     """The same form in several places."""
-    return [Format(*told, find, *read) for find in found]
+    return [RequestForm(*told, find, *read) for find in found]
 
 
-FORMATS = [
-    Format(
+FORMS = [
+    RequestForm(
         "AIPerf records",
         VLLM,
         _at("spec_decode_acceptance"),
         _aiperf,
         _OF_VLLM | {"engine", "completion_tokens"},
     ),
-    *_formats(
+    *_forms(
         *_VLLM_REQUESTS,
         _at("metrics", "speculative_decoding"),
         _itself("acceptance_histogram", "num_spec_steps"),
         _itself("per_step_accepted", "per_step_drafted"),
     ),
-    Format(
+    RequestForm(
         "TensorRT-LLM requests",
         f"Histograms of accepted tokens over verified drafts; {_COUNTED}",
         _choice,
         _tensorrt,
         _OF_VLLM | {"acceptance_rate", "total_accepted_draft_tokens", "total_draft_tokens"},
     ),
-    *_formats(
+    *_forms(
         *_META_INFO,
         _at("meta_info", needs="spec_verify_ct"),
         _tokens_details,
         _itself("spec_verify_ct"),
     ),
-    Format(
+    RequestForm(
         "llama.cpp timings",
         "Accepted and drafted tokens; rounds are worked out of the answer's length",
         _at("timings", needs="draft_n"),
@@ -277,20 +282,20 @@ FORMATS = [
 ]
 
 
-def request_format(row: Object) -> Format | None:
-    """The format of a request's object, None where it is none."""
-    return next((one for one in FORMATS if one.find(row) is not None), None)
+def request_form(row: Object) -> RequestForm | None:
+    """The form of a request's object, None where it is none."""
+    return next((one for one in FORMS if one.find(row) is not None), None)
 
 
-def read_requests(rows: Iterator[Object], format: Format, *, texts: bool) -> Tally:
-    """All requests of one format; what has no record of acceptance is counted and left out."""
-    tally, without, left_out = Tally(format.kind, "request", format.definition), 0, 0
+def read_requests(rows: Iterator[Object], form: RequestForm, *, texts: bool) -> Tally:
+    """All requests of one form; what has no record of acceptance is counted and left out."""
+    tally, without, left_out = Tally(form.kind, "request", form.definition), 0, 0
     for row in rows:
-        found = format.find(row)
+        found = form.find(row)
         if found is None:
-            other = request_format(row)
-            if other is not None and other.kind != format.kind:
-                raise ValueError(f"all rows must be {format.kind}, got {other.kind}, too")
+            other = request_form(row)
+            if other is not None and other.kind != form.kind:
+                raise ValueError(f"all rows must be {form.kind}, got {other.kind}, too")
             if other is None:
                 without += 1
                 continue
@@ -301,11 +306,11 @@ def read_requests(rows: Iterator[Object], format: Format, *, texts: bool) -> Tal
             left_out += 1
             continue
         told = about(row) | (text(row) if texts else {})
-        more = {name: value for name, value in found.items() if name.startswith(format.prefix)}
-        more = {name: value for name, value in more.items() if name not in format.known}
+        more = {name: value for name, value in found.items() if name.startswith(form.prefix)}
+        more = {name: value for name, value in more.items() if name not in form.known}
         tally.unknown.update(dict.fromkeys(more))
         told |= more
-        format.read(tally, found, told)
+        form.read(tally, found, told)
     if without:
         tally.notes[f"{without} rows have no record of acceptance"] = None
     if left_out:
@@ -343,12 +348,12 @@ def read_dump(payloads: Sequence[Object]) -> Tally:
                 name = str(one.get("rid", one.get("req_pool_index", "?")))
                 taken, offered = rounds.setdefault(name, ([], []))
                 trimmed = max(one.get("cap_trim", 0) or 0, 0)
-                accepted = whole(one.get("correct_drafts", 0), "correct_drafts") + trimmed
-                verified = whole(one["verify_len"], "verify_len") - 1
+                accepted = whole_number(one.get("correct_drafts", 0), "correct_drafts") + trimmed
+                verified = whole_number(one["verify_len"], "verify_len") - 1
                 mode = step.get("mode", payload.get("mode"))
                 whole_block = mode == "cap-accept" and slots is not None
                 taken.append(accepted)
-                offered.append(whole(slots, "gamma") if whole_block else verified)
+                offered.append(whole_number(slots, "gamma") if whole_block else verified)
                 if trimmed:
                     tally.notes["tau is that of whole blocks: a cap cut what was served"] = None
     for name, (taken, offered) in rounds.items():

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dspark_lab.records.record import Tally
-from dspark_lab.records.requests import Object, held, whole
+from dspark_lab.records.requests import Object, held, whole_number
 
 _ITERATION = frozenset(
     """numDraftTokens numAcceptedTokens numRequestsWithDraftTokens acceptanceLength iterLatencyMS
@@ -34,9 +34,11 @@ def read_iterations(rows: Iterable[Object]) -> Tally:
         rank = row.get("attentionDpRank")
         if not isinstance(found, Mapping) or rank not in (None, 0):
             continue
-        rounds = whole(found["numRequestsWithDraftTokens"], "numRequestsWithDraftTokens")
+        rounds = whole_number(found["numRequestsWithDraftTokens"], "numRequestsWithDraftTokens")
         if rounds:
-            accepted, drafted = (whole(found[f"num{n}Tokens"], n) for n in ("Accepted", "Draft"))
+            accepted, drafted = (
+                whole_number(found[f"num{n}Tokens"], n) for n in ("Accepted", "Draft")
+            )
             tally.unknown.update(dict.fromkeys(name for name in found if name not in _ITERATION))
             tally.add(rounds, accepted, drafted, about={"line": row["iter"]})
     return tally
@@ -103,7 +105,7 @@ def _deepspec(row: Object) -> Tally:
 
 def _vllm_bench(row: Object) -> Tally:
     tally = Tally("vLLM bench", "server", "Counters of one run; rates by position are survival")
-    rounds = whole(row["spec_decode_num_drafts"], "spec_decode_num_drafts")
+    rounds = whole_number(row["spec_decode_num_drafts"], "spec_decode_num_drafts")
     rates = row.get("spec_decode_per_position_acceptance_rates") or []
     drafted = row["spec_decode_draft_tokens"]
     passed = [rate * rounds for rate in rates]
