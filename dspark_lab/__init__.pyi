@@ -16,6 +16,7 @@ from .explore import (
     explore_serving,
     explore_training_budget,
     readable,
+    watch_acceptance,
 )
 from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_target
 from .pairs import load_pair
@@ -55,4 +56,5 @@ __all__ = [
     "pilot",
     "readable",
     "train",
+    "watch_acceptance",
 ]

@@ -204,6 +204,14 @@ def advice(piloted: bool = True) -> Advice:
 
 
 REACHED = OPTIONS.assign(held_out=[1.95, 2.55, 2.1, 1.45])
+WATCHED = pd.DataFrame(
+    {
+        "seconds": [5.0, 10.0, 15.0, 20.0],
+        "rounds": 100.0,
+        "tau": [3.1, 2.9, 3.3, 3.2],
+        "survival": [[0.8, 0.6, 0.45, 0.35]] * 4,
+    }
+)
 JUDGED = table(
     "advisor mix budget amount lost low high",
     ("pilot", "all", "seconds", 20.0, 0.01, -0.01, 0.03),
@@ -337,6 +345,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "advice": lambda: explore.plot_advice(advice(), REACHED),
     "advice without pilots": lambda: explore.plot_advice(advice(False), most=3),
     "judged": lambda: explore.plot_judged(JUDGED),
+    "watch": lambda: explore.plot_watch(WATCHED),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),
     "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),

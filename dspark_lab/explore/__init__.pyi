@@ -84,9 +84,11 @@ from .tokens import (
     token_table,
 )
 from .training import LiveCurve, plot_training
+from .watch import AcceptanceWatch, plot_watch, watch_acceptance
 from .words import readable
 
 __all__ = [
+    "AcceptanceWatch",
     "DecodingExplorer",
     "DecodingView",
     "Explorer",
@@ -151,6 +153,7 @@ __all__ = [
     "plot_tiles",
     "plot_tokens",
     "plot_training",
+    "plot_watch",
     "png",
     "rate_panels",
     "reached_tokens",
@@ -166,4 +169,5 @@ __all__ = [
     "token_row",
     "token_state",
     "token_table",
+    "watch_acceptance",
 ]

@@ -2,19 +2,16 @@
 
 import math
 import time
-from base64 import b64encode
 from typing import Any
 
-import ipywidgets
 import pandas as pd
-from IPython import get_ipython
-from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab.checks import checked
 from dspark_lab.explore.frame import Frame
+from dspark_lab.explore.live import LivePicture
 from dspark_lab.explore.style import (
     BLUE,
     INK,
@@ -66,7 +63,7 @@ def _add_forecast(ax: Axes, forecast: Forecast) -> None:
 
 
 @checked
-class LiveCurve(ipywidgets.VBox):
+class LiveCurve(LivePicture):
     """A training run as it goes on: hand it to :func:`dspark_lab.train` as ``on_metrics``.
 
         curve = LiveCurve()
@@ -82,9 +79,8 @@ class LiveCurve(ipywidgets.VBox):
         self._rows: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._config = config
-        self._due, self._png = -math.inf, b""
-        self._line, self._picture = ipywidgets.HTML(), ipywidgets.HTML(layout={"width": "100%"})
-        super().__init__([self._line, self._picture])
+        self._due = -math.inf
+        super().__init__()
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Takes a line of the run's metrics."""
@@ -109,14 +105,11 @@ class LiveCurve(ipywidgets.VBox):
         return forecast(pd.DataFrame(self._rows + self._evaluations), config=config)
 
     def redraw(self) -> None:
-        """Draw what there is now."""
         begin = time.monotonic()
         table, found = self.table, self.forecast
-        frame = Frame({}, lambda: plot_training(table, found), alt="loss, accept rate and tau")
-        self._png = frame.png
+        self._show(Frame({}, lambda: plot_training(table, found), alt="loss, accept rate and tau"))
         drawn = time.monotonic()
         self._due = drawn + max(_REDRAW_SECONDS, _TIMES_ITS_DRAWING * (drawn - begin))
-        self._picture.value = frame.as_html()
         if self._rows:
             words = "step {step}: loss {loss:.3f}, accept rate {accept_rate:.3f}, tau {tau:.2f}"
             self._line.value = words.format(**self._rows[-1])
@@ -128,23 +121,5 @@ class LiveCurve(ipywidgets.VBox):
     def __repr__(self) -> str:
         return "LiveCurve()"
 
-    def _repr_mimebundle_(self, **options: object) -> dict[str, Any]:
-        """The widget, and its picture, once there is one, for readers that run no widgets."""
-        self.redraw()
-        bundle = super()._repr_mimebundle_(**options) | {"text/plain": repr(self)}
-        if self._rows:
-            bundle["image/png"] = b64encode(self._png).decode("ascii")
-        return bundle
-
-    def _ipython_display_(self) -> None:
-        """Show the widget; once its cell has run, the output also holds the last picture."""
-        shown = display(self._repr_mimebundle_(), raw=True, display_id=True)
-        shell = get_ipython()
-        if shell is None or shown is None:
-            return
-
-        def keep(_: object) -> None:
-            shell.events.unregister("post_run_cell", keep)
-            shown.update(self._repr_mimebundle_(), raw=True)
-
-        shell.events.register("post_run_cell", keep)
+    def _empty(self) -> bool:
+        return not self._rows

@@ -1,5 +1,11 @@
-from .compare import compare_acceptance, drift_over_time
+from .compare import compare_acceptance, counted_since, drift_over_time
 from .reading import load_acceptance
 from .record import AcceptanceRecord
 
-__all__ = ["AcceptanceRecord", "compare_acceptance", "drift_over_time", "load_acceptance"]
+__all__ = [
+    "AcceptanceRecord",
+    "compare_acceptance",
+    "counted_since",
+    "drift_over_time",
+    "load_acceptance",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -60,6 +62,23 @@ def compare_acceptance(
             "requests": len(sums[1]) if requests else 0,
         }
     )
+
+
+@checked
+def counted_since(before: AcceptanceRecord, after: AcceptanceRecord) -> AcceptanceRecord:
+    """What a server counted between two looks at its counters, both of its whole time.
+
+    Where they fell, as after a restart, it is all that they hold now; so it is where a record is
+    not of counters (SGLang's metrics are of its last interval).
+    """
+    alike = before.passed.shape == after.passed.shape and before.rounds <= after.rounds
+    if not alike or after.kind == "SGLang metrics":
+        return after
+    lines = after.lines.copy()
+    counts = ["rounds", "accepted", "drafted"]
+    lines[counts] = after.lines[counts].to_numpy() - before.lines[counts].to_numpy()
+    left = {name: getattr(after, name) - getattr(before, name) for name in ("reached", "passed")}
+    return replace(after, lines=lines, **left)
 
 
 @checked
