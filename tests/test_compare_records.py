@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 import dspark_lab as lab
+from dspark_lab.decoding import save_trace
+from dspark_lab.pairs import load_traces
+from dspark_lab.rates import rate_table, trace_sums
 from dspark_lab.records import AcceptanceRecord, compare_acceptance, drift_over_time
 
 SLOTS = 4
@@ -96,3 +99,18 @@ def test_stretches_of_time_hold_all_rounds_and_show_a_change(tmp_path: Path):
     assert table["tau"][:2].mean() == pytest.approx(early.tau)
     assert table["tau"][2:].mean() == pytest.approx(late.tau)
     assert len(drift_over_time(early, 100)) == 40
+
+
+def test_a_trace_is_a_record_too(tmp_path: Path):
+    trace = load_traces().query("drafter == 'dspark-k7' and temperature == 0")
+    save_trace(trace.drop(columns=["drafter", "temperature"]), tmp_path / "trace.parquet")
+    record = lab.load_acceptance(tmp_path / "trace.parquet")
+    rates = rate_table(trace_sums(trace).query("kind == 'empirical'")).set_index("slot")
+    assert record.unit == "request" and len(record.lines) == trace["prompt"].nunique()
+    np.testing.assert_allclose(record.survival, rates["survival"])
+    np.testing.assert_allclose(record.conditional, rates["conditional"])
+    assert record.rounds == len(trace[["prompt", "round"]].drop_duplicates())
+    table = record.table()
+    for name in ("low", "high", "survival_low", "survival_high"):
+        np.testing.assert_allclose(table[name], rates[name])
+    assert compare_acceptance(record, record)["paired"].all()

@@ -1,5 +1,5 @@
 from .compare import compare_acceptance, counted_since, drift_over_time
-from .reading import load_acceptance
+from .reading import load_acceptance, record_of_trace
 from .record import AcceptanceRecord
 
 __all__ = [
@@ -8,4 +8,5 @@ __all__ = [
     "counted_since",
     "drift_over_time",
     "load_acceptance",
+    "record_of_trace",
 ]

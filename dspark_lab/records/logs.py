@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import re
 from datetime import datetime
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from dspark_lab.records.record import Tally
 
 
 class LogReader(Protocol):
-    """Reads the lines that hold ``mark``; ``tally`` is what they came to."""
+    """Reads the lines that hold one of ``marks``; ``tally`` is what they came to."""
 
-    mark: str
+    marks: ClassVar[tuple[str, ...]]
 
     def read(self, line: str) -> bool:
-        """Take a line in; false where it is cut off or not what it begins as."""
+        """Take a line in; false where it is not what it begins as, or ends too early to tell.
+
+        The last line of a file may be cut: then it does not end with a line break.
+        """
         ...
 
     @property
@@ -33,11 +36,16 @@ _TIME = re.compile(r"(\d{4}-)?\d\d-\d\d[ T]\d\d:\d\d:\d\d")
 _PAIR = re.compile(r"([A-Z][\w -]*): (.*?)(?=,\s+[A-Z][\w -]*: |,?\s*$)")
 
 
+# Seconds of the year 2000, which stands for one that is missing.
+_YEAR = 366 * 86400.0
+
+
 class _Clock:
     """Seconds since the first time stamp of a log; a year is missing in some."""
 
     def __init__(self) -> None:
         self.first: datetime | None = None
+        self.last, self.years = 0.0, 0
 
     def seconds(self, line: str) -> float | None:
         found = _TIME.search(line)
@@ -46,7 +54,11 @@ class _Clock:
         stamp = found[0].replace("T", " ")
         now = datetime.fromisoformat(stamp if found[1] else f"2000-{stamp}")
         self.first = self.first or now
-        return (now - self.first).total_seconds()
+        seconds = (now - self.first).total_seconds() + self.years * _YEAR
+        if not found[1] and seconds < self.last - _YEAR / 2:
+            seconds, self.years = seconds + _YEAR, self.years + 1
+        self.last = seconds
+        return seconds
 
 
 class _Log:
@@ -60,7 +72,7 @@ class _Log:
 
 
 class VllmLog(_Log):
-    mark = "SpecDecoding metrics:"
+    marks: ClassVar[tuple[str, ...]] = ("SpecDecoding metrics:",)
 
     def __init__(self) -> None:
         self.tally = Tally(
@@ -72,16 +84,15 @@ class VllmLog(_Log):
         self._clock = _Clock()
 
     def read(self, line: str) -> bool:
-        found = dict(_PAIR.findall(line.split(self.mark, 1)[1].strip()))
-        counts = [
-            re.match(r"(\d+) tokens", found.get(name, "")) for name in ("Accepted", "Drafted")
-        ]
-        if counts[0] is None or counts[1] is None:
+        found = dict(_PAIR.findall(line.split(self.marks[0], 1)[1].strip()))
+        names, whole = ("Accepted", "Drafted"), line.endswith(("\n", "%"))
+        taken, given = (re.match(r"(\d+) tokens", found.get(name, "")) for name in names)
+        if taken is None or given is None or not whole:
             return False
-        accepted, drafted = int(counts[0][1]), int(counts[1][1])
-        rates = [
-            float(one) for one in found.get("Per-position acceptance rate", "").split(",") if one
-        ]
+        accepted, drafted = int(taken[1]), int(given[1])
+        if not drafted:
+            return True
+        rates = _numbers(found.get("Per-position acceptance rate", ""))
         rounds = _rounds(accepted, drafted, rates, found.get("Mean acceptance length"))
         if rounds is None:
             raise ValueError("vLLM's log must have rates by position: this version has none")
@@ -113,7 +124,7 @@ def _rounds(
 
 
 class SglangLog(_Log):
-    mark = "accept len:"
+    marks: ClassVar[tuple[str, ...]] = ("accept len:",)
     # Decoding steps between two lines, by default.
     _STEPS = 40
 
@@ -129,7 +140,8 @@ class SglangLog(_Log):
 
     def read(self, line: str) -> bool:
         found = dict(re.findall(r"([#\w][\w .()/-]*): ([\d.]+)", line.split("Decode batch", 1)[-1]))
-        if "Decode batch" not in line or not found.get("accept len", "").strip("."):
+        whole = line.endswith("\n") or re.search(r"accept len: [\d.]+,", line)
+        if "Decode batch" not in line or not found.get("accept len", "").strip(".") or not whole:
             return False
         length, running = float(found["accept len"]), int(found.get("#running-req", 1))
         rounds = self._STEPS * max(running, 1)
@@ -147,21 +159,32 @@ _DRAFTED = re.compile(
 )
 
 
-class LlamaLog(_Log):
-    mark = "draft acceptance"
+_BY_SLOT = re.compile(r"task (\d+) .*acc per pos = \(([\d., ]+)\)")
+
+
+class LlamaLog:
+    marks: ClassVar[tuple[str, ...]] = ("draft acceptance", "acc per pos")
 
     def __init__(self) -> None:
-        self.tally = Tally(
+        self._tally = Tally(
             "llama.cpp log",
             "request",
             "The mean length counts the target's token, over rounds that had a draft; rounds are "
             "worked out of it",
         )
-        self.tally.exact = False
+        self._tally.exact = False
+        # The last request, whose rates by position may follow.
+        self._request: tuple[str | int, int, int, int, list[float]] | None = None
 
     def read(self, line: str) -> bool:
+        by_slot = _BY_SLOT.search(line)
+        if by_slot:
+            if self._request and self._request[0] == by_slot[1]:
+                self._request = (*self._request[:4], _numbers(by_slot[2]))
+            return True
         found = _DRAFTED.search(line)
-        if found is None:
+        cut = not line.endswith("\n")
+        if found is None or (cut and not (found[4] and line.endswith(")"))):
             return False
         accepted, drafted = int(found[2]), int(found[3])
         if found[4] is None:
@@ -170,12 +193,27 @@ class LlamaLog(_Log):
             )
         length = float(found[4])
         rounds = max(round(accepted / (length - 1)), 1) if length > 1 else drafted
-        rates = _numbers(found[5] or "")
-        passed = [rate * rounds for rate in rates]
         task = re.search(r"task (\d+)", line)
-        about = {"line": task[1] if task else self.tally.count + 1}
-        self.tally.add(rounds, accepted, drafted, passed=passed, about=about)
+        self._flush()
+        name = task[1] if task else self._tally.count + 1
+        self._request = (name, rounds, accepted, drafted, _numbers(found[5] or ""))
         return True
+
+    def _flush(self) -> None:
+        if self._request is not None:
+            name, rounds, accepted, drafted, rates = self._request
+            passed = [rate * rounds for rate in rates]
+            self._tally.add(rounds, accepted, drafted, passed=passed, about={"line": name})
+            self._request = None
+
+    @property
+    def used(self) -> bool:
+        return self._request is not None or self._tally.count > 0
+
+    @property
+    def tally(self) -> Tally:
+        self._flush()
+        return self._tally
 
 
 _SAMPLE = re.compile(r"^([\w:]+)(?:\{(.*)\})?\s+([\d.eE+-]+|NaN)(?:\s+\d+)?\s*$")
@@ -188,7 +226,7 @@ _COUNTERS = re.compile(
 class Exposition:
     """Prometheus' text: counters since a server's start, of all its engines together."""
 
-    mark = "spec_"
+    marks: ClassVar[tuple[str, ...]] = ("spec_",)
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str], tuple[float, int | None, str]] = {}
@@ -239,8 +277,10 @@ class Exposition:
         if self._program == "SGLang":
             tally.definition = "The mean of the last interval, of which the rounds are not known"
             lengths = [v for v, _, own in self._last.values() if own == "spec_accept_length"]
+            # Of ranks that have served nothing yet it is 0 or no number.
+            lengths = [length for length in lengths if length >= 1]
             if not lengths:
-                raise ValueError("SGLang's metrics must have spec_accept_length, got none")
+                raise ValueError("SGLang's metrics must have a spec_accept_length, got none")
             tally.exact = False
             for length in lengths:
                 tally.add(1, length - 1)
@@ -250,15 +290,23 @@ class Exposition:
             if not offered:
                 raise ValueError("TensorRT-LLM's metrics must count drafted tokens by position")
             rounds, drafted = offered[0], sum(offered)
-        else:
-            passed = self._by_slot("accepted_tokens_per_pos")
-            rounds, drafted = self._sum("drafts"), self._sum("draft_tokens")
+            # A slot was verified in all rounds that passed the one before, if it was in all.
+            reached = [
+                (rounds, *passed)[slot] if offered[slot] == rounds else math.nan
+                for slot in range(len(passed))
+            ]
+            tally.add(rounds, sum(passed), drafted, passed=passed, reached=reached)
+            return tally
+        rounds, drafted = self._sum("drafts"), self._sum("draft_tokens")
         if not rounds > 0:
             raise ValueError("the metrics must count rounds (spec_decode_num_drafts), got none")
-        tally.add(rounds, sum(passed), drafted, passed=passed)
+        passed = self._by_slot("accepted_tokens_per_pos")
+        accepted = self._sum("accepted_tokens")
+        accepted = sum(passed) if math.isnan(accepted) else accepted
+        tally.add(rounds, accepted, drafted, passed=passed)
         return tally
 
 
 LOGS: tuple[type[LogReader], ...] = (VllmLog, SglangLog, LlamaLog, Exposition)
 # Acceptance that a server was told to make up.
-MADE_UP = "synthetic speculative acceptance is enabled"
+MADE_UP = ("synthetic speculative acceptance is enabled", "synthetic acceptance:")

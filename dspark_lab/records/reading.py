@@ -17,7 +17,9 @@ from urllib.request import urlopen
 import pandas as pd
 
 from dspark_lab.checks import Positive, checked
+from dspark_lab.decoding import load_trace
 from dspark_lab.files import require_found
+from dspark_lab.rates import trace_sums
 from dspark_lab.records.logs import LOGS, MADE_UP, LogReader
 from dspark_lab.records.record import AcceptanceRecord, Tally
 from dspark_lab.records.requests import (
@@ -31,7 +33,7 @@ from dspark_lab.records.summaries import (
     CSV_HEAD,
     is_iteration,
     python_literal,
-    read_csv_table,
+    read_csv_lines,
     read_iterations,
     summary_reader,
 )
@@ -40,8 +42,8 @@ KINDS = """the logs of vLLM, SGLang and llama.cpp, the text of their /metrics an
 requests with speculative_decoding, spec_decode_acceptance, meta_info or timings, SGLang's debug
 record, TensorRT-LLM's iterations, speculators' acceptance.csv, DeepSpec's metrics.json and what
 AutoModel's and vLLM's benchmarks write""".replace("\n", " ")
-# The longest line of a log that is looked at.
-_LONGEST = 1 << 20
+# The longest line of a log that is looked at, and how much is to tell what a file is.
+_LONGEST, _AHEAD = 1 << 20, 1 << 18
 
 
 @checked
@@ -54,7 +56,7 @@ def load_acceptance(
         record.tau, record.survival, record.table()
 
     Args:
-        source: a file, gzipped or not, or an address such as "http://localhost:8000/metrics".
+        source: a file, gzipped or not, a trace among them, or an address such as "http://localhost:8000/metrics".
         texts: keep the prompts and answers that stand beside requests, as columns ``prompt`` and
             ``answer``; nothing of them is kept otherwise.
         timeout: seconds to wait for a server.
@@ -66,29 +68,31 @@ def load_acceptance(
     name = os.fspath(source)
     if urlsplit(name).scheme in ("http", "https"):
         with urlopen(name, timeout=timeout) as answer:
-            return _read(io.BufferedReader(answer), name, texts)
+            return _read(io.BufferedReader(answer, _AHEAD), name, texts)
     require_found(source)
-    with Path(source).expanduser().open("rb") as file:
+    with open(Path(source).expanduser(), "rb", buffering=_AHEAD) as file:
         if file.peek(2)[:2] != b"\x1f\x8b":
             return _read(file, name, texts)
         try:
-            return _read(io.BufferedReader(gzip.GzipFile(fileobj=file)), name, texts)
+            return _read(io.BufferedReader(gzip.GzipFile(fileobj=file), _AHEAD), name, texts)
         except (EOFError, zlib.error) as error:
             raise ValueError(f"{name} is a broken gzip file: {error}") from error
 
 
 def _read(file: io.BufferedReader, name: str, texts: bool) -> AcceptanceRecord:
-    start = file.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"PK\x03\x04"):
+    start = file.peek(_AHEAD)[:_AHEAD].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith((b"PK\x03\x04", b"\x80")):
         raise ValueError(
             f"{name} is a torch or zip file, which may run code when it is read: save its tensors "
             "as safetensors, or its counts as JSON"
         )
+    if start.startswith(b"PAR1"):
+        return record_of_trace(load_trace(name))
     text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="\n")
     try:
         if start.startswith(CSV_HEAD.encode()):
-            tally, truncated = read_csv_table(pd.read_csv(text)), None
-        elif start[:1] in (b"{", b"[") and not start.startswith(b"[20"):
+            tally, truncated = read_csv_lines(text)
+        elif start[:1] in (b"{", b"[") and not _is_log(start):
             tally, truncated = _objects(text, texts)
         else:
             tally, truncated = _lines(text)
@@ -100,15 +104,40 @@ def _read(file: io.BufferedReader, name: str, texts: bool) -> AcceptanceRecord:
         raise ValueError(f"{name} must hold a record of acceptance: {told}") from error
 
 
+@checked
+def record_of_trace(trace: pd.DataFrame) -> AcceptanceRecord:
+    """A trace of the lab's own as a record, to hold it beside a server's: a line a prompt."""
+    tally = Tally(
+        "trace", "request", "Accepted slots of each round, the target's own token left out"
+    )
+    sums = trace_sums(trace)
+    for prompt, part in sums[sums["kind"] == "empirical"].groupby("conversation", sort=True):
+        own = {name: part.sort_values("slot")[name].tolist() for name in ("passed", "reached")}
+        about = {"line": str(prompt), "label": part["domain"].iloc[0]}
+        tally.add(part["rounds"].iloc[0], sum(own["passed"]), **own, about=about)
+    return tally.record()
+
+
+def _is_log(start: bytes) -> bool:
+    """Whether what begins as JSON holds a line of a log that is none."""
+    for line in start.decode("utf-8", "replace").splitlines():
+        if any(mark in line for reader in LOGS[:-1] for mark in reader.marks):
+            try:
+                json.loads(line.strip().rstrip(","))
+            except ValueError:
+                return not line.lstrip().startswith('"')
+    return False
+
+
 def _lines(text: IO[str]) -> tuple[Tally, str | None]:
     """A log or Prometheus' text, of one program."""
     reader: LogReader | None = None
     number, truncated = 0, None
     while line := text.readline(_LONGEST):
         number += 1
-        found = next((one for one in LOGS if one.mark in line), None)
+        found = next((one for one in LOGS if any(mark in line for mark in one.marks)), None)
         if found is None:
-            if MADE_UP in line:
+            if any(mark in line for mark in MADE_UP):
                 raise ValueError(f"line {number} says that acceptance was made up, not measured")
             continue
         if reader is None or isinstance(reader, found):
@@ -125,26 +154,25 @@ def _lines(text: IO[str]) -> tuple[Tally, str | None]:
 def _objects(text: IO[str], texts: bool) -> tuple[Tally, str | None]:
     """JSON: an object a line, an array of them, or one object."""
     end: list[str] = []
-    rows = _rows(text, end)
-    first = next(rows, None)
-    if first is None:
-        raise ValueError(f"known are {KINDS}")
-    rows = itertools.chain([first], rows)
-    # Records of requests may begin with rows that have none.
-    ahead = list(itertools.islice(rows, 1000))
-    rows = itertools.chain(ahead, rows)
-    if payloads := dump_payloads(first):
-        tally = read_dump(payloads)
-    elif any(is_iteration(row) for row in ahead):
-        tally = read_iterations(rows)
-    elif reader := summary_reader(first):
-        tally = reader(first)
-    else:
-        form = next((found for row in ahead if (found := request_form(row))), None)
-        if form is None:
-            raise ValueError(f"known are {KINDS}")
-        tally = read_requests(rows, form, texts=texts)
-    return tally, end[0] if end else None
+    rows, before = _rows(text, end), 0
+    for first in rows:
+        all_rows = itertools.chain([first], rows)
+        if payloads := dump_payloads(first):
+            tally = read_dump(payloads)
+        elif is_iteration(first):
+            tally = read_iterations(all_rows)
+        elif reader := summary_reader(first):
+            tally = reader(first)
+        elif form := request_form(first):
+            tally = read_requests(all_rows, form, texts=texts)
+            if before:
+                tally.notes[f"{before} rows before the first one have no record"] = None
+        else:
+            # Records of requests may begin with rows that have none.
+            before += 1
+            continue
+        return tally, end[0] if end else None
+    raise ValueError(f"known are {KINDS}")
 
 
 def _rows(text: IO[str], end: list[str]) -> Iterator[Object]:
@@ -155,24 +183,21 @@ def _rows(text: IO[str], end: list[str]) -> Iterator[Object]:
     if first.lstrip().startswith("["):
         yield from _objects_of(_array(first + text.read(), end))
         return
-    try:
-        value = json.loads(first)
-    except ValueError:
-        whole = first + text.read()
-        value = _whole(whole)
+    value = _whole(first)
+    if value is None:
+        value = _whole(first + text.read())
         if value is None:
-            raise ValueError("it begins as JSON, but is none") from None
-        yield from _objects_of([value])
-        return
+            raise ValueError("it begins as JSON, but is none")
     yield from _objects_of([value])
     for number, line in enumerate(text, start=2):
-        if line.strip():
-            try:
-                yield from _objects_of([json.loads(line)])
-            except ValueError:
-                if line.endswith("\n"):
-                    raise ValueError(f"line {number} is no JSON") from None
-                end.append(f"line {number}")
+        if not line.strip():
+            continue
+        value = _whole(line)
+        if value is None and line.endswith("\n"):
+            raise ValueError(f"line {number} is no JSON")
+        if value is None:
+            end.append(f"line {number}")
+        yield from _objects_of([value])
 
 
 def _array(text: str, end: list[str]) -> list[Any]:

@@ -216,6 +216,15 @@ class Tally:
         Without ``reached``, all slots of each round were verified if so many were drafted, or if
         that is not known; else it is only known that the first one was.
         """
+        if accepted > drafted:
+            raise ValueError(
+                f"accepted tokens must be at most those drafted, {drafted:g}, got {accepted:g}"
+            )
+        # Rates are printed with three digits, and counters are not read all at once.
+        allowed = 1 + 0.01 * accepted + 0.0006 * rounds * len(passed)
+        if len(passed) and abs(sum(passed) - accepted) > allowed:
+            by_slot = f"those of the slots together, {sum(passed):g}"
+            raise ValueError(f"accepted tokens must be {by_slot}, got {accepted:g}")
         if reached is None:
             reached = [rounds, *passed[:-1]][: len(passed)]
             if drafted < rounds * len(passed):

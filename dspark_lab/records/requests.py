@@ -23,18 +23,20 @@ _ABOUT = {
 # What may be a text.
 _NAMES = ("line", "label")
 # Within a request, where else they may stand.
-_PLACES = ("metadata", "meta_info", "usage", "sampling_params", "request", "timings")
+_PLACES = """metadata meta_info usage sampling_params request timings
+    spec_decode_acceptance""".split()
 
 
 class RequestForm(NamedTuple):
     """One form of a request's record: where it stands in an object, and what is read of it.
 
-    Fields with the ``prefix`` that are not ``known`` are kept as they are.
+    An answer of several choices has several. Fields with the ``prefix`` that are not ``known`` are
+    kept as they are.
     """
 
     kind: str
     definition: str
-    find: Callable[[Object], Object | None]
+    find: Callable[[Object], list[Object]]
     read: Callable[[Tally, Object, dict[str, Any]], None]
     known: frozenset[str]
     prefix: str = ""
@@ -85,47 +87,66 @@ def about(row: Object) -> dict[str, Any]:
 def text(row: Object) -> dict[str, Any]:
     """A request's prompt and answer, where they stand beside its record."""
     choice = (row.get("choices") or [{}])[0]
-    answer = row.get("text") or choice.get("text") or held(choice, "message", "content")
+    said = (row.get("text"), row.get("content"), choice.get("text"))
+    answer = next(filter(None, said), held(choice, "message", "content"))
     prompt = row.get("prompt") or row.get("messages")
     found = {"prompt": prompt, "answer": answer}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _steps_or_histogram(tally: Tally, found: Object, told: dict[str, Any], names: Object) -> None:
-    """A line of vLLM's form, by whichever of its parts says most."""
-    accepted, drafted = found.get("per_step_accepted"), found.get("per_step_drafted")
-    by_length = found.get("acceptance_histogram_by_draft_length")
-    given = found.get(names["drafted"])
-    if accepted and drafted:
-        if len(accepted) != len(drafted):
-            sizes = f"{len(accepted)} and {len(drafted)}"
-            raise ValueError(f"per_step_accepted and per_step_drafted differ in length: {sizes}")
-        taken, offered = (_counts(one, "per_step") for one in (accepted, drafted))
+def _steps_of(found: Object) -> tuple[list[int], list[int]] | None:
+    """Accepted and drafted tokens of each round, where they are known, in any order."""
+    if found.get("per_step_accepted") and found.get("per_step_drafted"):
+        names = ("per_step_accepted", "per_step_drafted")
+        taken, offered = (_counts(found[name], name) for name in names)
+        if len(taken) != len(offered):
+            sizes = f"{len(taken)} and {len(offered)}"
+            raise ValueError(f"{' and '.join(names)} must be as many, got {sizes}")
         if any(a > d for a, d in zip(taken, offered, strict=True)):
-            raise ValueError("per_step_accepted must not be above per_step_drafted")
-        tally.add_steps(taken, offered, told)
+            raise ValueError(f"{names[0]} must not be above {names[1]}")
+        return taken, offered
+    by_length = found.get("acceptance_histogram_by_draft_length")
+    if not by_length:
+        return None
+    taken, offered = [], []
+    for length, counts in by_length.items():
+        for number, rounds in enumerate(_counts(counts, f"histogram of length {length}")):
+            taken += [number] * rounds
+            offered += [whole_number(float(length), "draft length")] * rounds
+    return taken, offered
+
+
+def _steps_or_histogram(tally: Tally, found: Object, told: dict[str, Any], names: Object) -> None:
+    """A line of vLLM's form, by whichever of its parts says most; all of them must agree."""
+    steps, said = _steps_of(found), found.get(names["histogram"])
+    histogram = None if said is None else _counts(said, names["histogram"])
+    if steps is None and histogram is None:
+        raise KeyError(names["histogram"])
+    if steps is not None:
+        counted = np.bincount(steps[0]).tolist() if steps[0] else []
+        if histogram and _trimmed(histogram) != _trimmed(counted):
+            raise ValueError(f"{names['histogram']} must be that of the rounds, got another one")
+        histogram = counted
+    assert histogram is not None
+    accepted = sum(number * count for number, count in enumerate(histogram))
+    for name, value in (("steps", sum(histogram)), ("accepted", accepted)):
+        if found.get(names[name]) not in (None, value):
+            wanted = f"{names[name]} must be that of the histogram, {value}"
+            raise ValueError(f"{wanted}, got {found[names[name]]}")
+    most, given = found.get("num_spec_tokens"), found.get(names["drafted"])
+    if given is not None and given < accepted:
+        raise ValueError(f"{names['drafted']} must be at least {accepted}, got {given}")
+    if steps is not None:
+        tally.add_steps(*steps, told)
         return
-    if by_length:
-        taken, offered = [], []
-        for length, counts in by_length.items():
-            for number, rounds in enumerate(
-                _counts(counts, "acceptance_histogram_by_draft_length")
-            ):
-                taken += [number] * rounds
-                offered += [whole_number(float(length), "draft length")] * rounds
-        tally.add_steps(taken, offered, told)
-        return
-    histogram = _counts(found[names["histogram"]], names["histogram"])
-    most = found.get("num_spec_tokens")
     slots = whole_number(most, "num_spec_tokens") if most is not None else len(histogram) - 1
-    tally.add_histogram(histogram, slots, math.nan if given is None else given, told)
-    for name, value in (
-        ("steps", sum(histogram)),
-        ("accepted", sum(number * count for number, count in enumerate(histogram))),
-    ):
-        said = found.get(names[name])
-        if said is not None and said != value:
-            raise ValueError(f"{names[name]} must be that of the histogram, {value}, got {said}")
+    if sum(histogram):
+        tally.add_histogram(histogram, slots, math.nan if given is None else given, told)
+
+
+def _trimmed(counts: list[int]) -> list[int]:
+    """Without the zeros at its end."""
+    return counts[: max((place + 1 for place, count in enumerate(counts) if count), default=0)]
 
 
 _VLLM = {
@@ -180,7 +201,12 @@ def _sglang(tally: Tally, found: Object, told: dict[str, Any]) -> None:
         raise ValueError(
             f"spec_verify_ct must be that of the histogram, {sum(counts)}, got {rounds}"
         )
+    total = sum(number * count for number, count in enumerate(counts))
+    if accepted not in (None, total):
+        raise ValueError(f"accepted drafts must be those of the histogram, {total}, got {accepted}")
     slots = round(drafted / rounds) if drafted else len(counts) - 1
+    if drafted is not None and drafted < total:
+        raise ValueError(f"accepted drafts must be at most those proposed, {drafted}, got {total}")
     windows = found.get("spec_cap_lens_histogram")
     if windows:
         drafted = sum(max(size - 1, 0) * n for size, n in enumerate(_counts(windows, "windows")))
@@ -196,25 +222,29 @@ def _llama(tally: Tally, found: Object, told: dict[str, Any]) -> None:
     tally.add(rounds, accepted, drafted, about=told)
 
 
-def _choice(row: Object) -> Object | None:
-    choices = row.get("choices")
-    found = held(choices[0], "speculative_decoding") if choices else None
-    return found if isinstance(found, Mapping) else None
+def _choices(name: str) -> Callable[[Object], list[Object]]:
+    def find(row: Object) -> list[Object]:
+        choices = row.get("choices")
+        found = [held(one, name) for one in choices] if isinstance(choices, list) else []
+        return [one for one in found if isinstance(one, Mapping)]
+
+    return find
 
 
-def _tokens_details(row: Object) -> Object | None:
+def _tokens_details(row: Object) -> list[Object]:
     found = held(row, "sglext", "spec_tokens_details")
-    return found[0] if isinstance(found, list) and found else found
+    return [one for one in (found if isinstance(found, list) else [found]) if one]
 
 
-def _itself(*names: str) -> Callable[[Object], Object | None]:
-    return lambda row: row if all(name in row for name in names) else None
+def _itself(*names: str) -> Callable[[Object], list[Object]]:
+    return lambda row: [row] if all(name in row for name in names) else []
 
 
-def _at(*path: str, needs: str | None = None) -> Callable[[Object], Object | None]:
-    def find(row: Object) -> Object | None:
+def _at(*path: str, needs: str | None = None) -> Callable[[Object], list[Object]]:
+    def find(row: Object) -> list[Object]:
         found = held(row, *path)
-        return found if isinstance(found, Mapping) and (needs is None or needs in found) else None
+        right = isinstance(found, Mapping) and (needs is None or needs in found)
+        return [found] if right else []
 
     return find
 
@@ -238,7 +268,7 @@ _META_INFO = ("SGLang meta_info", SGLANG), (_sglang, _OF_SGLANG, "spec_")
 
 
 def _forms(
-    told: tuple[str, str], read: tuple[Any, ...], *found: Callable[[Object], Object | None]
+    told: tuple[str, str], read: tuple[Any, ...], *found: Callable[[Object], list[Object]]
 ) -> list[RequestForm]:
     """The same form in several places."""
     return [RequestForm(*told, find, *read) for find in found]
@@ -257,11 +287,12 @@ FORMS = [
         _at("metrics", "speculative_decoding"),
         _itself("acceptance_histogram", "num_spec_steps"),
         _itself("per_step_accepted", "per_step_drafted"),
+        _choices("speculative_decoding_stats"),
     ),
     RequestForm(
         "TensorRT-LLM requests",
         f"Histograms of accepted tokens over verified drafts; {_COUNTED}",
-        _choice,
+        _choices("speculative_decoding"),
         _tensorrt,
         _OF_VLLM | {"acceptance_rate", "total_accepted_draft_tokens", "total_draft_tokens"},
     ),
@@ -284,33 +315,29 @@ FORMS = [
 
 def request_form(row: Object) -> RequestForm | None:
     """The form of a request's object, None where it is none."""
-    return next((one for one in FORMS if one.find(row) is not None), None)
+    return next((one for one in FORMS if one.find(row)), None)
 
 
 def read_requests(rows: Iterator[Object], form: RequestForm, *, texts: bool) -> Tally:
     """All requests of one form; what has no record of acceptance is counted and left out."""
     tally, without, left_out = Tally(form.kind, "request", form.definition), 0, 0
     for row in rows:
-        found = form.find(row)
-        if found is None:
-            other = request_form(row)
-            if other is not None and other.kind != form.kind:
-                raise ValueError(f"all rows must be {form.kind}, got {other.kind}, too")
-            if other is None:
-                without += 1
-                continue
-            found = other.find(row)
-            assert found is not None
-        phase = held(row, "metadata", "benchmark_phase")
-        if phase == "warmup" or held(row, "metadata", "was_cancelled") or row.get("error"):
+        own = request_form(row)
+        if own is None:
+            without += 1
+            continue
+        if own.kind != form.kind:
+            raise ValueError(f"all rows must be {form.kind}, got {own.kind}, too")
+        cancelled = held(row, "metadata", "was_cancelled") or row.get("error")
+        if cancelled or held(row, "metadata", "benchmark_phase") == "warmup":
             left_out += 1
             continue
         told = about(row) | (text(row) if texts else {})
-        more = {name: value for name, value in found.items() if name.startswith(form.prefix)}
-        more = {name: value for name, value in more.items() if name not in form.known}
-        tally.unknown.update(dict.fromkeys(more))
-        told |= more
-        form.read(tally, found, told)
+        for found in own.find(row):
+            more = {name: value for name, value in found.items() if name.startswith(own.prefix)}
+            more = {name: value for name, value in more.items() if name not in own.known}
+            tally.unknown.update(dict.fromkeys(more))
+            own.read(tally, found, told | more)
     if without:
         tally.notes[f"{without} rows have no record of acceptance"] = None
     if left_out:
@@ -339,23 +366,31 @@ def read_dump(payloads: Sequence[Object]) -> Tally:
         "SGLang dump", "request", "Accepted drafts of each round, the target's own token left out"
     )
     rounds: dict[str, tuple[list[int], list[int]]] = {}
-    for payload in payloads:
+    # Places of requests without an id are used again, by one that begins with less behind it.
+    users: dict[tuple[int, Any], tuple[int, int]] = {}
+    for rank, payload in enumerate(payloads):
         if payload.get("simulate_acc_len") not in (None, 0, -1):
             raise ValueError("SGLang was told to simulate acceptance: its record is no measurement")
         slots = payload.get("gamma")
         for step in payload["records"]:
+            whole_block = step.get("mode", payload.get("mode")) == "cap-accept" and slots
             for one in step.get("reqs", ()):
-                name = str(one.get("rid", one.get("req_pool_index", "?")))
-                taken, offered = rounds.setdefault(name, ([], []))
-                trimmed = max(one.get("cap_trim", 0) or 0, 0)
-                accepted = whole_number(one.get("correct_drafts", 0), "correct_drafts") + trimmed
+                name, place = one.get("rid"), (rank, one.get("req_pool_index"))
+                if name is None:
+                    behind = one.get("prefix_len", 0)
+                    before, number = users.get(place, (0, 0))
+                    users[place] = (behind, number + (behind < before))
+                    name = f"rank {rank}, place {place[1]}, {users[place][1]}"
+                taken, offered = rounds.setdefault(str(name), ([], []))
+                accepted = whole_number(one.get("correct_drafts", 0), "correct_drafts")
                 verified = whole_number(one["verify_len"], "verify_len") - 1
-                mode = step.get("mode", payload.get("mode"))
-                whole_block = mode == "cap-accept" and slots is not None
-                taken.append(accepted)
-                offered.append(whole_number(slots, "gamma") if whole_block else verified)
+                if accepted > verified:
+                    raise ValueError(f"correct_drafts must be at most {verified}, got {accepted}")
+                trimmed = max(one.get("cap_trim", 0) or 0, 0)
                 if trimmed:
                     tally.notes["tau is that of whole blocks: a cap cut what was served"] = None
+                taken.append(accepted + trimmed)
+                offered.append(whole_number(slots, "gamma") if whole_block else verified)
     for name, (taken, offered) in rounds.items():
         tally.add_steps(taken, np.maximum(offered, taken).tolist(), {"line": name})
     return tally

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
+import csv
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import pandas as pd
 
 from dspark_lab.records.record import Tally
 from dspark_lab.records.requests import Object, held, whole_number
@@ -29,11 +28,15 @@ def read_iterations(rows: Iterable[Object]) -> Tally:
         "interval",
         "Accepted tokens, the target's own left out, over the requests that had a draft",
     )
+    seen = set()
     for row in rows:
         found = row.get("specDecodingStats")
         rank = row.get("attentionDpRank")
-        if not isinstance(found, Mapping) or rank not in (None, 0):
+        # A row that was polled twice is one.
+        place = (row["iter"], row.get("timestamp"))
+        if not isinstance(found, Mapping) or rank not in (None, 0) or place in seen:
             continue
+        seen.add(place)
         rounds = whole_number(found["numRequestsWithDraftTokens"], "numRequestsWithDraftTokens")
         if rounds:
             accepted, drafted = (
@@ -47,7 +50,7 @@ def read_iterations(rows: Iterable[Object]) -> Tally:
 def python_literal(text: str) -> Any:
     """A value written by Python instead of as JSON, as some save TensorRT-LLM's answer."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
 
@@ -128,25 +131,45 @@ def summary_reader(row: Object) -> Callable[[Object], Tally] | None:
 CSV_HEAD = "subset,num_drafts,"
 
 
-def read_csv_table(table: pd.DataFrame) -> Tally:
-    """speculators' acceptance.csv: a line a set of prompts, in the order of the file."""
+def read_csv_lines(text: Iterable[str]) -> tuple[Tally, str | None]:
+    """speculators' acceptance.csv: a line a set of prompts, in the order of the file.
+
+    Returns where the file is cut off, too: its last line, if that does not end.
+    """
     tally = Tally(
         "speculators acceptance.csv",
         "data set",
         "Rates by position are shares of all rounds (survival), the length counts the target's "
         "token",
     )
-    slots = sorted(
-        (name for name in table if str(name).startswith("acceptance_at_pos_")),
-        key=lambda name: int(str(name).rsplit("_", 1)[1]),
-    )
-    known = {"subset", "acceptance_length", *_COUNTS, *slots}
-    tally.unknown.update(dict.fromkeys(name for name in table if name not in known))
-    for row in table.to_dict("records"):
+    lines = (line for line in enumerate(text, start=1) if line[1].strip())
+    [names] = csv.reader([next(lines)[1]])
+    by_slot = [name for name in names if name.startswith("acceptance_at_pos_")]
+    by_slot.sort(key=lambda name: int(name.rsplit("_", 1)[1]))
+    known = {"subset", "acceptance_length", *_COUNTS, *by_slot}
+    tally.unknown.update(dict.fromkeys(name for name in names if name not in known))
+    for number, line in lines:
+        [values] = csv.reader([line])
+        if values == names:
+            continue
+        row = dict(zip(names, values, strict=False))
+        if not line.endswith("\n") and not _adds_up(row, by_slot, len(names) - len(values)):
+            return tally, f"line {number}"
+        if len(values) != len(names):
+            raise ValueError(f"line {number} must have {len(names)} values, got {len(values)}")
         rounds, accepted, drafted = (float(row[name]) for name in _COUNTS)
         if not rounds:
             continue
-        passed = [float(row[name]) * rounds for name in slots]
+        passed = [float(row[name]) * rounds for name in by_slot]
         about = {"label": row["subset"]} | {name: row[name] for name in tally.unknown}
         tally.add(rounds, accepted, drafted, passed=passed, about=about)
-    return tally
+    return tally, None
+
+
+def _adds_up(row: Mapping[str, str], by_slot: list[str], lacking: int) -> bool:
+    """Whether a line's rates are those of its length, so that no digit of them is cut off."""
+    try:
+        whole = sum(float(row[name]) for name in by_slot) + 1
+        return not lacking and abs(whole - float(row["acceptance_length"])) < 1e-3
+    except (KeyError, ValueError):
+        return False
