@@ -70,7 +70,7 @@ def load_acceptance(
         with urlopen(name, timeout=timeout) as answer:
             return _read(io.BufferedReader(answer, _AHEAD), name, texts)
     require_found(source)
-    with open(Path(source).expanduser(), "rb", buffering=_AHEAD) as file:
+    with io.BufferedReader(io.FileIO(Path(source).expanduser()), _AHEAD) as file:
         if file.peek(2)[:2] != b"\x1f\x8b":
             return _read(file, name, texts)
         try:
@@ -79,7 +79,7 @@ def load_acceptance(
             raise ValueError(f"{name} is a broken gzip file: {error}") from error
 
 
-def _read(file: io.BufferedReader, name: str, texts: bool) -> AcceptanceRecord:
+def _read(file: io.BufferedReader[Any], name: str, texts: bool) -> AcceptanceRecord:
     start = file.peek(_AHEAD)[:_AHEAD].removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith((b"PK\x03\x04", b"\x80")):
         raise ValueError(
