@@ -56,7 +56,8 @@ def load_acceptance(
         record.tau, record.survival, record.table()
 
     Args:
-        source: a file, gzipped or not, a trace among them, or an address such as "http://localhost:8000/metrics".
+        source: a file, gzipped or not, be it a trace of the lab's own, or an address, such as
+            "http://localhost:8000/metrics".
         texts: keep the prompts and answers that stand beside requests, as columns ``prompt`` and
             ``answer``; nothing of them is kept otherwise.
         timeout: seconds to wait for a server.

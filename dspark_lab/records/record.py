@@ -274,23 +274,20 @@ class Tally:
         lines = pd.DataFrame({name: np.array(one) for name, one in self._numbers.items()})
         for name, column in self._about.items():
             lines[name] = column + [None] * (self.count - len(column))
-        if "line" not in lines:
-            lines["line"] = np.arange(1, self.count + 1)
+        numbers = pd.Series(np.arange(1, self.count + 1))
+        lines["line"] = lines["line"].fillna(numbers) if "line" in lines else numbers
         sizes = np.array(self._slots, dtype=int)
         shape = (self.count, int(sizes.max(initial=0)))
         place = np.arange(shape[1]) < sizes[:, None]
-        filled = []
-        for values, behind in ((self._reached, 0.0), (self._passed, 0.0)):
-            table = np.full(shape, behind)
-            table[place] = np.array(values)
-            filled.append(table)
+        reached, passed = np.zeros(shape), np.zeros(shape)
+        reached[place], passed[place] = np.array(self._reached), np.array(self._passed)
         others = [name for name in lines if name not in LINE]
         return AcceptanceRecord(
             self.kind,
             self.unit,
             lines[[*LINE, *others]],
-            filled[0],
-            filled[1],
+            reached,
+            passed,
             self.exact,
             self.definition,
             tuple(self.notes),
