@@ -109,7 +109,7 @@ def test_an_address_without_counters_is_refused_at_once(server: Server):
         lab.watch_acceptance(server.address)
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=rf"{server.address} gave no answer: .*refused"):
         lab.watch_acceptance(server.address)
 
 

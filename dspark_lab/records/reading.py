@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -68,8 +69,11 @@ def load_acceptance(
     """
     name = os.fspath(source)
     if urlsplit(name).scheme in ("http", "https"):
-        with urlopen(name, timeout=timeout) as answer:
-            return _read(io.BufferedReader(answer, _AHEAD), name, texts)
+        try:
+            with urlopen(name, timeout=timeout) as answer:
+                return _read(io.BufferedReader(answer, _AHEAD), name, texts)
+        except URLError as error:
+            raise OSError(f"{name} gave no answer: {error}") from error
     require_found(source)
     with io.BufferedReader(io.FileIO(Path(source).expanduser()), _AHEAD) as file:
         if file.peek(2)[:2] != b"\x1f\x8b":
