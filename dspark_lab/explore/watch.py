@@ -62,7 +62,11 @@ class AcceptanceWatch(LivePicture):
             now = load_acceptance(self._address, timeout=max(self._every, 1.0))
         except (OSError, ValueError) as error:
             self._line.value = f"no answer: {error}"
-            return
+        else:
+            self._take(now)
+
+    def _take(self, now: AcceptanceRecord) -> None:
+        """Draw what was counted since the answer before."""
         seen = now if self._last is None else counted_since(self._last, now)
         first, self._last = self._last is None, now
         if first and now.kind != "SGLang metrics":
@@ -114,8 +118,7 @@ def watch_acceptance(
         OSError: there is no answer.
         ValueError: it has no counters of acceptance.
     """
-    load_acceptance(address, timeout=max(every, 1.0))
     watch = AcceptanceWatch(address, every)
-    watch.look()
+    watch._take(load_acceptance(address, timeout=max(every, 1.0)))
     threading.Thread(target=watch.run, daemon=True).start()
     return watch

@@ -34,8 +34,6 @@ class LogReader(Protocol):
 _TIME = re.compile(r"(\d{4}-)?\d\d-\d\d[ T]\d\d:\d\d:\d\d")
 # Names and values of a line, a value with commas ends where the next name begins.
 _PAIR = re.compile(r"([A-Z][\w -]*): (.*?)(?=,\s+[A-Z][\w -]*: |,?\s*$)")
-
-
 # Seconds of the year 2000, which stands for one that is missing.
 _YEAR = 366 * 86400.0
 
@@ -93,13 +91,13 @@ class VllmLog(_Log):
         if not drafted:
             return True
         rates = _numbers(found.get("Per-position acceptance rate", ""))
-        rounds = _rounds(accepted, drafted, rates, found.get("Mean acceptance length"))
-        if rounds is None:
+        if not rates:
             raise ValueError("vLLM's log must have rates by position: this version has none")
-        self.tally.exact &= rounds[1]
-        passed = [rate * rounds[0] for rate in rates]
+        rounds, exact = _rounds(accepted, drafted, rates)
+        self.tally.exact &= exact
+        passed = [rate * rounds for rate in rates]
         about = {"seconds": self._clock.seconds(line)}
-        self.tally.add(rounds[0], accepted, drafted, passed=passed, about=about)
+        self.tally.add(rounds, accepted, drafted, passed=passed, about=about)
         return True
 
 
@@ -107,20 +105,13 @@ def _numbers(text: str) -> list[float]:
     return [float(one) for one in text.split(",") if one.strip()]
 
 
-def _rounds(
-    accepted: int, drafted: int, rates: list[float], length: str | None
-) -> tuple[int, bool] | None:
+def _rounds(accepted: int, drafted: int, rates: list[float]) -> tuple[int, bool]:
     """The rounds of an interval, and whether they are exact: whole blocks that fit all figures."""
-    if not rates or not drafted:
-        return None
     whole, rest = divmod(drafted, len(rates))
     off = abs(accepted / whole - sum(rates)) if whole else math.inf
     if not rest and off <= 0.0005 * len(rates) + 1e-9:
         return whole, True
-    if sum(rates) > 0:
-        return max(round(accepted / sum(rates)), 1), False
-    mean = float(length) - 1 if length else 0.0
-    return (max(round(accepted / mean), 1) if mean > 0 else max(whole, 1)), False
+    return max(round(accepted / sum(rates)) if sum(rates) > 0 else whole, 1), False
 
 
 class SglangLog(_Log):
@@ -157,8 +148,6 @@ _DRAFTED = re.compile(
     r"(?:, mean (?:len|acceptance length) =\s*([\d.]+))?"
     r"(?:, acceptance rate per position = \(([\d., ]+)\))?"
 )
-
-
 _BY_SLOT = re.compile(r"task (\d+) .*acc per pos = \(([\d., ]+)\)")
 
 

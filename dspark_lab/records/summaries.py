@@ -69,10 +69,7 @@ def _automodel(row: Object) -> Tally:
             continue
         about = {"label": one["dataset"]} if "dataset" in one else None
         if one.get("num_drafts"):
-            counts = (
-                one[name] for name in ("num_drafts", "num_accepted_tokens", "num_draft_tokens")
-            )
-            tally.add(*counts, about=about)
+            tally.add(*(one[name] for name in _COUNTS), about=about)
         else:
             tally.exact = False
             tally.notes["rounds are not known, and counted as one"] = None
