@@ -1,13 +1,13 @@
 """The advised draft length against real decoding of prompts that the advice has not seen.
 
-Costs are measured first, rates come from the shipped traces; then other held-out questions are
-decoded plainly and at every length, in turns. Where all questions are in the trace, one half of it
-advises and the other is decoded. For a temperature that a trace has not, rates are between those
-of the nearest that it has; one drafter is advised by another's trace. Each pair has a process of
-its own with one thread; the clock is the process's CPU time, which other work on the machine
-disturbs less than wall time.
+For each setting costs are measured, rates come from the shipped traces; then other held-out
+questions are decoded plainly and at every length, in turns. Where all questions are in the trace,
+one half of it advises and the other is decoded. For a temperature that a trace has not, rates are
+between those of the nearest that it has; one drafter is advised by another's trace. One thread
+works at a time: two share the memory, and SmolLM2's weights are read from it at every step. The
+clock is the process's CPU time, which other work on the machine disturbs less than wall time.
 
-python -m benchmarks advice                     both pairs, a quarter of an hour on two quiet cores
+python -m benchmarks advice                     both pairs, half an hour on a quiet machine
 python -m benchmarks.advice smollm2             one of them
 python -m benchmarks.advice --quick             seconds, and no figure that counts
 python -m benchmarks.advice --keep FOLDER       engines and what was decoded, as CSV
@@ -20,9 +20,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -94,31 +92,24 @@ def run(
     names: Sequence[str] = tuple(PLANS), *, quick: bool = False, keep: Path | None = None
 ) -> Iterator[str]:
     begin, losses = time.perf_counter(), []
-    measured = partial(_measured, quick=quick, keep=keep)
-    with ProcessPoolExecutor(len(names), mp_context=get_context("spawn")) as processes:
-        for name, found in zip(names, processes.map(measured, names), strict=True):
-            if isinstance(found, str):
-                yield f"{name}: left out, {found}"
-                continue
-            for setting, loss, table in found:
-                losses.append(loss)
-                yield from _lines(name, setting, loss, table)
+    for name in names:
+        try:
+            pair = load_pair(name)
+        except OSError as error:
+            yield f"{name}: left out, {error}"
+            continue
+        for setting, loss, table in _settings(pair, _plan(name, quick), keep):
+            losses.append(loss)
+            yield from _lines(name, setting, loss, table)
     if losses:
         yield from _verdict(pd.DataFrame(losses), time.perf_counter() - begin)
 
 
-def _measured(name: str, *, quick: bool, keep: Path | None) -> list[Result] | str:
-    """All settings of a pair, or why it is left out."""
-    torch.set_num_threads(1)
+def _plan(name: str, quick: bool) -> Plan:
     plan = PLANS[name]
-    if quick:
-        plan = Plan([*plan.settings[:2], plan.settings[-1]], prompts=4, tokens=8, repeats=2)
-    try:
-        pair = load_pair(name)
-    except (FileNotFoundError, OSError) as error:
-        return str(error)
-    with patch("time.perf_counter", time.process_time):
-        return list(_settings(pair, plan, keep))
+    if not quick:
+        return plan
+    return Plan([*plan.settings[:2], plan.settings[-1]], prompts=4, tokens=8, repeats=2)
 
 
 def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
@@ -129,15 +120,12 @@ def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
     traced = set(range(every["prompt"].max() + 1))
     if len(traced) == len(chats):
         traced = set(range(0, len(chats), 2))
-    engines = {}
     for number, setting in enumerate(plan.settings):
         name, requests = setting.drafter, setting.requests
         drafter = pair.load_drafter(name)
-        if name not in engines:
-            together = sorted({one.requests for one in plan.settings if one.drafter == name})
-            options: dict[str, Any] = {"requests": together, "repeats": plan.repeats}
-            engines[name] = measure_engine(pair.target, drafter, **options)
-        costs = engines[name].costs(requests)
+        with _own_clock():
+            engine = measure_engine(pair.target, drafter, requests=[requests], repeats=plan.repeats)
+        costs = engine.costs(requests)
         taken = [i for i in range(len(chats)) if requests == 1 or enough[i]]
         taken = _alike(chats, taken, traced, plan.prompts)
         trace = every[every["drafter"] == (setting.trace or name)]
@@ -146,22 +134,32 @@ def _settings(pair: Pair, plan: Plan, keep: Path | None) -> Iterator[Result]:
         predicted: dict[str, Any] = {"tokens": tokens if requests == 1 else None}
         lengths = [k for k in LENGTHS if k <= drafter.config.predicted]
         advised = best_length(profile, costs, lengths[1:], **predicted)
-        decoded = decode_lengths(
-            pair.target,
-            drafter,
-            [asked[i] for i in taken if i not in traced][: plan.prompts * requests],
-            draft_lengths=lengths,
-            temperature=setting.temperature,
-            requests=requests,
-            turns=1,
-            max_new_tokens=plan.tokens,
-        )
+        with _own_clock():
+            decoded = decode_lengths(
+                pair.target,
+                drafter,
+                [asked[i] for i in taken if i not in traced][: plan.prompts * requests],
+                draft_lengths=lengths,
+                temperature=setting.temperature,
+                requests=requests,
+                turns=1,
+                max_new_tokens=plan.tokens,
+            )
         if keep is not None:
             keep.mkdir(parents=True, exist_ok=True)
-            engines[name].save(keep / f"{pair.name}-{name}.csv")
+            engine.save(keep / f"{pair.name}-{number}-engine.csv")
             decoded.to_csv(keep / f"{pair.name}-{number}.csv", index=False)
         table = length_table(decoded, profile, costs, **predicted)
         yield setting, length_loss(decoded, advised), table
+
+
+@contextmanager
+def _own_clock() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with patch("time.perf_counter", time.process_time):
+        yield
+    torch.set_num_threads(threads)
 
 
 def _alike(
@@ -220,7 +218,7 @@ def _verdict(losses: pd.DataFrame, seconds: float) -> Iterator[str]:
     yield (
         f"{near.sum()} within {ENOUGH:.0%}, {(~apart).sum()} not told apart from the fastest, "
         f"{(near | ~apart).sum()} one of both; {seconds:.0f} s, {platform.machine()}, "
-        "a process with one thread for each pair"
+        "one thread"
     )
 
 

@@ -143,6 +143,13 @@ def require(name: str, value: Any, annotation: Any) -> None:
     _Names(require).read(annotation)(name, value, {})
 
 
+def require_columns(name: str, table: abc.Container[str], columns: Iterable[str]) -> None:
+    """Refuse a table that lacks one of ``columns``."""
+    columns = list(columns)
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{name} must have the columns {columns}, got no {missing}")
+
+
 def may_be_read(value: Tensor) -> bool:
     """Whether a check may ask for values: of a device's tensors, which waits, in debug mode."""
     known = (DEBUG or value.device.type == "cpu") and not value.is_meta

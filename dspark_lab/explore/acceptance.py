@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import rates
 from dspark_lab.chats import token_texts
-from dspark_lab.checks import Count, Size, checked
+from dspark_lab.checks import Count, Size, checked, require_columns
 from dspark_lab.decoding import Decoded, Round, outcome_table, token_kinds
 from dspark_lab.explore import charts, style
 from dspark_lab.explore.charts import RATE_COLUMNS, Rate
@@ -52,6 +52,7 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
     kept apart by such as ``by="drafter"``: a panel for each, or a line if it has one kind of rate.
     """
     label, *names = RATE_COLUMNS[value]
+    require_columns("table", table, ["slot", *names])
     groups = _groups(table)
     if "kind" in table and table["kind"].nunique() > 1:
         columns = min(len(groups), _PANELS_PER_LINE)
@@ -118,7 +119,7 @@ def plot_reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     interval of the outcome, or reaches to the diagonal without one. Each table, from
     :func:`dspark_lab.rates.reliability_tables`, has a panel with its name, such as ``"raw"``.
     """
-    tables = style.tables_by_name(tables)
+    tables = style.tables_by_name(tables, ["low", "high", "count", "confidence", "outcome"])
     count = len(tables)
     grid: dict[str, Any] = {"columns": count, "rows": 2, "height_ratios": (1, 0.22)}
     figure, axes = style.new_figure(
@@ -158,6 +159,7 @@ def plot_bias(table: pd.DataFrame, by: str | Sequence[str]) -> Figure:
     The table is from :func:`dspark_lab.rates.study`, grouped by the same columns: ``by`` one, whose
     values stand on the axis, or two, the second of which is told apart by colours and marks.
     """
+    require_columns("table", table, ["bias", "bias_low", "bias_high"])
     names = [by] if isinstance(by, str) else list(by)
     if len(names) not in (1, 2) or any(name not in table.columns for name in names):
         raise ValueError(f"by must be one or two of {list(table.columns)}, got {names}")
@@ -193,7 +195,8 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
     The tables, one or several by name, are from :func:`dspark_lab.rates.threshold_sweep`. Columns
     such as ``verified_low`` and ``verified_high`` are drawn as bands.
     """
-    named = style.tables_by_name(tables)
+    columns = ["threshold", "acceptance_rate", "verified", "accepted"]
+    named = style.tables_by_name(tables, columns)
     height = 3.5 + 0.18 * (len(named) - 1)
     figure, (left, right) = style.new_figure(style.WIDEST, height, columns=2, wspace=0.08)
     for i, (name, table) in enumerate(named.items()):
@@ -222,6 +225,8 @@ def plot_thresholds(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure
 
 def plot_calibration(report: pd.DataFrame) -> Figure:
     """ECE and AUROC before and after scaling, from :func:`dspark_lab.rates.calibration_report`."""
+    columns = ["slot", "ece", "ece_scaled", "auroc", "auroc_scaled"]
+    require_columns("report", report, columns)
     figure, (left, right) = style.new_figure(style.WIDEST, 3.4, columns=2, wspace=0.08)
     labels = [str(slot) for slot in report["slot"]]
     # What is not a slot of the block stands apart.
@@ -246,6 +251,8 @@ def plot_calibration(report: pd.DataFrame) -> Figure:
 
 def plot_drift(table: pd.DataFrame) -> Figure:
     """Calibration errors around a change of domain, from :func:`dspark_lab.rates.drift_table`."""
+    columns = ["start", "rounds", "ece_raw", "ece_static", "ece_online"]
+    require_columns("table", table, columns)
     figure, ax = style.new_figure(7, 3.2)
     lines = {
         "raw": {"color": style.CONFIDENCE_LOOKS["raw"]["color"], "linestyle": ":"},
@@ -271,6 +278,8 @@ def plot_drift(table: pd.DataFrame) -> Figure:
 
 def plot_gain(table: pd.DataFrame) -> Figure:
     """Gains in speed over the raw confidence, from :func:`dspark_lab.serving.gain_table`."""
+    columns = ["values", "threshold", "gain_percent", "gain_low", "gain_high"]
+    require_columns("table", table, columns)
     figure, ax = style.new_figure(7, 0.42 * len(table) + 1.0)
     ax.axvline(0, color=INK, linewidth=1)
     names = []

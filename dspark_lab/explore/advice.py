@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dspark_lab.checks import Count, checked
+from dspark_lab.checks import Count, checked, require_columns
 from dspark_lab.explore import style
 from dspark_lab.explore.style import BLUE, INK, RED
 from dspark_lab.tuning import CELL, Advice, option_name
@@ -26,6 +26,8 @@ def plot_advice(advice: Advice, found: pd.DataFrame | None = None, *, most: Coun
     own pilot forecasts. ``found``, of :func:`dspark_lab.tuning.run_table`, adds what runs of the
     same options really reached, their mean. At most so many options, and those that were piloted.
     """
+    if found is not None:
+        require_columns("found", found, [*CELL, "held_out"])
     table = advice.table.sort_values("tau", ascending=False, kind="stable")
     shown = (np.arange(len(table)) < most) | (table["piloted"] > 0).to_numpy()
     table = table[shown]
@@ -58,6 +60,7 @@ def plot_judged(judged: pd.DataFrame) -> Figure:
     A line a setting, a mark with its 95 % interval for each advisor.
     """
     by = ["mix", "budget", "amount"]
+    require_columns("judged", judged, [*by, "advisor", "lost", "low", "high"])
     settings = judged[by].drop_duplicates().sort_values(by).reset_index(drop=True)
     unit = {"seconds": "s", "slots": "slots"}
     names = [f"{mix}, {amount:,g} {unit[kind]}" for mix, kind, amount in settings.to_numpy()]

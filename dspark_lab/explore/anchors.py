@@ -26,7 +26,7 @@ from dspark_lab.chats import (
     one_row,
     token_texts,
 )
-from dspark_lab.checks import Within, checked, require
+from dspark_lab.checks import Within, checked, require, require_columns
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import checkbox, dropdown, slider
 from dspark_lab.explore.explorer import Explorer
@@ -91,6 +91,7 @@ def slot_inputs(blocks: Blocks, to_text: Callable[[int], str]) -> list[str]:
 
 def plot_coverage(table: pd.DataFrame, *, goal: float | None = 0.9) -> Figure:
     """Coverage, from :func:`dspark_lab.tuning.coverage_table`, and ``goal``, a share, dotted."""
+    require_columns("table", table, ["block_size", "num_anchors", "expected", "sampled"])
     figure, ax = style.new_figure(7, 3.6)
     for i, (block_size, part) in enumerate(table.groupby("block_size")):
         mark = style.line_look(i) | {"fillstyle": "none", "linestyle": "none"}
@@ -113,6 +114,7 @@ def plot_packing(table: pd.DataFrame) -> Figure:
 
     ``anchors per`` says whether they are per ``row`` or per ``document``.
     """
+    require_columns("table", table, ["row", "anchors per", "num_anchors", "expected"])
     figure, ax = style.new_figure(7, 3.4)
     for i, ((row, per), part) in enumerate(table.groupby(["row", "anchors per"], sort=False)):
         look = style.line_look(i) | {"linestyle": "--" if per == "document" else "-"}

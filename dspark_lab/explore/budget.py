@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from dspark_lab import tuning
 from dspark_lab.blocks import PER, Per
 from dspark_lab.chats import Encoded, Like
-from dspark_lab.checks import Count, Positive, Share, checked
+from dspark_lab.checks import Count, Positive, Share, checked, require_columns
 from dspark_lab.explore import controls as make
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import loaded_tokenizer, require_some
@@ -65,6 +65,7 @@ def plot_fit(
     From :func:`dspark_lab.tuning.fit_table`. 0 anchors, where nothing fits, have a place of their
     own; marks are hollow where ``full`` is False. ``at`` is a row length and a number to mark.
     """
+    require_columns("table", table, ["seq_len", "block_size", "num_anchors", "full"])
     if ax is None:
         _, ax = style.new_figure(7, 3.8)
     blocks = table["block_size"].unique()
@@ -109,6 +110,9 @@ def plot_parts(
     :func:`dspark_lab.tuning.memory_table`. ``limit``, bytes that tensors may take, and ``seconds``
     of the step are told in words; ``ax`` is for the operations, without memory.
     """
+    require_columns("cost", cost, ["part", "operations"])
+    if memory is not None:
+        require_columns("memory", memory, ["part", "held", "moment"])
     if memory is not None and ax is not None:
         raise ValueError("memory must be None where ax is given, got both")
     if limit is not None and memory is None:
@@ -147,6 +151,8 @@ def plot_progress(
     block size that fits, which has a frame; hollow marks do not fit. ``at`` is a chosen number of
     rows and of anchors, ``coverage`` that which covers most, both to be marked.
     """
+    option = ["seq_len", "per", "batch_size", "num_anchors", "block_size"]
+    require_columns("table", table, [*option, "rate", "low", "high", "fits"])
     if ax is None:
         _, ax = style.new_figure(style.WIDEST, 2.9)
     best = {}
@@ -223,6 +229,8 @@ def plot_budget(
             place of coverage and gain.
         rows, coverage: of the chosen step, and the anchors that cover most with so many rows.
     """
+    shown = ["share", "gain_per_second", "fits"] if progress is None else []
+    require_columns("options", options, ["num_anchors", "seconds", *shown])
     options = options.sort_values("num_anchors")
     style.require_one_of("num_anchors", num_anchors, options["num_anchors"].tolist())
     chosen = options[options["num_anchors"] == num_anchors]

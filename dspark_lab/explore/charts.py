@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.checks import checked
-from dspark_lab.explore.style import plain_text
+from dspark_lab.checks import checked, require_columns
+from dspark_lab.explore.style import plain_text, tables_by_name
 
 Rate = Literal["conditional", "survival"]
 Panels = list[dict[str, Any]]
@@ -31,6 +31,8 @@ _APART = 0.12
 def rate_panels(table: pd.DataFrame, value: Rate = "conditional") -> Panels:
     """The panel of :func:`dspark_lab.explore.plot_rates` for one drafter's table."""
     label, rate, low, high = RATE_COLUMNS[value]
+    counts = ["reached", "conversations"] + ["rounds"] * (value == "survival")
+    require_columns("table", table, ["kind", "slot", rate, low, high, *counts])
     kinds = list(table["kind"].unique())
     points = []
     for row in table[table[rate].notna()].to_dict("records"):
@@ -59,6 +61,8 @@ def reliability_panels(tables: Mapping[str, pd.DataFrame]) -> Panels:
 
     The tables are from :func:`dspark_lab.rates.reliability_tables`.
     """
+    means = ["confidence", "outcome", "outcome_low", "outcome_high", "gap"]
+    tables = tables_by_name(tables, ["low", "high", "count", *means])
     most = max(1, *(table["count"].max() for table in tables.values()))
     shares = [[tenths / 10, _percent(tenths / 10)] for tenths in range(0, 11, 2)]
     axes: dict[str, Any] = {"x_label": "confidence, mean of a bin"}
@@ -89,6 +93,8 @@ def reliability_panels(tables: Mapping[str, pd.DataFrame]) -> Panels:
 @checked
 def bias_panels(table: pd.DataFrame, by: str) -> Panels:
     """The panel of :func:`dspark_lab.explore.plot_bias` by one column."""
+    means = ["confidence", "outcome", "bias", "bias_low", "bias_high"]
+    require_columns("table", table, [by, "samples", "conversations", *means])
     points = []
     for number, row in enumerate(table.to_dict("records")):
         name = plain_text(row[by])
@@ -111,6 +117,9 @@ def bias_panels(table: pd.DataFrame, by: str) -> Panels:
 @checked
 def threshold_panels(table: pd.DataFrame) -> Panels:
     """The panels of :func:`dspark_lab.explore.plot_thresholds` for one table."""
+    drawn = ("acceptance_rate", "verified", "accepted")
+    ends = [f"{name}{end}" for name in drawn for end in ("", "_low", "_high")]
+    require_columns("table", table, ["threshold", *ends])
     rate = _threshold_panel(table, {"acceptance_rate": "acceptance rate"}, _share, _percent)
     counts = {"verified": "verified", "accepted": "accepted"}
     slots = _threshold_panel(table, counts, lambda number: f"{number:.2f} slots a round", "{:g}")

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from dspark_lab import decoding
-from dspark_lab.checks import Size, checked
+from dspark_lab.checks import Size, checked, require_columns
 from dspark_lab.decoding import OUTCOMES, Decoded, Prompt, Round
 from dspark_lab.explore import style
 from dspark_lab.explore.controls import Control, dropdown, number_slider, slider, text_area
@@ -61,7 +61,8 @@ def plot_outcomes(table: pd.DataFrame, drafts: bool = False) -> Figure:
     With ``drafts``, drafted tokens that are not part of the answer stand, in frames and with "not
     said" before them, where another came in their place.
     """
-    counts = decoding.column(table, "outcome").value_counts()
+    require_columns("table", table, ["outcome", "text", "kept"])
+    counts = table["outcome"].value_counts()
     shown = table if drafts else table[table["kept"]]
     known = set(shown["outcome"])
     legend = [(f"{name} {counts[name]}", _LOOKS[name]) for name in _LOOKS if name in known]
@@ -86,6 +87,8 @@ def plot_distributions(table: pd.DataFrame, drafted_text: str | None = None) -> 
     the probability with which the token is drawn in place of a rejected one. ``drafted_text`` names
     the drafted token in the title, in place of its text in the table.
     """
+    chances = ["draft", "target", "overlap", "residual"]
+    require_columns("table", table, ["token", "text", *chances, "drafted", "drawn"])
     figure, ax = style.new_figure(style.WIDEST, 0.36 * len(table) + 1.4)
     y = np.arange(len(table))
     overlap = table["overlap"].fillna(0)

@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool2d
 from dspark_lab.attention import FULL, ContextRanges, View, block_mask, dense_mask
 from dspark_lab.blocks import Blocks, Layout, Per
 from dspark_lab.chats import Batch, Like
-from dspark_lab.checks import Count, Within, checked, require
+from dspark_lab.checks import Count, Within, checked, require, require_columns
 from dspark_lab.explore import style
 from dspark_lab.explore.anchors import ConversationRows, block_table, drawn_blocks, slot_inputs
 from dspark_lab.explore.controls import checkbox, dropdown, selection_slider, slider
@@ -326,6 +326,7 @@ def mask_and_tiles(
 
 def plot_sorting(table: pd.DataFrame) -> Figure:
     """The tiles in each state, from :func:`sorting_table`, as stacked bars."""
+    require_columns("table", table, ["tile_size", "order", *TILE_STATES])
     figure, ax = style.new_figure(7, 0.34 * len(table) + 1.3)
     labels = table["tile_size"].astype(str) + " · " + table["order"]
     shares = table[list(TILE_STATES)].div(table[list(TILE_STATES)].sum(axis=1), axis=0)

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from dspark_lab.checks import require_columns
 from dspark_lab.explore import style
 from dspark_lab.explore.style import BLUE, GREEN, INK, ORANGE, PINK, RED, add_note, plain_text
 from dspark_lab.serving import StepsPerSecond
@@ -27,6 +28,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "overhead": {"facecolor": INK},
 }
 _PLAIN = "plain decoding"
+_SPEED = ["speedup", "speedup_low", "speedup_high"]
 # A walk of more slots than this is a line without marks.
 _MOST_MARKS = 64
 
@@ -45,7 +47,7 @@ def plot_speedup(
     :func:`dspark_lab.serving.speedup_table`. ``chosen`` is a draft length to mark, ``bold`` names
     the one table with a thick line, a band and dashes; all are alike where None.
     """
-    named = style.tables_by_name(tables)
+    named = style.tables_by_name(tables, ["draft_length", *_SPEED, "without_replay"])
     style.require_one_of("bold", bold, (None, *named))
     alone = ax is None
     if ax is None:
@@ -80,6 +82,8 @@ def plot_round(
     From :func:`dspark_lab.serving.speedup_table`, for one ``draft_length`` or all. A round pays
     where its bar is shorter than the outlined one below it.
     """
+    seconds = ["round_seconds", *(f"{part}_seconds" for part in _PARTS)]
+    require_columns("table", table, ["draft_length", "tau", "speedup", *seconds])
     if draft_length is not None:
         style.require_one_of("draft_length", draft_length, table["draft_length"].tolist())
         table = table[table["draft_length"] == draft_length]
@@ -124,6 +128,9 @@ def plot_temperatures(table: pd.DataFrame) -> Figure:
 
     Where the accept rate falls below the break-even rate, the win is gone.
     """
+    needed = ["accept_rate", "break_even_rate", "break_even_without_replay"]
+    given = ["temperature", "draft_length", *needed, *_SPEED, "without_replay"]
+    require_columns("table", table, given)
     figure, (left, right) = style.new_figure(style.WIDEST, 3.7, columns=2, wspace=0.08)
     x = table["temperature"].to_numpy()
     forgets = _replay_counts(table)
@@ -166,6 +173,7 @@ def plot_thresholds_speed(table: pd.DataFrame, *, chosen: float | None = None) -
 
     From :func:`dspark_lab.serving.threshold_table`. The fastest of each draft length is ringed.
     """
+    require_columns("table", table, ["draft_length", "threshold", "verified", *_SPEED])
     figure, (left, right) = style.new_figure(style.WIDEST, 3.7, columns=2, wspace=0.08)
     for i, (length, part) in enumerate(table.groupby("draft_length")):
         label = f"K {length}: {_best_in_words(part, 'threshold')}"
@@ -190,6 +198,8 @@ def plot_load(
     From :func:`dspark_lab.serving.load_table`; further up and to the right is better.
     ``concurrency`` is one to mark: dotted, on the left from policy to policy, the fastest ringed.
     """
+    figures = ["throughput", "per_user", "verified_per_request"]
+    require_columns("table", table, ["policy", "concurrency", *figures])
     levels = sorted(set(table["concurrency"]))
     # No more names than there is room for.
     shown = levels[:: -(-len(levels) // 5)]
@@ -234,6 +244,8 @@ def plot_schedule(table: pd.DataFrame) -> Figure:
     From :func:`dspark_lab.serving.schedule_table`. Filled marks are admitted. A search for the best
     Theta of all, which would bias the answers, may go on past a slot that lowers it.
     """
+    columns = ["theta_before", "theta", "admitted", "retrospective"]
+    require_columns("table", table, columns)
     if table.empty:
         raise ValueError("table must hold at least one slot to admit, got none")
     figure, ax = style.new_figure(7, 3.6)

@@ -6,7 +6,7 @@ with the paper. What a colour says, a line's style, a mark or a word says too.
 """
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dspark_lab.checks import require_columns
 
 # Pixels in an inch of a PNG.
 DPI = 110
@@ -138,11 +140,15 @@ def visible_text(text: str, longest: int = 12) -> str:
     return plain_text(text)
 
 
-def tables_by_name(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Several tables to draw in one picture, or one without a name."""
+def tables_by_name(
+    tables: pd.DataFrame | Mapping[str, pd.DataFrame], columns: Sequence[str]
+) -> dict[str, pd.DataFrame]:
+    """Several tables to draw in one picture, or one without a name; all must have ``columns``."""
     named = {"": tables} if isinstance(tables, pd.DataFrame) else dict(tables)
     if not named:
         raise ValueError("tables must hold at least one table, got none")
+    for name, table in named.items():
+        require_columns(f"tables[{name!r}]" if name else "tables", table, columns)
     return named
 
 

@@ -178,7 +178,8 @@ def plot_tokens(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure:
     Several tables by name stand one under the other. What is more than a page is left out, first
     of all what stands before the first answer; a note says how much.
     """
-    named = tables_by_name(tables)
+    columns = ["text", "state", "anchor", "supervised", "document"]
+    named = tables_by_name(tables, columns)
     counted = pd.concat(named.values())
     counts = counted["state"].value_counts()
     legend = [(f"{state} {counts[state]:,}", LOOKS[state]) for state in LOOKS if state in counts]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_lab.checks import checked
+from dspark_lab.checks import checked, require_columns
 from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.live import LivePicture
 from dspark_lab.explore.style import (
@@ -35,6 +35,8 @@ def plot_training(table: pd.DataFrame, forecast: Forecast | None = None) -> Figu
     Each value is a dot, their moving average a line. A forecast (:func:`dspark_lab.forecast`) is a
     dashed line of tau to the end of the run, in its interval.
     """
+    if len(table):
+        require_columns("table", table, ["step", "loss", "accept_rate", "tau"])
     figure, axes = new_figure(WIDEST, 2.6, columns=3)
     smooth = table.ewm(span=max(2, len(table) // 12)).mean() if len(table) else table
     titles = {"loss": "loss", "accept_rate": "accept rate", "tau": "tau (accepted length)"}

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dspark_lab.checks import Positive, checked
+from dspark_lab.checks import Positive, checked, require_columns
 from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.live import LivePicture
 from dspark_lab.explore.style import BLUE, RED, WIDEST, add_title, new_figure
@@ -22,6 +22,7 @@ _MOST = 10_000
 @checked
 def plot_watch(table: pd.DataFrame) -> Figure:
     """Tau over time and the survival of the last look, of :attr:`AcceptanceWatch.table`."""
+    require_columns("table", table, ["seconds", "tau", "survival"])
     figure, (left, right) = new_figure(WIDEST, 2.6, columns=2)
     left.plot(table["seconds"], table["tau"], ".-", color=RED, markersize=4)
     add_title(left, "tau (accepted length)")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Positive, Size, checked, require
+from dspark_lab.checks import Positive, Size, checked, require, require_columns
 from dspark_lab.files import read_csv, written_whole
 from dspark_lab.rates import as_numbers
 
@@ -97,8 +97,7 @@ class StepsPerSecond:
 
         Facts that are not given are columns of their name; only ``target`` may be unknown.
         """
-        if missing := [name for name in _COLUMNS[:2] if name not in table]:
-            raise ValueError(f"table must have the columns {_COLUMNS[:2]}, got no {missing}")
+        require_columns("table", table, _COLUMNS[:2])
         facts: dict[str, Any] = {}
         given = {"context_length": context_length, "device": device, "target": target}
         for name, value in given.items():

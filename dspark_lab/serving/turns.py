@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dspark_lab.checks import Count, NonNegative, Size, checked
+from dspark_lab.checks import Count, NonNegative, Size, checked, require_columns
 from dspark_lab.decoding import Decoding, Prompt, decode_rounds, encode_prompt
 from dspark_lab.model import BlockDrafter, Target
 from dspark_lab.rates import interval, ratio_interval, resampled
@@ -193,8 +193,7 @@ def _whole_steps(run: Decoding, requests: int) -> tuple[int, int, float]:
 
 def _sums(decoded: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Tokens, steps and seconds over all turns, ``[group, length]`` each."""
-    if missing := [name for name in _COLUMNS if name not in decoded]:
-        raise ValueError(f"decoded must have the columns {list(_COLUMNS)}, got no {missing}")
+    require_columns("decoded", decoded, _COLUMNS)
     if decoded["requests"].nunique() != 1:
         given = decoded["requests"].unique().tolist()
         raise ValueError(f"decoded must be of one number of requests, got {given}")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from dspark_lab.chats import Encoded
-from dspark_lab.checks import Share, Size, checked
+from dspark_lab.checks import Share, Size, checked, require_columns
 from dspark_lab.tuning.extrapolation import Reference, learn_curves
 from dspark_lab.tuning.growth import fit_growth
 from dspark_lab.tuning.judging import CELL, taus_at
@@ -21,7 +21,7 @@ from dspark_lab.tuning.race import (
     replay_pilot,
     usual_noise,
 )
-from dspark_lab.tuning.results import require_columns, run_table
+from dspark_lab.tuning.results import run_table
 from dspark_lab.tuning.spans import Spans
 
 # What is left out, so that nothing is known of it: a mix, or a budget.

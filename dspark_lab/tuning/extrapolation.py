@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from dspark_lab.checks import Positive, checked
+from dspark_lab.checks import Positive, checked, require_columns
 from dspark_lab.files import read_json, shipped
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning.cells import ALL
@@ -247,6 +247,8 @@ def learn_curves(
     all of one budget and mix at a time, or one run at a time where all are of one. ``domain``: of
     the held-out conversations; ``by_slot``: learn of accept rates, too, which takes longer.
     """
+    lines = ["kind", "step", "domain", "tau", "lr"]
+    require_columns("runs", runs, [*RUN, "steps", *lines])
     groups, tau, accept = [], [], []
     for key, lines in runs.groupby(RUN, observed=True, sort=False):
         rates = run_rates(lines)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from dspark_lab.checks import Count, Positive, Within, checked
+from dspark_lab.checks import Count, Positive, Within, checked, require_columns
 from dspark_lab.training import History, TrainConfig, read_run
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.extrapolation import (
@@ -101,6 +101,8 @@ def _compared(
     reference: Reference | None,
 ) -> Forecast:
     """The forecast with what the other options would have come to in the time that is left."""
+    option = ["batch_size", "num_anchors", "block_size"]
+    require_columns("progress", progress, [*option, "rate", "low", "high"])
     sizes = progress["block_size"].unique().tolist()
     rows, anchors = config.batch_size * config.accumulate, config.num_anchors
     mine = (progress["batch_size"] == rows) & (progress["num_anchors"] == anchors)
@@ -204,6 +206,7 @@ def judge_forecasts(
         the same kind: ``last``, the last of them, and ``power``, a power law of the step through
         all of them.
     """
+    require_columns("runs", runs, RUN)
     allowed = runs[by].unique().tolist()
     if len(allowed) < 2:
         raise ValueError(f"runs must have two of {by} or more, got {allowed}")
@@ -243,6 +246,8 @@ def forecast_summary(judged: pd.DataFrame, by: Sequence[str] = ("kind",)) -> pd.
     """
     from scipy.stats import binomtest
 
+    figures = ["tau", "low", "high", "error", "covered", "last", "power"]
+    require_columns("judged", judged, [*by, *figures])
     lines = []
     for key, part in judged.groupby(list(by), observed=True, sort=False):
         hits, count = int(part["covered"].sum()), len(part)

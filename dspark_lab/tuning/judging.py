@@ -14,11 +14,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from dspark_lab.chats import Encoded
-from dspark_lab.checks import NotEmpty, Positive, checked
+from dspark_lab.checks import NotEmpty, Positive, checked, require_columns
 from dspark_lab.rates import interval
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning.choice import choose_training
-from dspark_lab.tuning.results import require_columns
 from dspark_lab.tuning.shape import Shape
 from dspark_lab.tuning.spans import Spans
 from dspark_lab.tuning.steptime import StepTime, fit_step_time

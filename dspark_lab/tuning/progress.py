@@ -20,7 +20,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from dspark_lab.blocks import Per
-from dspark_lab.checks import Count, NotEmpty, Positive, Size, checked
+from dspark_lab.checks import Count, NotEmpty, Positive, Size, checked, require_columns
 from dspark_lab.rates import resampled
 from dspark_lab.tuning.choice import row_blocks
 from dspark_lab.tuning.cost import step_cost
@@ -353,6 +353,7 @@ def best_option(table: pd.DataFrame, block_size: Count | None = None) -> pd.Seri
     Of those that fit and, where the table has several, of a ``block_size``; a ValueError where
     nothing fits.
     """
+    require_columns("table", table, ["block_size", "rate", "best", "fits"])
     sizes = sorted(set(table["block_size"]))
     if block_size is None and len(sizes) > 1 or block_size not in (None, *sizes):
         raise ValueError(f"block_size must be one of {sizes}, got {block_size}")
@@ -368,6 +369,8 @@ def progress_reason(table: pd.DataFrame, block_size: Count | None = None) -> str
 
     What a tenth more anchors would do is told from the next larger number in the table.
     """
+    noise = ["blocks", "effective", "noise", "rows_noise", "progress", "seconds"]
+    require_columns("table", table, [*_OPTION, *noise, "rate", "best", "known", "fits"])
     best = best_option(table, block_size)
     own = table[table["fits"] & (table["block_size"] == best["block_size"])]
     others = own

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dspark_lab.checks import Count, checked
+from dspark_lab.checks import Count, checked, require_columns
 from dspark_lab.files import read_json, shipped, written_whole
 from dspark_lab.rates import ratio_interval, resampled
 from dspark_lab.tuning.cells import ALL
@@ -186,9 +186,3 @@ def _after_equal_steps(long: pd.DataFrame, short: pd.DataFrame, by: list[str]) -
         tau = float(np.exp(np.interp(np.log(line["step"]), *logs)))
         found.append({**line, "tau_long": line["tau"], "tau": tau})
     return pd.DataFrame(found, columns=[*long.columns, "tau_long"])
-
-
-def require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise ValueError(f"{name} must have the columns {list(columns)}, got no {missing}")
