@@ -47,14 +47,16 @@ def plot_speedup(
     :func:`dspark_lab.serving.speedup_table`. ``chosen`` is a draft length to mark, ``bold`` names
     the one table with a thick line, a band and dashes; all are alike where None.
     """
-    named = style.tables_by_name(tables, ["draft_length", *_SPEED, "without_replay"])
+    named = style.tables_by_name(tables, ["draft_length", "speedup"])
     style.require_one_of("bold", bold, (None, *named))
+    thick = named if bold is None else {bold: named[bold]}
+    style.tables_by_name(thick, [*_SPEED, "without_replay"])
     alone = ax is None
     if ax is None:
         _, ax = style.new_figure(7, 3.8)
     forgets = False
     for i, (name, table) in enumerate(named.items()):
-        thin = bold not in (None, name)
+        thin = name not in thick
         words = filter(None, (plain_text(name), _best_in_words(table, "draft_length")))
         if not thin and _replay_counts(table):
             forgets = True

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dspark_lab.blocks import Blocks, Per, times_supervised
 from dspark_lab.chats import Batch, token_texts
-from dspark_lab.checks import Count, checked
+from dspark_lab.checks import Count, checked, require_columns
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.explore.style import BLUE, INK, PAPER, RED, tables_by_name
 from dspark_lab.explore.textpicture import COLUMNS, MOST_ROWS, Look, text_figure, text_parts
@@ -178,8 +178,7 @@ def plot_tokens(tables: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Figure:
     Several tables by name stand one under the other. What is more than a page is left out, first
     of all what stands before the first answer; a note says how much.
     """
-    columns = ["text", "state", "anchor", "supervised", "document"]
-    named = tables_by_name(tables, columns)
+    named = tables_by_name(tables, ["text", "state", "anchor", "document"])
     counted = pd.concat(named.values())
     counts = counted["state"].value_counts()
     legend = [(f"{state} {counts[state]:,}", LOOKS[state]) for state in LOOKS if state in counts]
@@ -197,6 +196,7 @@ def _text_pieces(table: pd.DataFrame, rows: int) -> list[tuple[str, Look]]:
     pieces = _looked_at(table, 0, rows)
     first = 0
     if _fitting(pieces, rows) < len(pieces) or len(table) > rows * COLUMNS:
+        require_columns("tables", table, ["supervised"])
         ends = table["text"].str.len().cumsum()
         answer = ends[table["supervised"]].min() - _BEFORE_ANSWER
         first = int(np.searchsorted(ends, answer)) if answer > 0 else 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dspark_lab.blocks import cut_blocks
 from dspark_lab.chats import Batch, Encoded, collate
-from dspark_lab.checks import Count, Size, checked
+from dspark_lab.checks import Count, Size, checked, require_columns
 from dspark_lab.common import build_anchor_candidate_mask
 from dspark_lab.decoding import Decoded, Prompt, encode_prompt, slot_before
 from dspark_lab.model import (
@@ -127,6 +127,8 @@ def compare_drafters(
 
     Both tables come from :func:`evaluate` on the same conversations, which are resampled together.
     """
+    for name, table in {"ours": ours, "baseline": baseline}.items():
+        require_columns(name, table, ["conversation", by])
     if ours["conversation"].tolist() != baseline["conversation"].tolist():
         raise ValueError("both tables must be of the same conversations, in the same order")
     own, theirs = ours[by].to_numpy(), baseline[by].to_numpy()
@@ -148,7 +150,9 @@ def slot_table(
     """
     tables = []
     for drafter, table in evaluations.items():
-        slots = range(sum(name.startswith("accept_") for name in table.columns))
+        slots = range(max(1, sum(name.startswith("accept_") for name in table.columns)))
+        columns = [f"{rate}_{k}" for rate in ("accept", "survival") for k in slots]
+        require_columns(f"evaluations[{drafter!r}]", table, columns)
         survival = table[[f"survival_{k}" for k in slots]].to_numpy()
         reach = slot_before(survival)
         drawn = resampled(len(table), resamples, seed, one_by_one=True)
@@ -168,6 +172,7 @@ def drafter_table(
     """Return tau of each drafter, over all and by domain, and its 95 % interval by conversation."""
     rows = []
     for drafter, table in evaluations.items():
+        require_columns(f"evaluations[{drafter!r}]", table, ["domain", "tau", "blocks"])
         for domain, part in [("all", table), *table.groupby("domain", sort=False)]:
             figures = bootstrap(part["tau"], resamples=resamples, seed=seed)
             rows.append([drafter, domain, len(part), int(part["blocks"].sum()), *figures])

@@ -131,6 +131,7 @@ def _without(
     runs: pd.DataFrame, progress: pd.DataFrame, left_out: LeftOut
 ) -> Callable[[Any, str], dict[str, Any]]:
     """What all runs but those of a mix, or of a budget, teach of a mix."""
+    require_columns("progress", progress, ["mix"])
 
     @cache
     def others(own: Any) -> pd.DataFrame:

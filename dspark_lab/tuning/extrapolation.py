@@ -247,8 +247,8 @@ def learn_curves(
     all of one budget and mix at a time, or one run at a time where all are of one. ``domain``: of
     the held-out conversations; ``by_slot``: learn of accept rates, too, which takes longer.
     """
-    lines = ["kind", "step", "domain", "tau", "lr"]
-    require_columns("runs", runs, [*RUN, "steps", *lines])
+    line = ["kind", "step", "domain", "tau", "lr"] + ["accept"] * by_slot
+    require_columns("runs", runs, [*RUN, "steps", *line])
     groups, tau, accept = [], [], []
     for key, lines in runs.groupby(RUN, observed=True, sort=False):
         rates = run_rates(lines)

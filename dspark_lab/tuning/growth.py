@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from dspark_lab.checks import checked
+from dspark_lab.checks import checked, require_columns
 from dspark_lab.files import read_json, shipped
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.judging import CELL
@@ -147,6 +147,7 @@ def fit_growth(
     has the ``noise`` of each batch size, number of anchors and block size, and of each ``mix``
     where it has such a column.
     """
+    require_columns("progress", progress, [*CELL, "noise"])
     ends = run_table(runs, domain=domain).astype({"mix": str})
     ends = ends.merge(progress[[*CELL, *{"mix"} & set(progress), "noise"]])
     if ends.empty:

@@ -152,6 +152,8 @@ def judge_advice(
         part of it that was lost to time, ``lost_to_time``, and ``seeds``, how many fresh ones.
     """
     require_columns("advice", advice, (*SETTING, *CELL, "advisor", "spent"))
+    if fresh is not None:
+        require_columns("fresh", fresh, (*SETTING, *CELL, by))
     cells = fitted_cells(table, by)
     spreads = None if fresh is None else _pooled(fresh, by)
     lines = []
@@ -186,7 +188,7 @@ def judged_table(judged: pd.DataFrame) -> pd.DataFrame:
     ``median`` of the loss with its 95 % bootstrap interval over the settings, the ``worst`` of it
     and the setting where, and ``within``, the share of settings whose loss is at most 3 %.
     """
-    require_columns("judged", judged, ("advisor", *SETTING, "lost"))
+    require_columns("judged", judged, ("advisor", *SETTING, "lost", "spent"))
     lines = []
     for by, part in judged.groupby(["budget", "advisor"], sort=False, observed=True):
         worst = part.loc[part["lost"].idxmax()]

@@ -24,7 +24,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from dspark_lab.checks import Count, NonNegative, Positive, Share, Size, Within, checked
+from dspark_lab.checks import (
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    Within,
+    checked,
+    require_columns,
+)
 from dspark_lab.training import TrainConfig
 from dspark_lab.tuning.cells import ALL
 from dspark_lab.tuning.extrapolation import (
@@ -49,6 +58,8 @@ PILOT_SHARES = np.geomspace(0.01, 1, EVALUATIONS).tolist()
 # shows before is off by up to a fifth. Nor within so many steps: in the first half of them drafters
 # of all options learn little.
 _FIRST, PILOT_STEPS = 3, 200
+# Columns of an option.
+_OPTION = [*CELL, "seconds", "noise", "rate", "low", "high"]
 # Draws of a posterior.
 _DRAWS = 4000
 # Half a 90 % interval in standard deviations.
@@ -128,11 +139,10 @@ class Contest:
     training: TrainConfig = TrainConfig(steps=1)
 
     def __post_init__(self) -> None:
-        wanted = [*CELL, "seconds", "noise", "rate", "low", "high"]
-        missing = [name for name in wanted if name not in self.options]
+        missing = [name for name in _OPTION if name not in self.options]
         if missing or self.options.empty or not self.options.index.is_unique:
             got = f"got {len(self.options)} without {missing}" if missing else "got other ones"
-            raise ValueError(f"options must be lines with {wanted} and labels of their own, {got}")
+            raise ValueError(f"options must be lines with {_OPTION} and labels of their own, {got}")
         if not np.isfinite(self.options[["seconds", "noise"]].to_numpy(dtype=float)).all():
             raise ValueError("options must have finite seconds and noise: see known_noise")
         if self.measured >= self.budget:
@@ -657,6 +667,10 @@ def replay_pilot(
         by: what the budget counts: seconds, or supervised slots, of which then no pilot is run.
         seed: of the runs.
     """
+    run = ["amount", "seed", "steps", "learning_rate", "warmup_steps"]
+    line = ["kind", "domain", "step", "tau", "survival", "spent"]
+    require_columns("runs", runs, [*CELL, *run, *line])
+    require_columns("progress", progress, _OPTION)
     options, by_option = progress.reset_index(drop=True), {}
     for label, option in options.iterrows():
         mine = runs["seed"] == seed
