@@ -123,12 +123,13 @@ def error_or_nan(f: Sample, o: Sample, bins: int, binning: Binning) -> float:
     return binned_error(f, o, bins, binning) if len(f) >= bins else float("nan")
 
 
+@checked
 def resampled_errors(
     f: Sample,
     o: Sample,
     group: Int[np.ndarray, " sample"],
     drawn: Int[np.ndarray, "resample group"],
-    bins: int,
+    bins: Count,
     binning: Binning,
 ) -> Float[np.ndarray, " resample"]:
     """The error where each group counts as often as it was drawn; NaN without any sample."""
