@@ -204,6 +204,10 @@ def advice(piloted: bool = True) -> Advice:
 
 
 REACHED = OPTIONS.assign(held_out=[1.95, 2.55, 2.1, 1.45])
+STRETCHES = pd.DataFrame(
+    {"first": [0, 17, 40], "last": [16, 39, 62], "tau": [3.1, 2.9, 2.4], "low": [2.8, 2.6, 2.0]}
+).assign(high=[3.4, 3.2, 2.8])
+SUMS_ONLY = STRETCHES.assign(low=np.nan, high=np.nan)
 WATCHED = pd.DataFrame(
     {
         "seconds": [5.0, 10.0, 15.0, 20.0],
@@ -346,6 +350,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "advice without pilots": lambda: explore.plot_advice(advice(False), most=3),
     "judged": lambda: explore.plot_judged(JUDGED),
     "watch": lambda: explore.plot_watch(WATCHED),
+    "stretches": lambda: explore.plot_stretches(STRETCHES),
+    "stretches of sums": lambda: explore.plot_stretches(SUMS_ONLY, "requests at once"),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),
     "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),

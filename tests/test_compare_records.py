@@ -11,7 +11,7 @@ import dspark_lab as lab
 from dspark_lab.decoding import save_trace
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import rate_table, trace_sums
-from dspark_lab.records import AcceptanceRecord, compare_acceptance, drift_over_time
+from dspark_lab.records import AcceptanceRecord, acceptance_over, compare_acceptance
 
 SLOTS = 4
 
@@ -80,8 +80,8 @@ def test_sums_alone_have_a_difference_without_an_interval(tmp_path: Path):
     assert table["figure"].tolist() == ["tau", "survival 0", "survival 1"]
     assert table["before"].tolist() == [2.2, 0.8, 0.4]
     assert table["low"].isna().all() and not table["paired"].any()
-    with pytest.raises(ValueError, match="when each of its lines was"):
-        drift_over_time(server)
+    with pytest.raises(ValueError, match="a number that all lines"):
+        acceptance_over(server)
 
 
 def test_stretches_of_time_hold_all_rounds_and_show_a_change(tmp_path: Path):
@@ -92,13 +92,13 @@ def test_stretches_of_time_hold_all_rounds_and_show_a_change(tmp_path: Path):
         rows.insert(0, json.dumps(row | {"created": row["created"] + 1000}))
     path = tmp_path / "both.jsonl"
     path.write_text("\n".join(rows))
-    table = drift_over_time(lab.load_acceptance(path), 4)
+    table = acceptance_over(lab.load_acceptance(path), stretches=4)
     assert table["rounds"].tolist() == [600] * 4
-    assert table["begin"].tolist() == [0, 20, 1000, 1020] and table["end"].iloc[-1] == 1039
+    assert table["first"].tolist() == [0, 20, 1000, 1020] and table["last"].iloc[-1] == 1039
     assert (table["low"] < table["tau"]).all() and (table["tau"] < table["high"]).all()
     assert table["tau"][:2].mean() == pytest.approx(early.tau)
     assert table["tau"][2:].mean() == pytest.approx(late.tau)
-    assert len(drift_over_time(early, 100)) == 40
+    assert len(acceptance_over(early, stretches=100)) == 40
 
 
 def test_a_trace_is_a_record_too(tmp_path: Path):

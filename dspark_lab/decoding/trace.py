@@ -19,6 +19,7 @@ from dspark_lab.checks import checked
 from dspark_lab.files import written_whole
 
 Outcome = Literal["empirical", "analytic"]
+_Required = Literal["nowhere", "where verified", "in every row"]
 
 TRACE_COLUMNS = {"prompt": "int64", "domain": "object"}
 TRACE_COLUMNS |= dict.fromkeys(("round", "slot", "position", "token"), "int64")
@@ -70,7 +71,8 @@ class Rounds:
     """A trace as arrays, one row for each round, ordered by prompt and round.
 
     ``confidence``: NaN where the round has no such slot. ``accept_rate``: the analytic rate, NaN
-    where not verified. ``verified`` and ``accepted``: each a prefix of the round.
+    where not verified, and everywhere in a server's trace. ``verified`` and ``accepted``: each a
+    prefix of the round.
     """
 
     confidence: Float[np.ndarray, "round slot"]
@@ -97,7 +99,13 @@ class Rounds:
     def outcome(self, kind: Outcome = "empirical") -> Float[np.ndarray, "round slot"]:
         """Whether each reached slot was accepted, or its accept rate; NaN elsewhere."""
         values = self.accepted.astype(np.float64) if kind == "empirical" else self.accept_rate
-        return np.where(self.reached, values, np.nan)
+        found = np.where(self.reached, values, np.nan)
+        if np.isnan(found).all() and self.reached.any():
+            raise ValueError(
+                "the trace must have accept rates, which servers do not record: use outcomes "
+                "('empirical'), or trace.assign(accept_rate=trace['accepted'].astype(float))"
+            )
+        return found
 
     @checked
     def pairs(
@@ -161,7 +169,10 @@ def read_trace(trace: pd.DataFrame) -> tuple[Rounds, Int[np.ndarray, "round slot
         _refuse(trace, name, row[prefix & ~slot_before(prefix)], rule)
     rule = "accepted must be False where not verified"
     _refuse(trace, "accepted", row[accepted & ~verified], rule)
-    rate = spread(probabilities(trace, "accept_rate", "where verified"), np.nan)
+    # Servers record what was accepted, not how probable that was.
+    known = column(trace, "accept_rate").notna().any()
+    required: _Required = "where verified" if known else "nowhere"
+    rate = spread(probabilities(trace, "accept_rate", required), np.nan)
     rounds = Rounds(
         confidence=spread(probabilities(trace, "confidence"), np.nan),
         accept_rate=np.where(verified, rate, np.nan),
@@ -199,7 +210,7 @@ def _typed(
 def probabilities(
     trace: pd.DataFrame,
     name: str,
-    required: Literal["nowhere", "where verified", "in every row"] = "nowhere",
+    required: _Required = "nowhere",
 ) -> Float[np.ndarray, " row"]:
     """Return a column of probabilities; NaN where none is required."""
     values = column(trace, name)

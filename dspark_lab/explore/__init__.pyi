@@ -84,7 +84,7 @@ from .tokens import (
     token_table,
 )
 from .training import LiveCurve, plot_training
-from .watch import AcceptanceWatch, plot_watch, watch_acceptance
+from .watch import AcceptanceWatch, plot_stretches, plot_watch, watch_acceptance
 from .words import readable
 
 __all__ = [
@@ -147,6 +147,7 @@ __all__ = [
     "plot_sorting",
     "plot_speedup",
     "plot_steps",
+    "plot_stretches",
     "plot_temperatures",
     "plot_thresholds",
     "plot_thresholds_speed",

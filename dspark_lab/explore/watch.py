@@ -1,4 +1,4 @@
-"""A server's acceptance while it serves, from its metrics."""
+"""Acceptance over depth, time and load, and a server's while it serves, from its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dspark_lab.checks import Positive, checked, require_columns
 from dspark_lab.explore.frame import Frame
 from dspark_lab.explore.live import LivePicture
-from dspark_lab.explore.style import BLUE, RED, WIDEST, add_title, new_figure
+from dspark_lab.explore.style import BLUE, INK, RED, WIDEST, add_rules, add_title, new_figure
 from dspark_lab.records import AcceptanceRecord, counted_since, load_acceptance
 
 # How many looks are kept.
@@ -35,6 +35,27 @@ def plot_watch(table: pd.DataFrame) -> Figure:
     right.set_xlabel("slot")
     right.set_ylabel("share of rounds")
     right.set_xticks(range(len(survival)))
+    return figure
+
+
+@checked
+def plot_stretches(table: pd.DataFrame, of: str = "position in the answer") -> Figure:
+    """Tau in stretches, with 95 % intervals where there are any, and what it is at first.
+
+    The table is from :func:`dspark_lab.rates.depth_table`, :func:`dspark_lab.rates.tau_by_stretch`
+    or :func:`dspark_lab.records.acceptance_over`; ``of`` names what the stretches are of.
+    """
+    require_columns("table", table, ["first", "last", "tau", "low", "high"])
+    figure, ax = new_figure(7, 2.8)
+    middle = (table["first"] + table["last"]) / 2
+    ax.axhline(table["tau"].iloc[0], color=INK, linewidth=0.8, linestyle=":")
+    ax.hlines(table["tau"], table["first"], table["last"], color=RED, linewidth=2.5)
+    ax.vlines(middle, table["low"], table["high"], color=RED, linewidth=1)
+    ax.plot(middle, table["tau"], "o", color=RED, markersize=4)
+    ax.set_xlabel(of)
+    ax.set_ylabel("tau, tokens a round")
+    ax.margins(y=0.15)
+    add_rules(ax)
     return figure
 
 

@@ -27,7 +27,9 @@ from .scores import (
     brier,
     expected_calibration_error,
     reliability_table,
+    resampled_errors,
 )
+from .stretches import depth_table, stretch_reason, tau_by_stretch
 from .survival import prefix_survival
 from .teacher_forced import (
     BlockRates,
@@ -57,6 +59,7 @@ __all__ = [
     "calibration_report",
     "claims_table",
     "compare_drafters",
+    "depth_table",
     "disjoint_rounds",
     "drafter_table",
     "drift_table",
@@ -75,10 +78,13 @@ __all__ = [
     "reliability_table",
     "reliability_tables",
     "resampled",
+    "resampled_errors",
     "slot_table",
     "split_prompts",
+    "stretch_reason",
     "study",
     "sums_by_threshold",
+    "tau_by_stretch",
     "tau_table",
     "teacher_forced_sums",
     "teacher_forced_answers",

@@ -1,12 +1,29 @@
-from .compare import compare_acceptance, counted_since, drift_over_time
-from .reading import load_acceptance, record_of_trace
+from .compare import acceptance_over, compare_acceptance, counted_since
+from .exchange import (
+    load_scaling,
+    load_shards,
+    load_step_costs,
+    save_scaling,
+    save_step_costs,
+)
+from .reading import load_acceptance, record_of_trace, trace_of_dump
 from .record import AcceptanceRecord
+from .scalings import compare_scalings, fit_joint_temperatures, scaling_advice
 
 __all__ = [
     "AcceptanceRecord",
+    "acceptance_over",
     "compare_acceptance",
+    "compare_scalings",
     "counted_since",
-    "drift_over_time",
+    "fit_joint_temperatures",
     "load_acceptance",
+    "load_scaling",
+    "load_shards",
+    "load_step_costs",
     "record_of_trace",
+    "save_scaling",
+    "save_step_costs",
+    "scaling_advice",
+    "trace_of_dump",
 ]

@@ -1,4 +1,4 @@
-"""Two records side by side, and one record over time."""
+"""Two records side by side, and one record over time, load or length."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from dspark_lab.checks import Count, Size, checked
-from dspark_lab.rates import interval, resampled
-from dspark_lab.records.record import AcceptanceRecord
+from dspark_lab.rates import interval, resampled, tau_by_stretch
+from dspark_lab.records.record import LINE, AcceptanceRecord
 
 _Sums = Float[np.ndarray, "line sum"]
 
@@ -69,10 +69,10 @@ def counted_since(before: AcceptanceRecord, after: AcceptanceRecord) -> Acceptan
     """What a server counted between two looks at its counters, both of its whole time.
 
     Where they fell, as after a restart, it is all that they hold now; so it is where a record is
-    not of counters (SGLang's metrics are of its last interval).
+    not of counters (SGLang's metrics and server_info are mean lengths, of rounds not known).
     """
     alike = before.passed.shape == after.passed.shape and before.rounds <= after.rounds
-    if not alike or after.kind == "SGLang metrics":
+    if not alike or not after.exact:
         return after
     lines = after.lines.copy()
     counts = ["rounds", "accepted", "drafted"]
@@ -82,28 +82,40 @@ def counted_since(before: AcceptanceRecord, after: AcceptanceRecord) -> Acceptan
 
 
 @checked
-def drift_over_time(record: AcceptanceRecord, parts: Count = 10) -> pd.DataFrame:
-    """Tau of a record in so many stretches of time, each of as many lines.
+def acceptance_over(
+    record: AcceptanceRecord,
+    by: str = "seconds",
+    *,
+    stretches: Count = 8,
+    resamples: Count = 1000,
+    seed: Size = 0,
+) -> pd.DataFrame:
+    """Tau of a record over time, load or length, in stretches of about as many rounds.
+
+    Args:
+        by: a column of numbers of the record's lines: "seconds", which count from its first,
+            "running" (requests that decode together, in SGLang's log), "prompt_tokens",
+            "output_tokens".
 
     Returns:
-        a line for each stretch: its first and last second, ``begin`` and ``end``, counted from the
-        record's first; its ``rounds`` and ``tau``, in the 95 % interval ``low`` to ``high`` where
-        lines are requests.
+        as :func:`dspark_lab.rates.tau_by_stretch`, with intervals where lines are requests.
+
+    Raises:
+        ValueError: the record does not say ``by`` of all its lines.
     """
-    if "seconds" not in record.lines or record.lines["seconds"].isna().any():
-        raise ValueError("record must say when each of its lines was, got some without a time")
-    seconds = record.lines["seconds"].to_numpy(dtype=float)
-    order = np.argsort(seconds, kind="stable")
-    sums, lines = _sums(record, 0)[order], []
-    for place in np.array_split(np.arange(len(order)), min(parts, len(order))):
-        own, at = sums[place], seconds[order[place]] - seconds.min()
-        low, high = np.nan, np.nan
-        if record.unit == "request" and len(own) > 1:
-            drawn = resampled(len(own), 1000, 0)
-            low, high = interval(_figures(drawn @ own)[:, 0], len(own)).tolist()
-        (tau,) = _figures(own.sum(axis=0))
-        lines.append((at[0], at[-1], own[:, 0].sum(), tau, low, high))
-    return pd.DataFrame(lines, columns=["begin", "end", "rounds", "tau", "low", "high"])
+    lines = record.lines
+    numbers = [name for name in lines if pd.api.types.is_numeric_dtype(lines[name])]
+    if by not in numbers or lines[by].isna().any():
+        known = [name for name in numbers if name not in LINE and lines[name].notna().all()]
+        raise ValueError(
+            f"by must be a number that all lines of the record have, {known}, got {by!r}"
+        )
+    values = lines[by].to_numpy(dtype=float)
+    rounds, accepted = (lines[name].to_numpy(dtype=float) for name in ("rounds", "accepted"))
+    owner = np.arange(len(lines)) if record.unit == "request" else None
+    begin = values.min() if by == "seconds" else 0
+    options = {"stretches": stretches, "resamples": resamples, "seed": seed}
+    return tau_by_stretch(values - begin, rounds, accepted, owner, **options)
 
 
 def _sums(record: AcceptanceRecord, slots: int) -> _Sums:

@@ -1,4 +1,4 @@
-"""Records in lines of text: logs of vLLM, SGLang and llama.cpp, and Prometheus' exposition."""
+"""Records in lines of text: what vLLM, SGLang and llama.cpp log or print, and Prometheus' text."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import re
 from datetime import datetime
 from typing import ClassVar, Protocol
 
+from dspark_lab.records.dump import STEP_MARK, DumpSums, step_of_line
 from dspark_lab.records.record import Tally
 
 
 class LogReader(Protocol):
-    """Reads the lines that hold one of ``marks``; ``tally`` is what they came to."""
+    """Reads the lines that hold one of ``marks``; ``tally`` is what they came to.
+
+    While it is ``open`` the next line may belong to it, whatever that holds. ``lacks``: why some
+    lines do not count.
+    """
 
     marks: ClassVar[tuple[str, ...]]
+    open: bool
+    lacks: str
 
     def read(self, line: str) -> bool:
         """Take a line in; false where it is not what it begins as, or ends too early to tell.
@@ -63,6 +70,8 @@ class _Log:
     """A log whose lines are lines of a record."""
 
     tally: Tally
+    open = False
+    lacks = ""
 
     @property
     def used(self) -> bool:
@@ -143,6 +152,33 @@ class SglangLog(_Log):
         return True
 
 
+class SglangSteps:
+    """Early builds' debug lines, a step each."""
+
+    marks: ClassVar[tuple[str, ...]] = (STEP_MARK,)
+    open = False
+    lacks = ""
+
+    def __init__(self) -> None:
+        self._sums = DumpSums()
+
+    def read(self, line: str) -> bool:
+        found = step_of_line(line)
+        if found is not None:
+            self._sums.add(found)
+        elif line.endswith("\n"):
+            raise ValueError("it must hold a whole step as JSON")
+        return found is not None
+
+    @property
+    def used(self) -> bool:
+        return len(self._sums) > 0
+
+    @property
+    def tally(self) -> Tally:
+        return self._sums.tally()
+
+
 _DRAFTED = re.compile(
     r"draft acceptance(?: rate)? = ([\d.]+) \(\s*(\d+) accepted /\s*(\d+) generated\)"
     r"(?:, mean (?:len|acceptance length) =\s*([\d.]+))?"
@@ -153,8 +189,10 @@ _BY_SLOT = re.compile(r"task (\d+) .*acc per pos = \(([\d., ]+)\)")
 
 class LlamaLog:
     marks: ClassVar[tuple[str, ...]] = ("draft acceptance", "acc per pos")
+    open = False
 
     def __init__(self) -> None:
+        self.lacks = ""
         self._tally = Tally(
             "llama.cpp log",
             "request",
@@ -177,9 +215,8 @@ class LlamaLog:
             return False
         accepted, drafted = int(found[2]), int(found[3])
         if found[4] is None:
-            raise ValueError(
-                "llama.cpp's log must have a mean length in its lines, from June 2026 on, got none"
-            )
+            self.lacks = "llama.cpp's lines before June 2026 have no mean length: they do not count"
+            return True
         length = float(found[4])
         rounds = max(round(accepted / (length - 1)), 1) if length > 1 else drafted
         task = re.search(r"task (\d+)", line)
@@ -205,6 +242,76 @@ class LlamaLog:
         return self._tally
 
 
+_COUNTS = re.compile(r"(\[\d+\] )?.*\bstatistics\s+(\S+): (.*)")
+_COUNT = re.compile(r"#([a-z][\w /(),]*?) =\s*(\([\d., ]*\)|[\d.]+(?:\s+\d+)*)")
+_COUNTED = ("gen drafts", "acc drafts", "gen tokens", "acc tokens")
+_KNOWN = frozenset({"calls", "calls(b,g,a)", "mean acc len", "acc rate/pos", *_COUNTED})
+
+
+class LlamaStatistics:
+    """Counters since a server's start, again with every request: only the last ones count."""
+
+    marks: ClassVar[tuple[str, ...]] = ("#gen drafts",)
+    open = False
+    lacks = ""
+
+    def __init__(self) -> None:
+        self._tally = Tally(
+            "llama.cpp statistics",
+            "server",
+            "Counters since the server's start; rates by position are shares of all rounds "
+            "(survival), the mean length counts the target's token",
+        )
+        # By the port that a router puts in front, and the kind of draft.
+        self._last: dict[tuple[str, str], dict[str, str]] = {}
+
+    def read(self, line: str) -> bool:
+        found = _COUNTS.match(line.strip())
+        counts = dict(_COUNT.findall(found[3])) if found else {}
+        whole = line.endswith("\n") or "acc rate/pos" in counts
+        if found is None or not set(_COUNTED) <= set(counts) or not whole:
+            return False
+        place = found[1] or "", found[2].replace("_", "-")
+        before = self._last.get(place, counts)
+        if int(before["gen tokens"]) > int(counts["gen tokens"]):
+            self._tally.notes["counters fell: the server, or a slot's own counters, began anew"] = (
+                None
+            )
+            self._add(place[1], before)
+        self._last[place] = counts
+        return True
+
+    def _add(self, name: str, counts: dict[str, str]) -> None:
+        self._tally.unknown.update(dict.fromkeys(one for one in counts if one not in _KNOWN))
+        drafts, passing, drafted, accepted = (int(counts[one]) for one in _COUNTED)
+        calls = counts.get("calls(b,g,a)", "").split()
+        rounds = verified = int(calls[-1]) if calls else drafts
+        if not calls or verified == passing < drafts:
+            # Some builds did not count the calls of which nothing was accepted.
+            rounds, self._tally.exact = drafts, False
+            self._tally.notes["rounds are the drafts that were made"] = None
+        if not rounds:
+            return
+        length = counts.get("mean acc len")
+        if length and abs(1 + accepted / max(verified, 1) - float(length)) > 0.0051:
+            wanted = f"{1 + accepted / max(verified, 1):.2f}"
+            raise ValueError(f"mean acc len must be that of the counters, {wanted}, got {length}")
+        rates = _numbers(counts.get("acc rate/pos", "").strip("()"))
+        passed = [rate * verified for rate in rates]
+        self._tally.add(rounds, accepted, drafted, passed=passed, about={"label": name})
+
+    @property
+    def used(self) -> bool:
+        return bool(self._last)
+
+    @property
+    def tally(self) -> Tally:
+        for (_, name), counts in self._last.items():
+            self._add(name, counts)
+        self._last = {}
+        return self._tally
+
+
 _SAMPLE = re.compile(r"^([\w:]+)(?:\{(.*)\})?\s+([\d.eE+-]+|NaN)(?:\s+\d+)?\s*$")
 _COUNTERS = re.compile(
     r"(?:vllm:|llamacpp:|trtllm[:_])spec_decode_(?:num_)?"
@@ -216,6 +323,8 @@ class Exposition:
     """Prometheus' text: counters since a server's start, of all its engines together."""
 
     marks: ClassVar[tuple[str, ...]] = ("spec_",)
+    open = False
+    lacks = ""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str], tuple[float, int | None, str]] = {}
@@ -296,6 +405,5 @@ class Exposition:
         return tally
 
 
-LOGS: tuple[type[LogReader], ...] = (VllmLog, SglangLog, LlamaLog, Exposition)
 # Acceptance that a server was told to make up.
 MADE_UP = ("synthetic speculative acceptance is enabled", "synthetic acceptance:")

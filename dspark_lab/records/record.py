@@ -125,6 +125,8 @@ class AcceptanceRecord:
     def profile(self, *, resamples: Count = 1000, seed: Size = 0) -> AcceptanceProfile:
         """The accept rates for serving: the same at every draft length, as counted in whole blocks.
 
+            serving.best_length(record.profile(), costs)
+
         Its samples are of requests drawn again; none where there are no requests. A trace would say
         more: rates of shorter drafts differ a little.
         """
@@ -210,8 +212,11 @@ class Tally:
         passed: Sequence[float] = (),
         reached: Sequence[float] | None = None,
         about: Mapping[str, Any] | None = None,
+        rounding: float = 0.0006,
     ) -> None:
         """One more line.
+
+        ``rounding``: how far off a rate of the source may be, as it is printed.
 
         Without ``reached``, all slots of each round were verified if so many were drafted, or if
         that is not known; else it is only known that the first one was.
@@ -220,8 +225,8 @@ class Tally:
             raise ValueError(
                 f"accepted tokens must be at most those drafted, {drafted:g}, got {accepted:g}"
             )
-        # Rates are printed with three digits, and counters are not read all at once.
-        allowed = 1 + 0.01 * accepted + 0.0006 * rounds * len(passed)
+        # Counters are not read all at once.
+        allowed = 1 + 0.01 * accepted + rounding * rounds * len(passed)
         if len(passed) and abs(sum(passed) - accepted) > allowed:
             by_slot = f"those of the slots together, {sum(passed):g}"
             raise ValueError(f"accepted tokens must be {by_slot}, got {accepted:g}")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dspark_lab.records.dump import server_states
 from dspark_lab.records.record import Tally
 from dspark_lab.records.requests import Object, held, whole_number
 
@@ -114,6 +115,24 @@ def _vllm_bench(row: Object) -> Tally:
     return tally
 
 
+_LENGTH = "avg_spec_accept_length"
+
+
+def _server_info(row: Object) -> Tally:
+    tally = Tally(
+        "SGLang server_info",
+        "server",
+        "The mean length of each rank since the server's start, the target's own token included",
+    )
+    tally.exact = False
+    tally.notes["rounds are not known, and counted as one"] = None
+    for state in (row, *server_states(row)):
+        # A rank that has served nothing yet has none, or 0.
+        if (state.get(_LENGTH) or 0) >= 1:
+            tally.add(1, state[_LENGTH] - 1)
+    return tally
+
+
 def summary_reader(row: Object) -> Callable[[Object], Tally] | None:
     """What reads an object that is of a whole run."""
     if "spec_decode_num_drafts" in row:
@@ -122,6 +141,8 @@ def summary_reader(row: Object) -> Callable[[Object], Tally] | None:
         return _deepspec
     if "accept_length" in row or ("results" in row and "aggregate" in row):
         return _automodel
+    if any(_LENGTH in state for state in (row, *server_states(row))):
+        return _server_info
     return None
 
 

@@ -183,7 +183,7 @@ def _cut_again(rounds: Rounds) -> Float[np.ndarray, "sum conversation length slo
     begin = np.maximum.accumulate(np.where(np.append(False, whole[:-1]), 0, number))
     # The target's own token of a whole round was not drafted, so that nobody knows its rate.
     token = (number - begin)[:, None] * (slots + 1) + np.arange(slots)
-    weights = np.where(reached, rounds.accept_rate, 0).ravel(), reached.ravel()
+    weights = np.nan_to_num(rounds.outcome("analytic")).ravel(), reached.ravel()
     sums = np.zeros((2, conversation.max() + 1, slots, slots))
     for k in range(1, slots + 1):
         place = (conversation[:, None] * (k + 1) + token % (k + 1)).ravel()

@@ -219,7 +219,7 @@ def _counts(
         passed=count(own, exists),
         open=count(before, reached),
         reached=count(own, reached),
-        accepted=count(own, np.where(reached, rounds.accept_rate, 0)),
+        accepted=count(own, np.nan_to_num(rounds.outcome("analytic"))),
     )
 
 
