@@ -620,3 +620,29 @@ def test_texts_are_neither_in_names_nor_in_errors():
     text = f"the {said}:  7\n{said}: 3\ngenerated text: {said} = 42\n{said}_x: 3\n"
     for record in (read(PRINTED["example"] + text), read(text + PRINTED["console"] + text)):
         assert said not in record.reason and not any(said in one for one in record.unknown)
+
+
+def test_several_runs_of_a_benchmark_are_lines_of_one_record(tmp_path: Path) -> None:
+    run = {"spec_decode_num_drafts": 10, "spec_decode_draft_tokens": 20}
+    runs = [{**run, "spec_decode_accepted_tokens": accepted} for accepted in (10, 15)]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in runs) + "\n")
+    record = load_acceptance(path)
+    assert record.lines["accepted"].tolist() == [10, 15] and record.tau == 2.25
+
+
+def test_whose_benchmark_it_is_follows_from_its_fields(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    for more, kind in (({}, "NeMo AutoModel"), ({"request_throughput": 3.0}, "SGLang")):
+        path.write_text(json.dumps({"accept_length": 2.5, **more}))
+        record = load_acceptance(path)
+        assert record.kind == f"{kind} bench" and record.tau == 2.5
+
+
+def test_a_request_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+    good = {"metrics": {"speculative_decoding": {"acceptance_histogram": [1, 2, 3]}}}
+    bad = {"metrics": {"speculative_decoding": {"acceptance_histogram": [1, -2, 3]}}}
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(map(json.dumps, (good, bad))) + "\n")
+    with pytest.raises(ValueError, match="record 2: "):
+        load_acceptance(path)

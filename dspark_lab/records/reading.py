@@ -287,7 +287,7 @@ def _objects(text: IO[str], texts: bool) -> tuple[Tally, str | None]:
         elif is_iteration(first):
             tally = read_iterations(all_rows)
         elif reader := summary_reader(first):
-            tally = reader(first)
+            tally = reader(row for row in all_rows if summary_reader(row) is reader)
         elif form := request_form(first):
             tally = read_requests(all_rows, form, texts=texts)
             if before:

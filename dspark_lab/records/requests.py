@@ -321,7 +321,7 @@ def request_form(row: Object) -> RequestForm | None:
 def read_requests(rows: Iterator[Object], form: RequestForm, *, texts: bool) -> Tally:
     """All requests of one form; what has no record of acceptance is counted and left out."""
     tally, without, left_out = Tally(form.kind, "request", form.definition), 0, 0
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         own = request_form(row)
         if own is None:
             without += 1
@@ -337,7 +337,10 @@ def read_requests(rows: Iterator[Object], form: RequestForm, *, texts: bool) -> 
             more = {name: value for name, value in found.items() if name.startswith(own.prefix)}
             more = {name: value for name, value in more.items() if name not in own.known}
             tally.unknown.update(dict.fromkeys(more))
-            own.read(tally, found, told | more)
+            try:
+                own.read(tally, found, told | more)
+            except ValueError as error:
+                raise ValueError(f"record {number}: {error}") from None
     if without:
         tally.notes[f"{without} rows have no record of acceptance"] = None
     if left_out:

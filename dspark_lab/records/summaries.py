@@ -60,12 +60,9 @@ def python_literal(text: str) -> Any:
 _COUNTS = ["num_drafts", "num_accepted_tokens", "num_draft_tokens"]
 
 
-def _automodel(row: Object) -> Tally:
-    tally = Tally(
-        "NeMo AutoModel bench", "data set", "The accepted length counts the target's token"
-    )
-    rows = row["results"] if "results" in row else [row]
-    for one in rows:
+def _bench(rows: Iterable[Object], kind: str = "NeMo AutoModel bench") -> Tally:
+    tally = Tally(kind, "data set", "The accepted length counts the target's token")
+    for one in (one for row in rows for one in row.get("results") or [row]):
         if one.get("error") is not None or one.get("accept_length") is None:
             continue
         about = {"label": one["dataset"]} if "dataset" in one else None
@@ -78,13 +75,23 @@ def _automodel(row: Object) -> Tally:
     return tally
 
 
-def _deepspec(row: Object) -> Tally:
+def _sglang_bench(rows: Iterable[Object]) -> Tally:
+    return _bench(rows, "SGLang bench")
+
+
+def _deepspec(rows: Iterable[Object]) -> Tally:
     tally = Tally(
         "DeepSpec metrics",
         "data set",
         "Labels by position are of the slot and all before it (survival); answers are cut at their "
         "end of turn",
     )
+    for row in rows:
+        _add_deepspec(tally, row)
+    return tally
+
+
+def _add_deepspec(tally: Tally, row: Object) -> None:
     spec, positions = row["spec"], held(row, "confidence", "per_position") or []
     rounds, rates = held(row, "confidence", "proposal_count"), spec["accept_rates_by_position"]
     weights = [one["total_weight"] for one in positions]
@@ -101,24 +108,24 @@ def _deepspec(row: Object) -> Tally:
     ]
     accepted, about = (spec["acceptance_length"] - 1) * rounds, {"label": spec.get("dataset", "")}
     tally.add(rounds, accepted, sum(seen), passed=passed, reached=reached, about=about)
-    return tally
 
 
-def _vllm_bench(row: Object) -> Tally:
-    tally = Tally("vLLM bench", "server", "Counters of one run; rates by position are survival")
-    rounds = whole_number(row["spec_decode_num_drafts"], "spec_decode_num_drafts")
-    rates = row.get("spec_decode_per_position_acceptance_rates") or []
-    drafted = row["spec_decode_draft_tokens"]
-    passed = [rate * rounds for rate in rates]
-    accepted = row["spec_decode_accepted_tokens"]
-    tally.add(rounds, accepted, drafted, passed=passed)
+def _vllm_bench(rows: Iterable[Object]) -> Tally:
+    tally = Tally("vLLM bench", "server", "Counters of a run; rates by position are survival")
+    for row in rows:
+        rounds = whole_number(row["spec_decode_num_drafts"], "spec_decode_num_drafts")
+        rates = row.get("spec_decode_per_position_acceptance_rates") or []
+        drafted = row["spec_decode_draft_tokens"]
+        passed = [rate * rounds for rate in rates]
+        accepted = row["spec_decode_accepted_tokens"]
+        tally.add(rounds, accepted, drafted, passed=passed)
     return tally
 
 
 _LENGTH = "avg_spec_accept_length"
 
 
-def _server_info(row: Object) -> Tally:
+def _server_info(rows: Iterable[Object]) -> Tally:
     tally = Tally(
         "SGLang server_info",
         "server",
@@ -126,21 +133,21 @@ def _server_info(row: Object) -> Tally:
     )
     tally.exact = False
     tally.notes["rounds are not known, and counted as one"] = None
-    for state in (row, *server_states(row)):
+    for state in (state for row in rows for state in (row, *server_states(row))):
         # A rank that has served nothing yet has none, or 0.
         if (state.get(_LENGTH) or 0) >= 1:
             tally.add(1, state[_LENGTH] - 1)
     return tally
 
 
-def summary_reader(row: Object) -> Callable[[Object], Tally] | None:
-    """What reads an object that is of a whole run."""
+def summary_reader(row: Object) -> Callable[[Iterable[Object]], Tally] | None:
+    """What reads objects that are each of a whole run, such as this one."""
     if "spec_decode_num_drafts" in row:
         return _vllm_bench
     if isinstance(held(row, "spec", "accept_rates_by_position"), list):
         return _deepspec
     if "accept_length" in row or ("results" in row and "aggregate" in row):
-        return _automodel
+        return _sglang_bench if "request_throughput" in row else _bench
     if any(_LENGTH in state for state in (row, *server_states(row))):
         return _server_info
     return None
