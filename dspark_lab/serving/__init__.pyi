@@ -1,6 +1,7 @@
 from .costs import RoundCosts, break_even, break_even_rate
 from .decoded import decode_check, repeated_speeds, speed_table
 from .engine import ENGINE, Engine, load_engine
+from .experts import Experts
 from .load import (
     FixedLength,
     LoadResult,
@@ -30,6 +31,7 @@ __all__ = [
     "Answers",
     "ENGINE",
     "Engine",
+    "Experts",
     "FixedLength",
     "Geometric",
     "LoadResult",
