@@ -87,3 +87,12 @@ def test_values_that_are_not_finite_and_no_rounds_are_refused() -> None:
         tau_by_stretch(np.array([np.nan]), np.ones(1), np.ones(1))
     with pytest.raises(ValueError, match="no rounds"):
         tau_by_stretch(np.ones(1), np.zeros(1), np.zeros(1))
+
+
+def test_a_dip_that_does_not_last_is_no_change() -> None:
+    table = pd.DataFrame({"first": [0, 10, 20], "tau": [3.0, 2.0, 3.0]})
+    table = table.assign(change=[np.nan, -1 / 3, 0.0], change_low=[np.nan, -0.4, -0.1])
+    table = table.assign(change_high=[np.nan, -0.2, 0.1])
+    assert "No lasting change" in stretch_reason(table)
+    table.loc[2, ["tau", "change", "change_low", "change_high"]] = [2.0, -1 / 3, -0.4, -0.2]
+    assert "falls from position 10 on" in stretch_reason(table)
