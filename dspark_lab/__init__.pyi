@@ -21,7 +21,7 @@ from .explore import (
 from .model import convert_checkpoint, describe_checkpoint, load_drafter, load_target
 from .pairs import load_pair
 from .rates import evaluate
-from .records import load_acceptance
+from .records import diagnose, load_acceptance
 from .training import train
 from .tuning import choose_training, export, forecast, pilot
 
@@ -35,6 +35,7 @@ __all__ = [
     "compare_masks",
     "decode",
     "describe_checkpoint",
+    "diagnose",
     "encode",
     "encode_all",
     "encode_answers",

@@ -17,6 +17,7 @@ from dspark_lab.rates import (
     claims_table,
     expected_calibration_error,
     rate_table,
+    signals,
     split_prompts,
     study,
     tau_table,
@@ -32,7 +33,10 @@ NAN, INF = math.nan, math.inf
 
 
 def frame(drafter: str, rounds: Sequence[Made], temperature: float = 1.0) -> pd.DataFrame:
-    return trace_of(rounds).assign(drafter=drafter, temperature=temperature)
+    """With margins that know something of the confidences."""
+    trace = trace_of(rounds).assign(drafter=drafter, temperature=temperature)
+    noise = np.random.default_rng(len(trace)).uniform(0, 1, len(trace))
+    return trace.assign(top_prob=trace["confidence"], margin=trace["confidence"] + noise)
 
 
 @cache
@@ -62,6 +66,10 @@ def expected_of(drafter: str) -> dict[str, float]:
     pairs = rounds_of(trace).pairs()
     every = study(trace, by=["drafter"], resamples=1).iloc[0]
     held = calibration_report(*split_prompts(trace), resamples=1).iloc[-1]
+    areas = {
+        name: auroc(*rounds_of(test).pairs())
+        for name, (_, test) in signals(*split_prompts(trace)).items()
+    }
     rise = threshold_sweep(trace, [0.0, 0.9], resamples=1).diff().iloc[-1]
     return {
         "the raw confidence is too high": 100 * every["bias"],
@@ -70,6 +78,8 @@ def expected_of(drafter: str) -> dict[str, float]:
         "scaling lowers the product error": 100
         * (held["ece_product_scaled"] - held["ece_product"]),
         "AUROC of the confidence": auroc(*pairs),
+        "the margin of two logits, learned online, is the better signal": 100
+        * (areas["online margin"] - areas["head"]),
         "a threshold raises the acceptance rate": 100 * rise["acceptance_rate"],
         "at the price of verified slots": rise["verified"],
     }
@@ -121,7 +131,7 @@ def test_every_figure_is_that_of_the_tables(table):
     assert table["claim"].tolist() == [*heads, *short, *long]
     expected = [*heads.values(), *short.values(), *long.values()]
     assert table["here"].tolist() == pytest.approx(expected)
-    assert table["drafter"].tolist()[8:] == ["dspark-k7"] * 7 + ["dspark-k15"] * 7
+    assert table["drafter"].tolist()[8:] == ["dspark-k7"] * 8 + ["dspark-k15"] * 8
     assert table.loc[[0, 2], ["drafter", "published", "unit"]].to_numpy().tolist() == [
         ["dspark-k7, dflash-k7", "+16 %", "%"],
         ["dspark-k7, dflash-k7, dspark-k15, dflash-k15", "+14 points", "points"],
@@ -146,6 +156,8 @@ def test_claims_of_a_drafter_that_is_missing_are_left_out(traces, names):
     wanted = [claim[0] for claim in claims.HEADS if set(claim[2]) <= set(names)]
     wanted += [claim[0] for name in names if "dspark" in name for claim in claims.CONFIDENCE]
     assert found["claim"].tolist() == wanted and found.columns.tolist() == COLUMNS
+    without = claims_table(some.drop(columns="margin"), resamples=2)["claim"].tolist()
+    assert without == [claim for claim in wanted if "margin" not in claim]
 
 
 def test_what_is_no_set_of_traces_is_refused(traces):
@@ -271,7 +283,7 @@ def test_what_need_only_not_be_refuted_holds_unless_the_interval_excludes_it():
 UP, DOWN = ((1, 9), (-9, -1)), ((-9, -1), (1, 9))
 OF_HEADS = [UP, UP, UP, DOWN, DOWN, ((-1, 9), (-9, -1)), UP, UP]
 OF_CONFIDENCE = [UP, ((3.1, 7.9), (0.5, 2.9)), ((0.5, 1.4), (1.6, 3)), DOWN]
-OF_CONFIDENCE += [((0.82, 0.9), (0.7, 0.8)), UP, DOWN]
+OF_CONFIDENCE += [((0.82, 0.9), (0.7, 0.8)), UP, UP, DOWN]
 
 
 @pytest.mark.parametrize("side, holds", [(0, "yes"), (1, "no")])
@@ -279,4 +291,4 @@ def test_every_claim_holds_on_the_side_that_was_published(traces, monkeypatch, s
     known = traces[traces["drafter"].isin(SHORT + LONG) & (traces["temperature"] == 1)]
     bounds = iter(OF_HEADS + 2 * OF_CONFIDENCE)
     monkeypatch.setattr(claims, "figure_and_interval", lambda *_: (0.0, *next(bounds)[side]))
-    assert claims_table(known)["holds"].tolist() == [holds] * 22
+    assert claims_table(known)["holds"].tolist() == [holds] * 24

@@ -333,14 +333,50 @@ OPTIONS: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"draft_length": 1}]
 OPTIONS += [{"scheduler": early_stopping, "draft_length": 2}, {"temperature": 0.5, "top_p": 0.8}]
 
 
+def seen_sureness(
+    drafter: Drafter, monkeypatch: pytest.MonkeyPatch
+) -> list[list[tuple[float, float]]]:
+    """The largest probability at temperature 1 and the margin, slot by slot of each coming round.
+
+    Rounds are in the order in which they are played.
+    """
+    found: list[list[tuple[float, float]]] = []
+    propose = drafter.propose
+
+    def watched(anchors: Any, cache: Any, choose: Any, length: Any = None) -> Any:
+        begin = len(found)
+        found.extend([] for _ in anchors)
+
+        def seen(logits: torch.Tensor) -> torch.Tensor:
+            for place, row in enumerate(logits.tolist()):
+                second, first = sorted(row)[-2:]
+                weights = [math.exp(logit - first) for logit in row]
+                found[begin + place].append((1 / math.fsum(weights), first - second))
+            return choose(logits)
+
+        return propose(anchors, cache, seen, length)
+
+    monkeypatch.setattr(drafter, "propose", watched)
+    return found
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
-def test_both_tables_follow_from_the_rounds(options):
+def test_both_tables_follow_from_the_rounds(options, monkeypatch):
     target = exact_target(VOCAB)
     drafter = undecided(target, exact_drafter(VOCAB, block_size=3), *PROMPTS, median=0.7)
     domains = ["math", "chat", "math", "code"]
     settings = SAMPLED | options
+    sureness = seen_sureness(drafter, monkeypatch)
     decoded, rounds = play(target, drafter, PROMPTS, domains=domains, seed=1, **settings)
     numbers, by_slot, by_round, nan = Counter[int](), [], [], float("nan")
+    # All rows play a round together; where none has room for a draft, no drafter is asked.
+    steps: list[list[Round]] = []
+    for r in rounds:
+        if not steps or r.prompt <= steps[-1][-1].prompt:
+            steps.append([])
+        steps[-1].append(r)
+    asked = [r for step in steps if any(one.drafted for one in step) for r in step]
+    sure_of = dict(zip(map(id, asked), sureness, strict=True))
     for r, before in with_befores(decoded, rounds):
         place = [r.prompt, domains[r.prompt], numbers[r.prompt]]
         numbers[r.prompt] += 1
@@ -352,7 +388,7 @@ def test_both_tables_follow_from_the_rounds(options):
             rate = sum(min(pair) for pair in zip(p, q, strict=True)) if verified else nan
             entry = [*place, slot, len(before) + slot, token]
             entry += [q[token], p[token], min(1, p[token] / q[token]) if verified else nan, rate]
-            entry += [r.confidence[slot].item(), verified, slot < r.accepted]
+            entry += [r.confidence[slot].item(), *sure_of[id(r)][slot], verified, slot < r.accepted]
             entry += [r.tokens[-1] if verified and slot == r.accepted else None]
             by_slot.append(entry)
     names = ["prompt", "domain", "round", "drafted", "verified", "accepted", "tokens"]

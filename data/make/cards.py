@@ -101,6 +101,7 @@ A language model small enough to train in minutes on a laptop, and drafters for 
 | `train.jsonl` | the conversations that the drafters learned from |
 | `held_out.jsonl` | conversations whose questions neither target nor drafters have seen |
 | `traces.parquet` | what each drafter drafted for 120 held-out questions, greedy and at temperature 1, slot by slot |
+| `signatures.csv` | how the figures of a server's record change with each of thirteen faults, planted in decoding with three of the drafters; made by `python -m data.make.planted` |
 | `runs.parquet` | drafters trained for 20 seconds, one and three minutes over mixes of conversations, rows, anchors and block size, with the course of each: advice for training is judged on them (`python -m dspark_lab.tuning.sweep --mixes all code`) |
 | `learned.json` | what the runs of one seed teach of how tau grows and of how learning curves go on: forecasts and pilots of other data begin with it (`python -m data.make.learned`) |
 | `noise-all-*.safetensors`, `noise-code-*.safetensors` | how gradients vary between conversations and between anchors on either mix, before the first step, after 100 and after 400 (`python -m data.make.noise`) |

@@ -29,7 +29,14 @@ from dspark_lab.decoding.random_numbers import RandomNumbers
 from dspark_lab.decoding.record import Block, Clock, Decoded, Record, Round
 from dspark_lab.decoding.settings import Scheduler, Settings, confident_prefix, scheduled
 from dspark_lab.decoding.text import Prompt, encode_prompt, end_tokens, require_tokens
-from dspark_lab.decoding.verification import TopP, Verdict, distribution, draw, verify
+from dspark_lab.decoding.verification import (
+    TopP,
+    Verdict,
+    distribution,
+    draw,
+    top_and_margin,
+    verify,
+)
 from dspark_lab.files import upload
 from dspark_lab.model import BlockDrafter, Target
 
@@ -204,12 +211,15 @@ class Decoding(Iterator[Round]):
         drafter, settings, device = self.drafter, self.settings, self.target.device
         if drafter is None or not any(room):
             nothing = self.target.head_weight.new_empty(len(room), 0, self.target.hidden_size)
-            return Block(self._anchors.new_empty(len(room), 0), self._distribution(nothing), None)
+            tokens, none = self._anchors.new_empty(len(room), 0), nothing.new_empty(len(room), 0, 2)
+            return Block(tokens, self._distribution(nothing), none, None)
         probs: list[Tensor] = []
+        sureness: list[Tensor] = []
 
         def choose(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
             q = distribution(logits, settings.temperature, settings.top_p).to(device)
             probs.append(q)
+            sureness.append(top_and_margin(logits).to(device))
             return draw(q, upload(self._random.draft(self._going), device))
 
         proposal = drafter.propose(self._anchors, self._context, choose, settings.draft_length)
@@ -219,7 +229,8 @@ class Decoding(Iterator[Round]):
             if self._temperatures is not None:
                 confidence /= self._temperatures[: len(probs)]
             confidence = confidence.sigmoid()
-        return Block(proposal.tokens, torch.stack(probs, dim=1), confidence)
+        q, sure = (torch.stack(parts, dim=1) for parts in (probs, sureness))
+        return Block(proposal.tokens, q, sure, confidence)
 
     def _lengths(
         self, confidence: Float[Tensor, "batch slot"] | None, room: Sequence[int]

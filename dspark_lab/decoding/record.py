@@ -61,7 +61,9 @@ class Decoded:
     ``trace``: a row for each drafted slot: ``position`` of its ``token`` in the answer,
     ``draft_prob`` q(token), ``target_prob`` p(token), ``accept_prob`` min(1, p / q),
     ``accept_rate`` sum of min(p, q) over the vocabulary, ``accepted`` (with all before it), and
-    ``resampled``, the token drawn in place of a rejected one. What was not verified has no target
+    ``resampled``, the token drawn in place of a rejected one. ``top_prob`` is the largest
+    probability of the drafter's softmax at temperature 1, whatever that of decoding, and ``margin``
+    the difference of its two largest logits. What was not verified has no target
     and no rates (NaN). Slots past ``max_new_tokens`` are left out, those behind an accepted
     end-of-turn count as not verified.
     """
@@ -101,10 +103,15 @@ class Decoded:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A drafted block of each row; ``probs`` is q, ``confidence`` None without such a head."""
+    """A drafted block of each row.
+
+    ``probs`` is q; ``sureness`` its ``top_prob`` and ``margin``, as in :class:`Decoded`;
+    ``confidence`` is None without such a head.
+    """
 
     tokens: Int[Tensor, "batch slot"]
     probs: Float[Tensor, "batch slot vocab"]
+    sureness: Float[Tensor, "batch slot 2"]
     confidence: Float[Tensor, "batch slot"] | None
 
 
@@ -193,12 +200,14 @@ class Record:
         rates = (verdict.target_prob, verdict.accept_prob, verdict.accept_rate)
         whole = torch.stack([lengths, verdict.accepted, verdict.next_token], dim=1)
         # All that the host has to know comes to it at once: the only time that a round waits.
-        parts = [whole, block.tokens, draft_prob, confidence, *rates]
+        parts = [whole, block.tokens, draft_prob, confidence, *block.sureness.unbind(2), *rates]
         numbers = torch.cat([part.double() for part in parts], dim=1).cpu()
         host = numbers.split([part.shape[1] for part in parts], dim=1)
         (wholes, batch_tokens), figures = (x.long().tolist() for x in host[:2]), host[2:]
-        draft_probs, confidences = (x.tolist() for x in figures[:2])
-        target_rates = torch.stack(figures[2:], dim=2).tolist()
+        draft_probs = figures[0].tolist()
+        own_figures, target_rates = (
+            torch.stack(part, dim=2).tolist() for part in (figures[1:4], figures[4:])
+        )
         rounds, counts = [], []
         for row, (verified, accepted, own) in enumerate(wholes):
             counts.append(accepted)
@@ -214,7 +223,7 @@ class Record:
                 asked = slot < verified
                 line = [*key, slot, len(answer) + slot, token, draft_probs[row][slot]]
                 line += target_rates[row][slot] if asked else [_NAN] * len(rates)
-                line += [confidences[row][slot], asked, slot < accepted]
+                line += [*own_figures[row][slot], asked, slot < accepted]
                 self._trace.append([*line, own if slot == accepted and asked else None])
             answer += new
             self._numbers[prompt] += 1

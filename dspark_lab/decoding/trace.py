@@ -24,9 +24,11 @@ _Required = Literal["nowhere", "where verified", "in every row"]
 TRACE_COLUMNS = {"prompt": "int64", "domain": "object"}
 TRACE_COLUMNS |= dict.fromkeys(("round", "slot", "position", "token"), "int64")
 TRACE_COLUMNS |= dict.fromkeys(("draft_prob", "target_prob", "accept_prob"), "float64")
-TRACE_COLUMNS |= {"accept_rate": "float64", "confidence": "float64"}
+TRACE_COLUMNS |= dict.fromkeys(("accept_rate", "confidence", "top_prob", "margin"), "float64")
 TRACE_COLUMNS |= {"verified": "bool", "accepted": "bool", "resampled": "Int64"}
 
+# Older traces have none of them.
+_LATER_COLUMNS = ("top_prob", "margin")
 _SUFFIXES = (".parquet", ".csv")
 _KINDS: dict[str, tuple[Callable[..., bool], type]] = {
     "integers": (pd.api.types.is_integer_dtype, np.int64),
@@ -47,7 +49,10 @@ def save_trace(trace: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 @checked
 def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a trace that :func:`save_trace` wrote, its columns of the same types."""
+    """Read a trace that :func:`save_trace` wrote, its columns of the same types.
+
+    ``top_prob`` and ``margin`` are NaN where an older trace has none.
+    """
     path = _trace_path(path)
     with path.open("rb") as file:
         try:
@@ -58,6 +63,8 @@ def load_trace(path: str | os.PathLike[str]) -> pd.DataFrame:
                 table = pd.read_csv(file, na_values=empty, **options)
             else:
                 table = pd.read_parquet(file)
+            later = [name for name in _LATER_COLUMNS if name not in table]
+            table = table.assign(**dict.fromkeys(later, np.nan))
             missing = [name for name in TRACE_COLUMNS if name not in table]
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)}")

@@ -143,6 +143,18 @@ def distribution(
     return probs
 
 
+def top_and_margin(logits: Float[Tensor, "*axes vocab"]) -> Float[Tensor, "*axes 2"]:
+    """The largest probability of a softmax, and the difference of the two largest logits.
+
+    The difference is infinite where there are no two.
+    """
+    wide = logits.to(at_least_fp32(logits.dtype))
+    best = wide.topk(min(2, wide.shape[-1]), dim=-1).values
+    top = (best[..., 0] - wide.logsumexp(dim=-1)).exp()
+    margin = best[..., 0] - best[..., 1] if best.shape[-1] > 1 else torch.full_like(top, torch.inf)
+    return torch.stack([top, margin], dim=-1)
+
+
 def draw(
     probs: Float[Tensor, "batch vocab"], numbers: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:

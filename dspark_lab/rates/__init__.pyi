@@ -10,6 +10,7 @@ from .calibration import (
 )
 from .claims import claims_table
 from .intervals import bootstrap, interval, ratio_interval, resampled
+from .margins import SIGNALS, signal_table, signals
 from .scaling import (
     TEMPERATURE_GRID,
     SequentialTemperatures,
@@ -48,6 +49,7 @@ __all__ = [
     "BlockRates",
     "block_sums",
     "Binning",
+    "SIGNALS",
     "SequentialTemperatures",
     "TEMPERATURE_GRID",
     "THRESHOLDS",
@@ -79,6 +81,8 @@ __all__ = [
     "reliability_tables",
     "resampled",
     "resampled_errors",
+    "signal_table",
+    "signals",
     "slot_table",
     "split_prompts",
     "stretch_reason",

@@ -6,7 +6,7 @@ lab's models are far smaller: compare the direction more than the number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +16,8 @@ import pandas as pd
 from dspark_lab.checks import Count, NonNegative, Size, checked
 from dspark_lab.decoding import Rounds, column, rounds_of
 from dspark_lab.rates.calibration import split_prompts
-from dspark_lab.rates.intervals import interval, resampled
+from dspark_lab.rates.intervals import figure_and_interval
+from dspark_lab.rates.margins import area_gain, has_margins, signals
 from dspark_lab.rates.scaling import fit_identifiable_slots
 from dspark_lab.rates.scores import auroc, expected_calibration_error
 from dspark_lab.rates.survival import prefix_survival
@@ -70,6 +71,10 @@ def roc_area(run: Rounds) -> float:
     return auroc(*run.pairs())
 
 
+def margin_gain(margin: Rounds, head: Rounds) -> float:
+    return 100 * area_gain(margin, head)
+
+
 def threshold_effect(run: Rounds, figure: str) -> float:
     """How much a figure of the sweep rises from no threshold to 0.9."""
     none, high = threshold_sweep(run, [0.0, 0.9], resamples=1)[figure]
@@ -83,7 +88,7 @@ def acceptance_rise(run: Rounds) -> float:
 _RISE, _FALL = (0.0, np.inf), (-np.inf, 0.0)
 _MARKOV, _PLAIN = ["dspark-k7"], ["dflash-k7"]
 _SHORT, _LONG = _MARKOV + _PLAIN, ["dspark-k15", "dflash-k15"]
-_ALL, _SCALED, _HELD = ["all"], ["scaled"], ["held"]
+_ALL, _SCALED, _HELD, _MARGIN = ["all"], ["scaled"], ["held"], ["online margin"]
 _NOT_REFUTED = "with it acceptance does not fall"
 _VERIFIED_RISE = partial(threshold_effect, figure="verified")
 
@@ -100,7 +105,8 @@ HEADS: list[Claim] = [
     ("a gated head beats the vanilla one", "a variant", ["gated-k7", *_MARKOV], tau_gain, _RISE),
     ("an RNN head beats the vanilla one", "a variant", ["rnn-k7", *_MARKOV], tau_gain, _RISE),
 ]
-# Claims about one drafter's confidence; "held" is the half that scaling was not fitted on.
+# Claims about one drafter's confidence; "held" is the half that scaling, and what
+# is learned of the margin, was not fitted on. That claim needs traces with margins.
 CONFIDENCE: list[Claim] = [
     ("the raw confidence is too high", "too high", _ALL, bias, _RISE),
     ("slot error, raw", "3 to 8 %", _ALL, slot_error, (3.0, 8.0)),
@@ -113,6 +119,13 @@ CONFIDENCE: list[Claim] = [
         _FALL,
     ),
     ("AUROC of the confidence", "0.81 to 0.91", _ALL, roc_area, (0.81, 0.91)),
+    (
+        "the margin of two logits, learned online, is the better signal",
+        "AUROC 0.884 to 0.839",
+        _MARGIN + _HELD,
+        margin_gain,
+        _RISE,
+    ),
     ("a threshold raises the acceptance rate", "45.7 to 95.7 %", _ALL, acceptance_rise, _RISE),
     ("at the price of verified slots", "fewer", _ALL, _VERIFIED_RISE, _FALL),
 ]
@@ -152,7 +165,13 @@ def claims_table(
             confidence = fit_identifiable_slots(fit).apply(held.confidence)
             scaled = replace(held, confidence=confidence)
             own = {"all": runs[name], "held": held, "scaled": scaled}
-            wanted += [(claim, [name], own) for claim in CONFIDENCE]
+            if has_margins(part):
+                own |= {
+                    signal: rounds_of(test)
+                    for signal, (_, test) in signals(*split_prompts(part)).items()
+                }
+            known = [claim for claim in CONFIDENCE if set(claim[2]) <= own.keys()]
+            wanted += [(claim, [name], own) for claim in known]
     rows = []
     for (claim, published, names, figure, allowed), drafters, among in wanted:
         of, unit = [among[name] for name in names], _UNITS.get(figure, "points")
@@ -172,22 +191,3 @@ def verdict(
         return "no"
     certain = least < low and high < most
     return "yes" if certain or (unless_refuted and low <= high) else "undecided"
-
-
-def figure_and_interval(
-    figure: Figure, runs: Sequence[Rounds], resamples: int, seed: int
-) -> tuple[float, float, float]:
-    """The figure of all conversations, and its interval when these are drawn anew."""
-    shared = sorted(set.intersection(*(set(run.prompt.tolist()) for run in runs)))
-    if not shared:
-        raise ValueError("the runs of a claim must answer the same prompts, got none in common")
-    runs = [run.take(np.isin(run.prompt, shared)) for run in runs]
-    owners = [run.conversation for run in runs]
-    values = np.empty(resamples)
-    for index, times in enumerate(resampled(len(shared), resamples, seed, one_by_one=True)):
-        rows = (np.repeat(np.arange(len(owner)), times[owner]) for owner in owners)
-        values[index] = figure(*(run.take(r) for run, r in zip(runs, rows, strict=True)))
-    here = figure(*runs)
-    # A calibration error grows when conversations are drawn twice; its spread does not.
-    low, high = interval(values - np.nanmean(values) + here, len(shared))
-    return here, float(low), float(high)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from dspark_lab.checks import Count, Size, checked
+from dspark_lab.decoding import Rounds
 
 # Numbers that are drawn at a time.
 _PIECE = 2**22
@@ -74,3 +77,22 @@ def bootstrap(
     drawn = resampled(len(sample), resamples, seed, one_by_one=True)
     low, high = ratio_interval(sample, np.ones_like(sample), drawn)
     return float(sample.mean()), float(low), float(high)
+
+
+def figure_and_interval(
+    figure: Callable[..., float], runs: Sequence[Rounds], resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """The figure of all conversations, and its interval when these are drawn anew."""
+    shared = sorted(set.intersection(*(set(run.prompt.tolist()) for run in runs)))
+    if not shared:
+        raise ValueError("the runs of a figure must answer the same prompts, got none in common")
+    runs = [run.take(np.isin(run.prompt, shared)) for run in runs]
+    owners = [run.conversation for run in runs]
+    values = np.empty(resamples)
+    for index, times in enumerate(resampled(len(shared), resamples, seed, one_by_one=True)):
+        rows = (np.repeat(np.arange(len(owner)), times[owner]) for owner in owners)
+        values[index] = figure(*(run.take(r) for run, r in zip(runs, rows, strict=True)))
+    here = figure(*runs)
+    # A calibration error grows when conversations are drawn twice; its spread does not.
+    low, high = interval(values - np.nanmean(values) + here, len(shared))
+    return here, float(low), float(high)

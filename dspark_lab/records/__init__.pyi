@@ -1,3 +1,12 @@
+from .causes import (
+    CAUSES,
+    FIGURES,
+    HEALTHY,
+    Diagnosis,
+    diagnose,
+    figures_of,
+    likelihoods,
+)
 from .compare import acceptance_over, compare_acceptance, counted_since
 from .exchange import (
     load_scaling,
@@ -11,11 +20,18 @@ from .record import AcceptanceRecord
 from .scalings import compare_scalings, fit_joint_temperatures, scaling_advice
 
 __all__ = [
+    "CAUSES",
+    "FIGURES",
+    "HEALTHY",
     "AcceptanceRecord",
+    "Diagnosis",
     "acceptance_over",
     "compare_acceptance",
     "compare_scalings",
     "counted_since",
+    "diagnose",
+    "figures_of",
+    "likelihoods",
     "fit_joint_temperatures",
     "load_acceptance",
     "load_scaling",

@@ -17,6 +17,7 @@ from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import numpy as np
 import pandas as pd
 
 from dspark_lab.checks import Positive, checked
@@ -184,14 +185,31 @@ def _read(file: io.BufferedReader[Any], name: str, texts: bool) -> AcceptanceRec
 
 @checked
 def record_of_trace(trace: pd.DataFrame) -> AcceptanceRecord:
-    """A trace of the lab's own as a record, to hold it beside a server's: a line a prompt."""
+    """A trace of the lab's own as a record, to hold it beside a server's: a line a prompt.
+
+    ``output_tokens`` are those of the answer. An answer is taken to end with a drafted token where
+    all that was verified of its last round was accepted, and more was drafted; where a block's
+    last slot was the end, that is one token too many.
+    """
     tally = Tally(
         "trace", "request", "Accepted slots of each round, the target's own token left out"
     )
+    rounds, row = read_trace(trace)
+    accepted, verified = rounds.accepted.sum(axis=1), rounds.verified.sum(axis=1)
+    last = np.append(rounds.prompt[1:] != rounds.prompt[:-1], True)
+    own_token = ~(last & (accepted == verified) & (verified < (row >= 0).sum(axis=1)))
+    # An answer's first token belongs to no round.
+    tokens = 1 + pd.Series(accepted + own_token).groupby(rounds.prompt).sum()
+    temperature = None
+    if "temperature" in trace:
+        temperature = trace.groupby("prompt")["temperature"].first()
     sums = trace_sums(trace)
     for prompt, part in sums[sums["kind"] == "empirical"].groupby("conversation", sort=True):
         own = {name: part.sort_values("slot")[name].tolist() for name in ("passed", "reached")}
         about = {"line": str(prompt), "label": part["domain"].iloc[0]}
+        about["output_tokens"] = int(tokens.loc[prompt])
+        if temperature is not None:
+            about["temperature"] = temperature.loc[prompt]
         tally.add(part["rounds"].iloc[0], sum(own["passed"]), **own, about=about)
     return tally.record()
 

@@ -20,6 +20,7 @@ from .schedule import (
     retrospective_schedule,
     schedule_table,
 )
+from .signals import signal_speeds
 from .speedup import advice, best_length, speedup_table, temperature_table
 from .steps import Speed, StepsPerSecond
 from .thresholds import best_threshold, gain_table, threshold_table
@@ -64,6 +65,7 @@ __all__ = [
     "prefix_scheduler",
     "retrospective_schedule",
     "schedule_table",
+    "signal_speeds",
     "simulate",
     "repeated_speeds",
     "speed_table",
