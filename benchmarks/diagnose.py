@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from itertools import cycle, islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -47,7 +48,8 @@ def planned(of_each: int, healthy: int) -> list[Case]:
     """Cases of each cause, on the drafters and temperatures that can have it in turns."""
     pair = load_pair()
     drafters = {name: pair.load_drafter(name) for name in DRAFTERS}
-    places = [(name, temperature) for temperature in TEMPERATURES for name in DRAFTERS]
+    # Each of three drafters at each of two temperatures, in turns of both.
+    places = list(islice(zip(cycle(DRAFTERS), cycle(TEMPERATURES), strict=False), 6))
     cases: list[Case] = []
     for cause, count in {"": healthy, **dict.fromkeys(FAULTS, of_each)}.items():
         able = [at for at in places if not cause or possible(cause, drafters[at[0]], at[1])]

@@ -1,6 +1,7 @@
 """Causes of a low accept rate: figures of a record, and what is likely by planted signatures."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,24 @@ def test_a_trace_counts_as_the_server_that_decoded_it_would(tmp_path: Path) -> N
     own = record_of_trace(trace).lines["output_tokens"]
     over = own.to_numpy() - [len(answer) for answer in decoded.tokens]
     assert set(over) <= {0, 1} and over.mean() < 0.3
+
+
+@pytest.mark.usefixtures("few")
+def test_blocks_of_another_length_are_held_together_as_far_as_both_go() -> None:
+    one, whole = drawn([0.8] * SLOTS, seed=1), drawn([0.8] * SLOTS, seed=2)
+    short = replace(one, reached=one.reached[:, :4], passed=one.passed[:, :4])
+    found = diagnose(short, whole)
+    assert found.cause == HEALTHY and "Blocks of 4 and 6 slots" in found.reason
+    shown = found.figures.set_index("figure")["difference"]
+    assert shown[["later slots", "spread", "longer answers"]].isna().all()
+    assert shown[["slot 0", "slot 1", "slot 2", "slot 3", "length", "surplus"]].notna().all()
+
+
+@pytest.mark.usefixtures("few")
+def test_totals_alone_are_refused() -> None:
+    whole = drawn([0.8] * SLOTS)
+    totals = replace(whole, reached=whole.reached[:, :0], passed=whole.passed[:, :0])
+    with pytest.raises(ValueError, match="record must have acceptance by slot"):
+        diagnose(totals, whole)
+    with pytest.raises(ValueError, match="trained must have acceptance by slot"):
+        diagnose(whole, totals)

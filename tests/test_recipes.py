@@ -141,10 +141,10 @@ def test_a_traced_pair_is_one_file_that_load_trace_reads(traced: Path) -> None:
     assert set(runs.index) == {(name, t) for name in drafter_names() for t in (0.0, 1.0)}
     assert all(prompts.tolist() == [0, 1, 2, 3] for prompts in runs)
     assert trace["position"].max() < 8
-    # Probabilities, and nothing else, are stored in float32.
+    # Probabilities and margins, and nothing else, are stored in float32.
     stored = pd.read_parquet(traced).dtypes.astype(str).to_dict()
     narrow = {name: "float32" for name, kind in TRACE_COLUMNS.items() if kind == "float64"}
-    assert len(narrow) == 5
+    assert len(narrow) == 7
     expected = TRACE_COLUMNS | narrow | {"temperature": "float64"}
     assert expected.pop("domain") and expected.items() <= stored.items()
 

@@ -36,6 +36,8 @@ HEALTHY = "nothing wrong"
 SLOTS = 4
 _SLOTS = tuple(f"slot {slot}" for slot in range(SLOTS))
 FIGURES = (*_SLOTS, "later slots", "spread", "length", "longer answers", "surplus")
+# What depends on how many slots there are.
+_OF_WHOLE_BLOCKS = ("later slots", "spread", "longer answers")
 # How far the cases of a cause are smoothed, as a share of how they differ.
 _SMOOTHING = 0.5
 # Of servers that somebody asks about.
@@ -175,12 +177,19 @@ def diagnose(
     served = record if isinstance(record, AcceptanceRecord) else load_acceptance(record)
     own = _as_record(trained)
     temperature = _same_temperature(served, own)
+    lengths = [one.passed.shape[1] for one in (served, own)]
+    for name, length in zip(("record", "trained"), lengths, strict=True):
+        if not length:
+            raise ValueError(f"{name} must have acceptance by slot, got totals alone")
     found = [
-        _drawn_figures(one, resamples, (seed, place)) for place, one in enumerate((served, own))
+        _drawn_figures(_cut(one, min(lengths)), resamples, (seed, place))
+        for place, one in enumerate((served, own))
     ]
     server, expected = (one[0] for one in found)
     noise = np.sum([_covariance(drawn) for _, drawn in found], axis=0)
     difference = server - expected
+    if lengths[0] != lengths[1]:
+        difference[[FIGURES.index(name) for name in _OF_WHOLE_BLOCKS]] = np.nan
     signatures = read_csv(shipped(_SIGNATURES), ["cause", *FIGURES])
     causes = _possible(signatures["cause"].unique(), temperature, config)
     shares = likelihoods(difference, noise, signatures[signatures["cause"].isin(causes)])
@@ -337,6 +346,10 @@ def _as_record(
     return trained if isinstance(trained, AcceptanceRecord) else load_acceptance(trained)
 
 
+def _cut(record: AcceptanceRecord, slots: int) -> AcceptanceRecord:
+    return replace(record, reached=record.reached[:, :slots], passed=record.passed[:, :slots])
+
+
 def _same_temperature(*records: AcceptanceRecord) -> float | None:
     """The temperature of the records, where one of them says it."""
     told: set[float] = set()
@@ -378,6 +391,11 @@ def _unknown(
     found = []
     if any(record.unit != "request" for record in (served, own)):
         found.append("Sums only: how requests differ is not known, and a log tells fewer causes")
+    slots = [record.passed.shape[1] for record in (served, own)]
+    if slots[0] != slots[1]:
+        found.append(
+            f"Blocks of {slots[0]} and {slots[1]} slots: only those of both were looked at"
+        )
     if any("output_tokens" not in record.lines for record in (served, own)):
         found.append(
             "Without the tokens of each answer, tokens behind the end of a turn and another prompt "
