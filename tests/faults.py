@@ -226,6 +226,10 @@ RATES: dict[str, Fault] = {
     "tau lacks the target's own token": Fault(
         "rates.acceptance:with_own_token", lambda right, accepted: accepted
     ),
+    "what is learned of margins is judged where it was learned": Fault(
+        "rates.margins:signals",
+        lambda right, fit, test: {name: (own, own) for name, (own, _) in right(fit, test).items()},
+    ),
     "a slot behind a rejected one is reached": Fault(
         "decoding.trace:reached_slots",
         lambda right, verified, accepted: right(verified, accepted | True),
