@@ -128,6 +128,19 @@ def test_online_a_round_is_judged_before_it_is_seen(halves) -> None:
     assert (after[1]["confidence"] != before[1]["confidence"]).all()
 
 
+def test_online_the_first_rounds_of_all_prompts_come_before_any_second(halves) -> None:
+    fit, test = halves
+    before = signals(fit, test)["online margin"][0]
+    later = fit[(fit["prompt"] == fit["prompt"].min()) & (fit["round"] == 1)]
+    changed = fit.copy()
+    changed.loc[later.index, "accepted"] = ~later["accepted"].any()
+    after = signals(changed, test)["online margin"][0]
+    other = before["confidence"] != after["confidence"]
+    # The changed round is the first of the second ones, and none of the first knows it.
+    assert not other[fit["round"] == 0].any()
+    assert other[fit["round"] > 1].all()
+
+
 def test_what_is_learned_online_ends_near_what_is_fitted_at_once() -> None:
     fit, test = split_prompts(with_margins(made_trace(3, rounds=400), seed=4, noise=0.3))
     found = signals(fit, test)
