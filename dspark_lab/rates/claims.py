@@ -17,9 +17,9 @@ from dspark_lab.checks import Count, NonNegative, Size, checked
 from dspark_lab.decoding import Rounds, column, rounds_of
 from dspark_lab.rates.calibration import split_prompts
 from dspark_lab.rates.intervals import figure_and_interval
-from dspark_lab.rates.margins import area_gain, has_margins, signals
+from dspark_lab.rates.margins import area_gain, has_margins, roc_area, signals
 from dspark_lab.rates.scaling import fit_identifiable_slots
-from dspark_lab.rates.scores import auroc, expected_calibration_error
+from dspark_lab.rates.scores import expected_calibration_error
 from dspark_lab.rates.survival import prefix_survival
 from dspark_lab.rates.thresholds import threshold_sweep
 
@@ -65,10 +65,6 @@ def product_error(run: Rounds) -> float:
 
 def product_error_change(scaled: Rounds, raw: Rounds) -> float:
     return product_error(scaled) - product_error(raw)
-
-
-def roc_area(run: Rounds) -> float:
-    return auroc(*run.pairs())
 
 
 def margin_gain(margin: Rounds, head: Rounds) -> float:
@@ -161,15 +157,13 @@ def claims_table(
     wanted = [(claim, claim[2], runs) for claim in HEADS if set(claim[2]) <= runs.keys()]
     for name, part in parts.items():
         if name.startswith("dspark"):
-            fit, held = map(rounds_of, split_prompts(part))
+            halves = split_prompts(part)
+            fit, held = map(rounds_of, halves)
             confidence = fit_identifiable_slots(fit).apply(held.confidence)
             scaled = replace(held, confidence=confidence)
             own = {"all": runs[name], "held": held, "scaled": scaled}
             if has_margins(part):
-                own |= {
-                    signal: rounds_of(test)
-                    for signal, (_, test) in signals(*split_prompts(part)).items()
-                }
+                own |= {signal: rounds_of(test) for signal, (_, test) in signals(*halves).items()}
             known = [claim for claim in CONFIDENCE if set(claim[2]) <= own.keys()]
             wanted += [(claim, [name], own) for claim in known]
     rows = []

@@ -97,7 +97,7 @@ def signal_table(traces: pd.DataFrame, *, resamples: Count = 200, seed: Size = 0
         for name, run in halves.items():
             row: dict[str, Any] = {"drafter": drafter, "temperature": temperature, "signal": name}
             figures: dict[str, tuple[Callable[..., float], list[Rounds]]]
-            figures = {"auroc": (_area, [run]), "ece": (_error, [run])}
+            figures = {"auroc": (roc_area, [run]), "ece": (_error, [run])}
             if "head" in halves:
                 figures["over_head"] = (area_gain, [run, halves["head"]])
             for figure in ("auroc", "over_head", "ece"):
@@ -116,10 +116,10 @@ def has_margins(trace: pd.DataFrame) -> bool:
 
 def area_gain(run: Rounds, other: Rounds) -> float:
     """How much larger the area under the ROC curve is than another signal's."""
-    return _area(run) - _area(other)
+    return roc_area(run) - roc_area(other)
 
 
-def _area(run: Rounds) -> float:
+def roc_area(run: Rounds) -> float:
     return auroc(*run.pairs())
 
 
