@@ -854,6 +854,19 @@ def test_tables_split_by_label_and_temperature():
     assert slots["code"].tolist() == [1, 0.5, 0.5] and slots["chat"].tolist() == [0.5, 0.5, 0]
     with pytest.raises(ValueError):
         record.tau_table(by=("colour",))
+    assert record.values("label") == ["chat", "code"] and record.values("seconds") == []
+    part = record.part(temperature=1.0, label="code")
+    same(part.tau, both.loc[("code", 1.0), "tau"])
+    assert (
+        part.lines["line"].tolist()
+        == record.lines.loc[
+            (record.lines["label"] == "code") & (record.lines["temperature"] == 1.0), "line"
+        ].tolist()
+    )
+    with pytest.raises(
+        ValueError, match=r"temperature must be one of the record's, \[.*\], got 0.5"
+    ):
+        record.part(temperature=0.5)
 
 
 def test_the_interval_of_tau_is_that_of_requests_drawn_again():

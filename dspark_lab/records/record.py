@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,32 @@ class AcceptanceRecord:
         if self.unit != "request":
             return None
         return self.lines.assign(tau=1 + self.lines["accepted"] / self.lines["rounds"])
+
+    @checked
+    def part(
+        self, *, temperature: float | None = None, label: str | None = None
+    ) -> AcceptanceRecord:
+        """The lines of one temperature, of one label, or of both.
+
+        Raises:
+            ValueError: the record does not say them, or has no such line.
+        """
+        kept = np.ones(len(self.lines), dtype=bool)
+        for name, wanted in {"temperature": temperature, "label": label}.items():
+            if wanted is None:
+                continue
+            held = self.values(name)
+            if wanted not in held:
+                raise ValueError(f"{name} must be one of the record's, {held}, got {wanted!r}")
+            kept &= (self.lines[name] == wanted).to_numpy()
+        if not kept.any():
+            raise ValueError(f"no line has temperature {temperature} and label {label!r}")
+        lines = self.lines[kept].reset_index(drop=True)
+        return replace(self, lines=lines, reached=self.reached[kept], passed=self.passed[kept])
+
+    def values(self, name: str) -> list[Any]:
+        """The values of a column of the lines, such as "temperature", in order; none without it."""
+        return sorted(self.lines[name].dropna().unique().tolist()) if name in self.lines else []
 
     def sums(self) -> pd.DataFrame:
         """The table of sums by request and slot, for :func:`dspark_lab.rates.rate_table`.
