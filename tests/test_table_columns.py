@@ -23,7 +23,7 @@ from tests.test_progress import noise_of
 
 OTHER = pd.DataFrame({"x": [1]})
 # These take any table.
-ANY_TABLE = {"explore.readable"}
+ANY_TABLE = {"explore.readable", "serving.rows_of"}
 
 
 def functions() -> dict[str, Callable[..., Any]]:

@@ -63,6 +63,7 @@ from .masks import (
     tile_states,
     tile_table,
 )
+from .record import explore_record, plot_causes, plot_options, plot_record
 from .serving import explore_serving, plot_serving
 from .speed import (
     plot_load,
@@ -115,6 +116,7 @@ __all__ = [
     "explore_anchors",
     "explore_decoding",
     "explore_masks",
+    "explore_record",
     "explore_serving",
     "explore_training_budget",
     "mask_and_tiles",
@@ -127,6 +129,7 @@ __all__ = [
     "plot_bias",
     "plot_budget",
     "plot_calibration",
+    "plot_causes",
     "plot_coverage",
     "plot_distributions",
     "plot_drift",
@@ -135,11 +138,13 @@ __all__ = [
     "plot_judged",
     "plot_load",
     "plot_mask",
+    "plot_options",
     "plot_outcomes",
     "plot_packing",
     "plot_parts",
     "plot_progress",
     "plot_rates",
+    "plot_record",
     "plot_reliability",
     "plot_round",
     "plot_schedule",

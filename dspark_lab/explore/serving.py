@@ -45,9 +45,7 @@ from dspark_lab.serving import (
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 # What is said where nothing is known of the server that a record is of.
-_SHIPPED_ENGINE = (
-    "What a round costs is that of the shipped pocket pair: give engine= for your own."
-)
+SHIPPED_ENGINE = "What a round costs is that of the shipped pocket pair: give engine= for your own."
 # What stands for a drafter without a name.
 _UNNAMED = tuning.ServingSettings(0).drafter
 
@@ -205,7 +203,7 @@ def explore_serving(
     if record is not None:
         own = engine or serving.load_engine()
         found.append(tables_from(_recorded(record, temperature, max_new_tokens), own))
-        found[0].taken += _SHIPPED_ENGINE * (engine is None)
+        found[0].taken += SHIPPED_ENGINE * (engine is None)
     elif trace is not None and engine is not None:
         found.append(tables_of(trace, engine))
     if found:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dspark_lab.checks import Positive, checked, require_columns
@@ -39,14 +40,17 @@ def plot_watch(table: pd.DataFrame) -> Figure:
 
 
 @checked
-def plot_stretches(table: pd.DataFrame, of: str = "position in the answer") -> Figure:
+def plot_stretches(
+    table: pd.DataFrame, of: str = "position in the answer", *, ax: Axes | None = None
+) -> Figure:
     """Tau in stretches, with 95 % intervals where there are any, and what it is at first.
 
     The table is from :func:`dspark_lab.rates.depth_table`, :func:`dspark_lab.rates.tau_by_stretch`
     or :func:`dspark_lab.records.acceptance_over`; ``of`` names what the stretches are of.
     """
     require_columns("table", table, ["first", "last", "tau", "low", "high"])
-    figure, ax = new_figure(7, 2.8)
+    if ax is None:
+        _, ax = new_figure(7, 2.8)
     middle = (table["first"] + table["last"]) / 2
     ax.axhline(table["tau"].iloc[0], color=INK, linewidth=0.8, linestyle=":")
     ax.hlines(table["tau"], table["first"], table["last"], color=RED, linewidth=2.5)
@@ -56,7 +60,7 @@ def plot_stretches(table: pd.DataFrame, of: str = "position in the answer") -> F
     ax.set_ylabel("tau, tokens a round")
     ax.margins(y=0.15)
     add_rules(ax)
-    return figure
+    return cast(Figure, ax.figure)
 
 
 class AcceptanceWatch(LivePicture):

@@ -6,8 +6,10 @@ from .causes import (
     diagnose,
     figures_of,
     likelihoods,
+    trained_record,
 )
 from .compare import acceptance_over, compare_acceptance, counted_since
+from .decision import OPTION_COLUMNS, Action, Decision, decide_serving, record_parts
 from .exchange import (
     load_scaling,
     load_shards,
@@ -23,12 +25,16 @@ __all__ = [
     "CAUSES",
     "FIGURES",
     "HEALTHY",
+    "OPTION_COLUMNS",
     "AcceptanceRecord",
+    "Action",
+    "Decision",
     "Diagnosis",
     "acceptance_over",
     "compare_acceptance",
     "compare_scalings",
     "counted_since",
+    "decide_serving",
     "diagnose",
     "figures_of",
     "likelihoods",
@@ -38,8 +44,10 @@ __all__ = [
     "load_shards",
     "load_step_costs",
     "record_of_trace",
+    "record_parts",
     "save_scaling",
     "save_step_costs",
     "scaling_advice",
     "trace_of_dump",
+    "trained_record",
 ]

@@ -15,7 +15,7 @@ template, temperature or target does not. So an answer's length says which side 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from dspark_lab.model import DrafterConfig
 from dspark_lab.rates import resampled
 from dspark_lab.records.reading import load_acceptance, record_of_trace
 from dspark_lab.records.record import AcceptanceRecord
+from dspark_lab.serving import rows_of
 
 HEALTHY = "nothing wrong"
 SLOTS = 4
@@ -157,6 +158,7 @@ def diagnose(
     record: AcceptanceRecord | str | os.PathLike[str],
     trained: AcceptanceRecord | pd.DataFrame | str | os.PathLike[str],
     *,
+    drafter: str | None = None,
     config: DrafterConfig | None = None,
     resamples: Count = 400,
     seed: Size = 0,
@@ -169,13 +171,15 @@ def diagnose(
         record: of the server, or its path.
         trained: of the same drafter at the same temperature: a trace of ``lab.decode``, a record,
             or the path of either or of a trainer's metrics. Prompts should be like the server's.
+            Of a trace with several temperatures, the record's counts.
+        drafter: which one of a trace of several.
         config: the drafter's; causes that it cannot have are left out.
 
     Raises:
         ValueError: one of them has no acceptance by slot, or they are of different temperatures.
     """
     served = record if isinstance(record, AcceptanceRecord) else load_acceptance(record)
-    own = _as_record(trained)
+    own = trained_record(trained, drafter, served.values("temperature"))
     temperature = _same_temperature(served, own)
     lengths = [one.passed.shape[1] for one in (served, own)]
     for name, length in zip(("record", "trained"), lengths, strict=True):
@@ -210,6 +214,29 @@ def diagnose(
         figures,
         tuple(_unknown(served, own, temperature)),
     )
+
+
+@checked
+def trained_record(
+    trained: AcceptanceRecord | pd.DataFrame | str | os.PathLike[str],
+    drafter: str | None = None,
+    temperatures: Sequence[float] = (),
+) -> AcceptanceRecord:
+    """What the checkpoint does here as a record, at the only one of the ``temperatures``.
+
+    ``drafter`` and temperature choose rows of a trace; see :func:`diagnose`.
+    """
+    if isinstance(trained, str | os.PathLike) and Path(trained).suffix == ".parquet":
+        trained = load_trace(trained)
+    if isinstance(trained, pd.DataFrame):
+        [wanted] = temperatures if len(temperatures) == 1 else [None]
+        trained = rows_of(trained, drafter, wanted if "temperature" in trained else None)[0]
+        record = record_of_trace(trained)
+        # Servers count what is drafted behind the end of an answer as rejected.
+        outcome = trained["accepted"].astype(float)
+        counted = record_of_trace(trained.assign(verified=True, accept_rate=outcome))
+        return replace(record, reached=counted.reached, passed=counted.passed)
+    return trained if isinstance(trained, AcceptanceRecord) else load_acceptance(trained)
 
 
 @checked
@@ -332,20 +359,6 @@ def _readable(figures: Float[np.ndarray, " figure"]) -> Float[np.ndarray, " figu
     return made
 
 
-def _as_record(
-    trained: AcceptanceRecord | pd.DataFrame | str | os.PathLike[str],
-) -> AcceptanceRecord:
-    if isinstance(trained, str | os.PathLike) and Path(trained).suffix == ".parquet":
-        trained = load_trace(trained)
-    if isinstance(trained, pd.DataFrame):
-        record = record_of_trace(trained)
-        # Servers count what is drafted behind the end of an answer as rejected.
-        outcome = trained["accepted"].astype(float)
-        counted = record_of_trace(trained.assign(verified=True, accept_rate=outcome))
-        return replace(record, reached=counted.reached, passed=counted.passed)
-    return trained if isinstance(trained, AcceptanceRecord) else load_acceptance(trained)
-
-
 def _cut(record: AcceptanceRecord, slots: int) -> AcceptanceRecord:
     return replace(record, reached=record.reached[:, :slots], passed=record.passed[:, :slots])
 
@@ -354,8 +367,7 @@ def _same_temperature(*records: AcceptanceRecord) -> float | None:
     """The temperature of the records, where one of them says it."""
     told: set[float] = set()
     for record in records:
-        if "temperature" in record.lines:
-            told |= set(record.lines["temperature"].dropna().unique())
+        told |= set(record.values("temperature"))
     if len(told) > 1:
         raise ValueError(
             f"record and trained must be of one temperature, got {sorted(told)}: compare parts of "

@@ -160,20 +160,20 @@ class AcceptanceRecord:
         rates = self.conditional
         if not np.isfinite(rates[:1]).all():
             raise ValueError(f"the record must say how often its slots were verified: {self.kind}")
-        known = int(np.cumprod(np.isfinite(rates)).sum())
+        # Slots that no round reached stay, with a rate that nobody knows.
+        known = int(np.cumprod(np.isfinite(self.reached.sum(axis=0))).sum())
         drawn = np.empty((0, len(self.lines)))
         count = len(self.lines) if self.unit == "request" else 0
         if count > 1:
             drawn = resampled(count, resamples, seed).astype(float)
         sampled = _ratio(drawn @ self.passed[:, :known], drawn @ self.reached[:, :known])
-        held = self.lines["temperature"].unique() if "temperature" in self.lines else []
-        profile = AcceptanceProfile.of(
-            rates[:known].tolist(), temperature=float(held[0]) if len(held) == 1 else None
-        )
+        held = self.values("temperature")
         kept = np.tri(known, dtype=bool)
-        samples = np.where(kept, sampled[:, None, :], np.nan)
         return AcceptanceProfile(
-            profile.by_length, samples, count, profile.temperature, drafter=None
+            by_length=np.where(kept, rates[:known], np.nan),
+            samples=np.where(kept, sampled[:, None, :], np.nan),
+            conversations=count,
+            temperature=float(held[0]) if len(held) == 1 else None,
         )
 
     @property

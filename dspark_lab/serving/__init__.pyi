@@ -11,7 +11,7 @@ from .load import (
     load_table,
     simulate,
 )
-from .profile import AcceptanceProfile, acceptance_profile
+from .profile import AcceptanceProfile, acceptance_profile, rows_of
 from .requests import Answers, Geometric, Requests, answers_of, draw_requests
 from .schedule import (
     output_distribution,
@@ -21,7 +21,13 @@ from .schedule import (
     schedule_table,
 )
 from .signals import signal_speeds
-from .speedup import advice, best_length, speedup_table, temperature_table
+from .speedup import (
+    advice,
+    best_length,
+    gain_by_length,
+    speedup_table,
+    temperature_table,
+)
 from .steps import Speed, StepsPerSecond
 from .thresholds import best_threshold, gain_table, threshold_table
 from .timing import measure_engine, measure_steps_per_second
@@ -53,6 +59,7 @@ __all__ = [
     "decode_check",
     "decode_lengths",
     "draw_requests",
+    "gain_by_length",
     "gain_table",
     "length_loss",
     "length_table",
@@ -68,6 +75,7 @@ __all__ = [
     "signal_speeds",
     "simulate",
     "repeated_speeds",
+    "rows_of",
     "speed_table",
     "speedup_table",
     "temperature_table",

@@ -194,8 +194,9 @@ def _cut_again(rounds: Rounds) -> Float[np.ndarray, "sum conversation length slo
     return sums
 
 
+@checked
 def rows_of(
-    trace: pd.DataFrame, drafter: str | None, temperature: float | None
+    trace: pd.DataFrame, drafter: str | None = None, temperature: float | None = None
 ) -> tuple[pd.DataFrame, str | None, float | None]:
     """The rows of one drafter at one temperature, and which these are."""
     labels: list[Any] = []
