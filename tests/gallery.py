@@ -208,6 +208,34 @@ STRETCHES = pd.DataFrame(
     {"first": [0, 17, 40], "last": [16, 39, 62], "tau": [3.1, 2.9, 2.4], "low": [2.8, 2.6, 2.0]}
 ).assign(high=[3.4, 3.2, 2.8])
 SUMS_ONLY = STRETCHES.assign(low=np.nan, high=np.nan)
+OPTIONS = table(
+    "draft_length threshold gain gain_low gain_high faster",
+    *((7, NAN, 0.0, 0.0, 0.0, False), (4, NAN, 0.031, -0.004, 0.066, False)),
+    *((7, 0.45, 0.08, 0.05, 0.11, True), (0, NAN, -0.21, -0.26, -0.15, False)),
+)
+OPTIONS.insert(0, "option", ["draft 7", "draft 4", "threshold 0.45", "plain decoding"])
+CAUSES = pd.DataFrame(
+    {
+        "cause": ["stale cache", "no Markov head", "nothing wrong", "harder prompts", "window"],
+        "share": [0.62, 0.2, 0.11, 0.05, 0.02],
+    }
+)
+RECORD_RATES = table(
+    "record slot conditional low high",
+    *(
+        ("server", slot, 0.5 + 0.04 * slot, 0.46 + 0.04 * slot, 0.54 + 0.04 * slot)
+        for slot in range(7)
+    ),
+    *(
+        ("trained", slot, 0.7 + 0.03 * slot, 0.68 + 0.03 * slot, 0.72 + 0.03 * slot)
+        for slot in range(7)
+    ),
+)
+RECORD_RATES = RECORD_RATES.assign(
+    survival=RECORD_RATES["conditional"] ** (1 + RECORD_RATES["slot"]),
+    survival_low=NAN,
+    survival_high=NAN,
+)
 WATCHED = pd.DataFrame(
     {
         "seconds": [5.0, 10.0, 15.0, 20.0],
@@ -352,6 +380,14 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "watch": lambda: explore.plot_watch(WATCHED),
     "stretches": lambda: explore.plot_stretches(STRETCHES),
     "stretches of sums": lambda: explore.plot_stretches(SUMS_ONLY, "requests at once"),
+    "options": lambda: explore.plot_options(OPTIONS),
+    "causes": lambda: explore.plot_causes(CAUSES),
+    "record": lambda: explore.plot_record(RECORD_RATES, OPTIONS, STRETCHES, CAUSES),
+    "record of totals": lambda: explore.plot_record(RECORD_RATES.head(0), OPTIONS.head(0)),
+    "record of sums": lambda: explore.plot_record(
+        RECORD_RATES[RECORD_RATES["record"] == "server"].assign(conditional=NAN, low=NAN, high=NAN),
+        OPTIONS.assign(gain_low=NAN, gain_high=NAN),
+    ),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),
     "bold": lambda: explore.plot_speedup({"T 0": REPLAYED, "T 1": BAD}, bold="T 0"),

@@ -72,9 +72,10 @@ def plot_options(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     ax.set_yticks(range(len(table)), _named(table["option"]))
     ax.invert_yaxis()
     ax.margins(y=0.08)
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel("speed against what was served")
+    ax.set_ylabel("option")
     return cast(Figure, ax.figure)
 
 
@@ -95,6 +96,7 @@ def plot_causes(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.set_xticks([0, 0.5, 1])
     ax.set_xlabel("share of the likelihood")
+    ax.set_ylabel("cause")
     return cast(Figure, ax.figure)
 
 
@@ -117,8 +119,8 @@ def plot_record(
     if len(rates):
         _plot_rates(axes[0], rates)
     panels: tuple[tuple[Any, pd.DataFrame | None, dict[str, Any], str], ...] = (
-        (plot_options, options, {}, "what another length or threshold would bring cannot be told"),
-        (plot_stretches, over, {"of": of}, "no time, load or length differs from line to line"),
+        (plot_options, options, {}, "no option can be judged"),
+        (plot_stretches, over, {"of": of}, "no time, load or length differs by line"),
         (plot_causes, causes, {}, "without trained= no cause is looked for"),
     )
     titles = ("acceptance by slot", "options", "drift", "what may be wrong")
@@ -156,7 +158,10 @@ def _named(options: pd.Series) -> list[str]:
 
 
 def _say(ax: Axes, words: str) -> None:
-    ax.set_axis_off()
+    ax.set_label("<text>")
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     ax.text(0, 0.5, words, color=INK, fontsize=9, transform=ax.transAxes)
 
 
@@ -191,7 +196,8 @@ def explore_record(
             where None, which is said.
         temperature, requests, over: where the controls start. ``over`` is what the drift is over:
             "position" (of a trace), "seconds", "running", "prompt_tokens" or "output_tokens", as
-            far as the record says them.
+            far as the record says them. Where a record says no temperature, ``temperature`` is the
+            one at which it was served.
 
     Returns:
         an explorer whose ``table`` is :attr:`Decision.options`; ``tables`` also has ``rates`` (of
@@ -208,6 +214,8 @@ def explore_record(
     own = engine or serving.load_engine()
     if isinstance(own, (str, os.PathLike)):
         own = Engine.read(own)
+    if temperature is not None and list(parts) == [None]:
+        parts = {temperature: parts[None]}
     held = list(parts)
     chosen_over = list(dict.fromkeys(name for part in parts.values() for name in _known(*part)))
     controls = [make.selection_slider("requests", requests, CONCURRENCY)]
@@ -225,7 +233,7 @@ def explore_record(
     def diagnosed(t: Any) -> Diagnosis | None:
         if trained is None:
             return None
-        return diagnose(parts[t][0], trained, drafter=drafter, config=config)
+        return diagnose(parts[t][0], trained, drafter=drafter, temperature=t, config=config)
 
     @cache
     def decided(t: Any, load: int) -> Decision:
@@ -279,6 +287,8 @@ def explore_record(
         alt = f"acceptance by slot, options, drift and causes; {decision.action}"
         return Frame(tables, figure, alt=alt, html=html)
 
+    # What cannot be compared is refused here, and not beside the picture.
+    diagnosed(held[0] if temperature is None else temperature)
     return Explorer("explore_record", controls, draw, given=given)
 
 

@@ -159,6 +159,7 @@ def diagnose(
     trained: AcceptanceRecord | pd.DataFrame | str | os.PathLike[str],
     *,
     drafter: str | None = None,
+    temperature: float | None = None,
     config: DrafterConfig | None = None,
     resamples: Count = 400,
     seed: Size = 0,
@@ -173,14 +174,20 @@ def diagnose(
             or the path of either or of a trainer's metrics. Prompts should be like the server's.
             Of a trace with several temperatures, the record's counts.
         drafter: which one of a trace of several.
+        temperature: at which the record was served, where it does not say it.
         config: the drafter's; causes that it cannot have are left out.
 
     Raises:
         ValueError: one of them has no acceptance by slot, or they are of different temperatures.
     """
     served = record if isinstance(record, AcceptanceRecord) else load_acceptance(record)
-    own = trained_record(trained, drafter, served.values("temperature"))
-    temperature = _same_temperature(served, own)
+    held = served.values("temperature")
+    if temperature is not None:
+        if held not in ([], [temperature]):
+            raise ValueError(f"temperature must be that of the record, {held}, got {temperature}")
+        held = [temperature]
+    own = trained_record(trained, drafter, held)
+    temperature = _same_temperature(held, own.values("temperature"))
     lengths = [one.passed.shape[1] for one in (served, own)]
     for name, length in zip(("record", "trained"), lengths, strict=True):
         if not length:
@@ -363,11 +370,9 @@ def _cut(record: AcceptanceRecord, slots: int) -> AcceptanceRecord:
     return replace(record, reached=record.reached[:, :slots], passed=record.passed[:, :slots])
 
 
-def _same_temperature(*records: AcceptanceRecord) -> float | None:
-    """The temperature of the records, where one of them says it."""
-    told: set[float] = set()
-    for record in records:
-        told |= set(record.values("temperature"))
+def _same_temperature(served: list[float], own: list[float]) -> float | None:
+    """The temperature of both records, where one of them says it."""
+    told = {*served, *own}
     if len(told) > 1:
         raise ValueError(
             f"record and trained must be of one temperature, got {sorted(told)}: compare parts of "

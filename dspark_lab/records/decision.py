@@ -155,11 +155,11 @@ def _profile(record: AcceptanceRecord, trace: pd.DataFrame | None) -> Acceptance
     """Accept rates, 0 in slots that no round reached, as their survival is."""
     profile = record.profile() if trace is None else acceptance_profile(trace)
     inside = np.tri(len(profile.rates), dtype=bool)
-    filled = {
-        name: np.where(inside, np.nan_to_num(values), np.nan)
-        for name, values in (("by_length", profile.by_length), ("samples", profile.samples))
-    }
-    return replace(profile, **filled)
+    by_length, samples = (
+        np.where(inside, np.nan_to_num(values), np.nan)
+        for values in (profile.by_length, profile.samples)
+    )
+    return replace(profile, by_length=by_length, samples=samples)
 
 
 def _options(
