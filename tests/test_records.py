@@ -10,7 +10,6 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,46 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.make.server_files import (
+    Round,
+    aiperf,
+    aiperf_row,
+    automodel,
+    automodel_object,
+    csv_head,
+    csv_row,
+    deepspec,
+    dump_of,
+    dump_request,
+    histogram,
+    json_lines,
+    llama_line,
+    llama_log,
+    llama_metrics,
+    passed,
+    pooled,
+    sglang_dump,
+    sglang_line,
+    sglang_meta,
+    sglang_object,
+    speculators,
+    sums,
+    trt_metrics,
+    trt_object,
+    trt_requests,
+    trt_rows,
+    vllm_bench,
+    vllm_line,
+    vllm_log,
+    vllm_metrics,
+    vllm_object,
+    vllm_requests,
+    vllm_row,
+)
 from dspark_lab import load_acceptance
 from dspark_lab.records import AcceptanceRecord
 from dspark_lab.serving import AcceptanceProfile
 
-# A round: how many drafted tokens were accepted, the target's own left out, and how many verified.
-Round = tuple[int, int]
 Writer = Callable[[Sequence[Sequence[Round]], int], str]
 SUMS_ONLY = "no intervals: sums only"
 # Six rounds of three slots, nine tokens accepted: histogram 2, 1, 1, 2, and tau 2.5.
@@ -38,10 +71,6 @@ def read(content: str | bytes, name: str = "record", **options: Any) -> Acceptan
         path = Path(folder, name)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return load_acceptance(path, **options)
-
-
-def json_lines(*rows: Any) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -57,50 +86,9 @@ def reached(rounds: Sequence[Round], slots: int) -> list[int]:
     return [sum(a >= slot and d > slot for a, d in rounds) for slot in range(slots)]
 
 
-def passed(rounds: Sequence[Round], slots: int) -> list[int]:
-    return [sum(a > slot for a, _ in rounds) for slot in range(slots)]
-
-
-def histogram(rounds: Sequence[Round], slots: int) -> list[int]:
-    return [sum(a == j for a, _ in rounds) for j in range(slots + 1)]
-
-
 def conditional(rounds: Sequence[Round], slots: int) -> list[float]:
     pairs = zip(passed(rounds, slots), reached(rounds, slots), strict=True)
     return [over / under if under else math.nan for over, under in pairs]
-
-
-def pooled(requests: Sequence[Sequence[Round]]) -> list[Round]:
-    return [step for request in requests for step in request]
-
-
-def sums(rounds: Sequence[Round]) -> tuple[int, int, int]:
-    return len(rounds), sum(a for a, _ in rounds), sum(d for _, d in rounds)
-
-
-def vllm_object(rounds: Sequence[Round], slots: int, detailed: bool = True) -> dict[str, Any]:
-    steps, accepted, drafted = sums(rounds)
-    found: dict[str, Any] = {
-        "mean_acceptance_length": 1 + accepted / steps,
-        "draft_acceptance_rate": accepted / drafted,
-        "acceptance_histogram": histogram(rounds, slots),
-        "num_spec_steps": steps,
-        "num_accepted_draft_tokens": accepted,
-        "num_draft_tokens": drafted,
-        "num_spec_tokens": slots,
-    }
-    if detailed:
-        found["per_step_accepted"] = [a for a, _ in rounds]
-        found["per_step_drafted"] = [d for _, d in rounds]
-    return found
-
-
-def vllm_row(found: dict[str, Any], name: str = "cmpl-1", **other: Any) -> dict[str, Any]:
-    return {"id": name, "metrics": {"speculative_decoding": found}, **other}
-
-
-def vllm_detailed(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    return json_lines(*(vllm_row(vllm_object(r, slots), f"r{n}") for n, r in enumerate(requests)))
 
 
 def vllm_summary(requests: Sequence[Sequence[Round]], slots: int) -> str:
@@ -120,52 +108,8 @@ def vllm_by_length(requests: Sequence[Sequence[Round]], slots: int) -> str:
     return json_lines(*rows)
 
 
-def aiperf_row(
-    rounds: Sequence[Round], slots: int, detailed: bool = True, **phase: Any
-) -> dict[str, Any]:
-    found = {"engine": "vllm"} | vllm_object(rounds, slots, detailed)
-    counts = enumerate(histogram(rounds, slots))
-    found["acceptance_histogram"] = {str(j): count for j, count in counts if count}
-    metadata = {"x_request_id": "a1", "benchmark_phase": "profiling", "was_cancelled": False}
-    rate = {"value": 100 * found["draft_acceptance_rate"], "unit": "%"}
-    return {
-        "metadata": metadata | phase,
-        "metrics": {"spec_decode_draft_acceptance_rate": rate},
-        "spec_decode_acceptance": found | {"completion_tokens": 40},
-        "error": None,
-    }
-
-
-def aiperf_detailed(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    rows = enumerate(requests)
-    return json_lines(*(aiperf_row(r, slots, x_request_id=f"a{n}") for n, r in rows))
-
-
 def aiperf_summary(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    rows = enumerate(requests)
-    return json_lines(*(aiperf_row(r, slots, False, x_request_id=f"a{n}") for n, r in rows))
-
-
-def sglang_object(rounds: Sequence[Round], slots: int) -> dict[str, Any]:
-    """The histogram is as long as the most accepted; proposed are whole blocks, cut or not."""
-    steps, accepted, _ = sums(rounds)
-    return {
-        "prompt_tokens": 12,
-        "completion_tokens": steps + accepted - 1,
-        "spec_verify_ct": steps,
-        "spec_num_correct_drafts": accepted,
-        "spec_num_proposed_drafts": steps * slots,
-        "spec_correct_drafts_histogram": histogram(rounds, max(a for a, _ in rounds)),
-        "spec_accept_rate": accepted / (steps * slots),
-        "spec_accept_length": (steps + accepted - 1) / steps,
-    }
-
-
-def sglang_meta(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    found = [sglang_object(request, slots) for request in requests]
-    return json_lines(
-        *({"text": "", "meta_info": {"id": f"r{n}"} | f} for n, f in enumerate(found))
-    )
+    return aiperf(requests, slots, detailed=False)
 
 
 def sglang_capped(requests: Sequence[Sequence[Round]], slots: int) -> str:
@@ -180,177 +124,15 @@ def sglang_capped(requests: Sequence[Sequence[Round]], slots: int) -> str:
     return json_lines(*rows)
 
 
-def dump_request(accepted: int, verified: int, **other: Any) -> dict[str, Any]:
-    """A request of a step; the window counts the slot of the last token."""
-    found = {"req_pool_index": 3, "prefix_len": 100, "verify_len": verified + 1}
-    return found | {"correct_drafts": accepted, "acc_len": accepted + 1, "bonus_token": 9} | other
-
-
-def dump_of(
-    steps: Sequence[Sequence[dict[str, Any]]], slots: int, mode: str = "compact", **top: Any
-) -> dict[str, Any]:
-    records = [
-        {"forward_ct": 900 + n, "bs": len(reqs), "mode": mode, "reqs": list(reqs)}
-        for n, reqs in enumerate(steps)
-    ]
-    head = {"mode": mode, "gamma": slots, "verify_num_draft_tokens": slots + 1}
-    return head | {"components": ["core", "reqs"], "records": records} | top
-
-
-def sglang_dump(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    steps = [
-        [dump_request(*step, rid=f"r{n}") for n, step in enumerate(at) if step]
-        for at in zip_longest(*requests)
-    ]
-    return json.dumps({"internal_states": [{"dspark_info_record": dump_of(steps, slots)}]})
-
-
-def trt_object(rounds: Sequence[Round], slots: int) -> dict[str, Any]:
-    steps, accepted, drafted = sums(rounds)
-    return {
-        "acceptance_rate": accepted / drafted,
-        "total_accepted_draft_tokens": accepted,
-        "total_draft_tokens": drafted,
-        "num_spec_steps": steps,
-        "acceptance_histogram": histogram(rounds, slots),
-        "num_spec_tokens": slots,
-    }
-
-
-def trt_requests(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    found = [trt_object(request, slots) for request in requests]
-    return json_lines(
-        *({"id": f"r{n}", "choices": [{"speculative_decoding": f}]} for n, f in enumerate(found))
-    )
-
-
-def trt_rows(requests: Sequence[Sequence[Round]]) -> list[dict[str, Any]]:
-    """Each iteration verifies once for every request that still runs; some draft nothing."""
-    rows: list[dict[str, Any]] = [{"iter": 1, "iterLatencyMS": 9.5, "specDecodingStats": None}]
-    for n, at in enumerate(zip_longest(*requests)):
-        steps, accepted, drafted = sums([step for step in at if step])
-        found = {
-            "numDraftTokens": drafted,
-            "numAcceptedTokens": accepted,
-            "numRequestsWithDraftTokens": steps,
-            "acceptanceLength": (accepted + steps) / steps,
-            "iterLatencyMS": 0.0,
-            "draftOverhead": 0.0,
-        }
-        rows.append({"iter": n + 2, "iterLatencyMS": 11.5, "specDecodingStats": found})
-    return rows
-
-
 def trt_iterations(requests: Sequence[Sequence[Round]], slots: int) -> str:
     return repr(trt_rows(requests))
 
 
-def counters(requests: Sequence[Sequence[Round]], slots: int, program: str) -> str:
-    """A scrape: each request is an engine's, and its counters are shuffled among the others'."""
-    lines = ["# HELP some_gauge Nothing of ours", "# TYPE some_gauge gauge", "some_gauge NaN"]
-    for engine, request in enumerate(requests):
-        counts = sums(request)
-        names = ("num_drafts", "num_accepted_tokens", "num_draft_tokens")
-        for name, value in zip(names, (counts[0], counts[1], counts[2]), strict=True):
-            labels = f'engine="{engine}",model_name="my/model"'
-            lines.append(f"{program}:spec_decode_{name}_total{{{labels}}} {value}.0")
-            lines.append(f"{program}:spec_decode_{name}_created{{{labels}}} 1.77e+09")
-        for slot, count in enumerate(passed(request, slots)):
-            name = f"{program}:spec_decode_num_accepted_tokens_per_pos"
-            labels = f'position="{slot}",engine="{engine}",model_name="my/model"'
-            lines.insert(0, f"{name}_total{{{labels}}} {count}.0")
-            lines.append(f"{name}_created{{{labels}}} 1.77e+09")
-    return "\n".join(lines) + "\n"
-
-
-def vllm_metrics(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    return counters(requests, slots, "vllm")
-
-
-def llama_metrics(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    return counters([pooled(requests)], slots, "llamacpp").replace(',model_name="my/model"', "")
-
-
-def trt_metrics(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    rounds = pooled(requests)
-    verified = [sum(d > slot for _, d in rounds) for slot in range(slots)]
-    lines = []
-    for name, counts in (("accepted", passed(rounds, slots)), ("drafted", verified)):
-        for slot, count in enumerate(counts):
-            labels = f'{{engine_type="trtllm",model_name="m",token_position="{slot}"}}'
-            lines.append(f"trtllm_spec_decode_{name}_tokens_total{labels} {count}.0")
-            lines.append(f"trtllm_spec_decode_{name}_tokens_created{labels} 1.77e+09")
-    return "\n".join(lines) + "\n"
-
-
-def vllm_bench(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    rounds = pooled(requests)
-    steps, accepted, drafted = sums(rounds)
-    found: dict[str, Any] = {"backend": "vllm", "completed": 7, "input_lens": [5, 6]}
-    found["spec_decode_acceptance_rate"] = 100 * accepted / drafted
-    found["spec_decode_acceptance_length"] = 1 + accepted / steps
-    found["spec_decode_num_drafts"] = steps
-    found["spec_decode_draft_tokens"] = drafted
-    found["spec_decode_accepted_tokens"] = accepted
-    rates = [count / steps for count in passed(rounds, slots)]
-    found["spec_decode_per_position_acceptance_rates"] = rates
-    return json.dumps(found)
-
-
-CSV_HEAD = "subset,num_drafts,num_draft_tokens,num_accepted_tokens,acceptance_length,"
-
-
-def csv_row(name: str, rounds: Sequence[Round], slots: int) -> str:
-    steps, accepted, drafted = sums(rounds)
-    rates = [count / steps for count in passed(rounds, slots)]
-    cells = [float(steps), float(drafted), float(accepted), 1 + accepted / steps, *rates]
-    return ",".join([name, *map(repr, cells)]) + "\n"
-
-
-def csv_head(slots: int) -> str:
-    return CSV_HEAD + ",".join(f"acceptance_at_pos_{slot}" for slot in range(slots)) + "\n"
-
-
-def speculators(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    rows = [csv_row(f"set{n}", request, slots) for n, request in enumerate(requests)]
-    return csv_head(slots) + "".join(rows)
-
-
-def deepspec(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    rounds = pooled(requests)
-    steps, accepted, drafted = sums(rounds)
-    rates = [count / steps for count in passed(rounds, slots)]
-    spec = {"dataset": "math", "draft_tokens_per_proposal": slots}
-    spec |= {"acceptance_length": 1 + accepted / steps, "accept_rates_by_position": rates}
-    spec |= {"verify_rate": (accepted + steps) / (drafted + steps), "output_tokens": 90}
-    positions = [
-        {"position": slot, "total_weight": float(steps), "ece": 0.02, "auc": math.nan}
-        | {"brier": 0.1, "pred_mean": 0.9, "target_mean": rate, "reliability": []}
-        for slot, rate in enumerate(rates)
-    ]
-    confidence = {"dataset": "math", "proposal_count": steps, "per_position": positions}
-    summary = {"ece_mean": 0.02, "auc_mean": math.nan}
-    found = {"config": {}, "spec": spec, "confidence": confidence, "confidence_summary": summary}
-    return json.dumps(found, indent=2)
-
-
-def automodel_object(rounds: Sequence[Round]) -> dict[str, Any]:
-    steps, accepted, drafted = sums(rounds)
-    found = {"model": "m", "num_prompts": 4, "completed": 4, "failed": 0, "output_tokens": 90}
-    found |= {"wall_clock_s": 41.2, "output_throughput_tok_s": 188.0}
-    found |= {
-        "accept_length": round(1 + accepted / steps, 4),
-        "acceptance_rate": accepted / drafted,
-    }
-    return found | {
-        "num_drafts": steps,
-        "num_draft_tokens": drafted,
-        "num_accepted_tokens": accepted,
-    }
-
-
-def automodel(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    return json.dumps(automodel_object(pooled(requests)), indent=2)
+def vllm_scrape(requests: Sequence[Sequence[Round]], slots: int) -> str:
+    """Its counters are shuffled among the engines' and others."""
+    other = "# HELP some_gauge Nothing of ours\n# TYPE some_gauge gauge\nsome_gauge NaN\n"
+    lines = vllm_metrics(requests, slots).splitlines(keepends=True)
+    return other + "".join(lines[::-2] + lines[::2])
 
 
 def automodel_sweep(requests: Sequence[Sequence[Round]], slots: int) -> str:
@@ -362,72 +144,20 @@ def automodel_sweep(requests: Sequence[Sequence[Round]], slots: int) -> str:
     return json.dumps({"results": results, "aggregate": total})
 
 
-def vllm_line(rounds: Sequence[Round], slots: int, time: str = "03-14 09:26:53") -> str:
-    """A line of the log as it is since 2025."""
-    steps, accepted, drafted = sums(rounds)
-    rates = ", ".join(f"{count / steps:.3f}" for count in passed(rounds, slots))
-    return (
-        f"(APIServer pid=42) INFO {time} [metrics.py:120] SpecDecoding metrics: "
-        f"Mean acceptance length: {1 + accepted / steps:.2f}, "
-        f"Accepted throughput: {accepted / 10:.2f} tokens/s, "
-        f"Drafted throughput: {drafted / 10:.2f} tokens/s, "
-        f"Accepted: {accepted} tokens, Drafted: {drafted} tokens, "
-        f"Per-position acceptance rate: {rates}, "
-        f"Avg Draft acceptance rate: {100 * accepted / drafted:.1f}%\n"
-    )
-
-
-def vllm_log(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    speed = "INFO 03-14 09:26:53 [loggers.py:310] Engine 00{}: Avg prompt throughput: 5 tokens/s\n"
-    rows = enumerate(requests)
-    return "".join(speed.format(n) + vllm_line(request, slots) for n, request in rows)
-
-
-def llama_line(rounds: Sequence[Round], slots: int, task: int = 40, by_slot: bool = True) -> str:
-    steps, accepted, drafted = sums(rounds)
-    mean, name = 1 + accepted / steps, "mean acceptance length" if by_slot else "mean len"
-    rates = ", ".join(f"{count / steps:.3f}" for count in passed(rounds, slots))
-    return (
-        f"0.16.519.195 I slot print_timing: id  1 | task {task} | draft acceptance = "
-        f"{accepted / drafted:.5f} ({accepted:5d} accepted / {drafted:5d} generated), "
-        f"{name} = {mean:5.2f}" + (f", acceptance rate per position = ({rates})" * by_slot) + "\n"
-    )
-
-
-def llama_log(requests: Sequence[Sequence[Round]], slots: int) -> str:
-    lines = []
-    for task, request in enumerate(requests):
-        lines.append(f"slot print_timing: id 1 | task {task} | eval time = 26.5 ms / 29 tokens\n")
-        lines.append(llama_line(request, slots, task))
-    return "".join(lines)
-
-
-def sglang_line(
-    length: float, rate: float | None = None, time: str = "09:12:44", cap: float | None = None
-) -> str:
-    return (
-        f"[2026-06-02 {time} DP0 TP0] Decode batch, #running-req: 6, #full token: 9120, "
-        f"full token usage: 0.09, accept len: {length:.2f}, "
-        + (f"accept rate: {rate:.2f}, " if rate is not None else "")
-        + (f"cap len: {cap:.2f}, " if cap is not None else "")
-        + "cuda graph: True, gen throughput (token/s): 402.77, #queue-req: 0\n"
-    )
-
-
 # Name: writer, kind, unit, and what is known of slots. "exact" knows which slots were verified,
 # "histogram" does not, "counters" has sums by slot, "sums" none by slot, "rounded" a few digits.
 FORMATS: dict[str, tuple[Writer, str, str, str]] = {
-    "vLLM detailed": (vllm_detailed, "vLLM requests", "request", "exact"),
+    "vLLM detailed": (vllm_requests, "vLLM requests", "request", "exact"),
     "vLLM by draft length": (vllm_by_length, "vLLM requests", "request", "exact"),
     "vLLM summary": (vllm_summary, "vLLM requests", "request", "histogram"),
-    "AIPerf detailed": (aiperf_detailed, "AIPerf records", "request", "exact"),
+    "AIPerf detailed": (aiperf, "AIPerf records", "request", "exact"),
     "AIPerf summary": (aiperf_summary, "AIPerf records", "request", "histogram"),
     "SGLang dump": (sglang_dump, "SGLang dump", "request", "exact"),
     "SGLang meta_info": (sglang_meta, "SGLang meta_info", "request", "whole"),
     "SGLang capped": (sglang_capped, "SGLang meta_info", "request", "histogram"),
     "TensorRT-LLM requests": (trt_requests, "TensorRT-LLM requests", "request", "histogram"),
     "TensorRT-LLM iterations": (trt_iterations, "TensorRT-LLM iterations", "interval", "sums"),
-    "vLLM metrics": (vllm_metrics, "vLLM metrics", "server", "counters"),
+    "vLLM metrics": (vllm_scrape, "vLLM metrics", "server", "counters"),
     "llama.cpp metrics": (llama_metrics, "llama.cpp metrics", "server", "counters"),
     "TensorRT-LLM metrics": (trt_metrics, "TensorRT-LLM metrics", "server", "counters"),
     "vLLM bench": (vllm_bench, "vLLM bench", "server", "counters"),
@@ -794,7 +524,7 @@ def test_each_place_of_a_request_of_vllm_is_read(row):
 def test_a_slot_that_was_never_verified_is_unknown():
     """Slot 2 was verified in the first round alone, slot 3 behind a rejection."""
     rounds = [(3, 3), (2, 2), (1, 4), (0, 2)]
-    record = read(vllm_detailed([rounds], 4))
+    record = read(vllm_requests([rounds], 4))
     same(record.survival, [3 / 4, 2 / 4, 1 / 4, 0])
     same(record.conditional, [3 / 4, 2 / 3, 1, math.nan])
     assert record.profile().longest == 3
@@ -832,8 +562,8 @@ def test_lines_carry_what_is_known_of_a_request():
     (line,) = read(json.dumps(row)).lines.to_dict("records")
     assert line["line"] == "cmpl-1" and (line["temperature"], line["label"]) == (0.7, "code")
     assert (line["prompt_tokens"], line["output_tokens"]) == (12, 16)
-    line = read(aiperf_detailed([SIX], 3)).lines.iloc[0]
-    assert line["line"] == "a0" and line["output_tokens"] == 40
+    line = read(aiperf([SIX], 3)).lines.iloc[0]
+    assert line["line"] == "r0" and line["output_tokens"] == 40
     line = read(sglang_meta([SIX], 3)).lines.iloc[0]
     assert (line["line"], line["prompt_tokens"], line["output_tokens"]) == ("r0", 12, 14)
 
@@ -875,7 +605,7 @@ def test_the_interval_of_tau_is_that_of_requests_drawn_again():
         [(int(a), 4) for a in generator.binomial(4, share, size=generator.integers(3, 30))]
         for share in generator.uniform(0.1, 0.9, 60)
     ]
-    table = read(vllm_detailed(requests, 4)).tau_table()
+    table = read(vllm_requests(requests, 4)).tau_table()
     counts = np.array([sums(request)[:2] for request in requests])
     again = counts[generator.integers(0, 60, (4000, 60))].sum(axis=1)
     low, high = np.quantile(1 + again[:, 1] / again[:, 0], [0.025, 0.975])
@@ -1196,7 +926,7 @@ def test_a_file_reads_the_same_however_it_was_saved(name, layout):
 
 
 def test_rows_are_read_from_an_array_lines_or_one_object():
-    rows = [json.loads(line) for line in vllm_detailed([SIX, SIX[:3]], 3).splitlines()]
+    rows = [json.loads(line) for line in vllm_requests([SIX, SIX[:3]], 3).splitlines()]
     for text in (json.dumps(rows), json.dumps(rows, indent=2), json_lines(*rows)):
         assert read(text).lines["line"].tolist() == ["r0", "r1"]
     assert read(json.dumps(rows[0], indent=2)).tau == 2.5

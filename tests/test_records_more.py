@@ -12,21 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dspark_lab import load_acceptance, rates, serving
-from dspark_lab.decoding import TRACE_COLUMNS, load_trace, save_trace
-from dspark_lab.pairs import load_traces
-from dspark_lab.records import counted_since, record_of_trace, trace_of_dump
-from tests.test_records import (
-    SIX,
-    SIX_CONDITIONAL,
-    SIX_SURVIVAL,
+from data.make.server_files import (
     Round,
     dump_of,
     dump_request,
     llama_line,
     passed,
-    read,
-    same,
     sglang_line,
     sums,
     trt_rows,
@@ -34,6 +25,11 @@ from tests.test_records import (
     vllm_object,
     vllm_row,
 )
+from dspark_lab import load_acceptance, rates, serving
+from dspark_lab.decoding import TRACE_COLUMNS, load_trace, save_trace
+from dspark_lab.pairs import load_traces
+from dspark_lab.records import counted_since, record_of_trace, trace_of_dump
+from tests.test_records import SIX, SIX_CONDITIONAL, SIX_SURVIVAL, read, same
 
 # A hundred rounds of four slots: survival 0.62, 0.40, 0.25, 0.13, of 140 accepted tokens.
 RATES = [0.62, 0.40, 0.25, 0.13]
@@ -553,7 +549,8 @@ def test_a_cap_shows_what_the_whole_block_would_have_been(shipped, tmp_path):
 
 
 def test_positions_count_the_tokens_that_were_served(tmp_path):
-    steps = [[dump_request(a, 3, rid="r", draft_tokens=[5, 6, 7])] for a in (2, 0, 3)]
+    own = {"rid": "r", "draft_tokens": [5, 6, 7], "bonus_token": 9}
+    steps = [[dump_request(a, 3, **own)] for a in (2, 0, 3)]
     trace = trace_of_dump(written(json.dumps(dump_of(steps, 3, "static")), tmp_path))
     assert trace["position"].tolist() == [1, 2, 3, 4, 5, 6, 5, 6, 7]
     assert trace["resampled"].dropna().tolist() == [9, 9]

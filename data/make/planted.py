@@ -82,18 +82,9 @@ def plant(pair: Pair, case: Case, requests: int = REQUESTS) -> AcceptanceRecord:
         return load_acceptance(path)
 
 
-def decode_case(pair: Pair, case: Case, requests: int = REQUESTS) -> Decoded:
-    """Answers of so many requests, on questions drawn from all templates."""
-    rng = random.Random(f"{case.seed}")
-    if pair.name == "pocket":
-        pool = distinct_prompts(POCKET_TEMPLATES, 40, case.seed)
-    else:
-        pool = make_prompts(4 * requests, case.seed, follow_up_share=0)
-    options = {"temperature": case.temperature, "seed": case.seed, "draft_length": SLOTS}
-    drafter = pair.load_drafter(case.drafter)
-    setup = Setup(pair.target, drafter, rng.sample(pool, requests), options, [])
-    if case.cause:
-        FAULTS[case.cause](setup, rng)
+def decode_case(pair: Pair, case: Case, requests: int = REQUESTS, tokens: int = TOKENS) -> Decoded:
+    """Answers of up to so many ``tokens`` to so many requests."""
+    setup = set_up(pair, case, requests, tokens)
     with ExitStack() as stack:
         for one in setup.patches:
             stack.enter_context(one)
@@ -102,10 +93,25 @@ def decode_case(pair: Pair, case: Case, requests: int = REQUESTS) -> Decoded:
             setup.drafter,
             [setup.encoded(prompt.users[0]) for prompt in setup.prompts],
             domains=[prompt.domain for prompt in setup.prompts],
-            max_new_tokens=TOKENS,
             batch_size=min(100, requests),
             **setup.options,
         )
+
+
+def set_up(pair: Pair, case: Case, requests: int = REQUESTS, tokens: int = TOKENS) -> Setup:
+    """What decodes a case, on questions drawn from all templates."""
+    rng = random.Random(f"{case.seed}")
+    if pair.name == "pocket":
+        pool = distinct_prompts(POCKET_TEMPLATES, 40, case.seed)
+    else:
+        pool = make_prompts(4 * requests, case.seed, follow_up_share=0)
+    options = {"temperature": case.temperature, "seed": case.seed, "draft_length": SLOTS}
+    options["max_new_tokens"] = tokens
+    drafter = pair.load_drafter(case.drafter)
+    setup = Setup(pair.target, drafter, rng.sample(pool, requests), options, [])
+    if case.cause:
+        FAULTS[case.cause](setup, rng)
+    return setup
 
 
 def record_lines(decoded: Decoded, case: Case, ends: set[int]) -> list[str]:
@@ -173,7 +179,7 @@ class _Stale(loop.Decoding):
 
 def _stale(setup: Setup, rng: random.Random) -> None:
     start = setup.drafter.start_cache
-    room = TOKENS * (SLOTS + 1)
+    room = setup.options["max_new_tokens"] * (SLOTS + 1)
     setup.patches.append(patch.object(loop, "Decoding", _Stale))
     setup.patches.append(
         patch.object(
