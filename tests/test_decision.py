@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data.make.server_files import json_lines, sglang_dump, vllm_object, vllm_row
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import split_prompts
 from dspark_lab.records import (
@@ -20,7 +21,7 @@ from dspark_lab.records import (
 )
 from dspark_lab.serving import AcceptanceProfile, RoundCosts, gain_by_length, gain_table
 from tests.served import drawn, record
-from tests.test_records import SIX, json_lines, sglang_dump, vllm_object, vllm_row
+from tests.test_records import SIX
 
 PLAIN, DRAFT, VERIFY, REST = 0.01, 0.0005, 0.002, 0.001
 
