@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.make.planted import SEED, SLOTS, Case, set_up
+from data.make.planted import SLOTS, Case, set_up
 from data.make.served import (
     DRAFTER,
     RECORDS,
     REQUESTS,
+    SEED,
     faulty_files,
     healthy_files,
     serve,
@@ -186,3 +187,13 @@ def test_the_same_requests_are_the_same_bytes(tmp_path: Path) -> None:
     assert load_acceptance(tmp_path / "first" / "stale.jsonl").lines["line"].tolist() == [
         f"request-00{number}" for number in (1, 2, 3)
     ]
+
+
+def test_the_card_has_the_figures_of_the_records() -> None:
+    card = (RECORDS / "README.md").read_text(encoding="utf-8")
+    healthy, stale = (
+        load_acceptance(RECORDS / name) for name in ("vllm_requests.jsonl", "stale.jsonl")
+    )
+    assert f"took {healthy.rounds:,.0f} rounds with a tau of {healthy.tau:.2f}" in card
+    assert f"the other one {stale.rounds:,.0f} rounds with a tau of {stale.tau:.2f}" in card
+    assert f"(seed {SEED:,})" in card

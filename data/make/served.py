@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from data.make import server_files as write
 from data.make.generate import complete_folder
-from data.make.planted import SEED, SLOTS, TOKENS, Case, decode_case, set_up
+from data.make.planted import SLOTS, TOKENS, Case, decode_case, set_up
 from dspark_lab.chats import SHIPPED_CHATS
 from dspark_lab.decoding import Decoded
 from dspark_lab.decoding.text import encode_prompt, end_tokens, up_to_end
@@ -30,6 +30,8 @@ from dspark_lab.pairs import Pair, load_pair
 from dspark_lab.rates import auroc, brier, expected_calibration_error
 
 RECORDS = DATA / "records"
+# Other questions than those that signatures are learned and reported on.
+SEED = 900_000
 DRAFTER, FAULT, REQUESTS = "dspark-k7", "stale cache", 200
 # Requests at once in SGLang's and TensorRT-LLM's steps; decimals of a dump's confidences.
 RUNNING, DECIMALS = 4, 6
