@@ -209,9 +209,9 @@ STRETCHES = pd.DataFrame(
 ).assign(high=[3.4, 3.2, 2.8])
 SUMS_ONLY = STRETCHES.assign(low=np.nan, high=np.nan)
 OPTIONS = table(
-    "draft_length threshold gain gain_low gain_high faster",
-    *((7, NAN, 0.0, 0.0, 0.0, False), (4, NAN, 0.031, -0.004, 0.066, False)),
-    *((7, 0.45, 0.08, 0.05, 0.11, True), (0, NAN, -0.21, -0.26, -0.15, False)),
+    "draft_length threshold gain_percent gain_low gain_high faster",
+    *((7, NAN, 0.0, 0.0, 0.0, False), (4, NAN, 3.1, -0.4, 6.6, False)),
+    *((7, 0.45, 8.0, 5.0, 11.0, True), (0, NAN, -21.0, -26.0, -15.0, False)),
 )
 OPTIONS.insert(0, "option", ["draft 7", "draft 4", "threshold 0.45", "plain decoding"])
 CAUSES = pd.DataFrame(

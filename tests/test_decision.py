@@ -54,11 +54,13 @@ def test_gains_are_those_of_a_loop_over_lengths() -> None:
     table = gain_by_length(AcceptanceProfile.of(rates), costs()).set_index("draft_length")
     for k in range(1, 5):
         assert table.loc[k, "speedup"] == pytest.approx(speed(rates, k))
-        assert table.loc[k, "gain"] == pytest.approx(speed(rates, k) / speed(rates, 4) - 1)
+        assert table.loc[k, "gain_percent"] == pytest.approx(
+            100 * (speed(rates, k) / speed(rates, 4) - 1)
+        )
     assert table["gain_low"].isna().all()
     against = gain_by_length(AcceptanceProfile.of(rates), costs(), 2).set_index("draft_length")
-    assert against.loc[2, "gain"] == 0 and against.loc[4, "gain"] == pytest.approx(
-        speed(rates, 4) / speed(rates, 2) - 1
+    assert against.loc[2, "gain_percent"] == 0 and against.loc[4, "gain_percent"] == pytest.approx(
+        100 * (speed(rates, 4) / speed(rates, 2) - 1)
     )
     with pytest.raises(ValueError, match="draft_length must be at most 4, got 5"):
         gain_by_length(AcceptanceProfile.of(rates), costs(), 5)
@@ -69,9 +71,9 @@ def test_intervals_of_a_gain_are_of_the_same_requests_drawn_again() -> None:
     table = gain_by_length(profile, costs()).set_index("draft_length")
     assert table.loc[6, ["gain_low", "gain_high"]].tolist() == [0, 0]
     apart = table.loc[6, "speedup_high"] - table.loc[6, "speedup_low"]
-    assert table.loc[5, "gain_high"] - table.loc[5, "gain_low"] < apart / 2
+    assert table.loc[5, "gain_high"] - table.loc[5, "gain_low"] < apart * 50
     sampled = [costs().figures(profile.sampled_survival(k))["speedup"] for k in (5, 6)]
-    low, high = np.quantile(sampled[0] / sampled[1] - 1, [0.025, 0.975])
+    low, high = 100 * np.quantile(sampled[0] / sampled[1] - 1, [0.025, 0.975])
     assert table.loc[5, ["gain_low", "gain_high"]].tolist() == pytest.approx([low, high])
 
 
@@ -93,8 +95,8 @@ def test_what_is_surely_faster_is_advised(action: str) -> None:
     ]
     plain = found.options.iloc[-1]
     served = found.options.iloc[0]
-    assert plain["gain"] == pytest.approx(1 / served["speedup"] - 1)
-    assert plain["gain_low"] == pytest.approx(1 / served["speedup_high"] - 1)
+    assert plain["gain_percent"] == pytest.approx(100 / served["speedup"] - 100)
+    assert plain["gain_low"] == pytest.approx(100 / served["speedup_high"] - 100)
     assert found.reason.startswith(action[0].upper() + action[1:]) and found.diagnosis is None
 
 
@@ -103,25 +105,25 @@ def test_a_gain_that_may_be_chance_changes_nothing() -> None:
     both = record([[0, 0, 30, 0, 0, 0, 0], [0, 0, 5, 0, 0, 0, 21]])
     found = decide_serving(both, costs())
     best = found.options.set_index("option").loc["draft 2"]
-    assert best["gain"] > 0.02 and best["gain_low"] < 0 < best["gain_high"]
+    assert best["gain_percent"] > 2 and best["gain_low"] < 0 < best["gain_high"]
     assert found.action == "keep" and not found.options["faster"].any()
     # The same counts as sums alone have no chance to speak of.
     whole = found.options
     sums = replace(both, unit="interval")
     alone = decide_serving(sums, costs())
     assert alone.action == "change the draft length" and alone.setting == {"draft_length": 2}
-    assert alone.options["gain"].tolist() == pytest.approx(whole["gain"].tolist())
+    assert alone.options["gain_percent"].tolist() == pytest.approx(whole["gain_percent"].tolist())
     assert alone.options["gain_low"].isna().all()
 
 
 def test_without_intervals_a_gain_of_two_percent_counts() -> None:
     rates = [0.9, 0.9, 0.5]
     for verify, faster in ((0.0033, True), (0.0022, False)):
-        gain = speed(rates, 2, verify) / speed(rates, 3, verify) - 1
-        assert 0 < gain and (gain > 0.02) == faster
+        gain = 100 * (speed(rates, 2, verify) / speed(rates, 3, verify) - 1)
+        assert 0 < gain and (gain > 2) == faster
         sums = replace(drawn(rates, 5000), unit="interval")
         shown = decide_serving(sums, costs(verify)).options.set_index("option")
-        assert shown.loc["draft 2", "gain"] == pytest.approx(gain, abs=0.004)
+        assert shown.loc["draft 2", "gain_percent"] == pytest.approx(gain, abs=0.4)
         assert shown.loc["draft 2", "faster"] == faster
 
 
@@ -177,10 +179,12 @@ def test_a_threshold_is_judged_on_other_requests_than_it_was_chosen_on(
     row = found.options.set_index("draft_length").loc[7].set_index("option").iloc[1]
     assert row.name == f"threshold {table.loc['raw', 'threshold']:.2f}"
     whole = table.loc["everything"]
-    bounds = [1 / (1 + whole[name] / 100) - 1 for name in ("gain_percent", "gain_high", "gain_low")]
-    assert row[["gain", "gain_low", "gain_high"]].tolist() == pytest.approx(bounds)
+    bounds = [
+        100 / (1 + whole[name] / 100) - 100 for name in ("gain_percent", "gain_high", "gain_low")
+    ]
+    assert row[["gain_percent", "gain_low", "gain_high"]].tolist() == pytest.approx(bounds)
     ratio = table.loc["raw", "speed"] / table.loc["everything", "speed"]
-    assert row["gain"] == pytest.approx(ratio - 1)
+    assert row["gain_percent"] == pytest.approx(100 * (ratio - 1))
     assert row["speedup"] == pytest.approx(found.options["speedup"][0] * ratio)
 
 

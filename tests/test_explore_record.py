@@ -159,9 +159,9 @@ def test_what_cannot_be_shown_is_refused(options: dict[str, Any], match: str) ->
 OPTIONS = pd.DataFrame(
     {
         "option": ["draft 7", "draft 4", "plain decoding"],
-        "gain": [0.0, 0.1, -0.2],
-        "gain_low": [0.0, 0.05, -0.3],
-        "gain_high": [0.0, 0.15, -0.1],
+        "gain_percent": [0.0, 10.0, -20.0],
+        "gain_low": [0.0, 5.0, -30.0],
+        "gain_high": [0.0, 15.0, -10.0],
         "faster": [False, True, False],
     }
 )
@@ -179,7 +179,7 @@ def marks(figure: Any) -> dict[str, list[float]]:
 
 def test_options_that_are_surely_faster_have_full_marks_and_the_served_is_named() -> None:
     figure = plot_options(OPTIONS)
-    assert marks(figure) == {"full": [0.1], "open": [0.0, -0.2]}
+    assert marks(figure) == {"full": [10.0], "open": [0.0, -20.0]}
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == ["draft 7, served", "draft 4", "plain decoding"]
 

@@ -60,7 +60,7 @@ def plot_options(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
 
     Filled marks are surely faster than what was served, which is the line at 0.
     """
-    require_columns("table", table, ["option", "gain", "gain_low", "gain_high", "faster"])
+    require_columns("table", table, ["option", "gain_percent", "gain_low", "gain_high", "faster"])
     if ax is None:
         _, ax = style.new_figure(7, 0.3 * len(table) + 0.9)
     ax.axvline(0, color=INK, linewidth=0.8)
@@ -68,11 +68,11 @@ def plot_options(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     for which, colour, fill in ((better, GREEN, GREEN), (~better, BLUE, "none")):
         rows, part = np.flatnonzero(which), table[which]
         ax.hlines(rows, part["gain_low"], part["gain_high"], color=colour, linewidth=2)
-        ax.plot(part["gain"], rows, "o", color=colour, markerfacecolor=fill, markersize=5)
+        ax.plot(part["gain_percent"], rows, "o", color=colour, markerfacecolor=fill, markersize=5)
     ax.set_yticks(range(len(table)), _named(table["option"]))
     ax.invert_yaxis()
     ax.margins(y=0.08)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel("speed against what was served")
     ax.set_ylabel("option")

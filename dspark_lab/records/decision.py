@@ -38,9 +38,9 @@ Action = Literal[
     "cannot be told",
 ]
 # Without intervals a smaller gain is taken for chance.
-_WORTH = 0.02
+_WORTH_PERCENT = 2
 _NOT_WRONG = (HEALTHY, "harder prompts")
-_GAINS = ["gain", "gain_low", "gain_high"]
+_GAINS = ["gain_percent", "gain_low", "gain_high"]
 OPTION_COLUMNS = [
     *("option", "draft_length", "threshold", "speedup", "speedup_low", "speedup_high"),
     *_GAINS,
@@ -56,7 +56,7 @@ class Decision:
         action: one of :data:`Action`.
         setting: what to set, by ``draft_length`` (0: do not draft) or ``threshold``.
         options: a row for each ``option``, of which the first is what was served: its ``speedup``
-            over plain decoding and its ``gain`` over what was served, as a share, with their 95 %
+            over plain decoding and its ``gain_percent`` over what was served, with their 95 %
             intervals (of a threshold, of its gain alone), and whether it is surely ``faster``:
             beyond its interval, or without any by more than 2 %.
         diagnosis: the one that was given.
@@ -169,14 +169,14 @@ def _options(
     lengths = gain_by_length(profile, costs).iloc[::-1]
     lengths.insert(0, "option", [f"draft {k}" for k in lengths["draft_length"]])
     served = lengths.iloc[0]
-    slower = 1 / served[["speedup", "speedup_high", "speedup_low"]].astype(float) - 1
+    slower = 100 / served[["speedup", "speedup_high", "speedup_low"]].astype(float) - 100
     plain = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), 1.0)
     rows = [{"option": "plain decoding", "draft_length": 0, **plain}]
     rows[0] |= dict(zip(_GAINS, slower, strict=True))
     if trace is not None and not trace["confidence"].isna().any():
         rows.insert(0, _threshold(trace, costs, served))
     table = pd.concat([lengths, pd.DataFrame(rows)], ignore_index=True)
-    low = table["gain_low"].fillna(table["gain"] - _WORTH)
+    low = table["gain_low"].fillna(table["gain_percent"] - _WORTH_PERCENT)
     return table.assign(faster=low > 0).reindex(columns=OPTION_COLUMNS)
 
 
@@ -189,9 +189,14 @@ def _threshold(trace: pd.DataFrame, costs: RoundCosts, served: pd.Series) -> dic
     threshold, whole = table.loc["raw", "threshold"], table.loc["everything"]
     # The table's gains are those of whole blocks over the threshold.
     ends = ("gain_percent", "gain_high", "gain_low")
-    gains = {name: 1 / (1 + whole[end] / 100) - 1 for name, end in zip(_GAINS, ends, strict=True)}
+    gains = {
+        name: 100 / (1 + whole[end] / 100) - 100 for name, end in zip(_GAINS, ends, strict=True)
+    }
     row = {"option": f"threshold {threshold:.2f}", "draft_length": served["draft_length"]}
-    row |= {"threshold": threshold, "speedup": served["speedup"] * (1 + gains["gain"])}
+    row |= {
+        "threshold": threshold,
+        "speedup": served["speedup"] * (1 + gains["gain_percent"] / 100),
+    }
     return row | gains
 
 
@@ -199,12 +204,12 @@ def _best(options: pd.DataFrame) -> tuple[Action, dict[str, float], str]:
     """The fastest of what is surely faster than what was served."""
     served, others = options.iloc[0], options.iloc[1:]
     better = others[others["faster"]]
-    speed = f"{served['option']} has {_number(served, 'speedup')} times the speed of plain decoding"
+    speed = f"{served['option']} has {_number(served)} times the speed of plain decoding"
     if better.empty:
-        first = others.loc[others["gain"].idxmax()]
+        first = others.loc[others["gain_percent"].idxmax()]
         why = f"{speed}, and nothing is surely faster: {first['option']} {_percent(first)}"
         return "keep", {"draft_length": float(served["draft_length"])}, why
-    first = better.loc[better["gain"].idxmax()]
+    first = better.loc[better["gain_percent"].idxmax()]
     why = f"{speed}, {first['option']} is faster: {_percent(first)}"
     if first["draft_length"] == 0:
         return "stop drafting", {"draft_length": 0.0}, why
@@ -220,14 +225,18 @@ def _wrong(diagnosis: Diagnosis, options: pd.DataFrame) -> str:
     return text
 
 
-def _number(row: pd.Series, name: str, scale: float = 1, form: str = ".2f", unit: str = "") -> str:
-    value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    spread = "" if np.isnan(low) else f" ({low:{form}} to {high:{form}}{unit})"
-    return f"{value:{form}}{unit}{spread}"
+def _number(row: pd.Series) -> str:
+    return _with_bounds(row[["speedup", "speedup_low", "speedup_high"]].tolist(), ".2f", "")
 
 
 def _percent(row: pd.Series) -> str:
-    return _number(row, "gain", 100, "+.1f", " %")
+    return _with_bounds(row[_GAINS].tolist(), "+.1f", " %")
+
+
+def _with_bounds(values: list[float], form: str, unit: str) -> str:
+    value, low, high = values
+    spread = "" if np.isnan(low) else f" ({low:{form}} to {high:{form}}{unit})"
+    return f"{value:{form}}{unit}{spread}"
 
 
 def _capital(text: str) -> str:

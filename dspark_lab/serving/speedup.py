@@ -61,7 +61,7 @@ def gain_by_length(
     """Gain in speed of each draft length over the one that is ``served``, by default the profile's.
 
     A row for each ``draft_length`` that has both a rate and a cost: its ``speedup`` over plain
-    decoding and its ``gain`` over the served length, as a share, each with its 95 % interval. Both
+    decoding and its ``gain_percent`` over the served length, each with its 95 % interval. Both
     lengths are of the same resamples, so that the gain is told better than either speed-up.
     """
     lengths = require_lengths(None, min(profile.longest, costs.longest))
@@ -77,11 +77,11 @@ def gain_by_length(
     for k, (speed, sample) in speeds.items():
         low, high = profile.interval(sample)
         gain, gains = (
-            own / other - 1 for own, other in zip(speeds[k], speeds[served], strict=True)
+            100 * (own / other - 1) for own, other in zip(speeds[k], speeds[served], strict=True)
         )
         rows.append((k, float(speed), low, high, float(gain), *profile.interval(gains)))
     names = ["draft_length", "speedup", "speedup_low", "speedup_high"]
-    return pd.DataFrame(rows, columns=[*names, "gain", "gain_low", "gain_high"])
+    return pd.DataFrame(rows, columns=[*names, "gain_percent", "gain_low", "gain_high"])
 
 
 def best_length(
