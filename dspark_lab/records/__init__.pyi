@@ -7,7 +7,7 @@ from .causes import (
     figures_of,
     likelihoods,
 )
-from .compare import acceptance_over, compare_acceptance, counted_since
+from .compare import acceptance_over, compare_acceptance, counted_since, speedup_by
 from .exchange import (
     load_scaling,
     load_shards,
@@ -43,5 +43,6 @@ __all__ = [
     "save_scaling",
     "save_step_costs",
     "scaling_advice",
+    "speedup_by",
     "trace_of_dump",
 ]

@@ -97,7 +97,7 @@ class AcceptanceRecord:
 
     @checked
     def part(
-        self, *, temperature: float | None = None, label: str | None = None
+        self, *, temperature: float | None = None, label: str | float | None = None
     ) -> AcceptanceRecord:
         """The lines of one temperature, of one label, or of both.
 
@@ -167,9 +167,8 @@ class AcceptanceRecord:
             drawn = resampled(count, resamples, seed).astype(float)
         sampled = _ratio(drawn @ self.passed[:, :known], drawn @ self.reached[:, :known])
         held = self.lines["temperature"].unique() if "temperature" in self.lines else []
-        profile = AcceptanceProfile.of(
-            rates[:known].tolist(), temperature=float(held[0]) if len(held) == 1 else None
-        )
+        only = float(held[0]) if len(held) == 1 and pd.notna(held[0]) else None
+        profile = AcceptanceProfile.of(rates[:known].tolist(), temperature=only)
         kept = np.tri(known, dtype=bool)
         samples = np.where(kept, sampled[:, None, :], np.nan)
         return AcceptanceProfile(
