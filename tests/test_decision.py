@@ -223,6 +223,16 @@ def test_a_debug_record_brings_its_own_trace(tmp_path: Path) -> None:
     assert "threshold" not in "".join(found.options["option"])
 
 
+def test_where_plain_steps_are_not_known_plain_decoding_is_no_option() -> None:
+    served = drawn(ACTIONS["stop drafting"][0])
+    found = decide_serving(served, replace(costs(0.01), plain_known=False))
+    known = decide_serving(served, costs(0.01)).options
+    assert found.action == "change the draft length" and found.setting == {"draft_length": 1}
+    assert found.options["option"].tolist() == known["option"].tolist()[:-1]
+    assert found.options["speedup"].isna().all() and "plain" not in found.reason
+    assert found.options["gain_low"].tolist() == known["gain_low"].tolist()[:-1]
+
+
 def test_what_is_given_wrong_is_refused() -> None:
     wrong: Any = 3
     with pytest.raises(TypeError, match="costs must be"):

@@ -180,6 +180,7 @@ def test_a_saved_engine_is_read_back_exactly(tmp_path_factory, values, taken, fa
     for name in ("requests", "draft", "rest", "plain_rest"):
         assert getattr(found, name).tolist() == getattr(engine, name).tolist()
     assert (found.sps.context_length, found.sps.device, found.sps.target) == (256, *facts)
+    assert found.plain_known
     assert type(found.sps.context_length) is int
     assert found.sps.tokens.tolist() == [1, 8]
     # Seconds are written, speeds are kept: 1 / (1 / x) may end a rounding beside x.
@@ -191,6 +192,13 @@ def test_a_saved_engine_is_read_back_exactly(tmp_path_factory, values, taken, fa
     pd.testing.assert_frame_equal(alone.table, sps.table, rtol=1e-14)
     assert list(sps.table) == ["tokens", "steps_per_second", "context_length", "device", "target"]
     assert type(alone.context_length) is int
+
+
+def test_a_saved_engine_goes_on_saying_that_its_plain_steps_are_not_known(tmp_path) -> None:
+    path = tmp_path / "engine.csv"
+    Engine.of(SPS, 2, draft_seconds=0.5, plain_known=False).save(path)
+    assert not Engine.read(path).plain_known
+    assert Engine.of(SPS, 2, draft_seconds=0.5).plain_known and "plain_known" not in ENGINE.table
 
 
 @pytest.mark.parametrize("kind", [Engine, StepsPerSecond])
@@ -246,6 +254,7 @@ def test_a_file_that_is_no_engine_is_refused(tmp_path, table, message) -> None:
         (lambda: made(draft=np.ones((3, 0))), "with 3 points, got shape (3, 0)"),
         (lambda: made(requests=[], draft=np.ones((0, 2))), "with one or more points"),
         (lambda: made(requests=3), "requests must be [point]"),
+        (lambda: made(plain_known=0), "plain_known must be True or False, got 0"),
         (lambda: made(rest=[1.0]), "rest must be [point] with 3 points, got shape (1,)"),
         (lambda: made(requests=[1, 2.5, 4]), "requests must be whole numbers >= 1, got 2.5"),
         (lambda: made(requests=[1, 4, 4]), "requests must rise from point to point"),

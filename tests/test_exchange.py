@@ -1,6 +1,7 @@
 """Calibration and cost files of engines, and the temperatures that are worth writing into them."""
 
 import bisect
+import csv
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ from dspark_lab.records import (
     load_scaling,
     load_shards,
     load_step_costs,
+    read_engine,
     save_scaling,
     save_step_costs,
     scaling_advice,
@@ -280,6 +282,76 @@ def test_a_bad_table_of_costs_is_refused_by_name(tmp_path, held, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_step_costs(written(tmp_path, held), **FACTS)
     assert "file.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("pair", ["pocket", "smollm2"])
+def test_an_engines_csv_is_read_with_the_seconds_that_it_says(tmp_path, pair):
+    path = tmp_path / "costs.json"  # the content counts, not the name
+    load_engine(pair).save(path)
+    engine, other = (read_engine(path, block_size=size) for size in (7, 3))
+    for row in csv.DictReader(path.read_text().splitlines()):
+        requests, tokens, length = (int(row[k]) for k in ("requests", "tokens", "draft_length"))
+        if row["part"] == "target":
+            seconds = engine.sps.seconds(tokens)
+        elif row["part"] == "draft":
+            seconds = engine.draft_seconds(requests, length)
+        elif row["part"] == "rest":
+            seconds = engine.rest_seconds(requests)
+        else:
+            seconds = engine.plain_rest_seconds(requests)
+        assert seconds == pytest.approx(float(row["seconds"]), rel=1e-12)
+    assert engine.plain_known and engine.longest == other.longest == 7
+
+
+@pytest.mark.parametrize("held", [STEPS, ADDITIVE, MILLISECONDS], ids=lambda held: next(iter(held)))
+def test_a_table_of_step_costs_is_an_engine_of_unknown_plain_steps(tmp_path, held):
+    path = written(tmp_path, "\n  " + json.dumps(held))
+    engine = read_engine(str(path), block_size=5)
+    points = {
+        "sample_batch_tokens": [(1, 8), (1, 16), (1, 32)],
+        "bias_seconds": list(itertools.product((1, 8, 32), (64, 128))),
+        "token_counts": list(itertools.product((1, 8), (8, 64))),
+    }
+    for requests, tokens in points[next(iter(held))]:
+        seconds = pytest.approx(of_server(path, requests, tokens))
+        assert step_seconds(engine, requests, tokens) == seconds
+    assert not engine.plain_known and engine.longest == 5
+    assert (engine.sps.context_length, engine.sps.device) == (0, "file.json")
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ("", "must be an engine's CSV file or a JSON step-cost table of SGLang or TensorRT-LLM"),
+        ("part,seconds\ntarget,1\n", "CSV file or a JSON .* it has no requests, draft_length, tok"),
+        (load_engine().sps.table.to_csv(), "CSV file or a JSON .* it has no part, requests"),
+        (
+            load_engine().table.query("part != 'rest'").to_csv(),
+            r"CSV file or a JSON .* got no \['rest'\]",
+        ),
+        (
+            load_engine().table.assign(seconds="quick").to_csv(),
+            "CSV file or a JSON .* seconds must hold numbers",
+        ),
+        ({"a": 1}, "must have bias_seconds, sample_batch_tokens or token_counts, got the keys"),
+        ("[1, 2]", "must hold a JSON object, got list"),
+        ('{"bias_seconds": ', "must be a JSON file, but is not"),
+    ],
+)
+def test_a_file_of_no_engine_is_refused_by_name(tmp_path, held, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_engine(written(tmp_path, held), block_size=7)
+    assert "file.json" in str(caught.value)
+
+
+def test_junk_is_no_engine_and_a_file_must_be_there(tmp_path):
+    (tmp_path / "junk").write_bytes(b"\x80\x02\xff\x00junk")
+    with pytest.raises(ValueError, match="junk must be an engine's CSV file or a JSON"):
+        read_engine(tmp_path / "junk", block_size=7)
+    with pytest.raises(FileNotFoundError, match="none must be in .*, but is not"):
+        read_engine(tmp_path / "none", block_size=7)
+    with pytest.raises(OSError, match="irectory|ermission"):
+        read_engine(tmp_path, block_size=7)
 
 
 def test_costs_that_a_form_cannot_hold_are_refused(tmp_path):

@@ -17,7 +17,9 @@ from dspark_lab.records import (
     acceptance_over,
     decide_serving,
     diagnose,
+    read_engine,
     record_of_trace,
+    save_step_costs,
     trained_record,
 )
 from dspark_lab.serving import Engine, StepsPerSecond, load_engine
@@ -138,6 +140,15 @@ def test_record_trace_and_engine_may_be_files(trace: pd.DataFrame, tmp_path: Pat
     )
     pd.testing.assert_frame_equal(explorer.table, expected.options)
     assert not any("engine=" in line for line in said(explorer))
+
+
+def test_a_step_cost_table_is_an_engine_that_knows_no_plain_steps(tmp_path: Path) -> None:
+    path = tmp_path / "sps.json"
+    save_step_costs(load_engine(), path)
+    explorer = explore_record(drawn(RATES), engine=path)
+    expected = decide_serving(drawn(RATES), read_engine(path, block_size=7).costs(1))
+    pd.testing.assert_frame_equal(explorer.table, expected.options)
+    assert any("whether to draft" in line for line in said(explorer))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from dspark_lab.explore.models import Models
 from dspark_lab.explore.style import BLUE, INK, ORANGE, RED, WIDEST
 from dspark_lab.pairs import load_traces
 from dspark_lab.rates import SequentialTemperatures
-from dspark_lab.records import load_acceptance
+from dspark_lab.records import load_acceptance, load_step_costs, save_step_costs
 from dspark_lab.serving import Engine, StepsPerSecond, acceptance_profile, speedup_table
 from dspark_lab.tuning import SERVERS, ServingSettings, export
 from tests import gallery
@@ -691,6 +691,44 @@ def test_without_arguments_and_with_prompts_alone_the_pocket_pair_is_shown():
         pd.testing.assert_frame_equal(explorer.tables["steps"], serving.load_engine().sps.table)
 
 
+def step_costs(folder: Path) -> Path:
+    """A server's table of one step cost more for each request: 10 ms and 1 ms a token."""
+    path = folder / "costs.json"
+    sps = StepsPerSecond(np.array([1, 101]), 1 / np.array([0.010, 0.110]), 0, "costs.json")
+    save_step_costs(Engine.of(sps, SLOTS, draft_seconds={1: 0.0, 11: 0.005}), path)
+    return path
+
+
+UNKNOWN = "it says how much to verify, but not whether to draft at all"
+
+
+def test_a_servers_step_costs_are_an_engine_of_which_is_said_what_it_cannot_tell(tmp_path):
+    path = step_costs(tmp_path)
+    facts: dict[str, Any] = {"context_length": 0, "device": "costs.json"}
+    known = load_step_costs(path, block_size=SLOTS, **facts)
+    for engine in (path, str(path), known):
+        explorer = shown(engine=engine, requests=8)
+        # Blocks of K slots take a step of 8 (K + 1) tokens, and 7 requests more than 1.
+        seconds = [0.010 + 0.001 * (8 * (k + 1) - 1) + 0.0005 * 7 for k in (1, 2, 3)]
+        assert explorer.table["round_seconds"].tolist() == pytest.approx(seconds)
+        assert explorer.tables["steps"]["device"].unique().tolist() == ["costs.json"]
+        assert explorer.tables["steps"]["context_length"].unique().tolist() == [0]
+        assert [UNKNOWN in text for text in said(explorer)].count(True) == 1
+        assert UNKNOWN in said(explorer)[1]
+    ENGINE.save(tmp_path / "engine.csv")
+    assert not any(UNKNOWN in text for text in said(shown(engine=tmp_path / "engine.csv")))
+
+
+def test_a_step_cost_table_has_the_slots_of_what_is_decoded_and_is_refused_before(tmp_path):
+    path = step_costs(tmp_path)
+    explorer = explore_serving(target(), drafter(), TEXTS, engine=path, max_new_tokens=12)
+    assert explorer.controls["draft_length"].max == explorer.table["draft_length"].max() == 2
+    assert any(UNKNOWN in text for text in said(explorer))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="costs.json must have bias_seconds, sample_batch_tokens"):
+        explore_serving(target(), drafter(), TEXTS, engine=path)
+
+
 DECODED: dict[str, Any] = {"trace": None, "target": target(), "prompts": TEXTS}
 TWO = {"a": drafter(), "b": drafter(2)}
 CUT = TRACE.assign(verified=TRACE["verified"] & (TRACE["slot"] < 2), accepted=False)
@@ -749,3 +787,70 @@ def test_what_a_server_counted_stands_for_a_trace(tmp_path: Path):
     assert "shipped pocket pair" in html and "taken to be" not in html
     with pytest.raises(ValueError, match="a record must stand alone"):
         explore_serving(record=record, prompts=["one"])
+
+
+def served(path: Path, heats: list[float | None]) -> list[dict[str, Any]]:
+    """Requests of five rounds of two slots, each at its temperature, and the same as rows."""
+    rng, rows = np.random.default_rng(0), []
+    for number, heat in enumerate(heats):
+        accepted = rng.integers(0 if heat else 1, 3, 5).tolist()
+        row = {"id": str(number), "per_step_accepted": accepted, "per_step_drafted": [2] * 5}
+        rows.append(row if heat is None else row | {"temperature": heat})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
+def test_a_record_of_several_temperatures_has_a_profile_of_each(tmp_path: Path):
+    rows = served(tmp_path / "rows.jsonl", [0.0, 0.7, 0.0, 0.7, 0.7])
+    record = load_acceptance(tmp_path / "rows.jsonl")
+    options: dict[str, Any] = {"record": record, "engine": ENGINE, "requests_simulated": 4}
+    explorer = explore_serving(**options)
+    assert explorer.controls["temperature"].options == (0.0, 0.7)
+    assert explorer.settings["temperature"] == 0.7
+    for heat in (0.7, 0.0):
+        put(explorer, temperature=heat)
+        own = [row["per_step_accepted"] for row in rows if row["temperature"] == heat]
+        rounds = [count for one in own for count in one]
+        tau = 1 + sum(rounds) / len(rounds)
+        assert explorer.table["tau"].iloc[-1] == pytest.approx(tau)
+        part = record.part(temperature=heat).profile()
+        pd.testing.assert_frame_equal(explorer.table, speedup_table(part, ENGINE.costs()))
+        pd.testing.assert_frame_equal(explorer.tables["profile"], part.table())
+        assert explorer.tables["settings"]["temperature"].tolist() == [heat]
+        assert f"at temperature {heat:g}" in said(explorer)[0]
+        assert not any("temperature" in text for text in said(explorer)[1:-2])
+        # The answers that are simulated are those of the temperature.
+        alone = explore_serving(**options | {"record": record.part(temperature=heat)})
+        pd.testing.assert_frame_equal(explorer.tables["load"], alone.tables["load"])
+    assert explorer.tables["temperatures"]["temperature"].tolist() == [0.0, 0.7]
+    assert explore_serving(**options, temperature=0.0).settings["temperature"] == 0.0
+    with pytest.raises(ValueError, match=r"temperature must be one of \(0.0, 0.7\), got 0.5"):
+        explore_serving(**options, temperature=0.5)
+
+
+def test_lines_of_a_record_without_a_temperature_are_left_out_where_others_say_one(tmp_path):
+    rows = served(tmp_path / "rows.jsonl", [0.5, None, 0.5])
+    record = load_acceptance(tmp_path / "rows.jsonl")
+    explorer = explore_serving(record=record, engine=ENGINE, requests_simulated=4)
+    assert explorer.controls["temperature"].options == (0.5,)
+    rounds = rows[0]["per_step_accepted"] + rows[2]["per_step_accepted"]
+    assert explorer.table["tau"].iloc[-1] == pytest.approx(1 + sum(rounds) / 10)
+    html = unescape(explorer._frame.html)
+    assert "1 of 3 lines say no temperature and are left out" in html
+    assert "taken to be 1" not in html
+
+
+def test_temperatures_whose_rounds_reached_other_slots_are_shown_together(tmp_path):
+    rows = [
+        {"id": "a", "temperature": 1.0, "per_step_accepted": [2, 1], "per_step_drafted": [3, 3]},
+        {"id": "b", "temperature": 0.0, "per_step_accepted": [1, 0], "per_step_drafted": [1, 1]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    explorer = explore_serving(record=path, engine=step_costs(tmp_path), requests_simulated=4)
+    assert explorer.controls["draft_length"].max == 1
+    assert explorer.table["draft_length"].tolist() == [1, 2, 3]
+    assert explorer.tables["settings"]["block_size"].tolist() == [3]
+    put(explorer, temperature=0.0)
+    assert explorer.table["tau"].dropna().tolist() == [1.5]
+    assert any(UNKNOWN in text for text in said(explorer))

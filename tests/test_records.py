@@ -599,6 +599,25 @@ def test_tables_split_by_label_and_temperature():
         record.part(temperature=0.5)
 
 
+def test_a_profile_has_the_temperature_that_all_of_its_lines_say():
+    def profiled(*heats):
+        rows = [
+            vllm_row(
+                vllm_object([(n % 3, 3)] * 4, 3),
+                f"r{n}",
+                label=str(n),
+                **({} if heat is None else {"temperature": heat}),
+            )
+            for n, heat in enumerate(heats)
+        ]
+        return read(json_lines(*rows))
+
+    assert profiled(0.7, 0.7).profile().temperature == 0.7
+    for heats in ((None, None), (0.7, 1.0), (0.7, None)):
+        assert profiled(*heats).profile().temperature is None
+    assert profiled(0.7, None).part(label="1").profile().temperature is None
+
+
 def test_the_interval_of_tau_is_that_of_requests_drawn_again():
     generator = np.random.default_rng(3)
     requests = [

@@ -565,6 +565,11 @@ def test_a_win_at_temperature_0_vanishes_at_1() -> None:
     for row in cut.itertuples():
         profile = acceptance_profile(trace, temperature=row.temperature, resamples=100)
         assert row.best_length == serving.best_length(profile, costs)
+        table = serving.speedup_table(profile, costs).set_index("draft_length")
+        chosen = [np.nan, np.nan]
+        if row.best_length:
+            chosen = table.loc[row.best_length, ["speedup_low", "speedup_high"]].tolist()
+        np.testing.assert_array_equal([row.best_speedup_low, row.best_speedup_high], chosen)
         assert row.tau == pytest.approx(profile.tau(row.draft_length))
         assert serving.break_even_rate(row.tau, row.draft_length) == row.accept_rate
     again = serving.temperature_table(trace, costs.replaying(), draft_length=3, resamples=100)

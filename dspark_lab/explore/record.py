@@ -22,7 +22,7 @@ from dspark_lab.explore import style
 from dspark_lab.explore.charts import RATE_COLUMNS, Rate
 from dspark_lab.explore.explorer import Explorer
 from dspark_lab.explore.frame import Frame
-from dspark_lab.explore.serving import CONCURRENCY, SHIPPED_ENGINE
+from dspark_lab.explore.serving import CONCURRENCY, SHIPPED_ENGINE, WHOLE_STEPS
 from dspark_lab.explore.style import BLUE, GREEN, INK, RED, plain_text
 from dspark_lab.explore.watch import plot_stretches
 from dspark_lab.files import shipped
@@ -36,6 +36,7 @@ from dspark_lab.records import (
     acceptance_over,
     decide_serving,
     diagnose,
+    read_engine,
     record_parts,
     trained_record,
 )
@@ -192,8 +193,9 @@ def explore_record(
             nothing is looked for that may be wrong.
         drafter: which one of a trace of several.
         config: of the drafter, see :func:`dspark_lab.diagnose`.
-        engine: what a round costs on the machine that serves, or its file; that of the pocket pair
-            where None, which is said.
+        engine: what a round costs on the machine that serves, or its file
+            (:func:`dspark_lab.records.read_engine`); that of the pocket pair where None, which is
+            said.
         temperature, requests, over: where the controls start. ``over`` is what the drift is over:
             "position" (of a trace), "seconds", "running", "prompt_tokens" or "output_tokens", as
             far as the record says them. Where a record says no temperature, ``temperature`` is the
@@ -213,7 +215,8 @@ def explore_record(
     parts = record_parts(record, drafter)
     own = engine or serving.load_engine()
     if isinstance(own, (str, os.PathLike)):
-        own = Engine.read(own)
+        slots = max(part.passed.shape[1] for part, _ in parts.values())
+        own = read_engine(own, block_size=max(slots, 1))
     if temperature is not None and list(parts) == [None]:
         parts = {temperature: parts[None]}
     held = list(parts)
@@ -273,6 +276,8 @@ def explore_record(
         lines = [decision.reason, *_unknown(decision), parts[t][0].reason]
         if engine is None:
             lines.append(SHIPPED_ENGINE)
+        if not own.plain_known:
+            lines.append(WHOLE_STEPS)
         html = "".join(f"<p>{escape(line)}</p>" for line in lines)
 
         def figure() -> Figure:

@@ -30,7 +30,7 @@ from dspark_lab.explore.work import Progress, threads_for
 from dspark_lab.files import require_found
 from dspark_lab.pairs import drafter_names, load_traces, pair_folder
 from dspark_lab.rates import SequentialTemperatures
-from dspark_lab.records import AcceptanceRecord, load_acceptance
+from dspark_lab.records import AcceptanceRecord, load_acceptance, read_engine
 from dspark_lab.serving import (
     AcceptanceProfile,
     Answers,
@@ -42,10 +42,16 @@ from dspark_lab.serving import (
     StaticThreshold,
 )
 
+EngineLike = Engine | str | os.PathLike[str]
 # Requests that share a step, and those at which the load is simulated.
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 # What is said where nothing is known of the server that a record is of.
 SHIPPED_ENGINE = "What a round costs is that of the shipped pocket pair: give engine= for your own."
+# What is said where plain steps are not known apart from drafting.
+WHOLE_STEPS = (
+    "What a round costs is of a server's step-cost table, whose plain steps hold a part of the "
+    "drafting: it says how much to verify, but not whether to draft at all."
+)
 # What stands for a drafter without a name.
 _UNNAMED = tuning.ServingSettings(0).drafter
 
@@ -98,7 +104,7 @@ def explore_serving(
     *,
     trace: pd.DataFrame | str | os.PathLike[str] | None = None,
     record: AcceptanceRecord | str | os.PathLike[str] | None = None,
-    engine: Engine | str | os.PathLike[str] | None = None,
+    engine: EngineLike | None = None,
     temperatures: Annotated[Sequence[NonNegative], NotEmpty()] = (0.0, 1.0),
     draft_length: Count | None = None,
     temperature: float | None = None,
@@ -122,14 +128,15 @@ def explore_serving(
         trace: of whole blocks, or its file, with a column ``temperature`` unless ``temperature`` is
             given; decoded where None.
         record: instead of a trace, what a server counted by slot, or its file
-            (:func:`dspark_lab.load_acceptance`). ``temperature`` says at which one it was served
-            where the record does not, and is 1 where neither does; answers of which no length is
-            known have ``max_new_tokens``.
-        engine: what a round costs, or its file; measured where None, but that of the pocket pair
-            without a target. Loads that it was not measured at are extrapolated.
+            (:func:`dspark_lab.load_acceptance`). Where its lines say temperatures, those without
+            one are left out; where none does, ``temperature`` says at which one it was served, by
+            default 1. Answers of which no length is known have ``max_new_tokens``.
+        engine: what a round costs, or its file, a CSV or a server's step-cost table
+            (:func:`dspark_lab.records.read_engine`); measured where None, but that of the pocket
+            pair without a target. Loads that it was not measured at are extrapolated.
         draft_length, temperature, requests, threshold, replay, export: where the controls start. By
-            default the longest draft whose slots the trace reached at each temperature and that the
-            engine has, and the trace's highest temperature. A threshold of 0 is none.
+            default the longest draft whose slots the trace or record reached at each temperature
+            and that the engine has, and the highest temperature. A threshold of 0 is none.
 
     Returns:
         an explorer whose ``table`` is :func:`dspark_lab.serving.speedup_table` at the chosen
@@ -148,8 +155,8 @@ def explore_serving(
         require_found(trace)
         trace = load_trace(trace)
     if isinstance(engine, (str, os.PathLike)):
-        require_found(engine)
-        engine = Engine.read(engine)
+        # The slots of a block are known only later; a bad file is refused before any decoding.
+        read_engine(engine, block_size=1)
     if isinstance(record, (str, os.PathLike)):
         record = load_acceptance(record)
     if record is not None and not (target is None and trace is None and prompts is None):
@@ -164,11 +171,13 @@ def explore_serving(
         trace = load_traces() if prompts is None else None
     name = _name(next(iter(drafter)) if isinstance(drafter, Mapping) else drafter)
 
-    def tables_of(trace: pd.DataFrame, engine: Engine) -> _Tables:
+    def tables_of(trace: pd.DataFrame, engine: EngineLike) -> _Tables:
         parts = _traced(_of_one_drafter(trace, name, temperature), calibrated, seed)
         return tables_from(parts, engine)
 
-    def tables_from(parts: dict[float, _Part], engine: Engine) -> _Tables:
+    def tables_from(parts: dict[float, _Part], engine: EngineLike) -> _Tables:
+        if not isinstance(engine, Engine):
+            engine = read_engine(engine, block_size=_slots(parts))
         made = _Tables(parts, engine, calibrated, requests_simulated, seed)
         if draft_length is not None and draft_length > made.longest:
             raise ValueError(f"draft_length must be at most {made.longest}, got {draft_length}")
@@ -238,6 +247,7 @@ def _frame(made: _Tables, chosen: SimpleNamespace, name: str) -> Frame:
         tables[which] = pd.DataFrame([asdict(shown[which])])
     sentences = [
         made.advice[t, load],
+        "" if made.engine.plain_known else WHOLE_STEPS,
         made.lacking or _threshold_in_words(made.thresholds(t, load, best["draft_length"])),
         _load_in_words(tables["load"], chosen.requests),
         made.taken,
@@ -284,11 +294,11 @@ def _asked(target: Any, drafter: Any, prompts: Any, name: str) -> tuple[Any, Any
 def _made(
     models_of: Callable[[Progress], Models],
     trace: pd.DataFrame | None,
-    engine: Engine | None,
+    engine: EngineLike | None,
     temperatures: Sequence[float],
     progress: Progress,
     **options: Any,
-) -> tuple[pd.DataFrame, Engine]:
+) -> tuple[pd.DataFrame, EngineLike]:
     """Trace and engine, where one of them is not given."""
     models = models_of(progress)
     [(name, loaded)] = models.drafters.items()
@@ -363,14 +373,29 @@ def _traced(trace: pd.DataFrame, calibrated: Any, seed: int) -> dict[float, _Par
     return found
 
 
+def _slots(parts: dict[float, _Part]) -> int:
+    """Slots of a block, as far as rounds of any temperature reached."""
+    return max(len(part.profile.rates) for part in parts.values())
+
+
 def _recorded(
     record: AcceptanceRecord, temperature: float | None, tokens: int
 ) -> dict[float, _Part]:
-    """What a server counted, as if all its blocks were alike."""
-    profile = record.profile()
-    known = profile.temperature if temperature is None else temperature
-    taken = "" if known is not None else "The record says no temperature: it is taken to be 1. "
-    profile = replace(profile, temperature=1.0 if known is None else float(known))
+    """What a server counted, by temperature where its lines say it."""
+    held = record.values("temperature")
+    if not held:
+        taken = "The record says no temperature: it is taken to be 1. " * (temperature is None)
+        served = 1.0 if temperature is None else float(temperature)
+        return {served: _counted(record, served, tokens, taken)}
+    without = int(record.lines["temperature"].isna().sum())
+    taken = f"{without:,} of {len(record.lines):,} lines say no temperature and are left out. "
+    taken *= without > 0
+    return {float(t): _counted(record.part(temperature=t), float(t), tokens, taken) for t in held}
+
+
+def _counted(record: AcceptanceRecord, temperature: float, tokens: int, taken: str) -> _Part:
+    """What a server counted at one temperature, as if all its blocks were alike."""
+    profile = replace(record.profile(), temperature=temperature)
     lengths = np.full(1, tokens)
     if record.requests is not None:
         lengths = (record.lines["rounds"] + record.lines["accepted"]).to_numpy().round().astype(int)
@@ -389,8 +414,7 @@ def _recorded(
         domain=np.full(count, ""),
     )
     lacking = "A record has no confidences: no threshold and no scheduler."
-    assert profile.temperature is not None
-    return {profile.temperature: _Part(profile, answers, None, lacking, taken)}
+    return _Part(profile, answers, None, lacking, taken)
 
 
 class _Tables:
@@ -406,7 +430,7 @@ class _Tables:
         self.profiles = {t: part.profile for t, part in parts.items()}
         answers = {t: part.answers for t, part in parts.items()}
         first = next(iter(parts.values()))
-        slots = len(first.profile.rates)
+        slots = _slots(parts)
         self.block_size = slots
         reached = (profile.longest for profile in self.profiles.values())
         self.longest = longest = min(*reached, engine.longest)

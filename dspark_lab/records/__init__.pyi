@@ -8,12 +8,13 @@ from .causes import (
     likelihoods,
     trained_record,
 )
-from .compare import acceptance_over, compare_acceptance, counted_since
+from .compare import acceptance_over, compare_acceptance, counted_since, speedup_by
 from .decision import OPTION_COLUMNS, Action, Decision, decide_serving, record_parts
 from .exchange import (
     load_scaling,
     load_shards,
     load_step_costs,
+    read_engine,
     save_scaling,
     save_step_costs,
 )
@@ -37,17 +38,19 @@ __all__ = [
     "decide_serving",
     "diagnose",
     "figures_of",
-    "likelihoods",
     "fit_joint_temperatures",
+    "likelihoods",
     "load_acceptance",
     "load_scaling",
     "load_shards",
     "load_step_costs",
+    "read_engine",
     "record_of_trace",
     "record_parts",
     "save_scaling",
     "save_step_costs",
     "scaling_advice",
+    "speedup_by",
     "trace_of_dump",
     "trained_record",
 ]

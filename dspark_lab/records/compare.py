@@ -1,8 +1,9 @@
-"""Two records side by side, and one record over time, load or length."""
+"""Two records side by side, and one record by temperature or label, over time, load or length."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from dspark_lab.checks import Count, Size, checked
 from dspark_lab.rates import interval, resampled, tau_by_stretch
 from dspark_lab.records.record import LINE, AcceptanceRecord
+from dspark_lab.serving import RoundCosts, temperature_table
 
 _Sums = Float[np.ndarray, "line sum"]
 
@@ -116,6 +118,53 @@ def acceptance_over(
     begin = values.min() if by == "seconds" else 0
     options = {"stretches": stretches, "resamples": resamples, "seed": seed}
     return tau_by_stretch(values - begin, rounds, accepted, owner, **options)
+
+
+@checked
+def speedup_by(
+    record: AcceptanceRecord,
+    costs: RoundCosts,
+    by: Literal["temperature", "label"],
+    *,
+    resamples: Count = 1000,
+    seed: Size = 0,
+) -> pd.DataFrame:
+    """What drafting brings at each temperature of a record, or for each of its labels.
+
+    Returns:
+        a row for each value of ``by``, in order: its ``requests`` (0 where lines are none),
+        ``rounds``, and as in :func:`dspark_lab.serving.temperature_table` ``draft_length``,
+        ``tau``, ``accept_rate``, ``break_even_rate``, ``speedup``, ``best_length`` (0: do not
+        draft) and ``best_speedup``. ``tau``, ``speedup`` and ``best_speedup`` have 95 % intervals
+        (``tau_low``, ``tau_high`` and so on) where there are requests, else NaN. ``draft_length``
+        is the served one, or the longest that the value's rounds reached and ``costs`` have.
+        Lines without a value are left out.
+
+    Raises:
+        ValueError: the record does not say ``by``, or not how often a value's slots were verified.
+    """
+    values = record.values(by)
+    if not values:
+        known = [name for name in ("temperature", "label") if record.values(name)]
+        raise ValueError(f"by must be one of those that the record's lines have, {known}, got {by}")
+    rows: list[dict[str, Any]] = []
+    for value in values:
+        part = record.part(**{by: value})
+        profile = part.profile(resamples=resamples, seed=seed)
+        length = min(profile.longest, costs.longest)
+        # Each value has a table of its own, where any temperature stands for a label.
+        table = temperature_table([replace(profile, temperature=0.0)], costs, draft_length=length)
+        counts = {"requests": len(part.lines) if part.unit == "request" else 0}
+        [row] = table.drop(columns="temperature").to_dict("records")
+        rows.append({by: value, **counts, "rounds": part.rounds, **row})
+    spreads = [
+        f"{name}{end}"
+        for name in ("tau", "speedup", "best_speedup")
+        for end in ("", "_low", "_high")
+    ]
+    columns = [by, "requests", "rounds", "draft_length", *spreads[:3], "accept_rate"]
+    columns += ["break_even_rate", *spreads[3:6], "best_length", *spreads[6:]]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _sums(record: AcceptanceRecord, slots: int) -> _Sums:

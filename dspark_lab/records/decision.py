@@ -8,7 +8,7 @@ thresholds of a server with a fault are those of the fault.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -40,9 +40,11 @@ Action = Literal[
 # Without intervals a smaller gain is taken for chance.
 _WORTH_PERCENT = 2
 _NOT_WRONG = (HEALTHY, "harder prompts")
+_SPEEDS = ["speedup", "speedup_low", "speedup_high"]
 _GAINS = ["gain_percent", "gain_low", "gain_high"]
 OPTION_COLUMNS = [
-    *("option", "draft_length", "threshold", "speedup", "speedup_low", "speedup_high"),
+    *("option", "draft_length", "threshold"),
+    *_SPEEDS,
     *_GAINS,
     "faster",
 ]
@@ -91,7 +93,8 @@ def decide_serving(
         record: of the server at one temperature, its path, or a trace. Of a trace, and of SGLang's
             debug record, thresholds on the confidence are options too: chosen on half of the
             requests, reported on the others.
-        costs: of a round on the machine that serves, at its load.
+        costs: of a round on the machine that serves, at its load. Where its plain steps are not
+            known apart from drafting, plain decoding is no option, and no speed-up is told.
         diagnosis: of the same record, from :func:`diagnose`; a fault comes before all options.
 
     Raises:
@@ -152,30 +155,26 @@ def _with_rates(trace: pd.DataFrame) -> pd.DataFrame:
 
 
 def _profile(record: AcceptanceRecord, trace: pd.DataFrame | None) -> AcceptanceProfile:
-    """Accept rates, 0 in slots that no round reached, as their survival is."""
-    profile = record.profile() if trace is None else acceptance_profile(trace)
-    inside = np.tri(len(profile.rates), dtype=bool)
-    by_length, samples = (
-        np.where(inside, np.nan_to_num(values), np.nan)
-        for values in (profile.by_length, profile.samples)
-    )
-    return replace(profile, by_length=by_length, samples=samples)
+    return record.profile() if trace is None else acceptance_profile(trace)
 
 
 def _options(
     profile: AcceptanceProfile, trace: pd.DataFrame | None, costs: RoundCosts
 ) -> pd.DataFrame:
     """What was served, every shorter draft, a threshold and plain decoding."""
-    lengths = gain_by_length(profile, costs).iloc[::-1]
+    lengths = gain_by_length(profile, costs, len(profile.rates)).iloc[::-1]
     lengths.insert(0, "option", [f"draft {k}" for k in lengths["draft_length"]])
     served = lengths.iloc[0]
-    slower = 100 / served[["speedup", "speedup_high", "speedup_low"]].astype(float) - 100
-    plain = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), 1.0)
-    rows = [{"option": "plain decoding", "draft_length": 0, **plain}]
-    rows[0] |= dict(zip(_GAINS, slower, strict=True))
+    more = []
     if trace is not None and not trace["confidence"].isna().any():
-        rows.insert(0, _threshold(trace, costs, served))
-    table = pd.concat([lengths, pd.DataFrame(rows)], ignore_index=True)
+        more.append(_threshold(trace, costs, served))
+    if costs.plain_known:
+        slower = 100 / served[["speedup", "speedup_high", "speedup_low"]].astype(float) - 100
+        plain = {"option": "plain decoding", "draft_length": 0} | dict.fromkeys(_SPEEDS, 1.0)
+        more.append(plain | dict(zip(_GAINS, slower, strict=True)))
+    table = pd.concat([lengths, pd.DataFrame(more)], ignore_index=True)
+    if not costs.plain_known:
+        table[_SPEEDS] = np.nan
     low = table["gain_low"].fillna(table["gain_percent"] - _WORTH_PERCENT)
     return table.assign(faster=low > 0).reindex(columns=OPTION_COLUMNS)
 
@@ -204,7 +203,9 @@ def _best(options: pd.DataFrame) -> tuple[Action, dict[str, float], str]:
     """The fastest of what is surely faster than what was served."""
     served, others = options.iloc[0], options.iloc[1:]
     better = others[others["faster"]]
-    speed = f"{served['option']} has {_number(served)} times the speed of plain decoding"
+    speed = f"{served['option']} was served"
+    if np.isfinite(served["speedup"]):
+        speed = f"{served['option']} has {_number(served)} times the speed of plain decoding"
     if better.empty:
         first = others.loc[others["gain_percent"].idxmax()]
         why = f"{speed}, and nothing is surely faster: {first['option']} {_percent(first)}"
@@ -226,7 +227,7 @@ def _wrong(diagnosis: Diagnosis, options: pd.DataFrame) -> str:
 
 
 def _number(row: pd.Series) -> str:
-    return _with_bounds(row[["speedup", "speedup_low", "speedup_high"]].tolist(), ".2f", "")
+    return _with_bounds(row[_SPEEDS].tolist(), ".2f", "")
 
 
 def _percent(row: pd.Series) -> str:

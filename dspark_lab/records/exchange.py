@@ -182,7 +182,7 @@ def load_step_costs(
     them they are linear, above the last ones they go on rising. What changes with the requests
     counts as drafting, of any length, all else as the target's step, :attr:`Engine.sps`; in
     ``"steps"`` that is everything. So the engine says how much to verify, not whether to draft: its
-    plain steps hold a part of the drafting.
+    plain steps hold a part of the drafting, and its ``plain_known`` is False.
 
     Args:
         block_size: slots of the drafter's block.
@@ -211,7 +211,7 @@ def load_step_costs(
             wanted = "two or more points, the last one at most max_batch_tokens"
             raise ValueError(f"{name} must have {wanted}, got {tokens.tolist()} and {most}")
         sps = StepsPerSecond(tokens, speeds, context_length, device, target)
-        return Engine.of(sps, block_size, draft_seconds=0.0)
+        return Engine.of(sps, block_size, draft_seconds=0.0, plain_known=False)
     elif "token_counts" in values:
         tokens, theta = _points(name, values, "token_counts", "step_time_ms", _FromOne, Positive)
         bias = _held(name, values, "fixed_overhead_ms", NonNegative, 0.0) / 1000
@@ -226,7 +226,37 @@ def load_step_costs(
         raise ValueError(f"{name}: a step must take more than 0 seconds, got {seconds.min()}")
     sps = StepsPerSecond(tokens, 1 / seconds, context_length, device, target)
     drafting = dict(zip(requests.tolist(), (alpha - alpha.min()).tolist(), strict=True))
-    return Engine.of(sps, block_size, draft_seconds=drafting)
+    return Engine.of(sps, block_size, draft_seconds=drafting, plain_known=False)
+
+
+@checked
+def read_engine(path: str | os.PathLike[str], *, block_size: Count) -> Engine:
+    """Read an engine's costs, in seconds, from a file of either form, by its content.
+
+    - The CSV of :meth:`Engine.save` is read by :meth:`Engine.read`.
+    - A JSON step-cost table of SGLang or TensorRT-LLM is read by :func:`load_step_costs`, with a
+      context length of 0 and the file's name as device. It says how much to verify, not whether to
+      draft: the engine's ``plain_known`` is False.
+
+    Args:
+        block_size: slots of the drafter's block, which a step-cost table does not say; a CSV file
+            has its own draft lengths.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: a file of neither form, or one whose numbers are refused.
+    """
+    require_found(path)
+    place = Path(path).expanduser()
+    with place.open("rb") as file:
+        first = file.read(1024).lstrip()[:1]
+    if first in (b"{", b"["):
+        return load_step_costs(place, block_size=block_size, context_length=0, device=place.name)
+    try:
+        return Engine.read(place)
+    except (TypeError, ValueError) as error:
+        wanted = "an engine's CSV file or a JSON step-cost table of SGLang or TensorRT-LLM"
+        raise ValueError(f"{place} must be {wanted}: {error}") from error
 
 
 @checked

@@ -97,7 +97,7 @@ class AcceptanceRecord:
 
     @checked
     def part(
-        self, *, temperature: float | None = None, label: str | None = None
+        self, *, temperature: float | None = None, label: str | float | None = None
     ) -> AcceptanceRecord:
         """The lines of one temperature, of one label, or of both.
 
@@ -167,13 +167,13 @@ class AcceptanceRecord:
         if count > 1:
             drawn = resampled(count, resamples, seed).astype(float)
         sampled = _ratio(drawn @ self.passed[:, :known], drawn @ self.reached[:, :known])
-        held = self.values("temperature")
+        held = self.lines["temperature"].unique() if "temperature" in self.lines else []
         kept = np.tri(known, dtype=bool)
         return AcceptanceProfile(
             by_length=np.where(kept, rates[:known], np.nan),
             samples=np.where(kept, sampled[:, None, :], np.nan),
             conversations=count,
-            temperature=float(held[0]) if len(held) == 1 else None,
+            temperature=float(held[0]) if len(held) == 1 and pd.notna(held[0]) else None,
         )
 
     @property

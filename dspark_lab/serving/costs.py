@@ -38,6 +38,7 @@ class RoundCosts:
         verify_seconds: of a target pass over 1, 2, ..., K + 1 tokens, with the anchor.
         replay_seconds: of reading 1, 2, ..., K tokens again; empty where the cache can be cut.
         rollback_seconds, overhead_seconds: more after every rejection, and in every round.
+        plain_known: False where plain steps hold a part of the drafting.
     """
 
     plain_seconds: Positive
@@ -47,6 +48,7 @@ class RoundCosts:
     rollback_seconds: NonNegative = 0.0
     overhead_seconds: NonNegative = 0.0
     source: str = "given"
+    plain_known: bool = True
 
     def __post_init__(self) -> None:
         for name in ("draft_seconds", "verify_seconds", "replay_seconds"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Engine:
     """A target's speed, and the seconds of drafting and of the rest of a round.
 
     ``requests``, rising, take their rounds together; ``draft`` is of 1, 2, ..., K tokens for each.
+    ``plain_known`` is False where plain steps hold a part of the drafting, as in a server's
+    step-cost table: then it cannot be read whether to draft at all.
     """
 
     sps: StepsPerSecond
@@ -41,9 +43,11 @@ class Engine:
     draft: Float[np.ndarray, "point slot"]
     rest: Float[np.ndarray, " point"]
     plain_rest: Float[np.ndarray, " point"]
+    plain_known: bool = True
 
     def __post_init__(self) -> None:
         require("sps", self.sps, StepsPerSecond)
+        require("plain_known", self.plain_known, bool)
         requests = steps.measured_points("requests", self.requests)
         object.__setattr__(self, "requests", requests)
         for name, axes in (("draft", "point, slot"), ("rest", "point"), ("plain_rest", "point")):
@@ -60,6 +64,7 @@ class Engine:
         *,
         draft_seconds: float | Mapping[int, float],
         rest_seconds: float = 0.0,
+        plain_known: bool = True,
     ) -> Engine:
         """From numbers measured elsewhere, for blocks of up to ``longest`` slots of any length.
 
@@ -69,7 +74,7 @@ class Engine:
         requests = sorted(by_requests)
         draft = np.array([[by_requests[count]] * longest for count in requests])
         rest = np.full(len(requests), rest_seconds)
-        return cls(sps, np.array(requests), draft, rest, np.zeros(len(requests)))
+        return cls(sps, np.array(requests), draft, rest, np.zeros(len(requests)), plain_known)
 
     @property
     def longest(self) -> int:
@@ -93,7 +98,7 @@ class Engine:
     @checked
     def costs(self, requests: Count = 1, *, replay: bool = False) -> RoundCosts:
         """Costs of a round and of a plain step of so many requests together."""
-        return RoundCosts.of(
+        costs = RoundCosts.of(
             self.longest,
             plain_seconds=self.plain_seconds(requests),
             draft_seconds=lambda tokens: self.draft_seconds(requests, tokens),
@@ -102,6 +107,7 @@ class Engine:
             replay=replay,
             source=f"{self.sps.device}, context {self.sps.context_length}, {requests} requests",
         )
+        return replace(costs, plain_known=self.plain_known)
 
     def _at(self, requests: Any, seconds: Float[np.ndarray, " point"]) -> Any:
         asked = np.asarray(requests)
@@ -113,7 +119,10 @@ class Engine:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each measured point; 0 where a number does not apply."""
+        """A row for each measured point; 0 where a number does not apply.
+
+        Where plain steps are not known, it has a column ``plain_known`` that says so.
+        """
         rows: list[tuple[Any, ...]]
         rows = [("target", 0, 0, n, self.sps.seconds(n)) for n in self.sps.tokens.tolist()]
         for (point, slot), seconds in np.ndenumerate(self.draft):
@@ -121,9 +130,10 @@ class Engine:
         for part, name in _RESTS.items():
             of_rest = zip(self.requests, getattr(self, name), strict=True)
             rows += [(part, count, 0, 0, seconds) for count, seconds in of_rest]
-        return pd.DataFrame(rows, columns=_COLUMNS).assign(
-            context_length=self.sps.context_length, device=self.sps.device, target=self.sps.target
-        )
+        facts = {name: getattr(self.sps, name) for name in ("context_length", "device", "target")}
+        if not self.plain_known:
+            facts["plain_known"] = False
+        return pd.DataFrame(rows, columns=_COLUMNS).assign(**facts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :attr:`table` as CSV, atomically."""
@@ -157,8 +167,9 @@ class Engine:
         if draft.columns.tolist() != list(range(1, draft.shape[1] + 1)):
             given = draft.columns.tolist()
             raise ValueError(f"draft must be of every length from 1 on, got {given}")
-        rests = (curves[part].iloc[:, 0].to_numpy() for part in _RESTS)
-        return cls(sps, draft.index.to_numpy(), draft.to_numpy(), *rests)
+        rest, plain_rest = (curves[part].iloc[:, 0].to_numpy() for part in _RESTS)
+        known = "plain_known" not in table or bool(table["plain_known"].all())
+        return cls(sps, draft.index.to_numpy(), draft.to_numpy(), rest, plain_rest, known)
 
 
 def load_engine(pair: str = "pocket") -> Engine:

@@ -119,7 +119,8 @@ def temperature_table(
 
     Returns:
         columns as in :func:`speedup_table`, ``accept_rate``, that of every slot which would give
-        the same tau, and ``best_length`` (0: do not draft) with its ``best_speedup``.
+        the same tau, and ``best_length`` (0: do not draft) with its ``best_speedup`` in its 95 %
+        interval, ``best_speedup_low`` to ``best_speedup_high`` (NaN for plain decoding).
     """
     if isinstance(trace, pd.DataFrame):
         options: dict[str, Any] = {"drafter": drafter, "resamples": resamples, "seed": seed}
@@ -147,12 +148,15 @@ def temperature_table(
     rows = []
     for value, table in zip(values, tables, strict=True):
         best = _fastest(table)
-        length, speed = int(best["draft_length"]), best["speedup"]
+        choice: tuple[float, ...] = (0, 1.0, np.nan, np.nan)
+        if best["speedup"] > 1:
+            speeds = best[["speedup", "speedup_low", "speedup_high"]]
+            choice = (int(best["draft_length"]), *speeds)
         row = table.iloc[draft_length - 1]
         rate = break_even_rate(row["tau"], draft_length)
-        choice = (length, speed) if speed > 1 else (0, 1.0)
         rows.append((value, draft_length, rate, *row[shared], *choice))
     names = ["temperature", "draft_length", "accept_rate", *shared, "best_length", "best_speedup"]
+    names += ["best_speedup_low", "best_speedup_high"]
     return pd.DataFrame(rows, columns=names)
 
 
