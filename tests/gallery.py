@@ -205,15 +205,15 @@ def advice(piloted: bool = True) -> Advice:
 
 REACHED = OPTIONS.assign(held_out=[1.95, 2.55, 2.1, 1.45])
 STRETCHES = pd.DataFrame(
-    {"first": [0, 17, 40], "last": [16, 39, 62], "tau": [3.1, 2.9, 2.4], "low": [2.8, 2.6, 2.0]}
+    {"begin": [0, 17, 40], "end": [16, 39, 62], "tau": [3.1, 2.9, 2.4], "low": [2.8, 2.6, 2.0]}
 ).assign(high=[3.4, 3.2, 2.8])
 SUMS_ONLY = STRETCHES.assign(low=np.nan, high=np.nan)
-OPTIONS = table(
+SERVING_OPTIONS = table(
     "draft_length threshold gain_percent gain_low gain_high faster",
     *((7, NAN, 0.0, 0.0, 0.0, False), (4, NAN, 3.1, -0.4, 6.6, False)),
     *((7, 0.45, 8.0, 5.0, 11.0, True), (0, NAN, -21.0, -26.0, -15.0, False)),
 )
-OPTIONS.insert(0, "option", ["draft 7", "draft 4", "threshold 0.45", "plain decoding"])
+SERVING_OPTIONS.insert(0, "option", ["draft 7", "draft 4", "threshold 0.45", "plain decoding"])
 CAUSES = pd.DataFrame(
     {
         "cause": ["stale cache", "no Markov head", "nothing wrong", "harder prompts", "window"],
@@ -380,13 +380,13 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "watch": lambda: explore.plot_watch(WATCHED),
     "stretches": lambda: explore.plot_stretches(STRETCHES),
     "stretches of sums": lambda: explore.plot_stretches(SUMS_ONLY, "requests at once"),
-    "options": lambda: explore.plot_options(OPTIONS),
+    "options": lambda: explore.plot_options(SERVING_OPTIONS),
     "causes": lambda: explore.plot_causes(CAUSES),
-    "record": lambda: explore.plot_record(RECORD_RATES, OPTIONS, STRETCHES, CAUSES),
-    "record of totals": lambda: explore.plot_record(RECORD_RATES.head(0), OPTIONS.head(0)),
+    "record": lambda: explore.plot_record(RECORD_RATES, SERVING_OPTIONS, STRETCHES, CAUSES),
+    "record of totals": lambda: explore.plot_record(RECORD_RATES.head(0), SERVING_OPTIONS.head(0)),
     "record of sums": lambda: explore.plot_record(
         RECORD_RATES[RECORD_RATES["record"] == "server"].assign(conditional=NAN, low=NAN, high=NAN),
-        OPTIONS.assign(gain_low=NAN, gain_high=NAN),
+        SERVING_OPTIONS.assign(gain_low=NAN, gain_high=NAN),
     ),
     "speedup": lambda: explore.plot_speedup({"T 0": GOOD, "T 1": BAD}, chosen=2),
     "speedup of one": lambda: explore.plot_speedup(REPLAYED),

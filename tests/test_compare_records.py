@@ -101,7 +101,7 @@ def test_stretches_of_time_hold_all_rounds_and_show_a_change(tmp_path: Path):
     path.write_text("\n".join(rows))
     table = acceptance_over(lab.load_acceptance(path), stretches=4)
     assert table["rounds"].tolist() == [600] * 4
-    assert table["first"].tolist() == [0, 20, 1000, 1020] and table["last"].iloc[-1] == 1039
+    assert table["begin"].tolist() == [0, 20, 1000, 1020] and table["end"].iloc[-1] == 1039
     assert (table["low"] < table["tau"]).all() and (table["tau"] < table["high"]).all()
     assert table["tau"][:2].mean() == pytest.approx(early.tau)
     assert table["tau"][2:].mean() == pytest.approx(late.tau)

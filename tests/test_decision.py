@@ -44,8 +44,8 @@ def speed(rates: list[float], k: int, verify: float = VERIFY) -> float:
 def diagnosis(cause: str) -> Diagnosis:
     other = next(name for name in CAUSES if name != cause)
     rows = [(cause, 0.9, "what it does", "what settles it"), (other, 0.1, "", "")]
-    figures = pd.DataFrame({"figure": ["slot 0"], "server": [0.4], "expected": [0.6]})
-    figures = figures.assign(difference=-0.8, error=0.1)
+    figures = pd.DataFrame({"figure": ["slot 0"], "server": [0.4], "trained": [0.6]})
+    figures = figures.assign(difference=-0.8, standard_error=0.1)
     return Diagnosis(pd.DataFrame(rows, columns=["cause", "share", "says", "test"]), figures, ())
 
 

@@ -23,7 +23,7 @@ def test_stretches_are_those_of_a_small_case_by_hand() -> None:
     accepted = np.array([4.0, 1.0, 2.0, 3.0, 0.0])
     table = tau_by_stretch(values, rounds, accepted, stretches=2)
     # Four of eight rounds lie at 5 and below.
-    assert table["first"].tolist() == [1, 7] and table["last"].tolist() == [5, 9]
+    assert table["begin"].tolist() == [1, 7] and table["end"].tolist() == [5, 9]
     assert table["rounds"].tolist() == [4, 4]
     assert table["tau"].tolist() == [1 + 7 / 4, 1 + 3 / 4]
     assert table["change"].tolist()[1] == pytest.approx(1.75 / 2.75 - 1)
@@ -40,7 +40,7 @@ def test_equal_values_are_never_put_apart() -> None:
 @pytest.mark.parametrize(("change", "word"), [(0.6, "falls"), (-0.6, "rises")])
 def test_a_planted_change_is_found_where_it_begins(change: float, word: str) -> None:
     table = tau_by_stretch(*parts(change, seed=0), stretches=4)
-    assert table["first"].tolist() == [0, 5, 10, 15]
+    assert table["begin"].tolist() == [0, 5, 10, 15]
     assert f"Tau {word} from position 10 on" in stretch_reason(table)
 
 
@@ -58,14 +58,14 @@ def test_the_depth_of_a_trace_is_where_its_rounds_begin() -> None:
     trace = load_traces().query("drafter == 'dspark-k7' and temperature == 0")
     table = depth_table(trace, stretches=3)
     starts = trace.groupby(["prompt", "round"])["position"].min()
-    assert table["first"].iloc[0] == starts.min() and table["last"].iloc[-1] == starts.max()
+    assert table["begin"].iloc[0] == starts.min() and table["end"].iloc[-1] == starts.max()
     assert table["rounds"].sum() == len(starts)
     whole = tau_table(trace_sums(trace)).set_index("kind").loc["empirical", "tau"]
     assert (table["tau"] * table["rounds"]).sum() / len(starts) == pytest.approx(whole)
     lengths = {prompt: 100 for prompt in trace["prompt"].unique()}
     deeper = depth_table(trace, prompt_tokens=lengths, stretches=3)
-    pd.testing.assert_series_equal(deeper["first"], table["first"] + 100)
-    pd.testing.assert_frame_equal(deeper.drop(columns=["first", "last"]), table.iloc[:, 2:])
+    pd.testing.assert_series_equal(deeper["begin"], table["begin"] + 100)
+    pd.testing.assert_frame_equal(deeper.drop(columns=["begin", "end"]), table.iloc[:, 2:])
     with pytest.raises(ValueError, match="prompt_tokens must have all prompts"):
         depth_table(trace, prompt_tokens={0: 1})
 
@@ -76,7 +76,7 @@ def test_load_is_a_column_of_a_record() -> None:
     nothing = np.empty((4, 0))
     record = AcceptanceRecord("log", "interval", lines, nothing, nothing, True, "")
     table = acceptance_over(record, "running", stretches=2)
-    assert table["first"].tolist() == [1, 8] and table["tau"].tolist() == [3, 2]
+    assert table["begin"].tolist() == [1, 8] and table["tau"].tolist() == [3, 2]
     assert table["low"].isna().all()
     with pytest.raises(ValueError, match=r"\['running'\], got 'seconds'"):
         acceptance_over(record)
@@ -90,7 +90,7 @@ def test_values_that_are_not_finite_and_no_rounds_are_refused() -> None:
 
 
 def test_a_dip_that_does_not_last_is_no_change() -> None:
-    table = pd.DataFrame({"first": [0, 10, 20], "tau": [3.0, 2.0, 3.0]})
+    table = pd.DataFrame({"begin": [0, 10, 20], "tau": [3.0, 2.0, 3.0]})
     table = table.assign(change=[np.nan, -1 / 3, 0.0], change_low=[np.nan, -0.4, -0.1])
     table = table.assign(change_high=[np.nan, -0.2, 0.1])
     assert "No lasting change" in stretch_reason(table)

@@ -79,7 +79,8 @@ def plot_rates(table: pd.DataFrame, value: Rate = "conditional") -> Figure:
             _plot_rate(ax, part, names, look)
         # Steps that whole percents can name.
         ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-        style.add_legend(ax)
+        if any(groups):
+            style.add_legend(ax)
     for i, ax in enumerate(axes):
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.set_xlabel("slot of the block")

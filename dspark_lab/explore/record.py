@@ -265,7 +265,7 @@ def explore_record(
     def draw(chosen: SimpleNamespace) -> Frame:
         t = getattr(chosen, "temperature", held[0])
         decision = decided(t, chosen.requests)
-        name = getattr(chosen, "over", None)
+        name = getattr(chosen, "over", "")
         stretches = drift(t, name) if name else None
         tables = {"options": decision.options, **told(t)}
         if stretches is not None:
@@ -274,6 +274,8 @@ def explore_record(
             tables["causes"] = decision.diagnosis.table
             tables["figures"] = decision.diagnosis.figures
         lines = [decision.reason, *_unknown(decision), parts[t][0].reason]
+        if stretches is not None and len(stretches) > 1:
+            lines.append(rates.stretch_reason(stretches, _OVER[name]))
         if engine is None:
             lines.append(SHIPPED_ENGINE)
         if not own.plain_known:
@@ -286,7 +288,7 @@ def explore_record(
                 decision.options,
                 stretches,
                 tables.get("causes"),
-                of=_OVER.get(name or "", ""),
+                of=_OVER.get(name, ""),
             )
 
         alt = f"acceptance by slot, options, drift and causes; {decision.action}"

@@ -48,12 +48,12 @@ def plot_stretches(
     The table is from :func:`dspark_lab.rates.depth_table`, :func:`dspark_lab.rates.tau_by_stretch`
     or :func:`dspark_lab.records.acceptance_over`; ``of`` names what the stretches are of.
     """
-    require_columns("table", table, ["first", "last", "tau", "low", "high"])
+    require_columns("table", table, ["begin", "end", "tau", "low", "high"])
     if ax is None:
         _, ax = new_figure(7, 2.8)
-    middle = (table["first"] + table["last"]) / 2
+    middle = (table["begin"] + table["end"]) / 2
     ax.axhline(table["tau"].iloc[0], color=INK, linewidth=0.8, linestyle=":")
-    ax.hlines(table["tau"], table["first"], table["last"], color=RED, linewidth=2.5)
+    ax.hlines(table["tau"], table["begin"], table["end"], color=RED, linewidth=2.5)
     ax.vlines(middle, table["low"], table["high"], color=RED, linewidth=1)
     ax.plot(middle, table["tau"], "o", color=RED, markersize=4)
     ax.set_xlabel(of)

@@ -36,9 +36,9 @@ def tau_by_stretch(
         stretches: at most so many; equal values are never put apart.
 
     Returns:
-        a row for each stretch: the ``first`` and ``last`` value in it, its ``rounds`` and ``tau``
-        with ``low`` and ``high``, and the ``change`` of tau against the first stretch, as a share
-        of it, with ``change_low`` and ``change_high``.
+        a row for each stretch: the first and last value in it, ``begin`` and ``end``, its
+        ``rounds`` and ``tau`` with ``low`` and ``high``, and the ``change`` of tau against the
+        first stretch, as a share of it, with ``change_low`` and ``change_high``.
 
     Raises:
         ValueError: a value that is not finite, or no rounds at all.
@@ -67,7 +67,7 @@ def tau_by_stretch(
         for number, figures in enumerate((again, again / again[:, :1] - 1)):
             bounds[number] = interval(figures, (sums[0] > 0).sum(axis=0))
     edges = [[at[of_value == k][end] for k in range(count)] for end in (0, -1)]
-    table = pd.DataFrame({"first": edges[0], "last": edges[1], "rounds": sums[0].sum(axis=0)})
+    table = pd.DataFrame({"begin": edges[0], "end": edges[1], "rounds": sums[0].sum(axis=0)})
     table["tau"], (table["low"], table["high"]) = tau, bounds[0]
     table["change"] = tau / tau[0] - 1
     table["change_low"], table["change_high"] = bounds[1]
@@ -115,7 +115,7 @@ def stretch_reason(table: pd.DataFrame, of: str = "position") -> str:
     That is the first stretch from which on all differ from the first one in the same direction,
     each by more than its interval.
     """
-    require_columns("table", table, ["first", "tau", *_CHANGES])
+    require_columns("table", table, ["begin", "tau", *_CHANGES])
     begin = table["tau"].iloc[0]
     for sign, word in ((-1, "falls"), (1, "rises")):
         ends = sign * table["change_low" if sign > 0 else "change_high"].to_numpy()[1:] > 0
@@ -124,7 +124,7 @@ def stretch_reason(table: pd.DataFrame, of: str = "position") -> str:
             rest = table.iloc[1 + from_here[0] :]
             row = rest.iloc[0]
             return (
-                f"Tau {word} from {of} {row['first']:,.0f} on: {row['tau']:.2f} there where it is "
+                f"Tau {word} from {of} {row['begin']:,.0f} on: {row['tau']:.2f} there where it is "
                 f"{begin:.2f} at first, {row['change']:+.0%} ({row['change_low']:+.0%} to "
                 f"{row['change_high']:+.0%})."
             )

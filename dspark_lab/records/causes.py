@@ -124,9 +124,9 @@ class Diagnosis:
     Attributes:
         table: a line for each ``cause``, the likeliest first: its ``share`` of the likelihood, what
             it ``says``, and the ``test`` that settles it.
-        figures: a line for each figure: what the ``server`` shows, what was ``expected``, and their
+        figures: a line for each figure: what the ``server`` shows, what was ``trained``, and their
             ``difference``, as log-odds for rates and as logarithms for spread and length, with its
-            standard ``error``.
+            ``standard_error``.
         unknown: what cannot be told from what was given.
     """
 
@@ -211,9 +211,9 @@ def diagnose(
         {
             "figure": FIGURES,
             "server": _readable(server),
-            "expected": _readable(expected),
+            "trained": _readable(expected),
             "difference": difference,
-            "error": np.sqrt(np.diag(noise)),
+            "standard_error": np.sqrt(np.diag(noise)),
         }
     )
     return Diagnosis(
@@ -392,11 +392,11 @@ def _possible(
 
 def _seen(figures: pd.DataFrame) -> str:
     """The three figures that differ most from what chance allows."""
-    sure = (figures["difference"] / figures["error"]).abs()
+    sure = (figures["difference"] / figures["standard_error"]).abs()
     lines = []
     for row in figures.loc[sure.nlargest(3).index].to_dict("records"):
         form = "{:.0%}" if row["figure"] in FIGURES[: SLOTS + 1] else "{:.2f}"
-        values = f"{form.format(row['server'])} where {form.format(row['expected'])} was expected"
+        values = f"{form.format(row['server'])} where {form.format(row['trained'])} was expected"
         lines.append(f"{row['figure']}: {values}")
     return "; ".join(lines)
 
