@@ -58,6 +58,7 @@ class Case:
     drafter: str
     temperature: float
     seed: int
+    pair: str = "pocket"
 
 
 @dataclass
@@ -357,20 +358,32 @@ def _signature(case: Case) -> dict[str, Any]:
     return told | dict(zip(FIGURES, difference.round(4).tolist(), strict=True))
 
 
+def work_through(
+    cases: Sequence[Case], judge: Callable[[Case], dict[str, Any]], work: Path | None = None
+) -> list[dict[str, Any]]:
+    """What ``judge`` says of each case, in two processes; ``work`` keeps it, line by line.
+
+    Cases whose seed is in ``work`` already are not decoded again.
+    """
+    done = [json.loads(line) for line in work.open()] if work and work.exists() else []
+    known = {one["seed"] for one in done}
+    left = [case for case in cases if case.seed not in known]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        for found in tqdm(processes.map(judge, left), total=len(left), unit="case", disable=None):
+            done.append(found)
+            if work is not None:
+                with work.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+    wanted = {case.seed for case in cases}
+    return [one for one in done if one["seed"] in wanted]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("signatures.jsonl"))
     given = parser.parse_args()
-    cases = planned(DRAFTERS, CASES, HEALTHY_CASES, SEED)
-    done = [json.loads(line) for line in given.work.open()] if given.work.exists() else []
-    known = {one["seed"] for one in done}
-    left = [case for case in cases if case.seed not in known]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        with given.work.open("a") as file:
-            for found in tqdm(processes.map(_signature, left), total=len(left), unit="case"):
-                file.write(json.dumps(found) + "\n")
-                file.flush()
-                done.append(found)
+    done = work_through(planned(DRAFTERS, CASES, HEALTHY_CASES, SEED), _signature, given.work)
+    done.sort(key=lambda one: one["seed"])
     with written_whole(DATA / "pocket" / "signatures.csv") as path:
         pd.DataFrame(done).to_csv(path, index=False)
 

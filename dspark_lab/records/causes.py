@@ -40,7 +40,7 @@ FIGURES = (*_SLOTS, "later slots", "spread", "length", "longer answers", "surplu
 # What depends on how many slots there are.
 _OF_WHOLE_BLOCKS = ("later slots", "spread", "longer answers")
 # How far the cases of a cause are smoothed, as a share of how they differ.
-_SMOOTHING = 0.5
+_SMOOTHING = 0.35
 # Of servers that somebody asks about.
 _HEALTHY_PRIOR = 0.3
 _SIGNATURES = "pocket/signatures.csv"
