@@ -377,6 +377,56 @@ SERVE: dict[str, Fault] = {
         ),
     ),
 }
+READ: dict[str, Fault] = {
+    "a server's tau leaves out the target's own token": Fault(
+        "records.record:AcceptanceRecord.tau_table",
+        changed_result(lambda table: table.assign(tau=table["tau"] - 1)),
+    ),
+    "survival is taken for the accept rate": Fault(
+        "records.record:AcceptanceRecord.sums",
+        changed_result(lambda sums: sums.assign(reached=sums["rounds"])),
+    ),
+    "whatever writes a line, it is a request": Fault(
+        "records.record:Tally.record",
+        changed_result(lambda record: replace(record, unit="request")),
+    ),
+    "rounds of a log are never exact": Fault(
+        "records.logs:_rounds", changed_result(lambda found: (found[0], False))
+    ),
+    "ids of requests are not looked at": Fault(
+        "records.compare:_pairs", lambda right, before, after: None
+    ),
+    "depth counts rounds": Fault(
+        "rates.stretches:depth_table",
+        lambda right, trace: right(trace.assign(position=trace["round"])),
+    ),
+    "records have hardly any chance": Fault(
+        "records.causes:_covariance", changed_result(lambda covariance: covariance / 100)
+    ),
+    "of each cause one case is known": Fault(
+        "records.causes:likelihoods",
+        lambda right, difference, noise, signatures: right(
+            difference, noise, signatures.drop_duplicates("cause")
+        ),
+    ),
+    "a label's requests are all requests": Fault(
+        "records.record:AcceptanceRecord.part", lambda right, record, **about: record
+    ),
+    "confidences belong to the slot before": Fault(
+        "records.dump:dump_trace",
+        changed_result(
+            lambda trace: trace.assign(confidence=trace["confidence"].shift(-1, fill_value=0.5))
+        ),
+    ),
+    "gains are over a draft of one token": Fault(
+        "serving.speedup:gain_by_length",
+        lambda right, profile, costs, served: right(profile, costs, 1),
+    ),
+    "a threshold loses what it gains": Fault(
+        "records.decision:_threshold",
+        changed_result(lambda row: row | {"gain_percent": -row["gain_percent"]}),
+    ),
+}
 NOTEBOOKS = {
     "01_anchors.ipynb": ANCHORS,
     "02_block_masks.ipynb": MASKS,
@@ -385,6 +435,7 @@ NOTEBOOKS = {
     "05_decode.ipynb": DECODE,
     "06_tune_training.ipynb": TUNE,
     "07_tune_serving.ipynb": SERVE,
+    "08_read_a_server.ipynb": READ,
 }
 FAULTS = {name: fault for faults in NOTEBOOKS.values() for name, fault in faults.items()}
 

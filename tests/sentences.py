@@ -160,6 +160,17 @@ def conditional(drafter: str, slot: str) -> float:
     return float(row[5])
 
 
+def options_of_record() -> dict[str, float]:
+    """The gain of each option of the record that is decided on, and its low bound."""
+    headings, *rows = table("08-33")
+    place = headings.index("gain, %")
+    return {row[1]: number(row[place]) for row in rows}
+
+
+def stretches(place: str) -> list[float]:
+    return column(place, "tau")
+
+
 def too_confident() -> tuple[float, float]:
     """What the drafter of SmolLM2 says of all slots, and what is true of them."""
     said, true = (float(cell("04-16", "all", name)) for name in ("confidence", "outcome"))
@@ -247,6 +258,20 @@ def smollm2() -> Any:
 
 def calibrated(row: str, *columns: str) -> tuple[Callable[[], str], ...]:
     return tuple(at("04-13", row, one) for one in columns)
+
+
+def causes() -> int:
+    from dspark_lab.records import CAUSES
+
+    return len(CAUSES)
+
+
+@cache
+def served() -> Any:
+    from dspark_lab.files import shipped
+    from dspark_lab.records import load_acceptance
+
+    return load_acceptance(shipped("records/stale.jsonl"))
 
 
 CLAIMS = [
@@ -703,10 +728,103 @@ CLAIMS = [
         "The drafter's block has seven slots",
         holds=lambda: "block_size=7" in cell_code("07-40"),
     ),
+    Claim(
+        "08",
+        "{} requests at temperature 0",
+        (lambda: table("08-16")[1][-1],),
+        holds=lambda: served().values("temperature") == [0],
+    ),
+    Claim(
+        "08",
+        "yields far fewer tokens a round than it should",
+        holds=lambda: (
+            float(cell("08-03", "server", "high")) < 0.75 * float(cell("08-03", "trained", "low"))
+        ),
+    ),
+    Claim(
+        "08",
+        "the advice comes first: something is wrong",
+        holds=lambda: number(cell("08-06", "stale cache", "share, %")) > 90,
+    ),
+    Claim(
+        "08",
+        "records of thirteen faults that were planted",
+        holds=lambda: causes() == 13,
+    ),
+    Claim(
+        "08",
+        "There tau falls as well, from {} to {}",
+        (lambda: f"{stretches('08-13')[0]:.2f}", lambda: f"{stretches('08-13')[-1]:.2f}"),
+    ),
+    Claim(
+        "08",
+        "The faulty server falls at once, from {} to {} with the tenth token, and is below the "
+        "other in every stretch",
+        (at("08-12", "1", "tau"), at("08-12", "10", "tau")),
+        holds=lambda: all(
+            ours < other for ours, other in zip(stretches("08-12"), stretches("08-13"), strict=True)
+        ),
+    ),
+    Claim(
+        "08",
+        "what is left of {} requests in it",
+        (at("08-19", "vllm_requests.jsonl", "lines"),),
+    ),
+    Claim(
+        "08",
+        "Most say the same: {} rounds and a tau of {}",
+        (at("08-19", "vllm_requests.jsonl", "rounds"), at("08-19", "vllm_requests.jsonl", "tau")),
+        holds=lambda: (
+            sum(row[4:7:2] == table("08-19")[-1][4:7:2] for row in table("08-19"))
+            > len(table("08-19")) / 2
+        ),
+    ),
+    Claim(
+        "08",
+        "Survival falls from {} to {}",
+        (at("08-24", "0", "survival"), at("08-24", "6", "survival")),
+    ),
+    Claim(
+        "08",
+        "accepted more often the later it stands, {} at first and {} at last",
+        (at("08-24", "0", "accept rate"), at("08-24", "6", "accept rate")),
+    ),
+    Claim(
+        "08", "four requests together; *speed-up*", holds=lambda: "requests=4" in cell_code("08-27")
+    ),
+    Claim(
+        "08",
+        "{} requests together, on the",
+        (lambda: "Four",),
+        holds=lambda: "requests=4" in cell_code("08-32"),
+    ),
+    Claim(
+        "08",
+        "Drafting pays for mathematics alone",
+        holds=lambda: [row[1] for row in table("08-27")[1:] if row[-1] != "0"] == ["math"],
+    ),
+    Claim("08", "One setting for all three", holds=lambda: len(table("08-27")) == 4),
+    Claim(
+        "08",
+        "A threshold gains {} %, two drafted tokens fewer {} %; plain decoding gains more than "
+        "either",
+        (
+            lambda: f"{options_of_record()['threshold 0.41']}",
+            lambda: f"{options_of_record()['draft 5']}",
+        ),
+        holds=lambda: (
+            max(options_of_record(), key=lambda one: options_of_record()[one]) == "plain decoding"
+        ),
+    ),
+    Claim(
+        "08",
+        "the same record has another answer at each load",
+        holds=lambda: len(set(re.findall(r"together\. (\w+ \w+)", printed("08-35")))) > 1,
+    ),
 ]
 OTHERS = {
     "what is to come": [
-        "Seven decisions",
+        "Eight decisions",
         "Three regions:",
         "Three things to look for:",
         "**Three signs of a healthy run**",
@@ -737,6 +855,7 @@ OTHERS = {
         "At temperature 0 the answers with a drafter are those without",
         "Two logits that are equal up to rounding",
         "A measurement at temperature 0 does not tell",
+        "a best length of 0 says not to draft",
         "As long as a step of 8 tokens takes little longer than one of 1",
     ],
     "how all of the lab's intervals and splits are made, held by the tests of rates": [
@@ -745,6 +864,7 @@ OTHERS = {
         "It is fitted on half of the conversations",
         "its best threshold on one half of the conversations",
         "The best one is chosen on half of the conversations",
+        "chosen on half of the requests and judged on the others",
         "Two taus with overlapping intervals can still differ",
     ],
     "what was measured or made once, not by a cell": [
@@ -758,6 +878,10 @@ OTHERS = {
     "not about results": [
         "Every explorer takes the same two",
         "All three can be measured in minutes",
+        "which tells much smaller differences than two averages do",
+        "which tells it better than two speed-ups do",
+        "on the two cores that these costs are of",
+        "of the forty steps between two lines of SGLang's log",
     ],
 }
 
