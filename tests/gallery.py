@@ -382,7 +382,9 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "stretches of sums": lambda: explore.plot_stretches(SUMS_ONLY, "requests at once"),
     "options": lambda: explore.plot_options(SERVING_OPTIONS),
     "causes": lambda: explore.plot_causes(CAUSES),
-    "record": lambda: explore.plot_record(RECORD_RATES, SERVING_OPTIONS, STRETCHES, CAUSES),
+    "record": lambda: explore.plot_record(
+        RECORD_RATES, SERVING_OPTIONS, STRETCHES, CAUSES, title="Something is wrong: stale cache"
+    ),
     "record of totals": lambda: explore.plot_record(RECORD_RATES.head(0), SERVING_OPTIONS.head(0)),
     "record of sums": lambda: explore.plot_record(
         RECORD_RATES[RECORD_RATES["record"] == "server"].assign(conditional=NAN, low=NAN, high=NAN),

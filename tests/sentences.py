@@ -743,7 +743,7 @@ CLAIMS = [
     ),
     Claim(
         "08",
-        "the advice comes first: something is wrong",
+        "what to do about it: something is wrong",
         holds=lambda: number(cell("08-06", "stale cache", "share, %")) > 90,
     ),
     Claim(

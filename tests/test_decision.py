@@ -84,11 +84,19 @@ ACTIONS = {
 }
 
 
+HEADLINES = {
+    "keep": "Keep",
+    "change the draft length": "Change the draft length to 2",
+    "stop drafting": "Stop drafting",
+}
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_what_is_surely_faster_is_advised(action: str) -> None:
     rates, verify, setting = ACTIONS[action]
     found = decide_serving(drawn(rates), costs(verify))
     assert (found.action, found.setting) == (action, setting)
+    assert found.headline == HEADLINES[action]
     assert found.options["option"].tolist() == [
         *(f"draft {k}" for k in range(6, 0, -1)),
         "plain decoding",
@@ -131,6 +139,7 @@ def test_a_fault_comes_before_every_option() -> None:
     served = drawn(ACTIONS["stop drafting"][0])
     found = decide_serving(served, costs(0.01), diagnosis=diagnosis("positions"))
     assert found.action == "something is wrong" and found.setting == {}
+    assert found.headline == "Something is wrong: positions"
     assert "what it does" in found.reason and "what settles it" in found.reason
     assert found.diagnosis is not None and len(found.options) == 7
     for harmless in (HEALTHY, "harder prompts"):
@@ -192,6 +201,7 @@ def test_a_threshold_is_advised_where_it_is_the_fastest(trace: pd.DataFrame) -> 
     # Drafting is free, and so is what plain decoding would take per token.
     found = decide_serving(trace, replace(costs(0.004, longest=7, draft=0.0), plain_seconds=0.05))
     assert found.action == "change the threshold"
+    assert found.headline == f"Change the threshold to {found.setting['threshold']:.2f}"
     assert 0 < found.setting["threshold"] < 1
 
 

@@ -109,8 +109,11 @@ def plot_record(
     causes: pd.DataFrame | None = None,
     *,
     of: str = "position in the answer",
+    title: str = "",
 ) -> Figure:
     """Rates by slot, :func:`plot_options`, :func:`plot_stretches` and :func:`plot_causes`.
+
+    ``of`` names what the stretches are of, ``title`` is what to do.
 
     ``rates`` has the columns ``record`` (a line for each), ``slot``, and ``conditional`` or, where
     that is not known, ``survival``, with their bounds. What is not known is said in words.
@@ -132,8 +135,11 @@ def plot_record(
             _say(ax, lacking)
     if not len(rates):
         _say(axes[0], "the record has totals alone")
-    for ax, title in zip(axes, titles, strict=True):
-        style.add_title(ax, title)
+    for ax, name in zip(axes, titles, strict=True):
+        style.add_title(ax, name)
+    if title:
+        look = {"color": INK, "fontsize": 11, "fontweight": "bold"}
+        figure.suptitle(plain_text(title), x=0.01, ha="left", **look)
     return figure
 
 
@@ -289,6 +295,7 @@ def explore_record(
                 stretches,
                 tables.get("causes"),
                 of=_OVER.get(name, ""),
+                title=decision.headline,
             )
 
         alt = f"acceptance by slot, options, drift and causes; {decision.action}"

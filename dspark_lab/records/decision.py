@@ -71,6 +71,17 @@ class Decision:
     diagnosis: Diagnosis | None
     reason: str
 
+    @property
+    def headline(self) -> str:
+        """What to do in a few words."""
+        if self.action == "something is wrong" and self.diagnosis is not None:
+            return f"Something is wrong: {self.diagnosis.cause}"
+        to = {
+            "change the draft length": f" to {self.setting.get('draft_length', 0):.0f}",
+            "change the threshold": f" to {self.setting.get('threshold', 0):.2f}",
+        }
+        return _capital(self.action) + to.get(self.action, "")
+
     def __repr__(self) -> str:
         return self.reason
 
