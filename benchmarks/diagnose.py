@@ -129,8 +129,11 @@ def report(found: pd.DataFrame) -> Iterator[str]:
             f"{_share(place <= 3)}; of healthy servers nothing wrong "
             f"{_share(well[name] == HEALTHY)}"
         )
-    strength = sick["effect"].abs() >= 0.1
-    yield f"accept length changed by a tenth in {_share(strength)} of planted cases"
+    strong = sick[sick["effect"].abs() >= 0.1]["requests_place"]
+    yield (
+        f"accept length changed by a tenth in {len(strong)} of {len(sick)} planted cases; of these "
+        f"right cause first {_share(strong == 1)}, among three {_share(strong <= 3)}"
+    )
     for cause, part in sick.groupby("cause", sort=False):
         others = part.loc[part["requests"] != cause, "requests"].value_counts()
         taken = ", ".join(f"{other} {count}" for other, count in others.items())
