@@ -113,7 +113,8 @@ def test_a_record_that_says_little_is_shown_as_far_as_it_goes() -> None:
     explorer = explore_record(served)
     assert set(explorer.controls) == {"requests"} and "over" not in explorer.tables
     totals = replace(served, reached=np.zeros((1, 0)), passed=np.zeros((1, 0)))
-    explorer = explore_record(totals)
+    explorer = explore_record(totals, drawn(RATES, 9))
+    assert explorer.tables["tau"]["record"].tolist() == ["server", "trained"]
     assert explorer.table.empty and len(explorer.frame.png) > 1000
     assert said(explorer)[0].startswith("Cannot be told")
 

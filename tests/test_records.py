@@ -568,6 +568,15 @@ def test_lines_carry_what_is_known_of_a_request():
     assert (line["line"], line["prompt_tokens"], line["output_tokens"]) == ("r0", 12, 14)
 
 
+def test_labels_may_be_numbers_and_texts():
+    rows = [
+        vllm_row(vllm_object(SIX, 3), f"r{n}", label=one) for n, one in enumerate(["b", 7, "a"])
+    ]
+    record = read(json_lines(*rows))
+    assert record.values("label") == [7, "a", "b"]
+    assert record.part(label=7).lines["line"].tolist() == ["r1"]
+
+
 def test_tables_split_by_label_and_temperature():
     rows = [
         vllm_row(vllm_object([(accepted, 3)] * 4, 3), f"r{n}", label=label, temperature=heat)

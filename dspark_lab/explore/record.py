@@ -125,7 +125,7 @@ def plot_record(
     panels: tuple[tuple[Any, pd.DataFrame | None, dict[str, Any], str], ...] = (
         (plot_options, options, {}, "no option can be judged"),
         (plot_stretches, over, {"of": of}, "no time, load or length differs by line"),
-        (plot_causes, causes, {}, "without trained= no cause is looked for"),
+        (plot_causes, causes, {}, "causes need trained= and rates by slot"),
     )
     titles = ("acceptance by slot", "options", "drift", "what may be wrong")
     for ax, (plot, table, settings, lacking) in zip(axes[1:], panels, strict=True):
@@ -195,8 +195,8 @@ def explore_record(
         record: of a server, or its path, in any form of :func:`dspark_lab.load_acceptance`; or a
             trace. That of a shipped server with a fault, beside what its drafter does here, where
             None.
-        trained: what the checkpoint does here, as of :func:`dspark_lab.diagnose`. Without it
-            nothing is looked for that may be wrong.
+        trained: what the checkpoint does here, as of :func:`dspark_lab.diagnose`. Without it,
+            or of a record of totals alone, nothing is looked for that may be wrong.
         drafter: which one of a trace of several.
         config: of the drafter, see :func:`dspark_lab.diagnose`.
         engine: what a round costs on the machine that serves, or its file
@@ -240,7 +240,7 @@ def explore_record(
 
     @cache
     def diagnosed(t: Any) -> Diagnosis | None:
-        if trained is None:
+        if trained is None or not parts[t][0].passed.shape[1]:
             return None
         return diagnose(parts[t][0], trained, drafter=drafter, temperature=t, config=config)
 

@@ -8,7 +8,7 @@ thresholds of a server with a fault are those of the fault.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,8 +37,8 @@ Action = Literal[
     "something is wrong",
     "cannot be told",
 ]
-# Without intervals a smaller gain is taken for chance.
-_WORTH_PERCENT = 2
+# Without intervals a smaller gain is taken for chance: of a few hundred requests it can be.
+_WORTH_PERCENT = 10
 _NOT_WRONG = (HEALTHY, "harder prompts")
 _SPEEDS = ["speedup", "speedup_low", "speedup_high"]
 _GAINS = ["gain_percent", "gain_low", "gain_high"]
@@ -60,7 +60,7 @@ class Decision:
         options: a row for each ``option``, of which the first is what was served: its ``speedup``
             over plain decoding and its ``gain_percent`` over what was served, with their 95 %
             intervals (of a threshold, of its gain alone), and whether it is surely ``faster``:
-            beyond its interval, or without any by more than 2 %.
+            beyond its interval, or without any by more than a tenth.
         diagnosis: the one that was given.
         reason: why, in words.
     """
@@ -149,9 +149,12 @@ def record_parts(
         return {t: (record_of_trace(trace), trace) for t, trace in traces.items()}
     if isinstance(record, AcceptanceRecord):
         several = record.values("temperature")
-        if len(several) > 1:
-            return {t: (record.part(temperature=t), None) for t in several}
-        return {several[0] if several else None: (record, None)}
+        if not several:
+            return {None: (record, None)}
+        silent = int(record.lines["temperature"].isna().sum())
+        note = f"{silent} of {len(record.lines)} lines say no temperature and are left out"
+        record = replace(record, notes=(*record.notes, *([note] * (silent > 0))))
+        return {t: (record.part(temperature=t), None) for t in several}
     found = load_acceptance(record)
     if found.kind == "SGLang dump":
         return {None: (found, _with_rates(trace_of_dump(record)))}
@@ -173,7 +176,10 @@ def _options(
     profile: AcceptanceProfile, trace: pd.DataFrame | None, costs: RoundCosts
 ) -> pd.DataFrame:
     """What was served, every shorter draft, a threshold and plain decoding."""
-    lengths = gain_by_length(profile, costs, len(profile.rates)).iloc[::-1]
+    slots = len(profile.rates)
+    if slots > costs.longest:
+        raise ValueError(f"costs must be of drafts of {slots} tokens, got up to {costs.longest}")
+    lengths = gain_by_length(profile, costs, slots).iloc[::-1]
     lengths.insert(0, "option", [f"draft {k}" for k in lengths["draft_length"]])
     served = lengths.iloc[0]
     more = []

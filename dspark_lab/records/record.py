@@ -119,7 +119,9 @@ class AcceptanceRecord:
 
     def values(self, name: str) -> list[Any]:
         """The values of a column of the lines, such as "temperature", in order; none without it."""
-        return sorted(self.lines[name].dropna().unique().tolist()) if name in self.lines else []
+        held = self.lines[name].dropna().unique().tolist() if name in self.lines else []
+        # Numbers come before texts.
+        return sorted(held, key=lambda value: (isinstance(value, str), value))
 
     def sums(self) -> pd.DataFrame:
         """The table of sums by request and slot, for :func:`dspark_lab.rates.rate_table`.
